@@ -1,0 +1,108 @@
+"""The promises of the method on a real pretrained model, in the numbers that it was built for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from smollm2 import make_smollm2, missing
+
+from upcycle_cli import Options, Recipe, convert, verify
+from upcycle_cli.conversion import Conversion
+from upcycle_cli.recipe import Routing, Scaling
+from upcycle_cli.verification import CheckResult, Status
+
+pytestmark = pytest.mark.skipif(
+    bool(missing()), reason=f"needs {', '.join(missing())}: see tests/smollm2.py"
+)
+
+PROMPT = "The lighthouse keeper climbed the stairs and"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2") / "dense"
+    make_smollm2(path)
+    return path
+
+
+def _convert(dense: Path, tmp_path: Path, recipe: Recipe, **options: Any) -> Conversion:  # noqa: ANN401
+    return convert(dense, tmp_path / "moe", recipe, **options)
+
+
+def _checks(dense: Path, moe: Path) -> dict[str, CheckResult]:
+    return {check.name: check for check in verify(dense, moe).checks}
+
+
+def _greedy(path: Path, dtype: str) -> list[int]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    ids = AutoTokenizer.from_pretrained(path)(PROMPT, return_tensors="pt").input_ids
+    output: list[int] = model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist()
+    return output
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 2), (4, 8, 8)])
+def test_topk_softmax_is_exact(dense: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    expansion, granularity, top_k = sizes
+    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
+    moe = _convert(dense, tmp_path, recipe).output
+    checks = _checks(dense, moe)
+    assert {check.status for check in checks.values()} == {Status.PASSED}
+    metrics = checks["outputs"].metrics
+    assert float(metrics["tokens"]) >= 512
+    assert float(metrics["kl_mean"]) < 1e-9
+    assert float(metrics["top1_agreement"]) == 1.0
+    assert checks["weights"].metrics["lossless"] is True
+    assert _greedy(moe, "float32") == _greedy(dense, "float32")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("granularity", [1, 8])
+def test_softmax_topk_is_close(dense: Path, tmp_path: Path, granularity: int, seed: int) -> None:
+    recipe = Recipe(
+        expansion=8,
+        granularity=granularity,
+        top_k=max(2, granularity),
+        routing=Routing.SOFTMAX_TOPK,
+        seed=seed,
+    )
+    done = _convert(dense, tmp_path, recipe, target="qwen2_moe")
+    report = verify(dense, done.output, checks=["weights", "outputs", "claims"])
+    assert report.passed, report.to_json()
+    metrics = report.checks[1].metrics
+    assert float(metrics["kl_mean_whole"]) < 1e-4
+    assert float(metrics["split_token_layers"]) < 1e-3
+    assert float(metrics["top1_agreement"]) >= 0.995
+
+
+def test_paper_scaling_has_golden_factors_and_promises_nothing(dense: Path, tmp_path: Path) -> None:
+    recipe = Recipe(expansion=2, granularity=8, top_k=8, scaling=Scaling.PAPER)
+    done = _convert(dense, tmp_path, recipe)
+    assert done.plan.factors.gate == done.plan.factors.up == done.plan.factors.down == 2.0
+    checks = _checks(dense, done.output)
+    assert checks["weights"].status is Status.PASSED
+    for matrix in ("gate", "up", "down"):
+        assert checks["weights"].metrics[f"{matrix}_factor"] == 2.0
+    outputs = checks["outputs"]
+    assert "promises no equality" in outputs.detail
+    assert "SwiGLU" in outputs.detail
+    assert float(outputs.metrics["kl_mean"]) > 0.1
+
+
+def test_whole_experts_give_the_same_text_in_bfloat16(dense: Path, tmp_path: Path) -> None:
+    # Ties in bf16 choose between copies of one expert, so G = 1 is unaffected by them; the sum of
+    # two gated copies still rounds, which greedy text of this length does not show.
+    moe = _convert(dense, tmp_path, Recipe(expansion=8, granularity=1, top_k=2)).output
+    assert _greedy(moe, "bfloat16") == _greedy(dense, "bfloat16")
+
+
+def test_float16_and_fused_experts(dense: Path, tmp_path: Path) -> None:
+    from upcycle_cli.families.target import ExpertLayout
+
+    options = Options(dtype="float16", expert_layout=ExpertLayout.FUSED)
+    recipe = Recipe(expansion=2, granularity=8, top_k=8)
+    moe = _convert(dense, tmp_path, recipe, options=options).output
+    assert verify(dense, moe).passed

@@ -1,0 +1,74 @@
+"""What a person should hear about a plan: warnings, and why a recipe promises nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from upcycle_cli.families.engines import Support
+from upcycle_cli.outputs import Role
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import TIE_LOGIT_STD, Promise, Recipe, Routing
+
+_FP16_SMALLEST_NORMAL = 2.0**-14
+
+
+def warnings(plan: Plan) -> Iterator[str]:
+    """Yield what the user should know before converting, most important first."""
+    recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
+    if plan.promise is Promise.NONE:
+        yield f"{recipe.name} promises no equality with the dense model here: {no_promise(recipe)}."
+    if recipe.routing is Routing.TOPK_SOFTMAX and recipe.top_k == recipe.granularity:
+        yield (
+            "top-k equals G, so the gates inside a group are constant and the language-model loss "
+            f"gives the router no gradient. Use a top-k of {2 * recipe.granularity} or more to "
+            "train the router, or softmax-topk."
+            if recipe.expansion > 1
+            else "with one group there is nothing to route between."
+        )
+    if plan.promise is Promise.APPROXIMATE:
+        yield (
+            f"softmax-topk equals the dense model only up to the router's logits (std {std:g}). "
+            "--router-logit-std 1 trains better at the price of equality; topk-softmax with a "
+            "top-k of 2G or more has both."
+        )
+    if recipe.routing is Routing.SOFTMAX_TOPK and std < TIE_LOGIT_STD and recipe.granularity > 1:
+        yield (
+            f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
+            f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
+        )
+    if _router_dtype(plan) == "F16":
+        row_std = std / math.sqrt(plan.family.decoder.hidden_size)
+        if row_std < _FP16_SMALLEST_NORMAL:
+            yield (
+                f"router weights of about {row_std:.0e} lose precision in float16; "
+                "use bfloat16 or a larger --router-logit-std."
+            )
+    for engine in plan.engines:
+        if engine.support is Support.WRONG:
+            yield (
+                f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
+                "but computes something else."
+            )
+    if "auto_map" in plan.source.config:
+        yield (
+            "the source comes with code of its own (auto_map), which is left out: the output "
+            f"runs as transformers' {plan.family.target.architecture}."
+        )
+
+
+def _router_dtype(plan: Plan) -> str:
+    return next(tensor.dtype for tensor in plan.tensors if tensor.role is Role.ROUTER)
+
+
+def no_promise(recipe: Recipe) -> str:
+    """Say in words why a (resolved) recipe promises nothing."""
+    factors = recipe.factors()
+    if not recipe.picks_whole_groups:
+        return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
+    if not recipe.virtual_groups and recipe.granularity > 1:
+        return "without virtual groups a token does not get every shard of the dense MLP"
+    if factors.gate != 1.0:
+        return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"
+    scale = factors.up * factors.down
+    return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"

@@ -1,0 +1,179 @@
+"""The model card of a converted model: README.md with front matter for the Hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.advice import no_promise, warnings
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import Promise, Routing
+
+if TYPE_CHECKING:
+    from upcycle_cli.verification import Report
+
+_PAPER = "https://arxiv.org/abs/2410.07524"
+_CARRIED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(plan: Plan, report: Report | None) -> str:
+    """Return the card's whole text; `report` is what verify found, if it ran.
+
+    The licence and languages are carried over from the source's own card.
+    """
+    from huggingface_hub import ModelCardData
+
+    carried = _source_metadata(plan)
+    data = ModelCardData(
+        base_model=plan.source.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
+        **carried,
+    )
+    sections = (
+        _title(plan),
+        _what_it_is(plan),
+        _verification(plan, report),
+        _loading(),
+        _training(plan),
+        _engines(plan),
+        _citation(),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _source_metadata(plan: Plan) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
+
+    path = plan.source.path / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError):
+        # A card that the Hub would not accept either has nothing to carry over.
+        return {}
+    return {key: data[key] for key in _CARRIED if data.get(key) is not None}
+
+
+def _title(plan: Plan) -> str:
+    origin = plan.source.name
+    revision = f" at commit `{plan.source.revision}`" if plan.source.revision else ""
+    return (
+        f"# {origin.split('/')[-1]} {plan.recipe.name}\n\n"
+        f"A Mixture of Experts made from `{origin}`{revision} by copying its MLPs into experts "
+        f"and adding routers, with [upcycle](https://pypi.org/project/upcycle-cli/), by the "
+        f"method of [Upcycling Large Language Models into Mixture of Experts]({_PAPER})."
+    )
+
+
+def _what_it_is(plan: Plan) -> str:
+    recipe, factors = plan.recipe, plan.factors
+    size = plan.family.decoder.intermediate_size // recipe.granularity
+    rows = (
+        ("recipe", (f"{recipe.name}: expansion {recipe.expansion}, granularity "
+                   f"{recipe.granularity}, top-k {recipe.top_k}")),
+        ("architecture", f"{plan.family.target.architecture}, from {plan.family.dense.model_type}"),
+        ("experts", (f"{recipe.num_experts} per layer, {recipe.top_k} active, "
+                    f"intermediate size {size}")),
+        ("routing", (f"{recipe.routing}, router logits of standard deviation "
+                    f"{recipe.router_logit_std:g}, seed {recipe.seed}")),
+        ("parameters", (f"{_billions(plan.total_parameters)} in all, "
+                       f"{_billions(plan.active_parameters)} active per token "
+                       f"(dense: {_billions(plan.dense_parameters)})")),
+        ("scale factors", (f"gate {factors.gate:g}, up {factors.up:g}, down {factors.down:g}"
+                          f" ({'lossless' if factors.lossless else 'rounded'})")),
+    )  # fmt: skip
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    promises = {
+        Promise.EXACT: "It computes what the dense model computes, until it is trained further.",
+        Promise.APPROXIMATE: (
+            "It computes what the dense model computes up to an error of the order of the "
+            "router's logits, until it is trained further."
+        ),
+        Promise.NONE: f"It does not compute what the dense model computes: {no_promise(recipe)}.",
+    }
+    return f"| | |\n|---|---|\n{table}\n\n{promises[plan.promise]}"
+
+
+def _verification(plan: Plan, report: Report | None) -> str:
+    if report is None:
+        return (
+            "## Verification\n\nNot verified when it was made. To do so: "
+            f"`upcycle verify {plan.source.name} THIS_DIRECTORY`."
+        )
+    rows = "\n".join(
+        f"| {check.name} | {check.status} | {' '.join(check.detail.split())} |"
+        for check in report.checks
+    )
+    return f"## Verification\n\n| check | result | detail |\n|---|---|---|\n{rows}"
+
+
+def _loading() -> str:
+    return (
+        "## Loading\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'path = "…"  # this directory or repo\n'
+        'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
+    )
+
+
+def _training(plan: Plan) -> str:
+    recipe = plan.recipe
+    pre_softmax = recipe.routing is Routing.SOFTMAX_TOPK
+    lines = [
+        (
+            "The model is a starting point: its experts are copies and differentiate in training. "
+            f"What the [paper]({_PAPER}) found to work:"
+        ),
+        "",
+        "- Reset the learning rate to the pretraining peak and decay it by a cosine.",
+        "- Use batches of about 4M tokens.",
+        (
+            "- Use a load-balancing (auxiliary) loss of 1e-2; without one, experts die. "
+            "A z-loss had no effect."
+        ),
+        (
+            "- Do not drop tokens by a capacity factor at the start: a dropped token loses its "
+            "MLP, which breaks the equality with the dense model."
+        ),
+        "",
+        "Settings of common trainers:",
+        "",
+        (
+            "- transformers: `model.config.output_router_logits = True`, or the auxiliary loss is "
+            "not applied; its weight is `router_aux_loss_coef`, 0.01 here."
+        ),
+        (
+            f"- Megatron-LM: {'' if pre_softmax else 'no '}`--moe-router-pre-softmax`, "
+            f"`--moe-router-topk {recipe.top_k}`, `--moe-aux-loss-coeff 1e-2`, "
+            "no `--moe-expert-capacity-factor`."
+        ),
+    ]
+    advice = [text for text in warnings(plan) if "train" in text]
+    if advice:
+        lines += ["", *(f"Note: {text[0].lower()}{text[1:]}" for text in advice)]
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _engines(plan: Plan) -> str:
+    rows = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
+    return (
+        "## Inference engines\n\nWhat is known of this architecture with this routing; an engine "
+        f"that is not listed was not tried.\n\n| engine | |\n|---|---|\n{rows}"
+    )
+
+
+def _citation() -> str:
+    return (
+        "## Citation\n\n```bibtex\n@article{he2024upcycling,\n"
+        "  title = {Upcycling Large Language Models into Mixture of Experts},\n"
+        "  author = {He, Ethan and others},\n"
+        "  journal = {arXiv preprint arXiv:2410.07524},\n  year = {2024}\n}\n```"
+    )
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -1,0 +1,451 @@
+"""A Hugging Face checkpoint on disk: its config, its tensors' headers, and their values on demand.
+
+Opening reads `config.json`, the index and the safetensors headers, and checks them against the
+file sizes; no weight is touched. `Checkpoint.reader` maps the files and hands out tensors that
+alias them. No policy lives here: what a model may contain is the families' business.
+
+Format: 8-byte little-endian header length, JSON header, data; offsets are relative to the data,
+and the tensors lie end to end without holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from upcycle_cli.errors import UpcycleError
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+"""Bytes per element of each safetensors dtype."""
+
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that a convertible weight can have, and torch's names for them."""
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+RECORD_NAME = "upcycle.json"
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `offset` is in bytes from the start of the file `shard`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file as it was when the checkpoint was opened: enough to tell whether it changed since.
+
+    `digest` is the SHA-256 of a weight file's header; other files have none.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose headers have been read and found consistent."""
+
+    path: Path
+    config: Mapping[str, Any]
+    config_digest: str
+    tensors: Mapping[str, TensorEntry]
+    shards: tuple[FileStamp, ...]
+    companions: tuple[FileStamp, ...]
+    """Tokenizer, chat template, generation config and licence files."""
+
+    @property
+    def name(self) -> str:
+        """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
+        repo = self._cached_repo
+        return self.path.resolve().name if repo is None else repo
+
+    @property
+    def revision(self) -> str | None:
+        """The commit when the directory is a snapshot in the Hub cache."""
+        return None if self._cached_repo is None else self.path.resolve().name
+
+    @property
+    def _cached_repo(self) -> str | None:
+        # The cache keeps a repo as models--ORG--NAME/snapshots/COMMIT.
+        resolved = self.path.resolve()
+        folder = resolved.parent.parent.name
+        if resolved.parent.name != "snapshots" or not folder.startswith("models--"):
+            return None
+        return folder.removeprefix("models--").replace("--", "/")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """The elements of all tensors."""
+        return sum(entry.num_elements for entry in self.tensors.values())
+
+    def check_unchanged(self) -> None:
+        """Raise UpcycleError when a file is not the one that was opened."""
+        for file in self.shards + self.companions:
+            status = _stat(self.path / file.name)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise UpcycleError(
+                    f"{self.path / file.name} changed while it was being read.",
+                    "Run the command again once nothing writes to it.",
+                )
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Map the weight files for as long as the context lasts."""
+        with ExitStack() as stack:
+            yield Reader(self, stack)
+
+
+class Reader:
+    """Hands out tensors that alias the mapped files; made by `Checkpoint.reader`."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._stack = stack
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor backed by the file: nothing is read until its pages are.
+
+        It must not be written to, nor used after the reader is closed.
+        """
+        import torch
+
+        entry = self._checkpoint.tensors[name]
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        if entry.num_elements == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        mapped = self._map(entry.shard)
+        if entry.offset % ITEM_BYTES[entry.dtype]:
+            # The format does not promise alignment, and torch needs it.
+            data = bytearray(mapped[entry.offset : entry.offset + entry.nbytes])
+            return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+        flat = torch.frombuffer(mapped, dtype=dtype, count=entry.num_elements, offset=entry.offset)
+        return flat.reshape(entry.shape)
+
+    def _map(self, shard: str) -> mmap.mmap:
+        if shard not in self._maps:
+            with (self._checkpoint.path / shard).open("rb") as file:
+                # A private mapping: torch wants a writable buffer, the file stays untouched.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[shard] = mapped
+        return self._maps[shard]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in a directory.
+
+    Raises UpcycleError when there is none, or when its files contradict one another.
+    """
+    try:
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    if not found:
+        raise UpcycleError(
+            f"{path} does not exist.",
+            _repo_hint(path),
+        )
+    if not path.is_dir():
+        raise UpcycleError(
+            f"{path} is not a directory.", "Give the directory that holds config.json."
+        )
+    config, config_digest = _read_config(path)
+    weight_map = _weight_map(path, config)
+    tensors: dict[str, TensorEntry] = {}
+    shards = []
+    for shard_name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]:
+        shard, entries = _read_header(path, shard_name)
+        shards.append(shard)
+        for entry in entries:
+            if entry.name in tensors:
+                raise UpcycleError(
+                    f"{path}: tensor {entry.name} is in both {tensors[entry.name].shard} "
+                    f"and {shard_name}."
+                )
+            tensors[entry.name] = entry
+    if weight_map:
+        _check_index(path, weight_map, tensors)
+    return Checkpoint(path, config, config_digest, tensors, tuple(shards), _companions(path))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes as they are stored, without a copy when it is contiguous."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises UpcycleError when the file is not one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UpcycleError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    if not isinstance(value, dict):
+        raise UpcycleError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str]:
+    config_path = path / CONFIG_NAME
+    if not config_path.is_file():
+        raise UpcycleError(
+            f"{path} has no {CONFIG_NAME}.",
+            "Give the directory of a Hugging Face checkpoint.",
+        )
+    config = read_json(config_path)
+    return config, hashlib.sha256(config_path.read_bytes()).hexdigest()
+
+
+def _companions(path: Path) -> tuple[FileStamp, ...]:
+    found = sorted({file for pattern in _COMPANIONS for file in path.glob(pattern)})
+    stamps = []
+    for file in found:
+        status = _stat(file)
+        if stat.S_ISREG(status.st_mode):
+            name = file.relative_to(path).as_posix()
+            stamps.append(FileStamp(name, status.st_size, status.st_mtime_ns))
+    return tuple(stamps)
+
+
+def _weight_map(path: Path, config: Mapping[str, Any]) -> dict[str, str] | None:
+    # transformers looks for the single file first, so a directory with both means that one.
+    if (path / WEIGHTS_NAME).exists():
+        return None
+    if not (path / INDEX_NAME).exists():
+        _refuse_missing_weights(path, config)
+    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UpcycleError(f"{path / INDEX_NAME} has no weight_map.")
+    for name, shard in weight_map.items():
+        parts = PurePosixPath(shard).parts if isinstance(shard, str) else ()
+        if not parts or ".." in parts or parts[0] == "/" or "\\" in shard or "\0" in shard:
+            raise UpcycleError(
+                f"{path / INDEX_NAME} places {name} in {shard!r}, "
+                "which is not a file of this directory."
+            )
+    return weight_map
+
+
+def _refuse_missing_weights(path: Path, config: Mapping[str, Any]) -> None:
+    pickles = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)
+    )
+    if pickles:
+        raise UpcycleError(
+            f"{path} holds its weights as pickle ({pickles[0]}), which can run code when opened.",
+            "Convert it first, if you trust it:\n"
+            '  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors')\"",
+        )
+    if "model_type" not in config:
+        raise UpcycleError(f"{path} has neither weights nor a model_type in {CONFIG_NAME}.")
+    raise UpcycleError(
+        f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}.",
+        "Only safetensors checkpoints under these names can be read.",
+    )
+
+
+def _read_header(path: Path, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:
+    file_path = path / shard_name
+    status = _stat(file_path)
+    try:
+        with file_path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+            if header_bytes is None or 8 + header_bytes > status.st_size:
+                raise UpcycleError(
+                    f"{file_path} is truncated: it ends at byte {status.st_size}, "
+                    "inside its own header.",
+                    "Download or copy it again.",
+                )
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise UpcycleError(f"{file_path} has a header of {header_bytes} bytes; not read.")
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise UpcycleError(f"cannot read {file_path}: {error.strerror}.") from error
+    entries = _parse_header(raw, file_path, shard_name, 8 + header_bytes)
+    _check_extents(entries, file_path, 8 + header_bytes, status.st_size)
+    digest = hashlib.sha256(raw).hexdigest()
+    return FileStamp(shard_name, status.st_size, status.st_mtime_ns, digest), entries
+
+
+def _stat(file_path: Path) -> os.stat_result:
+    try:
+        status = file_path.stat()
+    except OSError as error:
+        raise UpcycleError(
+            f"{file_path} is missing or unreadable: {error.strerror}.",
+            "Download or copy it again.",
+        ) from error
+    return status
+
+
+def _parse_header(
+    raw: bytes, file_path: Path, shard_name: str, data_start: int
+) -> list[TensorEntry]:
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UpcycleError(f"{file_path} has a header that is not valid JSON: {error}.") from error
+    if not isinstance(header, dict):
+        raise UpcycleError(f"{file_path} has a header that is not a JSON object.")
+    header.pop("__metadata__", None)
+    entries = []
+    for name, info in header.items():
+        where = f"{file_path}: tensor {name}"
+        if not isinstance(info, dict):
+            raise UpcycleError(f"{where} is not described by a JSON object.")
+        dtype: object = info.get("dtype")
+        shape: object = info.get("shape")
+        offsets: object = info.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            raise UpcycleError(f"{where} has an unknown dtype {dtype!r}.")
+        if not _is_size_list(shape):
+            raise UpcycleError(f"{where} has an invalid shape {shape!r}.")
+        if not _is_size_list(offsets) or len(offsets) != 2:
+            raise UpcycleError(f"{where} has invalid offsets {offsets!r}.")
+        begin, end = offsets
+        entry = TensorEntry(name, dtype, tuple(shape), shard_name, data_start + begin)
+        if end - begin != entry.nbytes:
+            raise UpcycleError(
+                f"{where} lies: {dtype} of shape {list(entry.shape)} takes {entry.nbytes} bytes, "
+                f"its offsets give it {end - begin}."
+            )
+        entries.append(entry)
+    return entries
+
+
+def _check_extents(
+    entries: list[TensorEntry], file_path: Path, data_start: int, file_bytes: int
+) -> None:
+    position = data_start
+    previous = "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != position:
+            problem = "overlaps" if entry.offset < position else "leaves a hole after"
+            raise UpcycleError(f"{file_path}: tensor {entry.name} {problem} {previous}.")
+        position, previous = entry.offset + entry.nbytes, entry.name
+        if position > file_bytes:
+            raise UpcycleError(
+                f"{file_path} is truncated: it ends at byte {file_bytes}, "
+                f"tensor {entry.name} at byte {position}.",
+                "Download or copy it again.",
+            )
+    if position != file_bytes:
+        raise UpcycleError(
+            f"{file_path} has {file_bytes - position} bytes that belong to no tensor."
+        )
+
+
+def _check_index(
+    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise UpcycleError(f"{path / INDEX_NAME} lists {name} in {shard}, which lacks it.")
+        if tensors[name].shard != shard:
+            raise UpcycleError(
+                f"{path / INDEX_NAME} lists {name} in {shard}, but it is in {tensors[name].shard}."
+            )
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            raise UpcycleError(f"{path / INDEX_NAME} does not list {name} of {entry.shard}.")
+
+
+def _is_size_list(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} appears twice")
+    return result
+
+
+def _repo_hint(path: Path) -> str:
+    if len(path.parts) == 2 and not path.is_absolute():
+        return (
+            f"If {path} is a repo on the Hugging Face Hub, download it first:\n"
+            f"  hf download {path} --local-dir {path.name}"
+        )
+    return "Give the directory of a Hugging Face checkpoint."

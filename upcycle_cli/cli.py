@@ -1,0 +1,434 @@
+"""The command line: parse, call, render, exit code. The only place that prints or exits.
+
+stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
+or a resource that failed, 130 SIGINT, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.options import (
+    FILES,
+    RUN,
+    DtypeChoice,
+    DtypeOption,
+    ExpansionOption,
+    GranularityOption,
+    GroupsOption,
+    InexactOption,
+    JsonOption,
+    LayoutOption,
+    RecipeOption,
+    RoutingChoice,
+    RoutingOption,
+    ScalingOption,
+    SeedOption,
+    ShardOption,
+    SplitOption,
+    StdOption,
+    TargetChoice,
+    TargetOption,
+    TopKOption,
+    UntieOption,
+    file_options,
+    parse_scaling,
+    recipe_sizes,
+)
+from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
+
+if TYPE_CHECKING:
+    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.plan import Plan
+
+EXIT_VERIFICATION_FAILED = 1
+EXIT_ERROR = 2
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+app = typer.Typer(
+    name="upcycle",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="upcycle")
+
+
+def _terminate(_signum: int, _frame: object) -> NoReturn:
+    # Unwinds like any exception, so that the partial output is removed on the way.
+    sys.exit(EXIT_SIGTERM)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Turn a dense Hugging Face checkpoint into a Mixture of Experts, and prove it.
+
+    Start with [bold]upcycle demo[/bold], which needs no model and no network.
+    """
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"upcycle {installed('upcycle-cli')}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="Directory of the dense checkpoint; never modified."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUTPUT", help="Directory to make; appears whole or not at all."),
+    ],
+    recipe: RecipeOption = None,
+    expansion: ExpansionOption = None,
+    granularity: GranularityOption = None,
+    top_k: TopKOption = None,
+    target: TargetOption = TargetChoice.AUTO,
+    routing: RoutingOption = RoutingChoice.AUTO,
+    allow_inexact: InexactOption = False,
+    scaling: ScalingOption = "exact",
+    scale_split: SplitOption = ScaleSplit.BALANCED,
+    virtual_groups: GroupsOption = True,
+    router_logit_std: StdOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = DtypeChoice.AUTO,
+    expert_layout: LayoutOption = ExpertLayout.PER_EXPERT,
+    max_shard_size: ShardOption = "5GB",
+    untie_embeddings: UntieOption = False,
+    checksums: Annotated[
+        bool,
+        typer.Option("--checksums", help="Write SHA256SUMS too.", rich_help_panel=FILES),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace OUTPUT once the new one is complete.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=RUN),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Verify before OUTPUT appears; on failure it does not, and the exit code is 1.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN),
+    ] = False,
+) -> None:
+    """Convert a dense checkpoint into a mixture of experts.
+
+    Example: upcycle convert Llama-3.1-8B Llama-3.1-8B-E8G1T2 --recipe E8G1T2 --verify
+    """
+    with _errors_to_exit_codes():
+        from upcycle_cli.checkpoint import open_checkpoint
+        from upcycle_cli.plan import build_plan
+        from upcycle_cli.publish import check_output
+        from upcycle_cli.render import plan_json
+
+        sizes = recipe_sizes(recipe, expansion, granularity, top_k)
+        wanted = Recipe(
+            expansion=sizes[0],
+            granularity=sizes[1],
+            top_k=sizes[2],
+            routing=None if routing is RoutingChoice.AUTO else Routing(routing),
+            scaling=parse_scaling(scaling),
+            scale_split=scale_split,
+            virtual_groups=virtual_groups,
+            router_logit_std=router_logit_std,
+            seed=seed,
+            allow_inexact=allow_inexact,
+        )
+        options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
+        plan = build_plan(wanted, open_checkpoint(source), target=target, options=options)
+        if dry_run:
+            check_output(output, plan.source.path, overwrite=overwrite)
+            if as_json:
+                _print_json({"status": "planned", "output": str(output), **plan_json(plan)})
+            elif not quiet:
+                _print_plan(plan)
+                _talk("Nothing was written (--dry-run).")
+            return
+        _convert(
+            plan,
+            output,
+            overwrite=overwrite,
+            verify=verify,
+            checksums=checksums,
+            as_json=as_json,
+            quiet=quiet,
+        )
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Directory of a dense or an MoE checkpoint.")
+    ],
+    recipe: RecipeOption = None,
+    target: TargetOption = TargetChoice.AUTO,
+    routing: RoutingOption = RoutingChoice.AUTO,
+    dtype: DtypeOption = DtypeChoice.AUTO,
+    expert_layout: LayoutOption = ExpertLayout.PER_EXPERT,
+    max_shard_size: ShardOption = "5GB",
+    untie_embeddings: UntieOption = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel=RUN)
+    ] = False,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            help="Read the experts of an MoE: which are identical, which groups are whole.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    dense: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --weights: the dense checkpoint, to measure the scale factors.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint is, or what converting it would give; reads headers only.
+
+    Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
+    """
+    with _errors_to_exit_codes():
+        from upcycle_cli import inspection, render
+
+        if dense is not None and not weights:
+            raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
+        wanted = None
+        if recipe is not None:
+            expansion, granularity, top_k = parse_recipe_name(recipe)
+            wanted = Recipe(
+                expansion=expansion,
+                granularity=granularity,
+                top_k=top_k,
+                routing=None if routing is RoutingChoice.AUTO else Routing(routing),
+                allow_inexact=True,
+            )
+        found = inspection.inspect(
+            path,
+            wanted,
+            target=target,
+            options=file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings),
+            weights=weights,
+            dense=dense,
+        )
+        if as_json:
+            listed = {"tensors": render.tensors_json(found)} if tensors else {}
+            _print_json(render.inspection_json(found) | listed)
+            return
+        _stdout().print(render.inspection_table(found))
+        if found.plan is not None:
+            _stdout().print()
+            _print_plan(found.plan)
+        if tensors:
+            _stdout().print()
+            table = render.tensors_table(found)
+            # A list is for grep: one line a tensor, however wide the screen is.
+            _stdout(width=max(_stdout().width, 400)).print(table)
+
+
+@app.command()
+def verify(
+    dense: Annotated[
+        Path, typer.Argument(metavar="DENSE", help="Directory of the dense checkpoint.")
+    ],
+    moe: Annotated[Path, typer.Argument(metavar="MOE", help="Directory of the MoE made from it.")],
+    checks: Annotated[
+        str,
+        typer.Option(metavar="NAME,…", help="Which checks to run."),
+    ] = "structure,weights,outputs,claims",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file to run both models on, instead of the built-in text."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that an MoE computes what its dense model computes; exit code 1 when it does not.
+
+    Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
+    """
+    with _errors_to_exit_codes():
+        from upcycle_cli import render, verification
+
+        names = [name.strip() for name in checks.split(",") if name.strip()]
+        report = verification.verify(
+            dense,
+            moe,
+            checks=names,
+            prompts=prompts,
+            on_start=None if as_json else _announce_check,
+        )
+        if as_json:
+            _print_json(report.to_json())
+        else:
+            _stdout().print(render.report_table(report))
+        if not report.passed:
+            raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where to work; a temporary directory unless given."),
+    ] = None,
+) -> None:
+    """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
+    with _errors_to_exit_codes():
+        from upcycle_cli.demo import run_demo
+
+        run_demo(directory, run=_run_shown, say=_talk)
+
+
+# How commands talk -------------------------------------------------------------------------------
+
+
+def _convert(
+    plan: Plan,
+    output: Path,
+    *,
+    overwrite: bool,
+    verify: bool,
+    checksums: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from upcycle_cli import render
+    from upcycle_cli.conversion import execute
+    from upcycle_cli.progress import progress_bar
+
+    silent = quiet or as_json
+    with progress_bar(_stderr(), total=plan.nbytes, silent=silent) as progress:
+        done = execute(
+            plan,
+            output,
+            overwrite=overwrite,
+            verify=verify,
+            checksums=checksums,
+            progress=progress.advance,
+            on_check=progress.checking,
+        )
+    if as_json:
+        _print_json(render.conversion_json(done))
+    elif not quiet:
+        _print_conversion(done)
+    if not done.published:
+        if quiet and done.report is not None:
+            _stderr().print(render.report_table(done.report))
+        _fail("verification failed; nothing was published.", EXIT_VERIFICATION_FAILED)
+
+
+def _print_conversion(done: Conversion) -> None:
+    from upcycle_cli import render
+
+    if done.already_done:
+        if done.report is not None:
+            _stdout().print(render.report_table(done.report))
+        if done.published:
+            _talk(f"{done.output} is already what this command makes; nothing to do.")
+        return
+    _print_plan(done.plan)
+    if done.report is not None:
+        _stdout().print()
+        _stdout().print(render.report_table(done.report))
+    if done.published:
+        _talk(f"\nWrote {done.output} in {done.seconds:.1f} s.")
+        if done.report is None:
+            _talk(f"Next: upcycle verify {done.plan.source.path} {done.output}")
+
+
+def _print_plan(plan: Plan) -> None:
+    from upcycle_cli import render
+    from upcycle_cli.advice import warnings
+
+    _stdout().print(render.plan_table(plan))
+    for warning in warnings(plan):
+        _stderr().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
+
+
+def _run_shown(arguments: list[str]) -> int:
+    """Show a command as one would type it, run it here, and return its exit code."""
+    command = escape(shlex.join(["upcycle", *arguments]))
+    _stderr().print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
+    try:
+        app(arguments, standalone_mode=False)
+    except typer.Exit as result:
+        return result.exit_code
+    return 0
+
+
+def _announce_check(name: str) -> None:
+    if sys.stderr.isatty():
+        _talk(f"checking {name} …")
+
+
+def _stdout(width: int | None = None) -> Console:
+    return Console(width=width, highlight=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _talk(text: str) -> None:
+    _stderr().print(escape(text), soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _stderr().print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _errors_to_exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except UpcycleError as error:
+        _fail(str(error), EXIT_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was published.", EXIT_SIGINT)

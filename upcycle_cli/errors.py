@@ -1,0 +1,19 @@
+"""The one exception that crosses the command line.
+
+Everything that a user can cause or cure is raised as `UpcycleError`; `cli.py` prints it and exits
+with code 2. Any other exception is a bug in upcycle and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UpcycleError(Exception):
+    """Something the user can fix: what is wrong and where, and optionally what to do about it."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message

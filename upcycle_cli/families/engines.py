@@ -1,0 +1,64 @@
+"""Which inference engines run a target and routing as it is meant.
+
+Facts about other software, each found by running an upcycled SmolLM2-135M or a tiny model in it;
+docs/decisions.md says how. llama.cpp ignores `norm_topk_prob`: it renormalises for qwen3moe and
+never for qwen2moe; MLX's qwen2_moe never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from upcycle_cli.recipe import Routing
+
+
+class Support(StrEnum):
+    """What happens when an engine loads the model."""
+
+    RUNS = "runs"
+    PER_EXPERT_ONLY = "needs --expert-layout per-expert"
+    UNTIED_ONLY = "needs --untie-embeddings"
+    WRONG = "loads, computes something else"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine's verdict on one model."""
+
+    name: str
+    support: Support
+
+
+_ANY = tuple(Routing)
+_SUPPORT: tuple[tuple[str, str, tuple[Routing, ...], Support], ...] = (
+    ("mixtral", "transformers", _ANY, Support.RUNS),
+    ("mixtral", "vLLM", _ANY, Support.RUNS),
+    ("mixtral", "llama.cpp", _ANY, Support.RUNS),
+    ("qwen2_moe", "transformers", _ANY, Support.RUNS),
+    ("qwen2_moe", "vLLM", _ANY, Support.RUNS),
+    ("qwen2_moe", "llama.cpp", (Routing.SOFTMAX_TOPK,), Support.RUNS),
+    ("qwen2_moe", "llama.cpp", (Routing.TOPK_SOFTMAX,), Support.WRONG),
+    ("qwen2_moe", "MLX", (Routing.TOPK_SOFTMAX,), Support.WRONG),
+    ("qwen3_moe", "transformers", _ANY, Support.RUNS),
+    ("qwen3_moe", "llama.cpp", (Routing.SOFTMAX_TOPK,), Support.WRONG),
+)
+
+
+def engines(target: str, routing: Routing, *, tied: bool, fused: bool) -> tuple[Engine, ...]:
+    """Return what is known of each engine; one that is not listed was not tried.
+
+    `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
+    one tensor, which transformers 5 alone reads.
+    """
+    found = []
+    for model_type, name, routings, listed in _SUPPORT:
+        if model_type != target or routing not in routings:
+            continue
+        support = listed
+        if support is Support.RUNS and name != "transformers" and fused:
+            support = Support.PER_EXPERT_ONLY
+        elif support is Support.RUNS and name == "llama.cpp" and target == "qwen2_moe" and tied:
+            support = Support.UNTIED_ONLY  # its qwen2moe wants `output.weight`
+        found.append(Engine(name, support))
+    return tuple(found)

@@ -1,0 +1,223 @@
+"""The command line's options: their names, help and parsing; each is declared once.
+
+Nothing here imports torch, so `--help` and usage errors do not pay for it.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.outputs import Options
+from upcycle_cli.recipe import Routing, ScaleSplit, Scaling, parse_recipe_name
+
+
+class TargetChoice(StrEnum):
+    """What --target takes."""
+
+    AUTO = "auto"
+    MIXTRAL = "mixtral"
+    QWEN2_MOE = "qwen2_moe"
+    QWEN3_MOE = "qwen3_moe"
+
+
+class RoutingChoice(StrEnum):
+    """What --routing takes."""
+
+    AUTO = "auto"
+    SOFTMAX_TOPK = Routing.SOFTMAX_TOPK
+    TOPK_SOFTMAX = Routing.TOPK_SOFTMAX
+
+
+class DtypeChoice(StrEnum):
+    """What --dtype takes."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+# The panels that --help groups the options in.
+RECIPE = "Recipe"
+WEIGHTS = "Routers and scaling"
+GROUPS = "Virtual groups"
+FILES = "Output files"
+RUN = "Run"
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="EnGnTn",
+        help="Expansion, granularity and top-k in the paper's notation, such as E8G1T2 or E8G8T8.",
+        rich_help_panel=RECIPE,
+    ),
+]
+ExpansionOption = Annotated[
+    int | None,
+    typer.Option(
+        "--expansion",
+        "-E",
+        help="Expert parameters / MLP parameters.",
+        rich_help_panel=RECIPE,
+    ),
+]
+GranularityOption = Annotated[
+    int | None,
+    typer.Option(
+        "--granularity",
+        "-G",
+        help="Dense intermediate size / expert intermediate size.",
+        rich_help_panel=RECIPE,
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option("--top-k", "-T", help="Experts that each token uses.", rich_help_panel=RECIPE),
+]
+TargetOption = Annotated[
+    TargetChoice,
+    typer.Option(
+        help="MoE architecture; auto takes the one that most software loads.",
+        rich_help_panel=RECIPE,
+    ),
+]
+RoutingOption = Annotated[
+    RoutingChoice,
+    typer.Option(
+        help="How gates come from router logits; auto does as the target's released models.",
+        rich_help_panel=RECIPE,
+    ),
+]
+InexactOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact",
+        help="Allow a top-k that is not a multiple of the granularity.",
+        rich_help_panel=RECIPE,
+    ),
+]
+ScalingOption = Annotated[
+    str,
+    typer.Option(
+        metavar="exact|paper|none|FLOAT",
+        help="Factors on the experts: exact preserves the function, paper is the cube root on "
+        "every matrix, a number sets c itself.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+SplitOption = Annotated[
+    ScaleSplit,
+    typer.Option(
+        help="Share the factor between up and down, or put it all on down.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+GroupsOption = Annotated[
+    bool,
+    typer.Option(
+        "--virtual-groups/--no-virtual-groups",
+        help="One router row per group of G experts, or one per expert.",
+        rich_help_panel=GROUPS,
+    ),
+]
+StdOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Standard deviation of the router's logits; 1 for topk-softmax and 0.001 for "
+        "softmax-topk unless given.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the routers.", rich_help_panel=WEIGHTS)]
+DtypeOption = Annotated[
+    DtypeChoice,
+    typer.Option(help="Dtype of every tensor; auto keeps each one's own.", rich_help_panel=FILES),
+]
+LayoutOption = Annotated[
+    ExpertLayout,
+    typer.Option(
+        help="A tensor per expert, which every engine reads, or per layer as transformers 5 "
+        "holds them.",
+        rich_help_panel=FILES,
+    ),
+]
+ShardOption = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="Largest file, such as 5GB or 500MB.", rich_help_panel=FILES),
+]
+UntieOption = Annotated[
+    bool,
+    typer.Option(
+        "--untie-embeddings",
+        help="Write the head of a tied model as a tensor of its own (llama.cpp's qwen2moe "
+        "needs it).",
+        rich_help_panel=FILES,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=RUN)
+]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def recipe_sizes(
+    recipe: str | None, expansion: int | None, granularity: int | None, top_k: int | None
+) -> tuple[int, int, int]:
+    """Return E, G and T from either form; UpcycleError when neither or both are given."""
+    separate = {"expansion": expansion, "granularity": granularity, "top_k": top_k}
+    given = {name: value for name, value in separate.items() if value is not None}
+    if recipe is not None:
+        if given:
+            raise UpcycleError(
+                "--recipe says expansion, granularity and top-k already.", "Use one or the other."
+            )
+        return parse_recipe_name(recipe)
+    if expansion is not None and granularity is not None and top_k is not None:
+        return expansion, granularity, top_k
+    missing = [f"--{name.replace('_', '-')}" for name in separate if name not in given]
+    raise UpcycleError(
+        f"{' and '.join(missing)} missing." if given else "no recipe.",
+        "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and --top-k.",
+    )
+
+
+def parse_scaling(text: str) -> Scaling | float:
+    """Read a named scaling, or c itself as a number."""
+    if text in set(Scaling):
+        return Scaling(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise UpcycleError(
+            f"--scaling '{text}' is neither exact, paper, none nor a number."
+        ) from None
+
+
+def file_options(
+    dtype: DtypeChoice, expert_layout: ExpertLayout, max_shard_size: str, *, untie: bool
+) -> Options:
+    """Put together what the user wants of the files."""
+    return Options(
+        dtype=None if dtype is DtypeChoice.AUTO else dtype.value,
+        expert_layout=expert_layout,
+        max_shard_bytes=_parse_size(max_shard_size),
+        untie_embeddings=untie,
+    )
+
+
+def _parse_size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UpcycleError(f"--max-shard-size '{text}' is not a size.", "Write 5GB or 500MB.")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -1,0 +1,144 @@
+"""`verify`: is a mixture of experts what the method makes of a dense model?
+
+Four checks that use nothing of the converter: its plan and its formulas may be wrong, and then
+these must say so. They share the checkpoint reader and the families' tables of names with it.
+
+- structure.py  names, shapes, dtypes and settings, against transformers' own model
+- weights.py    every tensor against the dense model, bit for bit
+- outputs.py    logits of both models on text
+- claims.py     `upcycle.json` and the tokenizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from upcycle_cli.checkpoint import CONFIG_NAME, open_checkpoint, read_json
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families import DENSE, TARGETS
+from upcycle_cli.families.target import Target
+from upcycle_cli.verification.facts import DamagedError, Facts, gather_facts
+from upcycle_cli.verification.report import CheckResult, Report, Status
+
+__all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "verify"]
+
+CHECK_NAMES = ("structure", "weights", "outputs", "claims")
+"""The checks, in the order in which they run."""
+
+
+def verify(
+    dense: Path | str,
+    moe: Path | str,
+    *,
+    checks: Sequence[str] = CHECK_NAMES,
+    prompts: Path | str | None = None,
+    on_start: Callable[[str], None] | None = None,
+) -> Report:
+    """Check the MoE in one directory against the dense model in another.
+
+    `prompts` is a text file to run both models on, instead of the built-in one; `on_start` hears
+    the name of each check as it starts.
+
+    Raises UpcycleError when the check cannot be made: an unknown check, a directory that is not
+    there or not of the right kind, a dense model that cannot be read, empty prompts. Damage to the
+    MoE is a finding, not an error.
+    """
+    dense, moe = Path(dense), Path(moe)
+    prompts = None if prompts is None else Path(prompts)
+    selected = _selected(checks)
+    target = _target(moe)
+    _check_dense(dense)
+    if prompts is not None:
+        from upcycle_cli.verification.outputs import read_prompts
+
+        read_prompts(prompts)
+    source = open_checkpoint(dense)
+    try:
+        converted = open_checkpoint(moe)
+    except UpcycleError as error:
+        return _damaged(selected, error)
+    try:
+        facts = gather_facts(source, converted, target)
+    except DamagedError as error:
+        return _damaged(selected, error)
+    return _run(facts, selected, prompts, on_start or (lambda _: None))
+
+
+def _selected(checks: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in checks if name not in CHECK_NAMES]
+    if unknown or not checks:
+        what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
+        raise UpcycleError(what, f"Choose from {', '.join(CHECK_NAMES)}.")
+    return tuple(name for name in CHECK_NAMES if name in checks)
+
+
+def _target(moe: Path) -> Target:
+    if not moe.is_dir():
+        raise UpcycleError(f"{moe} is not a directory.", "Give the directory of the MoE.")
+    if not (moe / CONFIG_NAME).is_file():
+        raise UpcycleError(f"{moe} has no {CONFIG_NAME}.", "Give the directory of the MoE.")
+    model_type = str(read_json(moe / CONFIG_NAME).get("model_type"))
+    if model_type not in TARGETS:
+        hint = f"An MoE that upcycle can make has model type {' or '.join(TARGETS)}."
+        if model_type in DENSE:
+            hint += " The dense model comes first: upcycle verify DENSE MOE."
+        raise UpcycleError(f"{moe} is not such an MoE: its model type is '{model_type}'.", hint)
+    return TARGETS[model_type]
+
+
+def _check_dense(dense: Path) -> None:
+    if not (dense / CONFIG_NAME).is_file():
+        raise UpcycleError(
+            f"{dense} is not a directory with a {CONFIG_NAME}.", "Give that of the dense model."
+        )
+    model_type = str(read_json(dense / CONFIG_NAME).get("model_type"))
+    if model_type not in DENSE:
+        hint = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}."
+        if model_type in TARGETS:
+            hint += " The dense model comes first: upcycle verify DENSE MOE."
+        raise UpcycleError(f"{dense} is not such a model: its model type is '{model_type}'.", hint)
+
+
+def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
+    """Return the report on an MoE that cannot be opened.
+
+    The first check that was asked for fails, so that no selection of checks passes.
+    """
+    first, *others = selected
+    failed = CheckResult(
+        name=first,
+        status=Status.FAILED,
+        detail="The MoE cannot be read.",
+        failures=(error.message,),
+    )
+    reason = f"Not run: the MoE cannot be read (see {first})."
+    skipped = (CheckResult(name=name, status=Status.SKIPPED, detail=reason) for name in others)
+    return Report((failed, *skipped))
+
+
+def _run(
+    facts: Facts,
+    selected: tuple[str, ...],
+    prompts: Path | None,
+    on_start: Callable[[str], None],
+) -> Report:
+    # These import torch, which takes seconds: not before everything cheap has been found in order.
+    from upcycle_cli.verification.claims import check_claims
+    from upcycle_cli.verification.models import MoeLoader
+    from upcycle_cli.verification.outputs import check_outputs
+    from upcycle_cli.verification.structure import check_structure
+    from upcycle_cli.verification.weights import check_weights
+
+    loader = MoeLoader(facts, for_outputs="outputs" in selected)
+    run: dict[str, Callable[[], CheckResult]] = {
+        "structure": lambda: check_structure(facts, loader),
+        "weights": lambda: check_weights(facts),
+        "outputs": lambda: check_outputs(facts, loader, prompts),
+        "claims": lambda: check_claims(facts),
+    }
+    results = []
+    for name in selected:
+        on_start(name)
+        results.append(run[name]())
+    return Report(tuple(results))

@@ -1,0 +1,401 @@
+"""What is known of a dense model and its MoE before a weight is read.
+
+Sizes come from the dense model's tensors and the MoE's config.json, the recipe from `upcycle.json`
+where there is one. The formulas here are verification's own: they repeat the method's few lines of
+arithmetic instead of importing the converter's, so that an error there is seen here.
+
+Legend: N experts, E expansion (groups), G granularity (shards), T top-k, L layers, H hidden size,
+I dense intermediate size, N = E·G.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import EllipsisType
+from typing import Any
+
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    TORCH_DTYPES,
+    Checkpoint,
+    TensorEntry,
+    read_json,
+)
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families import DENSE
+from upcycle_cli.families.target import Target
+
+MATRICES = ("gate", "up", "down")
+"""The three matrices of a gated MLP, down(act(gate·x) ⊙ up·x)."""
+
+EMBEDDING = "model.embed_tokens.weight"
+
+SOFTMAX_TOPK = "softmax-topk"
+TOPK_SOFTMAX = "topk-softmax"
+
+_MLP_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+_SAME = 1e-6  # relative; factors are stated in double precision
+
+
+class DamagedError(UpcycleError):
+    """The MoE contradicts itself or the dense model so far that no other check can run."""
+
+
+class Promise(StrEnum):
+    """What the MoE owes the dense model."""
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeClaim:
+    """A recipe as `upcycle.json` records it, or as it is assumed to have been."""
+
+    expansion: int
+    granularity: int
+    top_k: int
+    routing: str
+    scaling: str | float = "exact"
+    scale_split: str = "balanced"
+    virtual_groups: bool = True
+    router_logit_std: float | None = None
+    """None when nothing says it: then it is measured."""
+
+    @property
+    def num_experts(self) -> int:
+        """N = E·G."""
+        return self.expansion * self.granularity
+
+    @property
+    def needed_c(self) -> float:
+        """The factor that the gates take away, and the experts must give back."""
+        if self.routing == TOPK_SOFTMAX:
+            return float(self.granularity)
+        return self.expansion * self.granularity**2 / self.top_k
+
+    @property
+    def claimed_c(self) -> float:
+        """The factor that the scaling sets out to make."""
+        return float(self.scaling) if isinstance(self.scaling, float) else self.needed_c
+
+    def objection(self) -> str | None:
+        """Say why this recipe promises no equality, or None when it promises some."""
+        c = self.needed_c
+        if self.top_k % self.granularity:
+            return (
+                f"top-k {self.top_k} is not a multiple of granularity {self.granularity}, "
+                "so every token misses some shards of the dense MLP"
+            )
+        if not self.virtual_groups and self.granularity > 1:
+            return (
+                "without virtual groups the chosen experts need not hold every shard of the "
+                "dense MLP"
+            )
+        if self.scaling == "paper" and not math.isclose(c, 1.0):
+            return "scaling paper also scales the gate of SwiGLU, which is not linear in it"
+        if self.scaling == "none" and not math.isclose(c, 1.0):
+            return f"scaling none leaves the MLP's output too small by a factor of {c:g}"
+        if not math.isclose(self.claimed_c, c, rel_tol=_SAME):
+            return f"the scale was set to {self.claimed_c:g}, and the routing needs {c:g}"
+        return None
+
+    @property
+    def promise(self) -> Promise:
+        """What a model made by this recipe owes the dense one."""
+        if self.objection() is not None:
+            return Promise.NONE
+        # With every expert chosen, the softmax over all is the softmax over the chosen.
+        uniform = self.routing == TOPK_SOFTMAX or self.top_k == self.num_experts
+        return Promise.EXACT if uniform else Promise.APPROXIMATE
+
+    def scaling_failure(self, factors: Mapping[str, float], c: float, origin: str) -> str | None:
+        """Say what is wrong with the factors of gate, up and down, or None.
+
+        `c` is the factor that is needed, and `origin` says what needs it.
+        """
+        wanted = float(self.scaling) if isinstance(self.scaling, float) else c
+        if self.scaling in ("paper", "none"):
+            each = 1.0 if self.scaling == "none" else math.cbrt(wanted)
+            for matrix in MATRICES:
+                if not math.isclose(factors[matrix], each, rel_tol=_SAME):
+                    return (
+                        f"the factor of {matrix} is {factors[matrix]:.7g}, but scaling "
+                        f"{self.scaling} with c = {wanted:g} ({origin}) makes it {each:.7g}"
+                    )
+            return None
+        if not math.isclose(factors["gate"], 1.0, rel_tol=_SAME):
+            return (
+                f"the factor of gate is {factors['gate']:.7g}: the MLP is not linear in its gate, "
+                "which must keep its scale"
+            )
+        product = factors["up"] * factors["down"]
+        if not math.isclose(product, wanted, rel_tol=_SAME):
+            need = f"the recorded scale is {wanted:g}"
+            if not isinstance(self.scaling, float):
+                need = f"{origin} needs c = {wanted:g}"
+            return f"up × down = {product:.7g}, but {need}"
+        return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """`upcycle.json`: its data, the recipe when it is intact, and what is wrong with the file."""
+
+    data: Mapping[str, Any]
+    recipe: RecipeClaim | None
+    problems: tuple[str, ...]
+
+    def factor(self, matrix: str) -> float | None:
+        """Return the recorded factor of a matrix, or None when it is not a positive number."""
+        factors = self.data.get("factors")
+        value = factors.get(matrix) if isinstance(factors, dict) else None
+        return float(value) if value is not None and _is_positive(value) else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an expert's matrix lies: a tensor on disk and what to select of it."""
+
+    tensor: str
+    label: str
+    index: EllipsisType | tuple[int | slice, ...] = ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The sizes and the layout of a dense model and its MoE."""
+
+    dense: Checkpoint
+    moe: Checkpoint
+    target: Target
+    record: Record | None
+    num_layers: int
+    hidden_size: int
+    dense_size: int
+    """I, the dense intermediate size."""
+    expert_size: int
+    """I/G."""
+    num_experts: int
+    top_k: int
+    routing: str
+    fused: bool
+
+    @property
+    def granularity(self) -> int:
+        """G, the shards that the dense MLP was cut into."""
+        return self.dense_size // self.expert_size
+
+    @property
+    def expansion(self) -> int:
+        """E, the virtual groups of a layer."""
+        return self.num_experts // self.granularity
+
+    @property
+    def implied(self) -> RecipeClaim:
+        """The recipe that config.json implies, assuming exact scaling."""
+        return RecipeClaim(
+            expansion=self.expansion,
+            granularity=self.granularity,
+            top_k=self.top_k,
+            routing=self.routing,
+        )
+
+    @property
+    def recipe(self) -> RecipeClaim:
+        """The recorded recipe, or the implied one when nothing intact is recorded."""
+        recorded = None if self.record is None else self.record.recipe
+        return self.implied if recorded is None else recorded
+
+    @property
+    def origin(self) -> str:
+        """What c follows from, for messages."""
+        return f"{CONFIG_NAME} ({self.routing}, N={self.num_experts}, top-k {self.top_k})"
+
+    @property
+    def recorded_dtype(self) -> str | None:
+        """Torch's name of the dtype that everything was cast to, when one is recorded."""
+        value = None if self.record is None else self.record.data.get("dtype")
+        return value if isinstance(value, str) else None
+
+    def router_name(self, layer: int) -> str:
+        """Return the name of a layer's router on disk."""
+        names = self.target.names
+        return (names.fused_router if self.fused else names.router).format(layer=layer)
+
+    def place(self, matrix: str, layer: int, expert: int) -> Place:
+        """Return where one matrix of one expert lies on disk."""
+        names = self.target.names
+        if not self.fused:
+            template = {"gate": names.gate, "up": names.up, "down": names.down}[matrix]
+            name = template.format(layer=layer, expert=expert)
+            return Place(name, name)
+        if matrix == "down":
+            name = names.fused_down.format(layer=layer)
+            return Place(name, f"{name}[{expert}]", (expert,))
+        name = names.fused_gate_up.format(layer=layer)
+        begin = 0 if matrix == "gate" else self.expert_size
+        rows = slice(begin, begin + self.expert_size)
+        return Place(name, f"{name}[{expert}] ({matrix})", (expert, rows))
+
+
+def dense_mlp_name(matrix: str, layer: int) -> str:
+    """Return the name of a matrix of a dense MLP."""
+    return f"model.layers.{layer}.mlp.{matrix}_proj.weight"
+
+
+def is_dense_mlp(name: str) -> bool:
+    """Whether a dense tensor is one of an MLP's matrices."""
+    return _MLP_NAME.fullmatch(name) is not None
+
+
+def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
+    """Return the tensors of a dense checkpoint but those that no model reads."""
+    ignored = [pattern for pattern, _ in DENSE[dense.config["model_type"]].ignored]
+    return {
+        name: entry
+        for name, entry in dense.tensors.items()
+        if not any(pattern.fullmatch(name) for pattern in ignored)
+    }
+
+
+def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
+    """Return what is known of the two checkpoints.
+
+    Raises UpcycleError when the dense model has no gated MLPs of plain weights, and DamagedError
+    when the MoE's config.json does not describe experts that can have been made of them.
+    """
+    num_layers, dense_size, hidden_size = _dense_sizes(dense)
+    keys = target.keys
+    num_experts, top_k, expert_size = (
+        _count(moe, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
+    )
+    if dense_size % expert_size:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.expert_size} {expert_size} does not divide the dense model's "
+            f"intermediate size {dense_size}."
+        )
+    if num_experts % (dense_size // expert_size):
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is not a multiple of the "
+            f"granularity {dense_size // expert_size}, which {keys.expert_size} {expert_size} "
+            "stands for."
+        )
+    if top_k > num_experts:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
+        )
+    fused_down = {target.names.fused_down.format(layer=layer) for layer in range(num_layers)}
+    return Facts(
+        dense=dense,
+        moe=moe,
+        target=target,
+        record=_read_record(moe),
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        dense_size=dense_size,
+        expert_size=expert_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        routing=_config_routing(moe, target),
+        fused=not fused_down.isdisjoint(moe.tensors),
+    )
+
+
+def _dense_sizes(dense: Checkpoint) -> tuple[int, int, int]:
+    """Return L, I and H, from the tensors themselves."""
+    tensors = read_tensors(dense)
+    for name, entry in tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            raise UpcycleError(f"{dense.path}: {name} is {entry.dtype}, not a plain weight.")
+    num_layers = len({match[1] for match in map(_MLP_NAME.fullmatch, tensors) if match})
+    first = dense_mlp_name("gate", 0)
+    for name in (EMBEDDING, first):
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise UpcycleError(
+                f"{dense.path} has no matrix {name}.",
+                "Give the dense model that the MoE was made of.",
+            )
+    shape_IH = tensors[first].shape
+    for layer in range(num_layers):
+        for matrix in MATRICES:
+            name = dense_mlp_name(matrix, layer)
+            shape = shape_IH[::-1] if matrix == "down" else shape_IH
+            if name not in tensors or tensors[name].shape != shape:
+                raise UpcycleError(f"{dense.path} has no {name} of shape {list(shape)}.")
+    return num_layers, shape_IH[0], shape_IH[1]
+
+
+def _count(moe: Checkpoint, key: str) -> int:
+    value = moe.config.get(key)
+    if type(value) is not int or value < 1:
+        raise DamagedError(f"{CONFIG_NAME}: {key} must be a positive integer, not {value!r}.")
+    return value
+
+
+def _config_routing(moe: Checkpoint, target: Target) -> str:
+    key = target.keys.norm_topk_prob
+    if key is None:
+        return TOPK_SOFTMAX
+    value = moe.config.get(key, False)  # absent means false in transformers
+    if type(value) is not bool:
+        raise DamagedError(f"{CONFIG_NAME}: {key} must be true or false, not {value!r}.")
+    return TOPK_SOFTMAX if value else SOFTMAX_TOPK
+
+
+def _read_record(moe: Checkpoint) -> Record | None:
+    path = moe.path / RECORD_NAME
+    if not path.exists():
+        return None
+    try:
+        data = read_json(path)
+    except UpcycleError as error:
+        return Record({}, None, (error.message,))
+    problems: list[str] = []
+    if data.get("format") != 1:
+        problems.append(f"{RECORD_NAME}: format is {data.get('format')!r}, and only 1 is known")
+    recipe = data.get("recipe")
+    if not isinstance(recipe, dict):
+        problems.append(f"{RECORD_NAME}: recipe is missing")
+        return Record(data, None, tuple(problems))
+    wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
+    if wrong:
+        problems.append(f"{RECORD_NAME}: {', '.join(wrong)} missing or invalid")
+        return Record(data, None, tuple(problems))
+    scaling = recipe["scaling"]
+    claim = RecipeClaim(
+        **{key: recipe[key] for key in _RECIPE_FIELDS if key != "scaling"},
+        scaling=scaling if isinstance(scaling, str) else float(scaling),
+    )
+    if claim.top_k > claim.num_experts:
+        problems.append(f"{RECORD_NAME}: recipe.top_k is more than expansion x granularity")
+        return Record(data, None, tuple(problems))
+    return Record(data, claim, tuple(problems))
+
+
+def _is_positive(value: object) -> bool:
+    # Bounded, so that arithmetic on a damaged record cannot overflow; True is not a number here.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+_RECIPE_FIELDS = {
+    "expansion": _is_count,
+    "granularity": _is_count,
+    "top_k": _is_count,
+    "routing": lambda value: value in (SOFTMAX_TOPK, TOPK_SOFTMAX),
+    "scaling": lambda value: value in ("exact", "paper", "none") or _is_positive(value),
+    "scale_split": lambda value: value in ("balanced", "down"),
+    "virtual_groups": lambda value: type(value) is bool,
+    "router_logit_std": _is_positive,
+}
+"""The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -1,0 +1,115 @@
+"""What verification says: one result per check, and a report of them all.
+
+`Findings` collects failures while a check runs and keeps only as many as a person will read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+_MOST_SHOWN = 8
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    """It did not run; its detail says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What one check found.
+
+    `detail` is for a person; each of `failures` names a tensor or key and what is wrong with it.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    failures: tuple[str, ...] = ()
+    metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of all checks that were asked for, in the order in which they ran."""
+
+    checks: tuple[CheckResult, ...]
+
+    @property
+    def status(self) -> Status:
+        """`failed` when any check failed, else `passed`."""
+        return Status.PASSED if self.passed else Status.FAILED
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.status is not Status.FAILED for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {
+            "status": str(self.status),
+            "checks": [
+                {
+                    "name": check.name,
+                    "status": str(check.status),
+                    "detail": check.detail,
+                    "failures": list(check.failures),
+                    "metrics": dict(check.metrics),
+                }
+                for check in self.checks
+            ],
+        }
+
+
+class Findings:
+    """Failures as they are found; the first few in words, the rest as a count."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, finding: str | Callable[[], str]) -> None:
+        """Note a failure; a callable is asked for its words only when they will be shown."""
+        self._count += 1
+        if len(self._shown) < _MOST_SHOWN:
+            self._shown.append(finding if isinstance(finding, str) else finding())
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The failures to show, the last entry saying how many more there are."""
+        hidden = self._count - len(self._shown)
+        return (*self._shown, *([f"and {hidden} more"] if hidden else []))
+
+    def result(
+        self,
+        name: str,
+        passed: str,
+        metrics: Mapping[str, float] | None = None,
+        note: str = "",
+    ) -> CheckResult:
+        """Return the check's result: `passed` is its detail when nothing was found.
+
+        `note` is added to the detail either way. A metric that could not be measured (nan) is left
+        out: JSON has no such number.
+        """
+        problems = "1 problem" if self._count == 1 else f"{self._count} problems"
+        detail = f"{problems} found." if self._count else passed
+        return CheckResult(
+            name=name,
+            status=Status.FAILED if self._count else Status.PASSED,
+            detail=f"{detail} {note}".strip(),
+            failures=self.failures,
+            metrics={key: value for key, value in (metrics or {}).items() if math.isfinite(value)},
+        )
