@@ -18,7 +18,9 @@ def warnings(plan: Plan) -> Iterator[str]:
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     if plan.promise is Promise.NONE:
         yield f"{recipe.name} promises no equality with the dense model here: {no_promise(recipe)}."
-    if recipe.routing is Routing.TOPK_SOFTMAX and recipe.top_k == recipe.granularity:
+    # Without virtual groups the gates of the chosen differ, unless one alone is chosen.
+    grouped = recipe.virtual_groups or recipe.granularity == 1
+    if grouped and recipe.routing is Routing.TOPK_SOFTMAX and recipe.top_k == recipe.granularity:
         yield (
             "top-k equals G, so the gates inside a group are constant and the language-model loss "
             f"gives the router no gradient. Use a top-k of {2 * recipe.granularity} or more to "

@@ -179,11 +179,17 @@ class Reader:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor backed by the file: nothing is read until its pages are.
 
-        It must not be written to, nor used after the reader is closed.
+        It must not be written to, nor used after the reader is closed. Raises UpcycleError for a
+        dtype that no model is trained in.
         """
         import torch
 
         entry = self._checkpoint.tensors[name]
+        if entry.dtype not in TORCH_DTYPES:
+            raise UpcycleError(
+                f"{self._checkpoint.path}: {name} is stored as {entry.dtype}.",
+                f"Only {', '.join(TORCH_DTYPES)} can be read.",
+            )
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
         if entry.num_elements == 0:
             return torch.empty(entry.shape, dtype=dtype)

@@ -271,7 +271,8 @@ def _claims(record: Mapping[str, Any] | None) -> str:
     if not isinstance(recipe, dict) or not isinstance(source, dict):
         return "not in a form that this version reads"
     name, scaling, seed = (recipe.get(key) for key in ("name", "scaling", "seed"))
-    return f"{name}, {scaling} scaling, seed {seed}, from {source.get('name')}"
+    groups = f"{recipe.get('expansion')} groups of {recipe.get('granularity')}"
+    return f"{name} ({groups}), {scaling} scaling, seed {seed}, from {source.get('name')}"
 
 
 def _add_weights(table: Table, inspection: Inspection) -> None:

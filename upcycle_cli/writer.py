@@ -76,12 +76,23 @@ def _write_shard(
     header = _header(shard)
     _write_at(descriptor, memoryview(header), 0)
     for expr, part in _parts(shard, len(header)).items():
-        value = _compute(expr, part.tensor, reader)
-        data = raw_bytes(value)
-        if part.tensor.role is Role.ROUTER:
-            routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-        for offset in part.offsets:
-            _write_at(descriptor, data, offset, progress)
+        # A call of its own, so that no part is still held while the next is computed.
+        _write_part(expr, part, descriptor, reader, routers, progress)
+
+
+def _write_part(
+    expr: Expr,
+    part: _Part,
+    descriptor: int,
+    reader: Reader,
+    routers: dict[str, str],
+    progress: Progress,
+) -> None:
+    data = raw_bytes(_compute(expr, part.tensor, reader))
+    if part.tensor.role is Role.ROUTER:
+        routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
+    for offset in part.offsets:
+        _write_at(descriptor, data, offset, progress)
 
 
 def _header(shard: Shard) -> bytes:

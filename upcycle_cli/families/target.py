@@ -120,6 +120,9 @@ def moe_config(
             "rope_theta": decoder.rope_theta,
         }
     result |= target.settings(decoder)
+    # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
+    result.pop("num_experts", None)
+    result.pop("num_local_experts", None)
     result |= {
         target.keys.num_experts: recipe.num_experts,
         target.keys.top_k: recipe.top_k,

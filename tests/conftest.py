@@ -1,0 +1,274 @@
+"""Tiny dense checkpoints, made by transformers itself, and what tests ask of a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+# Before the first import of transformers: nothing here may look for a network, nor draw bars.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+VOCAB_SIZE = 260  # a token per byte, and a few of special meaning
+
+TINY: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "llama": TINY,
+    "mistral": TINY,
+    "qwen2": TINY,
+    # qwen3 does not derive head_dim from the other sizes.
+    "qwen3": {**TINY, "head_dim": 16},
+}
+
+REMOVED = object()
+"""As a value for `clone`: the key is taken out of config.json."""
+
+
+class MakeDense(Protocol):
+    """Makes a dense checkpoint with random weights, once per set of arguments."""
+
+    def __call__(
+        self,
+        model_type: str,
+        *,
+        dtype: str = "float32",
+        max_shard_size: str = "1GB",
+        minimal: bool = False,
+        **config: Any,  # noqa: ANN401 - JSON values
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
+    made: dict[str, Path] = {}
+
+    def make(
+        model_type: str,
+        *,
+        dtype: str = "float32",
+        max_shard_size: str = "1GB",
+        minimal: bool = False,
+        **config: Any,  # noqa: ANN401
+    ) -> Path:
+        key = json.dumps([model_type, dtype, max_shard_size, minimal, config], sort_keys=True)
+        if key not in made:
+            path = tmp_path_factory.mktemp(model_type) / "dense"
+            sizes = {**SIZES[model_type], **config}
+            _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
+            _save_companions(path)
+            if minimal:
+                write_minimal_config(path)
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_dense: MakeDense) -> Path:
+    """The dense checkpoint for tests that do not care which it is. Read only: it is shared."""
+    return make_dense("llama")
+
+
+def _save_model(
+    path: Path, model_type: str, config: Mapping[str, Any], *, dtype: str, max_shard_size: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch_dtype = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data = _random_weight(name, parameter.shape, generator).to(torch_dtype)
+    # Buffers (rotary frequencies) stay as they are: they are not saved.
+    model.config.dtype = torch_dtype
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+
+
+def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Weights large enough for every part of the model to matter to its logits."""
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.3 * noise.clamp(-2, 2)
+    if name.endswith("bias"):
+        return 0.5 * noise
+    if "embed_tokens" in name:
+        return noise
+    # Unit gain would be 1/√32 = 0.18; more of it on q and k makes attention choose.
+    return (0.4 if "q_proj" in name or "k_proj" in name else 0.2) * noise
+
+
+def _save_companions(path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(path)
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9).save_pretrained(path)
+    (path / "LICENSE").write_text("Do as you like.\n")
+    (path / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\n- fr\ntags:\n- tiny\n---\n\n# Tiny\n"
+    )
+
+
+def write_minimal_config(path: Path) -> None:
+    """Leave out of config.json what the model type implies, as many released models do."""
+    from transformers import AutoConfig
+
+    config = read_json(path / "config.json")
+    defaults = type(AutoConfig.for_model(config["model_type"]))().to_dict()
+    minimal = {
+        key: value
+        for key, value in config.items()
+        if key in ("model_type", "architectures") or value != defaults.get(key)
+    }
+    num_heads = minimal.get("num_attention_heads", defaults["num_attention_heads"])
+    hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
+    if minimal.get("head_dim") == hidden_size // num_heads and config["model_type"] != "qwen3":
+        del minimal["head_dim"]
+    # llama alone takes an absent number of KV heads for the number of heads.
+    if minimal.get("num_key_value_heads") == num_heads and config["model_type"] == "llama":
+        del minimal["num_key_value_heads"]
+    if set(minimal.get("layer_types", ["full_attention"])) == {"full_attention"}:
+        minimal.pop("layer_types", None)
+    write_json(path / "config.json", minimal)
+
+
+def clone(source: Path, target: Path, **changes: Any) -> Path:  # noqa: ANN401
+    """Copy a checkpoint, so that a test may spoil it, with `changes` to its config.json."""
+    shutil.copytree(source, target)
+    if changes:
+        config = read_json(target / "config.json") | changes
+        kept = {key: value for key, value in config.items() if value is not REMOVED}
+        write_json(target / "config.json", kept)
+    return target
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(value, dict)
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read by safetensors' own code."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+class _Collect(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def logits(path: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Run a checkpoint by transformers, which must load all of it and have no complaint."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    logger = transformers_logging.get_logger("transformers")
+    # warning_once stays silent about what an earlier model was already warned of.
+    logger.warning_once.cache_clear()
+    collect = _Collect()
+    logger.addHandler(collect)
+    try:
+        # The experts' other implementations do not know float64.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, experts_implementation="eager"
+        )
+        with torch.no_grad():
+            result: torch.Tensor = model.eval()(ids).logits
+    finally:
+        logger.removeHandler(collect)
+    problems = {kind: found for kind, found in info.items() if found}
+    assert not problems
+    assert not collect.messages
+    return result
+
+
+def random_ids(length: int = 24, rows: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, VOCAB_SIZE - 2, (rows, length), generator=generator)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two logit tensors, relative to their scale."""
+    return float((one - other).abs().max() / other.std())
+
+
+def snapshot(path: Path) -> dict[str, tuple[str, int]]:
+    """Every file below a directory with the digest of its bytes and its modification time."""
+    return {
+        file.relative_to(path).as_posix(): (
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+            file.lstat().st_mtime_ns,
+        )
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Every file below a directory with the digest of its bytes."""
+    return {name: digest for name, (digest, _) in snapshot(path).items()}
+
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """Run the command line in a process of its own, as a shell would."""
+
+    def run(
+        *arguments: str | Path, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd,
+            env=os.environ | {"COLUMNS": "80"} | environment,
+        )
+
+    return run

@@ -1,0 +1,177 @@
+"""Dense checkpoints made without transformers: of any size without weights, or tiny with them.
+
+Shapes are written down here once more, apart from `upcycle_cli`, so that a test that compares the
+two can fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle_cli.recipe import Recipe, Routing, parse_recipe_name
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BIG = ("llama-3.1-70b", "llama-3.1-405b", "mistral-7b-v0.1", "qwen2.5-72b", "qwen3-32b")
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+TINY: Mapping[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "tie_word_embeddings": False,
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def big_config(name: str) -> dict[str, Any]:
+    """The config.json of a released model."""
+    config = json.loads((FIXTURES / f"{name}.json").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+    return {"model_type": model_type, **TINY, **changes}
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of a dense model whose config states every size."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        for matrix, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{prefix}.self_attn.{matrix}_proj.weight"] = (rows * head_dim, hidden)
+            if config["model_type"] == "qwen2":
+                shapes[f"{prefix}.self_attn.{matrix}_proj.bias"] = (rows * head_dim,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
+        if config["model_type"] == "qwen3":
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (head_dim,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def write_hollow(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: str = "BF16",
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a checkpoint whose headers are right and whose data is a hole: it takes no space."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in (tensor_shapes(config) if shapes is None else shapes).items():
+        nbytes = _product(shape) * ITEM_BYTES[dtype]
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += nbytes
+    if len(shards) == 1:
+        _write_hollow_shard(directory / "model.safetensors", shards[0], dtype)
+        return directory
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_hollow_shard(directory / file_name, shard, dtype)
+        weight_map |= dict.fromkeys(shard, file_name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def _write_hollow_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    entries: dict[str, object] = {}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + _product(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + position)
+
+
+def write_model(
+    directory: Path, config: Mapping[str, Any], *, dtype: str = "BF16", seed: int = 0
+) -> Path:
+    """Write a tiny checkpoint with random weights, odd ones among them."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: random_bits(shape, TORCH[dtype], generator)
+        for name, shape in tensor_shapes(config).items()
+    }
+    for name, tensor in tensors.items():
+        if "layernorm" in name:  # a norm must have a length for a router to be drawn
+            tensors[name] = tensor.sign() + 0.5
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def random_bits(
+    shape: Iterable[int], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Finite values of every magnitude up to 100: subnormal ones and negative zeros too."""
+    bits, shape = BITS[dtype], tuple(shape)
+    values = torch.randint(
+        torch.iinfo(bits).min, torch.iinfo(bits).max, shape, generator=generator, dtype=bits
+    ).view(dtype)
+    ordinary = torch.randn(shape, generator=generator).to(dtype)
+    # NaN compares false, and what is larger would overflow float16 once it is scaled.
+    return torch.where(values.abs() <= 100, values, ordinary)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bytes: unlike ==, this tells −0 from 0."""
+    assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    bits = BITS[one.dtype]
+    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+
+
+def make_recipe(
+    name: str,
+    routing: Routing | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Recipe:
+    expansion, granularity, top_k = parse_recipe_name(name)
+    return Recipe(
+        expansion=expansion, granularity=granularity, top_k=top_k, routing=routing, **settings
+    )
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for length in shape:
+        result *= length
+    return result

@@ -1,0 +1,622 @@
+"""The output as a whole: repeatable, complete, and there entirely or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    MakeDense,
+    RunCli,
+    clone,
+    contents,
+    logits,
+    random_ids,
+    read_json,
+    read_tensors,
+    snapshot,
+    write_json,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli.conversion import execute
+from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.publish import MARKER
+from upcycle_cli.recipe import Routing
+
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+TWICE = Recipe(expansion=4, granularity=2, top_k=4)
+
+
+def others(directory: Path) -> list[str]:
+    """What lies beside the usual `dense` and `moe`."""
+    return sorted({entry.name for entry in directory.iterdir()} - {"dense", "moe"})
+
+
+def spoil(weights: Path) -> None:
+    """Change the last byte: the head's last weight."""
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+
+
+# The same bytes every time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_two_runs_give_the_same_files(
+    make_dense: MakeDense, tmp_path: Path, model_type: str, layout: ExpertLayout
+) -> None:
+    options = Options(expert_layout=layout, max_shard_bytes=50_000)
+    for name in ("one", "two"):
+        path = tmp_path / name / "moe"  # the same name: the card may say it
+        convert(make_dense(model_type), path, TWICE, options=options, checksums=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_two_processes_give_the_same_files(llama: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    convert(llama, tmp_path / "one" / "moe", RECIPE)
+    # Another hash seed and another number of threads, seen from another directory.
+    (tmp_path / "two").mkdir()
+    dense = os.path.relpath(llama, tmp_path / "two")
+    arguments = ("convert", dense, "moe", "--recipe", RECIPE.name)
+    done = run_cli(*arguments, cwd=tmp_path / "two", PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_threads_do_not_change_a_bit(llama: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            convert(llama, tmp_path / str(count), TWICE, options=Options(dtype="bfloat16"))
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(shard_bytes=st.integers(1, 300_000))
+def test_shard_size_does_not_change_a_tensor(llama: Path, tmp_path: Path, shard_bytes: int) -> None:
+    reference, path = tmp_path / "reference", tmp_path / "sharded"
+    if not reference.exists():
+        convert(llama, reference, RECIPE)
+    shutil.rmtree(path, ignore_errors=True)
+    done = convert(llama, path, RECIPE, options=Options(max_shard_bytes=shard_bytes))
+    expected, found = read_tensors(reference), read_tensors(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for shard in done.plan.shards:
+        # A tensor that is larger than a shard may be gets a shard of its own.
+        assert shard.nbytes <= shard_bytes or len(shard.tensors) == 1
+    open_checkpoint(path)  # the index and the files agree
+
+
+def test_another_seed_changes_the_routers_only(llama: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        recipe = Recipe(expansion=2, granularity=2, top_k=2, seed=seed)
+        convert(llama, tmp_path / str(seed), recipe)
+    one, two = read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1")
+    assert {name for name in one if not torch.equal(one[name], two[name])} == {
+        f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)
+    }
+
+
+def test_routers_have_the_logits_that_were_asked_for(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = make_dense("llama", hidden_size=64)
+    recipe = Recipe(expansion=64, granularity=2, top_k=2, router_logit_std=0.5)
+    convert(dense, tmp_path / "moe", recipe)
+    tensors = read_tensors(tmp_path / "moe")
+    for layer in range(2):
+        router_NH = tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        gamma_H = tensors[f"model.layers.{layer}.post_attention_layernorm.weight"]
+        groups = router_NH.reshape(64, 2, 64)
+        assert torch.equal(groups[:, 0], groups[:, 1])
+        assert len({tuple(row.tolist()) for row in groups[:, 0]}) == 64
+        nominal = float(router_NH.double().std() * gamma_H.double().norm())
+        assert nominal == pytest.approx(0.5, rel=0.05)  # 4096 draws: a standard error of 1 %
+
+
+def test_layers_and_matrices_have_routers_of_their_own(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    tensors = read_tensors(tmp_path / "moe")
+    one, two = (tensors[f"model.layers.{i}.block_sparse_moe.gate.weight"] for i in range(2))
+    # The two layers' norms differ, which scales the rows; their directions must differ too.
+    cosine = torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0)
+    assert abs(float(cosine)) < 0.5
+
+
+# What the output holds ----------------------------------------------------------------------------
+
+
+def test_companions_are_copied(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    found, source = contents(tmp_path / "moe"), contents(llama)
+    companions = source.keys() - {"README.md", "config.json", "model.safetensors"}
+    assert companions >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "LICENSE",
+    }
+    assert {name: found[name] for name in companions} == {name: source[name] for name in companions}
+    own = {"README.md", "config.json", "model.safetensors", "upcycle.json"}
+    assert found.keys() == companions | own
+
+
+def test_weights_in_other_formats_and_hidden_files_stay_behind(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    for name in ("pytorch_model.bin", ".gitattributes", "training_args.bin", "model.onnx"):
+        (dense / name).write_bytes(b"something")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 }}")
+    convert(dense, tmp_path / "moe", RECIPE)
+    found = contents(tmp_path / "moe")
+    assert not found.keys() & {"pytorch_model.bin", ".gitattributes", "training_args.bin"}
+    assert "additional_chat_templates/tool_use.jinja" in found
+
+
+def test_the_tokenizer_and_generation_config_load(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    convert(llama, tmp_path / "moe", RECIPE)
+    text = "Ein Häuschen, 3 × 7."
+    one, two = (AutoTokenizer.from_pretrained(path) for path in (llama, tmp_path / "moe"))
+    assert one(text).input_ids == two(text).input_ids
+    assert two.chat_template == one.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "moe").temperature == 0.6
+
+
+def test_the_model_card_is_one_that_the_hub_accepts(llama: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    convert(llama, tmp_path / "moe", RECIPE)
+    card = ModelCard.load(tmp_path / "moe" / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"  # carried over from the source's card
+    assert data["language"] == ["en", "fr"]
+    assert data["library_name"] == "transformers"
+    assert {"moe", "mixtral"} <= set(data["tags"])
+    assert "E2G2T2" in card.text
+    assert str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize(
+    "source_card",
+    [None, b"no front matter", b"---\nlicense: [\n---\n", b"---\n- a list\n---\n", b"\xff\xfe\x00"],
+)
+def test_a_source_card_that_says_nothing_is_no_obstacle(
+    llama: Path, tmp_path: Path, source_card: bytes | None
+) -> None:
+    from huggingface_hub import ModelCard
+
+    dense = clone(llama, tmp_path / "dense")
+    (dense / "README.md").unlink()
+    if source_card is not None:
+        (dense / "README.md").write_bytes(source_card)
+    convert(dense, tmp_path / "moe", RECIPE)
+    assert "license" not in ModelCard.load(tmp_path / "moe" / "README.md").data.to_dict()
+
+
+def test_the_record_says_how_it_was_made_and_not_where(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", TWICE)
+    text = (tmp_path / "moe" / "upcycle.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(llama.parent) not in text
+    record = json.loads(text)
+    assert record["recipe"]["name"] == "E4G2T4"
+    assert record["recipe"]["seed"] == 0
+    assert record["source"]["name"] == "dense"
+    assert record["factors"] == {"c": 2.0, "gate": 1.0, "up": 2.0, "down": 1.0}
+    assert len(record["routers"]) == 2
+
+
+def test_no_file_names_the_directories_it_was_made_in(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense", _name_or_path=str(tmp_path / "secret"))
+    convert(dense, tmp_path / "moe", RECIPE, checksums=True, verify=True)
+    for file in (tmp_path / "moe").iterdir():
+        assert os.fsencode(tmp_path) not in file.read_bytes(), file.name
+
+
+def test_checksums_are_what_sha256sum_reads(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = make_dense("llama")
+    convert(dense, tmp_path / "moe", RECIPE, checksums=True)
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=tmp_path / "moe", check=False).returncode == 0
+    listed = {
+        line.split("  ", 1)[1] for line in (tmp_path / "moe/SHA256SUMS").read_text().splitlines()
+    }
+    assert listed == contents(tmp_path / "moe").keys() - {"SHA256SUMS"}
+
+    with (tmp_path / "moe" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    damaged = subprocess.run(check, cwd=tmp_path / "moe", check=False, capture_output=True)
+    assert damaged.returncode == 1
+
+
+# The source and the output directory --------------------------------------------------------------
+
+
+def test_the_source_is_never_touched(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    before, modified = snapshot(dense), dense.stat().st_mtime_ns
+    convert(dense, tmp_path / "moe", RECIPE, verify=True)
+    assert snapshot(dense) == before
+    assert dense.stat().st_mtime_ns == modified
+
+
+def test_a_second_run_finds_nothing_to_do(llama: Path, tmp_path: Path) -> None:
+    first = convert(llama, tmp_path / "moe", RECIPE)
+    before = snapshot(tmp_path / "moe")
+    second = convert(llama, tmp_path / "moe", RECIPE)
+    assert (first.already_done, second.already_done) == (False, True)
+    assert second.published
+    assert snapshot(tmp_path / "moe") == before
+    assert others(tmp_path) == []
+
+
+def test_a_second_run_verifies_when_asked_to(llama: Path, tmp_path: Path) -> None:
+    """Sizes and config are all that makes an output count as finished; bytes can rot."""
+    convert(llama, tmp_path / "moe", RECIPE)
+    good = convert(llama, tmp_path / "moe", RECIPE, verify=True)
+    assert good.already_done
+    assert good.report is not None
+    assert good.published
+    spoil(tmp_path / "moe" / "model.safetensors")
+    bad = convert(llama, tmp_path / "moe", RECIPE, verify=True)
+    assert bad.report is not None
+    assert not bad.report.passed
+    assert not bad.published
+
+
+def test_a_damaged_output_is_not_taken_for_finished(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    weights = tmp_path / "moe" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-100])
+    with pytest.raises(UpcycleError, match="not empty"):
+        convert(llama, tmp_path / "moe", RECIPE)
+    assert not convert(llama, tmp_path / "moe", RECIPE, overwrite=True).already_done
+    assert weights.read_bytes() == good
+
+
+def test_a_changed_source_is_converted_again(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    convert(dense, tmp_path / "moe", RECIPE)
+    weights = dense / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # the same size and header: another model
+    weights.write_bytes(data)
+    with pytest.raises(UpcycleError, match="not empty"):
+        convert(dense, tmp_path / "moe", RECIPE)
+    assert not convert(dense, tmp_path / "moe", RECIPE, overwrite=True).already_done
+
+
+def test_overwrite_replaces_the_whole_directory(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    (tmp_path / "moe" / "stale.txt").write_text("from before")
+    with pytest.raises(UpcycleError, match="--overwrite"):
+        convert(llama, tmp_path / "moe", TWICE)
+    assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 4
+    convert(llama, tmp_path / "moe", TWICE, overwrite=True)
+    assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 8
+    assert not (tmp_path / "moe" / "stale.txt").exists()
+    assert others(tmp_path) == []
+
+
+def test_an_empty_directory_or_a_missing_parent_will_do(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    convert(llama, tmp_path / "empty", RECIPE)
+    convert(llama, tmp_path / "a" / "b" / "moe", RECIPE)
+    assert contents(tmp_path / "empty") == contents(tmp_path / "a" / "b" / "moe")
+    assert not (tmp_path / "empty" / MARKER).exists()
+
+
+def test_an_empty_output_needs_no_overwrite_but_takes_it(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
+    assert others(tmp_path) == []
+
+
+# Failures publish nothing -------------------------------------------------------------------------
+
+
+def test_a_failing_verification_publishes_nothing(llama: Path, tmp_path: Path) -> None:
+    plan = build_plan(RECIPE, open_checkpoint(llama))
+    weights = tmp_path / "moe.partial" / "model.safetensors"
+    done = execute(plan, tmp_path / "moe", verify=True, on_check=lambda _: spoil(weights))
+    assert done.report is not None
+    assert not done.report.passed
+    assert not done.published
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_verification_keeps_the_output_that_was_there(
+    llama: Path, tmp_path: Path
+) -> None:
+    convert(llama, tmp_path / "moe", TWICE)
+    before = snapshot(tmp_path / "moe")
+    plan = build_plan(RECIPE, open_checkpoint(llama))
+    weights = tmp_path / "moe.partial" / "model.safetensors"
+    done = execute(
+        plan, tmp_path / "moe", overwrite=True, verify=True, on_check=lambda _: spoil(weights)
+    )
+    assert not done.published
+    assert snapshot(tmp_path / "moe") == before
+    assert others(tmp_path) == []
+
+
+def test_a_passing_verification_is_in_the_card(llama: Path, tmp_path: Path) -> None:
+    done = convert(llama, tmp_path / "moe", RECIPE, verify=True)
+    assert done.published
+    assert done.report is not None
+    card = (tmp_path / "moe" / "README.md").read_text()
+    for check in done.report.checks:
+        assert f"| {check.name} | passed |" in card
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    plan = build_plan(RECIPE, open_checkpoint(dense))
+
+    def touch(_num_bytes: int) -> None:
+        os.utime(dense / "model.safetensors", ns=(0, 0))
+
+    with pytest.raises(UpcycleError, match="changed while it was being read"):
+        execute(plan, tmp_path / "moe", progress=touch)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense"]
+
+
+# Converts as the command line does, but deals itself a blow at the 20th write.
+BLOW = """
+import os, signal, sys
+real, calls = os.pwrite, 0
+def pwrite(*arguments):
+    global calls
+    calls += 1
+    if calls == 20:
+        {blow}
+    return real(*arguments)
+os.pwrite = pwrite
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+def run_with_blow(blow: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BLOW.format(blow=blow), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_killed_run_leaves_a_partial_that_the_next_run_replaces(
+    llama: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    command = ("convert", llama, tmp_path / "moe", "--recipe", RECIPE.name)
+    killed = run_with_blow("os.kill(os.getpid(), signal.SIGKILL)", *command)
+    assert killed.returncode == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == ["moe.partial"]
+    (tmp_path / "moe.partial" / "leftover").mkdir()
+
+    again = run_cli(*command)
+    assert again.returncode == 0, again.stderr
+    assert others(tmp_path) == []
+    convert(llama, tmp_path / "reference", RECIPE)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_signal_leaves_nothing_behind(
+    llama: Path, tmp_path: Path, name: str, code: int, *, overwrite: bool
+) -> None:
+    command = ["convert", str(llama), str(tmp_path / "moe"), "--recipe", RECIPE.name]
+    if overwrite:
+        convert(llama, tmp_path / "moe", TWICE)
+        command.append("--overwrite")
+    before = snapshot(tmp_path)
+    stopped = run_with_blow(f"os.kill(os.getpid(), signal.{name})", *command)
+    assert stopped.returncode == code
+    assert stopped.stdout == ""
+    assert "Traceback" not in stopped.stderr
+    assert snapshot(tmp_path) == before
+    assert others(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(llama: Path, tmp_path: Path) -> None:
+    full = "raise OSError(28, os.strerror(28))"
+    command = ("convert", llama, tmp_path / "moe", "--recipe", RECIPE.name)
+    failed = run_with_blow(full, *command)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+    assert "No space left on device" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_the_system_cuts_short_is_completed(llama: Path, tmp_path: Path) -> None:
+    """POSIX lets a write do less than it was asked; the kernel does so near a limit or a signal."""
+    short = "return real(arguments[0], arguments[1][:3], arguments[2])"
+    done = run_with_blow(short, "convert", llama, tmp_path / "moe", "--recipe", RECIPE.name)
+    assert done.returncode == 0, done.stderr
+    convert(llama, tmp_path / "reference", RECIPE)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
+def test_a_file_size_limit_leaves_nothing_behind(llama: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UpcycleError, match=r"writing .* failed"):
+            convert(llama, tmp_path / "moe", RECIPE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_cannot_write_the_same_output(
+    llama: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    partial = tmp_path / "moe.partial"
+    partial.mkdir()
+    (partial / MARKER).touch()
+    (partial / "model.safetensors").write_bytes(b"being written by the other one")
+    before = contents(partial)
+    lock = os.open(partial, os.O_RDONLY)
+    command = ("convert", llama, tmp_path / "moe", "--recipe", RECIPE.name)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = run_cli(*command)
+        assert refused.returncode == 2
+        assert "another upcycle process" in refused.stderr
+        assert contents(partial) == before
+        assert not (tmp_path / "moe").exists()
+    finally:
+        os.close(lock)
+    assert run_cli(*command).returncode == 0
+    assert others(tmp_path) == []
+
+
+def test_a_partial_of_somebody_else_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe.partial").mkdir()
+    (tmp_path / "moe.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UpcycleError, match="was not made by upcycle"):
+        convert(llama, tmp_path / "moe", RECIPE)
+    assert (tmp_path / "moe.partial" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_partial_that_is_a_link_to_elsewhere_does_no_harm(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years of work")
+    (tmp_path / "moe.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(UpcycleError):
+        convert(llama, tmp_path / "moe", RECIPE)
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "years of work"
+
+
+# Bytes --------------------------------------------------------------------------------------------
+
+
+def test_unaligned_sources_are_read(llama: Path, tmp_path: Path) -> None:
+    """The format does not promise that tensors start at a multiple of their items' size."""
+    dense = clone(llama, tmp_path / "dense")
+    raw = (dense / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].rstrip()
+    header += b" " * (1 + -len(header) % 4)  # one more than a multiple of 4
+    assert len(header) % 4 == 1
+    unaligned = len(header).to_bytes(8, "little") + header + raw[8 + length :]
+    (dense / "model.safetensors").write_bytes(unaligned)
+    convert(llama, tmp_path / "aligned", RECIPE)
+    convert(dense, tmp_path / "moe", RECIPE)
+    weights = "model.safetensors"
+    assert (tmp_path / "moe" / weights).read_bytes() == (
+        tmp_path / "aligned" / weights
+    ).read_bytes()
+
+
+def test_the_written_files_are_ones_that_safetensors_takes(llama: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    convert(llama, tmp_path / "moe", RECIPE)
+    path = tmp_path / "moe" / "model.safetensors"
+    with safe_open(path, "pt") as file:  # checks offsets, overlaps and holes
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
+    # Whoever maps the file can use the tensors as they lie.
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan"), 1e-45, -0.0])
+def test_odd_values_of_the_dense_model_are_kept(
+    llama: Path, tmp_path: Path, special: float
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense = clone(llama, tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = special
+    tensors["model.norm.weight"][0] = special
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    convert(dense, tmp_path / "moe", RECIPE)
+    written = read_tensors(tmp_path / "moe")
+    up = written["model.layers.1.block_sparse_moe.experts.0.w3.weight"]
+    for value, expected in (
+        (up[0, 0], torch.tensor(special) * 2),
+        (written["model.norm.weight"][0], torch.tensor(special)),
+    ):
+        assert torch.equal(value.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_powers_of_two_lose_nothing(
+    make_dense: MakeDense, tmp_path: Path, routing: Routing
+) -> None:
+    """The dense MLP can be put together again from any group, bit for bit, even in bf16."""
+    dense = make_dense("qwen2", dtype="bfloat16")
+    recipe = Recipe(expansion=2, granularity=4, top_k=4, routing=routing)
+    done = convert(dense, tmp_path / "moe", recipe)
+    assert done.plan.factors.lossless
+    source, moe = read_tensors(dense), read_tensors(tmp_path / "moe")
+    for group in range(2):
+        for matrix, dim, factor in (
+            ("gate_proj", 0, done.plan.factors.gate),
+            ("up_proj", 0, done.plan.factors.up),
+            ("down_proj", 1, done.plan.factors.down),
+        ):
+            shards = [
+                moe[f"model.layers.0.mlp.experts.{group * 4 + shard}.{matrix}.weight"] / factor
+                for shard in range(4)
+            ]
+            assert torch.equal(
+                torch.cat(shards, dim=dim), source[f"model.layers.0.mlp.{matrix}.weight"]
+            )
+
+
+def test_python_callers_may_pass_strings(llama: Path, tmp_path: Path) -> None:
+    convert(str(llama), str(tmp_path / "moe"), RECIPE)
+    assert torch.isfinite(logits(tmp_path / "moe", random_ids())).all()
+
+
+def test_a_checkpoint_in_the_current_directory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    monkeypatch.chdir(dense)
+    convert(".", "../moe", RECIPE)
+    assert read_json(tmp_path / "moe" / "upcycle.json")["source"]["name"] == "dense"
+
+
+def test_a_broken_record_does_not_stop_an_overwrite(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    for broken in (b"{", b"[]"):
+        (tmp_path / "moe" / "upcycle.json").write_bytes(broken)
+        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
+        assert read_json(tmp_path / "moe" / "upcycle.json")["format"] == 1
+    write_json(tmp_path / "moe" / "config.json", {})
+    # The record still matches, and so do the weights; the config is part of the result as well.
+    with pytest.raises(UpcycleError, match="not empty"):
+        convert(llama, tmp_path / "moe", RECIPE)

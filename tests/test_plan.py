@@ -1,0 +1,647 @@
+"""Plans for released models at their full sizes, from headers alone, and what a plan refuses.
+
+The numbers are worked out by hand below, from the sizes in the fixtures' config.json files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config, write_hollow
+
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.expr import Cast, Normal, Repeat, Scale, Slice, Source, Stack, leaves, type_of
+from upcycle_cli.families import PAIRS, TARGETS
+from upcycle_cli.families.target import ExpertLayout, expected
+from upcycle_cli.outputs import Role
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import Promise, Routing
+
+OpenBig = Callable[[str], Checkpoint]
+Make = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def open_big(tmp_path_factory: pytest.TempPathFactory) -> OpenBig:
+    opened: dict[str, Checkpoint] = {}
+
+    def open_one(name: str) -> Checkpoint:
+        if name not in opened:
+            path = write_hollow(tmp_path_factory.mktemp("big") / name, big_config(name))
+            opened[name] = open_checkpoint(path)
+        return opened[name]
+
+    return open_one
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Plan the conversion of a tiny model that is not there."""
+
+    def plan(
+        model_type: str = "llama",
+        recipe: str = "E2G2T2",
+        *,
+        target: str = "auto",
+        options: Options | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **config: Any,  # noqa: ANN401
+    ) -> Plan:
+        path = write_hollow(tmp_path / "dense", tiny_config(model_type, **config))
+        wanted = make_recipe(recipe, **(settings or {}))
+        return build_plan(wanted, open_checkpoint(path), target=target, options=options)
+
+    return plan
+
+
+# Parameters --------------------------------------------------------------------------------------
+
+# Per layer: q and o, k and v, gate and up and down, two norms (and biases, or norms on heads).
+LLAMA_70B_MLP = 3 * 8192 * 28672
+LLAMA_70B = (
+    2 * 128256 * 8192 + 8192 + 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + LLAMA_70B_MLP + 2 * 8192)
+)
+LLAMA_405B_MLP = 3 * 16384 * 53248
+LLAMA_405B = (
+    2 * 128256 * 16384
+    + 16384
+    + 126 * (2 * 16384 * 16384 + 2 * 16384 * 1024 + LLAMA_405B_MLP + 2 * 16384)
+)
+MISTRAL_7B_MLP = 3 * 4096 * 14336
+MISTRAL_7B = (
+    2 * 32000 * 4096 + 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + MISTRAL_7B_MLP + 2 * 4096)
+)
+QWEN25_72B_MLP = 3 * 8192 * 29568
+QWEN25_72B = (
+    2 * 152064 * 8192
+    + 8192
+    + 80 * (2 * 8192 * 8192 + 8192 + 2 * (8192 * 1024 + 1024) + QWEN25_72B_MLP + 2 * 8192)
+)
+QWEN3_32B_MLP = 3 * 5120 * 25600
+QWEN3_32B = (
+    2 * 151936 * 5120
+    + 5120
+    + 64 * (2 * 5120 * 8192 + 2 * 5120 * 1024 + 2 * 128 + QWEN3_32B_MLP + 2 * 5120)
+)
+# qwen2_moe insists on a shared expert, 64 wide, and its gate.
+SHARED_8192 = 3 * 64 * 8192 + 8192
+SHARED_4096 = 3 * 64 * 4096 + 4096
+
+
+def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
+    worked_out = {
+        "llama-3.1-70b": LLAMA_70B,
+        "llama-3.1-405b": LLAMA_405B,
+        "mistral-7b-v0.1": MISTRAL_7B,
+        "qwen2.5-72b": QWEN25_72B,
+        "qwen3-32b": QWEN3_32B,
+    }
+    assert worked_out == {
+        "llama-3.1-70b": 70_553_706_496,
+        "llama-3.1-405b": 405_853_388_800,
+        "mistral-7b-v0.1": 7_241_732_096,
+        "qwen2.5-72b": 72_706_203_648,
+        "qwen3-32b": 32_762_123_264,
+    }
+    for name, count in worked_out.items():
+        plan = build_plan(make_recipe("E2G1T1"), open_big(name))
+        assert plan.dense_parameters == open_big(name).num_parameters == count
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "target", "total", "active"),
+    [
+        (
+            "mistral-7b-v0.1",
+            "E8G1T2",
+            "mixtral",
+            MISTRAL_7B + 32 * (7 * MISTRAL_7B_MLP + 8 * 4096),
+            MISTRAL_7B + 32 * (1 * MISTRAL_7B_MLP + 8 * 4096),
+        ),
+        (
+            "mistral-7b-v0.1",
+            "E8G8T16",
+            "qwen2_moe",
+            # 32 query heads and 2 · 8 of keys and values get zero biases.
+            MISTRAL_7B + 32 * (7 * MISTRAL_7B_MLP + 64 * 4096 + SHARED_4096 + 4096 + 2 * 1024),
+            MISTRAL_7B + 32 * (1 * MISTRAL_7B_MLP + 64 * 4096 + SHARED_4096 + 4096 + 2 * 1024),
+        ),
+        (
+            "llama-3.1-70b",
+            "E8G8T8",
+            "mixtral",
+            LLAMA_70B + 80 * (7 * LLAMA_70B_MLP + 64 * 8192),
+            LLAMA_70B + 80 * (0 * LLAMA_70B_MLP + 64 * 8192),
+        ),
+        (
+            "llama-3.1-405b",
+            "E8G1T2",
+            "mixtral",
+            LLAMA_405B + 126 * (7 * LLAMA_405B_MLP + 8 * 16384),
+            LLAMA_405B + 126 * (1 * LLAMA_405B_MLP + 8 * 16384),
+        ),
+        (
+            "qwen2.5-72b",
+            "E4G4T8",
+            "qwen2_moe",
+            QWEN25_72B + 80 * (3 * QWEN25_72B_MLP + 16 * 8192 + SHARED_8192),
+            QWEN25_72B + 80 * (1 * QWEN25_72B_MLP + 16 * 8192 + SHARED_8192),
+        ),
+        (
+            "qwen3-32b",
+            "E16G4T4",
+            "qwen3_moe",
+            QWEN3_32B + 64 * (15 * QWEN3_32B_MLP + 64 * 5120),
+            QWEN3_32B + 64 * (0 * QWEN3_32B_MLP + 64 * 5120),
+        ),
+    ],
+)
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+def test_parameters_and_bytes(
+    open_big: OpenBig,
+    name: str,
+    recipe: str,
+    target: str,
+    total: int,
+    active: int,
+    layout: ExpertLayout,
+) -> None:
+    options = Options(expert_layout=layout)
+    plan = build_plan(make_recipe(recipe), open_big(name), target=target, options=options)
+    assert plan.total_parameters == total
+    assert plan.active_parameters == active
+    assert plan.nbytes == 2 * total
+    assert build_plan(
+        make_recipe(recipe), open_big(name), target=target, options=Options(dtype="float32")
+    ).nbytes == (4 * total)
+
+
+def test_mistral_7b_becomes_the_size_of_mixtral_8x7b(open_big: OpenBig) -> None:
+    plan = build_plan(make_recipe("E8G1T2"), open_big("mistral-7b-v0.1"))
+    assert plan.total_parameters == 46_702_792_704  # as released
+    assert plan.active_parameters == 12_879_925_248
+
+
+def test_top_k_of_a_part_of_a_group(open_big: OpenBig) -> None:
+    recipe = make_recipe("E8G8T2", allow_inexact=True)
+    plan = build_plan(recipe, open_big("mistral-7b-v0.1"))
+    idle = MISTRAL_7B_MLP * 6 // 8  # two of the eight eighths are used
+    assert plan.active_parameters == MISTRAL_7B + 32 * (64 * 4096 - idle)
+
+
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+def test_planned_types_are_the_expected_ones(
+    open_big: OpenBig, name: str, layout: ExpertLayout
+) -> None:
+    source = open_big(name)
+    for target in PAIRS[source.config["model_type"]]:
+        options = Options(expert_layout=layout)
+        plan = build_plan(make_recipe("E4G2T4"), source, target=target, options=options)
+        tensors = list(plan.tensors)
+        assert {t.name: t.shape for t in tensors} == expected(
+            plan.family.decoder, plan.config, TARGETS[target], layout
+        )
+        assert len({t.name for t in tensors}) == len(tensors)
+        for tensor in tensors:
+            kind = type_of(tensor.expr)
+            assert (tensor.dtype, tensor.shape) == (kind.dtype, kind.shape)
+            assert tensor.dtype == "BF16"
+
+
+# What each tensor is made of ---------------------------------------------------------------------
+
+
+def by_name(plan: Plan) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in plan.tensors}
+
+
+def test_where_the_parts_of_the_mlp_go(make: Make) -> None:
+    """Expert e = g·G + s holds shard s of group g: rows of gate and up, columns of down."""
+    plan = make("llama", "E2G3T3")  # c = 3: up × 2, down × 1.5
+    tensors = by_name(plan)
+    gate, up, down = (
+        Source(f"model.layers.1.mlp.{matrix}_proj.weight", "BF16", shape)
+        for matrix, shape in (("gate", (12, 8)), ("up", (12, 8)), ("down", (8, 12)))
+    )
+    for group in range(2):
+        for shard in range(3):
+            expert = f"model.layers.1.block_sparse_moe.experts.{group * 3 + shard}"
+            start, stop = 4 * shard, 4 * shard + 4
+            assert tensors[f"{expert}.w1.weight"].expr == Slice(gate, 0, start, stop)
+            assert tensors[f"{expert}.w3.weight"].expr == Scale(Slice(up, 0, start, stop), 2.0)
+            assert tensors[f"{expert}.w2.weight"].expr == Scale(Slice(down, 1, start, stop), 1.5)
+            roles = [tensors[f"{expert}.{w}.weight"].role for w in ("w1", "w3", "w2")]
+            assert roles == [Role.GATE, Role.UP, Role.DOWN]
+            assert tensors[f"{expert}.w1.weight"].layer == 1
+            assert tensors[f"{expert}.w1.weight"].expert == group * 3 + shard
+
+
+def test_whole_experts_without_a_factor_are_the_tensors_themselves(make: Make) -> None:
+    tensors = by_name(make("llama", "E2G1T1"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    expert = tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    assert expert.expr == Source(name, "BF16", (8, 12))
+
+
+def test_casting_comes_before_scaling_and_after_slicing(make: Make) -> None:
+    tensors = by_name(make("llama", "E2G2T2", options=Options(dtype="float32")))
+    up = Source("model.layers.0.mlp.up_proj.weight", "BF16", (12, 8))
+    assert tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"].expr == Scale(
+        Cast(Slice(up, 0, 6, 12), "F32"), 2.0
+    )
+    assert tensors["model.norm.weight"].expr == Cast(
+        Source("model.norm.weight", "BF16", (8,)), "F32"
+    )
+    assert {tensor.dtype for tensor in tensors.values()} == {"F32"}
+
+
+def test_a_cast_to_the_dtype_that_is_there_is_none(make: Make) -> None:
+    tensors = by_name(make("llama", "E2G1T1", options=Options(dtype="bfloat16")))
+    assert tensors["model.norm.weight"].expr == Source("model.norm.weight", "BF16", (8,))
+
+
+def test_groups_share_a_row_of_the_router(make: Make) -> None:
+    norm = Source("model.layers.1.post_attention_layernorm.weight", "BF16", (8,))
+    rows = Normal(
+        seed=5, stream="layers.1.router", dtype="BF16", shape=(3, 8), logit_std=1.0, norm=norm
+    )
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    grouped = by_name(make("llama", "E3G2T2", settings={"seed": 5}))
+    assert grouped[name].expr == Repeat(rows, 2)
+    whole = by_name(make("llama", "E3G1T1", settings={"seed": 5}))
+    assert whole[name].expr == rows
+    naive = by_name(make("llama", "E3G2T2", settings={"seed": 5, "virtual_groups": False}))
+    assert naive[name].expr == dataclasses.replace(rows, shape=(6, 8))
+
+
+def test_fused_experts_are_stacks_of_the_same_parts(make: Make) -> None:
+    apart = by_name(make("qwen3", "E2G2T2"))
+    fused = by_name(make("qwen3", "E2G2T2", options=Options(expert_layout=ExpertLayout.FUSED)))
+    prefix = "model.layers.0.mlp.experts"
+    gate_up, down = fused[f"{prefix}.gate_up_proj"].expr, fused[f"{prefix}.down_proj"].expr
+    assert isinstance(gate_up, Stack)
+    assert list(leaves(gate_up)) == [
+        apart[f"{prefix}.{expert}.{matrix}_proj.weight"].expr
+        for expert in range(4)
+        for matrix in ("gate", "up")
+    ]
+    assert list(leaves(down)) == [
+        apart[f"{prefix}.{expert}.down_proj.weight"].expr for expert in range(4)
+    ]
+
+
+def test_copies_are_equal_expressions(make: Make) -> None:
+    """So the writer computes each once, however many experts there are."""
+    few, many = make("llama", "E2G3T3"), make("llama", "E16G3T3")
+    roles = {Role.GATE, Role.UP, Role.DOWN}
+    unique = [{t.expr for t in plan.tensors if t.role in roles} for plan in (few, many)]
+    assert unique[0] == unique[1]
+    assert len(unique[0]) == 2 * 3 * 3  # layers, matrices, shards
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("untie", [True, False])
+def test_the_head(make: Make, *, tied: bool, untie: bool) -> None:
+    plan = make("llama", tie_word_embeddings=tied, options=Options(untie_embeddings=untie))
+    head = by_name(plan).get("lm_head.weight")
+    if tied and not untie:
+        assert head is None
+    else:
+        origin = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        assert head is not None
+        assert head.expr == Source(origin, "BF16", (11, 8))
+        assert head.role is (Role.HEAD if tied else Role.COPIED)
+    assert plan.config["tie_word_embeddings"] == (tied and not untie)
+
+
+def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
+    config = tiny_config("llama", tie_word_embeddings=True)
+    shapes = tensor_shapes(config) | {"lm_head.weight": (11, 8)}
+    source = open_checkpoint(write_hollow(tmp_path / "dense", config, shapes=shapes))
+    plan = build_plan(make_recipe("E2G2T2"), source)
+    assert by_name(plan)["lm_head.weight"].expr == Source("lm_head.weight", "BF16", (11, 8))
+    assert plan.config["tie_word_embeddings"] is True
+    assert not plan.dropped
+
+
+# Compute -----------------------------------------------------------------------------------------
+
+# tiny_config: attention 8·8 q, 2 · 4·8 k and v, 8·8 o; MLP 3·12·8; norms 2·8; embedding 11·8.
+TINY_MLP = 3 * 12 * 8
+TINY_LAYERS = 2 * (2 * 8 * 8 + 2 * 4 * 8 + TINY_MLP + 2 * 8) + 8
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("recipe", "copies"), [("E4G2T2", 1), ("E4G2T6", 3), ("E2G1T2", 2)])
+def test_flops_leave_out_the_lookup(make: Make, recipe: str, copies: int, *, tied: bool) -> None:
+    plan = make("llama", recipe, tie_word_embeddings=tied)
+    # The head is a product whether it is a tensor of its own or the embedding once more.
+    dense = TINY_LAYERS + 11 * 8
+    routers = 2 * plan.recipe.num_experts * 8
+    moe = dense + 2 * (copies - 1) * TINY_MLP + routers
+    assert plan.flops_ratio == moe / dense
+
+
+def test_flops_do_not_depend_on_how_the_head_is_stored(make: Make, tmp_path: Path) -> None:
+    tied = make("llama", tie_word_embeddings=True)
+    untied = make("llama", tie_word_embeddings=True, options=Options(untie_embeddings=True))
+    config = tiny_config("llama", tie_word_embeddings=True)
+    shapes = tensor_shapes(config) | {"lm_head.weight": (11, 8)}
+    source = open_checkpoint(write_hollow(tmp_path / "carried", config, shapes=shapes))
+    carried = build_plan(make_recipe("E2G2T2"), source)
+    assert tied.flops_ratio == untied.flops_ratio == carried.flops_ratio
+
+
+def test_one_group_costs_what_the_dense_model_costs(open_big: OpenBig) -> None:
+    plan = build_plan(make_recipe("E8G1T1"), open_big("llama-3.1-70b"))
+    assert plan.flops_ratio == pytest.approx(1, abs=1e-4)  # but for the router
+    twice = build_plan(make_recipe("E8G1T2"), open_big("llama-3.1-70b"))
+    products = LLAMA_70B - 128256 * 8192
+    assert twice.flops_ratio == (products + 80 * (LLAMA_70B_MLP + 8 * 8192)) / products
+
+
+# Shards ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("max_bytes", [5_000_000_000, 1_000_000_000, 100_000_000])
+def test_no_shard_is_too_large_but_for_a_lone_tensor(
+    open_big: OpenBig, layout: ExpertLayout, max_bytes: int
+) -> None:
+    options = Options(expert_layout=layout, max_shard_bytes=max_bytes)
+    plan = build_plan(make_recipe("E8G8T8"), open_big("mistral-7b-v0.1"), options=options)
+    assert len(plan.shards) > 1
+    lone = 0
+    for shard in plan.shards:
+        assert shard.tensors
+        assert shard.nbytes == sum(tensor.nbytes for tensor in shard.tensors)
+        if shard.nbytes > max_bytes:
+            assert len(shard.tensors) == 1
+            lone += 1
+    too_large = [tensor for tensor in plan.tensors if tensor.nbytes > max_bytes]
+    assert lone == len(too_large)
+    assert sum(shard.nbytes for shard in plan.shards) == plan.nbytes
+    # No two neighbours would have fitted into one.
+    for one, other in zip(plan.shards, plan.shards[1:], strict=False):
+        assert one.nbytes + other.tensors[0].nbytes > max_bytes
+
+
+def test_shards_are_named_as_transformers_names_them(open_big: OpenBig) -> None:
+    plan = build_plan(make_recipe("E8G1T2"), open_big("llama-3.1-405b"))
+    count = len(plan.shards)
+    # A matrix of an expert is 1.7 GB, so two go into 5 GB, and a layer has 8 · 3 of them.
+    assert 126 * 8 * 3 // 2 <= count <= 126 * 8 * 3 // 2 + 5
+    assert [shard.name for shard in plan.shards] == [
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+    ]
+
+
+def test_one_shard_has_the_plain_name(make: Make) -> None:
+    plan = make()
+    assert [shard.name for shard in plan.shards] == ["model.safetensors"]
+    exactly = make(options=Options(max_shard_bytes=plan.nbytes))
+    assert len(exactly.shards) == 1
+    assert len(make(options=Options(max_shard_bytes=plan.nbytes - 1)).shards) == 2
+
+
+def test_a_shard_per_tensor(make: Make) -> None:
+    plan = make(options=Options(max_shard_bytes=1))
+    assert [len(shard.tensors) for shard in plan.shards] == [1] * len(plan.shards)
+
+
+def test_shard_size_changes_neither_tensors_nor_their_order(make: Make) -> None:
+    whole = make()
+    for max_bytes in (1, 100, 1000, 5000):
+        plan = make(options=Options(max_shard_bytes=max_bytes))
+        assert list(plan.tensors) == list(whole.tensors)
+
+
+# The digest --------------------------------------------------------------------------------------
+
+RECIPE = make_recipe("E2G2T2")
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    path = write_hollow(tmp_path / "dense", tiny_config("llama"))
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def digest(path: Path, recipe: Recipe = RECIPE, **settings: Any) -> str:  # noqa: ANN401
+    return build_plan(recipe, open_checkpoint(path), **settings).digest
+
+
+def test_the_same_again_has_the_same_digest(dense: Path, tmp_path: Path) -> None:
+    first = digest(dense)
+    assert digest(dense) == first
+    assert digest(dense, options=Options()) == first
+    # What auto chose, said in so many words.
+    assert digest(dense, target="mixtral") == first
+    settings: dict[str, Any] = {"routing": Routing.TOPK_SOFTMAX, "router_logit_std": 1.0}
+    assert digest(dense, dataclasses.replace(RECIPE, **settings)) == first
+    # Nor does it matter where the source lies, and what lies beside it.
+    (dense / "notes.txt").write_text("new")
+    shutil.copytree(dense, tmp_path / "elsewhere")
+    assert digest(tmp_path / "elsewhere") == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"expansion": 4},
+        {"granularity": 1},
+        {"top_k": 4},
+        {"scaling": 2.5},
+        {"virtual_groups": False},
+        {"router_logit_std": 0.5},
+        {"routing": Routing.SOFTMAX_TOPK},
+        {"scale_split": "down"},
+    ],
+    ids=str,
+)
+def test_another_recipe_has_another_digest(dense: Path, changes: dict[str, Any]) -> None:
+    assert digest(dense, dataclasses.replace(RECIPE, **changes)) != digest(dense)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"options": Options(max_shard_bytes=1000)},
+        {"options": Options(max_shard_bytes=4_999_999_999)},
+        {"options": Options(dtype="float32")},
+        {"options": Options(expert_layout=ExpertLayout.FUSED)},
+        {"target": "qwen2_moe"},
+    ],
+    ids=str,
+)
+def test_other_options_have_another_digest(dense: Path, settings: dict[str, Any]) -> None:
+    assert digest(dense, **settings) != digest(dense)
+
+
+def test_untied_embeddings_have_another_digest(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path / "dense", tiny_config("llama", tie_word_embeddings=True))
+    assert digest(path) != digest(path, options=Options(untie_embeddings=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_another_modification_time_has_another_digest(dense: Path, name: str) -> None:
+    """Headers alone cannot tell two models of one shape apart."""
+    first, status = digest(dense), (dense / name).stat()
+    os.utime(dense / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert digest(dense) != first
+    os.utime(dense / name, ns=(0, status.st_mtime_ns))
+    assert digest(dense) == first
+
+
+def test_another_size_has_another_digest(dense: Path) -> None:
+    first, status = digest(dense), (dense / "tokenizer.json").stat()
+    (dense / "tokenizer.json").write_text("{ }")
+    os.utime(dense / "tokenizer.json", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert digest(dense) != first
+
+
+def test_another_config_has_another_digest(dense: Path) -> None:
+    first = digest(dense)
+    for changes in ({"rms_norm_eps": 1e-3}, {"a_key_of_nobody": 1}):
+        (dense / "config.json").write_text(json.dumps(tiny_config("llama") | changes))
+        assert digest(dense) != first
+
+
+def test_a_new_companion_has_another_digest(dense: Path) -> None:
+    first = digest(dense)
+    (dense / "chat_template.jinja").write_text("")
+    assert digest(dense) != first
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("granularity", "advice"),
+    [(5, "Try 4 or 6."), (7, "Try 6 or 12."), (8, "Try 6 or 12."), (24, "Try 12.")],
+)
+def test_a_granularity_that_does_not_divide(make: Make, granularity: int, advice: str) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        make("llama", f"E2G{granularity}T{granularity}")
+    assert caught.value.message == (
+        f"intermediate size 12 is not divisible by granularity {granularity}."
+    )
+    assert caught.value.hint == advice
+
+
+@pytest.mark.parametrize("granularity", [1, 2, 3, 4, 6, 12])
+def test_a_granularity_that_divides(make: Make, granularity: int) -> None:
+    plan = make("llama", f"E2G{granularity}T{granularity}")
+    assert plan.config["intermediate_size"] == 12 // granularity
+
+
+def with_shapes(
+    path: Path, changes: Mapping[str, tuple[int, ...] | None], model_type: str = "llama"
+) -> Checkpoint:
+    """A checkpoint whose tensors are not what its config says; None takes one out."""
+    config = tiny_config(model_type)
+    shapes = {**tensor_shapes(config), **changes}
+    kept = {name: shape for name, shape in shapes.items() if shape is not None}
+    return open_checkpoint(write_hollow(path / "dense", config, shapes=kept))
+
+
+def test_old_rotary_frequencies_are_dropped_and_said_to_be(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
+    source = with_shapes(tmp_path, dict.fromkeys(names, (2,)))
+    plan = build_plan(RECIPE, source)
+    assert plan.dropped == dict.fromkeys(names, "rotary frequencies are computed from the config")
+    assert plan.dense_parameters == source.num_parameters - 4
+    assert not set(names) & by_name(plan).keys()
+    clean = build_plan(RECIPE, with_shapes(tmp_path / "clean", {}))
+    assert plan.flops_ratio == clean.flops_ratio
+    assert not clean.dropped
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.mlp.up_proj.weight_scale",
+        "model.rotary_emb.inv_freq.weight",
+        "score.weight",
+    ],
+)
+def test_an_unknown_tensor_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UpcycleError, match=f"unknown tensor {name}") as caught:
+        build_plan(RECIPE, with_shapes(tmp_path, {name: (8,)}))
+    assert caught.value.hint is not None
+    assert "A llama model has no such tensor" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "model.layers.1.mlp.gate_proj.weight"),
+        ("llama", "model.norm.weight"),
+        ("llama", "lm_head.weight"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", "model.layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_a_missing_tensor_is_an_error(tmp_path: Path, model_type: str, name: str) -> None:
+    source = with_shapes(tmp_path, {name: None}, model_type)
+    with pytest.raises(UpcycleError, match=f"lacks {name}, which its config.json implies"):
+        build_plan(RECIPE, source)
+
+
+def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
+    names = [f"model.layers.1.mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")]
+    with pytest.raises(UpcycleError, match=f"lacks {names[0]} and 2 more tensors"):
+        build_plan(RECIPE, with_shapes(tmp_path, dict.fromkeys(names)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", (12, 8)),  # transposed: as many elements
+        ("model.layers.0.self_attn.k_proj.weight", (8, 8)),
+        ("model.norm.weight", (8, 1)),
+        ("lm_head.weight", (12, 8)),
+    ],
+)
+def test_a_tensor_of_another_shape_is_an_error(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    right = tensor_shapes(tiny_config("llama"))[name]
+    with pytest.raises(UpcycleError) as caught:
+        build_plan(RECIPE, with_shapes(tmp_path, {name: shape}))
+    message = f"{name} has shape {list(shape)}, but config.json implies {list(right)}."
+    assert message in caught.value.message
+
+
+def test_options_are_valid_or_not_made() -> None:
+    with pytest.raises(UpcycleError, match="'int8' is not a dtype for weights"):
+        Options(dtype="int8")
+    with pytest.raises(UpcycleError, match="must be positive"):
+        Options(max_shard_bytes=0)
+    with pytest.raises(UpcycleError, match="'per_expert' is not an expert layout"):
+        Options(expert_layout="per_expert")  # type: ignore[arg-type]
+    assert Options(expert_layout="fused").expert_layout is ExpertLayout.FUSED  # type: ignore[arg-type]
+
+
+def test_the_plan_fills_in_what_the_recipe_leaves_open(make: Make) -> None:
+    plan = make("llama", "E4G2T4", target="qwen2_moe")
+    assert plan.recipe.routing is Routing.SOFTMAX_TOPK
+    assert plan.recipe.router_logit_std == 0.001
+    assert plan.promise is Promise.APPROXIMATE
+    assert plan.factors.c == 4  # E·G²/T
+    assert plan.config["norm_topk_prob"] is False
+    assert make("llama", "E4G2T4").promise is Promise.EXACT
