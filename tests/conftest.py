@@ -20,6 +20,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+# For models this small threads only wait for one another, and for whatever else is running.
+torch.set_num_threads(1)
+
 VOCAB_SIZE = 260  # a token per byte, and a few of special meaning
 
 TINY: Mapping[str, Any] = {

@@ -72,7 +72,7 @@ def test_two_processes_give_the_same_files(llama: Path, tmp_path: Path, run_cli:
     (tmp_path / "two").mkdir()
     dense = os.path.relpath(llama, tmp_path / "two")
     arguments = ("convert", dense, "moe", "--recipe", RECIPE.name)
-    done = run_cli(*arguments, cwd=tmp_path / "two", PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
+    done = run_cli(*arguments, cwd=tmp_path / "two", PYTHONHASHSEED="7", OMP_NUM_THREADS="4")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -443,6 +443,7 @@ def test_a_signal_leaves_nothing_behind(
     assert stopped.returncode == code
     assert stopped.stdout == ""
     assert "Traceback" not in stopped.stderr
+    assert name != "SIGINT" or "interrupted; nothing was published" in stopped.stderr
     assert snapshot(tmp_path) == before
     assert others(tmp_path) == []
 
