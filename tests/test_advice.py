@@ -26,7 +26,20 @@ TIES = "the softmax rounds different groups to the same value"
 FLOAT16 = "lose precision in float16"
 ENGINE = "but computes something else"
 REMOTE_CODE = "code of its own (auto_map)"
-ALL = (NO_PROMISE, NO_GRADIENT, NOTHING_TO_ROUTE, APPROXIMATE, TIES, FLOAT16, ENGINE, REMOTE_CODE)
+OVERFLOW = "can exceed 65504"
+NARROW_ROWS = "needs multiples of 16"
+ALL = (
+    OVERFLOW,
+    NARROW_ROWS,
+    NO_PROMISE,
+    NO_GRADIENT,
+    NOTHING_TO_ROUTE,
+    APPROXIMATE,
+    TIES,
+    FLOAT16,
+    ENGINE,
+    REMOTE_CODE,
+)
 
 
 @pytest.fixture
@@ -41,7 +54,7 @@ def plan(tmp_path: Path) -> Callable[..., Plan]:
         config: dict[str, Any] | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> Plan:
-        sizes = tiny_config(model_type, **(config or {}))
+        sizes = tiny_config(model_type, **({"intermediate_size": 96} | (config or {})))
         source = open_checkpoint(write_hollow(tmp_path / "dense", sizes))
         wanted = make_recipe(recipe, routing, **settings)
         return build_plan(wanted, source, target=target, options=options)
@@ -130,8 +143,28 @@ def test_softmax_topk_is_approximate(advise: Advise) -> None:
 
 
 def test_the_deviation_is_in_the_words(plan: Callable[..., Plan]) -> None:
-    (text,) = warnings(plan("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.25))
-    assert "(std 0.25)" in text
+    (text,) = warnings(plan("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.03))
+    assert "(std 0.03)" in text
+
+
+def test_large_logits_promise_nothing(advise: Advise, plan: Callable[..., Plan]) -> None:
+    assert advise("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.05) == [APPROXIMATE]
+    assert advise("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.06) == [NO_PROMISE]
+    (text,) = warnings(plan("E8G1T2", SOFTMAX_TOPK, router_logit_std=1.0))
+    assert "standard deviation 1 the gates are far from equal" in text
+
+
+def test_scaled_experts_in_float16_can_overflow(advise: Advise) -> None:
+    half = Options(dtype="float16")
+    assert advise("E8G2T4", options=half) == [OVERFLOW]
+    assert advise("E8G1T2", options=half) == []  # c = 1
+    assert advise("E8G2T4", options=Options(dtype="float32")) == []
+
+
+def test_rows_that_the_grouped_product_refuses(advise: Advise) -> None:
+    assert advise("E2G24T48") == [NARROW_ROWS]
+    assert advise("E2G12T24") == []  # 8 wide: 16 bytes in bfloat16
+    assert advise("E2G24T48", options=Options(dtype="float32")) == []
 
 
 @pytest.mark.parametrize(
@@ -220,4 +253,4 @@ def test_the_most_important_comes_first(advise: Advise) -> None:
         options=Options(dtype="float16"),
         config={"auto_map": {}},
     )
-    assert found == [APPROXIMATE, TIES, FLOAT16, ENGINE, REMOTE_CODE]
+    assert found == [APPROXIMATE, TIES, OVERFLOW, FLOAT16, ENGINE, REMOTE_CODE]

@@ -899,7 +899,14 @@ def test_overwriting_what_is_no_checkpoint(llama: Path, tmp_path: Path, refuses:
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "thesis.tex").write_text("years of work")
     arguments = ("--recipe", "E2G2T2", "--overwrite")
-    refuses(llama, "does not look like a model checkpoint", arguments=arguments)
+    refuses(llama, "was not made by upcycle", arguments=arguments)
+
+
+def test_empty_paths(llama: Path, tmp_path: Path) -> None:
+    for arguments in (("convert", str(llama), ""), ("convert", "", str(tmp_path / "moe"))):
+        result = CliRunner().invoke(app, [*arguments, "--recipe", "E2G2T2"])
+        assert result.exit_code == 2
+        assert "it is empty" in result.stderr
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
@@ -933,8 +940,9 @@ def test_outputs_that_are_no_directory(
     (tmp_path / "somewhere").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "somewhere")
     arguments = ("--recipe", "E2G2T2", *overwrite)
-    for name in ("file", "dangling", "linked"):
-        refuses(llama, "not a directory", output=tmp_path / name, arguments=arguments)
+    refuses(llama, "not a directory", output=tmp_path / "file", arguments=arguments)
+    for name in ("dangling", "linked"):
+        refuses(llama, "is a symbolic link", output=tmp_path / name, arguments=arguments)
     refuses(llama, "file", output=tmp_path / "file" / "moe", arguments=arguments)
 
 
@@ -956,17 +964,17 @@ def test_not_enough_disk_space(
     llama: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**7, 10**7))
-    message = refuses(llama, "not enough disk space", "0.01 GB free")
-    assert re.search(r"\d\.\d\d GB needed", message)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**6, 10**6))
+    message = refuses(llama, "not enough disk space", "1 MB free")
+    assert re.search(r"\d MB needed", message)
 
 
 def test_too_large_a_conversion_is_refused_by_its_size(
     llama: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 70_000_000))
-    # 64 MB are kept free for what is not weights; 8 MB of experts are too many then.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 8_000_000))
+    # 4 MB are kept free for what is not weights; 8 MB of experts are too many then.
     refuses(llama, "not enough disk space", arguments=("--recipe", "E256G1T1"))
 
 

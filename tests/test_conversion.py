@@ -45,10 +45,12 @@ def others(directory: Path) -> list[str]:
 
 
 def spoil(weights: Path) -> None:
-    """Change the last byte: the head's last weight."""
+    """Change the last byte, as a disk would: neither the size nor the time tells."""
+    status = weights.stat()
     with weights.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 # The same bytes every time ------------------------------------------------------------------------
@@ -255,6 +257,14 @@ def test_checksums_are_what_sha256sum_reads(make_dense: MakeDense, tmp_path: Pat
     assert damaged.returncode == 1
 
 
+def test_checksums_can_be_added_to_a_finished_output(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    assert not (tmp_path / "moe/SHA256SUMS").exists()
+    assert convert(llama, tmp_path / "moe", RECIPE, checksums=True).already_done
+    convert(llama, tmp_path / "reference", RECIPE, checksums=True)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
 # The source and the output directory --------------------------------------------------------------
 
 
@@ -315,14 +325,56 @@ def test_a_changed_source_is_converted_again(llama: Path, tmp_path: Path) -> Non
 
 def test_overwrite_replaces_the_whole_directory(llama: Path, tmp_path: Path) -> None:
     convert(llama, tmp_path / "moe", RECIPE)
-    (tmp_path / "moe" / "stale.txt").write_text("from before")
     with pytest.raises(UpcycleError, match="--overwrite"):
         convert(llama, tmp_path / "moe", TWICE)
     assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 4
     convert(llama, tmp_path / "moe", TWICE, overwrite=True)
     assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 8
-    assert not (tmp_path / "moe" / "stale.txt").exists()
     assert others(tmp_path) == []
+
+
+def test_overwrite_keeps_what_upcycle_did_not_write(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    (tmp_path / "moe" / "checkpoint-1000").mkdir()
+    (tmp_path / "moe" / "checkpoint-1000" / "optimizer.pt").write_text("weeks of training")
+    before = snapshot(tmp_path)
+    with pytest.raises(UpcycleError, match=r"holds checkpoint-1000/optimizer\.pt"):
+        convert(llama, tmp_path / "moe", TWICE, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_overwrite_keeps_a_source_that_is_linked_from_elsewhere(
+    llama: Path, tmp_path: Path
+) -> None:
+    convert(llama, tmp_path / "store", RECIPE)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(llama / name, tmp_path / "store" / name)
+    (tmp_path / "links").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "store" / name)
+    before = snapshot(tmp_path)
+    with pytest.raises(UpcycleError, match="contains the source"):
+        convert(tmp_path / "links", tmp_path / "store", RECIPE, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_current_directory_is_not_replaced(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(llama, tmp_path / "here", RECIPE)
+    monkeypatch.chdir(tmp_path / "here")
+    before = snapshot(tmp_path)
+    with pytest.raises(UpcycleError, match="current directory"):
+        convert(llama, ".", TWICE, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_overwrite_repairs_a_finished_output(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    before = contents(tmp_path / "moe")
+    spoil(tmp_path / "moe" / "model.safetensors")
+    assert not convert(llama, tmp_path / "moe", RECIPE, overwrite=True).already_done
+    assert contents(tmp_path / "moe") == before
 
 
 def test_an_empty_directory_or_a_missing_parent_will_do(llama: Path, tmp_path: Path) -> None:
@@ -431,32 +483,46 @@ def test_a_killed_run_leaves_a_partial_that_the_next_run_replaces(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_signal_leaves_nothing_behind(
+def test_a_signal_leaves_what_the_same_command_completes(
     llama: Path, tmp_path: Path, name: str, code: int, *, overwrite: bool
 ) -> None:
     command = ["convert", str(llama), str(tmp_path / "moe"), "--recipe", RECIPE.name]
     if overwrite:
         convert(llama, tmp_path / "moe", TWICE)
         command.append("--overwrite")
-    before = snapshot(tmp_path)
+    before = snapshot(tmp_path / "moe") if overwrite else None
     stopped = run_with_blow(f"os.kill(os.getpid(), signal.{name})", *command)
     assert stopped.returncode == code
     assert stopped.stdout == ""
     assert "Traceback" not in stopped.stderr
-    assert name != "SIGINT" or "interrupted; nothing was published" in stopped.stderr
-    assert snapshot(tmp_path) == before
+    assert "nothing was published" in stopped.stderr
+    assert "same command" in stopped.stderr
+    assert others(tmp_path) == ["moe.partial"]
+    if overwrite:
+        assert snapshot(tmp_path / "moe") == before
+    else:
+        assert not (tmp_path / "moe").exists()
+    assert_completes(llama, tmp_path, overwrite=overwrite)
+
+
+def assert_completes(llama: Path, tmp_path: Path, *, overwrite: bool = False) -> None:
+    convert(llama, tmp_path / "moe", RECIPE, overwrite=overwrite)
     assert others(tmp_path) == []
+    convert(llama, tmp_path / "reference", RECIPE)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
 
 
-def test_a_full_disk_leaves_nothing_behind(llama: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_what_the_same_command_completes(llama: Path, tmp_path: Path) -> None:
     full = "raise OSError(28, os.strerror(28))"
     command = ("convert", llama, tmp_path / "moe", "--recipe", RECIPE.name)
     failed = run_with_blow(full, *command)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert "No space left on device" in failed.stderr
+    assert "same command" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["moe.partial"]
+    assert_completes(llama, tmp_path)
 
 
 def test_a_write_that_the_system_cuts_short_is_completed(llama: Path, tmp_path: Path) -> None:
@@ -468,7 +534,7 @@ def test_a_write_that_the_system_cuts_short_is_completed(llama: Path, tmp_path: 
     assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
 
 
-def test_a_file_size_limit_leaves_nothing_behind(llama: Path, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_an_error_that_can_be_resumed(llama: Path, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -476,7 +542,8 @@ def test_a_file_size_limit_leaves_nothing_behind(llama: Path, tmp_path: Path) ->
             convert(llama, tmp_path / "moe", RECIPE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["moe.partial"]
+    assert_completes(llama, tmp_path)
 
 
 def test_two_processes_cannot_write_the_same_output(

@@ -701,19 +701,24 @@ RUNS, WRONG = Support.RUNS, Support.WRONG
 def test_what_is_known_of_engines(
     target: str, routing: Routing, verdicts: dict[str, Support]
 ) -> None:
-    found = engines(target, routing, tied=False, fused=False)
+    found = engines(target, routing, tied=False, fused=False, plain_attention=True)
     assert {engine.name: engine.support for engine in found} == verdicts
     assert len(found) == len(verdicts)
 
 
+def test_what_was_tried_was_plain_attention() -> None:
+    found = engines("mixtral", Routing.TOPK_SOFTMAX, tied=False, fused=False, plain_attention=False)
+    assert [engine.name for engine in found] == ["transformers"]
+
+
 def test_fused_experts_are_for_transformers_alone() -> None:
-    found = engines("mixtral", Routing.TOPK_SOFTMAX, tied=True, fused=True)
+    found = engines("mixtral", Routing.TOPK_SOFTMAX, tied=True, fused=True, plain_attention=True)
     assert found == (
         Engine("transformers", RUNS),
         Engine("vLLM", Support.PER_EXPERT_ONLY),
         Engine("llama.cpp", Support.PER_EXPERT_ONLY),
     )
-    wrong = engines("qwen2_moe", Routing.TOPK_SOFTMAX, tied=True, fused=True)
+    wrong = engines("qwen2_moe", Routing.TOPK_SOFTMAX, tied=True, fused=True, plain_attention=True)
     assert Engine("llama.cpp", WRONG) in wrong  # no layout would help
 
 
@@ -721,7 +726,9 @@ def test_a_tied_head_stops_llama_cpp_for_qwen2_moe_only() -> None:
     support = {
         (target, tied): dict.fromkeys(
             engine.support
-            for engine in engines(target, TARGETS[target].routings[0], tied=tied, fused=False)
+            for engine in engines(
+                target, TARGETS[target].routings[0], tied=tied, fused=False, plain_attention=True
+            )
             if engine.name == "llama.cpp"
         )
         for target in ("mixtral", "qwen2_moe")
@@ -741,5 +748,5 @@ def test_a_tied_head_stops_llama_cpp_for_qwen2_moe_only() -> None:
 )
 def test_transformers_runs_everything(target: str, routing: Routing) -> None:
     for tied, fused in ((False, False), (True, True)):
-        found = engines(target, routing, tied=tied, fused=fused)
+        found = engines(target, routing, tied=tied, fused=fused, plain_attention=True)
         assert found[0] == Engine("transformers", RUNS)

@@ -20,8 +20,9 @@ from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.families import PAIRS, TARGETS
 from upcycle_cli.families.target import ExpertLayout, expected
 from upcycle_cli.plan import Plan
+from upcycle_cli.publish import Workspace
 from upcycle_cli.recipe import Factors, Routing, ScaleSplit, Scaling
-from upcycle_cli.writer import write_weights
+from upcycle_cli.writer import WriteOptions, write_weights
 
 Tensors = dict[str, torch.Tensor]
 INNER = 12  # tiny_config's intermediate size
@@ -102,7 +103,9 @@ def convert(case: Case, dense: Path) -> Outcome:
     dtype = TORCH[case.options.storage_dtype or case.dtype]
     source = {name: t.to(dtype) for name, t in load_file(dense / "model.safetensors").items()}
     with tempfile.TemporaryDirectory() as directory:
-        write_weights(plan, Path(directory), lambda _: None)
+        workspace = Workspace(Path(directory), plan.digest, durable=False)
+        options = WriteOptions(fsync=False)
+        write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
         moe: Tensors = {}
         for shard in Path(directory).glob("*.safetensors"):
             loaded = load_file(shard)

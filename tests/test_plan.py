@@ -451,8 +451,8 @@ def test_the_same_again_has_the_same_digest(dense: Path, tmp_path: Path) -> None
     assert digest(dense, dataclasses.replace(RECIPE, **settings)) == first
     # Nor does it matter where the source lies, and what lies beside it.
     (dense / "notes.txt").write_text("new")
-    shutil.copytree(dense, tmp_path / "elsewhere")
-    assert digest(tmp_path / "elsewhere") == first
+    shutil.copytree(dense, tmp_path / "elsewhere" / dense.name)
+    assert digest(tmp_path / "elsewhere" / dense.name) == first
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from smollm2 import make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
+from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.recipe import Routing, Scaling
 from upcycle_cli.verification import CheckResult, Status
 
@@ -100,9 +101,17 @@ def test_whole_experts_give_the_same_text_in_bfloat16(dense: Path, tmp_path: Pat
 
 
 def test_float16_and_fused_experts(dense: Path, tmp_path: Path) -> None:
-    from upcycle_cli.families.target import ExpertLayout
-
     options = Options(dtype="float16", expert_layout=ExpertLayout.FUSED)
-    recipe = Recipe(expansion=2, granularity=8, top_k=8)
+    recipe = Recipe(expansion=4, granularity=1, top_k=2)
     moe = _convert(dense, tmp_path, recipe, options=options).output
     assert verify(dense, moe).passed
+
+
+def test_scaled_experts_overflow_float16_and_verify_says_so(dense: Path, tmp_path: Path) -> None:
+    # SmolLM2's MLPs reach 22,522; eight times that is beyond float16, though every weight fits.
+    options = Options(dtype="float16")
+    recipe = Recipe(expansion=2, granularity=8, top_k=8)
+    moe = _convert(dense, tmp_path, recipe, options=options).output
+    (outputs,) = verify(dense, moe, checks=["outputs"]).checks
+    assert outputs.status is Status.FAILED
+    assert float(outputs.metrics["max_expert_output"]) > 65504

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
 from upcycle_cli.verification import CHECK_NAMES, Report, Status, verify
 from upcycle_cli.verification import models as _models
+from upcycle_cli.verification.outputs import read_prompts
 
 Tensors = dict[str, torch.Tensor]
 
@@ -763,6 +766,390 @@ def test_dense_without_tokenizer(tmp_path: Path) -> None:
     assert_passes(report)
     assert "512 random tokens" in report.checks[2].detail
     assert "no tokenizer" in report.checks[3].detail
+
+
+# Nothing ran
+
+
+def test_nothing_that_ran_is_not_a_pass(
+    dense: Path, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (moe / "upcycle.json").unlink()
+    report = verify(dense, moe, checks=["claims"])
+    assert report.status is Status.SKIPPED
+    assert not report.passed
+    assert report.to_json()["status"] == "skipped"
+    assert verify(dense, moe, checks=["weights", "claims"]).passed
+    monkeypatch.setattr(_models, "available_bytes", lambda: 1000)
+    assert verify(dense, moe, checks=["outputs"]).status is Status.SKIPPED
+
+
+# What loaders obey beside names and shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, ["architectures is ['LlamaForCausalLM']"]),
+        ({"architectures": None}, ["architectures is None"]),
+        ({"auto_map": {"AutoConfig": "evil.Config"}}, ["auto_map is there"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config is there"]),
+        ({"attention_dropout": 0.5}, ["attention_dropout is 0.5"]),
+        ({"router_jitter_noise": 0.1}, ["router_jitter_noise is 0.1"]),
+    ],
+)
+def test_config_that_misleads(
+    dense: Path, moe: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    edit_json(moe / "config.json", lambda config: config.update(changes))
+    assert_fails(verify(dense, moe, checks=["structure"]), "structure", *words)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", "old.pt", "consolidated.pth"]
+)
+def test_stray_weight_file(dense: Path, moe: Path, sharded: Path, name: str) -> None:
+    for path in (moe, sharded):
+        stray = path / f"x{name}"
+        stray.write_bytes(b"")
+        assert_fails(verify(dense, path, checks=["structure"]), "structure", stray.name)
+
+
+def test_generation_config_is_the_dense_one(dense: Path, moe: Path) -> None:
+    edit_json(moe / "generation_config.json", lambda config: config.update(temperature=9.0))
+    report = verify(dense, moe, checks=["claims"])
+    assert_fails(report, "claims", "generation_config.json is not the file")
+    (moe / "generation_config.json").unlink()
+    report = verify(dense, moe, checks=["claims"])
+    assert_fails(report, "claims", "generation_config.json is missing")
+
+
+@pytest.mark.parametrize("key", ["total", "active", "dense"])
+def test_recorded_parameters_are_counted(dense: Path, moe: Path, key: str) -> None:
+    edit_json(moe / "upcycle.json", lambda record: record["parameters"].update({key: 1}))
+    report = verify(dense, moe, checks=["claims"])
+    assert_fails(report, "claims", f"parameters.{key} is 1")
+    edit_json(moe / "upcycle.json", lambda record: record.pop("parameters"))
+    assert_fails(verify(dense, moe, checks=["claims"]), "claims", "parameters is missing")
+
+
+# Several dtypes
+
+
+def save_mixed(path: Path) -> Path:
+    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path)
+
+    def edit(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if ".layers.1." in name:
+                tensors[name] = tensor.half()
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].float()
+
+    edit_tensors(source, edit)
+    return source
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
+def test_dense_model_of_several_dtypes(tmp_path: Path, target: str) -> None:
+    source = save_mixed(tmp_path / "dense")
+    recipe = Recipe(expansion=2, granularity=2, top_k=2)
+    convert(source, tmp_path / "moe", recipe, target=target)
+    dtypes = {entry.dtype for entry in open_checkpoint(tmp_path / "moe").tensors.values()}
+    assert dtypes == {"BF16", "F16", "F32"}
+    assert_passes(verify(source, tmp_path / "moe"))
+
+
+@pytest.mark.parametrize("name", [MIXTRAL_EXPERT.format(1, 3, "w3"), ATTENTION, ROUTER])
+def test_one_dtype_among_several_is_wrong(tmp_path: Path, name: str) -> None:
+    source = save_mixed(tmp_path / "dense")
+    convert(source, tmp_path / "moe", Recipe(expansion=2, granularity=2, top_k=2))
+    edit_tensors(tmp_path / "moe", lambda tensors: tensors.update({name: tensors[name].float()}))
+    report = verify(source, tmp_path / "moe", checks=["structure"])
+    assert_fails(report, "structure", f"{name} is F32", "1 problem found")
+
+
+@pytest.mark.parametrize("name", ["q_proj.bias", "mlp.shared_expert.down_proj.weight"])
+def test_inert_tensor_of_another_dtype(dense: Path, qwen: Path, name: str) -> None:
+    full = f"model.layers.0.{'' if 'mlp' in name else 'self_attn.'}{name}"
+    edit_tensors(qwen, lambda tensors: tensors.update({full: tensors[full].half()}))
+    report = verify(dense, qwen, checks=["structure"])
+    assert_fails(report, "structure", f"{full} is F16", "1 problem found")
+
+
+# Routers with large logits
+
+
+def convert_large(dense: Path, path: Path, std: float) -> Path:
+    recipe = Recipe(
+        expansion=4,
+        granularity=2,
+        top_k=2,
+        routing=Routing.SOFTMAX_TOPK,
+        router_logit_std=std,
+    )
+    convert(dense, path, recipe, target="qwen2_moe")
+    promise = "approximate" if std <= 0.05 else "none"
+    edit_json(path / "upcycle.json", lambda record: record.update(promise=promise))
+    return path
+
+
+def test_large_router_logits_promise_nothing(dense: Path, tmp_path: Path) -> None:
+    moe = convert_large(dense, tmp_path / "moe", 2.0)
+    report = verify(dense, moe)
+    assert_passes(report)
+    assert "router's logits are too large" in report.checks[2].detail
+    assert "only measured" in report.checks[2].detail
+    (moe / "upcycle.json").unlink()
+    report = verify(dense, moe, checks=["outputs"])
+    assert "router's logits are too large" in report.checks[0].detail
+    promise = {"promise": "approximate"}
+    convert_large(dense, tmp_path / "lie", 2.0)
+    edit_json(tmp_path / "lie" / "upcycle.json", lambda record: record.update(promise))
+    assert_fails(verify(dense, tmp_path / "lie", checks=["claims"]), "claims", "promise is")
+
+
+@pytest.mark.parametrize(("std", "recorded"), [(0.001, 0.004), (0.03, 0.01), (2.0, 0.01)])
+def test_recorded_logit_std_is_measured(
+    dense: Path, tmp_path: Path, std: float, recorded: float
+) -> None:
+    moe = convert_large(dense, tmp_path / "moe", std)
+
+    def edit(record: dict[str, Any]) -> None:
+        record["recipe"]["router_logit_std"] = recorded
+        record["promise"] = "approximate"
+
+    edit_json(moe / "upcycle.json", edit)
+    report = verify(dense, moe, checks=["outputs", "claims"])
+    assert_fails(report, "claims", "recipe.router_logit_std is", "1 problem found")
+    if std == 2.0:
+        assert_fails(report, "outputs", "the router's logits have a standard deviation of 1.99")
+
+
+def test_approximation_is_held_to_the_measured_router(dense: Path, qwen: Path) -> None:
+    # A recorded deviation of 0.05 would let this error pass, the routers' own 0.001 does not.
+    def edit(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] *= 1.04
+
+    edit_tensors(qwen, edit)
+    edit_json(qwen / "upcycle.json", lambda record: record["recipe"].update(router_logit_std=0.05))
+    report = verify(dense, qwen, checks=["outputs"])
+    assert_fails(report, "outputs", "kl_mean_whole")
+    assert float(report.checks[0].metrics["kl_mean_whole"]) < 30 * 0.05**2
+
+
+# Float16, memory, prompts
+
+
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+def test_expert_output_that_overflows_float16(tmp_path: Path, layout: ExpertLayout) -> None:
+    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
+
+    def edit(tensors: Tensors) -> None:
+        for name, factor in (("up", 200), ("down", 100)):
+            tensors[f"model.layers.1.mlp.{name}_proj.weight"] *= factor
+
+    edit_tensors(source, edit)
+    recipe = Recipe(expansion=2, granularity=4, top_k=4)
+    options = Options(dtype="float16", expert_layout=layout)
+    convert(source, tmp_path / "moe", recipe, options=options)
+    report = verify(source, tmp_path / "moe", checks=["outputs"])
+    assert_fails(report, "outputs", "max_expert_output", "float16", "65504", "1 problem found")
+
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        model(_random_ids())
+        hidden = mlp.act_fn(mlp.gate_proj(seen[0])) * mlp.up_proj(seen[0])
+        expected = max(
+            float((hidden[:, part] @ mlp.down_proj.weight[:, part].T).abs().max()) * 4
+            for part in (slice(begin, begin + 16) for begin in range(0, 64, 16))
+        )
+    assert report.checks[0].metrics["max_expert_output"] == pytest.approx(expected, rel=1e-2)
+
+
+def _random_ids() -> torch.Tensor:
+    """The tokens that are run where there is no tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(258, (1, 512), generator=generator)
+
+
+def test_expert_output_is_measured_for_float16_alone(dense: Path, tmp_path: Path) -> None:
+    for dtype in ("float16", "bfloat16"):
+        options = Options(dtype=dtype)
+        convert(
+            dense, tmp_path / dtype, Recipe(expansion=2, granularity=2, top_k=2), options=options
+        )
+        report = verify(dense, tmp_path / dtype, checks=["outputs"])
+        assert_passes(report)
+        assert ("max_expert_output" in report.checks[0].metrics) is (dtype == "float16")
+
+
+def fake_memory(path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    monkeypatch.setattr(_models, "_MEMINFO", path / "meminfo")
+    monkeypatch.setattr(_models, "_OWN_CGROUPS", path / "own")
+    monkeypatch.setattr(_models, "_CGROUPS", path / "cgroup")
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        ({"meminfo": MEMINFO}, 8_192_000),
+        ({"meminfo": MEMINFO, "own": "0::/a/b\n"}, 8_192_000),
+        (
+            {
+                "meminfo": MEMINFO,
+                "own": "0::/a/b\n",
+                "cgroup/a/b/memory.max": "max\n",
+                "cgroup/a/b/memory.current": "1000\n",
+                "cgroup/a/memory.max": "5000\n",
+                "cgroup/a/memory.current": "3000\n",
+                "cgroup/a/memory.stat": "anon 7\ninactive_file 500\nactive_file 70\n",
+            },
+            2500,
+        ),
+        (
+            {
+                "meminfo": MEMINFO,
+                "own": "4:cpu,memory:/host/x\n0::/\n",
+                "cgroup/memory/memory.limit_in_bytes": "6000\n",
+                "cgroup/memory/memory.usage_in_bytes": "4000\n",
+                "cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300\n",
+            },
+            2300,
+        ),
+        (
+            {
+                "meminfo": MEMINFO,
+                "own": "0::/../x\n",
+                "cgroup/x/memory.max": "10",
+                "cgroup/x/memory.current": "30",
+            },
+            0,
+        ),
+    ],
+)
+def test_memory_of_control_groups(
+    files: dict[str, str], available: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_memory(tmp_path, monkeypatch, files)
+    assert _models.available_bytes() == available
+
+
+def test_prompts_are_a_small_part_of_a_regular_file(
+    dense: Path, mixtral: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (Path("/dev/urandom"), Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(UpcycleError, match="not a regular file"):
+            verify(dense, mixtral, prompts=bad)
+    large = tmp_path / "large.txt"
+    large.write_text("x" + "ż" * 600_000, encoding="utf-8")
+    assert len(read_prompts(large)) == 500_000  # 1 MB, less the half of a letter
+    large.write_bytes(b"short, and half a letter \xc5")
+    with pytest.raises(UpcycleError, match="not UTF-8"):
+        read_prompts(large)
+
+
+def test_prompts_need_a_tokenizer(dense: Path, mixtral: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A short text.")
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(UpcycleError, match="tokenizer cannot be used"):
+        verify(source, mixtral, checks=["outputs"], prompts=prompts)
+    for file in (*source.glob("tokenizer*"), *source.glob("chat_template*")):
+        file.unlink()
+    with pytest.raises(UpcycleError, match="has no tokenizer"):
+        verify(source, mixtral, checks=["outputs"], prompts=prompts)
+
+
+# What is neither damage nor a bug
+
+
+def test_path_that_the_system_refuses(dense: Path, mixtral: Path) -> None:
+    for paths in ((dense, Path("x" * 300)), (Path("x" * 300), mixtral)):
+        with pytest.raises(UpcycleError, match="cannot read x"):
+            verify(*paths)
+
+
+def test_record_that_cannot_be_read(dense: Path, moe: Path) -> None:
+    (moe / "upcycle.json").unlink()
+    (moe / "upcycle.json").symlink_to(moe / "gone")
+    with pytest.raises(UpcycleError, match=r"cannot read .*upcycle.json: No such file"):
+        verify(dense, moe, checks=["weights"])
+    (moe / "upcycle.json").unlink()
+    (moe / "upcycle.json").mkdir()
+    with pytest.raises(UpcycleError, match=r"cannot read .*upcycle.json: Is a directory"):
+        verify(dense, moe, checks=["weights"])
+
+
+@pytest.mark.parametrize("which", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_file_that_may_not_be_read(
+    dense: Path, moe: Path, which: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbidden = {"dense": dense, "moe": moe}[which] / name
+    really_open = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UpcycleError, match=f"cannot read {forbidden}: Permission denied"):
+        verify(dense, moe, checks=["claims"])
+
+
+def test_directory_that_may_not_be_listed(
+    dense: Path, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its files would look as if they were missing.
+    really_scan = os.scandir
+
+    def refuse(path: Any) -> Any:  # noqa: ANN401
+        if Path(path) == moe:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UpcycleError, match=f"cannot read {moe}: Permission denied"):
+        verify(dense, moe, checks=["weights"])
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("transformers")])
+def test_broken_transformers_is_no_damage(
+    dense: Path,
+    mixtral: Path,
+    module: types.ModuleType | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    for check in ("structure", "outputs", "claims"):
+        with pytest.raises(UpcycleError, match="transformers cannot be imported: "):
+            verify(dense, mixtral, checks=[check])
+    assert verify(dense, mixtral, checks=["weights"]).passed
+
+
+def test_interrupts_and_refusals_are_no_findings() -> None:
+    class Terminated(KeyboardInterrupt):
+        pass
+
+    for error in (Terminated(), PermissionError(13, "Permission denied"), MemoryError()):
+        with pytest.raises(type(error)), _models.transformers_says():
+            raise error
+    with pytest.raises(_models.TransformersError), _models.transformers_says():
+        raise OSError("does not appear to have a file named config.json")
 
 
 def test_independence() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from upcycle_cli.checkpoint import ITEM_BYTES
 from upcycle_cli.families.engines import Support
-from upcycle_cli.outputs import Role
+from upcycle_cli.outputs import EXPERT_ROLES, Role
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import TIE_LOGIT_STD, Promise, Recipe, Routing
 
@@ -18,6 +19,30 @@ def warnings(plan: Plan) -> Iterator[str]:
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     if plan.promise is Promise.NONE:
         yield f"{recipe.name} promises no equality with the dense model here: {no_promise(recipe)}."
+    yield from training_notes(plan)
+    tie_matters = plan.promise is Promise.APPROXIMATE and recipe.granularity > 1
+    if tie_matters and std < TIE_LOGIT_STD and recipe.expansion > 1:
+        yield (
+            f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
+            f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
+        )
+    yield from _storage_warnings(plan)
+    for engine in plan.engines:
+        if engine.support is Support.WRONG:
+            yield (
+                f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
+                "but computes something else."
+            )
+    if "auto_map" in plan.source.config:
+        yield (
+            "the source comes with code of its own (auto_map), which is left out: the output "
+            f"runs as transformers' {plan.family.target.architecture}."
+        )
+
+
+def training_notes(plan: Plan) -> Iterator[str]:
+    """Yield what whoever trains the model should know about its router."""
+    recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     # Without virtual groups the gates of the chosen differ, unless one alone is chosen.
     grouped = recipe.virtual_groups or recipe.granularity == 1
     if grouped and recipe.routing is Routing.TOPK_SOFTMAX and recipe.top_k == recipe.granularity:
@@ -34,10 +59,24 @@ def warnings(plan: Plan) -> Iterator[str]:
             "--router-logit-std 1 trains better at the price of equality; topk-softmax with a "
             "top-k of 2G or more has both."
         )
-    if recipe.routing is Routing.SOFTMAX_TOPK and std < TIE_LOGIT_STD and recipe.granularity > 1:
+
+
+def _storage_warnings(plan: Plan) -> Iterator[str]:
+    std = plan.recipe.router_logit_std or 1.0
+    recipe = plan.recipe
+    factors = plan.factors
+    if _expert_dtype(plan) == "F16" and factors.up * factors.down > 1:
         yield (
-            f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
-            f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
+            f"in float16 an expert's output, {factors.up * factors.down:g} times its part of the "
+            "dense MLP's before the gate, can exceed 65504 and become NaN. Use bfloat16 where the "
+            "hardware has it, and --verify, which measures it."
+        )
+    itemsize = ITEM_BYTES[_expert_dtype(plan)]
+    size = plan.family.decoder.intermediate_size // recipe.granularity
+    if itemsize == 2 and size * itemsize % 16:
+        yield (
+            f"experts {size} wide have rows of {size * itemsize} bytes; the grouped matrix "
+            "product of transformers and others needs multiples of 16. Use another granularity."
         )
     if _router_dtype(plan) == "F16":
         row_std = std / math.sqrt(plan.family.decoder.hidden_size)
@@ -46,17 +85,10 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"router weights of about {row_std:.0e} lose precision in float16; "
                 "use bfloat16 or a larger --router-logit-std."
             )
-    for engine in plan.engines:
-        if engine.support is Support.WRONG:
-            yield (
-                f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
-                "but computes something else."
-            )
-    if "auto_map" in plan.source.config:
-        yield (
-            "the source comes with code of its own (auto_map), which is left out: the output "
-            f"runs as transformers' {plan.family.target.architecture}."
-        )
+
+
+def _expert_dtype(plan: Plan) -> str:
+    return next(t.dtype for t in plan.tensors if t.role in EXPERT_ROLES)
 
 
 def _router_dtype(plan: Plan) -> str:
@@ -70,6 +102,9 @@ def no_promise(recipe: Recipe) -> str:
         return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
     if not recipe.virtual_groups and recipe.granularity > 1:
         return "without virtual groups a token does not get every shard of the dense MLP"
+    std = recipe.router_logit_std or 0.0
+    if factors.function_preserving and recipe.routing is Routing.SOFTMAX_TOPK:
+        return f"with router logits of standard deviation {std:g} the gates are far from equal"
     if factors.gate != 1.0:
         return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"
     scale = factors.up * factors.down

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.advice import no_promise, warnings
+from upcycle_cli.advice import no_promise, training_notes
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Promise, Routing
 
@@ -23,8 +23,10 @@ def model_card(plan: Plan, report: Report | None) -> str:
     from huggingface_hub import ModelCardData
 
     carried = _source_metadata(plan)
+    # A local directory is no repo id, and the Hub refuses a card that names one as its base.
+    base_model = plan.source.name if "/" in plan.source.name else None
     data = ModelCardData(
-        base_model=plan.source.name,
+        base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
@@ -33,7 +35,7 @@ def model_card(plan: Plan, report: Report | None) -> str:
     sections = (
         _title(plan),
         _what_it_is(plan),
-        _verification(plan, report),
+        _verification(report),
         _loading(),
         _training(plan),
         _engines(plan),
@@ -54,7 +56,14 @@ def _source_metadata(plan: Plan) -> dict[str, Any]:
     except (ValueError, YAMLError):
         # A card that the Hub would not accept either has nothing to carry over.
         return {}
-    return {key: data[key] for key in _CARRIED if data.get(key) is not None}
+    carried = {key: data[key] for key in _CARRIED if data.get(key) is not None}
+    return {key: value for key, value in carried.items() if _is_text(value)}
+
+
+def _is_text(value: object) -> bool:
+    # What else YAML can hold would make a card that the Hub refuses.
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) for item in items)
 
 
 def _title(plan: Plan) -> str:
@@ -63,7 +72,7 @@ def _title(plan: Plan) -> str:
     return (
         f"# {origin.split('/')[-1]} {plan.recipe.name}\n\n"
         f"A Mixture of Experts made from `{origin}`{revision} by copying its MLPs into experts "
-        f"and adding routers, with [upcycle](https://pypi.org/project/upcycle-cli/), by the "
+        f"and adding routers, with upcycle, by the "
         f"method of [Upcycling Large Language Models into Mixture of Experts]({_PAPER})."
     )
 
@@ -83,11 +92,14 @@ def _what_it_is(plan: Plan) -> str:
                        f"{_billions(plan.active_parameters)} active per token "
                        f"(dense: {_billions(plan.dense_parameters)})")),
         ("scale factors", (f"gate {factors.gate:g}, up {factors.up:g}, down {factors.down:g}"
-                          f" ({'lossless' if factors.lossless else 'rounded'})")),
+                          f" ({'lossless' if plan.lossless else 'rounded'})")),
     )  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     promises = {
-        Promise.EXACT: "It computes what the dense model computes, until it is trained further.",
+        Promise.EXACT: (
+            f"It computes what the dense model computes{rounding}, until it is trained further."
+        ),
         Promise.APPROXIMATE: (
             "It computes what the dense model computes up to an error of the order of the "
             "router's logits, until it is trained further."
@@ -97,11 +109,11 @@ def _what_it_is(plan: Plan) -> str:
     return f"| | |\n|---|---|\n{table}\n\n{promises[plan.promise]}"
 
 
-def _verification(plan: Plan, report: Report | None) -> str:
+def _verification(report: Report | None) -> str:
     if report is None:
         return (
             "## Verification\n\nNot verified when it was made. To do so: "
-            f"`upcycle verify {plan.source.name} THIS_DIRECTORY`."
+            "`upcycle verify DENSE THIS_DIRECTORY`."
         )
     rows = "\n".join(
         f"| {check.name} | {check.status} | {' '.join(check.detail.split())} |"
@@ -152,7 +164,7 @@ def _training(plan: Plan) -> str:
             "no `--moe-expert-capacity-factor`."
         ),
     ]
-    advice = [text for text in warnings(plan) if "train" in text]
+    advice = list(training_notes(plan))
     if advice:
         lines += ["", *(f"Note: {text[0].lower()}{text[1:]}" for text in advice)]
     return "## Training\n\n" + "\n".join(lines)

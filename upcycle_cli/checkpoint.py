@@ -17,8 +17,8 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -56,7 +56,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer.model*",
@@ -151,30 +151,39 @@ class Checkpoint:
         """The elements of all tensors."""
         return sum(entry.num_elements for entry in self.tensors.values())
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that were read, or will be."""
+        return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file is not the one that was opened."""
         for file in self.shards + self.companions:
             status = _stat(self.path / file.name)
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise UpcycleError(
-                    f"{self.path / file.name} changed while it was being read.",
-                    "Run the command again once nothing writes to it.",
-                )
+                raise _changed(self.path / file.name)
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Map the weight files for as long as the context lasts."""
-        with ExitStack() as stack:
-            yield Reader(self, stack)
+        """Map the weight files as they are asked for; let go of them when the context ends."""
+        reader = Reader(self)
+        try:
+            yield reader
+        finally:
+            # A map goes once no tensor aliases it; closing it by force would crash a reader.
+            reader.release()
 
 
 class Reader:
     """Hands out tensors that alias the mapped files; made by `Checkpoint.reader`."""
 
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._stack = stack
         self._maps: dict[str, mmap.mmap] = {}
+
+    def release(self) -> None:
+        """Let go of the maps."""
+        self._maps.clear()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor backed by the file: nothing is read until its pages are.
@@ -203,7 +212,12 @@ class Reader:
 
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:
-            with (self._checkpoint.path / shard).open("rb") as file:
+            path = self._checkpoint.path / shard
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                stamp = next(file for file in self._checkpoint.shards if file.name == shard)
+                if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+                    raise _changed(path)
                 # A private mapping: torch wants a writable buffer, the file stays untouched.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._maps[shard] = mapped
@@ -255,10 +269,17 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
 
 
+def _changed(path: Path) -> UpcycleError:
+    return UpcycleError(
+        f"{path} changed while it was being read.",
+        "Run the command again once nothing writes to it.",
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises UpcycleError when the file is not one."""
     try:
-        value = json.loads(path.read_bytes())
+        value = _parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path} is not valid JSON: {error}.") from error
     except OSError as error:
@@ -280,7 +301,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _companions(path: Path) -> tuple[FileStamp, ...]:
-    found = sorted({file for pattern in _COMPANIONS for file in path.glob(pattern)})
+    found = sorted({file for pattern in COMPANIONS for file in path.glob(pattern)})
     stamps = []
     for file in found:
         status = _stat(file)
@@ -367,7 +388,7 @@ def _parse_header(
     raw: bytes, file_path: Path, shard_name: str, data_start: int
 ) -> list[TensorEntry]:
     try:
-        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        header = _parse_json(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{file_path} has a header that is not valid JSON: {error}.") from error
     if not isinstance(header, dict):
@@ -437,6 +458,16 @@ def _check_index(
 
 def _is_size_list(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _parse_json(
+    raw: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:  # noqa: ANN401 - a JSON value
+    """Parse JSON; raises ValueError, also for half a character, which cannot be written again."""
+    value = json.loads(raw, object_pairs_hook=object_pairs_hook)
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

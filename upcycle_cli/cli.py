@@ -6,11 +6,14 @@ or a resource that failed, 130 SIGINT, 143 SIGTERM.
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -27,12 +30,14 @@ from upcycle_cli.options import (
     DtypeChoice,
     DtypeOption,
     ExpansionOption,
+    FsyncOption,
     GranularityOption,
     GroupsOption,
     InexactOption,
     JsonOption,
     LayoutOption,
     RecipeOption,
+    ReflinkOption,
     RoutingChoice,
     RoutingOption,
     ScalingOption,
@@ -44,11 +49,14 @@ from upcycle_cli.options import (
     TargetOption,
     TopKOption,
     UntieOption,
+    WorkersOption,
+    existing_or_new,
     file_options,
     parse_scaling,
     recipe_sizes,
 )
 from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
+from upcycle_cli.team import launched_rank
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
@@ -70,13 +78,35 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _on_signal)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or sign that the terminal cannot show must not end a conversion.
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="upcycle")
 
 
-def _terminate(_signum: int, _frame: object) -> NoReturn:
-    # Unwinds like any exception, so that the partial output is removed on the way.
-    sys.exit(EXIT_SIGTERM)
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; it unwinds as SIGINT does: files are closed, locks given back."""
+
+
+_received: list[int] = []
+
+
+def _on_signal(signum: int, _frame: object) -> NoReturn:
+    _received.append(signum)
+    _raise_signal()
+    raise AssertionError
+
+
+def _raise_signal() -> None:
+    """Raise for a signal that came, even when a library swallowed the exception it raised then.
+
+    Some do, while they are being imported: the command would go on as if nothing had been.
+    """
+    if _received:
+        raise KeyboardInterrupt if _received[0] == signal.SIGINT else _TerminatedError
 
 
 @app.callback(invoke_without_command=True)
@@ -98,11 +128,19 @@ def _root(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SOURCE", help="Directory of the dense checkpoint; never modified."),
+        typer.Argument(
+            metavar="SOURCE",
+            parser=existing_or_new,
+            help="Directory of the dense checkpoint; never modified.",
+        ),
     ],
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUTPUT", help="Directory to make; appears whole or not at all."),
+        typer.Argument(
+            metavar="OUTPUT",
+            parser=existing_or_new,
+            help="Directory to make; appears whole or not at all.",
+        ),
     ],
     recipe: RecipeOption = None,
     expansion: ExpansionOption = None,
@@ -144,6 +182,9 @@ def convert(
             rich_help_panel=RUN,
         ),
     ] = False,
+    workers: WorkersOption = 0,
+    reflink: ReflinkOption = True,
+    fsync: FsyncOption = True,
     as_json: JsonOption = False,
     quiet: Annotated[
         bool,
@@ -156,9 +197,12 @@ def convert(
     """
     with _errors_to_exit_codes():
         from upcycle_cli.checkpoint import open_checkpoint
+        from upcycle_cli.conversion import execute, plan_together
         from upcycle_cli.plan import build_plan
         from upcycle_cli.publish import check_output
         from upcycle_cli.render import plan_json
+        from upcycle_cli.team import Team
+        from upcycle_cli.writer import WriteOptions
 
         sizes = recipe_sizes(recipe, expansion, granularity, top_k)
         wanted = Recipe(
@@ -174,30 +218,42 @@ def convert(
             allow_inexact=allow_inexact,
         )
         options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
-        plan = build_plan(wanted, open_checkpoint(source), target=target, options=options)
-        if dry_run:
-            check_output(output, plan.source.path, overwrite=overwrite)
-            if as_json:
-                _print_json({"status": "planned", "output": str(output), **plan_json(plan)})
-            elif not quiet:
-                _print_plan(plan)
-                _talk("Nothing was written (--dry-run).")
-            return
-        _convert(
-            plan,
-            output,
-            overwrite=overwrite,
-            verify=verify,
-            checksums=checksums,
-            as_json=as_json,
-            quiet=quiet,
-        )
+        writing = WriteOptions(workers=workers, reflink=reflink, fsync=fsync)
+        with Team() as team:
+            plan = plan_together(
+                lambda: build_plan(wanted, open_checkpoint(source), target=target, options=options),
+                team,
+            )
+            if dry_run:
+                check_output(output, plan.source, overwrite=overwrite)
+            else:
+                run = functools.partial(
+                    execute,
+                    plan,
+                    output,
+                    overwrite=overwrite,
+                    verify=verify,
+                    checksums=checksums,
+                    writing=writing,
+                    team=team,
+                )
+                _convert(run, plan, as_json=as_json, quiet=quiet or not team.leads)
+        if dry_run and as_json:
+            _print_json({"status": "planned", "output": str(output), **plan_json(plan)})
+        elif dry_run and not quiet and team.leads:
+            _print_plan(plan)
+            _talk("Nothing was written (--dry-run).")
 
 
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Directory of a dense or an MoE checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            parser=existing_or_new,
+            help="Directory of a dense or an MoE checkpoint.",
+        ),
     ],
     recipe: RecipeOption = None,
     target: TargetOption = TargetChoice.AUTO,
@@ -235,6 +291,12 @@ def inspect(
 
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
+        options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
+        chosen = (target, routing) != (TargetChoice.AUTO, RoutingChoice.AUTO)
+        if recipe is None and (chosen or options != file_options()):
+            raise UpcycleError(
+                "these options say how to convert, and no --recipe does.", "Add --recipe E8G1T2."
+            )
         wanted = None
         if recipe is not None:
             expansion, granularity, top_k = parse_recipe_name(recipe)
@@ -249,7 +311,7 @@ def inspect(
             path,
             wanted,
             target=target,
-            options=file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings),
+            options=options,
             weights=weights,
             dense=dense,
         )
@@ -271,9 +333,17 @@ def inspect(
 @app.command()
 def verify(
     dense: Annotated[
-        Path, typer.Argument(metavar="DENSE", help="Directory of the dense checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="DENSE", parser=existing_or_new, help="Directory of the dense checkpoint."
+        ),
     ],
-    moe: Annotated[Path, typer.Argument(metavar="MOE", help="Directory of the MoE made from it.")],
+    moe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MOE", parser=existing_or_new, help="Directory of the MoE made from it."
+        ),
+    ],
     checks: Annotated[
         str,
         typer.Option(metavar="NAME,…", help="Which checks to run."),
@@ -299,19 +369,51 @@ def verify(
             prompts=prompts,
             on_start=None if as_json else _announce_check,
         )
+        _raise_signal()
         if as_json:
             _print_json(report.to_json())
         else:
             _stdout().print(render.report_table(report))
+        if report.status == "skipped":
+            _fail("no check could run, so nothing is proven.", EXIT_ERROR)
         if not report.passed:
             raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command()
+def clean(
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", parser=existing_or_new, help="Directory that was to be made."
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it, not only show it.")] = False,
+) -> None:
+    """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
+    with _errors_to_exit_codes():
+        from upcycle_cli import publish
+        from upcycle_cli.render import size_text
+
+        partial, size = publish.clean(output.absolute(), remove=yes)
+        if yes:
+            _talk(f"Removed {partial} ({size_text(size)}).")
+        else:
+            _stdout().print(
+                f"{escape(str(partial))}: {size_text(size)} of an unfinished conversion"
+            )
+            _talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
 
 
 @app.command()
 def demo(
     directory: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="Where to work; a temporary directory unless given."),
+        typer.Argument(
+            metavar="DIR",
+            parser=existing_or_new,
+            help="Where to work; a temporary directory unless given.",
+        ),
     ] = None,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
@@ -324,31 +426,21 @@ def demo(
 # How commands talk -------------------------------------------------------------------------------
 
 
-def _convert(
-    plan: Plan,
-    output: Path,
-    *,
-    overwrite: bool,
-    verify: bool,
-    checksums: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def _convert(run: Callable[..., Conversion], plan: Plan, *, as_json: bool, quiet: bool) -> None:
     from upcycle_cli import render
-    from upcycle_cli.conversion import execute
     from upcycle_cli.progress import progress_bar
 
-    silent = quiet or as_json
-    with progress_bar(_stderr(), total=plan.nbytes, silent=silent) as progress:
-        done = execute(
-            plan,
-            output,
-            overwrite=overwrite,
-            verify=verify,
-            checksums=checksums,
-            progress=progress.advance,
-            on_check=progress.checking,
-        )
+    with progress_bar(_stderr(), total=plan.nbytes, silent=quiet or as_json) as progress:
+
+        def advance(num_bytes: int) -> None:
+            _raise_signal()
+            progress.advance(num_bytes)
+
+        def checking(name: str) -> None:
+            _raise_signal()
+            progress.checking(name)
+
+        done = run(progress=advance, on_check=checking)
     if as_json:
         _print_json(render.conversion_json(done))
     elif not quiet:
@@ -373,9 +465,21 @@ def _print_conversion(done: Conversion) -> None:
         _stdout().print()
         _stdout().print(render.report_table(done.report))
     if done.published:
-        _talk(f"\nWrote {done.output} in {done.seconds:.1f} s.")
+        _talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if done.report is None:
-            _talk(f"Next: upcycle verify {done.plan.source.path} {done.output}")
+            paths = (str(done.plan.source.path), str(done.output))
+            _talk(f"Next: {shlex.join(['upcycle', 'verify', *paths])}")
+
+
+def _savings(done: Conversion) -> str:
+    from upcycle_cli.render import size_text
+
+    text = ""
+    if done.shared_bytes:
+        text += f" {size_text(done.shared_bytes)} share extents with equal bytes and take no space."
+    if done.reused_bytes:
+        text += f" {size_text(done.reused_bytes)} were there from an unfinished run."
+    return text
 
 
 def _print_plan(plan: Plan) -> None:
@@ -403,8 +507,14 @@ def _announce_check(name: str) -> None:
         _talk(f"checking {name} …")
 
 
+class _DataConsole(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit with 1, which means here that a verification failed.
+        raise BrokenPipeError
+
+
 def _stdout(width: int | None = None) -> Console:
-    return Console(width=width, highlight=False)
+    return _DataConsole(width=width, highlight=False)
 
 
 def _stderr() -> Console:
@@ -416,10 +526,14 @@ def _talk(text: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
+    if launched_rank() > 0:
+        return
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if launched_rank() > 0:  # rank 0 says it, once
+        raise typer.Exit(code)
     _stderr().print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
@@ -430,5 +544,17 @@ def _errors_to_exit_codes() -> Iterator[None]:
         yield
     except UpcycleError as error:
         _fail(str(error), EXIT_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was published.", EXIT_SIGINT)
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; the flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}.", EXIT_ERROR)
+    except KeyboardInterrupt as signal_error:
+        terminated = isinstance(signal_error, _TerminatedError)
+        _fail(
+            f"{'terminated' if terminated else 'interrupted'}; nothing was published. "
+            "A conversion goes on where it stopped when the same command is run again.",
+            EXIT_SIGTERM if terminated else EXIT_SIGINT,
+        )

@@ -6,23 +6,41 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, open_checkpoint, read_json
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.layout import unique_bytes
 from upcycle_cli.outputs import Options
 from upcycle_cli.plan import Plan, build_plan
-from upcycle_cli.publish import check_output, check_space, transaction
+from upcycle_cli.publish import (
+    CARD_NAME,
+    CHECKSUMS_NAME,
+    Workspace,
+    check_output,
+    check_space,
+    output_files,
+    partial_of,
+    transaction,
+)
 from upcycle_cli.recipe import Recipe
+from upcycle_cli.team import Team
+from upcycle_cli.writer import WriteOptions, Written, write_index, write_json, write_weights
 
 if TYPE_CHECKING:
     from upcycle_cli.verification import Report
 
-CARD_NAME = "README.md"
-CHECKSUMS_NAME = "SHA256SUMS"
-_SPARE_BYTES = 64_000_000  # tokenizer, headers, card
+_SPARE_BYTES = 4_000_000  # headers, config, card, record
+
+
+class _Order(Enum):
+    """What rank 0 tells the others to do next."""
+
+    WRITE = "write"
+    NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,10 @@ class Conversion:
     """False when verify failed: then OUTPUT was left as it was."""
     already_done: bool = False
     """True when OUTPUT was there already, made by this very plan."""
+    shared_bytes: int = 0
+    """Bytes of equal tensors that share extents on disk."""
+    reused_bytes: int = 0
+    """Bytes that an earlier, unfinished run had written."""
 
 
 def convert(
@@ -66,6 +88,8 @@ def execute(
     overwrite: bool = False,
     verify: bool = False,
     checksums: bool = False,
+    writing: WriteOptions | None = None,
+    team: Team | None = None,
     progress: Callable[[int], None] = lambda _: None,
     on_check: Callable[[str], None] = lambda _: None,
 ) -> Conversion:
@@ -77,24 +101,104 @@ def execute(
     """
     started = time.monotonic()
     output = output.absolute()
-    report = None
+    writing = writing or WriteOptions()
+    team = team or Team()
     try:
-        if is_finished(plan, output):
+        if not team.leads:
+            return _assist(plan, output, writing, team)
+        if not overwrite and is_finished(plan, output):
+            team.exchange(_Order.NOTHING)
+            if checksums and not (output / CHECKSUMS_NAME).exists():
+                _write_checksums(output)
             return _already_done(plan, output, on_check if verify else None)
-        check_output(output, plan.source.path, overwrite=overwrite)
-        check_space(output, plan.nbytes + _SPARE_BYTES)
-        with transaction(output, overwrite=overwrite) as (partial, publish):
-            _fill(plan, partial, progress)
-            if verify:
-                report = _verify(plan, partial, on_check)
+        check_output(output, plan.source, overwrite=overwrite)
+        shared = _shared_bytes(plan, team) + _SPARE_BYTES if writing.reflink else None
+        check_space(output, plan.nbytes + _SPARE_BYTES, shared=shared)
+        with transaction(
+            output, plan_digest=plan.digest, overwrite=overwrite, durable=writing.fsync
+        ) as (workspace, publish):
+            team.exchange(_Order.WRITE)
+            written = _write(plan, workspace, writing, team, progress)
+            _complete(plan, workspace.path, written)
+            report = _verify(plan, workspace.path, on_check) if verify else None
             publish[0] = report is None or report.passed
             if checksums and publish[0]:
-                _write_checksums(partial)
+                _write_checksums(workspace.path)
             plan.source.check_unchanged()
     except OSError as error:
         where = error.filename or output
-        raise UpcycleError(f"writing {where} failed: {error.strerror}.") from error
-    return Conversion(plan, output, time.monotonic() - started, report, published=publish[0])
+        raise ResumableError(
+            f"writing {where} failed: {error.strerror}.",
+            f"What is complete stays in {partial_of(output)}: the same command goes on from there.",
+        ) from error
+    team.exchange(_Order.NOTHING)
+    return Conversion(
+        plan,
+        output,
+        time.monotonic() - started,
+        report,
+        published=publish[0],
+        shared_bytes=written.shared_bytes,
+        reused_bytes=written.reused_bytes,
+    )
+
+
+def plan_together(make: Callable[[], Plan], team: Team) -> Plan:
+    """Make the plan on every rank, and see that all have made the same.
+
+    Raises UpcycleError when one cannot make it, or when they differ.
+    """
+    plans: list[Plan] = []
+
+    def digest() -> str:
+        plans.append(make())
+        return plans[0].digest
+
+    if len(set(team.gather(digest))) > 1:
+        raise UpcycleError(
+            "the ranks do not see the same source.",
+            "Run them all on one shared file system, with the same arguments.",
+        )
+    return plans[0]
+
+
+def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conversion:
+    """Write this rank's share of the shards; rank 0 does everything else."""
+    order = team.exchange(_Order.NOTHING)[0]
+    if order is _Order.WRITE:
+        workspace = Workspace(partial_of(output), plan.digest, writing.fsync)
+        try:
+            _write(plan, workspace, writing, team, lambda _: None)
+        except UpcycleError:
+            # Rank 0 has the last word: whoever exits first makes the launcher end the others.
+            team.exchange(_Order.NOTHING)
+            raise
+        team.exchange(_Order.NOTHING)
+    return Conversion(plan, output, 0.0, None, published=True)
+
+
+def _shared_bytes(plan: Plan, team: Team) -> int:
+    """Return the bytes needed where extents can be shared: each rank shares within its files."""
+    return sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in range(team.size))
+
+
+def _write(
+    plan: Plan,
+    workspace: Workspace,
+    writing: WriteOptions,
+    team: Team,
+    progress: Callable[[int], None],
+) -> Written:
+    """Write all shards together with the other ranks, and return what all have written."""
+    own = team.share_of(plan.shards, team.rank)
+    total = Written()
+    for part in team.gather(
+        lambda: write_weights(plan, own, workspace, progress=progress, options=writing)
+    ):
+        total.add(part.routers, part.shared_bytes, part.reused_bytes)
+    # By layer, not by rank, so that the record does not depend on how many ranks there were.
+    names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]
+    return replace(total, routers={name: total.routers[name] for name in names})
 
 
 def is_finished(plan: Plan, output: Path) -> bool:
@@ -124,18 +228,17 @@ def _already_done(plan: Plan, output: Path, on_check: Callable[[str], None] | No
     return Conversion(plan, output, 0.0, report, published=sound, already_done=True)
 
 
-def _fill(plan: Plan, directory: Path, progress: Callable[[int], None]) -> None:
-    # Torch takes seconds to import, so nothing that can fail before the first byte waits for it.
+def _complete(plan: Plan, directory: Path, written: Written) -> None:
+    """Add everything but the weights."""
     from upcycle_cli.card import model_card
     from upcycle_cli.record import record
-    from upcycle_cli.writer import write_json, write_weights
 
-    routers = write_weights(plan, directory, progress)
+    write_index(plan, directory)
     write_json(directory / CONFIG_NAME, plan.config)
     for file in plan.source.companions:
         (directory / file.name).parent.mkdir(exist_ok=True)
         shutil.copyfile(plan.source.path / file.name, directory / file.name)
-    write_json(directory / RECORD_NAME, record(plan, routers))
+    write_json(directory / RECORD_NAME, record(plan, written.routers))
     (directory / CARD_NAME).write_text(model_card(plan, None), encoding="utf-8")
 
 
@@ -151,10 +254,11 @@ def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Rep
 def _write_checksums(directory: Path) -> None:
     """Write SHA256SUMS in the form that `sha256sum --check` reads."""
     lines = []
-    for path in sorted(file for file in directory.rglob("*") if file.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if not name.startswith(".upcycle"):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {name}\n")
-    (directory / CHECKSUMS_NAME).write_text("".join(lines), encoding="utf-8")
+    for path in output_files(directory):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
+    # OUTPUT may have its name already: the file appears whole there, too.
+    temporary = directory / f".{CHECKSUMS_NAME}.new"
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(directory / CHECKSUMS_NAME)

@@ -44,8 +44,9 @@ def run_demo(
             raise UpcycleError(f"`upcycle {' '.join(command)}` ended with exit code {code}.")
     say(
         "\nThe MoE computes what the dense model computes. With a model of your own:\n\n"
-        f"  upcycle inspect MODEL --recipe {_RECIPE}\n"
-        f"  upcycle convert MODEL MODEL-{_RECIPE} --recipe {_RECIPE} --verify\n"
+        "  upcycle inspect MODEL --recipe E8G8T16\n"
+        "  upcycle convert MODEL MODEL-E8G8T16 --recipe E8G8T16 --verify\n\n"
+        f"The demo's files stay in {directory}."
     )
 
 

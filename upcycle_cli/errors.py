@@ -15,5 +15,13 @@ class UpcycleError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[UpcycleError], tuple[str, str | None]]:
+        # The default would drop the hint on the way to another process.
+        return type(self), (self.message, self.hint)
+
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class ResumableError(UpcycleError):
+    """The run was cut short, and the same command goes on from what is complete."""

@@ -15,7 +15,7 @@ from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, rea
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import PAIRS, TARGETS, dense_family
 from upcycle_cli.families.engines import Engine, engines
-from upcycle_cli.families.target import ExpertLayout, Target, config_routing
+from upcycle_cli.families.target import ExpertLayout, Target, config_routing, has_plain_attention
 from upcycle_cli.outputs import Options
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.recipe import Recipe
@@ -74,7 +74,7 @@ def inspect(
     was asked about.
     """
     checkpoint = open_checkpoint(Path(path))
-    if checkpoint.config.get("model_type") in TARGETS:
+    if str(checkpoint.config.get("model_type")) in TARGETS:
         if recipe is not None:
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
         return _inspect_moe(checkpoint, weights=weights, dense=dense)
@@ -137,7 +137,13 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
         total_parameters=total,
         active_parameters=total - expert_parameters // num_experts * (num_experts - top_k),
         dense_parameters=_recorded_dense_parameters(record),
-        engines=engines(target.model_type, routing, tied=tied, fused=layout is ExpertLayout.FUSED),
+        engines=engines(
+            target.model_type,
+            routing,
+            tied=tied,
+            fused=layout is ExpertLayout.FUSED,
+            plain_attention=has_plain_attention(checkpoint.config),
+        ),
         record=record,
         weights=facts,
     )

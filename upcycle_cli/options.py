@@ -5,8 +5,10 @@ Nothing here imports torch, so `--help` and usage errors do not pay for it.
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -162,11 +164,43 @@ UntieOption = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        help="Threads that read, compute and write; 0 for the processors there are, at most 4.",
+        rich_help_panel=RUN,
+    ),
+]
+ReflinkOption = Annotated[
+    bool,
+    typer.Option(
+        " /--no-reflink",
+        help="Write equal parts each, even where the file system could share their extents.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+FsyncOption = Annotated[
+    bool,
+    typer.Option(
+        " /--no-fsync",
+        help="Do not wait for the disk: for scratch work only.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=RUN)
 ]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def existing_or_new(text: str) -> Path:
+    """Read a path; an empty one is an unset variable, not the current directory."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty")
+    return Path(text)
 
 
 def recipe_sizes(
@@ -203,7 +237,11 @@ def parse_scaling(text: str) -> Scaling | float:
 
 
 def file_options(
-    dtype: DtypeChoice, expert_layout: ExpertLayout, max_shard_size: str, *, untie: bool
+    dtype: DtypeChoice = DtypeChoice.AUTO,
+    expert_layout: ExpertLayout = ExpertLayout.PER_EXPERT,
+    max_shard_size: str = "5GB",
+    *,
+    untie: bool = False,
 ) -> Options:
     """Put together what the user wants of the files."""
     return Options(
@@ -220,4 +258,7 @@ def _parse_size(text: str) -> int:
         raise UpcycleError(f"--max-shard-size '{text}' is not a size.", "Write 5GB or 500MB.")
     number, unit, binary = match.groups()
     power = " KMGT".index(unit.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = float(number) * (1024 if binary else 1000) ** power
+    if not math.isfinite(size):
+        raise UpcycleError(f"--max-shard-size '{text[:20]}…' is too large.", "Write 5GB or 500MB.")
+    return int(size)

@@ -20,8 +20,13 @@ from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
 from upcycle_cli.families.dense import dense_shapes
 from upcycle_cli.families.engines import Engine, engines
-from upcycle_cli.families.target import ExpertLayout, expected, moe_config
-from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, output_tensors
+from upcycle_cli.families.target import (
+    ExpertLayout,
+    expected,
+    has_plain_attention,
+    moe_config,
+)
+from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
 
 
@@ -66,6 +71,26 @@ class Plan:
     def promise(self) -> Promise:
         """What the output owes the dense model."""
         return self.recipe.promise()
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
+        for tensor in self.tensors:
+            # What is drawn at random has nothing to lose.
+            drawn = tensor.role in (Role.ROUTER, Role.SHARED_EXPERT)
+            for name in () if drawn else sources(tensor.expr):
+                if _narrows(self.source.tensors[name].dtype, tensor.dtype):
+                    return TORCH_DTYPES[tensor.dtype]
+        return None if self.factors.lossless else self._expert_dtype
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the dense weights can be recovered bit for bit."""
+        return self.rounded_to is None
+
+    @property
+    def _expert_dtype(self) -> str:
+        return TORCH_DTYPES[next(t.dtype for t in self.tensors if t.role in EXPERT_ROLES)]
 
     @cached_property
     def nbytes(self) -> int:
@@ -115,6 +140,7 @@ class Plan:
             routing,
             tied=self.config["tie_word_embeddings"],
             fused=self.options.expert_layout is ExpertLayout.FUSED,
+            plain_attention=has_plain_attention(self.config),
         )
 
     @cached_property
@@ -128,6 +154,8 @@ class Plan:
             "recipe": asdict(self.recipe),
             "options": asdict(self.options),
             "config": self.config,
+            "source_name": self.source.name,
+            "source_config": self.source.config_digest,
             "source": [asdict(file) for file in self.source.shards + self.source.companions],
             "shards": [
                 [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
@@ -167,6 +195,11 @@ def build_plan(
     _check_all_used(tensors, source, dropped)
     shards = _shards(tensors, options.max_shard_bytes)
     return Plan(recipe, options, family, source, config, shards, dropped)
+
+
+def _narrows(source: str, output: str) -> bool:
+    # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
+    return output not in {source, "F32"}
 
 
 def _check_granularity(recipe: Recipe, intermediate_size: int) -> None:

@@ -43,7 +43,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row(
         "scale factors",
         f"gate × {factors.gate:g}, up × {factors.up:g}, down × {factors.down:g} "
-        f"({'lossless' if factors.lossless else 'rounded'})",
+        f"({'lossless' if plan.lossless else 'rounded'})",
     )
     table.add_row("router", f"logit std {recipe.router_logit_std:g}, {_groups(plan)}")
     table.add_row("promise", _promise(plan))
@@ -75,7 +75,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
-        "lossless": plan.factors.lossless,
+        "lossless": plan.lossless,
         "promise": plan.promise,
         "engines": _engines_json(plan.engines),
         "dropped": dict(plan.dropped),
@@ -92,6 +92,8 @@ def conversion_json(conversion: Conversion) -> dict[str, Any]:
         "output": str(conversion.output),
         **plan_json(conversion.plan),
         "seconds": round(conversion.seconds, 3),
+        "shared_bytes": conversion.shared_bytes,
+        "reused_bytes": conversion.reused_bytes,
         "verification": None if conversion.report is None else conversion.report.to_json(),
     }
 
@@ -236,7 +238,8 @@ def _groups(plan: Plan) -> str:
 def _promise(plan: Plan) -> str:
     match plan.promise:
         case Promise.EXACT:
-            return "exact: the function of the dense model"
+            rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
+            return f"exact: the function of the dense model{rounding}"
         case Promise.APPROXIMATE:
             return (
                 f"approximate: equal up to the router logits (std {plan.recipe.router_logit_std:g})"

@@ -1,7 +1,10 @@
-"""Executes a plan: writes its shards and index into a directory.
+"""Executes a plan: writes its shards and its index into a directory.
 
-Each shard is laid out first, so that every unique part is computed once and written at all its
-places; only one part is in memory at a time. Nothing is decided here.
+Each unique part of a file is computed once and written at its first place; its other places share
+the extents of the first where the file system can (`FICLONERANGE`), and are written where it
+cannot. A few threads do this side by side, so that reading, arithmetic and writing overlap; each
+holds one part at a time. A file is written under a temporary name, made durable, and renamed, so a
+file that has its name is complete. Nothing is decided here.
 """
 
 from __future__ import annotations
@@ -9,60 +12,126 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import INDEX_NAME, ITEM_BYTES, Reader, raw_bytes
+from upcycle_cli.checkpoint import INDEX_NAME, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import (
-    Expr,
-    OverflowInCastError,
-    TensorType,
-    evaluate,
-    leaves,
-    type_of,
-)
+from upcycle_cli.expr import Expr, OverflowInCastError, evaluate
+from upcycle_cli.layout import Layout, Part, lay_out
 from upcycle_cli.outputs import OutputTensor, Role
 from upcycle_cli.plan import Plan, Shard
+from upcycle_cli.publish import Workspace
+from upcycle_cli.reflink import can_share, share
 
 if TYPE_CHECKING:
     import torch
 
+TEMPORARY_SUFFIX = ".writing"
 _WRITE_BYTES = 1 << 26  # small enough for the progress to move, large enough to cost nothing
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes just written."""
+"""Called with the number of bytes that have just found their place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """How to write; the bytes that are read back are the same for all of them."""
+
+    workers: int = 0
+    """Threads; 0 for as many as the process may use processors, at most 4."""
+    reflink: bool = True
+    """Share extents between equal parts where the file system can."""
+    fsync: bool = True
+    """Make every file durable before it gets its name."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UpcycleError(f"the number of workers must be positive, not {self.workers}.")
+
+    @property
+    def num_threads(self) -> int:
+        """The number of threads to use."""
+        return self.workers or min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass
-class _Part:
-    """A unique expression of one shard: the tensor it is first needed for, and its places."""
+class Written:
+    """What there is now: each router's SHA-256 by tensor name, and how the bytes came about."""
 
-    tensor: OutputTensor
-    offsets: list[int]
+    routers: dict[str, str] = field(default_factory=dict)
+    shared_bytes: int = 0
+    """Bytes that share extents with equal ones, and take no space."""
+    reused_bytes: int = 0
+    """Bytes that an earlier, unfinished run had written."""
+
+    def add(self, routers: Mapping[str, str], shared_bytes: int, reused_bytes: int = 0) -> None:
+        """Add what was written elsewhere."""
+        self.routers |= routers
+        self.shared_bytes += shared_bytes
+        self.reused_bytes += reused_bytes
 
 
-def write_weights(plan: Plan, directory: Path, progress: Progress) -> dict[str, str]:
-    """Write every shard and the index; return the SHA-256 of each router's bytes by tensor name.
+class _StoppedError(Exception):
+    """Another part failed, or a signal came: this one need not be finished."""
+
+
+@dataclass
+class _Copies:
+    """Where each part was first written, in whatever file, and whether extents can be shared."""
+
+    enabled: bool
+    first: dict[Expr, tuple[Path, int]] = field(default_factory=dict)
+
+
+def write_weights(
+    plan: Plan,
+    shards: Sequence[Shard],
+    workspace: Workspace,
+    *,
+    progress: Progress,
+    options: WriteOptions,
+) -> Written:
+    """Write those of the plan's shards that an earlier run has not finished.
 
     Raises UpcycleError when a value overflows the output dtype, OSError when writing fails.
     """
-    routers: dict[str, str] = {}
-    with plan.source.reader() as reader:
-        for shard in plan.shards:
-            with (directory / shard.name).open("xb") as file:
-                _write_shard(shard, file.fileno(), reader, routers, progress)
-    if len(plan.shards) > 1:
-        index = {
-            "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
-            "weight_map": {
-                tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
-            },
-        }
-        write_json(directory / INDEX_NAME, index)
-    return routers
+    written = Written()
+    copies = _Copies(enabled=options.reflink and can_share(workspace.path))
+    with plan.source.reader() as reader, _single_threaded_torch():
+        for shard in shards:
+            task = _Task(lay_out(shard), reader, copies, progress)
+            noted = workspace.reusable(shard.name, task.layout.nbytes)
+            if noted is None:
+                task.write(workspace.path / shard.name, options)
+                noted = {"routers": task.routers, "shared_bytes": task.shared_bytes}
+                workspace.note(shard.name, noted)
+            else:
+                progress(shard.nbytes)
+                written.reused_bytes += shard.nbytes
+            written.add(noted["routers"], noted["shared_bytes"])
+            for part in task.layout.parts:
+                place = (workspace.path / shard.name, part.offsets[0])
+                copies.first.setdefault(part.expr, place)
+    return written
+
+
+def write_index(plan: Plan, directory: Path) -> None:
+    """Write the index that says which file holds which tensor, when there are several."""
+    if len(plan.shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
+        "weight_map": {
+            tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
+        },
+    }
+    write_json(directory / INDEX_NAME, index)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -70,63 +139,101 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_shard(
-    shard: Shard, descriptor: int, reader: Reader, routers: dict[str, str], progress: Progress
-) -> None:
-    header = _header(shard)
-    _write_at(descriptor, memoryview(header), 0)
-    for expr, part in _parts(shard, len(header)).items():
-        # A call of its own, so that no part is still held while the next is computed.
-        _write_part(expr, part, descriptor, reader, routers, progress)
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    # The parts run side by side already; threads inside each would only get in each other's way.
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _write_part(
-    expr: Expr,
-    part: _Part,
-    descriptor: int,
-    reader: Reader,
-    routers: dict[str, str],
-    progress: Progress,
-) -> None:
-    data = raw_bytes(_compute(expr, part.tensor, reader))
-    if part.tensor.role is Role.ROUTER:
-        routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-    for offset in part.offsets:
-        _write_at(descriptor, data, offset, progress)
+@dataclass
+class _Task:
+    """The writing of one file."""
 
+    layout: Layout
+    reader: Reader
+    copies: _Copies
+    progress: Progress
+    routers: dict[str, str] = field(default_factory=dict)
+    shared_bytes: int = 0
+    lock: Lock = field(default_factory=Lock)
+    stopping: Event = field(default_factory=Event)
 
-def _header(shard: Shard) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in shard.tensors:
-        end = position + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the data aligned for whoever maps the file
-    return len(text).to_bytes(8, "little") + text
+    def write(self, path: Path, options: WriteOptions) -> None:
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        try:
+            with temporary.open("w+b") as file:
+                os.ftruncate(file.fileno(), self.layout.nbytes)
+                _write_at(file.fileno(), memoryview(self.layout.header), 0)
+                self._write_parts(file.fileno(), options.num_threads)
+                if options.fsync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            # Writing through a descriptor does not say to which file.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        temporary.rename(path)
 
+    def _write_parts(self, descriptor: int, num_threads: int) -> None:
+        with ThreadPoolExecutor(num_threads, "upcycle-writer") as pool:
+            try:
+                jobs = [
+                    pool.submit(self._write_part, part, descriptor) for part in self.layout.parts
+                ]
+                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                    job.result()
+            finally:
+                # After a failure or a signal nobody waits for the rest of a large part.
+                self.stopping.set()
+                pool.shutdown(cancel_futures=True)
 
-def _parts(shard: Shard, data_start: int) -> dict[Expr, _Part]:
-    """Return each unique leaf expression with the file offsets where its bytes belong."""
-    parts: dict[Expr, _Part] = {}
-    position = data_start
-    for tensor in shard.tensors:
-        for leaf in leaves(tensor.expr):
-            parts.setdefault(leaf, _Part(tensor, [])).offsets.append(position)
-            position += _nbytes(type_of(leaf))
-    return parts
+    def _write_part(self, part: Part, descriptor: int) -> None:
+        router = part.tensor.role is Role.ROUTER
+        # The values of a router are wanted in any case, for its digest.
+        data = self._data(part) if router else None
+        if data is not None:
+            self.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
+        with self._earlier(part) as earlier:
+            origin = earlier
+            for offset in part.offsets:
+                if origin is not None and self._share(origin, descriptor, offset, part.nbytes):
+                    continue
+                data = self._data(part) if data is None else data
+                _write_at(descriptor, data, offset, self._advance)
+                origin = origin or (descriptor, offset)
 
+    def _data(self, part: Part) -> memoryview:
+        return raw_bytes(_compute(part.expr, part.tensor, self.reader))
 
-def _nbytes(kind: TensorType) -> int:
-    size = ITEM_BYTES[kind.dtype]
-    for length in kind.shape:
-        size *= length
-    return size
+    @contextmanager
+    def _earlier(self, part: Part) -> Iterator[tuple[int, int] | None]:
+        """Yield a descriptor and offset of the part in a file that is complete, if there is one."""
+        place = self.copies.first.get(part.expr) if self.copies.enabled else None
+        if place is None:
+            yield None
+            return
+        with place[0].open("rb") as file:
+            yield file.fileno(), place[1]
+
+    def _share(self, origin: tuple[int, int], descriptor: int, offset: int, nbytes: int) -> bool:
+        """Let bytes share the extents of equal ones; False where that cannot be done."""
+        if not self.copies.enabled or not share(*origin, descriptor, offset, nbytes):
+            return False
+        with self.lock:
+            self.shared_bytes += nbytes
+        self._advance(nbytes)
+        return True
+
+    def _advance(self, nbytes: int) -> None:
+        if self.stopping.is_set():
+            raise _StoppedError
+        with self.lock:
+            self.progress(nbytes)
 
 
 def _compute(expr: Expr, tensor: OutputTensor, reader: Reader) -> torch.Tensor:

@@ -45,15 +45,20 @@ _SUPPORT: tuple[tuple[str, str, tuple[Routing, ...], Support], ...] = (
 )
 
 
-def engines(target: str, routing: Routing, *, tied: bool, fused: bool) -> tuple[Engine, ...]:
+def engines(
+    target: str, routing: Routing, *, tied: bool, fused: bool, plain_attention: bool
+) -> tuple[Engine, ...]:
     """Return what is known of each engine; one that is not listed was not tried.
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
-    one tensor, which transformers 5 alone reads.
+    one tensor, which transformers 5 alone reads. With `plain_attention` the heads make up the
+    hidden size and no layer slides: of anything else, only transformers was tried.
     """
     found = []
     for model_type, name, routings, listed in _SUPPORT:
         if model_type != target or routing not in routings:
+            continue
+        if name != "transformers" and not plain_attention:
             continue
         support = listed
         if support is Support.RUNS and name != "transformers" and fused:

@@ -11,10 +11,11 @@ these must say so. They share the checkpoint reader and the families' tables of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, open_checkpoint, read_json
+from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import DENSE, TARGETS
 from upcycle_cli.families.target import Target
@@ -41,12 +42,30 @@ def verify(
     the name of each check as it starts.
 
     Raises UpcycleError when the check cannot be made: an unknown check, a directory that is not
-    there or not of the right kind, a dense model that cannot be read, empty prompts. Damage to the
-    MoE is a finding, not an error.
+    there or not of the right kind, a file that may not be read, a dense model that is not sound,
+    prompts that cannot be used, a broken transformers. Damage to the MoE is a finding, not an
+    error.
     """
     dense, moe = Path(dense), Path(moe)
     prompts = None if prompts is None else Path(prompts)
     selected = _selected(checks)
+    try:
+        return _verify(dense, moe, selected, prompts, on_start or (lambda _: None))
+    except BrokenPipeError:  # of `on_start`
+        raise
+    except OSError as error:
+        # What the system does not let one read is neither damage nor a bug.
+        reason = error.strerror or str(error)
+        raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
+
+
+def _verify(
+    dense: Path,
+    moe: Path,
+    selected: tuple[str, ...],
+    prompts: Path | None,
+    on_start: Callable[[str], None],
+) -> Report:
     target = _target(moe)
     _check_dense(dense)
     if prompts is not None:
@@ -57,12 +76,17 @@ def verify(
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None
         return _damaged(selected, error)
+    for checkpoint in (source, converted):
+        _check_readable(checkpoint)
     try:
         facts = gather_facts(source, converted, target)
     except DamagedError as error:
         return _damaged(selected, error)
-    return _run(facts, selected, prompts, on_start or (lambda _: None))
+    return _run(facts, selected, prompts, on_start)
 
 
 def _selected(checks: Sequence[str]) -> tuple[str, ...]:
@@ -71,6 +95,15 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
         what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
         raise UpcycleError(what, f"Choose from {', '.join(CHECK_NAMES)}.")
     return tuple(name for name in CHECK_NAMES if name in checks)
+
+
+def _check_readable(checkpoint: Checkpoint) -> None:
+    """Raise OSError when a directory cannot be listed or a file of it cannot be read."""
+    with os.scandir(checkpoint.path):
+        pass
+    for name in checkpoint.files:
+        with (checkpoint.path / name).open("rb") as file:
+            file.read(1)
 
 
 def _target(moe: Path) -> Target:

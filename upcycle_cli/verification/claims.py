@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME
-from upcycle_cli.verification.facts import MATRICES, Facts, RecipeClaim, Record
+from upcycle_cli.verification.facts import (
+    MATRICES,
+    Facts,
+    RecipeClaim,
+    Record,
+    read_tensors,
+)
 from upcycle_cli.verification.models import (
     TransformersError,
     load_tokenizer,
@@ -23,6 +29,8 @@ from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.weights import recover_factors
 
 NAME = "claims"
+_GENERATION_NAME = "generation_config.json"
+_STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn with
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
     "Zażółć gęślą jaźń; Ünïcödé naïveté, 你好，世界, Привет, שלום, नमस्ते.",
@@ -46,8 +54,11 @@ def check_claims(facts: Facts) -> CheckResult:
         *_recipe_failures(facts, facts.record),
         *_factor_failures(facts, facts.record),
         *_router_failures(facts, facts.record),
+        *_logit_std_failures(facts, facts.record),
         *_option_failures(facts, facts.record),
         *_source_failures(facts, facts.record),
+        *_parameter_failures(facts, facts.record),
+        *_generation_failures(facts),
     ):
         findings.add(failure)
     note = _compare_tokenizers(facts, findings)
@@ -142,6 +153,19 @@ def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
             yield f"{name} is not the router that {RECORD_NAME} records (SHA-256 differs)"
 
 
+def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
+    recorded = None if record.recipe is None else record.recipe.router_logit_std
+    measured = facts.logit_std
+    # With a single group no logit decides anything; a missing router is another's finding.
+    if recorded is None or facts.expansion == 1 or math.isnan(measured):
+        return
+    if not recorded / _STD_RATIO <= measured <= recorded * _STD_RATIO:
+        yield (
+            f"{RECORD_NAME}: recipe.router_logit_std is {recorded:g}, the routers' logits have a "
+            f"standard deviation of {measured:.3g}"
+        )
+
+
 def _digest(facts: Facts, name: str) -> str:
     entry = facts.moe.tensors[name]
     with (facts.moe.path / entry.shard).open("rb") as file:
@@ -192,6 +216,38 @@ def _source_failures(facts: Facts, record: Record) -> Iterator[str]:
     ]
     if recorded != found:
         yield f"{other}: source.files does not describe the weight files of {facts.dense.path}"
+
+
+def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:
+    recorded = record.data.get("parameters")
+    if not isinstance(recorded, dict):
+        yield f"{RECORD_NAME}: parameters is missing"
+        return
+    total, idle = facts.moe.num_parameters, 0
+    for layer in range(facts.num_layers):
+        names = {
+            facts.place(matrix, layer, expert).tensor
+            for matrix in MATRICES
+            for expert in range(facts.num_experts)
+        }
+        held = (facts.moe.tensors[name].num_elements for name in names & facts.moe.tensors.keys())
+        idle += sum(held) // facts.num_experts * (facts.num_experts - facts.top_k)
+    dense = sum(entry.num_elements for entry in read_tensors(facts.dense).values())
+    for key, found in (("total", total), ("active", total - idle), ("dense", dense)):
+        if recorded.get(key) != found:
+            yield (
+                f"{RECORD_NAME}: parameters.{key} is {recorded.get(key)!r}, "
+                f"{CONFIG_NAME} and the tensors make it {found}"
+            )
+
+
+def _generation_failures(facts: Facts) -> Iterator[str]:
+    paths = [checkpoint.path / _GENERATION_NAME for checkpoint in (facts.dense, facts.moe)]
+    dense, moe = (path.read_bytes() if path.is_file() else None for path in paths)
+    if dense is not None and moe is None:
+        yield f"{_GENERATION_NAME} is missing: the dense model has one"
+    elif dense is not None and moe != dense:
+        yield f"{_GENERATION_NAME} is not the file of the dense model"
 
 
 def _compare_tokenizers(facts: Facts, findings: Findings) -> str:

@@ -11,10 +11,12 @@ I dense intermediate size, N = E·G.
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from types import EllipsisType
 from typing import Any
 
@@ -39,6 +41,9 @@ SOFTMAX_TOPK = "softmax-topk"
 TOPK_SOFTMAX = "topk-softmax"
 
 _MLP_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+APPROXIMATE_LOGIT_STD = 0.05
+"""Above this standard deviation of the router's logits, gates that are nearly equal are not."""
+
 _SAME = 1e-6  # relative; factors are stated in double precision
 
 
@@ -104,16 +109,30 @@ class RecipeClaim:
             return f"scaling none leaves the MLP's output too small by a factor of {c:g}"
         if not math.isclose(self.claimed_c, c, rel_tol=_SAME):
             return f"the scale was set to {self.claimed_c:g}, and the routing needs {c:g}"
+        return self._logit_objection()
+
+    def _logit_objection(self) -> str | None:
+        std = self.router_logit_std
+        if not self.uniform and std is not None and std > APPROXIMATE_LOGIT_STD:
+            return (
+                f"the router's logits are too large (standard deviation {std:.3g}, more than "
+                f"{APPROXIMATE_LOGIT_STD:g}) for the recipe to promise anything, so the "
+                "difference is only measured"
+            )
         return None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the gates of any whole groups sum to what the scale makes up for, exactly."""
+        # With every expert chosen, the softmax over all is the softmax over the chosen.
+        return self.routing == TOPK_SOFTMAX or self.top_k == self.num_experts
 
     @property
     def promise(self) -> Promise:
         """What a model made by this recipe owes the dense one."""
         if self.objection() is not None:
             return Promise.NONE
-        # With every expert chosen, the softmax over all is the softmax over the chosen.
-        uniform = self.routing == TOPK_SOFTMAX or self.top_k == self.num_experts
-        return Promise.EXACT if uniform else Promise.APPROXIMATE
+        return Promise.EXACT if self.uniform else Promise.APPROXIMATE
 
     def scaling_failure(self, factors: Mapping[str, float], c: float, origin: str) -> str | None:
         """Say what is wrong with the factors of gate, up and down, or None.
@@ -213,6 +232,24 @@ class Facts:
         recorded = None if self.record is None else self.record.recipe
         return self.implied if recorded is None else recorded
 
+    @cached_property
+    def logit_std(self) -> float:
+        """The nominal standard deviation of the routers' logits over all layers, nan if unknown.
+
+        An RMSNorm's output has unit RMS before its weight γ, hence the rows' RMS times ‖γ‖.
+        """
+        squares = []
+        with self.moe.reader() as moe:
+            for layer in range(self.num_layers):
+                gamma_name = f"model.layers.{layer}.post_attention_layernorm.weight"
+                names = (self.router_name(layer), gamma_name)
+                entries = [self.moe.tensors.get(name) for name in names]
+                if any(entry is None or entry.dtype not in TORCH_DTYPES for entry in entries):
+                    continue
+                router, gamma = (moe.tensor(name).double() for name in names)
+                squares.append(float(router.square().mean() * gamma.square().sum()))
+        return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+
     @property
     def origin(self) -> str:
         """What c follows from, for messages."""
@@ -265,6 +302,62 @@ def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
     }
 
 
+def counterparts(facts: Facts) -> dict[str, str]:
+    """Return the dense tensor whose dtype each tensor of the MoE takes, by its name in the MoE.
+
+    What was made without a dense tensor, such as a router, takes that of what it works with.
+    """
+    dense = read_tensors(facts.dense)
+    found = {name: name for name in dense if not is_dense_mlp(name)}
+    found.setdefault("lm_head.weight", EMBEDDING)
+    names = facts.target.names
+    shared = (names.shared_gate, names.shared_up, names.shared_down, names.shared_router)
+    for layer in range(facts.num_layers):
+        gate = dense_mlp_name("gate", layer)
+        found[facts.router_name(layer)] = gate
+        found |= {template.format(layer=layer): gate for template in shared if template}
+        for matrix in ("q_proj", "k_proj", "v_proj"):
+            prefix = f"model.layers.{layer}.self_attn.{matrix}"
+            if f"{prefix}.weight" in dense:
+                found.setdefault(f"{prefix}.bias", f"{prefix}.weight")
+        for expert in range(facts.num_experts):
+            for matrix in MATRICES:
+                # Fused gate_up holds both, and takes the gate's, which comes first.
+                name = facts.place(matrix, layer, expert).tensor
+                found.setdefault(name, dense_mlp_name(matrix, layer))
+    return found
+
+
+def dtype_failures(facts: Facts) -> Iterator[str]:
+    """Name the tensors whose dtype is neither the recorded one, their origin's, nor everyone's.
+
+    A tensor of a dtype that no weight has is left to others.
+    """
+    stored = {
+        name: TORCH_DTYPES[entry.dtype]
+        for name, entry in facts.moe.tensors.items()
+        if entry.dtype in TORCH_DTYPES
+    }
+    recorded = facts.recorded_dtype
+    if recorded is not None:
+        for name, dtype in stored.items():
+            if dtype != recorded:
+                yield f"{name} is {facts.moe.tensors[name].dtype}, and {recorded} is recorded"
+        return
+    if len({entry.dtype for entry in facts.moe.tensors.values()}) == 1:
+        return
+    sources = counterparts(facts)
+    for name in stored:
+        source = sources.get(name)
+        wanted = None if source is None else facts.dense.tensors[source].dtype
+        if wanted is not None and facts.moe.tensors[name].dtype != wanted:
+            of = "" if source == name else f" ({source})"
+            yield (
+                f"{name} is {facts.moe.tensors[name].dtype}: neither the dense model's "
+                f"{wanted}{of} nor the dtype of all tensors"
+            )
+
+
 def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
     """Return what is known of the two checkpoints.
 
@@ -291,6 +384,10 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
         raise DamagedError(
             f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
         )
+    if num_experts > _most_experts(moe):
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is more than there are tensors."
+        )
     fused_down = {target.names.fused_down.format(layer=layer) for layer in range(num_layers)}
     return Facts(
         dense=dense,
@@ -306,6 +403,13 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
         routing=_config_routing(moe, target),
         fused=not fused_down.isdisjoint(moe.tensors),
     )
+
+
+def _most_experts(moe: Checkpoint) -> int:
+    """Return how many experts a layer can have at most: a tensor of each, or all in one."""
+    entries = moe.tensors.values()
+    fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
+    return max(len(entries), *fused, 0)
 
 
 def _dense_sizes(dense: Checkpoint) -> tuple[int, int, int]:
@@ -351,11 +455,13 @@ def _config_routing(moe: Checkpoint, target: Target) -> str:
 
 def _read_record(moe: Checkpoint) -> Record | None:
     path = moe.path / RECORD_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         data = read_json(path)
     except UpcycleError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         return Record({}, None, (error.message,))
     problems: list[str] = []
     if data.get("format") != 1:

@@ -10,17 +10,25 @@ Legend: S positions, V vocabulary, E groups, G shards, N = E·G experts, T top-k
 
 from __future__ import annotations
 
+import codecs
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.verification.facts import MATRICES, Facts, Promise, dense_mlp_name
+from upcycle_cli.verification.facts import (
+    APPROXIMATE_LOGIT_STD,
+    MATRICES,
+    Facts,
+    Promise,
+    dense_mlp_name,
+)
 from upcycle_cli.verification.models import (
     MOST_TOKENS,
     MoeLoader,
@@ -38,12 +46,14 @@ if TYPE_CHECKING:
 
 NAME = "outputs"
 _FEWEST_TOKENS = 512
+_MOST_PROMPT_BYTES = 1_000_000
 _CHUNK = 64  # positions whose distributions are in memory in float64 at once
 
 _EXACT_KL = 1e-8
 _ROUNDED_KL = {"BF16": 1e-3, "F16": 1e-4, "F32": 1e-8}
 _EXACT_TOP1 = 0.999
 _MOST_SPLIT = 1e-2
+_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,11 @@ def check_outputs(facts: Facts, loader: MoeLoader, prompts: Path | None) -> Chec
         findings.add(f"transformers could not run the MoE: {error}")
         return findings.result(NAME, "", note="The outputs could not be compared.")
     del loading
-    dense_SV = _run_dense(facts, prompt)
-    for who, logits in (("MoE", moe_SV), ("dense model", dense_SV)):
-        bad = int((~logits.isfinite()).sum())
-        if bad:
-            findings.add(f"{bad} of {logits.numel()} logits of the {who} are not finite")
-    if findings:
+    dense_SV, largest = _run_dense(facts, prompt)
+    not_finite = list(_not_finite(moe_SV, dense_SV))
+    for failure in (*not_finite, *_overflows(largest)):
+        findings.add(failure)
+    if not_finite:
         return findings.result(NAME, "", {"tokens": prompt.ids.numel()})
     routing = _routing(facts, chosen)
     metrics = _measure(dense_SV, moe_SV, prompt.ids[0], routing.whole)
@@ -98,13 +107,37 @@ def check_outputs(facts: Facts, loader: MoeLoader, prompts: Path | None) -> Chec
         "split_token_layers": routing.split_share,
         "expert_load_cv": routing.load_cv,
     }
+    if largest is not None:
+        metrics["max_expert_output"] = largest
     return _judge(facts, metrics, prompt, findings)
 
 
+def _not_finite(moe_SV: torch.Tensor, dense_SV: torch.Tensor) -> Iterator[str]:
+    for who, logits in (("MoE", moe_SV), ("dense model", dense_SV)):
+        bad = int((~logits.isfinite()).sum())
+        if bad:
+            yield f"{bad} of {logits.numel()} logits of the {who} are not finite"
+
+
+def _overflows(largest: float | None) -> Iterator[str]:
+    if largest is not None and not largest <= _FLOAT16_MAX:
+        yield (
+            f"max_expert_output is {largest:.4g}: the experts are stored in float16, and run in "
+            f"it an expert's output before its gate exceeds {_FLOAT16_MAX:g} and becomes "
+            "infinite; convert to bfloat16 or float32 instead"
+        )
+
+
 def read_prompts(path: Path) -> str:
-    """Return the text of a prompts file; raises UpcycleError when there is none in it."""
+    """Return the beginning of a prompts file; raises UpcycleError when it has no text in it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # A device has no end, and a pipe may have no beginning.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UpcycleError(f"the prompts {path} are not a regular file.")
+        with path.open("rb") as file:
+            data = file.read(_MOST_PROMPT_BYTES)
+            whole = not file.read(1)
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
     except OSError as error:
         raise UpcycleError(f"cannot read the prompts {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -136,7 +169,12 @@ def _prompt(facts: Facts, config: Any, prompts: Path | None) -> _Prompt:  # noqa
                 ids = (ids * repeats)[: min(MOST_TOKENS, limit)]
                 again = ", repeated" if repeats > 1 else ""
                 return _Prompt(torch.tensor([ids]), f"{len(ids)} tokens of {source}{again}")
-            reason = "the dense model's tokenizer makes ids beyond its vocabulary"
+            reason = "the dense model's tokenizer makes no ids, or some beyond its vocabulary"
+    if prompts is not None:
+        raise UpcycleError(
+            f"the prompts {prompts} cannot be used: {reason}.",
+            "Without --prompts, random tokens are used.",
+        )
     generator = torch.Generator().manual_seed(0)
     count = min(_FEWEST_TOKENS, limit)
     random_ids = torch.randint(vocab_size, (1, count), generator=generator)
@@ -181,8 +219,11 @@ def _watched_routers(
             handle.remove()
 
 
-def _run_dense(facts: Facts, prompt: _Prompt) -> torch.Tensor:
-    """Return the dense model's logits (S, V), its weights rounded to the MoE's dtypes."""
+def _run_dense(facts: Facts, prompt: _Prompt) -> tuple[torch.Tensor, float | None]:
+    """Return the dense model's logits (S, V), its weights rounded to the MoE's dtypes.
+
+    The number is the largest output of an expert stored in float16, None when there is none.
+    """
     import torch
 
     try:
@@ -192,10 +233,55 @@ def _run_dense(facts: Facts, prompt: _Prompt) -> torch.Tensor:
             raise UpcycleError(f"{facts.dense.path} lacks {missing[0]}, says transformers.")
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(_moe_dtype(facts, name)).float()
-        with transformers_says():
-            return _logits(model, prompt)
+        with transformers_says(), _watched_experts(facts, model) as largest:
+            logits = _logits(model, prompt)
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {facts.dense.path}: {error}") from error
+    return logits, float(torch.stack(largest).max()) if largest else None
+
+
+@contextmanager
+def _watched_experts(
+    facts: Facts,
+    model: Any,  # noqa: ANN401
+) -> Iterator[list[torch.Tensor]]:
+    """Note, per layer in float16, the largest output that an expert has before its gate.
+
+    Experts are shards of the dense MLP, so the dense run shows what each of them, chosen or not,
+    makes of every token. It is run in float32, where nothing overflows.
+    """
+    float16 = [
+        layer
+        for layer in range(facts.num_layers)
+        if any(
+            facts.moe.tensors[facts.place(matrix, layer, expert).tensor].dtype == "F16"
+            for matrix in MATRICES
+            for expert in range(facts.num_experts)
+        )
+    ]
+    largest: list[torch.Tensor] = []
+    factors = recover_factors(facts) if float16 else {}
+    scale = factors.get("up", math.nan) * factors.get("down", math.nan)
+    if math.isnan(scale):
+        yield largest
+        return
+
+    def note(down: Any, inputs: tuple[torch.Tensor, ...], _output: object) -> None:  # noqa: ANN401
+        hidden_SI = inputs[0].flatten(0, -2)
+        for shard in range(facts.granularity):
+            part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
+            output_SH = hidden_SI[:, part] @ down.weight[:, part].T
+            largest.append(output_SH.abs().max() * scale)
+
+    handles = [
+        model.get_submodule(f"model.layers.{layer}.mlp.down_proj").register_forward_hook(note)
+        for layer in float16
+    ]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _moe_dtype(facts: Facts, dense_name: str) -> torch.dtype:
@@ -289,12 +375,13 @@ def _judge(
         f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
         f"expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / mean)."
     )
-    match facts.recipe.promise:
+    recipe = facts.recipe
+    if recipe.router_logit_std is None:
+        recipe = replace(recipe, router_logit_std=facts.logit_std)
+    match recipe.promise:
         case Promise.NONE:
-            reason = facts.recipe.objection()
-            return findings.result(
-                NAME, f"This recipe promises no equality: {reason}. {measured}", metrics
-            )
+            reason = recipe.objection()
+            promised = f"This recipe promises no equality: {reason}."
         case Promise.APPROXIMATE:
             promised = _judge_approximate(facts, metrics, findings)
         case Promise.EXACT:
@@ -305,7 +392,11 @@ def _judge(
 def _judge_exact(facts: Facts, metrics: Mapping[str, float], findings: Findings) -> str:
     factors = recover_factors(facts)
     lossless = all(map(is_power_of_two, factors.values()))
-    dtypes = {facts.moe.tensors[facts.place(m, 0, 0).tensor].dtype for m in MATRICES}
+    dtypes = {
+        facts.moe.tensors[facts.place(matrix, layer, 0).tensor].dtype
+        for layer in range(facts.num_layers)
+        for matrix in MATRICES
+    }
     bound = _EXACT_KL if lossless else max(_ROUNDED_KL[dtype] for dtype in dtypes)
     kl, top1 = metrics["kl_mean"], metrics["top1_agreement"]
     if not kl < bound:
@@ -322,17 +413,19 @@ def _judge_exact(facts: Facts, metrics: Mapping[str, float], findings: Findings)
 
 
 def _judge_approximate(facts: Facts, metrics: Mapping[str, float], findings: Findings) -> str:
-    std = facts.recipe.router_logit_std
-    measured = std is None
-    if std is None:
-        std = _measured_logit_std(facts)
-    bound = 30 * std**2 + 1e-4
+    std = facts.logit_std
+    # Whatever the routers turn out to be, no error larger than the ceiling's was promised.
+    bound = 30 * min(std, APPROXIMATE_LOGIT_STD) ** 2 + 1e-4
     kl, split = metrics["kl_mean_whole"], metrics["split_token_layers"]
-    origin = "measured" if measured else "recorded"
+    if not std <= 2 * APPROXIMATE_LOGIT_STD:  # a small router's sample is not its nominal value
+        findings.add(
+            f"the router's logits have a standard deviation of {std:.3g}, and this recipe "
+            f"promises something up to {APPROXIMATE_LOGIT_STD:g}"
+        )
     if not kl <= bound:
         findings.add(
             f"kl_mean_whole is {kl:.3g}, and with router logits of standard deviation {std:.3g} "
-            f"({origin}) this recipe promises at most {bound:.3g}"
+            f"this recipe promises at most {bound:.3g}"
         )
     if not split < _MOST_SPLIT:
         findings.add(
@@ -341,16 +434,5 @@ def _judge_approximate(facts: Facts, metrics: Mapping[str, float], findings: Fin
         )
     return (
         "The same function up to an error of the order of the router's logits "
-        f"(standard deviation {std:.3g}, {origin}), as this recipe promises."
+        f"(measured standard deviation {std:.3g}), as this recipe promises."
     )
-
-
-def _measured_logit_std(facts: Facts) -> float:
-    """Return the nominal standard deviation of the first router's logits.
-
-    An RMSNorm's output has unit RMS before its weight γ, hence row std · ‖γ‖.
-    """
-    with facts.moe.reader() as moe:
-        router_NH = moe.tensor(facts.router_name(0)).double()
-        gamma = moe.tensor("model.layers.0.post_attention_layernorm.weight").double()
-        return float(router_NH.std(dim=1).mean() * gamma.norm())

@@ -15,7 +15,7 @@ _MOST_SHOWN = 8
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """How a check ended, or all of them together."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -45,13 +45,17 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """`failed` when any check failed, else `passed`."""
-        return Status.PASSED if self.passed else Status.FAILED
+        """`failed` when any check failed, `passed` when any passed, else `skipped`."""
+        found = {check.status for check in self.checks}
+        return next(
+            (status for status in (Status.FAILED, Status.PASSED) if status in found),
+            Status.SKIPPED,
+        )
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
-        return all(check.status is not Status.FAILED for check in self.checks)
+        """Whether no check failed and at least one ran."""
+        return self.status is Status.PASSED
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""

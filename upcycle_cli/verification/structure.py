@@ -8,13 +8,19 @@ defaults; and transformers loads the model and reports what it missed.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
-from upcycle_cli.checkpoint import INDEX_NAME, TORCH_DTYPES, WEIGHTS_NAME, read_json
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    TORCH_DTYPES,
+    WEIGHTS_NAME,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.facts import Facts, dtype_failures
 from upcycle_cli.verification.models import (
     MoeLoader,
     TransformersError,
@@ -25,6 +31,7 @@ from upcycle_cli.verification.report import CheckResult, Findings
 
 NAME = "structure"
 _HEAD = "lm_head.weight"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _SHARED_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -33,6 +40,7 @@ _SHARED_SETTINGS = (
     "num_key_value_heads",
     "hidden_act",
     "rms_norm_eps",
+    "attention_dropout",
     "max_position_embeddings",
     "bos_token_id",
     "eos_token_id",
@@ -43,15 +51,15 @@ _SHARED_SETTINGS = (
 def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     """Check names, shapes, dtypes, index and settings, and that transformers loads the model."""
     findings = Findings()
-    for failure in _header_failures(facts):
-        findings.add(failure)
-    for failure in _dtype_failures(facts):
-        findings.add(failure)
-    for failure in _config_dtype_failures(facts):
-        findings.add(failure)
-    for failure in _index_failures(facts):
-        findings.add(failure)
-    for failure in _setting_failures(facts):
+    for failure in (
+        *_header_failures(facts),
+        *_dtype_failures(facts),
+        *_config_dtype_failures(facts),
+        *_index_failures(facts),
+        *_stray_failures(facts),
+        *_config_failures(facts),
+        *_setting_failures(facts),
+    ):
         findings.add(failure)
     loading = loader.loading
     for complaint in loading.complaints:
@@ -120,19 +128,10 @@ def _on_disk(facts: Facts, name: str, shape: tuple[int, ...]) -> dict[str, tuple
 
 
 def _dtype_failures(facts: Facts) -> Iterator[str]:
-    kinds: dict[str, dict[str, str]] = defaultdict(dict)
     for name, entry in facts.moe.tensors.items():
         if entry.dtype not in TORCH_DTYPES:
             yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"
-        kinds[re.sub(r"\d+", "N", name)][name] = entry.dtype
-    overall = Counter(entry.dtype for entry in facts.moe.tensors.values())
-    for dtypes in kinds.values():
-        counts = Counter(dtypes.values())
-        # In a model of two layers the vote is a tie, which all other tensors decide.
-        usual = max(counts, key=lambda dtype: (counts[dtype], overall[dtype]))
-        for name, dtype in dtypes.items():
-            if dtype != usual:
-                yield f"{name} is {dtype}, while its like in other layers and experts are {usual}"
+    yield from dtype_failures(facts)
 
 
 def _config_dtype_failures(facts: Facts) -> Iterator[str]:
@@ -161,6 +160,35 @@ def _index_failures(facts: Facts) -> Iterator[str]:
         yield (
             f"{INDEX_NAME}: metadata.total_size is {total!r}, the tensors take "
             f"{facts.moe.nbytes} bytes"
+        )
+
+
+def _stray_failures(facts: Facts) -> Iterator[str]:
+    """Name the weight files that no loader should find, and some would."""
+    read = {PurePosixPath(shard.name).as_posix() for shard in facts.moe.shards}
+    for file in sorted(facts.moe.path.iterdir()):
+        if file.suffix in _WEIGHT_SUFFIXES and file.name not in read:
+            yield f"{file.name} is a weight file that holds no tensor of this model"
+
+
+def _config_failures(facts: Facts) -> Iterator[str]:
+    """Name what config.json says of the MoE alone, and must not."""
+    config, architecture = facts.moe.config, facts.target.architecture
+    if config.get("architectures") != [architecture]:
+        yield (
+            f"{CONFIG_NAME}: architectures is {config.get('architectures')!r}, "
+            f"not {[architecture]!r}"
+        )
+    if "auto_map" in config:
+        yield f"{CONFIG_NAME}: auto_map is there, and the architecture needs no code of its own"
+    if config.get("quantization_config") is not None:
+        yield f"{CONFIG_NAME}: quantization_config is there, and no tensor is quantised"
+    # The other architectures do not read it, and may have it from the dense model.
+    jitter = config.get("router_jitter_noise")
+    if facts.target.model_type == "mixtral" and jitter not in (None, 0):
+        yield (
+            f"{CONFIG_NAME}: router_jitter_noise is {jitter!r}, which makes training multiply the "
+            "MLP's input by noise"
         )
 
 

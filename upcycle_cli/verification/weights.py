@@ -22,6 +22,7 @@ from upcycle_cli.verification.facts import (
     Facts,
     Place,
     dense_mlp_name,
+    dtype_failures,
     is_dense_mlp,
     read_tensors,
 )
@@ -65,7 +66,7 @@ def check_weights(facts: Facts) -> CheckResult:
         for name, item in wanted.items():
             if name in sound:
                 comparison.other(name, item)
-    for failure in _stored_dtype_failures(facts, wanted):
+    for failure in dtype_failures(facts):
         findings.add(failure)
     lossless = comparison.cast_lossless and all(map(is_power_of_two, factors.values()))
     metrics = {
@@ -180,25 +181,6 @@ def _sound(facts: Facts, wanted: Mapping[str, _Wanted], findings: Findings) -> I
     for name in facts.moe.tensors:
         if name not in wanted:
             findings.add(f"{name} comes from no tensor of the dense model")
-
-
-def _stored_dtype_failures(facts: Facts, wanted: Mapping[str, _Wanted]) -> Iterator[str]:
-    tensors, recorded = facts.moe.tensors, facts.recorded_dtype
-    stored = {name: TORCH_DTYPES.get(entry.dtype, "") for name, entry in tensors.items()}
-    if recorded is not None:
-        for name, dtype in stored.items():
-            if dtype != recorded:
-                yield f"{name} is {tensors[name].dtype}, and {recorded} is recorded"
-        return
-    if len(set(stored.values())) == 1:
-        return
-    for name, dtype in stored.items():
-        source = wanted[name].source if name in wanted else ""
-        if source and dtype != TORCH_DTYPES.get(facts.dense.tensors[source].dtype):
-            yield (
-                f"{name} is {tensors[name].dtype}: neither the dense model's "
-                f"{facts.dense.tensors[source].dtype} nor the dtype of all tensors"
-            )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,291 @@
+"""What the tests of the engine share: small dense models, file systems in files, child processes.
+
+Nothing here imports transformers, so that a child process starts as fast as the tool itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+import upcycle_cli
+from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import Recipe, parse_recipe_name
+
+ROOT = Path(upcycle_cli.__file__).parents[1]
+PYTHON = sys.executable
+SUBPROCESS_SECONDS = 300  # a hang ends in an error, not in a lost night
+
+_T = TypeVar("_T")
+
+# Dense models --------------------------------------------------------------------------------
+
+
+def dense_shapes(*, hidden: int, inner: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama with two heads of full size and an untied head."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        for matrix in ("q", "k", "v", "o"):
+            shapes[f"{prefix}.self_attn.{matrix}_proj.weight"] = (hidden, hidden)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def make_dense(
+    path: Path,
+    *,
+    hidden: int = 64,
+    inner: int = 128,
+    layers: int = 2,
+    vocab: int = 64,
+    seed: int = 0,
+    hollow: bool = False,
+) -> Path:
+    """Write a bfloat16 Llama; with `hollow`, only its norms have data, and it takes no space."""
+    path.mkdir(parents=True)
+    shapes = dense_shapes(hidden=hidden, inner=inner, layers=layers, vocab=vocab)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 2,
+        "tie_word_embeddings": False,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "LICENSE").write_text("Do as you like.\n")
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + 2 * int(np.prod(shape))
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    random = np.random.default_rng(seed)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            length = int(np.prod(shape))
+            if "norm" in name:
+                file.write(np.full(length, 0x3F80, np.uint16).tobytes())  # ones
+            elif hollow:
+                file.seek(2 * length, os.SEEK_CUR)
+            else:
+                # A sign and a mantissa of chance; magnitudes from 2⁻⁷ to 2⁻³.
+                bits = random.integers(0, 1 << 16, length, np.uint16)
+                file.write(((bits & 0x81FF) | 0x3C00).tobytes())
+        file.truncate()
+    return path
+
+
+def set_value(dense: Path, tensor: str, value: int) -> None:
+    """Set the first element of a tensor to a bfloat16 given by its bits."""
+    entry = open_checkpoint(dense).tensors[tensor]
+    with (dense / entry.shard).open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(value.to_bytes(2, "little"))
+
+
+def plan_of(dense: Path, recipe: str = "E8G1T2", **options: Any) -> Plan:  # noqa: ANN401
+    expansion, granularity, top_k = parse_recipe_name(recipe)
+    wanted = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
+    return build_plan(wanted, open_checkpoint(dense), options=Options(**options))
+
+
+# What is in a directory ----------------------------------------------------------------------
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Every file below a directory with the digest of its bytes."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.relative_to(path).as_posix()] = digest
+    return found
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def used_bytes(path: Path) -> int:
+    """The bytes that a whole file system has in use, after what was written has arrived."""
+    system("sync", "-f", path).check_returncode()
+    status = os.statvfs(path)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def system(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of the system."""
+    command = [shutil.which(program) or program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# Child processes -----------------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "PYTHONWARNINGS": ""} | more
+
+
+def convert_command(dense: Path, output: Path, *options: str, recipe: str = "E8G1T2") -> list[str]:
+    tool = [PYTHON, "-m", "upcycle_cli"]
+    return [*tool, "convert", str(dense), str(output), "--recipe", recipe, *options]
+
+
+def torchrun_command(ranks: int, command: list[str]) -> list[str]:
+    """The same command under PyTorch's launcher."""
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(ranks), *command[1:]]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(OMP_NUM_THREADS="1"),
+        start_new_session=True,
+    )
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(OMP_NUM_THREADS="1"),
+        timeout=SUBPROCESS_SECONDS,
+    )
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process and its descendants, and wait until all of them have ended."""
+    doomed = []
+    for pid in [process.pid, *descendants(process.pid)]:
+        with suppress(ProcessLookupError):
+            doomed.append(os.pidfd_open(pid))
+    for descriptor in doomed:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    process.communicate(timeout=SUBPROCESS_SECONDS)
+    for descriptor in doomed:
+        assert select.select([descriptor], [], [], SUBPROCESS_SECONDS)[0]
+        os.close(descriptor)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def wait_until(condition: Callable[[], _T], process: subprocess.Popen[str]) -> _T:
+    """Look until a condition holds or the process has ended; return what it was then."""
+    for _ in range(SUBPROCESS_SECONDS * 1000):
+        found = condition()
+        if found:
+            return found
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.001)
+            return condition()
+    raise AssertionError("the condition never held")
+
+
+# File systems in files -----------------------------------------------------------------------
+
+
+class CannotMountError(Exception):
+    """No root, no loop device, no such file system."""
+
+
+@contextmanager
+def mounted(kind: str, directory: Path, nbytes: int) -> Iterator[Path]:
+    """Mount a new file system of a size; CannotMountError where that cannot be had."""
+    if os.geteuid() != 0:
+        raise CannotMountError("mounting needs root")
+    directory.mkdir(parents=True)
+    point, image = directory / "mnt", directory / "image"
+    point.mkdir()
+    if kind == "tmpfs":
+        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(point)]
+    else:
+        if shutil.which(f"mkfs.{kind}") is None:
+            raise CannotMountError(f"mkfs.{kind} is not installed")
+        with image.open("wb") as file:
+            file.truncate(nbytes)
+        _mount_step([f"mkfs.{kind}", "-q", str(image)])
+        command = ["mount", "-o", "loop", str(image), str(point)]
+    _mount_step(command)
+    try:
+        yield point
+    finally:
+        system("umount", point).check_returncode()
+        image.unlink(missing_ok=True)
+
+
+def _mount_step(command: list[str]) -> None:
+    done = system(*command)
+    if done.returncode:
+        raise CannotMountError(f"{command[0]}: {done.stderr.strip()}")
+
+
+# System calls --------------------------------------------------------------------------------
+
+_CALL = re.compile(r"(?P<pid>\d+)\s+(?P<name>\w+)\((?P<arguments>.*)")
+_DESCRIPTOR = re.compile(r"\d+<(?P<path>/[^>]*)>")
+_QUOTED = re.compile(r'"(?P<path>[^"]*)"')
+
+
+def traced_calls(trace: Path) -> list[tuple[str, list[str]]]:
+    """Each call of a trace by `strace -f -y`, in order, with the paths that it was about."""
+    calls = []
+    for line in trace.read_text().splitlines():
+        match = _CALL.match(line)
+        if match is None or " = -1 " in line:
+            continue
+        name, arguments = match["name"], match["arguments"]
+        descriptors = _DESCRIPTOR.findall(arguments)
+        if name.startswith(("rename", "unlink")):
+            # A name may be relative to a directory that is open.
+            names = _QUOTED.findall(arguments)
+            calls.append((name, [str(Path(*descriptors[:1], path)) for path in names]))
+        else:
+            calls.append((name, descriptors))
+    return calls

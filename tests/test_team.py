@@ -1,0 +1,202 @@
+"""Several processes under PyTorch's launcher make what one makes, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from engine_fixtures import (
+    ROOT,
+    SUBPROCESS_SECONDS,
+    contents,
+    convert_command,
+    descendants,
+    make_dense,
+    partial_of,
+    plan_of,
+    run,
+    set_value,
+    start,
+    torchrun_command,
+    wait_until,
+)
+
+from upcycle_cli.conversion import execute
+from upcycle_cli.plan import Plan
+from upcycle_cli.publish import NOTE_SUFFIX
+from upcycle_cli.team import Team
+
+BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("team") / "dense", layers=3)
+
+
+def sharded(dense: Path, **options: str) -> Plan:
+    return plan_of(dense, "E4G2T4", max_shard_bytes=100_000, **options)
+
+
+def command(dense: Path, output: Path, *options: str) -> list[str]:
+    return convert_command(dense, output, "--max-shard-size", "100KB", *options, recipe="E4G2T4")
+
+
+@pytest.fixture(scope="module")
+def reference(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("reference") / "moe"
+    execute(sharded(dense), output)
+    return contents(output)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_team_makes_what_one_process_makes(
+    dense: Path, tmp_path: Path, reference: dict[str, str], ranks: int
+) -> None:
+    output = tmp_path / "moe"
+    done = run(torchrun_command(ranks, command(dense, output, "--json")))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)  # one object: the other ranks are silent
+    assert said["status"] == "converted"
+    assert contents(output) == reference
+    assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
+    again = run(torchrun_command(ranks, command(dense, output)))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("nothing to do") == 1
+
+
+def test_more_ranks_than_shards(dense: Path, tmp_path: Path) -> None:
+    whole = convert_command(dense, tmp_path / "moe", recipe="E4G2T4")
+    done = run(torchrun_command(3, whole))
+    assert done.returncode == 0, done.stderr
+    execute(plan_of(dense, "E4G2T4"), tmp_path / "reference")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
+def test_a_dry_run_is_printed_once(dense: Path, tmp_path: Path) -> None:
+    alone = run(command(dense, tmp_path / "moe", "--dry-run"))
+    done = run(torchrun_command(2, command(dense, tmp_path / "moe", "--dry-run")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_shares_are_all_shards_balanced(dense: Path, size: int) -> None:
+    plan = sharded(dense)
+    team = Team()
+    team.size = size
+    shares = [team.share_of(plan.shards, rank) for rank in range(size)]
+    assert sorted(shard.name for share in shares for shard in share) == sorted(
+        shard.name for shard in plan.shards
+    )
+    loads = [sum(shard.nbytes for shard in share) for share in shares]
+    assert max(loads) - min(loads) <= max(shard.nbytes for shard in plan.shards)
+
+
+# Failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_one_rank_fails_the_job_and_is_said_once(
+    dense: Path, tmp_path: Path, rank: int
+) -> None:
+    spoilt = shutil.copytree(dense, tmp_path / "dense")
+    plan = sharded(dense, dtype="float16")
+    team = Team()
+    team.size = 2
+    name = next(
+        tensor.name
+        for shard in team.share_of(plan.shards, rank)
+        for tensor in shard.tensors
+        if tensor.role == "copied" and "norm" not in tensor.name
+    )
+    set_value(spoilt, name, BF16_MILLION)
+    output = tmp_path / "moe"
+    done = run(torchrun_command(2, command(spoilt, output, "--dtype", "float16")))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("becomes infinite") == 1
+    assert done.stderr.count("error: ") == 1
+    assert f"rank {rank}: {name}" in done.stderr
+    assert own_traceback(done.stderr) == []  # the launcher shows one of its own
+    assert not output.exists()
+    assert not partial_of(output).exists()  # no run could ever complete it
+
+
+def test_a_refusal_is_said_once(dense: Path, tmp_path: Path) -> None:
+    output = tmp_path / "moe"
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    done = run(torchrun_command(2, command(dense, output)))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "exists and is not empty" in done.stderr
+    assert contents(output).keys() == {"thesis.tex"}
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    done = run(torchrun_command(2, command(tmp_path / "missing", tmp_path / "moe")))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "does not exist" in done.stderr
+
+
+def test_ranks_that_see_different_sources_are_refused(dense: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        shutil.copytree(dense, tmp_path / f"dense{rank}")
+    set_value(tmp_path / "dense1", "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    script = tmp_path / "own_source.py"
+    script.write_text(
+        "import os, sys\n"
+        "from upcycle_cli.cli import main\n"
+        f"sys.argv[2] = {str(tmp_path / 'dense')!r} + os.environ['RANK']\n"
+        "main()\n"
+    )
+    own = command(dense, tmp_path / "moe")
+    done = run(torchrun_command(2, [own[0], str(script), *own[3:]]))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "do not see the same source" in done.stderr
+    assert not (tmp_path / "moe").exists()
+    assert not partial_of(tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+def test_a_rank_that_is_killed(tmp_path: Path, rank: int, number: signal.Signals) -> None:
+    dense = make_dense(tmp_path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
+    output = tmp_path / "moe"
+    options = ("--max-shard-size", "5MB")
+    job = start(torchrun_command(2, convert_command(dense, output, *options)))
+    assert wait_until(lambda: list(partial_of(output).glob(f"*{NOTE_SUFFIX}")), job)
+    (pid,) = (pid for pid in descendants(job.pid) if rank_of(pid) == str(rank))
+    os.kill(pid, number)
+    _, stderr = job.communicate(timeout=SUBPROCESS_SECONDS)
+    assert job.returncode != 0
+    assert own_traceback(stderr) == []
+    assert not output.exists()
+    assert partial_of(output).is_dir()
+    done = run(torchrun_command(2, convert_command(dense, output, *options, "--json")))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reused_bytes"] > 0
+    execute(plan_of(dense, max_shard_bytes=5_000_000), tmp_path / "reference")
+    assert contents(output) == contents(tmp_path / "reference")
+
+
+def own_traceback(stderr: str) -> list[str]:
+    """The lines of a traceback that lead through this tool."""
+    return [line for line in stderr.splitlines() if f'File "{ROOT}/upcycle_cli' in line]
+
+
+def rank_of(pid: int) -> str | None:
+    try:
+        settings = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ranks = [setting.removeprefix(b"RANK=") for setting in settings if setting.startswith(b"RANK=")]
+    return ranks[0].decode() if ranks else None

@@ -1,0 +1,49 @@
+"""Sharing extents: two places of a file system that hold the same bytes on disk once.
+
+XFS, Btrfs and others do it through `ioctl(FICLONERANGE)`, for whole blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+BLOCK_BYTES = 4096
+"""What offsets and lengths must be multiples of, on the usual systems."""
+
+_FICLONERANGE = 0x4020940D
+_CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS}
+
+
+def share(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
+    """Let a range of the open file `target` share the extents of one of `source`.
+
+    Returns False where the file system cannot, so that the caller writes the bytes instead;
+    raises OSError for anything else, such as a full disk.
+    """
+    if source_offset % BLOCK_BYTES or target_offset % BLOCK_BYTES or nbytes % BLOCK_BYTES:
+        return False
+    request = struct.pack("qQQQ", source, source_offset, nbytes, target_offset)
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, request)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def can_share(directory: Path) -> bool:
+    """Find out by trying whether files in a directory can share extents."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(os.urandom(BLOCK_BYTES))
+            file.flush()
+            return share(file.fileno(), 0, file.fileno(), BLOCK_BYTES, BLOCK_BYTES)
+    except OSError:
+        # A directory that cannot be written is found out, and reported, when it is written.
+        return False
