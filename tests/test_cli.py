@@ -418,7 +418,23 @@ def test_a_finished_output_that_rotted_fails_its_verification(llama: Path, tmp_p
         result = invoke(*command, "--verify", *form)
         assert result.exit_code == 1
         assert "already" not in result.output
+        assert "--overwrite" in result.stderr
     assert snapshot(tmp_path) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """`nohup upcycle convert …` must outlive its terminal."""
+    program = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from upcycle_cli import cli
+cli.app = lambda **_: None
+cli.main()
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+print(signal.getsignal(signal.SIGTERM) is cli._on_signal)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"True\nTrue\n"
 
 
 def test_markup_in_names_is_text(llama: Path, tmp_path: Path) -> None:

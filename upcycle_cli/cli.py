@@ -79,7 +79,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _on_signal)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup's wish is kept
+            signal.signal(signum, _on_signal)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name or sign that the terminal cannot show must not end a conversion.
@@ -94,10 +95,9 @@ class _TerminatedError(KeyboardInterrupt):
 _received: list[int] = []
 
 
-def _on_signal(signum: int, _frame: object) -> NoReturn:
+def _on_signal(signum: int, _frame: object) -> None:
     _received.append(signum)
     _raise_signal()
-    raise AssertionError
 
 
 def _raise_signal() -> None:
@@ -448,7 +448,10 @@ def _convert(run: Callable[..., Conversion], plan: Plan, *, as_json: bool, quiet
     if not done.published:
         if quiet and done.report is not None:
             _stderr().print(render.report_table(done.report))
-        _fail("verification failed; nothing was published.", EXIT_VERIFICATION_FAILED)
+        found = "verification failed; nothing was published."
+        if done.already_done:
+            found = f"{done.output} is damaged. Make it again with --overwrite."
+        _fail(found, EXIT_VERIFICATION_FAILED)
 
 
 def _print_conversion(done: Conversion) -> None:
