@@ -78,9 +78,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup's wish is kept
-            signal.signal(signum, _on_signal)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is kept
+        signal.signal(signal.SIGHUP, _on_signal)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name or sign that the terminal cannot show must not end a conversion.
