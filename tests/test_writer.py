@@ -60,7 +60,7 @@ def write(
     plan: Plan, directory: Path, progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
     workspace = Workspace(directory, plan.digest, durable=False)
-    options = WriteOptions(fsync=False)
+    options = WriteOptions(fsync=False, workers=1)  # one part at a time, to be counted
     written = write_weights(plan, plan.shards, workspace, progress=progress, options=options)
     write_index(plan, directory)
     return written.routers

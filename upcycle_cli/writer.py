@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".writing"
-_WRITE_BYTES = 1 << 26  # small enough for the progress to move, large enough to cost nothing
+# Larger pieces are several times slower where the kernel backs them by large pages of the page
+# cache that the host must first give back: measured, docs/decisions.md.
+_WRITE_BYTES = 1 << 20
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just found their place."""
@@ -164,6 +166,8 @@ class _Task:
     shared_bytes: int = 0
     lock: Lock = field(default_factory=Lock)
     stopping: Event = field(default_factory=Event)
+    turn: Lock = field(default_factory=Lock)
+    """Two threads that write one file at once spin on its lock in the kernel."""
 
     def write(self, path: Path, options: WriteOptions) -> None:
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -204,7 +208,7 @@ class _Task:
                 if origin is not None and self._share(origin, descriptor, offset, part.nbytes):
                     continue
                 data = self._data(part) if data is None else data
-                _write_at(descriptor, data, offset, self._advance)
+                _write_at(descriptor, data, offset, self._advance, self.turn)
                 origin = origin or (descriptor, offset)
 
     def _data(self, part: Part) -> memoryview:
@@ -248,12 +252,17 @@ def _compute(expr: Expr, tensor: OutputTensor, reader: Reader) -> torch.Tensor:
 
 
 def _write_at(
-    descriptor: int, data: memoryview, offset: int, progress: Progress | None = None
+    descriptor: int,
+    data: memoryview,
+    offset: int,
+    progress: Progress | None = None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> None:
     done = 0
     while done < len(data):
-        # One call writes at most 2 GiB, and a signal can cut it short.
-        written = os.pwrite(descriptor, data[done : done + _WRITE_BYTES], offset + done)
+        with turn or nullcontext():
+            # A signal or a limit can cut a write short.
+            written = os.pwrite(descriptor, data[done : done + _WRITE_BYTES], offset + done)
         done += written
         if progress is not None:
             progress(written)

@@ -215,7 +215,9 @@ def has_plain_attention(config: Mapping[str, Any]) -> bool:
     """Whether an MoE config's heads make up the hidden size, and no layer slides."""
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (
-        type(heads) is int and heads * head_dim == config.get("hidden_size")
+        type(heads) is int
+        and type(head_dim) is int
+        and heads * head_dim == config.get("hidden_size")
     )
     slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
     return whole and not slides
