@@ -374,6 +374,30 @@ def test_sizes_in_configs(dense: Path, moe: Path, fused: Path, key: str, value: 
                     use_moe(path, dense)
 
 
+@pytest.mark.parametrize("value", [None, [], {}, [1], {"a": 1}, "x", "\ud800", 1.5, True, -1])
+def test_every_key_of_an_moe_takes_anything(
+    dense: Path, moe: Path, fused: Path, value: object
+) -> None:
+    for original, name in ((moe, CONFIG), (moe, RECORD), (fused, CONFIG)):
+        with damaged(original) as path:
+            whole = json.loads((path / name).read_text())
+            for key in whole:
+                (path / name).write_text(json.dumps(whole | {key: value}))
+                use_moe(path, dense)
+
+
+def test_half_a_character_is_refused_when_it_is_read(dense: Path) -> None:
+    with damaged(dense) as path:
+        config = json.loads((path / CONFIG).read_text()) | {"note": "\ud800"}
+        (path / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(UpcycleError, match="not valid JSON"):
+            open_checkpoint(path)
+        shutil.copy(dense / CONFIG, path / CONFIG)
+        change_header(path / WEIGHTS, [lambda header: header | {"\udfff": header.popitem()[1]}])
+        with pytest.raises(UpcycleError, match="not valid JSON"):
+            open_checkpoint(path)
+
+
 # Memory --------------------------------------------------------------------------------------
 
 

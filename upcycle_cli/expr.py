@@ -247,6 +247,9 @@ def _listed(parts: tuple[Expr, ...]) -> str:
 
 
 def _checked(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    # One quick pass: a NaN or an infinity anywhere is among the extremes.
+    if after.numel() == 0 or all(extreme.isfinite() for extreme in after.aminmax()):
+        return after
     infinite = after.isinf()
     if infinite.any() and (infinite & before.isfinite()).any():
         raise OverflowInCastError

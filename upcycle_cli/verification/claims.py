@@ -189,7 +189,7 @@ def _option_failures(facts: Facts, record: Record) -> Iterator[str]:
     if dtype is None:
         return
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    if dtype not in stored:
+    if not isinstance(dtype, str) or dtype not in stored:
         yield f"{RECORD_NAME}: dtype {dtype!r} is unknown"
         return
     for key in ("dtype", "torch_dtype"):
