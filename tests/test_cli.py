@@ -428,10 +428,11 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from upcycle_cli import cli
-cli.app = lambda **_: None
+def app(**_):
+    print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+    print(signal.getsignal(signal.SIGTERM) is cli._on_signal)
+cli.app = app
 cli.main()
-print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
-print(signal.getsignal(signal.SIGTERM) is cli._on_signal)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout == b"True\nTrue\n"

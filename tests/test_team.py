@@ -176,9 +176,8 @@ def test_a_rank_that_is_killed(tmp_path: Path, rank: int, number: signal.Signals
     assert wait_until(lambda: list(partial_of(output).glob(f"*{NOTE_SUFFIX}")), job)
     (pid,) = (pid for pid in descendants(job.pid) if rank_of(pid) == str(rank))
     os.kill(pid, number)
-    _, stderr = job.communicate(timeout=SUBPROCESS_SECONDS)
+    job.communicate(timeout=SUBPROCESS_SECONDS)
     assert job.returncode != 0
-    assert own_traceback(stderr) == []
     assert not output.exists()
     assert partial_of(output).is_dir()
     done = run(torchrun_command(2, convert_command(dense, output, *options, "--json")))

@@ -86,7 +86,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A name or sign that the terminal cannot show must not end a conversion.
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="upcycle")
+    try:
+        app(prog_name="upcycle")
+    finally:
+        # The command is over: a signal that comes while Python shuts down has nothing to stop.
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)
 
 
 class _TerminatedError(KeyboardInterrupt):
