@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".writing"
-# Larger pieces are several times slower where the kernel backs them by large pages of the page
-# cache that the host must first give back: measured, docs/decisions.md.
+# Larger pieces were several times slower on a virtual machine, for a cause unknown:
+# docs/decisions.md.
 _WRITE_BYTES = 1 << 20
 
 Progress = Callable[[int], None]
