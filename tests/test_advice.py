@@ -154,6 +154,11 @@ def test_large_logits_promise_nothing(advise: Advise, plan: Callable[..., Plan])
     assert "standard deviation 1 the gates are far from equal" in text
 
 
+def test_a_wrong_scale_is_the_reason_when_the_logits_are_small(plan: Callable[..., Plan]) -> None:
+    recipe = plan("E8G1T2", SOFTMAX_TOPK, scaling=3.0).recipe
+    assert no_promise(recipe).startswith("the experts are scaled by 3 in all")
+
+
 def test_scaled_experts_in_float16_can_overflow(advise: Advise) -> None:
     half = Options(dtype="float16")
     assert advise("E8G2T4", options=half) == [OVERFLOW]

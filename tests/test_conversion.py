@@ -404,6 +404,21 @@ def test_a_failing_verification_publishes_nothing(llama: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_verification_that_cannot_run_keeps_what_was_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise UpcycleError("transformers cannot be imported.")
+
+    with monkeypatch.context() as context:
+        context.setattr("upcycle_cli.verification.verify", broken)
+        with pytest.raises(UpcycleError, match="The weights are kept"):
+            convert(llama, tmp_path / "moe", RECIPE, verify=True)
+    assert not (tmp_path / "moe").exists()
+    done = execute(build_plan(RECIPE, open_checkpoint(llama)), tmp_path / "moe")
+    assert done.reused_bytes == done.plan.nbytes
+
+
 def test_a_failing_verification_keeps_the_output_that_was_there(
     llama: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from upcycle_cli.checkpoint import ITEM_BYTES
 from upcycle_cli.families.engines import Support
 from upcycle_cli.outputs import EXPERT_ROLES, Role
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import TIE_LOGIT_STD, Promise, Recipe, Routing
+from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Recipe, Routing
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
@@ -102,10 +102,11 @@ def no_promise(recipe: Recipe) -> str:
         return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
     if not recipe.virtual_groups and recipe.granularity > 1:
         return "without virtual groups a token does not get every shard of the dense MLP"
-    std = recipe.router_logit_std or 0.0
-    if factors.function_preserving and recipe.routing is Routing.SOFTMAX_TOPK:
-        return f"with router logits of standard deviation {std:g} the gates are far from equal"
     if factors.gate != 1.0:
         return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"
+    std = recipe.router_logit_std or 0.0
+    uneven = recipe.routing is Routing.SOFTMAX_TOPK and recipe.top_k < recipe.num_experts
+    if uneven and std > APPROXIMATE_LOGIT_STD:
+        return f"with router logits of standard deviation {std:g} the gates are far from equal"
     scale = factors.up * factors.down
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"

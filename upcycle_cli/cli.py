@@ -50,9 +50,9 @@ from upcycle_cli.options import (
     TopKOption,
     UntieOption,
     WorkersOption,
-    existing_or_new,
     file_options,
     parse_scaling,
+    path_argument,
     recipe_sizes,
 )
 from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
@@ -136,7 +136,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            parser=existing_or_new,
+            parser=path_argument,
             help="Directory of the dense checkpoint; never modified.",
         ),
     ],
@@ -144,7 +144,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="OUTPUT",
-            parser=existing_or_new,
+            parser=path_argument,
             help="Directory to make; appears whole or not at all.",
         ),
     ],
@@ -257,7 +257,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="PATH",
-            parser=existing_or_new,
+            parser=path_argument,
             help="Directory of a dense or an MoE checkpoint.",
         ),
     ],
@@ -341,13 +341,13 @@ def verify(
     dense: Annotated[
         Path,
         typer.Argument(
-            metavar="DENSE", parser=existing_or_new, help="Directory of the dense checkpoint."
+            metavar="DENSE", parser=path_argument, help="Directory of the dense checkpoint."
         ),
     ],
     moe: Annotated[
         Path,
         typer.Argument(
-            metavar="MOE", parser=existing_or_new, help="Directory of the MoE made from it."
+            metavar="MOE", parser=path_argument, help="Directory of the MoE made from it."
         ),
     ],
     checks: Annotated[
@@ -391,7 +391,7 @@ def clean(
     output: Annotated[
         Path,
         typer.Argument(
-            metavar="OUTPUT", parser=existing_or_new, help="Directory that was to be made."
+            metavar="OUTPUT", parser=path_argument, help="Directory that was to be made."
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it, not only show it.")] = False,
@@ -417,7 +417,7 @@ def demo(
         Path | None,
         typer.Argument(
             metavar="DIR",
-            parser=existing_or_new,
+            parser=path_argument,
             help="Where to work; a temporary directory unless given.",
         ),
     ] = None,

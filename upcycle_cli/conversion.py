@@ -112,8 +112,9 @@ def execute(
                 _write_checksums(output)
             return _already_done(plan, output, on_check if verify else None)
         check_output(output, plan.source, overwrite=overwrite)
-        shared = _shared_bytes(plan, team) + _SPARE_BYTES if writing.reflink else None
-        check_space(output, plan.nbytes + _SPARE_BYTES, shared=shared)
+        spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
+        shared = _shared_bytes(plan, team) + spare if writing.reflink else None
+        check_space(output, plan.nbytes + spare, shared=shared)
         with transaction(
             output, plan_digest=plan.digest, overwrite=overwrite, durable=writing.fsync
         ) as (workspace, publish):
@@ -246,7 +247,14 @@ def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Rep
     from upcycle_cli.card import model_card
     from upcycle_cli.verification import verify
 
-    report = verify(plan.source.path, directory, on_start=on_check)
+    try:
+        report = verify(plan.source.path, directory, on_start=on_check)
+    except UpcycleError as error:
+        # Nothing is wrong with what was written: hours of work must not go for want of a library.
+        raise ResumableError(
+            f"{error.message} The weights are kept: the same command goes on from there.",
+            error.hint,
+        ) from error
     (directory / CARD_NAME).write_text(model_card(plan, report), encoding="utf-8")
     return report
 

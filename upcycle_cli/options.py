@@ -196,7 +196,7 @@ JsonOption = Annotated[
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
-def existing_or_new(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """Read a path; an empty one is an unset variable, not the current directory."""
     if not text.strip():
         raise typer.BadParameter("it is empty")
