@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -318,3 +321,34 @@ def test_routing_is_no_matter_to_the_writer(make: Make, output: Path) -> None:
             assert not file.get_tensor(f"model.layers.1.self_attn.{matrix}_proj.bias").any()
         # llama.cpp computes this gate as silu(x)/x.
         assert file.get_tensor("model.layers.0.mlp.shared_expert_gate.weight").all()
+
+
+def test_a_failure_to_flush_is_not_lost(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports that the disk refused some bytes once, to the first who asks."""
+    asked = threading.Event()
+
+    def refuse(_: int) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    plan = make()
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    workspace = Workspace(output, plan.digest, durable=False)
+    path = output / plan.shards[0].name
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_weights(
+            plan,
+            plan.shards,
+            workspace,
+            progress=lambda _: assert_set(asked),
+            options=WriteOptions(),
+        )
+    assert caught.value.filename == str(path)
+    assert not path.exists()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(30)

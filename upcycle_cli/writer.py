@@ -36,6 +36,7 @@ TEMPORARY_SUFFIX = ".writing"
 # Larger pieces were several times slower on a virtual machine, for a cause unknown:
 # docs/decisions.md.
 _WRITE_BYTES = 1 << 20
+_FLUSH_SECONDS = 0.1
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just found their place."""
@@ -175,7 +176,8 @@ class _Task:
             with temporary.open("w+b") as file:
                 os.ftruncate(file.fileno(), self.layout.nbytes)
                 _write_at(file.fileno(), memoryview(self.layout.header), 0)
-                self._write_parts(file.fileno(), options.num_threads)
+                with _flushed(file.fileno()) if options.fsync else nullcontext():
+                    self._write_parts(file.fileno(), options.num_threads)
                 if options.fsync:
                     os.fsync(file.fileno())
         except OSError as error:
@@ -238,6 +240,25 @@ class _Task:
             raise _StoppedError
         with self.lock:
             self.progress(nbytes)
+
+
+@contextmanager
+def _flushed(descriptor: int) -> Iterator[None]:
+    """Have the disk take what is written as it comes, rather than most of it at the end."""
+    stop = Event()
+
+    def flush() -> None:
+        while not stop.wait(_FLUSH_SECONDS):
+            os.fdatasync(descriptor)
+
+    with ThreadPoolExecutor(1, "upcycle-flusher") as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            stop.set()
+        # The system tells of a failed write once: whoever hears of it must say so.
+        flushing.result()
 
 
 def _compute(expr: Expr, tensor: OutputTensor, reader: Reader) -> torch.Tensor:

@@ -184,7 +184,8 @@ class _Benchmark:
                 try:
                     command = result.contestant.command(output)
                     run = measure(command, result.contestant.environment)
-                    result.runs.append(replace(run, disk_bytes=disk_use(output)))
+                    run = replace(run, disk_bytes=disk_use(output))
+                    result.runs.append(run)
                 except FailedError as error:
                     result.failure = str(error)
                     run = None

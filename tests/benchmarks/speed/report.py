@@ -16,6 +16,8 @@ from speed.contestants import (
 )
 from speed.measure import Run
 
+NO_LIMIT = "–"
+
 _HEADER = (
     "| | fsync | rounds | wall (min to max), s | CPU, s | peak RssAnon, MB "
     "| beyond the interpreter, MB | on disk, GB |\n|---|---|---|---|---|---|---|---|"
@@ -74,8 +76,10 @@ class Limit:
         number = "–" if self.measured is None else f"{self.measured:.2f}"
         if self.held is not None:
             verdict = "yes" if self.held else "**no**"
+        elif self.measured is None:
+            verdict = "not measured"
         else:
-            verdict = "not measured" if self.measured is None else "does not apply to this size"
+            verdict = "–" if self.wanted == NO_LIMIT else "does not apply to this size"
         return f"| {self.what} | {self.wanted} | {number} | {verdict} |"
 
 
@@ -106,7 +110,7 @@ def writing_limits(results: Sequence[Result], *, start_up_counts: bool) -> list[
     held = None if value is None else value >= 4
     limits.append(Limit(f"time of mergekit-moe / {UPCYCLE_SMALL}", "≥ 4", value, held))
     value = _ratio(found.get((TRANSFORMERS, False)), ours)
-    limits.append(Limit(f"time of a transformers script / {UPCYCLE_SMALL}", "–", value, None))
+    limits.append(Limit(f"time of a transformers script / {UPCYCLE_SMALL}", NO_LIMIT, value, None))
     value = held = None
     if ours is not None and peer is not None and ours.runs and peer.runs:
         value = ours.beyond_bytes / peer.beyond_bytes
