@@ -84,9 +84,8 @@ def test_no_such_path(refuses: Refuses, tmp_path: Path) -> None:
 def test_a_repo_id(refuses: Refuses) -> None:
     refuses(
         Path("some-org/some-model"),
-        "does not exist",
-        "Hugging Face Hub",
-        "hf download some-org/some-model --local-dir some-model",
+        "some-org/some-model is neither a directory nor complete in the cache",
+        "hf download some-org/some-model",
     )
 
 
@@ -985,8 +984,7 @@ def test_a_dry_run_is_refused_alike(llama: Path, tmp_path: Path, refuses: Refuse
     refuses(llama, "inside the source", output=llama / "moe", arguments=arguments)
 
 
-def test_json_changes_nothing_about_errors(llama: Path, refuses: Refuses) -> None:
-    refuses(llama, "is not a recipe", arguments=("--recipe", "x", "--json"))
+def test_errors_are_said_quietly_too(llama: Path, refuses: Refuses) -> None:
     refuses(llama, "is not a recipe", arguments=("--recipe", "x", "--quiet"))
 
 

@@ -397,13 +397,6 @@ def test_no_checkpoint_at_all(tmp_path: Path, make: Callable[[Path], Any], words
         open_checkpoint(tmp_path / "dense")
 
 
-def test_a_repo_id_is_answered_with_how_to_download_it() -> None:
-    with pytest.raises(UpcycleError) as caught:
-        open_checkpoint(Path("HuggingFaceTB/SmolLM2-135M"))
-    assert caught.value.hint is not None
-    assert "hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M" in caught.value.hint
-
-
 def test_checkpoints_are_frozen(dense: Path) -> None:
     checkpoint: Checkpoint = open_checkpoint(dense)
     with pytest.raises(AttributeError):

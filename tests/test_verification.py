@@ -1159,6 +1159,7 @@ def test_independence() -> None:
         "upcycle_cli.errors",
         "upcycle_cli.families",
         "upcycle_cli.families.target",
+        "upcycle_cli.hub.sources",
     }
     names = {"DENSE", "TARGETS", "Target"}
     folder = Path(__file__).parent.parent / "upcycle_cli" / "verification"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.advice import no_promise, training_notes
@@ -41,7 +42,23 @@ def model_card(plan: Plan, report: Report | None) -> str:
         _engines(plan),
         _citation(),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    card = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)
+    return f"{card}\n\n{_seal(card)}\n"
+
+
+def is_edited(card: str) -> bool:
+    """Whether somebody has written or changed a card since `model_card` made it."""
+    from huggingface_hub import ModelCard
+
+    if not ModelCard(card, ignore_metadata_errors=True).text.strip():
+        return False  # metadata only, as the Hub makes for a repo with a licence
+    text, _, seal = card.strip().rpartition("\n\n")
+    return seal != _seal(text)
+
+
+def _seal(card: str) -> str:
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
 
 
 def _source_metadata(plan: Plan) -> dict[str, Any]:
@@ -67,11 +84,16 @@ def _is_text(value: object) -> bool:
 
 
 def _title(plan: Plan) -> str:
-    origin = plan.source.name
-    revision = f" at commit `{plan.source.revision}`" if plan.source.revision else ""
+    origin = name = plan.source.name
+    commit = plan.source.revision
+    if commit is not None:
+        url = f"https://huggingface.co/{name}"
+        origin = f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
+    else:
+        origin = f"`{name}`"
     return (
-        f"# {origin.split('/')[-1]} {plan.recipe.name}\n\n"
-        f"A Mixture of Experts made from `{origin}`{revision} by copying its MLPs into experts "
+        f"# {name.split('/')[-1]} {plan.recipe.name}\n\n"
+        f"A Mixture of Experts made from {origin} by copying its MLPs into experts "
         f"and adding routers, with upcycle, by the "
         f"method of [Upcycling Large Language Models into Mixture of Experts]({_PAPER})."
     )

@@ -1,8 +1,10 @@
-"""A Hugging Face checkpoint on disk: its config, its tensors' headers, and their values on demand.
+"""A Hugging Face checkpoint: its config, its tensors' headers, and their values on demand.
 
 Opening reads `config.json`, the index and the safetensors headers, and checks them against the
 file sizes; no weight is touched. `Checkpoint.reader` maps the files and hands out tensors that
-alias them. No policy lives here: what a model may contain is the families' business.
+alias them. Where the files are is the storage's business: a directory, or (hub.py) a repo of which
+only headers are read until `Checkpoint.bring` is called. No policy lives here: what a model may
+contain is the families' business.
 
 Format: 8-byte little-endian header length, JSON header, data; offsets are relative to the data,
 and the tensors lie end to end without holes.
@@ -17,11 +19,11 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from upcycle_cli.errors import UpcycleError
 
@@ -55,6 +57,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
+CARD_NAME = "README.md"
 
 COMPANIONS = (
     "generation_config.json",
@@ -109,11 +112,92 @@ class FileStamp:
     digest: str | None = None
 
 
+class Storage(Protocol):
+    """Where the files of a checkpoint are. Each method raises UpcycleError when it cannot."""
+
+    @property
+    def path(self) -> Path:
+        """The directory in which the files are, or will be."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Return the names of the regular files that match any of these patterns, sorted."""
+
+    def prepare(self, shards: Sequence[str]) -> None:
+        """Hear whose headers will be asked for next."""
+
+    def stamp(self, name: str) -> FileStamp:
+        """Return the size of a file, and when it was changed."""
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Return a part of a weight file's beginning, less when the file is shorter."""
+
+    def local(self, name: str) -> Path:
+        """Return the path of a small file, brought here if need be."""
+
+    def bring(self, names: Sequence[str]) -> None:
+        """See that these files are here."""
+
+    def missing_bytes(self, names: Sequence[str]) -> int:
+        """Return the size of those of these files that are not here."""
+
+
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint directory whose headers have been read and found consistent."""
+class Directory:
+    """A checkpoint's files in a directory, all of them."""
 
     path: Path
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.path / name).exists()
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Return the names of the regular files that match any of these patterns, sorted."""
+        found = {file for pattern in patterns for file in self.path.glob(pattern)}
+        return sorted(
+            file.relative_to(self.path).as_posix()
+            for file in found
+            if stat.S_ISREG(_stat(file).st_mode)
+        )
+
+    def prepare(self, shards: Sequence[str]) -> None:
+        """Nothing is to be prepared."""
+
+    def stamp(self, name: str) -> FileStamp:
+        """Return the size of a file, and when it was changed; UpcycleError when it is missing."""
+        status = _stat(self.path / name)
+        return FileStamp(name, status.st_size, status.st_mtime_ns)
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Return a part of a file; UpcycleError when it cannot be read."""
+        file_path = self.path / shard
+        try:
+            with file_path.open("rb") as file:
+                file.seek(begin)
+                return file.read(end - begin)
+        except OSError as error:
+            raise UpcycleError(f"cannot read {file_path}: {error.strerror}.") from error
+
+    def local(self, name: str) -> Path:
+        """Return the path of a file."""
+        return self.path / name
+
+    def bring(self, names: Sequence[str]) -> None:
+        """All files are here."""
+
+    def missing_bytes(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a Storage
+        """Return 0: all files are here."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and found consistent."""
+
+    storage: Storage
     config: Mapping[str, Any]
     config_digest: str
     tensors: Mapping[str, TensorEntry]
@@ -122,18 +206,23 @@ class Checkpoint:
     """Tokenizer, chat template, generation config and licence files."""
 
     @property
+    def path(self) -> Path:
+        """The directory in which the files are, or will be."""
+        return self.storage.path
+
+    @property
     def name(self) -> str:
         """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
-        repo = self._cached_repo
-        return self.path.resolve().name if repo is None else repo
+        return self.repo or self.path.resolve().name
 
     @property
     def revision(self) -> str | None:
         """The commit when the directory is a snapshot in the Hub cache."""
-        return None if self._cached_repo is None else self.path.resolve().name
+        return None if self.repo is None else self.path.resolve().name
 
     @property
-    def _cached_repo(self) -> str | None:
+    def repo(self) -> str | None:
+        """The repo id when the directory is a snapshot in the Hub cache."""
         # The cache keeps a repo as models--ORG--NAME/snapshots/COMMIT.
         resolved = self.path.resolve()
         folder = resolved.parent.parent.name
@@ -155,6 +244,24 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that were read, or will be."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    @property
+    def missing_bytes(self) -> int:
+        """The size of the files that are still to be brought here."""
+        return self.storage.missing_bytes(self.files)
+
+    def bring(self) -> Checkpoint:
+        """Return the same checkpoint with all its files here.
+
+        Raises UpcycleError when they cannot be brought, or are not those whose headers were read.
+        """
+        if isinstance(self.storage, Directory):
+            return self
+        self.storage.bring([*self.files, *self.storage.matching([CARD_NAME])])
+        here = open_checkpoint(self.path)
+        if here.tensors != self.tensors or here.config_digest != self.config_digest:
+            raise UpcycleError(f"{self.path} is not what was announced.", "Run the command again.")
+        return here
 
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file is not the one that was opened."""
@@ -235,19 +342,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
     if not found:
         raise UpcycleError(
-            f"{path} does not exist.",
-            _repo_hint(path),
+            f"{path} does not exist.", "Give the directory of a Hugging Face checkpoint."
         )
     if not path.is_dir():
         raise UpcycleError(
             f"{path} is not a directory.", "Give the directory that holds config.json."
         )
-    config, config_digest = _read_config(path)
-    weight_map = _weight_map(path, config)
+    return open_storage(Directory(path))
+
+
+def open_storage(storage: Storage) -> Checkpoint:
+    """Open a checkpoint wherever its files are.
+
+    Raises UpcycleError when there is none, or when its files contradict one another.
+    """
+    path = storage.path
+    config, config_digest = _read_config(storage)
+    weight_map = _weight_map(storage, config)
+    shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
+    storage.prepare(shard_names)
     tensors: dict[str, TensorEntry] = {}
     shards = []
-    for shard_name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]:
-        shard, entries = _read_header(path, shard_name)
+    for shard_name in shard_names:
+        shard, entries = _read_header(storage, shard_name)
         shards.append(shard)
         for entry in entries:
             if entry.name in tensors:
@@ -258,7 +375,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors[entry.name] = entry
     if weight_map:
         _check_index(path, weight_map, tensors)
-    return Checkpoint(path, config, config_digest, tensors, tuple(shards), _companions(path))
+    companions = tuple(storage.stamp(name) for name in storage.matching(COMPANIONS))
+    return Checkpoint(storage, config, config_digest, tensors, tuple(shards), companions)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -289,51 +407,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    config_path = path / CONFIG_NAME
-    if not config_path.is_file():
+def _read_config(storage: Storage) -> tuple[dict[str, Any], str]:
+    if not storage.has(CONFIG_NAME):
         raise UpcycleError(
-            f"{path} has no {CONFIG_NAME}.",
+            f"{storage.path} has no {CONFIG_NAME}.",
             "Give the directory of a Hugging Face checkpoint.",
         )
+    config_path = storage.local(CONFIG_NAME)
     config = read_json(config_path)
     return config, hashlib.sha256(config_path.read_bytes()).hexdigest()
 
 
-def _companions(path: Path) -> tuple[FileStamp, ...]:
-    found = sorted({file for pattern in COMPANIONS for file in path.glob(pattern)})
-    stamps = []
-    for file in found:
-        status = _stat(file)
-        if stat.S_ISREG(status.st_mode):
-            name = file.relative_to(path).as_posix()
-            stamps.append(FileStamp(name, status.st_size, status.st_mtime_ns))
-    return tuple(stamps)
-
-
-def _weight_map(path: Path, config: Mapping[str, Any]) -> dict[str, str] | None:
+def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] | None:
     # transformers looks for the single file first, so a directory with both means that one.
-    if (path / WEIGHTS_NAME).exists():
+    if storage.has(WEIGHTS_NAME):
         return None
-    if not (path / INDEX_NAME).exists():
-        _refuse_missing_weights(path, config)
-    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    if not storage.has(INDEX_NAME):
+        _refuse_missing_weights(storage, config)
+    index_path = storage.local(INDEX_NAME)
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UpcycleError(f"{path / INDEX_NAME} has no weight_map.")
+        raise UpcycleError(f"{index_path} has no weight_map.")
     for name, shard in weight_map.items():
         parts = PurePosixPath(shard).parts if isinstance(shard, str) else ()
         if not parts or ".." in parts or parts[0] == "/" or "\\" in shard or "\0" in shard:
             raise UpcycleError(
-                f"{path / INDEX_NAME} places {name} in {shard!r}, "
-                "which is not a file of this directory."
+                f"{index_path} places {name} in {shard!r}, which is not a file of this directory."
             )
     return weight_map
 
 
-def _refuse_missing_weights(path: Path, config: Mapping[str, Any]) -> None:
-    pickles = sorted(
-        file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)
-    )
+def _refuse_missing_weights(storage: Storage, config: Mapping[str, Any]) -> None:
+    path = storage.path
+    pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
     if pickles:
         raise UpcycleError(
             f"{path} holds its weights as pickle ({pickles[0]}), which can run code when opened.",
@@ -349,28 +455,22 @@ def _refuse_missing_weights(path: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _read_header(path: Path, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:
-    file_path = path / shard_name
-    status = _stat(file_path)
-    try:
-        with file_path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-            if header_bytes is None or 8 + header_bytes > status.st_size:
-                raise UpcycleError(
-                    f"{file_path} is truncated: it ends at byte {status.st_size}, "
-                    "inside its own header.",
-                    "Download or copy it again.",
-                )
-            if header_bytes > _MAX_HEADER_BYTES:
-                raise UpcycleError(f"{file_path} has a header of {header_bytes} bytes; not read.")
-            raw = file.read(header_bytes)
-    except OSError as error:
-        raise UpcycleError(f"cannot read {file_path}: {error.strerror}.") from error
+def _read_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:
+    file_path = storage.path / shard_name
+    stamp = storage.stamp(shard_name)
+    prefix = storage.read(shard_name, 0, 8)
+    header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+    if header_bytes is None or 8 + header_bytes > stamp.size:
+        raise UpcycleError(
+            f"{file_path} is truncated: it ends at byte {stamp.size}, inside its own header.",
+            "Download or copy it again.",
+        )
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise UpcycleError(f"{file_path} has a header of {header_bytes} bytes; not read.")
+    raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries = _parse_header(raw, file_path, shard_name, 8 + header_bytes)
-    _check_extents(entries, file_path, 8 + header_bytes, status.st_size)
-    digest = hashlib.sha256(raw).hexdigest()
-    return FileStamp(shard_name, status.st_size, status.st_mtime_ns, digest), entries
+    _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
+    return replace(stamp, digest=hashlib.sha256(raw).hexdigest()), entries
 
 
 def _stat(file_path: Path) -> os.stat_result:
@@ -477,12 +577,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} appears twice")
     return result
-
-
-def _repo_hint(path: Path) -> str:
-    if len(path.parts) == 2 and not path.is_absolute():
-        return (
-            f"If {path} is a repo on the Hugging Face Hub, download it first:\n"
-            f"  hf download {path} --local-dir {path.name}"
-        )
-    return "Give the directory of a Hugging Face checkpoint."

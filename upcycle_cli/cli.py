@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -26,6 +26,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.options import (
     FILES,
+    HUB,
     RUN,
     DtypeChoice,
     DtypeOption,
@@ -36,8 +37,12 @@ from upcycle_cli.options import (
     InexactOption,
     JsonOption,
     LayoutOption,
+    PrivateOption,
+    PullRequestOption,
+    QuietOption,
     RecipeOption,
     ReflinkOption,
+    RevisionOption,
     RoutingChoice,
     RoutingOption,
     ScalingOption,
@@ -51,6 +56,7 @@ from upcycle_cli.options import (
     UntieOption,
     WorkersOption,
     file_options,
+    option,
     parse_scaling,
     path_argument,
     recipe_sizes,
@@ -60,12 +66,16 @@ from upcycle_cli.team import launched_rank
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
+    from upcycle_cli.hub.pushing import Destination, Push
     from upcycle_cli.plan import Plan
 
 EXIT_VERIFICATION_FAILED = 1
 EXIT_ERROR = 2
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
+
+_VARIABLES = "UPCYCLE"
+"""Options can be set by variables: UPCYCLE_CONVERT_RECIPE and so on."""
 
 app = typer.Typer(
     name="upcycle",
@@ -117,12 +127,15 @@ def _raise_signal() -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    context: typer.Context,
+    version: Annotated[bool, option("--version", help="Print the version.")] = False,
 ) -> None:
     """Turn a dense Hugging Face checkpoint into a Mixture of Experts, and prove it.
 
     Start with [bold]upcycle demo[/bold], which needs no model and no network.
     """
+    # For the options of the commands only: UPCYCLE_VERSION is likely to be somebody's own.
+    context.auto_envvar_prefix = context.auto_envvar_prefix or _VARIABLES
     if version:
         from importlib.metadata import version as installed
 
@@ -132,12 +145,13 @@ def _root(
 
 @app.command()
 def convert(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
             metavar="SOURCE",
             parser=path_argument,
-            help="Directory of the dense checkpoint; never modified.",
+            help="The dense checkpoint, never modified: a directory, or a repo on the Hub.",
         ),
     ],
     output: Annotated[
@@ -166,11 +180,11 @@ def convert(
     untie_embeddings: UntieOption = False,
     checksums: Annotated[
         bool,
-        typer.Option("--checksums", help="Write SHA256SUMS too.", rich_help_panel=FILES),
+        option("--checksums", help="Write SHA256SUMS too.", rich_help_panel=FILES),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option(
+        option(
             "--overwrite",
             help="Replace OUTPUT once the new one is complete.",
             rich_help_panel=RUN,
@@ -178,11 +192,11 @@ def convert(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=RUN),
+        option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=RUN),
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option(
+        option(
             "--verify",
             help="Verify before OUTPUT appears; on failure it does not, and the exit code is 1.",
             rich_help_panel=RUN,
@@ -191,19 +205,53 @@ def convert(
     workers: WorkersOption = 0,
     reflink: ReflinkOption = True,
     fsync: FsyncOption = True,
-    as_json: JsonOption = False,
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN),
-    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    revision: RevisionOption = None,
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            metavar="REPO",
+            help="Push OUTPUT to this repo once it is complete (see `upcycle push`).",
+            rich_help_panel=HUB,
+        ),
+    ] = None,
+    push_revision: Annotated[
+        str | None,
+        option(metavar="REV", help="Branch to push to.", rich_help_panel=HUB),
+    ] = None,
+    private: PrivateOption = False,
+    create_pr: PullRequestOption = False,
+    config: Annotated[  # noqa: ARG001 - its callback has read it
+        Path | None,
+        option(
+            metavar="FILE",
+            help="Take options from a TOML or JSON file; those given here go first.",
+            callback=_use_config,
+            is_eager=True,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    save_config: Annotated[
+        Path | None,
+        option(
+            metavar="FILE",
+            help="Write all options, with what auto stood for, for --config.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
 ) -> None:
     """Convert a dense checkpoint into a mixture of experts.
 
     Example: upcycle convert Llama-3.1-8B Llama-3.1-8B-E8G1T2 --recipe E8G1T2 --verify
+
+    Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
-    with _errors_to_exit_codes():
-        from upcycle_cli.checkpoint import open_checkpoint
-        from upcycle_cli.conversion import execute, plan_together
+    with _errors_to_exit_codes(as_json=json):
+        _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
+        from upcycle_cli.conversion import bring_source, execute, plan_together
+        from upcycle_cli.hub.requests import be_quiet
+        from upcycle_cli.hub.sources import open_source
         from upcycle_cli.plan import build_plan
         from upcycle_cli.publish import check_output
         from upcycle_cli.render import plan_json
@@ -225,14 +273,35 @@ def convert(
         )
         options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
         writing = WriteOptions(workers=workers, reflink=reflink, fsync=fsync)
+        destination = _destination(
+            push_to_hub, revision=push_revision, private=private, create_pr=create_pr
+        )
+        be_quiet(bars=not quiet and not json and sys.stderr.isatty())
         with Team() as team:
             plan = plan_together(
-                lambda: build_plan(wanted, open_checkpoint(source), target=target, options=options),
+                lambda: build_plan(
+                    wanted, open_source(source, revision), target=target, options=options
+                ),
                 team,
             )
+            if save_config is not None and team.leads:
+                _save_config(save_config, context, plan)
             if dry_run:
                 check_output(output, plan.source, overwrite=overwrite)
             else:
+                if destination is not None and team.leads:
+                    _check_destination(destination)
+                plan = bring_source(
+                    plan,
+                    output,
+                    overwrite=overwrite,
+                    verify=verify,
+                    writing=writing,
+                    team=team,
+                    on_start=functools.partial(
+                        _announce_download, plan, silent=quiet or json or not team.leads
+                    ),
+                )
                 run = functools.partial(
                     execute,
                     plan,
@@ -243,8 +312,8 @@ def convert(
                     writing=writing,
                     team=team,
                 )
-                _convert(run, plan, as_json=as_json, quiet=quiet or not team.leads)
-        if dry_run and as_json:
+                _convert(run, plan, destination, as_json=json, quiet=quiet or not team.leads)
+        if dry_run and json:
             _print_json({"status": "planned", "output": str(output), **plan_json(plan)})
         elif dry_run and not quiet and team.leads:
             _print_plan(plan)
@@ -258,7 +327,7 @@ def inspect(
         typer.Argument(
             metavar="PATH",
             parser=path_argument,
-            help="Directory of a dense or an MoE checkpoint.",
+            help="A dense or an MoE checkpoint: a directory, or a repo on the Hub.",
         ),
     ],
     recipe: RecipeOption = None,
@@ -269,11 +338,11 @@ def inspect(
     max_shard_size: ShardOption = "5GB",
     untie_embeddings: UntieOption = False,
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel=RUN)
+        bool, option("--tensors", help="List every tensor.", rich_help_panel=RUN)
     ] = False,
     weights: Annotated[
         bool,
-        typer.Option(
+        option(
             "--weights",
             help="Read the experts of an MoE: which are identical, which groups are whole.",
             rich_help_panel=RUN,
@@ -281,19 +350,21 @@ def inspect(
     ] = False,
     dense: Annotated[
         Path | None,
-        typer.Option(
+        option(
             help="With --weights: the dense checkpoint, to measure the scale factors.",
             rich_help_panel=RUN,
         ),
     ] = None,
-    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint is, or what converting it would give; reads headers only.
 
     Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
-    with _errors_to_exit_codes():
+    with _errors_to_exit_codes(as_json=json):
         from upcycle_cli import inspection, render
+        from upcycle_cli.hub.requests import be_quiet
 
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
@@ -313,15 +384,17 @@ def inspect(
                 routing=None if routing is RoutingChoice.AUTO else Routing(routing),
                 allow_inexact=True,
             )
+        be_quiet(bars=weights and not json and sys.stderr.isatty())
         found = inspection.inspect(
             path,
             wanted,
+            revision=revision,
             target=target,
             options=options,
             weights=weights,
             dense=dense,
         )
-        if as_json:
+        if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
             _print_json(render.inspection_json(found) | listed)
             return
@@ -341,42 +414,58 @@ def verify(
     dense: Annotated[
         Path,
         typer.Argument(
-            metavar="DENSE", parser=path_argument, help="Directory of the dense checkpoint."
+            metavar="DENSE",
+            parser=path_argument,
+            help="The dense checkpoint: a directory, or a repo on the Hub.",
         ),
     ],
     moe: Annotated[
         Path,
         typer.Argument(
-            metavar="MOE", parser=path_argument, help="Directory of the MoE made from it."
+            metavar="MOE",
+            parser=path_argument,
+            help="The MoE made from it: a directory, or a repo on the Hub.",
         ),
     ],
     checks: Annotated[
         str,
-        typer.Option(metavar="NAME,…", help="Which checks to run."),
+        option(metavar="NAME,…", help="Which checks to run."),
     ] = "structure,weights,outputs,claims",
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file to run both models on, instead of the built-in text."),
+        option(help="Text file to run both models on, instead of the built-in text."),
     ] = None,
-    as_json: JsonOption = False,
+    dense_revision: Annotated[
+        str | None,
+        option(metavar="REV", help="Branch, tag or commit of DENSE's repo.", rich_help_panel=HUB),
+    ] = None,
+    moe_revision: Annotated[
+        str | None,
+        option(metavar="REV", help="Branch, tag or commit of MOE's repo.", rich_help_panel=HUB),
+    ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Prove that an MoE computes what its dense model computes; exit code 1 when it does not.
 
     Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
-    with _errors_to_exit_codes():
+    with _errors_to_exit_codes(as_json=json):
         from upcycle_cli import render, verification
+        from upcycle_cli.hub.requests import be_quiet
 
+        be_quiet(bars=not json and sys.stderr.isatty())
         names = [name.strip() for name in checks.split(",") if name.strip()]
         report = verification.verify(
             dense,
             moe,
             checks=names,
             prompts=prompts,
-            on_start=None if as_json else _announce_check,
+            dense_revision=dense_revision,
+            moe_revision=moe_revision,
+            on_start=None if json else _announce_check,
         )
         _raise_signal()
-        if as_json:
+        if json:
             _print_json(report.to_json())
         else:
             _stdout().print(render.report_table(report))
@@ -387,6 +476,68 @@ def verify(
 
 
 @app.command()
+def push(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", parser=path_argument, help="What `upcycle convert` has made."
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hub; made if it is not there.")
+    ],
+    revision: Annotated[
+        str | None,
+        option(
+            metavar="REV",
+            help="Branch to push to, made if it is not there; refs/pr/N goes on with a pull "
+            "request.",
+            rich_help_panel=HUB,
+        ),
+    ] = None,
+    private: PrivateOption = False,
+    create_pr: PullRequestOption = False,
+    message: Annotated[
+        str | None,
+        option("--message", "-m", help="First line of the commit.", rich_help_panel=HUB),
+    ] = None,
+    replace_card: Annotated[
+        bool,
+        option(
+            "--replace-card",
+            help="Replace the repo's README.md even where it was edited there.",
+            rich_help_panel=HUB,
+        ),
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Push a finished conversion to a repo on the Hugging Face Hub.
+
+    Refuses what is not complete. Files that are there already are not sent again.
+
+    Example: upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
+    """
+    with _errors_to_exit_codes(as_json=json):
+        from upcycle_cli.hub.pushing import Destination
+        from upcycle_cli.hub.requests import be_quiet
+        from upcycle_cli.render import push_json
+
+        be_quiet(bars=not quiet and not json and sys.stderr.isatty())
+        destination = Destination(
+            repo=repo,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            message=message,
+            replace_card=replace_card,
+        )
+        done = _push(directory, destination, silent=quiet or json)
+        if json:
+            _print_json(push_json(done))
+
+
+@app.command()
 def clean(
     output: Annotated[
         Path,
@@ -394,15 +545,19 @@ def clean(
             metavar="OUTPUT", parser=path_argument, help="Directory that was to be made."
         ),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it, not only show it.")] = False,
+    yes: Annotated[bool, option("--yes", "-y", help="Remove it, not only show it.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
-    with _errors_to_exit_codes():
+    with _errors_to_exit_codes(as_json=json):
         from upcycle_cli import publish
         from upcycle_cli.render import size_text
 
         partial, size = publish.clean(output.absolute(), remove=yes)
-        if yes:
+        if json:
+            status = "removed" if yes else "found"
+            _print_json({"status": status, "partial": str(partial), "bytes": size})
+        elif yes:
             _talk(f"Removed {partial} ({size_text(size)}).")
         else:
             _stdout().print(
@@ -421,18 +576,117 @@ def demo(
             help="Where to work; a temporary directory unless given.",
         ),
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
-    with _errors_to_exit_codes():
+    with _errors_to_exit_codes(as_json=json):
         from upcycle_cli.demo import run_demo
 
-        run_demo(directory, run=_run_shown, say=_talk)
+        if not json:
+            run_demo(directory, run=_run_shown, say=_talk)
+            return
+        steps: list[dict[str, Any]] = []
+        found = run_demo(directory, run=functools.partial(_run_silently, steps), say=lambda _: None)
+        _print_json({"status": "passed", "directory": str(found), "steps": steps})
 
 
 # How commands talk -------------------------------------------------------------------------------
 
 
-def _convert(run: Callable[..., Conversion], plan: Plan, *, as_json: bool, quiet: bool) -> None:
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make what a recipe file says the defaults of all options that are parsed after it."""
+    if path is None or context.resilient_parsing:
+        return path
+    from upcycle_cli.config import load_config
+
+    names = [parameter.name for parameter in context.command.params if parameter.name]
+    known = [name for name in names if name not in _NOT_IN_CONFIG]
+    try:
+        context.default_map = {**(context.default_map or {}), **load_config(path, known)}
+    except UpcycleError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+_NOT_IN_CONFIG = ("config", "save_config", "dry_run", "help")
+
+
+def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
+    from upcycle_cli.config import as_values, save_config
+
+    sizes = ("expansion", "granularity", "top_k")
+    values = as_values(context.params, without=(*_NOT_IN_CONFIG, "recipe", *sizes))
+    # What auto stands for today, so that the file means the same tomorrow.
+    values |= {
+        "recipe": plan.recipe.name,
+        "target": plan.family.target.model_type,
+        "routing": str(plan.recipe.routing),
+        "router_logit_std": plan.recipe.router_logit_std or 0.0,
+    }
+    if plan.source.repo is not None and plan.source.revision is not None:
+        values["revision"] = plan.source.revision
+    save_config(path, values)
+
+
+def _check_push_options(
+    repo: str | None, revision: str | None, *, private: bool, create_pr: bool
+) -> None:
+    if repo is None and (private or create_pr or revision is not None):
+        raise UpcycleError(
+            "--private, --create-pr and --push-revision say how to push, and nothing is pushed.",
+            "Add --push-to-hub REPO.",
+        )
+
+
+def _destination(
+    repo: str | None, *, revision: str | None, private: bool, create_pr: bool
+) -> Destination | None:
+    if repo is None:
+        return None
+    from upcycle_cli.hub.pushing import Destination
+
+    return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
+
+
+def _check_destination(destination: Destination) -> None:
+    """Find out now, and not after hours of work, that the Hub would refuse."""
+    from upcycle_cli.hub.pushing import check_destination
+
+    check_destination(destination)
+
+
+def _push(directory: Path, destination: Destination, *, silent: bool) -> Push:
+    from upcycle_cli.hub.pushing import push as push_directory
+    from upcycle_cli.render import push_table, size_text
+
+    def announce(files: int, nbytes: int) -> None:
+        if not silent:
+            _talk(f"Pushing {files} files, {size_text(nbytes)}, to {destination.repo} …")
+
+    done = push_directory(directory, destination, on_start=announce)
+    _raise_signal()
+    if not silent:
+        _stdout().print(push_table(done))
+        for reminder in done.reminders:
+            _warn(reminder)
+    return done
+
+
+def _announce_download(plan: Plan, nbytes: int, *, silent: bool) -> None:
+    if not silent:
+        from upcycle_cli.render import size_text
+
+        _talk(f"Downloading {size_text(nbytes)} of {plan.source.name} …")
+
+
+def _convert(
+    run: Callable[..., Conversion],
+    plan: Plan,
+    destination: Destination | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     from upcycle_cli import render
     from upcycle_cli.progress import progress_bar
 
@@ -447,10 +701,13 @@ def _convert(run: Callable[..., Conversion], plan: Plan, *, as_json: bool, quiet
             progress.checking(name)
 
         done = run(progress=advance, on_check=checking)
-    if as_json:
-        _print_json(render.conversion_json(done))
-    elif not quiet:
+    if not as_json and not quiet:
         _print_conversion(done)
+    pushed = None
+    if destination is not None and done.published and launched_rank() == 0:
+        pushed = _push_conversion(done, destination, silent=quiet or as_json)
+    if as_json:
+        _print_json(render.conversion_json(done, pushed))
     if not done.published:
         if quiet and done.report is not None:
             _stderr().print(render.report_table(done.report))
@@ -458,6 +715,17 @@ def _convert(run: Callable[..., Conversion], plan: Plan, *, as_json: bool, quiet
         if done.already_done:
             found = f"{done.output} is damaged. Make it again with --overwrite."
         _fail(found, EXIT_VERIFICATION_FAILED)
+
+
+def _push_conversion(done: Conversion, destination: Destination, *, silent: bool) -> Push:
+    try:
+        return _push(done.output, destination, silent=silent)
+    except UpcycleError as error:
+        again = shlex.join(["upcycle", "push", str(done.output), destination.repo])
+        raise UpcycleError(
+            f"{done.output} is complete, but was not pushed: {error.message}",
+            f"{error.hint or ''}\nGo on with: {again}".strip(),
+        ) from error
 
 
 def _print_conversion(done: Conversion) -> None:
@@ -476,8 +744,10 @@ def _print_conversion(done: Conversion) -> None:
     if done.published:
         _talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if done.report is None:
-            paths = (str(done.plan.source.path), str(done.output))
-            _talk(f"Next: {shlex.join(['upcycle', 'verify', *paths])}")
+            source = done.plan.source
+            pinned = ["--dense-revision", source.revision] if source.revision else []
+            dense = source.repo or str(source.path)
+            _talk(f"Next: {shlex.join(['upcycle', 'verify', dense, str(done.output), *pinned])}")
 
 
 def _savings(done: Conversion) -> str:
@@ -497,7 +767,11 @@ def _print_plan(plan: Plan) -> None:
 
     _stdout().print(render.plan_table(plan))
     for warning in warnings(plan):
-        _stderr().print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
+        _warn(warning)
+
+
+_DEMO_VARIABLES = f"{_VARIABLES}_DEMO"
+"""A demo shows what its commands say, whatever is set for real ones."""
 
 
 def _run_shown(arguments: list[str]) -> int:
@@ -505,10 +779,23 @@ def _run_shown(arguments: list[str]) -> int:
     command = escape(shlex.join(["upcycle", *arguments]))
     _stderr().print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
     try:
-        app(arguments, standalone_mode=False)
+        app(arguments, standalone_mode=False, auto_envvar_prefix=_DEMO_VARIABLES)
     except typer.Exit as result:
         return result.exit_code
     return 0
+
+
+def _run_silently(steps: list[dict[str, Any]], arguments: list[str]) -> int:
+    """Run a command here with --json, keep what it prints, and return its exit code."""
+    code, output = 0, io.StringIO()
+    try:
+        with redirect_stdout(output):
+            app([*arguments, "--json"], standalone_mode=False, auto_envvar_prefix=_DEMO_VARIABLES)
+    except typer.Exit as result:
+        code = result.exit_code
+    result_json = loads(output.getvalue()) if output.getvalue() else None
+    steps.append({"command": ["upcycle", *arguments], "exit_code": code, "result": result_json})
+    return code
 
 
 def _announce_check(name: str) -> None:
@@ -534,10 +821,14 @@ def _talk(text: str) -> None:
     _stderr().print(escape(text), soft_wrap=True)
 
 
+def _warn(text: str) -> None:
+    _stderr().print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
+
+
 def _print_json(value: dict[str, Any]) -> None:
     if launched_rank() > 0:
         return
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(dumps(value, indent=2, ensure_ascii=False))
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -547,23 +838,38 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _end(error: UpcycleError, code: int, *, as_json: bool) -> NoReturn:
+    """End a command that could not do its work, for people and for programs."""
+    if as_json:
+        _print_json(
+            {
+                "status": "error",
+                "exit_code": code,
+                "message": error.message,
+                "hint": error.hint,
+            }
+        )
+    _fail(str(error), code)
+
+
 @contextmanager
-def _errors_to_exit_codes() -> Iterator[None]:
+def _errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
     try:
         yield
     except UpcycleError as error:
-        _fail(str(error), EXIT_ERROR)
+        _end(error, EXIT_ERROR, as_json=as_json)
     except BrokenPipeError:
         # Whoever read stdout has seen enough; the flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}.", EXIT_ERROR)
+        failed = UpcycleError(f"{where}{error.strerror or error}.")
+        _end(failed, EXIT_ERROR, as_json=as_json)
     except KeyboardInterrupt as signal_error:
         terminated = isinstance(signal_error, _TerminatedError)
-        _fail(
+        stopped = UpcycleError(
             f"{'terminated' if terminated else 'interrupted'}; nothing was published. "
             "A conversion goes on where it stopped when the same command is run again.",
-            EXIT_SIGTERM if terminated else EXIT_SIGINT,
         )
+        _end(stopped, EXIT_SIGTERM if terminated else EXIT_SIGINT, as_json=as_json)

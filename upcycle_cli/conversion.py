@@ -11,19 +11,27 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, open_checkpoint, read_json
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    CONFIG_NAME,
+    RECORD_NAME,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.hub.sources import check_space_for, open_source
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.outputs import Options
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.publish import (
-    CARD_NAME,
     CHECKSUMS_NAME,
     Workspace,
     check_output,
     check_space,
     output_files,
     partial_of,
+    replace_text,
     transaction,
 )
 from upcycle_cli.recipe import Recipe
@@ -68,6 +76,7 @@ def convert(
     recipe: Recipe,
     *,
     target: str = "auto",
+    revision: str | None = None,
     options: Options | None = None,
     overwrite: bool = False,
     verify: bool = False,
@@ -75,10 +84,72 @@ def convert(
 ) -> Conversion:
     """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
 
+    `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
+
     Raises UpcycleError when that cannot be done; `output` is then as it was before.
     """
-    plan = build_plan(recipe, open_checkpoint(Path(source)), target=target, options=options)
-    return execute(plan, Path(output), overwrite=overwrite, verify=verify, checksums=checksums)
+    output = Path(output)
+    plan = build_plan(recipe, open_source(source, revision), target=target, options=options)
+    plan = bring_source(plan, output, overwrite=overwrite, verify=verify)
+    return execute(plan, output, overwrite=overwrite, verify=verify, checksums=checksums)
+
+
+def bring_source(
+    plan: Plan,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = False,
+    writing: WriteOptions | None = None,
+    team: Team | None = None,
+    on_start: Callable[[int], None] = lambda _: None,
+) -> Plan:
+    """Return the plan with its source's files here, downloaded if they are on the Hub.
+
+    Whatever can be refused is refused before that. `on_start` hears the bytes to be downloaded.
+
+    Raises UpcycleError, on every rank.
+    """
+    team = team or Team()
+    source = plan.source
+    if max(team.gather(lambda: source.missing_bytes)) == 0:
+        return _with_files_here(plan, team)
+
+    def check() -> bool:
+        if not team.leads:
+            return False
+        if not overwrite and not verify and is_finished(plan, output.absolute()):
+            return True
+        _check(
+            plan,
+            output.absolute(),
+            overwrite=overwrite,
+            writing=writing or WriteOptions(),
+            team=team,
+        )
+        return False
+
+    if any(team.gather(check)):
+        return plan
+    on_start(source.missing_bytes)
+    # One rank first, so that the others find the files in the cache when it is a shared one.
+    team.gather(lambda: source.bring() if team.leads else None)
+    return _with_files_here(plan, team)
+
+
+def _with_files_here(plan: Plan, team: Team) -> Plan:
+    own: list[Checkpoint] = []
+    team.gather(lambda: own.append(plan.source.bring()))
+    return replace(plan, source=own[0])
+
+
+def _check(plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team) -> None:
+    """Raise UpcycleError for what can be seen before anything is downloaded or written."""
+    check_output(output, plan.source, overwrite=overwrite)
+    spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
+    spare += check_space_for(plan.source, beside=output)
+    shared = _shared_bytes(plan, team) + spare if writing.reflink else None
+    check_space(output, plan.nbytes + spare, shared=shared)
 
 
 def execute(
@@ -111,10 +182,7 @@ def execute(
             if checksums and not (output / CHECKSUMS_NAME).exists():
                 _write_checksums(output)
             return _already_done(plan, output, on_check if verify else None)
-        check_output(output, plan.source, overwrite=overwrite)
-        spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
-        shared = _shared_bytes(plan, team) + spare if writing.reflink else None
-        check_space(output, plan.nbytes + spare, shared=shared)
+        _check(plan, output, overwrite=overwrite, writing=writing, team=team)
         with transaction(
             output, plan_digest=plan.digest, overwrite=overwrite, durable=writing.fsync
         ) as (workspace, publish):
@@ -267,6 +335,4 @@ def _write_checksums(directory: Path) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
     # OUTPUT may have its name already: the file appears whole there, too.
-    temporary = directory / f".{CHECKSUMS_NAME}.new"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(directory / CHECKSUMS_NAME)
+    replace_text(directory / CHECKSUMS_NAME, "".join(lines))

@@ -19,10 +19,11 @@ _RECIPE = "E8G8T8"
 
 def run_demo(
     directory: Path | None, *, run: Callable[[list[str]], int], say: Callable[[str], None]
-) -> None:
+) -> Path:
     """Make a dense model in `directory`, then convert, inspect and verify it by `run`.
 
-    `run` executes an upcycle command line and returns its exit code; `say` talks to the person.
+    Returns the directory. `run` executes an upcycle command line and returns its exit code; `say`
+    talks to the person.
 
     Raises UpcycleError when the directory holds something already, or when a step fails.
     """
@@ -48,6 +49,7 @@ def run_demo(
         "  upcycle convert MODEL MODEL-E8G8T16 --recipe E8G8T16 --verify\n\n"
         f"The demo's files stay in {directory}."
     )
+    return directory
 
 
 def make_dense(path: Path) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
+from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import PAIRS, TARGETS, dense_family
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.target import ExpertLayout, Target, config_routing, has_plain_attention
+from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.outputs import Options
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.recipe import Recipe
@@ -63,6 +64,7 @@ def inspect(
     path: Path | str,
     recipe: Recipe | None = None,
     *,
+    revision: str | None = None,
     target: str = "auto",
     options: Options | None = None,
     weights: bool = False,
@@ -70,10 +72,15 @@ def inspect(
 ) -> Inspection:
     """Describe a checkpoint; with a recipe, describe what converting a dense one would give.
 
+    `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
+    `weights` are asked for.
+
     Raises UpcycleError when there is no readable checkpoint, or when it is not of the kind that
     was asked about.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_source(path, revision)
+    if weights:
+        checkpoint = checkpoint.bring()
     if str(checkpoint.config.get("model_type")) in TARGETS:
         if recipe is not None:
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
@@ -118,13 +125,15 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
         entry.num_elements for name, entry in checkpoint.tensors.items() if ".experts." in name
     )
     record = None
-    if (checkpoint.path / RECORD_NAME).is_file():
-        record = read_json(checkpoint.path / RECORD_NAME)
+    if checkpoint.storage.has(RECORD_NAME):
+        record = read_json(checkpoint.storage.local(RECORD_NAME))
     facts = None
     if weights:
         from upcycle_cli.experts import examine
 
-        facts = examine(checkpoint, target, layout, None if dense is None else Path(dense))
+        facts = examine(
+            checkpoint, target, layout, None if dense is None else bring_model(find_model(dense))
+        )
     tied = bool(checkpoint.config.get("tie_word_embeddings", False))
     return Inspection(
         checkpoint=checkpoint,

@@ -5,6 +5,7 @@ Nothing here imports torch, so `--help` and usage errors do not pay for it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from enum import StrEnum
@@ -45,16 +46,20 @@ class DtypeChoice(StrEnum):
     FLOAT32 = "float32"
 
 
+# Options can be set by variables, too; a line for each would double the length of --help.
+option = functools.partial(typer.Option, show_envvar=False)
+
 # The panels that --help groups the options in.
 RECIPE = "Recipe"
 WEIGHTS = "Routers and scaling"
 GROUPS = "Virtual groups"
 FILES = "Output files"
+HUB = "Hugging Face Hub"
 RUN = "Run"
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--recipe",
         "-r",
         metavar="EnGnTn",
@@ -64,7 +69,7 @@ RecipeOption = Annotated[
 ]
 ExpansionOption = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--expansion",
         "-E",
         help="Expert parameters / MLP parameters.",
@@ -73,7 +78,7 @@ ExpansionOption = Annotated[
 ]
 GranularityOption = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--granularity",
         "-G",
         help="Dense intermediate size / expert intermediate size.",
@@ -82,25 +87,25 @@ GranularityOption = Annotated[
 ]
 TopKOption = Annotated[
     int | None,
-    typer.Option("--top-k", "-T", help="Experts that each token uses.", rich_help_panel=RECIPE),
+    option("--top-k", "-T", help="Experts that each token uses.", rich_help_panel=RECIPE),
 ]
 TargetOption = Annotated[
     TargetChoice,
-    typer.Option(
+    option(
         help="MoE architecture; auto takes the one that most software loads.",
         rich_help_panel=RECIPE,
     ),
 ]
 RoutingOption = Annotated[
     RoutingChoice,
-    typer.Option(
+    option(
         help="How gates come from router logits; auto does as the target's released models.",
         rich_help_panel=RECIPE,
     ),
 ]
 InexactOption = Annotated[
     bool,
-    typer.Option(
+    option(
         "--allow-inexact",
         help="Allow a top-k that is not a multiple of the granularity.",
         rich_help_panel=RECIPE,
@@ -108,7 +113,7 @@ InexactOption = Annotated[
 ]
 ScalingOption = Annotated[
     str,
-    typer.Option(
+    option(
         metavar="exact|paper|none|FLOAT",
         help="Factors on the experts: exact preserves the function, paper is the cube root on "
         "every matrix, a number sets c itself.",
@@ -117,14 +122,14 @@ ScalingOption = Annotated[
 ]
 SplitOption = Annotated[
     ScaleSplit,
-    typer.Option(
+    option(
         help="Share the factor between up and down, or put it all on down.",
         rich_help_panel=WEIGHTS,
     ),
 ]
 GroupsOption = Annotated[
     bool,
-    typer.Option(
+    option(
         "--virtual-groups/--no-virtual-groups",
         help="One router row per group of G experts, or one per expert.",
         rich_help_panel=GROUPS,
@@ -132,20 +137,20 @@ GroupsOption = Annotated[
 ]
 StdOption = Annotated[
     float | None,
-    typer.Option(
+    option(
         help="Standard deviation of the router's logits; 1 for topk-softmax and 0.001 for "
         "softmax-topk unless given.",
         rich_help_panel=WEIGHTS,
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the routers.", rich_help_panel=WEIGHTS)]
+SeedOption = Annotated[int, option(help="Seed of the routers.", rich_help_panel=WEIGHTS)]
 DtypeOption = Annotated[
     DtypeChoice,
-    typer.Option(help="Dtype of every tensor; auto keeps each one's own.", rich_help_panel=FILES),
+    option(help="Dtype of every tensor; auto keeps each one's own.", rich_help_panel=FILES),
 ]
 LayoutOption = Annotated[
     ExpertLayout,
-    typer.Option(
+    option(
         help="A tensor per expert, which every engine reads, or per layer as transformers 5 "
         "holds them.",
         rich_help_panel=FILES,
@@ -153,11 +158,11 @@ LayoutOption = Annotated[
 ]
 ShardOption = Annotated[
     str,
-    typer.Option(metavar="SIZE", help="Largest file, such as 5GB or 500MB.", rich_help_panel=FILES),
+    option(metavar="SIZE", help="Largest file, such as 5GB or 500MB.", rich_help_panel=FILES),
 ]
 UntieOption = Annotated[
     bool,
-    typer.Option(
+    option(
         "--untie-embeddings",
         help="Write the head of a tied model as a tensor of its own (llama.cpp's qwen2moe "
         "needs it).",
@@ -166,14 +171,14 @@ UntieOption = Annotated[
 ]
 WorkersOption = Annotated[
     int,
-    typer.Option(
+    option(
         help="Threads that read, compute and write; 0 for the processors there are, at most 4.",
         rich_help_panel=RUN,
     ),
 ]
 ReflinkOption = Annotated[
     bool,
-    typer.Option(
+    option(
         " /--no-reflink",
         help="Write equal parts each, even where the file system could share their extents.",
         rich_help_panel=RUN,
@@ -182,7 +187,7 @@ ReflinkOption = Annotated[
 ]
 FsyncOption = Annotated[
     bool,
-    typer.Option(
+    option(
         " /--no-fsync",
         help="Do not wait for the disk: for scratch work only.",
         rich_help_panel=RUN,
@@ -190,7 +195,26 @@ FsyncOption = Annotated[
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=RUN)
+    bool, option("--json", help="Print one JSON object on stdout.", rich_help_panel=RUN)
+]
+QuietOption = Annotated[
+    bool, option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN)
+]
+RevisionOption = Annotated[
+    str | None,
+    option(metavar="REV", help="Branch, tag or commit of a repo on the Hub.", rich_help_panel=HUB),
+]
+PrivateOption = Annotated[
+    bool,
+    option("--private", help="Make the repo a private one.", rich_help_panel=HUB),
+]
+PullRequestOption = Annotated[
+    bool,
+    option(
+        "--create-pr",
+        help="Open a pull request instead of changing the branch.",
+        rich_help_panel=HUB,
+    ),
 ]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)

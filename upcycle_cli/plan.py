@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -148,15 +148,19 @@ class Plan:
         """Identify the output: equal digests mean equal files.
 
         It covers each source file's size and modification time, since headers alone cannot tell
-        two models of one shape apart.
+        two models of one shape apart; of a commit on the Hub, the commit can.
         """
+        files = self.source.shards + self.source.companions
+        if self.source.revision is not None:
+            files = tuple(replace(file, mtime_ns=0) for file in files)
         content = {
             "recipe": asdict(self.recipe),
             "options": asdict(self.options),
             "config": self.config,
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
-            "source": [asdict(file) for file in self.source.shards + self.source.companions],
+            "source_revision": self.source.revision,
+            "source": [asdict(file) for file in files],
             "shards": [
                 [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
                 for shard in self.shards

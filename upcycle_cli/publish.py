@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint import (
+    CARD_NAME,
     COMPANIONS,
     CONFIG_NAME,
     INDEX_NAME,
@@ -35,7 +36,6 @@ MARKER = ".upcycle-partial"
 SUFFIX = ".partial"
 NOTE_SUFFIX = ".upcycle-note"
 _NEW = ".new"
-CARD_NAME = "README.md"
 CHECKSUMS_NAME = "SHA256SUMS"
 _OWN_FILES = (
     CONFIG_NAME,
@@ -107,8 +107,7 @@ def _check_replaceable(output: Path) -> None:
         )
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
-        known = path.is_dir() or any(fnmatchcase(name, pattern) for pattern in _OWN_FILES)
-        if not known:
+        if not path.is_dir() and not _is_own(name):
             raise UpcycleError(
                 f"{output} holds {name}, which upcycle did not write; not replaced.", hint
             )
@@ -226,6 +225,20 @@ def output_files(directory: Path) -> list[Path]:
     return sorted(
         path for path in found if path.name != MARKER and not path.name.endswith(NOTE_SUFFIX)
     )
+
+
+def split_files(directory: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the files that upcycle writes, and those of all others."""
+    own: list[str] = []
+    others: list[str] = []
+    for path in output_files(directory):
+        name = path.relative_to(directory).as_posix()
+        (own if _is_own(name) else others).append(name)
+    return own, others
+
+
+def _is_own(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _OWN_FILES)
 
 
 @contextmanager
@@ -362,6 +375,13 @@ def _remove(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file that appears whole, or stays what it was."""
+    temporary = path.with_name(f".{path.name}{_NEW}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Promise
 
 if TYPE_CHECKING:
+    from upcycle_cli.hub.pushing import Push
     from upcycle_cli.verification import Report
 
 _STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -59,6 +60,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model_type": plan.family.target.model_type,
         "source_type": plan.family.dense.model_type,
         "source": plan.source.name,
+        "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,
         "routing": plan.recipe.routing,
         "scaling": plan.recipe.scaling,
@@ -84,8 +86,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def conversion_json(conversion: Conversion) -> dict[str, Any]:
-    """Return what a conversion did as a JSON object."""
+def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
+    """Return what a conversion, and the push after it, did as a JSON object."""
     status = "converted" if conversion.published else "verification failed"
     return {
         "status": "already done" if conversion.already_done and conversion.published else status,
@@ -95,6 +97,43 @@ def conversion_json(conversion: Conversion) -> dict[str, Any]:
         "shared_bytes": conversion.shared_bytes,
         "reused_bytes": conversion.reused_bytes,
         "verification": None if conversion.report is None else conversion.report.to_json(),
+        "push": None if push is None else push_json(push),
+    }
+
+
+def push_table(push: Push) -> Table:
+    """Return what a push did, one property a row."""
+    table = _properties()
+    table.add_row("repo", push.url)
+    table.add_row("commit", push.commit)
+    if push.pull_request is not None:
+        table.add_row("pull request", push.pull_request)
+    what = f"{push.files} files, {size_text(push.nbytes)}"
+    table.add_row("uploaded", what if push.changed else f"nothing: all {what}, were there already")
+    if push.card_kept:
+        table.add_row("card", "README.md was edited there and is kept (--replace-card replaces it)")
+    if push.left_out:
+        table.add_row("left out", "\n".join([*push.left_out[:8], *_more(push.left_out[8:])]))
+    return table
+
+
+def _more(hidden: Sequence[str]) -> list[str]:
+    return [f"and {len(hidden)} more"] if hidden else []
+
+
+def push_json(push: Push) -> dict[str, Any]:
+    """Return what a push did as a JSON object."""
+    return {
+        "status": "pushed" if push.changed else "already there",
+        "repo": push.repo,
+        "url": push.url,
+        "commit": push.commit,
+        "pull_request": push.pull_request,
+        "files": push.files,
+        "bytes": push.nbytes,
+        "card_kept": push.card_kept,
+        "left_out": list(push.left_out),
+        "reminders": list(push.reminders),
     }
 
 

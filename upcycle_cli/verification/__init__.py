@@ -19,6 +19,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, rea
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import DENSE, TARGETS
 from upcycle_cli.families.target import Target
+from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.verification.facts import DamagedError, Facts, gather_facts
 from upcycle_cli.verification.report import CheckResult, Report, Status
 
@@ -34,10 +35,13 @@ def verify(
     *,
     checks: Sequence[str] = CHECK_NAMES,
     prompts: Path | str | None = None,
+    dense_revision: str | None = None,
+    moe_revision: str | None = None,
     on_start: Callable[[str], None] | None = None,
 ) -> Report:
     """Check the MoE in one directory against the dense model in another.
 
+    Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
     `prompts` is a text file to run both models on, instead of the built-in one; `on_start` hears
     the name of each check as it starts.
 
@@ -46,11 +50,15 @@ def verify(
     prompts that cannot be used, a broken transformers. Damage to the MoE is a finding, not an
     error.
     """
-    dense, moe = Path(dense), Path(moe)
-    prompts = None if prompts is None else Path(prompts)
     selected = _selected(checks)
+    places = find_model(dense, dense_revision), find_model(moe, moe_revision)
+    prompts = None if prompts is None else Path(prompts)
     try:
-        return _verify(dense, moe, selected, prompts, on_start or (lambda _: None))
+        # Before gigabytes are downloaded, too.
+        _target(places[1].path)
+        _check_dense(places[0].path)
+        paths = bring_model(places[0]), bring_model(places[1])
+        return _verify(*paths, selected, prompts, on_start or (lambda _: None))
     except BrokenPipeError:  # of `on_start`
         raise
     except OSError as error:

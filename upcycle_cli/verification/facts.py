@@ -367,7 +367,7 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
     num_layers, dense_size, hidden_size = _dense_sizes(dense)
     keys = target.keys
     num_experts, top_k, expert_size = (
-        _count(moe, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
+        checked_count(moe, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
     )
     if dense_size % expert_size:
         raise DamagedError(
@@ -384,11 +384,10 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
         raise DamagedError(
             f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
         )
-    if num_experts > _most_experts(moe):
+    if num_experts > most_experts(moe):
         raise DamagedError(
             f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is more than there are tensors."
         )
-    fused_down = {target.names.fused_down.format(layer=layer) for layer in range(num_layers)}
     return Facts(
         dense=dense,
         moe=moe,
@@ -401,11 +400,17 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
         num_experts=num_experts,
         top_k=top_k,
         routing=_config_routing(moe, target),
-        fused=not fused_down.isdisjoint(moe.tensors),
+        fused=is_fused(moe, target),
     )
 
 
-def _most_experts(moe: Checkpoint) -> int:
+def is_fused(moe: Checkpoint, target: Target) -> bool:
+    """Whether the experts of a layer are one tensor."""
+    before, after = target.names.fused_down.split("{layer}")
+    return any(name.startswith(before) and name.endswith(after) for name in moe.tensors)
+
+
+def most_experts(moe: Checkpoint) -> int:
     """Return how many experts a layer can have at most: a tensor of each, or all in one."""
     entries = moe.tensors.values()
     fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
@@ -436,7 +441,8 @@ def _dense_sizes(dense: Checkpoint) -> tuple[int, int, int]:
     return num_layers, shape_IH[0], shape_IH[1]
 
 
-def _count(moe: Checkpoint, key: str) -> int:
+def checked_count(moe: Checkpoint, key: str) -> int:
+    """Return a positive integer of config.json; raises DamagedError when it is something else."""
     value = moe.config.get(key)
     if type(value) is not int or value < 1:
         raise DamagedError(f"{CONFIG_NAME}: {key} must be a positive integer, not {value!r}.")

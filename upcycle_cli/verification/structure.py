@@ -17,10 +17,12 @@ from upcycle_cli.checkpoint import (
     INDEX_NAME,
     TORCH_DTYPES,
     WEIGHTS_NAME,
+    Checkpoint,
     read_json,
 )
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.verification.facts import Facts, dtype_failures
+from upcycle_cli.families.target import Target
+from upcycle_cli.verification.facts import Facts, dtype_failures, is_fused
 from upcycle_cli.verification.models import (
     MoeLoader,
     TransformersError,
@@ -52,12 +54,9 @@ def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     """Check names, shapes, dtypes, index and settings, and that transformers loads the model."""
     findings = Findings()
     for failure in (
-        *_header_failures(facts),
-        *_dtype_failures(facts),
+        *own_failures(facts.moe, facts.target),
+        *dtype_failures(facts),
         *_config_dtype_failures(facts),
-        *_index_failures(facts),
-        *_stray_failures(facts),
-        *_config_failures(facts),
         *_setting_failures(facts),
     ):
         findings.add(failure)
@@ -78,37 +77,49 @@ def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     return findings.result(NAME, passed, metrics, note)
 
 
-def _header_failures(facts: Facts) -> Iterator[str]:
+def own_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
+    """Name what is wrong with an MoE as far as it can be seen without the dense model."""
+    yield from _header_failures(moe, target)
+    for name, entry in moe.tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"
+    yield from _index_failures(moe)
+    yield from _stray_failures(moe)
+    yield from _config_failures(moe, target)
+
+
+def _header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     try:
-        in_memory = empty_shapes(facts.moe.path)
+        in_memory = empty_shapes(moe.path)
     except TransformersError as error:
         yield f"transformers cannot make a model from config.json: {error}"
         return
+    fused = is_fused(moe, target)
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in in_memory.items():
-        wanted |= _on_disk(facts, name, shape)
+        wanted |= {name: shape} if fused else _on_disk(target, name, shape)
     for name, shape in wanted.items():
-        entry = facts.moe.tensors.get(name)
+        entry = moe.tensors.get(name)
         if entry is None:
             # A tied head is the embedding, and needs no tensor of its own.
-            if name != _HEAD or not facts.moe.config.get("tie_word_embeddings", False):
+            if name != _HEAD or not moe.config.get("tie_word_embeddings", False):
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
-    for name in facts.moe.tensors:
+    for name in moe.tensors:
         if name not in wanted:
             yield f"{name} is not a tensor of the model that config.json describes"
 
 
-def _on_disk(facts: Facts, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def _on_disk(target: Target, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Translate a tensor of transformers' model to the tensors that hold it on disk.
 
     In memory the experts are fused: gate_up (N, 2·I/G, H), down (N, H, I/G).
     """
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    if facts.fused or match is None:
+    if match is None:
         return {name: shape}
-    layer, names = int(match[1]), facts.target.names
+    layer, names = int(match[1]), target.names
     if name == names.fused_router.format(layer=layer):
         return {names.router.format(layer=layer): shape}
     if name == names.fused_gate_up.format(layer=layer):
@@ -127,13 +138,6 @@ def _on_disk(facts: Facts, name: str, shape: tuple[int, ...]) -> dict[str, tuple
     return {name: shape}
 
 
-def _dtype_failures(facts: Facts) -> Iterator[str]:
-    for name, entry in facts.moe.tensors.items():
-        if entry.dtype not in TORCH_DTYPES:
-            yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"
-    yield from dtype_failures(facts)
-
-
 def _config_dtype_failures(facts: Facts) -> Iterator[str]:
     """A config may keep the dense model's dtype, or state its own tensors'; loaders obey it."""
     stored = {TORCH_DTYPES.get(entry.dtype) for entry in facts.moe.tensors.values()}
@@ -144,8 +148,8 @@ def _config_dtype_failures(facts: Facts) -> Iterator[str]:
             yield f"{key} is {value!r} by config.json, but that is not the dtype of all tensors"
 
 
-def _index_failures(facts: Facts) -> Iterator[str]:
-    path = facts.moe.path
+def _index_failures(moe: Checkpoint) -> Iterator[str]:
+    path = moe.path
     if not (path / INDEX_NAME).exists():
         return
     try:
@@ -156,24 +160,23 @@ def _index_failures(facts: Facts) -> Iterator[str]:
     if (path / WEIGHTS_NAME).exists():
         yield f"{INDEX_NAME} is there beside {WEIGHTS_NAME}, which loaders read instead"
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total != facts.moe.nbytes:
+    if total != moe.nbytes:
         yield (
-            f"{INDEX_NAME}: metadata.total_size is {total!r}, the tensors take "
-            f"{facts.moe.nbytes} bytes"
+            f"{INDEX_NAME}: metadata.total_size is {total!r}, the tensors take {moe.nbytes} bytes"
         )
 
 
-def _stray_failures(facts: Facts) -> Iterator[str]:
+def _stray_failures(moe: Checkpoint) -> Iterator[str]:
     """Name the weight files that no loader should find, and some would."""
-    read = {PurePosixPath(shard.name).as_posix() for shard in facts.moe.shards}
-    for file in sorted(facts.moe.path.iterdir()):
+    read = {PurePosixPath(shard.name).as_posix() for shard in moe.shards}
+    for file in sorted(moe.path.iterdir()):
         if file.suffix in _WEIGHT_SUFFIXES and file.name not in read:
             yield f"{file.name} is a weight file that holds no tensor of this model"
 
 
-def _config_failures(facts: Facts) -> Iterator[str]:
+def _config_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     """Name what config.json says of the MoE alone, and must not."""
-    config, architecture = facts.moe.config, facts.target.architecture
+    config, architecture = moe.config, target.architecture
     if config.get("architectures") != [architecture]:
         yield (
             f"{CONFIG_NAME}: architectures is {config.get('architectures')!r}, "
@@ -185,7 +188,7 @@ def _config_failures(facts: Facts) -> Iterator[str]:
         yield f"{CONFIG_NAME}: quantization_config is there, and no tensor is quantised"
     # The other architectures do not read it, and may have it from the dense model.
     jitter = config.get("router_jitter_noise")
-    if facts.target.model_type == "mixtral" and jitter not in (None, 0):
+    if target.model_type == "mixtral" and jitter not in (None, 0):
         yield (
             f"{CONFIG_NAME}: router_jitter_noise is {jitter!r}, which makes training multiply the "
             "MLP's input by noise"

@@ -37,11 +37,11 @@ class Contestant:
         return f"{self.name}, {'fsync' if self.fsync else 'no fsync'}"
 
 
-def upcycle(dense: Path, recipe: str, *, fsync: bool) -> Contestant:
+def upcycle(dense: Path, recipe: str, *, fsync: bool, name: str = "") -> Contestant:
     """Return the conversion to Mixtral by this very checkout."""
     path = os.environ.get("PYTHONPATH")
     return Contestant(
-        f"upcycle {recipe}",
+        name or f"upcycle {recipe}",
         fsync,
         lambda output: [
             *(sys.executable, "-m", "upcycle_cli", "convert", "--quiet", str(dense), str(output)),

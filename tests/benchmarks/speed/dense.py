@@ -29,7 +29,16 @@ _LAYER = {
 def make_dense(path: Path, gigabytes: float) -> int:
     """Write a checkpoint of about that size, in bfloat16, and return the bytes of its weights."""
     layer_bytes = 2 * sum(_size(shape) for shape in _LAYER.values())
-    num_layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes))
+    return _make(path, max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes)))
+
+
+def make_small(path: Path) -> int:
+    """Write a checkpoint of one layer, a quarter as wide: converting it is all start-up."""
+    return _make(path, 1, part=4)
+
+
+def _make(path: Path, num_layers: int, *, part: int = 1) -> int:
+    """Write a checkpoint whose every size is TinyLlama's divided by `part`."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),
         "model.norm.weight": (HIDDEN,),
@@ -37,6 +46,7 @@ def make_dense(path: Path, gigabytes: float) -> int:
     }
     for layer in range(num_layers):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in _LAYER.items()}
+    shapes = {name: tuple(length // part for length in shape) for name, shape in shapes.items()}
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.ones(shape, dtype=torch.bfloat16)
@@ -46,7 +56,7 @@ def make_dense(path: Path, gigabytes: float) -> int:
     }
     path.mkdir(parents=True)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    _write_json(path / "config.json", _config(num_layers))
+    _write_json(path / "config.json", _config(num_layers, part))
     _make_tokenizer(path)
     return sum(tensor.nbytes for tensor in weights.values())
 
@@ -58,18 +68,18 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _config(num_layers: int) -> dict[str, object]:
+def _config(num_layers: int, part: int) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": HIDDEN // part,
+        "intermediate_size": INTERMEDIATE // part,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_attention_heads": HEADS // part,
+        "num_key_value_heads": KV_HEADS // part,
         "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB,
+        "vocab_size": VOCAB // part,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -1,0 +1,647 @@
+"""Sources on the Hub, and pushing to it: huggingface_hub itself against a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import clone, contents, read_json, read_tensors
+from hub.server import TOKEN, Hub
+from shapes import big_config, write_hollow
+
+from upcycle_cli import Recipe, UpcycleError, convert
+from upcycle_cli.card import is_edited
+from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint, open_storage
+from upcycle_cli.hub.licences import reminders
+from upcycle_cli.hub.sources import RepoStorage, check_space_for, is_repo_id, open_source
+
+REPO = "acme/tiny"
+MOE = "acme/tiny-E4G1T2"
+RECIPE = Recipe(expansion=4, granularity=1, top_k=2)
+SHARDED = ("--max-shard-size", "40KB")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as server:
+        yield server
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Run:
+    """Run a command as somebody who takes the server for the Hub; the token must never show."""
+
+    def run_here(
+        *arguments: str | Path,
+        token: str | None = TOKEN,
+        home: Path | None = None,
+        expect: int = 0,
+        **environment: str,
+    ) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=hub.environment(home or tmp_path / "home", token=token)
+            | {"COLUMNS": "80"}
+            | environment,
+        )
+        assert result.returncode == expect, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished conversion in several files. Read only."""
+    from upcycle_cli import Options
+
+    path = tmp_path_factory.mktemp("moe") / "tiny-E4G1T2"
+    convert(llama, path, RECIPE, options=Options(max_shard_bytes=40_000))
+    assert len(list(path.glob("*.safetensors"))) > 4
+    return path
+
+
+def assert_says(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The message is one, and says this."""
+    assert result.stderr.count("error:") == 1
+    said = " ".join(result.stderr.split())
+    for word in words:
+        assert word in said
+
+
+# Sources -----------------------------------------------------------------------------------------
+
+
+def test_a_repo_is_converted_like_a_directory(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    source = clone(llama, tmp_path / "source")
+    (source / "pytorch_model.bin").write_bytes(b"a second copy of the weights")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.pth").write_bytes(b"a third one")
+    commit = hub.store.upload(REPO, source)
+    result = run("convert", REPO, "out", "--recipe", "E4G1T2")
+    verify = f"upcycle verify {REPO} {tmp_path / 'out'} --dense-revision {commit}"
+    assert verify in " ".join(result.stderr.split())
+    convert(llama, tmp_path / "local", RECIPE)
+    out, local = tmp_path / "out", tmp_path / "local"
+    assert read_tensors(out).keys() == read_tensors(local).keys()
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (local / name).read_bytes()
+    record = read_json(out / RECORD_NAME)["source"]
+    assert (record["name"], record["revision"]) == (REPO, commit)
+    card = (out / "README.md").read_text()
+    assert f"base_model: {REPO}" in card
+    assert commit in card
+    for needless in ("pytorch_model.bin", "original"):
+        assert not hub.asked("GET", needless)
+        assert not hub.asked("HEAD", needless)
+
+
+def test_what_can_be_refused_is_refused_before_weights_are_downloaded(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    hub.store.upload(REPO, llama)
+    assert_says(run("convert", REPO, "out", "--recipe", "E4G7T7", expect=2), "not divisible")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert_says(run("convert", REPO, "out", "--recipe", "E4G1T2", expect=2), "is not empty")
+    size = (llama / "model.safetensors").stat().st_size
+    assert max(request.sent for request in hub.asked("GET", "/_cdn/")) < size
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+
+
+def test_a_plan_alone_downloads_no_weights(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+    hub.store.upload(REPO, llama)
+    result = run("convert", REPO, "out", "--recipe", "E4G1T2", "--dry-run", "--json")
+    assert json.loads(result.stdout)["source"] == REPO
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+
+
+def test_a_download_that_breaks_off_is_gone_on_with(
+    hub: Hub, run: Run, make_dense: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_dense("llama", vocab_size=60_000)
+    size = (dense / "model.safetensors").stat().st_size
+    hub.store.upload(REPO, dense)
+    cut = 11_000_000  # huggingface_hub keeps what it has by the 10 MiB
+    assert size > 1.3 * cut
+    hub.cuts = [cut]
+    run("convert", REPO, "out", "--recipe", "E2G1T1")
+    assert not hub.cuts
+    sent = sum(request.sent for request in hub.asked("GET", "/_cdn/"))
+    assert sent < size + 0.5 * cut  # not from the beginning again
+    convert(dense, tmp_path / "local", Recipe(expansion=2, granularity=1, top_k=1))
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_a_finished_output_needs_no_download(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    hub.store.upload(REPO, llama)
+    run("convert", REPO, "out", "--recipe", "E4G1T2")
+    shutil.rmtree(tmp_path / "home")
+    result = run("convert", REPO, "out", "--recipe", "E4G1T2")
+    assert "nothing to do" in result.stderr
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("as_commit", [False, True])
+def test_revisions(
+    hub: Hub,
+    run: Run,
+    llama: Path,
+    make_dense: Callable[..., Path],
+    *,
+    as_commit: bool,
+) -> None:
+    hub.store.upload(REPO, make_dense("mistral"))
+    commit = hub.store.upload(REPO, llama, branch="candidate")
+    revision = commit if as_commit else "candidate"
+    result = run("inspect", REPO, "--revision", revision, "--json")
+    assert json.loads(result.stdout)["model_type"] == "llama"
+    result = run("inspect", REPO, "--json")
+    assert json.loads(result.stdout)["model_type"] == "mistral"
+
+
+def test_repos_that_cannot_be_read(hub: Hub, run: Run, llama: Path) -> None:
+    hub.store.upload(REPO, llama)
+    hub.store.upload("acme/hidden", llama)
+    hub.store.repos["acme/hidden"].private = True
+    hub.store.upload("acme/gated", llama)
+    hub.store.repos["acme/gated"].gated = True
+    hub.store.create("acme/empty")
+    assert_says(run("inspect", "acme/absent", expect=2), "acme/absent is neither", "Check the name")
+    hidden = run("inspect", "acme/hidden", token=None, expect=2)
+    assert_says(hidden, "acme/hidden is neither", "hf auth login", "HF_TOKEN")
+    gated = run("convert", "acme/gated", "out", "--recipe", "E4G1T2", expect=2)
+    assert_says(gated, "access to acme/gated is restricted", f"{hub.url}/acme/gated")
+    gated = run("inspect", "acme/gated", token=None, expect=2)
+    assert_says(gated, "you are not signed in", "hf auth login")
+    assert_says(run("inspect", "acme/empty", expect=2), "acme/empty has no config.json")
+    wrong = run("inspect", REPO, "--revision", "absent", expect=2)
+    assert_says(wrong, f"{REPO} has no revision 'absent'")
+    assert_says(run("inspect", REPO, token="hf_wrong", expect=2), "refuses the token", "HF_TOKEN")
+    run("inspect", "acme/hidden")
+
+
+def test_offline(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+    hub.store.upload(REPO, llama)
+    empty = run("inspect", REPO, HF_HUB_OFFLINE="1", expect=2)
+    assert_says(empty, "HF_HUB_OFFLINE", f"hf download {REPO}")
+    assert not hub.requests
+    run("inspect", REPO)
+    headers_only = run("convert", REPO, "out", "-r", "E4G1T2", HF_HUB_OFFLINE="1", expect=2)
+    assert_says(headers_only, "HF_HUB_OFFLINE")
+    run("convert", REPO, "out", "-r", "E4G1T2")
+    asked = len(hub.requests)
+    run("convert", REPO, "again", "-r", "E4G1T2", HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == asked
+    one, other = contents(tmp_path / "out"), contents(tmp_path / "again")
+    assert one == other
+
+
+def test_a_busy_hub_is_asked_again(hub: Hub, run: Run, llama: Path) -> None:
+    hub.store.upload(REPO, llama)
+    for status in (500, 503):
+        hub.fail("GET", r"/api/models/acme/tiny", status)
+    hub.fail("GET", r"/_cdn/", 429, headers={"Retry-After": "1"})
+    run("inspect", REPO)
+    assert not any(fault.times for fault in hub.faults)
+
+
+def test_a_hub_that_stays_away(hub: Hub, run: Run, llama: Path) -> None:
+    hub.store.upload(REPO, llama)
+    hub.fail("GET", r"/api/models/acme/tiny", 503, times=99)
+    assert_says(run("inspect", REPO, expect=2), "503", "Try again later")
+    hub.stop()
+    assert_says(run("inspect", "acme/other", expect=2), "cannot reach the Hub", hub.url)
+
+
+def test_inspect_reads_kilobytes_of_a_large_repo(hub: Hub, run: Run, tmp_path: Path) -> None:
+    """30 shards, 141 GB, none of which exists."""
+    dense = write_hollow(tmp_path / "dense", big_config("llama-3.1-70b"))
+    (dense / "tokenizer.json").write_bytes(b" " * 9_000_000)
+    hub.store.upload("acme/large", dense, hollow=True)
+    result = run("inspect", "acme/large", "--recipe", "E8G8T8", "--json")
+    found = json.loads(result.stdout)
+    assert found["total_parameters"] > 70e9
+    assert found["shards"] == 30
+    assert found["plan"]["num_experts"] == 64
+    assert hub.transferred() < 5_000_000
+
+
+def test_inspect_and_verify_repos(hub: Hub, run: Run, llama: Path, moe: Path) -> None:
+    hub.store.upload(REPO, llama)
+    hub.store.upload(MOE, moe)
+    found = json.loads(run("inspect", MOE, "--json").stdout)
+    assert (found["kind"], found["recipe"]) == ("moe", "E4G1T2")
+    report = json.loads(run("verify", REPO, MOE, "--json").stdout)
+    assert report["status"] == "passed"
+    assert_says(run("verify", MOE, REPO, expect=2), "The dense model comes first")
+    pinned = run("verify", REPO, MOE, "--moe-revision", "absent", expect=2)
+    assert_says(pinned, "no revision 'absent'")
+
+
+def test_ranks_take_a_repo_too(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    hub.store.upload(REPO, llama)
+    command = (*("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "upcycle_cli"),)
+    subprocess.run(
+        [sys.executable, *command, "convert", REPO, "out", "--recipe", "E4G1T2", *SHARDED],
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    downloads = [request for request in hub.asked("GET", "/_cdn/") if request.status == 200]
+    assert len(downloads) == 1
+    assert read_json(tmp_path / "out" / RECORD_NAME)["source"]["name"] == REPO
+
+
+def test_what_is_a_repo_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "here").mkdir(parents=True)
+    assert is_repo_id("acme/there")
+    assert is_repo_id(Path("meta-llama/Llama-3.1-8B"))
+    for no in ("acme/here", "there", "./acme/there", "/acme/there", "a/b/c", "../a", "~/a", ""):
+        assert not is_repo_id(no)
+
+
+def test_a_revision_of_a_directory(llama: Path) -> None:
+    with pytest.raises(UpcycleError, match="belongs to a repo"):
+        open_source(llama, "main")
+
+
+def test_space_for_the_download(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {file.name: file.stat().st_size for file in llama.iterdir()}
+    storage = RepoStorage("acme/tiny", "c0ffee", tmp_path / "cache", sizes)
+    monkeypatch.setattr(RepoStorage, "local", lambda _, name: llama / name)
+    monkeypatch.setattr(
+        RepoStorage,
+        "_request",
+        lambda _, name, begin, end: (llama / name).read_bytes()[begin:end],
+    )
+    checkpoint = open_storage(storage)
+    here = open_checkpoint(llama)
+    assert checkpoint.tensors == here.tensors
+    needed = sum((llama / name).stat().st_size for name in checkpoint.files)
+    assert checkpoint.missing_bytes == needed
+    assert check_space_for(checkpoint, beside=tmp_path / "out") == needed
+    # On another file system it does not count there, and must fit where it goes.
+    assert check_space_for(checkpoint, beside=Path("/proc/out")) == 0
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UpcycleError, match="not enough disk space to download") as caught:
+        check_space_for(checkpoint, beside=Path("/proc/out"))
+    assert "HF_HOME" in str(caught.value)
+
+
+# Pushing -----------------------------------------------------------------------------------------
+
+
+def files_of(hub: Hub, name: str = MOE, revision: str = "main") -> dict[str, bytes]:
+    """What a repo holds, without what the Hub adds."""
+    found = hub.store.files(name, revision)
+    del found[".gitattributes"]
+    return found
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("multipart", [0, 16_384])
+def test_a_push_and_a_second_one(hub: Hub, run: Run, moe: Path, multipart: int) -> None:
+    hub.multipart = multipart
+    result = run("push", moe, MOE)
+    assert f"{hub.url}/{MOE}" in result.stdout
+    commit = hub.store.repos[MOE].refs["main"]
+    assert commit in result.stdout
+    assert files_of(hub) == files_in(moe)
+    assert len(hub.store.repos[MOE].commits) == 2  # the Hub's own, and this one
+    assert bool(hub.asked("PUT", r"part=")) == bool(multipart)
+    sent = len(hub.asked("PUT", ""))
+    again = json.loads(run("push", moe, MOE, "--json").stdout)
+    assert (again["status"], again["commit"]) == ("already there", commit)
+    assert len(hub.asked("PUT", "")) == sent
+
+
+def test_push_options(hub: Hub, run: Run, moe: Path) -> None:
+    result = json.loads(run("push", moe, MOE, "--private", "--json").stdout)
+    assert result["status"] == "pushed"
+    repo = hub.store.repos[MOE]
+    assert repo.private
+    main = repo.refs["main"]
+    run("push", moe, MOE, "--revision", "candidate", "-m", "A candidate")
+    assert files_of(hub, revision="candidate") == files_in(moe)
+    assert repo.refs["main"] == main
+    hub.store.create("acme/public")
+    refused = run("push", moe, "acme/public", "--private", expect=2)
+    assert_says(refused, "acme/public exists and is public")
+    pull = json.loads(run("push", moe, "acme/public", "--create-pr", "--json").stdout)
+    assert pull["pull_request"].endswith("/acme/public/discussions/1") or hub.multipart
+    assert files_of(hub, "acme/public", "refs/pr/1") == files_in(moe)
+    assert not files_of(hub, "acme/public")
+    both = run("push", moe, MOE, "--create-pr", "--revision", "x", expect=2)
+    assert_says(both, "--create-pr or --revision")
+
+
+def test_what_is_not_complete_is_not_pushed(
+    hub: Hub, run: Run, moe: Path, llama: Path, tmp_path: Path
+) -> None:
+    def spoiled(name: str, spoil: Callable[[Path], object]) -> Path:
+        path = clone(moe, tmp_path / name)
+        spoil(path)
+        return path
+
+    def set_bytes(path: Path, tensor: str) -> None:
+        from upcycle_cli.checkpoint import open_checkpoint
+
+        entry = open_checkpoint(path).tensors[tensor]
+        with (path / entry.shard).open("r+b") as file:
+            file.seek(entry.offset)
+            file.write(b"\1" * entry.nbytes)
+
+    shard = "model-00002-of-00003.safetensors"
+    shards = sorted(file.name for file in moe.glob("*.safetensors"))
+    shard = shards[1]
+    router = "model.layers.0.block_sparse_moe.gate.weight"
+    for directory, words in (
+        (llama, ["was not made by upcycle", "hf upload"]),
+        (tmp_path / "absent", ["does not exist"]),
+        (spoiled("lacks", lambda path: (path / shard).unlink()), [shard]),
+        (spoiled("short", lambda path: (path / shard).write_bytes(b"abc")), ["truncated"]),
+        (
+            spoiled("config", lambda path: clone_config(path, num_local_experts=3)),
+            ["not a complete upcycled checkpoint", "experts"],
+        ),
+        (spoiled("trained", lambda path: set_bytes(path, router)), [router, "was changed"]),
+        (
+            spoiled("partial", lambda path: (path / ".upcycle-partial").write_text("{}")),
+            ["unfinished"],
+        ),
+        (spoiled("cardless", lambda path: (path / "README.md").unlink()), ["README.md"]),
+        (
+            spoiled("stray", lambda path: (path / "pytorch_model.bin").touch()),
+            ["pytorch_model.bin"],
+        ),
+    ):
+        assert_says(run("push", directory, MOE, expect=2), *words)
+    assert not hub.store.repos
+
+
+def clone_config(path: Path, **changes: object) -> None:
+    config = read_json(path / "config.json") | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_files_of_others_are_left_out(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    (directory / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (directory / "optimizer.json").write_text("{}")
+    result = run("push", directory, MOE)
+    assert "optimizer.json" in result.stdout
+    assert files_of(hub) == files_in(moe)
+
+
+def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+    run("push", moe, MOE)
+    edited = files_of(hub)["README.md"].replace(b"# ", b"# The great ", 1)
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "README.md").write_bytes(edited)
+    hub.store.upload(MOE, page)
+    directory = clone(moe, tmp_path / "moe")
+    (directory / "LICENSE").write_text("Do as you must.\n")
+    result = json.loads(run("push", directory, MOE, "--json").stdout)
+    assert (result["status"], result["card_kept"]) == ("pushed", True)
+    assert files_of(hub)["README.md"] == edited
+    assert files_of(hub)["LICENSE"] == b"Do as you must.\n"
+    assert "--replace-card" in run("push", directory, MOE).stdout
+    run("push", directory, MOE, "--replace-card")
+    assert files_of(hub)["README.md"] == (moe / "README.md").read_bytes()
+
+
+def test_a_card_that_is_only_metadata_is_replaced(
+    hub: Hub, run: Run, moe: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.store.upload(MOE, page)
+    run("push", moe, MOE)
+    assert files_of(hub) == files_in(moe)
+
+
+def test_which_cards_are_edited(moe: Path) -> None:
+    card = (moe / "README.md").read_text()
+    assert not is_edited(card)
+    assert not is_edited("---\nlicense: mit\n---\n")
+    assert not is_edited("")
+    assert is_edited(card.replace("license: apache-2.0", "license: mit"))
+    assert is_edited(card + "\nMore.\n")
+    assert is_edited("# By hand\n")
+
+
+def test_a_card_that_the_hub_refuses(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    card = (moe / "README.md").read_text()
+    (directory / "README.md").write_text(card.replace("- en\n", "- English of Oxford\n"))
+    assert_says(run("push", directory, MOE, expect=2), "ISO 639")
+    (directory / "README.md").write_text("---\nlicense: [\n---\n")
+    assert_says(run("push", directory, MOE, expect=2), "not a valid model card")
+    assert not hub.asked("PUT", "")
+
+
+def test_pushing_takes_a_token_and_the_right(hub: Hub, run: Run, moe: Path) -> None:
+    assert_says(run("push", moe, MOE, token=None, expect=2), "takes a token", "hf auth login")
+    assert_says(run("push", moe, MOE, token="hf_wrong", expect=2), "refuses the token")
+    foreign = run("push", moe, "google/gemma", expect=2)
+    assert_says(foreign, "you (tester) cannot make google/gemma", "tester/…, acme/…")
+    hub.store.create("google/gemma")
+    assert_says(run("push", moe, "google/gemma", expect=2), "does not allow this", "rights")
+    assert_says(run("push", moe, "moe", expect=2), "ORG/NAME")
+    assert_says(run("push", moe, "a/b/c", expect=2), "a/b/c")
+    assert_says(run("push", moe, MOE, HF_HUB_OFFLINE="1", expect=2), "HF_HUB_OFFLINE")
+    assert list(hub.store.repos) == ["google/gemma"]
+
+
+def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: Run, moe: Path) -> None:
+    hub.fail("PUT", "/_objects/", after_bytes=10_000)
+    hub.fail("PUT", "/_objects/", 500)
+    hub.fail("POST", "/preupload/", 429, headers={"Retry-After": "1"})
+    hub.fail("POST", "/commit/", 503)
+    run("push", moe, MOE)
+    assert not any(fault.times for fault in hub.faults)
+    assert files_of(hub) == files_in(moe)
+    assert len(hub.store.repos[MOE].commits) == 2
+
+
+def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: Run, moe: Path) -> None:
+    """Half of the files arrive; then the Hub takes no more, until the second run."""
+    shards = [path.name for path in moe.glob("*.safetensors")]
+    hub.most_objects = len(shards) // 2
+    failed = run("push", moe, MOE, expect=2)
+    assert_says(failed, "cannot reach the Hub", "run the command again")
+    first = {request.path for request in hub.asked("PUT", "") if request.status == 200}
+    assert len(first) == len(shards) // 2
+    assert len(hub.store.repos[MOE].commits) == 1  # nothing is half published
+    hub.most_objects = None
+    before = len(hub.requests)
+    run("push", moe, MOE)
+    second = {request.path for request in hub.requests[before:] if request.method == "PUT"}
+    assert not first & second
+    assert len(first | second) == len(shards)
+    assert files_of(hub) == files_in(moe)
+
+
+def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: Run, moe: Path) -> None:
+    hub.fail("PUT", "/_objects/", after_bytes=100, hit=hub.vanish)
+    failed = run("push", moe, MOE, expect=2)
+    assert_says(failed, "cannot reach the Hub", "run the command again")
+    assert len(hub.store.repos[MOE].commits) == 1
+
+
+def test_many_files_are_not_half_published_either(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    """With more than 20 files, those that make a model of the others come last."""
+    from upcycle_cli import Options
+
+    options = Options(max_shard_bytes=8_000)
+    convert(llama, tmp_path / "many", RECIPE, options=options)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 20
+    result = json.loads(run("push", "many", MOE, "--create-pr", "--json").stdout)
+    assert result["pull_request"]
+    repo = hub.store.repos[MOE]
+    assert files_of(hub, revision="refs/pr/1") == files_in(tmp_path / "many")
+    last = repo.commits[repo.refs["refs/pr/1"]]
+    assert last.parent is not None
+    assert "config.json" not in repo.commits[last.parent].tree
+    assert list(repo.refs) == ["main", "refs/pr/1"]
+
+
+def test_xet_stores_equal_experts_once(
+    hub: Hub, run: Run, make_dense: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_dense("llama", hidden_size=256, intermediate_size=1024)
+    convert(dense, tmp_path / "moe", Recipe(expansion=8, granularity=1, top_k=2))
+    hub.xet = tmp_path / "cas"
+    hub.xet.mkdir()
+    run("push", "moe", MOE)
+    assert not hub.asked("PUT", "")
+    stored = sum(path.stat().st_size for path in hub.xet.rglob("*") if path.is_file())
+    apparent = (tmp_path / "moe" / "model.safetensors").stat().st_size
+    assert apparent > 5 * (dense / "model.safetensors").stat().st_size
+    assert stored < 0.5 * apparent
+    run("verify", dense, MOE, home=tmp_path / "another home")
+    again = json.loads(run("push", "moe", MOE, "--json").stdout)
+    assert again["status"] == "already there"
+
+
+def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+    hub.store.upload(REPO, llama)
+    arguments = ("convert", REPO, "out", "-r", "E4G1T2", "--push-to-hub", MOE, "--private")
+    result = json.loads(run(*arguments, "--verify", "--json").stdout)
+    assert result["push"]["repo"] == MOE
+    assert hub.store.repos[MOE].private
+    assert files_of(hub) == files_in(tmp_path / "out")
+    assert run("convert", REPO, "new", "-r", "E4G1T2", "--private", expect=2)
+
+
+def test_a_push_that_cannot_work_is_refused_before_the_conversion(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    hub.store.upload(REPO, llama)
+    arguments = ("convert", REPO, "out", "-r", "E4G1T2", "--push-to-hub", MOE)
+    assert_says(run(*arguments, token="hf_wrong", expect=2), "refuses the token")
+    assert_says(run(*arguments[:-1], "google/x", expect=2), "cannot make google/x")
+    assert not (tmp_path / "out").exists()
+    hub.fail("PUT", "/_objects/", 403, times=9)
+    failed = run(*arguments, expect=2)
+    assert_says(failed, "out is complete, but was not pushed", f"upcycle push {tmp_path}/out {MOE}")
+    hub.faults.clear()
+    run("push", "out", MOE)
+    assert files_of(hub) == files_in(tmp_path / "out")
+
+
+def test_no_token_anywhere(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+    """`run` looks at what every command of these tests prints; here is what they leave."""
+    hub.store.upload(REPO, llama)
+    run("convert", REPO, "out", "-r", "E4G1T2", "--verify", "--checksums", "--push-to-hub", MOE)
+    run("convert", REPO, "x", "-r", "E4G1T2", "--dry-run", "--save-config", "upcycle.toml")
+    hub.fail("POST", "/commit/", 400, times=9)
+    run("push", "out", "acme/another", expect=2)
+    assert any(request.token == TOKEN for request in hub.requests)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_an_answer_that_holds_the_token(hub: Hub, run: Run, moe: Path) -> None:
+    hub.fail("GET", "/api/whoami", 403, message=f"the token {TOKEN} is not for this")
+    failed = run("push", moe, MOE, expect=2)
+    assert_says(failed, "the token hf_… is not for this")
+
+
+# Licences ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "repo", "words"),
+    [
+        ({"license": "llama3.1"}, "me/MyMoE", ['begin with "Llama"', '"Built with Llama"']),
+        ({"license": "llama3.3"}, "me/Llama-MoE", ['"Built with Llama"']),
+        ({"license": "llama3"}, "me/Llama-3-MoE", ['"Built with Meta Llama 3"']),
+        ({"license": "llama3"}, "me/Llama-MoE", ['begin with "Llama 3"']),
+        ({"license": "other", "license_name": "llama-3.2"}, "me/x", ['begin with "Llama"']),
+        ({"license": "llama4"}, "me/x", ['begin with "Llama"']),
+        ({"license": "llama2"}, "me/x", ["LLAMA 2 Community License"]),
+        ({"license": "gemma"}, "me/x", ["Gemma Terms of Use"]),
+    ],
+)
+def test_licences_that_ask_for_something(
+    metadata: dict[str, str], repo: str, words: list[str]
+) -> None:
+    found = " ".join(reminders(metadata, "", repo, []))
+    for word in words:
+        assert word in found
+
+
+def test_licences_that_have_what_they_ask_for() -> None:
+    files = ["LICENSE.txt", "NOTICE"]
+    assert reminders({"license": "llama3.1"}, "Built with Llama.", "me/Llama-x", files) == ()
+    assert reminders({"license": "llama2"}, "", "me/x", files) == ()
+    for licence in ("apache-2.0", "mit", "llamafile", None):
+        assert reminders({"license": licence}, "", "me/x", []) == ()
+
+
+def test_reminders_are_shown(run: Run, moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    card = (moe / "README.md").read_text()
+    (directory / "README.md").write_text(card.replace("apache-2.0", "llama3.1"))
+    said = " ".join(run("push", directory, MOE).stderr.split())
+    assert re.search(r'note: the Llama Community License wants the name .* "Llama"', said)
+    assert "note: the Llama Community License wants the model card to say" in said

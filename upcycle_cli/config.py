@@ -1,0 +1,73 @@
+"""Recipe files: the options of `convert` as TOML or JSON, to keep beside the code and run again.
+
+A file's options are defaults: the command line and the environment override them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.publish import replace_text
+
+Value = str | int | float | bool
+
+
+def load_config(path: Path, known: Iterable[str]) -> dict[str, Value]:
+    """Read a recipe file; returns its values by the names of `known`, with underscores.
+
+    Raises UpcycleError when it cannot be read, or says something that is not an option.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if _is_json(path) else tomllib.loads(text)
+    except OSError as error:
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if _is_json(path) else "TOML"
+        raise UpcycleError(f"{path} is not valid {kind}: {error}.") from error
+    if not isinstance(content, dict):
+        raise UpcycleError(f"{path} does not hold a JSON object.")
+    names = set(known)
+    values: dict[str, Value] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            options = ", ".join(sorted(known.replace("_", "-") for known in names))
+            raise UpcycleError(f"{path}: '{key}' is not an option.", f"There are: {options}.")
+        if not isinstance(value, Value):
+            raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
+        values[name] = value
+    return values
+
+
+def save_config(path: Path, values: Mapping[str, Value]) -> None:
+    """Write a recipe file, as JSON where its name says so; OSError when that fails."""
+    named = {name.replace("_", "-"): value for name, value in values.items()}
+    if _is_json(path):
+        text = json.dumps(named, indent=2, ensure_ascii=False) + "\n"
+    else:
+        import tomli_w
+
+        text = f"# upcycle convert --config {path.name}\n\n{tomli_w.dumps(named)}"
+    replace_text(path, text)
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
+
+
+def as_values(parameters: Mapping[str, Any], *, without: Iterable[str]) -> dict[str, Value]:
+    """Return parsed options as a recipe file holds them; what was not given is left out."""
+    left_out = set(without)
+    values: dict[str, Value] = {}
+    for name, value in parameters.items():
+        if name in left_out or value is None:
+            continue
+        plain = value if isinstance(value, bool | int | float) else str(value)
+        values[name] = plain
+    return values

@@ -1,0 +1,163 @@
+"""Asking the Hub: patience when it is busy, and words for what can go wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from upcycle_cli.errors import UpcycleError
+
+_T = TypeVar("_T")
+_PASSING = (429, 500, 502, 503, 504)
+_WAITS = (1.0, 2.0, 4.0)  # seconds before the same question is asked again
+_LONGEST_WAIT = 60.0
+
+
+def patiently(ask: Callable[[], _T]) -> _T:
+    """Ask, and ask again after a while when the Hub is busy or the connection broke.
+
+    For questions only, and for what may be said twice. Raises what the last attempt raised.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in _WAITS:
+        try:
+            return ask()
+        except transport_errors() as error:
+            response = error.response if isinstance(error, HfHubHTTPError) else None
+            if response is not None and response.status_code not in _PASSING:
+                raise
+            asked_for = "" if response is None else response.headers.get("Retry-After", "")
+        time.sleep(min(float(asked_for), _LONGEST_WAIT) if asked_for.isdigit() else wait)
+    return ask()
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises for a failed request: its own errors and its client's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Which HTTP client it uses depends on its version; all its errors have one base.
+    return tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+
+
+@contextmanager
+def explained(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into an UpcycleError that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise UpcycleError(f"'{repo}' is not a repo id: {error}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise not_in_cache(repo, revision) from error
+        raise _unreachable(error.__cause__ or error) from error
+    except HfHubHTTPError as error:
+        raise _refusal(repo, revision, error) from error
+    except transport_errors() as error:
+        raise _unreachable(error) from error
+
+
+def not_in_cache(repo: str, revision: str | None) -> UpcycleError:
+    """Say that the Hub may not be asked, and that the cache does not have it."""
+    from huggingface_hub import constants
+
+    at = f" at revision {revision}" if revision else ""
+    return UpcycleError(
+        f"{repo}{at} is neither a directory nor complete in the cache ({constants.HF_HUB_CACHE}), "
+        "and HF_HUB_OFFLINE forbids to download it.",
+        f"Unset HF_HUB_OFFLINE, or run `hf download {repo}` on a machine that may.",
+    )
+
+
+def _refusal(repo: str, revision: str | None, error: Exception) -> UpcycleError:
+    """Say what the Hub refused, and what to do about it."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    assert isinstance(error, HfHubHTTPError)
+    status, words = error.response.status_code, without_token(error.server_message or "")
+    known = get_token() is not None
+    sign_in = "Sign in with `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, GatedRepoError):
+        hint = "" if known else f" {sign_in}"
+        return UpcycleError(
+            f"access to {repo} is restricted, and "
+            f"{'your account has none' if known else 'you are not signed in'}.",
+            f"Ask for it at {constants.ENDPOINT}/{repo}, then run the command again.{hint}",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        hint = "Your token may lack access to it." if known else sign_in
+        return UpcycleError(
+            f"{repo} is neither a directory here nor a repo that the Hub shows you.",
+            f"Check the name. If it is private: {hint}",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UpcycleError(f"{repo} has no revision '{revision}'.", "Check branch, tag or commit.")
+    return _refusal_by_status(repo, status, f": {words}" if words else "")
+
+
+def _refusal_by_status(repo: str, status: int, words: str) -> UpcycleError:
+    match status:
+        case 401:
+            return UpcycleError(
+                f"the Hub refuses the token{words}.",
+                "It may have expired: `hf auth login`, or set HF_TOKEN to a new one.",
+            )
+        case 403:
+            return UpcycleError(
+                f"the token does not allow this on {repo}{words}.",
+                "Use a token with the permission (`hf auth login`, HF_TOKEN).",
+            )
+        case 429:
+            return UpcycleError(
+                "the Hub limits your requests.", "Wait some minutes, then try again."
+            )
+    return UpcycleError(
+        f"the Hub answered {status} for {repo}{words}.",
+        "Try again later; what was transferred is kept." if status >= 500 else None,
+    )
+
+
+def _unreachable(error: BaseException) -> UpcycleError:
+    from huggingface_hub import constants
+
+    words = without_token(" ".join(str(error).split())[:300]) or type(error).__name__
+    return UpcycleError(
+        f"cannot reach the Hub at {constants.ENDPOINT}: {words}.",
+        "Check the connection (HF_ENDPOINT, proxies) and run the command again; what was "
+        "transferred is kept.",
+    )
+
+
+def without_token(text: str) -> str:
+    """Return a text from elsewhere with the user's token blotted out, should it be in there."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "hf_…") if token else text
+
+
+def be_quiet(*, bars: bool) -> None:
+    """Keep huggingface_hub's warnings off the screen, and its progress bars unless `bars`."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    # What it warns of is that it tries again; what it gives up on is raised.
+    logging.set_verbosity_error()
+    if not bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()

@@ -1,0 +1,260 @@
+"""Models on the Hub that are not here yet.
+
+A repo's config and its weight files' headers are read first, by range requests, so that a plan, the
+disk space and every objection come before gigabytes do. Then huggingface_hub downloads the files
+that are needed into its cache. Everything is pinned to one commit from the start.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    COMPANIONS,
+    CONFIG_NAME,
+    INDEX_NAME,
+    RECORD_NAME,
+    Checkpoint,
+    Directory,
+    FileStamp,
+    Storage,
+    open_checkpoint,
+    open_storage,
+)
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.hub.requests import explained, not_in_cache, patiently
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_HEAD_BYTES = 1 << 16
+"""Asked for at once: the headers of most files are smaller."""
+_CONNECTIONS = 8
+
+
+def is_repo_id(source: Path | str) -> bool:
+    """Whether this is to be looked for on the Hub: ORG/NAME, and no such file or directory."""
+    text = str(source)
+    return _REPO_ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
+    """Open the checkpoint in a directory, or that of a repo on the Hub, of which no weight is read.
+
+    `revision` is a branch, a tag or a commit of the repo. Raises UpcycleError.
+    """
+    if is_repo_id(source):
+        return open_storage(_find(str(source), revision))
+    _refuse_revision(source, revision)
+    return open_checkpoint(Path(source))
+
+
+def find_model(source: Path | str, revision: str | None = None) -> Storage:
+    """Return where a model's files are; of a repo only config.json is here then.
+
+    Raises UpcycleError.
+    """
+    if is_repo_id(source):
+        return _find(str(source), revision)
+    _refuse_revision(source, revision)
+    return Directory(Path(source))
+
+
+def bring_model(storage: Storage) -> Path:
+    """Return the directory of a model, with all files here that anything reads.
+
+    Whether the model is sound is left to others. Raises UpcycleError.
+    """
+    if isinstance(storage, RepoStorage):
+        try:
+            names = open_storage(storage).files
+        except UpcycleError:
+            # Whoever reads it here will find what is wrong with it, and say it their way.
+            names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
+        storage.bring([*names, *storage.matching([RECORD_NAME, CARD_NAME, INDEX_NAME])])
+    return storage.path
+
+
+def check_space_for(checkpoint: Checkpoint, *, beside: Path) -> int:
+    """Return the bytes that bringing a checkpoint takes from the file system of `beside`.
+
+    Raises UpcycleError when the cache is on another file system that has less than that free.
+    """
+    missing = checkpoint.missing_bytes
+    if not missing:
+        return 0
+    cache = _existing(checkpoint.path)
+    if cache.stat().st_dev == _existing(beside).stat().st_dev:
+        return missing
+    free = shutil.disk_usage(cache).free
+    if missing > free:
+        raise UpcycleError(
+            f"not enough disk space to download {checkpoint.name}: {missing / 1e6:,.0f} MB needed, "
+            f"{free / 1e6:,.0f} MB free in {cache}.",
+            "Free some, or set HF_HOME to a directory on another file system.",
+        )
+    return 0
+
+
+@dataclass
+class RepoStorage:
+    """One commit of a repo; its files are in huggingface_hub's cache, once they are."""
+
+    repo: str
+    commit: str
+    path: Path
+    sizes: Mapping[str, int]
+    """Bytes of every file of the repo, by name."""
+    _heads: dict[str, bytes] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether the repo has such a file."""
+        return name in self.sizes
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Return the names that match, as they would in a directory."""
+        return sorted(
+            name
+            for name in self.sizes
+            if any(
+                fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+                for pattern in patterns
+            )
+        )
+
+    def prepare(self, shards: Sequence[str]) -> None:
+        """Ask for all headers side by side: there can be hundreds."""
+        with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
+            wanted = [name for name in shards if name in self.sizes]
+            self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
+
+    def stamp(self, name: str) -> FileStamp:
+        """Return the size of a file; a commit's files do not change."""
+        if name not in self.sizes:
+            from huggingface_hub import constants
+
+            if constants.HF_HUB_OFFLINE:
+                raise not_in_cache(self.repo, self.commit)
+            raise UpcycleError(f"{self.repo} has no {name}, which its index lists.")
+        return FileStamp(name, self.sizes[name], 0)
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Return a part of a weight file's beginning."""
+        head = self._heads.get(shard, b"")
+        if end > len(head) and len(head) < self.sizes[shard]:
+            head = self._heads[shard] = head + self._request(shard, len(head), end)
+        return head[begin:end]
+
+    def local(self, name: str) -> Path:
+        """Return the path of a small file in the cache, downloaded if need be."""
+        if not (self.path / name).exists():
+            self.bring([name])
+        return self.path / name
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Download files into the cache, as far as they are not there; resumes what was cut off."""
+        from huggingface_hub import snapshot_download
+
+        if not self.missing(names):
+            return
+        with explained(self.repo, self.commit):
+            snapshot_download(
+                self.repo,
+                revision=self.commit,
+                allow_patterns=[escape(name) for name in names],
+            )
+        missing = self.missing(names)
+        if missing:
+            raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Return those of these files that are not in the cache."""
+        return [name for name in names if not (self.path / name).exists()]
+
+    def missing_bytes(self, names: Sequence[str]) -> int:
+        """Return the size of those of these files that are not in the cache."""
+        return sum(self.sizes.get(name, 0) for name in self.missing(names))
+
+    def _head(self, name: str) -> bytes:
+        end = min(_HEAD_BYTES, self.sizes[name])
+        if (self.path / name).exists():
+            with (self.path / name).open("rb") as file:
+                return file.read(end)
+        return self._request(name, 0, end)
+
+    def _request(self, name: str, begin: int, end: int) -> bytes:
+        """Return bytes of a file on the Hub, and close the connection when it sends more."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        if begin >= end:
+            return b""
+        headers = build_hf_headers() | {
+            "Range": f"bytes={begin}-{end - 1}",
+            "Accept-Encoding": "identity",
+        }
+        url = hf_hub_url(self.repo, name, revision=self.commit)
+
+        def ask() -> bytes:
+            with get_session().stream(
+                "GET", url, headers=headers, follow_redirects=True, timeout=30
+            ) as response:
+                if response.status_code >= 400:
+                    response.read()
+                hf_raise_for_status(response)
+                # A server that knows no ranges sends the file from its beginning.
+                skip = 0 if response.status_code == 206 else begin
+                data = bytearray()
+                for piece in response.iter_raw():
+                    data += piece
+                    if len(data) >= skip + end - begin:
+                        break
+            return bytes(data[skip : skip + end - begin])
+
+        with explained(self.repo, self.commit):
+            return patiently(ask)
+
+
+def _find(repo: str, revision: str | None) -> RepoStorage:
+    """Look a repo up: its commit and its files, from the Hub or, offline, from the cache."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with explained(repo, revision):
+        try:
+            # Also makes the cache remember which commit the revision was, for when it is offline.
+            path = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)).parent
+        except RemoteEntryNotFoundError as error:
+            raise UpcycleError(
+                f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
+            ) from error
+        commit = path.name
+        if constants.HF_HUB_OFFLINE:
+            files = (file for file in path.rglob("*") if file.is_file())
+            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+        else:
+            info = patiently(lambda: HfApi().model_info(repo, revision=commit, files_metadata=True))
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    storage = RepoStorage(repo, commit, path, sizes)
+    if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
+        raise not_in_cache(repo, revision)
+    return storage
+
+
+def _refuse_revision(source: Path | str, revision: str | None) -> None:
+    if revision is not None:
+        raise UpcycleError(
+            f"a revision belongs to a repo on the Hub, and {source} is "
+            f"{'a directory here' if Path(source).exists() else 'no repo id'}.",
+            "Leave it out.",
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
