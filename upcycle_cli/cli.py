@@ -599,23 +599,31 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     from upcycle_cli.config import load_config
 
-    names = [parameter.name for parameter in context.command.params if parameter.name]
-    known = [name for name in names if name not in _NOT_IN_CONFIG]
     try:
-        context.default_map = {**(context.default_map or {}), **load_config(path, known)}
+        values = load_config(path, _config_names(context))
+        context.default_map = {**(context.default_map or {}), **values}
     except UpcycleError as error:
         raise typer.BadParameter(str(error)) from error
     return path
 
 
 _NOT_IN_CONFIG = ("config", "save_config", "dry_run", "help")
+_NOT_SAVED = ("expansion", "granularity", "top_k", "json", "quiet")
+"""The recipe says the first three; the others are about one run."""
+
+
+def _config_names(context: typer.Context) -> list[str]:
+    names = [parameter.name for parameter in context.command.params if parameter.name]
+    return [name for name in names if name not in _NOT_IN_CONFIG]
 
 
 def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
     from upcycle_cli.config import as_values, save_config
 
-    sizes = ("expansion", "granularity", "top_k")
-    values = as_values(context.params, without=(*_NOT_IN_CONFIG, "recipe", *sizes))
+    given = context.params
+    values = as_values(
+        {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
+    )
     # What auto stands for today, so that the file means the same tomorrow.
     values |= {
         "recipe": plan.recipe.name,

@@ -61,13 +61,10 @@ def _is_json(path: Path) -> bool:
     return path.suffix.lower() == ".json"
 
 
-def as_values(parameters: Mapping[str, Any], *, without: Iterable[str]) -> dict[str, Value]:
+def as_values(parameters: Mapping[str, Any]) -> dict[str, Value]:
     """Return parsed options as a recipe file holds them; what was not given is left out."""
-    left_out = set(without)
-    values: dict[str, Value] = {}
-    for name, value in parameters.items():
-        if name in left_out or value is None:
-            continue
-        plain = value if isinstance(value, bool | int | float) else str(value)
-        values[name] = plain
-    return values
+    return {
+        name: value if isinstance(value, bool | int | float) else str(value)
+        for name, value in parameters.items()
+        if value is not None
+    }

@@ -170,6 +170,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     record, weights = inspection.record, inspection.weights
     claimed = record.get("recipe") if record is not None else None
     return {
+        "status": "inspected",
         "kind": inspection.kind,
         "model_type": inspection.model_type,
         "targets": list(inspection.targets),

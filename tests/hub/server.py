@@ -32,7 +32,6 @@ from hub.store import Commit, Entry, Repo, Store, is_lfs, xet_hashes
 
 TOKEN = "hf_loopbackSecretToken0123456789abcdef"  # noqa: S105 - opens nothing
 USER = "tester"
-ORGANIZATION = "acme"
 _PIECE = 1 << 20
 
 
@@ -85,14 +84,19 @@ class Hub:
     """The server; a context that starts and stops it."""
 
     def __init__(
-        self, root: Path, *, multipart: int = 0, xet: Path | None = None, users: str = TOKEN
+        self,
+        root: Path,
+        *,
+        multipart: int = 0,
+        xet: Path | None = None,
+        organization: str = "acme",
     ) -> None:
         self.store = Store(root)
         self.multipart = multipart
         """Size of the parts that larger files are uploaded in; 0 for whole files."""
         self.xet = xet
         """Directory of hf_xet's local store; None to serve LFS."""
-        self.token = users
+        self.organization = organization
         self.granted: set[str] = set()
         """Gated repos that the token may read."""
         self.faults: list[Fault] = []
@@ -312,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
     @property
     def _authorized(self) -> bool:
         token = self.request_log.token
-        if token and token != self.hub.token:
+        if token and token != TOKEN:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         return bool(token)
 
@@ -324,7 +328,7 @@ class _Handler(BaseHTTPRequestHandler):
         authorized = self._authorized
         if write:
             self._must_be_authorized()
-            if name.split("/", maxsplit=1)[0] not in (USER, ORGANIZATION):
+            if name.split("/", maxsplit=1)[0] not in (USER, self.hub.organization):
                 raise RefusedError(403, "You don't have the rights to write to this repo")
         repo = self.hub.store.repos.get(name)
         if repo is None or (repo.private and not authorized):
@@ -341,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _whoami(self) -> None:
         self._must_be_authorized()
-        organization = {"type": "org", "id": "2", "name": ORGANIZATION}
+        organization = {"type": "org", "id": "2", "name": self.hub.organization}
         self._send(200, {"type": "user", "id": "1", "name": USER, "orgs": [organization]})
 
     # Repos ---------------------------------------------------------------------------------------
@@ -351,7 +355,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self._json()
         owner = wanted.get("organization") or USER
         name = f"{owner}/{wanted['name']}"
-        if owner not in (USER, ORGANIZATION):
+        if owner not in (USER, self.hub.organization):
             raise RefusedError(403, f"You don't have the rights to create a model under {owner}")
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         with self.hub.store.lock:

@@ -1,0 +1,300 @@
+"""What programs rely on: JSON, variables, recipe files, and the examples of docs/."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from conftest import RunCli, clone, validate_json
+from hub.server import Hub
+from jsonschema.exceptions import ValidationError
+
+from upcycle_cli import Recipe, convert
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+RECIPE = ("--recipe", "E2G2T2")
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "moe"
+    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "status"),
+    [
+        ("convert DENSE OUT --recipe E2G2T2", 0, "converted"),
+        ("convert DENSE OUT --recipe E2G2T2 --verify", 0, "converted"),
+        ("convert DENSE MOE --recipe E2G2T2", 0, "already done"),
+        ("convert DENSE OUT --recipe E2G2T2 --dry-run", 0, "planned"),
+        ("convert DENSE OUT -r E2G1T1 --scaling 3 --expert-layout fused --dry-run", 0, "planned"),
+        ("convert DENSE OUT --recipe E2G5T5", 2, "error"),
+        ("convert ABSENT OUT --recipe E2G2T2", 2, "error"),
+        ("inspect DENSE", 0, "inspected"),
+        ("inspect DENSE --tensors", 0, "inspected"),
+        ("inspect DENSE --recipe E2G2T2 --tensors", 0, "inspected"),
+        ("inspect MOE --tensors", 0, "inspected"),
+        ("inspect MOE --weights --dense DENSE", 0, "inspected"),
+        ("inspect ABSENT", 2, "error"),
+        ("verify DENSE MOE", 0, "passed"),
+        ("verify DENSE BROKEN --checks weights", 1, "failed"),
+        ("verify DENSE DENSE", 2, "error"),
+        ("push MOE acme/moe", 2, "error"),
+        ("clean OUT", 2, "error"),
+        ("clean KILLED", 0, "found"),
+        ("clean KILLED --yes", 0, "removed"),
+        ("demo NEW", 0, "passed"),
+    ],
+)
+def test_json_is_what_the_schema_says(
+    run_cli: RunCli, llama: Path, moe: Path, tmp_path: Path, command: str, code: int, status: str
+) -> None:
+    if "BROKEN" in command:
+        broken = clone(moe, tmp_path / "BROKEN") / "model.safetensors"
+        data = bytearray(broken.read_bytes())
+        data[-9:] = b"\0" * 9
+        broken.write_bytes(data)
+    if "KILLED" in command:
+        clone(llama, tmp_path / "KILLED.partial")
+        (tmp_path / "KILLED.partial" / ".upcycle-partial").write_text('{"plan_sha256": "x"}')
+    places = {"DENSE": str(llama), "MOE": str(moe)}
+    arguments = [places.get(word, word) for word in command.split()]
+    # A demo does what it says, whatever is set for real conversions.
+    variables = {"UPCYCLE_CONVERT_PUSH_TO_HUB": "a/b"} if "demo" in command else {}
+    done = run_cli(*arguments, "--json", cwd=tmp_path, **variables)
+    assert done.returncode == code, done.stderr
+    found = validate_json(arguments[0], done.stdout)
+    assert found["status"] == status
+    if status == "error":
+        assert found["exit_code"] == code
+        assert found["message"] in done.stderr
+
+
+def test_the_schema_notices_what_it_should() -> None:
+    error = {"status": "error", "exit_code": 2, "message": "x", "hint": None}
+    validate_json("push", json.dumps(error))
+    for wrong in (error | {"more": 1}, error | {"exit_code": "2"}, {"status": "error"}):
+        with pytest.raises(ValidationError):
+            validate_json("push", json.dumps(wrong))
+
+
+def test_what_the_plan_has_every_schema_has() -> None:
+    schema = json.loads((ROOT / "docs" / "schema.json").read_text())
+    plan = schema["$defs"]["plan"]
+    assert sorted(plan["required"]) == sorted(plan["properties"])
+
+
+def test_talk_without_a_terminal_is_plain_lines(
+    run_cli: RunCli, llama: Path, tmp_path: Path
+) -> None:
+    """Neither bars nor colours nor carriage returns in a log; nothing at all with --quiet."""
+    done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, "--verify")
+    for text in (done.stdout, done.stderr):
+        assert "\r" not in text
+        assert "\x1b" not in text
+    silent = run_cli("convert", llama, tmp_path / "again", *RECIPE, "--verify", "--quiet")
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+
+
+# Variables ---------------------------------------------------------------------------------------
+
+
+def planned(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return validate_json("convert", done.stdout)
+
+
+def test_variables_set_options(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
+    command = ("convert", llama, tmp_path / "moe", "--dry-run", "--json")
+    variables = {"UPCYCLE_CONVERT_RECIPE": "E2G2T2", "UPCYCLE_CONVERT_SEED": "7"}
+    found = planned(run_cli(*command, **variables))
+    assert (found["recipe"], found["seed"]) == ("E2G2T2", 7)
+    found = planned(run_cli(*command, "--seed", "8", **variables))
+    assert found["seed"] == 8
+    on = {"UPCYCLE_CONVERT_VIRTUAL_GROUPS": "0", "UPCYCLE_CONVERT_DRY_RUN": "true"}
+    found = planned(run_cli(*command[:3], "--json", **variables, **on))
+    assert (found["status"], found["virtual_groups"]) == ("planned", False)
+
+
+def test_a_variable_with_a_wrong_value(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
+    done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, UPCYCLE_CONVERT_SEED="x")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--seed" in done.stderr
+
+
+def test_variables_of_others_mean_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    plain = run_cli("clean", tmp_path / "moe")
+    assert plain.returncode == 2
+    with_others = run_cli("clean", tmp_path / "moe", UPCYCLE_VERSION="1.2.3", UPCYCLE_TOKEN="x")
+    assert with_others.stderr == plain.stderr
+
+
+# Recipe files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["upcycle.toml", "upcycle.json"])
+def test_a_saved_recipe_file_gives_the_same_plan(
+    run_cli: RunCli, make_dense: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    dense = make_dense("qwen2", tie_word_embeddings=True)
+    options = ("--scale-split", "down", "--no-virtual-groups", "--seed", "3", "--dtype", "float32")
+    files = ("--untie-embeddings", "--max-shard-size", "40KB", "--workers", "1", "--no-fsync")
+    asked = ("-E", "2", "-G", "2", "-T", "2", *options, *files, "--router-logit-std", "0.5")
+    save = ("--save-config", name, "--dry-run", "--json")
+    first = planned(run_cli("convert", dense, "moe", *asked, *save, cwd=tmp_path))
+    assert not (tmp_path / "moe").exists()
+    again = planned(run_cli("convert", "--config", name, "--dry-run", "--json", cwd=tmp_path))
+    assert again == first
+    # What goes before it, and what goes behind.
+    override = {"UPCYCLE_CONVERT_SEED": "5", "UPCYCLE_CONVERT_WORKERS": "2"}
+    changed = ("--config", name, "--dry-run", "--json", "--dtype", "bfloat16")
+    other = planned(run_cli("convert", *changed, cwd=tmp_path, **override))
+    assert other["seed"] == 5
+    assert other["bytes"] * 2 == first["bytes"]
+
+
+def test_a_recipe_file_says_what_auto_stood_for(
+    run_cli: RunCli, llama: Path, tmp_path: Path
+) -> None:
+    command = ("convert", llama, "moe", *RECIPE, "--save-config", "u.toml", "--dry-run", "--json")
+    planned(run_cli(*command, cwd=tmp_path))
+    saved = tomllib.loads((tmp_path / "u.toml").read_text())
+    assert saved["target"] == "mixtral"
+    assert saved["routing"] == "topk-softmax"
+    assert saved["router-logit-std"] == 1.0
+    assert (saved["recipe"], saved["source"]) == ("E2G2T2", str(llama))
+    assert not {"json", "quiet", "dry-run", "save-config"} & saved.keys()
+    reference = (ROOT / "docs" / "cli.md").read_text().split("## upcycle convert")[1]
+    options = set(re.findall(r"--([a-z][a-z-]+)", reference.split("\n## ")[0]))
+    assert {key for key in saved if key not in options and f"no-{key}" not in options} == {
+        "source",
+        "output",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("u.toml", "sed = 1", ["u.toml: 'sed' is not an option", "seed"]),
+        ("u.toml", "dry-run = true", ["'dry-run' is not an option"]),
+        ("u.toml", "seed = [1]", ["seed must be a string, a number, true or false"]),
+        ("u.toml", "seed = ", ["u.toml is not valid TOML"]),
+        ("u.json", "{", ["u.json is not valid JSON"]),
+        ("u.json", "[]", ["does not hold a JSON object"]),
+        ("absent.toml", None, ["cannot read absent.toml"]),
+        ("u.toml", 'seed = "x"', ["--seed"]),
+        ("u.toml", 'target = "gpt"', ["--target"]),
+    ],
+)
+def test_recipe_files_that_cannot_be_used(
+    run_cli: RunCli, llama: Path, tmp_path: Path, name: str, text: str | None, words: list[str]
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    done = run_cli("convert", llama, "moe", *RECIPE, "--config", name, cwd=tmp_path)
+    assert done.returncode == 2
+    assert not (tmp_path / "moe").exists()
+    assert "Traceback" not in done.stderr
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
+    for word in words:
+        assert word in said
+
+
+def test_a_recipe_file_that_cannot_be_written(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
+    place = tmp_path / "absent" / "u.toml"
+    done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, "--save-config", place)
+    assert done.returncode == 2
+    assert "absent" in done.stderr
+    assert not (tmp_path / "moe").exists()
+
+
+# The examples ------------------------------------------------------------------------------------
+
+SOURCE, REPO = "my-org/my-model", "my-org/my-model-E8G1T2"
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, llama: Path) -> Iterator[tuple[Hub, dict[str, str]]]:
+    """A Hub that has the examples' source, and the variables of a job that uses it."""
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    upcycle = bin_directory / "upcycle"
+    upcycle.write_text(f'#!/bin/sh\nexec {sys.executable} -m upcycle_cli "$@"\n')
+    upcycle.chmod(0o755)
+    with Hub(tmp_path / "hub", organization="my-org") as hub:
+        hub.store.upload(SOURCE, llama)
+        path = f"{bin_directory}:{os.environ['PATH']}"
+        yield hub, hub.environment(tmp_path / "home") | {"PATH": path}
+
+
+def test_the_makefile(pipeline: tuple[Hub, dict[str, str]], tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    hub, environment = pipeline
+    work = clone(EXAMPLES, tmp_path / "work")
+
+    def make(target: str) -> str:
+        done = subprocess.run(
+            ["make", target], cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    make("plan")
+    assert not hub.store.repos.get(REPO)
+    make("push")
+    pushed = hub.store.files(REPO)
+    output = work / "build" / "my-model-E8G1T2"
+    for path in output.iterdir():
+        assert pushed[path.name] == path.read_bytes()
+    assert hub.store.repos[REPO].private
+    assert json.loads((work / "build" / "my-model-E8G1T2.json").read_text())["status"] == "passed"
+    again = make("push")
+    assert "upcycle convert" not in again
+    assert "were there already" in again
+
+
+def test_the_github_actions_job(pipeline: tuple[Hub, dict[str, str]], tmp_path: Path) -> None:
+    if shutil.which("jq") is None:
+        pytest.skip("jq is not installed")
+    hub, environment = pipeline
+    work = clone(EXAMPLES, tmp_path / "work")
+    (job,) = yaml.safe_load((work / "release.yml").read_text())["jobs"].values()
+    secrets = {"${{ secrets.HF_TOKEN }}": environment["HF_TOKEN"]}
+    environment |= {name: secrets.get(value, value) for name, value in job["env"].items()}
+    steps = [step for step in job["steps"] if "run" in step and step["name"] != "Install"]
+    said = {}
+    for step in steps:
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", step["run"]],  # as the runner does
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert environment["HF_TOKEN"] not in done.stdout + done.stderr
+        said[step["name"]] = done.stdout
+    commit = hub.store.repos[REPO].refs["main"]
+    assert said["Convert, verify, push"] == f"converted, pushed: {hub.url}/{REPO} at {commit}\n"
+    assert said["Verify what was pushed"].count(": passed") == 4
+    for path in (work / "moe").iterdir():
+        assert hub.store.files(REPO)[path.name] == path.read_bytes()
