@@ -427,10 +427,10 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     program = """
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from upcycle_cli import cli
+from upcycle_cli import cli, terminal
 def app(**_):
     print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
-    print(signal.getsignal(signal.SIGTERM) is cli._on_signal)
+    print(signal.getsignal(signal.SIGTERM) is terminal.on_signal)
 cli.app = app
 cli.main()
 """

@@ -16,10 +16,11 @@ _PAPER = "https://arxiv.org/abs/2410.07524"
 _CARRIED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(plan: Plan, report: Report | None) -> str:
+def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
     """Return the card's whole text; `report` is what verify found, if it ran.
 
-    The licence and languages are carried over from the source's own card.
+    `repo` is where the model will be, if that is known. The licence and languages are carried over
+    from the source's own card.
     """
     from huggingface_hub import ModelCardData
 
@@ -33,11 +34,12 @@ def model_card(plan: Plan, report: Report | None) -> str:
         tags=["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
         **carried,
     )
+    place = repo or f"my-org/{plan.source.name.split('/')[-1]}-{plan.recipe.name}"
     sections = (
         _title(plan),
         _what_it_is(plan),
-        _verification(report),
-        _loading(),
+        _verification(plan, report, place),
+        _loading(place),
         _training(plan),
         _engines(plan),
         _citation(),
@@ -131,24 +133,27 @@ def _what_it_is(plan: Plan) -> str:
     return f"| | |\n|---|---|\n{table}\n\n{promises[plan.promise]}"
 
 
-def _verification(report: Report | None) -> str:
-    if report is None:
-        return (
-            "## Verification\n\nNot verified when it was made. To do so: "
-            "`upcycle verify DENSE THIS_DIRECTORY`."
+def _verification(plan: Plan, report: Report | None, place: str) -> str:
+    found = "Not verified when it was made."
+    if report is not None:
+        rows = "\n".join(
+            f"| {check.name} | {check.status} | {' '.join(check.detail.split())} |"
+            for check in report.checks
         )
-    rows = "\n".join(
-        f"| {check.name} | {check.status} | {' '.join(check.detail.split())} |"
-        for check in report.checks
-    )
-    return f"## Verification\n\n| check | result | detail |\n|---|---|---|\n{rows}"
+        found = (
+            "What `upcycle verify` found on these files:\n\n"
+            f"| check | result | detail |\n|---|---|---|\n{rows}"
+        )
+    pinned = f" --dense-revision {plan.source.revision}" if plan.source.revision else ""
+    again = f"upcycle verify {plan.source.repo or 'DENSE'} {place}{pinned}"
+    return f"## Verification\n\n{found}\n\nTo verify it yourself:\n\n```sh\n{again}\n```"
 
 
-def _loading() -> str:
+def _loading(place: str) -> str:
     return (
         "## Loading\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'path = "…"  # this directory or repo\n'
+        f'path = "{place}"\n'
         'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
     )

@@ -1,25 +1,18 @@
-"""The command line: parse, call, render, exit code. The only place that prints or exits.
-
-stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
-or a resource that failed, 130 SIGINT, 143 SIGTERM.
-"""
+"""The command line: parse, call, render, exit code. Nothing else prints or exits."""
 
 from __future__ import annotations
 
 import functools
 import io
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from json import dumps, loads
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from upcycle_cli.errors import UpcycleError
@@ -63,16 +56,25 @@ from upcycle_cli.options import (
 )
 from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
 from upcycle_cli.team import launched_rank
+from upcycle_cli.terminal import (
+    EXIT_ERROR,
+    EXIT_VERIFICATION_FAILED,
+    errors_to_exit_codes,
+    fail,
+    finish,
+    prepare,
+    print_json,
+    raise_signal,
+    stderr,
+    stdout,
+    talk,
+    warn,
+)
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
     from upcycle_cli.hub.pushing import Destination, Push
     from upcycle_cli.plan import Plan
-
-EXIT_VERIFICATION_FAILED = 1
-EXIT_ERROR = 2
-EXIT_SIGINT = 130
-EXIT_SIGTERM = 143
 
 _VARIABLES = "UPCYCLE"
 """Options can be set by variables: UPCYCLE_CONVERT_RECIPE and so on."""
@@ -88,41 +90,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _on_signal)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is kept
-        signal.signal(signal.SIGHUP, _on_signal)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name or sign that the terminal cannot show must not end a conversion.
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
     try:
         app(prog_name="upcycle")
     finally:
-        # The command is over: a signal that comes while Python shuts down has nothing to stop.
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_IGN)
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came; it unwinds as SIGINT does: files are closed, locks given back."""
-
-
-_received: list[int] = []
-
-
-def _on_signal(signum: int, _frame: object) -> None:
-    _received.append(signum)
-    _raise_signal()
-
-
-def _raise_signal() -> None:
-    """Raise for a signal that came, even when a library swallowed the exception it raised then.
-
-    Some do, while they are being imported: the command would go on as if nothing had been.
-    """
-    if _received:
-        raise KeyboardInterrupt if _received[0] == signal.SIGINT else _TerminatedError
+        finish()
 
 
 @app.callback(invoke_without_command=True)
@@ -247,7 +219,7 @@ def convert(
 
     Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
         from upcycle_cli.conversion import bring_source, execute, plan_together
         from upcycle_cli.hub.requests import be_quiet
@@ -309,15 +281,16 @@ def convert(
                     overwrite=overwrite,
                     verify=verify,
                     checksums=checksums,
+                    repo=push_to_hub,
                     writing=writing,
                     team=team,
                 )
                 _convert(run, plan, destination, as_json=json, quiet=quiet or not team.leads)
         if dry_run and json:
-            _print_json({"status": "planned", "output": str(output), **plan_json(plan)})
+            print_json({"status": "planned", "output": str(output), **plan_json(plan)})
         elif dry_run and not quiet and team.leads:
             _print_plan(plan)
-            _talk("Nothing was written (--dry-run).")
+            talk("Nothing was written (--dry-run).")
 
 
 @app.command()
@@ -362,7 +335,7 @@ def inspect(
 
     Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         from upcycle_cli import inspection, render
         from upcycle_cli.hub.requests import be_quiet
 
@@ -396,17 +369,17 @@ def inspect(
         )
         if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
-            _print_json(render.inspection_json(found) | listed)
+            print_json(render.inspection_json(found) | listed)
             return
-        _stdout().print(render.inspection_table(found))
+        stdout().print(render.inspection_table(found))
         if found.plan is not None:
-            _stdout().print()
+            stdout().print()
             _print_plan(found.plan)
         if tensors:
-            _stdout().print()
+            stdout().print()
             table = render.tensors_table(found)
             # A list is for grep: one line a tensor, however wide the screen is.
-            _stdout(width=max(_stdout().width, 400)).print(table)
+            stdout(width=max(stdout().width, 400)).print(table)
 
 
 @app.command()
@@ -449,7 +422,7 @@ def verify(
 
     Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         from upcycle_cli import render, verification
         from upcycle_cli.hub.requests import be_quiet
 
@@ -464,13 +437,13 @@ def verify(
             moe_revision=moe_revision,
             on_start=None if json else _announce_check,
         )
-        _raise_signal()
+        raise_signal()
         if json:
-            _print_json(report.to_json())
+            print_json(report.to_json())
         else:
-            _stdout().print(render.report_table(report))
+            stdout().print(render.report_table(report))
         if report.status == "skipped":
-            _fail("no check could run, so nothing is proven.", EXIT_ERROR)
+            fail("no check could run, so nothing is proven.", EXIT_ERROR)
         if not report.passed:
             raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
@@ -518,7 +491,7 @@ def push(
 
     Example: upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
     """
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         from upcycle_cli.hub.pushing import Destination
         from upcycle_cli.hub.requests import be_quiet
         from upcycle_cli.render import push_json
@@ -534,7 +507,7 @@ def push(
         )
         done = _push(directory, destination, silent=quiet or json)
         if json:
-            _print_json(push_json(done))
+            print_json(push_json(done))
 
 
 @app.command()
@@ -549,21 +522,19 @@ def clean(
     json: JsonOption = False,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         from upcycle_cli import publish
         from upcycle_cli.render import size_text
 
         partial, size = publish.clean(output.absolute(), remove=yes)
         if json:
             status = "removed" if yes else "found"
-            _print_json({"status": status, "partial": str(partial), "bytes": size})
+            print_json({"status": status, "partial": str(partial), "bytes": size})
         elif yes:
-            _talk(f"Removed {partial} ({size_text(size)}).")
+            talk(f"Removed {partial} ({size_text(size)}).")
         else:
-            _stdout().print(
-                f"{escape(str(partial))}: {size_text(size)} of an unfinished conversion"
-            )
-            _talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
+            stdout().print(f"{escape(str(partial))}: {size_text(size)} of an unfinished conversion")
+            talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
 
 
 @app.command()
@@ -579,15 +550,15 @@ def demo(
     json: JsonOption = False,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
-    with _errors_to_exit_codes(as_json=json):
+    with errors_to_exit_codes(as_json=json):
         from upcycle_cli.demo import run_demo
 
         if not json:
-            run_demo(directory, run=_run_shown, say=_talk)
+            run_demo(directory, run=_run_shown, say=talk)
             return
         steps: list[dict[str, Any]] = []
         found = run_demo(directory, run=functools.partial(_run_silently, steps), say=lambda _: None)
-        _print_json({"status": "passed", "directory": str(found), "steps": steps})
+        print_json({"status": "passed", "directory": str(found), "steps": steps})
 
 
 # How commands talk -------------------------------------------------------------------------------
@@ -669,14 +640,14 @@ def _push(directory: Path, destination: Destination, *, silent: bool) -> Push:
 
     def announce(files: int, nbytes: int) -> None:
         if not silent:
-            _talk(f"Pushing {files} files, {size_text(nbytes)}, to {destination.repo} …")
+            talk(f"Pushing {files} files, {size_text(nbytes)}, to {destination.repo} …")
 
     done = push_directory(directory, destination, on_start=announce)
-    _raise_signal()
+    raise_signal()
     if not silent:
-        _stdout().print(push_table(done))
+        stdout().print(push_table(done))
         for reminder in done.reminders:
-            _warn(reminder)
+            warn(reminder)
     return done
 
 
@@ -684,7 +655,7 @@ def _announce_download(plan: Plan, nbytes: int, *, silent: bool) -> None:
     if not silent:
         from upcycle_cli.render import size_text
 
-        _talk(f"Downloading {size_text(nbytes)} of {plan.source.name} …")
+        talk(f"Downloading {size_text(nbytes)} of {plan.source.name} …")
 
 
 def _convert(
@@ -698,14 +669,14 @@ def _convert(
     from upcycle_cli import render
     from upcycle_cli.progress import progress_bar
 
-    with progress_bar(_stderr(), total=plan.nbytes, silent=quiet or as_json) as progress:
+    with progress_bar(stderr(), total=plan.nbytes, silent=quiet or as_json) as progress:
 
         def advance(num_bytes: int) -> None:
-            _raise_signal()
+            raise_signal()
             progress.advance(num_bytes)
 
         def checking(name: str) -> None:
-            _raise_signal()
+            raise_signal()
             progress.checking(name)
 
         done = run(progress=advance, on_check=checking)
@@ -715,14 +686,14 @@ def _convert(
     if destination is not None and done.published and launched_rank() == 0:
         pushed = _push_conversion(done, destination, silent=quiet or as_json)
     if as_json:
-        _print_json(render.conversion_json(done, pushed))
+        print_json(render.conversion_json(done, pushed))
     if not done.published:
         if quiet and done.report is not None:
-            _stderr().print(render.report_table(done.report))
+            stderr().print(render.report_table(done.report))
         found = "verification failed; nothing was published."
         if done.already_done:
             found = f"{done.output} is damaged. Make it again with --overwrite."
-        _fail(found, EXIT_VERIFICATION_FAILED)
+        fail(found, EXIT_VERIFICATION_FAILED)
 
 
 def _push_conversion(done: Conversion, destination: Destination, *, silent: bool) -> Push:
@@ -741,21 +712,21 @@ def _print_conversion(done: Conversion) -> None:
 
     if done.already_done:
         if done.report is not None:
-            _stdout().print(render.report_table(done.report))
+            stdout().print(render.report_table(done.report))
         if done.published:
-            _talk(f"{done.output} is already what this command makes; nothing to do.")
+            talk(f"{done.output} is already what this command makes; nothing to do.")
         return
     _print_plan(done.plan)
     if done.report is not None:
-        _stdout().print()
-        _stdout().print(render.report_table(done.report))
+        stdout().print()
+        stdout().print(render.report_table(done.report))
     if done.published:
-        _talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
+        talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if done.report is None:
             source = done.plan.source
             pinned = ["--dense-revision", source.revision] if source.revision else []
             dense = source.repo or str(source.path)
-            _talk(f"Next: {shlex.join(['upcycle', 'verify', dense, str(done.output), *pinned])}")
+            talk(f"Next: {shlex.join(['upcycle', 'verify', dense, str(done.output), *pinned])}")
 
 
 def _savings(done: Conversion) -> str:
@@ -773,9 +744,9 @@ def _print_plan(plan: Plan) -> None:
     from upcycle_cli import render
     from upcycle_cli.advice import warnings
 
-    _stdout().print(render.plan_table(plan))
+    stdout().print(render.plan_table(plan))
     for warning in warnings(plan):
-        _warn(warning)
+        warn(warning)
 
 
 _DEMO_VARIABLES = f"{_VARIABLES}_DEMO"
@@ -785,7 +756,7 @@ _DEMO_VARIABLES = f"{_VARIABLES}_DEMO"
 def _run_shown(arguments: list[str]) -> int:
     """Show a command as one would type it, run it here, and return its exit code."""
     command = escape(shlex.join(["upcycle", *arguments]))
-    _stderr().print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
+    stderr().print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
     try:
         app(arguments, standalone_mode=False, auto_envvar_prefix=_DEMO_VARIABLES)
     except typer.Exit as result:
@@ -808,76 +779,4 @@ def _run_silently(steps: list[dict[str, Any]], arguments: list[str]) -> int:
 
 def _announce_check(name: str) -> None:
     if sys.stderr.isatty():
-        _talk(f"checking {name} …")
-
-
-class _DataConsole(Console):
-    def on_broken_pipe(self) -> None:
-        # rich would exit with 1, which means here that a verification failed.
-        raise BrokenPipeError
-
-
-def _stdout(width: int | None = None) -> Console:
-    return _DataConsole(width=width, highlight=False)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
-
-
-def _talk(text: str) -> None:
-    _stderr().print(escape(text), soft_wrap=True)
-
-
-def _warn(text: str) -> None:
-    _stderr().print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    if launched_rank() > 0:
-        return
-    typer.echo(dumps(value, indent=2, ensure_ascii=False))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if launched_rank() > 0:  # rank 0 says it, once
-        raise typer.Exit(code)
-    _stderr().print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _end(error: UpcycleError, code: int, *, as_json: bool) -> NoReturn:
-    """End a command that could not do its work, for people and for programs."""
-    if as_json:
-        _print_json(
-            {
-                "status": "error",
-                "exit_code": code,
-                "message": error.message,
-                "hint": error.hint,
-            }
-        )
-    _fail(str(error), code)
-
-
-@contextmanager
-def _errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
-    try:
-        yield
-    except UpcycleError as error:
-        _end(error, EXIT_ERROR, as_json=as_json)
-    except BrokenPipeError:
-        # Whoever read stdout has seen enough; the flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        failed = UpcycleError(f"{where}{error.strerror or error}.")
-        _end(failed, EXIT_ERROR, as_json=as_json)
-    except KeyboardInterrupt as signal_error:
-        terminated = isinstance(signal_error, _TerminatedError)
-        stopped = UpcycleError(
-            f"{'terminated' if terminated else 'interrupted'}; nothing was published. "
-            "A conversion goes on where it stopped when the same command is run again.",
-        )
-        _end(stopped, EXIT_SIGTERM if terminated else EXIT_SIGINT, as_json=as_json)
+        talk(f"checking {name} …")

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle_cli.card import model_card
 from upcycle_cli.checkpoint import (
     CARD_NAME,
     CONFIG_NAME,
@@ -159,6 +160,7 @@ def execute(
     overwrite: bool = False,
     verify: bool = False,
     checksums: bool = False,
+    repo: str | None = None,
     writing: WriteOptions | None = None,
     team: Team | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -166,7 +168,8 @@ def execute(
 ) -> Conversion:
     """Write what the plan says and publish it as `output`.
 
-    `progress` hears the bytes written, `on_check` the name of each verification as it starts.
+    `repo` is where it will be pushed, for the card. `progress` hears the bytes written, `on_check`
+    the name of each verification as it starts.
 
     Raises UpcycleError when that cannot be done; `output` is then as it was before.
     """
@@ -190,6 +193,8 @@ def execute(
             written = _write(plan, workspace, writing, team, progress)
             _complete(plan, workspace.path, written)
             report = _verify(plan, workspace.path, on_check) if verify else None
+            card = model_card(plan, report, repo)
+            (workspace.path / CARD_NAME).write_text(card, encoding="utf-8")
             publish[0] = report is None or report.passed
             if checksums and publish[0]:
                 _write_checksums(workspace.path)
@@ -298,8 +303,7 @@ def _already_done(plan: Plan, output: Path, on_check: Callable[[str], None] | No
 
 
 def _complete(plan: Plan, directory: Path, written: Written) -> None:
-    """Add everything but the weights."""
-    from upcycle_cli.card import model_card
+    """Add everything but the weights and the card."""
     from upcycle_cli.record import record
 
     write_index(plan, directory)
@@ -308,23 +312,19 @@ def _complete(plan: Plan, directory: Path, written: Written) -> None:
         (directory / file.name).parent.mkdir(exist_ok=True)
         shutil.copyfile(plan.source.path / file.name, directory / file.name)
     write_json(directory / RECORD_NAME, record(plan, written.routers))
-    (directory / CARD_NAME).write_text(model_card(plan, None), encoding="utf-8")
 
 
 def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Report:
-    from upcycle_cli.card import model_card
     from upcycle_cli.verification import verify
 
     try:
-        report = verify(plan.source.path, directory, on_start=on_check)
+        return verify(plan.source.path, directory, on_start=on_check)
     except UpcycleError as error:
         # Nothing is wrong with what was written: hours of work must not go for want of a library.
         raise ResumableError(
             f"{error.message} The weights are kept: the same command goes on from there.",
             error.hint,
         ) from error
-    (directory / CARD_NAME).write_text(model_card(plan, report), encoding="utf-8")
-    return report
 
 
 def _write_checksums(directory: Path) -> None:

@@ -1,0 +1,148 @@
+"""The terminal: what commands say and where, their exit codes, and the signals that stop them.
+
+stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
+or a resource that failed, 130 SIGINT, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import dumps
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.team import launched_rank
+
+EXIT_VERIFICATION_FAILED = 1
+EXIT_ERROR = 2
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+def prepare() -> None:
+    """Take signals, and let stdout and stderr survive a name that they cannot show."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is kept
+        signal.signal(signal.SIGHUP, on_signal)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or sign that the terminal cannot show must not end a conversion.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def finish() -> None:
+    """The command is over: a signal that comes while Python shuts down has nothing to stop."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; it unwinds as SIGINT does: files are closed, locks given back."""
+
+
+_received: list[int] = []
+
+
+def on_signal(signum: int, _frame: object) -> None:
+    """Take a signal: remember it, and raise for it wherever the program is."""
+    _received.append(signum)
+    raise_signal()
+
+
+def raise_signal() -> None:
+    """Raise for a signal that came, even when a library swallowed the exception it raised then.
+
+    Some do, while they are being imported: the command would go on as if nothing had been.
+    """
+    if _received:
+        raise KeyboardInterrupt if _received[0] == signal.SIGINT else _TerminatedError
+
+
+class _DataConsole(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit with 1, which means here that a verification failed.
+        raise BrokenPipeError
+
+
+def stdout(width: int | None = None) -> Console:
+    """Return where data goes."""
+    return _DataConsole(width=width, highlight=False)
+
+
+def stderr() -> Console:
+    """Return where talk goes."""
+    return Console(stderr=True, highlight=False)
+
+
+def talk(text: str) -> None:
+    """Say something, as it is."""
+    stderr().print(escape(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Say what is not an error, but should be known."""
+    stderr().print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a command's one JSON object; of several ranks, rank 0 does."""
+    if launched_rank() > 0:
+        return
+    typer.echo(dumps(value, indent=2, ensure_ascii=False))
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what went wrong, and end the command."""
+    if launched_rank() > 0:  # rank 0 says it, once
+        raise typer.Exit(code)
+    stderr().print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _end(error: UpcycleError, code: int, *, as_json: bool) -> NoReturn:
+    """End a command that could not do its work, for people and for programs."""
+    if as_json:
+        print_json(
+            {
+                "status": "error",
+                "exit_code": code,
+                "message": error.message,
+                "hint": error.hint,
+            }
+        )
+    fail(str(error), code)
+
+
+@contextmanager
+def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
+    """End the command with one message and an exit code for whatever a user can cause or cure."""
+    try:
+        yield
+    except UpcycleError as error:
+        _end(error, EXIT_ERROR, as_json=as_json)
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; the flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        failed = UpcycleError(f"{where}{error.strerror or error}.")
+        _end(failed, EXIT_ERROR, as_json=as_json)
+    except KeyboardInterrupt as signal_error:
+        terminated = isinstance(signal_error, _TerminatedError)
+        stopped = UpcycleError(
+            f"{'terminated' if terminated else 'interrupted'}; what was not complete was not "
+            "published.",
+            "The same command goes on where it stopped.",
+        )
+        _end(stopped, EXIT_SIGTERM if terminated else EXIT_SIGINT, as_json=as_json)
