@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import clone, contents, read_json, read_tensors
+from conftest import clone, contents, read_json, read_tensors, validate_json
 from hub.server import TOKEN, Hub
 from shapes import big_config, write_hollow
 
@@ -343,7 +343,7 @@ def test_a_push_and_a_second_one(hub: Hub, run: Run, moe: Path, multipart: int) 
     assert len(hub.store.repos[MOE].commits) == 2  # the Hub's own, and this one
     assert bool(hub.asked("PUT", r"part=")) == bool(multipart)
     sent = len(hub.asked("PUT", ""))
-    again = json.loads(run("push", moe, MOE, "--json").stdout)
+    again = validate_json("push", run("push", moe, MOE, "--json").stdout)
     assert (again["status"], again["commit"]) == ("already there", commit)
     assert len(hub.asked("PUT", "")) == sent
 
@@ -360,8 +360,9 @@ def test_push_options(hub: Hub, run: Run, moe: Path) -> None:
     hub.store.create("acme/public")
     refused = run("push", moe, "acme/public", "--private", expect=2)
     assert_says(refused, "acme/public exists and is public")
-    pull = json.loads(run("push", moe, "acme/public", "--create-pr", "--json").stdout)
-    assert pull["pull_request"].endswith("/acme/public/discussions/1") or hub.multipart
+    opened = run("push", moe, "acme/public", "--create-pr", "--json")
+    pull = validate_json("push", opened.stdout)
+    assert pull["pull_request"].endswith("/acme/public/discussions/1")
     assert files_of(hub, "acme/public", "refs/pr/1") == files_in(moe)
     assert not files_of(hub, "acme/public")
     both = run("push", moe, MOE, "--create-pr", "--revision", "x", expect=2)
@@ -564,8 +565,13 @@ def test_xet_stores_equal_experts_once(
 def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
     hub.store.upload(REPO, llama)
     arguments = ("convert", REPO, "out", "-r", "E4G1T2", "--push-to-hub", MOE, "--private")
-    result = json.loads(run(*arguments, "--verify", "--json").stdout)
+    result = validate_json("convert", run(*arguments, "--verify", "--json").stdout)
     assert result["push"]["repo"] == MOE
+    card = files_of(hub)["README.md"].decode()
+    assert f'path = "{MOE}"' in card
+    commit = hub.store.repos[REPO].refs["main"]
+    assert f"upcycle verify {REPO} {MOE} --dense-revision {commit}" in card
+    assert card.count("| passed |") == 4
     assert hub.store.repos[MOE].private
     assert files_of(hub) == files_in(tmp_path / "out")
     assert run("convert", REPO, "new", "-r", "E4G1T2", "--private", expect=2)
