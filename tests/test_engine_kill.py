@@ -538,6 +538,8 @@ def test_everything_is_durable_before_it_is_published(
     if replacing:
         execute(plan_of(small, "E2G1T2"), output)
         options.append("--overwrite")
+    else:
+        output = tmp_path / "new" / "and deeper" / "moe"
     calls = trace(convert_command(small, output, *options, recipe=RECIPE), tmp_path)
     partial = partial_of(output)
     published = next(
@@ -568,7 +570,10 @@ def test_everything_is_durable_before_it_is_published(
     )  # fmt: skip
     assert last({"fsync"}, partial) > entries_changed
     assert ("fsync", [str(output.parent)]) in calls[published:]
-    if replacing:
+    if not replacing:
+        for parent in output.parent.parents[:2]:
+            assert ("fsync", [str(parent)]) in calls[published:]
+    else:
         # The old one goes only once it is certain that the new one stays.
         removed = next(i for i, (name, paths) in enumerate(calls)
                        if i > published and name.startswith("unlink") and paths)  # fmt: skip

@@ -22,7 +22,7 @@ from engine_fixtures import (
     torchrun_command,
 )
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import UpcycleError, publish
 from upcycle_cli.conversion import execute
 from upcycle_cli.errors import ResumableError
 from upcycle_cli.publish import check_space
@@ -232,3 +232,17 @@ def test_what_is_left_of_an_earlier_run_counts(
         check_space(tmp_path / "moe", 1_000_000)
     (partial / "shard").write_bytes(bytes(600_000))
     check_space(tmp_path / "moe", 1_000_000)
+
+
+def test_what_is_left_counts_once_where_extents_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system reports of files that share extents is far more than they take."""
+    partial = partial_of(tmp_path / "moe")
+    partial.mkdir()
+    (partial / "shard").write_bytes(bytes(600_000))
+    monkeypatch.setattr(publish, "can_share", lambda _: True)
+    disk_with(monkeypatch, 100_000)
+    check_space(tmp_path / "moe", 1_000_000, shared=150_000)
+    with pytest.raises(UpcycleError, match="not enough disk space"):
+        check_space(tmp_path / "moe", 1_000_000, shared=300_000)

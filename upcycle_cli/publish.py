@@ -121,11 +121,14 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
     """
     parent = _existing_parent(output)
     free = shutil.disk_usage(parent).free
-    if shared is not None and needed > free and can_share(parent):
-        needed = shared
-    partial = partial_of(output)
+    partial, left = partial_of(output), 0
     if partial.is_dir():
-        free += sum(file.lstat().st_blocks * 512 for file in partial.rglob("*"))
+        left = sum(file.lstat().st_blocks * 512 for file in partial.rglob("*"))
+    if shared is not None and needed > free and can_share(parent):
+        # The system counts what several files share once for each of them.
+        left = left * shared // needed
+        needed = shared
+    free += left
     if needed > free:
         raise UpcycleError(
             f"not enough disk space for {output}: {needed / 1e6:,.0f} MB needed, "
@@ -254,6 +257,7 @@ def transaction(
     `overwrite`), or another process is writing it.
     """
     partial = partial_of(output)
+    made = _missing_parents(output)
     lock = _claim(partial)
     workspace = Workspace(partial, plan_digest, durable)
     publish = [False]
@@ -272,7 +276,8 @@ def transaction(
             workspace.seal()
             replaced = _publish(partial, output, overwrite=overwrite)
             if durable:
-                sync(output.parent)
+                for directory in (output.parent, *(parent.parent for parent in made)):
+                    sync(directory)
         if replaced or not publish[0]:
             with suppress(OSError):
                 _discard(partial)
@@ -427,6 +432,10 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(other))
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    return [parent for parent in path.absolute().parents if not parent.exists()]
 
 
 def _existing_parent(path: Path) -> Path:
