@@ -577,6 +577,26 @@ def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> No
     assert run("convert", REPO, "new", "-r", "E4G1T2", "--private", expect=2)
 
 
+def test_the_card_s_code_loads_what_was_pushed(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    run("convert", llama, "out", "-r", "E4G1T2", "--push-to-hub", MOE)
+    card = files_of(hub)["README.md"].decode()
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found is not None
+    check = "\nprint(model.num_parameters(), len(tokenizer('hello').input_ids) > 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", found[1] + check],
+        env=hub.environment(tmp_path / "another home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = read_json(tmp_path / "out" / RECORD_NAME)
+    assert done.stdout == f"{record['parameters']['total']} True\n"
+
+
 def test_a_push_that_cannot_work_is_refused_before_the_conversion(
     hub: Hub, run: Run, llama: Path, tmp_path: Path
 ) -> None:
