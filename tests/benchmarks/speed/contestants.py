@@ -57,12 +57,16 @@ def raw_pwrite(dense: Path, nbytes: int, *, fsync: bool, name: str = PWRITE) -> 
     return Contestant(
         name,
         fsync,
-        lambda output: [
-            *(sys.executable, "-S", str(HERE / "raw_pwrite.py")),
-            *(str(dense / "model.safetensors"), str(output), str(nbytes)),
-            "fsync" if fsync else "no-fsync",
-        ],
+        lambda output: raw_pwrite_command(dense / "model.safetensors", output, nbytes, fsync=fsync),
     )
+
+
+def raw_pwrite_command(source: Path, output: Path, nbytes: int, *, fsync: bool) -> list[str]:
+    """Return the command that writes `nbytes` from a mapping of one file to another."""
+    return [
+        *(sys.executable, "-S", str(HERE / "raw_pwrite.py")),
+        *(str(source), str(output), str(nbytes), "fsync" if fsync else "no-fsync"),
+    ]
 
 
 def by_transformers(dense: Path, max_rounds: int) -> Contestant:
