@@ -20,6 +20,8 @@ from pathlib import Path
 
 from hub.server import Hub
 
+from upcycle_cli.card import for_repo
+
 SOURCE, RESULT = "acme/dense", "acme/moe"
 
 
@@ -78,10 +80,17 @@ def round_trip(hub: Hub, scratch: Path, recipe: str) -> None:
 def compare(pushed: Path, downloaded: Path) -> None:
     """Say that two directories hold the same files; SystemExit when they do not."""
     names = sorted(path.relative_to(pushed).as_posix() for path in pushed.rglob("*"))
+    names.remove("README.md")  # on the Hub it names its repo
+    if (
+        for_repo((pushed / "README.md").read_text(), RESULT)
+        != (downloaded / "README.md").read_text()
+    ):
+        sys.exit("README.md is not the card of this repo")
     _, differing, missing = filecmp.cmpfiles(pushed, downloaded, names, shallow=False)
     if differing or missing:
         sys.exit(f"differing: {differing}, missing: {missing}")
-    print(f"{len(names)} files, {_size(pushed):,} bytes, came back bit-identical.")
+    nbytes = sum((pushed / name).stat().st_size for name in names)
+    print(f"{len(names)} files, {nbytes:,} bytes, came back bit-identical.")
 
 
 def _weights(directory: Path) -> list[Path]:

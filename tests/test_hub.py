@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 from conftest import clone, contents, read_json, read_tensors, validate_json
@@ -16,7 +18,7 @@ from hub.server import TOKEN, Hub
 from shapes import big_config, write_hollow
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.card import is_edited
+from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint, open_storage
 from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.sources import RepoStorage, check_space_for, is_repo_id, open_source
@@ -314,6 +316,89 @@ def test_space_for_the_download(
     assert "HF_HOME" in str(caught.value)
 
 
+def test_a_hub_that_stumbles_does_not_bring_an_old_commit(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    hub.store.upload(REPO, llama)
+    run("convert", REPO, "old", "-r", "E2G1T1")
+    changed = clone(llama, tmp_path / "changed")
+    (changed / "notes.md").write_text("new")
+    newer = hub.store.upload(REPO, changed)
+    hub.fail("HEAD", "/config.json", 503, times=2)
+    run("convert", REPO, "new", "-r", "E2G1T1")
+    assert read_json(tmp_path / "new" / RECORD_NAME)["source"]["revision"] == newer
+
+
+def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(hub: Hub, run: Run, llama: Path) -> None:
+    hub.store.upload(REPO, llama)
+    for status, words in ((403, "does not allow this"), (500, "the Hub answered 500")):
+        hub.faults.clear()
+        hub.fail("HEAD", "/config.json", status, times=99)
+        assert_says(run("inspect", REPO, expect=2), words)
+
+
+def test_a_cache_that_cannot_be_written(
+    hub: Hub, run: Run, llama: Path, moe: Path, tmp_path: Path
+) -> None:
+    hub.store.upload(REPO, llama)
+    run("inspect", REPO)
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", sys.executable, "-m", "upcycle_cli"]
+    for command in (("convert", REPO, "out", "-r", "E2G1T1"), ("verify", REPO, moe)):
+        result = subprocess.run(
+            [*limited, *map(str, command)],
+            env=hub.environment(tmp_path / "home"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 2, result.stderr
+        assert_says(result, f"what {REPO} needs of the Hub failed", "File too large", "hub)")
+
+
+def test_an_empty_revision(run: Run, llama: Path, moe: Path) -> None:
+    for command in (
+        ("inspect", REPO, "--revision", ""),
+        ("convert", llama, "out", "-r", "E2G1T1", "--revision", ""),
+        ("verify", llama, REPO, "--moe-revision", ""),
+        ("push", moe, MOE, "--revision", ""),
+    ):
+        assert_says(run(*command, expect=2), "the revision is empty")
+
+
+@pytest.mark.parametrize("request_", [("GET", "/_cdn/"), ("HEAD", "tokenizer.json")])
+def test_an_interrupted_download_ends_at_once(
+    hub: Hub, llama: Path, tmp_path: Path, request_: tuple[str, str]
+) -> None:
+    """A transfer that hangs is not waited for."""
+    hub.store.upload(REPO, llama)
+    hung, release = Event(), Event()
+
+    def hang() -> None:
+        hung.set()
+        release.wait(60)
+
+    hub.fail(*request_, 500, hit=hang)
+    arguments = ["convert", REPO, "out", "-r", "E2G1T1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "upcycle_cli", *arguments],
+        env=hub.environment(tmp_path / "home"),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert hung.wait(60)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=30)
+        finally:
+            release.set()
+            process.kill()
+    assert process.returncode == 143
+    assert "terminated" in said
+    assert not (tmp_path / "out").exists()
+
+
 # Pushing -----------------------------------------------------------------------------------------
 
 
@@ -324,12 +409,14 @@ def files_of(hub: Hub, name: str = MOE, revision: str = "main") -> dict[str, byt
     return found
 
 
-def files_in(directory: Path) -> dict[str, bytes]:
-    return {
+def files_in(directory: Path, repo: str = MOE) -> dict[str, bytes]:
+    """What a directory holds, its card as it is for a repo."""
+    found = {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in directory.rglob("*")
         if path.is_file()
     }
+    return found | {"README.md": for_repo(found["README.md"].decode(), repo).encode()}
 
 
 @pytest.mark.parametrize("multipart", [0, 16_384])
@@ -363,7 +450,7 @@ def test_push_options(hub: Hub, run: Run, moe: Path) -> None:
     opened = run("push", moe, "acme/public", "--create-pr", "--json")
     pull = validate_json("push", opened.stdout)
     assert pull["pull_request"].endswith("/acme/public/discussions/1")
-    assert files_of(hub, "acme/public", "refs/pr/1") == files_in(moe)
+    assert files_of(hub, "acme/public", "refs/pr/1") == files_in(moe, "acme/public")
     assert not files_of(hub, "acme/public")
     both = run("push", moe, MOE, "--create-pr", "--revision", "x", expect=2)
     assert_says(both, "--create-pr or --revision")
@@ -422,8 +509,12 @@ def test_files_of_others_are_left_out(hub: Hub, run: Run, moe: Path, tmp_path: P
     directory = clone(moe, tmp_path / "moe")
     (directory / ".env").write_text(f"HF_TOKEN={TOKEN}")
     (directory / "optimizer.json").write_text("{}")
+    for name in ("model-checkpoints/step-5.safetensors", "tokenizer_work/secret.json"):
+        (directory / name).parent.mkdir()
+        (directory / name).write_text("{}")
     result = run("push", directory, MOE)
-    assert "optimizer.json" in result.stdout
+    for name in ("optimizer.json", "model-checkpoints/step-5.safetensors", "secret.json"):
+        assert name in result.stdout
     assert files_of(hub) == files_in(moe)
 
 
@@ -442,7 +533,100 @@ def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -
     assert files_of(hub)["LICENSE"] == b"Do as you must.\n"
     assert "--replace-card" in run("push", directory, MOE).stdout
     run("push", directory, MOE, "--replace-card")
-    assert files_of(hub)["README.md"] == (moe / "README.md").read_bytes()
+    assert files_of(hub)["README.md"] == files_in(moe)["README.md"]
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_edited_card_is_kept_when_the_hub_stumbles(
+    hub: Hub, run: Run, moe: Path, tmp_path: Path, times: int
+) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "README.md").write_text("# By hand\n")
+    hub.store.upload(MOE, page)
+    hub.fail("HEAD", "README.md", 500, times=times)
+    result = run("push", moe, MOE, expect=0 if times == 1 else 2)
+    assert files_of(hub)["README.md"] == b"# By hand\n"
+    if times > 1:
+        assert_says(result, "the Hub answered 500")
+        assert len(files_of(hub)) == 1
+
+
+@pytest.mark.parametrize(
+    "card",
+    [b"\xff\xfe no text", b"---\nlicense: [\n---\n# By hand\n", b"---\n- a\n---\n# By hand\n"],
+)
+def test_a_card_that_cannot_be_read_is_kept(
+    hub: Hub, run: Run, moe: Path, tmp_path: Path, card: bytes
+) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "README.md").write_bytes(card)
+    hub.store.upload(MOE, page)
+    assert json.loads(run("push", moe, MOE, "--json").stdout)["card_kept"]
+    assert files_of(hub)["README.md"] == card
+
+
+def test_reminders_are_of_the_card_that_is_kept(
+    hub: Hub, run: Run, moe: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "README.md").write_text("---\nlicense: llama3.1\n---\n# By hand\n")
+    hub.store.upload(MOE, page)
+    assert "Built with Llama" in " ".join(run("push", moe, MOE).stderr.split())
+    (page / "README.md").write_text("# Built with Llama, by hand\n")
+    hub.store.upload(MOE, page)
+    assert "Built with Llama" not in " ".join(run("push", moe, MOE).stderr.split())
+
+
+def test_the_card_names_the_repo_that_it_is_pushed_to(hub: Hub, run: Run, moe: Path) -> None:
+    assert "my-org/" in (moe / "README.md").read_text()
+    for repo in (MOE, "acme/another"):
+        run("push", moe, repo)
+        card = files_of(hub, repo)["README.md"].decode()
+        assert f'path = "{repo}"' in card
+        assert f"upcycle verify DENSE {repo}\n" in card
+        assert "my-org/" not in card
+        assert not is_edited(card)
+    edited = (moe / "README.md").read_text() + "More.\n"
+    assert for_repo(edited, MOE) == edited
+
+
+@pytest.fixture(scope="module")
+def single(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model than `moe`, in one file. Read only."""
+    path = tmp_path_factory.mktemp("moe") / "tiny-E2G1T1"
+    convert(llama, path, Recipe(expansion=2, granularity=1, top_k=1))
+    return path
+
+
+def test_a_push_replaces_another_model_whole(hub: Hub, run: Run, moe: Path, single: Path) -> None:
+    """A weight file that stayed would be loaded in place of those that were pushed."""
+    for directory, old in ((single, None), (moe, single), (single, moe)):
+        removed = json.loads(run("push", directory, MOE, "--json").stdout)["removed"]
+        assert files_of(hub) == files_in(directory)
+        before = {path.name for path in old.iterdir()} if old else set()
+        assert set(removed) == {
+            name
+            for name in before - {path.name for path in directory.iterdir()}
+            if name.startswith("model")
+        }
+    table = run("push", moe, MOE).stdout
+    assert "removed there" in table
+    assert "model.safetensors" in table
+
+
+def test_what_is_not_weights_stays_in_the_repo(
+    hub: Hub, run: Run, moe: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page"
+    (page / "gguf").mkdir(parents=True)
+    for name in ("moe-Q8.gguf", "gguf/model.safetensors", "notes.md"):
+        (page / name).write_text("mine")
+    hub.store.upload(MOE, page)
+    assert json.loads(run("push", moe, MOE, "--json").stdout)["removed"] == []
+    assert {"moe-Q8.gguf", "gguf/model.safetensors", "notes.md"} <= set(files_of(hub))
 
 
 def test_a_card_that_is_only_metadata_is_replaced(
@@ -483,6 +667,8 @@ def test_pushing_takes_a_token_and_the_right(hub: Hub, run: Run, moe: Path) -> N
     assert_says(foreign, "you (tester) cannot make google/gemma", "tester/…, acme/…")
     hub.store.create("google/gemma")
     assert_says(run("push", moe, "google/gemma", expect=2), "does not allow this", "rights")
+    hub.role = "read"
+    assert_says(run("push", moe, MOE, expect=2), "the token may only read")
     assert_says(run("push", moe, "moe", expect=2), "ORG/NAME")
     assert_says(run("push", moe, "a/b/c", expect=2), "a/b/c")
     assert_says(run("push", moe, MOE, HF_HUB_OFFLINE="1", expect=2), "HF_HUB_OFFLINE")
@@ -526,7 +712,7 @@ def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: Run, moe: Path) -
 
 
 def test_many_files_are_not_half_published_either(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: Run, llama: Path, moe: Path, tmp_path: Path
 ) -> None:
     """With more than 20 files, those that make a model of the others come last."""
     from upcycle_cli import Options
@@ -542,6 +728,33 @@ def test_many_files_are_not_half_published_either(
     assert last.parent is not None
     assert "config.json" not in repo.commits[last.parent].tree
     assert list(repo.refs) == ["main", "refs/pr/1"]
+    # Over another model, and cut off between the two commits.
+    run("push", moe, MOE)
+    commit = repo.refs["main"]
+    hub.most_commits = 1
+    assert_says(run("push", "many", MOE, expect=2), "no more commits")
+    hub.most_commits = None
+    assert repo.commits[repo.refs["main"]].parent == commit
+    between = files_of(hub)
+    assert not {"config.json", "upcycle.json", "model.safetensors.index.json"} & set(between)
+    assert json.loads(run("push", "many", MOE, "--json").stdout)["status"] == "pushed"
+    assert files_of(hub) == files_in(tmp_path / "many")
+    assert json.loads(run("push", "many", MOE, "--json").stdout)["status"] == "already there"
+
+
+def test_a_pull_request_that_was_cut_off_is_named(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    from upcycle_cli import Options
+
+    convert(llama, tmp_path / "many", RECIPE, options=Options(max_shard_bytes=8_000))
+    hub.store.create(MOE)
+    hub.most_commits = 1
+    failed = run("push", "many", MOE, "--create-pr", expect=2)
+    assert_says(failed, "discussions/1 is open, but not complete", "--revision refs/pr/1")
+    hub.most_commits = None
+    run("push", "many", MOE, "--revision", "refs/pr/1")
+    assert files_of(hub, revision="refs/pr/1") == files_in(tmp_path / "many")
 
 
 def test_xet_stores_equal_experts_once(
@@ -560,6 +773,11 @@ def test_xet_stores_equal_experts_once(
     run("verify", dense, MOE, home=tmp_path / "another home")
     again = json.loads(run("push", "moe", MOE, "--json").stdout)
     assert again["status"] == "already there"
+    for path in hub.xet.rglob("*"):
+        if path.is_file() and path.suffix != ".mdb":
+            path.unlink()
+    broken = run("verify", dense, MOE, home=tmp_path / "a third home", expect=2)
+    assert "needs of the Hub failed" in broken.stderr
 
 
 def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
@@ -605,6 +823,9 @@ def test_a_push_that_cannot_work_is_refused_before_the_conversion(
     assert_says(run(*arguments, token="hf_wrong", expect=2), "refuses the token")
     assert_says(run(*arguments[:-1], "google/x", expect=2), "cannot make google/x")
     assert not (tmp_path / "out").exists()
+    hub.store.create("google/x")
+    assert_says(run(*arguments[:-1], "google/x", expect=2), "does not allow this on google/x")
+    assert not (tmp_path / "out").exists()
     hub.fail("PUT", "/_objects/", 403, times=9)
     failed = run(*arguments, expect=2)
     assert_says(failed, "out is complete, but was not pushed", f"upcycle push {tmp_path}/out {MOE}")
@@ -630,6 +851,48 @@ def test_an_answer_that_holds_the_token(hub: Hub, run: Run, moe: Path) -> None:
     hub.fail("GET", "/api/whoami", 403, message=f"the token {TOKEN} is not for this")
     failed = run("push", moe, MOE, expect=2)
     assert_says(failed, "the token hf_… is not for this")
+
+
+def test_no_secret_in_what_a_library_quotes(hub: Hub, run: Run, moe: Path, llama: Path) -> None:
+    odd = run("push", moe, MOE, token="hf_abc\x0bSECRETPART", expect=2)
+    assert_says(odd, "hf_…")
+    assert "SECRETPART" not in odd.stderr
+    hub.store.upload(REPO, llama)
+    address = hub.url.replace("http://", "http://user:sEcr3t@")
+    for command in (("inspect", REPO), ("inspect", "acme/absent"), ("push", moe, MOE)):
+        for endpoint in (address, address.rsplit(":", 1)[0] + ":1"):
+            result = subprocess.run(
+                [sys.executable, "-m", "upcycle_cli", *map(str, command)],
+                env=hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "sEcr3t" not in result.stdout + result.stderr
+            assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("ALL_PROXY", "socks5://localhost:1"),
+        ("HTTP_PROXY", "ftp://localhost"),
+        ("HTTP_PROXY", "http://localhost:port"),
+        ("HF_ENDPOINT", "http://[::bad"),
+        ("HF_TOKEN", "hf_“quoted”"),
+        ("HF_HUB_ETAG_TIMEOUT", "abc"),
+        ("SSL_CERT_FILE", "/nonexistent"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    hub: Hub, run: Run, llama: Path, moe: Path, setting: str, value: str
+) -> None:
+    hub.store.upload(REPO, llama)
+    for command in (("inspect", REPO), ("push", moe, MOE)):
+        assert_says(run(*command, **{setting: value}, expect=2), "")
+    if setting == "HF_HUB_ETAG_TIMEOUT":
+        result = run("convert", llama, "out", "-r", "E4G1T2", **{setting: value}, expect=2)
+        assert_says(result, "HF_…")
 
 
 # Licences ----------------------------------------------------------------------------------------

@@ -201,6 +201,9 @@ def test_a_recipe_file_says_what_auto_stood_for(
         ("absent.toml", None, ["cannot read absent.toml"]),
         ("u.toml", 'seed = "x"', ["--seed"]),
         ("u.toml", 'target = "gpt"', ["--target"]),
+        ("u.toml", "seed = true", ["u.toml: seed is not an option that is true or false"]),
+        ("u.toml", "push-to-hub = true", ["push-to-hub is not an option that is true or false"]),
+        ("u.toml", "output = 5\nmax-shard-size = -1", ["max-shard-size"]),
     ],
 )
 def test_recipe_files_that_cannot_be_used(
@@ -215,6 +218,59 @@ def test_recipe_files_that_cannot_be_used(
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
     for word in words:
         assert word in said
+
+
+def test_numbers_in_a_recipe_file_are_what_they_are_on_the_command_line(
+    run_cli: RunCli, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "u.toml").write_text("source = 5\noutput = 6\nscaling = 2.0\nrecipe = 'E2G1T1'\n")
+    (tmp_path / "5").symlink_to(llama)
+    done = run_cli("convert", "--config", "u.toml", "--dry-run", "--json", cwd=tmp_path)
+    found = planned(done)
+    assert (found["output"], found["scaling"]) == ("6", 2.0)
+
+
+def test_a_recipe_file_behind_a_link(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.toml").symlink_to("u.toml")
+    command = ("convert", llama, "moe", *RECIPE, "--dry-run", "--json", "--save-config")
+    planned(run_cli(*command, "link.toml", cwd=tmp_path))
+    assert (tmp_path / "link.toml").is_symlink()
+    assert tomllib.loads((tmp_path / "u.toml").read_text())["recipe"] == "E2G2T2"
+    done = run_cli(*command, "/dev/null", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "/dev/null is there, and no file" in done.stderr
+
+
+# Whoever reads may stop reading ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("extra", [(), ("--json",)])
+def test_the_exit_code_is_the_same_when_nobody_reads(
+    llama: Path, moe: Path, tmp_path: Path, stream: str, extra: tuple[str, ...]
+) -> None:
+    broken = clone(moe, tmp_path / "broken") / "model.safetensors"
+    data = bytearray(broken.read_bytes())
+    data[-9:] = b"\0" * 9
+    broken.write_bytes(data)
+
+    def run_unread(*arguments: str | Path) -> int:
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-m", "upcycle_cli", *map(str, arguments), *extra],
+            stdout=writing if stream == "stdout" else subprocess.DEVNULL,
+            stderr=writing if stream == "stderr" else subprocess.DEVNULL,
+            check=False,
+        )
+        os.close(writing)
+        return done.returncode
+
+    assert run_unread("verify", llama, moe, "--checks", "weights") == 0
+    assert run_unread("verify", llama, broken.parent, "--checks", "weights") == 1
+    assert run_unread("verify", llama, tmp_path / "absent") == 2
+    assert run_unread("convert", llama, tmp_path / "moe", *RECIPE) == 0
+    assert (tmp_path / "moe" / "upcycle.json").exists()
 
 
 def test_a_recipe_file_that_cannot_be_written(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.advice import no_promise, training_notes
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from upcycle_cli.verification import Report
 
 _PAPER = "https://arxiv.org/abs/2410.07524"
+_PLACE = r'path = "([^"]+)"'
+"""Where the loading code says that the model is."""
 _CARRIED = ("license", "license_name", "license_link", "language")
 
 
@@ -48,11 +51,27 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     return f"{card}\n\n{_seal(card)}\n"
 
 
+def for_repo(card: str, repo: str) -> str:
+    """Return a card that names `repo` as the model's place; one that was edited as it is."""
+    found = re.search(_PLACE, card)
+    if found is None or is_edited(card):
+        return card
+    text, _, _ = card.strip().rpartition("\n\n")
+    old = rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])"
+    text = re.sub(old, lambda _: repo, text)
+    return f"{text}\n\n{_seal(text)}\n"
+
+
 def is_edited(card: str) -> bool:
     """Whether somebody has written or changed a card since `model_card` made it."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
 
-    if not ModelCard(card, ignore_metadata_errors=True).text.strip():
+    try:
+        body = ModelCard(card, ignore_metadata_errors=True).text
+    except (ValueError, YAMLError):
+        return True  # what cannot be read was not written here
+    if not body.strip():
         return False  # metadata only, as the Hub makes for a repo with a licence
     text, _, seal = card.strip().rpartition("\n\n")
     return seal != _seal(text)
@@ -65,7 +84,7 @@ def _seal(card: str) -> str:
 
 def _source_metadata(plan: Plan) -> dict[str, Any]:
     from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
+    from yaml import YAMLError
 
     path = plan.source.path / "README.md"
     if not path.is_file():

@@ -6,6 +6,7 @@ import functools
 import io
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from json import loads
@@ -57,6 +58,7 @@ from upcycle_cli.options import (
 from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
 from upcycle_cli.team import launched_rank
 from upcycle_cli.terminal import (
+    EXIT_BUG,
     EXIT_ERROR,
     EXIT_VERIFICATION_FAILED,
     errors_to_exit_codes,
@@ -93,6 +95,10 @@ def main() -> None:
     prepare()
     try:
         app(prog_name="upcycle")
+    except Exception:  # noqa: BLE001 - whatever it is, 1 would mean that a verification failed
+        traceback.print_exc()
+        talk("\nThis is a bug in upcycle. Please report it with the lines above.")
+        sys.exit(EXIT_BUG)
     finally:
         finish()
 
@@ -571,7 +577,11 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
     from upcycle_cli.config import load_config
 
     try:
-        values = load_config(path, _config_names(context))
+        flags = {
+            parameter.name: bool(getattr(parameter, "is_flag", False))
+            for parameter in context.command.params
+        }
+        values = load_config(path, {name: flags[name] for name in _config_names(context)})
         context.default_map = {**(context.default_map or {}), **values}
     except UpcycleError as error:
         raise typer.BadParameter(str(error)) from error
@@ -590,6 +600,7 @@ def _config_names(context: typer.Context) -> list[str]:
 
 def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
     from upcycle_cli.config import as_values, save_config
+    from upcycle_cli.hub.sources import is_repo_id
 
     given = context.params
     values = as_values(
@@ -602,7 +613,7 @@ def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
         "routing": str(plan.recipe.routing),
         "router_logit_std": plan.recipe.router_logit_std or 0.0,
     }
-    if plan.source.repo is not None and plan.source.revision is not None:
+    if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
     save_config(path, values)
 
@@ -645,7 +656,8 @@ def _push(directory: Path, destination: Destination, *, silent: bool) -> Push:
     done = push_directory(directory, destination, on_start=announce)
     raise_signal()
     if not silent:
-        stdout().print(push_table(done))
+        # Where no terminal folds lines, an address stays in one piece.
+        stdout(None if sys.stdout.isatty() else 200).print(push_table(done))
         for reminder in done.reminders:
             warn(reminder)
     return done

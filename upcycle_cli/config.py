@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from upcycle_cli.publish import replace_text
 Value = str | int | float | bool
 
 
-def load_config(path: Path, known: Iterable[str]) -> dict[str, Value]:
+def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
     """Read a recipe file; returns its values by the names of `known`, with underscores.
 
-    Raises UpcycleError when it cannot be read, or says something that is not an option.
+    `known` says of each option whether it is one that is on or off. Raises UpcycleError when the
+    file cannot be read, or says something that is not an option, or no value for it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,21 +33,29 @@ def load_config(path: Path, known: Iterable[str]) -> dict[str, Value]:
         raise UpcycleError(f"{path} is not valid {kind}: {error}.") from error
     if not isinstance(content, dict):
         raise UpcycleError(f"{path} does not hold a JSON object.")
-    names = set(known)
     values: dict[str, Value] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
-        if name not in names:
-            options = ", ".join(sorted(known.replace("_", "-") for known in names))
+        if name not in known:
+            options = ", ".join(sorted(option.replace("_", "-") for option in known))
             raise UpcycleError(f"{path}: '{key}' is not an option.", f"There are: {options}.")
         if not isinstance(value, Value):
             raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
-        values[name] = value
+        if isinstance(value, bool) and not known[name]:
+            raise UpcycleError(f"{path}: {key} is not an option that is true or false.")
+        # As on the command line, where the option itself says what a number is to it.
+        values[name] = value if isinstance(value, bool) else str(value)
     return values
 
 
 def save_config(path: Path, values: Mapping[str, Value]) -> None:
-    """Write a recipe file, as JSON where its name says so; OSError when that fails."""
+    """Write a recipe file, as JSON where its name says so; OSError when that fails.
+
+    Raises UpcycleError for what is there and no file.
+    """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise UpcycleError(f"{path} is there, and no file.", "Name a file to write.")
     named = {name.replace("_", "-"): value for name, value in values.items()}
     if _is_json(path):
         text = json.dumps(named, indent=2, ensure_ascii=False) + "\n"

@@ -328,9 +328,14 @@ def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Rep
 
 
 def _write_checksums(directory: Path) -> None:
-    """Write SHA256SUMS in the form that `sha256sum --check` reads."""
+    """Write SHA256SUMS in the form that `sha256sum --check` reads.
+
+    Without the card, which is there to be edited, and names its repo once it is pushed.
+    """
     lines = []
     for path in output_files(directory):
+        if path == directory / CARD_NAME:
+            continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")

@@ -241,7 +241,11 @@ def split_files(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def _is_own(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _OWN_FILES)
+    # In a pattern, * stands for slashes too.
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+        for pattern in _OWN_FILES
+    )
 
 
 @contextmanager

@@ -112,6 +112,9 @@ def push_table(push: Push) -> Table:
     table.add_row("uploaded", what if push.changed else f"nothing: all {what}, were there already")
     if push.card_kept:
         table.add_row("card", "README.md was edited there and is kept (--replace-card replaces it)")
+    if push.removed:
+        names = "\n".join([*push.removed[:8], *_more(push.removed[8:])])
+        table.add_row("removed there", names)
     if push.left_out:
         table.add_row("left out", "\n".join([*push.left_out[:8], *_more(push.left_out[8:])]))
     return table
@@ -133,6 +136,7 @@ def push_json(push: Push) -> dict[str, Any]:
         "bytes": push.nbytes,
         "card_kept": push.card_kept,
         "left_out": list(push.left_out),
+        "removed": list(push.removed),
         "reminders": list(push.reminders),
     }
 

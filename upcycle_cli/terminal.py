@@ -1,7 +1,7 @@
 """The terminal: what commands say and where, their exit codes, and the signals that stop them.
 
 stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
-or a resource that failed, 130 SIGINT, 143 SIGTERM.
+or a resource that failed, 70 a bug in upcycle, 130 SIGINT, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ from upcycle_cli.team import launched_rank
 
 EXIT_VERIFICATION_FAILED = 1
 EXIT_ERROR = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 
@@ -41,9 +42,17 @@ def prepare() -> None:
 
 
 def finish() -> None:
-    """The command is over: a signal that comes while Python shuts down has nothing to stop."""
+    """The command is over: a signal that comes while Python shuts down has nothing to stop.
+
+    After one that came before, threads that still transfer something are not waited for.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    ending = sys.exc_info()[1]
+    if _received and isinstance(ending, SystemExit) and isinstance(ending.code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.code)
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -68,20 +77,25 @@ def raise_signal() -> None:
         raise KeyboardInterrupt if _received[0] == signal.SIGINT else _TerminatedError
 
 
-class _DataConsole(Console):
+class _Console(Console):
     def on_broken_pipe(self) -> None:
         # rich would exit with 1, which means here that a verification failed.
-        raise BrokenPipeError
+        _stop_printing(sys.stderr if self.stderr else sys.stdout)
+
+
+def _stop_printing(stream: TextIO) -> None:
+    """Whoever read this has seen enough: the command goes on to its end and its exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def stdout(width: int | None = None) -> Console:
     """Return where data goes."""
-    return _DataConsole(width=width, highlight=False)
+    return _Console(width=width, highlight=False)
 
 
 def stderr() -> Console:
     """Return where talk goes."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
 
 
 def talk(text: str) -> None:
@@ -98,7 +112,10 @@ def print_json(value: dict[str, Any]) -> None:
     """Print a command's one JSON object; of several ranks, rank 0 does."""
     if launched_rank() > 0:
         return
-    typer.echo(dumps(value, indent=2, ensure_ascii=False))
+    try:
+        typer.echo(dumps(value, indent=2, ensure_ascii=False))
+    except BrokenPipeError:
+        _stop_printing(sys.stdout)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -130,10 +147,6 @@ def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
         yield
     except UpcycleError as error:
         _end(error, EXIT_ERROR, as_json=as_json)
-    except BrokenPipeError:
-        # Whoever read stdout has seen enough; the flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         failed = UpcycleError(f"{where}{error.strerror or error}.")

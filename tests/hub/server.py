@@ -97,6 +97,8 @@ class Hub:
         self.xet = xet
         """Directory of hf_xet's local store; None to serve LFS."""
         self.organization = organization
+        self.role = "write"
+        """What the token may do."""
         self.granted: set[str] = set()
         """Gated repos that the token may read."""
         self.faults: list[Fault] = []
@@ -105,6 +107,8 @@ class Hub:
         self.gone = False
         self.most_objects: int | None = None
         """How many uploads are accepted; the connections of all others are broken off."""
+        self.most_commits: int | None = None
+        """How many commits are accepted; all others are refused."""
         self.requests: list[Request] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -176,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "_create"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "_info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "_info"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check/write", "_auth_check"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "_tree"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
@@ -328,7 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
         authorized = self._authorized
         if write:
             self._must_be_authorized()
-            if name.split("/", maxsplit=1)[0] not in (USER, self.hub.organization):
+            own = name.split("/", maxsplit=1)[0] in (USER, self.hub.organization)
+            if not own or self.hub.role != "write":
                 raise RefusedError(403, "You don't have the rights to write to this repo")
         repo = self.hub.store.repos.get(name)
         if repo is None or (repo.private and not authorized):
@@ -346,7 +352,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _whoami(self) -> None:
         self._must_be_authorized()
         organization = {"type": "org", "id": "2", "name": self.hub.organization}
-        self._send(200, {"type": "user", "id": "1", "name": USER, "orgs": [organization]})
+        auth = {"type": "access_token", "accessToken": {"role": self.hub.role}}
+        user = {"type": "user", "id": "1", "name": USER, "orgs": [organization], "auth": auth}
+        self._send(200, user)
 
     # Repos ---------------------------------------------------------------------------------------
 
@@ -365,6 +373,10 @@ class _Handler(BaseHTTPRequestHandler):
             private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
             self.hub.store.create(name, private=private)
         self._send(200, answer)
+
+    def _auth_check(self, repo: str) -> None:
+        self._repo(repo, write=True)
+        self._send(200, {})
 
     def _info(self, repo: str, revision: str = "main") -> None:
         found = self._repo(repo)
@@ -529,6 +541,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, repo: str, revision: str) -> None:
         found = self._repo(repo, write=True)
+        with self.hub.store.lock:
+            if self.hub.most_commits is not None:
+                if not self.hub.most_commits:
+                    raise RefusedError(400, "no more commits")
+                self.hub.most_commits -= 1
         lines = [json.loads(line) for line in b"".join(self._pieces()).splitlines() if line]
         title, changes = "", []
         for line in lines:
@@ -541,6 +558,8 @@ class _Handler(BaseHTTPRequestHandler):
                     changes.append(partial(_put_entry, value["path"], entry))
                 case "lfsFile":
                     changes.append(partial(_put_entry, value["path"], self._uploaded(value)))
+                case "deletedFile":
+                    changes.append(partial(_delete_entry, value["path"]))
                 case other:
                     raise RefusedError(400, f"unknown operation {other}")
         self._commit_of(found, revision)
@@ -653,6 +672,10 @@ def _described(name: str, entry: Entry) -> dict[str, Any]:
 
 def _put_entry(name: str, entry: Entry, tree: dict[str, Entry]) -> None:
     tree[name] = entry
+
+
+def _delete_entry(name: str, tree: dict[str, Entry]) -> None:
+    del tree[name]
 
 
 def _listed(value: object) -> list[str]:

@@ -6,26 +6,39 @@ so a push that was cut off is resumed by the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.card import is_edited
+from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.hub.licences import reminders
-from upcycle_cli.hub.requests import explained, patiently, transport_errors, without_token
+from upcycle_cli.hub.requests import (
+    endpoint,
+    explained,
+    interruptibly,
+    patiently,
+    transport_errors,
+    words_of,
+)
+from upcycle_cli.hub.sources import refuse_empty
 from upcycle_cli.publish import MARKER, split_files
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub import CommitInfo, ModelInfo
 
 _MOST_FILES = 20
 """huggingface_hub splits a commit of more files when the Hub refuses it as a whole."""
 _LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)
 """Without these, nothing takes a repo for a model."""
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX_NAME)
+"""What would be loaded instead of, or along with, the weights that are pushed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,7 @@ class Destination:
     """Replace the repo's card even where somebody has edited it there."""
 
     def __post_init__(self) -> None:
+        refuse_empty(self.revision)
         if self.create_pr and self.revision is not None:
             raise UpcycleError(
                 "a pull request is opened against the main branch, whatever --revision says.",
@@ -69,6 +83,8 @@ class Push:
     """Whether the repo's card had been edited there, and was left as it is."""
     left_out: tuple[str, ...]
     """Files of the directory that are not part of the model."""
+    removed: tuple[str, ...]
+    """Weight files of another model that were in the repo."""
     reminders: tuple[str, ...]
     """What the licence asks for and is not there."""
 
@@ -96,7 +112,14 @@ def check_destination(destination: Destination) -> None:
         names = [user["name"], *(org["name"] for org in user.get("orgs", ()))]
         try:
             public = not patiently(lambda: api.model_info(repo)).private
+            if not destination.create_pr:  # which whoever can read may open
+                patiently(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
+            if _role(user) == "read":
+                raise UpcycleError(
+                    f"the token may only read, and {repo} is to be made.",
+                    "Use a token that may write (`hf auth login`, HF_TOKEN).",
+                ) from None
             if repo.split("/")[0] not in names:
                 raise UpcycleError(
                     f"you ({user['name']}) cannot make {repo}: it is neither yours nor that of "
@@ -128,23 +151,29 @@ def push(
     check_destination(destination)
     names, left_out = split_files(directory)
     metadata, card = _read_card(directory / CARD_NAME)
+    card = for_repo(card, destination.repo)
     with explained(destination.repo, destination.revision):
-        kept = _prepare(destination, card)
-        if kept:
+        there = _prepare(destination)
+        kept = None if destination.replace_card else _edited_card(there, card, destination)
+        if kept is not None:
             names = [name for name in names if name != CARD_NAME]
+            metadata, card = _metadata(kept), kept
         nbytes = sum((directory / name).stat().st_size for name in names)
         on_start(len(names), nbytes)
-        before, info = _upload(directory, names, destination)
+        stale = _stale(there, names)
+        with _staged(directory, names, card) as folder:
+            info = interruptibly(lambda: _upload(folder, names, stale, there, destination))
     return Push(
         repo=destination.repo,
         url=_url(destination, info),
         commit=info.oid,
         pull_request=info.pr_url,
-        changed=info.oid != before,
+        changed=info.oid != there.sha,
         files=len(names),
         nbytes=nbytes,
-        card_kept=kept,
+        card_kept=kept is not None,
         left_out=tuple(left_out),
+        removed=tuple(stale),
         reminders=reminders(metadata, card, destination.repo, names),
     )
 
@@ -169,6 +198,14 @@ def _check_complete(directory: Path) -> None:
         )
 
 
+def _role(user: dict[str, Any]) -> str | None:
+    """Return what the token may do, as far as the Hub says."""
+    auth = user.get("auth")
+    token = auth.get("accessToken") if isinstance(auth, dict) else None
+    role = token.get("role") if isinstance(token, dict) else None
+    return role if isinstance(role, str) else None
+
+
 def _read_card(path: Path) -> tuple[dict[str, object], str]:
     """Return a card's metadata and its whole text."""
     from huggingface_hub import ModelCard
@@ -183,10 +220,21 @@ def _read_card(path: Path) -> tuple[dict[str, object], str]:
         raise UpcycleError(f"{path} is not a valid model card: {error}") from error
 
 
-def _prepare(destination: Destination, card: str) -> bool:
-    """Make the repo and the branch; return whether the card that is there must be kept."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _metadata(card: str) -> dict[str, object]:
+    """Return the metadata of a card that somebody else has written; nothing if it has none."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        metadata: dict[str, object] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError):
+        return {}
+    return metadata
+
+
+def _prepare(destination: Destination) -> ModelInfo:
+    """Make the repo and the branch; return what is there."""
+    from huggingface_hub import HfApi
 
     api, repo, revision = HfApi(), destination.repo, destination.revision
     # None leaves it to the organization's own settings.
@@ -194,46 +242,110 @@ def _prepare(destination: Destination, card: str) -> bool:
     patiently(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
         patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    if destination.replace_card:
-        return False
-    try:
-        there = patiently(lambda: Path(hf_hub_download(repo, CARD_NAME, revision=revision)))
-    except EntryNotFoundError:
-        return False
-    text = there.read_text(encoding="utf-8")
-    return is_edited(text) and text.strip() != card.strip()
+    return patiently(lambda: api.model_info(repo, revision=revision))
 
 
-def _upload(directory: Path, names: list[str], destination: Destination) -> tuple[str, CommitInfo]:
-    """Upload files; return the commit before, and what huggingface_hub says of the last one."""
-    from huggingface_hub import HfApi
+def _names(there: ModelInfo) -> list[str]:
+    return [file.rfilename for file in there.siblings or ()]
 
-    api, revision = HfApi(), destination.revision
-    before = patiently(lambda: api.model_info(destination.repo, revision=revision)).sha
-    assert before is not None
+
+def _edited_card(there: ModelInfo, card: str, destination: Destination) -> str | None:
+    """Return the repo's card when it has to stay: somebody has written or changed it."""
+    if CARD_NAME not in _names(there):
+        return None
+    text = _download(there, CARD_NAME, destination).decode(errors="replace")
+    return text if is_edited(text) and text.strip() != card.strip() else None
+
+
+def _download(there: ModelInfo, name: str, destination: Destination) -> bytes:
+    from huggingface_hub import hf_hub_download
+
+    # By its commit, so that a cache that knew an older one is of no account.
+    return patiently(
+        lambda: Path(hf_hub_download(destination.repo, name, revision=there.sha)).read_bytes()
+    )
+
+
+def _stale(there: ModelInfo, names: Sequence[str]) -> list[str]:
+    """Return the weight files in the repo that are not of this model."""
+    return sorted(
+        name
+        for name in _names(there)
+        if name not in names
+        and "/" not in name
+        and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+    )
+
+
+@contextmanager
+def _staged(directory: Path, names: Sequence[str], card: str) -> Iterator[Path]:
+    """Yield a directory of links to these files, with the card as it is to be on the Hub."""
+    with tempfile.TemporaryDirectory(prefix="upcycle-push-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch) / directory.resolve().name
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name == CARD_NAME:
+                path.write_text(card, encoding="utf-8")
+            else:
+                path.symlink_to((directory / name).resolve())
+        yield folder
+
+
+def _upload(
+    folder: Path,
+    names: list[str],
+    stale: list[str],
+    there: ModelInfo,
+    destination: Destination,
+) -> CommitInfo:
+    """Upload files and remove stale ones; return what huggingface_hub says of the last commit."""
     if len(names) <= _MOST_FILES:
-        return before, _upload_together(api, directory, names, destination)
+        return _upload_together(folder, names, stale, destination)
+    if not _is_same_model(folder, there, destination):
+        # Between the two commits it is no model at all, which is better than two halves.
+        stale = [*stale, *(name for name in _LAST if name in _names(there) and name not in stale)]
     early = [name for name in names if name not in _LAST]
-    first = _upload_together(api, directory, early, destination)
-    if first.pr_revision is not None:
-        destination = replace(destination, create_pr=False, revision=first.pr_revision)
     late = [name for name in names if name in _LAST]
-    last = _upload_together(api, directory, late, destination)
+    first = _upload_together(folder, early, stale, destination)
+    if first.pr_revision is None:
+        return _upload_together(folder, late, [], destination)
+    in_pr = replace(destination, create_pr=False, revision=first.pr_revision)
+    try:
+        with explained(destination.repo, first.pr_revision):
+            last = _upload_together(folder, late, [], in_pr)
+    except UpcycleError as error:
+        raise UpcycleError(
+            f"the pull request {first.pr_url} is open, but not complete: {error.message}",
+            f"{error.hint or ''}\nGo on with --revision {first.pr_revision} in place of "
+            "--create-pr.".strip(),
+        ) from error
     last.pr_url = last.pr_url or first.pr_url
-    return before, last
+    return last
+
+
+def _is_same_model(folder: Path, there: ModelInfo, destination: Destination) -> bool:
+    if RECORD_NAME not in _names(there):
+        return False
+    return _download(there, RECORD_NAME, destination) == (folder / RECORD_NAME).read_bytes()
 
 
 def _upload_together(
-    api: HfApi, directory: Path, names: list[str], destination: Destination
+    folder: Path, names: Sequence[str], stale: Sequence[str], destination: Destination
 ) -> CommitInfo:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+
     def upload() -> CommitInfo:
         return api.upload_folder(
             repo_id=destination.repo,
-            folder_path=directory,
-            commit_message=destination.message or f"Upload {directory.resolve().name}",
+            folder_path=folder,
+            commit_message=destination.message or f"Upload {folder.name}",
             revision=destination.revision,
             create_pr=destination.create_pr,
             allow_patterns=[escape(name) for name in names],
+            delete_patterns=[escape(name) for name in stale] or None,
         )
 
     try:
@@ -250,17 +362,14 @@ def _upload_together(
         # When one thread's connection breaks, the others are told only that the client is closed:
         # whether the Hub is there says why.
         patiently(api.whoami)
-        words = without_token(" ".join(str(error).split())[:300])  # of Xet's own transfer
         raise UpcycleError(
-            f"uploading to {destination.repo} failed: {words}",
+            f"uploading to {destination.repo} failed: {words_of(error)}.",
             "Nothing was published. The same command goes on from what was uploaded.",
         ) from error
 
 
 def _url(destination: Destination, info: CommitInfo) -> str:
-    from huggingface_hub import constants
-
-    url = f"{constants.ENDPOINT}/{destination.repo}"
+    url = f"{endpoint()}/{destination.repo}"
     if info.pr_url is not None:
         return info.pr_url
     return url if destination.revision is None else f"{url}/tree/{destination.revision}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from upcycle_cli.errors import UpcycleError
 
@@ -43,6 +47,36 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 
 
+def interruptibly(run: Callable[[], _T]) -> _T:
+    """Run something that waits for threads of its own, and stop waiting when a signal comes.
+
+    Returns or raises what `run` does. What it has begun goes on until the process ends.
+    """
+    done: list[_T] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            done.append(run())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="upcycle-hub", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # without an end, it would not let a signal's handler run
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _invalid_url() -> type[Exception]:
+    """Return what huggingface_hub's HTTP client raises for a proxy or endpoint that is no URL."""
+    client = import_module(transport_errors()[0].__module__.partition(".")[0])
+    found: type[Exception] = client.InvalidURL
+    return found
+
+
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn what huggingface_hub raises into an UpcycleError that says what to do."""
@@ -52,6 +86,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        OIDCError,
     )
 
     try:
@@ -61,11 +96,20 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
             raise not_in_cache(repo, revision) from error
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refusal(repo, revision, error.__cause__) from error
         raise _unreachable(error.__cause__ or error) from error
     except HfHubHTTPError as error:
         raise _refusal(repo, revision, error) from error
     except transport_errors() as error:
         raise _unreachable(error) from error
+    except (OSError, RuntimeError, ValueError, ImportError, OIDCError, _invalid_url()) as error:
+        # A cache that cannot be written, Xet's own transfer, a setting that makes no sense.
+        raise UpcycleError(
+            f"what {repo} needs of the Hub failed: {words_of(error)}.",
+            f"Check the cache ({constants.HF_HUB_CACHE}), HF_TOKEN, HF_ENDPOINT, proxies and "
+            "SSL_CERT_FILE, and run the command again; files that are complete are kept.",
+        ) from error
 
 
 def not_in_cache(repo: str, revision: str | None) -> UpcycleError:
@@ -82,7 +126,7 @@ def not_in_cache(repo: str, revision: str | None) -> UpcycleError:
 
 def _refusal(repo: str, revision: str | None, error: Exception) -> UpcycleError:
     """Say what the Hub refused, and what to do about it."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -99,7 +143,7 @@ def _refusal(repo: str, revision: str | None, error: Exception) -> UpcycleError:
         return UpcycleError(
             f"access to {repo} is restricted, and "
             f"{'your account has none' if known else 'you are not signed in'}.",
-            f"Ask for it at {constants.ENDPOINT}/{repo}, then run the command again.{hint}",
+            f"Ask for it at {endpoint()}/{repo}, then run the command again.{hint}",
         )
     if isinstance(error, RepositoryNotFoundError):
         hint = "Your token may lack access to it." if known else sign_in
@@ -135,27 +179,51 @@ def _refusal_by_status(repo: str, status: int, words: str) -> UpcycleError:
 
 
 def _unreachable(error: BaseException) -> UpcycleError:
-    from huggingface_hub import constants
-
-    words = without_token(" ".join(str(error).split())[:300]) or type(error).__name__
     return UpcycleError(
-        f"cannot reach the Hub at {constants.ENDPOINT}: {words}.",
+        f"cannot reach the Hub at {endpoint()}: {words_of(error)}.",
         "Check the connection (HF_ENDPOINT, proxies) and run the command again; what was "
         "transferred is kept.",
     )
 
 
-def without_token(text: str) -> str:
-    """Return a text from elsewhere with the user's token blotted out, should it be in there."""
-    from huggingface_hub import get_token
+def endpoint() -> str:
+    """Return the Hub's address, without a name and password that may stand in it."""
+    from huggingface_hub import constants
 
+    parts = urlsplit(constants.ENDPOINT)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def words_of(error: BaseException) -> str:
+    """Return what an error from elsewhere says, in one line, without a secret in it."""
+    words = " ".join(without_token(str(error)).split())[:300].rstrip(".")
+    return words or type(error).__name__
+
+
+def without_token(text: str) -> str:
+    """Return a text from elsewhere with what must stay secret blotted out."""
+    from huggingface_hub import constants, get_token
+
+    text = re.sub(r"(Bearer\s+)[^'\"]+", r"\1hf_…", text)
+    text = text.replace(constants.ENDPOINT, endpoint())
     token = get_token()
-    return text.replace(token, "hf_…") if token else text
+    if not token:
+        return text
+    # An error can quote it as Python would.
+    return text.replace(token, "hf_…").replace(repr(token)[1:-1], "hf_…")
 
 
 def be_quiet(*, bars: bool) -> None:
-    """Keep huggingface_hub's warnings off the screen, and its progress bars unless `bars`."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    """Keep huggingface_hub's warnings off the screen, and its progress bars unless `bars`.
+
+    Raises UpcycleError when it cannot be imported.
+    """
+    try:
+        from huggingface_hub.utils import disable_progress_bars, logging
+    except ValueError as error:
+        raise UpcycleError(
+            f"huggingface_hub does not start: {error}.", "Check the HF_… variables."
+        ) from error
 
     # What it warns of is that it tries again; what it gives up on is raised.
     logging.set_verbosity_error()

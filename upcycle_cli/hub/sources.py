@@ -30,7 +30,7 @@ from upcycle_cli.checkpoint import (
     open_storage,
 )
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.hub.requests import explained, not_in_cache, patiently
+from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, patiently
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16
@@ -49,10 +49,19 @@ def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
 
     `revision` is a branch, a tag or a commit of the repo. Raises UpcycleError.
     """
+    refuse_empty(revision)
     if is_repo_id(source):
         return open_storage(_find(str(source), revision))
     _refuse_revision(source, revision)
     return open_checkpoint(Path(source))
+
+
+def refuse_empty(revision: str | None) -> None:
+    """Raise UpcycleError for a revision that is there and empty: a variable that is not set."""
+    if revision is not None and not revision.strip():
+        raise UpcycleError(
+            "the revision is empty.", "Leave it out, or name a branch, a tag or a commit."
+        )
 
 
 def find_model(source: Path | str, revision: str | None = None) -> Storage:
@@ -60,6 +69,7 @@ def find_model(source: Path | str, revision: str | None = None) -> Storage:
 
     Raises UpcycleError.
     """
+    refuse_empty(revision)
     if is_repo_id(source):
         return _find(str(source), revision)
     _refuse_revision(source, revision)
@@ -130,9 +140,13 @@ class RepoStorage:
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Ask for all headers side by side: there can be hundreds."""
-        with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
-            wanted = [name for name in shards if name in self.sizes]
-            self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
+        wanted = [name for name in shards if name in self.sizes]
+
+        def ask() -> None:
+            with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
+                self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
+
+        interruptibly(ask)
 
     def stamp(self, name: str) -> FileStamp:
         """Return the size of a file; a commit's files do not change."""
@@ -158,16 +172,18 @@ class RepoStorage:
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:
-        """Download files into the cache, as far as they are not there; resumes what was cut off."""
+        """Download files into the cache, as far as they are not there."""
         from huggingface_hub import snapshot_download
 
         if not self.missing(names):
             return
         with explained(self.repo, self.commit):
-            snapshot_download(
-                self.repo,
-                revision=self.commit,
-                allow_patterns=[escape(name) for name in names],
+            interruptibly(
+                lambda: snapshot_download(
+                    self.repo,
+                    revision=self.commit,
+                    allow_patterns=[escape(name) for name in names],
+                )
             )
         missing = self.missing(names)
         if missing:
@@ -224,27 +240,43 @@ class RepoStorage:
 def _find(repo: str, revision: str | None) -> RepoStorage:
     """Look a repo up: its commit and its files, from the Hub or, offline, from the cache."""
     from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     with explained(repo, revision):
-        try:
-            # Also makes the cache remember which commit the revision was, for when it is offline.
-            path = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)).parent
-        except RemoteEntryNotFoundError as error:
-            raise UpcycleError(
-                f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
-            ) from error
-        commit = path.name
         if constants.HF_HUB_OFFLINE:
+            path = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)).parent
+            commit = path.name
             files = (file for file in path.rglob("*") if file.is_file())
             sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
         else:
-            info = patiently(lambda: HfApi().model_info(repo, revision=commit, files_metadata=True))
+            info = patiently(
+                lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
+            )
+            assert info.sha is not None
+            commit = info.sha
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            path = _config_path(repo, revision, commit).parent
     storage = RepoStorage(repo, commit, path, sizes)
     if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
         raise not_in_cache(repo, revision)
     return storage
+
+
+def _config_path(repo: str, revision: str | None, commit: str) -> Path:
+    """Return where the config.json of a commit is in the cache, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        # Asked for by the revision, the cache remembers what that was, for when it is offline.
+        path = patiently(lambda: Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)))
+        if path.parent.name == commit:
+            return path
+        # The Hub did not answer this time, and the cache knew an older commit; or it has moved.
+        return patiently(lambda: Path(hf_hub_download(repo, CONFIG_NAME, revision=commit)))
+    except RemoteEntryNotFoundError as error:
+        raise UpcycleError(
+            f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
+        ) from error
 
 
 def _refuse_revision(source: Path | str, revision: str | None) -> None:

@@ -59,8 +59,6 @@ def verify(
         _check_dense(places[0].path)
         paths = bring_model(places[0]), bring_model(places[1])
         return _verify(*paths, selected, prompts, on_start or (lambda _: None))
-    except BrokenPipeError:  # of `on_start`
-        raise
     except OSError as error:
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
