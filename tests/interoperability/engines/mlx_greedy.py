@@ -1,0 +1,27 @@
+"""Greedy text by MLX: MODEL as argument, {"prompts", "tokens"} on stdin."""
+
+import json
+import sys
+from itertools import islice
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm import load
+from mlx_lm.generate import generate_step
+
+
+def main() -> None:
+    """Print the token ids of each continuation, as one line of JSON."""
+    job = json.load(sys.stdin)
+    model, tokenizer = load(sys.argv[1])
+    model.update(tree_map(lambda array: array.astype(mx.float32), model.parameters()))
+    texts = []
+    for prompt in job["prompts"]:
+        ids = mx.array(tokenizer.encode(prompt))
+        steps = generate_step(ids, model, max_tokens=job["tokens"])
+        texts.append([int(token) for token, _ in islice(steps, job["tokens"])])
+    print(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Greedy text by transformers: MODEL as argument, {"prompts", "tokens"} on stdin."""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+def main() -> None:
+    """Print the token ids of each continuation, as one line of JSON."""
+    path, job = sys.argv[1], json.load(sys.stdin)
+    # AutoTokenizer chooses by the model type, whatever the files say; these are no released models.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True
+    )
+    # A weight that is made up at random is no more than a warning to transformers.
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+        sys.exit(f"Error: {len(missing)} weights missing, {len(unexpected)} not used: "
+                 f"{(missing + unexpected)[0]}")  # fmt: skip
+    texts = []
+    for prompt in job["prompts"]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=job["tokens"],
+            min_new_tokens=job["tokens"],
+            do_sample=False,
+        )
+        texts.append(found[0, ids.shape[1] :].tolist())
+    print(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main()

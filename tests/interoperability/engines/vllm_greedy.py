@@ -1,0 +1,20 @@
+"""Greedy text by vLLM: MODEL as argument, {"prompts", "tokens"} on stdin."""
+
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    """Print the token ids of each continuation, as one line of JSON."""
+    job = json.load(sys.stdin)
+    model = LLM(sys.argv[1], dtype="float32", max_model_len=256, enforce_eager=True)
+    greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
+    found = model.generate(job["prompts"], greedy, use_tqdm=False)
+    print(json.dumps([list(request.outputs[0].token_ids) for request in found]))
+
+
+# vLLM starts processes that import this file once more.
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What other software makes of the output: environments, models, runs, and the table."""

@@ -1,0 +1,168 @@
+"""What is converted: a real llama, tiny models of the other types, and every way to write each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HEAD_DIM = 32  # vLLM refuses 16
+TINY: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+RANDOM: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {**TINY, "sliding_window": None},
+    "qwen2": TINY,
+    "qwen3": TINY,
+}
+"""By model type; the other one, llama, is SmolLM2-135M."""
+
+EXACT, PLAIN = "topk-softmax", "softmax-topk"
+ROUTINGS: Mapping[str, tuple[str, ...]] = {
+    "mixtral": (EXACT,),
+    "qwen2_moe": (EXACT, PLAIN),
+    "qwen3_moe": (EXACT, PLAIN),
+}
+PAIRS = (
+    ("llama", "mixtral"),
+    ("llama", "qwen2_moe"),
+    ("mistral", "mixtral"),
+    ("mistral", "qwen2_moe"),
+    ("qwen2", "qwen2_moe"),
+    ("qwen3", "qwen3_moe"),
+)
+RECIPES = ("E8G1T2", "E8G8T8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion: one row of the table."""
+
+    dense: str
+    target: str
+    recipe: str
+    routing: str
+    options: tuple[str, ...] = ()
+    control: bool = False
+    """Whether it is made to compute something else, so that all who run it must disagree."""
+
+    @property
+    def name(self) -> str:
+        """Identify it in the table."""
+        parts = [f"{self.dense} → {self.target}", self.recipe, self.routing, *self.options]
+        return ", ".join(parts)
+
+
+def native_routing(case: Case) -> str:
+    """Return what the released models of the target use."""
+    return PLAIN if case.target == "qwen2_moe" else EXACT
+
+
+def cases() -> list[Case]:
+    """Return every native pair, both granularities and routings, and the special layouts."""
+    found = [
+        Case(dense, target, recipe, routing)
+        for dense, target in PAIRS
+        for routing in ROUTINGS[target]
+        for recipe in RECIPES
+    ]
+    untied = ("--untie-embeddings",)
+    found += [Case("llama", "mixtral", "E8G1T2", EXACT, untied)]
+    found += [Case("llama", "qwen2_moe", recipe, PLAIN, untied) for recipe in RECIPES]
+    fused = ("--expert-layout fused",)
+    single = (("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"))
+    found += [Case(dense, target, "E8G8T8", EXACT, fused) for dense, target in single]
+    unscaled = ("--scaling none",)
+    found += [
+        Case(dense, target, "E8G8T8", ROUTINGS[target][-1], unscaled, control=True)
+        for dense, target in single
+    ]
+    return found
+
+
+def quick_cases() -> list[Case]:
+    """Return what CI has the time for: whole and split experts, and one that must differ."""
+    return [
+        Case("llama", "mixtral", "E8G1T2", EXACT),
+        Case("qwen2", "qwen2_moe", "E8G8T8", EXACT),
+        Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
+        Case("qwen3", "qwen3_moe", "E8G8T8", EXACT, ("--scaling none",), control=True),
+    ]
+
+
+def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
+    """Return a dense checkpoint of this type, made when it is not there yet."""
+    path = directory / model_type
+    if not path.exists():
+        if model_type in RANDOM:
+            _save_random(path, model_type, smollm2)
+        else:
+            path.mkdir()
+            for file in smollm2.iterdir():
+                (path / file.name).symlink_to(file.resolve())
+        _write_for_all(path)
+    return path
+
+
+def _write_for_all(path: Path) -> None:
+    """Say what a released model says, and transformers 5 does not write for older readers."""
+    changes: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "config.json": {},
+    }
+    rope = json.loads((path / "config.json").read_text()).get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        changes["config.json"]["rope_theta"] = rope["rope_theta"]
+    for name, change in changes.items():
+        content = json.loads((path / name).read_text()) | change
+        (path / name).unlink()
+        (path / name).write_text(json.dumps(content, indent=2))
+
+
+def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dense = json.loads((smollm2 / "config.json").read_text())
+    tokens = {key: dense[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
+    config = AutoConfig.for_model(model_type, **RANDOM[model_type], **tokens)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        # Large enough for every part of the model to matter to the text.
+        scale, mean = (0.2, 1.0) if "norm" in name else (0.15, 0.0)
+        parameter.data = mean + scale * noise
+    model.save_pretrained(path)
+    for name in TOKENIZER_FILES:
+        if (smollm2 / name).is_file():
+            shutil.copy(smollm2 / name, path)
+
+
+def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
+    """Convert by the command line; returns what `--json` printed."""
+    options = [word for option in case.options for word in option.split()]
+    command = [
+        *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
+        *("--recipe", case.recipe, "--target", case.target, "--routing", case.routing),
+        *("--no-fsync", *options),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,84 @@
+"""What came out, what upcycle says of it, and the table of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from interop.models import Case
+from upcycle_cli.families.engines import Engine, Support
+
+Output = Sequence[Sequence[float]]
+"""Token ids of each continuation; or scores; or names of tensors that are wrong."""
+
+SAME, DIFFERS, FAILS, NOT_TRIED = "same", "differs", "fails", "–"
+SCORE_TOLERANCE = 1e-2
+"""softmax-topk promises the dense model's scores to about 1e-3."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one software made of one conversion."""
+
+    verdict: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """Return what the table says."""
+        return self.verdict
+
+
+def compare(found: Output, expected: Output) -> Cell:
+    """Return whether two outputs are the same, and where they part."""
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        for position, (a, b) in enumerate(zip(one, other, strict=False)):
+            if not _equal(a, b):
+                return Cell(DIFFERS, f"from item {position} of output {index}: {a} for {b}")
+        if len(one) != len(other):
+            return Cell(DIFFERS, f"{len(one)} items for {len(other)} in output {index}")
+    return Cell(SAME)
+
+
+def _equal(one: float, other: float) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=0, abs_tol=SCORE_TOLERANCE)
+    return one == other
+
+
+def contradiction(case: Case, software: str, cell: Cell, said: Sequence[Engine]) -> str | None:
+    """Return how what was found contradicts what upcycle says, or that a control went unnoticed."""
+    if cell.verdict == NOT_TRIED:
+        return None
+    where = f"{software}, {case.name}"
+    if case.control:
+        # One that cannot load it, or that is known to be wrong anyway, shows nothing.
+        return f"{where}: not told from the dense model" if cell.verdict == SAME else None
+    listed = {engine.name: engine.support for engine in said}
+    support = listed.get(software)
+    if support is None and software.startswith("transformers"):
+        support = listed.get("transformers")
+    if support is None:
+        return None
+    fits = {
+        Support.RUNS: cell.verdict == SAME,
+        Support.WRONG: cell.verdict == DIFFERS,
+    }.get(support, cell.verdict != SAME)
+    return None if fits else f"{where}: upcycle says '{support}', found: {cell}"
+
+
+def table(rows: Mapping[Case, Mapping[str, Cell]], software: Sequence[str]) -> str:
+    """Return the Markdown table, and below it why something failed or where it parted."""
+    lines = [
+        f"| conversion | {' | '.join(software)} |",
+        f"|---|{'---|' * len(software)}",
+    ]
+    details: dict[str, list[str]] = {}
+    for case, cells in rows.items():
+        found = [cells.get(name, Cell(NOT_TRIED)) for name in software]
+        lines.append(f"| {case.name} | {' | '.join(map(str, found))} |")
+        for name, cell in zip(software, found, strict=True):
+            if cell.verdict == FAILS:
+                details.setdefault(f"{name}: {cell.detail}", []).append(case.name)
+    reasons = [f"- {reason} ({'; '.join(names)})" for reason, names in details.items()]
+    return "\n".join([*lines, "", *reasons]).rstrip()

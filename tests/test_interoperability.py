@@ -1,0 +1,85 @@
+"""What the runs against other software conclude from what they found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "interoperability"))
+
+from interop.models import Case  # noqa: E402
+from interop.results import (  # noqa: E402
+    DIFFERS,
+    FAILS,
+    NOT_TRIED,
+    SAME,
+    Cell,
+    compare,
+    contradiction,
+    table,
+)
+
+from upcycle_cli.families.engines import Engine, Support  # noqa: E402
+
+CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
+CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",), control=True)
+
+
+def test_text_is_the_same_to_the_last_token() -> None:
+    assert compare([[1, 2], [3, 4]], [[1, 2], [3, 4]]) == Cell(SAME)
+    assert compare([[1, 2], [3, 5]], [[1, 2], [3, 4]]).detail == "from item 1 of output 1: 5 for 4"
+    assert compare([[1, 2], [3]], [[1, 2], [3, 4]]).verdict == DIFFERS
+
+
+def test_scores_may_differ_by_what_softmax_topk_promises() -> None:
+    assert compare([[0.5, -3.001]], [[0.5, -3.0]]).verdict == SAME
+    assert compare([[0.5, -3.1]], [[0.5, -3.0]]).verdict == DIFFERS
+
+
+@pytest.mark.parametrize(
+    ("support", "agreeing"),
+    [
+        (Support.RUNS, {SAME}),
+        (Support.WRONG, {DIFFERS}),
+        (Support.PER_EXPERT_ONLY, {DIFFERS, FAILS}),
+        (Support.UNTIED_ONLY, {DIFFERS, FAILS}),
+    ],
+)
+def test_what_is_found_is_held_against_what_is_said(support: Support, agreeing: set[str]) -> None:
+    said = [Engine("vLLM", support)]
+    for verdict in (SAME, DIFFERS, FAILS):
+        found = contradiction(CASE, "vLLM", Cell(verdict), said)
+        assert (found is None) == (verdict in agreeing)
+    assert contradiction(CASE, "vLLM", Cell(NOT_TRIED), said) is None
+    assert contradiction(CASE, "llama.cpp", Cell(FAILS), said) is None  # nothing is said of it
+
+
+def test_a_version_of_transformers_stands_for_transformers_unless_it_is_listed() -> None:
+    said = [Engine("transformers", Support.RUNS)]
+    assert contradiction(CASE, "transformers 4", Cell(FAILS), said)
+    said.append(Engine("transformers 4", Support.PER_EXPERT_ONLY))
+    assert contradiction(CASE, "transformers 4", Cell(FAILS), said) is None
+    assert contradiction(CASE, "transformers 5", Cell(FAILS), said)
+
+
+def test_a_run_that_cannot_tell_a_wrong_model_shows_nothing() -> None:
+    assert contradiction(CONTROL, "vLLM", Cell(SAME), [])
+    assert contradiction(CONTROL, "vLLM", Cell(DIFFERS), []) is None
+
+
+def test_the_table_gives_the_reasons_below() -> None:
+    rows = {
+        CASE: {"vLLM": Cell(FAILS, "KeyError: 'w1'"), "MLX": Cell(SAME)},
+        CONTROL: {"vLLM": Cell(FAILS, "KeyError: 'w1'")},
+    }
+    assert table(rows, ["vLLM", "MLX"]).splitlines() == [
+        "| conversion | vLLM | MLX |",
+        "|---|---|---|",
+        f"| {CASE.name} | fails | same |",
+        f"| {CONTROL.name} | fails | – |",
+        "",
+        f"- vLLM: KeyError: 'w1' ({CASE.name}; {CONTROL.name})",
+    ]
