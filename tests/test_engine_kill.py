@@ -369,7 +369,7 @@ def test_a_signal_stops_inside_a_part_and_says_how_to_go_on(
     assert process.returncode == code
     assert stdout == ""
     assert stderr.count("error:") == 1
-    assert len(stderr.splitlines()) == 1
+    assert len(stderr.splitlines()) == 2  # what happened, and what to do
     assert "same command" in stderr
     assert written_bytes(output) < 2 << 30
     assert not output.exists()
