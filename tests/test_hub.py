@@ -356,6 +356,16 @@ def test_a_cache_that_cannot_be_written(
         assert_says(result, f"what {REPO} needs of the Hub failed", "File too large", "hub)")
 
 
+def test_a_recipe_file_for_a_directory_of_the_cache_names_no_revision(
+    hub: Hub, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    commit = hub.store.upload(REPO, llama)
+    run("convert", REPO, "out", "-r", "E2G1T1")
+    snapshot = tmp_path / "home/hub/models--acme--tiny/snapshots" / commit
+    run("convert", snapshot, "x", "-r", "E2G1T1", "--dry-run", "--save-config", "u.toml")
+    run("convert", "--config", "u.toml", "--dry-run")
+
+
 def test_an_empty_revision(run: Run, llama: Path, moe: Path) -> None:
     for command in (
         ("inspect", REPO, "--revision", ""),
@@ -417,6 +427,14 @@ def files_in(directory: Path, repo: str = MOE) -> dict[str, bytes]:
         if path.is_file()
     }
     return found | {"README.md": for_repo(found["README.md"].decode(), repo).encode()}
+
+
+def put_card(hub: Hub, tmp_path: Path, card: bytes) -> None:
+    """Have the repo hold a card, and nothing else of this."""
+    page = tmp_path / "page"
+    page.mkdir(exist_ok=True)
+    (page / "README.md").write_bytes(card)
+    hub.store.upload(MOE, page)
 
 
 @pytest.mark.parametrize("multipart", [0, 16_384])
@@ -521,10 +539,7 @@ def test_files_of_others_are_left_out(hub: Hub, run: Run, moe: Path, tmp_path: P
 def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
     run("push", moe, MOE)
     edited = files_of(hub)["README.md"].replace(b"# ", b"# The great ", 1)
-    page = tmp_path / "page"
-    page.mkdir()
-    (page / "README.md").write_bytes(edited)
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, edited)
     directory = clone(moe, tmp_path / "moe")
     (directory / "LICENSE").write_text("Do as you must.\n")
     result = json.loads(run("push", directory, MOE, "--json").stdout)
@@ -540,10 +555,7 @@ def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -
 def test_an_edited_card_is_kept_when_the_hub_stumbles(
     hub: Hub, run: Run, moe: Path, tmp_path: Path, times: int
 ) -> None:
-    page = tmp_path / "page"
-    page.mkdir()
-    (page / "README.md").write_text("# By hand\n")
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, b"# By hand\n")
     hub.fail("HEAD", "README.md", 500, times=times)
     result = run("push", moe, MOE, expect=0 if times == 1 else 2)
     assert files_of(hub)["README.md"] == b"# By hand\n"
@@ -559,10 +571,7 @@ def test_an_edited_card_is_kept_when_the_hub_stumbles(
 def test_a_card_that_cannot_be_read_is_kept(
     hub: Hub, run: Run, moe: Path, tmp_path: Path, card: bytes
 ) -> None:
-    page = tmp_path / "page"
-    page.mkdir()
-    (page / "README.md").write_bytes(card)
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, card)
     assert json.loads(run("push", moe, MOE, "--json").stdout)["card_kept"]
     assert files_of(hub)["README.md"] == card
 
@@ -570,13 +579,9 @@ def test_a_card_that_cannot_be_read_is_kept(
 def test_reminders_are_of_the_card_that_is_kept(
     hub: Hub, run: Run, moe: Path, tmp_path: Path
 ) -> None:
-    page = tmp_path / "page"
-    page.mkdir()
-    (page / "README.md").write_text("---\nlicense: llama3.1\n---\n# By hand\n")
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, b"---\nlicense: llama3.1\n---\n# By hand\n")
     assert "Built with Llama" in " ".join(run("push", moe, MOE).stderr.split())
-    (page / "README.md").write_text("# Built with Llama, by hand\n")
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, b"# Built with Llama, by hand\n")
     assert "Built with Llama" not in " ".join(run("push", moe, MOE).stderr.split())
 
 
@@ -632,10 +637,7 @@ def test_what_is_not_weights_stays_in_the_repo(
 def test_a_card_that_is_only_metadata_is_replaced(
     hub: Hub, run: Run, moe: Path, tmp_path: Path
 ) -> None:
-    page = tmp_path / "page"
-    page.mkdir()
-    (page / "README.md").write_text("---\nlicense: mit\n---\n")
-    hub.store.upload(MOE, page)
+    put_card(hub, tmp_path, b"---\nlicense: mit\n---\n")
     run("push", moe, MOE)
     assert files_of(hub) == files_in(moe)
 

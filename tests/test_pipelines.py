@@ -273,6 +273,19 @@ def test_the_exit_code_is_the_same_when_nobody_reads(
     assert (tmp_path / "moe" / "upcycle.json").exists()
 
 
+def test_a_bug_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    program = (
+        "import sys; from upcycle_cli import cli, publish; publish.clean = None;"
+        "sys.argv = ['upcycle', 'clean', 'x']; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (70, "")
+    assert "TypeError" in done.stderr
+    assert "This is a bug in upcycle" in done.stderr
+
+
 def test_a_recipe_file_that_cannot_be_written(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
     place = tmp_path / "absent" / "u.toml"
     done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, "--save-config", place)
