@@ -627,11 +627,11 @@ def test_what_is_not_weights_stays_in_the_repo(
 ) -> None:
     page = tmp_path / "page"
     (page / "gguf").mkdir(parents=True)
-    for name in ("moe-Q8.gguf", "gguf/model.safetensors", "notes.md"):
+    for name in ("moe-Q8.gguf", "gguf/model.safetensors", "model-lora.safetensors"):
         (page / name).write_text("mine")
     hub.store.upload(MOE, page)
     assert json.loads(run("push", moe, MOE, "--json").stdout)["removed"] == []
-    assert {"moe-Q8.gguf", "gguf/model.safetensors", "notes.md"} <= set(files_of(hub))
+    assert {"moe-Q8.gguf", "gguf/model.safetensors", "model-lora.safetensors"} <= set(files_of(hub))
 
 
 def test_a_card_that_is_only_metadata_is_replaced(

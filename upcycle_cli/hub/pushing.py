@@ -37,7 +37,7 @@ _MOST_FILES = 20
 """huggingface_hub splits a commit of more files when the Hub refuses it as a whole."""
 _LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)
 """Without these, nothing takes a repo for a model."""
-_WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX_NAME)
+_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX_NAME)
 """What would be loaded instead of, or along with, the weights that are pushed."""
 
 
