@@ -861,8 +861,13 @@ def test_no_secret_in_what_a_library_quotes(hub: Hub, run: Run, moe: Path, llama
     assert "SECRETPART" not in odd.stderr
     hub.store.upload(REPO, llama)
     address = hub.url.replace("http://", "http://user:sEcr3t@")
-    for command in (("inspect", REPO), ("inspect", "acme/absent"), ("push", moe, MOE)):
-        for endpoint in (address, address.rsplit(":", 1)[0] + ":1"):
+    nobody = f"{address.rsplit(':', 1)[0]}:1"
+    for command, endpoints in (
+        (("inspect", REPO), (address, nobody)),
+        (("inspect", "acme/absent"), (address,)),
+        (("push", moe, MOE), (address,)),
+    ):
+        for endpoint in endpoints:
             result = subprocess.run(
                 [sys.executable, "-m", "upcycle_cli", *map(str, command)],
                 env=hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint},
