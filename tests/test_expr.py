@@ -24,12 +24,14 @@ from upcycle_cli.expr import (
     Slice,
     Source,
     Stack,
+    Stretch,
     TensorType,
     Zeros,
     describe,
     evaluate,
     leaves,
     sources,
+    stretch_of,
     type_of,
 )
 
@@ -61,6 +63,46 @@ def tensors() -> dict[str, torch.Tensor]:
         for source in (A, B, WIDE, VECTOR)
     }
     return made | {"norm": torch.linspace(0.5, 2, HIDDEN)}
+
+
+# Bytes of the dense model ------------------------------------------------------------------------
+
+CUBE = Source("cube", "BF16", (1, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("expr", "stretch"),
+    [
+        (A, Stretch("a", 0, 48)),
+        (VECTOR, Stretch("vector", 0, 12)),
+        (Slice(A, 0, 1, 3), Stretch("a", 12, 24)),
+        (Slice(Slice(A, 0, 1, 4), 0, 1, 2), Stretch("a", 24, 12)),
+        (Slice(Slice(A, 0, 2, 3), 1, 1, 5), Stretch("a", 26, 8)),
+        (Slice(CUBE, 1, 1, 2), Stretch("cube", 12, 12)),
+        (Slice(A, 0, 4, 4), Stretch("a", 48, 0)),
+        (Slice(Slice(A, 0, 2, 2), 0, 0, 0), Stretch("a", 24, 0)),
+        (Slice(VECTOR, 0, 2, 5), Stretch("vector", 4, 6)),
+        (Slice(A, 1, 0, 3), None),
+        (Slice(CUBE, 2, 0, 3), None),
+        (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
+        (Cast(A, "F32"), None),
+        (Scale(A, 2.0), None),
+        (Repeat(A, 1), None),
+        (Concat((A, B)), None),
+        (Stack((A,)), None),
+        (Zeros("F32", (2,)), None),
+        (normal(), None),
+    ],
+)
+def test_stretches(expr: Expr, stretch: Stretch | None) -> None:
+    assert stretch_of(expr) == stretch
+    if stretch is not None:
+        source = {item.name: item for item in (A, VECTOR, CUBE)}[stretch.name]
+        generator = torch.Generator().manual_seed(0)
+        tensor = random_bits(source.shape, TORCH[source.dtype], generator)
+        value = evaluate(expr, lambda _: tensor)
+        stored = raw_bytes(tensor)[stretch.start : stretch.start + stretch.nbytes]
+        assert bytes(raw_bytes(value)) == bytes(stored)
 
 
 # Types -------------------------------------------------------------------------------------------

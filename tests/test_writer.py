@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from safetensors import safe_open
 from shapes import TORCH, make_recipe, same_bits, tensor_shapes, tiny_config, write_model
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint, writer
-from upcycle_cli.expr import Expr, evaluate, leaves
+from upcycle_cli.expr import Expr, evaluate, leaves, stretch_of
 from upcycle_cli.families import PAIRS
 from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.outputs import Role
@@ -277,10 +280,70 @@ def test_copies_are_computed_once(
     write(plan, output)
     assert len(watch.evaluated) == len(set(watch.evaluated))
     parts = {leaf for tensor in plan.tensors for leaf in leaves(tensor.expr)}
-    assert set(watch.evaluated) == parts
-    # Copied tensors, one router per layer, and each of three matrices in three shards.
-    copied = len(tensor_shapes(plan.source.config)) - 2 * 3
-    assert len(parts) == copied + 2 * (1 + 3 * 3)
+    copied = {part for part in parts if stretch_of(part)}
+    assert set(watch.evaluated) == parts - copied
+    # One router per layer, and each of three matrices in three shards: scaled or not, by columns
+    # or by rows.
+    assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
+
+
+def test_what_is_only_copied_is_not_touched_by_arithmetic(
+    make: Make, output: Path, watch: Watch
+) -> None:
+    plan = make("E4G1T2")
+    write(plan, output)
+    routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
+    assert watch.evaluated == [tensor.expr for tensor in routers]
+
+
+def test_a_source_that_is_cut_off_meanwhile_is_noticed(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2", vocab_size=3 * mmap.PAGESIZE)
+    source = plan.source.path / "model.safetensors"
+    real = os.pwrite
+
+    def cut(*arguments: Any) -> int:  # noqa: ANN401
+        if source.stat().st_size > mmap.PAGESIZE:
+            os.truncate(source, mmap.PAGESIZE)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", cut)
+    with pytest.raises(UpcycleError, match=r"model\.safetensors changed while it was being read"):
+        write(plan, output)
+
+
+# Converts as the command line does, but torch cannot be imported before something was copied.
+COPYING_FIRST = """
+import importlib.abc, os, sys, threading
+copied = threading.Event()
+real, calls = os.pwrite, 0
+def pwrite(*arguments):
+    global calls
+    calls += 1
+    if calls > 1:  # the first is the header
+        copied.set()
+    return real(*arguments)
+os.pwrite = pwrite
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch" and not copied.wait(60):
+            os._exit(99)
+sys.meta_path.insert(0, Finder())
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+def test_copying_does_not_wait_for_torch(make: Make, output: Path) -> None:
+    command = [sys.executable, "-c", COPYING_FIRST, "convert", str(make().source.path)]
+    done = subprocess.run(
+        [*command, str(output / "new"), "--recipe", "E2G1T2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_head_that_is_the_embedding_is_computed_once(

@@ -292,30 +292,41 @@ class Reader:
         """Let go of the maps."""
         self._maps.clear()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor backed by the file: nothing is read until its pages are.
+    def check_unchanged(self) -> None:
+        """Raise UpcycleError when a file is not the one that was opened."""
+        self._checkpoint.check_unchanged()
 
-        It must not be written to, nor used after the reader is closed. Raises UpcycleError for a
+    def mapped(self, name: str) -> memoryview:
+        """Return a tensor's bytes, backed by the file: nothing is read until its pages are.
+
+        They must not be written to, nor used after the reader is closed. Raises UpcycleError for a
         dtype that no model is trained in.
         """
+        entry = self._entry(name)
+        return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return `mapped` as a tensor."""
         import torch
 
+        entry = self._entry(name)
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        if entry.num_elements == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        data: memoryview | bytearray = self.mapped(name)
+        if entry.offset % ITEM_BYTES[entry.dtype]:
+            # The format does not promise alignment, and torch needs it.
+            data = bytearray(data)
+        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+
+    def _entry(self, name: str) -> TensorEntry:
         entry = self._checkpoint.tensors[name]
         if entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
                 f"{self._checkpoint.path}: {name} is stored as {entry.dtype}.",
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
             )
-        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        if entry.num_elements == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        mapped = self._map(entry.shard)
-        if entry.offset % ITEM_BYTES[entry.dtype]:
-            # The format does not promise alignment, and torch needs it.
-            data = bytearray(mapped[entry.offset : entry.offset + entry.nbytes])
-            return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
-        flat = torch.frombuffer(mapped, dtype=dtype, count=entry.num_elements, offset=entry.offset)
-        return flat.reshape(entry.shape)
+        return entry
 
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:

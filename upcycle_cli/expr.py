@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
-from upcycle_cli.checkpoint import TORCH_DTYPES
+from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError
 
 if TYPE_CHECKING:
@@ -113,6 +113,15 @@ class TensorType:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive bytes of a dense tensor, from `start` on."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
 class OverflowInCastError(ArithmeticError):
     """A finite value became infinite in the output dtype."""
 
@@ -150,6 +159,27 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911 - one case per kin
             return TensorType(inner.dtype, (inner.shape[0] * times, *inner.shape[1:]))
         case _:
             assert_never(expr)
+
+
+def num_bytes(expr: Expr) -> int:
+    """Return the size of an expression's value in bytes."""
+    kind = type_of(expr)
+    return ITEM_BYTES[kind.dtype] * math.prod(kind.shape)
+
+
+def stretch_of(expr: Expr) -> Stretch | None:
+    """Return the bytes of the dense model that an expression is, None where it must be computed."""
+    match expr:
+        case Source(name):
+            return Stretch(name, 0, num_bytes(expr))
+        case Slice(of, dim, start):
+            whole, kind = stretch_of(of), type_of(of)
+            if whole is None or math.prod(kind.shape[:dim]) != 1:
+                return None
+            entry_bytes = ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
+            return Stretch(whole.name, whole.start + start * entry_bytes, num_bytes(expr))
+        case _:
+            return None
 
 
 def leaves(expr: Expr) -> Iterator[Expr]:

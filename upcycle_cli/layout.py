@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from upcycle_cli.checkpoint import ITEM_BYTES
-from upcycle_cli.expr import Expr, TensorType, leaves, type_of
+from upcycle_cli.expr import Expr, leaves, num_bytes
 from upcycle_cli.outputs import OutputTensor
 from upcycle_cli.plan import Shard
 from upcycle_cli.reflink import BLOCK_BYTES
@@ -48,7 +47,7 @@ def lay_out(shard: Shard) -> Layout:
     for tensor in tensors:
         for leaf in leaves(tensor.expr):
             if leaf not in first:
-                first[leaf], offsets[leaf], sizes[leaf] = tensor, [], _nbytes(type_of(leaf))
+                first[leaf], offsets[leaf], sizes[leaf] = tensor, [], num_bytes(leaf)
             offsets[leaf].append(position)
             position += sizes[leaf]
     parts = tuple(
@@ -63,7 +62,7 @@ def unique_bytes(shards: Iterable[Shard]) -> int:
     unshared = 0
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         for leaf in leaves(tensor.expr):
-            nbytes = _nbytes(type_of(leaf))
+            nbytes = num_bytes(leaf)
             if tensor.nbytes % BLOCK_BYTES == 0 and nbytes % BLOCK_BYTES == 0:
                 shared[leaf] = nbytes
             else:
@@ -85,10 +84,3 @@ def _header(tensors: list[OutputTensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % BLOCK_BYTES)
     return len(text).to_bytes(8, "little") + text
-
-
-def _nbytes(kind: TensorType) -> int:
-    size = ITEM_BYTES[kind.dtype]
-    for length in kind.shape:
-        size *= length
-    return size

@@ -6,6 +6,7 @@ or a resource that failed, 70 a bug in upcycle, 130 SIGINT, 143 SIGTERM.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -42,17 +43,24 @@ def prepare() -> None:
 
 
 def finish() -> None:
-    """The command is over: a signal that comes while Python shuts down has nothing to stop.
+    """End the process: the command is over, and a signal that comes now has nothing to stop.
 
-    After one that came before, threads that still transfer something are not waited for.
+    Python would take torch apart for half a second first, and wait for threads that still transfer
+    something after a signal.
     """
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     ending = sys.exc_info()[1]
-    if _received and isinstance(ending, SystemExit) and isinstance(ending.code, int):
+    if not isinstance(ending, SystemExit) or not isinstance(ending.code, int):
+        return
+    if not _received:
+        atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ending.code)
+    except (OSError, ValueError):
+        return  # Python has its own exit code for output that is lost
+    os._exit(ending.code)
 
 
 class _TerminatedError(KeyboardInterrupt):

@@ -1,20 +1,24 @@
 """Executes a plan: writes its shards and its index into a directory.
 
-Each unique part of a file is computed once and written at its first place; its other places share
-the extents of the first where the file system can (`FICLONERANGE`), and are written where it
-cannot. A few threads do this side by side, so that reading, arithmetic and writing overlap; each
-holds one part at a time. A file is written under a temporary name, made durable, and renamed, so a
-file that has its name is complete. Nothing is decided here.
+Each unique part of a file is written at its first place; its other places share the extents of the
+first where the file system can (`FICLONERANGE`), and are written where it cannot. Bytes that are
+the dense model's go from its pages to the file; everything else is computed, once. A few threads do
+this side by side, so that reading, arithmetic and writing overlap; each holds one part at a time. A
+file is written under a temporary name, made durable, and renamed, so a file that has its name is
+complete. Nothing is decided here.
 """
 
 from __future__ import annotations
 
+import errno
+import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import INDEX_NAME, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import Expr, OverflowInCastError, evaluate
+from upcycle_cli.expr import Expr, OverflowInCastError, evaluate, stretch_of
 from upcycle_cli.layout import Layout, Part, lay_out
 from upcycle_cli.outputs import OutputTensor, Role
 from upcycle_cli.plan import Plan, Shard
@@ -33,10 +37,10 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".writing"
-# Larger pieces were several times slower on a virtual machine, for a cause unknown:
-# docs/decisions.md.
-_WRITE_BYTES = 1 << 20
+# Larger pieces are slower on a virtual machine that gives free memory back: docs/decisions.md.
+_WRITE_BYTES = 1 << 22
 _FLUSH_SECONDS = 0.1
+_SWITCH_SECONDS = 5e-5
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just found their place."""
@@ -106,7 +110,7 @@ def write_weights(
     """
     written = Written()
     copies = _Copies(enabled=options.reflink and can_share(workspace.path))
-    with plan.source.reader() as reader, _single_threaded_torch():
+    with plan.source.reader() as reader:
         for shard in shards:
             task = _Task(lay_out(shard), reader, copies, progress)
             noted = workspace.reusable(shard.name, task.layout.nbytes)
@@ -144,15 +148,30 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def _single_threaded_torch() -> Iterator[None]:
+    with _hurried_import():
+        import torch
     # The parts run side by side already; threads inside each would only get in each other's way.
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _hurried_import() -> Iterator[None]:
+    """Import something large while other threads copy."""
+    # They want the interpreter for a moment after every piece; and an import leaves no garbage.
+    interval, collects = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        if collects:
+            gc.enable()
 
 
 @dataclass
@@ -181,18 +200,23 @@ class _Task:
                 if options.fsync:
                     os.fsync(file.fileno())
         except OSError as error:
+            if error.errno == errno.EFAULT:
+                self.reader.check_unchanged()  # its pages are gone where it was cut off
             # Writing through a descriptor does not say to which file.
             raise OSError(error.errno, error.strerror, str(path)) from error
         temporary.rename(path)
 
     def _write_parts(self, descriptor: int, num_threads: int) -> None:
+        copied = [part for part in self.layout.parts if stretch_of(part.expr)]
+        computed = [part for part in self.layout.parts if not stretch_of(part.expr)]
         with ThreadPoolExecutor(num_threads, "upcycle-writer") as pool:
             try:
-                jobs = [
-                    pool.submit(self._write_part, part, descriptor) for part in self.layout.parts
-                ]
-                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                    job.result()
+                jobs = [pool.submit(self._write_part, part, descriptor) for part in copied]
+                # Importing torch takes as long as copying gigabytes, so that goes on meanwhile.
+                with _single_threaded_torch() if computed else nullcontext():
+                    jobs += [pool.submit(self._write_part, part, descriptor) for part in computed]
+                    for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                        job.result()
             finally:
                 # After a failure or a signal nobody waits for the rest of a large part.
                 self.stopping.set()
@@ -210,11 +234,16 @@ class _Task:
                 if origin is not None and self._share(origin, descriptor, offset, part.nbytes):
                     continue
                 data = self._data(part) if data is None else data
-                _write_at(descriptor, data, offset, self._advance, self.turn)
+                with self.turn:
+                    _write_at(descriptor, data, offset, self._advance)
                 origin = origin or (descriptor, offset)
 
     def _data(self, part: Part) -> memoryview:
-        return raw_bytes(_compute(part.expr, part.tensor, self.reader))
+        stretch = stretch_of(part.expr)
+        if stretch is None:
+            return raw_bytes(_compute(part.expr, part.tensor, self.reader))
+        end = stretch.start + stretch.nbytes
+        return self.reader.mapped(stretch.name)[stretch.start : end]
 
     @contextmanager
     def _earlier(self, part: Part) -> Iterator[tuple[int, int] | None]:
@@ -277,13 +306,11 @@ def _write_at(
     data: memoryview,
     offset: int,
     progress: Progress | None = None,
-    turn: AbstractContextManager[object] | None = None,
 ) -> None:
     done = 0
     while done < len(data):
-        with turn or nullcontext():
-            # A signal or a limit can cut a write short.
-            written = os.pwrite(descriptor, data[done : done + _WRITE_BYTES], offset + done)
+        # A signal or a limit can cut a write short.
+        written = os.pwrite(descriptor, data[done : done + _WRITE_BYTES], offset + done)
         done += written
         if progress is not None:
             progress(written)
