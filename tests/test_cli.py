@@ -62,13 +62,13 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What it costs to ask -----------------------------------------------------------------------------
 
 HEAVY = """
-import sys
+import atexit, sys
 from upcycle_cli.__main__ import main
-try:
-    main()
-finally:
+@atexit.register
+def tell():
     heavy = {"torch", "transformers", "numpy", "safetensors"} & set(sys.modules)
     print("IMPORTED", sorted(heavy), file=sys.stderr)
+main()
 """
 
 
