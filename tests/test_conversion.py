@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli.card import for_repo
 from upcycle_cli.conversion import execute
+from upcycle_cli.families.engines import Support
 from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.publish import MARKER
 from upcycle_cli.recipe import Routing
@@ -199,6 +202,24 @@ def test_the_model_card_is_one_that_the_hub_accepts(llama: Path, tmp_path: Path)
     assert {"moe", "mixtral"} <= set(data["tags"])
     assert "E2G2T2" in card.text
     assert str(tmp_path) not in card.content
+
+
+def test_the_model_card_says_how_to_serve_it_with_what_runs_it(llama: Path, tmp_path: Path) -> None:
+    vllm, llama_cpp = "vllm serve my-org/dense-E2G2T2", "convert_hf_to_gguf.py model"
+    expected = {
+        ("mixtral", Routing.TOPK_SOFTMAX): (True, True),
+        ("qwen2_moe", Routing.TOPK_SOFTMAX): (True, False),  # llama.cpp does not renormalise
+    }
+    for number, ((target, routing), runs) in enumerate(expected.items()):
+        recipe = replace(RECIPE, routing=routing)
+        done = convert(llama, tmp_path / str(number), recipe, target=target)
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert (f"```sh\n{vllm}\n```" in card, llama_cpp in card) == runs
+        listed = {engine.name for engine in done.plan.engines if engine.support is Support.RUNS}
+        assert ("vLLM" in listed, "llama.cpp" in listed) == runs
+    served = for_repo((tmp_path / "0" / "README.md").read_text(), "me/moe")
+    assert "\nvllm serve me/moe\n" in served
+    assert "\nhf download me/moe --local-dir model\n" in served
 
 
 @pytest.mark.parametrize(

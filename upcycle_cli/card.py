@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.advice import no_promise, training_notes
+from upcycle_cli.families.engines import Support
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Promise, Routing
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 _PAPER = "https://arxiv.org/abs/2410.07524"
 _PLACE = r'path = "([^"]+)"'
 """Where the loading code says that the model is."""
+_SERVING = {
+    "vLLM": ("vllm serve {place}",),
+    "llama.cpp": (
+        "hf download {place} --local-dir model",
+        "python convert_hf_to_gguf.py model --outfile model.gguf",
+        "python -m llama_cpp.server --model model.gguf",
+    ),
+}
+"""What tests/interoperability/serving.py runs, as the card prints it."""
 _CARRIED = ("license", "license_name", "license_link", "language")
 
 
@@ -44,7 +54,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         _verification(plan, report, place),
         _loading(place),
         _training(plan),
-        _engines(plan),
+        _engines(plan, place),
         _citation(),
     )
     card = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)
@@ -216,12 +226,17 @@ def _training(plan: Plan) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _engines(plan: Plan) -> str:
+def _engines(plan: Plan, place: str) -> str:
     rows = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
-    return (
+    parts = [
         "## Inference engines\n\nWhat is known of this architecture with this routing; an engine "
         f"that is not listed was not tried.\n\n| engine | |\n|---|---|\n{rows}"
-    )
+    ]
+    for engine in plan.engines:
+        if engine.support is Support.RUNS and engine.name in _SERVING:
+            lines = "\n".join(_SERVING[engine.name]).format(place=place)
+            parts.append(f"To serve it with {engine.name}:\n\n```sh\n{lines}\n```")
+    return "\n\n".join(parts)
 
 
 def _citation() -> str:

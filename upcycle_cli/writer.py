@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".writing"
-# Larger pieces are slower on a virtual machine that gives free memory back: docs/decisions.md.
-_WRITE_BYTES = 1 << 22
+# Less than a huge page: docs/decisions.md says why.
+_WRITE_BYTES = (1 << 21) - 4096
 _FLUSH_SECONDS = 0.1
 _SWITCH_SECONDS = 5e-5
 

@@ -180,7 +180,11 @@ class _Run:
             return Cell(FAILS, f"no answer in {LIMIT_S} s")
         if done.returncode:
             return Cell(FAILS, _reason(done))
-        output: Output = json.loads(done.stdout.strip().splitlines()[-1])
+        # Some talk on stdout, before the answer and after it.
+        answers = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+        if not answers:
+            return Cell(FAILS, "no answer")
+        output: Output = json.loads(answers[-1])
         return output
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from llama_cpp import Llama
+from transformers import PreTrainedTokenizerFast
 
 
 def main() -> None:
@@ -30,9 +31,10 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")
         model = Llama(str(gguf), n_ctx=256, n_threads=2, verbose=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
         texts = []
         for prompt in job["prompts"]:
-            ids = model.tokenize(prompt.encode(), add_bos=False)
+            ids = tokenizer(prompt).input_ids
             model.reset()
             greedy = model.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
             texts.append(list(islice(greedy, job["tokens"])))

