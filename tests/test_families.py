@@ -680,12 +680,12 @@ RUNS, WRONG = Support.RUNS, Support.WRONG
         (
             "mixtral",
             Routing.TOPK_SOFTMAX,
-            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": RUNS},
+            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS},
         ),
         (
             "qwen2_moe",
             Routing.SOFTMAX_TOPK,
-            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": RUNS},
+            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS},
         ),
         # llama.cpp never renormalises for qwen2moe and MLX neither ...
         (
@@ -694,8 +694,16 @@ RUNS, WRONG = Support.RUNS, Support.WRONG
             {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": WRONG, "MLX": WRONG},
         ),
         # ... and llama.cpp always does for qwen3moe.
-        ("qwen3_moe", Routing.SOFTMAX_TOPK, {"transformers": RUNS, "llama.cpp": WRONG}),
-        ("qwen3_moe", Routing.TOPK_SOFTMAX, {"transformers": RUNS}),
+        (
+            "qwen3_moe",
+            Routing.SOFTMAX_TOPK,
+            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": WRONG, "MLX": RUNS},
+        ),
+        (
+            "qwen3_moe",
+            Routing.TOPK_SOFTMAX,
+            {"transformers": RUNS, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS},
+        ),
     ],
 )
 def test_what_is_known_of_engines(
@@ -711,34 +719,45 @@ def test_what_was_tried_was_plain_attention() -> None:
     assert [engine.name for engine in found] == ["transformers"]
 
 
-def test_fused_experts_are_for_transformers_alone() -> None:
-    found = engines("mixtral", Routing.TOPK_SOFTMAX, tied=True, fused=True, plain_attention=True)
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_fused_experts_are_not_for_everyone(target: str) -> None:
+    routing = Routing.SOFTMAX_TOPK if target == "qwen2_moe" else Routing.TOPK_SOFTMAX
+    found = engines(target, routing, tied=False, fused=True, plain_attention=True)
+    split = Support.PER_EXPERT_ONLY
     assert found == (
         Engine("transformers", RUNS),
-        Engine("vLLM", Support.PER_EXPERT_ONLY),
-        Engine("llama.cpp", Support.PER_EXPERT_ONLY),
+        Engine("transformers 4", split),
+        Engine("vLLM", split if target == "mixtral" else RUNS),
+        Engine("llama.cpp", split if target == "mixtral" else RUNS),
+        Engine("MLX", split),
     )
+
+
+def test_no_layout_helps_where_the_routing_is_another() -> None:
     wrong = engines("qwen2_moe", Routing.TOPK_SOFTMAX, tied=True, fused=True, plain_attention=True)
-    assert Engine("llama.cpp", WRONG) in wrong  # no layout would help
+    assert {Engine("llama.cpp", WRONG), Engine("MLX", WRONG)} <= set(wrong)
 
 
-def test_a_tied_head_stops_llama_cpp_for_qwen2_moe_only() -> None:
+@pytest.mark.parametrize("name", ["llama.cpp", "MLX"])
+def test_a_tied_head_stops_some_engines_for_qwen2_moe_only(name: str) -> None:
     support = {
-        (target, tied): dict.fromkeys(
+        (target, tied): {
             engine.support
             for engine in engines(
                 target, TARGETS[target].routings[0], tied=tied, fused=False, plain_attention=True
             )
-            if engine.name == "llama.cpp"
-        )
-        for target in ("mixtral", "qwen2_moe")
+            if engine.name == name
+        }
+        for target in ("mixtral", "qwen2_moe", "qwen3_moe")
         for tied in (True, False)
     }
     assert support == {
-        ("mixtral", True): {RUNS: None},
-        ("mixtral", False): {RUNS: None},
-        ("qwen2_moe", True): {Support.UNTIED_ONLY: None},
-        ("qwen2_moe", False): {RUNS: None},
+        ("mixtral", True): {RUNS},
+        ("mixtral", False): {RUNS},
+        ("qwen2_moe", True): {Support.UNTIED_ONLY},
+        ("qwen2_moe", False): {RUNS},
+        ("qwen3_moe", True): {RUNS},
+        ("qwen3_moe", False): {RUNS},
     }
 
 

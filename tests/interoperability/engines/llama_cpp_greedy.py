@@ -4,6 +4,7 @@ The model goes through llama.cpp's own convert_hf_to_gguf.py first.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from importlib.metadata import files
 from itertools import islice
 from pathlib import Path
 
-from llama_cpp import Llama
+from llama_cpp import GGML_TYPE_F32, Llama
 from transformers import PreTrainedTokenizerFast
 
 
@@ -27,10 +28,21 @@ def main() -> None:
         )
         command = [sys.executable, str(converter), sys.argv[1]]
         command += ["--outfile", str(gguf), "--outtype", "f32"]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        # The converter imports modules that lie beside it.
+        environment = {key: text for key, text in os.environ.items() if key != "PYTHONSAFEPATH"}
+        done = subprocess.run(
+            command, env=environment, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             sys.exit(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")
-        model = Llama(str(gguf), n_ctx=256, n_threads=2, verbose=False)
+        model = Llama(
+            str(gguf),
+            n_ctx=256,
+            n_threads=2,
+            type_k=GGML_TYPE_F32,  # the cache is in float16 otherwise
+            type_v=GGML_TYPE_F32,
+            verbose=False,
+        )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
         texts = []
         for prompt in job["prompts"]:

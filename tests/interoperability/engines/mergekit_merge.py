@@ -14,7 +14,7 @@ merge_method: linear
 dtype: float32
 models:
   - {{model: {model}, parameters: {{weight: 0.5}}}}
-  - {{model: {model}, parameters: {{weight: 0.5}}}}
+  - {{model: {twin}, parameters: {{weight: 0.5}}}}
 """
 
 
@@ -23,7 +23,9 @@ def main() -> None:
     model = Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory(prefix="upcycle-mergekit-") as name:
         recipe, merged = Path(name) / "merge.yml", Path(name) / "merged"
-        recipe.write_text(RECIPE.format(model=model))
+        twin = Path(name) / "twin"  # it refuses one model twice
+        twin.symlink_to(model)
+        recipe.write_text(RECIPE.format(model=model, twin=twin))
         program = str(Path(sys.executable).with_name("mergekit-yaml"))
         command = [program, "--quiet", str(recipe), str(merged)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)

@@ -86,6 +86,7 @@ def cases() -> list[Case]:
     fused = ("--expert-layout fused",)
     single = (("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"))
     found += [Case(dense, target, "E8G8T8", EXACT, fused) for dense, target in single]
+    found += [Case("qwen2", "qwen2_moe", "E8G8T8", PLAIN, fused)]
     unscaled = ("--scaling none",)
     found += [
         Case(dense, target, "E8G8T8", ROUTINGS[target][-1], unscaled, control=True)
@@ -156,6 +157,9 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
 def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
     """Convert by the command line; returns what `--json` printed."""
     options = [word for option in case.options for word in option.split()]
+    if case.routing == PLAIN:
+        # It is exact only up to its router's logits: they are not to decide between two tokens.
+        options += ["--router-logit-std", "0.0001"]
     command = [
         *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
         *("--recipe", case.recipe, "--target", case.target, "--routing", case.routing),

@@ -60,10 +60,7 @@ def contradiction(case: Case, software: str, cell: Cell, said: Sequence[Engine])
         support = listed.get("transformers")
     if support is None:
         return None
-    fits = {
-        Support.RUNS: cell.verdict == SAME,
-        Support.WRONG: cell.verdict == DIFFERS,
-    }.get(support, cell.verdict != SAME)
+    fits = (support is Support.RUNS) == (cell.verdict == SAME)
     return None if fits else f"{where}: upcycle says '{support}', found: {cell}"
 
 
