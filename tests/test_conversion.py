@@ -205,7 +205,8 @@ def test_the_model_card_is_one_that_the_hub_accepts(llama: Path, tmp_path: Path)
 
 
 def test_the_model_card_says_how_to_serve_it_with_what_runs_it(llama: Path, tmp_path: Path) -> None:
-    vllm, llama_cpp = "vllm serve my-org/dense-E2G2T2", "convert_hf_to_gguf.py model"
+    vllm = "python -m vllm.entrypoints.openai.api_server --model my-org/dense-E2G2T2"
+    llama_cpp = "convert_hf_to_gguf.py model"
     expected = {
         ("mixtral", Routing.TOPK_SOFTMAX): (True, True),
         ("qwen2_moe", Routing.TOPK_SOFTMAX): (True, False),  # llama.cpp does not renormalise
@@ -218,7 +219,7 @@ def test_the_model_card_says_how_to_serve_it_with_what_runs_it(llama: Path, tmp_
         listed = {engine.name for engine in done.plan.engines if engine.support is Support.RUNS}
         assert ("vLLM" in listed, "llama.cpp" in listed) == runs
     served = for_repo((tmp_path / "0" / "README.md").read_text(), "me/moe")
-    assert "\nvllm serve me/moe\n" in served
+    assert "api_server --model me/moe\n" in served
     assert "\nhf download me/moe --local-dir model\n" in served
 
 

@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "interoperability"))
 
-from interop.models import Case  # noqa: E402
+from interop.models import Case, cases  # noqa: E402
 from interop.results import (  # noqa: E402
     DIFFERS,
     FAILS,
@@ -22,7 +22,8 @@ from interop.results import (  # noqa: E402
     table,
 )
 
-from upcycle_cli.families.engines import Engine, Support  # noqa: E402
+from upcycle_cli.families.engines import Engine, Support, engines  # noqa: E402
+from upcycle_cli.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
 CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",), control=True)
@@ -37,6 +38,14 @@ def test_text_is_the_same_to_the_last_token() -> None:
 def test_scores_may_differ_by_what_softmax_topk_promises() -> None:
     assert compare([[0.5, -3.001]], [[0.5, -3.0]]).verdict == SAME
     assert compare([[0.5, -3.1]], [[0.5, -3.0]]).verdict == DIFFERS
+
+
+def test_the_first_tokens_count_where_the_routing_is_approximate() -> None:
+    text, late, early = [*range(32)], [*range(31), 99], [0, 99, *range(2, 32)]
+    assert compare([late], [text]).verdict == DIFFERS
+    assert compare([late], [text], approximate=True).verdict == SAME
+    assert compare([early], [text], approximate=True).verdict == DIFFERS
+    assert compare([text, early], [text, text], approximate=True).verdict == DIFFERS
 
 
 @pytest.mark.parametrize(
@@ -83,3 +92,46 @@ def test_the_table_gives_the_reasons_below() -> None:
         "",
         f"- vLLM: KeyError: 'w1' ({CASE.name}; {CONTROL.name})",
     ]
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "interoperability.md"
+TIED = {"llama"}  # SmolLM2
+
+
+def measured() -> dict[str, dict[str, str]]:
+    """The table of the documentation: what each software made of each conversion."""
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith(("| conversion |", "| llama →", "| mistral →", "| qwen"))
+    ]
+    return {name: dict(zip(rows[0][1:], cells, strict=True)) for name, *cells in rows[1:]}
+
+
+def said_of(case: Case) -> tuple[Engine, ...]:
+    return engines(
+        case.target,
+        Routing(case.routing),
+        tied=case.dense in TIED and "--untie-embeddings" not in case.options,
+        fused="--expert-layout fused" in case.options,
+        plain_attention=True,
+    )
+
+
+def test_the_documentation_has_every_conversion() -> None:
+    assert set(measured()) == {case.name for case in cases()}
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_the_documentation_agrees_with_what_upcycle_says(case: Case) -> None:
+    for software, verdict in measured()[case.name].items():
+        assert contradiction(case, software, Cell(verdict), said_of(case)) is None
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if not case.control], ids=str)
+def test_nothing_is_said_of_an_engine_that_was_not_measured(case: Case) -> None:
+    row = measured()[case.name]
+    for engine in said_of(case):
+        columns = [name for name in row if name.startswith(engine.name)]
+        assert any(row[name] != NOT_TRIED for name in columns), engine.name

@@ -18,7 +18,7 @@ _PAPER = "https://arxiv.org/abs/2410.07524"
 _PLACE = r'path = "([^"]+)"'
 """Where the loading code says that the model is."""
 _SERVING = {
-    "vLLM": ("vllm serve {place}",),
+    "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {place}",),
     "llama.cpp": (
         "hf download {place} --local-dir model",
         "python convert_hf_to_gguf.py model --outfile model.gguf",

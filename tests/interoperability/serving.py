@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
     except (TimeoutError, ChildProcessError) as error:
         sys.exit(f"{error}\n{log.read_text(errors='replace')[-2000:]}")
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 

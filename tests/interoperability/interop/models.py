@@ -159,6 +159,7 @@ def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
     options = [word for option in case.options for word in option.split()]
     if case.routing == PLAIN:
         # It is exact only up to its router's logits: they are not to decide between two tokens.
+        # Ten times smaller, and groups tie in float32.
         options += ["--router-logit-std", "0.0001"]
     command = [
         *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
