@@ -207,8 +207,9 @@ class _Task:
         temporary.rename(path)
 
     def _write_parts(self, descriptor: int, num_threads: int) -> None:
-        copied = [part for part in self.layout.parts if stretch_of(part.expr)]
-        computed = [part for part in self.layout.parts if not stretch_of(part.expr)]
+        copied, computed = [], []
+        for part in self.layout.parts:
+            (computed if stretch_of(part.expr) is None else copied).append(part)
         with ThreadPoolExecutor(num_threads, "upcycle-writer") as pool:
             try:
                 jobs = [pool.submit(self._write_part, part, descriptor) for part in copied]

@@ -122,7 +122,7 @@ def answer(server: subprocess.Popen[bytes]) -> str:
             connection.request("POST", "/v1/completions", json.dumps(body), headers)
             text: str = json.load(connection.getresponse())["choices"][0]["text"]
         except OSError:
-            time.sleep(2)  # it is not there yet
+            time.sleep(2)  # importing and loading take a minute
         else:
             return text
         finally:
