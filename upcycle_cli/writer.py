@@ -207,7 +207,8 @@ class _Task:
         temporary.rename(path)
 
     def _write_parts(self, descriptor: int, num_threads: int) -> None:
-        copied, computed = [], []
+        copied: list[Part] = []
+        computed: list[Part] = []
         for part in self.layout.parts:
             (computed if stretch_of(part.expr) is None else copied).append(part)
         with ThreadPoolExecutor(num_threads, "upcycle-writer") as pool:
