@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -195,6 +196,8 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line]
     text = (telling or lines or [f"exit code {done.returncode}"])[-1]
+    # The files are gone with the run, and different models failed for one reason.
+    text = re.sub(r":? /\S*/upcycle-\S*", "", text)
     return text if len(text) <= 200 else f"{text[:200]} …"
 
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
 
 
 def answer(server: subprocess.Popen[bytes]) -> str:
-    """Return the completion; TimeoutError when none comes, ChildProcessError when it ended."""
+    """Return the completion; TimeoutError when none comes, ChildProcessError on a failure."""
     body = {"model": REPO, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:
@@ -120,10 +121,15 @@ def answer(server: subprocess.Popen[bytes]) -> str:
         try:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", json.dumps(body), headers)
-            text: str = json.load(connection.getresponse())["choices"][0]["text"]
+            response = connection.getresponse()
+            content = response.read()
         except OSError:
             time.sleep(2)  # importing and loading take a minute
         else:
+            if response.status != HTTPStatus.OK:
+                reply = content.decode(errors="replace")
+                raise ChildProcessError(f"the server answered {response.status}: {reply[:500]}")
+            text: str = json.loads(content)["choices"][0]["text"]
             return text
         finally:
             connection.close()

@@ -1,6 +1,7 @@
 """A merge of MODEL with itself by mergekit: what comes out has to be what went in."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 RECIPE = """\
 merge_method: linear
 dtype: float32
@@ -41,12 +43,32 @@ def main() -> None:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint in float32."""
+    """Return every tensor of a checkpoint in float32, by one name however it is stored.
+
+    mergekit writes what transformers 5 holds in memory: the experts of a layer in two tensors, and
+    Mixtral's under the names of the others.
+    """
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                found |= split(key, file.get_tensor(key).float())
     return found
+
+
+def split(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a tensor holds by the names that split experts have."""
+    key = key.replace(".block_sparse_moe.", ".mlp.")
+    key = re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda name: MIXTRAL[name[0]], key)
+    found = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", key)
+    if found is None:
+        return {key: tensor}
+    names = ["gate_proj", "up_proj"] if found[2] == "gate_up_proj" else ["down_proj"]
+    return {
+        f"{found[1]}.{index}.{name}.weight": part
+        for index, expert in enumerate(tensor)
+        for name, part in zip(names, expert.chunk(len(names)), strict=True)
+    }
 
 
 if __name__ == "__main__":
