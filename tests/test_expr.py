@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -307,11 +309,13 @@ def test_the_largest_values_are_no_overflow() -> None:
 
 # Random rows -------------------------------------------------------------------------------------
 
-GOLDEN = "77a3c93a2747698a3ae1c2a8a80a037369e02cbcdfd04ab50ca3a2e7e68577c0"
+GOLDEN = "3cd58368c64e444e4410d1adddcfca777b368ec2feb527182831e59818df9829"
 
 
 def draw(expr: Normal, norm: torch.Tensor | None = None) -> torch.Tensor:
     weight = torch.linspace(0.5, 2, HIDDEN) if norm is None else norm
+    dtype = next(name for name, dtype in TORCH.items() if dtype is weight.dtype)
+    expr = replace(expr, norm=replace(expr.norm, dtype=dtype))
     return evaluate(expr, lambda _: weight)
 
 
@@ -392,8 +396,8 @@ def test_rows_give_logits_of_the_deviation_that_was_asked_for(
 def test_a_draw_is_made_in_float64_and_rounded_once(dtype: str) -> None:
     """The definition, written down once more: float32 draws differ between CPUs."""
     digest = hashlib.sha256(b"7/layers.0.router").digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") // 2)
-    rows = torch.randn(256, HIDDEN, generator=generator, dtype=torch.float64)
+    words = [int.from_bytes(digest[at : at + 4], "little") for at in range(0, 32, 4)]
+    rows = torch.from_numpy(np.random.RandomState(words).randn(256, HIDDEN))
     drawn = draw(normal(seed=7, dtype=dtype, shape=(256, HIDDEN)), torch.full((HIDDEN,), 3.0))
     assert same_bits(drawn, (rows * (0.5 / 12)).to(TORCH[dtype]))  # ‖γ‖ = 3 · √16
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from shapes import TORCH, make_recipe, same_bits, tensor_shapes, tiny_config, write_model
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint, writer
-from upcycle_cli.expr import Expr, evaluate, leaves, stretch_of
+from upcycle_cli.expr import Expr, evaluate, leaves, stored_bytes, stretch_of
 from upcycle_cli.families import PAIRS
 from upcycle_cli.families.target import ExpertLayout
 from upcycle_cli.outputs import Role
@@ -251,24 +251,40 @@ class Watch:
 
     def __init__(self) -> None:
         self.evaluated: list[Expr] = []
+        self.drawn: list[Expr] = []
         self.largest_bytes = 0
         self.most_alive = 0
-        self._results: list[weakref.ref[torch.Tensor]] = []
+        self._results: list[weakref.ref[torch.Tensor | memoryview]] = []
 
     def evaluate(self, expr: Expr, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        alive = sum(result() is not None for result in self._results)
-        self.most_alive = max(self.most_alive, alive)
+        alive = self._count_alive()
         value = evaluate(expr, read)
         self.evaluated.append(expr)
+        self._look_at(value, alive)
+        return value
+
+    def stored_bytes(self, expr: Expr, read: Callable[[str], memoryview]) -> memoryview:
+        alive = self._count_alive()
+        value = stored_bytes(expr, read)
+        if stretch_of(expr) is None:
+            self.drawn.append(expr)
+            self._look_at(value, alive)
+        return value
+
+    def _count_alive(self) -> int:
+        return sum(result() is not None for result in self._results)
+
+    def _look_at(self, value: torch.Tensor | memoryview, alive: int) -> None:
+        self.most_alive = max(self.most_alive, alive)
         self.largest_bytes = max(self.largest_bytes, value.nbytes)
         self._results.append(weakref.ref(value))
-        return value
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     looking = Watch()
     monkeypatch.setattr(writer, "evaluate", looking.evaluate)
+    monkeypatch.setattr(writer, "stored_bytes", looking.stored_bytes)
     return looking
 
 
@@ -278,10 +294,11 @@ def test_copies_are_computed_once(
 ) -> None:
     plan = make("E8G3T6", options=Options(expert_layout=layout), tie_word_embeddings=True)
     write(plan, output)
-    assert len(watch.evaluated) == len(set(watch.evaluated))
+    made = [*watch.evaluated, *watch.drawn]
+    assert len(made) == len(set(made))
     parts = {leaf for tensor in plan.tensors for leaf in leaves(tensor.expr)}
     copied = {part for part in parts if stretch_of(part)}
-    assert set(watch.evaluated) == parts - copied
+    assert set(made) == parts - copied
     # One router per layer, and each of three matrices in three shards: scaled or not, by columns
     # or by rows.
     assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
@@ -293,7 +310,8 @@ def test_what_is_only_copied_is_not_touched_by_arithmetic(
     plan = make("E4G1T2")
     write(plan, output)
     routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
-    assert watch.evaluated == [tensor.expr for tensor in routers]
+    assert watch.evaluated == []
+    assert watch.drawn == [tensor.expr for tensor in routers]
 
 
 def test_a_source_that_is_cut_off_meanwhile_is_noticed(
@@ -338,12 +356,37 @@ main()
 def test_copying_does_not_wait_for_torch(make: Make, output: Path) -> None:
     command = [sys.executable, "-c", COPYING_FIRST, "convert", str(make().source.path)]
     done = subprocess.run(
-        [*command, str(output / "new"), "--recipe", "E2G1T2"],
+        [*command, str(output / "new"), "--recipe", "E2G2T2"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
+def test_what_is_only_copied_needs_no_torch(make: Make, output: Path, target: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "convert", str(make().source.path)]
+    command += ["--target", target, "--routing", "topk-softmax"]
+    done = {
+        recipe: subprocess.run(
+            [*command, str(output / recipe), "--recipe", recipe],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for recipe in ("E2G2T2", "E2G1T2")  # the first one shows that torch is not to be had
+    }
+    assert "ModuleNotFoundError" in done["E2G2T2"].stderr
+    assert done["E2G1T2"].returncode == 0, done["E2G1T2"].stderr
 
 
 def test_a_head_that_is_the_embedding_is_computed_once(

@@ -93,12 +93,13 @@ def _seal(card: str) -> str:
 
 
 def _source_metadata(plan: Plan) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
     path = plan.source.path / "README.md"
     if not path.is_file():
         return {}
+
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):

@@ -12,13 +12,17 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
-from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
+from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES, raw_bytes
 from upcycle_cli.errors import UpcycleError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,35 @@ def stretch_of(expr: Expr) -> Stretch | None:
             return None
 
 
+def needs_torch(expr: Expr) -> bool:
+    """Whether an expression takes arithmetic on the dense model's values."""
+    match expr:
+        case Normal() | Zeros():
+            return False
+        case Repeat(of):
+            return needs_torch(of)
+        case _:
+            return stretch_of(expr) is None
+
+
+def stored_bytes(expr: Expr, read: Callable[[str], memoryview]) -> memoryview:
+    """Return the bytes of an expression that `needs_torch` says needs none.
+
+    `read` gives a dense tensor's bytes by name; the result may alias them.
+    """
+    match expr:
+        case Normal():
+            return _draw(expr, read(expr.norm.name))
+        case Repeat(of, times):
+            return _repeated(stored_bytes(of, read), type_of(of).shape[0], times)
+        case Zeros():
+            return memoryview(bytes(num_bytes(expr)))
+        case _:
+            stretch = stretch_of(expr)
+            assert stretch is not None
+            return read(stretch.name)[stretch.start : stretch.start + stretch.nbytes]
+
+
 def leaves(expr: Expr) -> Iterator[Expr]:
     """Yield the expressions whose bytes, end to end, are the bytes of this one."""
     match expr:
@@ -237,8 +270,11 @@ def evaluate(  # noqa: PLR0911 - one case per kind
             return torch.stack([evaluate(part, read) for part in parts])
         case Repeat(of, times):
             return evaluate(of, read).repeat_interleave(times, dim=0)
-        case Normal():
-            return _draw(expr, read(expr.norm.name))
+        case Normal(dtype=dtype, shape=shape):
+            data = bytearray(
+                _draw(expr, raw_bytes(read(expr.norm.name)))
+            )  # torch wants it writable
+            return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[dtype])).reshape(shape)
         case Zeros(dtype, shape):
             return torch.zeros(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]))
         case _:
@@ -286,24 +322,58 @@ def _checked(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return after
 
 
-def _draw(expr: Normal, norm_weight_H: torch.Tensor) -> torch.Tensor:
-    import torch
+def _draw(expr: Normal, norm_weight: memoryview) -> memoryview:
+    import numpy as np
 
     # fsum is exactly rounded, so the norm does not depend on the order of summation; and float64
     # draws agree between CPUs where float32 ones do not.
-    norm = math.sqrt(math.fsum(value * value for value in norm_weight_H.double().tolist()))
+    weight_H = _to_float64(norm_weight, expr.norm.dtype)
+    norm = math.sqrt(math.fsum((weight_H * weight_H).tolist()))
     if not (math.isfinite(norm) and norm > 0):
         raise UpcycleError(
             f"{expr.norm.name} is zero or not finite, so no router can be scaled to it."
         )
     digest = hashlib.sha256(f"{expr.seed}/{expr.stream}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    rows = torch.randn(expr.shape, generator=generator, dtype=torch.float64)
-    rounded = (rows * (expr.logit_std / norm)).to(getattr(torch, TORCH_DTYPES[expr.dtype]))
-    if not rounded.isfinite().all() or not rounded.any(dim=1).all():
+    # The one generator of which numpy promises that it will never draw anything else.
+    generator = np.random.RandomState(np.frombuffer(digest, "<u4"))
+    rows = generator.standard_normal(expr.shape) * (expr.logit_std / norm)
+    data = _from_float64(rows, expr.dtype)
+    rounded = _to_float64(data, expr.dtype).reshape(expr.shape)
+    if not np.isfinite(rounded).all() or not rounded.any(axis=1).all():
         raise UpcycleError(
             f"router logits of standard deviation {expr.logit_std:g} need weights that "
             f"{expr.dtype.lower()} cannot hold ({expr.stream}).",
             "Choose another --router-logit-std, or another --dtype.",
         )
-    return rounded
+    return data
+
+
+def _repeated(data: memoryview, rows: int, times: int) -> memoryview:
+    import numpy as np
+
+    return _bytes(np.frombuffer(data, np.uint8).reshape(rows, -1).repeat(times, axis=0))
+
+
+def _to_float64(data: memoryview, dtype: str) -> NDArray[np.float64]:
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    return np.frombuffer(data, _NUMPY_DTYPES[dtype]).astype(np.float64)
+
+
+def _from_float64(values: NDArray[np.float64], dtype: str) -> memoryview:
+    """Round as torch does, a tie to the even neighbour; what is too large becomes infinite."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        if dtype == "BF16":
+            bits = values.astype("<f4").view("<u4")
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        else:
+            rounded = values.astype(_NUMPY_DTYPES[dtype])
+    return _bytes(rounded)
+
+
+def _bytes(values: NDArray[Any]) -> memoryview:
+    return memoryview(values.reshape(-1).view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs

@@ -18,12 +18,10 @@ FORMAT = 1
 
 def record(plan: Plan, routers: Mapping[str, str]) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests."""
-    import torch
-
     return {
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "source_type": plan.family.dense.model_type,
         "target_type": plan.family.target.model_type,
         "recipe": {"name": plan.recipe.name, **asdict(plan.recipe)},

@@ -89,7 +89,7 @@ class Team:
             outcome = make()
         except OSError as error:
             outcome = ResumableError(
-                f"writing {error.filename} failed: {error.strerror}.",
+                f"writing {error.filename or 'the output'} failed: {error.strerror}.",
                 "What is complete is kept: the same command goes on from there.",
             )
         except UpcycleError as error:

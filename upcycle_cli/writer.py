@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import INDEX_NAME, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import Expr, OverflowInCastError, evaluate, stretch_of
+from upcycle_cli.expr import Expr, OverflowInCastError, evaluate, needs_torch, stored_bytes
 from upcycle_cli.layout import Layout, Part, lay_out
 from upcycle_cli.outputs import OutputTensor, Role
 from upcycle_cli.plan import Plan, Shard
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 TEMPORARY_SUFFIX = ".writing"
 # Less than a huge page: docs/decisions.md says why.
-_WRITE_BYTES = (1 << 21) - 4096
+_PIECE_BYTES = (1 << 21) - 4096
 _FLUSH_SECONDS = 0.1
+_STOP_SECONDS = 0.1
+_FILES_AT_ONCE = 2
 _SWITCH_SECONDS = 5e-5
 
 Progress = Callable[[int], None]
@@ -88,14 +90,6 @@ class _StoppedError(Exception):
     """Another part failed, or a signal came: this one need not be finished."""
 
 
-@dataclass
-class _Copies:
-    """Where each part was first written, in whatever file, and whether extents can be shared."""
-
-    enabled: bool
-    first: dict[Expr, tuple[Path, int]] = field(default_factory=dict)
-
-
 def write_weights(
     plan: Plan,
     shards: Sequence[Shard],
@@ -109,22 +103,18 @@ def write_weights(
     Raises UpcycleError when a value overflows the output dtype, OSError when writing fails.
     """
     written = Written()
-    copies = _Copies(enabled=options.reflink and can_share(workspace.path))
     with plan.source.reader() as reader:
-        for shard in shards:
-            task = _Task(lay_out(shard), reader, copies, progress)
-            noted = workspace.reusable(shard.name, task.layout.nbytes)
-            if noted is None:
-                task.write(workspace.path / shard.name, options)
-                noted = {"routers": task.routers, "shared_bytes": task.shared_bytes}
-                workspace.note(shard.name, noted)
-            else:
+        crew = _Crew(reader, workspace, options, progress)
+        tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
+        for task, shard in zip(tasks, shards, strict=True):
+            if task.take_over():
                 progress(shard.nbytes)
                 written.reused_bytes += shard.nbytes
-            written.add(noted["routers"], noted["shared_bytes"])
             for part in task.layout.parts:
-                place = (workspace.path / shard.name, part.offsets[0])
-                copies.first.setdefault(part.expr, place)
+                crew.first.setdefault(part.expr, (task, part.offsets[0]))
+        crew.write([task for task in tasks if not task.complete.is_set()])
+    for task in tasks:
+        written.add(task.routers, task.shared_bytes)
     return written
 
 
@@ -174,54 +164,120 @@ def _hurried_import() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass
+class _Crew:
+    """The threads that write, and what they have in common."""
+
+    def __init__(
+        self, reader: Reader, workspace: Workspace, options: WriteOptions, progress: Progress
+    ) -> None:
+        self.reader = reader
+        self.workspace = workspace
+        self.options = options
+        self.shares = options.reflink and can_share(workspace.path)
+        self.first: dict[Expr, tuple[_Task, int]] = {}
+        """The first file that holds a part, and where; also when it is not complete yet."""
+        self.threads_per_file = 1
+        self.torch_is_there = Event()
+        self.stopping = Event()
+        self.lock = Lock()
+        self._progress = progress
+
+    def write(self, tasks: Sequence[_Task]) -> None:
+        """Write these files, several at once: while the disk has one, the next is filled."""
+        if not tasks:
+            return
+        num_files = min(_FILES_AT_ONCE, self.options.num_threads, len(tasks))
+        self.threads_per_file = self.options.num_threads // num_files
+        with ThreadPoolExecutor(num_files, "upcycle-file") as pool:
+            try:
+                jobs = [pool.submit(task.write) for task in tasks]
+                # Importing torch takes as long as copying gigabytes, so that goes on meanwhile.
+                computing = any(task.computed for task in tasks)
+                with _single_threaded_torch() if computing else nullcontext():
+                    self.torch_is_there.set()
+                    wait(jobs, return_when=FIRST_EXCEPTION)
+            finally:
+                # After a failure or a signal nobody waits for the rest of a large part.
+                self.stopping.set()
+                self.torch_is_there.set()
+                pool.shutdown(cancel_futures=True)
+        for job in jobs:
+            error = None if job.cancelled() else job.exception()
+            if error is not None and not isinstance(error, _StoppedError):
+                raise error
+
+    def advance(self, nbytes: int) -> None:
+        """Tell of bytes that have found their place; _StoppedError when no more are wanted."""
+        if self.stopping.is_set():
+            raise _StoppedError
+        with self.lock:
+            self._progress(nbytes)
+
+
+@dataclass(eq=False)
 class _Task:
     """The writing of one file."""
 
+    name: str
     layout: Layout
-    reader: Reader
-    copies: _Copies
-    progress: Progress
+    crew: _Crew
     routers: dict[str, str] = field(default_factory=dict)
     shared_bytes: int = 0
-    lock: Lock = field(default_factory=Lock)
-    stopping: Event = field(default_factory=Event)
+    complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
 
-    def write(self, path: Path, options: WriteOptions) -> None:
+    @property
+    def computed(self) -> list[Part]:
+        """The parts that are not just copied."""
+        return [part for part in self.layout.parts if needs_torch(part.expr)]
+
+    def take_over(self) -> bool:
+        """Whether an earlier run has written this file."""
+        noted = self.crew.workspace.reusable(self.name, self.layout.nbytes)
+        if noted is None:
+            return False
+        self.routers, self.shared_bytes = noted["routers"], noted["shared_bytes"]
+        self.complete.set()
+        return True
+
+    def write(self) -> None:
+        """Write the file under a temporary name, make it durable, rename it, and note that."""
+        workspace, durable = self.crew.workspace, self.crew.options.fsync
+        path = workspace.path / self.name
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         try:
             with temporary.open("w+b") as file:
                 os.ftruncate(file.fileno(), self.layout.nbytes)
                 _write_at(file.fileno(), memoryview(self.layout.header), 0)
-                with _flushed(file.fileno()) if options.fsync else nullcontext():
-                    self._write_parts(file.fileno(), options.num_threads)
-                if options.fsync:
+                with _flushed(file.fileno()) if durable else nullcontext():
+                    self._write_parts(file.fileno())
+                if durable:
                     os.fsync(file.fileno())
+            temporary.rename(path)
+            workspace.note(self.name, {"routers": self.routers, "shared_bytes": self.shared_bytes})
         except OSError as error:
             if error.errno == errno.EFAULT:
-                self.reader.check_unchanged()  # its pages are gone where it was cut off
-            # Writing through a descriptor does not say to which file.
+                self.crew.reader.check_unchanged()  # its pages are gone where it was cut off
+            # A write that fails does not say in which file.
             raise OSError(error.errno, error.strerror, str(path)) from error
-        temporary.rename(path)
+        self.complete.set()
 
-    def _write_parts(self, descriptor: int, num_threads: int) -> None:
-        copied: list[Part] = []
-        computed: list[Part] = []
-        for part in self.layout.parts:
-            (computed if stretch_of(part.expr) is None else copied).append(part)
-        with ThreadPoolExecutor(num_threads, "upcycle-writer") as pool:
+    def _write_parts(self, descriptor: int) -> None:
+        computed = self.computed
+        copied = [part for part in self.layout.parts if part not in computed]
+        with ThreadPoolExecutor(self.crew.threads_per_file, "upcycle-writer") as pool:
             try:
                 jobs = [pool.submit(self._write_part, part, descriptor) for part in copied]
-                # Importing torch takes as long as copying gigabytes, so that goes on meanwhile.
-                with _single_threaded_torch() if computed else nullcontext():
-                    jobs += [pool.submit(self._write_part, part, descriptor) for part in computed]
-                    for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                        job.result()
+                if computed:
+                    self.crew.torch_is_there.wait()
+                jobs += [pool.submit(self._write_part, part, descriptor) for part in computed]
+                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                    job.result()
+            except BaseException:
+                self.crew.stopping.set()
+                raise
             finally:
-                # After a failure or a signal nobody waits for the rest of a large part.
-                self.stopping.set()
                 pool.shutdown(cancel_futures=True)
 
     def _write_part(self, part: Part, descriptor: int) -> None:
@@ -231,46 +287,53 @@ class _Task:
         if data is not None:
             self.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
         with self._earlier(part) as earlier:
-            origin = earlier
+            origin, unshared = earlier, list[int]()
             for offset in part.offsets:
-                if origin is not None and self._share(origin, descriptor, offset, part.nbytes):
-                    continue
+                if origin is None and self.crew.shares:
+                    data = self._data(part) if data is None else data
+                    self._write_at(descriptor, data, [offset])
+                    origin = (descriptor, offset)
+                elif origin is None or not self._share(origin, descriptor, offset, part.nbytes):
+                    unshared.append(offset)
+            if unshared:
                 data = self._data(part) if data is None else data
-                with self.turn:
-                    _write_at(descriptor, data, offset, self._advance)
-                origin = origin or (descriptor, offset)
+                self._write_at(descriptor, data, unshared)
 
     def _data(self, part: Part) -> memoryview:
-        stretch = stretch_of(part.expr)
-        if stretch is None:
-            return raw_bytes(_compute(part.expr, part.tensor, self.reader))
-        end = stretch.start + stretch.nbytes
-        return self.reader.mapped(stretch.name)[stretch.start : end]
+        if needs_torch(part.expr):
+            return raw_bytes(_compute(part.expr, part.tensor, self.crew.reader))
+        return stored_bytes(part.expr, self.crew.reader.mapped)
 
     @contextmanager
     def _earlier(self, part: Part) -> Iterator[tuple[int, int] | None]:
-        """Yield a descriptor and offset of the part in a file that is complete, if there is one."""
-        place = self.copies.first.get(part.expr) if self.copies.enabled else None
-        if place is None:
+        """Yield a descriptor and offset of the part in an earlier file, if there is one."""
+        task, offset = self.crew.first[part.expr]
+        if task is self or not self.crew.shares:
             yield None
             return
-        with place[0].open("rb") as file:
-            yield file.fileno(), place[1]
+        while not task.complete.wait(_STOP_SECONDS):
+            if self.crew.stopping.is_set():
+                raise _StoppedError
+        with (self.crew.workspace.path / task.name).open("rb") as file:
+            yield file.fileno(), offset
+
+    def _write_at(self, descriptor: int, data: memoryview, offsets: Sequence[int]) -> None:
+        """Write the same bytes to several places, piece by piece: each is read from memory once."""
+        with self.turn:
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece = data[start : start + _PIECE_BYTES]
+                for offset in offsets:
+                    _write_at(descriptor, piece, offset + start)
+                    self.crew.advance(len(piece))
 
     def _share(self, origin: tuple[int, int], descriptor: int, offset: int, nbytes: int) -> bool:
         """Let bytes share the extents of equal ones; False where that cannot be done."""
-        if not self.copies.enabled or not share(*origin, descriptor, offset, nbytes):
+        if not share(*origin, descriptor, offset, nbytes):
             return False
-        with self.lock:
+        with self.crew.lock:
             self.shared_bytes += nbytes
-        self._advance(nbytes)
+        self.crew.advance(nbytes)
         return True
-
-    def _advance(self, nbytes: int) -> None:
-        if self.stopping.is_set():
-            raise _StoppedError
-        with self.lock:
-            self.progress(nbytes)
 
 
 @contextmanager
@@ -303,16 +366,8 @@ def _compute(expr: Expr, tensor: OutputTensor, reader: Reader) -> torch.Tensor:
         ) from error
 
 
-def _write_at(
-    descriptor: int,
-    data: memoryview,
-    offset: int,
-    progress: Progress | None = None,
-) -> None:
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         # A signal or a limit can cut a write short.
-        written = os.pwrite(descriptor, data[done : done + _WRITE_BYTES], offset + done)
-        done += written
-        if progress is not None:
-            progress(written)
+        done += os.pwrite(descriptor, data[done:], offset + done)

@@ -48,7 +48,7 @@ from speed.contestants import (
 )
 from speed.dense import make_dense, make_small
 from speed.loop import MAKE, UnavailableError, file_system, used_bytes
-from speed.measure import FailedError, disk_bytes, import_torch, measure
+from speed.measure import FailedError, disk_bytes, importing, measure
 from speed.report import Limit, Result, limits_table, sharing_limits, table, writing_limits
 
 from upcycle_cli import Recipe
@@ -84,15 +84,16 @@ class _Benchmark:
         self.directory = directory
         self.rounds = rounds
         self.peer_rounds = peer_rounds
-        self.torch = import_torch()
-        self.torch = import_torch()  # the first one may have read it from the disk
+        importing("torch")  # which may read it from the disk
+        self.torch = importing("torch")
+        self.numpy_anon_bytes = importing("numpy").peak_anon_bytes
         self.mergekit: Path | None = None
         self.mergekit_anon_bytes = 0
         self.no_mergekit = "not wanted"
         if peer_rounds:
             try:
                 self.mergekit = install_mergekit()
-                self.mergekit_anon_bytes = import_torch(str(self.mergekit)).peak_anon_bytes
+                self.mergekit_anon_bytes = importing("torch", str(self.mergekit)).peak_anon_bytes
             except (NotInstalledError, FailedError) as error:
                 self.no_mergekit = str(error)
         machine = _machine(directory) | {
@@ -156,7 +157,10 @@ class _Benchmark:
         ]
         small = self.directory / "small"
         make_small(small)
-        contestants.append(upcycle(small, "E8G1T2", fsync=True, name="upcycle, one small layer"))
+        contestants += [
+            upcycle(small, recipe, fsync=True, name=f"upcycle {recipe}, one small layer")
+            for recipe in ("E8G1T2", "E8G8T8")
+        ]
         try:
             with file_system(kind, self.directory, 3 * unique + 1_000_000_000) as mount:
                 empty = used_bytes(mount)
@@ -219,7 +223,11 @@ class _Benchmark:
     def _interpreter(self, contestant: Contestant) -> int:
         if contestant.name == MERGEKIT:
             return self.mergekit_anon_bytes
-        return 0 if "pwrite" in contestant.name else self.torch.peak_anon_bytes
+        if "pwrite" in contestant.name:
+            return 0
+        if "E8G1T2" in contestant.name:
+            return self.numpy_anon_bytes  # it only copies, and never imports torch
+        return self.torch.peak_anon_bytes
 
     def _show(self, title: str, results: Sequence[Result], limits: Sequence[Limit]) -> None:
         print(f"\n### {title}\n\n{table(results)}\n\n{limits_table(limits)}", flush=True)

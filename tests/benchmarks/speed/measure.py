@@ -63,10 +63,10 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     return Run(wall, usage.ru_utime + usage.ru_stime, peak[0])
 
 
-def import_torch(python: str = sys.executable) -> Run:
-    """Measure an interpreter that imports torch and nothing else: what everyone starts from."""
+def importing(module: str, python: str = sys.executable) -> Run:
+    """Measure an interpreter that imports a module and nothing else: what a program starts from."""
     # It stays a while, so that at least one sample sees it complete.
-    run = measure([python, "-c", "import torch, time; time.sleep(0.2)"])
+    run = measure([python, "-c", f"import {module}, time; time.sleep(0.2)"])
     return Run(run.wall_seconds - 0.2, run.cpu_seconds, run.peak_anon_bytes)
 
 

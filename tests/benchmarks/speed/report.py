@@ -127,11 +127,12 @@ def writing_limits(results: Sequence[Result], *, start_up_counts: bool) -> list[
 def sharing_limits(results: Sequence[Result], *, dense_bytes: int) -> list[Limit]:
     """Return the verdicts on a file system that shares extents.
 
-    The first result is pwrite's, the last that of a model so small that it is all start-up.
+    The first result is pwrite's; then those of upcycle, and last the same recipes on a model so
+    small that they are all start-up.
     """
-    pwrite, *ours, small = results
+    pwrite, *ours = results
     limits = []
-    for result in ours:
+    for result, small in zip(ours[: len(ours) // 2], ours[len(ours) // 2 :], strict=True):
         name = result.contestant.name
         value = held = disk = None
         if result.runs and pwrite.runs and small.runs:
