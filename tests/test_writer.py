@@ -331,6 +331,69 @@ def test_a_source_that_is_cut_off_meanwhile_is_noticed(
         write(plan, output)
 
 
+def test_two_files_are_written_at_once(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2", options=SHARDED)
+    real, both = os.pwrite, threading.Event()
+    unfinished: set[str] = set()
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        unfinished.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if len(unfinished) == 2:
+            both.set()
+        assert both.wait(30), "a file waits for the one before"
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    workspace = Workspace(output, plan.digest, durable=False)
+    options = WriteOptions(fsync=False, workers=2)
+    write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
+
+
+def test_what_fails_in_one_file_is_said_of_that_file(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other files stop for it, and what they have to say is no news."""
+    plan = make("E2G1T2", options=SHARDED)
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if f"/{plan.shards[1].name}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    workspace = Workspace(output, plan.digest, durable=False)
+    options = WriteOptions(fsync=False, workers=2)
+    with pytest.raises(OSError, match="Disk quota exceeded") as caught:
+        write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
+    assert caught.value.filename == str(output / plan.shards[1].name)
+    assert not (output / plan.shards[1].name).exists()
+
+
+def test_a_piece_goes_to_all_its_places_before_the_next(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E4G1T2")
+    real, written = os.pwrite, list[tuple[int, bytes]]()
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append((offset, bytes(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(writer, "_PIECE_BYTES", 48)
+    write(plan, output)
+    gates = [tensor for tensor in plan.tensors if tensor.role is Role.GATE]
+    tensors, _, data_start = header(output / "model.safetensors")
+    begins = [data_start + tensors[tensor.name]["data_offsets"][0] for tensor in gates[:4]]
+    offsets = [offset for offset, _ in written]
+    at = offsets.index(begins[0])
+    assert offsets[at : at + 8] == [*begins, *(begin + 48 for begin in begins)]
+    assert {data for _, data in written[at : at + 4]} == {written[at][1]}
+
+
 # Converts as the command line does, but torch cannot be imported before something was copied.
 COPYING_FIRST = """
 import importlib.abc, os, sys, threading

@@ -3,9 +3,9 @@
 Each unique part of a file is written at its first place; its other places share the extents of the
 first where the file system can (`FICLONERANGE`), and are written where it cannot. Bytes that are
 the dense model's go from its pages to the file; everything else is computed, once. A few threads do
-this side by side, so that reading, arithmetic and writing overlap; each holds one part at a time. A
-file is written under a temporary name, made durable, and renamed, so a file that has its name is
-complete. Nothing is decided here.
+this side by side in two files at a time, so that reading, arithmetic, writing and waiting for the
+disk overlap; each holds one part at a time. A file is written under a temporary name, made durable,
+and renamed, so a file that has its name is complete. Nothing is decided here.
 """
 
 from __future__ import annotations
@@ -252,6 +252,9 @@ class _Task:
                 _write_at(file.fileno(), memoryview(self.layout.header), 0)
                 with _flushed(file.fileno()) if durable else nullcontext():
                     self._write_parts(file.fileno())
+                if self.crew.shares:
+                    os.fdatasync(file.fileno())  # or each sharing would wait for the disk
+                    self._share_parts(file.fileno())
                 if durable:
                     os.fsync(file.fileno())
             temporary.rename(path)
@@ -265,7 +268,7 @@ class _Task:
 
     def _write_parts(self, descriptor: int) -> None:
         computed = self.computed
-        copied = [part for part in self.layout.parts if part not in computed]
+        copied = [part for part in self.layout.parts if not needs_torch(part.expr)]
         with ThreadPoolExecutor(self.crew.threads_per_file, "upcycle-writer") as pool:
             try:
                 jobs = [pool.submit(self._write_part, part, descriptor) for part in copied]
@@ -281,23 +284,35 @@ class _Task:
                 pool.shutdown(cancel_futures=True)
 
     def _write_part(self, part: Part, descriptor: int) -> None:
+        """Write a part to all its places, or to the one that the others will share."""
+        if self.crew.stopping.is_set():
+            raise _StoppedError
+        offsets = part.offsets
+        if self.crew.shares:
+            offsets = offsets[:1] if self.crew.first[part.expr][0] is self else ()
         router = part.tensor.role is Role.ROUTER
-        # The values of a router are wanted in any case, for its digest.
-        data = self._data(part) if router else None
-        if data is not None:
+        if not offsets and not router:
+            return
+        data = self._data(part)
+        if router:
             self.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-        with self._earlier(part) as earlier:
-            origin, unshared = earlier, list[int]()
-            for offset in part.offsets:
-                if origin is None and self.crew.shares:
-                    data = self._data(part) if data is None else data
-                    self._write_at(descriptor, data, [offset])
-                    origin = (descriptor, offset)
-                elif origin is None or not self._share(origin, descriptor, offset, part.nbytes):
-                    unshared.append(offset)
+        self._write_at(descriptor, data, offsets)
+
+    def _share_parts(self, descriptor: int) -> None:
+        """Let all other places share the extents of the first, or write them where that fails."""
+        for part in self.layout.parts:
+            task, first = self.crew.first[part.expr]
+            offsets = part.offsets[1:] if task is self else part.offsets
+            if not offsets:
+                continue
+            with nullcontext(descriptor) if task is self else task.opened() as origin:
+                unshared = [
+                    offset
+                    for offset in offsets
+                    if not self._share((origin, first), descriptor, offset, part.nbytes)
+                ]
             if unshared:
-                data = self._data(part) if data is None else data
-                self._write_at(descriptor, data, unshared)
+                self._write_at(descriptor, self._data(part), unshared)
 
     def _data(self, part: Part) -> memoryview:
         if needs_torch(part.expr):
@@ -305,17 +320,13 @@ class _Task:
         return stored_bytes(part.expr, self.crew.reader.mapped)
 
     @contextmanager
-    def _earlier(self, part: Part) -> Iterator[tuple[int, int] | None]:
-        """Yield a descriptor and offset of the part in an earlier file, if there is one."""
-        task, offset = self.crew.first[part.expr]
-        if task is self or not self.crew.shares:
-            yield None
-            return
-        while not task.complete.wait(_STOP_SECONDS):
+    def opened(self) -> Iterator[int]:
+        """Yield a descriptor of the file, once it is complete."""
+        while not self.complete.wait(_STOP_SECONDS):
             if self.crew.stopping.is_set():
                 raise _StoppedError
-        with (self.crew.workspace.path / task.name).open("rb") as file:
-            yield file.fileno(), offset
+        with (self.crew.workspace.path / self.name).open("rb") as file:
+            yield file.fileno()
 
     def _write_at(self, descriptor: int, data: memoryview, offsets: Sequence[int]) -> None:
         """Write the same bytes to several places, piece by piece: each is read from memory once."""
