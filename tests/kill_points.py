@@ -62,7 +62,7 @@ def main(dense: Path, output: Path, replaced: Path | None) -> None:
     # What is seen after a kill does not depend on it, and it takes long.
     setattr(os, "fsync", lambda _: None)  # noqa: B010 - mypy sees a name that differs
     # A first run imports whatever a run needs, so that no child has to.
-    execute(plan_of(dense, "E2G1T2"), output.parent.with_name("imported"))
+    execute(plan_of(dense, "E2G2T2"), output.parent.with_name("imported"))
     for step in count(1):
         shutil.rmtree(output.parent, ignore_errors=True)
         output.parent.mkdir()

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".writing"
-# Less than a huge page: docs/decisions.md says why.
-_PIECE_BYTES = (1 << 21) - 4096
+# Much less than a huge page: docs/decisions.md says why.
+_PIECE_BYTES = 1 << 19
 _FLUSH_SECONDS = 0.1
 _STOP_SECONDS = 0.1
 _FILES_AT_ONCE = 2
