@@ -66,7 +66,7 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="upcycle-benchmark-", dir=arguments.directory))
     try:
         report = _Benchmark(directory, arguments.rounds, arguments.peer_rounds)
-        for gigabytes in arguments.sizes:
+        for gigabytes in arguments.sizes if arguments.filesystems != "only" else ():
             report.writing(gigabytes)
         if arguments.filesystems:
             for kind in MAKE:
@@ -289,7 +289,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer-rounds", type=int, default=1, help="of mergekit-moe and transformers; 0 for none"
     )
-    parser.add_argument("--filesystems", action="store_true", help="also XFS and Btrfs, as root")
+    parser.add_argument(
+        "--filesystems",
+        nargs="?",
+        choices=["also", "only"],
+        const="also",
+        help="XFS and Btrfs with the largest size too, or only that; as root",
+    )
     parser.add_argument("--directory", type=Path, help="where to write; default: the temporary one")
     parser.add_argument("--json", type=Path, help="write all numbers of all runs to this file")
     return parser.parse_args()
