@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "interoperability"))
+sys.path[:0] = [str(HERE / "interoperability"), str(HERE / "interoperability" / "engines")]
 
 from interop.models import Case, cases  # noqa: E402
 from interop.results import (  # noqa: E402
@@ -21,6 +22,7 @@ from interop.results import (  # noqa: E402
     contradiction,
     table,
 )
+from mergekit_merge import split  # noqa: E402
 
 from upcycle_cli.families.engines import Engine, Support, engines  # noqa: E402
 from upcycle_cli.recipe import Routing  # noqa: E402
@@ -92,6 +94,25 @@ def test_the_table_gives_the_reasons_below() -> None:
         "",
         f"- vLLM: KeyError: 'w1' ({CASE.name}; {CONTROL.name})",
     ]
+
+
+def test_fused_experts_are_told_apart_by_the_names_of_split_ones() -> None:
+    layer = "model.layers.3"
+    gate_up = torch.arange(2 * 6 * 4).reshape(2, 6, 4).float()
+    down = torch.arange(2 * 4 * 3).reshape(2, 4, 3).float()
+    found = split(f"{layer}.mlp.experts.gate_up_proj", gate_up)
+    found |= split(f"{layer}.mlp.experts.down_proj", down)
+    experts = f"{layer}.block_sparse_moe.experts"
+    expected: dict[str, torch.Tensor] = {}
+    for expert in range(2):
+        expected |= split(f"{experts}.{expert}.w1.weight", gate_up[expert, :3])
+        expected |= split(f"{experts}.{expert}.w3.weight", gate_up[expert, 3:])
+        expected |= split(f"{experts}.{expert}.w2.weight", down[expert])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert f"{layer}.mlp.experts.1.down_proj.weight" in found
+    router = split(f"{layer}.block_sparse_moe.gate.weight", down)
+    assert list(router) == [f"{layer}.mlp.gate.weight"]
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "interoperability.md"
