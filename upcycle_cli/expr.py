@@ -271,9 +271,7 @@ def evaluate(  # noqa: PLR0911 - one case per kind
         case Repeat(of, times):
             return evaluate(of, read).repeat_interleave(times, dim=0)
         case Normal(dtype=dtype, shape=shape):
-            data = bytearray(
-                _draw(expr, raw_bytes(read(expr.norm.name)))
-            )  # torch wants it writable
+            data = _draw(expr, raw_bytes(read(expr.norm.name)))
             return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[dtype])).reshape(shape)
         case Zeros(dtype, shape):
             return torch.zeros(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]))

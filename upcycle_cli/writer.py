@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING
@@ -227,9 +228,9 @@ class _Task:
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
 
-    @property
+    @cached_property
     def computed(self) -> list[Part]:
-        """The parts that are not just copied."""
+        """The parts that take torch."""
         return [part for part in self.layout.parts if needs_torch(part.expr)]
 
     def take_over(self) -> bool:
@@ -267,14 +268,13 @@ class _Task:
         self.complete.set()
 
     def _write_parts(self, descriptor: int) -> None:
-        computed = self.computed
-        copied = [part for part in self.layout.parts if not needs_torch(part.expr)]
+        others = [part for part in self.layout.parts if not needs_torch(part.expr)]
         with ThreadPoolExecutor(self.crew.threads_per_file, "upcycle-writer") as pool:
             try:
-                jobs = [pool.submit(self._write_part, part, descriptor) for part in copied]
-                if computed:
+                jobs = [pool.submit(self._write_part, part, descriptor) for part in others]
+                if self.computed:
                     self.crew.torch_is_there.wait()
-                jobs += [pool.submit(self._write_part, part, descriptor) for part in computed]
+                jobs += [pool.submit(self._write_part, part, descriptor) for part in self.computed]
                 for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     job.result()
             except BaseException:
