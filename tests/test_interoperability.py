@@ -37,17 +37,38 @@ def test_text_is_the_same_to_the_last_token() -> None:
     assert compare([[1, 2], [3]], [[1, 2], [3, 4]]).verdict == DIFFERS
 
 
-def test_scores_may_differ_by_what_softmax_topk_promises() -> None:
-    assert compare([[0.5, -3.001]], [[0.5, -3.0]]).verdict == SAME
-    assert compare([[0.5, -3.1]], [[0.5, -3.0]]).verdict == DIFFERS
+def test_scores_differ_by_no_more_than_rounding() -> None:
+    assert compare([[0.5, -3.0001]], [[0.5, -3.0]]).verdict == SAME
+    assert compare([[0.5, -3.01]], [[0.5, -3.0]]).verdict == DIFFERS
 
 
-def test_the_first_tokens_count_where_the_routing_is_approximate() -> None:
-    text, late, early = [*range(32)], [*range(31), 99], [0, 99, *range(2, 32)]
+def certain(*_place: int) -> float:
+    """A dense model that does not hesitate."""
+    return 3.0
+
+
+def test_approximate_texts_may_part_where_the_dense_model_hesitates() -> None:
+    text, late, early = [*range(32)], [*range(31), 99], [*range(20), 99, *range(21, 32)]
+
+    def hesitant(index: int, position: int) -> float:
+        assert (index, position) in {(0, 31), (0, 20)}  # asked only where texts part
+        return -0.01
+
     assert compare([late], [text]).verdict == DIFFERS
-    assert compare([late], [text], approximate=True).verdict == SAME
-    assert compare([early], [text], approximate=True).verdict == DIFFERS
-    assert compare([text, early], [text, text], approximate=True).verdict == DIFFERS
+    assert compare([late], [text], certain).verdict == DIFFERS
+    assert compare([late], [text], hesitant).verdict == SAME
+    assert compare([early], [text], hesitant).detail == "only 20 items before the outputs part"
+    assert compare([early, text], [text, text], hesitant).verdict == SAME
+    assert compare([text[:-1]], [text], hesitant).verdict == DIFFERS
+
+
+def test_approximate_scores_may_differ_by_what_softmax_topk_promises() -> None:
+    scores = [-3.0] * 24
+    assert compare([[0.5], scores], [[0.5], scores], certain).verdict == SAME
+    assert compare([[0.5], [-2.95] * 24], [[0.5], scores], certain).verdict == SAME
+    assert compare([[0.5], [*scores[1:], -3.5]], [[0.5], scores], certain).verdict == SAME
+    assert compare([[0.5], [-2.8] * 24], [[0.5], scores], certain).verdict == DIFFERS
+    assert compare([[0.5], [float("nan")] * 24], [[0.5], scores], certain).verdict == DIFFERS
 
 
 @pytest.mark.parametrize(

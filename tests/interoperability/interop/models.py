@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,24 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
             shutil.copy(smollm2 / name, path)
 
 
+def lead(dense: Path, prompt: str, text: Sequence[int], position: int) -> float:
+    """Return by how many nats the dense model prefers a token of a text to the next best."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    ids = torch.tensor([[*tokenizer(prompt).input_ids, *text[:position]]])
+    with torch.no_grad():
+        logits_V = model(ids).logits[0, -1]
+    token = logits_V[text[position]].item()
+    logits_V[text[position]] = -torch.inf
+    return float(token - logits_V.max().item())
+
+
 def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
     """Convert by the command line; returns what `--json` printed."""
     options = [word for option in case.options for word in option.split()]
-    if case.routing == PLAIN:
-        # It is exact only up to its router's logits: they are not to decide between two tokens.
-        # Ten times smaller, and groups tie in float32.
-        options += ["--router-logit-std", "0.0001"]
     command = [
         *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
         *("--recipe", case.recipe, "--target", case.target, "--routing", case.routing),
