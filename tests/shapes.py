@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from upcycle_cli.checkpoint import raw_bytes
+from upcycle_cli.expr import Expr, evaluate, type_of
 from upcycle_cli.recipe import Recipe, Routing, parse_recipe_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -157,6 +159,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     assert (one.dtype, one.shape) == (other.dtype, other.shape)
     bits = BITS[one.dtype]
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+
+
+def value_of(expr: Expr, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What an expression comes to, as a tensor; `read` gives a dense tensor by name."""
+    kind = type_of(expr)
+    data = evaluate(expr, lambda name: raw_bytes(read(name)))
+    empty = torch.empty(kind.shape, dtype=TORCH[kind.dtype])
+    if data.nbytes == empty.nbytes == 0:
+        return empty
+    return torch.frombuffer(bytearray(data), dtype=empty.dtype).reshape(kind.shape)
 
 
 def make_recipe(

@@ -109,7 +109,7 @@ def test_torch_is_not_imported_for_what_does_not_need_it(
     assert "Traceback" not in done.stderr
 
 
-def test_a_conversion_never_imports_transformers(llama: Path, tmp_path: Path) -> None:
+def test_a_conversion_imports_neither_torch_nor_transformers(llama: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HEAVY, "convert", str(llama), str(tmp_path / "moe"), *RECIPE],
         capture_output=True,
@@ -117,8 +117,7 @@ def test_a_conversion_never_imports_transformers(llama: Path, tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "'torch'" in done.stderr  # so that the probe is known to work
-    assert "'transformers'" not in done.stderr
+    assert "IMPORTED ['numpy']" in done.stderr
 
 
 # Help ---------------------------------------------------------------------------------------------

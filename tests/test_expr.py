@@ -6,14 +6,16 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import TORCH, random_bits, same_bits
+from shapes import TORCH, random_bits, same_bits, value_of
 
+from upcycle_cli import expr as expr_module
 from upcycle_cli.checkpoint import raw_bytes
 from upcycle_cli.expr import (
     Cast,
@@ -32,6 +34,7 @@ from upcycle_cli.expr import (
     describe,
     evaluate,
     leaves,
+    num_bytes,
     sources,
     stretch_of,
     type_of,
@@ -102,9 +105,9 @@ def test_stretches(expr: Expr, stretch: Stretch | None) -> None:
         source = {item.name: item for item in (A, VECTOR, CUBE)}[stretch.name]
         generator = torch.Generator().manual_seed(0)
         tensor = random_bits(source.shape, TORCH[source.dtype], generator)
-        value = evaluate(expr, lambda _: tensor)
+        value = evaluate(expr, lambda _: raw_bytes(tensor))
         stored = raw_bytes(tensor)[stretch.start : stretch.start + stretch.nbytes]
-        assert bytes(raw_bytes(value)) == bytes(stored)
+        assert bytes(value) == bytes(stored)
 
 
 # Types -------------------------------------------------------------------------------------------
@@ -134,9 +137,8 @@ def test_the_type_is_that_of_the_value(
     tensors: dict[str, torch.Tensor], expr: Expr, dtype: str, shape: tuple[int, ...]
 ) -> None:
     assert type_of(expr) == TensorType(dtype, shape)
-    value = evaluate(expr, tensors.__getitem__)
-    assert value.dtype is TORCH[dtype]
-    assert value.shape == shape
+    value = evaluate(expr, lambda name: raw_bytes(tensors[name]))
+    assert value.nbytes == num_bytes(expr) == math.prod(shape) * TORCH[dtype].itemsize
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_values_are_what_torch_gives(
     expr: Expr,
     compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
 ) -> None:
-    assert same_bits(evaluate(expr, tensors.__getitem__), compute(tensors))
+    assert same_bits(value_of(expr, tensors.__getitem__), compute(tensors))
 
 
 @pytest.mark.parametrize("exponent", [1, 2, 3, 6])
@@ -207,8 +209,66 @@ def test_values_are_what_torch_gives(
 def test_a_power_of_two_can_be_taken_out_again(dtype: str, exponent: int) -> None:
     value = random_bits((64, 64), TORCH[dtype], torch.Generator().manual_seed(exponent))
     source = Source("x", dtype, (64, 64))
-    scaled = evaluate(Scale(source, 2.0**exponent), lambda _: value)
+    scaled = value_of(Scale(source, 2.0**exponent), lambda _: value)
     assert same_bits(scaled / 2.0**exponent, value)
+
+
+def all_values(dtype: str) -> torch.Tensor:
+    """Every finite value of a dtype of 16 bits, one row for each exponent and sign."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(TORCH[dtype])
+    words = words.reshape(-1, {"BF16": 128, "F16": 1024}[dtype])
+    return words[words.isfinite().all(dim=1)]
+
+
+@pytest.mark.parametrize("factor", [2.0**-9, 0.5, 1.0, 2.0, 64.0, 2.0**20, 3.0, 1.5874, -2.0])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_value_times_a_factor(
+    dtype: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = all_values(dtype)
+    monkeypatch.setattr(expr_module, "_PIECE_ITEMS", values.shape[1])  # a row at a time
+    wanted = (values.float() * factor).to(TORCH[dtype])
+    fits = wanted.isfinite().all(dim=1)
+    source = Source("x", dtype, tuple(values[fits].shape))
+    found = value_of(Scale(source, factor), lambda _: values[fits])
+    assert same_bits(found, wanted[fits])
+    for row in values[~fits]:
+        with pytest.raises(OverflowInCastError):
+            value_of(Scale(Source("x", dtype, (len(row),)), factor), {"x": row}.__getitem__)
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("F16", "BF16"), ("BF16", "F32"), ("F16", "F32")])
+def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
+    values = all_values(dtype)
+    source = Source("x", dtype, tuple(values.shape))
+    assert same_bits(value_of(Cast(source, wanted), lambda _: values), values.to(TORCH[wanted]))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what makes it fast; rows with a zero are left to arithmetic."""
+    real, multiplied = expr_module._multiply, []  # noqa: SLF001
+
+    def multiply(piece: Any, *arguments: Any) -> None:  # noqa: ANN401
+        multiplied.append(len(piece))
+        real(piece, *arguments)
+
+    monkeypatch.setattr(expr_module, "_multiply", multiply)
+    monkeypatch.setattr(expr_module, "_PIECE_ITEMS", 64)
+    values = torch.full((8, 64), 0.02, dtype=TORCH[dtype])
+    values[3, 5] = 0
+    part = Slice(Source("x", dtype, (8, 64)), 1, 0, 32)
+    found = value_of(Scale(part, 4.0), lambda _: values)
+    assert same_bits(found, values[:, :32] * 4)
+    assert multiplied == [2]  # of four pieces
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0), (1, 200_001), (3, 2, 5)])
+def test_any_shape_can_be_computed_with(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    source = Source("x", "F32", shape)
+    found = value_of(Scale(Cast(source, "BF16"), 3.0), lambda _: values)
+    assert same_bits(found, (values.bfloat16().float() * 3).bfloat16())
 
 
 def trees(depth: int = 3) -> st.SearchStrategy[Expr]:
@@ -239,17 +299,21 @@ def test_leaves_are_the_bytes_of_the_whole(expr: Expr) -> None:
     values = {name: random_bits((4, 6), torch.bfloat16, generator) for name in "ab"}
     parts = list(leaves(expr))
     assert not any(isinstance(part, Concat | Stack) for part in parts)
-    whole = bytes(raw_bytes(evaluate(expr, values.__getitem__)))
-    assert b"".join(bytes(raw_bytes(evaluate(p, values.__getitem__))) for p in parts) == whole
+
+    def read(name: str) -> memoryview:
+        return raw_bytes(values[name])
+
+    whole = bytes(evaluate(expr, read))
+    assert b"".join(bytes(evaluate(part, read)) for part in parts) == whole
 
 
 def test_sources_are_everything_that_is_read(tensors: dict[str, torch.Tensor]) -> None:
     expr = Stack((Concat((Scale(Slice(A, 0, 0, 2), 2.0), Repeat(Cast(B, "BF16"), 1))),) * 2)
     read: set[str] = set()
 
-    def spy(name: str) -> torch.Tensor:
+    def spy(name: str) -> memoryview:
         read.add(name)
-        return tensors[name]
+        return raw_bytes(tensors[name])
 
     evaluate(expr, spy)
     evaluate(normal(), spy)
@@ -280,11 +344,11 @@ def test_a_finite_value_must_stay_finite(
     data = torch.tensor([1.0, value, 2.0]).to(TORCH[dtype])
     expr = convert(Source("x", dtype, (3,)))
     with pytest.raises(OverflowInCastError):
-        evaluate(expr, lambda _: data)
+        value_of(expr, lambda _: data)
     # The value that overflows may stand beside an infinity that was there before.
     data[0] = math.inf
     with pytest.raises(OverflowInCastError):
-        evaluate(expr, lambda _: data)
+        value_of(expr, lambda _: data)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -295,13 +359,13 @@ def test_what_is_not_finite_in_the_source_is_no_overflow(
     value: float, convert: Callable[[Expr], Expr]
 ) -> None:
     data = torch.tensor([1.0, value])
-    result = evaluate(convert(Source("x", "F32", (2,))), lambda _: data)
+    result = value_of(convert(Source("x", "F32", (2,))), lambda _: data)
     torch.testing.assert_close(result, data.to(result.dtype) * result[0], equal_nan=True)
 
 
 def test_the_largest_values_are_no_overflow() -> None:
     data = torch.tensor([65504.0, -65504.0])
-    assert evaluate(Cast(Source("x", "F32", (2,)), "F16"), lambda _: data).tolist() == [
+    assert value_of(Cast(Source("x", "F32", (2,)), "F16"), lambda _: data).tolist() == [
         65504.0,
         -65504.0,
     ]
@@ -316,7 +380,7 @@ def draw(expr: Normal, norm: torch.Tensor | None = None) -> torch.Tensor:
     weight = torch.linspace(0.5, 2, HIDDEN) if norm is None else norm
     dtype = next(name for name, dtype in TORCH.items() if dtype is weight.dtype)
     expr = replace(expr, norm=replace(expr.norm, dtype=dtype))
-    return evaluate(expr, lambda _: weight)
+    return value_of(expr, lambda _: weight)
 
 
 def test_a_draw_is_a_function_of_seed_and_stream() -> None:

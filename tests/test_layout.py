@@ -10,9 +10,10 @@ import pytest
 import torch
 from engine_fixtures import contents, make_dense, plan_of
 from safetensors import safe_open
+from shapes import value_of
 
 from upcycle_cli.conversion import execute
-from upcycle_cli.expr import evaluate, leaves
+from upcycle_cli.expr import leaves
 from upcycle_cli.layout import lay_out, unique_bytes
 from upcycle_cli.reflink import BLOCK_BYTES
 from upcycle_cli.writer import WriteOptions
@@ -53,7 +54,7 @@ def test_the_files_hold_what_the_expressions_say(
             with safe_open(tmp_path / "moe" / shard.name, framework="pt") as file:
                 assert set(file.keys()) == {tensor.name for tensor in shard.tensors}
                 for tensor in shard.tensors:
-                    wanted = evaluate(tensor.expr, reader.tensor).contiguous()
+                    wanted = value_of(tensor.expr, reader.tensor)
                     found = file.get_tensor(tensor.name)
                     assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
                     assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))

@@ -172,7 +172,8 @@ UntieOption = Annotated[
 WorkersOption = Annotated[
     int,
     option(
-        help="Threads that read, compute and write; 0 for the processors there are, at most 4.",
+        help="Threads that read, compute and write; 0 for one more than there are processors, "
+        "at most 4.",
         rich_help_panel=RUN,
     ),
 ]

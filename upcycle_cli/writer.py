@@ -3,47 +3,39 @@
 Each unique part of a file is written at its first place; its other places share the extents of the
 first where the file system can (`FICLONERANGE`), and are written where it cannot. Bytes that are
 the dense model's go from its pages to the file; everything else is computed, once. A few threads do
-this side by side in two files at a time, so that reading, arithmetic, writing and waiting for the
-disk overlap; each holds one part at a time. A file is written under a temporary name, made durable,
-and renamed, so a file that has its name is complete. Nothing is decided here.
+this side by side, each in a file of its own while there are enough, so that reading, arithmetic,
+writing and waiting for the disk overlap; each holds one part at a time. A file is written under a
+temporary name, made durable, and renamed, so a file that has its name is complete. Nothing is
+decided here.
 """
 
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import INDEX_NAME, Reader, raw_bytes
+from upcycle_cli.checkpoint import INDEX_NAME, Reader
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import Expr, OverflowInCastError, evaluate, needs_torch, stored_bytes
+from upcycle_cli.expr import Expr, OverflowInCastError, evaluate
 from upcycle_cli.layout import Layout, Part, lay_out
-from upcycle_cli.outputs import OutputTensor, Role
+from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan, Shard
 from upcycle_cli.publish import Workspace
 from upcycle_cli.reflink import can_share, share
 
-if TYPE_CHECKING:
-    import torch
-
 TEMPORARY_SUFFIX = ".writing"
 # Much less than a huge page: docs/decisions.md says why.
 _PIECE_BYTES = 1 << 19
-_FLUSH_SECONDS = 0.1
+_FLUSH_SECONDS = 0.02
 _STOP_SECONDS = 0.1
-_FILES_AT_ONCE = 2
-_SWITCH_SECONDS = 5e-5
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just found their place."""
@@ -54,7 +46,7 @@ class WriteOptions:
     """How to write; the bytes that are read back are the same for all of them."""
 
     workers: int = 0
-    """Threads; 0 for as many as the process may use processors, at most 4."""
+    """Threads; 0 for one more than the process may use processors, at most 4."""
     reflink: bool = True
     """Share extents between equal parts where the file system can."""
     fsync: bool = True
@@ -67,7 +59,8 @@ class WriteOptions:
     @property
     def num_threads(self) -> int:
         """The number of threads to use."""
-        return self.workers or min(4, len(os.sched_getaffinity(0)))
+        # One more, because one of them usually waits for the disk.
+        return self.workers or min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 @dataclass
@@ -137,34 +130,6 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    with _hurried_import():
-        import torch
-    # The parts run side by side already; threads inside each would only get in each other's way.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _hurried_import() -> Iterator[None]:
-    """Import something large while other threads copy."""
-    # They want the interpreter for a moment after every piece; and an import leaves no garbage.
-    interval, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    gc.disable()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        if collects:
-            gc.enable()
-
-
 class _Crew:
     """The threads that write, and what they have in common."""
 
@@ -178,7 +143,6 @@ class _Crew:
         self.first: dict[Expr, tuple[_Task, int]] = {}
         """The first file that holds a part, and where; also when it is not complete yet."""
         self.threads_per_file = 1
-        self.torch_is_there = Event()
         self.stopping = Event()
         self.lock = Lock()
         self._progress = progress
@@ -187,20 +151,15 @@ class _Crew:
         """Write these files, several at once: while the disk has one, the next is filled."""
         if not tasks:
             return
-        num_files = min(_FILES_AT_ONCE, self.options.num_threads, len(tasks))
+        num_files = min(self.options.num_threads, len(tasks))
         self.threads_per_file = self.options.num_threads // num_files
         with ThreadPoolExecutor(num_files, "upcycle-file") as pool:
             try:
                 jobs = [pool.submit(task.write) for task in tasks]
-                # Importing torch takes as long as copying gigabytes, so that goes on meanwhile.
-                computing = any(task.computed for task in tasks)
-                with _single_threaded_torch() if computing else nullcontext():
-                    self.torch_is_there.set()
-                    wait(jobs, return_when=FIRST_EXCEPTION)
+                wait(jobs, return_when=FIRST_EXCEPTION)
             finally:
                 # After a failure or a signal nobody waits for the rest of a large part.
                 self.stopping.set()
-                self.torch_is_there.set()
                 pool.shutdown(cancel_futures=True)
         for job in jobs:
             error = None if job.cancelled() else job.exception()
@@ -227,11 +186,6 @@ class _Task:
     complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
-
-    @cached_property
-    def computed(self) -> list[Part]:
-        """The parts that take torch."""
-        return [part for part in self.layout.parts if needs_torch(part.expr)]
 
     def take_over(self) -> bool:
         """Whether an earlier run has written this file."""
@@ -268,13 +222,11 @@ class _Task:
         self.complete.set()
 
     def _write_parts(self, descriptor: int) -> None:
-        others = [part for part in self.layout.parts if not needs_torch(part.expr)]
         with ThreadPoolExecutor(self.crew.threads_per_file, "upcycle-writer") as pool:
             try:
-                jobs = [pool.submit(self._write_part, part, descriptor) for part in others]
-                if self.computed:
-                    self.crew.torch_is_there.wait()
-                jobs += [pool.submit(self._write_part, part, descriptor) for part in self.computed]
+                jobs = [
+                    pool.submit(self._write_part, part, descriptor) for part in self.layout.parts
+                ]
                 for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     job.result()
             except BaseException:
@@ -315,9 +267,14 @@ class _Task:
                 self._write_at(descriptor, self._data(part), unshared)
 
     def _data(self, part: Part) -> memoryview:
-        if needs_torch(part.expr):
-            return raw_bytes(_compute(part.expr, part.tensor, self.crew.reader))
-        return stored_bytes(part.expr, self.crew.reader.mapped)
+        try:
+            return evaluate(part.expr, self.crew.reader.mapped)
+        except OverflowInCastError as error:
+            raise UpcycleError(
+                f"{part.tensor.name}: a finite value of the dense model becomes infinite "
+                f"in {part.tensor.dtype.lower()}.",
+                "Use --dtype bfloat16 or float32.",
+            ) from error
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -364,17 +321,6 @@ def _flushed(descriptor: int) -> Iterator[None]:
             stop.set()
         # The system tells of a failed write once: whoever hears of it must say so.
         flushing.result()
-
-
-def _compute(expr: Expr, tensor: OutputTensor, reader: Reader) -> torch.Tensor:
-    try:
-        return evaluate(expr, reader.tensor).contiguous()
-    except OverflowInCastError as error:
-        raise UpcycleError(
-            f"{tensor.name}: a finite value of the dense model becomes infinite "
-            f"in {tensor.dtype.lower()}.",
-            "Use --dtype bfloat16 or float32.",
-        ) from error
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from speed.contestants import (
     MERGEKIT,
+    TRANSFORMERS,
     Contestant,
     NotInstalledError,
     by_transformers,
@@ -225,9 +226,9 @@ class _Benchmark:
             return self.mergekit_anon_bytes
         if "pwrite" in contestant.name:
             return 0
-        if "E8G1T2" in contestant.name:
-            return self.numpy_anon_bytes  # it only copies, and never imports torch
-        return self.torch.peak_anon_bytes
+        if contestant.name == TRANSFORMERS:
+            return self.torch.peak_anon_bytes
+        return self.numpy_anon_bytes
 
     def _show(self, title: str, results: Sequence[Result], limits: Sequence[Limit]) -> None:
         print(f"\n### {title}\n\n{table(results)}\n\n{limits_table(limits)}", flush=True)
