@@ -382,6 +382,31 @@ def test_a_piece_goes_to_all_its_places_before_the_next(
     assert {data for _, data in written[at : at + 4]} == {written[at][1]}
 
 
+@pytest.mark.parametrize("layout", list(ExpertLayout))
+def test_a_copied_group_is_shared_in_one_call(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch, layout: ExpertLayout
+) -> None:
+    calls = []
+
+    def share(source: int, start: int, target: int, offset: int, nbytes: int) -> bool:
+        calls.append(nbytes)
+        os.pwrite(target, os.pread(source, nbytes, start), offset)
+        return True
+
+    monkeypatch.setattr(writer, "can_share", lambda _: True)
+    monkeypatch.setattr(writer, "share", share)
+    block = {"hidden_size": 64, "intermediate_size": 64}  # each shard of a matrix is one
+    plan = make("E4G2T2", options=Options(expert_layout=layout), **block)
+    write(plan, output)
+    # Three copies in each of two layers; the two fused tensors of a layer are not neighbours.
+    parts = [6] * 6 if layout is ExpertLayout.PER_EXPERT else [4, 4, 4, 2, 2, 2] * 2
+    assert calls == [4096 * number for number in parts]
+    with plan.source.reader() as reader, safe_open(output / "model.safetensors", "pt") as file:
+        for tensor in plan.tensors:
+            value = value_of(tensor.expr, reader.tensor)
+            assert same_bits(file.get_tensor(tensor.name), value)
+
+
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None

@@ -29,7 +29,7 @@ from upcycle_cli.layout import Layout, Part, lay_out
 from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan, Shard
 from upcycle_cli.publish import Workspace
-from upcycle_cli.reflink import can_share, share
+from upcycle_cli.reflink import BLOCK_BYTES, can_share, share
 
 TEMPORARY_SUFFIX = ".writing"
 # Much less than a huge page: docs/decisions.md says why.
@@ -252,19 +252,36 @@ class _Task:
 
     def _share_parts(self, descriptor: int) -> None:
         """Let all other places share the extents of the first, or write them where that fails."""
+        unshared: dict[Part, list[int]] = {}
+        for run in self._runs():
+            with nullcontext(descriptor) if run.task is self else run.task.opened() as origin:
+                shared = share(origin, run.source, descriptor, run.target, run.nbytes)
+            if shared:
+                self.shared_bytes += run.nbytes
+                self.crew.advance(run.nbytes)
+                continue
+            for part, offset in run.places:
+                unshared.setdefault(part, []).append(offset)
+        for part, offsets in unshared.items():
+            self._write_at(descriptor, self._data(part), offsets)
+
+    def _runs(self) -> list[_Run]:
+        """Return the places that are not the first of their bytes, neighbours together.
+
+        The copies of an expert, or of all the experts of a group, repeat its parts in their order.
+        """
+        places: list[tuple[int, Part, _Task, int]] = []
         for part in self.layout.parts:
             task, first = self.crew.first[part.expr]
             offsets = part.offsets[1:] if task is self else part.offsets
-            if not offsets:
-                continue
-            with nullcontext(descriptor) if task is self else task.opened() as origin:
-                unshared = [
-                    offset
-                    for offset in offsets
-                    if not self._share((origin, first), descriptor, offset, part.nbytes)
-                ]
-            if unshared:
-                self._write_at(descriptor, self._data(part), unshared)
+            places += [(offset, part, task, first) for offset in offsets]
+        runs: list[_Run] = []
+        for offset, part, task, first in sorted(places, key=lambda place: place[0]):
+            if not (runs and runs[-1].goes_on(task, first, offset, part.nbytes)):
+                runs.append(_Run(task, first, offset))
+            runs[-1].places.append((part, offset))
+            runs[-1].nbytes += part.nbytes
+        return runs
 
     def _data(self, part: Part) -> memoryview:
         try:
@@ -294,14 +311,21 @@ class _Task:
                     _write_at(descriptor, piece, offset + start)
                     self.crew.advance(len(piece))
 
-    def _share(self, origin: tuple[int, int], descriptor: int, offset: int, nbytes: int) -> bool:
-        """Let bytes share the extents of equal ones; False where that cannot be done."""
-        if not share(*origin, descriptor, offset, nbytes):
-            return False
-        with self.crew.lock:
-            self.shared_bytes += nbytes
-        self.crew.advance(nbytes)
-        return True
+
+@dataclass(eq=False)
+class _Run:
+    """Consecutive places whose bytes are, one after the other, at `source` in a file."""
+
+    task: _Task
+    source: int
+    target: int
+    nbytes: int = 0
+    places: list[tuple[Part, int]] = field(default_factory=list)
+
+    def goes_on(self, task: _Task, source: int, target: int, nbytes: int) -> bool:
+        """Whether a part continues this run; only whole blocks can be shared, or joined."""
+        follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
+        return task is self.task and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
 
 
 @contextmanager
