@@ -111,7 +111,7 @@ def writing_limits(results: Sequence[Result], *, start_up_counts: bool) -> list[
     what = f"time of mergekit-moe / {UPCYCLE_SMALL}"
     to_limit = _ratio(peer, found.get((PWRITE, False)))
     if to_limit is not None and to_limit < 4:
-        what += f" (/ pwrite, which nobody can beat: {to_limit:.2f})"
+        what += f" (/ pwrite, in one thread: {to_limit:.2f})"
     limits.append(Limit(what, "≥ 4", value, held))
     value = _ratio(found.get((TRANSFORMERS, False)), ours)
     limits.append(Limit(f"time of a transformers script / {UPCYCLE_SMALL}", NO_LIMIT, value, None))
