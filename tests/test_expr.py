@@ -222,10 +222,12 @@ def all_values(dtype: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("factor", [2.0**-9, 0.5, 1.0, 2.0, 64.0, 2.0**20, 3.0, 1.5874, -2.0])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("zeros", [(), (0.0, -0.0)], ids=["", "among zeros"])
 def test_every_value_times_a_factor(
-    dtype: str, factor: float, monkeypatch: pytest.MonkeyPatch
+    dtype: str, factor: float, zeros: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = all_values(dtype)
+    values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
     monkeypatch.setattr(expr_module, "_PIECE_ITEMS", values.shape[1])  # a row at a time
     wanted = (values.float() * factor).to(TORCH[dtype])
     fits = wanted.isfinite().all(dim=1)
@@ -246,7 +248,7 @@ def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is what makes it fast; rows with a zero are left to arithmetic."""
+    """Which is what makes it fast; a piece with a subnormal value is left to arithmetic."""
     real, multiplied = expr_module._multiply, []  # noqa: SLF001
 
     def multiply(piece: Any, *arguments: Any) -> None:  # noqa: ANN401
@@ -256,11 +258,21 @@ def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.M
     monkeypatch.setattr(expr_module, "_multiply", multiply)
     monkeypatch.setattr(expr_module, "_PIECE_ITEMS", 64)
     values = torch.full((8, 64), 0.02, dtype=TORCH[dtype])
-    values[3, 5] = 0
+    values[1, 7] = 0
+    values[3, 5] = 2.0 ** -{"F16": 20, "BF16": 130}[dtype]
     part = Slice(Source("x", dtype, (8, 64)), 1, 0, 32)
     found = value_of(Scale(part, 4.0), lambda _: values)
     assert same_bits(found, values[:, :32] * 4)
     assert multiplied == [2]  # of four pieces
+
+
+@pytest.mark.parametrize("expr", [Slice(WIDE, 1, 1, 4), Scale(WIDE, 3.0), Cast(WIDE, "BF16")])
+def test_bytes_that_are_not_aligned_can_be_computed_with(
+    tensors: dict[str, torch.Tensor], expr: Expr
+) -> None:
+    shifted = memoryview(b"?" + bytes(raw_bytes(tensors["wide"])))[1:]
+    wanted = evaluate(expr, lambda name: raw_bytes(tensors[name]))
+    assert bytes(evaluate(expr, lambda _: shifted)) == bytes(wanted)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0), (1, 200_001), (3, 2, 5)])

@@ -310,7 +310,7 @@ def _converted(values: NDArray[Any], before: str, after: str, factor: float = 1.
 def _shift_exponents(piece: NDArray[Any], dtype: str, factor: float, out: NDArray[Any]) -> bool:
     """Multiply by a power of two through the bits of the exponents, several times as fast.
 
-    Returns False where a value is zero, subnormal or not finite, or would be.
+    Returns False where a value is subnormal or not finite, or would be.
     """
     import numpy as np
 
@@ -318,14 +318,18 @@ def _shift_exponents(piece: NDArray[Any], dtype: str, factor: float, out: NDArra
     if dtype not in _MANTISSA_BITS or mantissa != 0.5:
         return False
     steps, bits = exponent - 1, _MANTISSA_BITS[dtype]
-    words = piece.view("<u2")
-    without_sign = words << 1
     one, most = 1 << (bits + 1), (1 << (15 - bits)) - 1
-    if int(without_sign.min()) < one * max(1, 1 - steps):
+    words, target = piece.view("<u2"), out.view("<u2")
+    magnitudes = words << 1
+    smallest, largest = int(magnitudes.min()), int(magnitudes.max())
+    with_zeros = smallest == 0
+    if with_zeros:
+        smallest = int((magnitudes - 1).min()) + 1  # a zero becomes the largest of all
+    if smallest < one * max(1, 1 - steps) or largest >= one * (most - max(0, steps)):
         return False
-    if int(without_sign.max()) >= one * (most - max(0, steps)):
-        return False
-    np.add(words, np.uint16((steps << bits) & 0xFFFF), out=out.view("<u2"))
+    np.add(words, np.uint16((steps << bits) & 0xFFFF), out=target)
+    if with_zeros:
+        np.copyto(target, words, where=magnitudes == 0)
     return True
 
 
