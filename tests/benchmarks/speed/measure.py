@@ -84,9 +84,13 @@ def _sample(pid: int, stop: Event, peak: list[int]) -> None:
 def _family(pid: int) -> Iterator[int]:
     """Yield a process and its descendants, as far as they are still there."""
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return
+    for thread in threads:
         try:
-            members = children.read_text(encoding="ascii").split()
+            members = (thread / "children").read_text(encoding="ascii").split()
         except OSError:
             continue
         for child in members:
