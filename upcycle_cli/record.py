@@ -21,7 +21,7 @@ def record(plan: Plan, routers: Mapping[str, str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
-        "torch": version("torch"),
+        "numpy": version("numpy"),
         "source_type": plan.family.dense.model_type,
         "target_type": plan.family.target.model_type,
         "recipe": {"name": plan.recipe.name, **asdict(plan.recipe)},
