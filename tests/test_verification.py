@@ -287,6 +287,25 @@ def test_flipped_byte_in_the_expert_that_is_measured_first(dense: Path, moe: Pat
     assert_fails(report, "weights", name, "1 problem found")
 
 
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_nan_stays_nan(dense: Path, tmp_path: Path, dtype: str | None) -> None:
+    """Which of them comes out of a cast or a product depends on who computes."""
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+    damaged = Path(shutil.copytree(dense, tmp_path / "dense"))
+
+    def spoil(tensors: Tensors) -> None:
+        for name in names:
+            tensors[name].view(torch.int16)[0, :3] = torch.tensor([0x7FC0, 0x7F81, -1])
+
+    edit_tensors(damaged, spoil)
+    moe = tmp_path / "moe"
+    convert(damaged, moe, Recipe(expansion=2, granularity=2, top_k=2), options=Options(dtype=dtype))
+    assert_passes(verify(damaged, moe, checks=["weights"]))
+    edit_tensors(moe, lambda tensors: tensors[names[0]][0].fill_(1))
+    report = verify(damaged, moe, checks=["weights"])
+    assert_fails(report, "weights", names[0], "first at [0, 0]: 1 instead of nan")
+
+
 def test_flipped_byte_in_router(dense: Path, moe: Path) -> None:
     flip_byte(moe, ROUTER)
     report = verify(dense, moe, checks=["weights", "claims"])

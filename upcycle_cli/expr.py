@@ -340,7 +340,9 @@ def _multiply(
 
     wide = _to_float32(piece, before)
     with np.errstate(over="ignore", invalid="ignore"):
-        out[...] = _rounded(wide * np.float32(factor), after)
+        # A product would change the bits of a nan, and of nothing else.
+        product = wide if factor == 1.0 else wide * np.float32(factor)
+        out[...] = _rounded(product, after)
     infinite = np.isinf(_to_float32(out, after))
     if infinite.any() and (infinite & np.isfinite(wide)).any():
         raise OverflowInCastError
