@@ -142,7 +142,7 @@ class _Run:
             self.not_installed[software.name] = str(error)
         else:
             python = self.pythons[software]
-            self.versions[software.name] = version(python, software.package)
+            self.versions[software.name] = f"{software.package} {version(python, software.package)}"
 
     def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
         key = (software.name, case.dense)
