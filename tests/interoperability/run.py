@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from interop.models import PLAIN, Case, cases, convert, lead, make_dense, quick_cases
+from interop.models import PLAIN, Case, cases, convert, make_dense, margin, quick_cases
 from interop.results import FAILS, Cell, Output, compare, contradiction, table
 from interop.software import SCRIPTS, SOFTWARE, NotInstalledError, Software, install, version
 from smollm2 import make_smollm2, missing
@@ -159,11 +159,11 @@ class _Run:
         if case.routing != PLAIN:
             return compare(found, reference)
 
-        def leads(index: int, position: int) -> float:
+        def margin_at(index: int, position: int) -> float:
             text = [int(token) for token in reference[index]]
-            return lead(dense, PROMPTS[index], text, position)
+            return margin(dense, PROMPTS[index], text, position)
 
-        return compare(found, reference, leads)
+        return compare(found, reference, margin_at)
 
     def _output(self, software: Software, model: Path) -> Output | Cell:
         """Run a script in the software's own environment; a failure is a cell too."""

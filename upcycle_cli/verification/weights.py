@@ -195,7 +195,9 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    return torch.equal(_bits(left), _bits(right)) or not bool(_unequal(left, right).any())
+    if torch.equal(_bits(left), _bits(right)):
+        return True
+    return bool(left.isnan().any()) and not bool(_unequal(left, right).any())
 
 
 def _unequal(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -317,8 +319,8 @@ class _Comparison:
 
     def _cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         cast = tensor.to(dtype)
-        if cast.dtype != tensor.dtype and not _same(cast.to(tensor.dtype), tensor):
-            self.cast_lossless = False
+        if self.cast_lossless and cast.dtype != tensor.dtype:
+            self.cast_lossless = _same(cast.to(tensor.dtype), tensor)
         return cast
 
     def router(self, layer: int) -> None:

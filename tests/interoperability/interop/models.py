@@ -154,7 +154,7 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
             shutil.copy(smollm2 / name, path)
 
 
-def lead(dense: Path, prompt: str, text: Sequence[int], position: int) -> float:
+def margin(dense: Path, prompt: str, text: Sequence[int], position: int) -> float:
     """Return by how many nats the dense model prefers a token of a text to the next best."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -14,13 +14,13 @@ Output = Sequence[Sequence[float]]
 """Token ids of each continuation; or scores; or names of tensors that are wrong."""
 
 SAME, DIFFERS, FAILS, NOT_TRIED = "same", "differs", "fails", "–"
-SCORE_TOLERANCE = 1e-3
+SCORE_TOLERANCE = 1e-3  # rounding, in float32
 HESITATION = 0.1
 """A hundred times the router's logits: what softmax-topk can move between two tokens, in nats."""
 ENOUGH_TOKENS = 24
 
-Lead = Callable[[int, int], float]
-"""By how many nats the dense model prefers a token, given by its text and position, to the next."""
+Margin = Callable[[int, int], float]
+"""By how many nats the dense model prefers a token (its text, its position) to the next best."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Cell:
         return self.verdict
 
 
-def compare(found: Output, expected: Output, lead: Lead | None = None) -> Cell:
+def compare(found: Output, expected: Output, margin: Margin | None = None) -> Cell:
     """Return whether two outputs are the same, and where they part.
 
-    With approximate routing, which `lead` is for, texts may part at a token where the dense model
+    With approximate routing, which `margin` is for, texts may part at a token where the dense model
     itself hesitates, after enough that agree; and scores may be off by as much on average: a rare
     token at which two groups tie moves its own by more.
     """
@@ -46,14 +46,14 @@ def compare(found: Output, expected: Output, lead: Lead | None = None) -> Cell:
     for index, (one, other) in enumerate(zip(found, expected, strict=True)):
         if len(one) != len(other):
             return Cell(DIFFERS, f"{len(one)} items for {len(other)} in output {index}")
-        if lead and _are_scores(other):
+        if margin and _are_scores(other):
             off = fmean(abs(a - b) for a, b in zip(one, other, strict=True))
             if not off < HESITATION:
                 return Cell(DIFFERS, f"output {index} is off by {off:.3g} on average")
             continue
         for position, (a, b) in enumerate(zip(one, other, strict=True)):
             if not _equal(a, b):
-                if lead and abs(lead(index, position)) < HESITATION:
+                if margin and abs(margin(index, position)) < HESITATION:
                     break
                 return Cell(DIFFERS, f"from item {position} of output {index}: {a} for {b}")
             agreeing += 1
