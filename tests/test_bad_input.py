@@ -543,7 +543,7 @@ def test_a_huge_header_in_a_file_that_has_it(llama: Path, tmp_path: Path) -> Non
         file.truncate(300_000_000)  # a hole: it takes no space
     # snapshot() would read it all.
     result = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G2T2")
-    assert_refused(result, WEIGHTS, "header of 200000000 bytes")
+    assert_refused(result, WEIGHTS, "header of 200,000,000 bytes")
     assert not list(tmp_path.glob("moe*"))
 
 
@@ -621,7 +621,7 @@ def shift(entry: dict[str, Any], by: int) -> None:
         (lambda header: first(header).update(dtype="F4"), "unknown dtype 'F4'"),
         (lambda header: first(header).update(dtype="float32"), "unknown dtype"),
         (lambda header: first(header).update(shape=[-260, -32]), "invalid shape"),
-        (lambda header: first(header).update(shape=[2**62, 2**62]), "lies"),
+        (lambda header: first(header).update(shape=[2**62, 2**62]), "invalid shape"),
         (lambda header: first(header).update(data_offsets=[-4, 0]), "invalid offsets"),
         (lambda header: first(header).update(shape=[]), "lies"),
     ],

@@ -368,15 +368,16 @@ def test_overwrite_keeps_what_upcycle_did_not_write(llama: Path, tmp_path: Path)
 def test_overwrite_keeps_a_source_that_is_linked_from_elsewhere(
     llama: Path, tmp_path: Path
 ) -> None:
-    convert(llama, tmp_path / "store", RECIPE)
+    """A snapshot in the Hub's cache is links to its blobs."""
+    repo = tmp_path / "models--org--tiny"
+    convert(llama, repo / "blobs", RECIPE)
+    (repo / "snapshots" / "0").mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(llama / name, tmp_path / "store" / name)
-    (tmp_path / "links").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "links" / name).symlink_to(tmp_path / "store" / name)
+        shutil.copyfile(llama / name, repo / "blobs" / name)
+        (repo / "snapshots" / "0" / name).symlink_to(repo / "blobs" / name)
     before = snapshot(tmp_path)
     with pytest.raises(UpcycleError, match="contains the source"):
-        convert(tmp_path / "links", tmp_path / "store", RECIPE, overwrite=True)
+        convert(repo / "snapshots" / "0", repo / "blobs", RECIPE, overwrite=True)
     assert snapshot(tmp_path) == before
 
 

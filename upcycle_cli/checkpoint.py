@@ -17,15 +17,24 @@ import json
 import math
 import mmap
 import os
-import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import (
+    MOST_COMPANION_BYTES,
+    MOST_JSON_BYTES,
+    MOST_LISTING_BYTES,
+    is_inner_name,
+    locate,
+    open_regular,
+    read_small,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +85,8 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +131,10 @@ class Storage(Protocol):
         """The directory in which the files are, or will be."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is something of this name."""
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names of the regular files that match any of these patterns, sorted."""
+        """Return the names that match any of these patterns but for directories, sorted."""
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Hear whose headers will be asked for next."""
@@ -151,38 +162,34 @@ class Directory:
     path: Path
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return (self.path / name).exists()
+        """Whether there is something of this name."""
+        return os.path.lexists(self.path / name)
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names of the regular files that match any of these patterns, sorted."""
+        """Return the names that match any of these patterns but for directories, sorted."""
         found = {file for pattern in patterns for file in self.path.glob(pattern)}
-        return sorted(
-            file.relative_to(self.path).as_posix()
-            for file in found
-            if stat.S_ISREG(_stat(file).st_mode)
-        )
+        return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Nothing is to be prepared."""
 
     def stamp(self, name: str) -> FileStamp:
         """Return the size of a file, and when it was changed; UpcycleError when it is missing."""
-        status = _stat(self.path / name)
+        status = locate(self.path, name).stat()
         return FileStamp(name, status.st_size, status.st_mtime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
         """Return a part of a file; UpcycleError when it cannot be read."""
-        file_path = self.path / shard
         try:
-            with file_path.open("rb") as file:
+            with open_regular(locate(self.path, shard)) as file:
                 file.seek(begin)
                 return file.read(end - begin)
         except OSError as error:
-            raise UpcycleError(f"cannot read {file_path}: {error.strerror}.") from error
+            raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
 
     def local(self, name: str) -> Path:
-        """Return the path of a file."""
+        """Return the path of a file; UpcycleError when it is none, or that of another place."""
+        locate(self.path, name)
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:
@@ -266,7 +273,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file is not the one that was opened."""
         for file in self.shards + self.companions:
-            status = _stat(self.path / file.name)
+            status = locate(self.path, file.name).stat()
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise _changed(self.path / file.name)
 
@@ -331,7 +338,7 @@ class Reader:
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:
             path = self._checkpoint.path / shard
-            with path.open("rb") as file:
+            with open_regular(locate(self._checkpoint.path, shard)) as file:
                 status = os.fstat(file.fileno())
                 stamp = next(file for file in self._checkpoint.shards if file.name == shard)
                 if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
@@ -387,6 +394,13 @@ def open_storage(storage: Storage) -> Checkpoint:
     if weight_map:
         _check_index(path, weight_map, tensors)
     companions = tuple(storage.stamp(name) for name in storage.matching(COMPANIONS))
+    for file in companions:
+        if file.size > MOST_COMPANION_BYTES:
+            raise UpcycleError(
+                f"{path / file.name} has {file.size:,} bytes, and no such file has more than "
+                f"{MOST_COMPANION_BYTES:,}.",
+                "Remove it, or put the right one there.",
+            )
     return Checkpoint(storage, config, config_digest, tensors, tuple(shards), companions)
 
 
@@ -405,14 +419,16 @@ def _changed(path: Path) -> UpcycleError:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises UpcycleError when the file is not one."""
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most `most` bytes; raises UpcycleError when the file is not one."""
+    return _json_object(read_small(path, most), path)
+
+
+def _json_object(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = _parse_json(path.read_bytes())
+        value = _parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path} is not valid JSON: {error}.") from error
-    except OSError as error:
-        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
     if not isinstance(value, dict):
         raise UpcycleError(f"{path} does not hold a JSON object.")
     return value
@@ -425,8 +441,8 @@ def _read_config(storage: Storage) -> tuple[dict[str, Any], str]:
             "Give the directory of a Hugging Face checkpoint.",
         )
     config_path = storage.local(CONFIG_NAME)
-    config = read_json(config_path)
-    return config, hashlib.sha256(config_path.read_bytes()).hexdigest()
+    raw = read_small(config_path, MOST_JSON_BYTES)
+    return _json_object(raw, config_path), hashlib.sha256(raw).hexdigest()
 
 
 def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] | None:
@@ -436,14 +452,14 @@ def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] |
     if not storage.has(INDEX_NAME):
         _refuse_missing_weights(storage, config)
     index_path = storage.local(INDEX_NAME)
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UpcycleError(f"{index_path} has no weight_map.")
     for name, shard in weight_map.items():
-        parts = PurePosixPath(shard).parts if isinstance(shard, str) else ()
-        if not parts or ".." in parts or parts[0] == "/" or "\\" in shard or "\0" in shard:
+        if not is_inner_name(shard):
             raise UpcycleError(
-                f"{index_path} places {name} in {shard!r}, which is not a file of this directory."
+                f"{index_path} places {name} in {shown(shard)}, which is not a file of this "
+                "directory."
             )
     return weight_map
 
@@ -477,22 +493,14 @@ def _read_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[Ten
             "Download or copy it again.",
         )
     if header_bytes > _MAX_HEADER_BYTES:
-        raise UpcycleError(f"{file_path} has a header of {header_bytes} bytes; not read.")
+        raise UpcycleError(
+            f"{file_path} has a header of {header_bytes:,} bytes; more than {_MAX_HEADER_BYTES:,} "
+            "are not read."
+        )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries = _parse_header(raw, file_path, shard_name, 8 + header_bytes)
     _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
     return replace(stamp, digest=hashlib.sha256(raw).hexdigest()), entries
-
-
-def _stat(file_path: Path) -> os.stat_result:
-    try:
-        status = file_path.stat()
-    except OSError as error:
-        raise UpcycleError(
-            f"{file_path} is missing or unreadable: {error.strerror}.",
-            "Download or copy it again.",
-        ) from error
-    return status
 
 
 def _parse_header(
@@ -514,11 +522,11 @@ def _parse_header(
         shape: object = info.get("shape")
         offsets: object = info.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            raise UpcycleError(f"{where} has an unknown dtype {dtype!r}.")
-        if not _is_size_list(shape):
-            raise UpcycleError(f"{where} has an invalid shape {shape!r}.")
+            raise UpcycleError(f"{where} has an unknown dtype {shown(dtype)}.")
+        if not _is_size_list(shape) or math.prod(shape) > _MAX_SIZE:
+            raise UpcycleError(f"{where} has an invalid shape {shown(shape)}.")
         if not _is_size_list(offsets) or len(offsets) != 2:
-            raise UpcycleError(f"{where} has invalid offsets {offsets!r}.")
+            raise UpcycleError(f"{where} has invalid offsets {shown(offsets)}.")
         begin, end = offsets
         entry = TensorEntry(name, dtype, tuple(shape), shard_name, data_start + begin)
         if end - begin != entry.nbytes:
@@ -568,7 +576,11 @@ def _check_index(
 
 
 def _is_size_list(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
+    )
 
 
 def _parse_json(
@@ -584,7 +596,6 @@ def _parse_json(
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(twice)} appears twice")
     return result

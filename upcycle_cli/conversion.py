@@ -311,7 +311,7 @@ def _complete(plan: Plan, directory: Path, written: Written) -> None:
     for file in plan.source.companions:
         (directory / file.name).parent.mkdir(exist_ok=True)
         shutil.copyfile(plan.source.path / file.name, directory / file.name)
-    write_json(directory / RECORD_NAME, record(plan, written.routers))
+    write_json(directory / RECORD_NAME, record(plan, written.routers, directory))
 
 
 def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Report:

@@ -6,6 +6,16 @@ with code 2. Any other exception is a bug in upcycle and shows its traceback.
 
 from __future__ import annotations
 
+import reprlib
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 100
+
+
+def shown(value: object) -> str:
+    """Return a value from a file as a message may quote it: in Python's notation, cut short."""
+    return _SHOWN.repr(value)
+
 
 class UpcycleError(Exception):
     """Something the user can fix: what is wrong and where, and optionally what to do about it."""

@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, WEIGHTS_NAME, Checkpoint
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    TORCH_DTYPES,
+    WEIGHTS_NAME,
+    Checkpoint,
+)
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
@@ -58,6 +64,13 @@ class Plan:
     shards: tuple[Shard, ...]
     dropped: Mapping[str, str]
     """Source tensors that are not used, each with the reason."""
+
+    @property
+    def file_names(self) -> list[str]:
+        """What the output consists of, beside its record, card and checksums."""
+        index = [INDEX_NAME] if len(self.shards) > 1 else []
+        names = [shard.name for shard in self.shards]
+        return [CONFIG_NAME, *index, *names, *(file.name for file in self.source.companions)]
 
     @property
     def tensors(self) -> Iterator[OutputTensor]:

@@ -6,9 +6,11 @@ directory ends up on the Hub.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from upcycle_cli.plan import Plan
@@ -16,8 +18,12 @@ from upcycle_cli.plan import Plan
 FORMAT = 1
 
 
-def record(plan: Plan, routers: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests."""
+def record(plan: Plan, routers: Mapping[str, str], directory: Path) -> dict[str, Any]:
+    """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
+
+    `directory` holds the output but for the record, the card and the checksums; each of its files
+    is listed, so that one can tell later what upcycle wrote.
+    """
     return {
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
@@ -46,4 +52,17 @@ def record(plan: Plan, routers: Mapping[str, str]) -> dict[str, Any]:
         },
         "routers": dict(routers),
         "plan_sha256": plan.digest,
+        "files": list(_listed(plan, directory)),
     }
+
+
+def _listed(plan: Plan, directory: Path) -> Iterator[dict[str, Any]]:
+    for name in sorted(plan.file_names):
+        path = directory / name
+        entry = {"name": name, "size": path.stat().st_size}
+        with path.open("rb") as file:
+            if name.endswith(".safetensors"):
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                yield entry | {"header_sha256": hashlib.sha256(header).hexdigest()}
+            else:
+                yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}

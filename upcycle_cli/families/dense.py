@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -80,8 +80,8 @@ class Values:
 
     def _refuse(self, key: str, wanted: str) -> UpcycleError:
         value = self._get(key)
-        shown = "null" if value is None else repr(value)
-        return UpcycleError(f"config.json: {key} must be {wanted}, not {shown}.")
+        found = "null" if value is None else shown(value)
+        return UpcycleError(f"config.json: {key} must be {wanted}, not {found}.")
 
     def count(self, key: str, *, most: int | None = None) -> int:
         """Return a positive integer."""
@@ -202,7 +202,9 @@ def _read_rope(values: Values, config: Mapping[str, Any]) -> tuple[float, Mappin
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     parameters = config.get(key) or {}
     if not isinstance(parameters, dict):
-        raise UpcycleError(f"config.json: {key} must be an object or null, not {parameters!r}.")
+        raise UpcycleError(
+            f"config.json: {key} must be an object or null, not {shown(parameters)}."
+        )
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UpcycleError(
             f"config.json: {key} differs from layer to layer, which no target can express yet."
@@ -211,11 +213,11 @@ def _read_rope(values: Values, config: Mapping[str, Any]) -> tuple[float, Mappin
     if theta is None:
         theta = values.number("rope_theta")
     if type(theta) not in (int, float):
-        raise UpcycleError(f"config.json: rope_theta must be a number, not {theta!r}.")
+        raise UpcycleError(f"config.json: rope_theta must be a number, not {shown(theta)}.")
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str):
-        raise UpcycleError(f"config.json: {key} must name its rope_type, not {kind!r}.")
+        raise UpcycleError(f"config.json: {key} must name its rope_type, not {shown(kind)}.")
     if kind == "default":
         return theta, None
     return theta, scaling | {"rope_type": kind}
@@ -238,7 +240,7 @@ def qwen_layer_types(
         kind not in (FULL, SLIDING) for kind in layer_types
     ):
         raise UpcycleError(
-            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {layer_types!r}."
+            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(layer_types)}."
         )
     if len(layer_types) != num_layers:
         raise UpcycleError(

@@ -30,6 +30,7 @@ from upcycle_cli.checkpoint import (
     open_storage,
 )
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import locate
 from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, patiently
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -169,6 +170,7 @@ class RepoStorage:
         """Return the path of a small file in the cache, downloaded if need be."""
         if not (self.path / name).exists():
             self.bring([name])
+        locate(self.path, name)
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:

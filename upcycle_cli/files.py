@@ -1,0 +1,155 @@
+"""Files that somebody else has put there: read where they lie, and no further than they should go.
+
+A directory that was cloned, unpacked or shared can hold links to other places (somebody's files,
+the environment of this very process in /proc), pipes that nobody writes to, devices without an end,
+and gigabytes where kilobytes belong. Whatever is read from such a directory is found by `locate`
+and opened by `open_regular`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeGuard
+
+from upcycle_cli.errors import UpcycleError, shown
+
+MOST_JSON_BYTES = 10_000_000
+"""More than any config, record or tokenizer setting has."""
+MOST_LISTING_BYTES = 100_000_000
+"""More than any index has: as large as a safetensors header may be."""
+MOST_COMPANION_BYTES = 500_000_000
+"""More than any tokenizer has."""
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def locate(directory: Path, name: str) -> Path:
+    """Return where a file of a directory really is, which must be there and a regular file.
+
+    A link is followed inside the directory and, from a snapshot in the Hub's cache, into the blobs
+    that the cache keeps for it. Raises UpcycleError.
+    """
+    path = directory / name
+    try:
+        root, real = directory.resolve(), path.resolve(strict=True)
+        status = real.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise UpcycleError(
+            f"{path} is missing or unreadable: {reason}.", "Download or copy it again."
+        ) from error
+    if not any(real.is_relative_to(place) for place in (root, *_blobs(root))):
+        raise UpcycleError(
+            f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
+            "Put the file itself there, if it belongs there.",
+        )
+    _check_regular(path, status)
+    return real
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, which must be a regular one; OSError when the system refuses.
+
+    Raises UpcycleError for a pipe, a device or a directory, without waiting for it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes.
+
+    Raises UpcycleError, from OSError when the system refuses.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # What a sparse file or one of /proc says of its size need not be what it gives.
+            data = file.read(most + 1) if size <= most else b""
+    except OSError as error:
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    if max(size, len(data)) > most:
+        raise UpcycleError(
+            f"{path} is not read: it has {max(size, len(data)):,} bytes, and no such file has "
+            f"more than {most:,}."
+        )
+    return data
+
+
+def is_inner_name(name: object) -> TypeGuard[str]:
+    """Whether this names a file of a directory: relative, without a step up or an odd character."""
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and path.parts[0] != "/" and ".." not in path.parts
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of an output as its `upcycle.json` lists it."""
+
+    name: str
+    size: int
+    sha256: str | None
+    """Of the whole file; weight files have none."""
+    header_sha256: str | None
+    """Of a weight file's header."""
+
+
+def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
+    """Return what a record lists, by name: all files but itself, the card and the checksums.
+
+    Raises UpcycleError when it lists nothing, or not in the form in which upcycle does.
+    """
+    entries = record.get("files")
+    if not isinstance(entries, list) or not entries:
+        raise UpcycleError("upcycle.json lists no files.")
+    found: dict[str, ListedFile] = {}
+    for entry in entries:
+        name, size, *digests = (
+            entry.get(key) if isinstance(entry, dict) else None
+            for key in ("name", "size", "sha256", "header_sha256")
+        )
+        if not is_inner_name(name) or type(size) is not int or size < 0:
+            raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is no file.")
+        if sorted(map(_is_digest, digests)) != [False, True] or None not in digests:
+            raise UpcycleError(f"upcycle.json lists {name} without a digest.")
+        found[name] = ListedFile(name, size, *digests)
+    return found
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise UpcycleError(
+            f"cannot read {path}: it is {_KINDS.get(kind, 'something else')}, not a regular file."
+        )
+
+
+def _blobs(root: Path) -> tuple[Path, ...]:
+    """Return where the Hub's cache keeps the files of a snapshot."""
+    repo = root.parent.parent  # models--ORG--NAME/snapshots/COMMIT
+    if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
+        return ()
+    # Its own blobs can be links to those that all repos of the cache share.
+    return repo / "blobs", repo.parent / "blobs"
