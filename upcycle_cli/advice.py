@@ -33,11 +33,6 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
                 "but computes something else."
             )
-    if "auto_map" in plan.source.config:
-        yield (
-            "the source comes with code of its own (auto_map), which is left out: the output "
-            f"runs as transformers' {plan.family.target.architecture}."
-        )
 
 
 def training_notes(plan: Plan) -> Iterator[str]:

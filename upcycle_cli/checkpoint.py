@@ -67,6 +67,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 CARD_NAME = "README.md"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 COMPANIONS = (
     "generation_config.json",
@@ -136,6 +137,9 @@ class Storage(Protocol):
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names that match any of these patterns but for directories, sorted."""
 
+    def names(self) -> list[str]:
+        """Return the names of all files, whatever they are, sorted."""
+
     def prepare(self, shards: Sequence[str]) -> None:
         """Hear whose headers will be asked for next."""
 
@@ -169,6 +173,14 @@ class Directory:
         """Return the names that match any of these patterns but for directories, sorted."""
         found = {file for pattern in patterns for file in self.path.glob(pattern)}
         return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
+
+    def names(self) -> list[str]:
+        """Return the names of all files, links among them, but for what git and hf keep."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted({*folders} - {".git", ".cache"})
+            found += [Path(folder, name).relative_to(self.path).as_posix() for name in files]
+        return sorted(found)
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Nothing is to be prepared."""
@@ -251,6 +263,12 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that were read, or will be."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, nothing when there is none; UpcycleError."""
+        if not self.storage.has(TOKENIZER_CONFIG_NAME):
+            return {}
+        return read_json(self.storage.local(TOKENIZER_CONFIG_NAME))
 
     @property
     def missing_bytes(self) -> int:

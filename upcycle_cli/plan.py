@@ -34,6 +34,7 @@ from upcycle_cli.families.target import (
 )
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
+from upcycle_cli.redirects import refuse_redirects
 
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
@@ -200,6 +201,7 @@ def build_plan(
     """
     options = options or Options()
     family = choose(source.config, target, recipe.routing)
+    refuse_redirects(source.config, source.tokenizer_config(), source.storage.names())
     recipe = recipe.resolve(family.target.routings[0])
     dropped = _check_source(source, family)
     _check_granularity(recipe, family.decoder.intermediate_size)
