@@ -196,7 +196,7 @@ def test_convert_json_with_a_verification(llama: Path, tmp_path: Path) -> None:
     value = one_json_object(result.stdout)
     assert result.stderr == ""
     assert value["verification"]["status"] == "passed"
-    assert len(value["verification"]["checks"]) == 4
+    assert len(value["verification"]["checks"]) == 5
 
 
 def test_dry_run_json_says_what_convert_says(llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What sends a loader elsewhere, and settings that no model has: refused before a byte is written."""
+"""What sends a loader elsewhere, and settings that no model has are refused up front."""
 
 from __future__ import annotations
 

@@ -68,9 +68,10 @@ INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 CARD_NAME = "README.md"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_NAME,
     "tokenizer*.json",
     "tokenizer.model*",
     "*.tiktoken",
@@ -411,7 +412,11 @@ def open_storage(storage: Storage) -> Checkpoint:
             tensors[entry.name] = entry
     if weight_map:
         _check_index(path, weight_map, tensors)
-    companions = tuple(storage.stamp(name) for name in storage.matching(COMPANIONS))
+    names = storage.matching(COMPANIONS)
+    for name in names:
+        if not is_inner_name(name):
+            raise UpcycleError(f"{path} holds a file named {shown(name)}.", "Rename or remove it.")
+    companions = tuple(map(storage.stamp, names))
     for file in companions:
         if file.size > MOST_COMPANION_BYTES:
             raise UpcycleError(

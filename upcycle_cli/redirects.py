@@ -37,6 +37,9 @@ _TOKENIZER_KEYS: Mapping[str, str] = {
     "auto_map": "names code of its own",
     "fast_tokenizer_files": "makes transformers read another tokenizer",
 }
+REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})
+"""The keys of a `config.json` that `config_redirects` judges."""
+
 _FILES: Mapping[str, str] = {
     "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
     "*.py": "is code, which loaders run with trust_remote_code",
