@@ -258,6 +258,7 @@ def test_verify_json(llama: Path, moe: Path, tmp_path: Path) -> None:
     assert value["status"] == "passed"
     assert [check["name"] for check in value["checks"]] == [
         "structure",
+        "files",
         "weights",
         "outputs",
         "claims",

@@ -473,6 +473,10 @@ def test_listed_files(dense: Path, good: Path, tmp_path: Path, files: object, wo
 def test_links_out_of_the_directory(dense: Path, moe: Path, tmp_path: Path, name: str) -> None:
     (moe / name).rename(tmp_path / "elsewhere")
     (moe / name).symlink_to(tmp_path / "elsewhere")
+    if name == "config.json":
+        with pytest.raises(UpcycleError, match="is not followed"):
+            verify(dense, moe)
+        return
     assert_caught(dense, moe, "weights", "is not followed")
 
 

@@ -1141,14 +1141,14 @@ def test_file_that_may_not_be_read(
     dense: Path, moe: Path, which: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbidden = {"dense": dense, "moe": moe}[which] / name
-    really_open = Path.open
+    really_open = os.open
 
-    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:  # noqa: ANN401
         if path == forbidden:
             raise PermissionError(13, "Permission denied", str(path))
         return really_open(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UpcycleError, match=f"cannot read {forbidden}: Permission denied"):
         verify(dense, moe, checks=["claims"])
 

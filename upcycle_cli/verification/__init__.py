@@ -19,10 +19,17 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    Directory,
+    open_checkpoint,
+    read_json,
+)
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import DENSE, TARGETS
 from upcycle_cli.families.target import Target
+from upcycle_cli.files import open_regular
 from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.verification.facts import DamagedError, Facts, Promise, gather_facts
@@ -129,35 +136,40 @@ def _check_readable(checkpoint: Checkpoint) -> None:
     with os.scandir(checkpoint.path):
         pass
     for name in checkpoint.files:
-        with (checkpoint.path / name).open("rb") as file:
+        with open_regular(checkpoint.path / name) as file:
             file.read(1)
 
 
 def _target(moe: Path) -> Target:
-    if not moe.is_dir():
-        raise UpcycleError(f"{moe} is not a directory.", "Give the directory of the MoE.")
-    if not (moe / CONFIG_NAME).is_file():
-        raise UpcycleError(f"{moe} has no {CONFIG_NAME}.", "Give the directory of the MoE.")
-    model_type = str(read_json(moe / CONFIG_NAME).get("model_type"))
+    model_type = _model_type(moe, "the MoE")
     if model_type not in TARGETS:
         hint = f"An MoE that upcycle can make has model type {' or '.join(TARGETS)}."
         if model_type in DENSE:
             hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(f"{moe} is not such an MoE: its model type is '{model_type}'.", hint)
+        raise UpcycleError(
+            f"{moe} is not such an MoE: its model type is {shown(model_type)}.", hint
+        )
     return TARGETS[model_type]
 
 
 def _check_dense(dense: Path) -> None:
-    if not (dense / CONFIG_NAME).is_file():
-        raise UpcycleError(
-            f"{dense} is not a directory with a {CONFIG_NAME}.", "Give that of the dense model."
-        )
-    model_type = str(read_json(dense / CONFIG_NAME).get("model_type"))
+    model_type = _model_type(dense, "the dense model")
     if model_type not in DENSE:
         hint = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}."
         if model_type in TARGETS:
             hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(f"{dense} is not such a model: its model type is '{model_type}'.", hint)
+        raise UpcycleError(
+            f"{dense} is not such a model: its model type is {shown(model_type)}.", hint
+        )
+
+
+def _model_type(path: Path, which: str) -> str:
+    directory = Directory(path)
+    if not path.is_dir() or not directory.has(CONFIG_NAME):
+        raise UpcycleError(
+            f"{path} is not a directory with a {CONFIG_NAME}.", f"Give that of {which}."
+        )
+    return str(read_json(directory.local(CONFIG_NAME)).get("model_type"))
 
 
 def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
