@@ -265,7 +265,7 @@ def test_verify_json(llama: Path, moe: Path, tmp_path: Path) -> None:
     ]
     assert all(check.keys() >= {"status", "detail", "metrics"} for check in value["checks"])
     assert {check["status"] for check in value["checks"]} == {"passed"}
-    metrics = value["checks"][2]["metrics"]
+    metrics = value["checks"][3]["metrics"]
     wanted = {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement", "dense_nll", "moe_nll"}
     assert metrics.keys() >= {*wanted, "tokens"}
     assert metrics["top1_agreement"] == 1.0

@@ -168,6 +168,14 @@ def test_gigabytes_in_the_place_of_kilobytes(llama: Path, tmp_path: Path, name: 
         convert(dense, tmp_path / "moe", RECIPE)
 
 
+def test_a_key_that_appears_twice(llama: Path, tmp_path: Path) -> None:
+    """Python takes the last value, and other readers the first."""
+    dense = clone(llama, tmp_path / "dense")
+    text = (dense / "config.json").read_text()
+    (dense / "config.json").write_text(text.replace("{", '{"hidden_act": "relu",', 1))
+    assert_refused(dense, tmp_path, "config.json is not valid JSON: 'hidden_act' appears twice")
+
+
 # Settings that no model has -----------------------------------------------------------------------
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -449,7 +449,8 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 def _json_object(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = _parse_json(raw)
+        # Of two values for one key another reader may take the other.
+        value = _parse_json(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -55,6 +55,9 @@ _DROPPED = (
 )
 """Files that transformers 5 leaves out when it saves: all that they say is in tokenizer.json."""
 
+_ADDED = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "vocab.json")
+"""Files that transformers 4 writes beside tokenizer.json: they have to say what that says."""
+
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
     "Zażółć gęślą jaźń; Ünïcödé naïveté, 你好，世界, Привет, שלום, नमस्ते.",
@@ -124,15 +127,14 @@ def _compare_file(dense: Checkpoint, moe: Checkpoint, name: str, found: Comparis
         else:
             found.failures.append(f"{name} is missing: the dense model has one")
         return
+    if theirs is None and name not in _ADDED:
+        found.failures.append(f"{name} is there, and the dense model has none")
+        return
     reader = _READERS.get(name)
+    if reader is None:
+        found.failures.append(f"{name} is not the file of the dense model")
+        return
     try:
-        if reader is None:
-            found.failures.append(
-                f"{name} is not the file of the dense model"
-                if theirs is not None
-                else f"{name} is there, and the dense model has none"
-            )
-            return
         # What saving adds has to say what the tokenizer says already.
         wanted = reader(dense, name) if theirs is not None else _implied(moe, name)
         difference = _difference(wanted, reader(moe, name))
@@ -226,15 +228,11 @@ def _implied(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401
             key: _plain(config[key]) for key in _special_tokens(checkpoint, name) if key in config
         }
     tokenizer = _tokenizer(checkpoint)
-    match name:
-        case "vocab.json":
-            return tokenizer["model"].get("vocab")
-        case "merges.txt":
-            return [" ".join(pair) for pair in tokenizer["model"].get("merges", ())]
-        case "added_tokens.json":
-            return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        case _:
-            raise UpcycleError("the dense model has none")
+    if name == "vocab.json":
+        return tokenizer["model"].get("vocab")
+    if name == "merges.txt":
+        return [" ".join(pair) for pair in tokenizer["model"].get("merges", ())]
+    return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
 
 _READERS: Mapping[str, Callable[[Checkpoint, str], Any]] = {
