@@ -197,6 +197,7 @@ COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
     ("longest text", setting(model_max_length=7), "model_max_length"),
     ("another eos token", setting(eos_token="a"), "eos_token"),
     ("extra special token", setting(extra_special_tokens=["b"]), "special tokens"),
+    ("another backend", setting(backend="sentencepiece"), "backend"),
     ("code", setting(auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
     ("another class", setting(tokenizer_class="BertTokenizer"), "tokenizer_class"),
     ("another side", setting(padding_side="left"), "padding_side"),
@@ -402,6 +403,9 @@ def test_one_layer_with_a_loud_router(make_dense: MakeDense, tmp_path: Path) -> 
 
 SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"rope_theta": 5e5}, "rope_theta is 500000.0, but rope_parameters says"),
+    ({"rope_theta": None}, "rope_theta is None, but rope_parameters says"),
+    ({"head_dim": 0}, "head_dim is 0"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is"),
     ({"temperature": 0.1}, "temperature is 0.1, and the dense model has no such setting"),
     ({"num_experts": 3}, "gate.weight has shape"),

@@ -8,7 +8,7 @@ else may read it: another engine, a trainer, a later version.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
@@ -56,6 +56,7 @@ def own_setting_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     for failure in (
         *_architecture_failures(moe.config, target),
         *config_redirects(moe.config),
+        *_head_failures(moe.config),
         *_rope_failures(moe.config),
         *_training_failures(moe.config),
     ):
@@ -75,6 +76,7 @@ def setting_failures(facts: Facts) -> Iterator[str]:
 
 def _setting_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
     yield from _differences(_in_effect(dense), _in_effect(moe))
+    yield from _window_failures(facts, _windows(moe))
     # The reverse is --untie-embeddings; whether its head is right is for the weights check.
     if moe.tie_word_embeddings and not dense.tie_word_embeddings:
         yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
@@ -93,13 +95,20 @@ def _architecture_failures(config: Mapping[str, Any], target: Target) -> Iterato
         yield f"architectures is {shown(architectures)}, not {[target.architecture]!r}"
 
 
+def _head_failures(config: Mapping[str, Any]) -> Iterator[str]:
+    head_dim = config.get("head_dim")
+    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
+        yield f"head_dim is {shown(head_dim)}, not a size"
+
+
 def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
     """Readers of the old keys and of the new one must read the same."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return
-    theta, inner = config.get("rope_theta"), parameters.get("rope_theta")
-    if theta is not None and inner is not None and theta != inner:
+    inner = parameters.get("rope_theta")
+    theta = config.get("rope_theta", inner)
+    if inner is not None and theta != inner:
         yield f"rope_theta is {shown(theta)}, but rope_parameters says {shown(inner)}"
     if "rope_scaling" not in config:
         return
@@ -166,6 +175,28 @@ def _windows(config: Any) -> list[int | None]:  # noqa: ANN401
     if config.model_type in ("mistral", "mixtral", "qwen3_moe"):
         return [window] * num_layers
     return [window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def _window_failures(facts: Facts, windows: Sequence[int | None]) -> Iterator[str]:
+    """What is written of windows must fit the effect, for readers that take one key alone."""
+    sliding = [layer for layer, window in enumerate(windows) if window is not None]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    implied = {
+        "use_sliding_window": bool(sliding),
+        "sliding_window": windows[sliding[0]] if sliding else None,
+        "max_window_layers": sliding[0] if sliding else len(windows),
+        "layer_types": kinds,
+    }
+    for key, value in implied.items():
+        written = facts.moe.config.get(key, value)
+        if key == "sliding_window":
+            written = written or None  # transformers writes 0 where there is none
+        kept = facts.dense.config.get(key, value)
+        if not _same(written, value) and not _same(written, kept):
+            yield (
+                f"{CONFIG_NAME}: {key} is {shown(written)}, and the windows of the layers make it "
+                f"{shown(value)}"
+            )
 
 
 def _differences(dense: Mapping[str, Any], moe: Mapping[str, Any]) -> Iterator[str]:

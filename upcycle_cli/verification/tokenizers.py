@@ -30,7 +30,6 @@ _TEMPLATES = ("chat_template*", "additional_chat_templates/*")
 _REWRITTEN: Mapping[str, str] = {
     "added_tokens_decoder": "tokenizer.json has these tokens, too",
     "additional_special_tokens": "transformers 5 calls them extra_special_tokens",
-    "backend": "transformers 5 notes which library reads the file",
     "chat_template": "it may be a file of its own, and is compared by itself",
     "extra_special_tokens": "transformers 4 calls them additional_special_tokens",
     "is_local": "transformers 5 notes where it came from",
@@ -181,7 +180,11 @@ def _settings(checkpoint: Checkpoint, name: str = TOKENIZER_CONFIG_NAME) -> dict
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or ()
         specials |= {str(_plain(token)) for token in _values(tokens)}
-    return settings | {"special tokens": sorted(specials), "added tokens": _added(checkpoint)}
+    return settings | {
+        "added tokens": _added(checkpoint),
+        "backend": config.get("backend", "tokenizers"),  # which transformers 5 adds
+        "special tokens": sorted(specials),
+    }
 
 
 def _added(checkpoint: Checkpoint) -> dict[str, Any]:
