@@ -436,6 +436,39 @@ def test_settings(dense: Path, moe: Path, changes: dict[str, Any], words: str) -
     assert_caught(dense, moe, "structure", words)
 
 
+HARMLESS = {
+    "transformers_version",  # says who wrote it
+    "output_router_logits",  # true is what trainers set
+    "dtype",  # null leaves it to the tensors
+    "num_experts_per_tok",  # the weights and outputs checks' matter
+    "norm_topk_prob",
+}
+
+
+@pytest.mark.parametrize("pair", [("llama", "mixtral"), ("qwen3", "qwen3_moe")], ids="-".join)
+def test_every_setting_counts(make_dense: MakeDense, tmp_path: Path, pair: tuple[str, str]) -> None:
+    source = make_dense(pair[0], dtype="bfloat16")
+    moe = tmp_path / "moe"
+    convert(source, moe, RECIPE, target=pair[1])
+    config = read_json(moe / "config.json")
+    unnoticed = []
+    for key, value in config.items():
+        changed = {
+            bool: not value,
+            int: value + 1 if isinstance(value, int) else None,
+            float: value * 2 + 1 if isinstance(value, float) else None,
+            str: f"{value}x",
+            dict: {**value, "factor": 2.0} if isinstance(value, dict) else None,
+        }.get(type(value), 7)
+        write_json(moe / "config.json", config | {key: changed})
+        try:
+            if verify(source, moe, checks=["structure"]).status is not Status.FAILED:
+                unnoticed.append(key)
+        except UpcycleError:
+            assert key == "model_type"
+    assert set(unnoticed) <= HARMLESS
+
+
 def test_source_that_is_not_the_dense_model(dense: Path, good: Path, tmp_path: Path) -> None:
     """A record that credits another repo than the one in the Hub's cache that it is held to."""
     snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40)
