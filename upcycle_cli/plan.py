@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -39,8 +40,8 @@ from upcycle_cli.redirects import refuse_redirects
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
 
-_LARGEST_LOGIT = 64
-"""In standard deviations: hidden states have outliers, and many tokens are drawn from them."""
+_LONGEST_ROW = 2
+"""Times what a row's length is on average."""
 _LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 
 
@@ -247,12 +248,14 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
-        if tensor.role is Role.ROUTER and _LARGEST_LOGIT * std > _LARGEST[tensor.dtype]:
+        # What leaves the norm has a length of √H: no token has a larger logit than this.
+        largest = math.sqrt(tensor.shape[-1]) * _LONGEST_ROW * std
+        if tensor.role is Role.ROUTER and largest > _LARGEST[tensor.dtype]:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] / _LARGEST_LOGIT:.3g}, "
-                "or another --dtype.",
+                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] * std / largest:.3g}, or "
+                "another --dtype.",
             )
 
 
