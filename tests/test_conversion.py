@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,22 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli import (
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.card import for_repo
 from upcycle_cli.conversion import execute
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.target import ExpertLayout
-from upcycle_cli.publish import MARKER
 from upcycle_cli.recipe import Routing
+from upcycle_cli.verification import Report
+from upcycle_cli.workspace import MARKER
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 TWICE = Recipe(expansion=4, granularity=2, top_k=4)
@@ -329,6 +339,10 @@ def test_a_damaged_output_is_not_taken_for_finished(llama: Path, tmp_path: Path)
     weights.write_bytes(good[:-100])
     with pytest.raises(UpcycleError, match="not empty"):
         convert(llama, tmp_path / "moe", RECIPE)
+    # It may be anybody's model by now.
+    with pytest.raises(UpcycleError, match=r"holds model\.safetensors, which is not as upcycle"):
+        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
+    weights.unlink()
     assert not convert(llama, tmp_path / "moe", RECIPE, overwrite=True).already_done
     assert weights.read_bytes() == good
 
@@ -417,10 +431,21 @@ def test_an_empty_output_needs_no_overwrite_but_takes_it(llama: Path, tmp_path: 
 # Failures publish nothing -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk spoil what was written before it is verified."""
+
+    def verify_spoilt(dense: Path, moe: Path, **options: Any) -> Report:  # noqa: ANN401
+        spoil(moe / "model.safetensors")
+        return verify(dense, moe, **options)
+
+    monkeypatch.setattr("upcycle_cli.verification.verify", verify_spoilt)
+
+
+@pytest.mark.usefixtures("spoilt")
 def test_a_failing_verification_publishes_nothing(llama: Path, tmp_path: Path) -> None:
     plan = build_plan(RECIPE, open_checkpoint(llama))
-    weights = tmp_path / "moe.partial" / "model.safetensors"
-    done = execute(plan, tmp_path / "moe", verify=True, on_check=lambda _: spoil(weights))
+    done = execute(plan, tmp_path / "moe", verify=True)
     assert done.report is not None
     assert not done.report.passed
     assert not done.published
@@ -442,16 +467,14 @@ def test_a_verification_that_cannot_run_keeps_what_was_written(
     assert done.reused_bytes == done.plan.nbytes
 
 
+@pytest.mark.usefixtures("spoilt")
 def test_a_failing_verification_keeps_the_output_that_was_there(
     llama: Path, tmp_path: Path
 ) -> None:
     convert(llama, tmp_path / "moe", TWICE)
     before = snapshot(tmp_path / "moe")
     plan = build_plan(RECIPE, open_checkpoint(llama))
-    weights = tmp_path / "moe.partial" / "model.safetensors"
-    done = execute(
-        plan, tmp_path / "moe", overwrite=True, verify=True, on_check=lambda _: spoil(weights)
-    )
+    done = execute(plan, tmp_path / "moe", overwrite=True, verify=True)
     assert not done.published
     assert snapshot(tmp_path / "moe") == before
     assert others(tmp_path) == []
@@ -610,7 +633,7 @@ def test_two_processes_cannot_write_the_same_output(
 def test_a_partial_of_somebody_else_is_left_alone(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "moe.partial").mkdir()
     (tmp_path / "moe.partial" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UpcycleError, match="was not made by upcycle"):
+    with pytest.raises(UpcycleError, match="no unfinished conversion of upcycle"):
         convert(llama, tmp_path / "moe", RECIPE)
     assert (tmp_path / "moe.partial" / "thesis.tex").read_text() == "years of work"
 
@@ -716,12 +739,8 @@ def test_a_checkpoint_in_the_current_directory(
     assert read_json(tmp_path / "moe" / "upcycle.json")["source"]["name"] == "dense"
 
 
-def test_a_broken_record_does_not_stop_an_overwrite(llama: Path, tmp_path: Path) -> None:
+def test_a_config_that_was_changed_makes_another_model(llama: Path, tmp_path: Path) -> None:
     convert(llama, tmp_path / "moe", RECIPE)
-    for broken in (b"{", b"[]"):
-        (tmp_path / "moe" / "upcycle.json").write_bytes(broken)
-        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
-        assert read_json(tmp_path / "moe" / "upcycle.json")["format"] == 1
     write_json(tmp_path / "moe" / "config.json", {})
     # The record still matches, and so do the weights; the config is part of the result as well.
     with pytest.raises(UpcycleError, match="not empty"):

@@ -16,7 +16,6 @@ from engine_fixtures import (
     convert_command,
     descendants,
     make_dense,
-    partial_of,
     plan_of,
     run,
     set_value,
@@ -29,6 +28,7 @@ from upcycle_cli.conversion import execute
 from upcycle_cli.plan import Plan
 from upcycle_cli.publish import NOTE_SUFFIX
 from upcycle_cli.team import Team
+from upcycle_cli.workspace import partial_of
 
 BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
 
