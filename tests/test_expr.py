@@ -374,6 +374,42 @@ def test_what_is_not_finite_in_the_source_is_no_overflow(
     torch.testing.assert_close(result, data.to(result.dtype) * result[0], equal_nan=True)
 
 
+TINY = 2.0**-30  # nothing to float16
+VANISHING: list[tuple[str, str | None, float, list[float], int]] = [
+    # before, after (None: not cast), factor, values, how many vanish
+    ("F32", "F16", 1.0, [1.0, TINY, -TINY, 0.0, -0.0], 2),
+    ("BF16", "F16", 1.0, [1.0, TINY, -TINY, 0.0, -0.0], 2),
+    ("F32", "F16", 1.0, [2.0**-24, 2.0**-25, 1.5 * 2.0**-25], 1),  # a tie goes to the even one
+    ("F32", "BF16", 1.0, [2.0**-133, 2.0**-135, 2.0**-149, 0.0], 2),
+    ("F16", "BF16", 1.0, [2.0**-24, 0.0], 0),
+    ("BF16", "F32", 1.0, [2.0**-133, 0.0], 0),
+    ("F16", "F32", 0.5, [2.0**-24, 0.0], 0),
+    ("F16", None, 0.25, [2.0**-24, 1.0, 0.0, -(2.0**-23)], 2),
+    ("F16", None, 0.3, [2.0**-24, 1.0, 0.0], 1),
+    ("F16", None, 4.0, [2.0**-24, 0.0], 0),
+    ("BF16", None, 0.3, [2.0**-133, 1.0], 1),
+    ("F32", None, 0.3, [2.0**-149, 1.0, -0.0], 1),
+    ("F32", "F16", 4.0, [TINY, 1.0], 1),  # it is cast first
+    ("F32", "F16", 1.0, [float("nan"), float("inf"), TINY], 1),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "factor", "values", "count"), VANISHING, ids=str)
+def test_values_that_vanish_are_counted(
+    before: str, after: str | None, factor: float, values: list[float], count: int
+) -> None:
+    # In several pieces, and among many that stay.
+    dense = torch.tensor(values + [0.5] * 70_000, dtype=torch.float64).to(TORCH[before])
+    expr: Expr = Source("x", before, tuple(dense.shape))
+    if after is not None:
+        expr = Cast(expr, after)
+    if factor != 1.0:
+        expr = Scale(expr, factor)
+    lost: list[int] = []
+    evaluate(expr, lambda _: raw_bytes(dense), lost.append)
+    assert sum(lost) == count
+
+
 def test_the_largest_values_are_no_overflow() -> None:
     data = torch.tensor([65504.0, -65504.0])
     assert value_of(Cast(Source("x", "F32", (2,)), "F16"), lambda _: data).tolist() == [

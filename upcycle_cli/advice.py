@@ -134,7 +134,8 @@ def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
     if not shares:
         return None
     name, dtype = max(shares, key=lambda key: shares[key])
-    more = f" (and part of {len(shares) - 1} other tensors)" if len(shares) > 1 else ""
+    others = len(shares) - 1
+    more = f" (and part of {others} other tensor{'s' * (others > 1)})" if others else ""
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return (
         f"{100 * shares[name, dtype]:.3g} % of {name}{more} becomes zero in {dtype}, which has "

@@ -38,6 +38,8 @@ _NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
 _SMALLEST_EXPONENT = {"F32": -149, "F16": -24, "BF16": -133}
 """Of the smallest value above zero, as a power of two."""
+_INFINITE = {"F32": 0xFF << 24, "F16": 0x1F << 11, "BF16": 0xFF << 8}
+"""The bits of infinity, without the sign and shifted to the left by one."""
 _PIECE_ITEMS = 1 << 16
 """Few enough that what is computed from them on the way stays in a processor's cache."""
 
@@ -157,14 +159,14 @@ def _multiply(
         # A product would change the bits of a nan, and of nothing else.
         product = wide if factor == 1.0 else wide * np.float32(factor)
         out[...] = _rounded(product, after)
-    infinite = np.isinf(_to_float32(out, after))
+    magnitudes = out.view(f"<u{out.itemsize}") << 1  # without the sign, which zeros have too
+    infinite = magnitudes == _INFINITE[after]
     if infinite.any() and (infinite & np.isfinite(wide)).any():
         raise OverflowInCastError
-    if factor >= 1.0 and _SMALLEST_EXPONENT[after] <= _SMALLEST_EXPONENT[before]:
+    can_vanish = factor < 1.0 or _SMALLEST_EXPONENT[after] > _SMALLEST_EXPONENT[before]
+    if not can_vanish or magnitudes.all():
         return 0
-    # In integers, whose zeros are counted in no time; without the sign, which a zero has too.
-    zeros = out.size - np.count_nonzero(out.view(f"<u{out.itemsize}") << 1)
-    return int(zeros and zeros - (wide.size - np.count_nonzero(wide)))
+    return int(np.count_nonzero(wide) - np.count_nonzero(magnitudes))
 
 
 def _draw(expr: Normal, norm_weight: memoryview) -> NDArray[Any]:

@@ -29,6 +29,8 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 ABSENT = {ENOENT, ENOTDIR, ELOOP}
 """Nothing there, or nothing that can be reached without following a link."""
+_MODE = 0o666
+"""Of a new file, before the umask; `os.open` would have it be a program."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _TEMPORARY = (".upcycle-", ".new")
 
@@ -159,15 +161,15 @@ class Folder:
         """
         with self._at(name, make=True) as (directory, base):
             with suppress(FileExistsError):
-                return os.open(base, _CREATE, dir_fd=directory)
+                return os.open(base, _CREATE, _MODE, dir_fd=directory)
             self.remove(name)
-            return os.open(base, _CREATE, dir_fd=directory)
+            return os.open(base, _CREATE, _MODE, dir_fd=directory)
 
     def write(self, name: str, data: bytes, *, durable: bool = False) -> None:
         """Write a small file that appears whole, or stays what it was."""
         with self._at(name, make=True) as (directory, base):
             temporary = _temporary_name()
-            descriptor = os.open(temporary, _CREATE, dir_fd=directory)
+            descriptor = os.open(temporary, _CREATE, _MODE, dir_fd=directory)
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(data)

@@ -67,7 +67,7 @@ def _give_name(parent: Folder, new: Folder, name: str, old: Folder | None) -> No
     if not parent.holds(name + SUFFIX, new):
         raise moved(new)
     if old is None:
-        parent.rename(name + SUFFIX, name)  # onto a free name or an empty directory
+        _rename(parent, name + SUFFIX, name)  # onto a free name or an empty directory
     elif not exchange(parent.descriptor, name + SUFFIX, name):
         _rename_both(parent, name, old)
     elif not parent.holds(name + SUFFIX, old):
@@ -78,12 +78,9 @@ def _give_name(parent: Folder, new: Folder, name: str, old: Folder | None) -> No
 
 
 def _rename_both(parent: Folder, name: str, old: Folder) -> None:
-    aside = parent.path / (name + ASIDE)
     try:
-        parent.rename(name, aside.name)
+        _rename(parent, name, name + ASIDE)
     except OSError as error:
-        if error.errno in _IN_THE_WAY:
-            raise UpcycleError(f"{aside} is in the way.", "Move it elsewhere.") from error
         if error.errno != errno.EXDEV:
             raise
         raise UpcycleError(
@@ -91,16 +88,27 @@ def _rename_both(parent: Folder, name: str, old: Folder) -> None:
             "overlay file system.",
             "Move or remove it yourself.",
         ) from error
-    same = parent.holds(aside.name, old)
+    same = parent.holds(name + ASIDE, old)
     try:
         if same:
             parent.rename(name + SUFFIX, name)
     except BaseException:
-        parent.rename(aside.name, name)
+        parent.rename(name + ASIDE, name)
         raise
     if not same:
-        parent.rename(aside.name, name)
+        parent.rename(name + ASIDE, name)
         raise moved(old)
+
+
+def _rename(parent: Folder, old: str, new: str) -> None:
+    try:
+        parent.rename(old, new)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
+        raise UpcycleError(
+            f"{parent.path / new} is in the way: it was not there before.", "Move it elsewhere."
+        ) from error
 
 
 def _finish(
