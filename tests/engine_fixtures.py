@@ -128,7 +128,7 @@ def opened_workspace(plan: Plan, directory: Path) -> Iterator[Workspace]:
             folder=folder,
             output=directory.name,
             plan_digest=plan.digest,
-            shards=tuple(shard.name for shard in plan.shards),
+            files=tuple(plan.file_names),
             durable=False,
         )
 

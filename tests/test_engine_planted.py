@@ -71,7 +71,12 @@ def interrupt(plan: Plan, output: Path, num_shards: int = 3) -> Path:
 
 
 def run_during(
-    plan: Plan, output: Path, act: Callable[[], None], *, overwrite: bool = False
+    plan: Plan,
+    output: Path,
+    act: Callable[[], None],
+    *,
+    overwrite: bool = False,
+    checksums: bool = False,
 ) -> Conversion:
     """Convert, and let somebody act in the middle of it."""
     acted = False
@@ -82,7 +87,7 @@ def run_during(
             acted = True
             act()
 
-    return execute(plan, output, overwrite=overwrite, progress=once)
+    return execute(plan, output, overwrite=overwrite, checksums=checksums, progress=once)
 
 
 # What lies in OUTPUT.partial ---------------------------------------------------------------------
@@ -91,6 +96,7 @@ FIRST, LAST = "model-00001-of-00015.safetensors", "model-00015-of-00015.safetens
 PLANTED = [
     MARKER,
     SEAL,
+    f"{MARKER}.new",
     FIRST,
     FIRST + NOTE_SUFFIX,
     LAST,
@@ -106,27 +112,42 @@ PLANTED = [
 ]
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("way", ["link", "dangling link", "hard link", "directory link"])
 @pytest.mark.parametrize("name", PLANTED)
 def test_nothing_is_written_through_a_link(
-    plan: Plan, output: Path, victim: Path, reference: dict[str, str], name: str, way: str
+    plan: Plan,
+    output: Path,
+    victim: Path,
+    reference: dict[str, str],
+    name: str,
+    way: str,
+    when: str,
 ) -> None:
     assert {FIRST, LAST} <= reference.keys()
-    place = interrupt(plan, output) / name
-    place.unlink(missing_ok=True)
     elsewhere = victim.with_name("elsewhere")
-    match way:
-        case "link":
-            place.symlink_to(victim)
-        case "dangling link":
-            place.symlink_to(elsewhere)
-        case "hard link":
-            place.hardlink_to(victim)
-        case "directory link":
-            elsewhere.mkdir()
-            (elsewhere / "thesis.tex").write_bytes(SECRET)
-            place.symlink_to(elsewhere)
-    execute(plan, output, checksums=True)
+
+    def plant() -> None:
+        place = partial_of(output) / name
+        place.unlink(missing_ok=True)
+        match way:
+            case "link":
+                place.symlink_to(victim)
+            case "dangling link":
+                place.symlink_to(elsewhere)
+            case "hard link":
+                place.hardlink_to(victim)
+            case "directory link":
+                elsewhere.mkdir()
+                (elsewhere / "thesis.tex").write_bytes(SECRET)
+                place.symlink_to(elsewhere)
+
+    if when == "before":
+        interrupt(plan, output)
+        plant()
+        execute(plan, output, checksums=True)
+    else:
+        run_during(plan, output, plant, checksums=True)
     assert victim.read_bytes() == SECRET
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
     if way == "directory link":

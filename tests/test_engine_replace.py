@@ -331,6 +331,16 @@ def test_a_seal_that_a_kill_left_is_removed(plan: Plan, output: Path) -> None:
     assert contents(output) == before
 
 
+def test_a_seal_in_a_directory_that_was_renamed_does_not_matter(
+    plan: Plan, output: Path, reference: dict[str, str]
+) -> None:
+    state = {"plan_sha256": plan.digest, "output": "another name"}
+    (output / SEAL).write_text(json.dumps(state))
+    execute(plan, output, overwrite=True)
+    assert contents(output) == reference
+    assert names(output.parent) == ["moe"]
+
+
 def test_a_seal_with_another_directory_in_mind_removes_nothing(
     plan: Plan, output: Path, old: Path
 ) -> None:

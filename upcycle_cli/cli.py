@@ -7,7 +7,7 @@ import io
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from json import loads
 from pathlib import Path
@@ -298,8 +298,7 @@ def convert(
             print_json({"status": "planned", "output": str(output), **planned})
         elif dry_run and not quiet and team.leads:
             _print_plan(plan)
-            for note in foreseen:
-                warn(note)
+            _warn_all(foreseen)
             talk("Nothing was written (--dry-run).")
 
 
@@ -730,6 +729,7 @@ def _print_conversion(done: Conversion) -> None:
     from upcycle_cli import render
 
     if done.already_done:
+        _warn_all(done.warnings)
         if done.report is not None:
             stdout().print(render.report_table(done.report))
         if done.published:
@@ -739,8 +739,7 @@ def _print_conversion(done: Conversion) -> None:
     if done.report is not None:
         stdout().print()
         stdout().print(render.report_table(done.report))
-    for warning in done.warnings:
-        warn(warning)
+    _warn_all(done.warnings)
     if done.published:
         talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if done.report is None:
@@ -766,8 +765,12 @@ def _print_plan(plan: Plan) -> None:
     from upcycle_cli.advice import warnings
 
     stdout().print(render.plan_table(plan))
-    for warning in warnings(plan):
-        warn(warning)
+    _warn_all(warnings(plan))
+
+
+def _warn_all(texts: Iterable[str]) -> None:
+    for text in texts:
+        warn(text)
 
 
 _DEMO_VARIABLES = f"{_VARIABLES}_DEMO"

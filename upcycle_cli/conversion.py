@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -186,18 +187,19 @@ def execute(
             if checksums and not (output / CHECKSUMS_NAME).exists():
                 with Folder.open(output) as folder:
                     _write_checksums(plan, folder)
-            return _already_done(plan, output, on_check if verify else None)
+            done = _already_done(plan, output, on_check if verify else None)
+            return replace(done, warnings=tuple(filter(None, [recovered])))
         _check(plan, output, overwrite=overwrite, writing=writing, team=team)
         with transaction(
             output,
             plan_digest=plan.digest,
-            shards=_shard_names(plan),
+            files=_files(plan),
             overwrite=overwrite,
             durable=writing.fsync,
         ) as running:
             team.exchange(_Order.WRITE)
             workspace = running.workspace
-            written = _write(plan, workspace, writing, team, progress)
+            written = _write(plan, nullcontext(workspace), writing, team, progress)
             _complete(plan, workspace.folder, written)
             report = _verify(plan, running, on_check) if verify else None
             card = model_card(plan, report, repo)
@@ -207,7 +209,7 @@ def execute(
                 _write_checksums(plan, workspace.folder)
             plan.source.check_unchanged()
     except OSError as error:
-        where = error.filename or output
+        where = partial_of(output) / str(error.filename) if error.filename else output
         raise ResumableError(
             f"writing {where} failed: {error.strerror}.",
             f"What is complete stays in {partial_of(output)}: the same command goes on from there.",
@@ -265,14 +267,11 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
     """Write this rank's share of the shards; rank 0 does everything else."""
     order = team.exchange(_Order.NOTHING)[0]
     if order is _Order.WRITE:
+        workspace = joined(
+            output, plan_digest=plan.digest, files=_files(plan), durable=writing.fsync
+        )
         try:
-            with joined(
-                output,
-                plan_digest=plan.digest,
-                shards=_shard_names(plan),
-                durable=writing.fsync,
-            ) as workspace:
-                _write(plan, workspace, writing, team, lambda _: None)
+            _write(plan, workspace, writing, team, lambda _: None)
         except UpcycleError:
             # Rank 0 has the last word: whoever exits first makes the launcher end the others.
             team.exchange(_Order.NOTHING)
@@ -281,8 +280,8 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
     return Conversion(plan, output, 0.0, None, published=True)
 
 
-def _shard_names(plan: Plan) -> tuple[str, ...]:
-    return tuple(shard.name for shard in plan.shards)
+def _files(plan: Plan) -> tuple[str, ...]:
+    return (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
 
 
 def _shared_bytes(plan: Plan, team: Team) -> int:
@@ -292,7 +291,7 @@ def _shared_bytes(plan: Plan, team: Team) -> int:
 
 def _write(
     plan: Plan,
-    workspace: Workspace,
+    entered: AbstractContextManager[Workspace],
     writing: WriteOptions,
     team: Team,
     progress: Callable[[int], None],
@@ -300,9 +299,12 @@ def _write(
     """Write all shards together with the other ranks, and return what all have written."""
     own = team.share_of(plan.shards, team.rank)
     total = Written()
-    for part in team.gather(
-        lambda: write_weights(plan, own, workspace, progress=progress, options=writing)
-    ):
+
+    def write_own() -> Written:
+        with entered as workspace:
+            return write_weights(plan, own, workspace, progress=progress, options=writing)
+
+    for part in team.gather(write_own):
         total.add(part)
     # By layer, not by rank, so that the record does not depend on how many ranks there were.
     names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]

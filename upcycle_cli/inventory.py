@@ -18,6 +18,7 @@ from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_JSON_BYTES, ListedFile, listed_files
 from upcycle_cli.folder import Folder
+from upcycle_cli.workspace import SEAL, read_state
 
 CHECKSUMS_NAME = "SHA256SUMS"
 _MOST_CARD_BYTES = 10_000_000
@@ -128,6 +129,8 @@ def _objection(
     if name == CHECKSUMS_NAME:
         sums = folder.read_small(name, MOST_JSON_BYTES)
         file_is_ours = _are_ours(sums, listed, record)
+    elif name == SEAL:  # of a run that was killed, in a directory that has another name now
+        file_is_ours = "plan_sha256" in read_state(folder, SEAL)
     else:
         file_is_ours = file is not None and status.st_size == file.size and _fits(folder, file)
     if file_is_ours:

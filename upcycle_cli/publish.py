@@ -80,7 +80,7 @@ class Transaction:
 
 @contextmanager
 def transaction(
-    output: Path, *, plan_digest: str, shards: tuple[str, ...], overwrite: bool, durable: bool
+    output: Path, *, plan_digest: str, files: tuple[str, ...], overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
     """Yield the directory to fill, which is published on leaving if `publish` says so then.
 
@@ -97,7 +97,7 @@ def transaction(
             folder=folder,
             output=output.name,
             plan_digest=plan_digest,
-            shards=shards,
+            files=files,
             durable=durable,
         )
         running = Transaction(parent, workspace)
@@ -130,7 +130,7 @@ def transaction(
 
 @contextmanager
 def joined(
-    output: Path, *, plan_digest: str, shards: tuple[str, ...], durable: bool
+    output: Path, *, plan_digest: str, files: tuple[str, ...], durable: bool
 ) -> Iterator[Workspace]:
     """Yield the directory that another process of this conversion holds; UpcycleError if none."""
     with ExitStack() as opened:
@@ -146,7 +146,7 @@ def joined(
             folder=folder,
             output=output.name,
             plan_digest=plan_digest,
-            shards=shards,
+            files=files,
             durable=durable,
         )
 
@@ -156,11 +156,12 @@ def recover(output: Path) -> str | None:
 
     Raises UpcycleError when the process that replaces it is still at work.
     """
-    with ExitStack() as opened, suppress(FileNotFoundError, NotADirectoryError):
-        parent = opened.enter_context(Folder.open(output.parent))
-        found = find_interrupted(parent, output.name, opened)
+    with ExitStack() as opened:
+        found = None
+        with suppress(OSError):  # what cannot be looked at is told of once it is checked
+            parent = opened.enter_context(Folder.open(output.parent))
+            found = find_interrupted(parent, output.name, opened)
         return None if found is None else found.end()
-    return None
 
 
 def clean(output: Path, *, remove: bool) -> tuple[Path, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,14 @@ class Workspace:
     output: str
     """The name that the directory will get."""
     plan_digest: str
-    shards: tuple[str, ...]
-    """The names of the weight files."""
+    files: tuple[str, ...]
+    """The names of all files of the output."""
     durable: bool
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of its weight files."""
+        return [name for name in self.files if name.endswith(".safetensors")]
 
     def note(self, name: str, facts: dict[str, Any]) -> None:
         """Remember that a shard is complete, so that a later run need not write it again."""
@@ -75,28 +81,30 @@ class Workspace:
         for name in self.shards:
             if self.noted(name):
                 keep |= {name, name + NOTE_SUFFIX}
-        for name in self.folder.names():
-            if name not in keep:
-                self.folder.remove(name)
+        self._keep_only(keep)
 
     def seal(self, *, replaces: str | None) -> None:
         """Make everything durable, and leave nothing that is not part of the output but the seal.
 
         `replaces` is the digest of the record of what the directory is going to replace.
         """
+        notes = {name: note for name in self.shards if (note := self.noted(name))}
+        last = {MARKER, *(name + NOTE_SUFFIX for name in notes)}
+        self._keep_only({name.split("/")[0] for name in self.files} | last)
+        self._save(SEAL, self._marker | {"replaces": replaces, "notes": notes})
+        for name in last:
+            self.folder.remove(name)
         if self.durable:
             self.folder.sync_all()  # the weights are durable already, so this costs little
-        notes = {name: note for name in self.shards if (note := self.noted(name))}
-        self._save(SEAL, self._marker | {"replaces": replaces, "notes": notes})
-        for name in notes:
-            self.folder.remove(name + NOTE_SUFFIX)
-        self.folder.remove(MARKER)
-        if self.durable:
-            self.folder.sync()
 
     @property
     def _marker(self) -> dict[str, str]:
         return {"plan_sha256": self.plan_digest, "output": self.output}
+
+    def _keep_only(self, names: Collection[str]) -> None:
+        for name in self.folder.names():
+            if name not in names:
+                self.folder.remove(name)
 
     def _unseal(self, seal: dict[str, Any]) -> None:
         notes = seal.get("notes")
