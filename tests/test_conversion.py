@@ -687,9 +687,18 @@ def test_whatever_changes_in_the_source_meanwhile_is_noticed(
 ) -> None:
     dense = clone(llama, tmp_path / "dense")
     plan = build_plan(RECIPE, open_checkpoint(dense), options=Options(max_shard_bytes=50_000))
-    acts = iter([change])
+    told: list[int] = []
+
+    def act_once(num_bytes: int) -> None:
+        if not told:
+            change(dense)
+        told.append(num_bytes)
+
     with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
-        execute(plan, tmp_path / "moe", progress=lambda _: next(acts, lambda _: None)(dense))
+        execute(plan, tmp_path / "moe", progress=act_once, writing=WriteOptions(workers=1))
+    # No note may say of what was read since that it is the source's.
+    weights = change in (replace_weights, rewrite_weights)
+    assert (sum(told) == plan.shards[0].nbytes) == weights
     assert others(tmp_path) == []
     assert not (tmp_path / "moe").exists()
 

@@ -391,7 +391,7 @@ def test_a_signal_stops_inside_a_part_and_says_how_to_go_on(
     assert "same command" in stderr
     assert written_bytes(output) < 2 << 30
     assert not output.exists()
-    assert clean(output, remove=True)[0] == partial_of(output)
+    assert clean(output, remove=True).path == partial_of(output)
 
 
 def written_bytes(output: Path) -> int:

@@ -312,11 +312,14 @@ def test_after_a_kill_clean_shows_first(
 ) -> None:
     left = killed(dense, output, moment)
     place = "moe.replaced" if "after" in moment else "moe.partial"
-    found, nbytes = clean(output, remove=False)
-    assert found == output.with_name(place)
-    assert nbytes > 0
+    found = clean(output, remove=False)
+    assert found.path == output.with_name(place)
+    assert found.nbytes > 0
+    assert ("unfinished" if "between" in moment else "was before") in found.what
     assert {path.name: contents(path) for path in output.parent.iterdir()} == left
-    assert clean(output, remove=True) == (found, nbytes)
+    removed = clean(output, remove=True)
+    assert (removed.path, removed.nbytes) == (found.path, found.nbytes)
+    assert (removed.note is not None and "is back" in removed.note) == ("between" in moment)
     assert names(output.parent) == ["moe"]
     assert contents(output) == (contents(old) if "between" in moment else reference)
 
@@ -327,6 +330,8 @@ def test_a_seal_that_a_kill_left_is_removed(plan: Plan, output: Path) -> None:
     before = contents(output)
     state = {"plan_sha256": plan.digest, "output": "moe"}
     (output / SEAL).write_text(json.dumps(state))
+    with pytest.raises(UpcycleError, match="Nothing to clean"):
+        clean(output, remove=False)
     assert execute(plan, output).already_done
     assert contents(output) == before
 
@@ -350,7 +355,8 @@ def test_a_seal_with_another_directory_in_mind_removes_nothing(
     before = contents(theirs)
     state = {"plan_sha256": plan.digest, "output": "moe", "replaces": "0" * 64, "notes": {}}
     (output / SEAL).write_text(json.dumps(state))
-    clean(output, remove=True)
+    with pytest.raises(UpcycleError, match="no unfinished conversion of upcycle"):
+        clean(output, remove=True)
     assert contents(theirs) == before
     assert contents(output) == contents(old)
 

@@ -535,14 +535,16 @@ def clean(
         from upcycle_cli import publish
         from upcycle_cli.render import size_text
 
-        partial, size = publish.clean(output.absolute(), remove=yes)
+        found = publish.clean(output.absolute(), remove=yes)
+        size = size_text(found.nbytes)
         if json:
             status = "removed" if yes else "found"
-            print_json({"status": status, "partial": str(partial), "bytes": size})
+            print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
         elif yes:
-            talk(f"Removed {partial} ({size_text(size)}).")
+            talk(f"Removed {found.path} ({size}).")
+            _warn_all(filter(None, [found.note]))
         else:
-            stdout().print(f"{escape(str(partial))}: {size_text(size)} of an unfinished conversion")
+            stdout().print(escape(f"{found.path}: {size} of {found.what}"))
             talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
 
 

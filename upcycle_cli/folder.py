@@ -9,7 +9,6 @@ before.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import ResumableError
 from upcycle_cli.files import check_regular, read_open
 from upcycle_cli.system import make_durable
 
@@ -138,13 +137,16 @@ class Folder:
     def read_own(self, name: str) -> BufferedReader:
         """Open a file that whoever owns the directory has made in it, under no other name.
 
-        Raises UpcycleError for what is no such file.
+        Raises ResumableError for another's, UpcycleError for what is no regular file.
         """
         file = self.read(name)
         status = os.fstat(file.fileno())
         if status.st_nlink > 1 or status.st_uid != os.fstat(self.descriptor).st_uid:
             file.close()
-            raise UpcycleError(f"{self.path / name} is somebody else's file.")
+            raise ResumableError(
+                f"{self.path / name} is not our own file: it has another owner, or other names.",
+                "The same command writes it again.",
+            )
         return file
 
     def read_small(self, name: str, most: int) -> bytes:
@@ -252,4 +254,4 @@ def is_temporary(name: str) -> bool:
 
 def _temporary_name() -> str:
     begin, end = _TEMPORARY
-    return f"{begin}{secrets.token_hex(8)}{end}"
+    return f"{begin}{os.urandom(8).hex()}{end}"

@@ -69,14 +69,18 @@ def remove_all(folder: Folder, inventory: Inventory) -> None:
     Raises UpcycleError when something has come or changed since, which stays; OSError when the
     system refuses.
     """
-    for name, identity in inventory.files.items():
-        if name != RECORD_NAME and _identity(folder, name) == identity:
+
+    def unchanged(name: str) -> bool:
+        return _identity(folder, name) == inventory.files.get(name)
+
+    for name in inventory.files:
+        if name != RECORD_NAME and unchanged(name):
             folder.remove(name)
     for name in inventory.directories:  # the inner ones first
         folder.remove_empty(name)
-    rest = [name for name in folder.names() if name != RECORD_NAME]
-    if rest:
-        raise UpcycleError(f"{rest[0]} is new there.")
+    for name in folder.names():
+        if name != RECORD_NAME or not unchanged(name):
+            raise UpcycleError(f"{name} is new there.")
     folder.remove(RECORD_NAME)
 
 

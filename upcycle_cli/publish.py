@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,12 @@ def transaction(
         except ResumableError:
             raise
         except UpcycleError:
-            _discard(parent, folder)
+            with suppress(OSError):
+                _discard(parent, folder)
             raise
         if not running.publish:
-            _discard(parent, folder)
+            with suppress(OSError):
+                _discard(parent, folder)
             return
         try:
             running.check_place()
@@ -164,8 +166,20 @@ def recover(output: Path) -> str | None:
         return None if found is None else found.end()
 
 
-def clean(output: Path, *, remove: bool) -> tuple[Path, int]:
-    """Return the abandoned OUTPUT.partial and its bytes; remove it when asked.
+@dataclass(frozen=True)
+class Leftover:
+    """What a run that did not come to its end has left."""
+
+    path: Path
+    nbytes: int
+    what: str
+    """What it is, in words."""
+    note: str | None = None
+    """What else was done when it was removed."""
+
+
+def clean(output: Path, *, remove: bool) -> Leftover:
+    """Return the abandoned OUTPUT.partial; remove it when asked.
 
     Raises UpcycleError when there is none, when upcycle did not make it, or when a process is
     still writing it.
@@ -178,7 +192,10 @@ def clean(output: Path, *, remove: bool) -> tuple[Path, int]:
             raise _nothing(partial) from None
         interrupted = find_interrupted(parent, output.name, opened)
         if interrupted is not None and not interrupted.aside:
-            return _clean_replaced(interrupted, opened, remove=remove)
+            found = _clean_replaced(interrupted, opened, remove=remove)
+            if found is not None:
+                return found
+            interrupted = None
         folder = interrupted.new if interrupted else open_inner(parent, partial.name, opened)
         if folder is None:
             raise _nothing(partial)
@@ -188,26 +205,26 @@ def clean(output: Path, *, remove: bool) -> tuple[Path, int]:
             )
         _check_mine(folder)
         _lock(parent, folder)
-        size = folder.nbytes()
+        found = Leftover(partial, folder.nbytes(), "an unfinished conversion")
         if remove:
-            if interrupted is not None:
-                interrupted.end()
+            note = None if interrupted is None else interrupted.end()
             _discard(parent, folder)
-    return partial, size
+            return replace(found, note=note)
+        return found
 
 
 def _clean_replaced(
     interrupted: Interrupted, opened: ExitStack, *, remove: bool
-) -> tuple[Path, int]:
-    """Return what OUTPUT was before, and its bytes; remove it when asked."""
+) -> Leftover | None:
+    """Return what OUTPUT was before, if it is there still; remove it when asked."""
     parent, old = interrupted.parent, interrupted.old
     folder = None if old is None else open_inner(parent, old, opened)
-    found = interrupted.new if folder is None else folder
-    size = 0 if folder is None else folder.nbytes()
+    what = f"what {interrupted.new.path} was before"
+    found = None if folder is None else Leftover(folder.path, folder.nbytes(), what)
     left = interrupted.end() if remove else None
     if left is not None:
         raise UpcycleError(left)
-    return found.path, size
+    return found
 
 
 def _nothing(partial: Path) -> UpcycleError:
@@ -295,12 +312,11 @@ def _lock(parent: Folder, folder: Folder) -> None:
 
 
 def _discard(parent: Folder, folder: Folder) -> None:
-    """Remove a directory of ours, and last the files that tell that it is; or as much as we can."""
-    with suppress(OSError):
-        for name in [name for name in folder.names() if name not in _STATE] + list(_STATE):
-            folder.remove(name)
-        if parent.holds(folder.path.name, folder):
-            parent.remove_empty(folder.path.name)
+    """Remove a directory of ours, and last the files that tell that it is."""
+    for name in [name for name in folder.names() if name not in _STATE] + list(_STATE):
+        folder.remove(name)
+    if parent.holds(folder.path.name, folder):
+        parent.remove_empty(folder.path.name)
 
 
 # What is in an output -----------------------------------------------------------------------------

@@ -41,14 +41,18 @@ def publish(parent: Folder, workspace: Workspace, *, overwrite: bool) -> str | N
         old = open_inner(parent, name, opened) if overwrite else None
         if old is not None and not old.names():
             old = None
-        replaces = None if old is None else take_inventory(old).record_digest
+        replaces = None if old is None else record_digest(old)
         mode = usual_mode(new)
         workspace.seal(replaces=replaces)
+        # Once more, and not before the disk had everything: the conversion may have taken hours.
+        if old is not None and take_inventory(old).record_digest != replaces:
+            raise moved(old)
         set_mode(new, mode)
         try:
             _give_name(parent, new, name, old)
         except BaseException:
-            make_private(new)
+            if parent.holds(name + SUFFIX, new):
+                make_private(new)
             raise
         if workspace.durable:
             parent.sync()
