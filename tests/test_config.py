@@ -182,6 +182,15 @@ def test_nothing_is_saved_in_the_source_or_the_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "link"]
 
 
+def test_a_place_that_leads_nowhere_is_said(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    command = ("convert", llama, "moe", "--recipe", "E2G1T1", "--dry-run", "--save-config")
+    done = run_cli(*command, "loop/u.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Too many levels of symbolic links" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_weights_beside_are_not_written_over(
     run_cli: RunCli, llama: Path, tmp_path: Path
 ) -> None:

@@ -888,6 +888,20 @@ FORESEEN: list[tuple[Callable[[Path, Path], None], tuple[str, ...], str | None]]
 ]
 
 
+@pytest.mark.parametrize("output", ["/", "..", "other/..", ".", "moe/../..", "../empty/gone/.."])
+@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--save-config", "u.toml")])
+def test_an_output_without_a_name_is_refused(
+    llama: Path, tmp_path: Path, run_cli: RunCli, output: str, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    command = ("convert", llama, output, "--recipe", RECIPE.name, *options)
+    done = run_cli(*command, cwd=tmp_path / "here")
+    assert done.returncode == (0 if "--dry-run" in options else 2)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.rglob("*.partial*")) == []
+
+
 @pytest.mark.parametrize(("prepare", "options", "note"), FORESEEN)
 def test_a_dry_run_shows_the_plan_and_what_a_real_one_would_find(
     llama: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -334,6 +335,23 @@ def test_a_seal_that_a_kill_left_is_removed(plan: Plan, output: Path) -> None:
         clean(output, remove=False)
     assert execute(plan, output).already_done
     assert contents(output) == before
+
+
+def test_a_replacement_that_another_process_is_at_is_left_to_it(
+    dense: Path, plan: Plan, output: Path
+) -> None:
+    left = killed(dense, output, "exchanged")
+    holder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        for overwrite in (False, True):
+            with pytest.raises(UpcycleError, match="another upcycle process is writing"):
+                execute(plan, output, overwrite=overwrite)
+        with pytest.raises(UpcycleError, match="another upcycle process is writing"):
+            clean(output, remove=True)
+    finally:
+        os.close(holder)
+    assert {path.name: contents(path) for path in output.parent.iterdir()} == left
 
 
 def test_a_seal_in_a_directory_that_was_renamed_does_not_matter(

@@ -237,9 +237,9 @@ def foresee(
         if not overwrite and is_finished(plan, output):
             yield f"{output} is already what this command makes."
             return
+        _check(plan, output, overwrite=overwrite, writing=writing or WriteOptions(), team=Team())
         if partial_of(output).exists():
             yield f"{partial_of(output)} is there: what it has of this conversion is used."
-        _check(plan, output, overwrite=overwrite, writing=writing or WriteOptions(), team=Team())
     except UpcycleError as error:
         yield f"without --dry-run this is refused: {' '.join(str(error).split())}"
 

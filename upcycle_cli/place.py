@@ -36,6 +36,8 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         raise UpcycleError(
             f"{output} is the current directory, or contains it.", "Choose another directory."
         )
+    if output.name in {"", ".."}:
+        raise UpcycleError(f"{output} is no name for a directory.", "Write the name itself.")
     check_kind(output)
     if occupied and not overwrite:
         raise UpcycleError(
@@ -56,7 +58,8 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def is_in(path: Path, directory: Path) -> bool:
     """Whether a path is a directory or in it, by whatever names."""
-    path, directory = path.resolve(), directory.resolve()
+    with suppress(OSError, RuntimeError):  # links in a circle lead nowhere
+        path, directory = path.resolve(), directory.resolve()
     return any(_is_same(place, directory) for place in (path, *path.parents))
 
 

@@ -118,7 +118,7 @@ class Workspace:
 
 def partial_of(output: Path) -> Path:
     """Return the directory in which OUTPUT is made."""
-    return output.with_name(output.name + SUFFIX)
+    return output.parent / (output.name + SUFFIX)
 
 
 def open_inner(parent: Folder, name: str, opened: ExitStack) -> Folder | None:
