@@ -7,7 +7,7 @@ import io
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from json import loads
 from pathlib import Path
@@ -227,11 +227,10 @@ def convert(
     """
     with errors_to_exit_codes(as_json=json):
         _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
-        from upcycle_cli.conversion import bring_source, execute, plan_together
+        from upcycle_cli.conversion import bring_source, execute, foresee, plan_together
         from upcycle_cli.hub.requests import be_quiet
         from upcycle_cli.hub.sources import open_source
         from upcycle_cli.plan import build_plan
-        from upcycle_cli.publish import check_output
         from upcycle_cli.render import plan_json
         from upcycle_cli.team import Team
         from upcycle_cli.writer import WriteOptions
@@ -264,8 +263,9 @@ def convert(
             )
             if save_config is not None and team.leads:
                 _save_config(save_config, context, plan)
+            foreseen: list[str] = []
             if dry_run:
-                check_output(output, plan.source, overwrite=overwrite)
+                foreseen += foresee(plan, output, overwrite=overwrite, writing=writing)
             else:
                 if destination is not None and team.leads:
                     _check_destination(destination)
@@ -293,9 +293,12 @@ def convert(
                 )
                 _convert(run, plan, destination, as_json=json, quiet=quiet or not team.leads)
         if dry_run and json:
-            print_json({"status": "planned", "output": str(output), **plan_json(plan)})
+            planned = plan_json(plan)
+            planned["warnings"] += foreseen
+            print_json({"status": "planned", "output": str(output), **planned})
         elif dry_run and not quiet and team.leads:
             _print_plan(plan)
+            _warn_all(foreseen)
             talk("Nothing was written (--dry-run).")
 
 
@@ -544,14 +547,16 @@ def clean(
         from upcycle_cli import publish
         from upcycle_cli.render import size_text
 
-        partial, size = publish.clean(output.absolute(), remove=yes)
+        found = publish.clean(output.absolute(), remove=yes)
+        size = size_text(found.nbytes)
         if json:
             status = "removed" if yes else "found"
-            print_json({"status": status, "partial": str(partial), "bytes": size})
+            print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
         elif yes:
-            talk(f"Removed {partial} ({size_text(size)}).")
+            talk(f"Removed {found.path} ({size}).")
+            _warn_all(filter(None, [found.note]))
         else:
-            stdout().print(f"{escape(str(partial))}: {size_text(size)} of an unfinished conversion")
+            stdout().print(escape(f"{found.path}: {size} of {found.what}"))
             talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
 
 
@@ -613,6 +618,7 @@ def _config_names(context: typer.Context) -> list[str]:
 def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
     from upcycle_cli.config import as_values, save_config
     from upcycle_cli.hub.sources import is_repo_id
+    from upcycle_cli.workspace import partial_of
 
     given = context.params
     values = as_values(
@@ -627,7 +633,9 @@ def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
     }
     if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
-    save_config(path, values)
+    output = given["output"]
+    keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
+    save_config(path, values, _config_names(context), keep_out_of=keep_out_of)
 
 
 def _check_push_options(
@@ -735,6 +743,7 @@ def _print_conversion(done: Conversion) -> None:
     from upcycle_cli import render
 
     if done.already_done:
+        _warn_all(done.warnings)
         if done.report is not None:
             stdout().print(render.report_table(done.report))
         if done.published:
@@ -744,6 +753,7 @@ def _print_conversion(done: Conversion) -> None:
     if done.report is not None:
         stdout().print()
         stdout().print(render.report_table(done.report))
+    _warn_all(done.warnings)
     if done.published:
         talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if done.report is None:
@@ -769,8 +779,12 @@ def _print_plan(plan: Plan) -> None:
     from upcycle_cli.advice import warnings
 
     stdout().print(render.plan_table(plan))
-    for warning in warnings(plan):
-        warn(warning)
+    _warn_all(warnings(plan))
+
+
+def _warn_all(texts: Iterable[str]) -> None:
+    for text in texts:
+        warn(text)
 
 
 _DEMO_VARIABLES = f"{_VARIABLES}_DEMO"

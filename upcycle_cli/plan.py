@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from upcycle_cli.checkpoint import (
     WEIGHTS_NAME,
     Checkpoint,
 )
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
 from upcycle_cli.families.dense import dense_shapes
@@ -33,6 +33,7 @@ from upcycle_cli.families.target import (
     has_plain_attention,
     moe_config,
 )
+from upcycle_cli.files import is_inner_name
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
 from upcycle_cli.redirects import refuse_redirects
@@ -172,9 +173,7 @@ class Plan:
         It covers each source file's size and modification time, since headers alone cannot tell
         two models of one shape apart; of a commit on the Hub, the commit can.
         """
-        files = self.source.shards + self.source.companions
-        if self.source.revision is not None:
-            files = tuple(replace(file, mtime_ns=0) for file in files)
+        pinned = self.source.revision is not None
         content = {
             "meaning": _MEANING,
             "recipe": asdict(self.recipe),
@@ -183,7 +182,15 @@ class Plan:
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
             "source_revision": self.source.revision,
-            "source": [asdict(file) for file in files],
+            "source": [
+                {
+                    "name": file.name,
+                    "size": file.size,
+                    "mtime_ns": 0 if pinned else file.mtime_ns,
+                    "digest": file.digest,
+                }
+                for file in self.source.shards + self.source.companions
+            ],
             "shards": [
                 [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
                 for shard in self.shards
@@ -271,6 +278,12 @@ def _check_source(source: Checkpoint, family: Family) -> dict[str, str]:
             f"{source.path} lacks {_some(missing)}, which its config.json implies.",
             "Only whole causal language models can be upcycled, not adapters or bare encoders.",
         )
+    for file in source.companions:
+        if not is_inner_name(file.name):
+            raise UpcycleError(
+                f"{source.path} holds {shown(file.name)}, a name that no output can have.",
+                "Rename it, or remove it if it is not needed.",
+            )
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
         if name not in shapes:
