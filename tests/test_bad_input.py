@@ -458,7 +458,6 @@ def test_many_missing_tensors_are_counted(llama: Path, tmp_path: Path, refuses: 
         "model.layers.0.self_attn.rotary_emb.inv_freq.extra",
         "",
         "[bold]markup[/bold]",
-        "name\nwith a line break",
     ],
 )
 def test_an_unknown_tensor(llama: Path, tmp_path: Path, refuses: Refuses, name: str) -> None:

@@ -33,6 +33,7 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
                 "but computes something else."
             )
+    yield from plan.carried.notes
     if "auto_map" in plan.source.config:
         yield (
             "the source comes with code of its own (auto_map), which is left out: the output "

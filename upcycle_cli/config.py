@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.printable import shell_line
 from upcycle_cli.publish import replace_text
 
 Value = str | int | float | bool
@@ -62,7 +63,16 @@ def save_config(path: Path, values: Mapping[str, Value]) -> None:
     else:
         import tomli_w
 
-        text = f"# upcycle convert --config {path.name}\n\n{tomli_w.dumps(named)}"
+        command = shell_line(["upcycle", "convert", "--config", path.name])
+        text = f"# {command}\n\n{tomli_w.dumps(named)}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
+            "recipe files are UTF-8.",
+            "Rename it, or leave out --save-config.",
+        ) from error
     replace_text(path, text)
 
 

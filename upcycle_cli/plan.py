@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from upcycle_cli.checkpoint import (
+    CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     TORCH_DTYPES,
@@ -32,6 +33,7 @@ from upcycle_cli.families.target import (
     has_plain_attention,
     moe_config,
 )
+from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
 
@@ -64,6 +66,12 @@ class Plan:
     shards: tuple[Shard, ...]
     dropped: Mapping[str, str]
     """Source tensors that are not used, each with the reason."""
+    carried: Carried
+    """What the source's card says that the new one takes over."""
+
+    def with_source(self, source: Checkpoint) -> Plan:
+        """Return the same plan for the same source, brought to another place."""
+        return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
 
     @property
     def file_names(self) -> list[str]:
@@ -215,7 +223,8 @@ def build_plan(
     _check_types(tensors, family, config, options)
     _check_all_used(tensors, source, dropped)
     shards = _shards(tensors, options.max_shard_bytes)
-    return Plan(recipe, options, family, source, config, shards, dropped)
+    carried = carried_over(source.path, CARD_NAME)
+    return Plan(recipe, options, family, source, config, shards, dropped, carried)
 
 
 def _narrows(source: str, output: str) -> bool:

@@ -30,11 +30,13 @@ from upcycle_cli.checkpoint import (
     Checkpoint,
 )
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.printable import printable, shell_line
 from upcycle_cli.reflink import can_share
 
 MARKER = ".upcycle-partial"
 SUFFIX = ".partial"
 NOTE_SUFFIX = ".upcycle-note"
+_ASIDE = ".replaced"
 _NEW = ".new"
 CHECKSUMS_NAME = "SHA256SUMS"
 _OWN_FILES = (
@@ -51,8 +53,24 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def check_name(output: Path) -> None:
+    """Raise UpcycleError when OUTPUT's name leaves no room for those that stand beside it."""
+    try:
+        longest = os.pathconf(_existing_parent(output), "PC_NAME_MAX")
+    except (OSError, RuntimeError):
+        return  # what is wrong with the place itself is found in a moment
+    size = len(os.fsencode(output.name)) + max(map(len, (SUFFIX, _ASIDE)))
+    if size > longest:
+        raise UpcycleError(
+            f"the name of {output} is too long: it is made under the name with {SUFFIX} behind "
+            f"it, and no name there has more than {longest} bytes.",
+            "Choose a shorter one.",
+        )
+
+
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     """Raise UpcycleError when OUTPUT cannot be written without harm."""
+    check_name(output)
     try:
         target, origin = output.resolve(), source.path.resolve()
         files = [(source.path / name).resolve() for name in source.files]
@@ -92,7 +110,7 @@ def _check_kind(output: Path) -> None:
     if output.is_symlink():
         raise UpcycleError(
             f"{output} is a symbolic link, which cannot be replaced by a directory.",
-            f"Write to {output.resolve()}, or remove the link.",
+            f"Write to {printable(str(output.resolve()))}, or remove the link.",
         )
     if output.exists() and not output.is_dir():
         raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
@@ -190,10 +208,10 @@ class Workspace:
         for name in (MARKER, RECORD_NAME):  # what was sealed has the record only
             digest = digest or _read_json(self.path / name).get("plan_sha256")
         if digest not in (None, self.plan_digest) and not restart:
+            clean = ["upcycle", "clean", "--yes", str(self.path).removesuffix(SUFFIX)]
             raise UpcycleError(
                 f"{self.path} holds an unfinished conversion of another recipe or source.",
-                "Pass --overwrite to start over, or remove it with `upcycle clean --yes "
-                f"{self.path.with_name(self.path.name.removesuffix(SUFFIX))}`.",
+                f"Pass --overwrite to start over, or remove it with `{shell_line(clean)}`.",
             )
         # Before anything goes, so that whatever is left is known to be ours; and not again, since
         # there may be no room before the rest has gone.
@@ -411,7 +429,7 @@ def _publish(partial: Path, output: Path, *, overwrite: bool) -> bool:
     # Whatever happens from here on, the old contents can be told to be abandoned.
     (output / MARKER).touch()
     if not _exchange(partial, output):
-        aside = output.with_name(output.name + ".replaced")
+        aside = output.with_name(output.name + _ASIDE)
         output.rename(aside)
         try:
             partial.rename(output)

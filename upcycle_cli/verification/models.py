@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.verification.facts import EMBEDDING, Facts
 
 MOST_TOKENS = 1024
@@ -68,9 +68,12 @@ def transformers_says() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (MemoryError, UpcycleError):
+    except UpcycleError:
         raise
     except Exception as error:
+        lack = lack_in_words(error)
+        if lack is not None:
+            raise lack from error
         # There is no list of what a damaged checkpoint can make transformers raise: OSError and
         # ValueError, but KeyError, ZeroDivisionError and huggingface_hub's own as well. All of it
         # is a finding about the checkpoint, but for what the system refuses.
