@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
+from threading import Lock
 
 from upcycle_cli.checkpoint import shortened_file
 
@@ -22,8 +24,11 @@ _kept: list[object] = []
 
 def handle_faults(last_words: Callable[[str, str], None], code: int) -> None:
     """End the process with a message, a hint and an exit code where it would end without."""
+    first = Lock()
 
     def on_sigbus(_signum: int) -> None:
+        while not first.acquire(blocking=False):
+            time.sleep(1)  # another thread has read there too, and is saying so
         try:
             file = shortened_file()
             last_words(

@@ -47,9 +47,11 @@ class Team:
         rank = _number("RANK", 0)
         if not 0 <= rank < size:
             raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
-        missing = [name for name in _NEEDED if not os.environ.get(name)]
-        if size > 1 and missing:
-            raise _leftover(f"WORLD_SIZE is {size}, without a {' and '.join(missing)}.")
+        if size > 1:
+            missing = [name for name in _NEEDED if not os.environ.get(name)]
+            if missing:
+                raise _leftover(f"WORLD_SIZE is {size}, without a {' and '.join(missing)}.")
+            _number("MASTER_PORT", 0)
         return cls(rank, size)
 
     @property
@@ -67,7 +69,7 @@ class Team:
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        place = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', 0)}"
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)
         try:
             store: Store
