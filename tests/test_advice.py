@@ -25,7 +25,6 @@ APPROXIMATE = "equals the dense model only up to the router's logits"
 TIES = "the softmax rounds different groups to the same value"
 FLOAT16 = "lose precision in float16"
 ENGINE = "but computes something else"
-REMOTE_CODE = "code of its own (auto_map)"
 OVERFLOW = "can exceed 65504"
 NARROW_ROWS = "needs multiples of 16"
 ALL = (
@@ -38,7 +37,6 @@ ALL = (
     TIES,
     FLOAT16,
     ENGINE,
-    REMOTE_CODE,
 )
 
 
@@ -244,11 +242,6 @@ def test_engines_that_compute_something_else(
     ]
 
 
-def test_remote_code(advise: Advise) -> None:
-    code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    assert advise("E8G1T2", config=code) == [REMOTE_CODE]
-
-
 def test_the_most_important_comes_first(advise: Advise) -> None:
     found = advise(
         "E4G4T4",
@@ -256,6 +249,5 @@ def test_the_most_important_comes_first(advise: Advise) -> None:
         model_type="qwen3",
         router_logit_std=1e-5,
         options=Options(dtype="float16"),
-        config={"auto_map": {}},
     )
-    assert found == [APPROXIMATE, TIES, OVERFLOW, FLOAT16, ENGINE, REMOTE_CODE]
+    assert found == [APPROXIMATE, TIES, OVERFLOW, FLOAT16, ENGINE]

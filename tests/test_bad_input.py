@@ -341,7 +341,7 @@ def test_qwen3_without_a_head_dim(make_dense: MakeDense, tmp_path: Path, refuses
         {"id2label": {"0": 1}, "transformers_version": 4},
         {"_name_or_path": 7},
         {"_name_or_path": None},
-        {"auto_map": "x"},
+        {"auto_map": {}},
         {"quantization_config": None},
         {"num_experts": 0},
         {"eos_token_id": []},

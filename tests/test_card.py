@@ -37,7 +37,7 @@ def card_of(llama: Path, tmp_path: Path, name: str, repo: str | None = None) -> 
     dense = clone(llama, tmp_path / name)
     plan = build_plan(Recipe(expansion=2, granularity=2, top_k=4), open_checkpoint(dense))
     check = CheckResult(name="outputs", status=Status.PASSED, detail="a | b\n`c` <d>")
-    return model_card(plan, Report((check,)), repo)
+    return model_card(plan, Report(checks=(check,)), repo)
 
 
 @pytest.mark.parametrize("name", NAMES)

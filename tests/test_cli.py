@@ -212,7 +212,7 @@ def test_convert_json_with_a_verification(llama: Path, tmp_path: Path) -> None:
     value = one_json_object(result.stdout)
     assert result.stderr == ""
     assert value["verification"]["status"] == "passed"
-    assert len(value["verification"]["checks"]) == 4
+    assert len(value["verification"]["checks"]) == 5
 
 
 def test_dry_run_json_says_what_convert_says(llama: Path, tmp_path: Path) -> None:
@@ -274,13 +274,14 @@ def test_verify_json(llama: Path, moe: Path, tmp_path: Path) -> None:
     assert value["status"] == "passed"
     assert [check["name"] for check in value["checks"]] == [
         "structure",
+        "files",
         "weights",
         "outputs",
         "claims",
     ]
     assert all(check.keys() >= {"status", "detail", "metrics"} for check in value["checks"])
     assert {check["status"] for check in value["checks"]} == {"passed"}
-    metrics = value["checks"][2]["metrics"]
+    metrics = value["checks"][3]["metrics"]
     wanted = {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement", "dense_nll", "moe_nll"}
     assert metrics.keys() >= {*wanted, "tokens"}
     assert metrics["top1_agreement"] == 1.0

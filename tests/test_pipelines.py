@@ -459,6 +459,6 @@ def test_the_github_actions_job(pipeline: tuple[Hub, dict[str, str]], tmp_path: 
         said[step["name"]] = done.stdout
     commit = hub.store.repos[REPO].refs["main"]
     assert said["Convert, verify, push"] == f"converted, pushed: {hub.url}/{REPO} at {commit}\n"
-    assert said["Verify what was pushed"].count(": passed") == 4
+    assert said["Verify what was pushed"].count(": passed") == 5
     for path in (work / "moe").iterdir():
         assert hub.store.files(REPO)[path.name] == path.read_bytes()

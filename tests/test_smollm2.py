@@ -88,7 +88,7 @@ def test_paper_scaling_has_golden_factors_and_promises_nothing(dense: Path, tmp_
     for matrix in ("gate", "up", "down"):
         assert checks["weights"].metrics[f"{matrix}_factor"] == 2.0
     outputs = checks["outputs"]
-    assert "promises no equality" in outputs.detail
+    assert "does not promise equality" in outputs.detail
     assert "SwiGLU" in outputs.detail
     assert float(outputs.metrics["kl_mean"]) > 0.1
 

@@ -34,11 +34,6 @@ def warnings(plan: Plan) -> Iterator[str]:
                 "but computes something else."
             )
     yield from plan.carried.notes
-    if "auto_map" in plan.source.config:
-        yield (
-            "the source comes with code of its own (auto_map), which is left out: the output "
-            f"runs as transformers' {plan.family.target.architecture}."
-        )
 
 
 def training_notes(plan: Plan) -> Iterator[str]:

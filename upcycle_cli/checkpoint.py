@@ -69,9 +69,11 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 CARD_NAME = "README.md"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_NAME,
     "tokenizer*.json",
     "tokenizer.model*",
     "*.tiktoken",
@@ -138,6 +140,9 @@ class Storage(Protocol):
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names that match any of these patterns but for directories, sorted."""
 
+    def names(self) -> list[str]:
+        """Return the names of all files, whatever they are, sorted."""
+
     def prepare(self, shards: Sequence[str]) -> None:
         """Hear whose headers will be asked for next."""
 
@@ -171,6 +176,14 @@ class Directory:
         """Return the names that match any of these patterns but for directories, sorted."""
         found = {file for pattern in patterns for file in self.path.glob(pattern)}
         return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
+
+    def names(self) -> list[str]:
+        """Return the names of all files, links among them, but for what git and hf keep."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted({*folders} - {".git", ".cache"})
+            found += [Path(folder, name).relative_to(self.path).as_posix() for name in files]
+        return sorted(found)
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Nothing is to be prepared."""
@@ -256,6 +269,12 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that were read, or will be."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, nothing when there is none; UpcycleError."""
+        if not self.storage.has(TOKENIZER_CONFIG_NAME):
+            return {}
+        return read_json(self.storage.local(TOKENIZER_CONFIG_NAME))
 
     @property
     def missing_bytes(self) -> int:
@@ -409,7 +428,11 @@ def open_storage(storage: Storage) -> Checkpoint:
             tensors[entry.name] = entry
     if weight_map:
         _check_index(path, weight_map, tensors)
-    companions = tuple(storage.stamp(name) for name in storage.matching(COMPANIONS))
+    names = storage.matching(COMPANIONS)
+    for name in names:
+        if not is_inner_name(name):
+            raise UpcycleError(f"{path} holds a file named {shown(name)}.", "Rename or remove it.")
+    companions = tuple(map(storage.stamp, names))
     for file in companions:
         if file.size > MOST_COMPANION_BYTES:
             raise UpcycleError(
@@ -458,7 +481,8 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 def _json_object(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = _parse_json(raw)
+        # Of two values for one key another reader may take the other.
+        value = _parse_json(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -470,7 +470,7 @@ def inspect(
             stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
 
 
-_CHECKS = "structure,weights,outputs,claims"
+_CHECKS = "structure,files,weights,outputs,claims"
 
 
 @app.command()
@@ -512,6 +512,13 @@ def verify(
         str | None,
         option(metavar="REV", help="Branch, tag or commit of MOE's repo.", rich_help_panel=HUB),
     ] = None,
+    allow_inexact: Annotated[
+        bool,
+        option(
+            "--allow-inexact",
+            help="Accept an MoE that does not promise equality: it is measured, not passed.",
+        ),
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -532,6 +539,7 @@ def verify(
             prompts=prompts,
             dense_revision=dense_revision,
             moe_revision=moe_revision,
+            allow_inexact=allow_inexact,
             on_start=None if quiet or json else _announce_check,
         )
         raise_signal()
@@ -539,11 +547,15 @@ def verify(
             print_json(report.to_json())
         elif not quiet:
             show(render.report_table(report))
-        elif not report.passed:
+        elif not report.accepted:
             show(render.report_table(report), stderr())
         if report.status == "skipped":
             fail("no check could run, so nothing is proven.", EXIT_ERROR)
-        if not report.passed:
+        if report.status == "measured" and not allow_inexact:
+            talk(
+                "Nothing is proven of an MoE that promises no equality; --allow-inexact accepts it."
+            )
+        if not report.accepted:
             raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 

@@ -35,7 +35,7 @@ from upcycle_cli.publish import (
     replace_text,
     transaction,
 )
-from upcycle_cli.recipe import Recipe
+from upcycle_cli.recipe import Promise, Recipe
 from upcycle_cli.team import Team
 from upcycle_cli.writer import WriteOptions, Written, write_index, write_json, write_weights
 
@@ -196,7 +196,7 @@ def execute(
             report = _verify(plan, workspace.path, on_check) if verify else None
             card = model_card(plan, report, repo)
             (workspace.path / CARD_NAME).write_text(card, encoding="utf-8")
-            publish[0] = report is None or report.passed
+            publish[0] = report is None or report.accepted
             if checksums and publish[0]:
                 _write_checksums(workspace.path)
             plan.source.check_unchanged()
@@ -298,8 +298,10 @@ def _already_done(plan: Plan, output: Path, on_check: Callable[[str], None] | No
         # Its sizes and its config are right; only verify can say whether its bytes still are.
         from upcycle_cli.verification import verify
 
-        report = verify(plan.source.path, output, on_start=on_check)
-    sound = report is None or report.passed
+        report = verify(
+            plan.source.path, output, on_start=on_check, allow_inexact=_is_inexact(plan)
+        )
+    sound = report is None or report.accepted
     return Conversion(plan, output, 0.0, report, published=sound, already_done=True)
 
 
@@ -319,13 +321,20 @@ def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Rep
     from upcycle_cli.verification import verify
 
     try:
-        return verify(plan.source.path, directory, on_start=on_check)
+        return verify(
+            plan.source.path, directory, on_start=on_check, allow_inexact=_is_inexact(plan)
+        )
     except UpcycleError as error:
         # Nothing is wrong with what was written: hours of work must not go for want of a library.
         raise ResumableError(
             f"{error.message} The weights are kept: the same command goes on from there.",
             error.hint,
         ) from error
+
+
+def _is_inexact(plan: Plan) -> bool:
+    """Whether the user asked for a recipe that promises nothing, and can expect no proof."""
+    return plan.promise is Promise.NONE
 
 
 def _write_checksums(directory: Path) -> None:

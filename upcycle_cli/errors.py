@@ -41,6 +41,7 @@ _LACKS = (
     (MemoryError, "", "memory", "ulimit -v"),
     (RuntimeError, "can't allocate memory", "memory", "ulimit -v"),  # torch's way of saying so
     (RuntimeError, "can't start new thread", "threads", "ulimit -u -v"),
+    (BaseException, "ThreadPoolBuildError", "threads", "ulimit -u -v"),  # a panic of tokenizers
 )
 
 

@@ -13,8 +13,9 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 from upcycle_cli.errors import UpcycleError, shown
 
@@ -58,7 +59,7 @@ def locate(directory: Path, name: str) -> Path:
     return real
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, which must be a regular one; OSError when the system refuses.
 
     Raises UpcycleError for a pipe, a device or a directory, without waiting for it.

@@ -36,9 +36,14 @@ from upcycle_cli.families.target import (
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
+from upcycle_cli.redirects import refuse_redirects
 
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
+
+_LARGEST_LOGIT = 64
+"""In standard deviations: hidden states have outliers, and many tokens are drawn from them."""
+_LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +213,7 @@ def build_plan(
     """
     options = options or Options()
     family = choose(source.config, target, recipe.routing)
+    refuse_redirects(source.config, source.tokenizer_config(), source.storage.names())
     recipe = recipe.resolve(family.target.routings[0])
     dropped = _check_source(source, family)
     _check_granularity(recipe, family.decoder.intermediate_size)
@@ -221,6 +227,7 @@ def build_plan(
     )
     tensors = tuple(output_tensors(recipe, options, family, source))
     _check_types(tensors, family, config, options)
+    _check_router_range(recipe, tensors)
     _check_all_used(tensors, source, dropped)
     shards = _shards(tensors, options.max_shard_bytes)
     carried = carried_over(source.path, CARD_NAME)
@@ -243,6 +250,19 @@ def _check_granularity(recipe: Recipe, intermediate_size: int) -> None:
         f"intermediate size {intermediate_size} is not divisible by granularity {granularity}.",
         f"Try {below}." if above is None else f"Try {below} or {above}.",
     )
+
+
+def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
+    """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
+    std = recipe.router_logit_std or 0.0
+    for tensor in tensors:
+        if tensor.role is Role.ROUTER and _LARGEST_LOGIT * std > _LARGEST[tensor.dtype]:
+            raise UpcycleError(
+                f"router logits of standard deviation {std:g} overflow "
+                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
+                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] / _LARGEST_LOGIT:.3g}, "
+                "or another --dtype.",
+            )
 
 
 def _check_source(source: Checkpoint, family: Family) -> dict[str, str]:

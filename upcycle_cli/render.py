@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
     from upcycle_cli.verification import Report
 
-_STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+_STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", "skipped": "yellow"}
 
 
 def plan_table(plan: Plan) -> Table:

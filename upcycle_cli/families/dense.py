@@ -8,6 +8,7 @@ model type, and the target's defaults differ. Each dense model type has one file
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,13 +97,23 @@ class Values:
         """Return a positive integer, or None when the key is null."""
         return None if self._get(key) is None else self.count(key)
 
-    def number(self, key: str) -> float:
-        """Return a number as the config writes it."""
+    def number(self, key: str, *, least: float = 0.0, below: float = math.inf) -> float:
+        """Return a finite number of at least `least`, as the config writes it."""
         value = self._get(key)
         if type(value) not in (int, float):
             raise self._refuse(key, "a number")
+        if not (least <= value < below):
+            wanted = "a finite number" if below == math.inf else f"less than {below:g}"
+            raise self._refuse(key, f"{wanted} and at least {least:g}")
         result: float = value
         return result
+
+    def positive(self, key: str) -> float:
+        """Return a finite number larger than zero, as the config writes it."""
+        value = self.number(key)
+        if value == 0:
+            raise self._refuse(key, "larger than 0")
+        return value
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""
@@ -111,11 +122,11 @@ class Values:
             raise self._refuse(key, "true or false")
         return value
 
-    def text(self, key: str) -> str:
-        """Return a string."""
+    def activation(self, key: str) -> str:
+        """Return the name of an activation."""
         value = self._get(key)
-        if not isinstance(value, str):
-            raise self._refuse(key, "a string")
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise self._refuse(key, "an activation that transformers knows, such as silu or gelu")
         return value
 
     def token(self, key: str) -> int | None:
@@ -134,6 +145,37 @@ class Values:
 
 
 _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
+
+ACTIVATIONS = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "sqrtsoftplus",
+    "tanh",
+)
+"""The activations without weights of their own that transformers knows by name."""
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""The ways to stretch rotary embeddings that transformers knows by name."""
+
+_NO_ROPE_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # 0 leaves the last two out
 
 ROPE_DEFAULTS: Mapping[str, Any] = {
     "rope_theta": 10_000.0,
@@ -183,9 +225,9 @@ def read_common(values: Values, config: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "hidden_act": values.text("hidden_act"),
+        "hidden_act": values.activation("hidden_act"),
         "rms_norm_eps": values.number("rms_norm_eps"),
-        "attention_dropout": values.number("attention_dropout"),
+        "attention_dropout": values.number("attention_dropout", below=1.0),
         "max_position_embeddings": values.count("max_position_embeddings"),
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
@@ -211,16 +253,30 @@ def _read_rope(values: Values, config: Mapping[str, Any]) -> tuple[float, Mappin
         )
     theta = parameters.get("rope_theta")
     if theta is None:
-        theta = values.number("rope_theta")
-    if type(theta) not in (int, float):
-        raise UpcycleError(f"config.json: rope_theta must be a number, not {shown(theta)}.")
+        theta = values.positive("rope_theta")
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str):
-        raise UpcycleError(f"config.json: {key} must name its rope_type, not {shown(kind)}.")
+    if kind not in ROPE_KINDS:
+        raise UpcycleError(
+            f"config.json: {key} must name its rope_type, one of {', '.join(ROPE_KINDS)}, "
+            f"not {shown(kind)}."
+        )
+    for name, value in {**scaling, "rope_theta": theta}.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name not in _NO_ROPE_NUMBERS and not all(map(_is_usable, numbers)):
+            raise UpcycleError(
+                f"config.json: {key} has {name} {shown(value)}, and no rotary embedding has."
+            )
     if kind == "default":
         return theta, None
     return theta, scaling | {"rope_type": kind}
+
+
+def _is_usable(value: object) -> bool:
+    """Whether this can be a setting of rotary embeddings: a flag, or a positive number."""
+    if value is None or isinstance(value, bool):
+        return True
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def qwen_layer_types(

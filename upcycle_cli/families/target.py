@@ -132,8 +132,7 @@ def moe_config(
         result[target.keys.norm_topk_prob] = recipe.routing is Routing.TOPK_SOFTMAX
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
-    # Remote code belongs to the dense model, and a local path of the person who saved it to nobody.
-    result.pop("auto_map", None)
+    # A local path of the person who saved it belongs to nobody.
     if str(result.get("_name_or_path", "")).startswith(("/", "~")):
         del result["_name_or_path"]
     return result

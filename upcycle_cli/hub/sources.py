@@ -139,6 +139,10 @@ class RepoStorage:
             )
         )
 
+    def names(self) -> list[str]:
+        """Return the names of all files of the repo, sorted."""
+        return sorted(self.sizes)
+
     def prepare(self, shards: Sequence[str]) -> None:
         """Ask for all headers side by side: there can be hundreds."""
         wanted = [name for name in shards if name in self.sizes]

@@ -1,12 +1,16 @@
 """`verify`: is a mixture of experts what the method makes of a dense model?
 
-Four checks that use nothing of the converter: its plan and its formulas may be wrong, and then
+Five checks that use nothing of the converter: its plan and its formulas may be wrong, and then
 these must say so. They share the checkpoint reader and the families' tables of names with it.
 
-- structure.py  names, shapes, dtypes and settings, against transformers' own model
-- weights.py    every tensor against the dense model, bit for bit
-- outputs.py    logits of both models on text
-- claims.py     `upcycle.json` and the tokenizer
+- structure.py   names, shapes, dtypes and settings, against transformers' own model
+- companions.py  the tokenizer, the generation settings and other files, against the dense model's
+- weights.py     every tensor against the dense model, bit for bit
+- outputs.py     logits of both models on text
+- claims.py      `upcycle.json`
+
+Passed means that the MoE computes the dense function, whoever made it and whatever it says of
+itself; what promises less is measured.
 """
 
 from __future__ import annotations
@@ -15,18 +19,25 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    Directory,
+    open_checkpoint,
+    read_json,
+)
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import DENSE, TARGETS
 from upcycle_cli.families.target import Target
-from upcycle_cli.files import check_utf8
+from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hub.sources import bring_model, find_model
-from upcycle_cli.verification.facts import DamagedError, Facts, gather_facts
+from upcycle_cli.redirects import refuse_redirects
+from upcycle_cli.verification.facts import DamagedError, Facts, Promise, gather_facts
 from upcycle_cli.verification.report import CheckResult, Report, Status
 
 __all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "verify"]
 
-CHECK_NAMES = ("structure", "weights", "outputs", "claims")
+CHECK_NAMES = ("structure", "files", "weights", "outputs", "claims")
 """The checks, in the order in which they run."""
 
 
@@ -38,13 +49,15 @@ def verify(
     prompts: Path | str | None = None,
     dense_revision: str | None = None,
     moe_revision: str | None = None,
+    allow_inexact: bool = False,
     on_start: Callable[[str], None] | None = None,
 ) -> Report:
     """Check the MoE in one directory against the dense model in another.
 
     Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
-    `prompts` is a text file to run both models on, instead of the built-in one; `on_start` hears
-    the name of each check as it starts.
+    `prompts` is a text file to run both models on, instead of the built-in one. An MoE that does
+    not promise equality is measured; `allow_inexact` says that this is what is expected, and makes
+    the report `accepted`. `on_start` hears the name of each check as it starts.
 
     Raises UpcycleError when the check cannot be made: an unknown check, a directory that is not
     there or not of the right kind, a file that may not be read, a dense model that is not sound,
@@ -60,8 +73,16 @@ def verify(
         # Before gigabytes are downloaded, too.
         _target(places[1].path)
         _check_dense(places[0].path)
+        names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
-        return _verify(*paths, selected, prompts, on_start or (lambda _: None))
+        return _verify(
+            *paths,
+            selected,
+            prompts,
+            on_start or (lambda _: None),
+            moe_names=names,
+            allow_inexact=allow_inexact,
+        )
     except OSError as error:
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
@@ -74,6 +95,9 @@ def _verify(
     selected: tuple[str, ...],
     prompts: Path | None,
     on_start: Callable[[str], None],
+    *,
+    moe_names: Sequence[str],
+    allow_inexact: bool,
 ) -> Report:
     target = _target(moe)
     _check_dense(dense)
@@ -82,6 +106,7 @@ def _verify(
 
         read_prompts(prompts)
     source = open_checkpoint(dense)
+    refuse_redirects(source.config, source.tokenizer_config(), source.storage.names())
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
@@ -92,7 +117,9 @@ def _verify(
     for checkpoint in (source, converted):
         _check_readable(checkpoint)
     try:
-        facts = gather_facts(source, converted, target)
+        facts = gather_facts(
+            source, converted, target, moe_names=moe_names, allow_inexact=allow_inexact
+        )
     except DamagedError as error:
         return _damaged(selected, error)
     return _run(facts, selected, prompts, on_start)
@@ -111,35 +138,40 @@ def _check_readable(checkpoint: Checkpoint) -> None:
     with os.scandir(checkpoint.path):
         pass
     for name in checkpoint.files:
-        with (checkpoint.path / name).open("rb") as file:
+        with open_regular(checkpoint.path / name) as file:
             file.read(1)
 
 
 def _target(moe: Path) -> Target:
-    if not moe.is_dir():
-        raise UpcycleError(f"{moe} is not a directory.", "Give the directory of the MoE.")
-    if not (moe / CONFIG_NAME).is_file():
-        raise UpcycleError(f"{moe} has no {CONFIG_NAME}.", "Give the directory of the MoE.")
-    model_type = str(read_json(moe / CONFIG_NAME).get("model_type"))
+    model_type = _model_type(moe, "the MoE")
     if model_type not in TARGETS:
         hint = f"An MoE that upcycle can make has model type {' or '.join(TARGETS)}."
         if model_type in DENSE:
             hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(f"{moe} is not such an MoE: its model type is '{model_type}'.", hint)
+        raise UpcycleError(
+            f"{moe} is not such an MoE: its model type is {shown(model_type)}.", hint
+        )
     return TARGETS[model_type]
 
 
 def _check_dense(dense: Path) -> None:
-    if not (dense / CONFIG_NAME).is_file():
-        raise UpcycleError(
-            f"{dense} is not a directory with a {CONFIG_NAME}.", "Give that of the dense model."
-        )
-    model_type = str(read_json(dense / CONFIG_NAME).get("model_type"))
+    model_type = _model_type(dense, "the dense model")
     if model_type not in DENSE:
         hint = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}."
         if model_type in TARGETS:
             hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(f"{dense} is not such a model: its model type is '{model_type}'.", hint)
+        raise UpcycleError(
+            f"{dense} is not such a model: its model type is {shown(model_type)}.", hint
+        )
+
+
+def _model_type(path: Path, which: str) -> str:
+    directory = Directory(path)
+    if not path.is_dir() or not directory.has(CONFIG_NAME):
+        raise UpcycleError(
+            f"{path} is not a directory with a {CONFIG_NAME}.", f"Give that of {which}."
+        )
+    return str(read_json(directory.local(CONFIG_NAME)).get("model_type"))
 
 
 def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
@@ -156,7 +188,7 @@ def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
     )
     reason = f"Not run: the MoE cannot be read (see {first})."
     skipped = (CheckResult(name=name, status=Status.SKIPPED, detail=reason) for name in others)
-    return Report((failed, *skipped))
+    return Report(checks=(failed, *skipped))
 
 
 def _run(
@@ -167,20 +199,29 @@ def _run(
 ) -> Report:
     # These import torch, which takes seconds: not before everything cheap has been found in order.
     from upcycle_cli.verification.claims import check_claims
+    from upcycle_cli.verification.companions import check_files
+    from upcycle_cli.verification.factors import find_objection
     from upcycle_cli.verification.models import MoeLoader
     from upcycle_cli.verification.outputs import check_outputs
     from upcycle_cli.verification.structure import check_structure
     from upcycle_cli.verification.weights import check_weights
 
+    objection = find_objection(facts)
     loader = MoeLoader(facts, for_outputs="outputs" in selected)
     run: dict[str, Callable[[], CheckResult]] = {
         "structure": lambda: check_structure(facts, loader),
+        "files": lambda: check_files(facts),
         "weights": lambda: check_weights(facts),
-        "outputs": lambda: check_outputs(facts, loader, prompts),
+        "outputs": lambda: check_outputs(facts, loader, prompts, objection),
         "claims": lambda: check_claims(facts),
     }
     results = []
     for name in selected:
         on_start(name)
         results.append(run[name]())
-    return Report(tuple(results))
+    exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
+    return Report(
+        checks=tuple(results),
+        promise=str(exact if objection is None else Promise.NONE),
+        allow_inexact=facts.allow_inexact,
+    )

@@ -1,7 +1,7 @@
-"""Claims: does `upcycle.json` tell the truth, and do both directories read text alike?
+"""Claims: does `upcycle.json` tell the truth?
 
-What no comparison with the dense model can see is checked here. With gates that sum to 1, another
-top-k or another random router computes the same function; a changed tokenizer changes no weight.
+What no comparison with the dense model can see is checked here: with gates that sum to 1, another
+top-k or another random router computes the same function.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import listed_files, open_regular
+from upcycle_cli.verification.factors import recover_factors
 from upcycle_cli.verification.facts import (
     MATRICES,
     Facts,
@@ -19,29 +21,14 @@ from upcycle_cli.verification.facts import (
     Record,
     read_tensors,
 )
-from upcycle_cli.verification.models import (
-    TransformersError,
-    load_tokenizer,
-    tokenizer_files,
-    transformers_says,
-)
 from upcycle_cli.verification.report import CheckResult, Findings, Status
-from upcycle_cli.verification.weights import recover_factors
 
 NAME = "claims"
-_GENERATION_NAME = "generation_config.json"
 _STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn with
-_SAMPLES = (
-    "The quick brown fox jumps over the lazy dog, 1234567890 times.",
-    "Zażółć gęślą jaźń; Ünïcödé naïveté, 你好，世界, Привет, שלום, नमस्ते.",
-    "Emoji: 🙂 👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 and a zero-width\u200bspace.",
-    "def f(x: int) -> int:\n\treturn x ** 2  # squared\n\n\nprint(f(3))\r\n",
-    "   leading, trailing and    inner spaces   ",
-)
 
 
 def check_claims(facts: Facts) -> CheckResult:
-    """Check `upcycle.json` against config.json, the tensors, the dense model and the tokenizers."""
+    """Check `upcycle.json` against config.json, the tensors, the files and the dense model."""
     if facts.record is None:
         return CheckResult(
             name=NAME,
@@ -57,15 +44,15 @@ def check_claims(facts: Facts) -> CheckResult:
         *_logit_std_failures(facts, facts.record),
         *_option_failures(facts, facts.record),
         *_source_failures(facts, facts.record),
+        *_file_failures(facts, facts.record),
         *_parameter_failures(facts, facts.record),
-        *_generation_failures(facts),
     ):
         findings.add(failure)
-    note = _compare_tokenizers(facts, findings)
     passed = (
         f"{RECORD_NAME} agrees with config.json, the tensors and the dense model: recipe "
         f"{facts.recipe.routing}, factors, layout, dtype and router digests."
     )
+    note = " ".join(_source_notes(facts, facts.record))
     return findings.result(NAME, passed, {"routers": facts.num_layers}, note)
 
 
@@ -75,7 +62,7 @@ def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
         ("target_type", facts.target.model_type),
     ):
         if record.data.get(key) != found:
-            yield f"{RECORD_NAME}: {key} is {record.data.get(key)!r}, config.json says {found}"
+            yield f"{RECORD_NAME}: {key} is {shown(record.data.get(key))}, config.json says {found}"
     recipe = record.recipe
     if recipe is None:
         return
@@ -94,10 +81,10 @@ def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
             )
     name = f"E{recipe.expansion}G{recipe.granularity}T{recipe.top_k}"
     if record.data["recipe"].get("name", name) != name:
-        yield f"{RECORD_NAME}: recipe.name is {record.data['recipe']['name']!r}, not {name}"
+        yield f"{RECORD_NAME}: recipe.name is {shown(record.data['recipe']['name'])}, not {name}"
     promise = record.data.get("promise", str(recipe.promise))
     if promise != str(recipe.promise):
-        yield f"{RECORD_NAME}: promise is {promise!r}, the recipe's is {recipe.promise}"
+        yield f"{RECORD_NAME}: promise is {shown(promise)}, the recipe's is {recipe.promise}"
 
 
 def _factor_failures(facts: Facts, record: Record) -> Iterator[str]:
@@ -155,20 +142,20 @@ def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
 
 def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
     recorded = None if record.recipe is None else record.recipe.router_logit_std
-    measured = facts.logit_std
     # With a single group no logit decides anything; a missing router is another's finding.
-    if recorded is None or facts.expansion == 1 or math.isnan(measured):
+    if recorded is None or facts.expansion == 1:
         return
-    if not recorded / _STD_RATIO <= measured <= recorded * _STD_RATIO:
-        yield (
-            f"{RECORD_NAME}: recipe.router_logit_std is {recorded:g}, the routers' logits have a "
-            f"standard deviation of {measured:.3g}"
-        )
+    for layer, measured in facts.logit_stds.items():
+        if not recorded / _STD_RATIO <= measured <= recorded * _STD_RATIO:
+            yield (
+                f"{RECORD_NAME}: recipe.router_logit_std is {recorded:g}, the logits of "
+                f"{facts.router_name(layer)} have a standard deviation of {measured:.3g}"
+            )
 
 
 def _digest(facts: Facts, name: str) -> str:
     entry = facts.moe.tensors[name]
-    with (facts.moe.path / entry.shard).open("rb") as file:
+    with open_regular(facts.moe.storage.local(entry.shard)) as file:
         file.seek(entry.offset)
         return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
@@ -184,18 +171,18 @@ def _option_failures(facts: Facts, record: Record) -> Iterator[str]:
     layout = record.data.get("expert_layout")
     found_layout = "fused" if facts.fused else "per-expert"
     if layout != found_layout:
-        yield f"{RECORD_NAME}: expert_layout is {layout!r}, the tensors are {found_layout}"
+        yield f"{RECORD_NAME}: expert_layout is {shown(layout)}, the tensors are {found_layout}"
     dtype = record.data.get("dtype")
     if dtype is None:
         return
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     if not isinstance(dtype, str) or dtype not in stored:
-        yield f"{RECORD_NAME}: dtype {dtype!r} is unknown"
+        yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
         return
     for key in ("dtype", "torch_dtype"):
         configured = facts.moe.config.get(key)
         if configured not in (None, dtype):
-            yield f"{CONFIG_NAME}: {key} is {configured!r}, {RECORD_NAME} records {dtype}"
+            yield f"{CONFIG_NAME}: {key} is {shown(configured)}, {RECORD_NAME} records {dtype}"
     for name, entry in facts.moe.tensors.items():
         if entry.dtype != stored[dtype]:
             yield f"{name} is {entry.dtype}, {RECORD_NAME} records {dtype}"
@@ -216,6 +203,43 @@ def _source_failures(facts: Facts, record: Record) -> Iterator[str]:
     ]
     if recorded != found:
         yield f"{other}: source.files does not describe the weight files of {facts.dense.path}"
+    # A directory can have any name; a repo on the Hub is what the card points its readers to.
+    if facts.dense.repo is not None and "/" in str(source.get("name")):
+        for key, value in (("name", facts.dense.repo), ("revision", facts.dense.revision)):
+            if source.get(key) != value:
+                yield f"{other}: source.{key} is {shown(source.get(key))}, and this is {value}"
+
+
+def _source_notes(facts: Facts, record: Record) -> Iterator[str]:
+    source = record.data.get("source")
+    name = source.get("name") if isinstance(source, dict) else None
+    if name != facts.dense.name:
+        yield (f"It names {shown(name)} as its source; the dense model here is {facts.dense.name}.")
+
+
+def _file_failures(facts: Facts, record: Record) -> Iterator[str]:
+    try:
+        listed = listed_files(record.data)
+    except UpcycleError as error:
+        yield error.message
+        return
+    shards = {shard.name: shard for shard in facts.moe.shards}
+    for name in shards.keys() - listed.keys():
+        yield f"{RECORD_NAME}: files does not list {name}"
+    for name, file in listed.items():
+        if name not in facts.moe_names:
+            yield f"{RECORD_NAME}: files lists {name}, which is not there"
+        elif name in shards:
+            found = shards[name].size, shards[name].digest
+            if found != (file.size, file.header_sha256):
+                yield f"{RECORD_NAME}: files does not describe {name}"
+        elif _sha256(facts, name) != file.sha256:
+            yield f"{name} is not the file that {RECORD_NAME} lists: it was changed since"
+
+
+def _sha256(facts: Facts, name: str) -> str:
+    with open_regular(facts.moe.storage.local(name)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:
@@ -236,70 +260,6 @@ def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:
     for key, found in (("total", total), ("active", total - idle), ("dense", dense)):
         if recorded.get(key) != found:
             yield (
-                f"{RECORD_NAME}: parameters.{key} is {recorded.get(key)!r}, "
+                f"{RECORD_NAME}: parameters.{key} is {shown(recorded.get(key))}, "
                 f"{CONFIG_NAME} and the tensors make it {found}"
             )
-
-
-def _generation_failures(facts: Facts) -> Iterator[str]:
-    paths = [checkpoint.path / _GENERATION_NAME for checkpoint in (facts.dense, facts.moe)]
-    dense, moe = (path.read_bytes() if path.is_file() else None for path in paths)
-    if dense is not None and moe is None:
-        yield f"{_GENERATION_NAME} is missing: the dense model has one"
-    elif dense is not None and moe != dense:
-        yield f"{_GENERATION_NAME} is not the file of the dense model"
-
-
-def _compare_tokenizers(facts: Facts, findings: Findings) -> str:
-    """Note where the tokenizers differ; return a sentence on what was compared."""
-    dense_files, moe_files = tokenizer_files(facts.dense), tokenizer_files(facts.moe)
-    if not dense_files:
-        extra = ", though the MoE has one" if moe_files else ""
-        return f"The dense model has no tokenizer{extra}, so none was compared."
-    if not moe_files:
-        findings.add("the tokenizer is missing: the dense model has one")
-        return ""
-    try:
-        dense = load_tokenizer(facts.dense.path)
-    except TransformersError as error:
-        _compare_files(facts, dense_files, findings)
-        return (
-            f"The dense model's tokenizer cannot be loaded here ({error}), so the files were "
-            "compared byte by byte."
-        )
-    try:
-        moe = load_tokenizer(facts.moe.path)
-        with transformers_says():
-            for failure in _tokenizer_failures(dense, moe):
-                findings.add(failure)
-    except TransformersError as error:
-        findings.add(f"the tokenizer of the MoE cannot be used: {error}")
-    return "Both tokenizers encode the sample texts to the same ids." if not findings else ""
-
-
-def _compare_files(facts: Facts, names: tuple[str, ...], findings: Findings) -> None:
-    for name in names:
-        path = facts.moe.path / name
-        if not path.is_file() or path.read_bytes() != (facts.dense.path / name).read_bytes():
-            findings.add(f"{name} is not the file of the dense model")
-
-
-def _tokenizer_failures(dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
-    specials = " ".join(str(token) for token in dense.all_special_tokens)
-    for text in (*_SAMPLES, f"before {specials} after"):
-        ids, moe_ids = (list(tokenizer(text)["input_ids"]) for tokenizer in (dense, moe))
-        if ids != moe_ids:
-            place = next(
-                (i for i, pair in enumerate(zip(ids, moe_ids, strict=False)) if pair[0] != pair[1]),
-                min(len(ids), len(moe_ids)),
-            )
-            yield f"the tokenizers encode {text!r} differently from token {place} on"
-    # Samples cannot reach every token.
-    if dense.get_vocab() != moe.get_vocab():
-        changed = set(dense.get_vocab().items()) ^ set(moe.get_vocab().items())
-        yield f"the tokenizers' vocabularies differ, for example at {min(changed)[0]!r}"
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if getattr(dense, key) != getattr(moe, key):
-            yield f"{key} is {getattr(moe, key)!r}, in the dense model {getattr(dense, key)!r}"
-    if dense.chat_template != moe.chat_template:
-        yield "the chat template is not the dense model's"

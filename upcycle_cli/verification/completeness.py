@@ -13,8 +13,7 @@ from pathlib import Path
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import TARGETS
-from upcycle_cli.families.target import Target
-from upcycle_cli.verification.facts import DamagedError, checked_count, most_experts
+from upcycle_cli.verification.facts import DamagedError, check_sizes
 from upcycle_cli.verification.structure import own_failures
 
 
@@ -37,20 +36,13 @@ def find_incomplete(moe: Path) -> tuple[str, ...]:
         )
     target = TARGETS[model_type]
     try:
-        _check_sizes(checkpoint, target)
+        check_sizes(checkpoint, target)
     except DamagedError as error:
         return (error.message,)
-    return (*own_failures(checkpoint, target), *_record_failures(checkpoint))
-
-
-def _check_sizes(moe: Checkpoint, target: Target) -> None:
-    """Raise DamagedError for sizes that no model of so few tensors has, and that take forever."""
-    for key, most in (
-        (target.keys.num_experts, most_experts(moe)),
-        ("num_hidden_layers", len(moe.tensors)),
-    ):
-        if checked_count(moe, key) > most:
-            raise DamagedError(f"{CONFIG_NAME}: {key} is more than there are tensors.")
+    return (
+        *own_failures(checkpoint, target, checkpoint.storage.names()),
+        *_record_failures(checkpoint),
+    )
 
 
 def _record_failures(moe: Checkpoint) -> Iterator[str]:

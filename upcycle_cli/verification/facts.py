@@ -11,10 +11,9 @@ I dense intermediate size, N = E·G.
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from types import EllipsisType
@@ -28,7 +27,7 @@ from upcycle_cli.checkpoint import (
     TensorEntry,
     read_json,
 )
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import DENSE
 from upcycle_cli.families.target import Target
 
@@ -41,9 +40,12 @@ SOFTMAX_TOPK = "softmax-topk"
 TOPK_SOFTMAX = "topk-softmax"
 
 _MLP_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits, gates that are nearly equal are not."""
 
+_SAMPLE_SPREAD = 1.5
+"""The deviation of a small sample can be this much larger than that it was drawn with."""
 _SAME = 1e-6  # relative; factors are stated in double precision
 
 
@@ -193,8 +195,12 @@ class Facts:
 
     dense: Checkpoint
     moe: Checkpoint
+    moe_names: tuple[str, ...]
+    """All files beside the MoE, whatever they are."""
     target: Target
     record: Record | None
+    allow_inexact: bool
+    """Whether an MoE that owes the dense model nothing is what the user expects."""
     num_layers: int
     hidden_size: int
     dense_size: int
@@ -227,18 +233,36 @@ class Facts:
         )
 
     @property
+    def standard(self) -> RecipeClaim:
+        """What the MoE is held to, whatever it says of itself: the implied recipe, its routers."""
+        std = self.logit_std
+        if std <= _SAMPLE_SPREAD * APPROXIMATE_LOGIT_STD:
+            std = min(std, APPROXIMATE_LOGIT_STD)
+        return replace(self.implied, router_logit_std=std)
+
+    @property
     def recipe(self) -> RecipeClaim:
         """The recorded recipe, or the implied one when nothing intact is recorded."""
         recorded = None if self.record is None else self.record.recipe
         return self.implied if recorded is None else recorded
 
-    @cached_property
+    @property
+    def lenient(self) -> bool:
+        """Whether nothing says how the MoE was made, and the user does not mind."""
+        return self.allow_inexact and (self.record is None or self.record.recipe is None)
+
+    @property
     def logit_std(self) -> float:
-        """The nominal standard deviation of the routers' logits over all layers, nan if unknown.
+        """The largest of `logit_stds`, nan if unknown: a single layer can spoil the function."""
+        return max(self.logit_stds.values(), default=math.nan)
+
+    @cached_property
+    def logit_stds(self) -> Mapping[int, float]:
+        """The nominal standard deviation of the router's logits, by layer, where it can be told.
 
         An RMSNorm's output has unit RMS before its weight γ, hence the rows' RMS times ‖γ‖.
         """
-        squares = []
+        found = {}
         with self.moe.reader() as moe:
             for layer in range(self.num_layers):
                 gamma_name = f"model.layers.{layer}.post_attention_layernorm.weight"
@@ -247,8 +271,8 @@ class Facts:
                 if any(entry is None or entry.dtype not in TORCH_DTYPES for entry in entries):
                     continue
                 router, gamma = (moe.tensor(name).double() for name in names)
-                squares.append(float(router.square().mean() * gamma.square().sum()))
-        return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+                found[layer] = float(router.square().mean().sqrt() * gamma.norm())
+        return found
 
     @property
     def origin(self) -> str:
@@ -358,12 +382,20 @@ def dtype_failures(facts: Facts) -> Iterator[str]:
             )
 
 
-def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
-    """Return what is known of the two checkpoints.
+def gather_facts(
+    dense: Checkpoint,
+    moe: Checkpoint,
+    target: Target,
+    *,
+    moe_names: Sequence[str] = (),
+    allow_inexact: bool = False,
+) -> Facts:
+    """Return what is known of the two checkpoints; `moe_names` are all files beside the MoE.
 
     Raises UpcycleError when the dense model has no gated MLPs of plain weights, and DamagedError
     when the MoE's config.json does not describe experts that can have been made of them.
     """
+    check_sizes(moe, target)
     num_layers, dense_size, hidden_size = _dense_sizes(dense)
     keys = target.keys
     num_experts, top_k, expert_size = (
@@ -380,19 +412,13 @@ def gather_facts(dense: Checkpoint, moe: Checkpoint, target: Target) -> Facts:
             f"granularity {dense_size // expert_size}, which {keys.expert_size} {expert_size} "
             "stands for."
         )
-    if top_k > num_experts:
-        raise DamagedError(
-            f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
-        )
-    if num_experts > most_experts(moe):
-        raise DamagedError(
-            f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is more than there are tensors."
-        )
     return Facts(
         dense=dense,
         moe=moe,
+        moe_names=tuple(moe_names),
         target=target,
         record=_read_record(moe),
+        allow_inexact=allow_inexact,
         num_layers=num_layers,
         hidden_size=hidden_size,
         dense_size=dense_size,
@@ -410,7 +436,26 @@ def is_fused(moe: Checkpoint, target: Target) -> bool:
     return any(name.startswith(before) and name.endswith(after) for name in moe.tensors)
 
 
-def most_experts(moe: Checkpoint) -> int:
+def check_sizes(moe: Checkpoint, target: Target) -> None:
+    """Raise DamagedError for sizes that no model of these tensors has, and that take forever."""
+    keys = target.keys
+    num_experts, top_k = checked_count(moe, keys.num_experts), checked_count(moe, keys.top_k)
+    if top_k > num_experts:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
+        )
+    layers = {match[1] for match in map(_LAYER.search, moe.tensors) if match}
+    for key, most in (
+        (keys.num_experts, _most_experts(moe)),
+        ("num_hidden_layers", len(layers)),
+    ):
+        if checked_count(moe, key) > most:
+            raise DamagedError(
+                f"{CONFIG_NAME}: {key} {shown(moe.config[key])} is more than there are tensors of."
+            )
+
+
+def _most_experts(moe: Checkpoint) -> int:
     """Return how many experts a layer can have at most: a tensor of each, or all in one."""
     entries = moe.tensors.values()
     fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
@@ -445,7 +490,7 @@ def checked_count(moe: Checkpoint, key: str) -> int:
     """Return a positive integer of config.json; raises DamagedError when it is something else."""
     value = moe.config.get(key)
     if type(value) is not int or value < 1:
-        raise DamagedError(f"{CONFIG_NAME}: {key} must be a positive integer, not {value!r}.")
+        raise DamagedError(f"{CONFIG_NAME}: {key} must be a positive integer, not {shown(value)}.")
     return value
 
 
@@ -455,23 +500,22 @@ def _config_routing(moe: Checkpoint, target: Target) -> str:
         return TOPK_SOFTMAX
     value = moe.config.get(key, False)  # absent means false in transformers
     if type(value) is not bool:
-        raise DamagedError(f"{CONFIG_NAME}: {key} must be true or false, not {value!r}.")
+        raise DamagedError(f"{CONFIG_NAME}: {key} must be true or false, not {shown(value)}.")
     return TOPK_SOFTMAX if value else SOFTMAX_TOPK
 
 
 def _read_record(moe: Checkpoint) -> Record | None:
-    path = moe.path / RECORD_NAME
-    if not os.path.lexists(path):
+    if not moe.storage.has(RECORD_NAME):
         return None
     try:
-        data = read_json(path)
+        data = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
         return Record({}, None, (error.message,))
     problems: list[str] = []
     if data.get("format") != 1:
-        problems.append(f"{RECORD_NAME}: format is {data.get('format')!r}, and only 1 is known")
+        problems.append(
+            f"{RECORD_NAME}: format is {shown(data.get('format'))}, and only 1 is known"
+        )
     recipe = data.get("recipe")
     if not isinstance(recipe, dict):
         problems.append(f"{RECORD_NAME}: recipe is missing")

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.verification.facts import EMBEDDING, Facts
 
@@ -57,23 +57,30 @@ def _transformers() -> tuple[Any, Any, Any]:
 
 @contextmanager
 def transformers_says() -> Iterator[None]:
-    """Keep transformers quiet, and turn what it raises into TransformersError."""
+    """Keep transformers quiet and offline, and turn what it raises into TransformersError."""
     _transformers()
+    from huggingface_hub import constants
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offline = constants.HF_HUB_OFFLINE
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    # A checkpoint can name repos in more places than there are options to forbid it.
+    constants.HF_HUB_OFFLINE = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except UpcycleError:
         raise
-    except Exception as error:
+    except BaseException as error:
         lack = lack_in_words(error)
         if lack is not None:
             raise lack from error
+        # The tokenizers library panics where it was not made for its input, outside of Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         # There is no list of what a damaged checkpoint can make transformers raise: OSError and
         # ValueError, but KeyError, ZeroDivisionError and huggingface_hub's own as well. All of it
         # is a finding about the checkpoint, but for what the system refuses.
@@ -82,6 +89,7 @@ def transformers_says() -> Iterator[None]:
         words = " ".join(str(error).split()) or type(error).__name__
         raise TransformersError(f"{type(error).__name__}: {words[:300]}") from error
     finally:
+        constants.HF_HUB_OFFLINE = offline
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -131,7 +139,7 @@ def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
 
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the files that hold a checkpoint's tokenizer, if any."""
-    others = ("generation_config.json", "LICEN", "NOTICE", "USE_POLICY")
+    others = (GENERATION_NAME, "LICEN", "NOTICE", "USE_POLICY")
     names = (file.name for file in checkpoint.companions)
     return tuple(name for name in names if not name.startswith(others))
 
@@ -245,11 +253,12 @@ class MoeLoader:
     def outputs_objection(self) -> str | None:
         """Why the outputs cannot be computed in the memory there is, or None.
 
-        One model is in memory at a time, in float32, but the logits of both.
+        One model is in memory at a time, in float32, but the logits of both, and of the dense one
+        with rounded weights.
         """
         largest = max(self._facts.dense.num_parameters, self._facts.moe.num_parameters)
         vocab_size = self._facts.dense.tensors[EMBEDDING].shape[0]
-        return memory_objection(4 * (largest + 2 * MOST_TOKENS * vocab_size))
+        return memory_objection(4 * (largest + 3 * MOST_TOKENS * vocab_size))
 
     @cached_property
     def loading(self) -> Loading:

@@ -1,9 +1,10 @@
 """Outputs: do both models, run by transformers' own code, predict the same next tokens?
 
-Both run in float32 on the same text, the dense weights first rounded to the MoE's dtypes, so that
-what is left is the conversion. Only one model is in memory at a time. The difference is held to
-what the recipe promises: nothing beyond arithmetic, an error of order of the router's logits, or
-no equality at all; then it is only measured.
+Both run in float32 on the same text, the dense model as it was published and once more with its
+weights rounded to the MoE's dtypes, which tells the price of the dtype from that of the conversion.
+Only one model is in memory at a time. The difference is held to what the MoE owes: nothing beyond
+arithmetic, or an error of the order of the router's logits. Where it owes nothing, the difference
+is measured, and that is not a pass.
 
 Legend: S positions, V vocabulary, E groups, G shards, N = E·G experts, T top-k.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import codecs
 import math
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import open_regular
+from upcycle_cli.verification.factors import is_power_of_two, recover_factors
 from upcycle_cli.verification.facts import (
     APPROXIMATE_LOGIT_STD,
     MATRICES,
     Facts,
-    Promise,
     dense_mlp_name,
 )
 from upcycle_cli.verification.models import (
@@ -39,7 +40,7 @@ from upcycle_cli.verification.models import (
     transformers_says,
 )
 from upcycle_cli.verification.report import CheckResult, Findings, Status
-from upcycle_cli.verification.weights import is_power_of_two, recover_factors
+from upcycle_cli.verification.routing import Routing, watched_routers
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,9 @@ _CHUNK = 64  # positions whose distributions are in memory in float64 at once
 _EXACT_KL = 1e-8
 _ROUNDED_KL = {"BF16": 1e-3, "F16": 1e-4, "F32": 1e-8}
 _EXACT_TOP1 = 0.999
+_MOST_ROUNDING_KL = 1e-2
 _MOST_SPLIT = 1e-2
+_MOST_SPLIT_EXACT = 1e-3
 _FLOAT16_MAX = 65504.0
 
 
@@ -65,51 +68,65 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
-class _Routing:
-    """What the routers chose: `whole` (S,) marks the tokens with whole groups in every layer."""
+class _Dense:
+    """Logits (S, V) of the dense model as published, and with its weights rounded as the MoE's."""
 
-    whole: torch.Tensor
-    split_share: float
-    load_cv: float
+    published: torch.Tensor
+    rounded: torch.Tensor
+    largest: float | None
+    """The largest output of an expert stored in float16, None when there is none."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the MoE's dtypes hold less than the dense model's."""
+        return self.rounded is not self.published
 
 
-def check_outputs(facts: Facts, loader: MoeLoader, prompts: Path | None) -> CheckResult:
-    """Compare the logits of both models; raises UpcycleError when the dense model cannot run."""
-    objection = loader.outputs_objection
-    if objection is not None:
-        return CheckResult(name=NAME, status=Status.SKIPPED, detail=f"Not run: {objection}.")
+def check_outputs(
+    facts: Facts, loader: MoeLoader, prompts: Path | None, objection: str | None
+) -> CheckResult:
+    """Compare the logits of both models; `objection` says why nothing is promised, if so.
+
+    Raises UpcycleError when the dense model cannot run.
+    """
+    too_large = loader.outputs_objection
+    if too_large is not None:
+        return CheckResult(name=NAME, status=Status.SKIPPED, detail=f"Not run: {too_large}.")
     findings = Findings()
-    for name, entry in facts.moe.tensors.items():
-        if entry.dtype not in TORCH_DTYPES:
-            findings.add(f"{name} is {entry.dtype}, which no weight is")
     loading = loader.take()
-    for complaint in loading.complaints:
+    for complaint in (*_odd_dtypes(facts), *loading.complaints):
         findings.add(complaint)
     if findings:
         return findings.result(NAME, "", note="The outputs could not be compared.")
     assert loading.model is not None
     prompt = _prompt(facts, loading.model.config, prompts)
     try:
-        moe_SV, chosen = _run_moe(facts, loading.model, prompt)
+        # The hooks see what the model really chose, ties in its own arithmetic included.
+        with transformers_says(), watched_routers(facts, loading.model) as routing:
+            moe_SV = _logits(loading.model, prompt)
     except TransformersError as error:
         findings.add(f"transformers could not run the MoE: {error}")
         return findings.result(NAME, "", note="The outputs could not be compared.")
     del loading
-    dense_SV, largest = _run_dense(facts, prompt)
-    not_finite = list(_not_finite(moe_SV, dense_SV))
-    for failure in (*not_finite, *_overflows(largest)):
+    dense = _run_dense(facts, prompt)
+    not_finite = list(_not_finite(moe_SV, dense.published))
+    if not_finite:
+        not_finite += routing.stored_failures(facts)
+    for failure in (*not_finite, *_overflows(dense.largest)):
         findings.add(failure)
     if not_finite:
         return findings.result(NAME, "", {"tokens": prompt.ids.numel()})
-    routing = _routing(facts, chosen)
-    metrics = _measure(dense_SV, moe_SV, prompt.ids[0], routing.whole)
-    metrics |= {
-        "split_token_layers": routing.split_share,
-        "expert_load_cv": routing.load_cv,
-    }
-    if largest is not None:
-        metrics["max_expert_output"] = largest
-    return _judge(facts, metrics, prompt, findings)
+    metrics = _measure(dense, moe_SV, prompt.ids[0], routing.whole_everywhere) | routing.metrics
+    if dense.largest is not None:
+        metrics["max_expert_output"] = dense.largest
+    judgement = _Judgement(facts, metrics, routing, findings)
+    return judgement.result(prompt, objection, rounded=dense.is_rounded)
+
+
+def _odd_dtypes(facts: Facts) -> Iterator[str]:
+    for name, entry in facts.moe.tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            yield f"{name} is {entry.dtype}, which no weight is"
 
 
 def _not_finite(moe_SV: torch.Tensor, dense_SV: torch.Tensor) -> Iterator[str]:
@@ -131,10 +148,7 @@ def _overflows(largest: float | None) -> Iterator[str]:
 def read_prompts(path: Path) -> str:
     """Return the beginning of a prompts file; raises UpcycleError when it has no text in it."""
     try:
-        # A device has no end, and a pipe may have no beginning.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UpcycleError(f"the prompts {path} are not a regular file.")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_MOST_PROMPT_BYTES)
             whole = not file.read(1)
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
@@ -185,45 +199,7 @@ def _builtin_text() -> str:
     return (files("upcycle_cli.verification") / "prompts.txt").read_text(encoding="utf-8")
 
 
-def _run_moe(
-    facts: Facts,
-    model: Any,  # noqa: ANN401
-    prompt: _Prompt,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the logits (S, V) and the chosen experts (S, T) of each layer."""
-    chosen: list[torch.Tensor] = []
-    # The hooks see what the model really chose, ties in its own arithmetic included.
-    with transformers_says(), _watched_routers(facts, model, chosen):
-        logits = _logits(model, prompt)
-    return logits, chosen
-
-
-@contextmanager
-def _watched_routers(
-    facts: Facts,
-    model: Any,  # noqa: ANN401
-    chosen: list[torch.Tensor],
-) -> Iterator[None]:
-    def note(_module: object, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        # Routers return logits, gates and the indices of the chosen experts.
-        chosen.append(output[2])
-
-    handles = []
-    for layer in range(facts.num_layers):
-        name = facts.target.names.fused_router.format(layer=layer).removesuffix(".weight")
-        handles.append(model.get_submodule(name).register_forward_hook(note))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run_dense(facts: Facts, prompt: _Prompt) -> tuple[torch.Tensor, float | None]:
-    """Return the dense model's logits (S, V), its weights rounded to the MoE's dtypes.
-
-    The number is the largest output of an expert stored in float16, None when there is none.
-    """
+def _run_dense(facts: Facts, prompt: _Prompt) -> _Dense:
     import torch
 
     try:
@@ -231,13 +207,28 @@ def _run_dense(facts: Facts, prompt: _Prompt) -> tuple[torch.Tensor, float | Non
         missing = sorted(info["missing_keys"])
         if missing:
             raise UpcycleError(f"{facts.dense.path} lacks {missing[0]}, says transformers.")
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(_moe_dtype(facts, name)).float()
         with transformers_says(), _watched_experts(facts, model) as largest:
-            logits = _logits(model, prompt)
+            published_SV = _logits(model, prompt)
+        rounded_SV = published_SV
+        if _round(facts, model):
+            with transformers_says():
+                rounded_SV = _logits(model, prompt)
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {facts.dense.path}: {error}") from error
-    return logits, float(torch.stack(largest).max()) if largest else None
+    found = float(torch.stack(largest).max()) if largest else None
+    return _Dense(published_SV, rounded_SV, found)
+
+
+def _round(facts: Facts, model: Any) -> bool:  # noqa: ANN401
+    """Round a dense model's weights to the MoE's dtypes; return whether that changed any."""
+    import torch
+
+    changed = False
+    for name, parameter in model.named_parameters():
+        rounded = parameter.data.to(_moe_dtype(facts, name)).float()
+        changed = changed or not torch.equal(rounded, parameter.data)
+        parameter.data = rounded
+    return changed
 
 
 @contextmanager
@@ -309,130 +300,147 @@ def _logits(model: Any, prompt: _Prompt) -> torch.Tensor:  # noqa: ANN401
     return logits
 
 
-def _routing(facts: Facts, chosen: list[torch.Tensor]) -> _Routing:
-    """Count, for every token and layer, how much of each group was chosen."""
-    import torch
-
-    split, cvs = [], []
-    for experts_ST in chosen:
-        num_tokens = experts_ST.shape[0]
-        picked_SN = torch.zeros(num_tokens, facts.num_experts).scatter_(1, experts_ST, 1.0)
-        per_group_SE = picked_SN.reshape(num_tokens, facts.expansion, -1).sum(-1)
-        whole = (per_group_SE == 0) | (per_group_SE == facts.granularity)
-        split.append(~whole.all(-1))
-        load = picked_SN.sum(0)
-        cvs.append(float(load.std(correction=0) / load.mean()))
-    split_LS = torch.stack(split)
-    return _Routing(
-        whole=~split_LS.any(0),
-        split_share=float(split_LS.double().mean()),
-        load_cv=sum(cvs) / len(cvs),
-    )
-
-
 def _measure(
-    dense_SV: torch.Tensor,
-    moe_SV: torch.Tensor,
-    ids: torch.Tensor,
-    whole: torch.Tensor,
+    dense: _Dense, moe_SV: torch.Tensor, ids: torch.Tensor, whole_S: torch.Tensor
 ) -> dict[str, float]:
-    """Return the metrics of the comparison; KL is KL(dense ‖ MoE) in nats per token."""
+    """Return the metrics of the comparison; KL is KL(dense ‖ MoE) in nats per token.
+
+    Both models are also compared with the dense one whose weights are rounded as the MoE's are:
+    what is between the two dense ones is the price of the dtype, and the rest the conversion's.
+    """
     import torch
 
-    kl, gap = [], 0.0
-    dense_nll = moe_nll = 0.0
+    kl: dict[str, list[torch.Tensor]] = {"": [], "_rounding": [], "_conversion": []}
+    gap = dense_nll = moe_nll = 0.0
     for begin in range(0, len(ids), _CHUNK):
         rows = slice(begin, begin + _CHUNK)
-        dense, moe = dense_SV[rows].double(), moe_SV[rows].double()
-        gap = max(gap, float((dense - moe).abs().max()))
-        log_p, log_q = dense.log_softmax(-1), moe.log_softmax(-1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        logits = [held[rows].double() for held in (dense.published, dense.rounded, moe_SV)]
+        gap = max(gap, float((logits[0] - logits[2]).abs().max()))
+        published, rounded, moe = (held.log_softmax(-1) for held in logits)
+        for key, log_p, log_q in (
+            ("", published, moe),
+            ("_rounding", published, rounded),
+            ("_conversion", rounded, moe),
+        ):
+            kl[key].append((log_p.exp() * (log_p - log_q)).sum(-1))
         following = ids[begin + 1 : begin + 1 + _CHUNK].unsqueeze(-1)
-        dense_nll -= float(log_p[: len(following)].gather(-1, following).sum())
-        moe_nll -= float(log_q[: len(following)].gather(-1, following).sum())
-    kl_S = torch.cat(kl)
+        dense_nll -= float(published[: len(following)].gather(-1, following).sum())
+        moe_nll -= float(moe[: len(following)].gather(-1, following).sum())
+    kl_S = {key: torch.cat(pieces) for key, pieces in kl.items()}
     predicted = len(ids) - 1
-    same = dense_SV.argmax(-1) == moe_SV.argmax(-1)
+    moe_best = moe_SV.argmax(-1)
+    conversion = kl_S["_conversion"]
     return {
-        "kl_mean": float(kl_S.mean()),
-        "kl_max": float(kl_S.max()),
-        "kl_mean_whole": float(kl_S[whole].mean()) if bool(whole.any()) else math.nan,
+        "kl_mean": float(kl_S[""].mean()),
+        "kl_max": float(kl_S[""].max()),
+        "kl_mean_rounding": float(kl_S["_rounding"].mean()),
+        "kl_mean_conversion": float(conversion.mean()),
+        "kl_mean_whole": float(conversion[whole_S].mean()) if bool(whole_S.any()) else math.nan,
         "max_abs_logit_diff": gap,
-        "top1_agreement": float(same.double().mean()),
+        "top1_agreement": _share(dense.published.argmax(-1) == moe_best),
+        "top1_agreement_conversion": _share(dense.rounded.argmax(-1) == moe_best),
         "dense_nll": dense_nll / predicted if predicted else math.nan,
         "moe_nll": moe_nll / predicted if predicted else math.nan,
         "tokens": len(ids),
     }
 
 
-def _judge(
-    facts: Facts, metrics: Mapping[str, float], prompt: _Prompt, findings: Findings
-) -> CheckResult:
-    kl, top1 = metrics["kl_mean"], metrics["top1_agreement"]
-    measured = (
-        f"On {prompt.origin}: mean KL {kl:.2g}, top-1 agreement {top1:.2%}, "
-        f"NLL {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the dense model. "
-        f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
-        f"expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / mean)."
-    )
-    recipe = facts.recipe
-    if recipe.router_logit_std is None:
-        recipe = replace(recipe, router_logit_std=facts.logit_std)
-    match recipe.promise:
-        case Promise.NONE:
-            reason = recipe.objection()
-            promised = f"This recipe promises no equality: {reason}."
-        case Promise.APPROXIMATE:
-            promised = _judge_approximate(facts, metrics, findings)
-        case Promise.EXACT:
-            promised = _judge_exact(facts, metrics, findings)
-    return findings.result(NAME, f"{promised} {measured}", metrics, measured if findings else "")
+def _share(marked: torch.Tensor) -> float:
+    return float(marked.double().mean())
 
 
-def _judge_exact(facts: Facts, metrics: Mapping[str, float], findings: Findings) -> str:
-    factors = recover_factors(facts)
-    lossless = all(map(is_power_of_two, factors.values()))
-    dtypes = {
-        facts.moe.tensors[facts.place(matrix, layer, 0).tensor].dtype
-        for layer in range(facts.num_layers)
-        for matrix in MATRICES
-    }
-    bound = _EXACT_KL if lossless else max(_ROUNDED_KL[dtype] for dtype in dtypes)
-    kl, top1 = metrics["kl_mean"], metrics["top1_agreement"]
-    if not kl < bound:
-        findings.add(f"kl_mean is {kl:.3g}, and this recipe promises less than {bound:g}")
-    # Among few tokens a single near-tie must not decide.
-    disagreeing = round((1 - top1) * metrics["tokens"])
-    if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
-        findings.add(
-            f"top1_agreement is {top1:.4%}, and this recipe promises at least {_EXACT_TOP1:.1%}"
-        )
-    if lossless:
-        return "The same function, as this recipe promises."
-    return "The same function up to the rounding of the scaled weights, as this recipe promises."
+@dataclass(frozen=True)
+class _Judgement:
+    """Holds what was measured against what the MoE owes the dense model."""
 
+    facts: Facts
+    metrics: Mapping[str, float]
+    routing: Routing
+    findings: Findings
 
-def _judge_approximate(facts: Facts, metrics: Mapping[str, float], findings: Findings) -> str:
-    std = facts.logit_std
-    # Whatever the routers turn out to be, no error larger than the ceiling's was promised.
-    bound = 30 * min(std, APPROXIMATE_LOGIT_STD) ** 2 + 1e-4
-    kl, split = metrics["kl_mean_whole"], metrics["split_token_layers"]
-    if not std <= 2 * APPROXIMATE_LOGIT_STD:  # a small router's sample is not its nominal value
-        findings.add(
-            f"the router's logits have a standard deviation of {std:.3g}, and this recipe "
-            f"promises something up to {APPROXIMATE_LOGIT_STD:g}"
+    def result(self, prompt: _Prompt, objection: str | None, *, rounded: bool) -> CheckResult:
+        """Return the check's result."""
+        metrics, findings = self.metrics, self.findings
+        measured = (
+            f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, "
+            f"top-1 agreement {metrics['top1_agreement']:.2%}, "
+            f"NLL {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the dense model. "
         )
-    if not kl <= bound:
-        findings.add(
-            f"kl_mean_whole is {kl:.3g}, and with router logits of standard deviation {std:.3g} "
-            f"this recipe promises at most {bound:.3g}"
+        if rounded:
+            measured += (
+                f"Rounding its weights alone costs a mean KL of {metrics['kl_mean_rounding']:.2g}. "
+            )
+        measured += (
+            f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
+            f"expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / mean)."
         )
-    if not split < _MOST_SPLIT:
-        findings.add(
-            f"split_token_layers is {split:.3g}: that share of tokens and layers chose experts "
-            f"that are not whole groups, and less than {_MOST_SPLIT:g} is expected"
+        if objection is not None:
+            detail = f"Measured only, since this MoE does not promise equality: {objection}."
+            note = measured if findings else ""
+            result = findings.result(NAME, f"{detail} {measured}", metrics, note)
+            return result if findings else replace(result, status=Status.MEASURED)
+        promised = self._approximate() if not self.facts.standard.uniform else self._exact()
+        self._rounding()
+        for failure in self.routing.stored_failures(self.facts):
+            findings.add(failure)
+        return findings.result(
+            NAME, f"{promised} {measured}", metrics, measured if findings else ""
         )
-    return (
-        "The same function up to an error of the order of the router's logits "
-        f"(measured standard deviation {std:.3g}), as this recipe promises."
-    )
+
+    def _rounding(self) -> None:
+        """Hold what the dtype costs against what a dtype may cost."""
+        cost = self.metrics["kl_mean_rounding"]
+        if not cost <= _MOST_ROUNDING_KL:
+            self.findings.add(
+                f"kl_mean_rounding is {cost:.3g}: rounding the dense weights to the MoE's dtypes "
+                f"costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
+            )
+
+    def _exact(self) -> str:
+        facts, metrics, findings = self.facts, self.metrics, self.findings
+        lossless = all(map(is_power_of_two, recover_factors(facts).values()))
+        dtypes = {
+            facts.moe.tensors[facts.place(matrix, layer, 0).tensor].dtype
+            for layer in range(facts.num_layers)
+            for matrix in MATRICES
+        }
+        bound = _EXACT_KL if lossless else max(_ROUNDED_KL[dtype] for dtype in dtypes)
+        kl, top1 = metrics["kl_mean_conversion"], metrics["top1_agreement_conversion"]
+        if not kl < bound:
+            findings.add(f"kl_mean_conversion is {kl:.3g}, and less than {bound:g} is promised")
+        # Among few tokens a single near-tie must not decide.
+        disagreeing = round((1 - top1) * metrics["tokens"])
+        if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
+            findings.add(
+                f"top1_agreement_conversion is {top1:.4%}, and at least {_EXACT_TOP1:.1%} is "
+                "promised"
+            )
+        if facts.granularity > 1:
+            self._whole_groups(_MOST_SPLIT_EXACT)
+        if lossless:
+            return "The same function."
+        return "The same function up to the rounding of the scaled weights."
+
+    def _approximate(self) -> str:
+        std = self.facts.logit_std
+        # Whatever the routers turn out to be, no error larger than the ceiling's was promised.
+        bound = 30 * min(std, APPROXIMATE_LOGIT_STD) ** 2 + 1e-4
+        kl = self.metrics["kl_mean_whole"]
+        if not kl <= bound:
+            self.findings.add(
+                f"kl_mean_whole is {kl:.3g}, and with router logits of standard deviation "
+                f"{std:.3g} at most {bound:.3g} is promised"
+            )
+        self._whole_groups(_MOST_SPLIT)
+        return (
+            "The same function up to an error of the order of the router's logits "
+            f"(standard deviation {std:.3g})."
+        )
+
+    def _whole_groups(self, most: float) -> None:
+        split = self.metrics["split_token_layers"]
+        if not split < most:
+            self.findings.add(
+                f"split_token_layers is {split:.3g}: that share of tokens and layers chose experts "
+                f"that are not whole groups, and less than {most:g} is expected"
+            )

@@ -19,6 +19,8 @@ class Status(StrEnum):
 
     PASSED = "passed"
     FAILED = "failed"
+    MEASURED = "measured"
+    """Nothing is wrong, and nothing is proven: the MoE does not promise equality."""
     SKIPPED = "skipped"
     """It did not run; its detail says why."""
 
@@ -37,30 +39,44 @@ class CheckResult:
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The results of all checks that were asked for, in the order in which they ran."""
 
     checks: tuple[CheckResult, ...]
+    promise: str | None = None
+    """What the MoE was held to: exact, approximate or none; None when it could not be told."""
+    allow_inexact: bool = False
+    """Whether the user expects no more than a measurement of an MoE that promises nothing."""
 
     @property
     def status(self) -> Status:
-        """`failed` when any check failed, `passed` when any passed, else `skipped`."""
+        """`failed` when any check failed; else `measured` of an MoE that promises nothing.
+
+        Else `passed` when any check passed, and `skipped` when none ran.
+        """
         found = {check.status for check in self.checks}
-        return next(
-            (status for status in (Status.FAILED, Status.PASSED) if status in found),
-            Status.SKIPPED,
-        )
+        if Status.FAILED in found:
+            return Status.FAILED
+        if found <= {Status.SKIPPED}:
+            return Status.SKIPPED
+        return Status.MEASURED if self.promise == "none" else Status.PASSED
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed and at least one ran."""
+        """Whether the MoE computes the dense function, as far as it was checked."""
         return self.status is Status.PASSED
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the MoE is what the user expects: it passed, or was measured as agreed."""
+        return self.passed or (self.allow_inexact and self.status is Status.MEASURED)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         return {
             "status": str(self.status),
+            "promise": self.promise,
             "checks": [
                 {
                     "name": check.name,

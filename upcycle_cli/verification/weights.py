@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.verification.bits import bits, difference, same
+from upcycle_cli.verification.factors import is_power_of_two, ratio, recover_factors, shard_of
 from upcycle_cli.verification.facts import (
     EMBEDDING,
     MATRICES,
@@ -27,14 +29,14 @@ from upcycle_cli.verification.facts import (
     read_tensors,
 )
 from upcycle_cli.verification.report import CheckResult, Findings
+from upcycle_cli.verification.rounding import Rounding
+from upcycle_cli.verification.routing import close_rows
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "weights"
 _HEAD = "lm_head.weight"
-_SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
-_PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def check_weights(facts: Facts) -> CheckResult:
     sound = set(_sound(facts, wanted, findings))
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         comparison = _Comparison(facts, dense, moe, findings)
-        factors = _recover(facts, dense, moe, sound)
+        factors = recover_factors(facts)
         comparison.factors(factors)
         for layer in range(facts.num_layers):
             for matrix in MATRICES:
@@ -68,7 +70,10 @@ def check_weights(facts: Facts) -> CheckResult:
                 comparison.other(name, item)
     for failure in dtype_failures(facts):
         findings.add(failure)
-    lossless = comparison.cast_lossless and all(map(is_power_of_two, factors.values()))
+    rounding = comparison.rounding
+    for failure in rounding.failures():
+        findings.add(failure)
+    lossless = rounding.lossless and all(map(is_power_of_two, factors.values()))
     metrics = {
         "expansion": facts.expansion,
         "granularity": facts.granularity,
@@ -79,23 +84,10 @@ def check_weights(facts: Facts) -> CheckResult:
         "groups_checked": facts.expansion * facts.num_layers,
         "tensors_compared": len(sound),
         "lossless": lossless,
+        "rounding_error": rounding.error,
+        "zeroed_share": rounding.zeroed,
     }
     return findings.result(NAME, _passed_detail(facts, factors, lossless=lossless), metrics)
-
-
-def recover_factors(facts: Facts) -> dict[str, float]:
-    """Return what gate, up and down were multiplied by, measured on the tensors themselves.
-
-    nan where nothing can be measured, because the tensors are missing or zero.
-    """
-    sound = set(_sound(facts, _wanted(facts), Findings()))
-    with facts.dense.reader() as dense, facts.moe.reader() as moe:
-        return _recover(facts, dense, moe, sound)
-
-
-def is_power_of_two(factor: float) -> bool:
-    """Whether multiplying by the factor loses nothing."""
-    return math.frexp(factor)[0] == 0.5
 
 
 def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool) -> str:
@@ -183,105 +175,15 @@ def _sound(facts: Facts, wanted: Mapping[str, _Wanted], findings: Findings) -> I
             findings.add(f"{name} comes from no tensor of the dense model")
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    # Equal as numbers is not enough: -0 equals 0, and nan does not equal itself.
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    import torch
-
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    if torch.equal(_bits(left), _bits(right)):
-        return True
-    return bool(left.isnan().any()) and not bool(_unequal(left, right).any())
-
-
-def _unequal(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return where two tensors differ in their bits, if one of them is a number there."""
-    # Which nan comes out of a cast or a product differs between libraries and processors.
-    return (_bits(left) != _bits(right)) & ~(left.isnan() & right.isnan())
-
-
-def _shard(facts: Facts, matrix: str, dense_IH: torch.Tensor, shard: int) -> torch.Tensor:
-    """Return a shard's rows of gate or up (I, H), or its columns of down (H, I)."""
-    part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
-    return dense_IH[:, part] if matrix == "down" else dense_IH[part]
-
-
-def _recover(facts: Facts, dense: Reader, moe: Reader, sound: set[str]) -> dict[str, float]:
-    return {matrix: _recover_one(facts, dense, moe, sound, matrix) for matrix in MATRICES}
-
-
-def _recover_one(facts: Facts, dense: Reader, moe: Reader, sound: set[str], matrix: str) -> float:
-    """Return the candidate that explains some expert bit for bit, else the first measurement.
-
-    Several experts are asked, so that one damaged expert does not change what is expected of all.
-    """
-    last = facts.num_layers - 1
-    probes = ((0, 0), (last, facts.num_experts - 1), (last // 2, facts.num_experts // 2))
-    fallback = math.nan
-    for layer, expert in probes:
-        place = facts.place(matrix, layer, expert)
-        if place.tensor not in sound:
-            continue
-        held = moe.tensor(place.tensor)[place.index]
-        whole = dense.tensor(dense_mlp_name(matrix, layer))
-        base = _shard(facts, matrix, whole, expert % facts.granularity).to(held.dtype)
-        measured = _ratio(held, base)
-        near = _near_candidates(facts, matrix, measured)
-        for candidate in near:
-            if _same(base * candidate, held):
-                return candidate
-        if math.isnan(fallback):
-            fallback = near[0] if near else measured
-    return fallback
-
-
-def _ratio(held: torch.Tensor, base: torch.Tensor) -> float:
-    """Return the median of held / base, nan when there is nothing to measure.
-
-    A median, since one damaged element would carry a least-squares fit away.
-    """
-    import torch
-
-    rows = max(1, _PROBE_ELEMENTS // base.shape[-1])
-    held64, base64 = held[:rows].double(), base[:rows].double()
-    usable = (base64 != 0) & torch.isfinite(held64) & torch.isfinite(base64)
-    if not bool(usable.any()):
-        return math.nan
-    return float((held64[usable] / base64[usable]).median())
-
-
-def _near_candidates(facts: Facts, matrix: str, measured: float) -> list[float]:
-    """Return the factors that a rule could have meant by a measurement, nearest first."""
-    totals = {facts.implied.needed_c, facts.recipe.needed_c, facts.recipe.claimed_c}
-    powers = [2.0**exponent for exponent in range(-12, 25)]
-    candidates = set(powers)
-    for c in totals:
-        candidates |= {c / power for power in powers} | {c, math.cbrt(c), math.sqrt(c)}
-        nearest_root = round(math.cbrt(c))
-        if nearest_root**3 == c:
-            candidates = candidates - {math.cbrt(c)} | {float(nearest_root)}
-    recorded = None if facts.record is None else facts.record.factor(matrix)
-    if recorded is not None:
-        candidates.add(recorded)
-    near = (value for value in candidates if math.isclose(value, measured, rel_tol=_SNAP))
-    return sorted(near, key=lambda value: abs(value - measured))
-
-
 @dataclass
 class _Comparison:
-    """Compares tensors and notes what it finds; `cast_lossless` turns false by a lossy cast."""
+    """Compares tensors and notes what it finds."""
 
     facts: Facts
     dense: Reader
     moe: Reader
     findings: Findings
-    cast_lossless: bool = True
+    rounding: Rounding = field(default_factory=Rounding)
 
     def factors(self, factors: Mapping[str, float]) -> None:
         """Hold the recovered factors against config.json and the rule of the scaling."""
@@ -289,6 +191,8 @@ class _Comparison:
         if unknown:
             self.findings.add(f"the factor of {' and '.join(unknown)} cannot be recovered")
             return
+        if self.facts.lenient:
+            return  # whatever they are, they were to be expected
         failure = self.facts.recipe.scaling_failure(
             factors, self.facts.implied.needed_c, self.facts.origin
         )
@@ -308,20 +212,16 @@ class _Comparison:
                 continue
             held = self.moe.tensor(place.tensor)[place.index]
             if held.dtype not in scaled:
-                whole = self._cast(source, held.dtype) * factor
+                whole = (
+                    self.rounding.cast(dense_mlp_name(matrix, layer), source, held.dtype) * factor
+                )
                 scaled[held.dtype] = [
-                    _shard(facts, matrix, whole, shard).contiguous()
+                    shard_of(facts, matrix, whole, shard).contiguous()
                     for shard in range(facts.granularity)
                 ]
             shards, own = scaled[held.dtype], expert % facts.granularity
-            if not _same(held, shards[own]):
+            if not same(held, shards[own]):
                 self.findings.add(lambda: _expert_failure(place, held, shards, own))  # noqa: B023
-
-    def _cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        cast = tensor.to(dtype)
-        if self.cast_lossless and cast.dtype != tensor.dtype:
-            self.cast_lossless = _same(cast.to(tensor.dtype), tensor)
-        return cast
 
     def router(self, layer: int) -> None:
         """Check that rows are finite, equal inside a group and different between groups."""
@@ -335,24 +235,23 @@ class _Comparison:
             row = int((~finite).nonzero()[0])
             self.findings.add(f"{name}: row {row} holds values that are not finite")
         # One integer per row says which rows are equal.
-        _, identity = torch.unique(_bits(router_NH), dim=0, return_inverse=True)
+        _, identity = torch.unique(bits(router_NH), dim=0, return_inverse=True)
         size = facts.granularity if facts.recipe.virtual_groups else 1
         groups = identity.reshape(-1, size)
-        if bool((groups != groups[:, :1]).any()):
+        if bool((groups != groups[:, :1]).any()) and not facts.lenient:
             group, place = (groups != groups[:, :1]).nonzero()[0].tolist()
             self.findings.add(
                 f"{name}: row {group * size + place} differs from the other rows of "
                 f"its virtual group {group}"
             )
-        first: dict[int, int] = {}
-        unit = "the rows of groups" if size > 1 else "rows"
-        for group, key in enumerate(groups[:, 0].tolist()):
-            if key in first:
+        if bool(finite.all()):
+            for one, other, distance in close_rows(router_NH[::size]):
+                unit = "the rows of groups" if size > 1 else "rows"
+                how = "are the same" if distance == 0 else f"differ by {distance:.1%} of their size"
                 self.findings.add(
-                    f"{name}: {unit} {first[key]} and {group} are the same, "
-                    "so nothing tells them apart"
+                    f"{name}: {unit} {one} and {other} {how}, so nothing tells them apart in the "
+                    "precision that models run in"
                 )
-            first.setdefault(key, group)
 
     def other(self, name: str, item: _Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
@@ -362,12 +261,12 @@ class _Comparison:
             return
         held = self.moe.tensor(name)
         if item.role == "copied":
-            wanted = self._cast(self.dense.tensor(item.source), held.dtype)
-            if not _same(held, wanted):
-                self.findings.add(lambda: f"{name} {_difference(held, wanted)}")
+            wanted = self.rounding.cast(item.source, self.dense.tensor(item.source), held.dtype)
+            if not same(held, wanted):
+                self.findings.add(lambda: f"{name} {difference(held, wanted)}")
         elif item.role == "zero":
             if bool((held != 0).any()):
-                self.findings.add(lambda: f"{name} {_difference(held, torch.zeros_like(held))}")
+                self.findings.add(lambda: f"{name} {difference(held, torch.zeros_like(held))}")
         elif not bool(torch.isfinite(held).all()) or not bool((held != 0).any()):
             self.findings.add(f"{name} must be finite and not all zero")
 
@@ -375,25 +274,10 @@ class _Comparison:
 def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
     """Say what an expert's matrix holds instead of its own shard."""
     for shard, other in enumerate(shards):
-        if shard != own and _same(held, other):
+        if shard != own and same(held, other):
             return f"{place.label} holds shard {shard} where shard {own} belongs"
     wanted = shards[own]
-    ratio = _ratio(held, wanted)
-    if not math.isclose(ratio, 1.0, rel_tol=1e-3) and _same(wanted * ratio, held):
-        return f"{place.label} is its shard multiplied by a further {ratio:g}"
-    return f"{place.label} {_difference(held, wanted)}"
-
-
-def _difference(held: torch.Tensor, wanted: torch.Tensor) -> str:
-    """Say where two tensors of one shape differ first, and in how many elements."""
-    different = _unequal(held, wanted)
-    rows = different.flatten(1).any(dim=1) if different.dim() > 1 else different
-    row = int(rows.nonzero()[0])
-    index = [row]
-    if different.dim() > 1:
-        index.append(int(different[row].nonzero()[0]))
-    where = tuple(index)
-    return (
-        f"differs in {int(different.sum())} of {different.numel()} elements, first at {index}: "
-        f"{float(held[where]):.8g} instead of {float(wanted[where]):.8g}"
-    )
+    further = ratio(held, wanted)
+    if not math.isclose(further, 1.0, rel_tol=1e-3) and same(wanted * further, held):
+        return f"{place.label} is its shard multiplied by a further {further:g}"
+    return f"{place.label} {difference(held, wanted)}"

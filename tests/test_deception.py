@@ -1,0 +1,612 @@
+"""Attempts to make verification pass a wrong model: each one fails, whatever the record says.
+
+An attack edits a good conversion. It is tried with the record that the conversion left, and without
+one, since a forger leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, clone, read_json, read_tensors, write_json
+from safetensors.torch import save_file
+from test_redirects import FILES, KEYS
+
+from upcycle_cli import Options, Recipe, UpcycleError, convert
+from upcycle_cli.recipe import Routing
+from upcycle_cli.verification import Report, Status, verify
+
+Edit = Callable[[dict[str, Any]], object]
+RECIPE = Recipe(expansion=4, granularity=2, top_k=2)
+ROUTERS = tuple(f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2))
+NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def dense(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama in bfloat16 whose second layer does not look at the first hidden dimension."""
+    path = clone(make_dense("llama", dtype="bfloat16"), tmp_path_factory.mktemp("dense") / "dense")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NORM][0] = 0
+
+    edit_tensors(path, edit)
+    return path
+
+
+@pytest.fixture(scope="module")
+def good(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "moe"
+    convert(dense, path, RECIPE)
+    return path
+
+
+@pytest.fixture(params=["recorded", "unrecorded"])
+def moe(good: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    path = Path(shutil.copytree(good, tmp_path / "moe"))
+    if request.param == "unrecorded":
+        (path / "upcycle.json").unlink()
+    return path
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = read_tensors(path)
+    edit(tensors)
+    contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, edit: Edit) -> None:
+    value = read_json(path)
+    edit(value)
+    write_json(path, value)
+
+
+def text_of(report: Report) -> str:
+    return "\n".join(
+        f"{check.name} {check.status}: {check.detail} {' '.join(check.failures)}"
+        for check in report.checks
+    )
+
+
+def assert_caught(dense: Path, moe: Path, check: str, *words: str) -> None:
+    """The check fails alone, without any other, and says why."""
+    report = verify(dense, moe, checks=[check])
+    assert report.status is Status.FAILED, text_of(report)
+    assert not report.accepted
+    for word in words:
+        assert word in text_of(report)
+
+
+def test_the_good_one_passes(dense: Path, moe: Path) -> None:
+    report = verify(dense, moe)
+    assert report.passed, text_of(report)
+    assert report.promise == "exact"
+
+
+# Which file is read -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", KEYS, ids="-".join)
+def test_keys_that_send_loaders_elsewhere(dense: Path, moe: Path, changes: dict[str, Any]) -> None:
+    edit_json(moe / "config.json", lambda config: config.update(changes))
+    assert_caught(dense, moe, "structure", *changes)
+
+
+def test_other_weights(dense: Path, moe: Path) -> None:
+    """What the weights check reads is right, and what transformers loads is another model."""
+    (moe / "other").mkdir()
+    edit = {"transformers_weights": "other/model.safetensors"}
+    shutil.copy(moe / "model.safetensors", moe / "other")
+    edit_tensors(moe / "other", lambda tensors: tensors["lm_head.weight"].mul_(-1))
+    edit_json(moe / "config.json", lambda config: config.update(edit))
+    assert_caught(dense, moe, "structure", "transformers_weights", "another weight file")
+
+
+READ = (
+    *FILES,
+    "model-00001-of-00002.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "consolidated.safetensors",
+    "params.json",
+    "tekken.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "preprocessor_config.json",
+    "modules.json",
+    "config.4.0.0.json",
+    "model.gguf",
+)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_that_something_reads(dense: Path, moe: Path, name: str) -> None:
+    (moe / name).parent.mkdir(exist_ok=True)
+    (moe / name).write_text("{}")
+    assert_caught(dense, moe, "structure", name)
+
+
+def test_files_that_nothing_reads_are_named(dense: Path, moe: Path) -> None:
+    for name in ("notes.txt", "plots/loss.png", ".gitattributes", "NOTICE", "README.md"):
+        (moe / name).parent.mkdir(exist_ok=True)
+        (moe / name).write_text("mine")
+    report = verify(dense, moe, checks=["structure", "files"])
+    assert report.passed
+    assert "Not part of the model: notes.txt, plots/loss.png." in report.checks[1].detail
+
+
+# The tokenizer and what else is copied ------------------------------------------------------------
+
+
+def tokenizer(edit: Edit) -> Callable[[Path], None]:
+    return lambda moe: edit_json(moe / "tokenizer.json", edit)
+
+
+def setting(**changes: Any) -> Callable[[Path], None]:  # noqa: ANN401
+    return lambda moe: edit_json(moe / "tokenizer_config.json", lambda value: value.update(changes))
+
+
+def generation(**changes: Any) -> Callable[[Path], None]:  # noqa: ANN401
+    return lambda moe: edit_json(
+        moe / "generation_config.json", lambda value: value.update(changes)
+    )
+
+
+def new_file(name: str, text: str) -> Callable[[Path], None]:
+    def write(moe: Path) -> None:
+        (moe / name).parent.mkdir(exist_ok=True)
+        (moe / name).write_text(text)
+
+    return write
+
+
+def swapped(value: dict[str, Any]) -> None:
+    vocab = value["model"]["vocab"]
+    one, other = list(vocab)[40:42]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+
+
+def made_special(value: dict[str, Any]) -> None:
+    value["added_tokens"].append(value["added_tokens"][0] | {"id": 40, "content": "a"})
+
+
+def not_special(value: dict[str, Any]) -> None:
+    value["added_tokens"][0]["special"] = False
+
+
+STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
+LOWERCASE = {"type": "Lowercase"}
+COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
+    ("decoder added", tokenizer(lambda value: value.update(decoder=STRIP | {"type": "Fuse"})), ""),
+    ("normaliser added", tokenizer(lambda value: value.update(normalizer=LOWERCASE)), "normalizer"),
+    ("pre-tokenizer", tokenizer(lambda value: value.update(pre_tokenizer=None)), "pre_tokenizer"),
+    ("merge added", tokenizer(lambda value: value["model"].update(merges=[["a", "b"]])), ""),
+    ("ids swapped", tokenizer(swapped), "model.vocab"),
+    ("a word made special", tokenizer(made_special), "added_tokens[2]"),
+    ("a special token made a word", tokenizer(not_special), "added_tokens[0].special"),
+    ("longest text", setting(model_max_length=7), "model_max_length"),
+    ("another eos token", setting(eos_token="a"), "eos_token"),
+    ("extra special token", setting(extra_special_tokens=["b"]), "special tokens"),
+    ("another backend", setting(backend="sentencepiece"), "backend"),
+    ("code", setting(auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
+    ("another class", setting(tokenizer_class="BertTokenizer"), "tokenizer_class"),
+    ("another side", setting(padding_side="left"), "padding_side"),
+    ("a second vocabulary", new_file("vocab.json", '{"a": 0}'), "vocab.json"),
+    ("other merges", new_file("merges.txt", "#version: 0.2\na b\n"), "merges.txt"),
+    ("sentencepiece", new_file("tokenizer.model", "x"), "tokenizer.model"),
+    ("tiktoken", new_file("x.tiktoken", "x"), "x.tiktoken"),
+    ("other special tokens", new_file("special_tokens_map.json", '{"eos_token": "a"}'), "eos"),
+    ("added tokens", new_file("added_tokens.json", '{"zz": 300}'), "added_tokens.json"),
+    ("template", new_file("chat_template.jinja", "{{ messages }}"), "the chat template is not"),
+    ("second template", new_file("additional_chat_templates/tools.jinja", "x"), "'tools'"),
+    ("temperature", generation(temperature=9.0), "temperature is 9.0"),
+    ("generation keys", generation(suppress_tokens=[5]), "suppress_tokens is [5]"),
+    ("eos of generation", generation(eos_token_id=[1, 5]), "eos_token_id"),
+    ("not JSON", new_file("generation_config.json", "{"), "generation_config.json"),
+    ("not a tokenizer", new_file("tokenizer.json", "{}"), "tokenizer"),
+    ("wrong checksums", new_file("SHA256SUMS", f"{'0' * 64}  config.json\n"), "SHA256SUMS"),
+    ("strange checksums", new_file("SHA256SUMS", f"{'0' * 64}  ../config.json\n"), "no file here"),
+    ("checksum of nothing", new_file("SHA256SUMS", f"{'0' * 64}  gone\n"), "gone"),
+)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"), [row[1:] for row in COMPANIONS], ids=[row[0] for row in COMPANIONS]
+)
+def test_companions(dense: Path, moe: Path, edit: Callable[[Path], None], words: str) -> None:
+    edit(moe)
+    assert_caught(dense, moe, "files", words)
+
+
+def test_a_generation_config_where_dense_has_none(dense: Path, moe: Path, tmp_path: Path) -> None:
+    plain = clone(dense, tmp_path / "plain")
+    (plain / "generation_config.json").unlink()
+    assert_caught(plain, moe, "files", "generation_config.json: do_sample is True")
+    ids = {key: read_json(moe / "config.json")[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(moe / "generation_config.json", ids | {"_from_model_config": True})
+    assert verify(plain, moe, checks=["files"]).passed
+
+
+# Routers ------------------------------------------------------------------------------------------
+
+
+def ulps_apart(tensors: dict[str, torch.Tensor]) -> None:
+    """Rows that only float32 arithmetic tells apart."""
+    for name in ROUTERS:
+        row = tensors[name][0].view(torch.int16)
+        rows = torch.stack([row + group for group in range(4)]).view(torch.bfloat16)
+        tensors[name] = rows.repeat_interleave(2, 0)
+
+
+def nearly_equal(tensors: dict[str, torch.Tensor]) -> None:
+    """Large rows with small differences, which are lost in the rounding of their logits."""
+    for name in ROUTERS:
+        rows = tensors[name][::2].float()
+        rows = 100 * rows[:1] + rows
+        tensors[name] = rows.bfloat16().repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize("edit", [ulps_apart, nearly_equal])
+def test_rows_that_only_work_in_float32(
+    dense: Path, moe: Path, edit: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
+    edit_tensors(moe, edit)
+    assert_caught(dense, moe, "weights", ROUTERS[0], "tells them apart")
+    assert_caught(dense, moe, "outputs", ROUTERS[0], "an honest router")
+
+
+def test_groups_that_always_tie(dense: Path, moe: Path) -> None:
+    """Rows that differ where the layer's input is zero: the CPU's order of ties helps."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        rows = torch.zeros(4, 32)
+        rows[:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        tensors[ROUTERS[1]] = rows.bfloat16().repeat_interleave(2, 0)
+
+    edit_tensors(moe, edit)
+    assert_caught(dense, moe, "outputs", "split_token_layers")
+
+
+def test_a_router_that_is_refused(dense: Path, tmp_path: Path) -> None:
+    recipe = Recipe(expansion=4, granularity=2, top_k=2, router_logit_std=60_000)
+    with pytest.raises(UpcycleError, match="60000 overflow float16"):
+        convert(dense, tmp_path / "moe", recipe, options=Options(dtype="float16"))
+    convert(dense, tmp_path / "moe", recipe)
+    assert verify(dense, tmp_path / "moe").passed
+
+
+def test_router_logits_that_overflow(dense: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    convert(dense, moe, RECIPE, options=Options(dtype="float16"))
+    edit_tensors(moe, lambda tensors: [tensors[name].mul_(3e5) for name in ROUTERS])
+    assert_caught(dense, moe, "outputs", "router logits are not finite")
+
+
+# Rounding -----------------------------------------------------------------------------------------
+
+
+def test_rounding_is_a_number_of_its_own(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = make_dense("llama")
+    convert(source, tmp_path / "moe", RECIPE, options=Options(dtype="bfloat16"))
+    report = verify(source, tmp_path / "moe", checks=["weights", "outputs"])
+    weights, outputs = report.checks
+    assert 1e-3 < float(weights.metrics["rounding_error"]) < 3e-3
+    assert weights.metrics["zeroed_share"] == 0
+    found = {
+        key: float(outputs.metrics[f"kl_mean{key}"]) for key in ("", "_rounding", "_conversion")
+    }
+    assert found["_conversion"] < 1e-8 < found["_rounding"]
+    assert found[""] == pytest.approx(found["_rounding"], rel=1e-2)
+    assert "Rounding its weights alone costs" in outputs.detail
+
+
+def test_weights_that_become_zero(make_dense: MakeDense, tmp_path: Path) -> None:
+    """The function is that of the dense model rounded, and nothing is left of its MLPs."""
+    source = clone(make_dense("llama"), tmp_path / "dense")
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_tensors(source, lambda tensors: tensors[name].mul_(1e-7))
+    convert(source, tmp_path / "moe", RECIPE, options=Options(dtype="float16"))
+    assert_caught(source, tmp_path / "moe", "weights", "float16 cannot hold", name, "became 0")
+
+
+def test_rounding_that_costs_too_much(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = clone(make_dense("llama"), tmp_path / "dense")
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(60))
+    convert(source, tmp_path / "moe", RECIPE, options=Options(dtype="bfloat16"))
+    assert_caught(source, tmp_path / "moe", "outputs", "kl_mean_rounding")
+
+
+# Who sets the standard ----------------------------------------------------------------------------
+
+
+def test_a_record_that_asks_for_less(dense: Path, good: Path, tmp_path: Path) -> None:
+    """Experts 512 times too large, and a record that says that this was wanted."""
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+
+    def scale(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("w2.weight"):
+                tensors[name] *= 512
+
+    def record(value: dict[str, Any]) -> None:
+        value["recipe"]["scaling"] = 1024.0
+        value["factors"] |= {"c": 1024.0, "down": 512.0}
+        value["promise"] = "none"
+
+    edit_tensors(moe, scale)
+    edit_json(moe / "upcycle.json", record)
+    for checks in (["structure"], ["weights"], ["outputs"], ["weights", "outputs"]):
+        report = verify(dense, moe, checks=checks)
+        assert report.status is Status.MEASURED
+        assert not report.accepted
+        assert report.to_json()["promise"] == "none"
+    assert verify(dense, moe, checks=["weights"], allow_inexact=True).accepted
+    (moe / "upcycle.json").unlink()
+    assert_caught(dense, moe, "weights", "up × down = 1024", "needs c = 2")
+    assert_caught(dense, moe, "outputs", "kl_mean_conversion")
+    report = verify(dense, moe, allow_inexact=True)
+    assert report.status is Status.MEASURED
+    assert report.accepted
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_another_top_k(dense: Path, good: Path, tmp_path: Path, top_k: int) -> None:
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+
+    def record(value: dict[str, Any]) -> None:
+        value["recipe"] |= {"top_k": top_k, "name": f"E4G2T{top_k}", "allow_inexact": True}
+        value["promise"] = "none"
+
+    edit_json(moe / "upcycle.json", record)
+    edit_json(moe / "config.json", lambda config: config.update(num_experts_per_tok=top_k))
+    for _ in range(2):
+        report = verify(dense, moe, checks=["structure", "weights", "outputs"])
+        assert report.status is Status.MEASURED, text_of(report)
+        assert not report.accepted
+        (moe / "upcycle.json").unlink(missing_ok=True)
+
+
+def test_routers_without_groups(dense: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    convert(dense, moe, Recipe(expansion=4, granularity=2, top_k=2, virtual_groups=False))
+    assert verify(dense, moe).status is Status.MEASURED
+    (moe / "upcycle.json").unlink()
+    assert_caught(dense, moe, "weights", "differs from the other rows of its virtual group")
+    assert_caught(dense, moe, "outputs", "split_token_layers")
+    assert verify(dense, moe, allow_inexact=True).accepted
+
+
+def test_one_layer_with_a_loud_router(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Nearly uniform on average is not enough for gates that are not renormalised."""
+    source = make_dense("llama", num_hidden_layers=6)
+    recipe = Recipe(expansion=4, granularity=1, top_k=1, routing=Routing.SOFTMAX_TOPK)
+    moe = tmp_path / "moe"
+    convert(source, moe, recipe, target="qwen2_moe")
+    edit_tensors(moe, lambda tensors: tensors["model.layers.5.mlp.gate.weight"].mul_(100))
+    report = verify(source, moe, checks=["outputs"])
+    assert report.status is Status.MEASURED
+    assert "logits are too large" in report.checks[0].detail
+    assert_caught(source, moe, "claims", "model.layers.5.mlp.gate.weight")
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"rope_theta": 5e5}, "rope_theta is 500000.0, but rope_parameters says"),
+    ({"rope_theta": None}, "rope_theta is None, but rope_parameters says"),
+    ({"head_dim": 0}, "head_dim is 0"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is"),
+    ({"temperature": 0.1}, "temperature is 0.1, and the dense model has no such setting"),
+    ({"num_experts": 3}, "gate.weight has shape"),
+    ({"router_aux_loss_coef": -0.5}, "router_aux_loss_coef is -0.5"),
+    ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef is nan"),
+    ({"router_aux_loss_coef": "0.01"}, "router_aux_loss_coef is '0.01'"),
+    ({"output_router_logits": "yes"}, "output_router_logits is 'yes'"),
+    ({"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ({"use_cache": False}, "use_cache is False"),
+    ({"initializer_range": 7.0}, "initializer_range is 7.0"),
+    ({"max_position_embeddings": 4096}, "max_position_embeddings is 4096"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"attention_multiplier": 2.0}, "attention_multiplier is 2.0"),
+    ({"tokenizer_class": "BertTokenizer"}, "tokenizer_class"),
+    ({"model_name": "x"}, "model_name is 'x'"),
+    ({"get_text_config": 1}, "transformers cannot"),
+    ({"pad_token_id": 7}, "pad_token_id is 7"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is more than there are"),
+    ({"num_hidden_layers": 10**18}, "num_hidden_layers"),
+    ({"num_local_experts": 10**9}, "num_local_experts"),
+)
+
+
+@pytest.mark.parametrize(("changes", "words"), SETTINGS, ids=lambda value: str(value)[:50])
+def test_settings(dense: Path, moe: Path, changes: dict[str, Any], words: str) -> None:
+    edit_json(moe / "config.json", lambda config: config.update(changes))
+    assert_caught(dense, moe, "structure", words)
+
+
+HARMLESS = {
+    "transformers_version",  # says who wrote it
+    "output_router_logits",  # true is what trainers set
+    "dtype",  # null leaves it to the tensors
+    "num_experts_per_tok",  # the weights and outputs checks' matter
+    "norm_topk_prob",
+}
+
+
+@pytest.mark.parametrize("pair", [("llama", "mixtral"), ("qwen3", "qwen3_moe")], ids="-".join)
+def test_every_setting_counts(make_dense: MakeDense, tmp_path: Path, pair: tuple[str, str]) -> None:
+    source = make_dense(pair[0], dtype="bfloat16")
+    moe = tmp_path / "moe"
+    convert(source, moe, RECIPE, target=pair[1])
+    config = read_json(moe / "config.json")
+    unnoticed = []
+    for key, value in config.items():
+        changed = {
+            bool: not value,
+            int: value + 1 if isinstance(value, int) else None,
+            float: value * 2 + 1 if isinstance(value, float) else None,
+            str: f"{value}x",
+            dict: {**value, "factor": 2.0} if isinstance(value, dict) else None,
+        }.get(type(value), 7)
+        write_json(moe / "config.json", config | {key: changed})
+        try:
+            if verify(source, moe, checks=["structure"]).status is not Status.FAILED:
+                unnoticed.append(key)
+        except UpcycleError:
+            assert key == "model_type"
+    assert set(unnoticed) <= HARMLESS
+
+
+def test_source_that_is_not_the_dense_model(dense: Path, good: Path, tmp_path: Path) -> None:
+    """A record that credits another repo than the one in the Hub's cache that it is held to."""
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(dense, snapshot)
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+    assert "It names 'dense' as its source" in text_of(verify(snapshot, moe, checks=["claims"]))
+    for name, revision, words in (
+        ("meta-llama/Llama-3.1-8B", "0" * 40, "source.name is 'meta-llama/Llama-3.1-8B'"),
+        ("org/tiny", "1" * 40, "source.revision is '1111"),
+    ):
+        edit_json(
+            moe / "upcycle.json",
+            lambda record: record["source"].update(name=name, revision=revision),  # noqa: B023
+        )
+        assert_caught(snapshot, moe, "claims", words)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "lists no files"),
+        (None, "lists no files"),
+        ([{"name": "../x", "size": 1, "sha256": "0" * 64}], "which is no file"),
+        ([{"name": "config.json", "size": 1}], "without a digest"),
+        ([{"name": "config.json", "size": 1, "sha256": "0" * 64}], "config.json is not the file"),
+        ([{"name": "gone", "size": 1, "sha256": "0" * 64}], "gone, which is not there"),
+    ],
+)
+def test_listed_files(dense: Path, good: Path, tmp_path: Path, files: object, words: str) -> None:
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+    edit_json(moe / "upcycle.json", lambda record: record.update(files=files))
+    assert_caught(dense, moe, "claims", words)
+
+
+# Links, and the network ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_out_of_the_directory(dense: Path, moe: Path, tmp_path: Path, name: str) -> None:
+    (moe / name).rename(tmp_path / "elsewhere")
+    (moe / name).symlink_to(tmp_path / "elsewhere")
+    if name == "config.json":
+        with pytest.raises(UpcycleError, match="is not followed"):
+            verify(dense, moe)
+        return
+    assert_caught(dense, moe, "weights", "is not followed")
+
+
+GUARDED = """
+import sys
+from pathlib import Path
+from upcycle_cli.verification import verify
+
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        print("ONLINE", event, arguments, flush=True)
+
+sys.addaudithook(guard)
+for moe in sys.argv[2:]:
+    print(verify(sys.argv[1], moe).status)
+"""
+NAMED: tuple[dict[str, Any], ...] = (
+    {"_name_or_path": "org/other", "name_or_path": "org/other"},
+    {"attn_implementation": "org/kernel"},
+    {"experts_implementation": "org/kernel"},
+    {"auto_map": {"AutoConfig": "org/code--x.X", "AutoModelForCausalLM": "org/code--x.X"}},
+    {"tokenizer_class": "BertTokenizer", "model_name": "org/other"},
+    {"quantization_config": {"quant_method": "gptq", "tokenizer": "org/other"}},
+)
+
+
+def test_nothing_that_a_checkpoint_names_is_asked_for(
+    dense: Path, good: Path, tmp_path: Path
+) -> None:
+    moes = []
+    for number, changes in enumerate(NAMED):
+        moe = Path(shutil.copytree(good, tmp_path / str(number)))
+        edit_json(moe / "config.json", lambda config: config.update(changes))  # noqa: B023
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/other"}
+        write_json(moe / "adapter_config.json", adapter)
+        moes.append(str(moe))
+    found = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(dense), *moes],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    assert found.stdout == "failed\n" * len(moes)
+
+
+# What transformers itself rewrites ----------------------------------------------------------------
+
+PAIRS = (("llama", "mixtral"), ("mistral", "qwen2_moe"), ("qwen2", "qwen2_moe"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("minimal", [True, False])
+def test_saved_again_by_transformers(
+    make_dense: MakeDense, tmp_path: Path, pair: tuple[str, str], *, minimal: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    original = make_dense(pair[0], dtype="bfloat16", minimal=minimal)
+    source = clone(original, tmp_path / "dense")
+    for path in (*source.glob("tokenizer*"), *source.glob("chat*")):
+        path.unlink()  # the next test's
+    recipe = Recipe(expansion=2, granularity=2, top_k=2, routing=Routing.TOPK_SOFTMAX)
+    convert(source, tmp_path / "moe", recipe, target=pair[1])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype="auto")
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    report = verify(source, again)
+    assert report.passed, text_of(report)
+
+
+def test_tokenizer_saved_again(dense: Path, moe: Path, tmp_path: Path) -> None:
+    """A tokenizer as transformers 4 wrote it, in the MoE as transformers 5 rewrites it."""
+    old = clone(dense, tmp_path / "old")
+    config = read_json(old / "tokenizer_config.json")
+    config = {key: config[key] for key in ("bos_token", "eos_token", "pad_token")}
+    added = {
+        str(token.pop("id")): token for token in read_json(old / "tokenizer.json")["added_tokens"]
+    }
+    extra = {"added_tokens_decoder": added, "additional_special_tokens": ["<s>"]}
+    template = (old / "chat_template.jinja").read_text()
+    (old / "chat_template.jinja").unlink()
+    write_json(
+        old / "tokenizer_config.json",
+        config | extra | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template},
+    )
+    write_json(old / "special_tokens_map.json", config)
+    write_json(
+        moe / "tokenizer_config.json",
+        config | {"extra_special_tokens": ["<s>"], "tokenizer_class": "TokenizersBackend"},
+    )
+    report = verify(old, moe, checks=["files"])
+    assert report.passed, text_of(report)
+    assert "tokenizer_config.json was saved again, and says the same" in report.checks[0].detail
+    assert "special_tokens_map.json is not there" in report.checks[0].detail
+    json.loads(json.dumps(report.to_json()))

@@ -1,0 +1,98 @@
+"""What sends a loader elsewhere: config keys and files that change what a checkpoint computes.
+
+Whoever reads `config.json` and the weights alone would describe another model than the one that a
+user gets. So they are refused in a source, which is to be converted as it is used, and fail in an
+MoE. One row each: who reads it, and what that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from upcycle_cli.errors import UpcycleError, shown
+
+_CONFIG_KEYS: Mapping[str, str] = {
+    "attribute_map": "gives settings other names",
+    "auto_map": "names code of its own",
+    "compression_config": "says that the weights are compressed",
+    "configuration_files": "makes transformers read another config",
+    "distributed_config": "changes how transformers loads the weights",
+    "fusion_config": "makes transformers replace parts of the model",
+    "per_layer_config": "changes settings from layer to layer",
+    "quantization_config": "says that the weights are quantised",
+    "transformers_weights": "makes transformers load another weight file",
+}
+_IMPLEMENTATIONS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+"""Keys that name code of transformers, or a repo with kernels to be downloaded and run."""
+_TOKENIZER_KEYS: Mapping[str, str] = {
+    "auto_map": "names code of its own",
+    "fast_tokenizer_files": "makes transformers read another tokenizer",
+}
+REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})
+"""The keys of a `config.json` that `config_redirects` judges."""
+
+_FILES: Mapping[str, str] = {
+    "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
+    "*.py": "is code, which loaders run with trust_remote_code",
+    "custom_generate/*.py": "is code, which transformers runs with trust_remote_code",
+}
+
+
+def config_redirects(config: Mapping[str, Any]) -> Iterator[str]:
+    """Name each key of a `config.json` that sends a loader elsewhere, and what it does."""
+    for key, effect in _CONFIG_KEYS.items():
+        if config.get(key):
+            yield f"{key} is {shown(config[key])}, which {effect}"
+    for key in _IMPLEMENTATIONS:
+        value = config.get(key)
+        named = value.values() if isinstance(value, dict) else (value,)
+        if any(name is not None and not _is_own_name(name) for name in named):
+            yield f"{key} is {shown(value)}, which makes transformers run kernels from elsewhere"
+    for key, value in config.items():
+        if isinstance(value, dict) and value.get("model_type"):
+            yield f"{key} is a model of its own (model_type {shown(value['model_type'])})"
+
+
+def tokenizer_redirects(config: Mapping[str, Any]) -> Iterator[str]:
+    """Name each key of a `tokenizer_config.json` that sends a loader elsewhere."""
+    for key, effect in _TOKENIZER_KEYS.items():
+        if config.get(key):
+            yield f"{key} is {shown(config[key])}, which {effect}"
+
+
+def file_redirects(names: Collection[str]) -> Iterator[str]:
+    """Name each file of a checkpoint that is read beside its config and weights, or run."""
+    for name in sorted(names):
+        for pattern, effect in _FILES.items():
+            if fnmatchcase(name, pattern) and name.count("/") == pattern.count("/"):
+                yield f"{name} {effect}"
+
+
+def refuse_redirects(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], names: Collection[str]
+) -> None:
+    """Raise UpcycleError for a source that is not what its config and weights say."""
+    for origin, found in (
+        ("config.json: ", config_redirects(config)),
+        ("tokenizer_config.json: ", tokenizer_redirects(tokenizer_config)),
+        ("", file_redirects(names)),
+    ):
+        for redirect in found:
+            raise UpcycleError(
+                f"{origin}{redirect}. What is converted would not be what this model's users run.",
+                "If it is not needed, take it out of a copy of the model, and convert that.",
+            )
+
+
+def _is_own_name(name: object) -> bool:
+    # A repo is ORG/NAME, perhaps with a revision and the name of a kernel.
+    return isinstance(name, str) and not {*name} & {*"/:@"}

@@ -1,0 +1,144 @@
+"""Companions: is what lies beside the weights what the dense model has there?
+
+The tokenizer, the chat template, the generation settings and the licence are the dense model's, by
+file and by meaning; checksums are right; and what else lies there is named. Nothing of this needs a
+record of how the MoE was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import MOST_JSON_BYTES, is_inner_name, open_regular, read_small
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.listing import CHECKSUMS_NAME, foreign_files
+from upcycle_cli.verification.report import CheckResult, Findings
+from upcycle_cli.verification.tokenizers import compare_tokenizers
+
+NAME = "files"
+_LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+_MOST_NAMED = 5
+_CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+_GENERATION_REWRITTEN: Mapping[str, Any] = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
+"""Generation settings that transformers adds or drops when it saves, being what it does anyway."""
+_GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def check_files(facts: Facts) -> CheckResult:
+    """Compare the files beside the weights with the dense model's."""
+    findings = Findings()
+    tokenizers = compare_tokenizers(facts.dense, facts.moe)
+    for failure in (
+        *tokenizers.failures,
+        *_generation_failures(facts),
+        *_checksum_failures(facts.moe),
+    ):
+        findings.add(failure)
+    foreign = foreign_files(facts.moe_names, facts.moe)
+    notes = [*tokenizers.notes, *_licence_notes(facts)]
+    if foreign:
+        more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
+        notes.append(f"Not part of the model: {', '.join(foreign[:_MOST_NAMED])}{more}.")
+    passed = "The tokenizer, chat template and generation settings are the dense model's."
+    return findings.result(NAME, passed, {"foreign_files": len(foreign)}, " ".join(notes))
+
+
+def _generation_failures(facts: Facts) -> Iterator[str]:
+    theirs, ours = (
+        read_small(checkpoint.storage.local(GENERATION_NAME), MOST_JSON_BYTES)
+        if checkpoint.storage.has(GENERATION_NAME)
+        else None
+        for checkpoint in (facts.dense, facts.moe)
+    )
+    if theirs == ours:
+        return
+    if ours is None:
+        yield f"{GENERATION_NAME} is missing: the dense model has one"
+        return
+    try:
+        found = _generation(facts.moe)
+        wanted = _implied_generation(facts) if theirs is None else _generation(facts.dense)
+    except UpcycleError:
+        yield f"{GENERATION_NAME} is not the file of the dense model"
+        return
+    whose = "the dense model's" if theirs is not None else f"what {CONFIG_NAME} implies"
+    for key in sorted(wanted | found):
+        if wanted.get(key) != found.get(key):
+            yield (
+                f"{GENERATION_NAME}: {key} is {_words(found.get(key))}, {whose} is "
+                f"{_words(wanted.get(key))}"
+            )
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the generation settings without what transformers adds and drops by itself."""
+    config = read_json(checkpoint.storage.local(GENERATION_NAME))
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("transformers_version", "_from_model_config")
+        and value is not None
+        and (key not in _GENERATION_REWRITTEN or value is not _GENERATION_REWRITTEN[key])
+    }
+
+
+def _implied_generation(facts: Facts) -> dict[str, Any]:
+    """Return the generation settings that transformers writes for a model that came without."""
+    config = facts.moe.config
+    return {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+
+
+def _words(value: object) -> str:
+    return "absent" if value is None else repr(value)
+
+
+def _licence_notes(facts: Facts) -> Iterator[str]:
+    """Somebody may have added or amended a licence file, which no engine reads."""
+    for file in facts.dense.companions:
+        if not any(fnmatchcase(file.name, pattern) for pattern in _LICENCES):
+            continue
+        if not facts.moe.storage.has(file.name):
+            yield f"{file.name} of the dense model is not there."
+        elif _text(facts.moe, file.name) != _text(facts.dense, file.name):
+            yield f"{file.name} is not the dense model's."
+
+
+def _text(checkpoint: Checkpoint, name: str) -> bytes:
+    return read_small(checkpoint.storage.local(name), MOST_JSON_BYTES)
+
+
+def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
+    """Hold the files against SHA256SUMS, as `sha256sum --check` does."""
+    if not moe.storage.has(CHECKSUMS_NAME):
+        return
+    try:
+        lines = read_small(moe.storage.local(CHECKSUMS_NAME), MOST_JSON_BYTES).decode().split("\n")
+    except (UpcycleError, UnicodeDecodeError) as error:
+        yield f"{CHECKSUMS_NAME} cannot be read: {error}"
+        return
+    for line in lines[:-1] if lines[-1] == "" else lines:
+        match = _CHECKSUM.fullmatch(line)
+        if match is None or not is_inner_name(match[2]):
+            yield f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            return
+        try:
+            with open_regular(moe.storage.local(match[2])) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except UpcycleError:
+            yield f"{CHECKSUMS_NAME} lists {match[2]}, which is not there"
+            continue
+        if digest != match[1]:
+            yield f"{match[2]} is not the file that {CHECKSUMS_NAME} describes"

@@ -1,0 +1,136 @@
+"""What an MoE is held to: the factors on its experts, measured, and whether it promises equality.
+
+What config.json says of the routing implies a recipe, and the tensors show what was done. What
+`upcycle.json` says can only take a promise back: then nothing passes, it is measured.
+
+Legend: N experts, H hidden size, I dense intermediate size, G shards.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.verification.bits import bits, same
+from upcycle_cli.verification.facts import MATRICES, Facts, Place, dense_mlp_name
+
+if TYPE_CHECKING:
+    import torch
+
+_SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
+_PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
+
+
+def find_objection(facts: Facts) -> str | None:
+    """Say why the MoE owes the dense model nothing, or None when it owes it the function."""
+    recorded = None if facts.record is None else facts.record.recipe
+    objection = facts.standard.objection()
+    if objection is None and recorded is not None:
+        objection = recorded.objection()
+    if objection is None and facts.lenient:
+        objection = facts.implied.scaling_failure(
+            recover_factors(facts), facts.implied.needed_c, facts.origin
+        ) or _ungrouped(facts)
+    return objection
+
+
+def _ungrouped(facts: Facts) -> str | None:
+    import torch
+
+    with facts.moe.reader() as moe:
+        for layer in range(facts.num_layers):
+            name = facts.router_name(layer)
+            if facts.granularity > 1 and name in facts.moe.tensors:
+                _, rows = torch.unique(bits(moe.tensor(name)), dim=0, return_inverse=True)
+                groups = rows.reshape(-1, facts.granularity)
+                if bool((groups != groups[:, :1]).any()):
+                    return f"the router rows of {name} differ inside virtual groups"
+    return None
+
+
+def recover_factors(facts: Facts) -> dict[str, float]:
+    """Return what gate, up and down were multiplied by, measured on the tensors themselves.
+
+    nan where nothing can be measured, because the tensors are missing or zero.
+    """
+    with facts.dense.reader() as dense, facts.moe.reader() as moe:
+        return {matrix: _recover(facts, dense, moe, matrix) for matrix in MATRICES}
+
+
+def is_power_of_two(factor: float) -> bool:
+    """Whether multiplying by the factor loses nothing."""
+    return math.frexp(factor)[0] == 0.5
+
+
+def shard_of(facts: Facts, matrix: str, dense_IH: torch.Tensor, shard: int) -> torch.Tensor:
+    """Return a shard's rows of gate or up (I, H), or its columns of down (H, I)."""
+    part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
+    return dense_IH[:, part] if matrix == "down" else dense_IH[part]
+
+
+def ratio(held: torch.Tensor, base: torch.Tensor) -> float:
+    """Return the median of held / base, nan when there is nothing to measure.
+
+    A median, since one damaged element would carry a least-squares fit away.
+    """
+    import torch
+
+    rows = max(1, _PROBE_ELEMENTS // base.shape[-1])
+    held64, base64 = held[:rows].double(), base[:rows].double()
+    usable = (base64 != 0) & torch.isfinite(held64) & torch.isfinite(base64)
+    if not bool(usable.any()):
+        return math.nan
+    return float((held64[usable] / base64[usable]).median())
+
+
+def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
+    """Return the candidate that explains some expert bit for bit, else the first measurement.
+
+    Several experts are asked, so that one damaged expert does not change what is expected of all.
+    """
+    last = facts.num_layers - 1
+    probes = ((0, 0), (last, facts.num_experts - 1), (last // 2, facts.num_experts // 2))
+    fallback = math.nan
+    for layer, expert in probes:
+        place = facts.place(matrix, layer, expert)
+        if not _is_sound(facts, matrix, place):
+            continue
+        held = moe.tensor(place.tensor)[place.index]
+        whole = dense.tensor(dense_mlp_name(matrix, layer))
+        base = shard_of(facts, matrix, whole, expert % facts.granularity).to(held.dtype)
+        measured = ratio(held, base)
+        near = _near_candidates(facts, matrix, measured)
+        for candidate in near:
+            if same(base * candidate, held):
+                return candidate
+        if math.isnan(fallback):
+            fallback = near[0] if near else measured
+    return fallback
+
+
+def _is_sound(facts: Facts, matrix: str, place: Place) -> bool:
+    """Whether an expert's matrix has a shape and a dtype that can be compared."""
+    entry = facts.moe.tensors.get(place.tensor)
+    N, I, H = facts.num_experts, facts.expert_size, facts.hidden_size  # noqa: E741 - I/G
+    shape: tuple[int, ...] = (H, I) if matrix == "down" else (I, H)
+    if facts.fused:
+        shape = (N, H, I) if matrix == "down" else (N, 2 * I, H)
+    return entry is not None and entry.shape == shape and entry.dtype in TORCH_DTYPES
+
+
+def _near_candidates(facts: Facts, matrix: str, measured: float) -> list[float]:
+    """Return the factors that a rule could have meant by a measurement, nearest first."""
+    totals = {facts.implied.needed_c, facts.recipe.needed_c, facts.recipe.claimed_c}
+    powers = [2.0**exponent for exponent in range(-12, 25)]
+    candidates = set(powers)
+    for c in totals:
+        candidates |= {c / power for power in powers} | {c, math.cbrt(c), math.sqrt(c)}
+        nearest_root = round(math.cbrt(c))
+        if nearest_root**3 == c:
+            candidates = candidates - {math.cbrt(c)} | {float(nearest_root)}
+    recorded = None if facts.record is None else facts.record.factor(matrix)
+    if recorded is not None:
+        candidates.add(recorded)
+    near = (value for value in candidates if math.isclose(value, measured, rel_tol=_SNAP))
+    return sorted(near, key=lambda value: abs(value - measured))

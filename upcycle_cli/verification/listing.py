@@ -1,0 +1,89 @@
+"""The files of an MoE's directory: those that belong there, and those that something else reads.
+
+Loaders do not keep to config.json and the index: engines load every weight file that they find, an
+adapter is put on top, a second tokenizer or a foreign config goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    COMPANIONS,
+    CONFIG_NAME,
+    INDEX_NAME,
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+)
+from upcycle_cli.redirects import file_redirects
+
+CHECKSUMS_NAME = "SHA256SUMS"
+_OWN = (CONFIG_NAME, CARD_NAME, RECORD_NAME, CHECKSUMS_NAME, ".gitattributes", ".gitignore")
+
+_READ_BY: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz"),
+        "is a weight file that holds no tensor of this model, and engines load what they find",
+    ),
+    (
+        ("*.index.json", "*.h5", "*.msgpack"),
+        "is read by loaders that look for the weights of another framework or variant",
+    ),
+    (
+        ("params.json", "tekken.json", "consolidated*"),
+        "is of Mistral's own format, which vLLM and others read in place of this one",
+    ),
+    (
+        ("hf_quant_config.json", "quant*_config.json", "quantization_config.json"),
+        "says that the weights are quantised, and engines read it",
+    ),
+    (
+        ("*processor_config.json", "processor*.json", "spiece.model", "*.model", "*.tiktoken"),
+        "is a processor or tokenizer, which the dense model does not have",
+    ),
+    (
+        ("modules.json", "config_sentence_transformers.json", "sentence_*config.json"),
+        "makes engines take the model for an embedding model",
+    ),
+    (
+        ("config.*.json", "generation_config.*.json"),
+        "is a config that transformers may read in place of the model's own",
+    ),
+)
+"""Files of a directory itself, by pattern, that something reads, and what it takes them for."""
+
+
+def belongs(name: str, moe: Checkpoint) -> bool:
+    """Whether a file is part of an MoE: by its name, whatever it holds."""
+    shards = [shard.name for shard in moe.shards]
+    index = [INDEX_NAME] if shards != [WEIGHTS_NAME] else []
+    return name in (*_OWN, *index, *shards) or _matches(name, COMPANIONS)
+
+
+def foreign_files(names: Sequence[str], moe: Checkpoint) -> list[str]:
+    """Return the names that are not part of an MoE."""
+    return [name for name in names if not belongs(name, moe)]
+
+
+def listing_failures(names: Sequence[str], moe: Checkpoint) -> Iterator[str]:
+    """Name the foreign files that some loader or engine reads, or runs, and where it looks."""
+    foreign = foreign_files(names, moe)
+    yield from file_redirects(foreign)
+    for name in foreign:
+        for patterns, effect in _READ_BY:
+            if _matches(name, patterns) and name != INDEX_NAME:
+                yield f"{name} {effect}"
+                break
+    for shard in moe.shards:
+        if "/" in shard.name or not shard.name.endswith(".safetensors"):
+            yield f"{shard.name} holds weights under a name that only the index knows"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    # In a pattern, * stands for slashes too.
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )

@@ -1,0 +1,344 @@
+"""Tokenizers: do two directories turn text into ids, and ids into text, alike?
+
+convert copies the files, so first they are compared byte by byte: other engines read other files of
+them than transformers does. Where they differ they are compared by meaning. Of what then still
+differs, only what transformers itself rewrites when it saves a tokenizer is accepted, and noted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from upcycle_cli.checkpoint import TOKENIZER_CONFIG_NAME, Checkpoint, read_json
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import MOST_COMPANION_BYTES, read_small
+from upcycle_cli.verification.models import (
+    TransformersError,
+    load_tokenizer,
+    tokenizer_files,
+    transformers_says,
+)
+
+TOKENIZER_NAME = "tokenizer.json"
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*")
+
+_REWRITTEN: Mapping[str, str] = {
+    "added_tokens_decoder": "tokenizer.json has these tokens, too",
+    "additional_special_tokens": "transformers 5 calls them extra_special_tokens",
+    "chat_template": "it may be a file of its own, and is compared by itself",
+    "extra_special_tokens": "transformers 4 calls them additional_special_tokens",
+    "is_local": "transformers 5 notes where it came from",
+    "local_files_only": "transformers 5 notes how it was loaded",
+    "name_or_path": "it says where it was loaded from",
+    "tokenizer_class": "transformers 5 names the class that reads tokenizer.json as it is",
+    "tokenizer_file": "it says where it was loaded from",
+    "transformers_version": "it says who saved it",
+}
+"""Keys of tokenizer_config.json that saving adds, drops or renames, and why that is no change."""
+
+_GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+"""Classes that do what tokenizer.json says, and nothing of their own."""
+
+_DROPPED = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.model*",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files that transformers 5 leaves out when it saves: all that they say is in tokenizer.json."""
+
+_ADDED = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "vocab.json")
+"""Files that transformers 4 writes beside tokenizer.json: they have to say what that says."""
+
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog, 1234567890 times.",
+    "Zażółć gęślą jaźń; Ünïcödé naïveté, 你好，世界, Привет, שלום, नमस्ते.",
+    "Emoji: 🙂 👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 and a zero-width\u200bspace.",
+    "def f(x: int) -> int:\n\treturn x ** 2  # squared\n\n\nprint(f(3))\r\n",
+    "   leading, trailing and    inner spaces   ",
+)
+_ATTRIBUTES = (
+    "all_special_tokens",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+    "split_special_tokens",
+)
+
+
+@dataclass
+class Comparison:
+    """What was found: `failures` are differences, `notes` what was rewritten without a change."""
+
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> Comparison:
+    """Compare the tokenizer files of two checkpoints, and what transformers makes of them."""
+    found = Comparison()
+    theirs, ours = set(tokenizer_files(dense)), set(tokenizer_files(moe))
+    if not theirs and not ours:
+        found.notes.append("Neither model has a tokenizer.")
+        return found
+    if theirs and not ours:
+        found.failures.append("the tokenizer is missing: the dense model has one")
+        return found
+    for name in sorted(theirs | ours):
+        if not any(fnmatchcase(name, pattern) for pattern in _TEMPLATES):
+            _compare_file(dense, moe, name, found)
+    try:
+        _compare_templates(dense, moe, found)
+        if _class(moe) not in (_class(dense), *_GENERIC_CLASSES):
+            found.failures.append(
+                f"{TOKENIZER_CONFIG_NAME}: tokenizer_class is {_class(moe)}, and it is "
+                f"{_class(dense)} in the dense model"
+            )
+    except (UpcycleError, UnicodeDecodeError) as error:
+        found.failures.append(f"the tokenizer cannot be read: {error}")
+    if theirs:
+        _compare_loaded(dense, moe, found)
+    return found
+
+
+def _compare_file(dense: Checkpoint, moe: Checkpoint, name: str, found: Comparison) -> None:
+    theirs, ours = (_bytes(checkpoint, name) for checkpoint in (dense, moe))
+    if theirs == ours:
+        return
+    if ours is None:
+        accepted = any(fnmatchcase(name, pattern) for pattern in _DROPPED)
+        if accepted and moe.storage.has(TOKENIZER_NAME):
+            found.notes.append(
+                f"{name} is not there: transformers 5 saves {TOKENIZER_NAME} in its place."
+            )
+        else:
+            found.failures.append(f"{name} is missing: the dense model has one")
+        return
+    if theirs is None and name not in _ADDED:
+        found.failures.append(f"{name} is there, and the dense model has none")
+        return
+    reader = _READERS.get(name)
+    if reader is None:
+        found.failures.append(f"{name} is not the file of the dense model")
+        return
+    try:
+        # What saving adds has to say what the tokenizer says already.
+        wanted = reader(dense, name) if theirs is not None else _implied(moe, name)
+        difference = _difference(wanted, reader(moe, name))
+    except (UpcycleError, TransformersError, ValueError) as error:
+        found.failures.append(f"{name} is not the file of the dense model, and unreadable: {error}")
+        return
+    if difference is not None:
+        whose = "in the dense model" if theirs is not None else f"in its {TOKENIZER_NAME}"
+        found.failures.append(f"{name}: {difference} {whose}")
+    else:
+        found.notes.append(f"{name} was saved again, and says the same.")
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> bytes | None:
+    if not checkpoint.storage.has(name):
+        return None
+    return read_small(checkpoint.storage.local(name), MOST_COMPANION_BYTES)
+
+
+def _json(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401 - a JSON value
+    if not checkpoint.storage.has(name):
+        return {}
+    return read_json(checkpoint.storage.local(name), MOST_COMPANION_BYTES)
+
+
+def _tokenizer(checkpoint: Checkpoint, name: str = TOKENIZER_NAME) -> Any:  # noqa: ANN401
+    """Return a tokenizer.json as its library writes it, whoever wrote it."""
+    text = read_small(checkpoint.storage.local(name), MOST_COMPANION_BYTES)
+    with transformers_says():
+        from tokenizers import Tokenizer
+
+        return json.loads(Tokenizer.from_buffer(text).to_str())
+
+
+def _settings(checkpoint: Checkpoint, name: str = TOKENIZER_CONFIG_NAME) -> dict[str, Any]:
+    """Return what a tokenizer_config.json says, in one notation for all versions."""
+    config = _json(checkpoint, name)
+    settings = {
+        key: _plain(value)
+        for key, value in config.items()
+        if key not in _REWRITTEN and value not in (None, {}, [])
+    }
+    specials: set[str] = set()
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key) or ()
+        specials |= {str(_plain(token)) for token in _values(tokens)}
+    return settings | {
+        "added tokens": _added(checkpoint),
+        "backend": config.get("backend", "tokenizers"),  # which transformers 5 adds
+        "special tokens": sorted(specials),
+    }
+
+
+def _added(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the tokens that were added to the vocabulary, by id, and how text is split at them."""
+    written = _json(checkpoint, TOKENIZER_CONFIG_NAME).get("added_tokens_decoder")
+    if isinstance(written, dict):
+        return written
+    if not checkpoint.storage.has(TOKENIZER_NAME):
+        return {}
+    return {str(token.pop("id")): token for token in _tokenizer(checkpoint)["added_tokens"]}
+
+
+def _values(tokens: Any) -> Iterable[object]:  # noqa: ANN401
+    return tokens.values() if isinstance(tokens, dict) else tokens
+
+
+def _class(checkpoint: Checkpoint) -> str:
+    called = _json(checkpoint, TOKENIZER_CONFIG_NAME).get("tokenizer_class")
+    return str(called or _GENERIC_CLASSES[0]).removesuffix("Fast")
+
+
+def _plain(value: object) -> object:
+    """Return a token as its text, whichever way it is written down."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
+def _special_tokens(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    found = {key: _plain(value) for key, value in _json(checkpoint, name).items()}
+    found.pop("additional_special_tokens", None)  # tokenizer_config.json has them
+    return found
+
+
+def _merges(checkpoint: Checkpoint, name: str) -> list[str]:
+    text = (_bytes(checkpoint, name) or b"").decode()
+    lines = text.removesuffix("\n").split("\n")
+    return lines[1:] if lines[0].startswith("#version") else lines
+
+
+def _implied(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401
+    """Return what a file has to say that transformers adds beside a tokenizer.json."""
+    if name == "special_tokens_map.json":
+        config = _json(checkpoint, TOKENIZER_CONFIG_NAME)
+        return {
+            key: _plain(config[key]) for key in _special_tokens(checkpoint, name) if key in config
+        }
+    tokenizer = _tokenizer(checkpoint)
+    if name == "vocab.json":
+        return tokenizer["model"].get("vocab")
+    if name == "merges.txt":
+        return [" ".join(pair) for pair in tokenizer["model"].get("merges", ())]
+    return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+
+
+_READERS: Mapping[str, Callable[[Checkpoint, str], Any]] = {
+    "added_tokens.json": _json,
+    "merges.txt": _merges,
+    "special_tokens_map.json": _special_tokens,
+    TOKENIZER_NAME: _tokenizer,
+    TOKENIZER_CONFIG_NAME: _settings,
+    "vocab.json": _json,
+}
+"""How each file that can be compared by meaning is read; of the others every byte counts."""
+
+
+def _difference(wanted: object, found: object) -> str | None:
+    """Say where two JSON values differ first, and how; None when they do not."""
+    theirs, ours = dict(_leaves(wanted, "")), dict(_leaves(found, ""))
+    for place in theirs | ours:
+        if place not in ours:
+            return f"{place} is missing, and it is {shown(theirs[place])}"
+        if place not in theirs:
+            return f"{place} is {shown(ours[place])}, and there is no such thing"
+        one, other = theirs[place], ours[place]
+        if type(one) is not type(other) or one != other:
+            return f"{place} is {shown(other)}, and it is {shown(one)}"
+    return None
+
+
+def _leaves(value: object, place: str) -> Iterator[tuple[str, object]]:
+    """Yield what a JSON value holds, each with its place in it."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{place}[{index}]")
+    else:
+        yield place, value
+
+
+def _compare_templates(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
+    theirs, ours = _templates(dense), _templates(moe)
+    for name in sorted(theirs | ours):
+        if theirs.get(name) != ours.get(name):
+            which = "the chat template" if name == "default" else f"the chat template '{name}'"
+            found.failures.append(f"{which} is not the dense model's")
+
+
+def _templates(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the chat templates by name, wherever they are written down."""
+    held = _json(checkpoint, TOKENIZER_CONFIG_NAME).get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(held, str):
+        found["default"] = held
+    elif isinstance(held, list):
+        found |= {
+            str(entry.get("name")): str(entry.get("template"))
+            for entry in held
+            if isinstance(entry, dict)
+        }
+    for name in tokenizer_files(checkpoint):
+        if fnmatchcase(name, "*.jinja"):
+            key = "default" if name == "chat_template.jinja" else Path(name).stem
+            found[key] = (_bytes(checkpoint, name) or b"").decode()
+        elif fnmatchcase(name, "chat_template*"):
+            found[name] = repr(_bytes(checkpoint, name))
+    return found
+
+
+def _compare_loaded(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
+    """Compare what transformers makes of the files, which depends on the model's type as well."""
+    try:
+        theirs = load_tokenizer(dense.path)
+    except TransformersError as error:
+        found.notes.append(
+            f"The dense model's tokenizer cannot be loaded here ({error}), so only the files were "
+            "compared."
+        )
+        return
+    try:
+        ours = load_tokenizer(moe.path)
+        with transformers_says():
+            found.failures += _loaded_failures(theirs, ours)
+    except TransformersError as error:
+        found.failures.append(f"the tokenizer of the MoE cannot be used: {error}")
+
+
+def _loaded_failures(dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
+    specials = " ".join(str(token) for token in dense.all_special_tokens)
+    for text in (*_SAMPLES, f"before {specials} after"):
+        ids, moe_ids = (list(tokenizer(text)["input_ids"]) for tokenizer in (dense, moe))
+        if ids != moe_ids:
+            place = next(
+                (i for i, pair in enumerate(zip(ids, moe_ids, strict=False)) if pair[0] != pair[1]),
+                min(len(ids), len(moe_ids)),
+            )
+            yield f"the tokenizers encode {text!r} differently from token {place} on"
+        elif dense.decode(ids) != moe.decode(ids):
+            yield f"the tokenizers decode the ids of {text!r} differently"
+    # Samples cannot reach every token.
+    if dense.get_vocab() != moe.get_vocab():
+        changed = set(dense.get_vocab().items()) ^ set(moe.get_vocab().items())
+        yield f"the tokenizers' vocabularies differ, for example at {min(changed)[0]!r}"
+    for key in _ATTRIBUTES:
+        ours, theirs = (getattr(tokenizer, key, None) for tokenizer in (moe, dense))
+        if ours != theirs:
+            yield f"{key} is {shown(ours)} as transformers loads it, {shown(theirs)} in the dense"
