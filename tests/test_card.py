@@ -48,7 +48,7 @@ def test_a_name_does_not_leave_its_place(llama: Path, tmp_path: Path, name: str)
     assert not is_edited(card)
     # Line for line what it is for a plain name: no block, row, heading or tag more.
     ours, theirs = (
-        [re.match(r"[#|`<>\s-]*", line)[0] for line in text.split("\n")]  # type: ignore[index]
+        [re.match(r"#+ |[|`<>\s-]*", line)[0] for line in text.split("\n")]  # type: ignore[index]
         for text in (plain, card)
     )
     assert theirs == ours

@@ -72,6 +72,7 @@ from upcycle_cli.terminal import (
     print_json,
     raise_signal,
     say_error,
+    say_last_words,
     show,
     stderr,
     stdout,
@@ -159,7 +160,7 @@ def main() -> None:
         words = in_words(error)  # memory that was lacking for saying so, most likely
         if words is not None:
             code = EXIT_ERROR
-            say_error(words.message, words.hint)
+            say_last_words(words.message, words.hint or "")
         else:
             talk(*traceback.format_exc().splitlines())
             talk("", "This is a bug in upcycle. Please report it with the lines above.")

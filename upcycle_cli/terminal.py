@@ -40,7 +40,7 @@ def prepare() -> None:
     handle_signals(on_signal)
     reserve_descriptors()
     make_streams_robust()
-    handle_faults(_say_last_words, EXIT_ERROR)
+    handle_faults(say_last_words, EXIT_ERROR)
 
 
 def finish(code: int) -> NoReturn:
@@ -284,7 +284,7 @@ def _error_json(words: UpcycleError, code: int) -> dict[str, Any]:
     return {"status": "error", "exit_code": code, "message": words.message, "hint": words.hint}
 
 
-def _say_last_words(message: str, hint: str) -> None:
+def say_last_words(message: str, hint: str) -> None:
     """Say why the process ends, past all buffers: they may be half written."""
     if any(_json_wanted):
         told = json_text(_error_json(UpcycleError(message, hint), EXIT_ERROR))
