@@ -6,7 +6,7 @@ import functools
 import io
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from json import loads
 from pathlib import Path
@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
-from typer.core import TyperGroup
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.given import (
+    FILE_OPTIONS,
+    asked_recipe,
+    is_given,
+    places,
+    recipe_by_source,
+    save_options,
+    use_config,
+)
+from upcycle_cli.group import Commands
 from upcycle_cli.options import (
     FILES,
     HUB,
     RUN,
-    SIZES,
     DtypeChoice,
     DtypeOption,
     ExpansionOption,
@@ -52,12 +60,11 @@ from upcycle_cli.options import (
     WorkersOption,
     file_options,
     option,
-    parse_scaling,
     path_argument,
     recipe_sizes,
 )
 from upcycle_cli.printable import counted, printable, shell_line
-from upcycle_cli.recipe import Recipe, Routing, ScaleSplit
+from upcycle_cli.recipe import ScaleSplit
 from upcycle_cli.terminal import (
     EXIT_BUG,
     EXIT_ERROR,
@@ -89,54 +96,9 @@ if TYPE_CHECKING:
 _VARIABLES = "UPCYCLE"
 """Options can be set by variables: UPCYCLE_CONVERT_RECIPE and so on."""
 
-_UsageError: Any = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError"
-)
-"""Typer's own or click's, depending on its version."""
-
-
-class _Commands(TyperGroup):
-    """The commands, which say what cannot be parsed as they say everything else."""
-
-    def main(  # type: ignore[override]
-        self,
-        args: Sequence[str] | None = None,
-        *,
-        standalone_mode: bool = True,
-        **options: Any,  # noqa: ANN401 - as typer has them
-    ) -> Any:  # noqa: ANN401
-        """Run a command; in standalone mode, end the process with its exit code."""
-        run = functools.partial(super().main, args, **options, standalone_mode=False)
-        if not standalone_mode:
-            return run()
-        code = 0
-        try:
-            with errors_to_exit_codes(as_json=False):
-                code = run() or 0
-        except typer.Exit as ending:
-            code = ending.exit_code
-        except _UsageError as error:
-            code = _refuse_usage(error)
-        except SystemExit as ending:  # of a library, whose 1 says nothing of a verification
-            code = EXIT_ERROR if ending.code else 0
-        sys.exit(code)
-
-
-def _refuse_usage(error: Any) -> int:  # noqa: ANN401 - see above
-    """Say what is wrong with the command line; return the exit code."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # the help is there already
-        return EXIT_ERROR
-    words, context = " ".join(error.format_message().split()), error.ctx
-    hint = None
-    if context is not None:
-        hint = f"{context.get_usage()}\n`{context.command_path} --help` says more."
-    say_error(words, hint)
-    return EXIT_ERROR
-
-
 app = typer.Typer(
     name="upcycle",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -207,7 +169,7 @@ def convert(
             help="Directory to make; appears whole or not at all.",
         ),
     ] = None,
-    recipe: RecipeOption = None,  # noqa: ARG001 - see _recipe_by_source
+    recipe: RecipeOption = None,  # noqa: ARG001 - see recipe_by_source
     expansion: ExpansionOption = None,  # noqa: ARG001
     granularity: GranularityOption = None,  # noqa: ARG001
     top_k: TopKOption = None,  # noqa: ARG001
@@ -273,7 +235,7 @@ def convert(
             metavar="FILE",
             help="Take options from a TOML or JSON file; those given here go first. Where it "
             "names the source, a single argument is OUTPUT.",
-            callback=_use_config,
+            callback=use_config,
             is_eager=True,
             rich_help_panel=RUN,
         ),
@@ -294,7 +256,7 @@ def convert(
     Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
     with errors_to_exit_codes(as_json=json):
-        source, output = _places(context, source, output)
+        source, output = places(context, source, output)
         from upcycle_cli.conversion import bring_source, execute, plan_together
         from upcycle_cli.files import check_utf8
         from upcycle_cli.hub.requests import be_quiet
@@ -312,8 +274,8 @@ def convert(
             check_name(output)
             for path in (source, output.absolute()) if verify else ():
                 check_utf8(path)
-            wanted = _recipe(
-                recipe_sizes(*_recipe_by_source(context)),
+            wanted = asked_recipe(
+                recipe_sizes(*recipe_by_source(context)),
                 routing=routing,
                 scaling=scaling,
                 scale_split=scale_split,
@@ -335,7 +297,7 @@ def convert(
                 team,
             )
             if save_config is not None and team.leads:
-                _save_config(save_config, context, plan)
+                save_options(save_config, context, plan)
             if dry_run:
                 check_output(output, plan.source, overwrite=overwrite)
                 plan.source.check_readable()
@@ -387,7 +349,7 @@ def inspect(
             help="A dense or an MoE checkpoint: a directory, or a repo on the Hub.",
         ),
     ],
-    recipe: RecipeOption = None,  # noqa: ARG001 - see _recipe_by_source
+    recipe: RecipeOption = None,  # noqa: ARG001 - see recipe_by_source
     expansion: ExpansionOption = None,  # noqa: ARG001
     granularity: GranularityOption = None,  # noqa: ARG001
     top_k: TopKOption = None,  # noqa: ARG001
@@ -442,9 +404,11 @@ def inspect(
             "router_logit_std": router_logit_std,
             "seed": seed,
         }
-        sizes = _recipe_by_source(context)
-        wanted = _recipe(recipe_sizes(*sizes), allow_inexact=True, **how) if any(sizes) else None
-        if wanted is None and _is_given(context, "target", *how, *_FILE_OPTIONS):
+        sizes = recipe_by_source(context)
+        wanted = (
+            asked_recipe(recipe_sizes(*sizes), allow_inexact=True, **how) if any(sizes) else None
+        )
+        if wanted is None and is_given(context, "target", *how, *FILE_OPTIONS):
             raise UpcycleError(
                 "these options say how to convert, and no --recipe does.", "Add --recipe E8G1T2."
             )
@@ -677,112 +641,6 @@ def demo(
 
 
 # How commands talk -------------------------------------------------------------------------------
-
-
-def _use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what a recipe file says the defaults of all options that are parsed after it."""
-    if path is None or context.resilient_parsing:
-        return path
-    from upcycle_cli.config import load_config
-
-    flags = {
-        parameter.name: bool(getattr(parameter, "is_flag", False))
-        for parameter in context.command.params
-    }
-    values = load_config(path, {name: flags[name] for name in _config_names(context)})
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-_NOT_IN_CONFIG = ("config", "save_config", "dry_run", "help")
-_NOT_SAVED = ("expansion", "granularity", "top_k", "json", "quiet")
-"""The recipe says the first three; the others are about one run."""
-
-
-def _config_names(context: typer.Context) -> list[str]:
-    names = [parameter.name for parameter in context.command.params if parameter.name]
-    return [name for name in names if name not in _NOT_IN_CONFIG]
-
-
-def _source_of(context: typer.Context, name: str) -> str:
-    """Return who has set an option: COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (a file), DEFAULT."""
-    source = context.get_parameter_source(name)
-    return "DEFAULT" if source is None else source.name
-
-
-def _is_given(context: typer.Context, *names: str) -> bool:
-    """Whether somebody has set one of these options."""
-    return any(_source_of(context, name) != "DEFAULT" for name in names)
-
-
-_FILE_OPTIONS = ("dtype", "expert_layout", "max_shard_size", "untie_embeddings")
-
-
-def _recipe_by_source(context: typer.Context) -> list[dict[str, Any]]:
-    """Return what a file, variables and the command line say of E, G and T, in this order."""
-    return [
-        {
-            name: context.params[name]
-            for name in ("recipe", *SIZES)
-            if _source_of(context, name) == source
-        }
-        for source in ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
-    ]
-
-
-def _recipe(
-    sizes: tuple[int, int, int],
-    *,
-    routing: RoutingChoice,
-    scaling: str,
-    **others: Any,  # noqa: ANN401 - as Recipe takes them
-) -> Recipe:
-    """Return what the options ask for."""
-    expansion, granularity, top_k = sizes
-    return Recipe(
-        expansion=expansion,
-        granularity=granularity,
-        top_k=top_k,
-        routing=None if routing is RoutingChoice.AUTO else Routing(routing),
-        scaling=parse_scaling(scaling),
-        **others,
-    )
-
-
-def _places(context: typer.Context, source: Path | None, output: Path | None) -> tuple[Path, Path]:
-    """Return SOURCE and OUTPUT, wherever they were given.
-
-    One argument alone is OUTPUT where a recipe file names the source: typer takes it for the first.
-    """
-    named = (context.default_map or {}).get("source")
-    alone = [_source_of(context, name) == "COMMANDLINE" for name in ("source", "output")]
-    if named is not None and alone == [True, False]:
-        source, output = path_argument(named), source
-    if source is None or output is None:
-        missing = "SOURCE" if source is None else "OUTPUT"
-        raise _UsageError(f"Missing argument '{missing}'.", context)
-    context.params |= {"source": source, "output": output}
-    return source, output
-
-
-def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
-    from upcycle_cli.config import as_values, save_config
-    from upcycle_cli.hub.sources import is_repo_id
-
-    given = context.params
-    values = as_values(
-        {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
-    )
-    # What auto stands for today, so that the file means the same tomorrow.
-    values |= {
-        "recipe": plan.recipe.name,
-        "target": plan.family.target.model_type,
-        "routing": str(plan.recipe.routing),
-        "router_logit_std": plan.recipe.router_logit_std or 0.0,
-    }
-    if is_repo_id(given["source"]) and plan.source.revision is not None:
-        values["revision"] = plan.source.revision
-    save_config(path, values)
 
 
 def _check_push_options(

@@ -243,6 +243,8 @@ def in_words(error: BaseException) -> UpcycleError | None:
     """Say what a person can do about an error; None for one that is a bug."""
     words = " ".join(str(error).split())[:300].rstrip(".")
     found = lack_in_words(error)
+    if found is not None:
+        return found
     match error:
         case UpcycleError():
             found = error
