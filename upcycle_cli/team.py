@@ -50,7 +50,7 @@ class Team:
         if size > 1:
             missing = [name for name in _NEEDED if not os.environ.get(name)]
             if missing:
-                raise _leftover(f"WORLD_SIZE is {size}, without a {' and '.join(missing)}.")
+                raise _leftover(f"WORLD_SIZE is {size}, without {', '.join(missing)}.")
             _number("MASTER_PORT", 0)
         return cls(rank, size)
 

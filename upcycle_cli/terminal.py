@@ -146,8 +146,10 @@ def warn(text: str) -> None:
     """Say what is not an error, but should be known."""
     console = stderr()
     note = Text.assemble(("note:", "yellow"), " ", printable(text))
-    # A log folds no lines, and whoever searches it wants them whole.
-    console.print(note, soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        show(note, console)
+    else:  # a log folds no lines, and whoever searches it wants them whole
+        console.print(note, soft_wrap=True)
 
 
 def say_error(message: str, hint: str | None = None) -> None:

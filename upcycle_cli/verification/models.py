@@ -72,7 +72,7 @@ def transformers_says() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UpcycleError:
+    except (MemoryError, UpcycleError):
         raise
     except BaseException as error:
         lack = lack_in_words(error)
