@@ -18,7 +18,7 @@ def page() -> str:
         "Generated from `--help` by `python docs/generate_cli.py`; a test keeps it true.\n",
         "Data goes to stdout, talk to stderr; `--json` prints one JSON object on stdout and\n"
         "nothing else. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input or a\n"
-        "resource that failed, 70 a bug in upcycle, 130 SIGINT, 143 SIGTERM.\n",
+        "resource that failed, 70 a bug in upcycle, 129 SIGHUP, 130 SIGINT, 143 SIGTERM.\n",
     ]
     for command in COMMANDS:
         title = f"upcycle {command}".strip()

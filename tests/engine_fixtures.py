@@ -178,24 +178,24 @@ def torchrun_command(ranks: int, command: list[str]) -> list[str]:
     return [*launcher, "--nproc-per-node", str(ranks), *command[1:]]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(OMP_NUM_THREADS="1"),
+        env=environment(OMP_NUM_THREADS="1", **variables),
         start_new_session=True,
     )
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        env=environment(OMP_NUM_THREADS="1"),
+        env=environment(OMP_NUM_THREADS="1", **variables),
         timeout=SUBPROCESS_SECONDS,
     )
 

@@ -458,7 +458,6 @@ def test_many_missing_tensors_are_counted(llama: Path, tmp_path: Path, refuses: 
         "model.layers.0.self_attn.rotary_emb.inv_freq.extra",
         "",
         "[bold]markup[/bold]",
-        "name\nwith a line break",
     ],
 )
 def test_an_unknown_tensor(llama: Path, tmp_path: Path, refuses: Refuses, name: str) -> None:
@@ -844,7 +843,7 @@ def test_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
         ("--router-logit-std", "nan", "positive number"),
         ("--router-logit-std", "inf", "positive number"),
         # Infinite weights, or zeros that would tie every group.
-        ("--router-logit-std", "1e300", "cannot hold"),
+        ("--router-logit-std", "1e300", "overflow float32"),
         ("--router-logit-std", "1e-300", "cannot hold"),
         ("--seed", "-1", "seed"),
         ("--seed", str(2**63), "seed"),
@@ -952,7 +951,78 @@ def test_an_output_that_cannot_be_made(llama: Path, tmp_path: Path, refuses: Ref
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     refuses(llama, "loop", output=tmp_path / "loop")
     refuses(llama, "loop", output=tmp_path / "loop" / "moe")
-    refuses(llama, "z", output=tmp_path / ("z" * 250))  # its own name fits, the partial's does not
+
+
+@pytest.mark.parametrize("length", [250, 255, 256, 5000])
+@pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--overwrite",)])
+def test_an_output_whose_name_is_too_long(
+    llama: Path, tmp_path: Path, refuses: Refuses, length: int, extra: tuple[str, ...]
+) -> None:
+    """The name itself may fit; what it has behind it while it is made does not."""
+    output = tmp_path / ("ö" + "z" * (length - 2))
+    words = (output.name, "too long", "more than 255 bytes")
+    refuses(llama, *words, output=output, arguments=("--recipe", "E2G2T2", *extra))
+
+
+def test_an_output_whose_name_just_fits(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / ("z" * 246)
+    for extra in ((), ("--overwrite", "--seed", "1")):
+        done = invoke("convert", llama, output, "--recipe", "E2G2T2", "--quiet", *extra)
+        assert done.exit_code == 0, done.stderr
+
+
+NOT_UTF8 = "x\udcff"
+
+
+def test_paths_that_are_not_utf8(llama: Path, tmp_path: Path) -> None:
+    dense, moe = (tmp_path / f"{name}{NOT_UTF8}" for name in ("dense", "moe"))
+    clone(llama, dense)
+    prompts, config = tmp_path / f"p{NOT_UTF8}.txt", tmp_path / f"c{NOT_UTF8}.toml"
+    prompts.write_text("One two three, said the owl to the moon.\n" * 9)
+    config.write_text('recipe = "E2G2T2"\n')
+    for arguments in (
+        ("convert", dense, moe, "--config", config, "--json"),
+        ("convert", llama, tmp_path / "moe", "--recipe", "E2G2T2"),
+        ("inspect", dense, "--recipe", "E2G2T2"),
+        ("inspect", moe, "--weights", "--dense", dense, "--json"),
+        ("verify", llama, tmp_path / "moe", "--prompts", prompts),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 0, done.output
+        assert "Traceback" not in done.output
+        done.output.encode()
+    shown = r"densex\udcff"
+    assert read_json(moe / "upcycle.json")["source"]["name"] == shown
+    assert shown in (moe / "README.md").read_text().replace(r"\\", "\\")
+    # What loads models reads no such path; that is no finding about the model.
+    for refused in (
+        ("convert", dense, tmp_path / "new", "--recipe", "E2G2T2", "--verify"),
+        ("convert", llama, tmp_path / NOT_UTF8, "--recipe", "E2G2T2", "--verify"),
+        ("verify", dense, tmp_path / "moe"),
+        ("verify", llama, moe),
+        ("demo", tmp_path / NOT_UTF8),
+    ):
+        assert_refused(invoke(*refused), "is not UTF-8", r"x\udcff", "Rename it")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_that_may_not_be_read(
+    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    real = os.open
+
+    def refuse(path: str | Path, *options: Any, **more: Any) -> int:  # noqa: ANN401
+        if str(path).endswith("dense/tokenizer.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    refuses(dense, "tokenizer.json: Permission denied")
+    result = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G2T2", "--dry-run")
+    assert result.exit_code == 0
+    assert "without --dry-run this is refused" in result.stderr
+    assert "tokenizer.json: Permission denied" in result.stderr
 
 
 def test_a_mount_point(llama: Path, refuses: Refuses) -> None:

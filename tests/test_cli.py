@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,20 @@ def test_every_command_explains_itself(command: str) -> None:
     assert all(len(line) <= WIDTH for line in help_text.splitlines())
     assert succeed(command, "-h").stdout == help_text
     assert command in succeed("--help").stdout
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("command", ["convert", "inspect", "verify"])
+def test_help_breaks_no_choice(command: str, width: int) -> None:
+    text = succeed(command, "--help", COLUMNS=str(width)).stdout
+    assert all(len(line) <= width for line in text.splitlines())
+    choices = {
+        "convert": ["qwen3_moe", "softmax-topk", "topk-softmax", "bfloat16", "per-expert", "paper"],
+        "inspect": ["qwen3_moe", "topk-softmax", "float32", "balanced", "none"],
+        "verify": ["structure", "weights", "outputs", "claims"],
+    }[command]
+    assert [choice for choice in choices if choice not in text] == []
+    assert width < 80 or "…" not in text
 
 
 # JSON ---------------------------------------------------------------------------------------------
@@ -438,6 +454,41 @@ cli.main()
     assert done.stdout == b"True\nTrue\n"
 
 
+def test_a_verification_can_be_quiet(llama: Path, moe: Path, tmp_path: Path) -> None:
+    checks = ("--checks", "weights", "--quiet")
+    assert succeed("verify", llama, moe, *checks).output == ""
+    failed = invoke("verify", llama, swapped(moe, tmp_path / "moe"), *checks)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert "expert" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "step"),
+    [
+        ((), "upcycle verify {dense} {moe}"),
+        (("--verify",), "upcycle push {moe} my-org/it-s-moe"),
+    ],
+)
+def test_the_next_step_is_named(
+    llama: Path, tmp_path: Path, extra: tuple[str, ...], step: str
+) -> None:
+    output = tmp_path / "it's moe"
+    result = succeed("convert", llama, output, "--recipe", "E1G1T1", *extra)
+    places = {"dense": shlex.quote(str(llama)), "moe": shlex.quote(str(output))}
+    assert f"Next: {step.format(**places)}\n" in result.stderr
+
+
+def test_one_is_not_many(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", Recipe(expansion=1, granularity=1, top_k=1))
+    text = succeed("inspect", llama, "--recipe", "E1G1T1").stdout
+    text += succeed("inspect", tmp_path / "moe", "--weights").stdout
+    assert "1 virtual group of 1" in text
+    assert "in 1 shard\n" in text
+    assert "(1 group of 1)" in text
+    assert "1 different expert of 1" in text
+    assert not re.search(r"\b1 \w*[^s ]s\b", text)
+
+
 def test_markup_in_names_is_text(llama: Path, tmp_path: Path) -> None:
     """Rich would take [bold] for an instruction, and [/x] for a broken one."""
     dense = clone(llama, tmp_path / "[bold]dense[" / "x]")
@@ -491,6 +542,37 @@ def test_options_reach_the_plan(
         succeed("convert", llama, tmp_path / "moe", *RECIPE, *options, "--dry-run", "--json").stdout
     )
     assert plan[key] == value
+
+
+HOW = [
+    ("--routing", "softmax-topk"),
+    ("--target", "qwen2_moe"),
+    ("--scaling", "paper"),
+    ("--scaling", "3.5"),
+    ("--scale-split", "down"),
+    ("--no-virtual-groups",),
+    ("--router-logit-std", "0.5"),
+    ("--seed", "3"),
+    ("--expert-layout", "fused"),
+    ("--dtype", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("options", HOW, ids=" ".join)
+def test_inspect_shows_what_convert_would_make(
+    llama: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    sizes = ("-E", "2", "-G", "2", "-T", "2")
+    shown = one_json_object(succeed("inspect", llama, *sizes, *options, "--json").stdout)["plan"]
+    made = succeed("convert", llama, tmp_path / "moe", *RECIPE, *options, "--dry-run", "--json")
+    planned = one_json_object(made.stdout)
+    assert shown["recipe"] == "E2G2T2"
+    # Whether a top-k may be inexact is part of the digest, and inspect shows any.
+    for key in shown.keys() - {"plan_sha256"}:
+        assert shown[key] == planned[key], key
+    refused = invoke("inspect", llama, *options)
+    assert refused.exit_code == 2
+    assert "Add --recipe" in refused.stderr
 
 
 def test_dtype_and_untying_reach_the_files(make_dense: MakeDense, tmp_path: Path) -> None:

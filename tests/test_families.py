@@ -588,7 +588,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             "auto",
             None,
             "mixtral cannot express this model: attention_bias is true, and its o_proj has no "
-            "bias.\nqwen2_moe cannot express this model: attention_bias is true, and its o_proj "
+            "bias. qwen2_moe cannot express this model: attention_bias is true, and its o_proj "
             "has no bias.",
             "No target can yet.",
         ),

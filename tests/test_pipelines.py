@@ -230,6 +230,101 @@ def test_numbers_in_a_recipe_file_are_what_they_are_on_the_command_line(
     assert (found["output"], found["scaling"]) == ("6", 2.0)
 
 
+@pytest.mark.parametrize(
+    ("file", "variables", "options", "recipe"),
+    [
+        ("recipe = 'E8G1T2'", {}, "--top-k 4", "E8G1T4"),
+        ("recipe = 'E8G1T2'", {}, "-E 2 -G 2 -T 4", "E2G2T4"),
+        ("recipe = 'E8G1T2'", {"TOP_K": "1"}, "", "E8G1T1"),
+        ("recipe = 'E8G1T2'", {"TOP_K": "1"}, "-T 3", "E8G1T3"),
+        ("recipe = 'E8G1T2'", {"RECIPE": "E4G1T1"}, "-T 3", "E4G1T3"),
+        ("expansion = 8\ngranularity = 1\ntop-k = 2", {}, "--recipe E2G2T2", "E2G2T2"),
+        ("expansion = 8\ngranularity = 1\ntop-k = 2", {}, "-T 1", "E8G1T1"),
+        ("expansion = 8", {"GRANULARITY": "1"}, "-T 2", "E8G1T2"),
+        ("expansion = 8\nrecipe = 'E8G1T2'", {}, "", None),
+        ("recipe = 'E8G1T2'", {}, "--recipe E2G2T2 -T 2", None),
+        ("seed = 1", {"RECIPE": "E2G2T2", "TOP_K": "2"}, "", None),
+    ],
+)
+def test_what_is_said_last_goes_first(
+    run_cli: RunCli,
+    llama: Path,
+    tmp_path: Path,
+    file: str,
+    variables: dict[str, str],
+    options: str,
+    recipe: str | None,
+) -> None:
+    (tmp_path / "u.toml").write_text(file)
+    said = {f"UPCYCLE_CONVERT_{name}": value for name, value in variables.items()}
+    command = (
+        "convert",
+        llama,
+        "moe",
+        "--config",
+        "u.toml",
+        *options.split(),
+        "--dry-run",
+        "--json",
+    )
+    done = run_cli(*command, cwd=tmp_path, **said)
+    if recipe is None:
+        assert done.returncode == 2
+        assert "Use one or the other" in done.stderr
+    else:
+        assert planned(done)["recipe"] == recipe
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "places"),
+    [
+        ("source = 'DENSE'\noutput = 'one'", [], ("DENSE", "one")),
+        ("source = 'DENSE'\noutput = 'one'", ["two"], ("DENSE", "two")),
+        ("source = 'DENSE'", ["two"], ("DENSE", "two")),
+        ("output = 'one'", ["DENSE"], ("DENSE", "one")),
+        ("source = 'absent'\noutput = 'one'", ["DENSE", "two"], ("DENSE", "two")),
+        ("seed = 1", ["DENSE", "two"], ("DENSE", "two")),
+        ("source = 'DENSE'", [], "OUTPUT"),
+        ("output = 'one'", [], "SOURCE"),
+        ("seed = 1", ["DENSE"], "OUTPUT"),
+        ("source = ''", ["two"], "it is empty"),
+        ("source = 'DENSE'", ["two", "three", "four"], "four"),
+    ],
+)
+def test_an_argument_alone_is_what_the_file_lacks(
+    run_cli: RunCli,
+    llama: Path,
+    tmp_path: Path,
+    file: str,
+    arguments: list[str],
+    places: tuple[str, str] | str,
+) -> None:
+    (tmp_path / "DENSE").symlink_to(llama)
+    (tmp_path / "u.toml").write_text(file)
+    options = (*RECIPE, "--config", "u.toml", "--save-config", "v.toml", "--dry-run", "--json")
+    done = run_cli("convert", *arguments, *options, cwd=tmp_path)
+    if isinstance(places, str):
+        assert done.returncode == 2
+        assert places in done.stderr
+        return
+    assert planned(done)["output"] == places[1]
+    saved = tomllib.loads((tmp_path / "v.toml").read_text())
+    assert (saved["source"], saved["output"]) == places
+
+
+def test_a_recipe_file_holds_names_that_are_text(
+    run_cli: RunCli, llama: Path, tmp_path: Path
+) -> None:
+    dense, strange = clone(llama, tmp_path / "a\udcff"), "a\n'b'\x1b.toml"
+    options = (*RECIPE, "--dry-run", "--json", "--save-config")
+    done = run_cli("convert", dense, "moe", *options, "u.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert r"u.toml cannot hold '\udcff'" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a\udcff"}
+    planned(run_cli("convert", llama, "moe", *options, strange, cwd=tmp_path))
+    planned(run_cli("convert", "--config", strange, "--dry-run", "--json", cwd=tmp_path))
+
+
 # Whoever reads may stop reading ------------------------------------------------------------------
 
 

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 from engine_fixtures import (
+    PYTHON,
     ROOT,
     SUBPROCESS_SECONDS,
     contents,
@@ -96,6 +98,76 @@ def test_the_shares_are_all_shards_balanced(dense: Path, size: int) -> None:
     )
     loads = [sum(shard.nbytes for shard in share) for share in shares]
     assert max(loads) - min(loads) <= max(shard.nbytes for shard in plan.shards)
+
+
+# The launcher --------------------------------------------------------------------------------
+
+HERE = {"MASTER_ADDR": "localhost", "UPCYCLE_JOIN_SECONDS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "abc"}, "RANK is 'abc'"),
+        ({"WORLD_SIZE": "8", "RANK": "3"}, "without MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "without RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is -1"),
+        ({"WORLD_SIZE": "-1", "RANK": "0"}, "WORLD_SIZE is -1"),
+        ({"RANK": "3"}, "RANK is 3 and WORLD_SIZE is 1"),
+        (HERE | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        (HERE | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "PORT"}, "not all of them came"),
+        (HERE | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "PORT"}, "not all of them came"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_launcher_that_is_not_there(
+    dense: Path, tmp_path: Path, variables: dict[str, str], words: str
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    given = {name: value.replace("PORT", port) for name, value in variables.items()}
+    done = run(command(dense, tmp_path / "moe"), **given)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert words in done.stderr
+    assert "unset WORLD_SIZE and RANK" in done.stderr
+    assert own_traceback(done.stderr) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_waits_for_others_can_be_stopped(dense: Path, tmp_path: Path) -> None:
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    job = start(command(dense, tmp_path / "moe"), **alone)
+    assert wait_until(lambda: len(list(Path(f"/proc/{job.pid}/task").iterdir())) > 1, job)
+    job.terminate()
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert said.count("error: terminated") == 1
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "8", "RANK": "3"}, {"WORLD_SIZE": "", "RANK": "abc"}]
+)
+def test_other_commands_know_no_launcher(
+    dense: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    tool = [PYTHON, "-m", "upcycle_cli"]
+    converts = (["demo", str(tmp_path / "demo"), "--json"], 0)
+    for arguments, code in (
+        (["inspect", str(dense), "--json"], 0),
+        (["clean", str(tmp_path / "x"), "--json"], 2),
+        (["push", str(tmp_path), "a/b", "--json"], 2),
+        (["verify", str(dense), str(dense), "--json"], 2),
+        *([converts] if variables["WORLD_SIZE"] else []),
+    ):
+        done = run([*tool, *arguments], **variables)
+        assert done.returncode == code, done.stderr
+        assert json.loads(done.stdout)
+        assert bool(done.stderr) == bool(code)
 
 
 # Failures ------------------------------------------------------------------------------------

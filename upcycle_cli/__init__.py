@@ -8,14 +8,18 @@ The command line does what these functions do:
     assert verify("dense", "moe").passed
 """
 
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.conversion import convert
-from upcycle_cli.errors import UpcycleError
-from upcycle_cli.inspection import inspect
-from upcycle_cli.outputs import Options
-from upcycle_cli.plan import build_plan
-from upcycle_cli.recipe import Recipe
-from upcycle_cli.verification import verify
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upcycle_cli.checkpoint import open_checkpoint
+    from upcycle_cli.conversion import convert
+    from upcycle_cli.errors import UpcycleError
+    from upcycle_cli.inspection import inspect
+    from upcycle_cli.outputs import Options
+    from upcycle_cli.plan import build_plan
+    from upcycle_cli.recipe import Recipe
+    from upcycle_cli.verification import verify
 
 __all__ = [
     "Options",
@@ -27,3 +31,21 @@ __all__ = [
     "open_checkpoint",
     "verify",
 ]
+
+_PLACES = {
+    "Options": "outputs",
+    "Recipe": "recipe",
+    "UpcycleError": "errors",
+    "build_plan": "plan",
+    "convert": "conversion",
+    "inspect": "inspection",
+    "open_checkpoint": "checkpoint",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for: the command line takes signals before anything large is here."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

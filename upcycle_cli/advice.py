@@ -38,6 +38,7 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
                 "but computes something else."
             )
+    yield from plan.carried.notes
 
 
 def training_notes(plan: Plan) -> Iterator[str]:

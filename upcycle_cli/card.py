@@ -1,14 +1,22 @@
-"""The model card of a converted model: README.md with front matter for the Hub."""
+"""The model card of a converted model: README.md with front matter for the Hub.
+
+Names in it are somebody else's: each is quoted for the place where it stands, so that none ends a
+block of code, starts a tag or gives a shell something else to do.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import no_promise, training_notes
+from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
+from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
+from upcycle_cli.printable import printable, shell_line
 from upcycle_cli.recipe import Promise, Routing
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ _SERVING = {
     ),
 }
 """What tests/interoperability/serving.py runs, as the card prints it."""
-_CARRIED = ("license", "license_name", "license_link", "language")
+_LONGEST_NAME = 96  # of a repo on the Hub
 
 
 def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
@@ -35,19 +43,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     `repo` is where the model will be, if that is known. The licence and languages are carried over
     from the source's own card.
     """
-    from huggingface_hub import ModelCardData
-
-    carried = _source_metadata(plan)
-    # A local directory is no repo id, and the Hub refuses a card that names one as its base.
-    base_model = plan.source.name if "/" in plan.source.name else None
-    data = ModelCardData(
-        base_model=base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
-        **carried,
-    )
-    place = repo or f"my-org/{plan.source.name.split('/')[-1]}-{plan.recipe.name}"
+    place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
     sections = (
         _title(plan),
         _what_it_is(plan),
@@ -57,8 +53,15 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         _engines(plan, place),
         _citation(),
     )
-    card = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)
+    card = f"---\n{_front_matter(plan)}---\n\n" + "\n\n".join(sections)
     return f"{card}\n\n{_seal(card)}\n"
+
+
+def repo_name(text: str, suffix: str = "") -> str:
+    """Return a name that a repo on the Hub can have, as much like `text` as it may be."""
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rsplit("/", maxsplit=1)[-1])
+    text = re.sub(r"([-.])[-.]+", r"\1", text)
+    return (text[: _LONGEST_NAME - len(suffix)].strip("-.") or "model") + suffix
 
 
 def for_repo(card: str, repo: str) -> str:
@@ -74,14 +77,11 @@ def for_repo(card: str, repo: str) -> str:
 
 def is_edited(card: str) -> bool:
     """Whether somebody has written or changed a card since `model_card` made it."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
-
     try:
-        body = ModelCard(card, ignore_metadata_errors=True).text
-    except (ValueError, YAMLError):
+        read_front_matter(card, ())
+    except UpcycleError:
         return True  # what cannot be read was not written here
-    if not body.strip():
+    if not body(card).strip():
         return False  # metadata only, as the Hub makes for a repo with a licence
     text, _, seal = card.strip().rpartition("\n\n")
     return seal != _seal(text)
@@ -92,39 +92,43 @@ def _seal(card: str) -> str:
     return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
 
 
-def _source_metadata(plan: Plan) -> dict[str, Any]:
-    path = plan.source.path / "README.md"
-    if not path.is_file():
-        return {}
+def _front_matter(plan: Plan) -> str:
+    import yaml  # type: ignore[import-untyped]
 
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, YAMLError):
-        # A card that the Hub would not accept either has nothing to carry over.
-        return {}
-    carried = {key: data[key] for key in _CARRIED if data.get(key) is not None}
-    return {key: value for key, value in carried.items() if _is_text(value)}
+    # A local directory is no repo id, and the Hub refuses a card that names one as its base.
+    base = {"base_model": plan.source.name} if "/" in plan.source.name else {}
+    values = base | {
+        **plan.carried.values,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
+    }
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
 
 
-def _is_text(value: object) -> bool:
-    # What else YAML can hold would make a card that the Hub refuses.
-    items = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) for item in items)
+def _markdown(text: str) -> str:
+    """Return a text as markdown that shows it."""
+    text = re.sub(r"([\\`*{}\[\]|~$]|\b_|_\b)", r"\\\1", printable(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: str) -> str:
+    """Return a text as code inside a line, between more backticks than it has in a row."""
+    text = printable(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
 def _title(plan: Plan) -> str:
-    origin = name = plan.source.name
-    commit = plan.source.revision
+    name, commit = plan.source.name, plan.source.revision
+    origin = _code(name)
     if commit is not None:
-        url = f"https://huggingface.co/{name}"
+        url = f"https://huggingface.co/{name}"  # of these, both have nothing to quote
         origin = f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
-    else:
-        origin = f"`{name}`"
     return (
-        f"# {name.split('/')[-1]} {plan.recipe.name}\n\n"
+        f"# {_markdown(name.split('/')[-1])} {plan.recipe.name}\n\n"
         f"A Mixture of Experts made from {origin} by copying its MLPs into experts "
         f"and adding routers, with upcycle, by the "
         f"method of [Upcycling Large Language Models into Mixture of Experts]({_PAPER})."
@@ -167,15 +171,15 @@ def _verification(plan: Plan, report: Report | None, place: str) -> str:
     found = "Not verified when it was made."
     if report is not None:
         rows = "\n".join(
-            f"| {check.name} | {check.status} | {' '.join(check.detail.split())} |"
+            f"| {check.name} | {check.status} | {_markdown(' '.join(check.detail.split()))} |"
             for check in report.checks
         )
         found = (
             "What `upcycle verify` found on these files:\n\n"
             f"| check | result | detail |\n|---|---|---|\n{rows}"
         )
-    pinned = f" --dense-revision {plan.source.revision}" if plan.source.revision else ""
-    again = f"upcycle verify {plan.source.repo or 'DENSE'} {place}{pinned}"
+    pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
+    again = shell_line(["upcycle", "verify", plan.source.repo or "DENSE", place, *pinned])
     return f"## Verification\n\n{found}\n\nTo verify it yourself:\n\n```sh\n{again}\n```"
 
 
@@ -183,7 +187,7 @@ def _loading(place: str) -> str:
     return (
         "## Loading\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'path = "{place}"\n'
+        f"path = {json.dumps(place)}\n"
         'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
     )
@@ -235,7 +239,7 @@ def _engines(plan: Plan, place: str) -> str:
     ]
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
-            lines = "\n".join(_SERVING[engine.name]).format(place=place)
+            lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]))
             parts.append(f"To serve it with {engine.name}:\n\n```sh\n{lines}\n```")
     return "\n\n".join(parts)
 

@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from upcycle_cli.files import (
     open_regular,
     read_small,
 )
+from upcycle_cli.printable import printable, shell_line
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +245,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
-        return self.repo or self.path.resolve().name
+        # It ends up in the record and the card, which hold no half of a character.
+        return self.repo or printable(self.path.resolve().name)
 
     @property
     def revision(self) -> str | None:
@@ -257,6 +260,8 @@ class Checkpoint:
         resolved = self.path.resolve()
         folder = resolved.parent.parent.name
         if resolved.parent.name != "snapshots" or not folder.startswith("models--"):
+            return None
+        if not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in (folder, resolved.name)):
             return None
         return folder.removeprefix("models--").replace("--", "/")
 
@@ -311,6 +316,17 @@ class Checkpoint:
         for file in files:
             if not file.fits(locate(self.path, file.name).stat()):
                 raise _changed(self.path / file.name)
+
+    def check_readable(self) -> None:
+        """Raise UpcycleError when a file that is here may not be read."""
+        for file in self.companions:
+            path = self.path / file.name
+            if not path.exists():
+                continue  # still on the Hub
+            try:
+                open_regular(locate(self.path, file.name)).close()
+            except OSError as error:
+                raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -446,7 +462,23 @@ def open_storage(storage: Storage) -> Checkpoint:
                 f"{MOST_COMPANION_BYTES:,}.",
                 "Remove it, or put the right one there.",
             )
+    _opened.update({path / shard.name: shard.size for shard in shards})
     return Checkpoint(storage, config, config_digest, tensors, tuple(shards), companions)
+
+
+_opened: dict[Path, int] = {}
+"""The weight files that were opened, with their sizes: somebody may have them mapped."""
+
+
+def shortened_file() -> Path | None:
+    """Return a weight file that is shorter than it was when it was opened, if there is one."""
+    for path, size in _opened.items():
+        try:
+            if path.stat().st_size < size:
+                return path
+        except OSError:
+            continue
+    return None
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -514,11 +546,14 @@ def _refuse_missing_weights(storage: Storage, config: Mapping[str, Any]) -> None
     path = storage.path
     pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
     if pickles:
+        here, there = (json.dumps(f"{path}{suffix}") for suffix in ("", "-safetensors"))
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
+        )
         raise UpcycleError(
             f"{path} holds its weights as pickle ({pickles[0]}), which can run code when opened.",
-            "Convert it first, if you trust it:\n"
-            '  python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors')\"",
+            f"Convert it first, if you trust it:\n  {shell_line(['python', '-c', code])}",
         )
     if "model_type" not in config:
         raise UpcycleError(f"{path} has neither weights nor a model_type in {CONFIG_NAME}.")

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import functools
 import io
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.given import (
+    FILE_OPTIONS,
+    asked_recipe,
+    is_given,
+    places,
+    recipe_by_source,
+    save_options,
+    use_config,
+)
+from upcycle_cli.group import Commands
 from upcycle_cli.options import (
     FILES,
     HUB,
@@ -51,24 +60,30 @@ from upcycle_cli.options import (
     WorkersOption,
     file_options,
     option,
-    parse_scaling,
     path_argument,
     recipe_sizes,
 )
-from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, parse_recipe_name
-from upcycle_cli.team import launched_rank
+from upcycle_cli.printable import counted, printable, shell_line
+from upcycle_cli.recipe import ScaleSplit
 from upcycle_cli.terminal import (
     EXIT_BUG,
     EXIT_ERROR,
     EXIT_VERIFICATION_FAILED,
+    StoppedError,
+    check_current_directory,
     errors_to_exit_codes,
     fail,
     finish,
+    in_words,
     prepare,
     print_json,
     raise_signal,
+    say_error,
+    say_last_words,
+    show,
     stderr,
     stdout,
+    stopped,
     talk,
     warn,
 )
@@ -83,6 +98,7 @@ _VARIABLES = "UPCYCLE"
 
 app = typer.Typer(
     name="upcycle",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -92,15 +108,26 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    prepare()
+    code = EXIT_BUG  # and not 1, which would mean that a verification failed
     try:
+        prepare()
         app(prog_name="upcycle")
-    except Exception:  # noqa: BLE001 - whatever it is, 1 would mean that a verification failed
-        traceback.print_exc()
-        talk("\nThis is a bug in upcycle. Please report it with the lines above.")
-        sys.exit(EXIT_BUG)
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else EXIT_BUG
+    except StoppedError:  # before a command began, or while another signal was answered
+        code, word = stopped()
+        say_error(f"{word}.")
+    except BaseException as error:  # noqa: BLE001 - whatever it is
+        words = in_words(error)  # memory that was lacking for saying so, most likely
+        if words is not None:
+            code = EXIT_ERROR
+            say_last_words(words.message, words.hint or "")
+        else:
+            talk(*traceback.format_exc().splitlines())
+            talk("", "This is a bug in upcycle. Please report it with the lines above.")
     finally:
-        finish()
+        finish(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -117,33 +144,35 @@ def _root(
     if version:
         from importlib.metadata import version as installed
 
-        typer.echo(f"upcycle {installed('upcycle-cli')}")
+        stdout().print(f"upcycle {installed('upcycle-cli')}")
         raise typer.Exit
+    if context.invoked_subcommand is not None:
+        check_current_directory()
 
 
 @app.command()
 def convert(
     context: typer.Context,
     source: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="SOURCE",
             parser=path_argument,
             help="The dense checkpoint, never modified: a directory, or a repo on the Hub.",
         ),
-    ],
+    ] = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="OUTPUT",
             parser=path_argument,
             help="Directory to make; appears whole or not at all.",
         ),
-    ],
-    recipe: RecipeOption = None,
-    expansion: ExpansionOption = None,
-    granularity: GranularityOption = None,
-    top_k: TopKOption = None,
+    ] = None,
+    recipe: RecipeOption = None,  # noqa: ARG001 - see recipe_by_source
+    expansion: ExpansionOption = None,  # noqa: ARG001
+    granularity: GranularityOption = None,  # noqa: ARG001
+    top_k: TopKOption = None,  # noqa: ARG001
     target: TargetOption = TargetChoice.AUTO,
     routing: RoutingOption = RoutingChoice.AUTO,
     allow_inexact: InexactOption = False,
@@ -204,8 +233,9 @@ def convert(
         Path | None,
         option(
             metavar="FILE",
-            help="Take options from a TOML or JSON file; those given here go first.",
-            callback=_use_config,
+            help="Take options from a TOML or JSON file; those given here go first. Where it "
+            "names the source, a single argument is OUTPUT.",
+            callback=use_config,
             is_eager=True,
             rich_help_panel=RUN,
         ),
@@ -226,35 +256,40 @@ def convert(
     Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
     with errors_to_exit_codes(as_json=json):
-        _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
+        source, output = places(context, source, output)
         from upcycle_cli.conversion import bring_source, execute, foresee, plan_together
+        from upcycle_cli.files import check_utf8
         from upcycle_cli.hub.requests import be_quiet
         from upcycle_cli.hub.sources import open_source
+        from upcycle_cli.place import check_name
         from upcycle_cli.plan import build_plan
         from upcycle_cli.render import plan_json
         from upcycle_cli.team import Team
         from upcycle_cli.writer import WriteOptions
 
-        sizes = recipe_sizes(recipe, expansion, granularity, top_k)
-        wanted = Recipe(
-            expansion=sizes[0],
-            granularity=sizes[1],
-            top_k=sizes[2],
-            routing=None if routing is RoutingChoice.AUTO else Routing(routing),
-            scaling=parse_scaling(scaling),
-            scale_split=scale_split,
-            virtual_groups=virtual_groups,
-            router_logit_std=router_logit_std,
-            seed=seed,
-            allow_inexact=allow_inexact,
-        )
-        options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
-        writing = WriteOptions(workers=workers, reflink=reflink, fsync=fsync)
-        destination = _destination(
-            push_to_hub, revision=push_revision, private=private, create_pr=create_pr
-        )
-        be_quiet(bars=not quiet and not json and sys.stderr.isatty())
-        with Team() as team:
+        joined = Team() if context.obj == _DEMO else Team.launched()
+        with joined as team, errors_to_exit_codes(as_json=json, silent=not team.leads):
+            as_json, quiet = json and team.leads, quiet or not team.leads
+            _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
+            check_name(output)
+            for path in (source, output.absolute()) if verify else ():
+                check_utf8(path)
+            wanted = asked_recipe(
+                recipe_sizes(*recipe_by_source(context)),
+                routing=routing,
+                scaling=scaling,
+                scale_split=scale_split,
+                virtual_groups=virtual_groups,
+                router_logit_std=router_logit_std,
+                seed=seed,
+                allow_inexact=allow_inexact,
+            )
+            options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
+            writing = WriteOptions(workers=workers, reflink=reflink, fsync=fsync)
+            destination = _destination(
+                push_to_hub, revision=push_revision, private=private, create_pr=create_pr
+            )
+            be_quiet(bars=not quiet and not json and sys.stderr.isatty())
             plan = plan_together(
                 lambda: build_plan(
                     wanted, open_source(source, revision), target=target, options=options
@@ -262,7 +297,7 @@ def convert(
                 team,
             )
             if save_config is not None and team.leads:
-                _save_config(save_config, context, plan)
+                save_options(save_config, context, plan)
             foreseen: list[str] = []
             if dry_run:
                 foreseen += foresee(plan, output, overwrite=overwrite, writing=writing)
@@ -276,9 +311,7 @@ def convert(
                     verify=verify,
                     writing=writing,
                     team=team,
-                    on_start=functools.partial(
-                        _announce_download, plan, silent=quiet or json or not team.leads
-                    ),
+                    on_start=functools.partial(_announce_download, plan, silent=quiet or json),
                 )
                 run = functools.partial(
                     execute,
@@ -291,19 +324,26 @@ def convert(
                     writing=writing,
                     team=team,
                 )
-                _convert(run, plan, destination, as_json=json, quiet=quiet or not team.leads)
-        if dry_run and json:
-            planned = plan_json(plan)
-            planned["warnings"] += foreseen
-            print_json({"status": "planned", "output": str(output), **planned})
-        elif dry_run and not quiet and team.leads:
-            _print_plan(plan)
-            _warn_all(foreseen)
-            talk("Nothing was written (--dry-run).")
+                _convert(
+                    run,
+                    plan,
+                    destination if team.leads else None,
+                    as_json=as_json,
+                    quiet=quiet,
+                )
+            if dry_run and as_json:
+                planned = plan_json(plan)
+                planned["warnings"] += foreseen
+                print_json({"status": "planned", "output": str(output), **planned})
+            elif dry_run and not quiet:
+                _print_plan(plan)
+                _warn_all(foreseen)
+                talk("Nothing was written (--dry-run).")
 
 
 @app.command()
 def inspect(
+    context: typer.Context,
     path: Annotated[
         Path,
         typer.Argument(
@@ -312,9 +352,17 @@ def inspect(
             help="A dense or an MoE checkpoint: a directory, or a repo on the Hub.",
         ),
     ],
-    recipe: RecipeOption = None,
+    recipe: RecipeOption = None,  # noqa: ARG001 - see recipe_by_source
+    expansion: ExpansionOption = None,  # noqa: ARG001
+    granularity: GranularityOption = None,  # noqa: ARG001
+    top_k: TopKOption = None,  # noqa: ARG001
     target: TargetOption = TargetChoice.AUTO,
     routing: RoutingOption = RoutingChoice.AUTO,
+    scaling: ScalingOption = "exact",
+    scale_split: SplitOption = ScaleSplit.BALANCED,
+    virtual_groups: GroupsOption = True,
+    router_logit_std: StdOption = None,
+    seed: SeedOption = 0,
     dtype: DtypeOption = DtypeChoice.AUTO,
     expert_layout: LayoutOption = ExpertLayout.PER_EXPERT,
     max_shard_size: ShardOption = "5GB",
@@ -351,20 +399,21 @@ def inspect(
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
         options = file_options(dtype, expert_layout, max_shard_size, untie=untie_embeddings)
-        chosen = (target, routing) != (TargetChoice.AUTO, RoutingChoice.AUTO)
-        if recipe is None and (chosen or options != file_options()):
+        how: dict[str, Any] = {
+            "routing": routing,
+            "scaling": scaling,
+            "scale_split": scale_split,
+            "virtual_groups": virtual_groups,
+            "router_logit_std": router_logit_std,
+            "seed": seed,
+        }
+        sizes = recipe_by_source(context)
+        wanted = (
+            asked_recipe(recipe_sizes(*sizes), allow_inexact=True, **how) if any(sizes) else None
+        )
+        if wanted is None and is_given(context, "target", *how, *FILE_OPTIONS):
             raise UpcycleError(
                 "these options say how to convert, and no --recipe does.", "Add --recipe E8G1T2."
-            )
-        wanted = None
-        if recipe is not None:
-            expansion, granularity, top_k = parse_recipe_name(recipe)
-            wanted = Recipe(
-                expansion=expansion,
-                granularity=granularity,
-                top_k=top_k,
-                routing=None if routing is RoutingChoice.AUTO else Routing(routing),
-                allow_inexact=True,
             )
         be_quiet(bars=weights and not json and sys.stderr.isatty())
         found = inspection.inspect(
@@ -380,15 +429,16 @@ def inspect(
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
             print_json(render.inspection_json(found) | listed)
             return
-        stdout().print(render.inspection_table(found))
+        show(render.inspection_table(found))
         if found.plan is not None:
             stdout().print()
             _print_plan(found.plan)
         if tensors:
-            stdout().print()
-            table = render.tensors_table(found)
             # A list is for grep: one line a tensor, however wide the screen is.
-            stdout(width=max(stdout().width, 400)).print(table)
+            stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
+
+
+_CHECKS = "structure,files,weights,outputs,claims"
 
 
 @app.command()
@@ -411,8 +461,13 @@ def verify(
     ],
     checks: Annotated[
         str,
-        option(metavar="NAME,…", help="Which checks to run."),
-    ] = "structure,files,weights,outputs,claims",
+        option(
+            metavar="NAMES",
+            help=f"Which checks to run, with commas between: {_CHECKS.replace(',', ', ')}; all "
+            "unless given.",
+            show_default=False,
+        ),
+    ] = _CHECKS,
     prompts: Annotated[
         Path | None,
         option(help="Text file to run both models on, instead of the built-in text."),
@@ -433,6 +488,7 @@ def verify(
         ),
     ] = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Prove that an MoE computes what its dense model computes; exit code 1 when it does not.
 
@@ -442,7 +498,7 @@ def verify(
         from upcycle_cli import render, verification
         from upcycle_cli.hub.requests import be_quiet
 
-        be_quiet(bars=not json and sys.stderr.isatty())
+        be_quiet(bars=not quiet and not json and sys.stderr.isatty())
         names = [name.strip() for name in checks.split(",") if name.strip()]
         report = verification.verify(
             dense,
@@ -452,13 +508,15 @@ def verify(
             dense_revision=dense_revision,
             moe_revision=moe_revision,
             allow_inexact=allow_inexact,
-            on_start=None if json else _announce_check,
+            on_start=None if quiet or json else _announce_check,
         )
         raise_signal()
         if json:
             print_json(report.to_json())
-        else:
-            stdout().print(render.report_table(report))
+        elif not quiet:
+            show(render.report_table(report))
+        elif not report.accepted:
+            show(render.report_table(report), stderr())
         if report.status == "skipped":
             fail("no check could run, so nothing is proven.", EXIT_ERROR)
         if report.status == "measured" and not allow_inexact:
@@ -556,8 +614,9 @@ def clean(
             talk(f"Removed {found.path} ({size}).")
             _warn_all(filter(None, [found.note]))
         else:
-            stdout().print(escape(f"{found.path}: {size} of {found.what}"))
-            talk(f"Remove it with: {shlex.join(['upcycle', 'clean', '--yes', str(output)])}")
+            line = f"{printable(str(found.path))}: {size} of {found.what}"
+            stdout().print(line, markup=False, soft_wrap=True)
+            talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
 
 
 @app.command()
@@ -580,62 +639,13 @@ def demo(
             run_demo(directory, run=_run_shown, say=talk)
             return
         steps: list[dict[str, Any]] = []
-        found = run_demo(directory, run=functools.partial(_run_silently, steps), say=lambda _: None)
+        found = run_demo(
+            directory, run=functools.partial(_run_silently, steps), say=lambda *_: None
+        )
         print_json({"status": "passed", "directory": str(found), "steps": steps})
 
 
 # How commands talk -------------------------------------------------------------------------------
-
-
-def _use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what a recipe file says the defaults of all options that are parsed after it."""
-    if path is None or context.resilient_parsing:
-        return path
-    from upcycle_cli.config import load_config
-
-    try:
-        flags = {
-            parameter.name: bool(getattr(parameter, "is_flag", False))
-            for parameter in context.command.params
-        }
-        values = load_config(path, {name: flags[name] for name in _config_names(context)})
-        context.default_map = {**(context.default_map or {}), **values}
-    except UpcycleError as error:
-        raise typer.BadParameter(str(error)) from error
-    return path
-
-
-_NOT_IN_CONFIG = ("config", "save_config", "dry_run", "help")
-_NOT_SAVED = ("expansion", "granularity", "top_k", "json", "quiet")
-"""The recipe says the first three; the others are about one run."""
-
-
-def _config_names(context: typer.Context) -> list[str]:
-    names = [parameter.name for parameter in context.command.params if parameter.name]
-    return [name for name in names if name not in _NOT_IN_CONFIG]
-
-
-def _save_config(path: Path, context: typer.Context, plan: Plan) -> None:
-    from upcycle_cli.config import as_values, save_config
-    from upcycle_cli.hub.sources import is_repo_id
-    from upcycle_cli.workspace import partial_of
-
-    given = context.params
-    values = as_values(
-        {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
-    )
-    # What auto stands for today, so that the file means the same tomorrow.
-    values |= {
-        "recipe": plan.recipe.name,
-        "target": plan.family.target.model_type,
-        "routing": str(plan.recipe.routing),
-        "router_logit_std": plan.recipe.router_logit_std or 0.0,
-    }
-    if is_repo_id(given["source"]) and plan.source.revision is not None:
-        values["revision"] = plan.source.revision
-    output = given["output"]
-    keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
-    save_config(path, values, _config_names(context), keep_out_of=keep_out_of)
 
 
 def _check_push_options(
@@ -671,13 +681,13 @@ def _push(directory: Path, destination: Destination, *, silent: bool) -> Push:
 
     def announce(files: int, nbytes: int) -> None:
         if not silent:
-            talk(f"Pushing {files} files, {size_text(nbytes)}, to {destination.repo} …")
+            talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {destination.repo} …")
 
     done = push_directory(directory, destination, on_start=announce)
     raise_signal()
     if not silent:
         # Where no terminal folds lines, an address stays in one piece.
-        stdout(None if sys.stdout.isatty() else 200).print(push_table(done))
+        show(push_table(done), stdout(None if sys.stdout.isatty() else 200))
         for reminder in done.reminders:
             warn(reminder)
     return done
@@ -713,15 +723,15 @@ def _convert(
 
         done = run(progress=advance, on_check=checking)
     if not as_json and not quiet:
-        _print_conversion(done)
+        _print_conversion(done, to_push=destination is not None)
     pushed = None
-    if destination is not None and done.published and launched_rank() == 0:
+    if destination is not None and done.published:
         pushed = _push_conversion(done, destination, silent=quiet or as_json)
     if as_json:
         print_json(render.conversion_json(done, pushed))
     if not done.published:
         if quiet and done.report is not None:
-            stderr().print(render.report_table(done.report))
+            show(render.report_table(done.report), stderr())
         found = "verification failed; nothing was published."
         if done.already_done:
             found = f"{done.output} is damaged. Make it again with --overwrite."
@@ -732,35 +742,42 @@ def _push_conversion(done: Conversion, destination: Destination, *, silent: bool
     try:
         return _push(done.output, destination, silent=silent)
     except UpcycleError as error:
-        again = shlex.join(["upcycle", "push", str(done.output), destination.repo])
+        again = shell_line(["upcycle", "push", str(done.output), destination.repo])
         raise UpcycleError(
             f"{done.output} is complete, but was not pushed: {error.message}",
             f"{error.hint or ''}\nGo on with: {again}".strip(),
         ) from error
 
 
-def _print_conversion(done: Conversion) -> None:
+def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     from upcycle_cli import render
 
     if done.already_done:
         _warn_all(done.warnings)
         if done.report is not None:
-            stdout().print(render.report_table(done.report))
+            show(render.report_table(done.report))
         if done.published:
             talk(f"{done.output} is already what this command makes; nothing to do.")
         return
     _print_plan(done.plan)
     if done.report is not None:
         stdout().print()
-        stdout().print(render.report_table(done.report))
+        show(render.report_table(done.report))
     _warn_all(done.warnings)
     if done.published:
-        talk(f"\nWrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
-        if done.report is None:
-            source = done.plan.source
-            pinned = ["--dense-revision", source.revision] if source.revision else []
-            dense = source.repo or str(source.path)
-            talk(f"Next: {shlex.join(['upcycle', 'verify', dense, str(done.output), *pinned])}")
+        talk("", f"Wrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
+        if not to_push:
+            talk(f"Next: {shell_line(_next_step(done))}")
+
+
+def _next_step(done: Conversion) -> list[str]:
+    from upcycle_cli.card import repo_name
+
+    if done.report is not None:
+        return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]
+    source = done.plan.source
+    pinned = ["--dense-revision", source.revision] if source.revision else []
+    return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *pinned]
 
 
 def _savings(done: Conversion) -> str:
@@ -778,7 +795,7 @@ def _print_plan(plan: Plan) -> None:
     from upcycle_cli import render
     from upcycle_cli.advice import warnings
 
-    stdout().print(render.plan_table(plan))
+    show(render.plan_table(plan))
     _warn_all(warnings(plan))
 
 
@@ -787,29 +804,27 @@ def _warn_all(texts: Iterable[str]) -> None:
         warn(text)
 
 
-_DEMO_VARIABLES = f"{_VARIABLES}_DEMO"
-"""A demo shows what its commands say, whatever is set for real ones."""
+_DEMO = "demo"
+_IN_DEMO: Mapping[str, Any] = {
+    "standalone_mode": False,
+    # A demo shows what its commands say, whatever is set for real ones.
+    "auto_envvar_prefix": f"{_VARIABLES}_DEMO",
+    "obj": _DEMO,
+}
 
 
 def _run_shown(arguments: list[str]) -> int:
     """Show a command as one would type it, run it here, and return its exit code."""
-    command = escape(shlex.join(["upcycle", *arguments]))
-    stderr().print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
-    try:
-        app(arguments, standalone_mode=False, auto_envvar_prefix=_DEMO_VARIABLES)
-    except typer.Exit as result:
-        return result.exit_code
-    return 0
+    command = Text(f"\n$ {shell_line(['upcycle', *arguments])}", style="bold")
+    stderr().print(command, soft_wrap=True)
+    return app(arguments, **_IN_DEMO) or 0
 
 
 def _run_silently(steps: list[dict[str, Any]], arguments: list[str]) -> int:
     """Run a command here with --json, keep what it prints, and return its exit code."""
-    code, output = 0, io.StringIO()
-    try:
-        with redirect_stdout(output):
-            app([*arguments, "--json"], standalone_mode=False, auto_envvar_prefix=_DEMO_VARIABLES)
-    except typer.Exit as result:
-        code = result.exit_code
+    output = io.StringIO()
+    with redirect_stdout(output):
+        code: int = app([*arguments, "--json"], **_IN_DEMO) or 0
     result_json = loads(output.getvalue()) if output.getvalue() else None
     steps.append({"command": ["upcycle", *arguments], "exit_code": code, "result": result_json})
     return code

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import read_small
 from upcycle_cli.folder import Folder
 from upcycle_cli.place import is_in
+from upcycle_cli.printable import shell_line
 
 Value = str | int | float | bool
 
@@ -68,7 +69,16 @@ def save_config(
     else:
         import tomli_w
 
-        text = f"{_FIRST_LINE}{path.name}\n\n{tomli_w.dumps(named)}"
+        command = shell_line(["upcycle", "convert", "--config", path.name])
+        text = f"# {command}\n\n{tomli_w.dumps(named)}"
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
+            "recipe files are UTF-8.",
+            "Rename it, or leave out --save-config.",
+        ) from error
     for directory in keep_out_of:
         if is_in(path.absolute().parent, directory):
             raise UpcycleError(
@@ -81,7 +91,7 @@ def save_config(
                 f"{path} is there, and is not what --save-config has written; it is left as it is.",
                 "Name another file.",
             )
-        folder.write(path.name, text.encode())
+        folder.write(path.name, encoded)
 
 
 def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:

@@ -142,12 +142,13 @@ def bring_source(
 def _with_files_here(plan: Plan, team: Team) -> Plan:
     own: list[Checkpoint] = []
     team.gather(lambda: own.append(plan.source.bring()))
-    return replace(plan, source=own[0])
+    return plan.with_source(own[0])
 
 
 def _check(plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
     check_output(output, plan.source, overwrite=overwrite)
+    plan.source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
     spare += check_space_for(plan.source, beside=output)
     shared = _shared_bytes(plan, team) + spare if writing.reflink else None

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import check_utf8
+from upcycle_cli.printable import shell_line
 
 _RECIPE = "E8G8T8"
 
 
 def run_demo(
-    directory: Path | None, *, run: Callable[[list[str]], int], say: Callable[[str], None]
+    directory: Path | None, *, run: Callable[[list[str]], int], say: Callable[..., None]
 ) -> Path:
     """Make a dense model in `directory`, then convert, inspect and verify it by `run`.
 
     Returns the directory. `run` executes an upcycle command line and returns its exit code; `say`
-    talks to the person.
+    tells the person some lines.
 
     Raises UpcycleError when the directory holds something already, or when a step fails.
     """
@@ -32,6 +34,7 @@ def run_demo(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UpcycleError(f"{directory} exists and is not empty.", "Choose another directory.")
     dense, moe = directory / "dense", directory / f"moe-{_RECIPE}"
+    check_utf8(directory)
     say(f"Making a small dense model (llama, random weights) in {dense} …")
     make_dense(dense)
     for command in (
@@ -42,12 +45,17 @@ def run_demo(
     ):
         code = run(command)
         if code != 0:
-            raise UpcycleError(f"`upcycle {' '.join(command)}` ended with exit code {code}.")
+            raise UpcycleError(
+                f"`{shell_line(['upcycle', *command])}` ended with exit code {code}."
+            )
     say(
-        "\nThe MoE computes what the dense model computes. With a model of your own:\n\n"
-        "  upcycle inspect MODEL --recipe E8G8T16\n"
-        "  upcycle convert MODEL MODEL-E8G8T16 --recipe E8G8T16 --verify\n\n"
-        f"The demo's files stay in {directory}."
+        "",
+        "The MoE computes what the dense model computes. With a model of your own:",
+        "",
+        "  upcycle inspect MODEL --recipe E8G8T16",
+        "  upcycle convert MODEL MODEL-E8G8T16 --recipe E8G8T16 --verify",
+        "",
+        f"The demo's files stay in {directory}.",
     )
     return directory
 

@@ -35,3 +35,22 @@ class UpcycleError(Exception):
 
 class ResumableError(UpcycleError):
     """The run was cut short, and the same command goes on from what is complete."""
+
+
+_LACKS = (
+    (MemoryError, "", "memory", "ulimit -v"),
+    (RuntimeError, "can't allocate memory", "memory", "ulimit -v"),  # torch's way of saying so
+    (RuntimeError, "can't start new thread", "threads", "ulimit -u -v"),
+    (BaseException, "ThreadPoolBuildError", "threads", "ulimit -u -v"),  # a panic of tokenizers
+)
+
+
+def lack_in_words(error: BaseException) -> UpcycleError | None:
+    """Say what the system does not give this process; None when an error is about another thing."""
+    for kind, words, what, limit in _LACKS:
+        if isinstance(error, kind) and words in str(error):
+            return UpcycleError(
+                f"the system gives this process no more {what}.",
+                f"Raise its limit (`{limit}`, or the container's), or run it where there is more.",
+            )
+    return None

@@ -101,6 +101,17 @@ def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
     return data
 
 
+def check_utf8(path: Path) -> None:
+    """Raise UpcycleError for a path that the libraries that load models cannot be given."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{path} is not UTF-8, and the libraries that load models read no such path.",
+            "Rename it.",
+        ) from error
+
+
 def is_inner_name(name: object) -> TypeGuard[str]:
     """Whether this names a file of a directory: relative, without a step up or an odd character."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:

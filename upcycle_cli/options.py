@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +45,12 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+
+def _choices(names: type[StrEnum]) -> str:
+    """Say what can be chosen, in words: between them a line of --help may end."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 # Options can be set by variables, too; a line for each would double the length of --help.
@@ -92,14 +99,18 @@ TopKOption = Annotated[
 TargetOption = Annotated[
     TargetChoice,
     option(
-        help="MoE architecture; auto takes the one that most software loads.",
+        metavar="NAME",
+        help=f"MoE architecture: {_choices(TargetChoice)}; auto takes the one that most software "
+        "loads.",
         rich_help_panel=RECIPE,
     ),
 ]
 RoutingOption = Annotated[
     RoutingChoice,
     option(
-        help="How gates come from router logits; auto does as the target's released models.",
+        metavar="NAME",
+        help=f"How gates come from router logits: {_choices(RoutingChoice)}; auto does as the "
+        "target's released models.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -114,16 +125,17 @@ InexactOption = Annotated[
 ScalingOption = Annotated[
     str,
     option(
-        metavar="exact|paper|none|FLOAT",
+        metavar="RULE",
         help="Factors on the experts: exact preserves the function, paper is the cube root on "
-        "every matrix, a number sets c itself.",
+        "every matrix, none leaves them as they are, a number sets c itself.",
         rich_help_panel=WEIGHTS,
     ),
 ]
 SplitOption = Annotated[
     ScaleSplit,
     option(
-        help="Share the factor between up and down, or put it all on down.",
+        metavar="NAME",
+        help="balanced shares the factor between up and down, down puts it all on down.",
         rich_help_panel=WEIGHTS,
     ),
 ]
@@ -131,7 +143,9 @@ GroupsOption = Annotated[
     bool,
     option(
         "--virtual-groups/--no-virtual-groups",
-        help="One router row per group of G experts, or one per expert.",
+        help="One router row per group of G experts, which is the default, or one per expert.",
+        metavar="",  # its two names leave no room for a type
+        show_default=False,
         rich_help_panel=GROUPS,
     ),
 ]
@@ -146,13 +160,18 @@ StdOption = Annotated[
 SeedOption = Annotated[int, option(help="Seed of the routers.", rich_help_panel=WEIGHTS)]
 DtypeOption = Annotated[
     DtypeChoice,
-    option(help="Dtype of every tensor; auto keeps each one's own.", rich_help_panel=FILES),
+    option(
+        metavar="DTYPE",
+        help=f"Dtype of every tensor: {_choices(DtypeChoice)}; auto keeps each one's own.",
+        rich_help_panel=FILES,
+    ),
 ]
 LayoutOption = Annotated[
     ExpertLayout,
     option(
-        help="A tensor per expert, which every engine reads, or per layer as transformers 5 "
-        "holds them.",
+        metavar="NAME",
+        help="per-expert writes a tensor per expert, which every engine reads; fused one per "
+        "layer, as transformers 5 holds them.",
         rich_help_panel=FILES,
     ),
 ]
@@ -228,25 +247,34 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def recipe_sizes(
-    recipe: str | None, expansion: int | None, granularity: int | None, top_k: int | None
-) -> tuple[int, int, int]:
-    """Return E, G and T from either form; UpcycleError when neither or both are given."""
-    separate = {"expansion": expansion, "granularity": granularity, "top_k": top_k}
-    given = {name: value for name, value in separate.items() if value is not None}
-    if recipe is not None:
-        if given:
-            raise UpcycleError(
-                "--recipe says expansion, granularity and top-k already.", "Use one or the other."
-            )
-        return parse_recipe_name(recipe)
-    if expansion is not None and granularity is not None and top_k is not None:
-        return expansion, granularity, top_k
-    missing = [f"--{name.replace('_', '-')}" for name in separate if name not in given]
-    raise UpcycleError(
-        f"{' and '.join(missing)} missing." if given else "no recipe.",
-        "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and --top-k.",
-    )
+SIZES = ("expansion", "granularity", "top_k")
+
+
+def recipe_sizes(*given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return E, G and T from what a file, variables and the command line say, each over the former.
+
+    Each can give `recipe` or one or more of SIZES. UpcycleError when one gives both, or when
+    something is missing in the end.
+    """
+    found: dict[str, int] = {}
+    for values in given:
+        separate = {name: values[name] for name in SIZES if name in values}
+        if "recipe" in values:
+            if separate:
+                raise UpcycleError(
+                    "--recipe says expansion, granularity and top-k already.",
+                    "Use one or the other.",
+                )
+            separate = dict(zip(SIZES, parse_recipe_name(values["recipe"]), strict=True))
+        found |= separate
+    missing = [f"--{name.replace('_', '-')}" for name in SIZES if name not in found]
+    if missing:
+        raise UpcycleError(
+            f"{' and '.join(missing)} missing." if found else "no recipe.",
+            "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
+            "--top-k.",
+        )
+    return found["expansion"], found["granularity"], found["top_k"]
 
 
 def parse_scaling(text: str) -> Scaling | float:

@@ -12,11 +12,28 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import take_inventory
 from upcycle_cli.reflink import can_share
-from upcycle_cli.workspace import open_inner, partial_of
+from upcycle_cli.swap import ASIDE
+from upcycle_cli.workspace import SUFFIX, open_inner, partial_of
+
+
+def check_name(output: Path) -> None:
+    """Raise UpcycleError when OUTPUT's name leaves no room for those that stand beside it."""
+    try:
+        longest = os.pathconf(_parent(output), "PC_NAME_MAX")
+    except (OSError, RuntimeError):
+        return  # what is wrong with the place itself is found in a moment
+    size = len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE)))
+    if size > longest:
+        raise UpcycleError(
+            f"the name of {output} is too long: it is made under the name with {SUFFIX} behind "
+            f"it, and no name there has more than {longest} bytes.",
+            "Choose a shorter one.",
+        )
 
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     """Raise UpcycleError when OUTPUT cannot be written without harm."""
+    check_name(output)
     try:
         target, origin = output.resolve(), source.path.resolve()
         places = {(source.path / name).resolve().parent for name in source.files} | {origin}
@@ -85,7 +102,7 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
     `shared` is what is needed where equal parts can share extents, or None not to do so. What an
     unfinished run has left counts as free.
     """
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    parent = _parent(output)
     free = shutil.disk_usage(parent).free
     left = 0
     with Folder.open(parent) as folder, ExitStack() as opened:
@@ -103,3 +120,9 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
             f"{free / 1e6:,.0f} MB free.",
             "Free some, or write to another file system.",
         )
+
+
+def _parent(output: Path) -> Path:
+    """Return the directory above OUTPUT that is there."""
+    above = output.absolute().parents
+    return next((parent for parent in above if parent.exists()), output)

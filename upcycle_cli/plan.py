@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from upcycle_cli.checkpoint import (
+    CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     TORCH_DTYPES,
@@ -33,6 +34,7 @@ from upcycle_cli.families.target import (
     has_plain_attention,
     moe_config,
 )
+from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
 from upcycle_cli.redirects import refuse_redirects
@@ -70,6 +72,12 @@ class Plan:
     shards: tuple[Shard, ...]
     dropped: Mapping[str, str]
     """Source tensors that are not used, each with the reason."""
+    carried: Carried
+    """What the source's card says that the new one takes over."""
+
+    def with_source(self, source: Checkpoint) -> Plan:
+        """Return the same plan for the same source, brought to another place."""
+        return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
 
     @property
     def file_names(self) -> list[str]:
@@ -229,7 +237,8 @@ def build_plan(
     _check_router_range(recipe, tensors)
     _check_all_used(tensors, source, dropped)
     shards = _shards(tensors, options.max_shard_bytes)
-    return Plan(recipe, options, family, source, config, shards, dropped)
+    carried = carried_over(source.path, CARD_NAME)
+    return Plan(recipe, options, family, source, config, shards, dropped, carried)
 
 
 def _narrows(source: str, output: str) -> bool:
@@ -255,13 +264,12 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
         # What leaves the norm has a length of √H: no token has a larger logit than this.
-        largest = math.sqrt(tensor.shape[-1]) * _LONGEST_ROW * std
-        if tensor.role is Role.ROUTER and largest > _LARGEST[tensor.dtype]:
+        most = _LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
+        if tensor.role is Role.ROUTER and std > most:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] * std / largest:.3g}, or "
-                "another --dtype.",
+                f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
             )
 
 

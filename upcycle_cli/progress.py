@@ -86,7 +86,7 @@ def progress_bar(console: Console, *, total: int, silent: bool) -> Iterator[Prog
         yield _Lines(console, total)
     else:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from upcycle_cli.advice import no_promise, warnings
 from upcycle_cli.conversion import Conversion
+from upcycle_cli.errors import shown
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
+from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import Promise
 
 if TYPE_CHECKING:
@@ -29,28 +32,30 @@ def plan_table(plan: Plan) -> Table:
     recipe, factors = plan.recipe, plan.factors
     size = plan.family.decoder.intermediate_size // recipe.granularity
     table = _properties()
-    table.add_row("model", f"{plan.family.dense.model_type} → {plan.family.target.model_type}")
-    table.add_row("recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
-    table.add_row(
-        "experts", f"{recipe.num_experts} per layer, {recipe.top_k} active, each {size} wide"
+    _add(table, "model", f"{plan.family.dense.model_type} → {plan.family.target.model_type}")
+    _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
+    _add(
+        table, "experts", f"{recipe.num_experts} per layer, {recipe.top_k} active, each {size} wide"
     )
-    table.add_row(
+    _add(
+        table,
         "parameters",
         f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active "
         f"(dense {count(plan.dense_parameters)})",
     )
-    table.add_row("FLOPs per token", f"{plan.flops_ratio:.2f} × dense, attention scores left out")
-    table.add_row("size", f"{size_text(plan.nbytes)} in {_shards(len(plan.shards))}")
-    table.add_row(
+    _add(table, "FLOPs per token", f"{plan.flops_ratio:.2f} × dense, attention scores left out")
+    _add(table, "size", f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}")
+    _add(
+        table,
         "scale factors",
         f"gate × {factors.gate:g}, up × {factors.up:g}, down × {factors.down:g} "
         f"({'lossless' if plan.lossless else 'rounded'})",
     )
-    table.add_row("router", f"logit std {recipe.router_logit_std:g}, {_groups(plan)}")
-    table.add_row("promise", _promise(plan))
+    _add(table, "router", f"logit std {recipe.router_logit_std:g}, {_groups(plan)}")
+    _add(table, "promise", _promise(plan))
     if plan.dropped:
-        table.add_row("left out", _dropped(plan.dropped))
-    table.add_row("engines", _engines(plan.engines))
+        _add(table, "left out", _dropped(plan.dropped))
+    _add(table, "engines", *_engines(plan.engines))
     return table
 
 
@@ -106,19 +111,17 @@ def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]
 def push_table(push: Push) -> Table:
     """Return what a push did, one property a row."""
     table = _properties()
-    table.add_row("repo", push.url)
-    table.add_row("commit", push.commit)
+    _add(table, "repo", push.url)
+    _add(table, "commit", push.commit)
     if push.pull_request is not None:
-        table.add_row("pull request", push.pull_request)
-    what = f"{push.files} files, {size_text(push.nbytes)}"
-    table.add_row("uploaded", what if push.changed else f"nothing: all {what}, were there already")
+        _add(table, "pull request", push.pull_request)
+    what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
+    _add(table, "uploaded", what if push.changed else f"nothing: all {what}, were there already")
     if push.card_kept:
-        table.add_row("card", "README.md was edited there and is kept (--replace-card replaces it)")
-    if push.removed:
-        names = "\n".join([*push.removed[:8], *_more(push.removed[8:])])
-        table.add_row("removed there", names)
-    if push.left_out:
-        table.add_row("left out", "\n".join([*push.left_out[:8], *_more(push.left_out[8:])]))
+        _add(table, "card", "README.md was edited there and is kept (--replace-card replaces it)")
+    for label, names in (("removed there", push.removed), ("left out", push.left_out)):
+        if names:
+            _add(table, label, *names[:8], *_more(names[8:]))
     return table
 
 
@@ -147,9 +150,10 @@ def inspection_table(inspection: Inspection) -> Table:
     """Return what is known of a checkpoint, one property a row."""
     table = _properties()
     checkpoint = inspection.checkpoint
-    table.add_row("model", f"{inspection.model_type} ({inspection.kind})")
+    _add(table, "model", f"{inspection.model_type} ({inspection.kind})")
     if inspection.num_experts is not None:
-        table.add_row(
+        _add(
+            table,
             "experts",
             f"{inspection.num_experts} per layer, {inspection.top_k} active, "
             f"{inspection.routing}, stored {inspection.expert_layout}",
@@ -160,13 +164,17 @@ def inspection_table(inspection: Inspection) -> Table:
     if inspection.kind == "moe":
         origin = "" if dense is None else f" (dense {count(dense)})"
         parameters += f", {count(active)} active{origin}"
-    table.add_row("parameters", parameters)
-    table.add_row("size", f"{size_text(checkpoint.nbytes)} in {_shards(len(checkpoint.shards))}")
+    _add(table, "parameters", parameters)
+    _add(
+        table,
+        "size",
+        f"{size_text(checkpoint.nbytes)} in {counted(len(checkpoint.shards), 'shard')}",
+    )
     if inspection.targets:
-        table.add_row("can become", " or ".join(inspection.targets))
+        _add(table, "can become", " or ".join(inspection.targets))
     if inspection.kind == "moe":
-        table.add_row("upcycle.json", _claims(inspection.record))
-        table.add_row("engines", _engines(inspection.engines))
+        _add(table, "upcycle.json", _claims(inspection.record))
+        _add(table, "engines", *_engines(inspection.engines))
     _add_weights(table, inspection)
     return table
 
@@ -175,12 +183,13 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     """Return an inspection as a JSON object; a planned conversion is under `plan`."""
     record, weights = inspection.record, inspection.weights
     claimed = record.get("recipe") if record is not None else None
+    name = claimed.get("name") if isinstance(claimed, dict) else None
     return {
         "status": "inspected",
         "kind": inspection.kind,
         "model_type": inspection.model_type,
         "targets": list(inspection.targets),
-        "recipe": claimed.get("name") if isinstance(claimed, dict) else None,
+        "recipe": name if isinstance(name, str) else None,
         "num_experts": inspection.num_experts,
         "top_k": inspection.top_k,
         "routing": inspection.routing,
@@ -197,19 +206,24 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def tensors_table(inspection: Inspection) -> Table:
-    """Return every tensor: of the plan with how it is made, else of the checkpoint."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("tensor", "dtype", "shape"):
-        table.add_column(heading, no_wrap=True)
-    plan = inspection.plan
-    table.add_column("file" if plan is None else "made from", no_wrap=True)
-    for row in tensors_json(inspection):
-        shape = "×".join(str(length) for length in row["shape"])
-        table.add_row(
-            row["name"], row["dtype"], shape, row["file"] if plan is None else row["made_from"]
+_WIDEST = 100
+"""Longer names push the rest of their line aside, and not that of all others."""
+
+
+def tensor_lines(inspection: Inspection) -> Iterator[str]:
+    """Yield a line for every tensor: of the plan with how it is made, else of the checkpoint."""
+    last = "file" if inspection.plan is None else "made_from"
+    rows = [("tensor", "dtype", "shape", last.replace("_", " "))]
+    for tensor in tensors_json(inspection):
+        shape = "×".join(str(length) for length in tensor["shape"])
+        rows.append((tensor["name"], tensor["dtype"], shape, tensor[last]))
+    shown = [[printable(text) for text in row] for row in rows]
+    widths = [min(_WIDEST, max(map(cell_len, column))) for column in zip(*shown, strict=True)]
+    for row in shown:
+        padded = (
+            text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)
         )
-    return table
+        yield "  ".join(padded).rstrip()
 
 
 def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
@@ -241,9 +255,9 @@ def report_table(report: Report) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in report.checks:
-        detail = Text(check.detail)
+        detail = Text(printable(check.detail))
         for failure in check.failures:
-            detail.append(f"\n- {failure}", style="red")
+            detail.append(f"\n- {printable(failure)}", style="red")
         table.add_row(check.name, Text(check.status, style=_STATUS_STYLE[check.status]), detail)
     return table
 
@@ -271,14 +285,15 @@ def _properties() -> Table:
     return table
 
 
-def _shards(number: int) -> str:
-    return f"{number} shard{'' if number == 1 else 's'}"
+def _add(table: Table, label: str, *lines: str) -> None:
+    """Add a property, whose lines may hold anything."""
+    table.add_row(label, Text("\n".join(map(printable, lines))))
 
 
 def _groups(plan: Plan) -> str:
     if not plan.recipe.virtual_groups:
         return "a row of its own per expert"
-    return f"{plan.recipe.expansion} virtual groups of {plan.recipe.granularity}"
+    return f"{counted(plan.recipe.expansion, 'virtual group')} of {plan.recipe.granularity}"
 
 
 def _promise(plan: Plan) -> str:
@@ -296,17 +311,17 @@ def _promise(plan: Plan) -> str:
 
 def _dropped(dropped: Mapping[str, str]) -> str:
     reasons = sorted(set(dropped.values()))
-    return f"{len(dropped)} tensors: {'; '.join(reasons)}"
+    return f"{counted(len(dropped), 'tensor')}: {'; '.join(reasons)}"
 
 
-def _engines(found: Iterable[Engine]) -> str:
+def _engines(found: Iterable[Engine]) -> list[str]:
     lines: dict[Support, list[str]] = {}
     for engine in found:
         lines.setdefault(engine.support, []).append(engine.name)
-    return "\n".join(
+    return [
         ", ".join(names) + ("" if support is Support.RUNS else f": {support}")
         for support, names in lines.items()
-    )
+    ]
 
 
 def _engines_json(found: Iterable[Engine]) -> dict[str, str]:
@@ -319,22 +334,30 @@ def _claims(record: Mapping[str, Any] | None) -> str:
     recipe, source = record.get("recipe"), record.get("source")
     if not isinstance(recipe, dict) or not isinstance(source, dict):
         return "not in a form that this version reads"
-    name, scaling, seed = (recipe.get(key) for key in ("name", "scaling", "seed"))
-    groups = f"{recipe.get('expansion')} groups of {recipe.get('granularity')}"
-    return f"{name} ({groups}), {scaling} scaling, seed {seed}, from {source.get('name')}"
+    keys = ("name", "expansion", "granularity", "scaling", "seed")
+    name, expansion, granularity, scaling, seed = (_claimed(recipe.get(key)) for key in keys)
+    groups = f"{expansion} group{'' if expansion == '1' else 's'} of {granularity}"
+    return f"{name} ({groups}), {scaling} scaling, seed {seed}, from {_claimed(source.get('name'))}"
+
+
+def _claimed(value: object) -> str:
+    """Return a value of a record, which can be any, as words."""
+    text = value if isinstance(value, str) else shown(value)
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}…"
 
 
 def _add_weights(table: Table, inspection: Inspection) -> None:
     weights = inspection.weights
     if weights is None:
         return
-    table.add_row(
+    _add(
+        table,
         "weights",
-        f"{weights.distinct_experts} different experts of {inspection.num_experts}, "
+        f"{counted(weights.distinct_experts, 'different expert')} of {inspection.num_experts}, "
         f"{weights.granularity} per group by their router rows",
     )
     whole = "yes, in every layer" if weights.whole_groups else "no:"
-    table.add_row("whole groups", "\n".join([whole, *weights.differing]))
+    _add(table, "whole groups", whole, *weights.differing)
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
-        table.add_row("scale factors", f"{measured} (measured against the dense model)")
+        _add(table, "scale factors", f"{measured} (measured against the dense model)")

@@ -12,30 +12,47 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.errors import ResumableError, UpcycleError, shown
+from upcycle_cli.hub.requests import interruptibly
 from upcycle_cli.plan import Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest one, however large the model
-
-
-def launched_rank() -> int:
-    """Return the rank that the launcher gave this process, 0 without one."""
-    return int(os.environ.get("RANK", "0")) if launched_size() > 1 else 0
-
-
-def launched_size() -> int:
-    """Return the number of processes that the launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+_JOIN_SECONDS = 300
+"""By then all have to be there, unless UPCYCLE_JOIN_SECONDS says otherwise."""
+_NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK")
 
 
 class Team:
-    """The processes of one conversion; a context that joins and leaves the process group."""
+    """The processes of one conversion; a context that joins and leaves the process group.
 
-    def __init__(self) -> None:
-        self.rank, self.size = launched_rank(), launched_size()
+    One process alone, unless it is said which of how many it is.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def launched(cls) -> Self:
+        """Return the team that the launcher has started, of one process without a launcher.
+
+        Raises UpcycleError when the launcher's variables make no sense.
+        """
+        size = _number("WORLD_SIZE", 1)
+        rank = _number("RANK", 0)
+        if not 0 <= rank < size:
+            raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
+        if size > 1:
+            missing = [name for name in _NEEDED if not os.environ.get(name)]
+            if missing:
+                raise _leftover(f"WORLD_SIZE is {size}, without {', '.join(missing)}.")
+            _number("MASTER_PORT", 0)
+        return cls(rank, size)
 
     @property
     def leads(self) -> bool:
@@ -44,10 +61,32 @@ class Team:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            import torch.distributed as dist
-
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            interruptibly(self._join)
         return self
+
+    def _join(self) -> None:
+        """Make all a process group; UpcycleError when some do not come."""
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)
+        try:
+            store: Store
+            store, _, _ = next(
+                rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=seconds))
+            )
+            names = [f"upcycle/{rank}" for rank in range(self.size)]
+            store.set(names[self.rank], "here")
+            store.wait(names, timedelta(seconds=seconds))
+        except (RuntimeError, ValueError) as error:
+            raise _leftover(
+                f"WORLD_SIZE says that {self.size} processes share this, and within {seconds} s "
+                f"not all of them came to {place}."
+            ) from error
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
+        )
 
     def __exit__(
         self,
@@ -113,3 +152,20 @@ class Team:
             if writer == rank:
                 own.append(shard)
         return sorted(own, key=lambda shard: shard.name)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise _leftover(f"{variable} is {shown(text)}, which is no number.") from None
+
+
+def _leftover(message: str) -> UpcycleError:
+    return UpcycleError(
+        message,
+        "Start all of them with torchrun. If you started one process, unset WORLD_SIZE and RANK.",
+    )

@@ -1,78 +1,83 @@
 """The terminal: what commands say and where, their exit codes, and the signals that stop them.
 
 stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
-or a resource that failed, 70 a bug in upcycle, 130 SIGINT, 143 SIGTERM.
+or a resource that failed, 70 a bug in upcycle, 129 SIGHUP, 130 SIGINT, 143 SIGTERM.
+
+Nothing that is printed is taken for markup, and nothing that cannot be seen reaches the screen.
 """
 
 from __future__ import annotations
 
 import atexit
-import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from json import dumps
-from typing import Any, NoReturn, TextIO
+from contextlib import contextmanager, suppress
+from json import dumps, loads
+from types import FrameType
+from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
+from rich.text import Text
 
-from upcycle_cli.errors import UpcycleError
-from upcycle_cli.team import launched_rank
+from upcycle_cli.errors import UpcycleError, lack_in_words
+from upcycle_cli.faults import handle_faults
+from upcycle_cli.printable import printable, printable_lines
+from upcycle_cli.startup import STOPPED, handle_signals, reserve_descriptors
+from upcycle_cli.streams import flush_streams, make_streams_robust
 
 EXIT_VERIFICATION_FAILED = 1
 EXIT_ERROR = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
-EXIT_SIGINT = 130
-EXIT_SIGTERM = 143
 
 
 def prepare() -> None:
-    """Take signals, and let stdout and stderr survive a name that they cannot show."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is kept
-        signal.signal(signal.SIGHUP, on_signal)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name or sign that the terminal cannot show must not end a conversion.
-            stream.reconfigure(errors="backslashreplace")
+    """Take signals and faults, and let nothing that happens to stdout or stderr end a command."""
+    handle_signals(on_signal)
+    reserve_descriptors()
+    make_streams_robust()
+    handle_faults(say_last_words, EXIT_ERROR)
 
 
-def finish() -> None:
+def finish(code: int) -> NoReturn:
     """End the process: the command is over, and a signal that comes now has nothing to stop.
 
     Python would take torch apart for half a second first, and wait for threads that still transfer
     something after a signal.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    ending = sys.exc_info()[1]
-    if not isinstance(ending, SystemExit) or not isinstance(ending.code, int):
-        return
+    ignored = False
+    while not ignored:
+        with suppress(StoppedError):
+            handle_signals(signal.SIG_IGN)
+            ignored = True
     if not _received:
-        atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        return  # Python has its own exit code for output that is lost
-    os._exit(ending.code)
+        with suppress(Exception):
+            atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
+    lost = flush_streams()
+    if lost is not None and code == 0:
+        code = EXIT_ERROR
+        say_error(f"not all of stdout could be written: {lost.strerror}.")
+        flush_streams()
+    os._exit(code)
 
 
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came; it unwinds as SIGINT does: files are closed, locks given back."""
+# Signals -----------------------------------------------------------------------------------------
 
 
-_received: list[int] = []
+class StoppedError(BaseException):
+    """A signal came. No KeyboardInterrupt, of which libraries make something else."""
 
 
-def on_signal(signum: int, _frame: object) -> None:
+_received: list[signal.Signals] = []
+
+
+def on_signal(signum: int, _frame: FrameType | None) -> None:
     """Take a signal: remember it, and raise for it wherever the program is."""
-    _received.append(signum)
+    _received.append(signal.Signals(signum))
     raise_signal()
 
 
@@ -82,88 +87,210 @@ def raise_signal() -> None:
     Some do, while they are being imported: the command would go on as if nothing had been.
     """
     if _received:
-        raise KeyboardInterrupt if _received[0] == signal.SIGINT else _TerminatedError
+        raise StoppedError
+
+
+def stopped() -> tuple[int, str]:
+    """Return the exit code for the first signal that came, and the word for it."""
+    return STOPPED[_received[0] if _received else signal.SIGINT]
+
+
+# What is said ------------------------------------------------------------------------------------
 
 
 class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        # rich would exit with 1, which means here that a verification failed.
-        _stop_printing(sys.stderr if self.stderr else sys.stdout)
+    """Prints text as it is: no markup, no emoji codes, and no sign that cannot be seen."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401
+        return super().render_str(printable_lines(text), **options)
 
 
-def _stop_printing(stream: TextIO) -> None:
-    """Whoever read this has seen enough: the command goes on to its end and its exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+class _Trimmed:
+    """A table without the spaces that fill its last column."""
+
+    def __init__(self, table: RenderableType) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self._table, options, pad=False):
+            while line and not line[-1].text.rstrip(" "):
+                line.pop()
+            if line:
+                text, style, _ = line.pop()
+                line.append(Segment(text.rstrip(" "), style))
+            yield from line
+            yield Segment.line()
 
 
 def stdout(width: int | None = None) -> Console:
     """Return where data goes."""
-    return _Console(width=width, highlight=False)
+    return _Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:
     """Return where talk goes."""
-    return _Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def talk(text: str) -> None:
-    """Say something, as it is."""
-    stderr().print(escape(text), soft_wrap=True)
+def show(table: RenderableType, console: Console | None = None) -> None:
+    """Print a table to stdout, or to a console."""
+    (console or stdout()).print(_Trimmed(table))
+
+
+def talk(*lines: str) -> None:
+    """Say something, line by line."""
+    stderr().print(Text("\n".join(map(printable, lines))), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Say what is not an error, but should be known."""
-    stderr().print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
+    console = stderr()
+    note = Text.assemble(("note:", "yellow"), " ", printable(text))
+    if console.is_terminal:
+        show(note, console)
+    else:  # a log folds no lines, and whoever searches it wants them whole
+        console.print(note, soft_wrap=True)
+
+
+def say_error(message: str, hint: str | None = None) -> None:
+    """Say what went wrong, in a line, and what to do about it."""
+    text = Text.assemble(("error:", "bold red"), " ", printable(message))
+    if hint:
+        text.append("\n" + printable_lines(hint))
+    stderr().print(text, soft_wrap=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print a command's one JSON object; of several ranks, rank 0 does."""
-    if launched_rank() > 0:
-        return
+    """Print a command's one JSON object."""
+    sys.stdout.write(json_text(value, sys.stdout.encoding) + "\n")
+    sys.stdout.flush()
+
+
+def json_text(value: object, encoding: str | None = None) -> str:
+    """Return a value as JSON that every terminal and every parser can take.
+
+    What cannot be seen, or written in `encoding`, is escaped as JSON does it, which changes no
+    value. Half a character, as a name that is not UTF-8 has it and no parser takes it, becomes its
+    Python notation.
+    """
+    unicode = (encoding or "utf-8").lower().startswith("utf")
+
+    def escape(found: re.Match[str]) -> str:
+        sign = found[0]
+        if unicode and sign.isprintable():
+            return sign
+        escaped = dumps(sign)[1:-1]
+        return rf"\{escaped}" if "\ud800" <= sign <= "\udfff" else escaped
+
+    return _NOT_ASCII.sub(escape, dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: object) -> object:
+    """Return a value without the numbers that a file can hold and JSON does not have."""
     try:
-        typer.echo(dumps(value, indent=2, ensure_ascii=False))
-    except BrokenPipeError:
-        _stop_printing(sys.stdout)
+        dumps(value, allow_nan=False)
+    except ValueError:
+        return loads(dumps(value), parse_constant=lambda _: None)
+    return value
 
 
-def fail(message: str, code: int) -> NoReturn:
+_NOT_ASCII = re.compile(r"[^\n -~]")
+
+
+def fail(message: str, code: int, hint: str | None = None) -> NoReturn:
     """Say what went wrong, and end the command."""
-    if launched_rank() > 0:  # rank 0 says it, once
-        raise typer.Exit(code)
-    stderr().print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    say_error(message, hint)
     raise typer.Exit(code)
 
 
-def _end(error: UpcycleError, code: int, *, as_json: bool) -> NoReturn:
-    """End a command that could not do its work, for people and for programs."""
-    if as_json:
-        print_json(
-            {
-                "status": "error",
-                "exit_code": code,
-                "message": error.message,
-                "hint": error.hint,
-            }
-        )
-    fail(str(error), code)
+# Errors ------------------------------------------------------------------------------------------
+
+_json_wanted: list[bool] = []
+"""Whether the commands that are running were called with --json."""
 
 
 @contextmanager
-def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
-    """End the command with one message and an exit code for whatever a user can cause or cure."""
+def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[None]:
+    """End the command with one message and an exit code for whatever a user can cause or cure.
+
+    `silent` for a process beside one that says it.
+    """
+    _json_wanted.append(as_json)
+    code = EXIT_ERROR
     try:
         yield
-    except UpcycleError as error:
-        _end(error, EXIT_ERROR, as_json=as_json)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        failed = UpcycleError(f"{where}{error.strerror or error}.")
-        _end(failed, EXIT_ERROR, as_json=as_json)
-    except KeyboardInterrupt as signal_error:
-        terminated = isinstance(signal_error, _TerminatedError)
-        stopped = UpcycleError(
-            f"{'terminated' if terminated else 'interrupted'}; what was not complete was not "
-            "published.",
+    except (StoppedError, KeyboardInterrupt):
+        code, word = stopped()
+        words = UpcycleError(
+            f"{word}; what was not complete was not published.",
             "The same command goes on where it stopped.",
         )
-        _end(stopped, EXIT_SIGTERM if terminated else EXIT_SIGINT, as_json=as_json)
+    except BaseException as error:
+        found = in_words(error)
+        if found is None:
+            raise
+        words = found
+    else:
+        return
+    finally:
+        _json_wanted.pop()
+    if silent:
+        raise typer.Exit(code)
+    if as_json:
+        print_json(_error_json(words, code))
+    fail(words.message, code, words.hint)
+
+
+def in_words(error: BaseException) -> UpcycleError | None:
+    """Say what a person can do about an error; None for one that is a bug."""
+    words = " ".join(str(error).split())[:300].rstrip(".")
+    found = lack_in_words(error)
+    if found is not None:
+        return found
+    match error:
+        case UpcycleError():
+            found = error
+        case RecursionError():
+            found = UpcycleError("a value in one of the files is nested too deeply to be read.")
+        case ImportError() if not (error.name or "").startswith("upcycle_cli"):
+            cause = error.__cause__ or error  # numpy's own words are a page of advice
+            found = UpcycleError(
+                f"a library cannot be imported: {cause}.",
+                "Install upcycle-cli again, or give it more memory if that is what is missing.",
+            )
+        case OSError():
+            found = _refusal(error)
+        case _ if type(error).__module__ == "pyo3_runtime":  # a panic, which is no Exception
+            found = UpcycleError(
+                f"a library gave up: {words}.",
+                "A file that it read is damaged, or the system gives it no more memory or threads.",
+            )
+    return found
+
+
+def check_current_directory() -> None:
+    """Raise UpcycleError when there is none: libraries end the process for want of it."""
+    try:
+        os.getcwd()  # noqa: PTH109 - the same call, without an object around it
+    except OSError as error:
+        raise UpcycleError(
+            f"the current directory is gone: {error.strerror}.", "Change to one that is there."
+        ) from error
+
+
+def _refusal(error: OSError) -> UpcycleError:
+    """Say what the system refused, and to which file."""
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return UpcycleError(f"{where}{error.strerror or error}.")
+
+
+def _error_json(words: UpcycleError, code: int) -> dict[str, Any]:
+    return {"status": "error", "exit_code": code, "message": words.message, "hint": words.hint}
+
+
+def say_last_words(message: str, hint: str) -> None:
+    """Say why the process ends, past all buffers: they may be half written."""
+    if any(_json_wanted):
+        told = json_text(_error_json(UpcycleError(message, hint), EXIT_ERROR))
+        os.write(1, f"{told}\n".encode())
+    os.write(2, f"error: {printable(message)}\n{hint}\n".encode())

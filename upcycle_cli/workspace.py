@@ -22,6 +22,7 @@ from typing import Any
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_LISTING_BYTES, read_open
 from upcycle_cli.folder import ABSENT, Folder
+from upcycle_cli.printable import shell_line
 
 MARKER = ".upcycle-partial"
 SEAL = ".upcycle-sealed"
@@ -66,10 +67,10 @@ class Workspace:
         digest = marker.get("plan_sha256", seal.get("plan_sha256"))
         if digest not in (None, self.plan_digest) and not restart:
             path = self.folder.path
+            clean = ["upcycle", "clean", "--yes", str(path.with_name(self.output))]
             raise UpcycleError(
                 f"{path} holds an unfinished conversion of another recipe or source.",
-                "Pass --overwrite to start over, or remove it with `upcycle clean --yes "
-                f"{path.with_name(self.output)}`.",
+                f"Pass --overwrite to start over, or remove it with `{shell_line(clean)}`.",
             )
         # Before anything goes, so that whatever is left is known to be ours; and not again, since
         # there may be no room before the rest has gone.

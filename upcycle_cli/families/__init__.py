@@ -111,7 +111,7 @@ def choose(config: Mapping[str, Any], target: str, routing: Routing | None) -> F
     able = [name for name in options if name not in reasons]
     shown = reasons if target == "auto" else {target: reasons[target]}
     raise UpcycleError(
-        "\n".join(f"{name} cannot express this model: {why}." for name, why in shown.items()),
+        " ".join(f"{name} cannot express this model: {why}." for name, why in shown.items()),
         f"{' or '.join(able)} can: pass --target {able[0]}." if able else "No target can yet.",
     )
 

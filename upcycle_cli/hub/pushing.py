@@ -28,6 +28,7 @@ from upcycle_cli.hub.requests import (
     words_of,
 )
 from upcycle_cli.hub.sources import refuse_empty
+from upcycle_cli.printable import printable
 from upcycle_cli.publish import MARKER, split_files
 
 if TYPE_CHECKING:
@@ -188,11 +189,11 @@ def _check_complete(directory: Path) -> None:
         )
     failures = find_incomplete(directory)
     if failures:
-        shown = "\n".join(f"- {failure}" for failure in failures[:8])
+        shown = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         more = f"\n- and {len(failures) - 8} more" if len(failures) > 8 else ""
         raise UpcycleError(
-            f"{directory} is not a complete upcycled checkpoint; nothing was pushed.\n"
-            f"{shown}{more}",
+            f"{directory} is not a complete upcycled checkpoint; nothing was pushed.",
+            f"{shown}{more}\n"
             "Make it again with `upcycle convert --overwrite`. A model that was trained further is "
             "not the one that its card and record describe: upload it with `hf upload`.",
         )
@@ -217,7 +218,7 @@ def _read_card(path: Path) -> tuple[dict[str, object], str]:
         text = path.read_text(encoding="utf-8")
         return ModelCard(text).data.to_dict(), text
     except (ValueError, YAMLError) as error:
-        raise UpcycleError(f"{path} is not a valid model card: {error}") from error
+        raise UpcycleError(f"{path} is not a valid model card: {words_of(error)}.") from error
 
 
 def _metadata(card: str) -> dict[str, object]:
@@ -355,7 +356,9 @@ def _upload_together(
         raise
     except ValueError as error:
         # The Hub's verdict on the card's metadata, before anything is uploaded.
-        raise UpcycleError(f"the Hub refuses this: {error}", f"Correct {CARD_NAME}.") from error
+        raise UpcycleError(
+            f"the Hub refuses this: {words_of(error)}.", f"Correct {CARD_NAME}."
+        ) from error
     except (OSError, RuntimeError) as error:
         if isinstance(error.__cause__, transport_errors()):
             raise error.__cause__ from error

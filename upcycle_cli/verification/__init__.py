@@ -29,7 +29,7 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import DENSE, TARGETS
 from upcycle_cli.families.target import Target
-from upcycle_cli.files import open_regular
+from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.verification.facts import DamagedError, Facts, Promise, gather_facts
@@ -67,6 +67,8 @@ def verify(
     selected = _selected(checks)
     places = find_model(dense, dense_revision), find_model(moe, moe_revision)
     prompts = None if prompts is None else Path(prompts)
+    for place in places:
+        check_utf8(place.path)
     try:
         # Before gigabytes are downloaded, too.
         _target(places[1].path)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.verification.facts import EMBEDDING, Facts
 
 MOST_TOKENS = 1024
@@ -75,6 +75,9 @@ def transformers_says() -> Iterator[None]:
     except (MemoryError, UpcycleError):
         raise
     except BaseException as error:
+        lack = lack_in_words(error)
+        if lack is not None:
+            raise lack from error
         # The tokenizers library panics where it was not made for its input, outside of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -1,0 +1,127 @@
+"""What a card takes over from a card that somebody else wrote: lines of text, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from conftest import RunCli, clone, read_json
+
+from upcycle_cli.card import is_edited
+from upcycle_cli.front_matter import carried_over
+
+KEPT = {"license": "mit", "language": ["en"]}
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+MERGES = "a: &a {k: v}\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join(['*' + chr(97 + i)] * 9)}]}}\n"
+    for i in range(20)
+)
+
+
+def front(text: str) -> bytes:
+    return f"---\n{text}\n---\n\n# Model\n".encode()
+
+
+GOOD = "license: mit\nlanguage: [en]"
+STRANGE = {
+    # Whatever else the front matter holds, what can be kept is kept.
+    "tags": (front(f"tags: 5\n{GOOD}"), KEPT, ""),
+    "a number as key": (front(f"1: 2\n{GOOD}"), KEPT, ""),
+    "a list as key": (front(f"? [a, b]\n: c\n{GOOD}"), KEPT, ""),
+    "self": (front(f"self: 1\n{GOOD}"), KEPT, ""),
+    "eval_results": (front(f"eval_results: 5\nmodel-index: x\n{GOOD}"), KEPT, ""),
+    "a date": (front(f"date: 2024-13-45\nday: 2024-01-01\n{GOOD}"), KEPT, ""),
+    "a long number": (front(f"n: {'9' * 10000}\n{GOOD}"), KEPT, ""),
+    "a tag": (front(f"x: !!python/object/apply:os.system [id]\n{GOOD}"), KEPT, ""),
+    "laughs": (front(LAUGHS + GOOD), KEPT, ""),
+    "merges": (front(MERGES + GOOD), KEPT, ""),
+    "carriage returns": (front(GOOD).replace(b"\n", b"\r\n"), KEPT, ""),
+    # What cannot be kept is said.
+    "a number": (front("license: 5\nlanguage: [en]"), {"language": ["en"]}, "license"),
+    "a mapping": (front("license: mit\nlanguage: {}"), {"license": "mit"}, "language"),
+    "a mixed list": (front("license: mit\nlanguage: [en, 5]"), {"license": "mit"}, "language"),
+    "an alias": (front(f"{LAUGHS}license: *j\nlanguage: [en]"), {"language": ["en"]}, "license"),
+    "two lines": (front('license: "a\\nb"\nlanguage: [en]'), {"language": ["en"]}, "license"),
+    "an escape": (front('license: "\\e[31m"\nlanguage: [en]'), {"language": ["en"]}, "license"),
+    "a long line": (
+        front(f"license: {'x' * 1000}\nlanguage: [en]"),
+        {"language": ["en"]},
+        "license",
+    ),
+    "many languages": (
+        front(f"license: mit\nlanguage: [{'en, ' * 5000}]"),
+        {"license": "mit"},
+        "la",
+    ),
+    "no YAML": (front("license: ["), {}, "no YAML"),
+    "tabs": (front("license:\n\t- x"), {}, "no YAML"),
+    "deep": (front("a: " + "[" * 5000), {}, "nested too deeply"),
+    "large": (front("x: " + "y" * 1_100_000), {}, "characters"),
+    "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
+    "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),
+    # There is nothing to say of a card that says nothing.
+    "a list": (front("[a, b]"), {}, ""),
+    "nothing": (front(""), {}, ""),
+    "null": (front("license:\nlanguage: null"), {}, ""),
+    "no front matter": (b"# Model\n---\nlicense: mit\n---\n", {}, ""),
+    "empty": (b"", {}, ""),
+}
+
+
+@pytest.mark.parametrize(("card", "kept", "word"), STRANGE.values(), ids=STRANGE)
+def test_front_matter_of_every_kind(
+    tmp_path: Path, card: bytes, kept: dict[str, object], word: str
+) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    found = carried_over(tmp_path, "README.md")
+    assert found.values == kept
+    assert bool(found.notes) == bool(word)
+    assert word in " ".join(found.notes)
+    is_edited(card.decode(errors="replace"))  # the Hub's cards are no better
+
+
+def unreadable(path: Path, kind: str) -> None:
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            path.symlink_to("/etc/hostname")
+        case "dangling":
+            path.symlink_to("nowhere")
+        case "loop":
+            path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link", "dangling", "loop"])
+def test_cards_that_are_no_files(tmp_path: Path, kind: str) -> None:
+    unreadable(tmp_path / "README.md", kind)
+    found = carried_over(tmp_path, "README.md")
+    assert not found.values
+    assert "README.md" in found.notes[0]
+
+
+def test_no_card(tmp_path: Path) -> None:
+    assert carried_over(tmp_path, "README.md").notes == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["tags: 5\neval_results: 5\nself: 1\nlicense: 7", "a: " + "[" * 999]
+)
+def test_a_card_is_always_possible(run_cli: RunCli, llama: Path, tmp_path: Path, text: str) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    (dense / "README.md").write_bytes(front(text))
+    command = ("convert", dense, tmp_path / "moe", "--recipe", "E2G2T4")
+    planned = run_cli(*command, "--dry-run")
+    assert "README.md" in planned.stderr  # said before anything is written
+    done = run_cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert "README.md" in done.stderr
+    _, block, _ = (tmp_path / "moe" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(block).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "README.md" not in str(read_json(tmp_path / "moe" / "upcycle.json"))

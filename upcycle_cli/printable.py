@@ -1,0 +1,47 @@
+"""Text from elsewhere, such that a terminal, a log or a shell can take it.
+
+A name in a header, a config or an answer of the Hub can hold anything: escape sequences that paint
+over the screen, characters that turn a line around, line breaks that forge a line of ours, halves
+of characters that no file can hold. Whatever is shown goes through here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+
+
+def printable(text: str) -> str:
+    r"""Return a text as one line; what cannot be seen in Python's notation, such as \x1b."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of ours whose line breaks are meant."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """Return a command as one types it, in one line: what is pasted is what was meant."""
+    return " ".join(map(_shell_word, words))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    # The notation of bash, zsh and POSIX 2024 for bytes that one cannot see.
+    quoted = "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{quoted}'"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: 1 shard, 12 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
