@@ -126,6 +126,11 @@ READ = (
     "modules.json",
     "config.4.0.0.json",
     "model.gguf",
+    "NOTICE.safetensors",
+    "LICENSE.py",
+    "Config.json",
+    "ADAPTER_CONFIG.json",
+    "model.SAFETENSORS",
 )
 
 
@@ -134,6 +139,32 @@ def test_files_that_something_reads(dense: Path, moe: Path, name: str) -> None:
     (moe / name).parent.mkdir(exist_ok=True)
     (moe / name).write_text("{}")
     assert_caught(dense, moe, "structure", name)
+
+
+def test_a_link_to_a_directory_of_code(dense: Path, moe: Path) -> None:
+    (moe / "scripts").mkdir()
+    (moe / "scripts" / "generate.py").write_text("")
+    (moe / "custom_generate").symlink_to("scripts")
+    assert_caught(dense, moe, "structure", "custom_generate/ is a link to a directory")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "tf"}, {"format": "mlx"}])
+def test_formats_that_loaders_refuse(
+    dense: Path, moe: Path, metadata: dict[str, str] | None
+) -> None:
+    save_file(read_tensors(moe), moe / "model.safetensors", metadata=metadata)
+    assert_caught(dense, moe, "structure", "loaders want 'pt'")
+
+
+def test_a_shard_that_only_the_index_knows(dense: Path, moe: Path) -> None:
+    tensors = read_tensors(moe)
+    (moe / "model.safetensors").rename(moe / "weights.safetensors")
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": dict.fromkeys(tensors, "weights.safetensors"),
+    }
+    write_json(moe / "model.safetensors.index.json", index)
+    assert_caught(dense, moe, "structure", "weights.safetensors holds weights under a name")
 
 
 def test_files_that_nothing_reads_are_named(dense: Path, moe: Path) -> None:
@@ -184,6 +215,21 @@ def not_special(value: dict[str, Any]) -> None:
     value["added_tokens"][0]["special"] = False
 
 
+def without(name: str, key: str) -> Callable[[Path], None]:
+    return lambda moe: edit_json(moe / name, lambda value: value.pop(key))
+
+
+def with_a_byte_order_mark(moe: Path) -> None:
+    path = moe / "generation_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def bomb(value: dict[str, Any]) -> None:
+    """A normalizer that makes two letters of one, forty times over."""
+    double = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+    value["normalizer"] = {"type": "Sequence", "normalizers": [double] * 40}
+
+
 STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 LOWERCASE = {"type": "Lowercase"}
 COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
@@ -209,7 +255,20 @@ COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
     ("added tokens", new_file("added_tokens.json", '{"zz": 300}'), "added_tokens.json"),
     ("template", new_file("chat_template.jinja", "{{ messages }}"), "the chat template is not"),
     ("second template", new_file("additional_chat_templates/tools.jinja", "x"), "'tools'"),
+    ("two default templates", new_file("additional_chat_templates/default.jinja", "x"), "template"),
+    (
+        "a template of llama.cpp",
+        setting(chat_template="{{ messages }}"),
+        "the chat template is not",
+    ),
+    ("another tokenizer file", setting(tokenizer_file="data/t.json"), "tokenizer_file"),
+    ("no class", without("tokenizer_config.json", "tokenizer_class"), "tokenizer_class is None"),
+    ("a bomb", tokenizer(bomb), "normalizer"),
     ("temperature", generation(temperature=9.0), "temperature is 9.0"),
+    ("as the config says", generation(_from_model_config=True), "_from_model_config is True"),
+    ("a number for a flag", generation(do_sample=1), "do_sample is 1"),
+    ("a float for an integer", generation(top_p=1), "top_p"),
+    ("byte order mark", with_a_byte_order_mark, "generation_config.json"),
     ("generation keys", generation(suppress_tokens=[5]), "suppress_tokens is [5]"),
     ("eos of generation", generation(eos_token_id=[1, 5]), "eos_token_id"),
     ("not JSON", new_file("generation_config.json", "{"), "generation_config.json"),
@@ -277,6 +336,90 @@ def test_groups_that_always_tie(dense: Path, moe: Path) -> None:
     assert_caught(dense, moe, "outputs", "split_token_layers")
 
 
+def test_rows_that_differ_where_nothing_comes_through(dense: Path, moe: Path) -> None:
+    """The same without running anything: what is behind a weight of 0 tells no rows apart."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        rows = tensors[ROUTERS[1]][:1].repeat(8, 1)
+        rows[:, 0] = torch.arange(4).repeat_interleave(2).bfloat16()
+        tensors[ROUTERS[1]] = rows
+
+    edit_tensors(moe, edit)
+    assert_caught(dense, moe, "weights", ROUTERS[1], "rows 0 and 1 of its groups are the same")
+
+
+@pytest.fixture(scope="module")
+def wide(make_dense: MakeDense) -> Path:
+    """A llama whose rows have enough dimensions to look random, or not to."""
+    return make_dense("llama", dtype="bfloat16", hidden_size=256, num_hidden_layers=1)
+
+
+def common(rows: torch.Tensor) -> torch.Tensor:
+    """A direction that the built-in text may hardly have, in all rows."""
+    direction = torch.nn.functional.normalize(torch.randn(256), dim=0)
+    return rows + 3 * rows.norm(dim=1, keepdim=True) * direction
+
+
+def opposite(rows: torch.Tensor) -> torch.Tensor:
+    signs = torch.tensor([1.0, -1.0, 0.8, -0.8]).unsqueeze(1)
+    return rows * 0.2 + signs * rows[:1]
+
+
+def sparse(rows: torch.Tensor) -> torch.Tensor:
+    largest = rows.abs() == rows.abs().amax(dim=1, keepdim=True)
+    return rows * 1e30 * largest
+
+
+def loud(rows: torch.Tensor) -> torch.Tensor:
+    return rows * 3e37
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (common, "in one direction"),
+        (opposite, "in one direction"),
+        (sparse, "standard deviations"),
+        (loud, "its logits can reach"),
+    ],
+)
+def test_rows_that_are_fine_on_the_built_in_text(
+    wide: Path, tmp_path: Path, edit: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    convert(wide, tmp_path / "moe", RECIPE)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        rows = edit(tensors[ROUTERS[0]][::2].float())
+        tensors[ROUTERS[0]] = rows.bfloat16().repeat_interleave(2, 0)
+
+    torch.manual_seed(0)
+    edit_tensors(tmp_path / "moe", change)
+    assert_caught(wide, tmp_path / "moe", "weights", ROUTERS[0], words)
+
+
+def test_a_gate_of_the_shared_expert_that_overflows(wide: Path, tmp_path: Path) -> None:
+    convert(wide, tmp_path / "moe", RECIPE, target="qwen2_moe")
+    name = "model.layers.0.mlp.shared_expert_gate.weight"
+    edit_tensors(tmp_path / "moe", lambda tensors: tensors[name].mul_(1e38))
+    assert_caught(wide, tmp_path / "moe", "weights", name, "its logits can reach")
+
+
+def test_tokens_that_nobody_would_write(dense: Path, good: Path, tmp_path: Path) -> None:
+    """Half of them are no text, and another router is run on others of them."""
+    report = verify(dense, good, checks=["outputs"])
+    assert (report.checks[0].metrics["tokens"], report.checks[0].metrics["text_tokens"]) == (
+        128,
+        96,
+    )
+    other = tmp_path / "moe"
+    convert(dense, other, Recipe(expansion=4, granularity=2, top_k=2, seed=1))
+    gaps = [
+        verify(dense, path, checks=["outputs"]).checks[0].metrics["dense_nll"]
+        for path in (good, other)
+    ]
+    assert gaps[0] == gaps[1]  # of the text alone
+
+
 def test_a_router_that_is_refused(dense: Path, tmp_path: Path) -> None:
     recipe = Recipe(expansion=4, granularity=2, top_k=2, router_logit_std=60_000)
     with pytest.raises(UpcycleError, match="60000 overflow float16"):
@@ -331,6 +474,21 @@ def test_rounding_that_costs_too_much(make_dense: MakeDense, tmp_path: Path) -> 
     edit_tensors(source, sharpen)
     convert(source, tmp_path / "moe", RECIPE, options=Options(dtype="bfloat16"))
     assert_caught(source, tmp_path / "moe", "outputs", "kl_mean_rounding")
+
+
+def test_products_that_overflow_float16(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Every expert's output is small; what goes into it is not."""
+    source = clone(make_dense("llama", dtype="float16"), tmp_path / "dense")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.mlp.up_proj.weight"] *= 1.2e4
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= 1e-3
+
+    edit_tensors(source, edit)
+    moe = tmp_path / "moe"
+    convert(source, moe, Recipe(expansion=2, granularity=8, top_k=8))
+    assert_caught(source, moe, "outputs", "run in float16, as it is stored")
 
 
 # Who sets the standard ----------------------------------------------------------------------------
@@ -409,10 +567,13 @@ def test_one_layer_with_a_loud_router(make_dense: MakeDense, tmp_path: Path) -> 
 # Settings -----------------------------------------------------------------------------------------
 
 SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"rope_theta": 5e5}, "rope_theta is 500000.0, but rope_parameters says"),
-    ({"rope_theta": None}, "rope_theta is None, but rope_parameters says"),
+    ({"rope_theta": 5e5}, "rope_theta is 500000.0, but rope_parameters.rope_theta is"),
+    ({"rope_theta": None}, "rope_theta is None, but rope_parameters.rope_theta is"),
     ({"head_dim": 0}, "head_dim is 0"),
     ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    ({"decoder_sparse_step": 5}, "decoder_sparse_step is 5"),
+    ({"qkv_bias": True}, "qkv_bias is True"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is"),
     ({"temperature": 0.1}, "temperature is 0.1, and the dense model has no such setting"),
     ({"num_experts": 3}, "gate.weight has shape"),
@@ -441,6 +602,58 @@ SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
 def test_settings(dense: Path, moe: Path, changes: dict[str, Any], words: str) -> None:
     edit_json(moe / "config.json", lambda config: config.update(changes))
     assert_caught(dense, moe, "structure", words)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def old_notation(config: dict[str, Any]) -> None:
+    """A theta for those who take the top one, and another for those who look further."""
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    config["rope_theta"] = 5e5
+
+
+def two_kinds(config: dict[str, Any]) -> None:
+    config["rope_scaling"]["type"] = "default"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (old_notation, "rope_scaling.rope_theta is"),
+        (two_kinds, "rope_type 'yarn' and type 'default'"),
+    ],
+)
+def test_rope_that_readers_resolve_differently(
+    make_dense: MakeDense, tmp_path: Path, edit: Edit, words: str
+) -> None:
+    source = make_dense("llama", dtype="bfloat16", rope_parameters=YARN | {"rope_theta": 1e4})
+    convert(source, tmp_path / "moe", RECIPE)
+    assert verify(source, tmp_path / "moe", checks=["structure"]).passed
+    edit_json(tmp_path / "moe" / "config.json", edit)
+    assert_caught(source, tmp_path / "moe", "structure", words)
+
+
+def test_rope_in_the_newest_notation_alone_is_noted(dense: Path, moe: Path) -> None:
+    edit_json(
+        moe / "config.json", lambda config: [config.pop("rope_theta"), config.pop("rope_scaling")]
+    )
+    report = verify(dense, moe, checks=["structure"])
+    assert report.passed
+    assert "notation of transformers 5 alone" in report.checks[0].detail
+
+
+def test_windows_that_the_dense_model_does_not_read(dense: Path, tmp_path: Path) -> None:
+    """llama has none, whatever its config says, and qwen2_moe has."""
+    stray = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    source = clone(dense, tmp_path / "dense", **stray)
+    for target in ("mixtral", "qwen2_moe"):
+        moe = tmp_path / target
+        convert(source, moe, RECIPE, target=target)
+        assert verify(source, moe, checks=["structure"]).passed
+    edit_json(moe / "config.json", lambda config: config.update(stray))
+    assert_caught(source, moe, "structure", "use_sliding_window", "max_window_layers")
 
 
 HARMLESS = {
@@ -570,6 +783,14 @@ def test_nothing_that_a_checkpoint_names_is_asked_for(
 # What transformers itself rewrites ----------------------------------------------------------------
 
 PAIRS = (("llama", "mixtral"), ("mistral", "qwen2_moe"), ("qwen2", "qwen2_moe"))
+
+
+def test_experts_of_an_odd_width(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = make_dense("llama", dtype="bfloat16")
+    convert(source, tmp_path / "moe", Recipe(expansion=2, granularity=8, top_k=8))
+    report = verify(source, tmp_path / "moe")
+    assert report.passed, text_of(report)
+    assert "Experts 6 wide" in text_of(report)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

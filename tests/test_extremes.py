@@ -106,13 +106,14 @@ COUNTS: tuple[dict[str, Any], ...] = (
     {"num_experts_per_tok": 10**30},
     {"intermediate_size": 10**18},
     {"vocab_size": 10**18, "hidden_size": 10**18},
+    {"head_dim": 4_000_000},
 )
 
 
 @pytest.mark.parametrize("changes", COUNTS, ids=str)
 def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     path = clone(moe, tmp_path / "moe", **changes)
-    done = run("verify", llama, path, "--checks", "structure")
+    done = run("verify", llama, path, "--checks", "structure,outputs")
     assert_refused(done, next(iter(changes)) if len(changes) == 1 else "structure", code=1)
     done = run("inspect", path, "--weights")
     assert done.returncode in (0, 2), done

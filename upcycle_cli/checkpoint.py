@@ -88,6 +88,9 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
+"""Files that engines take for weights, whatever their name says before that."""
+
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_SIZE = 2**63 - 1
@@ -127,6 +130,8 @@ class FileStamp:
     digest: str | None = None
     ctime_ns: int | None = None
     """When it was last changed or put there, which nobody can set; None for what is not here."""
+    format: object = None
+    """What a weight file's header says of its kind: loaders want `pt`."""
 
     def fits(self, status: os.stat_result) -> bool:
         """Whether a file that is here is still the same, and as it was."""
@@ -151,7 +156,10 @@ class Storage(Protocol):
         """Return the names that match any of these patterns but for directories, sorted."""
 
     def names(self) -> list[str]:
-        """Return the names of all files, whatever they are, sorted."""
+        """Return the names of all files, whatever they are, sorted.
+
+        A directory that is a link is not looked into; its name ends in a slash.
+        """
 
     def prepare(self, shards: Sequence[str]) -> None:
         """Hear whose headers will be asked for next."""
@@ -192,7 +200,10 @@ class Directory:
         found = []
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted({*folders} - {".git", ".cache"})
-            found += [Path(folder, name).relative_to(self.path).as_posix() for name in files]
+            here = Path(folder)
+            links = [name for name in folders if (here / name).is_symlink()]
+            found += [(here / name).relative_to(self.path).as_posix() for name in files]
+            found += [(here / name).relative_to(self.path).as_posix() + "/" for name in links]
         return sorted(found)
 
     def prepare(self, shards: Sequence[str]) -> None:
@@ -450,7 +461,7 @@ def open_storage(storage: Storage) -> Checkpoint:
             tensors[entry.name] = entry
     if weight_map:
         _check_index(path, weight_map, tensors)
-    names = storage.matching(COMPANIONS)
+    names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
     for name in names:
         if not is_inner_name(name):
             raise UpcycleError(f"{path} holds a file named {shown(name)}.", "Rename or remove it.")
@@ -479,6 +490,11 @@ def shortened_file() -> Path | None:
         except OSError:
             continue
     return None
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether an engine that looks for weights takes a file for some."""
+    return name.casefold().endswith(WEIGHT_SUFFIXES)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -579,21 +595,27 @@ def _read_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[Ten
             "are not read."
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
-    entries = _parse_header(raw, file_path, shard_name, 8 + header_bytes)
+    header = _header(raw, file_path)
+    metadata = header.pop("__metadata__", None)
+    entries = _entries(header, file_path, shard_name, 8 + header_bytes)
     _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
-    return replace(stamp, digest=hashlib.sha256(raw).hexdigest()), entries
+    kind = metadata.get("format") if isinstance(metadata, dict) else None
+    return replace(stamp, digest=hashlib.sha256(raw).hexdigest(), format=kind), entries
 
 
-def _parse_header(
-    raw: bytes, file_path: Path, shard_name: str, data_start: int
-) -> list[TensorEntry]:
+def _header(raw: bytes, file_path: Path) -> dict[str, Any]:
     try:
         header = _parse_json(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{file_path} has a header that is not valid JSON: {error}.") from error
     if not isinstance(header, dict):
         raise UpcycleError(f"{file_path} has a header that is not a JSON object.")
-    header.pop("__metadata__", None)
+    return header
+
+
+def _entries(
+    header: Mapping[str, Any], file_path: Path, shard_name: str, data_start: int
+) -> list[TensorEntry]:
     entries = []
     for name, info in header.items():
         where = f"{file_path}: tensor {name}"
@@ -668,7 +690,8 @@ def _parse_json(
     raw: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:  # noqa: ANN401 - a JSON value
     """Parse JSON; raises ValueError, also for half a character, which cannot be written again."""
-    value = json.loads(raw, object_pairs_hook=object_pairs_hook)
+    # Of bytes Python takes other encodings and a byte order mark, which other readers do not.
+    value = json.loads(raw.decode(), object_pairs_hook=object_pairs_hook)
     if b"\\u" in raw:
         json.dumps(value, ensure_ascii=False).encode()
     return value

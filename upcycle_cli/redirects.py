@@ -43,6 +43,7 @@ REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})
 _FILES: Mapping[str, str] = {
     "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
     "*.py": "is code, which loaders run with trust_remote_code",
+    "custom_generate/": "is a link to a directory from which transformers would run code",
     "custom_generate/*.py": "is code, which transformers runs with trust_remote_code",
 }
 
@@ -73,7 +74,8 @@ def file_redirects(names: Collection[str]) -> Iterator[str]:
     """Name each file of a checkpoint that is read beside its config and weights, or run."""
     for name in sorted(names):
         for pattern, effect in _FILES.items():
-            if fnmatchcase(name, pattern) and name.count("/") == pattern.count("/"):
+            # Where case does not count, as on many disks, another spelling is the same file.
+            if fnmatchcase(name.casefold(), pattern) and name.count("/") == pattern.count("/"):
                 yield f"{name} {effect}"
 
 

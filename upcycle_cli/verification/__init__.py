@@ -201,7 +201,7 @@ def _run(
     from upcycle_cli.verification.claims import check_claims
     from upcycle_cli.verification.companions import check_files
     from upcycle_cli.verification.factors import find_objection
-    from upcycle_cli.verification.models import MoeLoader
+    from upcycle_cli.verification.loading import MoeLoader
     from upcycle_cli.verification.outputs import check_outputs
     from upcycle_cli.verification.structure import check_structure
     from upcycle_cli.verification.weights import check_weights

@@ -76,7 +76,8 @@ def _generation_failures(facts: Facts) -> Iterator[str]:
         return
     whose = "the dense model's" if theirs is not None else f"what {CONFIG_NAME} implies"
     for key in sorted(wanted | found):
-        if wanted.get(key) != found.get(key):
+        one, other = wanted.get(key), found.get(key)
+        if type(one) is not type(other) or one != other:
             yield (
                 f"{GENERATION_NAME}: {key} is {_words(found.get(key))}, {whose} is "
                 f"{_words(wanted.get(key))}"
@@ -89,7 +90,7 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if key not in ("transformers_version", "_from_model_config")
+        if key != "transformers_version"
         and value is not None
         and (key not in _GENERATION_REWRITTEN or value is not _GENERATION_REWRITTEN[key])
     }
@@ -98,7 +99,8 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 def _implied_generation(facts: Facts) -> dict[str, Any]:
     """Return the generation settings that transformers writes for a model that came without."""
     config = facts.moe.config
-    return {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+    tokens = {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+    return tokens | {"_from_model_config": True}
 
 
 def _words(value: object) -> str:

@@ -6,6 +6,7 @@ adapter is put on top, a second tokenizer or a foreign config goes first.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -15,9 +16,12 @@ from upcycle_cli.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
     RECORD_NAME,
+    WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
     Checkpoint,
+    is_weight_file,
 )
+from upcycle_cli.errors import shown
 from upcycle_cli.redirects import file_redirects
 
 CHECKSUMS_NAME = "SHA256SUMS"
@@ -25,7 +29,7 @@ _OWN = (CONFIG_NAME, CARD_NAME, RECORD_NAME, CHECKSUMS_NAME, ".gitattributes", "
 
 _READ_BY: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz"),
+        tuple(f"*{suffix}" for suffix in WEIGHT_SUFFIXES),
         "is a weight file that holds no tensor of this model, and engines load what they find",
     ),
     (
@@ -41,7 +45,7 @@ _READ_BY: tuple[tuple[tuple[str, ...], str], ...] = (
         "says that the weights are quantised, and engines read it",
     ),
     (
-        ("*processor_config.json", "processor*.json", "spiece.model", "*.model", "*.tiktoken"),
+        ("*processor_config.json", "processor*.json", "*.model", "*.tiktoken"),
         "is a processor or tokenizer, which the dense model does not have",
     ),
     (
@@ -52,6 +56,10 @@ _READ_BY: tuple[tuple[tuple[str, ...], str], ...] = (
         ("config.*.json", "generation_config.*.json"),
         "is a config that transformers may read in place of the model's own",
     ),
+    (
+        ("*/", "additional_chat_templates/*/"),
+        "is a link to a directory, and what lies there is not part of the model",
+    ),
 )
 """Files of a directory itself, by pattern, that something reads, and what it takes them for."""
 
@@ -60,7 +68,10 @@ def belongs(name: str, moe: Checkpoint) -> bool:
     """Whether a file is part of an MoE: by its name, whatever it holds."""
     shards = [shard.name for shard in moe.shards]
     index = [INDEX_NAME] if shards != [WEIGHTS_NAME] else []
-    return name in (*_OWN, *index, *shards) or _matches(name, COMPANIONS)
+    if name in (*_OWN, *index, *shards):
+        return True
+    odd = is_weight_file(name) or name.endswith((".py", "/"))
+    return not odd and _matches(name, COMPANIONS)
 
 
 def foreign_files(names: Sequence[str], moe: Checkpoint) -> list[str]:
@@ -74,12 +85,26 @@ def listing_failures(names: Sequence[str], moe: Checkpoint) -> Iterator[str]:
     yield from file_redirects(foreign)
     for name in foreign:
         for patterns, effect in _READ_BY:
-            if _matches(name, patterns) and name != INDEX_NAME:
+            if _matches(_folded(name), patterns) and name != INDEX_NAME:
                 yield f"{name} {effect}"
                 break
     for shard in moe.shards:
-        if "/" in shard.name or not shard.name.endswith(".safetensors"):
+        if "/" in shard.name or not _matches(shard.name, ("model*.safetensors",)):
             yield f"{shard.name} holds weights under a name that only the index knows"
+        if shard.format != "pt":
+            yield (
+                f"{shard.name}: the format in its metadata is {shown(shard.format)}, and loaders "
+                "want 'pt'"
+            )
+    spelt: dict[str, str] = {}
+    for name in (*_OWN, *(shard.name for shard in moe.shards), *names):
+        other = spelt.setdefault(_folded(name), name)
+        if other != name:
+            yield f"{name} and {other} are one file where case does not count"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

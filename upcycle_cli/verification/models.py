@@ -10,14 +10,11 @@ import errno
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
 from upcycle_cli.errors import UpcycleError, lack_in_words
-from upcycle_cli.verification.facts import EMBEDDING, Facts
 
 MOST_TOKENS = 1024
 """The longest sequence that both models are run on."""
@@ -212,78 +209,3 @@ def memory_objection(needed: float) -> str | None:
     if available is None or needed <= available:
         return None
     return f"it needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available"
-
-
-@dataclass(frozen=True)
-class Loading:
-    """The outcome of loading the MoE: a model and a report, or why there is none."""
-
-    model: Any = None
-    info: Mapping[str, Any] | None = None
-    refusal: str | None = None
-    """What transformers said when it could not load the model."""
-    not_tried: str | None = None
-    """Why loading was not tried."""
-
-    @property
-    def complaints(self) -> tuple[str, ...]:
-        """What transformers found wrong with the weights, one sentence each."""
-        if self.refusal is not None:
-            return (f"transformers could not load the MoE: {self.refusal}",)
-        if self.info is None:
-            return ()
-        found = []
-        for key, items in sorted(self.info.items()):
-            names = sorted(str(item) for item in items)
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                label = key.replace("_", " ")
-                found.append(f"transformers reports {label}: {', '.join(names[:3])}{more}")
-        return tuple(found)
-
-
-class MoeLoader:
-    """Loads the MoE once for all checks, in float32 when its outputs will be computed."""
-
-    def __init__(self, facts: Facts, *, for_outputs: bool) -> None:
-        self._facts = facts
-        self._for_outputs = for_outputs
-
-    @cached_property
-    def outputs_objection(self) -> str | None:
-        """Why the outputs cannot be computed in the memory there is, or None.
-
-        One model is in memory at a time, in float32, but the logits of both, and of the dense one
-        with rounded weights.
-        """
-        largest = max(self._facts.dense.num_parameters, self._facts.moe.num_parameters)
-        vocab_size = self._facts.dense.tensors[EMBEDDING].shape[0]
-        return memory_objection(4 * (largest + 3 * MOST_TOKENS * vocab_size))
-
-    @property
-    def _how(self) -> dict[str, str]:
-        # The grouped matrix product takes rows of a multiple of 16 bytes, in float16 as well.
-        return {"experts_implementation": "eager"} if self._facts.expert_size % 8 else {}
-
-    @cached_property
-    def loading(self) -> Loading:
-        """The outcome; the model is loaded when this is first asked for."""
-        import torch
-
-        for_outputs = self._for_outputs and self.outputs_objection is None
-        if not for_outputs:
-            objection = memory_objection(self._facts.moe.nbytes)
-            if objection is not None:
-                return Loading(not_tried=objection)
-        dtype = torch.float32 if for_outputs else "auto"
-        try:
-            model, info = load_model(self._facts.moe.path, dtype, **self._how)
-        except TransformersError as error:
-            return Loading(refusal=str(error))
-        return Loading(model=model if for_outputs else None, info=info)
-
-    def take(self) -> Loading:
-        """Return the outcome and forget it, so that the caller can free the model."""
-        loading = self.loading
-        del self.loading
-        return loading

@@ -31,9 +31,9 @@ from upcycle_cli.verification.facts import (
     Facts,
     dense_mlp_name,
 )
+from upcycle_cli.verification.loading import MoeLoader
 from upcycle_cli.verification.models import (
     MOST_TOKENS,
-    MoeLoader,
     TransformersError,
     load_model,
     load_tokenizer,

@@ -8,10 +8,10 @@ else may read it: another engine, a trainer, a later version.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import CONFIG_NAME, ITEM_BYTES, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import shown
 from upcycle_cli.families.target import Target
 from upcycle_cli.redirects import REDIRECTS, config_redirects
@@ -29,13 +29,9 @@ _JUDGED_BY_OTHERS = frozenset(
         "torch_dtype",
         "transformers_version",
         "_name_or_path",
-        # how the tensors' shapes read, which they are held to
-        "decoder_sparse_step",
+        # in effect and by the letter: `_in_effect`, `_rope_failures`, `_window_failures` and
+        # `_head_failures`
         "head_dim",
-        "mlp_only_layers",
-        "qkv_bias",
-        "shared_expert_intermediate_size",
-        # in effect, by `_in_effect`
         "layer_types",
         "max_window_layers",
         "rope_parameters",
@@ -43,12 +39,22 @@ _JUDGED_BY_OTHERS = frozenset(
         "rope_theta",
         "sliding_window",
         "use_sliding_window",
-        # training alone, by `own_setting_failures`
+    }
+)
+_JUDGED_WHERE_READ = frozenset(
+    {
+        # how the tensors' shapes read, which they are held to
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "qkv_bias",
+        "shared_expert_intermediate_size",
+        # training alone, by `_training_failures`
         "output_router_logits",
         "router_aux_loss_coef",
         "router_jitter_noise",
     }
 )
+"""Keys that are judged by others where the MoE's architecture has them; elsewhere they are odd."""
 
 
 def own_setting_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
@@ -76,17 +82,42 @@ def setting_failures(facts: Facts) -> Iterator[str]:
 
 def _setting_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
     yield from _differences(_in_effect(dense), _in_effect(moe))
-    yield from _window_failures(facts, _windows(moe))
+    yield from _window_failures(facts, dense, moe)
     # The reverse is --untie-embeddings; whether its head is right is for the weights check.
     if moe.tie_word_embeddings and not dense.tie_word_embeddings:
         yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
     keys = facts.target.keys
-    judged = {*_JUDGED_BY_OTHERS, *REDIRECTS, keys.num_experts, keys.top_k, keys.expert_size}
+    defaults = type(moe)()
+    judged = {key for key in _JUDGED_WHERE_READ if hasattr(defaults, key)}
+    judged |= {*_JUDGED_BY_OTHERS, *REDIRECTS, keys.num_experts, keys.top_k, keys.expert_size}
     judged.add(keys.norm_topk_prob or keys.top_k)
     for key in {**dense.to_dict(), **facts.dense.config, **facts.moe.config}:
         if key not in judged:
             yield from _key_failures(facts, key, dense, moe)
     yield from _dtype_failures(facts)
+
+
+def setting_notes(facts: Facts) -> Iterator[str]:
+    """Say what is right, and what some readers still get wrong."""
+    config = facts.moe.config
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" not in config:
+        yield (
+            "Its rope settings are in the notation of transformers 5 alone: older readers take "
+            "their default."
+        )
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+        yield (
+            "Some layers have a window and some have none, which transformers 4 does not know of "
+            f"{facts.target.model_type}."
+        )
+    sizes = {ITEM_BYTES[entry.dtype] for entry in facts.moe.tensors.values()}
+    if any(facts.expert_size * size % 16 for size in {2, *sizes}):
+        yield (
+            f"Experts {facts.expert_size} wide have rows of an odd size, which the grouped matrix "
+            "product of transformers and others does not take."
+        )
 
 
 def _architecture_failures(config: Mapping[str, Any], target: Target) -> Iterator[str]:
@@ -102,19 +133,23 @@ def _head_failures(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
-    """Readers of the old keys and of the new one must read the same."""
-    parameters = config.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return
-    inner = parameters.get("rope_theta")
-    theta = config.get("rope_theta", inner)
-    if inner is not None and theta != inner:
-        yield f"rope_theta is {shown(theta)}, but rope_parameters says {shown(inner)}"
-    if "rope_scaling" not in config:
-        return
-    scaling = config["rope_scaling"]
-    old, new = (_scaling(value) for value in (scaling, parameters))
-    if old != new:
+    """Whichever of the keys a reader takes, it must read the same."""
+    written = {key: config[key] for key in ("rope_parameters", "rope_scaling") if key in config}
+    inner = {key: value for key, value in written.items() if isinstance(value, dict)}
+    thetas = {key: config[key] for key in ("rope_theta",) if key in config}
+    for key, settings in inner.items():
+        if "rope_theta" in settings:
+            thetas[f"{key}.rope_theta"] = settings["rope_theta"]
+        kind, old_kind = (settings.get(name) for name in ("rope_type", "type"))
+        if None not in (kind, old_kind) and kind != old_kind:
+            yield f"{key} has rope_type {shown(kind)} and type {shown(old_kind)}"
+    first, *others = thetas.items() or [("", None)]
+    for key, theta in others:
+        if theta != first[1]:
+            yield f"{first[0]} is {shown(first[1])}, but {key} is {shown(theta)}"
+    kinds = {str(_scaling(value)) for value in written.values()}
+    if inner and len(written) == 2 and len(kinds) > 1:
+        scaling, parameters = written["rope_scaling"], written["rope_parameters"]
         yield f"rope_scaling is {shown(scaling)}, but rope_parameters is {shown(parameters)}"
 
 
@@ -127,7 +162,7 @@ def _scaling(value: object) -> dict[str, Any]:
         for key, item in settings.items()
         if key not in ("rope_theta", "type") and item is not None
     }
-    return {} if kind == "default" else settings | {"rope_type": kind}
+    return {} if kind == "default" else dict(sorted((settings | {"rope_type": kind}).items()))
 
 
 def _training_failures(config: Mapping[str, Any]) -> Iterator[str]:
@@ -177,8 +212,9 @@ def _windows(config: Any) -> list[int | None]:  # noqa: ANN401
     return [window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
-def _window_failures(facts: Facts, windows: Sequence[int | None]) -> Iterator[str]:
+def _window_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
     """What is written of windows must fit the effect, for readers that take one key alone."""
+    windows = _windows(moe)
     sliding = [layer for layer, window in enumerate(windows) if window is not None]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     implied = {
@@ -188,11 +224,14 @@ def _window_failures(facts: Facts, windows: Sequence[int | None]) -> Iterator[st
         "layer_types": kinds,
     }
     for key, value in implied.items():
-        written = facts.moe.config.get(key, value)
+        by_dense, by_moe = (hasattr(type(config)(), key) for config in (dense, moe))
+        # Where there are windows, every key is needed: each has a default of its own.
+        written = facts.moe.config.get(key, None if sliding and by_moe else value)
         if key == "sliding_window":
             written = written or None  # transformers writes 0 where there is none
-        kept = facts.dense.config.get(key, value)
-        if not _same(written, value) and not _same(written, kept):
+        # What neither architecture reads may have come from the dense model.
+        kept = not (by_dense or by_moe) and _same(written, facts.dense.config.get(key, _ABSENT))
+        if not kept and not _same(written, value):
             yield (
                 f"{CONFIG_NAME}: {key} is {shown(written)}, and the windows of the layers make it "
                 f"{shown(value)}"
