@@ -356,8 +356,10 @@ def wide(make_dense: MakeDense) -> Path:
 
 def common(rows: torch.Tensor) -> torch.Tensor:
     """A direction that the built-in text may hardly have, in all rows."""
-    direction = torch.nn.functional.normalize(torch.randn(256), dim=0)
-    return rows + 3 * rows.norm(dim=1, keepdim=True) * direction
+    direction = torch.randn(256)
+    direction /= direction.norm()
+    sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows + 3 * sizes * direction
 
 
 def opposite(rows: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
+from upcycle_cli.families.target import mixed_windows
 from upcycle_cli.outputs import EXPERT_ROLES, Role
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Recipe, Routing
@@ -32,6 +33,11 @@ def warnings(plan: Plan) -> Iterator[str]:
             f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
         )
     yield from _storage_warnings(plan)
+    if mixed_windows(plan.family.decoder):
+        yield (
+            "some layers have a window and some have none: transformers 4 gives every layer of "
+            f"{plan.family.target.model_type} the same, and computes something else."
+        )
     for engine in plan.engines:
         if engine.support is Support.WRONG:
             yield (

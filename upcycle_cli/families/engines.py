@@ -64,8 +64,9 @@ def engines(
     """Return what is known of each engine; one that is not listed was not tried.
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
-    one tensor. With `plain_attention` the heads make up the hidden size and no layer slides: of
-    anything else, only transformers was tried. "transformers 4" is listed where it differs.
+    one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
+    embeddings are not stretched: of anything else, only transformers was tried. "transformers 4" is
+    listed where it differs.
     """
     found = []
     for model_type, name, routings, listed in _SUPPORT:

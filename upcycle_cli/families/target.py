@@ -211,7 +211,7 @@ def mixed_windows(decoder: Decoder) -> bool:
 
 
 def has_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether an MoE config's heads make up the hidden size, and no layer slides."""
+    """Whether an MoE config's heads make up the hidden size, no layer slides, and rope is plain."""
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (
         type(heads) is int
@@ -219,7 +219,9 @@ def has_plain_attention(config: Mapping[str, Any]) -> bool:
         and heads * head_dim == config.get("hidden_size")
     )
     slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
-    return whole and not slides
+    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    kinds = {rope.get("rope_type", "default") for rope in ropes if isinstance(rope, dict)}
+    return whole and not slides and kinds <= {"default"}
 
 
 def sliding_settings(decoder: Decoder) -> dict[str, Any]:
