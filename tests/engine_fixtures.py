@@ -23,8 +23,10 @@ import numpy as np
 
 import upcycle_cli
 from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Recipe, parse_recipe_name
+from upcycle_cli.workspace import Workspace
 
 ROOT = Path(upcycle_cli.__file__).parents[1]
 PYTHON = sys.executable
@@ -118,6 +120,19 @@ def plan_of(dense: Path, recipe: str = "E8G1T2", **options: Any) -> Plan:  # noq
     return build_plan(wanted, open_checkpoint(dense), options=Options(**options))
 
 
+@contextmanager
+def opened_workspace(plan: Plan, directory: Path) -> Iterator[Workspace]:
+    """A directory to write a plan's weights into, without a transaction around it."""
+    with Folder.open(directory) as folder:
+        yield Workspace(
+            folder=folder,
+            output=directory.name,
+            plan_digest=plan.digest,
+            files=tuple(plan.file_names),
+            durable=False,
+        )
+
+
 # What is in a directory ----------------------------------------------------------------------
 
 
@@ -130,10 +145,6 @@ def contents(path: Path) -> dict[str, str]:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             found[file.relative_to(path).as_posix()] = digest
     return found
-
-
-def partial_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
 
 
 def used_bytes(path: Path) -> int:

@@ -1,8 +1,9 @@
 """Kills a conversion at each step that touches the file system, and goes on after each.
 
-A program of its own, so that it can fork: `kill_points.py DENSE OUTPUT [REPLACED]` prints a JSON
-object for each step: the event before which it was killed, what OUTPUT held then and what it holds
-after the next run. With REPLACED, a copy of that directory is in OUTPUT's place beforehand.
+A program of its own, so that it can fork: `kill_points.py DENSE OUTPUT [REPLACED [plain]]` prints a
+JSON object for each step: the event before which it was killed, what OUTPUT held then and what it
+holds after the next run. With REPLACED, a copy of that directory is in OUTPUT's place beforehand;
+with `plain`, the system cannot exchange two names.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import signal
 import sys
 from itertools import count
 from pathlib import Path
+from typing import cast
 
-from engine_fixtures import contents, partial_of, plan_of
+from engine_fixtures import contents, plan_of
 
+from upcycle_cli import swap
 from upcycle_cli.conversion import execute
 from upcycle_cli.publish import clean
+from upcycle_cli.workspace import partial_of
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"}
 
@@ -30,8 +34,11 @@ def kill_before(step: int, place: Path, told: Path) -> None:
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event not in EVENTS:
             return
-        if event != "ctypes.dlsym" and not str(arguments[0]).startswith(str(place)):
-            return  # a file of Python's own
+        path = str(arguments[0])
+        if event != "ctypes.dlsym" and path.startswith("/") and not path.startswith(str(place)):
+            return  # a file of Python's own; names in a directory that is open are relative
+        if event == "open" and not cast("int", arguments[2]) & os.O_CREAT:
+            return
         if next(steps) == step:
             names = [str(argument).removeprefix(str(place)) for argument in arguments[:2]]
             descriptor = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -57,10 +64,12 @@ def convert(dense: Path, output: Path, *, step: int, told: Path) -> bool:
     return os.WTERMSIG(status) == signal.SIGKILL
 
 
-def main(dense: Path, output: Path, replaced: Path | None) -> None:
+def main(dense: Path, output: Path, replaced: Path | None = None, plain: object = None) -> None:
     told = output.parent.with_name("told")
     # What is seen after a kill does not depend on it, and it takes long.
     setattr(os, "fsync", lambda _: None)  # noqa: B010 - mypy sees a name that differs
+    if plain:
+        setattr(swap, "exchange", lambda *_: False)  # noqa: B010
     # A first run imports whatever a run needs, so that no child has to.
     execute(plan_of(dense, "E2G2T2"), output.parent.with_name("imported"))
     for step in count(1):
@@ -71,6 +80,7 @@ def main(dense: Path, output: Path, replaced: Path | None) -> None:
         if not convert(dense, output, step=step, told=told):
             return
         killed = contents(output) if output.exists() else None
+        places = {entry.name: contents(entry) for entry in output.parent.iterdir()}
         convert(dense, output, step=0, told=told)
         left = partial_of(output).exists()
         if left:
@@ -79,6 +89,7 @@ def main(dense: Path, output: Path, replaced: Path | None) -> None:
         found = {
             "before": told.read_text(),
             "killed": killed,
+            "places": places,
             "resumed": contents(output),
             "left": left,
             "names": names,
@@ -87,4 +98,4 @@ def main(dense: Path, output: Path, replaced: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if sys.argv[3:] else None)
+    main(*map(Path, sys.argv[1:]))

@@ -1049,13 +1049,6 @@ def test_too_large_a_conversion_is_refused_by_its_size(
     refuses(llama, "not enough disk space", arguments=("--recipe", "E256G1T1"))
 
 
-def test_a_dry_run_is_refused_alike(llama: Path, tmp_path: Path, refuses: Refuses) -> None:
-    (tmp_path / "file").write_text("hello")
-    arguments = ("--recipe", "E2G2T2", "--dry-run")
-    refuses(llama, "not a directory", output=tmp_path / "file", arguments=arguments)
-    refuses(llama, "inside the source", output=llama / "moe", arguments=arguments)
-
-
 def test_errors_are_said_quietly_too(llama: Path, refuses: Refuses) -> None:
     refuses(llama, "is not a recipe", arguments=("--recipe", "x", "--quiet"))
 

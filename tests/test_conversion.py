@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,18 +28,29 @@ from conftest import (
     read_json,
     read_tensors,
     snapshot,
+    validate_json,
     write_json,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli import (
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.card import for_repo
 from upcycle_cli.conversion import execute
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.target import ExpertLayout
-from upcycle_cli.publish import MARKER
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import Routing, parse_recipe_name
+from upcycle_cli.verification import Report
+from upcycle_cli.workspace import MARKER
+from upcycle_cli.writer import WriteOptions
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 TWICE = Recipe(expansion=4, granularity=2, top_k=4)
@@ -329,6 +343,10 @@ def test_a_damaged_output_is_not_taken_for_finished(llama: Path, tmp_path: Path)
     weights.write_bytes(good[:-100])
     with pytest.raises(UpcycleError, match="not empty"):
         convert(llama, tmp_path / "moe", RECIPE)
+    # It may be anybody's model by now.
+    with pytest.raises(UpcycleError, match=r"holds model\.safetensors, which is not as upcycle"):
+        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
+    weights.unlink()
     assert not convert(llama, tmp_path / "moe", RECIPE, overwrite=True).already_done
     assert weights.read_bytes() == good
 
@@ -417,10 +435,21 @@ def test_an_empty_output_needs_no_overwrite_but_takes_it(llama: Path, tmp_path: 
 # Failures publish nothing -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk spoil what was written before it is verified."""
+
+    def verify_spoilt(dense: Path, moe: Path, **options: Any) -> Report:  # noqa: ANN401
+        spoil(moe / "model.safetensors")
+        return verify(dense, moe, **options)
+
+    monkeypatch.setattr("upcycle_cli.verification.verify", verify_spoilt)
+
+
+@pytest.mark.usefixtures("spoilt")
 def test_a_failing_verification_publishes_nothing(llama: Path, tmp_path: Path) -> None:
     plan = build_plan(RECIPE, open_checkpoint(llama))
-    weights = tmp_path / "moe.partial" / "model.safetensors"
-    done = execute(plan, tmp_path / "moe", verify=True, on_check=lambda _: spoil(weights))
+    done = execute(plan, tmp_path / "moe", verify=True)
     assert done.report is not None
     assert not done.report.passed
     assert not done.published
@@ -442,16 +471,14 @@ def test_a_verification_that_cannot_run_keeps_what_was_written(
     assert done.reused_bytes == done.plan.nbytes
 
 
+@pytest.mark.usefixtures("spoilt")
 def test_a_failing_verification_keeps_the_output_that_was_there(
     llama: Path, tmp_path: Path
 ) -> None:
     convert(llama, tmp_path / "moe", TWICE)
     before = snapshot(tmp_path / "moe")
     plan = build_plan(RECIPE, open_checkpoint(llama))
-    weights = tmp_path / "moe.partial" / "model.safetensors"
-    done = execute(
-        plan, tmp_path / "moe", overwrite=True, verify=True, on_check=lambda _: spoil(weights)
-    )
+    done = execute(plan, tmp_path / "moe", overwrite=True, verify=True)
     assert not done.published
     assert snapshot(tmp_path / "moe") == before
     assert others(tmp_path) == []
@@ -610,7 +637,7 @@ def test_two_processes_cannot_write_the_same_output(
 def test_a_partial_of_somebody_else_is_left_alone(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "moe.partial").mkdir()
     (tmp_path / "moe.partial" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UpcycleError, match="was not made by upcycle"):
+    with pytest.raises(UpcycleError, match="no unfinished conversion of upcycle"):
         convert(llama, tmp_path / "moe", RECIPE)
     assert (tmp_path / "moe.partial" / "thesis.tex").read_text() == "years of work"
 
@@ -622,6 +649,285 @@ def test_a_partial_that_is_a_link_to_elsewhere_does_no_harm(llama: Path, tmp_pat
     with pytest.raises(UpcycleError):
         convert(llama, tmp_path / "moe", RECIPE)
     assert (tmp_path / "precious" / "thesis.tex").read_text() == "years of work"
+
+
+# What changes under a run, and what it loses ------------------------------------------------------
+
+
+def replace_weights(dense: Path) -> None:
+    """Put another file in its place, of the same size and time."""
+    weights = dense / "model.safetensors"
+    status = weights.stat()
+    shutil.copyfile(weights, dense / "other")
+    os.utime(dense / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (dense / "other").replace(weights)
+
+
+def rewrite_weights(dense: Path) -> None:
+    spoil(dense / "model.safetensors")
+
+
+def rewrite_config(dense: Path) -> None:
+    path = dense / "config.json"
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"llama", b"LLAMA"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace_companion(dense: Path) -> None:
+    (dense / "LICENSE").unlink()
+    (dense / "LICENSE").symlink_to("/etc/hostname")
+
+
+@pytest.mark.parametrize(
+    "change", [replace_weights, rewrite_weights, rewrite_config, replace_companion]
+)
+def test_whatever_changes_in_the_source_meanwhile_is_noticed(
+    llama: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    plan = build_plan(RECIPE, open_checkpoint(dense), options=Options(max_shard_bytes=50_000))
+    told: list[int] = []
+
+    def act_once(num_bytes: int) -> None:
+        if not told:
+            change(dense)
+        told.append(num_bytes)
+
+    with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
+        execute(plan, tmp_path / "moe", progress=act_once, writing=WriteOptions(workers=1))
+    # No note may say of what was read since that it is the source's.
+    weights = change in (replace_weights, rewrite_weights)
+    assert (sum(told) == plan.shards[0].nbytes) == weights
+    assert others(tmp_path) == []
+    assert not (tmp_path / "moe").exists()
+
+
+# Converts as the command line does, but cuts its source off at the third write.
+CUT = """
+import os, sys
+real, calls = os.pwrite, 0
+def pwrite(*arguments):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.truncate(os.path.join(sys.argv[2], "model.safetensors"), 4096)
+    return real(*arguments)
+os.pwrite = pwrite
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("recipe", ["E2G1T2", "E2G2T2"], ids=["copied", "computed"])
+def test_a_source_that_is_cut_off_publishes_nothing(
+    llama: Path, tmp_path: Path, run_cli: RunCli, recipe: str
+) -> None:
+    """What is copied fails in a write, what is computed kills the process that touches it."""
+    dense = clone(llama, tmp_path / "dense")
+    weights = dense / "model.safetensors"
+    good, status = weights.read_bytes(), weights.stat()
+    command = ["convert", str(dense), str(tmp_path / "moe"), "--recipe", recipe]
+    command += ["--max-shard-size", "50KB", "--workers", "1"]
+    cut = subprocess.run(
+        [sys.executable, "-c", CUT, *command], capture_output=True, text=True, check=False
+    )
+    assert cut.returncode not in (0, 1)
+    assert "Traceback" not in cut.stderr
+    assert not (tmp_path / "moe").exists()
+    weights.write_bytes(good)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = run_cli(*command)
+    assert again.returncode == 0, again.stderr
+    expansion, granularity, top_k = parse_recipe_name(recipe)
+    recipe_again = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
+    convert(dense, tmp_path / "reference", recipe_again, options=Options(max_shard_bytes=50_000))
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def faint(make_dense: MakeDense, tmp_path: Path) -> Path:
+    """A model of which most of one matrix, and an eighth of another, is too small for float16."""
+    from safetensors.torch import load_file, save_file
+
+    dense = clone(make_dense("llama", dtype="bfloat16"), tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors[DOWN].view(-1)[: round(0.93 * tensors[DOWN].numel())] = 1e-9
+    up = tensors["model.layers.1.mlp.up_proj.weight"].view(-1)
+    up[: up.numel() // 8] = -1e-9
+    tensors["model.norm.weight"][0] = 0  # which is no loss
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        dense / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return dense
+
+
+SAID = (
+    f"93 % of {DOWN} (and part of 1 other tensor) becomes zero in float16, which has nothing as "
+    "small: use --dtype bfloat16 or float32."
+)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, TWICE, Recipe(expansion=2, granularity=1, top_k=2)])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_weights_that_vanish_are_told_of_once(
+    faint: Path, tmp_path: Path, recipe: Recipe, shard_bytes: int
+) -> None:
+    """However many copies of a part there are, and in however many files."""
+    options = Options(dtype="float16", max_shard_bytes=shard_bytes)
+    done = convert(faint, tmp_path / "moe", recipe, options=options)
+    assert done.warnings == (SAID,)
+    for dtype in (None, "float32", "bfloat16"):
+        options = Options(dtype=dtype, max_shard_bytes=shard_bytes)
+        assert convert(faint, tmp_path / str(dtype), recipe, options=options).warnings == ()
+
+
+def test_weights_that_vanished_in_a_run_that_was_cut_short_are_told_of(
+    faint: Path, tmp_path: Path
+) -> None:
+    options = Options(dtype="float16", max_shard_bytes=20_000)
+    plan = build_plan(RECIPE, open_checkpoint(faint), options=options)
+    left = plan.nbytes - plan.shards[-1].nbytes
+
+    def stop(num_bytes: int) -> None:
+        nonlocal left
+        left -= num_bytes
+        if left < 0:
+            raise OSError(5, "stopped by the test")
+
+    with pytest.raises(UpcycleError, match="stopped by the test"):
+        execute(plan, tmp_path / "moe", progress=stop, writing=WriteOptions(workers=1))
+    done = execute(plan, tmp_path / "moe")
+    assert done.reused_bytes > plan.nbytes // 2
+    assert done.warnings == (SAID,)
+
+
+def test_a_single_weight_that_vanishes_is_nothing(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense = clone(llama, tmp_path / "dense")
+    tensors = {k: v.clone() for k, v in load_file(dense / "model.safetensors").items()}
+    tensors[DOWN][0, 0] = 1e-9
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    done = convert(dense, tmp_path / "moe", RECIPE, options=Options(dtype="float16"))
+    assert done.warnings == ()
+
+
+def test_the_command_tells_of_them_too(faint: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    command = ("convert", faint, tmp_path / "moe", "--recipe", "E2G1T2", "--dtype", "float16")
+    said = run_cli(*command)
+    assert said.returncode == 0
+    assert f"note: 93 % of {DOWN}" in said.stderr
+    shutil.rmtree(tmp_path / "moe")
+    found = validate_json("convert", run_cli(*command, "--json").stdout)
+    assert SAID in found["warnings"]
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokenizer\n.json", "tokenizer\\x.json", "LICENSE \x1b[31m"])
+def test_a_name_that_no_list_could_hold_is_refused(llama: Path, tmp_path: Path, name: str) -> None:
+    """SHA256SUMS would have to quote it, and upcycle.json lists no such name."""
+    dense = clone(llama, tmp_path / "dense")
+    (dense / name).write_text("{}")
+    with pytest.raises(UpcycleError, match="a name that no output can have"):
+        convert(dense, tmp_path / "moe", RECIPE, checksums=True)
+    (dense / name).rename(dense / "LICENSE (é) 1.txt")
+    convert(dense, tmp_path / "moe", RECIPE, checksums=True)
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=tmp_path / "moe", check=False).returncode == 0
+
+
+# A dry run ---------------------------------------------------------------------------------------
+
+
+def occupied(output: Path, _: Path) -> None:
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+
+
+def a_file(output: Path, _: Path) -> None:
+    output.write_text("years of work")
+
+
+def made_before(output: Path, dense: Path) -> None:
+    convert(dense, output, RECIPE)
+
+
+def made_otherwise(output: Path, dense: Path) -> None:
+    convert(dense, output, TWICE)
+
+
+def begun(output: Path, dense: Path) -> None:
+    def stop(_: int) -> None:
+        raise OSError(5, "stopped by the test")
+
+    with pytest.raises(UpcycleError, match="stopped by the test"):
+        execute(build_plan(RECIPE, open_checkpoint(dense)), output, progress=stop)
+
+
+REFUSED = "without --dry-run this is refused: "
+FORESEEN: list[tuple[Callable[[Path, Path], None], tuple[str, ...], str | None]] = [
+    (lambda *_: None, (), None),
+    (lambda output, _: output.mkdir(), (), None),
+    (occupied, (), f"{REFUSED}.* exists and is not empty"),
+    (occupied, ("--overwrite",), f"{REFUSED}.* was not made by upcycle"),
+    (made_before, (), "is already what this command makes"),
+    (made_before, ("--overwrite",), None),
+    (made_otherwise, (), f"{REFUSED}.* exists and is not empty"),
+    (made_otherwise, ("--overwrite",), None),
+    (a_file, (), f"{REFUSED}.* not a directory"),
+    (lambda output, dense: output.symlink_to(dense), (), f"{REFUSED}OUTPUT is the source itself"),
+    (begun, (), "moe.partial is there"),
+]
+
+
+@pytest.mark.parametrize("output", ["/", "..", "other/..", ".", "moe/../..", "../empty/gone/.."])
+@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--save-config", "u.toml")])
+def test_an_output_without_a_name_is_refused(
+    llama: Path, tmp_path: Path, run_cli: RunCli, output: str, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    command = ("convert", llama, output, "--recipe", RECIPE.name, *options)
+    done = run_cli(*command, cwd=tmp_path / "here")
+    assert done.returncode == (0 if "--dry-run" in options else 2)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.rglob("*.partial*")) == []
+
+
+@pytest.mark.parametrize(("prepare", "options", "note"), FORESEEN)
+def test_a_dry_run_shows_the_plan_and_what_a_real_one_would_find(
+    llama: Path,
+    tmp_path: Path,
+    run_cli: RunCli,
+    prepare: Callable[[Path, Path], None],
+    options: tuple[str, ...],
+    note: str | None,
+) -> None:
+    prepare(tmp_path / "moe", llama)
+    before = snapshot(tmp_path)
+    command = ("convert", llama, tmp_path / "moe", "--recipe", RECIPE.name, "--dry-run", *options)
+    shown = run_cli(*command)
+    assert shown.returncode == 0, shown.stderr
+    assert "E2G2T2" in shown.stdout
+    said = " ".join(shown.stderr.split())
+    found = validate_json("convert", run_cli(*command, "--json").stdout)
+    assert found["status"] == "planned"
+    notes = [text for text in found["warnings"] if str(tmp_path) in text or REFUSED in text]
+    if note is None:
+        assert notes == []
+        assert REFUSED not in said
+    else:
+        assert re.search(note, notes[0])
+        assert REFUSED not in note or REFUSED in said
+    assert snapshot(tmp_path) == before
 
 
 # Bytes --------------------------------------------------------------------------------------------
@@ -716,12 +1022,8 @@ def test_a_checkpoint_in_the_current_directory(
     assert read_json(tmp_path / "moe" / "upcycle.json")["source"]["name"] == "dense"
 
 
-def test_a_broken_record_does_not_stop_an_overwrite(llama: Path, tmp_path: Path) -> None:
+def test_a_config_that_was_changed_makes_another_model(llama: Path, tmp_path: Path) -> None:
     convert(llama, tmp_path / "moe", RECIPE)
-    for broken in (b"{", b"[]"):
-        (tmp_path / "moe" / "upcycle.json").write_bytes(broken)
-        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
-        assert read_json(tmp_path / "moe" / "upcycle.json")["format"] == 1
     write_json(tmp_path / "moe" / "config.json", {})
     # The record still matches, and so do the weights; the config is part of the result as well.
     with pytest.raises(UpcycleError, match="not empty"):

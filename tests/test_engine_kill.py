@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from engine_fixtures import (
     environment,
     kill_all,
     make_dense,
-    partial_of,
     plan_of,
     run,
     set_value,
@@ -37,10 +37,11 @@ from engine_fixtures import (
     wait_until,
 )
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import UpcycleError, swap
 from upcycle_cli.conversion import Conversion, execute
-from upcycle_cli.publish import MARKER, NOTE_SUFFIX, clean
-from upcycle_cli.writer import TEMPORARY_SUFFIX, WriteOptions
+from upcycle_cli.publish import clean
+from upcycle_cli.workspace import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
+from upcycle_cli.writer import WriteOptions
 
 KILLS = int(os.environ.get("UPCYCLE_KILLS", "6"))
 NUM_SHARDS = 24
@@ -115,12 +116,12 @@ def test_random_kills_under_torchrun(job: Job, tmp_path: Path) -> None:
         kill_and_resume(job, output, command, number)
 
 
-@pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
-def test_a_kill_at_every_step(small: Path, tmp_path: Path, *, replacing: bool) -> None:
+@pytest.mark.parametrize("replacing", [[], ["before"], ["before", "plain"]], ids=str)
+def test_a_kill_at_every_step(small: Path, tmp_path: Path, replacing: list[str]) -> None:
     execute(plan_of(small, "E2G2T2", max_shard_bytes=40_000), tmp_path / "reference")
     execute(plan_of(small, "E4G1T2"), tmp_path / "before")
     reference, before = contents(tmp_path / "reference"), contents(tmp_path / "before")
-    arguments = [small, tmp_path / "work" / "moe", *([tmp_path / "before"] if replacing else [])]
+    arguments = [small, tmp_path / "work" / "moe", *(tmp_path / name for name in replacing)]
     done = subprocess.run(
         [PYTHON, Path(__file__).with_name("kill_points.py"), *arguments],
         capture_output=True,
@@ -135,15 +136,17 @@ def test_a_kill_at_every_step(small: Path, tmp_path: Path, *, replacing: bool) -
     assert any(step["before"].startswith("os.remove") for step in steps)
     published = 0
     for step in steps:
-        killed = step["killed"]
-        if replacing:
-            assert killed is not None, step["before"]
-            killed.pop(MARKER, None)
-        assert killed in (before if replacing else None, reference), step["before"]
-        assert step["resumed"] == reference, step["before"]
-        assert step["names"] == ["moe"], step["before"]
+        killed, where = step["killed"], step["before"]
+        if killed is not None and killed.pop(SEAL, None):
+            assert killed == reference, where  # only the new one has a seal
+        assert killed in (before if replacing else None, reference, None), where
+        if killed is None and replacing:  # between two renames: the old one is whole, elsewhere
+            assert "plain" in replacing, where
+            assert step["places"]["moe.replaced"] == before, where
+        assert step["resumed"] == reference, where
+        assert step["names"] == ["moe"], where
         # Only what was replaced may be left over, when the new one is there already.
-        assert not step["left"] or (replacing and killed == reference), step["before"]
+        assert not step["left"] or (replacing and killed == reference), where
         published += killed == reference
     assert published
 
@@ -200,11 +203,11 @@ def interrupted(dense: Path, output: Path, num_shards: int = 3, recipe: str = RE
 
 
 def finish(
-    dense: Path, output: Path, recipe: str = RECIPE, *, overwrite: bool = False
+    dense: Path, output: Path, progress: Callable[[int], None] = lambda _: None
 ) -> Conversion:
     """Run it to the end; the directory must be that of an undisturbed run."""
-    plan = plan_of(dense, recipe, max_shard_bytes=SMALL_SHARDS)
-    done = execute(plan, output, overwrite=overwrite)
+    plan = plan_of(dense, RECIPE, max_shard_bytes=SMALL_SHARDS)
+    done = execute(plan, output, progress=progress)
     reference = output.with_name("reference")
     execute(plan, reference)
     assert contents(output) == contents(reference)
@@ -258,32 +261,49 @@ def test_another_plan_does_not_use_it(
     assert contents(output) == contents(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("damage", ["shorter", "longer", "touched", "header", "prefix", "gone"])
+def flip(position: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "shorter": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "no length": lambda data: b"\xff" * 8 + data[8:],
+    "header": flip(20),
+    "first copy": flip(4096),
+    # Every block of the data: each copy of each part, and the router.
+    **{f"byte {at}": flip(at) for at in range(4096 + 1234, 29_000, 4096)},
+    "last byte": flip(-1),
+    "zeros": lambda data: data[:4096] + bytes(len(data) - 4096),
+    "gone": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_shard_that_was_tampered_with_is_written_again(
     small: Path, output: Path, damage: str
 ) -> None:
+    """Neither its size nor its time tells, as with a disk that forgets."""
     interrupted(small, output)
     shard = partial_of(output) / notes(output)[1].name.removesuffix(NOTE_SUFFIX)
     status = shard.stat()
-    data = bytearray(shard.read_bytes())
-    match damage:
-        case "shorter":
-            shard.write_bytes(data[:-1])
-        case "longer":
-            shard.write_bytes(data + b"\0")
-        case "touched":
-            os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-        case "header":
-            data[20] ^= 1
-            shard.write_bytes(data)
-        case "prefix":
-            data[:8] = b"\xff" * 8
-            shard.write_bytes(data)
-        case "gone":
-            shard.unlink()
-    if damage not in ("touched", "gone"):
+    data = DAMAGES[damage](shard.read_bytes())
+    if data is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(data)
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert finish(small, output).reused_bytes == shard_bytes(small, 0, 2)
+    told: list[int] = []
+    plan = plan_of(small, RECIPE, max_shard_bytes=SMALL_SHARDS)
+    assert finish(small, output, told.append).reused_bytes == shard_bytes(small, 0, 2)
+    assert sum(told) == plan.nbytes  # what was told of while it was checked is not told of twice
+
+
+def test_a_shard_whose_time_alone_has_changed_is_used(small: Path, output: Path) -> None:
+    """A partial that was copied to another disk, say."""
+    interrupted(small, output)
+    os.utime(partial_of(output) / notes(output)[1].name.removesuffix(NOTE_SUFFIX))
+    assert finish(small, output).reused_bytes == shard_bytes(small, 0, 1, 2)
 
 
 @pytest.mark.parametrize("text", ["", '{"plan_sha', "[]", "null", "7", "\0\0\0\0"])
@@ -308,7 +328,7 @@ def test_what_is_no_part_of_the_output_does_not_get_into_it(small: Path, output:
     (partial / "stray.safetensors").write_text("left over")
     (partial / "directory").mkdir()
     (partial / "directory" / "file").write_text("left over")
-    (partial / f"model-00001.safetensors{NOTE_SUFFIX}.new").write_text("left over")
+    (partial / ".upcycle-00.new").write_text("left over")
     finish(small, output)  # compares all files with those of an undisturbed run
 
 
@@ -320,21 +340,19 @@ def test_what_was_sealed_but_not_published_is_recovered(
     assert not notes(output)
     with pytest.raises(UpcycleError, match="another recipe or source"):
         execute(plan_of(small, "E2G1T2"), output)
-    finish(small, output)
+    plan = plan_of(small, RECIPE, max_shard_bytes=SMALL_SHARDS)
+    assert finish(small, output).reused_bytes == plan.nbytes
 
 
 def sealed(dense: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Leave a partial as a kill between its sealing and its renaming would."""
 
-    def die(path: Path, _target: Path) -> None:
-        raise StopHereError(5, "stopped by the test", str(path))
+    def die(*_: object) -> None:
+        raise StopHereError(5, "stopped by the test")
 
     with monkeypatch.context() as patched:
         plan = plan_of(dense, RECIPE, max_shard_bytes=SMALL_SHARDS)
-        rename = Path.rename
-        patched.setattr(
-            Path, "rename", lambda path, to: (die if path.is_dir() else rename)(path, to)
-        )
+        patched.setattr(swap, "_give_name", die)
         with pytest.raises(UpcycleError, match="stopped by the test"):
             execute(plan, output)
     return partial_of(output)
@@ -373,7 +391,7 @@ def test_a_signal_stops_inside_a_part_and_says_how_to_go_on(
     assert "same command" in stderr
     assert written_bytes(output) < 2 << 30
     assert not output.exists()
-    assert clean(output, remove=True)[0] == partial_of(output)
+    assert clean(output, remove=True).path == partial_of(output)
 
 
 def written_bytes(output: Path) -> int:
@@ -480,10 +498,10 @@ def test_clean_and_convert_leave_alone_what_is_not_ours(small: Path, output: Pat
     theirs = partial_of(output)
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("precious")
-    with pytest.raises(UpcycleError, match="not made by upcycle"):
+    with pytest.raises(UpcycleError, match="no unfinished conversion of upcycle"):
         clean(output, remove=True)
     for overwrite in (False, True):
-        with pytest.raises(UpcycleError, match="not made by upcycle"):
+        with pytest.raises(UpcycleError, match="no unfinished conversion of upcycle"):
             execute(plan_of(small, RECIPE), output, overwrite=overwrite)
     assert contents(theirs).keys() == {"thesis.tex"}
 
@@ -560,7 +578,7 @@ def test_everything_is_durable_before_it_is_published(
     for name in shards:
         temporary = partial / (name + TEMPORARY_SUFFIX)
         named = next(i for i, call in enumerate(calls)
-                     if call == ("rename", [str(temporary), str(partial / name)]))  # fmt: skip
+                     if call == ("renameat", [str(temporary), str(partial / name)]))  # fmt: skip
         assert 0 <= last(WRITES, temporary) < last({"fsync"}, temporary, named) < named
     for name in contents(output):
         assert last({"fsync"}, partial / name) > last(WRITES, partial / name), name

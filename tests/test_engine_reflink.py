@@ -18,7 +18,6 @@ from engine_fixtures import (
     convert_command,
     make_dense,
     mounted,
-    partial_of,
     plan_of,
     run,
     system,
@@ -28,9 +27,11 @@ from engine_fixtures import (
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import Conversion, execute
+from upcycle_cli.folder import Folder
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.plan import Plan
 from upcycle_cli.reflink import BLOCK_BYTES, can_share, share
+from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
 
 KINDS = ["xfs", "btrfs"]
@@ -196,7 +197,8 @@ def fill(path: Path, leave: int) -> None:
 
 def test_share_makes_two_places_one(disk: FileSystem, output: Path) -> None:
     output.mkdir()
-    assert can_share(disk.path)
+    with Folder.open(disk.path) as folder:
+        assert can_share(folder)
     data = bytes(range(256)) * (BLOCK_BYTES // 256)
     with (output / "one").open("w+b") as one, (output / "other").open("w+b") as other:
         one.write(data)
@@ -211,11 +213,10 @@ def test_share_makes_two_places_one(disk: FileSystem, output: Path) -> None:
 
 def test_share_is_false_where_the_file_system_cannot(tmp_path: Path) -> None:
     try:
-        with mounted("tmpfs", tmp_path / "fs", MIB) as path:
-            assert not can_share(path)
+        with mounted("tmpfs", tmp_path / "fs", MIB) as path, Folder.open(path) as folder:
+            assert not can_share(folder)
     except CannotMountError as error:
         pytest.skip(str(error))
-    assert not can_share(tmp_path / "missing")
 
 
 # The size that people have -------------------------------------------------------------------

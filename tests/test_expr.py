@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import TORCH, random_bits, same_bits, value_of
 
-from upcycle_cli import expr as expr_module
+from upcycle_cli import arithmetic
+from upcycle_cli.arithmetic import OverflowInCastError, evaluate
 from upcycle_cli.checkpoint import raw_bytes
 from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
     Normal,
-    OverflowInCastError,
     Repeat,
     Scale,
     Slice,
@@ -32,7 +32,6 @@ from upcycle_cli.expr import (
     TensorType,
     Zeros,
     describe,
-    evaluate,
     leaves,
     num_bytes,
     sources,
@@ -228,7 +227,7 @@ def test_every_value_times_a_factor(
 ) -> None:
     values = all_values(dtype)
     values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
-    monkeypatch.setattr(expr_module, "_PIECE_ITEMS", values.shape[1])  # a row at a time
+    monkeypatch.setattr(arithmetic, "_PIECE_ITEMS", values.shape[1])  # a row at a time
     wanted = (values.float() * factor).to(TORCH[dtype])
     fits = wanted.isfinite().all(dim=1)
     source = Source("x", dtype, tuple(values[fits].shape))
@@ -249,14 +248,14 @@ def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is what makes it fast; a piece with a subnormal value is left to arithmetic."""
-    real, multiplied = expr_module._multiply, []  # noqa: SLF001
+    real, multiplied = arithmetic._multiply, []  # noqa: SLF001
 
-    def multiply(piece: Any, *arguments: Any) -> None:  # noqa: ANN401
+    def multiply(piece: Any, *arguments: Any) -> int:  # noqa: ANN401
         multiplied.append(len(piece))
-        real(piece, *arguments)
+        return real(piece, *arguments)
 
-    monkeypatch.setattr(expr_module, "_multiply", multiply)
-    monkeypatch.setattr(expr_module, "_PIECE_ITEMS", 64)
+    monkeypatch.setattr(arithmetic, "_multiply", multiply)
+    monkeypatch.setattr(arithmetic, "_PIECE_ITEMS", 64)
     values = torch.full((8, 64), 0.02, dtype=TORCH[dtype])
     values[1, 7] = 0
     values[3, 5] = 2.0 ** -{"F16": 20, "BF16": 130}[dtype]
@@ -373,6 +372,42 @@ def test_what_is_not_finite_in_the_source_is_no_overflow(
     data = torch.tensor([1.0, value])
     result = value_of(convert(Source("x", "F32", (2,))), lambda _: data)
     torch.testing.assert_close(result, data.to(result.dtype) * result[0], equal_nan=True)
+
+
+TINY = 2.0**-30  # nothing to float16
+VANISHING: list[tuple[str, str | None, float, list[float], int]] = [
+    # before, after (None: not cast), factor, values, how many vanish
+    ("F32", "F16", 1.0, [1.0, TINY, -TINY, 0.0, -0.0], 2),
+    ("BF16", "F16", 1.0, [1.0, TINY, -TINY, 0.0, -0.0], 2),
+    ("F32", "F16", 1.0, [2.0**-24, 2.0**-25, 1.5 * 2.0**-25], 1),  # a tie goes to the even one
+    ("F32", "BF16", 1.0, [2.0**-133, 2.0**-135, 2.0**-149, 0.0], 2),
+    ("F16", "BF16", 1.0, [2.0**-24, 0.0], 0),
+    ("BF16", "F32", 1.0, [2.0**-133, 0.0], 0),
+    ("F16", "F32", 0.5, [2.0**-24, 0.0], 0),
+    ("F16", None, 0.25, [2.0**-24, 1.0, 0.0, -(2.0**-23)], 2),
+    ("F16", None, 0.3, [2.0**-24, 1.0, 0.0], 1),
+    ("F16", None, 4.0, [2.0**-24, 0.0], 0),
+    ("BF16", None, 0.3, [2.0**-133, 1.0], 1),
+    ("F32", None, 0.3, [2.0**-149, 1.0, -0.0], 1),
+    ("F32", "F16", 4.0, [TINY, 1.0], 1),  # it is cast first
+    ("F32", "F16", 1.0, [float("nan"), float("inf"), TINY], 1),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "factor", "values", "count"), VANISHING, ids=str)
+def test_values_that_vanish_are_counted(
+    before: str, after: str | None, factor: float, values: list[float], count: int
+) -> None:
+    # In several pieces, and among many that stay.
+    dense = torch.tensor(values + [0.5] * 70_000, dtype=torch.float64).to(TORCH[before])
+    expr: Expr = Source("x", before, tuple(dense.shape))
+    if after is not None:
+        expr = Cast(expr, after)
+    if factor != 1.0:
+        expr = Scale(expr, factor)
+    lost: list[int] = []
+    evaluate(expr, lambda _: raw_bytes(dense), lost.append)
+    assert sum(lost) == count
 
 
 def test_the_largest_values_are_no_overflow() -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from engine_fixtures import make_dense, partial_of, plan_of
+from engine_fixtures import make_dense, plan_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
 from upcycle_cli.conversion import execute
+from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
 
 EXAMPLES = int(os.environ.get("UPCYCLE_FUZZ", "60"))

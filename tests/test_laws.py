@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_fixtures import opened_workspace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,7 +21,6 @@ from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.families import PAIRS, TARGETS
 from upcycle_cli.families.target import ExpertLayout, expected
 from upcycle_cli.plan import Plan
-from upcycle_cli.publish import Workspace
 from upcycle_cli.recipe import Factors, Routing, ScaleSplit, Scaling
 from upcycle_cli.writer import WriteOptions, write_weights
 
@@ -103,9 +103,9 @@ def convert(case: Case, dense: Path) -> Outcome:
     dtype = TORCH[case.options.storage_dtype or case.dtype]
     source = {name: t.to(dtype) for name, t in load_file(dense / "model.safetensors").items()}
     with tempfile.TemporaryDirectory() as directory:
-        workspace = Workspace(Path(directory), plan.digest, durable=False)
         options = WriteOptions(fsync=False)
-        write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
+        with opened_workspace(plan, Path(directory)) as workspace:
+            write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
         moe: Tensors = {}
         for shard in Path(directory).glob("*.safetensors"):
             loaded = load_file(shard)

@@ -325,17 +325,6 @@ def test_a_recipe_file_holds_names_that_are_text(
     planned(run_cli("convert", "--config", strange, "--dry-run", "--json", cwd=tmp_path))
 
 
-def test_a_recipe_file_behind_a_link(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "link.toml").symlink_to("u.toml")
-    command = ("convert", llama, "moe", *RECIPE, "--dry-run", "--json", "--save-config")
-    planned(run_cli(*command, "link.toml", cwd=tmp_path))
-    assert (tmp_path / "link.toml").is_symlink()
-    assert tomllib.loads((tmp_path / "u.toml").read_text())["recipe"] == "E2G2T2"
-    done = run_cli(*command, "/dev/null", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "/dev/null is there, and no file" in done.stderr
-
-
 # Whoever reads may stop reading ------------------------------------------------------------------
 
 

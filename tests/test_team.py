@@ -18,7 +18,6 @@ from engine_fixtures import (
     convert_command,
     descendants,
     make_dense,
-    partial_of,
     plan_of,
     run,
     set_value,
@@ -31,6 +30,7 @@ from upcycle_cli.conversion import execute
 from upcycle_cli.plan import Plan
 from upcycle_cli.publish import NOTE_SUFFIX
 from upcycle_cli.team import Team
+from upcycle_cli.workspace import partial_of
 
 BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
 
@@ -236,6 +236,24 @@ def test_ranks_that_see_different_sources_are_refused(dense: Path, tmp_path: Pat
     assert "do not see the same source" in done.stderr
     assert not (tmp_path / "moe").exists()
     assert not partial_of(tmp_path / "moe").exists()
+
+
+def test_ranks_that_see_different_outputs_are_refused(dense: Path, tmp_path: Path) -> None:
+    """As on two machines that do not share the file system, though they have the same source."""
+    script = tmp_path / "own_output.py"
+    script.write_text(
+        "import os, sys\n"
+        "from upcycle_cli.cli import main\n"
+        "sys.argv[3] += os.environ['RANK']\n"
+        "main()\n"
+    )
+    own = command(dense, tmp_path / "moe")
+    done = run(torchrun_command(2, [own[0], str(script), *own[3:]]))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "moe1.partial is not the directory that rank 0 writes to" in done.stderr
+    assert own_traceback(done.stderr) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["own_output.py"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_fixtures import opened_workspace
 from safetensors import safe_open
 from shapes import (
     TORCH,
@@ -28,12 +29,13 @@ from shapes import (
 )
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint, writer
-from upcycle_cli.expr import Expr, evaluate, leaves, stretch_of
+from upcycle_cli.arithmetic import Read, evaluate
+from upcycle_cli.expr import Expr, leaves, stretch_of
 from upcycle_cli.families import PAIRS
 from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.folder import Folder
 from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan
-from upcycle_cli.publish import Workspace
 from upcycle_cli.recipe import Routing
 from upcycle_cli.writer import WriteOptions, write_index, write_weights
 
@@ -70,10 +72,10 @@ def output(tmp_path: Path) -> Path:
 def write(
     plan: Plan, directory: Path, progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    workspace = Workspace(directory, plan.digest, durable=False)
     options = WriteOptions(fsync=False, workers=1)  # one part at a time, to be counted
-    written = write_weights(plan, plan.shards, workspace, progress=progress, options=options)
-    write_index(plan, directory)
+    with opened_workspace(plan, directory) as workspace:
+        written = write_weights(plan, plan.shards, workspace, progress=progress, options=options)
+        write_index(plan, workspace.folder)
     return written.routers
 
 
@@ -212,7 +214,8 @@ def test_progress_is_every_byte_of_the_tensors(make: Make, output: Path, options
 
 
 def test_json_is_for_people_too(tmp_path: Path) -> None:
-    writer.write_json(tmp_path / "x.json", {"name": "größer", "sizes": [1]})
+    with Folder.open(tmp_path) as folder:
+        writer.write_json(folder, "x.json", {"name": "größer", "sizes": [1]})
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert "größer" in text
     assert text.endswith("}\n")
@@ -260,9 +263,9 @@ class Watch:
         self.most_alive = 0
         self._results: list[weakref.ref[memoryview]] = []
 
-    def evaluate(self, expr: Expr, read: Callable[[str], memoryview]) -> memoryview:
+    def evaluate(self, expr: Expr, read: Read, vanished: Callable[[int], None]) -> memoryview:
         alive = sum(result() is not None for result in self._results)
-        value = evaluate(expr, read)
+        value = evaluate(expr, read, vanished)
         if stretch_of(expr) is None:
             self.computed.append(expr)
             self.most_alive = max(self.most_alive, alive)
@@ -334,9 +337,9 @@ def test_two_files_are_written_at_once(
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    workspace = Workspace(output, plan.digest, durable=False)
     options = WriteOptions(fsync=False, workers=2)
-    write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
+    with opened_workspace(plan, output) as workspace:
+        write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
 
 
 def test_what_fails_in_one_file_is_said_of_that_file(
@@ -352,9 +355,11 @@ def test_what_fails_in_one_file_is_said_of_that_file(
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    workspace = Workspace(output, plan.digest, durable=False)
     options = WriteOptions(fsync=False, workers=2)
-    with pytest.raises(OSError, match="Disk quota exceeded") as caught:
+    with (
+        opened_workspace(plan, output) as workspace,
+        pytest.raises(OSError, match="Disk quota exceeded") as caught,
+    ):
         write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
     assert caught.value.filename == str(output / plan.shards[1].name)
     assert not (output / plan.shards[1].name).exists()
@@ -478,9 +483,11 @@ def test_a_failure_to_flush_is_not_lost(
     plan = make()
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
     monkeypatch.setattr(os, "fdatasync", refuse)
-    workspace = Workspace(output, plan.digest, durable=False)
     path = output / plan.shards[0].name
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    with (
+        opened_workspace(plan, output) as workspace,
+        pytest.raises(OSError, match="Input/output error") as caught,
+    ):
         write_weights(
             plan,
             plan.shards,

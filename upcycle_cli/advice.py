@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
-from upcycle_cli.checkpoint import ITEM_BYTES
+from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
+from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
 from upcycle_cli.outputs import EXPERT_ROLES, Role
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Recipe, Routing
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
+_NOTABLE_SHARE = 1e-3
+"""Of a tensor. A few of its weights always are smaller than the rest by so much that it is nothing
+when they vanish."""
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -106,3 +111,29 @@ def no_promise(recipe: Recipe) -> str:
         return f"with router logits of standard deviation {std:g} the gates are far from equal"
     scale = factors.up * factors.down
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
+
+
+def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
+    """Say that weights became zero because the output dtype has nothing as small, if many did.
+
+    `counts` has, by the part of an output in which they were, how many did.
+    """
+    lost: Counter[tuple[str, str]] = Counter()
+    for expr, count in counts.items():
+        for name in sources(expr):
+            lost[name, TORCH_DTYPES[type_of(expr).dtype]] += count
+    shares = {
+        key: share
+        for key, count in lost.items()
+        if (share := count / plan.source.tensors[key[0]].num_elements) >= _NOTABLE_SHARE
+    }
+    if not shares:
+        return None
+    name, dtype = max(shares, key=lambda key: shares[key])
+    others = len(shares) - 1
+    more = f" (and part of {others} other tensor{'s' * (others > 1)})" if others else ""
+    wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    return (
+        f"{100 * shares[name, dtype]:.3g} % of {name}{more} becomes zero in {dtype}, which has "
+        f"nothing as small: use --dtype {wider}."
+    )

@@ -20,7 +20,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +125,16 @@ class FileStamp:
     size: int
     mtime_ns: int
     digest: str | None = None
+    ctime_ns: int | None = None
+    """When it was last changed or put there, which nobody can set; None for what is not here."""
+
+    def fits(self, status: os.stat_result) -> bool:
+        """Whether a file that is here is still the same, and as it was."""
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (
+            self.size,
+            self.mtime_ns,
+            self.ctime_ns,
+        )
 
 
 class Storage(Protocol):
@@ -191,7 +201,7 @@ class Directory:
     def stamp(self, name: str) -> FileStamp:
         """Return the size of a file, and when it was changed; UpcycleError when it is missing."""
         status = locate(self.path, name).stat()
-        return FileStamp(name, status.st_size, status.st_mtime_ns)
+        return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
         """Return a part of a file; UpcycleError when it cannot be read."""
@@ -296,9 +306,15 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file is not the one that was opened."""
-        for file in self.shards + self.companions:
-            status = locate(self.path, file.name).stat()
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        self.check_files(self.shards + self.companions)
+        config = read_small(self.storage.local(CONFIG_NAME), MOST_JSON_BYTES)
+        if hashlib.sha256(config).hexdigest() != self.config_digest:
+            raise _changed(self.path / CONFIG_NAME)
+
+    def check_files(self, files: Iterable[FileStamp]) -> None:
+        """Raise UpcycleError when one of these files is not the one that was opened."""
+        for file in files:
+            if not file.fits(locate(self.path, file.name).stat()):
                 raise _changed(self.path / file.name)
 
     def check_readable(self) -> None:
@@ -334,9 +350,15 @@ class Reader:
         """Let go of the maps."""
         self._maps.clear()
 
-    def check_unchanged(self) -> None:
-        """Raise UpcycleError when a file is not the one that was opened."""
-        self._checkpoint.check_unchanged()
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raise UpcycleError when the file of one of these tensors is not the one that was opened.
+
+        A map shows what was written to its file since.
+        """
+        shards = {self._checkpoint.tensors[name].shard for name in names}
+        self._checkpoint.check_files(
+            file for file in self._checkpoint.shards if file.name in shards
+        )
 
     def mapped(self, name: str) -> memoryview:
         """Return a tensor's bytes, backed by the file: nothing is read until its pages are.
@@ -376,7 +398,7 @@ class Reader:
             with open_regular(locate(self._checkpoint.path, shard)) as file:
                 status = os.fstat(file.fileno())
                 stamp = next(file for file in self._checkpoint.shards if file.name == shard)
-                if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+                if not stamp.fits(status):
                     raise _changed(path)
                 # A private mapping: torch wants a writable buffer, the file stays untouched.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

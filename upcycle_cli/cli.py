@@ -6,7 +6,7 @@ import functools
 import io
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from json import loads
 from pathlib import Path
@@ -257,12 +257,12 @@ def convert(
     """
     with errors_to_exit_codes(as_json=json):
         source, output = places(context, source, output)
-        from upcycle_cli.conversion import bring_source, execute, plan_together
+        from upcycle_cli.conversion import bring_source, execute, foresee, plan_together
         from upcycle_cli.files import check_utf8
         from upcycle_cli.hub.requests import be_quiet
         from upcycle_cli.hub.sources import open_source
+        from upcycle_cli.place import check_name
         from upcycle_cli.plan import build_plan
-        from upcycle_cli.publish import check_name, check_output
         from upcycle_cli.render import plan_json
         from upcycle_cli.team import Team
         from upcycle_cli.writer import WriteOptions
@@ -271,7 +271,8 @@ def convert(
         with joined as team, errors_to_exit_codes(as_json=json, silent=not team.leads):
             as_json, quiet = json and team.leads, quiet or not team.leads
             _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
-            check_name(output)
+            if not dry_run:
+                check_name(output)
             for path in (source, output.absolute()) if verify else ():
                 check_utf8(path)
             wanted = asked_recipe(
@@ -298,9 +299,9 @@ def convert(
             )
             if save_config is not None and team.leads:
                 save_options(save_config, context, plan)
+            foreseen: list[str] = []
             if dry_run:
-                check_output(output, plan.source, overwrite=overwrite)
-                plan.source.check_readable()
+                foreseen += foresee(plan, output, overwrite=overwrite, writing=writing)
             else:
                 if destination is not None and team.leads:
                     _check_destination(destination)
@@ -332,9 +333,12 @@ def convert(
                     quiet=quiet,
                 )
             if dry_run and as_json:
-                print_json({"status": "planned", "output": str(output), **plan_json(plan)})
+                planned = plan_json(plan)
+                planned["warnings"] += foreseen
+                print_json({"status": "planned", "output": str(output), **planned})
             elif dry_run and not quiet:
                 _print_plan(plan)
+                _warn_all(foreseen)
                 talk("Nothing was written (--dry-run).")
 
 
@@ -602,15 +606,16 @@ def clean(
         from upcycle_cli import publish
         from upcycle_cli.render import size_text
 
-        partial, size = publish.clean(output.absolute(), remove=yes)
+        found = publish.clean(output.absolute(), remove=yes)
+        size = size_text(found.nbytes)
         if json:
             status = "removed" if yes else "found"
-            print_json({"status": status, "partial": str(partial), "bytes": size})
+            print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
         elif yes:
-            talk(f"Removed {partial} ({size_text(size)}).")
+            talk(f"Removed {found.path} ({size}).")
+            _warn_all(filter(None, [found.note]))
         else:
-            found = f"{printable(str(partial))}: {size_text(size)} of an unfinished conversion"
-            stdout().print(found, soft_wrap=True)
+            stdout().print(printable(f"{found.path}: {size} of {found.what}"), soft_wrap=True)
             talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
 
 
@@ -748,6 +753,7 @@ def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     from upcycle_cli import render
 
     if done.already_done:
+        _warn_all(done.warnings)
         if done.report is not None:
             show(render.report_table(done.report))
         if done.published:
@@ -757,6 +763,7 @@ def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     if done.report is not None:
         stdout().print()
         show(render.report_table(done.report))
+    _warn_all(done.warnings)
     if done.published:
         talk("", f"Wrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if not to_push:
@@ -789,8 +796,12 @@ def _print_plan(plan: Plan) -> None:
     from upcycle_cli.advice import warnings
 
     show(render.plan_table(plan))
-    for warning in warnings(plan):
-        warn(warning)
+    _warn_all(warnings(plan))
+
+
+def _warn_all(texts: Iterable[str]) -> None:
+    for text in texts:
+        warn(text)
 
 
 _DEMO = "demo"

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import read_small
+from upcycle_cli.folder import Folder
+from upcycle_cli.place import is_in
 from upcycle_cli.printable import shell_line
-from upcycle_cli.publish import replace_text
 
 Value = str | int | float | bool
+
+_MOST_BYTES = 1_000_000
+"""More than any recipe file has."""
+_FIRST_LINE = "# upcycle convert --config "
+_ALWAYS_SAVED = {"source", "output", "recipe", "target", "routing"}
 
 
 def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
@@ -24,11 +31,9 @@ def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
     `known` says of each option whether it is one that is on or off. Raises UpcycleError when the
     file cannot be read, or says something that is not an option, or no value for it.
     """
+    raw = read_small(path, _MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if _is_json(path) else tomllib.loads(text)
-    except OSError as error:
-        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+        content = json.loads(raw) if _is_json(path) else tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         kind = "JSON" if _is_json(path) else "TOML"
         raise UpcycleError(f"{path} is not valid {kind}: {error}.") from error
@@ -49,31 +54,56 @@ def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
     return values
 
 
-def save_config(path: Path, values: Mapping[str, Value]) -> None:
+def save_config(
+    path: Path, values: Mapping[str, Value], known: Collection[str], *, keep_out_of: Sequence[Path]
+) -> None:
     """Write a recipe file, as JSON where its name says so; OSError when that fails.
 
-    Raises UpcycleError for what is there and no file.
+    It is a new file, or takes the place of a recipe file that was written here: `known` are the
+    names of all options. Raises UpcycleError for any other file, for a link, and for a place in
+    one of the directories `keep_out_of`.
     """
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():
-        raise UpcycleError(f"{path} is there, and no file.", "Name a file to write.")
     named = {name.replace("_", "-"): value for name, value in values.items()}
     if _is_json(path):
         text = json.dumps(named, indent=2, ensure_ascii=False) + "\n"
     else:
         import tomli_w
 
-        command = shell_line(["upcycle", "convert", "--config", path.name])
-        text = f"# {command}\n\n{tomli_w.dumps(named)}"
+        text = f"{_FIRST_LINE}{shell_line([path.name])}\n\n{tomli_w.dumps(named)}"
     try:
-        text.encode()
+        data = text.encode()
     except UnicodeEncodeError as error:
         raise UpcycleError(
             f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
             "recipe files are UTF-8.",
             "Rename it, or leave out --save-config.",
         ) from error
-    replace_text(path, text)
+    for directory in keep_out_of:
+        if is_in(path.absolute().parent, directory):
+            raise UpcycleError(
+                f"{path} would be in {directory}, where nothing else may be written.",
+                "Save the options elsewhere.",
+            )
+    with Folder.open(path.absolute().parent) as folder:
+        if folder.status(path.name) is not None and not _is_saved(folder, path, known):
+            raise UpcycleError(
+                f"{path} is there, and is not what --save-config has written; it is left as it is.",
+                "Name another file.",
+            )
+        folder.write(path.name, data)
+
+
+def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
+    """Whether a file is one that `save_config` has written, whatever was changed in it since."""
+    try:
+        raw = folder.read_small(path.name, _MOST_BYTES)
+        content = json.loads(raw) if _is_json(path) else None
+    except (OSError, UpcycleError, ValueError, RecursionError):  # a link, a device, no such text
+        return False
+    if not _is_json(path):
+        return raw.startswith(_FIRST_LINE.encode())
+    names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
+    return _ALWAYS_SAVED <= names <= set(known)
 
 
 def _is_json(path: Path) -> bool:

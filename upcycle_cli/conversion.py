@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle_cli.advice import vanished_weights
 from upcycle_cli.card import model_card
 from upcycle_cli.checkpoint import (
     CARD_NAME,
@@ -21,22 +23,18 @@ from upcycle_cli.checkpoint import (
     read_json,
 )
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.files import locate, open_regular
+from upcycle_cli.folder import Folder
 from upcycle_cli.hub.sources import check_space_for, open_source
+from upcycle_cli.inventory import CHECKSUMS_NAME, checksums_text
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.outputs import Options
+from upcycle_cli.place import check_output, check_space
 from upcycle_cli.plan import Plan, build_plan
-from upcycle_cli.publish import (
-    CHECKSUMS_NAME,
-    Workspace,
-    check_output,
-    check_space,
-    output_files,
-    partial_of,
-    replace_text,
-    transaction,
-)
+from upcycle_cli.publish import Transaction, joined, recover, transaction
 from upcycle_cli.recipe import Promise, Recipe
 from upcycle_cli.team import Team
+from upcycle_cli.workspace import Workspace, partial_of
 from upcycle_cli.writer import WriteOptions, Written, write_index, write_json, write_weights
 
 if TYPE_CHECKING:
@@ -69,6 +67,8 @@ class Conversion:
     """Bytes of equal tensors that share extents on disk."""
     reused_bytes: int = 0
     """Bytes that an earlier, unfinished run had written."""
+    warnings: tuple[str, ...] = ()
+    """What turned out while it was made: weights that vanished, something that was left over."""
 
 
 def convert(
@@ -119,6 +119,7 @@ def bring_source(
     def check() -> bool:
         if not team.leads:
             return False
+        recover(output.absolute())
         if not overwrite and not verify and is_finished(plan, output.absolute()):
             return True
         _check(
@@ -181,41 +182,67 @@ def execute(
     try:
         if not team.leads:
             return _assist(plan, output, writing, team)
+        recovered = recover(output)
         if not overwrite and is_finished(plan, output):
             team.exchange(_Order.NOTHING)
             if checksums and not (output / CHECKSUMS_NAME).exists():
-                _write_checksums(output)
-            return _already_done(plan, output, on_check if verify else None)
+                with Folder.open(output) as folder:
+                    _write_checksums(plan, folder)
+            done = _already_done(plan, output, on_check if verify else None)
+            return replace(done, warnings=tuple(filter(None, [recovered])))
         _check(plan, output, overwrite=overwrite, writing=writing, team=team)
         with transaction(
-            output, plan_digest=plan.digest, overwrite=overwrite, durable=writing.fsync
-        ) as (workspace, publish):
+            output,
+            plan_digest=plan.digest,
+            files=_files(plan),
+            overwrite=overwrite,
+            durable=writing.fsync,
+        ) as running:
             team.exchange(_Order.WRITE)
-            written = _write(plan, workspace, writing, team, progress)
-            _complete(plan, workspace.path, written)
-            report = _verify(plan, workspace.path, on_check) if verify else None
+            workspace = running.workspace
+            written = _write(plan, nullcontext(workspace), writing, team, progress)
+            _complete(plan, workspace.folder, written)
+            report = _verify(plan, running, on_check) if verify else None
             card = model_card(plan, report, repo)
-            (workspace.path / CARD_NAME).write_text(card, encoding="utf-8")
-            publish[0] = report is None or report.accepted
-            if checksums and publish[0]:
-                _write_checksums(workspace.path)
+            workspace.folder.write(CARD_NAME, card.encode())
+            running.publish = report is None or report.accepted
+            if checksums and running.publish:
+                _write_checksums(plan, workspace.folder)
             plan.source.check_unchanged()
     except OSError as error:
-        where = error.filename or output
+        where = partial_of(output) / str(error.filename) if error.filename else output
         raise ResumableError(
             f"writing {where} failed: {error.strerror}.",
             f"What is complete stays in {partial_of(output)}: the same command goes on from there.",
         ) from error
     team.exchange(_Order.NOTHING)
+    found = (recovered, vanished_weights(plan, written.vanished), running.left)
     return Conversion(
         plan,
         output,
         time.monotonic() - started,
         report,
-        published=publish[0],
+        published=running.publish,
         shared_bytes=written.shared_bytes,
         reused_bytes=written.reused_bytes,
+        warnings=tuple(filter(None, found)),
     )
+
+
+def foresee(
+    plan: Plan, output: Path, *, overwrite: bool = False, writing: WriteOptions | None = None
+) -> Iterator[str]:
+    """Yield what `execute` would find at OUTPUT, or raise for; nothing is written."""
+    output = output.absolute()
+    try:
+        if not overwrite and is_finished(plan, output):
+            yield f"{output} is already what this command makes."
+            return
+        _check(plan, output, overwrite=overwrite, writing=writing or WriteOptions(), team=Team())
+        if partial_of(output).exists():
+            yield f"{partial_of(output)} is there: what it has of this conversion is used."
+    except UpcycleError as error:
+        yield f"without --dry-run this is refused: {' '.join(str(error).split())}"
 
 
 def plan_together(make: Callable[[], Plan], team: Team) -> Plan:
@@ -241,7 +268,9 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
     """Write this rank's share of the shards; rank 0 does everything else."""
     order = team.exchange(_Order.NOTHING)[0]
     if order is _Order.WRITE:
-        workspace = Workspace(partial_of(output), plan.digest, writing.fsync)
+        workspace = joined(
+            output, plan_digest=plan.digest, files=_files(plan), durable=writing.fsync
+        )
         try:
             _write(plan, workspace, writing, team, lambda _: None)
         except UpcycleError:
@@ -252,6 +281,10 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
     return Conversion(plan, output, 0.0, None, published=True)
 
 
+def _files(plan: Plan) -> tuple[str, ...]:
+    return (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
+
+
 def _shared_bytes(plan: Plan, team: Team) -> int:
     """Return the bytes needed where extents can be shared: each rank shares within its files."""
     return sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in range(team.size))
@@ -259,7 +292,7 @@ def _shared_bytes(plan: Plan, team: Team) -> int:
 
 def _write(
     plan: Plan,
-    workspace: Workspace,
+    entered: AbstractContextManager[Workspace],
     writing: WriteOptions,
     team: Team,
     progress: Callable[[int], None],
@@ -267,10 +300,13 @@ def _write(
     """Write all shards together with the other ranks, and return what all have written."""
     own = team.share_of(plan.shards, team.rank)
     total = Written()
-    for part in team.gather(
-        lambda: write_weights(plan, own, workspace, progress=progress, options=writing)
-    ):
-        total.add(part.routers, part.shared_bytes, part.reused_bytes)
+
+    def write_own() -> Written:
+        with entered as workspace:
+            return write_weights(plan, own, workspace, progress=progress, options=writing)
+
+    for part in team.gather(write_own):
+        total.add(part)
     # By layer, not by rank, so that the record does not depend on how many ranks there were.
     names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]
     return replace(total, routers={name: total.routers[name] for name in names})
@@ -305,31 +341,41 @@ def _already_done(plan: Plan, output: Path, on_check: Callable[[str], None] | No
     return Conversion(plan, output, 0.0, report, published=sound, already_done=True)
 
 
-def _complete(plan: Plan, directory: Path, written: Written) -> None:
+def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     """Add everything but the weights and the card."""
     from upcycle_cli.record import record
 
-    write_index(plan, directory)
-    write_json(directory / CONFIG_NAME, plan.config)
+    write_index(plan, folder)
+    write_json(folder, CONFIG_NAME, plan.config)
     for file in plan.source.companions:
-        (directory / file.name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(plan.source.path / file.name, directory / file.name)
-    write_json(directory / RECORD_NAME, record(plan, written.routers, directory))
+        with (
+            open_regular(locate(plan.source.path, file.name)) as original,
+            open(folder.create(file.name), "wb") as copy,  # noqa: PTH123 - a descriptor
+        ):
+            shutil.copyfileobj(original, copy)
+    write_json(folder, RECORD_NAME, record(plan, written.routers, folder))
 
 
-def _verify(plan: Plan, directory: Path, on_check: Callable[[str], None]) -> Report:
+def _verify(plan: Plan, running: Transaction, on_check: Callable[[str], None]) -> Report:
     from upcycle_cli.verification import verify
 
     try:
-        return verify(
-            plan.source.path, directory, on_start=on_check, allow_inexact=_is_inexact(plan)
+        # It goes by the name, and so it must be the directory's before and after.
+        running.check_place()
+        report = verify(
+            plan.source.path,
+            running.workspace.folder.path,
+            on_start=on_check,
+            allow_inexact=_is_inexact(plan),
         )
+        running.check_place()
     except UpcycleError as error:
         # Nothing is wrong with what was written: hours of work must not go for want of a library.
         raise ResumableError(
             f"{error.message} The weights are kept: the same command goes on from there.",
             error.hint,
         ) from error
+    return report
 
 
 def _is_inexact(plan: Plan) -> bool:
@@ -337,17 +383,14 @@ def _is_inexact(plan: Plan) -> bool:
     return plan.promise is Promise.NONE
 
 
-def _write_checksums(directory: Path) -> None:
-    """Write SHA256SUMS in the form that `sha256sum --check` reads.
+def _write_checksums(plan: Plan, folder: Folder) -> None:
+    """Write SHA256SUMS of what upcycle has written.
 
     Without the card, which is there to be edited, and names its repo once it is pushed.
     """
-    lines = []
-    for path in output_files(directory):
-        if path == directory / CARD_NAME:
-            continue
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
+    digests = {}
+    for name in (*plan.file_names, RECORD_NAME):
+        with folder.read(name) as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     # OUTPUT may have its name already: the file appears whole there, too.
-    replace_text(directory / CHECKSUMS_NAME, "".join(lines))
+    folder.write(CHECKSUMS_NAME, checksums_text(digests).encode())

@@ -55,7 +55,7 @@ def locate(directory: Path, name: str) -> Path:
             f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
             "Put the file itself there, if it belongs there.",
         )
-    _check_regular(path, status)
+    check_regular(path, status)
     return real
 
 
@@ -66,7 +66,7 @@ def open_regular(path: Path) -> BufferedReader:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_regular(path, os.fstat(descriptor))
+        check_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -80,11 +80,19 @@ def read_small(path: Path, most: int) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # What a sparse file or one of /proc says of its size need not be what it gives.
-            data = file.read(most + 1) if size <= most else b""
+            return read_open(file, path, most)
     except OSError as error:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
+    """Return the contents of an open file of at most `most` bytes; `path` is what it is called.
+
+    Raises UpcycleError for a larger one, OSError when the system refuses.
+    """
+    size = os.fstat(file.fileno()).st_size
+    # What a sparse file or one of /proc says of its size need not be what it gives.
+    data = file.read(most + 1) if size <= most else b""
     if max(size, len(data)) > most:
         raise UpcycleError(
             f"{path} is not read: it has {max(size, len(data)):,} bytes, and no such file has "
@@ -150,7 +158,8 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _check_regular(path: Path, status: os.stat_result) -> None:
+def check_regular(path: Path, status: os.stat_result) -> None:
+    """Raise UpcycleError for what is no regular file."""
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise UpcycleError(

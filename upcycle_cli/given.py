@@ -105,6 +105,7 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     """Write a recipe file with every option, and what a plan made of it; UpcycleError, OSError."""
     from upcycle_cli.config import as_values, save_config
     from upcycle_cli.hub.sources import is_repo_id
+    from upcycle_cli.workspace import partial_of
 
     given = context.params
     values = as_values(
@@ -119,4 +120,6 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     }
     if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
-    save_config(path, values)
+    output = given["output"]
+    keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
+    save_config(path, values, _config_names(context), keep_out_of=keep_out_of)

@@ -8,13 +8,16 @@ depends on the plan alone: the files are the same on every file system.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from upcycle_cli.expr import Expr, leaves, num_bytes
 from upcycle_cli.outputs import OutputTensor
 from upcycle_cli.plan import Shard
 from upcycle_cli.reflink import BLOCK_BYTES
+
+_Origin = TypeVar("_Origin")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,44 @@ def lay_out(shard: Shard) -> Layout:
         Part(leaf, tensor, sizes[leaf], tuple(offsets[leaf])) for leaf, tensor in first.items()
     )
     return Layout(header, parts, position)
+
+
+@dataclass(eq=False)
+class Run(Generic[_Origin]):
+    """Consecutive places whose bytes are, one after the other, at `source` in a file."""
+
+    origin: _Origin
+    source: int
+    target: int
+    nbytes: int = 0
+    places: list[tuple[Part, int]] = field(default_factory=list)
+
+    def goes_on(self, origin: _Origin, source: int, target: int, nbytes: int) -> bool:
+        """Whether a part continues this run; only whole blocks can be shared, or joined."""
+        follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
+        return origin is self.origin and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
+
+
+def repetitions(
+    layout: Layout, own: _Origin, first: Mapping[Expr, tuple[_Origin, int]]
+) -> list[Run[_Origin]]:
+    """Return the places that are not the first of their bytes, neighbours together.
+
+    `first` says of each part which file holds it first, and where; `own` is the file laid out here.
+    The copies of an expert, or of all the experts of a group, repeat its parts in their order.
+    """
+    places: list[tuple[int, Part, _Origin, int]] = []
+    for part in layout.parts:
+        origin, source = first[part.expr]
+        offsets = part.offsets[1:] if origin is own else part.offsets
+        places += [(offset, part, origin, source) for offset in offsets]
+    runs: list[Run[_Origin]] = []
+    for offset, part, origin, source in sorted(places, key=lambda place: place[0]):
+        if not (runs and runs[-1].goes_on(origin, source, offset, part.nbytes)):
+            runs.append(Run(origin, source, offset))
+        runs[-1].places.append((part, offset))
+        runs[-1].nbytes += part.nbytes
+    return runs
 
 
 def unique_bytes(shards: Iterable[Shard]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from upcycle_cli.checkpoint import (
     WEIGHTS_NAME,
     Checkpoint,
 )
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
 from upcycle_cli.families.dense import dense_shapes
@@ -33,6 +34,7 @@ from upcycle_cli.families.target import (
     has_plain_attention,
     moe_config,
 )
+from upcycle_cli.files import is_inner_name
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
@@ -41,8 +43,8 @@ from upcycle_cli.redirects import refuse_redirects
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
 
-_LARGEST_LOGIT = 64
-"""In standard deviations: hidden states have outliers, and many tokens are drawn from them."""
+_LONGEST_ROW = 2
+"""Times what a row's length is on average."""
 _LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 
 
@@ -179,9 +181,7 @@ class Plan:
         It covers each source file's size and modification time, since headers alone cannot tell
         two models of one shape apart; of a commit on the Hub, the commit can.
         """
-        files = self.source.shards + self.source.companions
-        if self.source.revision is not None:
-            files = tuple(replace(file, mtime_ns=0) for file in files)
+        pinned = self.source.revision is not None
         content = {
             "meaning": _MEANING,
             "recipe": asdict(self.recipe),
@@ -190,7 +190,15 @@ class Plan:
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
             "source_revision": self.source.revision,
-            "source": [asdict(file) for file in files],
+            "source": [
+                {
+                    "name": file.name,
+                    "size": file.size,
+                    "mtime_ns": 0 if pinned else file.mtime_ns,
+                    "digest": file.digest,
+                }
+                for file in self.source.shards + self.source.companions
+            ],
             "shards": [
                 [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
                 for shard in self.shards
@@ -256,12 +264,14 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
-        if tensor.role is Role.ROUTER and _LARGEST_LOGIT * std > _LARGEST[tensor.dtype]:
+        # What leaves the norm has a length of √H: no token has a larger logit than this.
+        largest = math.sqrt(tensor.shape[-1]) * _LONGEST_ROW * std
+        if tensor.role is Role.ROUTER and largest > _LARGEST[tensor.dtype]:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] / _LARGEST_LOGIT:.3g}, "
-                "or another --dtype.",
+                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] * std / largest:.3g}, or "
+                "another --dtype.",
             )
 
 
@@ -277,6 +287,12 @@ def _check_source(source: Checkpoint, family: Family) -> dict[str, str]:
             f"{source.path} lacks {_some(missing)}, which its config.json implies.",
             "Only whole causal language models can be upcycled, not adapters or bare encoders.",
         )
+    for file in source.companions:
+        if not is_inner_name(file.name):
+            raise UpcycleError(
+                f"{source.path} holds {shown(file.name)}, a name that no output can have.",
+                "Rename it, or remove it if it is not needed.",
+            )
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
         if name not in shapes:

@@ -7,22 +7,24 @@ directory ends up on the Hub.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
 
 FORMAT = 1
 
 
-def record(plan: Plan, routers: Mapping[str, str], directory: Path) -> dict[str, Any]:
+def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
 
-    `directory` holds the output but for the record, the card and the checksums; each of its files
-    is listed, so that one can tell later what upcycle wrote.
+    `folder` holds the output but for the record, the card and the checksums; each of its files is
+    listed, so that one can tell later what upcycle wrote. Raises OSError or UpcycleError when one
+    is not there, or is not of our making.
     """
     return {
         "format": FORMAT,
@@ -52,15 +54,14 @@ def record(plan: Plan, routers: Mapping[str, str], directory: Path) -> dict[str,
         },
         "routers": dict(routers),
         "plan_sha256": plan.digest,
-        "files": list(_listed(plan, directory)),
+        "files": list(_listed(plan, folder)),
     }
 
 
-def _listed(plan: Plan, directory: Path) -> Iterator[dict[str, Any]]:
+def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
     for name in sorted(plan.file_names):
-        path = directory / name
-        entry = {"name": name, "size": path.stat().st_size}
-        with path.open("rb") as file:
+        with folder.read_own(name) as file:
+            entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
             if name.endswith(".safetensors"):
                 header = file.read(int.from_bytes(file.read(8), "little"))
                 yield entry | {"header_sha256": hashlib.sha256(header).hexdigest()}

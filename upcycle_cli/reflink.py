@@ -9,14 +9,15 @@ import errno
 import fcntl
 import os
 import struct
-import tempfile
-from pathlib import Path
+
+from upcycle_cli.folder import Folder
+from upcycle_cli.system import UNSUPPORTED
 
 BLOCK_BYTES = 4096
 """What offsets and lengths must be multiples of, on the usual systems."""
 
 _FICLONERANGE = 0x4020940D
-_CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS}
+_CANNOT = UNSUPPORTED | {errno.EXDEV}
 
 
 def share(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
@@ -37,13 +38,12 @@ def share(source: int, source_offset: int, target: int, target_offset: int, nbyt
     return True
 
 
-def can_share(directory: Path) -> bool:
+def can_share(folder: Folder) -> bool:
     """Find out by trying whether files in a directory can share extents."""
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(os.urandom(BLOCK_BYTES))
-            file.flush()
-            return share(file.fileno(), 0, file.fileno(), BLOCK_BYTES, BLOCK_BYTES)
+        with folder.scratch() as descriptor:
+            os.write(descriptor, os.urandom(BLOCK_BYTES))
+            return share(descriptor, 0, descriptor, BLOCK_BYTES, BLOCK_BYTES)
     except OSError:
         # A directory that cannot be written is found out, and reported, when it is written.
         return False

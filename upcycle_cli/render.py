@@ -94,10 +94,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
     """Return what a conversion, and the push after it, did as a JSON object."""
     status = "converted" if conversion.published else "verification failed"
+    planned = plan_json(conversion.plan)
+    planned["warnings"] += conversion.warnings
     return {
         "status": "already done" if conversion.already_done and conversion.published else status,
         "output": str(conversion.output),
-        **plan_json(conversion.plan),
+        **planned,
         "seconds": round(conversion.seconds, 3),
         "shared_bytes": conversion.shared_bytes,
         "reused_bytes": conversion.reused_bytes,

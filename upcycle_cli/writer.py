@@ -15,23 +15,27 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event, Lock
 
+from xxhash import xxh3_128
+
+from upcycle_cli.arithmetic import OverflowInCastError, evaluate
 from upcycle_cli.checkpoint import INDEX_NAME, Reader
+from upcycle_cli.digests import file_digest, read_back
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import Expr, OverflowInCastError, evaluate
-from upcycle_cli.layout import Layout, Part, lay_out
+from upcycle_cli.expr import Expr, sources
+from upcycle_cli.folder import Folder
+from upcycle_cli.layout import Layout, Part, lay_out, repetitions
 from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan, Shard
-from upcycle_cli.publish import Workspace
-from upcycle_cli.reflink import BLOCK_BYTES, can_share, share
+from upcycle_cli.reflink import can_share, share
+from upcycle_cli.system import make_durable, num_processors, start_writeback
+from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
 
-TEMPORARY_SUFFIX = ".writing"
 # Much less than a huge page: docs/decisions.md says why.
 _PIECE_BYTES = 1 << 19
 _FLUSH_SECONDS = 0.02
@@ -60,24 +64,28 @@ class WriteOptions:
     def num_threads(self) -> int:
         """The number of threads to use."""
         # One more, because one of them usually waits for the disk.
-        return self.workers or min(4, len(os.sched_getaffinity(0)) + 1)
+        return self.workers or min(4, num_processors() + 1)
 
 
 @dataclass
 class Written:
-    """What there is now: each router's SHA-256 by tensor name, and how the bytes came about."""
+    """What there is now, and how the bytes came about."""
 
     routers: dict[str, str] = field(default_factory=dict)
+    """Each router's SHA-256 by tensor name."""
+    vanished: dict[Expr, int] = field(default_factory=dict)
+    """Of the parts in which values became zero that were not: how many did."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0
     """Bytes that an earlier, unfinished run had written."""
 
-    def add(self, routers: Mapping[str, str], shared_bytes: int, reused_bytes: int = 0) -> None:
+    def add(self, other: Written) -> None:
         """Add what was written elsewhere."""
-        self.routers |= routers
-        self.shared_bytes += shared_bytes
-        self.reused_bytes += reused_bytes
+        self.routers |= other.routers
+        self.vanished |= other.vanished
+        self.shared_bytes += other.shared_bytes
+        self.reused_bytes += other.reused_bytes
 
 
 class _StoppedError(Exception):
@@ -100,19 +108,21 @@ def write_weights(
     with plan.source.reader() as reader:
         crew = _Crew(reader, workspace, options, progress)
         tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
-        for task, shard in zip(tasks, shards, strict=True):
-            if task.take_over():
-                progress(shard.nbytes)
-                written.reused_bytes += shard.nbytes
+        for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
-        crew.write([task for task in tasks if not task.complete.is_set()])
+        crew.run([task.take_over for task in tasks if workspace.noted(task.name)])
+        for task, shard in zip(tasks, shards, strict=True):
+            written.reused_bytes += shard.nbytes if task.complete.is_set() else 0
+        missing = [task for task in tasks if not task.complete.is_set()]
+        crew.threads_per_file = options.num_threads // min(options.num_threads, len(missing) or 1)
+        crew.run([task.write for task in missing])
     for task in tasks:
-        written.add(task.routers, task.shared_bytes)
+        written.add(Written(task.routers, task.vanished, task.shared_bytes))
     return written
 
 
-def write_index(plan: Plan, directory: Path) -> None:
+def write_index(plan: Plan, folder: Folder) -> None:
     """Write the index that says which file holds which tensor, when there are several."""
     if len(plan.shards) == 1:
         return
@@ -122,12 +132,12 @@ def write_index(plan: Plan, directory: Path) -> None:
             tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
         },
     }
-    write_json(directory / INDEX_NAME, index)
+    write_json(folder, INDEX_NAME, index)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(folder: Folder, name: str, value: object) -> None:
     """Write a value as indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class _Crew:
@@ -139,27 +149,29 @@ class _Crew:
         self.reader = reader
         self.workspace = workspace
         self.options = options
-        self.shares = options.reflink and can_share(workspace.path)
+        self.shares = options.reflink and can_share(workspace.folder)
         self.first: dict[Expr, tuple[_Task, int]] = {}
         """The first file that holds a part, and where; also when it is not complete yet."""
+        self.digests: dict[Expr, bytes] = {}
+        """Of the bytes of each part, once they have been written or read."""
         self.threads_per_file = 1
         self.stopping = Event()
         self.lock = Lock()
         self._progress = progress
 
-    def write(self, tasks: Sequence[_Task]) -> None:
-        """Write these files, several at once: while the disk has one, the next is filled."""
-        if not tasks:
+    def run(self, work: Sequence[Callable[[], None]]) -> None:
+        """Do this for several files at once: while the disk has one, the next is filled."""
+        if not work:
             return
-        num_files = min(self.options.num_threads, len(tasks))
-        self.threads_per_file = self.options.num_threads // num_files
-        with ThreadPoolExecutor(num_files, "upcycle-file") as pool:
+        with ThreadPoolExecutor(min(self.options.num_threads, len(work)), "upcycle-file") as pool:
             try:
-                jobs = [pool.submit(task.write) for task in tasks]
-                wait(jobs, return_when=FIRST_EXCEPTION)
-            finally:
-                # After a failure or a signal nobody waits for the rest of a large part.
+                jobs = [pool.submit(each) for each in work]
+                if wait(jobs, return_when=FIRST_EXCEPTION).not_done:
+                    self.stopping.set()  # after a failure nobody waits for the rest of a large part
+            except BaseException:
                 self.stopping.set()
+                raise
+            finally:
                 pool.shutdown(cancel_futures=True)
         for job in jobs:
             error = None if job.cancelled() else job.exception()
@@ -170,8 +182,9 @@ class _Crew:
         """Tell of bytes that have found their place; _StoppedError when no more are wanted."""
         if self.stopping.is_set():
             raise _StoppedError
-        with self.lock:
-            self._progress(nbytes)
+        if nbytes:
+            with self.lock:
+                self._progress(nbytes)
 
 
 @dataclass(eq=False)
@@ -182,43 +195,71 @@ class _Task:
     layout: Layout
     crew: _Crew
     routers: dict[str, str] = field(default_factory=dict)
+    vanished: dict[Expr, int] = field(default_factory=dict)
     shared_bytes: int = 0
     complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
+    told: int = 0
+    """Bytes that were found in place and told of, and are now to be written again."""
 
-    def take_over(self) -> bool:
-        """Whether an earlier run has written this file."""
-        noted = self.crew.workspace.reusable(self.name, self.layout.nbytes)
-        if noted is None:
-            return False
-        self.routers, self.shared_bytes = noted["routers"], noted["shared_bytes"]
+    def take_over(self) -> None:
+        """Take what an earlier run has written, if every byte is still what it was."""
+        workspace = self.crew.workspace
+        noted = workspace.noted(self.name)
+        try:
+            with workspace.folder.read_own(self.name) as file:
+                found = read_back(file, self.layout, self._advance_checking)
+        except (OSError, UpcycleError):
+            return  # what cannot be read is written again
+        if found is None or file_digest(self.layout, found.parts) != noted.get("xxh3_128"):
+            return
+        shared, vanished = noted.get("shared_bytes"), noted.get("vanished")
+        if type(shared) is int and 0 <= shared <= self.layout.nbytes:
+            self.shared_bytes = shared
+        for index, part in enumerate(self.layout.parts):
+            count = vanished.get(str(index)) if isinstance(vanished, dict) else None
+            if type(count) is int and count > 0:
+                self.vanished[part.expr] = count
+        self.routers |= found.routers
+        self.crew.digests |= found.parts
         self.complete.set()
-        return True
+
+    def _facts(self) -> dict[str, object]:
+        """Return what a later run has to know of the file, for `take_over`."""
+        return {
+            "xxh3_128": file_digest(self.layout, self.crew.digests),
+            "shared_bytes": self.shared_bytes,
+            "vanished": {
+                str(index): self.vanished[part.expr]
+                for index, part in enumerate(self.layout.parts)
+                if part.expr in self.vanished
+            },
+        }
 
     def write(self) -> None:
         """Write the file under a temporary name, make it durable, rename it, and note that."""
-        workspace, durable = self.crew.workspace, self.crew.options.fsync
-        path = workspace.path / self.name
-        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        folder, durable = self.crew.workspace.folder, self.crew.options.fsync
+        temporary = self.name + TEMPORARY_SUFFIX
         try:
-            with temporary.open("w+b") as file:
-                os.ftruncate(file.fileno(), self.layout.nbytes)
-                _write_at(file.fileno(), memoryview(self.layout.header), 0)
-                with _flushed(file.fileno()) if durable else nullcontext():
-                    self._write_parts(file.fileno())
+            with _closing(folder.create(temporary)) as descriptor:
+                os.ftruncate(descriptor, self.layout.nbytes)
+                _write_at(descriptor, memoryview(self.layout.header), 0)
+                with _flushed(descriptor) if durable else nullcontext():
+                    self._write_parts(descriptor)
                 if self.crew.shares:
-                    os.fdatasync(file.fileno())  # or each sharing would wait for the disk
-                    self._share_parts(file.fileno())
+                    start_writeback(descriptor)  # or each sharing would wait for the disk
+                    self._share_parts(descriptor)
                 if durable:
-                    os.fsync(file.fileno())
-            temporary.rename(path)
-            workspace.note(self.name, {"routers": self.routers, "shared_bytes": self.shared_bytes})
+                    make_durable(descriptor)
+            self._check_source()
+            folder.rename(temporary, self.name)
+            self.crew.workspace.note(self.name, self._facts())
         except OSError as error:
             if error.errno == errno.EFAULT:
-                self.crew.reader.check_unchanged()  # its pages are gone where it was cut off
+                self._check_source()  # its pages are gone where it was cut off
             # A write that fails does not say in which file.
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror, str(folder.path / self.name)) from error
         self.complete.set()
 
     def _write_parts(self, descriptor: int) -> None:
@@ -248,50 +289,41 @@ class _Task:
         data = self._data(part)
         if router:
             self.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-        self._write_at(descriptor, data, offsets)
+        self._write_at(descriptor, part, data, offsets)
 
     def _share_parts(self, descriptor: int) -> None:
         """Let all other places share the extents of the first, or write them where that fails."""
         unshared: dict[Part, list[int]] = {}
-        for run in self._runs():
-            with nullcontext(descriptor) if run.task is self else run.task.opened() as origin:
+        for run in repetitions(self.layout, self, self.crew.first):
+            with nullcontext(descriptor) if run.origin is self else run.origin.opened() as origin:
                 shared = share(origin, run.source, descriptor, run.target, run.nbytes)
             if shared:
                 self.shared_bytes += run.nbytes
-                self.crew.advance(run.nbytes)
+                self._advance(run.nbytes)
                 continue
             for part, offset in run.places:
                 unshared.setdefault(part, []).append(offset)
         for part, offsets in unshared.items():
-            self._write_at(descriptor, self._data(part), offsets)
-
-    def _runs(self) -> list[_Run]:
-        """Return the places that are not the first of their bytes, neighbours together.
-
-        The copies of an expert, or of all the experts of a group, repeat its parts in their order.
-        """
-        places: list[tuple[int, Part, _Task, int]] = []
-        for part in self.layout.parts:
-            task, first = self.crew.first[part.expr]
-            offsets = part.offsets[1:] if task is self else part.offsets
-            places += [(offset, part, task, first) for offset in offsets]
-        runs: list[_Run] = []
-        for offset, part, task, first in sorted(places, key=lambda place: place[0]):
-            if not (runs and runs[-1].goes_on(task, first, offset, part.nbytes)):
-                runs.append(_Run(task, first, offset))
-            runs[-1].places.append((part, offset))
-            runs[-1].nbytes += part.nbytes
-        return runs
+            self._write_at(descriptor, part, self._data(part), offsets)
 
     def _data(self, part: Part) -> memoryview:
+        vanished: list[int] = []
         try:
-            return evaluate(part.expr, self.crew.reader.mapped)
+            data = evaluate(part.expr, self.crew.reader.mapped, vanished.append)
         except OverflowInCastError as error:
             raise UpcycleError(
                 f"{part.tensor.name}: a finite value of the dense model becomes infinite "
                 f"in {part.tensor.dtype.lower()}.",
                 "Use --dtype bfloat16 or float32.",
             ) from error
+        if vanished:
+            self.vanished[part.expr] = sum(vanished)
+        return data
+
+    def _check_source(self) -> None:
+        """Raise UpcycleError when a file that was read is not what it was before."""
+        exprs = (part.expr for part in self.layout.parts)
+        self.crew.reader.check_unchanged(name for expr in exprs for name in sources(expr))
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -299,33 +331,32 @@ class _Task:
         while not self.complete.wait(_STOP_SECONDS):
             if self.crew.stopping.is_set():
                 raise _StoppedError
-        with (self.crew.workspace.path / self.name).open("rb") as file:
+        with self.crew.workspace.folder.read_own(self.name) as file:
             yield file.fileno()
 
-    def _write_at(self, descriptor: int, data: memoryview, offsets: Sequence[int]) -> None:
-        """Write the same bytes to several places, piece by piece: each is read from memory once."""
+    def _write_at(
+        self, descriptor: int, part: Part, data: memoryview, offsets: Sequence[int]
+    ) -> None:
+        """Write a part to several places, piece by piece: each is read from memory once."""
+        digest = xxh3_128()
         with self.turn:
             for start in range(0, len(data), _PIECE_BYTES):
                 piece = data[start : start + _PIECE_BYTES]
+                digest.update(piece)
                 for offset in offsets:
                     _write_at(descriptor, piece, offset + start)
-                    self.crew.advance(len(piece))
+                    self._advance(len(piece))
+        self.crew.digests[part.expr] = digest.digest()
 
+    def _advance_checking(self, nbytes: int) -> None:
+        self.told += nbytes
+        self.crew.advance(nbytes)
 
-@dataclass(eq=False)
-class _Run:
-    """Consecutive places whose bytes are, one after the other, at `source` in a file."""
-
-    task: _Task
-    source: int
-    target: int
-    nbytes: int = 0
-    places: list[tuple[Part, int]] = field(default_factory=list)
-
-    def goes_on(self, task: _Task, source: int, target: int, nbytes: int) -> bool:
-        """Whether a part continues this run; only whole blocks can be shared, or joined."""
-        follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
-        return task is self.task and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
+    def _advance(self, nbytes: int) -> None:
+        """Tell of bytes that are in place, unless they were told of when they were checked."""
+        known = min(self.told, nbytes)
+        self.told -= known
+        self.crew.advance(nbytes - known)
 
 
 @contextmanager
@@ -335,7 +366,7 @@ def _flushed(descriptor: int) -> Iterator[None]:
 
     def flush() -> None:
         while not stop.wait(_FLUSH_SECONDS):
-            os.fdatasync(descriptor)
+            start_writeback(descriptor)
 
     with ThreadPoolExecutor(1, "upcycle-flusher") as pool:
         flushing = pool.submit(flush)
@@ -345,6 +376,14 @@ def _flushed(descriptor: int) -> Iterator[None]:
             stop.set()
         # The system tells of a failed write once: whoever hears of it must say so.
         flushing.result()
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -265,8 +265,7 @@ class Facts:
         found = {}
         with self.moe.reader() as moe:
             for layer in range(self.num_layers):
-                gamma_name = f"model.layers.{layer}.post_attention_layernorm.weight"
-                names = (self.router_name(layer), gamma_name)
+                names = (self.router_name(layer), gamma_name(layer))
                 entries = [self.moe.tensors.get(name) for name in names]
                 if any(entry is None or entry.dtype not in TORCH_DTYPES for entry in entries):
                     continue
@@ -304,6 +303,11 @@ class Facts:
         begin = 0 if matrix == "gate" else self.expert_size
         rows = slice(begin, begin + self.expert_size)
         return Place(name, f"{name}[{expert}] ({matrix})", (expert, rows))
+
+
+def gamma_name(layer: int) -> str:
+    """Return the name of the weight of the norm that feeds a layer's MLP."""
+    return f"model.layers.{layer}.post_attention_layernorm.weight"
 
 
 def dense_mlp_name(matrix: str, layer: int) -> str:
@@ -483,6 +487,9 @@ def _dense_sizes(dense: Checkpoint) -> tuple[int, int, int]:
             shape = shape_IH[::-1] if matrix == "down" else shape_IH
             if name not in tensors or tensors[name].shape != shape:
                 raise UpcycleError(f"{dense.path} has no {name} of shape {list(shape)}.")
+        norm = tensors.get(gamma_name(layer))
+        if norm is None or norm.shape != shape_IH[1:]:
+            raise UpcycleError(f"{dense.path} has no {gamma_name(layer)} of {shape_IH[1]} values.")
     return num_layers, shape_IH[0], shape_IH[1]
 
 

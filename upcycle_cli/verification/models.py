@@ -117,15 +117,15 @@ def empty_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def load_model(path: Path, dtype: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401
+def load_model(path: Path, dtype: Any, **how: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401
     """Return the model in evaluation mode, and what transformers reports about loading it.
 
-    Raises TransformersError.
+    `how` is passed on to transformers. Raises TransformersError.
     """
     _, auto_model, _ = _transformers()
     with transformers_says():
         model, info = auto_model.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_OFFLINE
+            path, dtype=dtype, output_loading_info=True, **_OFFLINE, **how
         )
         return model.eval(), info
 
@@ -260,6 +260,11 @@ class MoeLoader:
         vocab_size = self._facts.dense.tensors[EMBEDDING].shape[0]
         return memory_objection(4 * (largest + 3 * MOST_TOKENS * vocab_size))
 
+    @property
+    def _how(self) -> dict[str, str]:
+        # The grouped matrix product takes rows of a multiple of 16 bytes, in float16 as well.
+        return {"experts_implementation": "eager"} if self._facts.expert_size % 8 else {}
+
     @cached_property
     def loading(self) -> Loading:
         """The outcome; the model is loaded when this is first asked for."""
@@ -272,7 +277,7 @@ class MoeLoader:
                 return Loading(not_tried=objection)
         dtype = torch.float32 if for_outputs else "auto"
         try:
-            model, info = load_model(self._facts.moe.path, dtype)
+            model, info = load_model(self._facts.moe.path, dtype, **self._how)
         except TransformersError as error:
             return Loading(refusal=str(error))
         return Loading(model=model if for_outputs else None, info=info)

@@ -12,6 +12,7 @@ Legend: S positions, V vocabulary, E groups, G shards, N = E·G experts, T top-k
 from __future__ import annotations
 
 import codecs
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 NAME = "outputs"
 _FEWEST_TOKENS = 512
+_RANDOM_TOKENS = 256
 _MOST_PROMPT_BYTES = 1_000_000
 _CHUNK = 64  # positions whose distributions are in memory in float64 at once
 
@@ -65,6 +67,8 @@ class _Prompt:
 
     ids: torch.Tensor
     origin: str
+    text_tokens: int
+    """The first so many are text; others follow, which nobody would write."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def check_outputs(
         # The hooks see what the model really chose, ties in its own arithmetic included.
         with transformers_says(), watched_routers(facts, loading.model) as routing:
             moe_SV = _logits(loading.model, prompt)
+        overflows = _float16_overflow(facts, loading.model, prompt)
     except TransformersError as error:
         findings.add(f"transformers could not run the MoE: {error}")
         return findings.result(NAME, "", note="The outputs could not be compared.")
@@ -111,12 +116,12 @@ def check_outputs(
     dense = _run_dense(facts, prompt)
     not_finite = list(_not_finite(moe_SV, dense.published))
     if not_finite:
-        not_finite += routing.stored_failures(facts)
-    for failure in (*not_finite, *_overflows(dense.largest)):
+        not_finite += routing.failures
+    for failure in (*not_finite, *overflows, *_overflows(dense.largest)):
         findings.add(failure)
     if not_finite:
         return findings.result(NAME, "", {"tokens": prompt.ids.numel()})
-    metrics = _measure(dense, moe_SV, prompt.ids[0], routing.whole_everywhere) | routing.metrics
+    metrics = _measure(dense, moe_SV, prompt, routing.whole_everywhere) | routing.metrics
     if dense.largest is not None:
         metrics["max_expert_output"] = dense.largest
     judgement = _Judgement(facts, metrics, routing, findings)
@@ -134,6 +139,20 @@ def _not_finite(moe_SV: torch.Tensor, dense_SV: torch.Tensor) -> Iterator[str]:
         bad = int((~logits.isfinite()).sum())
         if bad:
             yield f"{bad} of {logits.numel()} logits of the {who} are not finite"
+
+
+def _float16_overflow(facts: Facts, model: Any, prompt: _Prompt) -> tuple[str, ...]:  # noqa: ANN401
+    """Run a model that is stored in float16 in it; the model is no good for anything else then."""
+    if "F16" not in {entry.dtype for entry in facts.moe.tensors.values()}:
+        return ()
+    with transformers_says():
+        bad = int((~_logits(model.half(), prompt).isfinite()).sum())
+    if not bad:
+        return ()
+    return (
+        f"run in float16, as it is stored, {bad} logits of the MoE are not finite; convert to "
+        "bfloat16 or float32 instead",
+    )
 
 
 def _overflows(largest: float | None) -> Iterator[str]:
@@ -162,37 +181,56 @@ def read_prompts(path: Path) -> str:
 
 
 def _prompt(facts: Facts, config: Any, prompts: Path | None) -> _Prompt:  # noqa: ANN401
-    """Return one sequence of text, or of random tokens where there is no tokenizer for text."""
+    """Return text, where there is a tokenizer for it, and random tokens of the whole vocabulary.
+
+    Text shows little of what a model does: a router can be made to fit the built-in one alone.
+    Which tokens are drawn depends on the routers, so that these cannot be made to fit them.
+    """
     import torch
 
-    limit = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
+    longest = min(MOST_TOKENS, getattr(config, "max_position_embeddings", None) or MOST_TOKENS)
     vocab_size: int = config.vocab_size
     reason = "the dense model has no tokenizer"
+    text: list[int] = []
     if tokenizer_files(facts.dense):
-        text = _builtin_text() if prompts is None else read_prompts(prompts)
-        source = "built-in English text" if prompts is None else f"the text of {prompts.name}"
+        words = _builtin_text() if prompts is None else read_prompts(prompts)
         try:
             tokenizer = load_tokenizer(facts.dense.path)
             with transformers_says():
-                ids = list(tokenizer(text)["input_ids"])
+                text = list(tokenizer(words)["input_ids"])
         except TransformersError as error:
             reason = f"the dense model's tokenizer cannot be used ({error})"
         else:
-            if ids and max(ids) < vocab_size:
-                repeats = math.ceil(_FEWEST_TOKENS / len(ids))
-                ids = (ids * repeats)[: min(MOST_TOKENS, limit)]
-                again = ", repeated" if repeats > 1 else ""
-                return _Prompt(torch.tensor([ids]), f"{len(ids)} tokens of {source}{again}")
             reason = "the dense model's tokenizer makes no ids, or some beyond its vocabulary"
-    if prompts is not None:
+            text = text if text and max(text) < vocab_size else []
+    if not text and prompts is not None:
         raise UpcycleError(
             f"the prompts {prompts} cannot be used: {reason}.",
             "Without --prompts, random tokens are used.",
         )
-    generator = torch.Generator().manual_seed(0)
-    count = min(_FEWEST_TOKENS, limit)
-    random_ids = torch.randint(vocab_size, (1, count), generator=generator)
-    return _Prompt(random_ids, f"{count} random tokens, since {reason}")
+    count = min(_RANDOM_TOKENS, max(1, longest // 4)) if text else min(_FEWEST_TOKENS, longest)
+    drawn = torch.randint(vocab_size, (count,), generator=_generator(facts)).tolist()
+    if not text:
+        return _Prompt(
+            torch.tensor([drawn]), f"{count} random tokens, since {reason}", text_tokens=count
+        )
+    repeats = math.ceil(_FEWEST_TOKENS / len(text))
+    text = (text * repeats)[: longest - count]
+    source = "built-in English text" if prompts is None else f"the text of {prompts.name}"
+    again = ", repeated" if repeats > 1 else ""
+    origin = f"{len(text)} tokens of {source}{again}, and {count} random ones"
+    return _Prompt(torch.tensor([text + drawn]), origin, text_tokens=len(text))
+
+
+def _generator(facts: Facts) -> torch.Generator:
+    import torch
+
+    digest = hashlib.sha256()
+    with facts.moe.reader() as moe:
+        for layer in range(facts.num_layers):
+            digest.update(moe.mapped(facts.router_name(layer)))
+    seed = int.from_bytes(digest.digest()[:8], "little") >> 1  # torch takes 63 bits
+    return torch.Generator().manual_seed(seed)
 
 
 def _builtin_text() -> str:
@@ -301,9 +339,11 @@ def _logits(model: Any, prompt: _Prompt) -> torch.Tensor:  # noqa: ANN401
 
 
 def _measure(
-    dense: _Dense, moe_SV: torch.Tensor, ids: torch.Tensor, whole_S: torch.Tensor
+    dense: _Dense, moe_SV: torch.Tensor, prompt: _Prompt, whole_S: torch.Tensor
 ) -> dict[str, float]:
     """Return the metrics of the comparison; KL is KL(dense ‖ MoE) in nats per token.
+
+    NLL is of the text alone.
 
     Both models are also compared with the dense one whose weights are rounded as the MoE's are:
     what is between the two dense ones is the price of the dtype, and the rest the conversion's.
@@ -312,6 +352,7 @@ def _measure(
 
     kl: dict[str, list[torch.Tensor]] = {"": [], "_rounding": [], "_conversion": []}
     gap = dense_nll = moe_nll = 0.0
+    ids, text = prompt.ids[0], prompt.ids[0][: prompt.text_tokens]
     for begin in range(0, len(ids), _CHUNK):
         rows = slice(begin, begin + _CHUNK)
         logits = [held[rows].double() for held in (dense.published, dense.rounded, moe_SV)]
@@ -323,11 +364,11 @@ def _measure(
             ("_conversion", rounded, moe),
         ):
             kl[key].append((log_p.exp() * (log_p - log_q)).sum(-1))
-        following = ids[begin + 1 : begin + 1 + _CHUNK].unsqueeze(-1)
+        following = text[begin + 1 : begin + 1 + _CHUNK].unsqueeze(-1)
         dense_nll -= float(published[: len(following)].gather(-1, following).sum())
         moe_nll -= float(moe[: len(following)].gather(-1, following).sum())
     kl_S = {key: torch.cat(pieces) for key, pieces in kl.items()}
-    predicted = len(ids) - 1
+    predicted = len(text) - 1
     moe_best = moe_SV.argmax(-1)
     conversion = kl_S["_conversion"]
     return {
@@ -342,6 +383,7 @@ def _measure(
         "dense_nll": dense_nll / predicted if predicted else math.nan,
         "moe_nll": moe_nll / predicted if predicted else math.nan,
         "tokens": len(ids),
+        "text_tokens": len(text),
     }
 
 
@@ -364,7 +406,8 @@ class _Judgement:
         measured = (
             f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, "
             f"top-1 agreement {metrics['top1_agreement']:.2%}, "
-            f"NLL {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the dense model. "
+            f"NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the "
+            "dense model. "
         )
         if rounded:
             measured += (
@@ -381,7 +424,7 @@ class _Judgement:
             return result if findings else replace(result, status=Status.MEASURED)
         promised = self._approximate() if not self.facts.standard.uniform else self._exact()
         self._rounding()
-        for failure in self.routing.stored_failures(self.facts):
+        for failure in self.routing.failures:
             findings.add(failure)
         return findings.result(
             NAME, f"{promised} {measured}", metrics, measured if findings else ""

@@ -20,11 +20,10 @@ from upcycle_cli.verification.facts import Facts
 if TYPE_CHECKING:
     import torch
 
-_SMALLEST_DISTANCE = 0.1
-"""Relative: random rows are √2 apart, and bfloat16 rounds each of their values by up to 0.004."""
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
 _MARGIN = 5e-3
+_MARGIN_TOKENS = 4.0
 
 
 @dataclass
@@ -34,12 +33,10 @@ class Routing:
     whole: list[torch.Tensor] = field(default_factory=list)
     """(S,): which tokens got whole groups."""
     load_cvs: list[float] = field(default_factory=list)
-    stored_split: list[float] = field(default_factory=list)
-    """The share of tokens without whole groups in the dtype that the router is stored in."""
-    honest_split: list[float] = field(default_factory=list)
-    """The same of honest rows, where it is worth knowing; 0 elsewhere."""
-    not_finite: int = 0
-    """Router logits that are not finite in the dtype that the router is stored in."""
+    bfloat16_split: list[float] = field(default_factory=list)
+    """The share of tokens without whole groups when the router runs in bfloat16."""
+    failures: list[str] = field(default_factory=list)
+    """Where a router does not work in the dtype that it is stored in, or in bfloat16."""
 
     @property
     def whole_everywhere(self) -> torch.Tensor:
@@ -55,25 +52,9 @@ class Routing:
 
         return {
             "split_token_layers": 1 - float(torch.stack(self.whole).double().mean()),
-            "split_token_layers_stored": _mean(self.stored_split),
+            "split_token_layers_bfloat16": _mean(self.bfloat16_split),
             "expert_load_cv": _mean(self.load_cvs),
         }
-
-    def stored_failures(self, facts: Facts) -> Iterator[str]:
-        """Say where the routers do not work in the dtype that they are stored in."""
-        if self.not_finite:
-            yield (
-                f"{self.not_finite} router logits are not finite in the dtype that the routers are "
-                "stored in: their weights are too large for it"
-            )
-        for layer, pair in enumerate(zip(self.stored_split, self.honest_split, strict=True)):
-            split, honest = pair
-            if split > _MOST_TIMES_HONEST * honest + _MARGIN:
-                yield (
-                    f"{facts.router_name(layer)}: in the dtype that it is stored in, {split:.1%} "
-                    f"of the tokens get parts of groups, where an honest router of its shape and "
-                    f"size splits {honest:.1%}"
-                )
 
 
 @contextmanager
@@ -90,26 +71,6 @@ def watched_routers(facts: Facts, model: Any) -> Iterator[Routing]:  # noqa: ANN
     finally:
         for handle in handles:
             handle.remove()
-
-
-def close_rows(router_EH: torch.Tensor) -> Iterator[tuple[int, int, float]]:
-    """Yield pairs of rows that are too close, and how far apart they are, relative to their size.
-
-    Each row is named once, with the first of the rows before it that it is close to.
-    """
-    import torch
-
-    rows = router_EH.double()
-    norms = rows.norm(dim=1)
-    squares = norms.square()
-    distances = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=0).sqrt()
-    relative = distances / torch.minimum(norms[:, None], norms[None])
-    close = (relative < _SMALLEST_DISTANCE).tril(-1)
-    for row in close.any(dim=1).nonzero().flatten().tolist():
-        first = int(close[row].nonzero()[0])
-        # The difference of large squares is no measure of a small distance.
-        exact = float((rows[row] - rows[first]).norm() / norms[[row, first]].min())
-        yield first, row, exact
 
 
 @dataclass
@@ -131,27 +92,38 @@ class _Watch:
         )
         found.whole.append(self._whole(picked_SN))
         found.load_cvs.append(float(load.std(correction=0) / load.mean()))
-        self._note_stored(router, inputs[0].detach().reshape(-1, facts.hidden_size))
+        states_SH = inputs[0].detach().reshape(-1, facts.hidden_size)
+        stored = facts.moe.tensors[facts.router_name(self.layer)].dtype
+        for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}:
+            self._run_in(name, router, states_SH)
 
-    def _note_stored(self, router: Any, states_SH: torch.Tensor) -> None:  # noqa: ANN401
+    def _run_in(self, name: str, router: Any, states_SH: torch.Tensor) -> None:  # noqa: ANN401
+        """Run the router in a dtype, and hold what it splits against what honest rows split."""
         import torch
 
-        facts, found = self.facts, self.found
-        entry = facts.moe.tensors[facts.router_name(self.layer)]
-        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        weight_NH = router.weight.detach()
-        own, not_finite = self._split(router, weight_NH.to(dtype), states_SH.to(dtype))
-        honest = 0.0
-        if own > _MARGIN:
-            size = weight_NH.float().square().mean().sqrt()
-            shares = [
-                self._split(router, (size * self._rows(seed)).to(dtype), states_SH.to(dtype))[0]
+        label, failures = self.facts.router_name(self.layer), self.found.failures
+        dtype: torch.dtype = getattr(torch, name)
+        weight_NH, states_SH = router.weight.detach(), states_SH.to(dtype)
+        split, not_finite = self._split(router, weight_NH.to(dtype), states_SH)
+        if name == "bfloat16":
+            self.found.bfloat16_split.append(split)
+        if not_finite:
+            failures.append(f"{label}: {not_finite} of its logits are not finite in {name}")
+        margin = max(_MARGIN, _MARGIN_TOKENS / len(states_SH))
+        if split <= margin:
+            return
+        size = weight_NH.float().square().mean().sqrt()
+        honest = _mean(
+            [
+                self._split(router, (size * self._rows(seed)).to(dtype), states_SH)[0]
                 for seed in range(_HONEST_DRAWS)
             ]
-            honest = _mean(shares)
-        found.stored_split.append(own)
-        found.honest_split.append(honest)
-        found.not_finite += not_finite
+        )
+        if split > _MOST_TIMES_HONEST * honest + margin:
+            failures.append(
+                f"{label}: in {name}, {split:.1%} of the tokens get parts of groups, where an "
+                f"honest router of its shape and size splits {honest:.1%}"
+            )
 
     def _rows(self, seed: int) -> torch.Tensor:
         """Return random rows (N, H), equal inside each group."""

@@ -25,12 +25,13 @@ from upcycle_cli.verification.facts import (
     Place,
     dense_mlp_name,
     dtype_failures,
+    gamma_name,
     is_dense_mlp,
     read_tensors,
 )
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
-from upcycle_cli.verification.routing import close_rows
+from upcycle_cli.verification.rows import row_failures, size_failures
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ class _Wanted:
     shape: tuple[int, ...]
     role: str
     source: str = ""
+    layer: int = 0
 
 
 def check_weights(facts: Facts) -> CheckResult:
@@ -154,7 +156,9 @@ def _wanted_zeros(facts: Facts, layer: int, copied: Mapping[str, _Wanted]) -> di
         for template in (names.shared_gate, names.shared_up):
             wanted[template.format(layer=layer)] = _Wanted((size, H), "zero")
         wanted[names.shared_down.format(layer=layer)] = _Wanted((H, size), "zero")
-        wanted[names.shared_router.format(layer=layer)] = _Wanted((1, H), "shared_router")
+        wanted[names.shared_router.format(layer=layer)] = _Wanted(
+            (1, H), "shared_router", layer=layer
+        )
     return wanted
 
 
@@ -245,17 +249,20 @@ class _Comparison:
                 f"its virtual group {group}"
             )
         if bool(finite.all()):
-            for one, other, distance in close_rows(router_NH[::size]):
-                unit = "the rows of groups" if size > 1 else "rows"
-                how = "are the same" if distance == 0 else f"differ by {distance:.1%} of their size"
-                self.findings.add(
-                    f"{name}: {unit} {one} and {other} {how}, so nothing tells them apart in the "
-                    "precision that models run in"
-                )
+            for failure in row_failures(
+                router_NH[::size], self._gamma(layer), facts.moe.tensors[name].dtype
+            ):
+                self.findings.add(f"{name}: {failure}")
+
+    def _gamma(self, layer: int) -> torch.Tensor:
+        """Return the weight of the norm that feeds a layer's MLP."""
+        return self.dense.tensor(gamma_name(layer))
 
     def other(self, name: str, item: _Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
         import torch
+
+        facts = self.facts
 
         if item.role in ("expert", "router"):
             return
@@ -269,6 +276,10 @@ class _Comparison:
                 self.findings.add(lambda: f"{name} {difference(held, torch.zeros_like(held))}")
         elif not bool(torch.isfinite(held).all()) or not bool((held != 0).any()):
             self.findings.add(f"{name} must be finite and not all zero")
+        else:
+            gamma_H = self._gamma(item.layer)
+            for failure in size_failures(held, gamma_H, facts.moe.tensors[name].dtype):
+                self.findings.add(f"{name}: {failure}")
 
 
 def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:

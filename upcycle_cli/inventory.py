@@ -1,0 +1,181 @@
+"""Which files of a finished output upcycle has written, by the list in its `upcycle.json`.
+
+`--overwrite` and `clean` remove these and nothing else: a model that was trained further, a card
+that was edited and somebody's thesis look like the output's own files by their names only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import MOST_JSON_BYTES, ListedFile, listed_files
+from upcycle_cli.folder import Folder
+from upcycle_cli.workspace import SEAL, read_state
+
+CHECKSUMS_NAME = "SHA256SUMS"
+_MOST_CARD_BYTES = 10_000_000
+_SUM = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
+_HINT = "Move or remove it yourself if it is not needed."
+
+_Identity = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The files of an output, all of them, as they were when they were looked at."""
+
+    record_digest: str
+    """The SHA-256 of `upcycle.json`, which tells one output from another."""
+    files: Mapping[str, _Identity | None]
+    directories: tuple[str, ...]
+
+
+def take_inventory(folder: Folder) -> Inventory:
+    """Return what is in a finished output, which must be what upcycle wrote and nothing else.
+
+    A listed file may be missing. Raises UpcycleError naming the first thing that is another's, and
+    when there is no telling; OSError when the system refuses.
+    """
+    raw = _record(folder)
+    listed = _listed(folder, raw)
+    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    found: dict[str, _Identity | None] = {}
+    directories = []
+    for name, is_directory in folder.walk():
+        if is_directory and name in parents:
+            directories.append(name)
+            continue
+        reason: str | None = "which upcycle did not write"
+        if not is_directory:
+            # Before the contents, so that a change after that is seen.
+            found[name] = _identity(folder, name)
+            reason = _objection(folder, name, listed, raw)
+        if reason:
+            raise UpcycleError(f"{folder.path} holds {name}, {reason}; it is left as it is.", _HINT)
+    return Inventory(hashlib.sha256(raw).hexdigest(), found, tuple(directories))
+
+
+def remove_all(folder: Folder, inventory: Inventory) -> None:
+    """Remove the files of an inventory, and last the record, by which one knows what is left.
+
+    Raises UpcycleError when something has come or changed since, which stays; OSError when the
+    system refuses.
+    """
+
+    def unchanged(name: str) -> bool:
+        return _identity(folder, name) == inventory.files.get(name)
+
+    for name in inventory.files:
+        if name != RECORD_NAME and unchanged(name):
+            folder.remove(name)
+    for name in inventory.directories:  # the inner ones first
+        folder.remove_empty(name)
+    for name in folder.names():
+        if name != RECORD_NAME or not unchanged(name):
+            raise UpcycleError(f"{name} is new there.")
+    folder.remove(RECORD_NAME)
+
+
+def record_digest(folder: Folder) -> str | None:
+    """Return the digest that an inventory has, None when there is no record."""
+    try:
+        return hashlib.sha256(folder.read_small(RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
+    except (OSError, UpcycleError):
+        return None
+
+
+def checksums_text(digests: Mapping[str, str]) -> str:
+    """Return SHA256SUMS as `sha256sum` writes it, and `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def _record(folder: Folder) -> bytes:
+    if folder.status(RECORD_NAME) is None:
+        raise UpcycleError(
+            f"{folder.path} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
+        )
+    return folder.read_small(RECORD_NAME, MOST_JSON_BYTES)
+
+
+def _listed(folder: Folder, raw: bytes) -> dict[str, ListedFile]:
+    try:
+        record = json.loads(raw)
+        return listed_files(record if isinstance(record, dict) else {})
+    except (ValueError, RecursionError, UpcycleError) as error:
+        what = error.message if isinstance(error, UpcycleError) else f"{RECORD_NAME}: {error}."
+        raise UpcycleError(
+            f"{folder.path} does not say which of its files upcycle wrote, as an earlier version "
+            f"did not, so it is left as it is: {what}",
+            _HINT,
+        ) from error
+
+
+def _objection(
+    folder: Folder, name: str, listed: Mapping[str, ListedFile], record: bytes
+) -> str | None:
+    """Say why a file is not one that upcycle wrote, if it is not."""
+    status, file = folder.status(name), listed.get(name)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return "which is no regular file"
+    if name == RECORD_NAME:
+        return None
+    if name == CARD_NAME:
+        card = folder.read_small(name, _MOST_CARD_BYTES)
+        return None if _is_untouched(card) else "which somebody has edited"
+    if name == CHECKSUMS_NAME:
+        sums = folder.read_small(name, MOST_JSON_BYTES)
+        file_is_ours = _are_ours(sums, listed, record)
+    elif name == SEAL:  # of a run that was killed, in a directory that has another name now
+        file_is_ours = "plan_sha256" in read_state(folder, SEAL)
+    else:
+        file_is_ours = file is not None and status.st_size == file.size and _fits(folder, file)
+    if file_is_ours:
+        return None
+    return "which upcycle did not write" if file is None else "which is not as upcycle wrote it"
+
+
+def _fits(folder: Folder, file: ListedFile) -> bool:
+    with folder.read(file.name) as opened:
+        if file.sha256 is not None:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, file.size))
+    return hashlib.sha256(header).hexdigest() == file.header_sha256
+
+
+def _is_untouched(card: bytes) -> bool:
+    from upcycle_cli.card import is_edited
+
+    try:
+        text = card.decode()
+    except ValueError:
+        return False
+    # A card of metadata only is nobody's on the Hub, but in a directory somebody put it there.
+    return "Made by upcycle" in text and not is_edited(text)
+
+
+def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> bool:
+    """Whether these are checksums of the listed files, the weights' own unseen."""
+    try:
+        lines = [_SUM.fullmatch(line) for line in sums.decode().splitlines()]
+    except ValueError:
+        return False
+    found = {line["name"]: line["digest"] for line in lines if line is not None}
+    wanted = {name: file.sha256 or found.get(name) for name, file in listed.items()}
+    wanted[RECORD_NAME] = hashlib.sha256(record).hexdigest()
+    return None not in lines and found == wanted
+
+
+def _identity(folder: Folder, name: str) -> _Identity | None:
+    status = folder.status(name)
+    if status is None:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

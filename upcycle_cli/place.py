@@ -1,0 +1,122 @@
+"""Whether OUTPUT may be written where it is to be: without harm, and with room for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.folder import Folder
+from upcycle_cli.inventory import take_inventory
+from upcycle_cli.reflink import can_share
+from upcycle_cli.swap import ASIDE
+from upcycle_cli.workspace import SUFFIX, open_inner, partial_of
+
+
+def check_name(output: Path) -> None:
+    """Raise UpcycleError when OUTPUT's name leaves no room for those that stand beside it."""
+    try:
+        there = next(parent for parent in output.absolute().parents if parent.exists())
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, StopIteration):
+        return  # what is wrong with the place itself is found in a moment
+    if len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE))) > longest:
+        raise UpcycleError(
+            f"the name of {output} is too long: it is made under the name with {SUFFIX} behind "
+            f"it, and no name there has more than {longest} bytes.",
+            "Choose a shorter one.",
+        )
+
+
+def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
+    """Raise UpcycleError when OUTPUT cannot be written without harm."""
+    check_name(output)
+    try:
+        target, origin = output.resolve(), source.path.resolve()
+        places = {(source.path / name).resolve().parent for name in source.files} | {origin}
+        occupied = output.is_dir() and any(output.iterdir())
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UpcycleError(f"{output} cannot be made: {reason}.") from error
+    if _is_same(target, origin):
+        raise UpcycleError("OUTPUT is the source itself.", "Choose another directory.")
+    if is_in(target, origin):
+        raise UpcycleError(
+            f"{output} is inside the source, which is never modified.", "Choose another directory."
+        )
+    if any(is_in(place, target) for place in places):
+        raise UpcycleError(f"{output} contains the source.", "Choose another directory.")
+    if is_in(Path.cwd(), target):
+        raise UpcycleError(
+            f"{output} is the current directory, or contains it.", "Choose another directory."
+        )
+    if output.name in {"", ".."}:
+        raise UpcycleError(f"{output} is no name for a directory.", "Write the name itself.")
+    check_kind(output)
+    if occupied and not overwrite:
+        raise UpcycleError(
+            f"{output} exists and is not empty.",
+            "Choose another name, or pass --overwrite to replace it.",
+        )
+    if occupied:
+        with Folder.open(output) as folder:
+            take_inventory(folder)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    # Two names can mean one directory: where case does not count, and where it is mounted twice.
+    with suppress(OSError):
+        return one.samefile(other)
+    return one == other
+
+
+def is_in(path: Path, directory: Path) -> bool:
+    """Whether a path is a directory or in it, by whatever names."""
+    with suppress(OSError, RuntimeError):  # links in a circle lead nowhere
+        path, directory = path.resolve(), directory.resolve()
+    return any(_is_same(place, directory) for place in (path, *path.parents))
+
+
+def check_kind(output: Path) -> None:
+    """Raise UpcycleError for what a rename cannot replace."""
+    if os.path.ismount(output):
+        raise UpcycleError(
+            f"{output} is a mount point, which cannot be replaced by a rename.",
+            f"Write to a directory inside it, such as {output / 'moe'}.",
+        )
+    if output.is_symlink():
+        raise UpcycleError(
+            f"{output} is a symbolic link, which cannot be replaced by a directory.",
+            f"Write to {output.resolve()}, or remove the link.",
+        )
+    if output.exists() and not output.is_dir():
+        raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
+
+
+def check_space(output: Path, needed: int, *, shared: int | None = None) -> None:
+    """Raise UpcycleError when the file system of OUTPUT has less than `needed` bytes free.
+
+    `shared` is what is needed where equal parts can share extents, or None not to do so. What an
+    unfinished run has left counts as free.
+    """
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    left = 0
+    with Folder.open(parent) as folder, ExitStack() as opened:
+        partial = open_inner(folder, partial_of(output).name, opened)
+        if partial is not None and partial.is_mine():
+            left = partial.nbytes()
+        if shared is not None and needed > free and can_share(folder):
+            # The system counts what several files share once for each of them.
+            left = left * shared // needed
+            needed = shared
+    free += left
+    if needed > free:
+        raise UpcycleError(
+            f"not enough disk space for {output}: {needed / 1e6:,.0f} MB needed, "
+            f"{free / 1e6:,.0f} MB free.",
+            "Free some, or write to another file system.",
+        )

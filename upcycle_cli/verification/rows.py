@@ -1,0 +1,101 @@
+"""Router rows: do they look like what a conversion draws, whatever text they will see?
+
+A text shows how rows behave on that text. Rows can be made that are fine there and tie, explode or
+are far from uniform elsewhere; all of those are unlike random rows. So they are held to what random
+rows of their shape have, as the MLP's norm lets them see its input: behind the norm's weight γ.
+
+Legend: E rows (one a group), H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_SMALLEST_DISTANCE = 0.1
+"""Relative: random rows are √2 apart, and bfloat16 rounds each of their values by up to 0.004."""
+_LARGEST_PEAK = 10.0
+"""In standard deviations: no normal sample comes close to it."""
+_MOST_SHARED = 1.5
+"""How much more of their squares rows may have in one direction than random ones."""
+_HONEST_DRAWS = 3
+LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
+"""The largest finite value of each dtype."""
+
+
+def row_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:
+    """Say what is odd about finite rows, one of each group, that are stored in `dtype`."""
+    rows, gamma = rows_EH.double(), gamma_H.double()
+    seen = rows * gamma
+    yield from size_failures(rows_EH, gamma_H, dtype)
+    for one, other, distance in _close(seen):
+        how = "are the same" if distance == 0 else f"differ by {distance:.1%} of their size"
+        yield (
+            f"rows {one} and {other} of its groups {how}, so nothing tells them apart in the "
+            "precision that models run in"
+        )
+    if len(rows) > 1:
+        shared, honest = _shared(seen), _honest_shared(gamma, len(rows))
+        if shared > _MOST_SHARED * honest:
+            yield (
+                f"its rows have {shared:.0%} of their size in one direction, and random rows have "
+                f"{honest:.0%}: text in which that direction is strong ties or overruns them"
+            )
+
+
+def size_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:
+    """Say where rows can overflow, or hang on a few dimensions; gates have but one row."""
+    rows = rows_EH.double()
+    peak = float(rows.abs().max() / rows.square().mean().sqrt()) if bool(rows.any()) else 0.0
+    if peak > _LARGEST_PEAK:
+        yield (
+            f"its largest weight is {peak:.0f} standard deviations: it hangs on a few dimensions, "
+            "and is no random router"
+        )
+    # What leaves the norm has a length of √H before γ, so no token has a larger logit.
+    logit = float((rows * gamma_H.double()).norm(dim=1).max()) * math.sqrt(rows.shape[-1])
+    if not logit <= LARGEST[dtype]:
+        yield f"its logits can reach {logit:.2g}, and {dtype.lower()} ends at {LARGEST[dtype]:g}"
+
+
+def _close(rows: torch.Tensor) -> Iterator[tuple[int, int, float]]:
+    """Yield pairs of rows that are too close, and how far apart they are, relative to their size.
+
+    Each row is named once, with the first of the rows before it that it is close to.
+    """
+    import torch
+
+    norms = rows.norm(dim=1)
+    squares = norms.square()
+    distances = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=0).sqrt()
+    smaller = torch.minimum(norms[:, None], norms[None])
+    close = (distances <= _SMALLEST_DISTANCE * smaller).tril(-1)
+    for row in close.any(dim=1).nonzero().flatten().tolist():
+        first = int(close[row].nonzero()[0])
+        # The difference of large squares is no measure of a small distance.
+        gap = float((rows[row] - rows[first]).norm())
+        yield first, row, gap / float(smaller[row, first]) if gap else 0.0
+
+
+def _shared(rows: torch.Tensor) -> float:
+    """Return the share of all squares that lies in the direction that has most."""
+    import torch
+
+    squares = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    values = torch.linalg.eigvalsh(squares)
+    return float(values.max() / values.sum()) if bool(values.any()) else 0.0
+
+
+def _honest_shared(gamma_H: torch.Tensor, num_rows: int) -> float:
+    import torch
+
+    found = []
+    for seed in range(_HONEST_DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(num_rows, len(gamma_H), generator=generator, dtype=torch.double)
+        found.append(_shared(drawn * gamma_H))
+    return max(found)

@@ -1,0 +1,165 @@
+"""OUTPUT.partial while a conversion owns it, and what it says of itself meanwhile.
+
+A marker says which plan it belongs to and what it will become, so that it can be told from whatever
+else may have that name; a note beside each complete shard says how to recognise it. Once all is
+there, a seal takes their place: it is the last thing to go, when the directory has been OUTPUT for
+a moment and what it replaced is gone.
+
+Nothing that these files say is trusted further than the bytes of the weights bear it out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import MOST_LISTING_BYTES, read_open
+from upcycle_cli.folder import ABSENT, Folder
+from upcycle_cli.printable import shell_line
+
+MARKER = ".upcycle-partial"
+SEAL = ".upcycle-sealed"
+SUFFIX = ".partial"
+NOTE_SUFFIX = ".upcycle-note"
+TEMPORARY_SUFFIX = ".writing"
+_OTHERS = 0o077
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The directory of one conversion, by whichever process of it."""
+
+    folder: Folder
+    output: str
+    """The name that the directory will get."""
+    plan_digest: str
+    files: tuple[str, ...]
+    """The names of all files of the output."""
+    durable: bool
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of its weight files."""
+        return [name for name in self.files if name.endswith(".safetensors")]
+
+    def note(self, name: str, facts: dict[str, Any]) -> None:
+        """Remember that a shard is complete, so that a later run need not write it again."""
+        self._save(name + NOTE_SUFFIX, {"plan_sha256": self.plan_digest} | facts)
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """Return what was noted about a shard of this very plan, nothing if nothing was."""
+        found = read_state(self.folder, name + NOTE_SUFFIX)
+        return found if found.get("plan_sha256") == self.plan_digest else {}
+
+    def take_over(self, *, restart: bool) -> None:
+        """Keep what an unfinished run of this very plan completed, and drop everything else.
+
+        Raises UpcycleError when the directory belongs to another plan, and not `restart`.
+        """
+        marker, seal = (read_state(self.folder, name) for name in (MARKER, SEAL))
+        digest = marker.get("plan_sha256", seal.get("plan_sha256"))
+        if digest not in (None, self.plan_digest) and not restart:
+            path = self.folder.path
+            clean = ["upcycle", "clean", "--yes", str(path.with_name(self.output))]
+            raise UpcycleError(
+                f"{path} holds an unfinished conversion of another recipe or source.",
+                f"Pass --overwrite to start over, or remove it with `{shell_line(clean)}`.",
+            )
+        # Before anything goes, so that whatever is left is known to be ours; and not again, since
+        # there may be no room before the rest has gone.
+        if marker != self._marker:
+            self._save(MARKER, self._marker)
+        if seal.get("plan_sha256") == self.plan_digest:
+            self._unseal(seal)
+        keep = {MARKER}
+        for name in self.shards:
+            if self.noted(name):
+                keep |= {name, name + NOTE_SUFFIX}
+        self._keep_only(keep)
+
+    def seal(self, *, replaces: str | None) -> None:
+        """Make everything durable, and leave nothing that is not part of the output but the seal.
+
+        `replaces` is the digest of the record of what the directory is going to replace.
+        """
+        notes = {name: note for name in self.shards if (note := self.noted(name))}
+        last = {MARKER, *(name + NOTE_SUFFIX for name in notes)}
+        self._keep_only({name.split("/")[0] for name in self.files} | last)
+        self._save(SEAL, self._marker | {"replaces": replaces, "notes": notes})
+        for name in last:
+            self.folder.remove(name)
+        if self.durable:
+            self.folder.sync_all()  # the weights are durable already, so this costs little
+
+    @property
+    def _marker(self) -> dict[str, str]:
+        return {"plan_sha256": self.plan_digest, "output": self.output}
+
+    def _keep_only(self, names: Collection[str]) -> None:
+        for name in self.folder.names():
+            if name not in names:
+                self.folder.remove(name)
+
+    def _unseal(self, seal: dict[str, Any]) -> None:
+        notes = seal.get("notes")
+        for name, note in notes.items() if isinstance(notes, dict) else ():
+            if name in self.shards and isinstance(note, dict):
+                self.note(name, note)
+
+    def _save(self, name: str, value: object) -> None:
+        self.folder.write(name, json.dumps(value).encode(), durable=self.durable)
+
+
+def partial_of(output: Path) -> Path:
+    """Return the directory in which OUTPUT is made."""
+    return output.parent / (output.name + SUFFIX)
+
+
+def open_inner(parent: Folder, name: str, opened: ExitStack) -> Folder | None:
+    """Open a directory until the stack is closed; None where there is no such directory."""
+    try:
+        return opened.enter_context(parent.inner(name))
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def read_state(folder: Folder, name: str) -> dict[str, Any]:
+    """Return what a marker, seal or note says; nothing if it is missing, damaged or another's."""
+    with suppress(OSError, UpcycleError, ValueError, RecursionError):
+        with folder.read_own(name) as file:
+            value = json.loads(read_open(file, folder.path / name, MOST_LISTING_BYTES))
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def usual_mode(folder: Folder) -> int:
+    """Return the mode that a new directory gets in a folder, by the umask and the like."""
+    name = f"{MARKER}-mode"
+    folder.remove(name)
+    os.mkdir(name, dir_fd=folder.descriptor)
+    try:
+        return stat.S_IMODE(os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False).st_mode)
+    finally:
+        folder.remove_empty(name)
+
+
+def make_private(folder: Folder) -> None:
+    """Let nobody else look into a directory, whose files a umask may let others write."""
+    set_mode(folder, stat.S_IMODE(os.fstat(folder.descriptor).st_mode) & ~_OTHERS)
+
+
+def set_mode(folder: Folder, mode: int) -> None:
+    """Set what is allowed with a directory, where its file system knows of that."""
+    if stat.S_IMODE(os.fstat(folder.descriptor).st_mode) != mode:
+        with suppress(PermissionError):  # a file system that has one mode for all
+            os.fchmod(folder.descriptor, mode)
