@@ -843,7 +843,7 @@ def test_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
         ("--router-logit-std", "nan", "positive number"),
         ("--router-logit-std", "inf", "positive number"),
         # Infinite weights, or zeros that would tie every group.
-        ("--router-logit-std", "1e300", "cannot hold"),
+        ("--router-logit-std", "1e300", "below 3.01e+37"),
         ("--router-logit-std", "1e-300", "cannot hold"),
         ("--seed", "-1", "seed"),
         ("--seed", str(2**63), "seed"),
@@ -1006,13 +1006,8 @@ def test_paths_that_are_not_utf8(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("extra", [(), ("--dry-run",)])
 def test_a_tokenizer_that_may_not_be_read(
-    llama: Path,
-    tmp_path: Path,
-    refuses: Refuses,
-    monkeypatch: pytest.MonkeyPatch,
-    extra: tuple[str, ...],
+    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = clone(llama, tmp_path / "dense")
     real = os.open
@@ -1023,8 +1018,10 @@ def test_a_tokenizer_that_may_not_be_read(
         return real(path, *options, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    arguments = ("--recipe", "E2G2T2", *extra)
-    refuses(dense, "tokenizer.json: Permission denied", arguments=arguments)
+    words = "tokenizer.json: Permission denied"
+    refuses(dense, words)
+    foreseen = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G2T2", "--dry-run")
+    assert words in " ".join(foreseen.stderr.split())
 
 
 def test_a_mount_point(llama: Path, refuses: Refuses) -> None:

@@ -271,8 +271,7 @@ def convert(
         with joined as team, errors_to_exit_codes(as_json=json, silent=not team.leads):
             as_json, quiet = json and team.leads, quiet or not team.leads
             _check_push_options(push_to_hub, push_revision, private=private, create_pr=create_pr)
-            if not dry_run:
-                check_name(output)
+            check_name(output)
             for path in (source, output.absolute()) if verify else ():
                 check_utf8(path)
             wanted = asked_recipe(

@@ -265,13 +265,12 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
         # What leaves the norm has a length of √H: no token has a larger logit than this.
-        largest = math.sqrt(tensor.shape[-1]) * _LONGEST_ROW * std
-        if tensor.role is Role.ROUTER and largest > _LARGEST[tensor.dtype]:
+        most = _LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
+        if tensor.role is Role.ROUTER and std > most:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {_LARGEST[tensor.dtype] * std / largest:.3g}, or "
-                "another --dtype.",
+                f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
             )
 
 
