@@ -843,7 +843,7 @@ def test_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
         ("--router-logit-std", "nan", "positive number"),
         ("--router-logit-std", "inf", "positive number"),
         # Infinite weights, or zeros that would tie every group.
-        ("--router-logit-std", "1e300", "below 3.01e+37"),
+        ("--router-logit-std", "1e300", "overflow float32"),
         ("--router-logit-std", "1e-300", "cannot hold"),
         ("--seed", "-1", "seed"),
         ("--seed", str(2**63), "seed"),
@@ -1018,10 +1018,11 @@ def test_a_tokenizer_that_may_not_be_read(
         return real(path, *options, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    words = "tokenizer.json: Permission denied"
-    refuses(dense, words)
-    foreseen = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G2T2", "--dry-run")
-    assert words in " ".join(foreseen.stderr.split())
+    refuses(dense, "tokenizer.json: Permission denied")
+    result = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G2T2", "--dry-run")
+    assert result.exit_code == 0
+    assert "without --dry-run this is refused" in result.stderr
+    assert "tokenizer.json: Permission denied" in result.stderr
 
 
 def test_a_mount_point(llama: Path, refuses: Refuses) -> None:

@@ -696,9 +696,9 @@ def test_whatever_changes_in_the_source_meanwhile_is_noticed(
 
     with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
         execute(plan, tmp_path / "moe", progress=act_once, writing=WriteOptions(workers=1))
-    # No note may say of what was read since that it is the source's.
+    # What was read since is not the source's: writing ends early, not at the last check.
     weights = change in (replace_weights, rewrite_weights)
-    assert (sum(told) == plan.shards[0].nbytes) == weights
+    assert (sum(told) < plan.nbytes) == weights
     assert others(tmp_path) == []
     assert not (tmp_path / "moe").exists()
 
@@ -836,7 +836,7 @@ def test_a_name_that_no_list_could_hold_is_refused(llama: Path, tmp_path: Path, 
     """SHA256SUMS would have to quote it, and upcycle.json lists no such name."""
     dense = clone(llama, tmp_path / "dense")
     (dense / name).write_text("{}")
-    with pytest.raises(UpcycleError, match="a name that no output can have"):
+    with pytest.raises(UpcycleError, match="holds a file named"):
         convert(dense, tmp_path / "moe", RECIPE, checksums=True)
     (dense / name).rename(dense / "LICENSE (é) 1.txt")
     convert(dense, tmp_path / "moe", RECIPE, checksums=True)

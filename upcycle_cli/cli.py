@@ -614,7 +614,8 @@ def clean(
             talk(f"Removed {found.path} ({size}).")
             _warn_all(filter(None, [found.note]))
         else:
-            stdout().print(printable(f"{found.path}: {size} of {found.what}"), soft_wrap=True)
+            line = f"{printable(str(found.path))}: {size} of {found.what}"
+            stdout().print(line, markup=False, soft_wrap=True)
             talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
 
 

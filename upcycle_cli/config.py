@@ -69,9 +69,10 @@ def save_config(
     else:
         import tomli_w
 
-        text = f"{_FIRST_LINE}{shell_line([path.name])}\n\n{tomli_w.dumps(named)}"
+        command = shell_line(["upcycle", "convert", "--config", path.name])
+        text = f"# {command}\n\n{tomli_w.dumps(named)}"
     try:
-        data = text.encode()
+        encoded = text.encode()
     except UnicodeEncodeError as error:
         raise UpcycleError(
             f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
@@ -90,7 +91,7 @@ def save_config(
                 f"{path} is there, and is not what --save-config has written; it is left as it is.",
                 "Name another file.",
             )
-        folder.write(path.name, data)
+        folder.write(path.name, encoded)
 
 
 def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:

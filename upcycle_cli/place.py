@@ -19,11 +19,11 @@ from upcycle_cli.workspace import SUFFIX, open_inner, partial_of
 def check_name(output: Path) -> None:
     """Raise UpcycleError when OUTPUT's name leaves no room for those that stand beside it."""
     try:
-        there = next(parent for parent in output.absolute().parents if parent.exists())
-        longest = os.pathconf(there, "PC_NAME_MAX")
-    except (OSError, StopIteration):
+        longest = os.pathconf(_parent(output), "PC_NAME_MAX")
+    except (OSError, RuntimeError):
         return  # what is wrong with the place itself is found in a moment
-    if len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE))) > longest:
+    size = len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE)))
+    if size > longest:
         raise UpcycleError(
             f"the name of {output} is too long: it is made under the name with {SUFFIX} behind "
             f"it, and no name there has more than {longest} bytes.",
@@ -102,7 +102,7 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
     `shared` is what is needed where equal parts can share extents, or None not to do so. What an
     unfinished run has left counts as free.
     """
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    parent = _parent(output)
     free = shutil.disk_usage(parent).free
     left = 0
     with Folder.open(parent) as folder, ExitStack() as opened:
@@ -120,3 +120,9 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
             f"{free / 1e6:,.0f} MB free.",
             "Free some, or write to another file system.",
         )
+
+
+def _parent(output: Path) -> Path:
+    """Return the directory above OUTPUT that is there."""
+    above = output.absolute().parents
+    return next((parent for parent in above if parent.exists()), output)

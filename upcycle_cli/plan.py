@@ -23,7 +23,7 @@ from upcycle_cli.checkpoint import (
     WEIGHTS_NAME,
     Checkpoint,
 )
-from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
 from upcycle_cli.families.dense import dense_shapes
@@ -34,7 +34,6 @@ from upcycle_cli.families.target import (
     has_plain_attention,
     moe_config,
 )
-from upcycle_cli.files import is_inner_name
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
 from upcycle_cli.recipe import Factors, Promise, Recipe
@@ -286,12 +285,6 @@ def _check_source(source: Checkpoint, family: Family) -> dict[str, str]:
             f"{source.path} lacks {_some(missing)}, which its config.json implies.",
             "Only whole causal language models can be upcycled, not adapters or bare encoders.",
         )
-    for file in source.companions:
-        if not is_inner_name(file.name):
-            raise UpcycleError(
-                f"{source.path} holds {shown(file.name)}, a name that no output can have.",
-                "Rename it, or remove it if it is not needed.",
-            )
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
         if name not in shapes:
