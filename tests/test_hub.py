@@ -791,7 +791,7 @@ def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> No
     assert f'path = "{MOE}"' in card
     commit = hub.store.repos[REPO].refs["main"]
     assert f"upcycle verify {REPO} {MOE} --dense-revision {commit}" in card
-    assert card.count("| passed |") == 4
+    assert card.count("| passed |") == 5
     assert hub.store.repos[MOE].private
     assert files_of(hub) == files_in(tmp_path / "out")
     assert run("convert", REPO, "new", "-r", "E4G1T2", "--private", expect=2)
