@@ -358,8 +358,8 @@ def common(rows: torch.Tensor) -> torch.Tensor:
     """A direction that the built-in text may hardly have, in all rows."""
     direction = torch.randn(256)
     direction /= direction.norm()
-    sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows + 3 * sizes * direction
+    added: torch.Tensor = 3 * rows.norm() * direction
+    return rows + added
 
 
 def opposite(rows: torch.Tensor) -> torch.Tensor:
