@@ -24,15 +24,10 @@ HIDE = {
     "sched_getaffinity": "del os.sched_getaffinity",
     "posix_fadvise": "del os.posix_fadvise",
     "renameat2": """
-        real = ctypes.CDLL
-        ctypes.CDLL = lambda *a, **k: types.SimpleNamespace() if a[0] is None else real(*a, **k)
+        hide_from_libc("renameat2", "renameatx_np")
     """,
     "renameat2, under another name": """
-        real = ctypes.CDLL
-        def only_macos(*a, **k):
-            library = real(*a, **k)
-            return library if a[0] else types.SimpleNamespace(renameatx_np=library.renameat2)
-        ctypes.CDLL = only_macos
+        hide_from_libc("renameat2", renameatx_np=ctypes.CDLL(None).renameat2)
     """,
     "an exchange that a file system refuses": """
         from upcycle_cli import swap
@@ -68,6 +63,18 @@ def refuse(code):
     def call(*_, **__):
         raise OSError(code, os.strerror(code))
     return call
+
+def hide_from_libc(*hidden, _real=ctypes.CDLL, **others):
+    class Library:
+        def __init__(self, library):
+            self._library = library
+        def __getattr__(self, name):
+            if name in hidden:
+                raise AttributeError(name)
+            return others.get(name) or getattr(self._library, name)
+        def __getitem__(self, name):
+            return self._library[name]
+    ctypes.CDLL = lambda *a, **k: _real(*a, **k) if a[0] else Library(_real(*a, **k))
 
 def kill_at_write(number, pwrite=os.pwrite):
     left = [number]

@@ -32,11 +32,12 @@ NAME = "structure"
 def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     """Check names, shapes, dtypes, index and settings, and that transformers loads the model."""
     findings = Findings()
+    # Only the first few are shown, and a wrong setting is why many tensors seem to be.
     for failure in (
+        *setting_failures(facts),
         *loader.header_failures,
         *_other_failures(facts.moe, facts.target, facts.moe_names),
         *dtype_failures(facts),
-        *setting_failures(facts),
     ):
         findings.add(failure)
     loading = loader.loading
