@@ -31,10 +31,11 @@ from upcycle_cli.system import lock
 from upcycle_cli.workspace import (
     MARKER,
     NOTE_SUFFIX,
-    SEAL,
+    STATE,
     SUFFIX,
     TEMPORARY_SUFFIX,
     Workspace,
+    is_note,
     make_private,
     open_inner,
     partial_of,
@@ -43,7 +44,6 @@ from upcycle_cli.workspace import (
 
 __all__ = ["MARKER", "NOTE_SUFFIX", "clean", "joined", "recover", "split_files", "transaction"]
 
-_STATE = (MARKER, SEAL)
 _OWN_FILES = (
     CONFIG_NAME,
     RECORD_NAME,
@@ -51,7 +51,7 @@ _OWN_FILES = (
     CHECKSUMS_NAME,
     INDEX_NAME,
     "model*.safetensors",
-    *_STATE,
+    *STATE,
     *COMPANIONS,
 )
 
@@ -279,7 +279,7 @@ def _is_ours(folder: Folder, output: str) -> bool:
 
     A finished model that somebody has named so is not, whatever lies in it besides.
     """
-    states = [read_state(folder, name) for name in _STATE]
+    states = [read_state(folder, name) for name in STATE]
     if any(state.get("output") == output and _is_digest(state) for state in states):
         return True
     names = folder.names()
@@ -313,7 +313,7 @@ def _lock(parent: Folder, folder: Folder) -> None:
 
 def _discard(parent: Folder, folder: Folder) -> None:
     """Remove a directory of ours, and last the files that tell that it is."""
-    for name in [name for name in folder.names() if name not in _STATE] + list(_STATE):
+    for name in [name for name in folder.names() if name not in STATE] + list(STATE):
         folder.remove(name)
     if parent.holds(folder.path.name, folder):
         parent.remove_empty(folder.path.name)
@@ -325,9 +325,7 @@ def _discard(parent: Folder, folder: Folder) -> None:
 def output_files(directory: Path) -> list[Path]:
     """Return the files of an output, finished or not, without what upcycle keeps for itself."""
     found = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(
-        path for path in found if path.name not in _STATE and not path.name.endswith(NOTE_SUFFIX)
-    )
+    return sorted(path for path in found if not is_note(path.name))
 
 
 def split_files(directory: Path) -> tuple[list[str], list[str]]:

@@ -29,7 +29,13 @@ SEAL = ".upcycle-sealed"
 SUFFIX = ".partial"
 NOTE_SUFFIX = ".upcycle-note"
 TEMPORARY_SUFFIX = ".writing"
+STATE = (MARKER, SEAL)
 _OTHERS = 0o077
+
+
+def is_note(name: str) -> bool:
+    """Whether this file of an output holds what upcycle keeps for itself until it is published."""
+    return name in STATE or name.endswith(NOTE_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)

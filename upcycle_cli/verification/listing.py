@@ -23,6 +23,7 @@ from upcycle_cli.checkpoint import (
 )
 from upcycle_cli.errors import shown
 from upcycle_cli.redirects import file_redirects
+from upcycle_cli.workspace import is_note
 
 CHECKSUMS_NAME = "SHA256SUMS"
 _OWN = (CONFIG_NAME, CARD_NAME, RECORD_NAME, CHECKSUMS_NAME, ".gitattributes", ".gitignore")
@@ -68,7 +69,7 @@ def belongs(name: str, moe: Checkpoint) -> bool:
     """Whether a file is part of an MoE: by its name, whatever it holds."""
     shards = [shard.name for shard in moe.shards]
     index = [INDEX_NAME] if shards != [WEIGHTS_NAME] else []
-    if name in (*_OWN, *index, *shards):
+    if name in (*_OWN, *index, *shards) or is_note(name):
         return True
     odd = is_weight_file(name) or name.endswith((".py", "/"))
     return not odd and _matches(name, COMPANIONS)
