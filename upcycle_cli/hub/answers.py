@@ -248,7 +248,7 @@ def _watched(stream: Any) -> Any:  # noqa: ANN401
     """Return a file's stream that ends in an error once it stalls or brings too much."""
     client = import_module(type(stream).__module__.partition(".")[0])
 
-    class Watched(client.SyncByteStream):  # type: ignore[misc]  # of one or the other client
+    class Watched(client.SyncByteStream):  # type: ignore[misc,name-defined]  # of one or the other client
         def __iter__(self) -> Iterator[bytes]:
             begin, received = time.monotonic(), 0
             for piece in stream:
@@ -326,8 +326,8 @@ def check_commit(commit: object) -> None:
 class User:
     """Whose the token is, and what it may do."""
 
-    name: str
-    organizations: tuple[str, ...]
+    names: tuple[str, ...]
+    """The user's own, and those of the organizations."""
     role: str | None
     """What the token may do, as far as the Hub says."""
 
@@ -336,19 +336,16 @@ def read_user(answer: object) -> User:
     """Return whose the token is; raises UpcycleError when the answer does not say so."""
     user = answer if isinstance(answer, dict) else {}
     listed = user.get("orgs", [])
-    organizations = (
-        [item.get("name") for item in listed if isinstance(item, dict)]
-        if isinstance(listed, list)
-        else [None]
-    )
-    for name in (user.get("name"), *organizations):
+    names: list[str] = []
+    for owner in (user, *(listed if isinstance(listed, list) else [None])):
+        name = owner.get("name") if isinstance(owner, dict) else None
         if not isinstance(name, str) or not _USER_NAME.fullmatch(name):
             raise bad_answer(f"a user is named {shown(name)}")
+        names.append(name)
     auth = user.get("auth")
     token = auth.get("accessToken") if isinstance(auth, dict) else None
     role = token.get("role") if isinstance(token, dict) else None
     return User(
-        name=user["name"],
-        organizations=tuple(organizations),
+        names=tuple(names),
         role=role if isinstance(role, str) else None,
     )
