@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from upcycle_cli.errors import UpcycleError
@@ -238,6 +238,25 @@ def without_token(text: str) -> str:
     return blotted(text)
 
 
+def one_bar() -> type[Any]:
+    """Return what huggingface_hub shows a download with: the bytes of all files, and no more."""
+    from huggingface_hub.utils import tqdm
+
+    class OneBar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+            disable = options.get("disable")
+            options["disable"] = True if options.get("unit") != "B" else disable
+            options |= {"desc": "downloading", "leave": False}
+            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
+
+        def set_description(self, *_: object, **__: object) -> None:
+            """Stay what it is: how the bytes are put together is nobody's business."""
+
+        set_description_str = set_description
+
+    return OneBar
+
+
 def be_quiet(*, bars: bool) -> None:
     """Keep huggingface_hub's warnings off the screen, and its progress bars unless `bars`.
 
@@ -252,5 +271,7 @@ def be_quiet(*, bars: bool) -> None:
 
     # What it warns of is that it tries again; what it gives up on is raised.
     logging.set_verbosity_error()
+    # Bytes that come over the line, beside the bytes that they make on the disk.
+    disable_progress_bars("huggingface_hub.snapshot_download.transfer")
     if not bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()

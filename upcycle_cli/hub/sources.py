@@ -46,7 +46,7 @@ from upcycle_cli.hub.answers import (
     bad_answer,
     read_snapshot,
 )
-from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, patiently
+from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, one_bar, patiently
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16
@@ -230,6 +230,7 @@ class RepoStorage:
                     self.repo,
                     revision=self.commit,
                     allow_patterns=[escape(name) for name in names],
+                    tqdm_class=one_bar(),
                 )
             )
 
