@@ -541,11 +541,11 @@ def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -
     edited = files_of(hub)["README.md"].replace(b"# ", b"# The great ", 1)
     put_card(hub, tmp_path, edited)
     directory = clone(moe, tmp_path / "moe")
-    (directory / "LICENSE").write_text("Do as you must.\n")
+    (directory / "LICENSE.txt").write_text("Do as you must.\n")
     result = json.loads(run("push", directory, MOE, "--json").stdout)
     assert (result["status"], result["card_kept"]) == ("pushed", True)
     assert files_of(hub)["README.md"] == edited
-    assert files_of(hub)["LICENSE"] == b"Do as you must.\n"
+    assert files_of(hub)["LICENSE.txt"] == b"Do as you must.\n"
     assert "--replace-card" in run("push", directory, MOE).stdout
     run("push", directory, MOE, "--replace-card")
     assert files_of(hub)["README.md"] == files_in(moe)["README.md"]

@@ -28,9 +28,8 @@ from engine_fixtures import (
 
 from upcycle_cli.conversion import execute
 from upcycle_cli.plan import Plan
-from upcycle_cli.publish import NOTE_SUFFIX
 from upcycle_cli.team import Team
-from upcycle_cli.workspace import partial_of
+from upcycle_cli.workspace import NOTE_SUFFIX, partial_of
 
 BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
 

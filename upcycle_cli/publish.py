@@ -35,14 +35,13 @@ from upcycle_cli.workspace import (
     SUFFIX,
     TEMPORARY_SUFFIX,
     Workspace,
-    is_note,
     make_private,
     open_inner,
     partial_of,
     read_state,
 )
 
-__all__ = ["MARKER", "NOTE_SUFFIX", "clean", "joined", "recover", "split_files", "transaction"]
+__all__ = ["clean", "joined", "recover", "transaction"]
 
 _OWN_FILES = (
     CONFIG_NAME,
@@ -317,25 +316,6 @@ def _discard(parent: Folder, folder: Folder) -> None:
         folder.remove(name)
     if parent.holds(folder.path.name, folder):
         parent.remove_empty(folder.path.name)
-
-
-# What is in an output -----------------------------------------------------------------------------
-
-
-def output_files(directory: Path) -> list[Path]:
-    """Return the files of an output, finished or not, without what upcycle keeps for itself."""
-    found = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(path for path in found if not is_note(path.name))
-
-
-def split_files(directory: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files that upcycle writes, and those of all others."""
-    own: list[str] = []
-    others: list[str] = []
-    for path in output_files(directory):
-        name = path.relative_to(directory).as_posix()
-        (own if _is_own(name) else others).append(name)
-    return own, others
 
 
 def _is_own(name: str) -> bool:

@@ -3,7 +3,8 @@
 stdout is data, stderr is talk. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input
 or a resource that failed, 70 a bug in upcycle, 129 SIGHUP, 130 SIGINT, 143 SIGTERM.
 
-Nothing that is printed is taken for markup, and nothing that cannot be seen reaches the screen.
+Nothing that is printed is taken for markup, and nothing that cannot be seen reaches the screen, nor
+a password.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.text import Text
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.faults import handle_faults
 from upcycle_cli.printable import printable, printable_lines
+from upcycle_cli.secrets import blotted
 from upcycle_cli.startup import STOPPED, handle_signals, reserve_descriptors
 from upcycle_cli.streams import flush_streams, make_streams_robust
 
@@ -102,7 +104,7 @@ class _Console(Console):
     """Prints text as it is: no markup, no emoji codes, and no sign that cannot be seen."""
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401
-        return super().render_str(printable_lines(text), **options)
+        return super().render_str(printable_lines(blotted(text)), **options)
 
 
 class _Trimmed:
@@ -139,13 +141,13 @@ def show(table: RenderableType, console: Console | None = None) -> None:
 
 def talk(*lines: str) -> None:
     """Say something, line by line."""
-    stderr().print(Text("\n".join(map(printable, lines))), soft_wrap=True)
+    stderr().print(Text("\n".join(printable(blotted(line)) for line in lines)), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Say what is not an error, but should be known."""
     console = stderr()
-    note = Text.assemble(("note:", "yellow"), " ", printable(text))
+    note = Text.assemble(("note:", "yellow"), " ", printable(blotted(text)))
     if console.is_terminal:
         show(note, console)
     else:  # a log folds no lines, and whoever searches it wants them whole
@@ -154,9 +156,9 @@ def warn(text: str) -> None:
 
 def say_error(message: str, hint: str | None = None) -> None:
     """Say what went wrong, in a line, and what to do about it."""
-    text = Text.assemble(("error:", "bold red"), " ", printable(message))
+    text = Text.assemble(("error:", "bold red"), " ", printable(blotted(message)))
     if hint:
-        text.append("\n" + printable_lines(hint))
+        text.append("\n" + printable_lines(blotted(hint)))
     stderr().print(text, soft_wrap=True)
 
 
@@ -182,7 +184,8 @@ def json_text(value: object, encoding: str | None = None) -> str:
         escaped = dumps(sign)[1:-1]
         return rf"\{escaped}" if "\ud800" <= sign <= "\udfff" else escaped
 
-    return _NOT_ASCII.sub(escape, dumps(_finite(value), indent=2, ensure_ascii=False))
+    text = blotted(dumps(_finite(value), indent=2, ensure_ascii=False))
+    return _NOT_ASCII.sub(escape, text)
 
 
 def _finite(value: object) -> object:
@@ -293,4 +296,4 @@ def say_last_words(message: str, hint: str) -> None:
     if any(_json_wanted):
         told = json_text(_error_json(UpcycleError(message, hint), EXIT_ERROR))
         os.write(1, f"{told}\n".encode())
-    os.write(2, f"error: {printable(message)}\n{hint}\n".encode())
+    os.write(2, blotted(f"error: {printable(message)}\n{hint}\n").encode())

@@ -67,6 +67,24 @@ class Fault:
 
 
 @dataclass
+class Alteration:
+    """How the answers to requests that match differ from what they should be."""
+
+    method: str
+    path: str
+    """A regular expression, searched for in the path."""
+    headers: Mapping[str, str | None] = field(default_factory=dict)
+    """What to send in place of, or besides, the right ones; None to leave one out."""
+    body: Callable[[Any], Any] | None = None
+    """Makes the JSON, or the bytes, from what they should be."""
+    status: int | None = None
+    drip: float | None = None
+    """Seconds between a byte and the next, without an end."""
+    endless: bool = False
+    """Send for ever, as fast as it goes."""
+
+
+@dataclass
 class Request:
     """A request that was answered, or not."""
 
@@ -104,6 +122,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.cuts: list[int] = []
         """After how many bytes the next downloads from the CDN break off."""
+        self.altered: list[Alteration] = []
         self.gone = False
         self.most_objects: int | None = None
         """How many uploads are accepted; the connections of all others are broken off."""
@@ -162,6 +181,10 @@ class Hub:
         fault = Fault(method, path, status, **how)
         self.faults.append(fault)
         return fault
+
+    def alter(self, method: str, path: str, **how: Any) -> None:  # noqa: ANN401
+        """Let answers be other than they should be."""
+        self.altered.append(Alteration(method, path, **how))
 
     def asked(self, method: str, path: str) -> list[Request]:
         """Return the requests whose path has such a part."""
@@ -303,18 +326,46 @@ class _Handler(BaseHTTPRequestHandler):
         *,
         kind: str = "application/json",
     ) -> None:
+        alteration = self._alteration()
+        if alteration is not None and alteration.body is not None and self.command != "HEAD":
+            content = alteration.body(content)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self._head(status, len(data), {"Content-Type": kind, **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(data)
             self.request_log.sent += len(data)
 
+    def _alteration(self) -> Alteration | None:
+        for alteration in self.hub.altered:
+            if alteration.method == self.command and re.search(alteration.path, self.path):
+                return alteration
+        return None
+
     def _head(self, status: int, length: int, headers: Mapping[str, str]) -> None:
+        alteration = self._alteration()
+        found: dict[str, str | None] = {"Content-Length": str(length), **headers}
+        if alteration is not None:
+            status = alteration.status or status
+            found |= alteration.headers
+        without_end = alteration is not None and (alteration.endless or alteration.drip)
+        if without_end:
+            found |= {"Content-Length": None, "Transfer-Encoding": "chunked"}
         self.request_log.status = status
         self.send_response(status)
-        for name, value in {"Content-Length": str(length), **headers}.items():
-            self.send_header(name, value)
+        for name, value in found.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
+        if alteration is not None and without_end and self.command != "HEAD":
+            self._never_end(alteration)
+
+    def _never_end(self, alteration: Alteration) -> None:
+        piece = b" " * (_PIECE if alteration.endless else 1)
+        while not self.hub.gone:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.request_log.sent += len(piece)
+            time.sleep(alteration.drip or 0)
+        raise DroppedError
 
     # Who asks, and for what ----------------------------------------------------------------------
 

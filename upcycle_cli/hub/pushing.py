@@ -7,17 +7,19 @@ so a push that was cut off is resumed by the same command.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import MOST_JSON_BYTES, read_small
+from upcycle_cli.hub.answers import Snapshot, at_most, check_commit, read_snapshot, read_user
 from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.requests import (
     endpoint,
@@ -29,10 +31,12 @@ from upcycle_cli.hub.requests import (
 )
 from upcycle_cli.hub.sources import refuse_empty
 from upcycle_cli.printable import printable
-from upcycle_cli.publish import MARKER, split_files
+from upcycle_cli.workspace import MARKER
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, ModelInfo
+    from huggingface_hub import CommitInfo
+
+    from upcycle_cli.hub.manifest import Manifest
 
 _MOST_FILES = 20
 """huggingface_hub splits a commit of more files when the Hub refuses it as a whole."""
@@ -109,23 +113,22 @@ def check_destination(destination: Destination) -> None:
                 "Sign in with `hf auth login`, or set HF_TOKEN.",
             )
         api = HfApi()
-        user = patiently(api.whoami)
-        names = [user["name"], *(org["name"] for org in user.get("orgs", ()))]
+        user = read_user(patiently(api.whoami))
         try:
-            public = not patiently(lambda: api.model_info(repo)).private
+            public = not read_snapshot(patiently(lambda: api.model_info(repo))).private
             if not destination.create_pr:  # which whoever can read may open
                 patiently(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
-            if _role(user) == "read":
+            if user.role == "read":
                 raise UpcycleError(
                     f"the token may only read, and {repo} is to be made.",
                     "Use a token that may write (`hf auth login`, HF_TOKEN).",
                 ) from None
-            if repo.split("/")[0] not in names:
+            if repo.split("/")[0] not in user.names:
                 raise UpcycleError(
-                    f"you ({user['name']}) cannot make {repo}: it is neither yours nor that of "
+                    f"you ({user.names[0]}) cannot make {repo}: it is neither yours nor that of "
                     "an organization of yours.",
-                    f"Choose from {', '.join(f'{name}/…' for name in names)}, or use another "
+                    f"Choose from {', '.join(f'{name}/…' for name in user.names)}, or use another "
                     "token.",
                 ) from None
             return
@@ -148,10 +151,10 @@ def push(
     Raises UpcycleError when the directory is not complete, when the Hub refuses, and when it does
     not answer any more; the same call then goes on from what was uploaded.
     """
-    _check_complete(directory)
+    manifest = _check_complete(directory)
     check_destination(destination)
-    names, left_out = split_files(directory)
-    metadata, card = _read_card(directory / CARD_NAME)
+    names = [*manifest.files]
+    metadata, card = _read_card(manifest.files[CARD_NAME])
     card = for_repo(card, destination.repo)
     with explained(destination.repo, destination.revision):
         there = _prepare(destination)
@@ -159,27 +162,31 @@ def push(
         if kept is not None:
             names = [name for name in names if name != CARD_NAME]
             metadata, card = _metadata(kept), kept
-        nbytes = sum((directory / name).stat().st_size for name in names)
+        nbytes = sum(manifest.files[name].stat().st_size for name in names)
         on_start(len(names), nbytes)
         stale = _stale(there, names)
-        with _staged(directory, names, card) as folder:
+        files = {name: manifest.files[name] for name in names}
+        with _staged(directory.resolve().name, files, card) as folder:
             info = interruptibly(lambda: _upload(folder, names, stale, there, destination))
+        check_commit(info.oid)
     return Push(
         repo=destination.repo,
         url=_url(destination, info),
         commit=info.oid,
-        pull_request=info.pr_url,
-        changed=info.oid != there.sha,
+        pull_request=_pull_request(destination, info),
+        changed=info.oid != there.commit,
         files=len(names),
         nbytes=nbytes,
         card_kept=kept is not None,
-        left_out=tuple(left_out),
+        left_out=manifest.left_out,
         removed=tuple(stale),
         reminders=reminders(metadata, card, destination.repo, names),
     )
 
 
-def _check_complete(directory: Path) -> None:
+def _check_complete(directory: Path) -> Manifest:
+    """Return what of a directory is published; UpcycleError when not all of it is as it was."""
+    from upcycle_cli.hub.manifest import read_manifest
     from upcycle_cli.verification.completeness import find_incomplete
 
     if (directory / MARKER).exists():
@@ -187,7 +194,9 @@ def _check_complete(directory: Path) -> None:
             f"{directory} is an unfinished conversion.",
             "Finish it by running the same `upcycle convert` again.",
         )
-    failures = find_incomplete(directory)
+    incomplete = find_incomplete(directory)
+    manifest = read_manifest(directory)
+    failures = list(dict.fromkeys([*incomplete, *manifest.failures]))
     if failures:
         shown = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         more = f"\n- and {len(failures) - 8} more" if len(failures) > 8 else ""
@@ -197,14 +206,7 @@ def _check_complete(directory: Path) -> None:
             "Make it again with `upcycle convert --overwrite`. A model that was trained further is "
             "not the one that its card and record describe: upload it with `hf upload`.",
         )
-
-
-def _role(user: dict[str, Any]) -> str | None:
-    """Return what the token may do, as far as the Hub says."""
-    auth = user.get("auth")
-    token = auth.get("accessToken") if isinstance(auth, dict) else None
-    role = token.get("role") if isinstance(token, dict) else None
-    return role if isinstance(role, str) else None
+    return manifest
 
 
 def _read_card(path: Path) -> tuple[dict[str, object], str]:
@@ -212,10 +214,8 @@ def _read_card(path: Path) -> tuple[dict[str, object], str]:
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
 
-    if not path.is_file():
-        raise UpcycleError(f"there is no {path}.", "Write it: it is the model card.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, MOST_JSON_BYTES).decode()
         return ModelCard(text).data.to_dict(), text
     except (ValueError, YAMLError) as error:
         raise UpcycleError(f"{path} is not a valid model card: {words_of(error)}.") from error
@@ -233,7 +233,7 @@ def _metadata(card: str) -> dict[str, object]:
     return metadata
 
 
-def _prepare(destination: Destination) -> ModelInfo:
+def _prepare(destination: Destination) -> Snapshot:
     """Make the repo and the branch; return what is there."""
     from huggingface_hub import HfApi
 
@@ -243,35 +243,33 @@ def _prepare(destination: Destination) -> ModelInfo:
     patiently(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
         patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    return patiently(lambda: api.model_info(repo, revision=revision))
+    return read_snapshot(patiently(lambda: api.model_info(repo, revision=revision)))
 
 
-def _names(there: ModelInfo) -> list[str]:
-    return [file.rfilename for file in there.siblings or ()]
-
-
-def _edited_card(there: ModelInfo, card: str, destination: Destination) -> str | None:
+def _edited_card(there: Snapshot, card: str, destination: Destination) -> str | None:
     """Return the repo's card when it has to stay: somebody has written or changed it."""
-    if CARD_NAME not in _names(there):
+    if CARD_NAME not in there.sizes:
         return None
     text = _download(there, CARD_NAME, destination).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 
 
-def _download(there: ModelInfo, name: str, destination: Destination) -> bytes:
+def _download(there: Snapshot, name: str, destination: Destination) -> bytes:
     from huggingface_hub import hf_hub_download
 
     # By its commit, so that a cache that knew an older one is of no account.
-    return patiently(
-        lambda: Path(hf_hub_download(destination.repo, name, revision=there.sha)).read_bytes()
-    )
+    with at_most(MOST_JSON_BYTES):
+        path = patiently(
+            lambda: Path(hf_hub_download(destination.repo, name, revision=there.commit))
+        )
+    return read_small(path, MOST_JSON_BYTES)
 
 
-def _stale(there: ModelInfo, names: Sequence[str]) -> list[str]:
+def _stale(there: Snapshot, names: Sequence[str]) -> list[str]:
     """Return the weight files in the repo that are not of this model."""
     return sorted(
         name
-        for name in _names(there)
+        for name in there.sizes
         if name not in names
         and "/" not in name
         and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
@@ -279,17 +277,17 @@ def _stale(there: ModelInfo, names: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _staged(directory: Path, names: Sequence[str], card: str) -> Iterator[Path]:
+def _staged(title: str, files: Mapping[str, Path], card: str) -> Iterator[Path]:
     """Yield a directory of links to these files, with the card as it is to be on the Hub."""
     with tempfile.TemporaryDirectory(prefix="upcycle-push-", ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch) / directory.resolve().name
-        for name in names:
+        folder = Path(scratch) / title
+        for name, real in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if name == CARD_NAME:
                 path.write_text(card, encoding="utf-8")
             else:
-                path.symlink_to((directory / name).resolve())
+                path.symlink_to(real)
         yield folder
 
 
@@ -297,7 +295,7 @@ def _upload(
     folder: Path,
     names: list[str],
     stale: list[str],
-    there: ModelInfo,
+    there: Snapshot,
     destination: Destination,
 ) -> CommitInfo:
     """Upload files and remove stale ones; return what huggingface_hub says of the last commit."""
@@ -305,7 +303,7 @@ def _upload(
         return _upload_together(folder, names, stale, destination)
     if not _is_same_model(folder, there, destination):
         # Between the two commits it is no model at all, which is better than two halves.
-        stale = [*stale, *(name for name in _LAST if name in _names(there) and name not in stale)]
+        stale = [*stale, *(name for name in _LAST if name in there.sizes and name not in stale)]
     early = [name for name in names if name not in _LAST]
     late = [name for name in names if name in _LAST]
     first = _upload_together(folder, early, stale, destination)
@@ -317,16 +315,17 @@ def _upload(
             last = _upload_together(folder, late, [], in_pr)
     except UpcycleError as error:
         raise UpcycleError(
-            f"the pull request {first.pr_url} is open, but not complete: {error.message}",
+            f"the pull request {_pull_request(destination, first)} is open, but not complete: "
+            f"{error.message}",
             f"{error.hint or ''}\nGo on with --revision {first.pr_revision} in place of "
             "--create-pr.".strip(),
         ) from error
-    last.pr_url = last.pr_url or first.pr_url
+    last.pr_num = first.pr_num
     return last
 
 
-def _is_same_model(folder: Path, there: ModelInfo, destination: Destination) -> bool:
-    if RECORD_NAME not in _names(there):
+def _is_same_model(folder: Path, there: Snapshot, destination: Destination) -> bool:
+    if RECORD_NAME not in there.sizes:
         return False
     return _download(there, RECORD_NAME, destination) == (folder / RECORD_NAME).read_bytes()
 
@@ -360,6 +359,8 @@ def _upload_together(
             f"the Hub refuses this: {words_of(error)}.", f"Correct {CARD_NAME}."
         ) from error
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__cause__, UpcycleError):
+            raise error.__cause__ from error
         if isinstance(error.__cause__, transport_errors()):
             raise error.__cause__ from error
         # When one thread's connection breaks, the others are told only that the client is closed:
@@ -371,8 +372,15 @@ def _upload_together(
         ) from error
 
 
+def _pull_request(destination: Destination, info: CommitInfo) -> str | None:
+    """Return where a pull request is, by its number: the address is not taken from the answer."""
+    if info.pr_num is None:
+        return None
+    return f"{endpoint()}/{destination.repo}/discussions/{info.pr_num}"
+
+
 def _url(destination: Destination, info: CommitInfo) -> str:
     url = f"{endpoint()}/{destination.repo}"
-    if info.pr_url is not None:
-        return info.pr_url
-    return url if destination.revision is None else f"{url}/tree/{destination.revision}"
+    if destination.revision is not None:
+        return f"{url}/tree/{destination.revision}"
+    return _pull_request(destination, info) or url

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.hub.answers import bad_answer, guard
+from upcycle_cli.secrets import blotted
 
 _T = TypeVar("_T")
 _PASSING = (429, 500, 502, 503, 504)
 _WAITS = (1.0, 2.0, 4.0)  # seconds before the same question is asked again
 _LONGEST_WAIT = 60.0
+_LONGEST_TEXT = 10_000
 
 
 def patiently(ask: Callable[[], _T]) -> _T:
@@ -35,7 +38,8 @@ def patiently(ask: Callable[[], _T]) -> _T:
             if response is not None and response.status_code not in _PASSING:
                 raise
             asked_for = "" if response is None else response.headers.get("Retry-After", "")
-        time.sleep(min(float(asked_for), _LONGEST_WAIT) if asked_for.isdigit() else wait)
+        asked = re.fullmatch("[0-9]{1,9}", asked_for)
+        time.sleep(min(float(asked_for), _LONGEST_WAIT) if asked else wait)
     return ask()
 
 
@@ -79,7 +83,10 @@ def _invalid_url() -> type[Exception]:
 
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into an UpcycleError that says what to do."""
+    """Turn what huggingface_hub raises into an UpcycleError that says what to do.
+
+    What the Hub answers meanwhile is checked.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -89,6 +96,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         OIDCError,
     )
 
+    guard()
     try:
         yield
     except HFValidationError as error:
@@ -110,6 +118,19 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
             f"Check the cache ({constants.HF_HUB_CACHE}), HF_TOKEN, HF_ENDPOINT, proxies and "
             "SSL_CERT_FILE, and run the command again; files that are complete are kept.",
         ) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        if not _is_raised_there(error):
+            raise
+        # It takes an answer for what it should be: a list for an object, a key for being there.
+        raise bad_answer(f"{type(error).__name__}: {words_of(error)}") from error
+
+
+def _is_raised_there(error: BaseException) -> bool:
+    """Whether it was huggingface_hub's own code that failed, and not ours around it."""
+    trace, name = error.__traceback__, ""
+    while trace is not None:
+        name, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return str(name).startswith("huggingface_hub")
 
 
 def not_in_cache(repo: str, revision: str | None) -> UpcycleError:
@@ -135,7 +156,7 @@ def _refusal(repo: str, revision: str | None, error: Exception) -> UpcycleError:
     )
 
     assert isinstance(error, HfHubHTTPError)
-    status, words = error.response.status_code, without_token(error.server_message or "")
+    status, words = error.response.status_code, one_line(error.server_message or "")
     known = get_token() is not None
     sign_in = "Sign in with `hf auth login`, or set HF_TOKEN."
     if isinstance(error, GatedRepoError):
@@ -196,8 +217,12 @@ def endpoint() -> str:
 
 def words_of(error: BaseException) -> str:
     """Return what an error from elsewhere says, in one line, without a secret in it."""
-    words = " ".join(without_token(str(error)).split())[:300].rstrip(".")
-    return words or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Return a text from elsewhere as it can stand in a message, without a secret in it."""
+    return " ".join(without_token(text[:_LONGEST_TEXT]).split())[:300].rstrip(".")
 
 
 def without_token(text: str) -> str:
@@ -207,10 +232,29 @@ def without_token(text: str) -> str:
     text = re.sub(r"(Bearer\s+)[^'\"]+", r"\1hf_…", text)
     text = text.replace(constants.ENDPOINT, endpoint())
     token = get_token()
-    if not token:
-        return text
-    # An error can quote it as Python would.
-    return text.replace(token, "hf_…").replace(repr(token)[1:-1], "hf_…")
+    if token:
+        # An error can quote it as Python would.
+        text = text.replace(token, "hf_…").replace(repr(token)[1:-1], "hf_…")
+    return blotted(text)
+
+
+def one_bar() -> type[Any]:
+    """Return what huggingface_hub shows a download with: the bytes of all files, and no more."""
+    from huggingface_hub.utils import tqdm
+
+    class OneBar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+            disable = options.get("disable")
+            options["disable"] = True if options.get("unit") != "B" else disable
+            options |= {"desc": "downloading", "leave": False}
+            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
+
+        def set_description(self, *_: object, **__: object) -> None:
+            """Stay what it is: how the bytes are put together is nobody's business."""
+
+        set_description_str = set_description
+
+    return OneBar
 
 
 def be_quiet(*, bars: bool) -> None:
@@ -227,5 +271,7 @@ def be_quiet(*, bars: bool) -> None:
 
     # What it warns of is that it tries again; what it gives up on is raised.
     logging.set_verbosity_error()
+    # Bytes that come over the line, beside the bytes that they make on the disk.
+    disable_progress_bars("huggingface_hub.snapshot_download.transfer")
     if not bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,23 +21,51 @@ from upcycle_cli.checkpoint import (
     CARD_NAME,
     COMPANIONS,
     CONFIG_NAME,
+    GENERATION_NAME,
     INDEX_NAME,
     RECORD_NAME,
     Checkpoint,
     Directory,
     FileStamp,
     Storage,
+    is_weight_file,
     open_checkpoint,
     open_storage,
 )
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import locate
-from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, patiently
+from upcycle_cli.files import (
+    MOST_COMPANION_BYTES,
+    MOST_JSON_BYTES,
+    MOST_LISTING_BYTES,
+    locate,
+)
+from upcycle_cli.hub.answers import (
+    LEAST_BYTES_PER_SECOND,
+    MOST_ANSWER_SECONDS,
+    at_most,
+    bad_answer,
+    read_snapshot,
+)
+from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, one_bar, patiently
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16
 """Asked for at once: the headers of most files are smaller."""
 _CONNECTIONS = 8
+_MOST_SKIPPED_BYTES = 1 << 20
+"""Of a file that a server sends from its beginning when it is asked for a part."""
+_CHECKSUMS_NAME = "SHA256SUMS"
+_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, _CHECKSUMS_NAME)
+"""What a verification reads besides the checkpoint."""
+_MOST_BYTES = {
+    CONFIG_NAME: MOST_JSON_BYTES,
+    RECORD_NAME: MOST_JSON_BYTES,
+    GENERATION_NAME: MOST_JSON_BYTES,
+    CARD_NAME: MOST_JSON_BYTES,
+    _CHECKSUMS_NAME: MOST_JSON_BYTES,
+    INDEX_NAME: MOST_LISTING_BYTES,
+}
+"""What is read of these files at most, so that no more of them is downloaded either."""
 
 
 def is_repo_id(source: Path | str) -> bool:
@@ -88,7 +117,7 @@ def bring_model(storage: Storage) -> Path:
         except UpcycleError:
             # Whoever reads it here will find what is wrong with it, and say it their way.
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
-        storage.bring([*names, *storage.matching([RECORD_NAME, CARD_NAME, INDEX_NAME])])
+        storage.bring([*names, *storage.matching(_BESIDES)])
     return storage.path
 
 
@@ -172,28 +201,48 @@ class RepoStorage:
 
     def local(self, name: str) -> Path:
         """Return the path of a small file in the cache, downloaded if need be."""
-        if not (self.path / name).exists():
-            self.bring([name])
-        locate(self.path, name)
+        self.bring([name])
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:
-        """Download files into the cache, as far as they are not there."""
+        """Download files into the cache, as far as they are not there.
+
+        Raises UpcycleError, also for a file that is not as large there as the Hub says.
+        """
+        wanted = self.missing(names)
+        if wanted:
+            self._download(wanted)
+        missing = self.missing(names)
+        if missing:
+            raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
+        for name in names:
+            self._check_size(name)
+
+    def _download(self, names: Sequence[str]) -> None:
         from huggingface_hub import snapshot_download
 
-        if not self.missing(names):
-            return
-        with explained(self.repo, self.commit):
+        for name in names:
+            _check_small(self.repo, name, self.sizes.get(name, 0))
+        nbytes = self.missing_bytes(names)
+        with explained(self.repo, self.commit), at_most(nbytes):
             interruptibly(
                 lambda: snapshot_download(
                     self.repo,
                     revision=self.commit,
                     allow_patterns=[escape(name) for name in names],
+                    tqdm_class=one_bar(),
                 )
             )
-        missing = self.missing(names)
-        if missing:
-            raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
+
+    def _check_size(self, name: str) -> None:
+        """Raise UpcycleError when a file in the cache is not as large as the Hub says."""
+        path, stated = self.path / name, self.sizes.get(name)
+        found = locate(self.path, name).stat().st_size
+        if found != stated:
+            raise UpcycleError(
+                f"{path} has {found:,} bytes, and {self.repo} has one of {stated or 0:,} there.",
+                f"Remove it, and run the command again: rm {path}",
+            )
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Return those of these files that are not in the cache."""
@@ -224,19 +273,25 @@ class RepoStorage:
         url = hf_hub_url(self.repo, name, revision=self.commit)
 
         def ask() -> bytes:
+            deadline = time.monotonic() + MOST_ANSWER_SECONDS
+            deadline += (end - begin) / (100 * LEAST_BYTES_PER_SECOND)
             with get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=30
             ) as response:
-                if response.status_code >= 400:
-                    response.read()
                 hf_raise_for_status(response)
                 # A server that knows no ranges sends the file from its beginning.
                 skip = 0 if response.status_code == 206 else begin
+                if skip > _MOST_SKIPPED_BYTES:
+                    raise bad_answer(
+                        f"it sends {name} from its beginning, not from where it is asked"
+                    )
                 data = bytearray()
                 for piece in response.iter_raw():
                     data += piece
                     if len(data) >= skip + end - begin:
                         break
+                    if time.monotonic() > deadline:
+                        raise bad_answer(f"the header of {name} takes it too long")
             return bytes(data[skip : skip + end - begin])
 
         with explained(self.repo, self.commit):
@@ -257,10 +312,16 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
             info = patiently(
                 lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
             )
-            assert info.sha is not None
-            commit = info.sha
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-            path = _config_path(repo, revision, commit).parent
+            found = read_snapshot(info, sized=True)
+            commit = found.commit
+            sizes = {name: size or 0 for name, size in found.sizes.items()}
+            if CONFIG_NAME not in sizes:
+                raise UpcycleError(
+                    f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
+                )
+            _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
+            with at_most(sizes[CONFIG_NAME]):
+                path = _config_path(repo, revision, commit).parent
     storage = RepoStorage(repo, commit, path, sizes)
     if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
         raise not_in_cache(repo, revision)
@@ -283,6 +344,16 @@ def _config_path(repo: str, revision: str | None, commit: str) -> Path:
         raise UpcycleError(
             f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
         ) from error
+
+
+def _check_small(repo: str, name: str, nbytes: int) -> None:
+    """Raise UpcycleError for a file that is too large to be read, before it is downloaded."""
+    most = _MOST_BYTES.get(name, MOST_COMPANION_BYTES)
+    if nbytes > most and not is_weight_file(name):
+        raise UpcycleError(
+            f"{name} of {repo} is not downloaded: it has {nbytes:,} bytes, and no such file has "
+            f"more than {most:,}."
+        )
 
 
 def _refuse_revision(source: Path | str, revision: str | None) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
@@ -127,20 +128,37 @@ def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
     if not moe.storage.has(CHECKSUMS_NAME):
         return
     try:
-        lines = read_small(moe.storage.local(CHECKSUMS_NAME), MOST_JSON_BYTES).decode().split("\n")
-    except (UpcycleError, UnicodeDecodeError) as error:
-        yield f"{CHECKSUMS_NAME} cannot be read: {error}"
+        sums = read_checksums(moe.storage.local(CHECKSUMS_NAME))
+    except UpcycleError as error:
+        yield error.message
         return
+    for name, wanted in sums.items():
+        try:
+            with open_regular(moe.storage.local(name)) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except UpcycleError:
+            yield f"{CHECKSUMS_NAME} lists {name}, which is not there"
+            continue
+        if digest != wanted:
+            yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return the digests of a SHA256SUMS file by name.
+
+    Raises UpcycleError for a line that names no file of a directory, or one that is named before.
+    """
+    try:
+        lines = read_small(path, MOST_JSON_BYTES).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{CHECKSUMS_NAME} cannot be read: {error}") from error
+    found: dict[str, str] = {}
     for line in lines[:-1] if lines[-1] == "" else lines:
         match = _CHECKSUM.fullmatch(line)
         if match is None or not is_inner_name(match[2]):
-            yield f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
-            return
-        try:
-            with open_regular(moe.storage.local(match[2])) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except UpcycleError:
-            yield f"{CHECKSUMS_NAME} lists {match[2]}, which is not there"
-            continue
-        if digest != match[1]:
-            yield f"{match[2]} is not the file that {CHECKSUMS_NAME} describes"
+            raise UpcycleError(
+                f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            )
+        if found.setdefault(match[2], match[1]) != match[1]:
+            raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
+    return found

@@ -1,0 +1,174 @@
+"""What a push publishes: what the record lists, as it lists it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import clone, read_json
+from hub.server import Hub
+
+from upcycle_cli import Recipe, UpcycleError, convert
+from upcycle_cli.checkpoint import RECORD_NAME
+from upcycle_cli.hub.manifest import read_manifest
+from upcycle_cli.hub.pushing import Destination, push
+
+MOE = "acme/moe"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished conversion with checksums. Read only."""
+    path = tmp_path_factory.mktemp("moe") / "moe"
+    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    convert(llama, path, recipe, checksums=True)
+    return path
+
+
+def _append(name: str, data: bytes = b" ") -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        with (path / name).open("ab") as file:
+            file.write(data)
+
+    return spoil
+
+
+def _flip(path: Path) -> None:
+    """Change a weight that no router and no header holds."""
+    shard = min(path.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def _record(**changes: object) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        record = read_json(path / RECORD_NAME) | changes
+        (path / RECORD_NAME).write_text(json.dumps(record))
+
+    return spoil
+
+
+def _list(name: str) -> Callable[[Path], object]:
+    """Let the record list one more file, rightly."""
+
+    def spoil(path: Path) -> None:
+        record = read_json(path / RECORD_NAME)
+        data = b"secret"
+        (path / name).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        record["files"].append({"name": name, "size": len(data), "sha256": digest})
+        (path / RECORD_NAME).write_text(json.dumps(record))
+
+    return spoil
+
+
+def _link(name: str, target: str) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(target)
+
+    return spoil
+
+
+def _sums(change: Callable[[str], str]) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        sums = path / "SHA256SUMS"
+        sums.write_text(change(sums.read_text()))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (_append("tokenizer.json"), "tokenizer.json has"),
+        (_append("README.md"), None),
+        (_link("tokenizer.json", "/etc/passwd"), "not followed"),
+        (_link("README.md", "/etc/passwd"), "not followed"),
+        (_link("LICENSE", "/etc/passwd"), "not followed"),
+        (_flip, "is not the file that SHA256SUMS describes"),
+        (_list("thesis.tex"), "thesis.tex, which is no file of a model"),
+        (_list("modeling.py"), "modeling.py, which is no file of a model"),
+        (_sums(lambda text: "".join(text.splitlines(keepends=True)[1:])), "does not list"),
+        (_sums(lambda text: text + f"{'0' * 64}  x\n"), "lists x, which is not published"),
+        (_sums(lambda text: text + f"{'0' * 64}  README.md\n"), "a push names the repo"),
+        (_sums(lambda text: text + "nonsense\n"), "names no file here"),
+    ],
+)
+def test_what_is_not_as_the_record_has_it(
+    moe: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str | None
+) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    spoil(directory)
+    try:
+        failures = read_manifest(directory).failures
+    except UpcycleError as error:
+        failures = (error.message,)
+    assert bool(failures) == (words is not None)
+    assert words is None or any(words in failure for failure in failures), failures
+
+
+def test_a_push_names_what_is_wrong(moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    _append("tokenizer.json")(directory)
+    with pytest.raises(UpcycleError, match="not a complete upcycled checkpoint") as caught:
+        push(directory, Destination(repo=MOE))
+    assert "tokenizer.json has" in (caught.value.hint or "")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("files", [None, [], [7], [{"name": "../x", "size": 1}]])
+def test_an_output_of_an_older_version(moe: Path, tmp_path: Path, files: object) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    _record(files=files)(directory)
+    with pytest.raises(UpcycleError) as caught:
+        push(directory, Destination(repo=MOE))
+    assert "Make it again" in (caught.value.hint or "")
+    assert "hf upload" in (caught.value.hint or "")
+
+
+def test_only_what_belongs_is_published(moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    ours = set(read_manifest(moe).files)
+    assert ours == {path.name for path in moe.iterdir()}
+    extra = ("LICENSE.md", "Notice", "USE_POLICY.md")
+    others = ("chat_template.bak", "tokenizer_old.json", ".env", "LICENSE.bin", "notes/LICENSE")
+    (directory / "notes").mkdir()
+    for name in (*extra, *others):
+        (directory / name).write_text("words")
+    manifest = read_manifest(directory)
+    assert set(manifest.files) == ours | set(extra)
+    assert set(manifest.left_out) == set(others)
+    assert not manifest.failures
+
+
+def _run(hub: Hub, tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"},
+    )
+
+
+def test_checksums_hold_in_the_repo(hub: Hub, moe: Path, llama: Path, tmp_path: Path) -> None:
+    done: Any = _run(hub, tmp_path, "push", moe, MOE, "--json")
+    assert json.loads(done.stdout)["left_out"] == []
+    assert "SHA256SUMS" in hub.store.repos[MOE].commits[json.loads(done.stdout)["commit"]].tree
+    done = _run(hub, tmp_path, "verify", llama, MOE, "--checks", "files")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,351 @@
+"""The Hub's answers, which are input: checked before they become a path, a wait or words.
+
+`HF_ENDPOINT` can be a mirror, a proxy or a stranger. huggingface_hub makes paths of commit ids and
+etags, sleeps for as long as it is told to, and reads what comes to its end; so its HTTP client gets
+hooks that every answer passes. What the answers say is checked by `read_snapshot` and `read_user`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
+
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import is_inner_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+MOST_ANSWER_BYTES = 50_000_000
+"""Of an answer's body that is no file: a listing of 100,000 files has less."""
+MOST_ERROR_BYTES = 1_000_000
+"""Of an error's body, of which some words are shown."""
+MOST_ANSWER_SECONDS = 60.0
+"""From the first byte of such a body to its last."""
+LEAST_BYTES_PER_SECOND = 1_000
+"""Of a file, over any `MOST_ANSWER_SECONDS`: what is slower than any line has stalled."""
+MOST_SILENT_SECONDS = {"GET": 30.0, "HEAD": 30.0}
+"""Before the first byte of an answer and between two, where huggingface_hub sets no limit."""
+_MOST_SILENT_SECONDS_OF_CHANGES = 600.0  # a commit of many files takes the Hub its time
+_MOST_CONNECT_SECONDS = 30.0
+MOST_WAIT_SECONDS = 300
+"""What the Hub can ask to wait for: as long as its own windows for a number of requests are."""
+MOST_NAMES = 100_000
+"""More files than the Hub recommends for a repo."""
+_MOST_SIZE = 2**63 - 1
+_MOST_ERROR_WORDS = 1000
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HEADERS: Mapping[str, re.Pattern[str]] = {
+    "X-Repo-Commit": _COMMIT,
+    "X-Xet-Hash": re.compile(r"[0-9a-f]{64}"),
+    "X-Linked-Size": re.compile(r"[0-9]{1,18}"),
+    **dict.fromkeys(
+        ("ETag", "X-Linked-ETag"), re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
+    ),
+}
+"""What becomes a path in the cache, or a number of bytes there."""
+_WAITS: Mapping[str, str] = {
+    "Retry-After": r"\s*([0-9]{1,9})\s*",
+    "RateLimit": r'"\w+"\s*;\s*r\s*=\s*[0-9]{1,9}\s*;\s*t\s*=\s*([0-9]{1,9})\s*',
+}
+"""Headers that say how long to wait; in another form they are dropped."""
+_DECODED = ("gzip", "x-gzip", "deflate", "br", "zstd")
+"""Encodings that the client undoes, whatever comes of it: none of them is asked for."""
+_USER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,96}")
+
+
+def bad_answer(what: str) -> UpcycleError:
+    """Say that what answered is not the Hub, or not well."""
+    from upcycle_cli.hub.requests import endpoint
+
+    return UpcycleError(
+        f"{endpoint()} does not answer as the Hub does: {what}.",
+        "Check HF_ENDPOINT and proxies; nothing of the answer was used.",
+    )
+
+
+# On the wire -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Allowance:
+    """How many bytes of files may still come, in all; None for any number."""
+
+    nbytes: int | None = None
+
+
+_allowance = _Allowance()
+_guarded: list[bool] = []
+
+
+def guard() -> None:
+    """Let everything that huggingface_hub is answered from now on be checked."""
+    if _guarded:
+        return
+    _guarded.append(True)
+    from huggingface_hub.utils import _http, set_client_factory
+
+    # Whoever imported this may have set one: for a proxy, or for certificates.
+    made = _http._GLOBAL_CLIENT_FACTORY  # noqa: SLF001 - there is no public way to ask for it
+
+    def make() -> Any:  # noqa: ANN401 - a client of httpx or httpx2
+        client = made()
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], _on_request],
+            "response": [*hooks["response"], _on_response],
+        }
+        return client
+
+    set_client_factory(make)
+
+
+@contextmanager
+def at_most(nbytes: int) -> Iterator[None]:
+    """Let no more come of files, for as long as the context lasts, than these bytes take.
+
+    Raises UpcycleError where they come.
+    """
+    # What was cut off can come again, from its beginning when the server knows no ranges.
+    _allowance.nbytes = 3 * nbytes + MOST_ERROR_BYTES
+    try:
+        yield
+    finally:
+        _allowance.nbytes = None
+
+
+def _on_request(request: Any) -> None:  # noqa: ANN401
+    """Ask for bytes as they are, wait for no answer without an end, keep the token at home."""
+    from huggingface_hub import constants
+
+    home = urlsplit(constants.ENDPOINT)
+    # A redirect's request inherits this: what is asked for stays what it was.
+    request.extensions.setdefault(
+        "upcycle_file",
+        request.method == "GET" and not request.url.path.startswith(f"{home.path}/api/"),
+    )
+    request.headers["Accept-Encoding"] = "identity"
+    silent = MOST_SILENT_SECONDS.get(request.method, _MOST_SILENT_SECONDS_OF_CHANGES)
+    limits = {"connect": _MOST_CONNECT_SECONDS, "read": silent, "write": silent, "pool": None}
+    given = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        name: limit if given.get(name) is None else given[name] for name, limit in limits.items()
+    }
+    if "Authorization" in request.headers and not _is_home(str(request.url)):
+        del request.headers["Authorization"]
+
+
+def _is_home(url: str) -> bool:
+    """Whether a URL is one of the Hub that was chosen, or of the one that it mirrors."""
+    from huggingface_hub import constants
+
+    origins = [
+        (parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme))
+        for parts in map(urlsplit, (url, constants.ENDPOINT, "https://huggingface.co"))
+    ]
+    return origins[0] in origins[1:]
+
+
+def _on_response(response: Any) -> None:  # noqa: ANN401
+    """Check an answer's headers, and its body as far as it is no file."""
+    headers = response.headers
+    for name, pattern in _HEADERS.items():
+        value = headers.get(name)
+        if value is not None and not pattern.fullmatch(value):
+            raise bad_answer(f"its {name} is {shown(value)}")
+    for name, form in _WAITS.items():
+        match = re.fullmatch(form, headers.get(name, ""))
+        if name in headers and (match is None or int(match[1]) > MOST_WAIT_SECONDS):
+            del headers[name]
+    if "Location" in headers:
+        _check_location(str(response.request.url), headers["Location"])
+    if headers.get("Content-Encoding", "").strip().lower() in _DECODED:
+        raise bad_answer("it sends compressed what was asked for as it is")
+    if response.status_code < 300 and response.request.extensions["upcycle_file"]:
+        response.stream = _watched(response.stream)
+        return
+    is_error = response.status_code >= 400
+    body = _body(response, MOST_ERROR_BYTES if is_error else MOST_ANSWER_BYTES)
+    if is_error:
+        body = _plain_error(body)
+    elif body[:1] in (b"[", b"{"):
+        _check_json(body)
+    response.stream = _client_module(response).ByteStream(body)
+
+
+def _client_module(response: Any) -> Any:  # noqa: ANN401
+    """Return httpx or httpx2, whichever huggingface_hub uses."""
+    return import_module(type(response).__module__.partition(".")[0])
+
+
+def _check_location(url: str, location: str) -> None:
+    try:
+        target = urlsplit(urljoin(url, location))
+        sound = target.scheme in ("http", "https") and target.hostname and target.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not location.isprintable():
+        raise bad_answer(f"it redirects to {shown(location)}")
+
+
+def _body(response: Any, most: int) -> bytes:  # noqa: ANN401
+    """Return a whole body, which must be small and come soon."""
+    body, begin = bytearray(), time.monotonic()
+    try:
+        for piece in response.stream:
+            body += piece
+            if len(body) > most:
+                raise bad_answer(f"an answer has more than {most:,} bytes")
+            if time.monotonic() - begin > MOST_ANSWER_SECONDS:
+                raise bad_answer(f"an answer takes more than {MOST_ANSWER_SECONDS:.0f} seconds")
+    finally:
+        response.stream.close()
+    return bytes(body)
+
+
+def _check_json(body: bytes) -> None:
+    try:
+        json.loads(body)
+    except RecursionError:
+        raise bad_answer("an answer is nested too deeply to be read") from None
+    except ValueError as error:
+        raise bad_answer(f"an answer is not JSON: {error}") from None
+
+
+def _plain_error(body: bytes) -> bytes:
+    """Return an error's body in one of the forms that huggingface_hub can read."""
+    try:
+        found = json.loads(body)
+    except RecursionError:
+        found = None
+    except ValueError:
+        return body[:_MOST_ERROR_WORDS]
+    if not isinstance(found, dict):
+        return b"{}"
+    plain: dict[str, Any] = {
+        key: value[:_MOST_ERROR_WORDS]
+        for key, value in found.items()
+        if isinstance(value, str) and key != "errors"
+    }
+    listed = found.get("errors")
+    for item in listed[:10] if isinstance(listed, list) else ():
+        words = item.get("message") if isinstance(item, dict) else None
+        if isinstance(words, str):
+            plain.setdefault("errors", []).append({"message": words[:_MOST_ERROR_WORDS]})
+    return json.dumps(plain).encode()
+
+
+def _watched(stream: Any) -> Any:  # noqa: ANN401
+    """Return a file's stream that ends in an error once it stalls or brings too much."""
+    client = import_module(type(stream).__module__.partition(".")[0])
+
+    class Watched(client.SyncByteStream):  # type: ignore[misc,name-defined]  # of one or the other client
+        def __iter__(self) -> Iterator[bytes]:
+            begin, received = time.monotonic(), 0
+            for piece in stream:
+                received += len(piece)
+                _take(len(piece))
+                yield piece
+                now = time.monotonic()
+                if now - begin > MOST_ANSWER_SECONDS:
+                    if received < LEAST_BYTES_PER_SECOND * MOST_ANSWER_SECONDS:
+                        raise bad_answer(
+                            f"a file stalls at {received:,} bytes in {now - begin:.0f} seconds"
+                        )
+                    begin, received = now, 0
+
+        def close(self) -> None:
+            stream.close()
+
+    return Watched()
+
+
+def _take(nbytes: int) -> None:
+    if _allowance.nbytes is not None:
+        _allowance.nbytes -= nbytes
+        if _allowance.nbytes < 0:
+            raise bad_answer("it sends far more of a file than it said there is")
+
+
+# What they say -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A repo at one commit, as the Hub describes it."""
+
+    commit: str
+    sizes: Mapping[str, int | None]
+    """Bytes of every file, by name; None where sizes were not asked for."""
+    private: bool
+
+
+def read_snapshot(info: ModelInfo, *, sized: bool = False) -> Snapshot:
+    """Return what the Hub says of a repo.
+
+    Raises UpcycleError when it can be no repo: for a commit that is none, for names that no clone
+    could have as files side by side, and with `sized` for a file without its size.
+    """
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise bad_answer(f"the commit is {shown(info.sha)}")
+    siblings = info.siblings or []
+    if len(siblings) > MOST_NAMES:
+        raise bad_answer(f"a repo has {len(siblings):,} files")
+    sizes: dict[str, int | None] = {}
+    folders: set[str] = set()
+    for file in siblings:
+        name, size = file.rfilename, file.size
+        if not is_inner_name(name) or str(PurePosixPath(name)) != name or name in sizes:
+            raise bad_answer(f"a file is named {shown(name)}")
+        if sized and (type(size) is not int or not 0 <= size <= _MOST_SIZE):
+            raise bad_answer(f"the size of {name} is {shown(size)}")
+        sizes[name] = size
+        folders.update(map(str, PurePosixPath(name).parents))
+    both = folders & sizes.keys()
+    if both:
+        raise bad_answer(f"{min(both)} is a file and a directory")
+    return Snapshot(commit=info.sha, sizes=sizes, private=info.private is True)
+
+
+def check_commit(commit: object) -> None:
+    """Raise UpcycleError for what is no commit id."""
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise bad_answer(f"the commit is {shown(commit)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class User:
+    """Whose the token is, and what it may do."""
+
+    names: tuple[str, ...]
+    """The user's own, and those of the organizations."""
+    role: str | None
+    """What the token may do, as far as the Hub says."""
+
+
+def read_user(answer: object) -> User:
+    """Return whose the token is; raises UpcycleError when the answer does not say so."""
+    user = answer if isinstance(answer, dict) else {}
+    listed = user.get("orgs", [])
+    names: list[str] = []
+    for owner in (user, *(listed if isinstance(listed, list) else [None])):
+        name = owner.get("name") if isinstance(owner, dict) else None
+        if not isinstance(name, str) or not _USER_NAME.fullmatch(name):
+            raise bad_answer(f"a user is named {shown(name)}")
+        names.append(name)
+    auth = user.get("auth")
+    token = auth.get("accessToken") if isinstance(auth, dict) else None
+    role = token.get("role") if isinstance(token, dict) else None
+    return User(
+        names=tuple(names),
+        role=role if isinstance(role, str) else None,
+    )

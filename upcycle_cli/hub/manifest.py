@@ -1,0 +1,144 @@
+"""What of a directory is published: what its record lists, as the record lists it, and no more.
+
+A directory that people work in holds tokens, drafts and half-trained weights beside the model. So a
+file goes to the Hub because `upcycle.json` lists it, and not because of its name; the card, the
+checksums and the licences that somebody put there because a licence asks for them come along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    RECORD_NAME,
+    Checkpoint,
+    Directory,
+    is_weight_file,
+    open_checkpoint,
+    read_json,
+)
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import ListedFile, listed_files, locate, open_regular
+from upcycle_cli.verification.companions import read_checksums
+from upcycle_cli.verification.listing import CHECKSUMS_NAME, belongs
+from upcycle_cli.workspace import is_note
+
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""How the names of the files begin that a licence asks for, in capitals or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is published of a directory."""
+
+    files: Mapping[str, Path]
+    """Where each file really is, by its name in the repo."""
+    left_out: tuple[str, ...]
+    """Files of the directory that are not part of the model."""
+    failures: tuple[str, ...]
+    """What is not as the record or the checksums have it."""
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return what of an upcycled checkpoint is published, and what of it is not as it should be.
+
+    All files but the weights are read, and of those the headers; where there are checksums, the
+    weights are read as well, once more than an upload does.
+
+    Raises UpcycleError when the directory is no checkpoint, or its record lists no files.
+    """
+    try:
+        listed = listed_files(read_json(locate(directory, RECORD_NAME)))
+    except UpcycleError as error:
+        raise UpcycleError(
+            f"{directory} does not say which files belong to it, as an earlier version did not: "
+            f"{error.message}",
+            "Make it again with `upcycle convert --overwrite`, or upload it as it is with "
+            "`hf upload`.",
+        ) from error
+    there = Directory(directory).names()
+    names = [*listed, RECORD_NAME, CARD_NAME, *filter(_is_licence, there)]
+    summed = set(names) - {CARD_NAME}
+    if CHECKSUMS_NAME in there:
+        names.append(CHECKSUMS_NAME)
+    files: dict[str, Path] = {}
+    failures = [*_listing_failures(open_checkpoint(directory), listed)]
+    for name in dict.fromkeys(names):
+        try:
+            files[name] = locate(directory, name)
+            failures += [] if name not in listed else _failures(files[name], listed[name])
+        except UpcycleError as error:
+            failures.append(error.message)
+    if CHECKSUMS_NAME in files:
+        failures += _checksum_failures(files, summed, listed)
+    left_out = (name for name in there if name not in files and not is_note(name))
+    return Manifest(files=files, left_out=tuple(left_out), failures=tuple(failures))
+
+
+def _is_licence(name: str) -> bool:
+    return (
+        "/" not in name
+        and name.upper().startswith(_LICENCES)
+        and not is_weight_file(name)
+        and not name.endswith(".py")
+    )
+
+
+def _listing_failures(moe: Checkpoint, listed: Mapping[str, ListedFile]) -> Iterator[str]:
+    """Hold the list itself against the checkpoint: a record can be edited as well."""
+    shards = {shard.name for shard in moe.shards}
+    for name in sorted(shards - listed.keys()):
+        yield f"{RECORD_NAME} does not list {name}"
+    for name, file in listed.items():
+        if not belongs(name, moe):
+            yield f"{RECORD_NAME} lists {name}, which is no file of a model"
+        elif (name in shards) != (file.sha256 is None):
+            yield f"{RECORD_NAME} lists {name} with the digest of another kind of file"
+
+
+def _failures(path: Path, listed: ListedFile) -> Iterator[str]:
+    try:
+        with open_regular(path) as file:
+            size = path.stat().st_size
+            if size != listed.size:
+                yield f"{listed.name} has {size:,} bytes, and {RECORD_NAME} lists {listed.size:,}"
+                return
+            if listed.sha256 is not None:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                digest = hashlib.sha256(file.read(min(header_bytes, size))).hexdigest()
+    except OSError as error:
+        yield f"cannot read {path}: {error.strerror}"
+        return
+    if digest != (listed.sha256 or listed.header_sha256):
+        yield f"{listed.name} is not the file that {RECORD_NAME} lists: it was changed since"
+
+
+def _checksum_failures(
+    files: Mapping[str, Path], summed: set[str], listed: Mapping[str, ListedFile]
+) -> Iterator[str]:
+    """Hold the checksums against the files: whoever downloads the model will."""
+    try:
+        sums = read_checksums(files[CHECKSUMS_NAME])
+    except UpcycleError as error:
+        yield error.message
+        return
+    for name in sorted({*listed, RECORD_NAME} - sums.keys()):
+        yield f"{CHECKSUMS_NAME} does not list {name}"
+    for name, digest in sums.items():
+        if name == CARD_NAME:
+            yield f"{CHECKSUMS_NAME} lists {name}, in which a push names the repo"
+        elif name not in summed:
+            yield f"{CHECKSUMS_NAME} lists {name}, which is not published"
+        elif name in files and digest != _sha256(files[name]):
+            yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
