@@ -466,6 +466,7 @@ def test_a_verification_can_be_quiet(llama: Path, moe: Path, tmp_path: Path) -> 
     ("extra", "step"),
     [
         ((), "upcycle verify {dense} {moe}"),
+        (("--scaling", "2"), "upcycle verify {dense} {moe} --allow-inexact"),
         (("--verify",), "upcycle push {moe} my-org/it-s-moe"),
     ],
 )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint import RECORD_NAME
 from upcycle_cli.hub.manifest import read_manifest
 from upcycle_cli.hub.pushing import Destination, push
+from upcycle_cli.hub.requests import one_bar
 
 MOE = "acme/moe"
 
@@ -164,6 +171,59 @@ def _run(hub: Hub, tmp_path: Path, *arguments: str | Path) -> subprocess.Complet
         check=False,
         env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"},
     )
+
+
+def _seen(hub: Hub, tmp_path: Path, *arguments: str | Path) -> str:
+    """Return what a command shows on a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-m", "upcycle_cli", *map(str, arguments)]
+    environment = hub.environment(tmp_path / "home")
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with contextlib.suppress(OSError):  # which Linux says at the end
+            while data := os.read(ours, 1 << 16):
+                shown += data
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
+
+
+@pytest.mark.parametrize("least", [0, 10**9])
+def test_one_bar_of_a_download(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle_cli.hub.requests._LEAST_BYTES_FOR_A_BAR", least)
+    screen, bar = io.StringIO(), one_bar(4_000)
+    library = sys.modules["huggingface_hub.utils.tqdm"]
+    monkeypatch.setattr(library, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    transfer = "huggingface_hub.snapshot_download.transfer"
+    for options in ({"unit": "B", "name": transfer}, {"desc": "Fetching 2 files"}):
+        bar(total=2, file=screen, **options).update(1)
+    assert not screen.getvalue()
+    with bar(total=0, file=screen, unit="B", unit_scale=True) as shown:
+        shown.total = 10  # what huggingface_hub has begun
+        shown.update(1_000)
+        shown.refresh()
+        shown.set_description("Reconstructing")
+    found = screen.getvalue()
+    assert ("25%" in found and "downloading" in found) == (least == 0), found
+    assert "Reconstructing" not in found
+
+
+def test_no_bar_of_what_takes_no_time(hub: Hub, llama: Path, moe: Path, tmp_path: Path) -> None:
+    hub.store.upload("acme/dense", llama)
+    for command in (
+        ("convert", "acme/dense", tmp_path / "out", "--recipe", "E2G1T1", "--dry-run"),
+        ("convert", "acme/dense", tmp_path / "out", "--recipe", "E2G1T1"),
+    ):
+        shown = _seen(hub, tmp_path, *command)
+        assert "%|" not in shown, shown
+    assert "Upload" not in _seen(hub, tmp_path, "push", moe, MOE).replace("Uploaded", "")
+    again = _seen(hub, tmp_path, "push", moe, MOE)
+    assert "nothing: all" in again
+    assert not re.search(r"%\||LFS files", again), again
 
 
 def test_checksums_hold_in_the_repo(hub: Hub, moe: Path, llama: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ from upcycle_cli.options import (
     recipe_sizes,
 )
 from upcycle_cli.printable import counted, printable, shell_line
-from upcycle_cli.recipe import ScaleSplit
+from upcycle_cli.recipe import Promise, ScaleSplit
 from upcycle_cli.terminal import (
     EXIT_BUG,
     EXIT_ERROR,
@@ -776,8 +776,10 @@ def _next_step(done: Conversion) -> list[str]:
     if done.report is not None:
         return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]
     source = done.plan.source
-    pinned = ["--dense-revision", source.revision] if source.revision else []
-    return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *pinned]
+    options = ["--dense-revision", source.revision] if source.revision else []
+    if done.plan.promise is Promise.NONE:
+        options.append("--allow-inexact")
+    return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *options]
 
 
 def _savings(done: Conversion) -> str:

@@ -8,6 +8,7 @@ hooks that every answer passes. What the answers say is checked by `read_snapsho
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -179,6 +180,7 @@ def _on_response(response: Any) -> None:  # noqa: ANN401
         body = _plain_error(body)
     elif body[:1] in (b"[", b"{"):
         _check_json(body)
+        _hide_bar_of_nothing(response.request.url.path, body)
     response.stream = _client_module(response).ByteStream(body)
 
 
@@ -219,6 +221,15 @@ def _check_json(body: bytes) -> None:
         raise bad_answer("an answer is nested too deeply to be read") from None
     except ValueError as error:
         raise bad_answer(f"an answer is not JSON: {error}") from None
+
+
+def _hide_bar_of_nothing(path: str, body: bytes) -> None:
+    """Let huggingface_hub draw no bar that counts to 0 when the Hub has all files already."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    asked_for = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    if path.endswith("/info/lfs/objects/batch") and b'"actions"' not in body and not asked_for:
+        disable_progress_bars()
 
 
 def _plain_error(body: bytes) -> bytes:

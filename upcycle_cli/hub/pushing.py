@@ -24,6 +24,7 @@ from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.requests import (
     endpoint,
     explained,
+    fetch_small,
     interruptibly,
     patiently,
     transport_errors,
@@ -255,13 +256,9 @@ def _edited_card(there: Snapshot, card: str, destination: Destination) -> str | 
 
 
 def _download(there: Snapshot, name: str, destination: Destination) -> bytes:
-    from huggingface_hub import hf_hub_download
-
     # By its commit, so that a cache that knew an older one is of no account.
     with at_most(MOST_JSON_BYTES):
-        path = patiently(
-            lambda: Path(hf_hub_download(destination.repo, name, revision=there.commit))
-        )
+        path = patiently(lambda: fetch_small(destination.repo, name, there.commit))
     return read_small(path, MOST_JSON_BYTES)
 
 

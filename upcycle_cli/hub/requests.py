@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,6 +21,7 @@ _T = TypeVar("_T")
 _PASSING = (429, 500, 502, 503, 504)
 _WAITS = (1.0, 2.0, 4.0)  # seconds before the same question is asked again
 _LONGEST_WAIT = 60.0
+_LEAST_BYTES_FOR_A_BAR = 10_000_000
 _LONGEST_TEXT = 10_000
 
 
@@ -238,16 +240,39 @@ def without_token(text: str) -> str:
     return blotted(text)
 
 
-def one_bar() -> type[Any]:
-    """Return what huggingface_hub shows a download with: the bytes of all files, and no more."""
+def fetch_small(repo: str, name: str, revision: str | None) -> Path:
+    """Return where a small file of a repo is in the cache, downloaded if need be, without a bar.
+
+    Raises what huggingface_hub raises.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=one_bar(0)))
+
+
+def one_bar(nbytes: int) -> type[Any]:
+    """Return what huggingface_hub shows a download of so many bytes with: one bar, or none.
+
+    Its own are up to three at once, of which one stays for every config and card.
+    """
     from huggingface_hub.utils import tqdm
 
     class OneBar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
-            disable = options.get("disable")
-            options["disable"] = True if options.get("unit") != "B" else disable
+            # Not of files, nor of bytes on the line beside those that they make on the disk.
+            other = options.get("unit") != "B" or str(options.get("name")).endswith(".transfer")
+            if other or nbytes < _LEAST_BYTES_FOR_A_BAR:
+                options["disable"] = True
             options |= {"desc": "downloading", "leave": False}
             super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
+
+        @property
+        def total(self) -> int:
+            """What is to come is known, and does not grow with each file that is begun."""
+            return nbytes
+
+        @total.setter
+        def total(self, _: object) -> None: ...
 
         def set_description(self, *_: object, **__: object) -> None:
             """Stay what it is: how the bytes are put together is nobody's business."""
@@ -271,7 +296,5 @@ def be_quiet(*, bars: bool) -> None:
 
     # What it warns of is that it tries again; what it gives up on is raised.
     logging.set_verbosity_error()
-    # Bytes that come over the line, beside the bytes that they make on the disk.
-    disable_progress_bars("huggingface_hub.snapshot_download.transfer")
     if not bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()

@@ -46,7 +46,14 @@ from upcycle_cli.hub.answers import (
     bad_answer,
     read_snapshot,
 )
-from upcycle_cli.hub.requests import explained, interruptibly, not_in_cache, one_bar, patiently
+from upcycle_cli.hub.requests import (
+    explained,
+    fetch_small,
+    interruptibly,
+    not_in_cache,
+    one_bar,
+    patiently,
+)
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16
@@ -230,7 +237,7 @@ class RepoStorage:
                     self.repo,
                     revision=self.commit,
                     allow_patterns=[escape(name) for name in names],
-                    tqdm_class=one_bar(),
+                    tqdm_class=one_bar(nbytes),
                 )
             )
 
@@ -300,11 +307,11 @@ class RepoStorage:
 
 def _find(repo: str, revision: str | None) -> RepoStorage:
     """Look a repo up: its commit and its files, from the Hub or, offline, from the cache."""
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, constants
 
     with explained(repo, revision):
         if constants.HF_HUB_OFFLINE:
-            path = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)).parent
+            path = fetch_small(repo, CONFIG_NAME, revision).parent
             commit = path.name
             files = (file for file in path.rglob("*") if file.is_file())
             sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
@@ -330,16 +337,15 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
 
 def _config_path(repo: str, revision: str | None, commit: str) -> Path:
     """Return where the config.json of a commit is in the cache, downloaded if need be."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         # Asked for by the revision, the cache remembers what that was, for when it is offline.
-        path = patiently(lambda: Path(hf_hub_download(repo, CONFIG_NAME, revision=revision)))
+        path = patiently(lambda: fetch_small(repo, CONFIG_NAME, revision))
         if path.parent.name == commit:
             return path
         # The Hub did not answer this time, and the cache knew an older commit; or it has moved.
-        return patiently(lambda: Path(hf_hub_download(repo, CONFIG_NAME, revision=commit)))
+        return patiently(lambda: fetch_small(repo, CONFIG_NAME, commit))
     except RemoteEntryNotFoundError as error:
         raise UpcycleError(
             f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
