@@ -163,14 +163,40 @@ def test_only_what_belongs_is_published(moe: Path, tmp_path: Path) -> None:
     assert not manifest.failures
 
 
-def _run(hub: Hub, tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _run(
+    hub: Hub, tmp_path: Path, *arguments: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"},
+        env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"} | variables,
     )
+
+
+def test_a_mirror_with_a_password(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    """Neither what is said nor what is written, here or on the mirror, holds the password."""
+    hub.store.upload("acme/dense", llama)
+    hub.password = "user:pass/w0rd"  # noqa: S105 - opens nothing
+    environment = hub.environment(tmp_path / "home")
+    environment["HF_ENDPOINT"] = hub.url.replace("//", "//user:pass%2Fw0rd@")
+    output, recipe = tmp_path / "out", tmp_path / "recipe.toml"
+    convert_it = ("convert", "acme/dense", output, "--recipe", "E2G1T1")
+    for command, code in (
+        ((*convert_it, "--save-config", recipe), 0),
+        (("push", output, MOE), 0),
+        (("push", output, MOE, "--json"), 0),
+        (("verify", "acme/dense", MOE, "--checks", "files,claims", "--json"), 0),
+        (("inspect", "acme/nothing"), 2),
+        (("push", output, "stranger/moe"), 2),
+    ):
+        done = _run(hub, tmp_path, *command, **environment)
+        assert done.returncode == code, done.stderr
+        assert "w0rd" not in done.stdout + done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {output / RECORD_NAME, output / "README.md", recipe} <= set(written)
+    assert not [path for path in written if b"w0rd" in path.read_bytes()]
 
 
 def _seen(hub: Hub, tmp_path: Path, *arguments: str | Path) -> str:

@@ -117,6 +117,8 @@ class Hub:
         self.organization = organization
         self.role = "write"
         """What the token may do."""
+        self.password: str | None = None
+        """What a mirror wants in place of the token, as "user:password"."""
         self.granted: set[str] = set()
         """Gated repos that the token may read."""
         self.faults: list[Fault] = []
@@ -372,6 +374,8 @@ class _Handler(BaseHTTPRequestHandler):
     @property
     def _authorized(self) -> bool:
         token = self.request_log.token
+        if self.hub.password is not None:
+            return token == f"Basic {base64.b64encode(self.hub.password.encode()).decode()}"
         if token and token != TOKEN:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         return bool(token)

@@ -29,7 +29,7 @@ MOST_ANSWER_BYTES = 50_000_000
 """Of an answer's body that is no file: a listing of 100,000 files has less."""
 MOST_ERROR_BYTES = 1_000_000
 """Of an error's body, of which some words are shown."""
-MOST_ANSWER_SECONDS = 60.0
+MOST_ANSWER_SECONDS = 30.0
 """From the first byte of such a body to its last."""
 LEAST_BYTES_PER_SECOND = 1_000
 """Of a file, over any `MOST_ANSWER_SECONDS`: what is slower than any line has stalled."""
