@@ -224,6 +224,7 @@ def test_one_bar_of_a_download(least: int, monkeypatch: pytest.MonkeyPatch) -> N
     screen, bar = io.StringIO(), one_bar(4_000)
     library = sys.modules["huggingface_hub.utils.tqdm"]
     monkeypatch.setattr(library, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(library, "progress_bar_states", {})
     transfer = "huggingface_hub.snapshot_download.transfer"
     for options in ({"unit": "B", "name": transfer}, {"desc": "Fetching 2 files"}):
         bar(total=2, file=screen, **options).update(1)

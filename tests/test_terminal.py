@@ -429,6 +429,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(
 
 SIGNALLED = """
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so does who inherits that
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "{module}":
