@@ -199,6 +199,33 @@ def test_a_mirror_with_a_password(hub: Hub, llama: Path, tmp_path: Path) -> None
     assert not [path for path in written if b"w0rd" in path.read_bytes()]
 
 
+CLOSED = """
+import sys
+from huggingface_hub import _commit_api
+lfs_upload, left = _commit_api.lfs_upload, [2]
+def broken(*arguments, **options):
+    if left[0]:
+        left[0] -= 1
+        raise RuntimeError("Cannot send a request, as the client has been closed.")
+    return lfs_upload(*arguments, **options)
+_commit_api.lfs_upload = broken
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+def test_a_connection_that_breaks_beside_others(hub: Hub, moe: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED, "push", moe, MOE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=hub.environment(tmp_path / "home"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(hub.store.repos[MOE].commits) == 2
+
+
 def _seen(hub: Hub, tmp_path: Path, *arguments: str | Path) -> str:
     """Return what a command shows on a terminal."""
     ours, theirs = pty.openpty()

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _MOST_FILES = 20
 """huggingface_hub splits a commit of more files when the Hub refuses it as a whole."""
+_CLOSED_CLIENTS = 2
+"""So often an upload is gone on with."""
 _LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)
 """Without these, nothing takes a repo for a model."""
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX_NAME)
@@ -347,7 +349,7 @@ def _upload_together(
 
     try:
         # Trying again after an answer that was lost could open a second pull request.
-        return upload() if destination.create_pr else patiently(upload)
+        return upload() if destination.create_pr else patiently(lambda: _outlast(upload))
     except transport_errors():
         raise
     except ValueError as error:
@@ -356,17 +358,29 @@ def _upload_together(
             f"the Hub refuses this: {words_of(error)}.", f"Correct {CARD_NAME}."
         ) from error
     except (OSError, RuntimeError) as error:
-        if isinstance(error.__cause__, UpcycleError):
+        known: tuple[type[Exception], ...] = (UpcycleError, *transport_errors())
+        if isinstance(error.__cause__, known):
             raise error.__cause__ from error
-        if isinstance(error.__cause__, transport_errors()):
-            raise error.__cause__ from error
-        # When one thread's connection breaks, the others are told only that the client is closed:
-        # whether the Hub is there says why.
+        # Whether the Hub is there says why.
         patiently(api.whoami)
         raise UpcycleError(
             f"uploading to {destination.repo} failed: {words_of(error)}.",
             "Nothing was published. The same command goes on from what was uploaded.",
         ) from error
+
+
+def _outlast(upload: Callable[[], CommitInfo]) -> CommitInfo:
+    """Upload, and go on when one connection of several has broken.
+
+    huggingface_hub then closes its client, of which all other threads are told only that it is.
+    """
+    for _ in range(_CLOSED_CLIENTS):
+        try:
+            return upload()
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+    return upload()
 
 
 def _pull_request(destination: Destination, info: CommitInfo) -> str | None:
