@@ -49,11 +49,10 @@ _HEADERS: Mapping[str, re.Pattern[str]] = {
     "X-Repo-Commit": _COMMIT,
     "X-Xet-Hash": re.compile(r"[0-9a-f]{64}"),
     "X-Linked-Size": re.compile(r"[0-9]{1,18}"),
-    **dict.fromkeys(
-        ("ETag", "X-Linked-ETag"), re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
-    ),
 }
 """What becomes a path in the cache, or a number of bytes there."""
+_ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
+"""Of a file, by which it is named in the cache."""
 _WAITS: Mapping[str, str] = {
     "Retry-After": r"\s*([0-9]{1,9})\s*",
     "RateLimit": r'"\w+"\s*;\s*r\s*=\s*[0-9]{1,9}\s*;\s*t\s*=\s*([0-9]{1,9})\s*',
@@ -159,7 +158,9 @@ def _is_home(url: str) -> bool:
 def _on_response(response: Any) -> None:  # noqa: ANN401
     """Check an answer's headers, and its body as far as it is no file."""
     headers = response.headers
-    for name, pattern in _HEADERS.items():
+    if "Location" in headers:
+        _check_location(str(response.request.url), headers["Location"])
+    for name, pattern in _patterns(response).items():
         value = headers.get(name)
         if value is not None and not pattern.fullmatch(value):
             raise bad_answer(f"its {name} is {shown(value)}")
@@ -167,8 +168,6 @@ def _on_response(response: Any) -> None:  # noqa: ANN401
         match = re.fullmatch(form, headers.get(name, ""))
         if name in headers and (match is None or int(match[1]) > MOST_WAIT_SECONDS):
             del headers[name]
-    if "Location" in headers:
-        _check_location(str(response.request.url), headers["Location"])
     if headers.get("Content-Encoding", "").strip().lower() in _DECODED:
         raise bad_answer("it sends compressed what was asked for as it is")
     if response.status_code < 300 and response.request.extensions["upcycle_file"]:
@@ -182,6 +181,20 @@ def _on_response(response: Any) -> None:  # noqa: ANN401
         _check_json(body)
         _hide_bar_of_nothing(response.request.url.path, body)
     response.stream = _client_module(response).ByteStream(body)
+
+
+def _patterns(response: Any) -> Mapping[str, re.Pattern[str]]:  # noqa: ANN401
+    """Return what the headers of an answer must be, as far as huggingface_hub uses them.
+
+    An etag names a file when the answer is to HEAD, and neither an error nor a redirect that is
+    followed; those of the Hub's own pages and API hold slashes.
+    """
+    headers = response.headers
+    followed = "Location" in headers and not urlsplit(headers["Location"]).netloc
+    if response.request.method != "HEAD" or response.status_code >= 400 or followed:
+        return _HEADERS
+    name = "X-Linked-ETag" if headers.get("X-Linked-ETag") else "ETag"
+    return {**_HEADERS, name: _ETAG}
 
 
 def _client_module(response: Any) -> Any:  # noqa: ANN401
