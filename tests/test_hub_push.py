@@ -44,6 +44,12 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pushes may."""
+    monkeypatch.setattr("upcycle_cli.hub.pushing.check_destination", lambda _: None)
+
+
 def _append(name: str, data: bytes = b" ") -> Callable[[Path], object]:
     def spoil(path: Path) -> None:
         with (path / name).open("ab") as file:
@@ -129,6 +135,7 @@ def test_what_is_not_as_the_record_has_it(
     assert words is None or any(words in failure for failure in failures), failures
 
 
+@pytest.mark.usefixtures("welcome")
 def test_a_push_names_what_is_wrong(moe: Path, tmp_path: Path) -> None:
     directory = clone(moe, tmp_path / "moe")
     _append("tokenizer.json")(directory)
@@ -138,6 +145,7 @@ def test_a_push_names_what_is_wrong(moe: Path, tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.usefixtures("welcome")
 @pytest.mark.parametrize("files", [None, [], [7], [{"name": "../x", "size": 1}]])
 def test_an_output_of_an_older_version(moe: Path, tmp_path: Path, files: object) -> None:
     directory = clone(moe, tmp_path / "moe")

@@ -60,7 +60,7 @@ def test_topk_softmax_is_exact(dense: Path, tmp_path: Path, sizes: tuple[int, in
     assert _greedy(moe, "float32") == _greedy(dense, "float32")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("granularity", [1, 8])
 def test_softmax_topk_is_close(dense: Path, tmp_path: Path, granularity: int, seed: int) -> None:
     recipe = Recipe(

@@ -154,8 +154,9 @@ def push(
     Raises UpcycleError when the directory is not complete, when the Hub refuses, and when it does
     not answer any more; the same call then goes on from what was uploaded.
     """
-    manifest = _check_complete(directory)
+    # In this order because it takes less time.
     check_destination(destination)
+    manifest = _check_complete(directory)
     names = [*manifest.files]
     metadata, card = _read_card(manifest.files[CARD_NAME])
     card = for_repo(card, destination.repo)
