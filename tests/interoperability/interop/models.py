@@ -112,9 +112,7 @@ def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
         if model_type in RANDOM:
             _save_random(path, model_type, smollm2)
         else:
-            path.mkdir()
-            for file in smollm2.iterdir():
-                (path / file.name).symlink_to(file.resolve())
+            shutil.copytree(smollm2, path)
         _write_for_all(path)
     return path
 
