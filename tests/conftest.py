@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
+from hub.server import TOKEN, Hub
 from hypothesis import settings
 
 # Before the first import of transformers: nothing here may look for a network, nor draw bars.
@@ -293,3 +294,42 @@ def run_cli() -> RunCli:
         )
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on loopback, with nothing on it."""
+    with Hub(tmp_path / "hub") as server:
+        yield server
+
+
+RunOnHub = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> RunOnHub:
+    """Run a command as somebody who takes the server for the Hub; the token must never show."""
+
+    def run_here(
+        *arguments: str | Path,
+        token: str | None = TOKEN,
+        home: Path | None = None,
+        expect: int = 0,
+        **environment: str,
+    ) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=hub.environment(home or tmp_path / "home", token=token)
+            | {"COLUMNS": "80"}
+            | environment,
+        )
+        assert result.returncode == expect, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run_here

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
 import pytest
-from conftest import clone, contents, read_json, read_tensors, validate_json
+from conftest import RunOnHub, clone, contents, read_json, read_tensors, validate_json
 from hub.server import TOKEN, Hub
 from shapes import big_config, write_hollow
 
@@ -27,44 +27,6 @@ REPO = "acme/tiny"
 MOE = "acme/tiny-E4G1T2"
 RECIPE = Recipe(expansion=4, granularity=1, top_k=2)
 SHARDED = ("--max-shard-size", "40KB")
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tmp_path / "hub") as server:
-        yield server
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
-    """Run a command as somebody who takes the server for the Hub; the token must never show."""
-
-    def run_here(
-        *arguments: str | Path,
-        token: str | None = TOKEN,
-        home: Path | None = None,
-        expect: int = 0,
-        **environment: str,
-    ) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=hub.environment(home or tmp_path / "home", token=token)
-            | {"COLUMNS": "80"}
-            | environment,
-        )
-        assert result.returncode == expect, result.stderr
-        assert TOKEN not in result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
-        return result
-
-    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +52,7 @@ def assert_says(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_a_repo_is_converted_like_a_directory(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     source = clone(llama, tmp_path / "source")
     (source / "pytorch_model.bin").write_bytes(b"a second copy of the weights")
@@ -116,7 +78,7 @@ def test_a_repo_is_converted_like_a_directory(
 
 
 def test_what_can_be_refused_is_refused_before_weights_are_downloaded(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     hub.store.upload(REPO, llama)
     assert_says(run("convert", REPO, "out", "--recipe", "E4G7T7", expect=2), "not divisible")
@@ -128,7 +90,9 @@ def test_what_can_be_refused_is_refused_before_weights_are_downloaded(
     assert not list((tmp_path / "home").rglob("model.safetensors"))
 
 
-def test_a_plan_alone_downloads_no_weights(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+def test_a_plan_alone_downloads_no_weights(
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
+) -> None:
     hub.store.upload(REPO, llama)
     result = run("convert", REPO, "out", "--recipe", "E4G1T2", "--dry-run", "--json")
     assert json.loads(result.stdout)["source"] == REPO
@@ -136,7 +100,7 @@ def test_a_plan_alone_downloads_no_weights(hub: Hub, run: Run, llama: Path, tmp_
 
 
 def test_a_download_that_breaks_off_is_gone_on_with(
-    hub: Hub, run: Run, make_dense: Callable[..., Path], tmp_path: Path
+    hub: Hub, run: RunOnHub, make_dense: Callable[..., Path], tmp_path: Path
 ) -> None:
     dense = make_dense("llama", vocab_size=60_000)
     size = (dense / "model.safetensors").stat().st_size
@@ -154,7 +118,7 @@ def test_a_download_that_breaks_off_is_gone_on_with(
 
 
 def test_a_finished_output_needs_no_download(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     hub.store.upload(REPO, llama)
     run("convert", REPO, "out", "--recipe", "E4G1T2")
@@ -167,7 +131,7 @@ def test_a_finished_output_needs_no_download(
 @pytest.mark.parametrize("as_commit", [False, True])
 def test_revisions(
     hub: Hub,
-    run: Run,
+    run: RunOnHub,
     llama: Path,
     make_dense: Callable[..., Path],
     *,
@@ -182,7 +146,7 @@ def test_revisions(
     assert json.loads(result.stdout)["model_type"] == "mistral"
 
 
-def test_repos_that_cannot_be_read(hub: Hub, run: Run, llama: Path) -> None:
+def test_repos_that_cannot_be_read(hub: Hub, run: RunOnHub, llama: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.store.upload("acme/hidden", llama)
     hub.store.repos["acme/hidden"].private = True
@@ -203,7 +167,7 @@ def test_repos_that_cannot_be_read(hub: Hub, run: Run, llama: Path) -> None:
     run("inspect", "acme/hidden")
 
 
-def test_offline(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+def test_offline(hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path) -> None:
     hub.store.upload(REPO, llama)
     empty = run("inspect", REPO, HF_HUB_OFFLINE="1", expect=2)
     assert_says(empty, "HF_HUB_OFFLINE", f"hf download {REPO}")
@@ -219,7 +183,7 @@ def test_offline(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
     assert one == other
 
 
-def test_a_busy_hub_is_asked_again(hub: Hub, run: Run, llama: Path) -> None:
+def test_a_busy_hub_is_asked_again(hub: Hub, run: RunOnHub, llama: Path) -> None:
     hub.store.upload(REPO, llama)
     for status in (500, 503):
         hub.fail("GET", r"/api/models/acme/tiny", status)
@@ -228,7 +192,7 @@ def test_a_busy_hub_is_asked_again(hub: Hub, run: Run, llama: Path) -> None:
     assert not any(fault.times for fault in hub.faults)
 
 
-def test_a_hub_that_stays_away(hub: Hub, run: Run, llama: Path) -> None:
+def test_a_hub_that_stays_away(hub: Hub, run: RunOnHub, llama: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.fail("GET", r"/api/models/acme/tiny", 503, times=99)
     assert_says(run("inspect", REPO, expect=2), "503", "Try again later")
@@ -236,7 +200,7 @@ def test_a_hub_that_stays_away(hub: Hub, run: Run, llama: Path) -> None:
     assert_says(run("inspect", "acme/other", expect=2), "cannot reach the Hub", hub.url)
 
 
-def test_inspect_reads_kilobytes_of_a_large_repo(hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_inspect_reads_kilobytes_of_a_large_repo(hub: Hub, run: RunOnHub, tmp_path: Path) -> None:
     """30 shards, 141 GB, none of which exists."""
     dense = write_hollow(tmp_path / "dense", big_config("llama-3.1-70b"))
     (dense / "tokenizer.json").write_bytes(b" " * 9_000_000)
@@ -249,7 +213,7 @@ def test_inspect_reads_kilobytes_of_a_large_repo(hub: Hub, run: Run, tmp_path: P
     assert hub.transferred() < 5_000_000
 
 
-def test_inspect_and_verify_repos(hub: Hub, run: Run, llama: Path, moe: Path) -> None:
+def test_inspect_and_verify_repos(hub: Hub, run: RunOnHub, llama: Path, moe: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.store.upload(MOE, moe)
     found = json.loads(run("inspect", MOE, "--json").stdout)
@@ -317,7 +281,7 @@ def test_space_for_the_download(
 
 
 def test_a_hub_that_stumbles_does_not_bring_an_old_commit(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     hub.store.upload(REPO, llama)
     run("convert", REPO, "old", "-r", "E2G1T1")
@@ -329,7 +293,9 @@ def test_a_hub_that_stumbles_does_not_bring_an_old_commit(
     assert read_json(tmp_path / "new" / RECORD_NAME)["source"]["revision"] == newer
 
 
-def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(hub: Hub, run: Run, llama: Path) -> None:
+def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(
+    hub: Hub, run: RunOnHub, llama: Path
+) -> None:
     hub.store.upload(REPO, llama)
     for status, words in ((403, "does not allow this"), (500, "the Hub answered 500")):
         hub.faults.clear()
@@ -338,7 +304,7 @@ def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(hub: Hub, run: Run, lla
 
 
 def test_a_cache_that_cannot_be_written(
-    hub: Hub, run: Run, llama: Path, moe: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, moe: Path, tmp_path: Path
 ) -> None:
     hub.store.upload(REPO, llama)
     run("inspect", REPO)
@@ -357,7 +323,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_a_recipe_file_for_a_directory_of_the_cache_names_no_revision(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     commit = hub.store.upload(REPO, llama)
     run("convert", REPO, "out", "-r", "E2G1T1")
@@ -366,7 +332,7 @@ def test_a_recipe_file_for_a_directory_of_the_cache_names_no_revision(
     run("convert", "--config", "u.toml", "--dry-run")
 
 
-def test_an_empty_revision(run: Run, llama: Path, moe: Path) -> None:
+def test_an_empty_revision(run: RunOnHub, llama: Path, moe: Path) -> None:
     for command in (
         ("inspect", REPO, "--revision", ""),
         ("convert", llama, "out", "-r", "E2G1T1", "--revision", ""),
@@ -438,7 +404,7 @@ def put_card(hub: Hub, tmp_path: Path, card: bytes) -> None:
 
 
 @pytest.mark.parametrize("multipart", [0, 16_384])
-def test_a_push_and_a_second_one(hub: Hub, run: Run, moe: Path, multipart: int) -> None:
+def test_a_push_and_a_second_one(hub: Hub, run: RunOnHub, moe: Path, multipart: int) -> None:
     hub.multipart = multipart
     result = run("push", moe, MOE)
     assert f"{hub.url}/{MOE}" in result.stdout
@@ -453,7 +419,7 @@ def test_a_push_and_a_second_one(hub: Hub, run: Run, moe: Path, multipart: int) 
     assert len(hub.asked("PUT", "")) == sent
 
 
-def test_push_options(hub: Hub, run: Run, moe: Path) -> None:
+def test_push_options(hub: Hub, run: RunOnHub, moe: Path) -> None:
     result = json.loads(run("push", moe, MOE, "--private", "--json").stdout)
     assert result["status"] == "pushed"
     repo = hub.store.repos[MOE]
@@ -475,7 +441,7 @@ def test_push_options(hub: Hub, run: Run, moe: Path) -> None:
 
 
 def test_what_is_not_complete_is_not_pushed(
-    hub: Hub, run: Run, moe: Path, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, moe: Path, llama: Path, tmp_path: Path
 ) -> None:
     def spoiled(name: str, spoil: Callable[[Path], object]) -> Path:
         path = clone(moe, tmp_path / name)
@@ -523,7 +489,7 @@ def clone_config(path: Path, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def test_files_of_others_are_left_out(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+def test_files_of_others_are_left_out(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path) -> None:
     directory = clone(moe, tmp_path / "moe")
     (directory / ".env").write_text(f"HF_TOKEN={TOKEN}")
     (directory / "optimizer.json").write_text("{}")
@@ -536,7 +502,7 @@ def test_files_of_others_are_left_out(hub: Hub, run: Run, moe: Path, tmp_path: P
     assert files_of(hub) == files_in(moe)
 
 
-def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+def test_an_edited_card_is_kept(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path) -> None:
     run("push", moe, MOE)
     edited = files_of(hub)["README.md"].replace(b"# ", b"# The great ", 1)
     put_card(hub, tmp_path, edited)
@@ -553,7 +519,7 @@ def test_an_edited_card_is_kept(hub: Hub, run: Run, moe: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("times", [1, 99])
 def test_an_edited_card_is_kept_when_the_hub_stumbles(
-    hub: Hub, run: Run, moe: Path, tmp_path: Path, times: int
+    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path, times: int
 ) -> None:
     put_card(hub, tmp_path, b"# By hand\n")
     hub.fail("HEAD", "README.md", 500, times=times)
@@ -569,7 +535,7 @@ def test_an_edited_card_is_kept_when_the_hub_stumbles(
     [b"\xff\xfe no text", b"---\nlicense: [\n---\n# By hand\n", b"---\n- a\n---\n# By hand\n"],
 )
 def test_a_card_that_cannot_be_read_is_kept(
-    hub: Hub, run: Run, moe: Path, tmp_path: Path, card: bytes
+    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path, card: bytes
 ) -> None:
     put_card(hub, tmp_path, card)
     assert json.loads(run("push", moe, MOE, "--json").stdout)["card_kept"]
@@ -577,7 +543,7 @@ def test_a_card_that_cannot_be_read_is_kept(
 
 
 def test_reminders_are_of_the_card_that_is_kept(
-    hub: Hub, run: Run, moe: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
 ) -> None:
     put_card(hub, tmp_path, b"---\nlicense: llama3.1\n---\n# By hand\n")
     assert "Built with Llama" in " ".join(run("push", moe, MOE).stderr.split())
@@ -585,7 +551,7 @@ def test_reminders_are_of_the_card_that_is_kept(
     assert "Built with Llama" not in " ".join(run("push", moe, MOE).stderr.split())
 
 
-def test_the_card_names_the_repo_that_it_is_pushed_to(hub: Hub, run: Run, moe: Path) -> None:
+def test_the_card_names_the_repo_that_it_is_pushed_to(hub: Hub, run: RunOnHub, moe: Path) -> None:
     assert "my-org/" in (moe / "README.md").read_text()
     for repo in (MOE, "acme/another"):
         run("push", moe, repo)
@@ -606,7 +572,9 @@ def single(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_push_replaces_another_model_whole(hub: Hub, run: Run, moe: Path, single: Path) -> None:
+def test_a_push_replaces_another_model_whole(
+    hub: Hub, run: RunOnHub, moe: Path, single: Path
+) -> None:
     """A weight file that stayed would be loaded in place of those that were pushed."""
     for directory, old in ((single, None), (moe, single), (single, moe)):
         removed = json.loads(run("push", directory, MOE, "--json").stdout)["removed"]
@@ -623,7 +591,7 @@ def test_a_push_replaces_another_model_whole(hub: Hub, run: Run, moe: Path, sing
 
 
 def test_what_is_not_weights_stays_in_the_repo(
-    hub: Hub, run: Run, moe: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "page"
     (page / "gguf").mkdir(parents=True)
@@ -635,7 +603,7 @@ def test_what_is_not_weights_stays_in_the_repo(
 
 
 def test_a_card_that_is_only_metadata_is_replaced(
-    hub: Hub, run: Run, moe: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
 ) -> None:
     put_card(hub, tmp_path, b"---\nlicense: mit\n---\n")
     run("push", moe, MOE)
@@ -652,7 +620,7 @@ def test_which_cards_are_edited(moe: Path) -> None:
     assert is_edited("# By hand\n")
 
 
-def test_a_card_that_the_hub_refuses(hub: Hub, run: Run, moe: Path, tmp_path: Path) -> None:
+def test_a_card_that_the_hub_refuses(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path) -> None:
     directory = clone(moe, tmp_path / "moe")
     card = (moe / "README.md").read_text()
     (directory / "README.md").write_text(card.replace("- en\n", "- English of Oxford\n"))
@@ -662,7 +630,7 @@ def test_a_card_that_the_hub_refuses(hub: Hub, run: Run, moe: Path, tmp_path: Pa
     assert not hub.asked("PUT", "")
 
 
-def test_pushing_takes_a_token_and_the_right(hub: Hub, run: Run, moe: Path) -> None:
+def test_pushing_takes_a_token_and_the_right(hub: Hub, run: RunOnHub, moe: Path) -> None:
     assert_says(run("push", moe, MOE, token=None, expect=2), "takes a token", "hf auth login")
     assert_says(run("push", moe, MOE, token="hf_wrong", expect=2), "refuses the token")
     foreign = run("push", moe, "google/gemma", expect=2)
@@ -677,7 +645,7 @@ def test_pushing_takes_a_token_and_the_right(hub: Hub, run: Run, moe: Path) -> N
     assert list(hub.store.repos) == ["google/gemma"]
 
 
-def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: Run, moe: Path) -> None:
+def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: RunOnHub, moe: Path) -> None:
     hub.fail("PUT", "/_objects/", after_bytes=10_000)
     hub.fail("PUT", "/_objects/", 500)
     hub.fail("POST", "/preupload/", 429, headers={"Retry-After": "1"})
@@ -688,7 +656,7 @@ def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: Run, moe: P
     assert len(hub.store.repos[MOE].commits) == 2
 
 
-def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: Run, moe: Path) -> None:
+def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: RunOnHub, moe: Path) -> None:
     """Half of the files arrive; then the Hub takes no more, until the second run."""
     shards = [path.name for path in moe.glob("*.safetensors")]
     hub.most_objects = len(shards) // 2
@@ -706,7 +674,7 @@ def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: Run, moe: P
     assert files_of(hub) == files_in(moe)
 
 
-def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: Run, moe: Path) -> None:
+def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: RunOnHub, moe: Path) -> None:
     hub.fail("PUT", "/_objects/", after_bytes=100, hit=hub.vanish)
     failed = run("push", moe, MOE, expect=2)
     assert_says(failed, "cannot reach the Hub", "run the command again")
@@ -714,7 +682,7 @@ def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: Run, moe: Path) -
 
 
 def test_many_files_are_not_half_published_either(
-    hub: Hub, run: Run, llama: Path, moe: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, moe: Path, tmp_path: Path
 ) -> None:
     """With more than 20 files, those that make a model of the others come last."""
     from upcycle_cli import Options
@@ -745,7 +713,7 @@ def test_many_files_are_not_half_published_either(
 
 
 def test_a_pull_request_that_was_cut_off_is_named(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     from upcycle_cli import Options
 
@@ -760,7 +728,7 @@ def test_a_pull_request_that_was_cut_off_is_named(
 
 
 def test_xet_stores_equal_experts_once(
-    hub: Hub, run: Run, make_dense: Callable[..., Path], tmp_path: Path
+    hub: Hub, run: RunOnHub, make_dense: Callable[..., Path], tmp_path: Path
 ) -> None:
     dense = make_dense("llama", hidden_size=256, intermediate_size=1024)
     convert(dense, tmp_path / "moe", Recipe(expansion=8, granularity=1, top_k=2))
@@ -782,7 +750,7 @@ def test_xet_stores_equal_experts_once(
     assert "needs of the Hub failed" in broken.stderr
 
 
-def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+def test_convert_and_push(hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path) -> None:
     hub.store.upload(REPO, llama)
     arguments = ("convert", REPO, "out", "-r", "E4G1T2", "--push-to-hub", MOE, "--private")
     result = validate_json("convert", run(*arguments, "--verify", "--json").stdout)
@@ -798,7 +766,7 @@ def test_convert_and_push(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> No
 
 
 def test_the_card_s_code_loads_what_was_pushed(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     run("convert", llama, "out", "-r", "E4G1T2", "--push-to-hub", MOE)
     card = files_of(hub)["README.md"].decode()
@@ -818,7 +786,7 @@ def test_the_card_s_code_loads_what_was_pushed(
 
 
 def test_a_push_that_cannot_work_is_refused_before_the_conversion(
-    hub: Hub, run: Run, llama: Path, tmp_path: Path
+    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
 ) -> None:
     hub.store.upload(REPO, llama)
     arguments = ("convert", REPO, "out", "-r", "E4G1T2", "--push-to-hub", MOE)
@@ -836,7 +804,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_conversion(
     assert files_of(hub) == files_in(tmp_path / "out")
 
 
-def test_no_token_anywhere(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> None:
+def test_no_token_anywhere(hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path) -> None:
     """`run` looks at what every command of these tests prints; here is what they leave."""
     hub.store.upload(REPO, llama)
     run("convert", REPO, "out", "-r", "E4G1T2", "--verify", "--checksums", "--push-to-hub", MOE)
@@ -849,13 +817,15 @@ def test_no_token_anywhere(hub: Hub, run: Run, llama: Path, tmp_path: Path) -> N
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_an_answer_that_holds_the_token(hub: Hub, run: Run, moe: Path) -> None:
+def test_an_answer_that_holds_the_token(hub: Hub, run: RunOnHub, moe: Path) -> None:
     hub.fail("GET", "/api/whoami", 403, message=f"the token {TOKEN} is not for this")
     failed = run("push", moe, MOE, expect=2)
     assert_says(failed, "the token hf_… is not for this")
 
 
-def test_no_secret_in_what_a_library_quotes(hub: Hub, run: Run, moe: Path, llama: Path) -> None:
+def test_no_secret_in_what_a_library_quotes(
+    hub: Hub, run: RunOnHub, moe: Path, llama: Path
+) -> None:
     odd = run("push", moe, MOE, token="hf_abc\x0bSECRETPART", expect=2)
     assert_says(odd, "hf_…")
     assert "SECRETPART" not in odd.stderr
@@ -892,7 +862,7 @@ def test_no_secret_in_what_a_library_quotes(hub: Hub, run: Run, moe: Path, llama
     ],
 )
 def test_settings_that_make_no_sense(
-    hub: Hub, run: Run, llama: Path, moe: Path, setting: str, value: str
+    hub: Hub, run: RunOnHub, llama: Path, moe: Path, setting: str, value: str
 ) -> None:
     hub.store.upload(REPO, llama)
     for command in (("inspect", REPO), ("push", moe, MOE)):
@@ -934,7 +904,7 @@ def test_licences_that_have_what_they_ask_for() -> None:
         assert reminders({"license": licence}, "", "me/x", []) == ()
 
 
-def test_reminders_are_shown(run: Run, moe: Path, tmp_path: Path) -> None:
+def test_reminders_are_shown(run: RunOnHub, moe: Path, tmp_path: Path) -> None:
     directory = clone(moe, tmp_path / "moe")
     card = (moe / "README.md").read_text()
     (directory / "README.md").write_text(card.replace("apache-2.0", "llama3.1"))

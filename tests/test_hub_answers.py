@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,6 @@ from upcycle_cli.secrets import blotted
 REPO = "acme/tiny"
 INFO = r"/api/models/acme/tiny(/revision/\w+)?(\?|$)"
 COMMIT = "0" * 40
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tmp_path / "hub") as server:
-        yield server
-        server.gone = True
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ import re
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import clone, read_json
-from hub.server import Hub
+from conftest import RunOnHub, clone, read_json
 
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint import RECORD_NAME
@@ -26,13 +25,10 @@ from upcycle_cli.hub.manifest import read_manifest
 from upcycle_cli.hub.pushing import Destination, push
 from upcycle_cli.hub.requests import one_bar
 
+if TYPE_CHECKING:
+    from hub.server import Hub
+
 MOE = "acme/moe"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tmp_path / "hub") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +167,7 @@ def test_only_what_belongs_is_published(moe: Path, tmp_path: Path) -> None:
     assert not manifest.failures
 
 
-def _run(
-    hub: Hub, tmp_path: Path, *arguments: str | Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"} | variables,
-    )
-
-
-def test_a_mirror_with_a_password(hub: Hub, llama: Path, tmp_path: Path) -> None:
+def test_a_mirror_with_a_password(hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path) -> None:
     """Neither what is said nor what is written, here or on the mirror, holds the password."""
     hub.store.upload("acme/dense", llama)
     hub.password = "user:pass/w0rd"  # noqa: S105 - opens nothing
@@ -199,8 +183,7 @@ def test_a_mirror_with_a_password(hub: Hub, llama: Path, tmp_path: Path) -> None
         (("inspect", "acme/nothing"), 2),
         (("push", output, "stranger/moe"), 2),
     ):
-        done = _run(hub, tmp_path, *command, **environment)
-        assert done.returncode == code, done.stderr
+        done = run(*command, expect=code, **environment)
         assert "w0rd" not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {output / RECORD_NAME, output / "README.md", recipe} <= set(written)
@@ -288,9 +271,8 @@ def test_no_bar_of_what_takes_no_time(hub: Hub, llama: Path, moe: Path, tmp_path
     assert not re.search(r"%\||LFS files", again), again
 
 
-def test_checksums_hold_in_the_repo(hub: Hub, moe: Path, llama: Path, tmp_path: Path) -> None:
-    done: Any = _run(hub, tmp_path, "push", moe, MOE, "--json")
-    assert json.loads(done.stdout)["left_out"] == []
-    assert "SHA256SUMS" in hub.store.repos[MOE].commits[json.loads(done.stdout)["commit"]].tree
-    done = _run(hub, tmp_path, "verify", llama, MOE, "--checks", "files")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_checksums_hold_in_the_repo(hub: Hub, run: RunOnHub, moe: Path, llama: Path) -> None:
+    done = json.loads(run("push", moe, MOE, "--json").stdout)
+    assert done["left_out"] == []
+    assert "SHA256SUMS" in hub.store.repos[MOE].commits[done["commit"]].tree
+    run("verify", llama, MOE, "--checks", "files")

@@ -148,7 +148,8 @@ class Hub:
         self.stop()
 
     def stop(self) -> None:
-        """Close down."""
+        """Close down, and end what is still being answered."""
+        self.gone = True
         self._server.shutdown()
         self._server.server_close()
 
