@@ -234,7 +234,11 @@ STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 LOWERCASE = {"type": "Lowercase"}
 COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
     ("decoder added", tokenizer(lambda value: value.update(decoder=STRIP | {"type": "Fuse"})), ""),
-    ("normaliser added", tokenizer(lambda value: value.update(normalizer=LOWERCASE)), "normalizer"),
+    (
+        "normaliser added",
+        tokenizer(lambda value: value.update(normalizer=LOWERCASE)),
+        "normalizer is",
+    ),
     ("pre-tokenizer", tokenizer(lambda value: value.update(pre_tokenizer=None)), "pre_tokenizer"),
     ("merge added", tokenizer(lambda value: value["model"].update(merges=[["a", "b"]])), ""),
     ("ids swapped", tokenizer(swapped), "model.vocab"),
@@ -285,6 +289,31 @@ COMPANIONS: tuple[tuple[str, Callable[[Path], None], str], ...] = (
 def test_companions(dense: Path, moe: Path, edit: Callable[[Path], None], words: str) -> None:
     edit(moe)
     assert_caught(dense, moe, "files", words)
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "pipe"])
+@pytest.mark.parametrize("name", ["LICENSE", "generation_config.json", "tokenizer.json"])
+def test_what_is_no_file_is_a_finding(
+    dense: Path, moe: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    (tmp_path / "elsewhere").write_bytes((moe / name).read_bytes())
+    (moe / name).unlink()
+    make = {"link": lambda path: path.symlink_to(tmp_path / "elsewhere"), "directory": Path.mkdir}
+    make.get(kind, os.mkfifo)(moe / name)
+    reports = {check: verify(dense, moe, checks=[check]) for check in ("files", "claims")}
+    if name != "LICENSE":  # which is only noted
+        assert not reports["files"].passed
+    if (moe / "upcycle.json").exists():
+        assert any(name in failure for failure in reports["claims"].checks[0].failures)
+
+
+def test_a_licence_of_any_length(dense: Path, tmp_path: Path) -> None:
+    long = clone(dense, tmp_path / "long")
+    (long / "LICENSE").write_bytes(b"Do as you must.\n" * 700_000)
+    convert(long, tmp_path / "long-moe", Recipe(expansion=2, granularity=2, top_k=2))
+    report = verify(long, tmp_path / "long-moe", checks=["files"])
+    assert report.passed
+    assert "LICENSE" not in report.checks[0].detail
 
 
 def test_a_generation_config_where_dense_has_none(dense: Path, moe: Path, tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError, swap
+from upcycle_cli.checkpoint import parse_header
 from upcycle_cli.conversion import execute
 from upcycle_cli.errors import ResumableError
+from upcycle_cli.files import read_header
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
 from upcycle_cli.publish import clean
@@ -110,6 +112,19 @@ def train(output: Path) -> None:
     path.write_bytes(data.replace(header, other))
 
 
+def train_in_place(output: Path) -> None:
+    """Write another router where the old one is."""
+    for path in sorted(output.glob("*.safetensors")):
+        with path.open("rb") as file:
+            entries, _ = parse_header(read_header(file), path, path.name)
+        for entry in entries:
+            if entry.name.endswith(".gate.weight"):
+                with path.open("r+b") as file:
+                    file.seek(entry.offset)
+                    file.write(b"\1" * entry.nbytes)
+                return
+
+
 def link(output: Path) -> None:
     (output / "LICENSE").rename(output.parent / "LICENSE")
     (output / "LICENSE").symlink_to(output.parent / "LICENSE")
@@ -126,6 +141,7 @@ STOPS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a model beside it": (add("model-my-finetune.safetensors"), "model-my-finetune.safetensors"),
     "another shard": (add("model-00099-of-00099.safetensors"), "model-00099-of-00099.safetensors"),
     "a trained shard": (train, SHARD),
+    "a shard that was trained in place": (train_in_place, "gate.weight was changed"),
     "a longer shard": (edit(SHARD, lambda data: data + b"x"), SHARD),
     "a cut shard": (edit(SHARD, lambda data: data[:-1]), SHARD),
     "an edited card": (edit("README.md", lambda data: data + b"Trained.\n"), "README.md"),

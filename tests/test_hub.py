@@ -532,7 +532,12 @@ def test_an_edited_card_is_kept_when_the_hub_stumbles(
 
 @pytest.mark.parametrize(
     "card",
-    [b"\xff\xfe no text", b"---\nlicense: [\n---\n# By hand\n", b"---\n- a\n---\n# By hand\n"],
+    [
+        b"\xff\xfe no text",
+        b"---\nlicense: [\n---\n# By hand\n",
+        b"---\n- a\n---\n# By hand\n",
+        b"---\na: " + b"[" * 5_000 + b"\n---\n# By hand\n",
+    ],
 )
 def test_a_card_that_cannot_be_read_is_kept(
     hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path, card: bytes

@@ -20,7 +20,7 @@ import pytest
 from conftest import RunOnHub, clone, read_json
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.checkpoint import RECORD_NAME
+from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint
 from upcycle_cli.hub.manifest import read_manifest
 from upcycle_cli.hub.pushing import Destination, push
 from upcycle_cli.hub.requests import one_bar
@@ -124,7 +124,7 @@ def test_what_is_not_as_the_record_has_it(
     directory = clone(moe, tmp_path / "moe")
     spoil(directory)
     try:
-        failures = read_manifest(directory).failures
+        failures = read_manifest(open_checkpoint(directory)).failures
     except UpcycleError as error:
         failures = (error.message,)
     assert bool(failures) == (words is not None)
@@ -154,14 +154,14 @@ def test_an_output_of_an_older_version(moe: Path, tmp_path: Path, files: object)
 
 def test_only_what_belongs_is_published(moe: Path, tmp_path: Path) -> None:
     directory = clone(moe, tmp_path / "moe")
-    ours = set(read_manifest(moe).files)
+    ours = set(read_manifest(open_checkpoint(moe)).files)
     assert ours == {path.name for path in moe.iterdir()}
     extra = ("LICENSE.md", "Notice", "USE_POLICY.md")
     others = ("chat_template.bak", "tokenizer_old.json", ".env", "LICENSE.bin", "notes/LICENSE")
     (directory / "notes").mkdir()
     for name in (*extra, *others):
         (directory / name).write_text("words")
-    manifest = read_manifest(directory)
+    manifest = read_manifest(open_checkpoint(directory))
     assert set(manifest.files) == ours | set(extra)
     assert set(manifest.left_out) == set(others)
     assert not manifest.failures

@@ -287,6 +287,14 @@ def test_json_in_every_locale(run_cli: RunCli, llama: Path, tmp_path: Path, enco
     assert json.loads(done.stdout)["plan"]["source"] == "ö–漢"
 
 
+@pytest.mark.parametrize("password", ["1234", "bytes", "null", "status"])
+def test_a_password_breaks_no_json(run_cli: RunCli, llama: Path, password: str) -> None:
+    arguments = ("inspect", llama, *RECIPE, "--json")
+    proxy = f"http://user:{password}@localhost"
+    done = run_cli(*arguments, HTTPS_PROXY=proxy)
+    assert json.loads(done.stdout) == json.loads(run_cli(*arguments).stdout)
+
+
 # What the system refuses --------------------------------------------------------------------------
 
 RAISES = """

@@ -77,14 +77,15 @@ def for_repo(card: str, repo: str) -> str:
 
 def is_edited(card: str) -> bool:
     """Whether somebody has written or changed a card since `model_card` made it."""
+    text, _, seal = card.strip().rpartition("\n\n")
+    if seal == _seal(text):
+        return False
     try:
         read_front_matter(card, ())
     except UpcycleError:
         return True  # what cannot be read was not written here
-    if not body(card).strip():
-        return False  # metadata only, as the Hub makes for a repo with a licence
-    text, _, seal = card.strip().rpartition("\n\n")
-    return seal != _seal(text)
+    # Metadata only is what the Hub makes for a repo with a licence.
+    return bool(body(card).strip())
 
 
 def _seal(card: str) -> str:

@@ -2,9 +2,9 @@
 
 Opening reads `config.json`, the index and the safetensors headers, and checks them against the
 file sizes; no weight is touched. `Checkpoint.reader` maps the files and hands out tensors that
-alias them. Where the files are is the storage's business: a directory, or (hub.py) a repo of which
-only headers are read until `Checkpoint.bring` is called. No policy lives here: what a model may
-contain is the families' business.
+alias them. Where the files are is the storage's business: a directory, or (hub/sources.py)
+a repo of which only headers are read until `Checkpoint.bring` is called. No policy lives here: what
+a model may contain is the families' business.
 
 Format: 8-byte little-endian header length, JSON header, data; offsets are relative to the data,
 and the tensors lie end to end without holes.
@@ -64,6 +64,9 @@ ITEM_BYTES = {
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes that a convertible weight can have, and torch's names for them."""
 
+LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
+"""The largest finite value of each of them."""
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -91,7 +94,7 @@ COMPANIONS = (
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 """Files that engines take for weights, whatever their name says before that."""
 
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_SIZE = 2**63 - 1
 
@@ -290,6 +293,13 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that were read, or will be."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    def tensor_digest(self, name: str) -> str:
+        """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""
+        entry = self.tensors[name]
+        with open_regular(self.storage.local(entry.shard)) as file:
+            file.seek(entry.offset)
+            return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Return what tokenizer_config.json says, nothing when there is none; UpcycleError."""
@@ -589,18 +599,26 @@ def _read_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[Ten
             f"{file_path} is truncated: it ends at byte {stamp.size}, inside its own header.",
             "Download or copy it again.",
         )
-    if header_bytes > _MAX_HEADER_BYTES:
+    if header_bytes > MAX_HEADER_BYTES:
         raise UpcycleError(
-            f"{file_path} has a header of {header_bytes:,} bytes; more than {_MAX_HEADER_BYTES:,} "
+            f"{file_path} has a header of {header_bytes:,} bytes; more than {MAX_HEADER_BYTES:,} "
             "are not read."
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
-    header = _header(raw, file_path)
-    metadata = header.pop("__metadata__", None)
-    entries = _entries(header, file_path, shard_name, 8 + header_bytes)
+    entries, metadata = parse_header(raw, file_path, shard_name)
     _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
     kind = metadata.get("format") if isinstance(metadata, dict) else None
     return replace(stamp, digest=hashlib.sha256(raw).hexdigest(), format=kind), entries
+
+
+def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[TensorEntry], object]:
+    """Return the tensors that a weight file's header describes, and its metadata.
+
+    Raises UpcycleError when it is no header.
+    """
+    header = _header(raw, file_path)
+    metadata = header.pop("__metadata__", None)
+    return _entries(header, file_path, shard_name, 8 + len(raw)), metadata
 
 
 def _header(raw: bytes, file_path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, render, exit code. Nothing else prints or exits."""
+"""The command line: parse, call, render."""
 
 from __future__ import annotations
 

@@ -23,10 +23,9 @@ from upcycle_cli.checkpoint import (
     read_json,
 )
 from upcycle_cli.errors import ResumableError, UpcycleError
-from upcycle_cli.files import locate, open_regular
+from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
 from upcycle_cli.folder import Folder
 from upcycle_cli.hub.sources import check_space_for, open_source
-from upcycle_cli.inventory import CHECKSUMS_NAME, checksums_text
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.outputs import Options
 from upcycle_cli.place import check_output, check_space
@@ -317,7 +316,7 @@ def is_finished(plan: Plan, output: Path) -> bool:
     if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
         return False
     try:
-        if read_json(output / RECORD_NAME).get("plan_sha256") != plan.digest:
+        if read_json(locate(output, RECORD_NAME)).get("plan_sha256") != plan.digest:
             return False
         found = open_checkpoint(output)
     except UpcycleError:

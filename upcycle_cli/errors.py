@@ -1,7 +1,7 @@
 """The one exception that crosses the command line.
 
-Everything that a user can cause or cure is raised as `UpcycleError`; `cli.py` prints it and exits
-with code 2. Any other exception is a bug in upcycle and shows its traceback.
+Everything that a user can cause or cure is raised as `UpcycleError`; `terminal.py` prints it and
+exits with code 2. Any other exception is a bug in upcycle and shows its traceback.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ and opened by `open_regular`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
@@ -25,6 +27,9 @@ MOST_LISTING_BYTES = 100_000_000
 """More than any index has: as large as a safetensors header may be."""
 MOST_COMPANION_BYTES = 500_000_000
 """More than any tokenizer has."""
+
+CHECKSUMS_NAME = "SHA256SUMS"
+_CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -112,6 +117,14 @@ def check_utf8(path: Path) -> None:
         ) from error
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of these, folder by folder."""
+    # In a pattern, * stands for slashes too.
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
+
+
 def is_inner_name(name: object) -> TypeGuard[str]:
     """Whether this names a file of a directory: relative, without a step up or an odd character."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:
@@ -131,6 +144,24 @@ class ListedFile:
     header_sha256: str | None
     """Of a weight file's header."""
 
+    def describes(self, file: BufferedReader) -> bool:
+        """Whether an open file is this one, as far as the list tells; OSError when unreadable."""
+        if os.fstat(file.fileno()).st_size != self.size:
+            return False
+        if self.sha256 is not None:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        return header_digest(file) == self.header_sha256
+
+
+def header_digest(file: BufferedReader) -> str:
+    """Return the SHA-256 of an open weight file's header."""
+    return hashlib.sha256(read_header(file)).hexdigest()
+
+
+def read_header(file: BufferedReader) -> bytes:
+    """Return an open weight file's header, as far as it can be one."""
+    return file.read(min(int.from_bytes(file.read(8), "little"), MOST_LISTING_BYTES))
+
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
     """Return what a record lists, by name: all files but itself, the card and the checksums.
@@ -148,14 +179,41 @@ def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
         )
         if not is_inner_name(name) or type(size) is not int or size < 0:
             raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is no file.")
-        if sorted(map(_is_digest, digests)) != [False, True] or None not in digests:
+        if sorted(map(is_digest, digests)) != [False, True] or None not in digests:
             raise UpcycleError(f"upcycle.json lists {name} without a digest.")
         found[name] = ListedFile(name, size, *digests)
     return found
 
 
-def _is_digest(value: object) -> bool:
+def is_digest(value: object) -> bool:
+    """Whether this is a SHA-256 in hexadecimal."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def checksums_text(digests: Mapping[str, str]) -> str:
+    """Return SHA256SUMS as `sha256sum` writes it, and `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def parse_checksums(data: bytes) -> dict[str, str]:
+    """Return the digests of a SHA256SUMS file by name.
+
+    Raises UpcycleError for a line that names no file of a directory, or one that is named before.
+    """
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{CHECKSUMS_NAME} cannot be read: {error}") from error
+    found: dict[str, str] = {}
+    for line in lines[:-1] if lines[-1] == "" else lines:
+        match = _CHECKSUM.fullmatch(line)
+        if match is None or not is_inner_name(match[2]):
+            raise UpcycleError(
+                f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            )
+        if found.setdefault(match[2], match[1]) != match[1]:
+            raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
+    return found
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:

@@ -180,7 +180,8 @@ class Folder:
                         make_durable(file.fileno())
                 os.replace(temporary, base, src_dir_fd=directory, dst_dir_fd=directory)
             except BaseException:
-                os.unlink(temporary, dir_fd=directory)
+                with suppress(FileNotFoundError):  # a signal can come after the new name
+                    os.unlink(temporary, dir_fd=directory)
                 raise
 
     @contextmanager

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME
+from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME, parse_header
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import MOST_JSON_BYTES, ListedFile, listed_files
+from upcycle_cli.files import (
+    CHECKSUMS_NAME,
+    MOST_JSON_BYTES,
+    ListedFile,
+    listed_files,
+    parse_checksums,
+    read_header,
+)
 from upcycle_cli.folder import Folder
 from upcycle_cli.workspace import SEAL, read_state
 
-CHECKSUMS_NAME = "SHA256SUMS"
-_MOST_CARD_BYTES = 10_000_000
-_SUM = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
 _HINT = "Move or remove it yourself if it is not needed."
 
 _Identity = tuple[int, int, int, int]
@@ -45,7 +48,7 @@ def take_inventory(folder: Folder) -> Inventory:
     when there is no telling; OSError when the system refuses.
     """
     raw = _record(folder)
-    listed = _listed(folder, raw)
+    listed, routers = _listed(folder, raw)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     found: dict[str, _Identity | None] = {}
     directories = []
@@ -58,6 +61,8 @@ def take_inventory(folder: Folder) -> Inventory:
             # Before the contents, so that a change after that is seen.
             found[name] = _identity(folder, name)
             reason = _objection(folder, name, listed, raw)
+            if reason is None and name.endswith(".safetensors"):
+                reason = _changed_router(folder, name, routers)
         if reason:
             raise UpcycleError(f"{folder.path} holds {name}, {reason}; it is left as it is.", _HINT)
     return Inventory(hashlib.sha256(raw).hexdigest(), found, tuple(directories))
@@ -92,11 +97,6 @@ def record_digest(folder: Folder) -> str | None:
         return None
 
 
-def checksums_text(digests: Mapping[str, str]) -> str:
-    """Return SHA256SUMS as `sha256sum` writes it, and `sha256sum --check` reads it."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-
-
 def _record(folder: Folder) -> bytes:
     if folder.status(RECORD_NAME) is None:
         raise UpcycleError(
@@ -105,10 +105,13 @@ def _record(folder: Folder) -> bytes:
     return folder.read_small(RECORD_NAME, MOST_JSON_BYTES)
 
 
-def _listed(folder: Folder, raw: bytes) -> dict[str, ListedFile]:
+def _listed(folder: Folder, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
+    """Return the files that a record lists, and the digests of the routers."""
     try:
         record = json.loads(raw)
-        return listed_files(record if isinstance(record, dict) else {})
+        record = record if isinstance(record, dict) else {}
+        routers = record.get("routers")
+        return listed_files(record), routers if isinstance(routers, dict) else {}
     except (ValueError, RecursionError, UpcycleError) as error:
         what = error.message if isinstance(error, UpcycleError) else f"{RECORD_NAME}: {error}."
         raise UpcycleError(
@@ -128,7 +131,7 @@ def _objection(
     if name == RECORD_NAME:
         return None
     if name == CARD_NAME:
-        card = folder.read_small(name, _MOST_CARD_BYTES)
+        card = folder.read_small(name, MOST_JSON_BYTES)
         return None if _is_untouched(card) else "which somebody has edited"
     if name == CHECKSUMS_NAME:
         sums = folder.read_small(name, MOST_JSON_BYTES)
@@ -136,19 +139,26 @@ def _objection(
     elif name == SEAL:  # of a run that was killed, in a directory that has another name now
         file_is_ours = "plan_sha256" in read_state(folder, SEAL)
     else:
-        file_is_ours = file is not None and status.st_size == file.size and _fits(folder, file)
+        with folder.read(name) as opened:
+            file_is_ours = file is not None and file.describes(opened)
     if file_is_ours:
         return None
     return "which upcycle did not write" if file is None else "which is not as upcycle wrote it"
 
 
-def _fits(folder: Folder, file: ListedFile) -> bool:
-    with folder.read(file.name) as opened:
-        if file.sha256 is not None:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
-        length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(min(length, file.size))
-    return hashlib.sha256(header).hexdigest() == file.header_sha256
+def _changed_router(folder: Folder, name: str, routers: Mapping[str, object]) -> str | None:
+    """Say that a weight file was trained further, in place: no training leaves a router alone.
+
+    Its expert weights are as many as the disk holds, and are not read.
+    """
+    with folder.read(name) as file:
+        for entry in parse_header(read_header(file), folder.path / name, name)[0]:
+            if entry.name in routers:
+                file.seek(entry.offset)
+                found = hashlib.sha256(file.read(entry.nbytes)).hexdigest()
+                if found != routers[entry.name]:
+                    return f"whose router {entry.name} was changed"
+    return None
 
 
 def _is_untouched(card: bytes) -> bool:
@@ -165,13 +175,11 @@ def _is_untouched(card: bytes) -> bool:
 def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> bool:
     """Whether these are checksums of the listed files, the weights' own unseen."""
     try:
-        lines = [_SUM.fullmatch(line) for line in sums.decode().splitlines()]
-    except ValueError:
+        found = parse_checksums(sums)
+    except UpcycleError:
         return False
-    found = {line["name"]: line["digest"] for line in lines if line is not None}
     wanted = {name: file.sha256 or found.get(name) for name, file in listed.items()}
-    wanted[RECORD_NAME] = hashlib.sha256(record).hexdigest()
-    return None not in lines and found == wanted
+    return found == wanted | {RECORD_NAME: hashlib.sha256(record).hexdigest()}
 
 
 def _identity(folder: Folder, name: str) -> _Identity | None:

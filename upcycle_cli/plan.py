@@ -19,6 +19,7 @@ from upcycle_cli.checkpoint import (
     CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
+    LARGEST,
     TORCH_DTYPES,
     WEIGHTS_NAME,
     Checkpoint,
@@ -44,7 +45,6 @@ _MEANING = 2
 
 _LONGEST_ROW = 2
 """Times what a row's length is on average."""
-_LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ class Plan:
 
     def with_source(self, source: Checkpoint) -> Plan:
         """Return the same plan for the same source, brought to another place."""
+        if source is self.source:
+            return self
         return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
 
     @property
@@ -102,7 +104,7 @@ class Plan:
         """What the output owes the dense model."""
         return self.recipe.promise()
 
-    @property
+    @cached_property
     def rounded_to(self) -> str | None:
         """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
         for tensor in self.tensors:
@@ -264,11 +266,11 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
         # What leaves the norm has a length of √H: no token has a larger logit than this.
-        most = _LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
+        most = LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
         if tensor.role is Role.ROUTER and std > most:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
-                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {_LARGEST[tensor.dtype]:g}.",
+                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
                 f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
             )
 

@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from upcycle_cli.checkpoint import (
     CARD_NAME,
@@ -23,8 +21,8 @@ from upcycle_cli.checkpoint import (
     RECORD_NAME,
 )
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.files import CHECKSUMS_NAME, is_digest, matches
 from upcycle_cli.folder import Folder, is_temporary
-from upcycle_cli.inventory import CHECKSUMS_NAME
 from upcycle_cli.place import check_kind
 from upcycle_cli.swap import Interrupted, busy, find_interrupted, moved, publish
 from upcycle_cli.system import lock
@@ -279,7 +277,9 @@ def _is_ours(folder: Folder, output: str) -> bool:
     A finished model that somebody has named so is not, whatever lies in it besides.
     """
     states = [read_state(folder, name) for name in STATE]
-    if any(state.get("output") == output and _is_digest(state) for state in states):
+    if any(
+        state.get("output") == output and is_digest(state.get("plan_sha256")) for state in states
+    ):
         return True
     names = folder.names()
     if RECORD_NAME in names:
@@ -289,15 +289,12 @@ def _is_ours(folder: Folder, output: str) -> bool:
     return all(map(is_temporary, names)) or (MARKER in names and all(map(_is_expected, names)))
 
 
-def _is_digest(state: dict[str, Any]) -> bool:
-    digest = state.get("plan_sha256")
-    return isinstance(digest, str) and len(digest) == 64
-
-
 def _is_expected(name: str) -> bool:
     if name.endswith((NOTE_SUFFIX, TEMPORARY_SUFFIX, f"{NOTE_SUFFIX}.new")) or is_temporary(name):
         return True
-    return _is_own(name) or any(pattern.startswith(f"{name}/") for pattern in _OWN_FILES)
+    return matches(name, _OWN_FILES) or any(
+        pattern.startswith(f"{name}/") for pattern in _OWN_FILES
+    )
 
 
 def _lock(parent: Folder, folder: Folder) -> None:
@@ -316,11 +313,3 @@ def _discard(parent: Folder, folder: Folder) -> None:
         folder.remove(name)
     if parent.holds(folder.path.name, folder):
         parent.remove_empty(folder.path.name)
-
-
-def _is_own(name: str) -> bool:
-    # In a pattern, * stands for slashes too.
-    return any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
-        for pattern in _OWN_FILES
-    )

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from upcycle_cli.files import header_digest
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
 
@@ -63,7 +64,6 @@ def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
         with folder.read_own(name) as file:
             entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
             if name.endswith(".safetensors"):
-                header = file.read(int.from_bytes(file.read(8), "little"))
-                yield entry | {"header_sha256": hashlib.sha256(header).hexdigest()}
+                yield entry | {"header_sha256": header_digest(file)}
             else:
                 yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}

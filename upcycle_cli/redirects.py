@@ -8,10 +8,10 @@ MoE. One row each: who reads it, and what that does.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import matches
 
 _CONFIG_KEYS: Mapping[str, str] = {
     "attribute_map": "gives settings other names",
@@ -75,7 +75,7 @@ def file_redirects(names: Collection[str]) -> Iterator[str]:
     for name in sorted(names):
         for pattern, effect in _FILES.items():
             # Where case does not count, as on many disks, another spelling is the same file.
-            if fnmatchcase(name.casefold(), pattern) and name.count("/") == pattern.count("/"):
+            if matches(name.casefold(), [pattern]):
                 yield f"{name} {effect}"
 
 

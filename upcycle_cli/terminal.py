@@ -10,13 +10,14 @@ a password.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from json import dumps, loads
+from json import dumps
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -184,16 +185,20 @@ def json_text(value: object, encoding: str | None = None) -> str:
         escaped = dumps(sign)[1:-1]
         return rf"\{escaped}" if "\ud800" <= sign <= "\udfff" else escaped
 
-    text = blotted(dumps(_finite(value), indent=2, ensure_ascii=False))
-    return _NOT_ASCII.sub(escape, text)
+    return _NOT_ASCII.sub(escape, dumps(_sayable(value), indent=2, ensure_ascii=False))
 
 
-def _finite(value: object) -> object:
-    """Return a value without the numbers that a file can hold and JSON does not have."""
-    try:
-        dumps(value, allow_nan=False)
-    except ValueError:
-        return loads(dumps(value), parse_constant=lambda _: None)
+def _sayable(value: object) -> object:
+    """Return a value without passwords, and without the numbers that JSON does not have."""
+    match value:
+        case dict():
+            return {key: _sayable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_sayable(item) for item in value]
+        case str():
+            return blotted(value)
+        case float() if not math.isfinite(value):
+            return None
     return value
 
 

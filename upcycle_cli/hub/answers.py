@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import is_inner_name
@@ -63,10 +64,16 @@ _DECODED = ("gzip", "x-gzip", "deflate", "br", "zstd")
 _USER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,96}")
 
 
+def endpoint() -> str:
+    """Return the Hub's address, without a name and password that may stand in it."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def bad_answer(what: str) -> UpcycleError:
     """Say that what answered is not the Hub, or not well."""
-    from upcycle_cli.hub.requests import endpoint
-
     return UpcycleError(
         f"{endpoint()} does not answer as the Hub does: {what}.",
         "Check HF_ENDPOINT and proxies; nothing of the answer was used.",
@@ -84,14 +91,11 @@ class _Allowance:
 
 
 _allowance = _Allowance()
-_guarded: list[bool] = []
 
 
+@cache
 def guard() -> None:
     """Let everything that huggingface_hub is answered from now on be checked."""
-    if _guarded:
-        return
-    _guarded.append(True)
     from huggingface_hub.utils import _http, set_client_factory
 
     # Whoever imported this may have set one: for a proxy, or for certificates.
@@ -319,8 +323,7 @@ def read_snapshot(info: ModelInfo, *, sized: bool = False) -> Snapshot:
     Raises UpcycleError when it can be no repo: for a commit that is none, for names that no clone
     could have as files side by side, and with `sized` for a file without its size.
     """
-    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise bad_answer(f"the commit is {shown(info.sha)}")
+    commit = checked_commit(info.sha)
     siblings = info.siblings or []
     if len(siblings) > MOST_NAMES:
         raise bad_answer(f"a repo has {len(siblings):,} files")
@@ -337,13 +340,14 @@ def read_snapshot(info: ModelInfo, *, sized: bool = False) -> Snapshot:
     both = folders & sizes.keys()
     if both:
         raise bad_answer(f"{min(both)} is a file and a directory")
-    return Snapshot(commit=info.sha, sizes=sizes, private=info.private is True)
+    return Snapshot(commit=commit, sizes=sizes, private=info.private is True)
 
 
-def check_commit(commit: object) -> None:
-    """Raise UpcycleError for what is no commit id."""
+def checked_commit(commit: object) -> str:
+    """Return a commit id; raises UpcycleError for what is none."""
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise bad_answer(f"the commit is {shown(commit)}")
+    return commit
 
 
 @dataclass(frozen=True, kw_only=True)

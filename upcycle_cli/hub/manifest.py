@@ -16,15 +16,21 @@ from upcycle_cli.checkpoint import (
     CARD_NAME,
     RECORD_NAME,
     Checkpoint,
-    Directory,
     is_weight_file,
-    open_checkpoint,
     read_json,
 )
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import ListedFile, listed_files, locate, open_regular
-from upcycle_cli.verification.companions import read_checksums
-from upcycle_cli.verification.listing import CHECKSUMS_NAME, belongs
+from upcycle_cli.files import (
+    CHECKSUMS_NAME,
+    MOST_JSON_BYTES,
+    ListedFile,
+    listed_files,
+    locate,
+    open_regular,
+    parse_checksums,
+    read_small,
+)
+from upcycle_cli.verification.listing import belongs
 from upcycle_cli.workspace import is_note
 
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -43,16 +49,17 @@ class Manifest:
     """What is not as the record or the checksums have it."""
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(moe: Checkpoint) -> Manifest:
     """Return what of an upcycled checkpoint is published, and what of it is not as it should be.
 
     All files but the weights are read, and of those the headers; where there are checksums, the
     weights are read as well, once more than an upload does.
 
-    Raises UpcycleError when the directory is no checkpoint, or its record lists no files.
+    Raises UpcycleError when its record lists no files.
     """
+    directory = moe.path
     try:
-        listed = listed_files(read_json(locate(directory, RECORD_NAME)))
+        listed = listed_files(read_json(moe.storage.local(RECORD_NAME)))
     except UpcycleError as error:
         raise UpcycleError(
             f"{directory} does not say which files belong to it, as an earlier version did not: "
@@ -60,13 +67,13 @@ def read_manifest(directory: Path) -> Manifest:
             "Make it again with `upcycle convert --overwrite`, or upload it as it is with "
             "`hf upload`.",
         ) from error
-    there = Directory(directory).names()
+    there = moe.storage.names()
     names = [*listed, RECORD_NAME, CARD_NAME, *filter(_is_licence, there)]
     summed = set(names) - {CARD_NAME}
     if CHECKSUMS_NAME in there:
         names.append(CHECKSUMS_NAME)
     files: dict[str, Path] = {}
-    failures = [*_listing_failures(open_checkpoint(directory), listed)]
+    failures = [*_listing_failures(moe, listed)]
     for name in dict.fromkeys(names):
         try:
             files[name] = locate(directory, name)
@@ -103,19 +110,13 @@ def _listing_failures(moe: Checkpoint, listed: Mapping[str, ListedFile]) -> Iter
 def _failures(path: Path, listed: ListedFile) -> Iterator[str]:
     try:
         with open_regular(path) as file:
-            size = path.stat().st_size
-            if size != listed.size:
-                yield f"{listed.name} has {size:,} bytes, and {RECORD_NAME} lists {listed.size:,}"
-                return
-            if listed.sha256 is not None:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                digest = hashlib.sha256(file.read(min(header_bytes, size))).hexdigest()
+            size, same = path.stat().st_size, listed.describes(file)
     except OSError as error:
         yield f"cannot read {path}: {error.strerror}"
         return
-    if digest != (listed.sha256 or listed.header_sha256):
+    if size != listed.size:
+        yield f"{listed.name} has {size:,} bytes, and {RECORD_NAME} lists {listed.size:,}"
+    elif not same:
         yield f"{listed.name} is not the file that {RECORD_NAME} lists: it was changed since"
 
 
@@ -124,7 +125,7 @@ def _checksum_failures(
 ) -> Iterator[str]:
     """Hold the checksums against the files: whoever downloads the model will."""
     try:
-        sums = read_checksums(files[CHECKSUMS_NAME])
+        sums = parse_checksums(read_small(files[CHECKSUMS_NAME], MOST_JSON_BYTES))
     except UpcycleError as error:
         yield error.message
         return
@@ -135,10 +136,12 @@ def _checksum_failures(
             yield f"{CHECKSUMS_NAME} lists {name}, in which a push names the repo"
         elif name not in summed:
             yield f"{CHECKSUMS_NAME} lists {name}, which is not published"
-        elif name in files and digest != _sha256(files[name]):
+        elif name in files and digest != _sha256(files[name], listed.get(name)):
             yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, listed: ListedFile | None) -> str:
+    if listed is not None and listed.sha256 is not None:
+        return listed.sha256  # which the file has, or is said not to have
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,10 +19,17 @@ from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_JSON_BYTES, read_small
-from upcycle_cli.hub.answers import Snapshot, at_most, check_commit, read_snapshot, read_user
+from upcycle_cli.front_matter import read_front_matter
+from upcycle_cli.hub.answers import (
+    Snapshot,
+    at_most,
+    checked_commit,
+    endpoint,
+    read_snapshot,
+    read_user,
+)
 from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.requests import (
-    endpoint,
     explained,
     fetch_small,
     interruptibly,
@@ -172,7 +179,7 @@ def push(
         files = {name: manifest.files[name] for name in names}
         with _staged(directory.resolve().name, files, card) as folder:
             info = interruptibly(lambda: _upload(folder, names, stale, there, destination))
-        check_commit(info.oid)
+        checked_commit(info.oid)
     return Push(
         repo=destination.repo,
         url=_url(destination, info),
@@ -191,15 +198,16 @@ def push(
 def _check_complete(directory: Path) -> Manifest:
     """Return what of a directory is published; UpcycleError when not all of it is as it was."""
     from upcycle_cli.hub.manifest import read_manifest
-    from upcycle_cli.verification.completeness import find_incomplete
+    from upcycle_cli.verification.completeness import find_incomplete, open_upcycled
 
     if (directory / MARKER).exists():
         raise UpcycleError(
             f"{directory} is an unfinished conversion.",
             "Finish it by running the same `upcycle convert` again.",
         )
-    incomplete = find_incomplete(directory)
-    manifest = read_manifest(directory)
+    moe = open_upcycled(directory)
+    incomplete = find_incomplete(moe)
+    manifest = read_manifest(moe)
     failures = list(dict.fromkeys([*incomplete, *manifest.failures]))
     if failures:
         shown = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
@@ -213,7 +221,7 @@ def _check_complete(directory: Path) -> Manifest:
     return manifest
 
 
-def _read_card(path: Path) -> tuple[dict[str, object], str]:
+def _read_card(path: Path) -> tuple[Mapping[str, object], str]:
     """Return a card's metadata and its whole text."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
@@ -225,16 +233,12 @@ def _read_card(path: Path) -> tuple[dict[str, object], str]:
         raise UpcycleError(f"{path} is not a valid model card: {words_of(error)}.") from error
 
 
-def _metadata(card: str) -> dict[str, object]:
-    """Return the metadata of a card that somebody else has written; nothing if it has none."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
+def _metadata(card: str) -> Mapping[str, object]:
+    """Return what a card that somebody else has written says of its licence, if anything."""
     try:
-        metadata: dict[str, object] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, YAMLError):
+        return read_front_matter(card, ("license", "license_name"))
+    except UpcycleError:
         return {}
-    return metadata
 
 
 def _prepare(destination: Destination) -> Snapshot:

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.hub.answers import bad_answer, guard
+from upcycle_cli.hub.answers import bad_answer, endpoint, guard
 from upcycle_cli.secrets import blotted
 
 _T = TypeVar("_T")
@@ -207,14 +206,6 @@ def _unreachable(error: BaseException) -> UpcycleError:
         "Check the connection (HF_ENDPOINT, proxies) and run the command again; what was "
         "transferred is kept.",
     )
-
-
-def endpoint() -> str:
-    """Return the Hub's address, without a name and password that may stand in it."""
-    from huggingface_hub import constants
-
-    parts = urlsplit(constants.ENDPOINT)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def words_of(error: BaseException) -> str:

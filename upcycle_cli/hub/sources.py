@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from upcycle_cli.checkpoint import (
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
+    MAX_HEADER_BYTES,
     RECORD_NAME,
     Checkpoint,
     Directory,
@@ -34,10 +34,13 @@ from upcycle_cli.checkpoint import (
 )
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import (
+    CHECKSUMS_NAME,
     MOST_COMPANION_BYTES,
     MOST_JSON_BYTES,
     MOST_LISTING_BYTES,
     locate,
+    matches,
+    open_regular,
 )
 from upcycle_cli.hub.answers import (
     LEAST_BYTES_PER_SECOND,
@@ -61,15 +64,14 @@ _HEAD_BYTES = 1 << 16
 _CONNECTIONS = 8
 _MOST_SKIPPED_BYTES = 1 << 20
 """Of a file that a server sends from its beginning when it is asked for a part."""
-_CHECKSUMS_NAME = "SHA256SUMS"
-_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, _CHECKSUMS_NAME)
+_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, CHECKSUMS_NAME)
 """What a verification reads besides the checkpoint."""
 _MOST_BYTES = {
     CONFIG_NAME: MOST_JSON_BYTES,
     RECORD_NAME: MOST_JSON_BYTES,
     GENERATION_NAME: MOST_JSON_BYTES,
     CARD_NAME: MOST_JSON_BYTES,
-    _CHECKSUMS_NAME: MOST_JSON_BYTES,
+    CHECKSUMS_NAME: MOST_JSON_BYTES,
     INDEX_NAME: MOST_LISTING_BYTES,
 }
 """What is read of these files at most, so that no more of them is downloaded either."""
@@ -166,14 +168,7 @@ class RepoStorage:
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names that match, as they would in a directory."""
-        return sorted(
-            name
-            for name in self.sizes
-            if any(
-                fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
-                for pattern in patterns
-            )
-        )
+        return sorted(name for name in self.sizes if matches(name, patterns))
 
     def names(self) -> list[str]:
         """Return the names of all files of the repo, sorted."""
@@ -262,9 +257,14 @@ class RepoStorage:
     def _head(self, name: str) -> bytes:
         end = min(_HEAD_BYTES, self.sizes[name])
         if (self.path / name).exists():
-            with (self.path / name).open("rb") as file:
+            with open_regular(locate(self.path, name)) as file:
                 return file.read(end)
-        return self._request(name, 0, end)
+        head = self._request(name, 0, end)
+        # Here, where it is done side by side, and not for one file after another.
+        end = min(8 + int.from_bytes(head[:8], "little"), self.sizes[name])
+        if len(head) < end <= MAX_HEADER_BYTES:
+            head += self._request(name, len(head), end)
+        return head
 
     def _request(self, name: str, begin: int, end: int) -> bytes:
         """Return bytes of a file on the Hub, and close the connection when it sends more."""
@@ -273,10 +273,7 @@ class RepoStorage:
 
         if begin >= end:
             return b""
-        headers = build_hf_headers() | {
-            "Range": f"bytes={begin}-{end - 1}",
-            "Accept-Encoding": "identity",
-        }
+        headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}"}
         url = hf_hub_url(self.repo, name, revision=self.commit)
 
         def ask() -> bytes:

@@ -71,12 +71,13 @@ def verify(
         check_utf8(place.path)
     try:
         # Before gigabytes are downloaded, too.
-        _target(places[1].path)
+        target = _target(places[1].path)
         _check_dense(places[0].path)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
         return _verify(
             *paths,
+            target,
             selected,
             prompts,
             on_start or (lambda _: None),
@@ -92,6 +93,7 @@ def verify(
 def _verify(
     dense: Path,
     moe: Path,
+    target: Target,
     selected: tuple[str, ...],
     prompts: Path | None,
     on_start: Callable[[str], None],
@@ -99,8 +101,6 @@ def _verify(
     moe_names: Sequence[str],
     allow_inexact: bool,
 ) -> Report:
-    target = _target(moe)
-    _check_dense(dense)
     if prompts is not None:
         from upcycle_cli.verification.outputs import read_prompts
 

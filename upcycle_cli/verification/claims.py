@@ -136,7 +136,7 @@ def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
             yield f"{RECORD_NAME}: routers lacks {name}"
         elif name not in facts.moe.tensors:
             yield f"{name} is missing"
-        elif _digest(facts, name) != digests[name]:
+        elif facts.moe.tensor_digest(name) != digests[name]:
             yield f"{name} is not the router that {RECORD_NAME} records (SHA-256 differs)"
 
 
@@ -151,13 +151,6 @@ def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
                 f"{RECORD_NAME}: recipe.router_logit_std is {recorded:g}, the logits of "
                 f"{facts.router_name(layer)} have a standard deviation of {measured:.3g}"
             )
-
-
-def _digest(facts: Facts, name: str) -> str:
-    entry = facts.moe.tensors[name]
-    with open_regular(facts.moe.storage.local(entry.shard)) as file:
-        file.seek(entry.offset)
-        return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
 
 def _option_failures(facts: Facts, record: Record) -> Iterator[str]:
@@ -233,13 +226,19 @@ def _file_failures(facts: Facts, record: Record) -> Iterator[str]:
             found = shards[name].size, shards[name].digest
             if found != (file.size, file.header_sha256):
                 yield f"{RECORD_NAME}: files does not describe {name}"
-        elif _sha256(facts, name) != file.sha256:
-            yield f"{name} is not the file that {RECORD_NAME} lists: it was changed since"
+        else:
+            yield from _changes(facts, name, file.sha256)
 
 
-def _sha256(facts: Facts, name: str) -> str:
-    with open_regular(facts.moe.storage.local(name)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _changes(facts: Facts, name: str, digest: str | None) -> Iterator[str]:
+    try:
+        with open_regular(facts.moe.storage.local(name)) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except UpcycleError as error:
+        yield error.message
+        return
+    if found != digest:
+        yield f"{name} is not the file that {RECORD_NAME} lists: it was changed since"
 
 
 def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:

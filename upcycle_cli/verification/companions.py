@@ -8,24 +8,28 @@ record of how the MoE was made.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
-from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.files import MOST_JSON_BYTES, is_inner_name, open_regular, read_small
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import (
+    CHECKSUMS_NAME,
+    MOST_COMPANION_BYTES,
+    MOST_JSON_BYTES,
+    matches,
+    open_regular,
+    parse_checksums,
+    read_small,
+)
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.listing import CHECKSUMS_NAME, foreign_files
+from upcycle_cli.verification.listing import foreign_files
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.tokenizers import compare_tokenizers
 
 NAME = "files"
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 _MOST_NAMED = 5
-_CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 _GENERATION_REWRITTEN: Mapping[str, Any] = {
     "output_attentions": False,
@@ -58,18 +62,14 @@ def check_files(facts: Facts) -> CheckResult:
 
 
 def _generation_failures(facts: Facts) -> Iterator[str]:
-    theirs, ours = (
-        read_small(checkpoint.storage.local(GENERATION_NAME), MOST_JSON_BYTES)
-        if checkpoint.storage.has(GENERATION_NAME)
-        else None
-        for checkpoint in (facts.dense, facts.moe)
-    )
-    if theirs == ours:
-        return
-    if ours is None:
-        yield f"{GENERATION_NAME} is missing: the dense model has one"
-        return
+    theirs = _contents(facts.dense, GENERATION_NAME)
     try:
+        ours = _contents(facts.moe, GENERATION_NAME)
+        if theirs == ours:
+            return
+        if ours is None:
+            yield f"{GENERATION_NAME} is missing: the dense model has one"
+            return
         found = _generation(facts.moe)
         wanted = _implied_generation(facts) if theirs is None else _generation(facts.dense)
     except UpcycleError:
@@ -111,16 +111,24 @@ def _words(value: object) -> str:
 def _licence_notes(facts: Facts) -> Iterator[str]:
     """Somebody may have added or amended a licence file, which no engine reads."""
     for file in facts.dense.companions:
-        if not any(fnmatchcase(file.name, pattern) for pattern in _LICENCES):
+        if not matches(file.name, _LICENCES):
             continue
         if not facts.moe.storage.has(file.name):
             yield f"{file.name} of the dense model is not there."
-        elif _text(facts.moe, file.name) != _text(facts.dense, file.name):
+            continue
+        try:
+            same = _contents(facts.moe, file.name) == _contents(facts.dense, file.name)
+        except UpcycleError as error:
+            yield error.message
+            continue
+        if not same:
             yield f"{file.name} is not the dense model's."
 
 
-def _text(checkpoint: Checkpoint, name: str) -> bytes:
-    return read_small(checkpoint.storage.local(name), MOST_JSON_BYTES)
+def _contents(checkpoint: Checkpoint, name: str) -> bytes | None:
+    if not checkpoint.storage.has(name):
+        return None
+    return read_small(checkpoint.storage.local(name), MOST_COMPANION_BYTES)
 
 
 def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
@@ -128,7 +136,7 @@ def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
     if not moe.storage.has(CHECKSUMS_NAME):
         return
     try:
-        sums = read_checksums(moe.storage.local(CHECKSUMS_NAME))
+        sums = parse_checksums(read_small(moe.storage.local(CHECKSUMS_NAME), MOST_JSON_BYTES))
     except UpcycleError as error:
         yield error.message
         return
@@ -141,24 +149,3 @@ def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
             continue
         if digest != wanted:
             yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
-
-
-def read_checksums(path: Path) -> dict[str, str]:
-    """Return the digests of a SHA256SUMS file by name.
-
-    Raises UpcycleError for a line that names no file of a directory, or one that is named before.
-    """
-    try:
-        lines = read_small(path, MOST_JSON_BYTES).decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{CHECKSUMS_NAME} cannot be read: {error}") from error
-    found: dict[str, str] = {}
-    for line in lines[:-1] if lines[-1] == "" else lines:
-        match = _CHECKSUM.fullmatch(line)
-        if match is None or not is_inner_name(match[2]):
-            raise UpcycleError(
-                f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
-            )
-        if found.setdefault(match[2], match[1]) != match[1]:
-            raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
-    return found

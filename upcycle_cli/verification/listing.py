@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 from upcycle_cli.checkpoint import (
     CARD_NAME,
@@ -22,10 +21,10 @@ from upcycle_cli.checkpoint import (
     is_weight_file,
 )
 from upcycle_cli.errors import shown
+from upcycle_cli.files import CHECKSUMS_NAME, matches
 from upcycle_cli.redirects import file_redirects
 from upcycle_cli.workspace import is_note
 
-CHECKSUMS_NAME = "SHA256SUMS"
 _OWN = (CONFIG_NAME, CARD_NAME, RECORD_NAME, CHECKSUMS_NAME, ".gitattributes", ".gitignore")
 
 _READ_BY: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -72,7 +71,7 @@ def belongs(name: str, moe: Checkpoint) -> bool:
     if name in (*_OWN, *index, *shards) or is_note(name):
         return True
     odd = is_weight_file(name) or name.endswith((".py", "/"))
-    return not odd and _matches(name, COMPANIONS)
+    return not odd and matches(name, COMPANIONS)
 
 
 def foreign_files(names: Sequence[str], moe: Checkpoint) -> list[str]:
@@ -86,11 +85,11 @@ def listing_failures(names: Sequence[str], moe: Checkpoint) -> Iterator[str]:
     yield from file_redirects(foreign)
     for name in foreign:
         for patterns, effect in _READ_BY:
-            if _matches(_folded(name), patterns) and name != INDEX_NAME:
+            if matches(_folded(name), patterns) and name != INDEX_NAME:
                 yield f"{name} {effect}"
                 break
     for shard in moe.shards:
-        if "/" in shard.name or not _matches(shard.name, ("model*.safetensors",)):
+        if "/" in shard.name or not matches(shard.name, ("model*.safetensors",)):
             yield f"{shard.name} holds weights under a name that only the index knows"
         if shard.format != "pt":
             yield (
@@ -106,10 +105,3 @@ def listing_failures(names: Sequence[str], moe: Checkpoint) -> Iterator[str]:
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    # In a pattern, * stands for slashes too.
-    return any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
-    )

@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from upcycle_cli.checkpoint import LARGEST
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,8 +25,6 @@ _LARGEST_PEAK = 10.0
 _MOST_SHARED = 1.5
 """How much more of their squares rows may have in one direction than random ones."""
 _HONEST_DRAWS = 3
-LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
-"""The largest finite value of each dtype."""
 
 
 def row_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:

@@ -80,7 +80,8 @@ def _index_failures(moe: Checkpoint) -> Iterator[str]:
     if not (path / INDEX_NAME).exists():
         return
     try:
-        metadata = read_json(path / INDEX_NAME, MOST_LISTING_BYTES).get("metadata")
+        index = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES)
+        metadata = index.get("metadata")
     except UpcycleError as error:
         yield error.message
         return

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint import TOKENIZER_CONFIG_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.files import MOST_COMPANION_BYTES, read_small
+from upcycle_cli.files import MOST_COMPANION_BYTES, matches, read_small
 from upcycle_cli.verification.models import (
     TransformersError,
     load_tokenizer,
@@ -106,7 +106,7 @@ def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> Comparison:
         found.failures.append("the tokenizer is missing: the dense model has one")
         return found
     for name in sorted(theirs | ours):
-        if not any(fnmatchcase(name, pattern) for pattern in _TEMPLATES):
+        if not matches(name, _TEMPLATES):
             _compare_file(dense, moe, name, found)
     try:
         _compare_templates(dense, moe, found)
@@ -120,11 +120,16 @@ def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> Comparison:
 
 
 def _compare_file(dense: Checkpoint, moe: Checkpoint, name: str, found: Comparison) -> None:
-    theirs, ours = (_bytes(checkpoint, name) for checkpoint in (dense, moe))
+    theirs = _bytes(dense, name)
+    try:
+        ours = _bytes(moe, name)
+    except UpcycleError as error:
+        found.failures.append(error.message)
+        return
     if theirs == ours:
         return
     if ours is None:
-        accepted = any(fnmatchcase(name, pattern) for pattern in _DROPPED)
+        accepted = matches(name, _DROPPED)
         if accepted and moe.storage.has(TOKENIZER_NAME):
             found.notes.append(
                 f"{name} is not there: transformers 5 saves {TOKENIZER_NAME} in its place."
@@ -270,31 +275,32 @@ _READERS: Mapping[str, Callable[[Checkpoint, str], Any]] = {
 }
 """How each file that can be compared by meaning is read; of the others every byte counts."""
 
+_ABSENT = object()
+
 
 def _difference(wanted: object, found: object) -> str | None:
     """Say where two JSON values differ first, and how; None when they do not."""
-    theirs, ours = dict(_leaves(wanted, "")), dict(_leaves(found, ""))
-    for place in theirs | ours:
-        if place not in ours:
-            return f"{place} is missing, and it is {shown(theirs[place])}"
-        if place not in theirs:
-            return f"{place} is {shown(ours[place])}, and there is no such thing"
-        one, other = theirs[place], ours[place]
+    for place, one, other in _pairs(wanted, found, ""):
+        if other is _ABSENT:
+            return f"{place} is missing, and it is {shown(one)}"
+        if one is _ABSENT:
+            return f"{place} is {shown(other)}, and there is no such thing"
         if type(one) is not type(other) or one != other:
             return f"{place} is {shown(other)}, and it is {shown(one)}"
     return None
 
 
-def _leaves(value: object, place: str) -> Iterator[tuple[str, object]]:
-    """Yield what a JSON value holds, each with its place in it."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list) and value:
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{place}[{index}]")
+def _pairs(wanted: object, found: object, place: str) -> Iterator[tuple[str, object, object]]:
+    """Yield what two JSON values hold at the same places, as deep as both go."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in wanted | found:
+            inner = f"{place}.{key}" if place else str(key)
+            yield from _pairs(wanted.get(key, _ABSENT), found.get(key, _ABSENT), inner)
+    elif isinstance(wanted, list) and isinstance(found, list):
+        for index, (one, other) in enumerate(zip_longest(wanted, found, fillvalue=_ABSENT)):
+            yield from _pairs(one, other, f"{place}[{index}]")
     else:
-        yield place, value
+        yield place, wanted, found
 
 
 def _compare_templates(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
@@ -314,7 +320,7 @@ def _templates(checkpoint: Checkpoint) -> dict[str, set[str]]:
         if isinstance(entry, dict):
             found.setdefault(str(entry.get("name")), set()).add(str(entry.get("template")))
     for name in tokenizer_files(checkpoint):
-        if not any(fnmatchcase(name, pattern) for pattern in _TEMPLATES):
+        if not matches(name, _TEMPLATES):
             continue
         text = (_bytes(checkpoint, name) or b"").decode()
         key = Path(name).stem if name.endswith(".jinja") else name
