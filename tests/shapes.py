@@ -6,6 +6,7 @@ two can fail.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,17 @@ import torch
 from upcycle_cli.arithmetic import evaluate
 from upcycle_cli.checkpoint import raw_bytes
 from upcycle_cli.expr import Expr, type_of
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Recipe, Routing, parse_recipe_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PAIRS = {
+    "llama": ("mixtral", "qwen2_moe"),
+    "mistral": ("mixtral", "qwen2_moe"),
+    "qwen2": ("qwen2_moe",),
+    "qwen3": ("qwen3_moe",),
+}
+"""Dense types and targets for grids of options; `test_contracts.py` has all rows."""
 BIG = ("llama-3.1-70b", "llama-3.1-405b", "mistral-7b-v0.1", "qwen2.5-72b", "qwen3-32b")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,6 +83,23 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def moe_shapes(config: Mapping[str, Any], layout: ExpertLayout) -> Shapes:
+    """The tensors of transformers' own MoE, without a tied head, as it writes or as it holds it."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    theirs = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    held = model.state_dict()
+    if layout is ExpertLayout.PER_EXPERT:
+        held = revert_weight_conversion(model, held)
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    if theirs.tie_word_embeddings:
+        del shapes["lm_head.weight"]
     return shapes
 
 

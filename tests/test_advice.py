@@ -11,7 +11,7 @@ from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, build_plan, open_checkpoint
 from upcycle_cli.advice import no_promise, warnings
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
 
@@ -100,7 +100,7 @@ def test_no_promise(
 ) -> None:
     assert advise(recipe, **settings) == [NO_PROMISE]
     made = plan(recipe, **settings)
-    assert why in no_promise(made.recipe)
+    assert why in no_promise(made)
     assert next(warnings(made)).startswith(f"{made.recipe.name} promises")
     assert why in next(warnings(made))
 
@@ -153,8 +153,8 @@ def test_large_logits_promise_nothing(advise: Advise, plan: Callable[..., Plan])
 
 
 def test_a_wrong_scale_is_the_reason_when_the_logits_are_small(plan: Callable[..., Plan]) -> None:
-    recipe = plan("E8G1T2", SOFTMAX_TOPK, scaling=3.0).recipe
-    assert no_promise(recipe).startswith("the experts are scaled by 3 in all")
+    made = plan("E8G1T2", SOFTMAX_TOPK, scaling=3.0)
+    assert no_promise(made).startswith("the experts are scaled by 3 in all")
 
 
 def test_scaled_experts_in_float16_can_overflow(advise: Advise) -> None:

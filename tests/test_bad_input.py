@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert
 from upcycle_cli.cli import app
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
 
 WEIGHTS = "model.safetensors"
@@ -171,16 +171,18 @@ def test_the_output_of_a_conversion(llama: Path, tmp_path: Path, refuses: Refuse
     refuses(tmp_path / "first", "mixture of experts already")
 
 
-@pytest.mark.parametrize("attention_bias", [True])
-def test_llama_with_a_bias_on_o_proj(
-    make_dense: MakeDense, refuses: Refuses, *, attention_bias: bool
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [("attention_bias", ("o_proj", "attention_bias")), ("mlp_bias", ("experts",))],
+)
+def test_llama_with_biases(
+    make_dense: MakeDense, refuses: Refuses, target: str, bias: str, words: tuple[str, ...]
 ) -> None:
-    dense = make_dense("llama", attention_bias=attention_bias)
-    refuses(dense, "mixtral", "qwen2_moe", "o_proj", "attention_bias", "No target can")
-
-
-def test_llama_with_mlp_biases(make_dense: MakeDense, refuses: Refuses) -> None:
-    refuses(make_dense("llama", mlp_bias=True), "mlp_bias", "No target can")
+    arguments = ("--recipe", "E2G2T2", "--target", target)
+    settings: dict[str, Any] = {bias: True}
+    dense = make_dense("llama", **settings)
+    refuses(dense, *words, f"{target} cannot express", "--target upcycled", arguments=arguments)
 
 
 def test_qwen2_to_mixtral(make_dense: MakeDense, refuses: Refuses) -> None:
@@ -194,7 +196,9 @@ def test_qwen3_with_two_kinds_of_layers(make_dense: MakeDense, refuses: Refuses)
         "sliding_window": 8,
         "max_window_layers": 1,
     }
-    refuses(make_dense("qwen3", **window), "qwen3_moe cannot express", "layer_types")
+    arguments = ("--recipe", "E2G2T2", "--target", "qwen3_moe")
+    dense = make_dense("qwen3", **window)
+    refuses(dense, "qwen3_moe cannot express", "layer_types", arguments=arguments)
 
 
 def test_a_routing_that_the_target_lacks(llama: Path, refuses: Refuses) -> None:

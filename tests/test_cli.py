@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.cli import app
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 
 RECIPE = ("--recipe", "E2G2T2")
 EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
@@ -230,7 +230,7 @@ def test_inspect_json(llama: Path, moe: Path) -> None:
     dense = one_json_object(succeed("inspect", llama, "--json").stdout)
     assert dense.keys() >= ALWAYS
     assert dense["kind"] == "dense"
-    assert dense["targets"] == ["mixtral", "qwen2_moe"]
+    assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "upcycled"]
     assert dense["plan"] is None
     assert dense["bytes"] == 4 * dense["total_parameters"]
 
@@ -525,7 +525,16 @@ def test_separate_sizes_are_the_same_recipe(llama: Path, tmp_path: Path) -> None
         (("--scaling", "2"), "promise", "exact"),
         (("--scaling", "3.5"), "promise", "none"),
         (("--scaling", "3.5"), "scaling", 3.5),
-        (("--scale-split", "down"), "factors", {"c": 2.0, "gate": 1.0, "up": 1.0, "down": 2.0}),
+        (
+            ("--scale-split", "down"),
+            "factors",
+            {"c": 2.0, "gate": 1.0, "up": 1.0, "down": 2.0, "config": 1.0},
+        ),
+        (("--routing", "sigmoid-topk"), "model_type", "glm4_moe"),
+        (("--target", "upcycled"), "model_type", "upcycled_llama"),
+        (("--target", "upcycled"), "expert_layout", "fused"),
+        (("--layers", "1-"), "model_type", "qwen2_moe"),  # mixtral has experts in every layer
+        (("--layers", "every:2"), "moe_layers", [0]),
         (("--no-virtual-groups",), "promise", "none"),
         (("--router-logit-std", "0.5"), "router_logit_std", 0.5),
         (("--seed", "3"), "seed", 3),

@@ -46,7 +46,7 @@ from upcycle_cli import (
 from upcycle_cli.card import for_repo
 from upcycle_cli.conversion import execute
 from upcycle_cli.families.engines import Support
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Routing, parse_recipe_name
 from upcycle_cli.verification import Report
 from upcycle_cli.workspace import MARKER
@@ -263,7 +263,9 @@ def test_the_record_says_how_it_was_made_and_not_where(llama: Path, tmp_path: Pa
     assert record["recipe"]["name"] == "E4G2T4"
     assert record["recipe"]["seed"] == 0
     assert record["source"]["name"] == "dense"
-    assert record["factors"] == {"c": 2.0, "gate": 1.0, "up": 2.0, "down": 1.0}
+    factors = {"c": 2.0, "gate": 1.0, "up": 2.0, "down": 1.0, "config": 1.0}
+    assert record["factors"] == factors
+    assert record["moe_layers"] == [0, 1]
     assert len(record["routers"]) == 2
 
 

@@ -24,6 +24,7 @@ from test_redirects import FILES, KEYS
 from upcycle_cli import Options, Recipe, UpcycleError, convert
 from upcycle_cli.recipe import Routing
 from upcycle_cli.verification import Report, Status, verify
+from upcycle_cli.verification.completeness import find_incomplete, open_upcycled
 
 Edit = Callable[[dict[str, Any]], object]
 RECIPE = Recipe(expansion=4, granularity=2, top_k=2)
@@ -616,7 +617,7 @@ SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"use_cache": False}, "use_cache is False"),
     ({"initializer_range": 7.0}, "initializer_range is 7.0"),
     ({"max_position_embeddings": 4096}, "max_position_embeddings is 4096"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),
     ({"attention_multiplier": 2.0}, "attention_multiplier is 2.0"),
     ({"tokenizer_class": "BertTokenizer"}, "tokenizer_class"),
     ({"model_name": "x"}, "model_name is 'x'"),
@@ -869,3 +870,69 @@ def test_tokenizer_saved_again(dense: Path, moe: Path, tmp_path: Path) -> None:
     assert "tokenizer_config.json was saved again, and says the same" in report.checks[0].detail
     assert "special_tokens_map.json is not there" in report.checks[0].detail
     json.loads(json.dumps(report.to_json()))
+
+
+# Code that is shipped -----------------------------------------------------------------------------
+
+CODE = "modeling_upcycled.py"
+
+
+@pytest.fixture(scope="module")
+def shipping(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A nemotron and its MoE."""
+    dense, moe = make_dense("nemotron"), tmp_path_factory.mktemp("shipping") / "moe"
+    assert convert(dense, moe, Recipe(expansion=2, granularity=2, top_k=2)).published
+    return dense, moe
+
+
+def append(text: str) -> Callable[[Path], object]:
+    return lambda moe: (moe / CODE).write_text((moe / CODE).read_text() + text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (append("\nopen('/tmp/it-ran', 'w')\n"), "not what this version of upcycle writes"),
+        (append(" "), "not what this version of upcycle writes"),
+        (lambda moe: (moe / CODE).unlink(), f"{CODE} cannot be read"),
+        (
+            lambda moe: edit_json(
+                moe / "config.json",
+                lambda config: config["auto_map"].update(AutoModel="other.Model"),
+            ),
+            "auto_map does not name the classes",
+        ),
+        (
+            lambda moe: edit_json(moe / "config.json", lambda config: config.pop("auto_map")),
+            "auto_map does not name the classes",
+        ),
+    ],
+    ids=["more code", "a space", "gone", "another class", "no class"],
+)
+def test_code_that_is_not_ours(
+    shipping: tuple[Path, Path], tmp_path: Path, edit: Callable[[Path], object], words: str
+) -> None:
+    dense, good = shipping
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+    edit(moe)
+    for check in ("structure", "files", "weights", "outputs", "claims"):
+        assert_caught(dense, moe, check, words)
+    assert any(words in failure for failure in find_incomplete(open_upcycled(moe)))
+    assert not Path("/tmp/it-ran").exists()  # noqa: S108 - which no test makes
+
+
+def test_other_code_beside_ours(shipping: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, good = shipping
+    moe = Path(shutil.copytree(good, tmp_path / "moe"))
+    (moe / "configuration_nemotron.py").write_text("")
+    assert_caught(dense, moe, "structure", "configuration_nemotron.py is code")
+
+
+def test_transformers_knows_of_shipped_code_no_longer_than_it_takes(
+    shipping: tuple[Path, Path],
+) -> None:
+    from transformers import AutoConfig
+
+    assert verify(*shipping).passed
+    with pytest.raises(ValueError, match="upcycled_nemotron"):
+        AutoConfig.for_model("upcycled_nemotron")

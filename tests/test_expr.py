@@ -426,6 +426,7 @@ GOLDEN = "3cd58368c64e444e4410d1adddcfca777b368ec2feb527182831e59818df9829"
 def draw(expr: Normal, norm: torch.Tensor | None = None) -> torch.Tensor:
     weight = torch.linspace(0.5, 2, HIDDEN) if norm is None else norm
     dtype = next(name for name, dtype in TORCH.items() if dtype is weight.dtype)
+    assert expr.norm is not None
     expr = replace(expr, norm=replace(expr.norm, dtype=dtype))
     return value_of(expr, lambda _: weight)
 

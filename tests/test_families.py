@@ -1,7 +1,8 @@
 """What configs mean, by transformers' own account, and what becomes of them.
 
 A key that is absent means the default of its model type; here transformers' config classes say
-what that is, and its models, on the meta device, which tensors there are.
+what that is, and its models, on the meta device, which tensors there are. What holds of every row
+of the tables is in test_contracts.py; here is what a grid of settings shows of one or a few.
 """
 
 from __future__ import annotations
@@ -9,25 +10,31 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SIZES as MODEL_SIZES
+from conftest import MakeDense, difference, logits, random_ids, read_json
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
-from upcycle_cli import UpcycleError
-from upcycle_cli.families import DENSE, PAIRS, TARGETS, choose, dense_family
-from upcycle_cli.families.dense import Decoder, dense_shapes
+from upcycle_cli import UpcycleError, convert, inspect, verify
+from upcycle_cli.families import (
+    SHIPPED,
+    choose,
+    dense_family,
+    is_moe,
+    is_target,
+    targets_of,
+)
+from upcycle_cli.families.dense import DENSE, DenseModel, read_dense
 from upcycle_cli.families.engines import Engine, Support, engines
-from upcycle_cli.families.llama import DEFAULTS as LLAMA
-from upcycle_cli.families.mistral import DEFAULTS as MISTRAL
-from upcycle_cli.families.qwen2 import DEFAULTS as QWEN2
-from upcycle_cli.families.qwen3 import DEFAULTS as QWEN3
-from upcycle_cli.families.target import ExpertLayout, config_routing, expected, moe_config
+from upcycle_cli.families.layers import listed, parse_layers
+from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.translate import moe_config
 from upcycle_cli.recipe import Recipe, Routing
 
-DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
-ALL_PAIRS = [(dense, target) for dense, targets in PAIRS.items() for target in targets]
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -59,53 +66,8 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# Defaults ----------------------------------------------------------------------------------------
-
-
-def test_every_dense_family_has_its_defaults_tested() -> None:
-    assert DEFAULTS.keys() == DENSE.keys()
-
-
-@pytest.mark.parametrize("model_type", list(DEFAULTS))
-def test_defaults_are_those_of_transformers(model_type: str) -> None:
-    theirs = transformers_config({"model_type": model_type})
-    ours = dict(DEFAULTS[model_type])
-    assert ours.pop("rope_theta") == theirs.rope_parameters["rope_theta"]
-    assert theirs.rope_parameters["rope_type"] == "default"
-    assert ours.pop("rope_parameters") is None
-    assert ours.pop("rope_scaling") is None
-    if model_type in {"llama", "mistral", "qwen2"}:
-        # null means: derive it.
-        assert ours.pop("head_dim") is None
-        derived = theirs.hidden_size // theirs.num_attention_heads
-        assert getattr(theirs, "head_dim", derived) == derived
-    if model_type == "llama":
-        assert ours.pop("num_key_value_heads") is None
-        assert theirs.num_key_value_heads == theirs.num_attention_heads
-    if "use_sliding_window" in ours:
-        # transformers forgets the window of a model that does not use it.
-        assert ours.pop("sliding_window") == type(theirs)(use_sliding_window=True).sliding_window
-    assert ours == {key: getattr(theirs, key) for key in ours}
-
-
-@pytest.mark.parametrize("model_type", list(DEFAULTS))
-def test_every_default_is_read(model_type: str) -> None:
-    """Changing any one of them changes the decoder: none is there for show."""
-    plain = DENSE[model_type].decoder({"model_type": model_type, "use_sliding_window": True})
-    changes = {
-        **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), True),
-        "use_sliding_window": False,
-        "hidden_act": "gelu",
-        "attention_dropout": 0.5,
-        "rope_scaling": YARN,
-        "rope_parameters": YARN,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 16,
-        "max_window_layers": 3,
-    }
-    for key in DEFAULTS[model_type]:
-        config = {"model_type": model_type, "use_sliding_window": True, key: changes.get(key, 96)}
-        assert DENSE[model_type].decoder(config) != plain, key
+def dense_model(config: Mapping[str, Any]) -> DenseModel:
+    return read_dense(dense_family(config), config)
 
 
 # What a config means -----------------------------------------------------------------------------
@@ -179,11 +141,14 @@ NOT_IN_TRANSFORMERS = {
     ("qwen2", "null head_dim"),
     ("qwen3", "null head_dim"),
 }
+ELSEWHERE = ("as little as can be", "new yarn", "tied", "head_dim", "null heads", "null head_dim")
+"""What is tried of the families other than llama, beside windows where they have any."""
 MEANINGS = [
     pytest.param({"model_type": model_type, **SIZES, **changes}, id=f"{model_type}, {name}")
-    for model_type in DENSE
+    for model_type in ("llama", "mistral", "qwen2", "qwen3")
     for name, changes in VARIANTS.items()
     if (model_type, name) not in NOT_IN_TRANSFORMERS
+    if model_type == "llama" or "window" in name or name in ELSEWHERE
 ]
 RELEASED = [pytest.param(big_config(name), id=name) for name in BIG]
 
@@ -192,7 +157,7 @@ def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
     """How far a layer sees, by what transformers' modelling code reads from a config."""
     window: int | None
     match theirs.model_type:
-        case "llama":
+        case "llama" | "glm4_moe":
             window = None
         case "qwen2" | "qwen3" | "qwen2_moe":
             window = theirs.sliding_window if theirs.layer_types[layer] == SLIDING else None
@@ -208,6 +173,8 @@ def meaning(theirs: Any) -> dict[str, Any]:  # noqa: ANN401
     rope = dict(theirs.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     rope.pop("type", None)
+    if rope.get("partial_rotary_factor") == 1.0:  # all of it, as where nothing is said
+        del rope["partial_rotary_factor"]
     num_heads = theirs.num_attention_heads
     kv_heads = theirs.num_key_value_heads
     return {
@@ -231,37 +198,43 @@ def meaning(theirs: Any) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
-def our_meaning(decoder: Decoder) -> dict[str, Any]:
+RENAMED = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+
+
+def our_meaning(dense: DenseModel) -> dict[str, Any]:
     ours = {
-        key: getattr(decoder, key)
+        key: dense.values[RENAMED.get(key, key)]
         for key in meaning(transformers_config({"model_type": "llama"}))
         if key not in {"rope", "windows"}
     }
-    scaling = decoder.rope_scaling
+    scaling = dense.values["rope_scaling"]
     ours["rope"] = None if scaling is None else {k: v for k, v in scaling.items() if k != "type"}
-    ours["windows"] = [
-        decoder.sliding_window if kind == SLIDING else None for kind in decoder.layer_types
-    ]
+    ours["windows"] = list(dense.windows)
     return ours
 
 
 @pytest.mark.parametrize("config", [*MEANINGS, *RELEASED])
 def test_a_config_means_what_transformers_says(config: dict[str, Any]) -> None:
-    decoder = dense_family(config).decoder(config)
-    assert our_meaning(decoder) == meaning(transformers_config(config))
-    assert decoder.intermediate_size == transformers_config(config).intermediate_size
-    assert decoder.model_type == config["model_type"]
+    dense = dense_model(config)
+    assert our_meaning(dense) == meaning(transformers_config(config))
+    assert dense.intermediate_size == transformers_config(config).intermediate_size
+    assert dense.num_layers == len(dense.mlp_layers) == len(dense.windows)
+    assert dense.model_type == config["model_type"]
 
 
 @pytest.mark.parametrize("config", MEANINGS)
 def test_the_dense_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
-    assert dense_shapes(dense_family(config).decoder(config)) == model_shapes(config)
+    assert dense_model(config).shapes == model_shapes(config)
 
 
 @pytest.mark.parametrize("name", BIG)
 def test_released_models_have_the_tensors_that_their_fixtures_get(name: str) -> None:
     config = {**big_config(name), "num_hidden_layers": 2}
-    shapes = dense_shapes(dense_family(config).decoder(config))
+    shapes = dense_model(config).shapes
     assert shapes == tensor_shapes(config) == model_shapes(config)
 
 
@@ -269,8 +242,14 @@ def test_released_models_have_the_tensors_that_their_fixtures_get(name: str) -> 
 
 
 def convertible(config: dict[str, Any]) -> list[str]:
-    decoder = dense_family(config).decoder(config)
-    return [t for t in PAIRS[config["model_type"]] if TARGETS[t].refusal(decoder) is None]
+    found = []
+    for target in DENSE[config["model_type"]].targets:
+        try:
+            choose(config, target, None)
+        except UpcycleError:
+            continue
+        found.append(target)
+    return found
 
 
 def converted(
@@ -279,10 +258,11 @@ def converted(
     recipe: Recipe,
     **settings: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
-    decoder = dense_family(config).decoder(config)
+    family = choose(config, target, recipe.routing, layers=recipe.layers)
+    row = family.target
     options = {"untie_embeddings": False, "dtype": None} | settings
-    resolved = recipe.resolve(TARGETS[target].routings[0])
-    return moe_config(config, decoder, TARGETS[target], resolved, **options)
+    resolved = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
+    return moe_config(config, family.dense, row, resolved, family.layers, **options)
 
 
 @pytest.mark.parametrize("config", [*MEANINGS, *RELEASED])
@@ -294,73 +274,82 @@ def test_the_moe_means_what_the_dense_model_meant(config: dict[str, Any]) -> Non
         assert meaning(transformers_config(moe)) == dense, target
 
 
-EXPLICIT = {
-    "architectures",
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_dropout",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "router_aux_loss_coef",
-    "output_router_logits",
-    "num_experts_per_tok",
-}
-WINDOW = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-SPARSE = {"num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"} | {
-    "mlp_only_layers"
-}
-OWN = {
-    "mixtral": {"sliding_window", "num_local_experts", "router_jitter_noise"},
-    "qwen2_moe": WINDOW | SPARSE | {"qkv_bias", "shared_expert_intermediate_size"},
-    "qwen3_moe": WINDOW | SPARSE | {"attention_bias"},
-}
-
-
-@pytest.mark.parametrize(("model_type", "target"), ALL_PAIRS)
-def test_every_key_is_written_even_from_an_empty_config(model_type: str, target: str) -> None:
-    moe = converted({"model_type": model_type}, target, make_recipe("E4G2T4"))
-    assert moe.keys() == EXPLICIT | OWN[target]
-    assert moe["architectures"] == [TARGETS[target].architecture]
+@pytest.mark.parametrize("target", DENSE["llama"].targets)
+def test_the_moe_of_an_empty_config_leaves_nothing_to_the_targets_defaults(target: str) -> None:
+    """Every key that both model types have is written, whatever it is."""
+    moe = converted({"model_type": "llama"}, target, make_recipe("E4G2T4"))
+    ours, theirs = (transformers_config({"model_type": name}) for name in ("llama", target))
+    shared = (ours.to_dict().keys() & theirs.to_dict().keys()) - NOT_READ
+    assert shared <= moe.keys()
+    assert moe["architectures"] == [NATIVE[target].architecture]
     assert transformers_config(moe).model_type == target
 
 
-@pytest.mark.parametrize(("model_type", "target"), ALL_PAIRS)
-def test_the_recipe_is_in_the_config(model_type: str, target: str) -> None:
-    config = tiny_config(model_type)
-    for routing in TARGETS[target].routings:
+NOT_READ = {
+    # by a forward pass; or what transformers writes by itself
+    *("use_cache", "initializer_range", "dtype", "transformers_version", "rope_parameters"),
+    *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "return_dict"),
+    *("is_encoder_decoder", "output_attentions", "output_hidden_states", "_name_or_path"),
+    *("architectures", "model_type", "pretraining_tp"),
+}
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_the_recipe_is_in_the_config(target: str) -> None:
+    row = NATIVE[target]
+    model_type = next(name for name, family in DENSE.items() if target in family.targets)
+    config = {"model_type": model_type, **MODEL_SIZES[model_type]}
+    for routing in row.routings:
         recipe = make_recipe("E4G3T6", routing)
-        theirs = transformers_config(converted(config, target, recipe))
-        assert theirs.num_experts == 12
+        moe = converted(config, target, recipe)
+        # Infinity as transformers writes it, which it reads from a file only.
+        theirs = transformers_config({k: v for k, v in moe.items() if k != "time_step_limit"})
+        assert getattr(theirs, row.keys.num_experts) == 12
         assert theirs.num_experts_per_tok == 6
-        inner = theirs.intermediate_size if target == "mixtral" else theirs.moe_intermediate_size
-        assert inner == 12 // 3
-        if target != "mixtral":
+        assert getattr(theirs, row.keys.expert_size) == 48 // 3
+        assert row.routing(moe) is routing
+        if row.keys.scale is not None:
+            assert getattr(theirs, row.keys.scale) == 3.0
+        if target in ("qwen2_moe", "qwen3_moe"):
             assert theirs.norm_topk_prob == (routing is Routing.TOPK_SOFTMAX)
-            assert theirs.intermediate_size == 12
-        assert config_routing(converted(config, target, recipe), TARGETS[target]) is routing
         # What generation and serving expect, and the paper's coefficient for whoever trains.
-        assert theirs.output_router_logits is False
-        assert theirs.router_aux_loss_coef == 0.01
+        assert getattr(theirs, "output_router_logits", False) is False
+        assert getattr(theirs, "router_aux_loss_coef", 0.01) == 0.01
+
+
+def test_the_recipe_is_in_the_config_of_shipped_code() -> None:
+    for routing in Routing:
+        config = {"model_type": "olmo2", **MODEL_SIZES["olmo2"]}
+        moe = converted(config, SHIPPED, make_recipe("E4G3T6", routing))
+        assert moe["model_type"] == "upcycled_olmo2"
+        assert (moe["num_experts"], moe["num_experts_per_tok"]) == (12, 6)
+        assert (moe["intermediate_size"], moe["moe_intermediate_size"]) == (48, 16)
+        assert (moe["routing"], moe["moe_layers"]) == (routing, [0, 1])
+        c = 4 * 3**2 / 6 if routing is Routing.SOFTMAX_TOPK else 3
+        assert moe["routed_scaling_factor"] == c
 
 
 def test_routing_of_a_config_that_does_not_say() -> None:
-    for name, target in TARGETS.items():
-        routing = config_routing({}, target)
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        routing = NATIVE[name].routing({})
         renormalises = getattr(transformers_config({"model_type": name}), "norm_topk_prob", True)
         assert (routing is Routing.TOPK_SOFTMAX) == renormalises
+
+
+def test_a_routing_that_is_none() -> None:
+    with pytest.raises(ValueError, match="norm_topk_prob must be True or False, not 1"):
+        NATIVE["qwen3_moe"].routing({"norm_topk_prob": 1})
+    with pytest.raises(ValueError, match="norm_topk_prob must be True, not False"):
+        NATIVE["glm4_moe"].routing({"norm_topk_prob": False})
+
+
+@pytest.mark.parametrize("alias", NATIVE["glm4_moe"].keys.aliases)
+def test_other_names_of_the_number_of_experts_are_dropped(alias: str) -> None:
+    """An alias in the source would undo what is written."""
+    config = tiny_config("llama", **{alias: 0})
+    moe = converted(config, "glm4_moe", make_recipe("E2G1T1"))
+    assert moe["n_routed_experts"] == 2
+    assert alias not in moe
 
 
 def test_what_is_not_ours_survives_and_what_is_another_models_does_not() -> None:
@@ -435,85 +424,6 @@ def test_options_are_in_the_config() -> None:
     assert (cast["dtype"], cast["torch_dtype"]) == ("float16", "float16")
 
 
-# Its tensors -------------------------------------------------------------------------------------
-
-RELEASED_NAMES = {
-    # What a transformers-5 module calls its weights, and the released checkpoints.
-    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
-    "qwen2_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
-    "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
-}
-
-
-def per_expert(shapes: Mapping[str, tuple[int, ...]], target: str) -> dict[str, tuple[int, ...]]:
-    """Translate transformers' fused names and shapes into those of the released checkpoints."""
-    block, matrices = RELEASED_NAMES[target]
-    result: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        match = re.fullmatch(r"(model\.layers\.\d+)\.mlp\.(experts\..*|gate\.weight)", name)
-        if match is None:
-            result[name] = shape
-            continue
-        prefix, rest = f"{match[1]}.{block}", match[2]
-        if rest == "gate.weight":
-            result[f"{prefix}.gate.weight"] = shape
-            continue
-        for expert in range(shape[0]):
-            where = f"{prefix}.experts.{expert}"
-            if rest == "experts.gate_up_proj":
-                half = (shape[1] // 2, shape[2])
-                result[f"{where}.{matrices['gate']}.weight"] = half
-                result[f"{where}.{matrices['up']}.weight"] = half
-            else:
-                assert rest == "experts.down_proj"
-                result[f"{where}.{matrices['down']}.weight"] = shape[1:]
-    return result
-
-
-def expected_shapes(
-    config: Mapping[str, Any], target: str, name: str, layout: ExpertLayout
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """What the family expects, and what transformers' model has."""
-    moe = converted(config, target, make_recipe(name))
-    decoder = dense_family(config).decoder(config)
-    ours = expected(decoder, moe, TARGETS[target], layout)
-    theirs = model_shapes(moe)
-    return ours, theirs if layout is ExpertLayout.FUSED else per_expert(theirs, target)
-
-
-@pytest.mark.parametrize("layout", list(ExpertLayout))
-@pytest.mark.parametrize("name", ["E2G1T1", "E2G3T6", "E3G4T4"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("model_type", "target"), ALL_PAIRS)
-def test_expected_tensors_are_those_of_transformers(
-    model_type: str,
-    target: str,
-    name: str,
-    layout: ExpertLayout,
-    *,
-    tied: bool,
-) -> None:
-    config = tiny_config(model_type, tie_word_embeddings=tied)
-    ours, theirs = expected_shapes(config, target, name, layout)
-    assert ours == theirs
-
-
-@pytest.mark.parametrize("config", MEANINGS)
-def test_expected_tensors_of_every_kind_of_config(config: dict[str, Any]) -> None:
-    for target in convertible(config):
-        ours, theirs = expected_shapes(config, target, "E2G2T2", ExpertLayout.PER_EXPERT)
-        assert ours == theirs, target
-
-
-@pytest.mark.parametrize("layout", list(ExpertLayout))
-@pytest.mark.parametrize("name", BIG)
-def test_expected_tensors_at_full_size(name: str, layout: ExpertLayout) -> None:
-    config = {**big_config(name), "num_hidden_layers": 2}
-    for target in convertible(config):
-        ours, theirs = expected_shapes(config, target, "E8G8T8", layout)
-        assert ours == theirs, target
-
-
 # Which target ------------------------------------------------------------------------------------
 
 
@@ -523,35 +433,43 @@ def test_expected_tensors_at_full_size(name: str, layout: ExpertLayout) -> None:
         ("llama", None, "mixtral"),
         ("llama", Routing.TOPK_SOFTMAX, "mixtral"),
         ("llama", Routing.SOFTMAX_TOPK, "qwen2_moe"),
+        ("llama", Routing.SIGMOID_TOPK, "glm4_moe"),
         ("mistral", None, "mixtral"),
-        ("mistral", Routing.SOFTMAX_TOPK, "qwen2_moe"),
+        ("mistral", Routing.SIGMOID_TOPK, SHIPPED),
         ("qwen2", None, "qwen2_moe"),
-        ("qwen2", Routing.TOPK_SOFTMAX, "qwen2_moe"),
-        ("qwen3", None, "qwen3_moe"),
+        ("qwen2", Routing.SIGMOID_TOPK, "glm4_moe"),
         ("qwen3", Routing.SOFTMAX_TOPK, "qwen3_moe"),
+        ("olmo2", None, SHIPPED),
+        ("nemotron", Routing.SOFTMAX_TOPK, SHIPPED),
+        ("nemotron_h", None, "nemotron_h"),
     ],
 )
 def test_auto_takes_the_first_that_can(
     model_type: str, routing: Routing | None, target: str
 ) -> None:
-    family = choose(tiny_config(model_type), "auto", routing)
-    assert family.target is TARGETS[target]
-    assert family.dense is DENSE[model_type]
-    assert family.decoder == DENSE[model_type].decoder(tiny_config(model_type))
+    config = {"model_type": model_type, **MODEL_SIZES[model_type], "sliding_window": 8}
+    family = choose(config, "auto", routing)
+    wanted = f"upcycled_{model_type}" if target == SHIPPED else target
+    assert family.target.model_type == wanted
+    assert family.dense == read_dense(DENSE[model_type], config)
+    assert choose(config, target, routing).target.model_type == wanted
 
 
-@pytest.mark.parametrize(("model_type", "target"), ALL_PAIRS)
-def test_a_target_may_be_named(model_type: str, target: str) -> None:
-    assert choose(tiny_config(model_type), target, None).target is TARGETS[target]
+def test_targets_in_the_order_of_what_reads_them() -> None:
+    assert targets_of(DENSE["llama"]) == ("mixtral", "qwen2_moe", "glm4_moe", SHIPPED)
+    assert targets_of(DENSE["nemotron"]) == (SHIPPED,)
+    assert targets_of(DENSE["nemotron_h"]) == ("nemotron_h",)
 
 
 def test_the_default_routing_is_that_of_the_released_models() -> None:
     """Every engine implements that one; see the norm_topk_prob of each."""
-    defaults = {name: target.routings[0] for name, target in TARGETS.items()}
+    defaults = {name: target.routings[0] for name, target in NATIVE.items()}
     assert defaults == {
         "mixtral": Routing.TOPK_SOFTMAX,
         "qwen2_moe": Routing.SOFTMAX_TOPK,
         "qwen3_moe": Routing.TOPK_SOFTMAX,
+        "glm4_moe": Routing.SIGMOID_TOPK,
+        "nemotron_h": Routing.SIGMOID_TOPK,
     }
 
 
@@ -566,46 +484,81 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             tiny_config("llama"),
             "gpt_moe",
             None,
-            "'gpt_moe' is not a target.",
-            "llama can become mixtral or qwen2_moe.",
+            "--target 'gpt_moe' is not a target.",
+            "llama can become mixtral or qwen2_moe or glm4_moe or upcycled.",
         ),
         (
             tiny_config("qwen2"),
             "mixtral",
             None,
             "qwen2 cannot become mixtral.",
-            "It can become qwen2_moe.",
+            "It can become qwen2_moe or glm4_moe or upcycled.",
         ),
         (
             tiny_config("llama"),
             "mixtral",
             Routing.SOFTMAX_TOPK,
             "mixtral cannot express this model: it has no softmax-topk routing.",
-            "qwen2_moe can: pass --target qwen2_moe.",
+            "qwen2_moe or upcycled can: pass --target qwen2_moe.",
+        ),
+        *(
+            (
+                tiny_config("llama", **BIASED),
+                target,
+                None,
+                f"{target} cannot express this model: attention_bias is true, and its o_proj has "
+                "no bias.",
+                "upcycled can: pass --target upcycled.",
+            )
+            for target in ("mixtral", "qwen2_moe", "glm4_moe")
+        ),
+        *(
+            (
+                tiny_config("llama", mlp_bias=True),
+                target,
+                None,
+                f"{target} cannot express this model: mlp_bias is true, and its experts have no "
+                "bias.",
+                "upcycled can: pass --target upcycled.",
+            )
+            for target in ("mixtral", "qwen2_moe", "glm4_moe")
         ),
         (
-            tiny_config("llama", **BIASED),
+            {"model_type": "nemotron_h", **MODEL_SIZES["nemotron_h"], "mlp_bias": True},
             "auto",
             None,
-            "mixtral cannot express this model: attention_bias is true, and its o_proj has no "
-            "bias. qwen2_moe cannot express this model: attention_bias is true, and its o_proj "
-            "has no bias.",
+            "nemotron_h cannot express this model: mlp_bias is true, and its experts have no bias.",
             "No target can yet.",
         ),
         (
-            tiny_config("llama", mlp_bias=True),
-            "qwen2_moe",
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M*M"},
+            "auto",
             None,
-            "qwen2_moe cannot express this model: mlp_bias is true, and its experts have no bias.",
+            "nemotron_h cannot express this model: it has no layer with a dense MLP.",
+            "No target can yet.",
+        ),
+        (
+            {"model_type": "nemotron_h", **MODEL_SIZES["nemotron_h"]},
+            "auto",
+            Routing.TOPK_SOFTMAX,
+            "nemotron_h cannot express this model: it has no topk-softmax routing.",
             "No target can yet.",
         ),
         (
             tiny_config("qwen3", **MIXED),
-            "auto",
+            "qwen3_moe",
             None,
             "qwen3_moe cannot express this model: only some layers slide (layer_types), and its "
             "layers all attend alike.",
-            "No target can yet.",
+            "upcycled can: pass --target upcycled.",
+        ),
+        (
+            tiny_config("qwen3", **MIXED),
+            "glm4_moe",
+            None,
+            "glm4_moe cannot express this model: some layers have a window, and its layers see "
+            "all.",
+            "upcycled can: pass --target upcycled.",
         ),
     ],
 )
@@ -616,6 +569,18 @@ def test_refusals(
         choose(config, target, routing)
     assert caught.value.message == message
     assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config("llama", **BIASED),
+        tiny_config("llama", mlp_bias=True),
+        tiny_config("qwen3", **MIXED),
+    ],
+)
+def test_what_no_architecture_can_express_gets_code_of_its_own(config: dict[str, Any]) -> None:
+    assert choose(config, "auto", None).target.ships_code
 
 
 @pytest.mark.parametrize(
@@ -665,12 +630,165 @@ def test_models_that_are_not_dense_ones(config: dict[str, Any], message: str) ->
 def test_settings_that_mean_nothing(model_type: str, changes: dict[str, Any], message: str) -> None:
     config = tiny_config(model_type, **changes)
     with pytest.raises(UpcycleError, match=re.escape(message)):
-        dense_family(config).decoder(config)
+        dense_model(config)
+
+
+# Which layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        (None, (1, 3, 4, 5, 7)),
+        ("3", (3,)),
+        ("0-4", (1, 3, 4)),
+        ("4-", (4, 5, 7)),
+        ("1,5,7", (1, 5, 7)),
+        (" 7 , 1 ,1", (1, 7)),
+        ("every:1", (1, 3, 4, 5, 7)),
+        ("every:2", (1, 4, 7)),
+        ("every:9", (1,)),
+    ],
+)
+def test_a_choice_of_layers(text: str | None, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text, (1, 3, 4, 5, 7), 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not a choice of layers."),
+        ("all", "'all' is not a choice of layers."),
+        ("-3", "'-3' is not a choice of layers."),
+        ("1;2", "'1;2' is not a choice of layers."),
+        ("1,,2", "'1,,2' is not a choice of layers."),
+        ("every:0", "'every:0' is not a choice of layers."),
+        ("9999999", "'9999999' is not a choice of layers."),
+        ("8", "there are no layers 8: the model has layers 0 to 7."),
+        ("3-8", "there are no layers 3-8: the model has layers 0 to 7."),
+        ("5-3", "there are no layers 5-3: the model has layers 0 to 7."),
+        ("0", "layer 0 has no dense MLP to make experts of."),
+        ("1,6", "layer 6 has no dense MLP to make experts of."),
+    ],
+)
+def test_no_choice_of_layers(text: str, message: str) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        parse_layers(text, (1, 3, 4, 5, 7), 8)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+def test_layers_in_words() -> None:
+    assert listed((0, 2, 4, 5, 6, 9)) == "0, 2, 4-6, 9"
+    assert listed(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "layers", "said"),
+    [
+        ("llama", "qwen2_moe", "1-2", {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
+        ("qwen3", "qwen3_moe", "every:2", {"mlp_only_layers": [1, 3], "decoder_sparse_step": 1}),
+        ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
+        ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
+        (
+            "nemotron_h",
+            "nemotron_h",
+            "3",
+            {
+                "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+                "hybrid_override_pattern": "M-*E",
+            },
+        ),
+        ("olmo2", SHIPPED, "0,3", {"moe_layers": [0, 3]}),
+        ("nemotron", SHIPPED, "1", {"moe_layers": [1]}),
+    ],
+)
+def test_layers_that_stay_dense(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    model_type: str,
+    target: str,
+    layers: str | None,
+    said: dict[str, Any],
+) -> None:
+    sizes: dict[str, Any] = {} if model_type == "nemotron_h" else {"num_hidden_layers": 4}
+    dense = make_dense(model_type, **sizes)
+    exact = Routing.TOPK_SOFTMAX
+    routing = exact if target in (SHIPPED, "qwen2_moe") else None
+    recipe = make_recipe("E2G2T2", routing, layers=layers)
+    done = convert(dense, tmp_path / "moe", recipe, target=target)
+    config = read_json(tmp_path / "moe" / "config.json")
+    assert {key: config[key] for key in said} == said
+    found = inspect(tmp_path / "moe")
+    assert found.moe_layers == done.plan.family.layers
+    ids = random_ids()
+    wanted, got = (logits(path, ids, torch.float32) for path in (dense, tmp_path / "moe"))
+    assert difference(got, wanted) < 1e-4
+    assert verify(dense, tmp_path / "moe").passed
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "message"),
+    [
+        (
+            "mixtral",
+            "1",
+            "mixtral cannot express this model: all its layers are mixtures of experts.",
+        ),
+        (
+            "glm4_moe",
+            "0",
+            "glm4_moe cannot express this model: its dense layers can only be the first ones "
+            "(first_k_dense_replace).",
+        ),
+        (
+            "glm4_moe",
+            "every:2",
+            "glm4_moe cannot express this model: its dense layers can only be the first ones "
+            "(first_k_dense_replace).",
+        ),
+    ],
+)
+def test_layers_that_a_target_cannot_leave_dense(target: str, layers: str, message: str) -> None:
+    config = tiny_config("llama", num_hidden_layers=4)
+    with pytest.raises(UpcycleError) as caught:
+        choose(config, target, None, layers=layers)
+    assert caught.value.message == message
+    # Auto takes the next one.
+    assert choose(config, "auto", None, layers=layers).target.model_type == "qwen2_moe"
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "message"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen2_moe", {"mlp_only_layers": "0"}, "mlp_only_layers is '0'"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4"),
+        ("glm4_moe", {"first_k_dense_replace": True}, "first_k_dense_replace is True"),
+        ("nemotron_h", {"hybrid_override_pattern": "M?"}, "hybrid_override_pattern is 'M?'"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type is"),
+    ],
+)
+def test_layers_that_a_config_cannot_mean(
+    target: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NATIVE[target].moe_layers({"layers_block_type": None, **config}, 4)
+
+
+def test_a_hybrid_is_dense_or_not_by_its_layers() -> None:
+    dense = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-"}
+    moe = dense | {"hybrid_override_pattern": "M-*E"}
+    assert (is_moe(dense), is_target(dense)) == (False, False)
+    assert (is_moe(moe), is_target(moe)) == (True, True)
+    with pytest.raises(UpcycleError, match="a mixture of experts already"):
+        dense_family(moe)
 
 
 # Engines -----------------------------------------------------------------------------------------
 
 RUNS, WRONG = Support.RUNS, Support.WRONG
+ENGINE_TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @pytest.mark.parametrize(
@@ -743,7 +861,7 @@ def test_a_tied_head_stops_some_engines_for_qwen2_moe_only(name: str) -> None:
         (target, tied): {
             engine.support
             for engine in engines(
-                target, TARGETS[target].routings[0], tied=tied, fused=False, plain_attention=True
+                target, NATIVE[target].routings[0], tied=tied, fused=False, plain_attention=True
             )
             if engine.name == name
         }
@@ -762,9 +880,46 @@ def test_a_tied_head_stops_some_engines_for_qwen2_moe_only(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "routing"),
-    [(name, routing) for name, target in TARGETS.items() for routing in target.routings],
+    [
+        (name, routing)
+        for name, target in NATIVE.items()
+        if name in ENGINE_TARGETS
+        for routing in target.routings
+    ],
 )
 def test_transformers_runs_everything(target: str, routing: Routing) -> None:
     for tied, fused in ((False, False), (True, True)):
         found = engines(target, routing, tied=tied, fused=fused, plain_attention=True)
         assert found[0] == Engine("transformers", RUNS)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "found"),
+    [
+        ("qwen3_moe", "vLLM", [RUNS]),
+        ("qwen3_moe", "llama.cpp", [Support.REFUSES]),
+        ("qwen2_moe", "vLLM", []),  # was not tried
+        ("glm4_moe", "MLX", [RUNS]),
+        ("upcycled_nemotron", "vLLM", [RUNS]),
+        ("nemotron_h", "llama.cpp", [Support.REFUSES]),
+    ],
+)
+def test_what_keeps_some_dense_layers(target: str, name: str, found: list[Support]) -> None:
+    routing = Routing.SIGMOID_TOPK if target == "glm4_moe" else Routing.TOPK_SOFTMAX
+    listed = engines(
+        target, routing, tied=False, fused=False, plain_attention=True, every_layer=False
+    )
+    assert [engine.support for engine in listed if engine.name == name] == found
+
+
+def test_a_head_that_an_engine_gets_wrong_in_silence() -> None:
+    settings = {"fused": False, "plain_attention": True}
+    for every_layer in (True, False):
+        tied, untied = (
+            engines(
+                "glm4_moe", Routing.SIGMOID_TOPK, tied=tied, every_layer=every_layer, **settings
+            )
+            for tied in (True, False)
+        )
+        assert Engine("vLLM", Support.UNTIED_OR_WRONG) in tied
+        assert Engine("vLLM", RUNS) in untied

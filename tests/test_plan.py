@@ -14,16 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config, write_hollow
+from shapes import (
+    BIG,
+    PAIRS,
+    big_config,
+    make_recipe,
+    moe_shapes,
+    tensor_shapes,
+    tiny_config,
+    write_hollow,
+)
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.expr import Cast, Normal, Repeat, Scale, Slice, Source, Stack, leaves, type_of
-from upcycle_cli.families import PAIRS, TARGETS
-from upcycle_cli.families.target import ExpertLayout, expected
-from upcycle_cli.outputs import Role
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Promise, Routing
+from upcycle_cli.tensors import Role
 
 OpenBig = Callable[[str], Checkpoint]
 Make = Callable[..., Plan]
@@ -207,9 +215,7 @@ def test_planned_types_are_the_expected_ones(
         options = Options(expert_layout=layout)
         plan = build_plan(make_recipe("E4G2T4"), source, target=target, options=options)
         tensors = list(plan.tensors)
-        assert {t.name: t.shape for t in tensors} == expected(
-            plan.family.decoder, plan.config, TARGETS[target], layout
-        )
+        assert {t.name: t.shape for t in tensors} == moe_shapes(plan.config, layout)
         assert len({t.name for t in tensors}) == len(tensors)
         for tensor in tensors:
             kind = type_of(tensor.expr)
@@ -239,8 +245,9 @@ def test_where_the_parts_of_the_mlp_go(make: Make) -> None:
             assert tensors[f"{expert}.w1.weight"].expr == Slice(gate, 0, start, stop)
             assert tensors[f"{expert}.w3.weight"].expr == Scale(Slice(up, 0, start, stop), 2.0)
             assert tensors[f"{expert}.w2.weight"].expr == Scale(Slice(down, 1, start, stop), 1.5)
-            roles = [tensors[f"{expert}.{w}.weight"].role for w in ("w1", "w3", "w2")]
-            assert roles == [Role.GATE, Role.UP, Role.DOWN]
+            made = [tensors[f"{expert}.{w}.weight"] for w in ("w1", "w3", "w2")]
+            assert {tensor.role for tensor in made} == {Role.EXPERT}
+            assert [tensor.holds for tensor in made] == [("gate",), ("up",), ("down",)]
             assert tensors[f"{expert}.w1.weight"].layer == 1
             assert tensors[f"{expert}.w1.weight"].expert == group * 3 + shard
 
@@ -302,8 +309,7 @@ def test_fused_experts_are_stacks_of_the_same_parts(make: Make) -> None:
 def test_copies_are_equal_expressions(make: Make) -> None:
     """So the writer computes each once, however many experts there are."""
     few, many = make("llama", "E2G3T3"), make("llama", "E16G3T3")
-    roles = {Role.GATE, Role.UP, Role.DOWN}
-    unique = [{t.expr for t in plan.tensors if t.role in roles} for plan in (few, many)]
+    unique = [{t.expr for t in plan.tensors if t.role is Role.EXPERT} for plan in (few, many)]
     assert unique[0] == unique[1]
     assert len(unique[0]) == 2 * 3 * 3  # layers, matrices, shards
 
@@ -645,3 +651,44 @@ def test_the_plan_fills_in_what_the_recipe_leaves_open(make: Make) -> None:
     assert plan.factors.c == 4  # E·G²/T
     assert plan.config["norm_topk_prob"] is False
     assert make("llama", "E4G2T4").promise is Promise.EXACT
+
+
+# A model type whose tensors nobody has listed ----------------------------------------------------
+
+
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle_cli.families.dense.knows_tensors", lambda _: False)
+
+
+@pytest.mark.usefixtures("unlisted")
+def test_a_row_alone_is_enough(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make("llama")
+    monkeypatch.undo()
+    assert [repr(t) for t in plan.tensors] == [repr(t) for t in make("llama").tensors]
+
+
+@pytest.mark.usefixtures("unlisted")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.layers.1.self_attn.q_norm.weight": (4,)}, "unknown tensor model.layers.1.self"),
+        ({"model.layers.1.self_attn.q_proj.weight": None}, "lacks model.layers.1.self_attn.q_proj"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, "lacks model.layers.1.mlp.up_proj.weight"),
+        ({"model.layers.0.mlp.up_proj.weight": (12, 9)}, "but config.json implies [12, 8]"),
+        ({"model.layers.1.self_attn.q_proj.weight": (9, 8)}, "but config.json implies [8, 8]"),
+        ({"model.layers.2.self_attn.q_proj.weight": (8, 8)}, "unknown tensor model.layers.2.self"),
+        ({"model.embed_tokens.weight": None}, "lacks model.embed_tokens.weight"),
+        ({"model.embed_tokens.weight": (12, 8)}, "but config.json implies [11, 8]"),
+    ],
+)
+def test_every_layer_has_the_tensors_of_the_first(
+    tmp_path: Path, change: dict[str, tuple[int, ...] | None], words: str
+) -> None:
+    config = tiny_config("llama")
+    shapes = {**tensor_shapes(config), **change}
+    held = {name: shape for name, shape in shapes.items() if shape is not None}
+    source = open_checkpoint(write_hollow(tmp_path / "dense", config, shapes=held))
+    with pytest.raises(UpcycleError) as caught:
+        build_plan(make_recipe("E2G2T2"), source)
+    assert words in str(caught.value)

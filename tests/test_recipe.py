@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.recipe import (
     DEFAULT_LOGIT_STD,
     Factors,
+    MlpKind,
     Promise,
     Routing,
     ScaleSplit,
@@ -23,7 +25,8 @@ from upcycle_cli.recipe import (
     parse_recipe_name,
 )
 
-SOFTMAX_TOPK, TOPK_SOFTMAX = Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX
+SOFTMAX_TOPK, TOPK_SOFTMAX, SIGMOID_TOPK = Routing
+RELU2 = MlpKind(gated=False, degree=2)
 
 # The notation ------------------------------------------------------------------------------------
 
@@ -165,12 +168,23 @@ def test_resolving_fills_in_what_is_absent(default: Routing) -> None:
 
 def test_resolving_keeps_what_is_given() -> None:
     recipe = make_recipe("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.5)
-    assert recipe.resolve(TOPK_SOFTMAX) == recipe
+    resolved = recipe.resolve(TOPK_SOFTMAX)
+    assert resolved == replace(recipe, scale_split=ScaleSplit.BALANCED)
+
+
+def test_the_factor_goes_where_the_target_has_a_place_for_it() -> None:
+    recipe = make_recipe("E8G8T8", SIGMOID_TOPK)
+    assert recipe.resolve(SIGMOID_TOPK).scale_split is ScaleSplit.BALANCED
+    in_config = recipe.resolve(SIGMOID_TOPK, scales_in_config=True)
+    assert in_config.scale_split is ScaleSplit.CONFIG
+    assert in_config.factors() == Factors(c=8.0, gate=1.0, up=1.0, down=1.0, config=8.0)
+    down = replace(recipe, scale_split=ScaleSplit.DOWN)
+    assert down.resolve(SIGMOID_TOPK, scales_in_config=True).scale_split is ScaleSplit.DOWN
 
 
 def test_the_default_deviations() -> None:
     # Any router is exact for gates that sum to 1; the others must be nearly equal.
-    assert DEFAULT_LOGIT_STD == {SOFTMAX_TOPK: 0.001, TOPK_SOFTMAX: 1.0}
+    assert DEFAULT_LOGIT_STD == {SOFTMAX_TOPK: 0.001, TOPK_SOFTMAX: 1.0, SIGMOID_TOPK: 1.0}
 
 
 def test_factors_need_a_routing() -> None:
@@ -216,7 +230,7 @@ def test_golden_values_of_the_paper(name: str, routing: Routing, c: float, paper
 def test_exact_factors(name: str, routing: Routing, c: float, up: float, down: float) -> None:
     factors = make_recipe(name, routing).factors()
     assert factors == Factors(c=c, gate=1.0, up=up, down=down)
-    assert factors.function_preserving
+    assert factors.preserve()
     assert factors.lossless == (c in {1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0})
     all_down = make_recipe(name, routing, scale_split=ScaleSplit.DOWN).factors()
     assert all_down == Factors(c=c, gate=1.0, up=1.0, down=c)
@@ -228,7 +242,7 @@ def test_no_scaling(routing: Routing) -> None:
     assert (factors.gate, factors.up, factors.down) == (1.0, 1.0, 1.0)
     assert factors.c == (64.0 if routing is SOFTMAX_TOPK else 8.0)
     assert factors.lossless
-    assert not factors.function_preserving
+    assert not factors.preserve()
 
 
 def test_a_scale_of_ones_own_is_split_by_the_exact_rule() -> None:
@@ -240,9 +254,10 @@ def test_a_scale_of_ones_own_is_split_by_the_exact_rule() -> None:
 @pytest.mark.parametrize("name", ["E2G2T4", "E4G3T12", "E1G5T5", "E8G1T8"])
 def test_with_every_expert_chosen_both_routings_agree(name: str) -> None:
     # The softmax over all experts is then the softmax over the chosen ones.
-    one, other = (make_recipe(name, routing) for routing in Routing)
-    assert one.factors() == other.factors()
-    assert one.promise() is other.promise() is Promise.EXACT
+    one, *others = (make_recipe(name, routing) for routing in Routing)
+    for other in others:
+        assert one.factors() == other.factors()
+        assert one.promise() is other.promise() is Promise.EXACT
 
 
 SIZES = st.integers(1, 64)
@@ -271,7 +286,7 @@ def test_any_scale_of_at_least_one_has_factors_of_at_least_one(c: float) -> None
     factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=c).factors()
     assert factors.up >= 1
     assert factors.down >= 1
-    assert factors.function_preserving
+    assert factors.preserve()
 
 
 @given(exponent=st.integers(-30, 60))
@@ -296,7 +311,7 @@ def test_one_factor_that_rounds_is_not_lossless(factor: float) -> None:
 def test_a_gate_that_is_scaled_is_another_function(
     gate: float, up: float, down: float, *, preserving: bool
 ) -> None:
-    assert Factors(c=4.0, gate=gate, up=up, down=down).function_preserving == preserving
+    assert Factors(c=4.0, gate=gate, up=up, down=down).preserve() == preserving
 
 
 def is_power_of_two(value: float) -> bool:
@@ -304,6 +319,75 @@ def is_power_of_two(value: float) -> bool:
     while value > 1:
         value /= 2
     return value == 1
+
+
+# Other MLPs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "c", "paper", "exact"),
+    [
+        ("E8G8T8", 64.0, 4.0, (4.0, 4.0)),  # the paper's own case, in which both are the same
+        ("E8G1T2", 4.0, 1.5874, (2.0, 1.0)),
+        ("E2G1T1", 2.0, 1.2599, (1.0, 2.0)),
+        ("E3G1T1", 3.0, 1.4422, (1.4422, 1.4422)),  # no powers of two make it
+    ],
+)
+def test_golden_factors_of_a_squared_relu(
+    name: str, c: float, paper: float, exact: tuple[float, float]
+) -> None:
+    factors = make_recipe(name, SOFTMAX_TOPK, scaling=Scaling.PAPER).factors(RELU2)
+    assert (factors.c, factors.gate) == (c, 1.0)
+    assert (round(factors.up, 4), round(factors.down, 4)) == (paper, paper)
+    assert factors.preserve(RELU2)
+    assert not factors.preserve() or c == 1  # a gated one is linear in up
+    factors = make_recipe(name, SOFTMAX_TOPK).factors(RELU2)
+    assert (round(factors.up, 4), round(factors.down, 4)) == exact
+    assert factors.preserve(RELU2)
+
+
+@given(exponent=st.integers(0, 30), degree=st.integers(0, 2))
+def test_powers_of_two_are_lossless_for_every_kind(exponent: int, degree: int) -> None:
+    kind = MlpKind(gated=False, degree=degree)
+    factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=2.0**exponent).factors(kind)
+    assert factors.lossless
+    assert factors.preserve(kind)
+    assert min(factors.up, factors.down) >= 1
+    if degree:
+        assert 1 / 4 < factors.up / factors.down < 4
+
+
+def test_an_activation_of_no_degree_leaves_up_alone() -> None:
+    gelu = MlpKind(gated=False, degree=0)
+    exact = make_recipe("E8G8T8", TOPK_SOFTMAX)
+    assert exact.factors(gelu) == Factors(c=8.0, gate=1.0, up=1.0, down=8.0)
+    assert exact.promise(gelu) is Promise.EXACT
+    paper = replace(exact, scaling=Scaling.PAPER)
+    assert paper.factors(gelu).up == paper.factors(gelu).down == math.sqrt(8)
+    assert paper.promise(gelu) is Promise.NONE
+
+
+@pytest.mark.parametrize("kind", [RELU2, MlpKind(gated=False, degree=1)])
+def test_the_papers_scaling_is_exact_where_everything_scales(kind: MlpKind) -> None:
+    recipe = make_recipe("E8G8T8", TOPK_SOFTMAX, scaling=Scaling.PAPER)
+    assert recipe.promise(kind) is Promise.EXACT
+    assert recipe.promise() is Promise.NONE
+
+
+@pytest.mark.parametrize(
+    ("routing", "settings", "factor"),
+    [
+        (TOPK_SOFTMAX, {}, 1.0),
+        (SIGMOID_TOPK, {"scale_split": ScaleSplit.CONFIG}, 1 / 8),
+        (SOFTMAX_TOPK, {}, 8.0),  # E·G/T
+        (SOFTMAX_TOPK, {"scaling": Scaling.PAPER}, 8.0),
+        (SOFTMAX_TOPK, {"scaling": Scaling.NONE}, 1.0),
+    ],
+)
+def test_a_down_bias_is_added_once_a_chosen_expert(
+    routing: Routing, settings: dict[str, Any], factor: float
+) -> None:
+    assert make_recipe("E8G8T8", routing, **settings).down_bias_factor(RELU2) == factor
 
 
 # Promises ----------------------------------------------------------------------------------------
@@ -322,11 +406,13 @@ def shard_weights(recipe: Recipe, logit_std: float, seed: int) -> list[float]:
         logits = [logit for logit in logits for _ in range(size)]
     chosen = sorted(range(recipe.num_experts), key=lambda e: -logits[e])[: recipe.top_k]
     pool = range(recipe.num_experts) if recipe.routing is SOFTMAX_TOPK else chosen
-    total = sum(math.exp(logits[e]) for e in pool)
+    sigmoid = recipe.routing is SIGMOID_TOPK
+    scores = [1 / (1 + math.exp(-logit)) if sigmoid else math.exp(logit) for logit in logits]
+    total = sum(scores[e] for e in pool)
     factors = recipe.factors()
     weights = [0.0] * size
     for expert in chosen:
-        gate = math.exp(logits[expert]) / total
+        gate = factors.config * scores[expert] / total
         weights[expert % size] += gate * factors.up * factors.down
     return weights
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import clone, read_json, snapshot, write_json
+from conftest import MakeDense, clone, read_json, snapshot, write_json
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.families.dense import ACTIVATIONS, ROPE_KINDS
+from upcycle_cli.advice import warnings
+from upcycle_cli.families.values import known_names
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 NESTED = {"model_type": "qwen2", "hidden_size": 8}
@@ -82,6 +83,22 @@ def test_what_sends_nobody_elsewhere(llama: Path, tmp_path: Path, changes: dict[
     add(dense, "notes.txt")
     add(dense, "scripts/train.py")
     assert convert(dense, tmp_path / "moe", RECIPE).published
+
+
+def test_code_that_transformers_has_had_since(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Of some model types the released models carry code; nobody runs it unless they trust it."""
+    code = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
+    dense = clone(make_dense("nemotron_h"), tmp_path / "dense", auto_map=code)
+    add(dense, "configuration_nemotron_h.py", "raise SystemExit(3)")
+    made = convert(dense, tmp_path / "moe", RECIPE, verify=True)
+    assert made.report is not None
+    assert made.report.passed
+    assert "auto_map" not in read_json(tmp_path / "moe" / "config.json")
+    assert not [path.name for path in (tmp_path / "moe").glob("*.py")]
+    assert any("auto_map" in warning for warning in warnings(made.plan))
+    # What sends loaders elsewhere in another way is refused all the same.
+    add(dense, "custom_generate/generate.py")
+    assert_refused(dense, tmp_path, "custom_generate/generate.py")
 
 
 # Links --------------------------------------------------------------------------------------------
@@ -198,7 +215,7 @@ SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"rope_parameters": YARN | {"factor": "4"}}, "factor '4'"),
     ({"rope_parameters": YARN | {"original_max_position_embeddings": -1}}, "embeddings -1"),
     ({"rope_parameters": YARN | {"rope_type": "longrope", "long_factor": [1, NAN]}}, "long_factor"),
-    ({"rope_parameters": YARN | {"rope_type": "yarrn"}}, "rope_type, one of default, linear"),
+    ({"rope_parameters": YARN | {"rope_type": "yarrn"}}, "rope_type, one of default, dynamic"),
     ({"num_hidden_layers": 10**18}, "num_hidden_layers must be at most"),
 )
 
@@ -210,5 +227,5 @@ def test_settings(llama: Path, tmp_path: Path, changes: dict[str, Any], words: s
 
 def test_the_names_are_those_of_transformers() -> None:
     with_weights = {"prelu", "xielu"}
-    assert {*ACTIVATIONS} == {*ACT2CLS} - with_weights
-    assert {*ROPE_KINDS} >= {*ROPE_INIT_FUNCTIONS} - {"proportional"}
+    assert {*known_names("activations")} == {*ACT2CLS} - with_weights
+    assert {*known_names("rope_kinds")} >= {*ROPE_INIT_FUNCTIONS} - {"proportional"}

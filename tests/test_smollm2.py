@@ -10,7 +10,7 @@ from smollm2 import make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Routing, Scaling
 from upcycle_cli.verification import CheckResult, Status
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import socket
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from engine_fixtures import (
@@ -27,10 +29,12 @@ from engine_fixtures import (
 )
 
 from upcycle_cli.conversion import execute
+from upcycle_cli.errors import ResumableError, UpcycleError
 from upcycle_cli.plan import Plan
 from upcycle_cli.team import Team
 from upcycle_cli.workspace import NOTE_SUFFIX, partial_of
 
+T = TypeVar("T")
 BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
 
 
@@ -97,6 +101,37 @@ def test_the_shares_are_all_shards_balanced(dense: Path, size: int) -> None:
     )
     loads = [sum(shard.nbytes for shard in share) for share in shares]
     assert max(loads) - min(loads) <= max(shard.nbytes for shard in plan.shards)
+
+
+class Pair(Team):
+    """Two ranks, of which the other one fails, or agrees with whatever this one has."""
+
+    def __init__(self, failure: UpcycleError | None) -> None:
+        super().__init__(rank=0, size=2)
+        self.failure = failure
+
+    def exchange(self, value: T) -> list[T]:
+        return [value, self.failure if value is None else value]  # type: ignore[list-item]
+
+
+def test_ranks_agree_on_values_of_their_own() -> None:
+    own = object()  # which no other rank ever gets
+    assert Team().agree(lambda: own) is own
+    assert Pair(None).agree(lambda: own) is own
+    assert Pair(None).gather(lambda: 7) == [7, 7]
+
+
+@pytest.mark.parametrize("kind", [UpcycleError, ResumableError])
+def test_what_one_rank_raises_is_raised_by_all(kind: type[UpcycleError]) -> None:
+    with pytest.raises(kind, match="rank 1: full") as found:
+        Pair(kind("full", "Free some.")).agree(lambda: 7)
+    assert found.value.hint == "Free some."
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    with pytest.raises(ResumableError, match="writing x failed: No space"):
+        Team().agree(fail)
 
 
 # The launcher --------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...], int, str]] = {
     "recipe": (untouched, ("convert", "DENSE", "OUT", "--recipe", HOSTILE), 2, SHOWN),
     "scaling": (untouched, ("convert", "DENSE", "OUT", "--scaling", HOSTILE, *RECIPE), 2, SHOWN),
     "value": (untouched, ("convert", "--seed", HOSTILE), 2, "--seed"),
-    "choice": (untouched, ("convert", "--target", HOSTILE), 2, "--target"),
+    "choice": (untouched, ("convert", "--routing", HOSTILE), 2, "--routing"),
     "option": (untouched, ("convert", f"--{HOSTILE}"), 2, "[/x]:smile:"),
     "command": (untouched, (HOSTILE,), 2, "[/x]:smile:"),
     "argument": (untouched, ("inspect", "DENSE", HOSTILE), 2, "[/x]:smile:"),

@@ -19,6 +19,7 @@ import pytest
 from engine_fixtures import opened_workspace
 from safetensors import safe_open
 from shapes import (
+    PAIRS,
     TORCH,
     make_recipe,
     same_bits,
@@ -31,12 +32,11 @@ from shapes import (
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint, writer
 from upcycle_cli.arithmetic import Read, evaluate
 from upcycle_cli.expr import Expr, leaves, stretch_of
-from upcycle_cli.families import PAIRS
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.folder import Folder
-from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Routing
+from upcycle_cli.tensors import Role
 from upcycle_cli.writer import WriteOptions, write_index, write_weights
 
 INDEX = "model.safetensors.index.json"
@@ -378,7 +378,7 @@ def test_a_piece_goes_to_all_its_places_before_the_next(
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(writer, "_PIECE_BYTES", 48)
     write(plan, output)
-    gates = [tensor for tensor in plan.tensors if tensor.role is Role.GATE]
+    gates = [tensor for tensor in plan.tensors if tensor.holds == ("gate",)]
     tensors, _, data_start = header(output / "model.safetensors")
     begins = [data_start + tensors[tensor.name]["data_offsets"][0] for tensor in gates[:4]]
     offsets = [offset for offset, _ in written]
@@ -456,14 +456,14 @@ def test_memory_does_not_grow_with_layers_or_experts(
 
 
 def test_routing_is_no_matter_to_the_writer(make: Make, output: Path) -> None:
-    """qwen2_moe's inert parts: zeros, and a gate that is not."""
+    """qwen2_moe's parts that do nothing yet: a shared expert that can learn, and zero biases."""
     plan = make("E2G1T2", target="qwen2_moe")
     assert plan.recipe.routing is Routing.SOFTMAX_TOPK
     write(plan, output)
     with safe_open(output / "model.safetensors", framework="pt") as file:
         for matrix in ("gate", "up", "down"):
             name = f"model.layers.0.mlp.shared_expert.{matrix}_proj.weight"
-            assert not file.get_tensor(name).any()
+            assert file.get_tensor(name).any() == (matrix != "down")
         for matrix in "qkv":
             assert not file.get_tensor(f"model.layers.1.self_attn.{matrix}_proj.bias").any()
         # llama.cpp computes this gate as silu(x)/x.

@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from upcycle_cli.checkpoint import open_checkpoint
-    from upcycle_cli.conversion import convert
     from upcycle_cli.errors import UpcycleError
+    from upcycle_cli.hub.pushing import Destination
     from upcycle_cli.inspection import inspect
-    from upcycle_cli.outputs import Options
     from upcycle_cli.plan import build_plan
     from upcycle_cli.recipe import Recipe
+    from upcycle_cli.request import convert
+    from upcycle_cli.tensors import Options
     from upcycle_cli.verification import verify
+    from upcycle_cli.writer import WriteOptions
 
 __all__ = [
+    "Destination",
     "Options",
     "Recipe",
     "UpcycleError",
+    "WriteOptions",
     "build_plan",
     "convert",
     "inspect",
@@ -33,11 +37,13 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Options": "outputs",
+    "Destination": "hub.pushing",
+    "Options": "tensors",
     "Recipe": "recipe",
     "UpcycleError": "errors",
+    "WriteOptions": "writer",
     "build_plan": "plan",
-    "convert": "conversion",
+    "convert": "request",
     "inspect": "inspection",
     "open_checkpoint": "checkpoint",
     "verify": "verification",

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
-from upcycle_cli.families.target import mixed_windows
-from upcycle_cli.outputs import EXPERT_ROLES, Role
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Recipe, Routing
+from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Routing
+from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _NOTABLE_SHARE = 1e-3
@@ -24,7 +23,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     if plan.promise is Promise.NONE:
-        yield f"{recipe.name} promises no equality with the dense model here: {no_promise(recipe)}."
+        yield f"{recipe.name} promises no equality with the dense model here: {no_promise(plan)}."
     yield from training_notes(plan)
     tie_matters = plan.promise is Promise.APPROXIMATE and recipe.granularity > 1
     if tie_matters and std < TIE_LOGIT_STD and recipe.expansion > 1:
@@ -33,17 +32,27 @@ def warnings(plan: Plan) -> Iterator[str]:
             f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
         )
     yield from _storage_warnings(plan)
-    if mixed_windows(plan.family.decoder):
+    if len({*plan.family.dense.windows}) > 1:
         yield (
             "some layers have a window and some have none: transformers 4 gives every layer of "
             f"{plan.family.target.model_type} the same, and computes something else."
         )
     for engine in plan.engines:
+        if engine.support is Support.UNTIED_OR_WRONG:
+            yield (
+                f"{engine.name} loads {plan.family.target.model_type} with a head that shares the "
+                "embedding but computes something else; --untie-embeddings writes the head."
+            )
         if engine.support is Support.WRONG:
             yield (
                 f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
                 "but computes something else."
             )
+    if plan.source.config.get("auto_map"):
+        yield (
+            "the code that the model carries (auto_map) is left out: transformers has "
+            f"{plan.family.dense.model_type} itself."
+        )
     yield from plan.carried.notes
 
 
@@ -52,7 +61,8 @@ def training_notes(plan: Plan) -> Iterator[str]:
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     # Without virtual groups the gates of the chosen differ, unless one alone is chosen.
     grouped = recipe.virtual_groups or recipe.granularity == 1
-    if grouped and recipe.routing is Routing.TOPK_SOFTMAX and recipe.top_k == recipe.granularity:
+    sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
+    if grouped and sums_to_1 and recipe.top_k == recipe.granularity:
         yield (
             "top-k equals G, so the gates inside a group are constant and the language-model loss "
             f"gives the router no gradient. Use a top-k of {2 * recipe.granularity} or more to "
@@ -70,52 +80,54 @@ def training_notes(plan: Plan) -> Iterator[str]:
 
 def _storage_warnings(plan: Plan) -> Iterator[str]:
     std = plan.recipe.router_logit_std or 1.0
-    recipe = plan.recipe
-    factors = plan.factors
-    if _expert_dtype(plan) == "F16" and factors.up * factors.down > 1:
+    scale = plan.factors.output(plan.family.dense.mlp_kind)
+    if plan.expert_dtype == "F16" and scale > 1:
         yield (
-            f"in float16 an expert's output, {factors.up * factors.down:g} times its part of the "
+            f"in float16 an expert's output, {scale:g} times its part of the "
             "dense MLP's before the gate, can exceed 65504 and become NaN. Use bfloat16 where the "
             "hardware has it, and --verify, which measures it."
         )
-    itemsize = ITEM_BYTES[_expert_dtype(plan)]
-    size = plan.family.decoder.intermediate_size // recipe.granularity
+    itemsize, size = ITEM_BYTES[plan.expert_dtype], plan.expert_size
     if itemsize == 2 and size * itemsize % 16:
         yield (
             f"experts {size} wide have rows of {size * itemsize} bytes; the grouped matrix "
             "product of transformers and others needs multiples of 16. Use another granularity."
         )
-    if _router_dtype(plan) == "F16":
-        row_std = std / math.sqrt(plan.family.decoder.hidden_size)
-        if row_std < _FP16_SMALLEST_NORMAL:
-            yield (
-                f"router weights of about {row_std:.0e} lose precision in float16; "
-                "use bfloat16 or a larger --router-logit-std."
-            )
+    router_dtype = next(tensor.dtype for tensor in plan.tensors if tensor.role is Role.ROUTER)
+    row_std = std / math.sqrt(plan.family.dense.hidden_size)
+    if router_dtype == "F16" and row_std < _FP16_SMALLEST_NORMAL:
+        yield (
+            f"router weights of about {row_std:.0e} lose precision in float16; "
+            "use bfloat16 or a larger --router-logit-std."
+        )
 
 
-def _expert_dtype(plan: Plan) -> str:
-    return next(t.dtype for t in plan.tensors if t.role in EXPERT_ROLES)
+def factors_text(plan: Plan, times: str = "") -> str:
+    """Say what each matrix is multiplied by, and the gates by the config, if they are."""
+    factors, times = plan.factors, f"{times} " if times else ""
+    matrices = plan.family.dense.mlp_kind.matrices
+    parts = [f"{matrix} {times}{getattr(factors, matrix):g}" for matrix in matrices]
+    if factors.config != 1.0:
+        parts.append(f"gates {times}{factors.config:g} ({plan.family.target.keys.scale})")
+    return ", ".join(parts)
 
 
-def _router_dtype(plan: Plan) -> str:
-    return next(tensor.dtype for tensor in plan.tensors if tensor.role is Role.ROUTER)
-
-
-def no_promise(recipe: Recipe) -> str:
-    """Say in words why a (resolved) recipe promises nothing."""
-    factors = recipe.factors()
+def no_promise(plan: Plan) -> str:
+    """Say in words why a plan promises nothing."""
+    recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
     if not recipe.picks_whole_groups:
         return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
     if not recipe.virtual_groups and recipe.granularity > 1:
         return "without virtual groups a token does not get every shard of the dense MLP"
     if factors.gate != 1.0:
         return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"
+    if kind.degree == 0 and factors.up != 1.0:
+        return f"up is scaled (× {factors.up:.4g}), and the activation is not linear"
     std = recipe.router_logit_std or 0.0
     uneven = recipe.routing is Routing.SOFTMAX_TOPK and recipe.top_k < recipe.num_experts
     if uneven and std > APPROXIMATE_LOGIT_STD:
         return f"with router logits of standard deviation {std:g} the gates are far from equal"
-    scale = factors.up * factors.down
+    scale = factors.output(kind) * factors.config
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
 
 

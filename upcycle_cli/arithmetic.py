@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
+    Alike,
     Cast,
     Concat,
     Expr,
@@ -61,10 +62,13 @@ def evaluate(
     stretch = stretch_of(expr)
     if stretch is not None:
         return read(stretch.name)[stretch.start : stretch.start + stretch.nbytes]
-    return _bytes(_value(expr, read, vanished))
+    import numpy as np
+
+    flat = np.ascontiguousarray(_value(expr, read, vanished)).reshape(-1)
+    return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
 
 
-def _value(  # noqa: PLR0911 - one case per kind
+def _value(  # noqa: C901, PLR0911 - one case per kind
     expr: Expr, read: Read, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
     """Compute an expression as numpy holds it."""
@@ -76,20 +80,21 @@ def _value(  # noqa: PLR0911 - one case per kind
         case Slice(of, dim, start, stop):
             return _value(of, read, vanished)[(slice(None),) * dim + (slice(start, stop),)]
         case Cast(of, dtype):
-            values = _value(of, read, vanished)
-            return _converted(values, type_of(of).dtype, dtype, vanished=vanished)
+            values, held = _value(of, read, vanished), type_of(of).dtype
+            return _converted(values, held, dtype, 1.0, vanished)
         case Scale(of, factor):
-            dtype = type_of(of).dtype
-            values = _value(of, read, vanished)
-            return _converted(values, dtype, dtype, factor, vanished=vanished)
+            values, dtype = _value(of, read, vanished), type_of(of).dtype
+            return _converted(values, dtype, dtype, factor, vanished)
         case Concat(parts):
             return np.concatenate([_value(part, read, vanished) for part in parts])
         case Stack(parts):
             return np.stack([_value(part, read, vanished) for part in parts])
         case Repeat(of, times):
             return _value(of, read, vanished).repeat(times, axis=0)
-        case Normal(dtype=dtype, shape=shape):
-            return _draw(expr, read(expr.norm.name))
+        case Normal(norm=norm):
+            return _draw(expr, None if norm is None else read(norm.name))
+        case Alike(of=of):
+            return _draw_alike(expr, _value(of, read, vanished))
         case Zeros(dtype, shape):
             return np.zeros(shape, _NUMPY_DTYPES[dtype])
         case _:
@@ -97,12 +102,7 @@ def _value(  # noqa: PLR0911 - one case per kind
 
 
 def _converted(
-    values: NDArray[Any],
-    before: str,
-    after: str,
-    factor: float = 1.0,
-    *,
-    vanished: Callable[[int], None],
+    values: NDArray[Any], before: str, after: str, factor: float, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
     """Return the values times a factor in another dtype, or in the same."""
     import numpy as np
@@ -169,25 +169,19 @@ def _multiply(
     return int(np.count_nonzero(wide) - np.count_nonzero(magnitudes))
 
 
-def _draw(expr: Normal, norm_weight: memoryview) -> NDArray[Any]:
+def _draw(expr: Normal, norm_weight: memoryview | None) -> NDArray[Any]:
     import numpy as np
 
-    # fsum is exactly rounded, so the norm does not depend on the order of summation; and float64
-    # draws agree between CPUs where float32 ones do not.
-    stored_H = np.frombuffer(norm_weight, _NUMPY_DTYPES[expr.norm.dtype])
-    weight_H = _to_float32(stored_H, expr.norm.dtype).astype(np.float64)
-    norm = math.sqrt(math.fsum((weight_H * weight_H).tolist()))
-    if not (math.isfinite(norm) and norm > 0):
-        raise UpcycleError(
-            f"{expr.norm.name} is zero or not finite, so no router can be scaled to it."
-        )
-    digest = hashlib.sha256(f"{expr.seed}/{expr.stream}".encode()).digest()
-    # The one generator of which numpy promises that it will never draw anything else.
-    generator = np.random.RandomState(np.frombuffer(digest, "<u4"))
-    with np.errstate(over="ignore"):
-        drawn = _rounded(
-            generator.standard_normal(expr.shape) * (expr.logit_std / norm), expr.dtype
-        )
+    norm = math.sqrt(expr.shape[-1])
+    if norm_weight is not None:
+        assert expr.norm is not None
+        stored_H = np.frombuffer(norm_weight, _NUMPY_DTYPES[expr.norm.dtype])
+        norm = _length(_to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
+        if not (math.isfinite(norm) and norm > 0):
+            raise UpcycleError(
+                f"{expr.norm.name} is zero or not finite, so no router can be scaled to it."
+            )
+    drawn = _normal(expr, expr.logit_std / norm, expr.dtype)
     rows = _to_float32(drawn, expr.dtype)
     if not np.isfinite(rows).all() or not rows.any(axis=1).all():
         raise UpcycleError(
@@ -196,6 +190,30 @@ def _draw(expr: Normal, norm_weight: memoryview) -> NDArray[Any]:
             "Choose another --router-logit-std, or another --dtype.",
         )
     return drawn
+
+
+def _draw_alike(expr: Alike, like: NDArray[Any]) -> NDArray[Any]:
+    import numpy as np
+
+    dtype = type_of(expr.of).dtype
+    values = _to_float32(like, dtype).astype(np.float64).reshape(-1)
+    return _normal(expr, _length(values) / math.sqrt(max(1, values.size)), dtype)
+
+
+def _length(values: NDArray[np.float64]) -> float:
+    # fsum is exactly rounded, so that it does not depend on the order of summation.
+    return math.sqrt(math.fsum((values * values).tolist()))
+
+
+def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
+    """Draw an expression's values; float64 draws agree between CPUs where float32 ones do not."""
+    import numpy as np
+
+    digest = hashlib.sha256(f"{expr.seed}/{expr.stream}".encode()).digest()
+    # The one generator of which numpy promises that it will never draw anything else.
+    generator = np.random.RandomState(np.frombuffer(digest, "<u4"))
+    with np.errstate(over="ignore"):
+        return _rounded(generator.standard_normal(expr.shape) * std, dtype)
 
 
 def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
@@ -217,10 +235,3 @@ def _rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     if invalid.any():
         rounded[invalid] = 0x7FC0  # the sum carried into the sign
     return rounded
-
-
-def _bytes(values: NDArray[Any]) -> memoryview:
-    import numpy as np
-
-    flat = np.ascontiguousarray(values).reshape(-1)
-    return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs

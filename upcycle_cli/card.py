@@ -11,9 +11,11 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from upcycle_cli.advice import no_promise, training_notes
+from upcycle_cli.advice import factors_text, no_promise, training_notes
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
+from upcycle_cli.families.layers import listed
+from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import printable, shell_line
@@ -34,24 +36,29 @@ _SERVING = {
     ),
 }
 """What tests/interoperability/serving.py runs, as the card prints it."""
+_CITATION = (
+    "## Citation\n\n```bibtex\n@article{he2024upcycling,\n"
+    "  title = {Upcycling Large Language Models into Mixture of Experts},\n"
+    "  author = {He, Ethan and others},\n"
+    "  journal = {arXiv preprint arXiv:2410.07524},\n  year = {2024}\n}\n```"
+)
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
 def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
-    """Return the card's whole text; `report` is what verify found, if it ran.
+    """Return the card's whole text; `report` is what verify found, `repo` where the model will be.
 
-    `repo` is where the model will be, if that is known. The licence and languages are carried over
-    from the source's own card.
+    The licence and languages are carried over from the source's own card.
     """
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
     sections = (
         _title(plan),
         _what_it_is(plan),
         _verification(plan, report, place),
-        _loading(place),
+        _loading(plan, place),
         _training(plan),
         _engines(plan, place),
-        _citation(),
+        _CITATION,
     )
     card = f"---\n{_front_matter(plan)}---\n\n" + "\n\n".join(sections)
     return f"{card}\n\n{_seal(card)}\n"
@@ -98,12 +105,9 @@ def _front_matter(plan: Plan) -> str:
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
     base = {"base_model": plan.source.name} if "/" in plan.source.name else {}
-    values = base | {
-        **plan.carried.values,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type],
-    }
+    tags = ["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type]
+    values: dict[str, object] = {**base, **plan.carried.values}
+    values |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
@@ -130,106 +134,112 @@ def _title(plan: Plan) -> str:
         origin = f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
     return (
         f"# {_markdown(name.split('/')[-1])} {plan.recipe.name}\n\n"
-        f"A Mixture of Experts made from {origin} by copying its MLPs into experts "
-        f"and adding routers, with upcycle, by the "
-        f"method of [Upcycling Large Language Models into Mixture of Experts]({_PAPER})."
+        f"A Mixture of Experts made from {origin} by copying its MLPs into experts and adding "
+        "routers, with upcycle, by the method of [Upcycling Large Language Models into Mixture of "
+        f"Experts]({_PAPER})."
     )
 
 
 def _what_it_is(plan: Plan) -> str:
-    recipe, factors = plan.recipe, plan.factors
-    size = plan.family.decoder.intermediate_size // recipe.granularity
+    recipe, dense = plan.recipe, plan.family.dense
+    layers = f"{listed(plan.family.layers)} of {dense.num_layers}"
     rows = (
         ("recipe", (f"{recipe.name}: expansion {recipe.expansion}, granularity "
                    f"{recipe.granularity}, top-k {recipe.top_k}")),
-        ("architecture", f"{plan.family.target.architecture}, from {plan.family.dense.model_type}"),
+        ("architecture", f"{plan.family.target.architecture}, from {dense.model_type}"),
+        ("MoE layers", "all" if len(plan.family.layers) == dense.num_layers else layers),
         ("experts", (f"{recipe.num_experts} per layer, {recipe.top_k} active, "
-                    f"intermediate size {size}")),
+                    f"intermediate size {plan.expert_size}")),
         ("routing", (f"{recipe.routing}, router logits of standard deviation "
                     f"{recipe.router_logit_std:g}, seed {recipe.seed}")),
         ("parameters", (f"{_billions(plan.total_parameters)} in all, "
                        f"{_billions(plan.active_parameters)} active per token "
                        f"(dense: {_billions(plan.dense_parameters)})")),
-        ("scale factors", (f"gate {factors.gate:g}, up {factors.up:g}, down {factors.down:g}"
-                          f" ({'lossless' if plan.lossless else 'rounded'})")),
+        ("scale factors", (f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})")),
     )  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
-    promises = {
-        Promise.EXACT: (
-            f"It computes what the dense model computes{rounding}, until it is trained further."
-        ),
-        Promise.APPROXIMATE: (
-            "It computes what the dense model computes up to an error of the order of the "
-            "router's logits, until it is trained further."
-        ),
-        Promise.NONE: f"It does not compute what the dense model computes: {no_promise(recipe)}.",
-    }
-    return f"| | |\n|---|---|\n{table}\n\n{promises[plan.promise]}"
+    if plan.promise is Promise.APPROXIMATE:
+        rounding = " up to an error of the order of the router's logits"
+    promise = f"It computes what the dense model computes{rounding}, until it is trained further."
+    if plan.promise is Promise.NONE:
+        promise = f"It does not compute what the dense model computes: {no_promise(plan)}."
+    return f"| | |\n|---|---|\n{table}\n\n{promise}"
 
 
 def _verification(plan: Plan, report: Report | None, place: str) -> str:
     found = "Not verified when it was made."
     if report is not None:
-        rows = "\n".join(
-            f"| {check.name} | {check.status} | {_markdown(' '.join(check.detail.split()))} |"
-            for check in report.checks
-        )
         found = (
             "What `upcycle verify` found on these files:\n\n"
-            f"| check | result | detail |\n|---|---|---|\n{rows}"
+            "| check | result | detail |\n|---|---|---|"
         )
+        for check in report.checks:
+            detail = _markdown(" ".join(check.detail.split()))
+            found += f"\n| {check.name} | {check.status} | {detail} |"
     pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
     again = shell_line(["upcycle", "verify", plan.source.repo or "DENSE", place, *pinned])
     return f"## Verification\n\n{found}\n\nTo verify it yourself:\n\n```sh\n{again}\n```"
 
 
-def _loading(place: str) -> str:
+def _loading(plan: Plan, place: str) -> str:
+    options, note = "", ""
+    if plan.family.target.ships_code:
+        options, model_type = ", trust_remote_code=True", plan.family.dense.model_type
+        note = (
+            f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the code of "
+            f"one lies beside the weights, in `{CODE_NAME}`, and `trust_remote_code=True` lets it "
+            f"run. It is all that runs: the rest is transformers' own {model_type}. `upcycle "
+            "verify` holds the file to what upcycle writes, letter by letter."
+        )
     return (
         "## Loading\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"path = {json.dumps(place)}\n"
-        'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{options})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(path)\n```{note}"
     )
 
 
 def _training(plan: Plan) -> str:
     recipe = plan.recipe
-    pre_softmax = recipe.routing is Routing.SOFTMAX_TOPK
-    lines = [
-        (
-            "The model is a starting point: its experts are copies and differentiate in training. "
-            f"What the [paper]({_PAPER}) found to work:"
-        ),
-        "",
-        "- Reset the learning rate to the pretraining peak and decay it by a cosine.",
-        "- Use batches of about 4M tokens.",
-        (
-            "- Use a load-balancing (auxiliary) loss of 1e-2; without one, experts die. "
-            "A z-loss had no effect."
-        ),
-        (
-            "- Do not drop tokens by a capacity factor at the start: a dropped token loses its "
-            "MLP, which breaks the equality with the dense model."
-        ),
-        "",
-        "Settings of common trainers:",
-        "",
-        (
-            "- transformers: `model.config.output_router_logits = True`, or the auxiliary loss is "
-            "not applied; its weight is `router_aux_loss_coef`, 0.01 here."
-        ),
-        (
-            f"- Megatron-LM: {'' if pre_softmax else 'no '}`--moe-router-pre-softmax`, "
-            f"`--moe-router-topk {recipe.top_k}`, `--moe-aux-loss-coeff 1e-2`, "
-            "no `--moe-expert-capacity-factor`."
-        ),
-    ]
-    advice = list(training_notes(plan))
-    if advice:
-        lines += ["", *(f"Note: {text[0].lower()}{text[1:]}" for text in advice)]
-    return "## Training\n\n" + "\n".join(lines)
+    score = {
+        Routing.SOFTMAX_TOPK: "`--moe-router-pre-softmax`",
+        Routing.TOPK_SOFTMAX: "no `--moe-router-pre-softmax`",
+        Routing.SIGMOID_TOPK: "`--moe-router-score-function sigmoid`",
+    }[recipe.routing or Routing.TOPK_SOFTMAX]
+    if plan.factors.config != 1.0:
+        score += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
+    advice = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
+    return (
+        "## Training\n\n"
+        "The model is a starting point: its experts are copies and differentiate in training. "
+        f"What the [paper]({_PAPER}) found to work:\n\n"
+        "- Reset the learning rate to the pretraining peak and decay it by a cosine.\n"
+        "- Use batches of about 4M tokens.\n"
+        "- Use a load-balancing (auxiliary) loss of 1e-2; without one, experts die. "
+        "A z-loss had no effect.\n"
+        "- Do not drop tokens by a capacity factor at the start: a dropped token loses its "
+        "MLP, which breaks the equality with the dense model.\n\n"
+        f"Settings of common trainers:\n\n- transformers: {_balancing(plan)}\n"
+        f"- Megatron-LM: {score}, `--moe-router-topk {recipe.top_k}`, `--moe-aux-loss-coeff 1e-2`, "
+        "no `--moe-expert-capacity-factor`." + (f"\n\n{advice}" if advice else "")
+    )
+
+
+def _balancing(plan: Plan) -> str:
+    """Say how transformers balances the experts' load, if it does."""
+    weight = "its weight is `router_aux_loss_coef`, 0.01 here."
+    if plan.family.target.ships_code:
+        return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"
+    if "router_aux_loss_coef" not in plan.config:
+        return (
+            "it has no auxiliary loss for this architecture, whose released models were balanced "
+            "by the bias on the choice of experts (`e_score_correction_bias`): a trainer has to "
+            "move it."
+        )
+    switch = "`model.config.output_router_logits = True`"
+    return f"{switch}, or the auxiliary loss is not applied; {weight}"
 
 
 def _engines(plan: Plan, place: str) -> str:
@@ -240,18 +250,10 @@ def _engines(plan: Plan, place: str) -> str:
     ]
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
-            lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]))
+            trust = " --trust-remote-code" if plan.family.target.ships_code else ""
+            lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]) + trust)
             parts.append(f"To serve it with {engine.name}:\n\n```sh\n{lines}\n```")
     return "\n\n".join(parts)
-
-
-def _citation() -> str:
-    return (
-        "## Citation\n\n```bibtex\n@article{he2024upcycling,\n"
-        "  title = {Upcycling Large Language Models into Mixture of Experts},\n"
-        "  author = {He, Ethan and others},\n"
-        "  journal = {arXiv preprint arXiv:2410.07524},\n  year = {2024}\n}\n```"
-    )
 
 
 def _billions(count: int) -> str:

@@ -1,52 +1,40 @@
-"""`convert`: from a dense checkpoint to a published mixture of experts."""
+"""From a plan to a published mixture of experts."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import vanished_weights
 from upcycle_cli.card import model_card
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    CONFIG_NAME,
-    RECORD_NAME,
-    Checkpoint,
-    open_checkpoint,
-    read_json,
-)
+from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME, open_checkpoint, read_json
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.families.shipped import CODE_NAME, modeling_code
 from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
 from upcycle_cli.folder import Folder
-from upcycle_cli.hub.sources import check_space_for, open_source
+from upcycle_cli.hub.sources import check_space_for
 from upcycle_cli.layout import unique_bytes
-from upcycle_cli.outputs import Options
 from upcycle_cli.place import check_output, check_space
-from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.plan import Plan
 from upcycle_cli.publish import Transaction, joined, recover, transaction
-from upcycle_cli.recipe import Promise, Recipe
+from upcycle_cli.recipe import Promise
 from upcycle_cli.team import Team
 from upcycle_cli.workspace import Workspace, partial_of
 from upcycle_cli.writer import WriteOptions, Written, write_index, write_json, write_weights
 
 if TYPE_CHECKING:
+    from upcycle_cli.hub.pushing import Push
     from upcycle_cli.verification import Report
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
-
-
-class _Order(Enum):
-    """What rank 0 tells the others to do next."""
-
-    WRITE = "write"
-    NOTHING = "nothing"
+_WRITE, _NOTHING = "write", "nothing"
+"""What rank 0 tells the others to do next."""
 
 
 @dataclass(frozen=True)
@@ -68,89 +56,22 @@ class Conversion:
     """Bytes that an earlier, unfinished run had written."""
     warnings: tuple[str, ...] = ()
     """What turned out while it was made: weights that vanished, something that was left over."""
+    pushed: Push | None = None
+    """What a push did, when one was asked for."""
 
 
-def convert(
-    source: Path | str,
-    output: Path | str,
-    recipe: Recipe,
-    *,
-    target: str = "auto",
-    revision: str | None = None,
-    options: Options | None = None,
-    overwrite: bool = False,
-    verify: bool = False,
-    checksums: bool = False,
-) -> Conversion:
-    """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
-
-    `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
-
-    Raises UpcycleError when that cannot be done; `output` is then as it was before.
-    """
-    output = Path(output)
-    plan = build_plan(recipe, open_source(source, revision), target=target, options=options)
-    plan = bring_source(plan, output, overwrite=overwrite, verify=verify)
-    return execute(plan, output, overwrite=overwrite, verify=verify, checksums=checksums)
-
-
-def bring_source(
-    plan: Plan,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    verify: bool = False,
-    writing: WriteOptions | None = None,
-    team: Team | None = None,
-    on_start: Callable[[int], None] = lambda _: None,
-) -> Plan:
-    """Return the plan with its source's files here, downloaded if they are on the Hub.
-
-    Whatever can be refused is refused before that. `on_start` hears the bytes to be downloaded.
-
-    Raises UpcycleError, on every rank.
-    """
-    team = team or Team()
-    source = plan.source
-    if max(team.gather(lambda: source.missing_bytes)) == 0:
-        return _with_files_here(plan, team)
-
-    def check() -> bool:
-        if not team.leads:
-            return False
-        recover(output.absolute())
-        if not overwrite and not verify and is_finished(plan, output.absolute()):
-            return True
-        _check(
-            plan,
-            output.absolute(),
-            overwrite=overwrite,
-            writing=writing or WriteOptions(),
-            team=team,
-        )
-        return False
-
-    if any(team.gather(check)):
-        return plan
-    on_start(source.missing_bytes)
-    # One rank first, so that the others find the files in the cache when it is a shared one.
-    team.gather(lambda: source.bring() if team.leads else None)
-    return _with_files_here(plan, team)
-
-
-def _with_files_here(plan: Plan, team: Team) -> Plan:
-    own: list[Checkpoint] = []
-    team.gather(lambda: own.append(plan.source.bring()))
-    return plan.with_source(own[0])
-
-
-def _check(plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team) -> None:
+def check_before(
+    plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team
+) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
     check_output(output, plan.source, overwrite=overwrite)
     plan.source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
     spare += check_space_for(plan.source, beside=output)
-    shared = _shared_bytes(plan, team) + spare if writing.reflink else None
+    shared = None
+    if writing.reflink:  # each rank shares within its files
+        ranks = range(team.size)
+        shared = spare + sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in ranks)
     check_space(output, plan.nbytes + spare, shared=shared)
 
 
@@ -183,110 +104,59 @@ def execute(
             return _assist(plan, output, writing, team)
         recovered = recover(output)
         if not overwrite and is_finished(plan, output):
-            team.exchange(_Order.NOTHING)
+            team.exchange(_NOTHING)
             if checksums and not (output / CHECKSUMS_NAME).exists():
                 with Folder.open(output) as folder:
                     _write_checksums(plan, folder)
-            done = _already_done(plan, output, on_check if verify else None)
-            return replace(done, warnings=tuple(filter(None, [recovered])))
-        _check(plan, output, overwrite=overwrite, writing=writing, team=team)
-        with transaction(
-            output,
-            plan_digest=plan.digest,
-            files=_files(plan),
-            overwrite=overwrite,
-            durable=writing.fsync,
-        ) as running:
-            team.exchange(_Order.WRITE)
+            # Sizes and config are right; only verify can say whether its bytes still are.
+            report = _verify(plan, output, on_check) if verify else None
+            sound, told = report is None or report.accepted, tuple(filter(None, [recovered]))
+            return Conversion(plan, output, 0.0, report, sound, already_done=True, warnings=told)
+        check_before(plan, output, overwrite=overwrite, writing=writing, team=team)
+        with transaction(output, plan, overwrite=overwrite, durable=writing.fsync) as running:
+            team.exchange(_WRITE)
             workspace = running.workspace
             written = _write(plan, nullcontext(workspace), writing, team, progress)
             _complete(plan, workspace.folder, written)
-            report = _verify(plan, running, on_check) if verify else None
-            card = model_card(plan, report, repo)
-            workspace.folder.write(CARD_NAME, card.encode())
-            running.publish = report is None or report.accepted
-            if checksums and running.publish:
+            report = _verify_running(plan, running, on_check) if verify else None
+            workspace.folder.write(CARD_NAME, model_card(plan, report, repo).encode())
+            sound = report is None or report.accepted
+            if checksums and sound:
                 _write_checksums(plan, workspace.folder)
             plan.source.check_unchanged()
+            left = running.publish() if sound else None
     except OSError as error:
         where = partial_of(output) / str(error.filename) if error.filename else output
         raise ResumableError(
             f"writing {where} failed: {error.strerror}.",
             f"What is complete stays in {partial_of(output)}: the same command goes on from there.",
         ) from error
-    team.exchange(_Order.NOTHING)
-    found = (recovered, vanished_weights(plan, written.vanished), running.left)
+    team.exchange(_NOTHING)
+    found = (recovered, vanished_weights(plan, written.vanished), left)
     return Conversion(
         plan,
         output,
         time.monotonic() - started,
         report,
-        published=running.publish,
+        published=sound,
         shared_bytes=written.shared_bytes,
         reused_bytes=written.reused_bytes,
         warnings=tuple(filter(None, found)),
     )
 
 
-def foresee(
-    plan: Plan, output: Path, *, overwrite: bool = False, writing: WriteOptions | None = None
-) -> Iterator[str]:
-    """Yield what `execute` would find at OUTPUT, or raise for; nothing is written."""
-    output = output.absolute()
-    try:
-        if not overwrite and is_finished(plan, output):
-            yield f"{output} is already what this command makes."
-            return
-        _check(plan, output, overwrite=overwrite, writing=writing or WriteOptions(), team=Team())
-        if partial_of(output).exists():
-            yield f"{partial_of(output)} is there: what it has of this conversion is used."
-    except UpcycleError as error:
-        yield f"without --dry-run this is refused: {' '.join(str(error).split())}"
-
-
-def plan_together(make: Callable[[], Plan], team: Team) -> Plan:
-    """Make the plan on every rank, and see that all have made the same.
-
-    Raises UpcycleError when one cannot make it, or when they differ.
-    """
-    plans: list[Plan] = []
-
-    def digest() -> str:
-        plans.append(make())
-        return plans[0].digest
-
-    if len(set(team.gather(digest))) > 1:
-        raise UpcycleError(
-            "the ranks do not see the same source.",
-            "Run them all on one shared file system, with the same arguments.",
-        )
-    return plans[0]
-
-
 def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conversion:
     """Write this rank's share of the shards; rank 0 does everything else."""
-    order = team.exchange(_Order.NOTHING)[0]
-    if order is _Order.WRITE:
-        workspace = joined(
-            output, plan_digest=plan.digest, files=_files(plan), durable=writing.fsync
-        )
+    if team.exchange(_NOTHING)[0] == _WRITE:
+        workspace = joined(output, plan, durable=writing.fsync)
         try:
             _write(plan, workspace, writing, team, lambda _: None)
         except UpcycleError:
             # Rank 0 has the last word: whoever exits first makes the launcher end the others.
-            team.exchange(_Order.NOTHING)
+            team.exchange(_NOTHING)
             raise
-        team.exchange(_Order.NOTHING)
+        team.exchange(_NOTHING)
     return Conversion(plan, output, 0.0, None, published=True)
-
-
-def _files(plan: Plan) -> tuple[str, ...]:
-    return (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
-
-
-def _shared_bytes(plan: Plan, team: Team) -> int:
-    """Return the bytes needed where extents can be shared: each rank shares within its files."""
-    return sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in range(team.size))
 
 
 def _write(
@@ -326,26 +196,14 @@ def is_finished(plan: Plan, output: Path) -> bool:
     return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}
 
 
-def _already_done(plan: Plan, output: Path, on_check: Callable[[str], None] | None) -> Conversion:
-    """Leave a finished output as it is; verify it when `on_check` is given."""
-    report = None
-    if on_check is not None:
-        # Its sizes and its config are right; only verify can say whether its bytes still are.
-        from upcycle_cli.verification import verify
-
-        report = verify(
-            plan.source.path, output, on_start=on_check, allow_inexact=_is_inexact(plan)
-        )
-    sound = report is None or report.accepted
-    return Conversion(plan, output, 0.0, report, published=sound, already_done=True)
-
-
 def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     """Add everything but the weights and the card."""
     from upcycle_cli.record import record
 
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)
+    if plan.family.target.ships_code:
+        folder.write(CODE_NAME, modeling_code(plan.family.dense.family.class_names).encode())
     for file in plan.source.companions:
         with (
             open_regular(locate(plan.source.path, file.name)) as original,
@@ -355,18 +213,19 @@ def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     write_json(folder, RECORD_NAME, record(plan, written.routers, folder))
 
 
-def _verify(plan: Plan, running: Transaction, on_check: Callable[[str], None]) -> Report:
+def _verify(plan: Plan, output: Path, on_check: Callable[[str], None]) -> Report:
     from upcycle_cli.verification import verify
 
+    # Who has asked for a recipe that promises nothing can expect no proof.
+    inexact = plan.promise is Promise.NONE
+    return verify(plan.source.path, output, on_start=on_check, allow_inexact=inexact)
+
+
+def _verify_running(plan: Plan, running: Transaction, on_check: Callable[[str], None]) -> Report:
     try:
         # It goes by the name, and so it must be the directory's before and after.
         running.check_place()
-        report = verify(
-            plan.source.path,
-            running.workspace.folder.path,
-            on_start=on_check,
-            allow_inexact=_is_inexact(plan),
-        )
+        report = _verify(plan, running.workspace.folder.path, on_check)
         running.check_place()
     except UpcycleError as error:
         # Nothing is wrong with what was written: hours of work must not go for want of a library.
@@ -377,16 +236,8 @@ def _verify(plan: Plan, running: Transaction, on_check: Callable[[str], None]) -
     return report
 
 
-def _is_inexact(plan: Plan) -> bool:
-    """Whether the user asked for a recipe that promises nothing, and can expect no proof."""
-    return plan.promise is Promise.NONE
-
-
 def _write_checksums(plan: Plan, folder: Folder) -> None:
-    """Write SHA256SUMS of what upcycle has written.
-
-    Without the card, which is there to be edited, and names its repo once it is pushed.
-    """
+    """Write SHA256SUMS, without the card: it is edited, and names its repo once it is pushed."""
     digests = {}
     for name in (*plan.file_names, RECORD_NAME):
         with folder.read(name) as file:

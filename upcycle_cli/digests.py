@@ -11,24 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from io import BufferedReader
 
 from xxhash import xxh3_128
 
 from upcycle_cli.expr import Expr
 from upcycle_cli.layout import Layout
-from upcycle_cli.outputs import Role
+from upcycle_cli.tensors import Role
 
 _PIECE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What was found in a file: the digest of each part, and the SHA-256 of each router."""
-
-    parts: Mapping[Expr, bytes]
-    routers: Mapping[str, str]
 
 
 def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
@@ -38,16 +29,16 @@ def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
 
 def read_back(
     file: BufferedReader, layout: Layout, advance: Callable[[int], None]
-) -> Contents | None:
-    """Return what is in a whole file, None when it is not laid out so or its copies differ.
+) -> tuple[dict[Expr, bytes], dict[str, str]] | None:
+    """Return each part's digest and each router's SHA-256; None for a file that is not laid out so.
 
     `advance` hears of bytes as they are read. Raises OSError when the system refuses.
     """
     buffer = memoryview(bytearray(max(_PIECE_BYTES, len(layout.header))))
     header = buffer[: len(layout.header)]
-    if os.fstat(file.fileno()).st_size != layout.nbytes or file.readinto(header) < len(header):
+    if os.fstat(file.fileno()).st_size != layout.nbytes:
         return None
-    if header != layout.header:
+    if file.readinto(header) < len(header) or header != layout.header:
         return None
     parts: dict[Expr, bytes] = {}
     routers: dict[str, str] = {}
@@ -67,4 +58,4 @@ def read_back(
             return None
         if is_router:
             routers[part.tensor.name] = router.hexdigest()
-    return Contents(parts, routers)
+    return parts, routers

@@ -1,4 +1,4 @@
-"""What the expert weights of an MoE say by themselves: copies, groups, and measured factors.
+"""The experts of an MoE: what its config says of them, and what their weights say by themselves.
 
 Tensors are read one at a time. Legend: N experts, H hidden, I expert intermediate size.
 """
@@ -6,16 +6,21 @@ Tensors are read one at a time. Legend: N experts, H hidden, I expert intermedia
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint, Reader, open_checkpoint, raw_bytes
+from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families import dense_family
-from upcycle_cli.families.target import ExpertLayout, Target
-from upcycle_cli.inspection import WeightFacts, checked_count
+from upcycle_cli.families import dense_family, target_of
+from upcycle_cli.families.dense import read_dense
+from upcycle_cli.families.layers import BLOCK_TYPES, block_types
+from upcycle_cli.families.mlp import parts_of, place, present
+from upcycle_cli.families.moe import ExpertLayout, Target
+from upcycle_cli.recipe import Routing
 
 if TYPE_CHECKING:
     import torch
@@ -23,32 +28,132 @@ if TYPE_CHECKING:
 _MAX_DIFFERING = 8
 
 
-def examine(
-    moe: Checkpoint, target: Target, layout: ExpertLayout, dense_path: Path | None
-) -> WeightFacts:
+@dataclass(frozen=True, kw_only=True)
+class WeightFacts:
+    """What the expert weights themselves say."""
+
+    distinct_experts: int
+    """How many different experts the layer with the most has."""
+    granularity: int
+    """Experts per group, by their router rows; 1 when the rows all differ."""
+    whole_groups: bool
+    """Whether the groups of every layer hold the same experts in the same order."""
+    differing: tuple[str, ...] = ()
+    """Experts that are not a copy of their place in the first group."""
+    factors: Mapping[str, float] | None = None
+    """Measured against the dense model: what each matrix was multiplied by."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a checkpoint, by its config and the names of its tensors."""
+
+    moe: Checkpoint
+    target: Target
+    num_experts: int
+    top_k: int
+    expert_size: int
+    routing: Routing
+    layers: tuple[int, ...]
+    """Those that are mixtures of experts."""
+    num_layers: int
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether no dense MLP is left; of a hybrid, some layers never had one."""
+        if self.target.layers is BLOCK_TYPES:
+            return "mlp" not in block_types(self.moe.config)
+        return len(self.layers) == self.num_layers
+
+    @cached_property
+    def layout(self) -> ExpertLayout:
+        """How they are named on disk."""
+        for layout, rows in self.target.layouts.items():
+            stacked = (w.name for w in rows.experts if "{expert}" not in w.name)
+            if any(self.name(self.layers[0], name) in self.moe.tensors for name in stacked):
+                return layout
+        return next(iter(self.target.layouts))
+
+    @property
+    def num_parameters(self) -> int:
+        """The elements of all experts."""
+        rows = self.target.layouts[self.layout].experts
+        templates = (re.escape(self.target.layer + weight.name) for weight in rows)
+        any_of = "|".join(re.sub(r"\\{\w+\\}", r"\\d+", template) for template in templates)
+        entries = self.moe.tensors.values()
+        return sum(entry.num_elements for entry in entries if re.fullmatch(any_of, entry.name))
+
+    def name(self, layer: int, name: str) -> str:
+        """Return the whole name of a tensor of a layer."""
+        return self.target.prefix(layer) + name
+
+    def group_size(self, reader: Reader, layer: int) -> int:
+        """Return how many neighbouring experts share a router row; 1 when that is uneven."""
+        name = self.name(layer, self.target.layouts[self.layout].router)
+        router_NH = _read(self.moe, reader, name, self.num_experts)
+        rows = [bytes(raw_bytes(row)) for row in router_NH]
+        runs = {len(list(run)) for _, run in groupby(rows)}
+        return runs.pop() if len(runs) == 1 else 1
+
+    def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
+        rows = self.target.layouts[self.layout].experts
+        weights = present(rows, self.moe.tensors, self.target.prefix(layer))
+        for part in parts_of(weights):
+            found = place(weights, part, width=self.expert_size, expert=expert)
+            count = None if found.row is None else self.num_experts
+            yield part, _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
+
+    def digest(self, reader: Reader, layer: int, expert: int) -> bytes:
+        """Identify an expert by the bytes of its parts."""
+        digest = hashlib.sha256()
+        for _, tensor in self.parts(reader, layer, expert):
+            digest.update(raw_bytes(tensor))
+        return digest.digest()
+
+
+def find_experts(moe: Checkpoint) -> Experts:
+    """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
+    config, target = moe.config, target_of(moe.config, moe.tensors)
+    keys = target.keys
+    try:
+        num_experts, top_k, expert_size = (
+            target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
+        )
+        num_layers = target.layers.count(config) or target.count(config, "num_hidden_layers")
+        if num_layers > len(moe.tensors):
+            words = f"num_hidden_layers {num_layers} is more than there are tensors of"
+            raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
+        layers = target.moe_layers(config, num_layers)
+        routing = target.routing(config)
+    except ValueError as error:
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
+    if top_k > num_experts:
+        words = f"{keys.top_k} is {top_k}, more than the {num_experts} experts"
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
+    return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
+
+
+def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
     """Read an MoE's experts and routers; with a dense model, measure the scale factors too.
 
     Raises UpcycleError when tensors are missing or the dense model has other sizes.
     """
-    view = _Experts(moe, target, layout)
-    with moe.reader() as reader:
-        sizes = {view.group_size(reader, layer) for layer in range(view.num_layers)}
+    with experts.moe.reader() as reader:
+        sizes = {experts.group_size(reader, layer) for layer in experts.layers}
         granularity = sizes.pop() if len(sizes) == 1 else 1
         most, differing = 0, []
-        for layer in range(view.num_layers):
-            digests = [view.digest(reader, layer, expert) for expert in range(view.num_experts)]
+        for layer in experts.layers:
+            digests = [experts.digest(reader, layer, e) for e in range(experts.num_experts)]
             most = max(most, len(set(digests)))
             differing += [
-                view.label(layer, expert)
+                f"{experts.name(layer, '')[:-1]}, expert {expert}"
                 for expert, digest in enumerate(digests)
                 if digest != digests[expert % granularity]
             ]
-        factors = None
-        if dense_path is not None:
-            factors = _measure(view, reader, open_checkpoint(dense_path))
-    shown = differing[:_MAX_DIFFERING]
-    if len(differing) > len(shown):
-        shown.append(f"and {len(differing) - len(shown)} more")
+        factors = None if dense is None else _measure(experts, reader, dense)
+    hidden = len(differing) - _MAX_DIFFERING
+    shown = differing[:_MAX_DIFFERING] + ([f"and {hidden} more"] if hidden > 0 else [])
     return WeightFacts(
         distinct_experts=most,
         granularity=granularity,
@@ -58,80 +163,38 @@ def examine(
     )
 
 
-class _Experts:
-    """One expert's matrices, whatever the layout on disk."""
-
-    def __init__(self, moe: Checkpoint, target: Target, layout: ExpertLayout) -> None:
-        self._moe, self._target, self._layout = moe, target, layout
-        self.num_experts: int = moe.config[target.keys.num_experts]
-        self.num_layers = checked_count(moe, "num_hidden_layers")
-
-    def _read(self, reader: Reader, name: str) -> torch.Tensor:
-        return _read(self._moe, reader, name)
-
-    def _read_all(self, reader: Reader, name: str) -> torch.Tensor:
-        """Return a tensor whose first dimension counts the experts."""
-        tensor = self._read(reader, name)
-        if tensor.shape[:1] != (self.num_experts,):
-            raise UpcycleError(
-                f"{self._moe.path}: {name} has shape {list(tensor.shape)}, but config.json "
-                f"implies {self.num_experts} experts."
-            )
-        return tensor
-
-    def group_size(self, reader: Reader, layer: int) -> int:
-        """Return how many neighbouring experts share a router row; 1 when that is uneven."""
-        names = self._target.names
-        fused = self._layout is ExpertLayout.FUSED
-        template = names.fused_router if fused else names.router
-        router_NH = self._read_all(reader, template.format(layer=layer))
-        rows = [bytes(raw_bytes(row)) for row in router_NH]
-        runs = {len(list(run)) for _, run in groupby(rows)}
-        return runs.pop() if len(runs) == 1 else 1
-
-    def matrices(self, reader: Reader, layer: int, expert: int) -> Iterator[torch.Tensor]:
-        """Yield gate (I, H), up (I, H) and down (H, I)."""
-        names = self._target.names
-        if self._layout is ExpertLayout.FUSED:
-            gate_up = self._read_all(reader, names.fused_gate_up.format(layer=layer))[expert]
-            yield from gate_up.chunk(2)
-            yield self._read_all(reader, names.fused_down.format(layer=layer))[expert]
-            return
-        for template in (names.gate, names.up, names.down):
-            yield self._read(reader, template.format(layer=layer, expert=expert))
-
-    def digest(self, reader: Reader, layer: int, expert: int) -> bytes:
-        """Identify an expert by the bytes of its matrices."""
-        digest = hashlib.sha256()
-        for matrix in self.matrices(reader, layer, expert):
-            digest.update(raw_bytes(matrix))
-        return digest.digest()
-
-    def label(self, layer: int, expert: int) -> str:
-        """Name an expert for a person."""
-        return f"model.layers.{layer}, expert {expert}"
-
-
-def _read(checkpoint: Checkpoint, reader: Reader, name: str) -> torch.Tensor:
+def _read(
+    checkpoint: Checkpoint, reader: Reader, name: str, num_experts: int | None = None
+) -> torch.Tensor:
+    """Return a tensor, whose first dimension must count the experts where a number is given."""
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
     dtype = checkpoint.tensors[name].dtype
     if dtype not in TORCH_DTYPES:
         raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which is not read.")
-    return reader.tensor(name)
+    tensor = reader.tensor(name)
+    if num_experts is not None and tensor.shape[:1] != (num_experts,):
+        raise UpcycleError(
+            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, but config.json "
+            f"implies {num_experts} experts."
+        )
+    return tensor
 
 
-def _measure(view: _Experts, reader: Reader, dense: Checkpoint) -> dict[str, float]:
-    """Return the least-squares ratio of the first layer's expert 0 to its dense shard."""
-    dense_family(dense.config)  # raises when it is not a dense model
+def _measure(experts: Experts, reader: Reader, dense: Checkpoint) -> dict[str, float]:
+    """Return the least-squares ratio of the first expert to its dense shard, by part."""
+    model = read_dense(dense_family(dense.config), dense.config)
+    layer, size = experts.layers[0], experts.expert_size
     factors = {}
     with dense.reader() as dense_reader:
-        experts = view.matrices(reader, 0, 0)
-        for matrix, moe_tensor in zip(("gate", "up", "down"), experts, strict=True):
-            whole = _read(dense, dense_reader, f"model.layers.0.mlp.{matrix}_proj.weight")
-            rows, columns = moe_tensor.shape
-            if rows > whole.shape[0] or columns > whole.shape[1]:
-                raise UpcycleError(f"{dense.path} is smaller than one expert: not its source.")
-            part = whole[:rows, :columns].double()
-            factors[matrix] = float((moe_tensor.double() * part).sum() / (part * part).sum())
+        mlp = model.mlp(dense.tensors, layer)
+        for part, held in experts.parts(reader, layer, 0):
+            found = place(mlp, part, width=model.intermediate_size, shard=(0, size))
+            shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
+            if shard.shape != held.shape:
+                raise UpcycleError(
+                    f"{dense.path} is smaller than one expert, or of other sizes: not its source."
+                )
+            shard = shard.double()
+            factors[part] = float((held.double() * shard).sum() / (shard * shard).sum())
     return factors

@@ -77,8 +77,9 @@ class Repeat:
 class Normal:
     """Random rows that give logits of standard deviation `logit_std` behind a norm.
 
-    The norm's output has unit RMS before its weight γ, so the rows' standard deviation is
-    logit_std / ‖γ‖₂. The values are a pure function of (seed, stream) and γ.
+    The norm's output has unit RMS before its weight γ, the stored one plus `offset`, so the rows'
+    standard deviation is logit_std / ‖γ‖₂; without a norm, γ is taken to be all ones. The values
+    are a pure function of (seed, stream) and γ.
     """
 
     seed: int
@@ -86,7 +87,21 @@ class Normal:
     dtype: str
     shape: tuple[int, int]
     logit_std: float
-    norm: Source
+    norm: Source | None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Random values of the same root mean square as those of another tensor.
+
+    A pure function of (seed, stream) and that tensor.
+    """
+
+    seed: int
+    stream: str
+    shape: tuple[int, ...]
+    of: Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +112,7 @@ class Zeros:
     shape: tuple[int, ...]
 
 
-Expr: TypeAlias = Source | Slice | Cast | Scale | Concat | Stack | Repeat | Normal | Zeros
+Expr: TypeAlias = Source | Slice | Cast | Scale | Concat | Stack | Repeat | Normal | Alike | Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +135,10 @@ class Stretch:
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
-        case Source(dtype=dtype, shape=shape) | Zeros(dtype=dtype, shape=shape):
-            return TensorType(dtype, shape)
-        case Normal(dtype=dtype, shape=shape):
-            return TensorType(dtype, shape)
+        case Source() | Zeros() | Normal():
+            return TensorType(expr.dtype, expr.shape)
+        case Alike(shape=shape, of=of):
+            return TensorType(type_of(of).dtype, shape)
         case Slice(of, dim, start, stop):
             inner = type_of(of)
             if not (dim < len(inner.shape) and 0 <= start <= stop <= inner.shape[dim]):
@@ -188,20 +203,20 @@ def sources(expr: Expr) -> Iterator[str]:
     match expr:
         case Source(name):
             yield name
-        case Slice(of) | Cast(of) | Scale(of) | Repeat(of):
+        case Slice(of) | Cast(of) | Scale(of) | Repeat(of) | Alike(of=of):
             yield from sources(of)
         case Concat(parts) | Stack(parts):
             for part in parts:
                 yield from sources(part)
         case Normal(norm=norm):
-            yield norm.name
+            yield from () if norm is None else (norm.name,)
         case Zeros():
             return
         case _:
             assert_never(expr)
 
 
-def describe(expr: Expr) -> str:  # noqa: PLR0911 - one case per kind
+def describe(expr: Expr) -> str:  # noqa: C901, PLR0911 - one case per kind
     """Return an expression as a person would write it down."""
     match expr:
         case Source(name):
@@ -219,7 +234,10 @@ def describe(expr: Expr) -> str:  # noqa: PLR0911 - one case per kind
         case Repeat(of, times):
             return f"{describe(of)}, each row × {times}"
         case Normal(stream=stream, logit_std=std, norm=norm):
-            return f"normal({stream}, std {std:g} / ‖{norm.name}‖)"
+            scale = "√H" if norm is None else f"‖{norm.name}‖"
+            return f"normal({stream}, std {std:g} / {scale})"
+        case Alike(stream=stream, of=of):
+            return f"normal({stream}, rms of {describe(of)})"
         case Zeros():
             return "zeros"
         case _:

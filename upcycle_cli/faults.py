@@ -18,8 +18,7 @@ from upcycle_cli.checkpoint import shortened_file
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _AtExit = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_kept: list[object] = []
-"""C functions last as long as somebody holds them."""
+_kept: list[object] = []  # C functions last as long as somebody holds them
 
 
 def handle_faults(last_words: Callable[[str, str], None], code: int) -> None:

@@ -21,30 +21,22 @@ from typing import Any, TypeGuard
 
 from upcycle_cli.errors import UpcycleError, shown
 
-MOST_JSON_BYTES = 10_000_000
-"""More than any config, record or tokenizer setting has."""
-MOST_LISTING_BYTES = 100_000_000
-"""More than any index has: as large as a safetensors header may be."""
-MOST_COMPANION_BYTES = 500_000_000
-"""More than any tokenizer has."""
+MOST_JSON_BYTES = 10_000_000  # more than any config, record or tokenizer setting has
+MOST_LISTING_BYTES = 100_000_000  # more than any index has: as large as a safetensors header may be
+MOST_COMPANION_BYTES = 500_000_000  # more than any tokenizer has
 
 CHECKSUMS_NAME = "SHA256SUMS"
 _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+# By the letters of `ls -l`.
+_KINDS = {"d": "a directory", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
 
 
 def locate(directory: Path, name: str) -> Path:
-    """Return where a file of a directory really is, which must be there and a regular file.
+    """Return where a regular file of a directory really is.
 
-    A link is followed inside the directory and, from a snapshot in the Hub's cache, into the blobs
-    that the cache keeps for it. Raises UpcycleError.
+    A link is followed inside the directory and, from a snapshot in the Hub's cache, into its blobs.
+    Raises UpcycleError.
     """
     path = directory / name
     try:
@@ -52,9 +44,8 @@ def locate(directory: Path, name: str) -> Path:
         status = real.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or "links in a circle"
-        raise UpcycleError(
-            f"{path} is missing or unreadable: {reason}.", "Download or copy it again."
-        ) from error
+        words = f"{path} is missing or unreadable: {reason}."
+        raise UpcycleError(words, "Download or copy it again.") from error
     if not any(real.is_relative_to(place) for place in (root, *_blobs(root))):
         raise UpcycleError(
             f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
@@ -65,9 +56,9 @@ def locate(directory: Path, name: str) -> Path:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, which must be a regular one; OSError when the system refuses.
+    """Open a regular file for reading.
 
-    Raises UpcycleError for a pipe, a device or a directory, without waiting for it.
+    Raises UpcycleError for what is none, without waiting for it, OSError when the system refuses.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -79,10 +70,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Return the contents of a regular file of at most `most` bytes.
-
-    Raises UpcycleError, from OSError when the system refuses.
-    """
+    """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
     try:
         with open_regular(path) as file:
             return read_open(file, path, most)
@@ -91,19 +79,21 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
-    """Return the contents of an open file of at most `most` bytes; `path` is what it is called.
-
-    Raises UpcycleError for a larger one, OSError when the system refuses.
-    """
+    """Return an open file's contents; raises UpcycleError for more than `most` bytes, OSError."""
     size = os.fstat(file.fileno()).st_size
     # What a sparse file or one of /proc says of its size need not be what it gives.
     data = file.read(most + 1) if size <= most else b""
-    if max(size, len(data)) > most:
-        raise UpcycleError(
-            f"{path} is not read: it has {max(size, len(data)):,} bytes, and no such file has "
-            f"more than {most:,}."
-        )
+    size = max(size, len(data))
+    if size > most:
+        words = f"it has {size:,} bytes, and no such file has more than {most:,}"
+        raise UpcycleError(f"{path} is not read: {words}.")
     return data
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file; raises UpcycleError, or OSError when unreadable."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_utf8(path: Path) -> None:
@@ -111,18 +101,15 @@ def check_utf8(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UpcycleError(
-            f"{path} is not UTF-8, and the libraries that load models read no such path.",
-            "Rename it.",
-        ) from error
+        words = f"{path} is not UTF-8, and the libraries that load models read no such path."
+        raise UpcycleError(words, "Rename it.") from error
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name is one of these, folder by folder."""
     # In a pattern, * stands for slashes too.
-    return any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
-    )
+    level = [pattern for pattern in patterns if name.count("/") == pattern.count("/")]
+    return any(fnmatchcase(name, pattern) for pattern in level)
 
 
 def is_inner_name(name: object) -> TypeGuard[str]:
@@ -139,10 +126,8 @@ class ListedFile:
 
     name: str
     size: int
-    sha256: str | None
-    """Of the whole file; weight files have none."""
-    header_sha256: str | None
-    """Of a weight file's header."""
+    sha256: str | None  # of the whole file; weight files have none
+    header_sha256: str | None  # of a weight file's header
 
     def describes(self, file: BufferedReader) -> bool:
         """Whether an open file is this one, as far as the list tells; OSError when unreadable."""
@@ -164,10 +149,7 @@ def read_header(file: BufferedReader) -> bytes:
 
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
-    """Return what a record lists, by name: all files but itself, the card and the checksums.
-
-    Raises UpcycleError when it lists nothing, or not in the form in which upcycle does.
-    """
+    """Return what a record lists: all but itself, card and checksums; raises UpcycleError."""
     entries = record.get("files")
     if not isinstance(entries, list) or not entries:
         raise UpcycleError("upcycle.json lists no files.")
@@ -196,10 +178,7 @@ def checksums_text(digests: Mapping[str, str]) -> str:
 
 
 def parse_checksums(data: bytes) -> dict[str, str]:
-    """Return the digests of a SHA256SUMS file by name.
-
-    Raises UpcycleError for a line that names no file of a directory, or one that is named before.
-    """
+    """Return the digests of a SHA256SUMS file by name; raises UpcycleError for an odd line."""
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -208,21 +187,23 @@ def parse_checksums(data: bytes) -> dict[str, str]:
     for line in lines[:-1] if lines[-1] == "" else lines:
         match = _CHECKSUM.fullmatch(line)
         if match is None or not is_inner_name(match[2]):
-            raise UpcycleError(
-                f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
-            )
+            words = f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            raise UpcycleError(words)
         if found.setdefault(match[2], match[1]) != match[1]:
             raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
     return found
 
 
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return what `parse_checksums` makes of a file; raises UpcycleError."""
+    return parse_checksums(read_small(path, MOST_JSON_BYTES))
+
+
 def check_regular(path: Path, status: os.stat_result) -> None:
     """Raise UpcycleError for what is no regular file."""
-    kind = stat.S_IFMT(status.st_mode)
-    if kind != stat.S_IFREG:
-        raise UpcycleError(
-            f"cannot read {path}: it is {_KINDS.get(kind, 'something else')}, not a regular file."
-        )
+    if not stat.S_ISREG(status.st_mode):
+        what = _KINDS.get(stat.filemode(status.st_mode)[0], "something else")
+        raise UpcycleError(f"cannot read {path}: it is {what}, not a regular file.")
 
 
 def _blobs(root: Path) -> tuple[Path, ...]:

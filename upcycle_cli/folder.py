@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from errno import EINVAL, ELOOP, ENOENT, ENOTDIR, ENOTSUP
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from upcycle_cli.errors import ResumableError
@@ -30,8 +29,9 @@ ABSENT = {ENOENT, ENOTDIR, ELOOP}
 """Nothing there, or nothing that can be reached without following a link."""
 _MODE = 0o666
 """Of a new file, before the umask; `os.open` would have it be a program."""
+_OTHERS = 0o077
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_TEMPORARY = (".upcycle-", ".new")
+_TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".upcycle-", ".new"
 
 
 class Folder:
@@ -54,20 +54,11 @@ class Folder:
         flags = _DIRECTORY | os.O_NOFOLLOW
         return Folder(os.open(name, flags, dir_fd=self.descriptor), self.path / name)
 
-    def close(self) -> None:
-        """Let go of the directory, and of its lock."""
-        os.close(self.descriptor)
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)  # which lets go of its lock, too
 
     # What is in it --------------------------------------------------------------------------------
 
@@ -110,21 +101,38 @@ class Folder:
         if status.st_uid == os.geteuid() and not status.st_mode & forbidden:
             return True
         # Some file systems have one owner and one mode for all: then a new file looks the same.
+        with suppress(PermissionError), self.scratch() as descriptor:
+            own = os.fstat(descriptor)
+            same_owner = status.st_uid == own.st_uid
+            return same_owner and status.st_mode & forbidden == own.st_mode & forbidden
+        return False
+
+    # What is allowed with it ----------------------------------------------------------------------
+
+    def usual_mode(self) -> int:
+        """Return the mode that a new directory gets in it, by the umask and the like."""
+        name = _temporary_name()
+        os.mkdir(name, dir_fd=self.descriptor)
         try:
-            with self.scratch() as descriptor:
-                own = os.fstat(descriptor)
-        except PermissionError:
-            return False
-        same_owner = status.st_uid == own.st_uid
-        return same_owner and status.st_mode & forbidden == own.st_mode & forbidden
+            status = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+            return stat.S_IMODE(status.st_mode)
+        finally:
+            self.remove_empty(name)
+
+    def make_private(self) -> None:
+        """Let nobody else look into it: a umask may let others write the files in it."""
+        self.set_mode(stat.S_IMODE(os.fstat(self.descriptor).st_mode) & ~_OTHERS)
+
+    def set_mode(self, mode: int) -> None:
+        """Set what is allowed with it, where its file system knows of that."""
+        if stat.S_IMODE(os.fstat(self.descriptor).st_mode) != mode:
+            with suppress(PermissionError):  # a file system that has one mode for all
+                os.fchmod(self.descriptor, mode)
 
     # Reading --------------------------------------------------------------------------------------
 
     def read(self, name: str) -> BufferedReader:
-        """Open a file for reading, which must not be a link.
-
-        Raises UpcycleError for what is no regular file.
-        """
+        """Open a file for reading, which is no link; UpcycleError for what is no regular file."""
         with self._at(name) as (directory, base):
             descriptor = os.open(base, _READ, dir_fd=directory)
         try:
@@ -135,10 +143,7 @@ class Folder:
             raise
 
     def read_own(self, name: str) -> BufferedReader:
-        """Open a file that whoever owns the directory has made in it, under no other name.
-
-        Raises ResumableError for another's, UpcycleError for what is no regular file.
-        """
+        """Open a file that the directory's owner has made in it; ResumableError for another's."""
         file = self.read(name)
         status = os.fstat(file.fileno())
         if status.st_nlink > 1 or status.st_uid != os.fstat(self.descriptor).st_uid:
@@ -157,10 +162,7 @@ class Folder:
     # Writing --------------------------------------------------------------------------------------
 
     def create(self, name: str) -> int:
-        """Return the descriptor of a new file to read and write; what had its name is removed.
-
-        Directories on the way are made.
-        """
+        """Return the descriptor of a new file, which takes the place of what has its name."""
         with self._at(name, make=True) as (directory, base):
             with suppress(FileExistsError):
                 return os.open(base, _CREATE, _MODE, dir_fd=directory)
@@ -202,13 +204,10 @@ class Folder:
     def remove(self, name: str) -> None:
         """Remove a file, a link, or a directory with all that is in it; or nothing."""
         status = self.status(name)
-        if status is None:
-            return
-        with self._at(name) as (directory, base):
-            if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(base, dir_fd=directory)
-            else:
-                os.unlink(base, dir_fd=directory)
+        if status is not None:
+            with self._at(name) as (directory, base):
+                remove = shutil.rmtree if stat.S_ISDIR(status.st_mode) else os.unlink
+                remove(base, dir_fd=directory)
 
     def remove_empty(self, name: str) -> None:
         """Remove a directory in which there is nothing."""
@@ -249,10 +248,8 @@ class Folder:
 
 def is_temporary(name: str) -> bool:
     """Whether this is the name of a file that `Folder.write` had not finished."""
-    begin, end = _TEMPORARY
-    return name.startswith(begin) and name.endswith(end)
+    return name.startswith(_TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
 
 
 def _temporary_name() -> str:
-    begin, end = _TEMPORARY
-    return f"{begin}{os.urandom(8).hex()}{end}"
+    return _TEMPORARY_PREFIX + os.urandom(8).hex() + _TEMPORARY_SUFFIX

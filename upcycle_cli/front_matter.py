@@ -11,18 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import MOST_JSON_BYTES, locate, read_small
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _CARRIED = ("license", "license_name", "license_link", "language")
-_MOST_CHARACTERS = 1_000_000
-"""Of a front matter: several times what those with long tables of results have."""
+_MOST_CHARACTERS = 1_000_000  # several times what a front matter with long tables of results has
 _LONGEST = 500
 _MOST_ITEMS = 1000
-_STRING = "tag:yaml.org,2002:str"
-
 Value = str | list[str]
 
 
@@ -31,8 +29,7 @@ class Carried:
     """What a card takes over from the source's card."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    """What could not be taken over, in words."""
+    notes: tuple[str, ...] = ()  # what could not be taken over, in words
 
 
 def carried_over(directory: Path, name: str) -> Carried:
@@ -44,8 +41,9 @@ def carried_over(directory: Path, name: str) -> Carried:
         text = read_small(locate(directory, name), MOST_JSON_BYTES).decode()
         found = read_front_matter(text, _CARRIED)
     except (OSError, UpcycleError, ValueError) as error:
-        reason = "it is not UTF-8." if isinstance(error, UnicodeDecodeError) else error
-        words = reason.message if isinstance(reason, UpcycleError) else reason
+        words = error.message if isinstance(error, UpcycleError) else str(error)
+        if isinstance(error, UnicodeDecodeError):
+            words = "it is not UTF-8."
         return Carried(notes=(f"no licence or language is taken over from {path}: {words}",))
     values = {key: value for key, value in found.items() if value is not None}
     notes = tuple(
@@ -57,10 +55,9 @@ def carried_over(directory: Path, name: str) -> Carried:
 
 
 def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]:
-    """Return those of these keys that a card's front matter has.
+    """Return those of these keys that a card has; None for what is no line nor list of lines.
 
-    Each is a line of text, or a list of such lines; None where it is something else. Raises
-    UpcycleError when the front matter cannot be read.
+    Raises UpcycleError when the front matter cannot be read.
     """
     from yaml import MappingNode, SafeLoader, ScalarNode, YAMLError, compose  # type: ignore[import-untyped]
 
@@ -80,7 +77,8 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
     return {
         key.value: _value(value)
         for key, value in root.value
-        if isinstance(key, ScalarNode) and key.value in keys and not _is_null(value)
+        if isinstance(key, ScalarNode) and key.value in keys
+        if value.tag != "tag:yaml.org,2002:null"
     }
 
 
@@ -90,24 +88,16 @@ def body(card: str) -> str:
     return card if block is None else card[block.end() :]
 
 
-def _is_null(node: object) -> bool:
-    return getattr(node, "tag", None) == "tag:yaml.org,2002:null"
-
-
-def _value(node: object) -> Value | None:
+def _value(node: Any) -> Value | None:  # noqa: ANN401 - yaml has no types to name
     from yaml import SequenceNode
 
     if not isinstance(node, SequenceNode):
-        return _line(node)
-    lines = [_line(item) for item in node.value[:_MOST_ITEMS]]
-    kept = [line for line in lines if line is not None]
-    return kept if len(kept) == len(node.value) else None
+        return node.value if _is_line(node) else None
+    fits = len(node.value) <= _MOST_ITEMS and all(map(_is_line, node.value))
+    return [item.value for item in node.value] if fits else None
 
 
-def _line(node: object) -> str | None:
-    """Return the text of a node that is one printable line of a sensible length."""
-    if getattr(node, "tag", None) != _STRING:
-        return None
-    text = getattr(node, "value", None)
-    fits = isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _LONGEST
-    return text if fits else None
+def _is_line(node: Any) -> bool:  # noqa: ANN401
+    """Whether a node is one printable line of text of a sensible length."""
+    text = node.value if node.tag == "tag:yaml.org,2002:str" else None
+    return isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _LONGEST

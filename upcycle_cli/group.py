@@ -48,8 +48,6 @@ def _refuse_usage(error: Any) -> int:  # noqa: ANN401 - see above
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is there already
         return EXIT_ERROR
     words, context = " ".join(error.format_message().split()), error.ctx
-    hint = None
-    if context is not None:
-        hint = f"{context.get_usage()}\n`{context.command_path} --help` says more."
+    hint = context and f"{context.get_usage()}\n`{context.command_path} --help` says more."
     say_error(words, hint)
     return EXIT_ERROR

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME, parse_header
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import (
     CHECKSUMS_NAME,
@@ -24,9 +23,12 @@ from upcycle_cli.files import (
     read_header,
 )
 from upcycle_cli.folder import Folder
+from upcycle_cli.header import parse_header
+from upcycle_cli.storage import CARD_NAME, RECORD_NAME
 from upcycle_cli.workspace import SEAL, read_state
 
 _HINT = "Move or remove it yourself if it is not needed."
+_FOREIGN = "which upcycle did not write"
 
 _Identity = tuple[int, int, int, int]
 
@@ -42,12 +44,12 @@ class Inventory:
 
 
 def take_inventory(folder: Folder) -> Inventory:
-    """Return what is in a finished output, which must be what upcycle wrote and nothing else.
-
-    A listed file may be missing. Raises UpcycleError naming the first thing that is another's, and
-    when there is no telling; OSError when the system refuses.
-    """
-    raw = _record(folder)
+    """Return what is there of a finished output; UpcycleError for what upcycle did not write."""
+    if folder.status(RECORD_NAME) is None:
+        raise UpcycleError(
+            f"{folder.path} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
+        )
+    raw = folder.read_small(RECORD_NAME, MOST_JSON_BYTES)
     listed, routers = _listed(folder, raw)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     found: dict[str, _Identity | None] = {}
@@ -56,13 +58,11 @@ def take_inventory(folder: Folder) -> Inventory:
         if is_directory and name in parents:
             directories.append(name)
             continue
-        reason: str | None = "which upcycle did not write"
-        if not is_directory:
-            # Before the contents, so that a change after that is seen.
-            found[name] = _identity(folder, name)
-            reason = _objection(folder, name, listed, raw)
-            if reason is None and name.endswith(".safetensors"):
-                reason = _changed_router(folder, name, routers)
+        # Before the contents, so that a change after that is seen.
+        found[name] = _identity(folder, name)
+        reason = _FOREIGN if is_directory else _objection(folder, name, listed, raw)
+        if reason is None and name.endswith(".safetensors"):
+            reason = _changed_router(folder, name, routers)
         if reason:
             raise UpcycleError(f"{folder.path} holds {name}, {reason}; it is left as it is.", _HINT)
     return Inventory(hashlib.sha256(raw).hexdigest(), found, tuple(directories))
@@ -71,15 +71,14 @@ def take_inventory(folder: Folder) -> Inventory:
 def remove_all(folder: Folder, inventory: Inventory) -> None:
     """Remove the files of an inventory, and last the record, by which one knows what is left.
 
-    Raises UpcycleError when something has come or changed since, which stays; OSError when the
-    system refuses.
+    Raises UpcycleError when something has come or changed since, which stays.
     """
 
     def unchanged(name: str) -> bool:
         return _identity(folder, name) == inventory.files.get(name)
 
-    for name in inventory.files:
-        if name != RECORD_NAME and unchanged(name):
+    for name in filter(unchanged, inventory.files):
+        if name != RECORD_NAME:
             folder.remove(name)
     for name in inventory.directories:  # the inner ones first
         folder.remove_empty(name)
@@ -95,14 +94,6 @@ def record_digest(folder: Folder) -> str | None:
         return hashlib.sha256(folder.read_small(RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
     except (OSError, UpcycleError):
         return None
-
-
-def _record(folder: Folder) -> bytes:
-    if folder.status(RECORD_NAME) is None:
-        raise UpcycleError(
-            f"{folder.path} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
-        )
-    return folder.read_small(RECORD_NAME, MOST_JSON_BYTES)
 
 
 def _listed(folder: Folder, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
@@ -134,8 +125,7 @@ def _objection(
         card = folder.read_small(name, MOST_JSON_BYTES)
         return None if _is_untouched(card) else "which somebody has edited"
     if name == CHECKSUMS_NAME:
-        sums = folder.read_small(name, MOST_JSON_BYTES)
-        file_is_ours = _are_ours(sums, listed, record)
+        file_is_ours = _are_ours(folder.read_small(name, MOST_JSON_BYTES), listed, record)
     elif name == SEAL:  # of a run that was killed, in a directory that has another name now
         file_is_ours = "plan_sha256" in read_state(folder, SEAL)
     else:
@@ -143,14 +133,11 @@ def _objection(
             file_is_ours = file is not None and file.describes(opened)
     if file_is_ours:
         return None
-    return "which upcycle did not write" if file is None else "which is not as upcycle wrote it"
+    return _FOREIGN if file is None else "which is not as upcycle wrote it"
 
 
 def _changed_router(folder: Folder, name: str, routers: Mapping[str, object]) -> str | None:
-    """Say that a weight file was trained further, in place: no training leaves a router alone.
-
-    Its expert weights are as many as the disk holds, and are not read.
-    """
+    """Say that a router was changed, which no training leaves alone; experts are not read."""
     with folder.read(name) as file:
         for entry in parse_header(read_header(file), folder.path / name, name)[0]:
             if entry.name in routers:
@@ -184,6 +171,4 @@ def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> b
 
 def _identity(folder: Folder, name: str) -> _Identity | None:
     status = folder.status(name)
-    if status is None:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from upcycle_cli.expr import Expr, leaves, num_bytes
-from upcycle_cli.outputs import OutputTensor
 from upcycle_cli.plan import Shard
 from upcycle_cli.reflink import BLOCK_BYTES
+from upcycle_cli.tensors import OutputTensor
 
 _Origin = TypeVar("_Origin")
 
@@ -43,19 +43,17 @@ def lay_out(shard: Shard) -> Layout:
     """Return the layout of a file of the output."""
     tensors = sorted(shard.tensors, key=lambda tensor: tensor.nbytes % BLOCK_BYTES != 0)
     header = _header(tensors)
-    first: dict[Expr, OutputTensor] = {}
-    offsets: dict[Expr, list[int]] = {}
-    sizes: dict[Expr, int] = {}
+    first: dict[Expr, tuple[OutputTensor, int, list[int]]] = {}
     position = len(header)
     for tensor in tensors:
         for leaf in leaves(tensor.expr):
             if leaf not in first:
-                first[leaf], offsets[leaf], sizes[leaf] = tensor, [], num_bytes(leaf)
-            offsets[leaf].append(position)
-            position += sizes[leaf]
-    parts = tuple(
-        Part(leaf, tensor, sizes[leaf], tuple(offsets[leaf])) for leaf, tensor in first.items()
-    )
+                first[leaf] = tensor, num_bytes(leaf), []
+            _, nbytes, offsets = first[leaf]
+            offsets.append(position)
+            position += nbytes
+    found = first.items()
+    parts = tuple(Part(leaf, tensor, nbytes, tuple(at)) for leaf, (tensor, nbytes, at) in found)
     return Layout(header, parts, position)
 
 
@@ -115,13 +113,10 @@ def _header(tensors: list[OutputTensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
-        end = position + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [position, end],
-        }
-        position = end
+        offsets = [position, position + tensor.nbytes]
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        entries[tensor.name] = entry
+        position = offsets[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % BLOCK_BYTES)
     return len(text).to_bytes(8, "little") + text

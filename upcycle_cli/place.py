@@ -41,18 +41,17 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
         reason = getattr(error, "strerror", None) or str(error)
         raise UpcycleError(f"{output} cannot be made: {reason}.") from error
+    problem = None
     if _is_same(target, origin):
-        raise UpcycleError("OUTPUT is the source itself.", "Choose another directory.")
-    if is_in(target, origin):
-        raise UpcycleError(
-            f"{output} is inside the source, which is never modified.", "Choose another directory."
-        )
-    if any(is_in(place, target) for place in places):
-        raise UpcycleError(f"{output} contains the source.", "Choose another directory.")
-    if is_in(Path.cwd(), target):
-        raise UpcycleError(
-            f"{output} is the current directory, or contains it.", "Choose another directory."
-        )
+        problem = "OUTPUT is the source itself."
+    elif is_in(target, origin):
+        problem = f"{output} is inside the source, which is never modified."
+    elif any(is_in(place, target) for place in places):
+        problem = f"{output} contains the source."
+    elif is_in(Path.cwd(), target):
+        problem = f"{output} is the current directory, or contains it."
+    if problem is not None:
+        raise UpcycleError(problem, "Choose another directory.")
     if output.name in {"", ".."}:
         raise UpcycleError(f"{output} is no name for a directory.", "Write the name itself.")
     check_kind(output)
@@ -99,8 +98,7 @@ def check_kind(output: Path) -> None:
 def check_space(output: Path, needed: int, *, shared: int | None = None) -> None:
     """Raise UpcycleError when the file system of OUTPUT has less than `needed` bytes free.
 
-    `shared` is what is needed where equal parts can share extents, or None not to do so. What an
-    unfinished run has left counts as free.
+    `shared` is what is needed where extents can be shared; what a killed run left counts as free.
     """
     parent = _parent(output)
     free = shutil.disk_usage(parent).free

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,22 +27,20 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
-from upcycle_cli.families.dense import dense_shapes
+from upcycle_cli.families.dense import HEAD, DenseModel
 from upcycle_cli.families.engines import Engine, engines
-from upcycle_cli.families.target import (
-    ExpertLayout,
-    expected,
-    has_plain_attention,
-    moe_config,
-)
+from upcycle_cli.families.mlp import parts_of
+from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.families.shipped import CODE_NAME
+from upcycle_cli.families.translate import has_plain_attention, moe_config
 from upcycle_cli.front_matter import Carried, carried_over
-from upcycle_cli.outputs import EXPERT_ROLES, Options, OutputTensor, Role, output_tensors
-from upcycle_cli.recipe import Factors, Promise, Recipe
+from upcycle_cli.recipe import Factors, Promise, Recipe, ScaleSplit
 from upcycle_cli.redirects import refuse_redirects
+from upcycle_cli.tensors import Options, OutputTensor, Role, layer_finder, output_tensors
 
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
-
+_DRAWN = (Role.ROUTER, Role.CORRECTION_BIAS, Role.SHARED_EXPERT)
 _LONGEST_ROW = 2
 """Times what a row's length is on average."""
 
@@ -84,9 +82,10 @@ class Plan:
     @property
     def file_names(self) -> list[str]:
         """What the output consists of, beside its record, card and checksums."""
-        index = [INDEX_NAME] if len(self.shards) > 1 else []
+        extra = [INDEX_NAME] if len(self.shards) > 1 else []
+        extra += [CODE_NAME] if self.family.target.ships_code else []
         names = [shard.name for shard in self.shards]
-        return [CONFIG_NAME, *index, *names, *(file.name for file in self.source.companions)]
+        return [CONFIG_NAME, *extra, *names, *(file.name for file in self.source.companions)]
 
     @property
     def tensors(self) -> Iterator[OutputTensor]:
@@ -97,23 +96,34 @@ class Plan:
     @property
     def factors(self) -> Factors:
         """What each expert matrix is multiplied by."""
-        return self.recipe.factors()
+        return self.recipe.factors(self.family.dense.mlp_kind)
 
     @property
     def promise(self) -> Promise:
         """What the output owes the dense model."""
-        return self.recipe.promise()
+        return self.recipe.promise(self.family.dense.mlp_kind)
+
+    @property
+    def expert_size(self) -> int:
+        """I/G, the intermediate size of an expert."""
+        return self.family.dense.intermediate_size // self.recipe.granularity
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        """How the experts are named on disk."""
+        return self.family.target.layout(self.options.expert_layout)
 
     @cached_property
     def rounded_to(self) -> str | None:
         """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
         for tensor in self.tensors:
             # What is drawn at random has nothing to lose.
-            drawn = tensor.role in (Role.ROUTER, Role.SHARED_EXPERT)
+            drawn = tensor.role in _DRAWN
             for name in () if drawn else sources(tensor.expr):
-                if _narrows(self.source.tensors[name].dtype, tensor.dtype):
+                # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
+                if tensor.dtype not in {self.source.tensors[name].dtype, "F32"}:
                     return TORCH_DTYPES[tensor.dtype]
-        return None if self.factors.lossless else self._expert_dtype
+        return None if self.factors.lossless else TORCH_DTYPES[self.expert_dtype]
 
     @property
     def lossless(self) -> bool:
@@ -121,8 +131,9 @@ class Plan:
         return self.rounded_to is None
 
     @property
-    def _expert_dtype(self) -> str:
-        return TORCH_DTYPES[next(t.dtype for t in self.tensors if t.role in EXPERT_ROLES)]
+    def expert_dtype(self) -> str:
+        """The dtype of the experts' matrices."""
+        return next(t.dtype for t in self.tensors if t.role is Role.EXPERT)
 
     @cached_property
     def nbytes(self) -> int:
@@ -137,7 +148,7 @@ class Plan:
     @cached_property
     def active_parameters(self) -> int:
         """Parameters that one token uses: all but the experts that were not chosen."""
-        experts = sum(t.num_elements for t in self.tensors if t.role in EXPERT_ROLES)
+        experts = sum(t.num_elements for t in self.tensors if t.role is Role.EXPERT)
         idle = self.recipe.num_experts - self.recipe.top_k
         return self.total_parameters - experts // self.recipe.num_experts * idle
 
@@ -154,13 +165,11 @@ class Plan:
 
         Attention scores, which depend on the context length, are left out of both.
         """
-        decoder = self.family.decoder
         # Looking up an embedding costs nothing; a tied one is used once more, as the head.
-        lookup = decoder.vocab_size * decoder.hidden_size
-        tied_dense = decoder.tie_word_embeddings and "lm_head.weight" not in self.source.tensors
-        tied_moe = tied_dense and not self.options.untie_embeddings
-        dense = self.dense_parameters - (0 if tied_dense else lookup)
-        return (self.active_parameters - (0 if tied_moe else lookup)) / dense
+        lookup = self.source.tensors[self.family.dense.family.embedding].num_elements
+        untied = HEAD in self.source.tensors
+        moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings)
+        return moe / (self.dense_parameters - lookup * untied)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -171,8 +180,9 @@ class Plan:
             self.family.target.model_type,
             routing,
             tied=self.config["tie_word_embeddings"],
-            fused=self.options.expert_layout is ExpertLayout.FUSED,
+            fused=self.expert_layout is ExpertLayout.FUSED,
             plain_attention=has_plain_attention(self.config),
+            every_layer=self.family.layers == self.family.dense.mlp_layers,
         )
 
     @cached_property
@@ -186,18 +196,14 @@ class Plan:
         content = {
             "meaning": _MEANING,
             "recipe": asdict(self.recipe),
-            "options": asdict(self.options),
+            "options": asdict(replace(self.options, expert_layout=self.expert_layout)),
             "config": self.config,
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
             "source_revision": self.source.revision,
             "source": [
-                {
-                    "name": file.name,
-                    "size": file.size,
-                    "mtime_ns": 0 if pinned else file.mtime_ns,
-                    "digest": file.digest,
-                }
+                {"name": file.name, "size": file.size, "digest": file.digest}
+                | {"mtime_ns": 0 if pinned else file.mtime_ns}
                 for file in self.source.shards + self.source.companions
             ],
             "shards": [
@@ -209,11 +215,7 @@ class Plan:
 
 
 def build_plan(
-    recipe: Recipe,
-    source: Checkpoint,
-    *,
-    target: str = "auto",
-    options: Options | None = None,
+    recipe: Recipe, source: Checkpoint, *, target: str = "auto", options: Options | None = None
 ) -> Plan:
     """Plan the conversion of a dense checkpoint.
 
@@ -221,31 +223,41 @@ def build_plan(
     what its config says, or when the recipe does not fit its sizes.
     """
     options = options or Options()
-    family = choose(source.config, target, recipe.routing)
-    refuse_redirects(source.config, source.tokenizer_config(), source.storage.names())
-    recipe = recipe.resolve(family.target.routings[0])
-    dropped = _check_source(source, family)
-    _check_granularity(recipe, family.decoder.intermediate_size)
+    names = source.tensors
+    family = choose(source.config, target, recipe.routing, layers=recipe.layers, names=names)
+    refuse_redirects(
+        source.config,
+        source.tokenizer_config(),
+        source.storage.names(),
+        outgrown=family.dense.family.outgrown_code,
+    )
+    row = family.target
+    recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
+    if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
+        raise UpcycleError(
+            f"{row.model_type} has no factor on its gates in its config.",
+            "Use --scale-split balanced or down.",
+        )
+    row.layout(options.expert_layout)  # raises
+    dropped = _check_source(source, family.dense)
+    _check_granularity(recipe, family.dense.intermediate_size)
     config = moe_config(
         source.config,
-        family.decoder,
-        family.target,
+        family.dense,
+        row,
         recipe,
+        family.layers,
         untie_embeddings=options.untie_embeddings,
         dtype=options.dtype,
     )
-    tensors = tuple(output_tensors(recipe, options, family, source))
-    _check_types(tensors, family, config, options)
+    used = [name for name in names if name not in dropped]
+    tensors = tuple(output_tensors(recipe, options, family, source, used))
     _check_router_range(recipe, tensors)
-    _check_all_used(tensors, source, dropped)
+    mlp = family.dense.mlp(names, family.layers[0])
+    _check_all_used(tensors, source, dropped, parts_of(mlp))
     shards = _shards(tensors, options.max_shard_bytes)
     carried = carried_over(source.path, CARD_NAME)
     return Plan(recipe, options, family, source, config, shards, dropped, carried)
-
-
-def _narrows(source: str, output: str) -> bool:
-    # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
-    return output not in {source, "F32"}
 
 
 def _check_granularity(recipe: Recipe, intermediate_size: int) -> None:
@@ -253,11 +265,11 @@ def _check_granularity(recipe: Recipe, intermediate_size: int) -> None:
     if intermediate_size % granularity == 0:
         return
     divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
-    below = max(d for d in divisors if d < granularity)
-    above = min((d for d in divisors if d > granularity), default=None)
+    near = [d for d in divisors if d < granularity][-1:]
+    near += [d for d in divisors if d > granularity][:1]
     raise UpcycleError(
         f"intermediate size {intermediate_size} is not divisible by granularity {granularity}.",
-        f"Try {below}." if above is None else f"Try {below} or {above}.",
+        f"Try {' or '.join(map(str, near))}.",
     )
 
 
@@ -275,74 +287,88 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
             )
 
 
-def _check_source(source: Checkpoint, family: Family) -> dict[str, str]:
+def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """Compare the source's tensors with what its config implies; return those to drop."""
-    shapes = dense_shapes(family.decoder)
-    if "lm_head.weight" in source.tensors:
-        # A tied model may carry its head; copied, it means to every engine what it meant before.
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-    missing = [name for name in shapes if name not in source.tensors]
-    if missing:
-        raise UpcycleError(
-            f"{source.path} lacks {_some(missing)}, which its config.json implies.",
-            "Only whole causal language models can be upcycled, not adapters or bare encoders.",
-        )
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
-        if name not in shapes:
-            dropped[name] = _reason_to_drop(name, source, family)
-        elif entry.shape != shapes[name]:
-            raise UpcycleError(
-                f"{source.path}: {name} has shape {list(entry.shape)}, "
-                f"but config.json implies {list(shapes[name])}."
-            )
-        elif entry.dtype not in TORCH_DTYPES:
+        for pattern, reason in dense.family.ignored:
+            if pattern.fullmatch(name):
+                dropped[name] = reason
+        if name not in dropped and entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
                 f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "
                 "or of a dtype that no model is trained in.",
                 f"Only {', '.join(TORCH_DTYPES)} can be converted.",
             )
+    held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
+    shapes = dict(dense.shapes) or _regular(source, dense, held)
+    if HEAD in held:
+        # A tied model may carry its head; copied, it means to every engine what it meant before.
+        shapes[HEAD] = shapes[dense.family.embedding]
+    missing = [name for name in shapes if name not in held]
+    if missing:
+        rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UpcycleError(
+            f"{source.path} lacks {missing[0]}{rest}, which its config.json implies.",
+            "Only whole causal language models can be upcycled, not adapters or bare encoders.",
+        )
+    for name, shape in held.items():
+        if name not in shapes:
+            raise UpcycleError(
+                f"{source.path}: unknown tensor {name}.",
+                f"A {dense.model_type} model has no such tensor, so dropping it could "
+                "change the model. If it is not needed, remove it from the checkpoint.",
+            )
+        if shape != shapes[name]:
+            raise UpcycleError(
+                f"{source.path}: {name} has shape {list(shape)}, "
+                f"but config.json implies {list(shapes[name])}."
+            )
     return dropped
 
 
-def _reason_to_drop(name: str, source: Checkpoint, family: Family) -> str:
-    for pattern, reason in family.dense.ignored:
-        if pattern.fullmatch(name):
-            return reason
-    raise UpcycleError(
-        f"{source.path}: unknown tensor {name}.",
-        f"A {family.dense.model_type} model has no such tensor, so dropping it could change the "
-        "model. If it is not needed, remove it from the checkpoint.",
-    )
+def _regular(
+    source: Checkpoint, dense: DenseModel, held: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return what tensors must be there where the family's are not known.
 
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-    return names[0] + rest
-
-
-def _check_types(
-    tensors: tuple[OutputTensor, ...],
-    family: Family,
-    config: Mapping[str, Any],
-    options: Options,
-) -> None:
-    wanted = expected(family.decoder, config, family.target, options.expert_layout)
-    planned = {tensor.name: tensor.shape for tensor in tensors}
-    if "lm_head.weight" in planned and config["tie_word_embeddings"]:
-        wanted["lm_head.weight"] = planned["lm_head.weight"]
-    if planned != wanted:
-        wrong = [name for name in planned | wanted if planned.get(name) != wanted.get(name)]
-        raise AssertionError(f"the plan and {family.target.model_type} disagree on {wrong[:3]}")
-    assert len(planned) == len(tensors), "a tensor is planned twice"
+    Every layer of a kind has the tensors of the first of that kind, the MLP those of its row.
+    """
+    layer_of = layer_finder(dense.family.layer)
+    by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
+    for name, shape in held.items():
+        layer = layer_of(name)
+        start = 0 if layer is None else len(dense.prefix(layer))
+        by_layer.setdefault(layer, {})[name[start:]] = shape
+    shapes = by_layer.pop(None, {})
+    hidden, width = dense.hidden_size, dense.intermediate_size
+    if dense.family.embedding not in shapes:
+        raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
+    shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
+    for layer, kind in enumerate(dense.kinds):
+        wanted = dict(by_layer.get(dense.kinds.index(kind), {}))
+        if layer in dense.mlp_layers:
+            for weight in dense.mlp(held, layer):
+                wanted[weight.name] = weight.shape(width, hidden)
+            if dense.family.norm is not None:
+                wanted.setdefault(dense.family.norm, (hidden,))
+        shapes |= {dense.prefix(layer) + name: shape for name, shape in wanted.items()}
+    return shapes
 
 
 def _check_all_used(
-    tensors: tuple[OutputTensor, ...], source: Checkpoint, dropped: Mapping[str, str]
+    tensors: tuple[OutputTensor, ...],
+    source: Checkpoint,
+    dropped: Mapping[str, str],
+    parts: Collection[str],
 ) -> None:
     used = {name for tensor in tensors for name in sources(tensor.expr)}
     unused = source.tensors.keys() - used - dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
+    assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"
+    # A shared expert is drawn at the scale of a part that the experts may still lack.
+    made = {part for tensor in tensors for part in tensor.holds}
+    assert {*parts} <= made, f"no expert holds {sorted({*parts} - made)}"
 
 
 def _shards(tensors: tuple[OutputTensor, ...], max_bytes: int) -> tuple[Shard, ...]:

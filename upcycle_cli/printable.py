@@ -14,11 +14,7 @@ from collections.abc import Iterable
 
 def printable(text: str) -> str:
     r"""Return a text as one line; what cannot be seen in Python's notation, such as \x1b."""
-    if text.isprintable():
-        return text
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:

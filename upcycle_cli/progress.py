@@ -6,16 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as RichProgress
+import rich.progress as bars
+
+from upcycle_cli.hooks import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,26 +18,8 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress(Protocol):
-    """What a conversion tells about its progress."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Say that so many bytes more are written."""
-
-    def checking(self, name: str) -> None:
-        """Say that a verification has started."""
-
-
-class _Silent:
-    def advance(self, num_bytes: int) -> None:
-        pass
-
-    def checking(self, name: str) -> None:
-        pass
-
-
-class _Bar:
-    def __init__(self, progress: RichProgress, total: int) -> None:
+class _Bar(Progress):
+    def __init__(self, progress: bars.Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("writing", total=total)
 
@@ -54,7 +31,7 @@ class _Bar:
 
 
 @dataclass
-class _Lines:
+class _Lines(Progress):
     console: Console
     total: int
     done: int = 0
@@ -81,16 +58,11 @@ class _Lines:
 def progress_bar(console: Console, *, total: int, silent: bool) -> Iterator[Progress]:
     """Show progress towards `total` bytes for as long as the context lasts."""
     if silent:
-        yield _Silent()
+        yield Progress()
     elif not console.is_terminal:
         yield _Lines(console, total)
     else:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with RichProgress(*columns, console=console, transient=True) as progress:
+        done = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn())
+        rate = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+        with bars.Progress(*done, *rate, console=console, transient=True) as progress:
             yield _Bar(progress, total)

@@ -10,20 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    COMPANIONS,
-    CONFIG_NAME,
-    INDEX_NAME,
-    RECORD_NAME,
-)
 from upcycle_cli.errors import ResumableError, UpcycleError
 from upcycle_cli.files import CHECKSUMS_NAME, is_digest, matches
 from upcycle_cli.folder import Folder, is_temporary
 from upcycle_cli.place import check_kind
+from upcycle_cli.plan import Plan
+from upcycle_cli.storage import CARD_NAME, COMPANIONS, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.swap import Interrupted, busy, find_interrupted, moved, publish
 from upcycle_cli.system import lock
 from upcycle_cli.workspace import (
@@ -33,7 +28,6 @@ from upcycle_cli.workspace import (
     SUFFIX,
     TEMPORARY_SUFFIX,
     Workspace,
-    make_private,
     open_inner,
     partial_of,
     read_state,
@@ -59,10 +53,11 @@ class Transaction:
 
     parent: Folder
     workspace: Workspace
-    publish: bool = False
-    """Whether to publish it in the end."""
-    left: str | None = None
-    """What could not be removed of what it replaced, in words."""
+    output: Path
+    overwrite: bool
+    made: list[Path]
+    """The directories above it that had to be made for it."""
+    published: bool = False
 
     def check_place(self) -> None:
         """Raise UpcycleError unless the directory is where it was made."""
@@ -74,87 +69,82 @@ class Transaction:
         if not here or not self.parent.holds(folder.path.name, folder):
             raise moved(folder)
 
+    def publish(self) -> str | None:
+        """Turn it into OUTPUT; say what is left of what it replaced. ResumableError, OSError."""
+        folder = self.workspace.folder
+        try:
+            self.check_place()
+            check_kind(self.output)
+            left = publish(self.parent, self.workspace, overwrite=self.overwrite)
+        except UpcycleError as error:
+            hint = f"{error.hint or ''} What was written is complete and stays in {folder.path}: "
+            hint += "the same command publishes it."
+            raise ResumableError(error.message, hint.strip()) from error
+        self.published = True
+        for directory in self.made if self.workspace.durable else ():
+            with Folder.open(directory.parent) as above:
+                above.sync()
+        return left
+
+    def discard(self) -> None:
+        """Remove the directory, unless it was published."""
+        if not self.published:
+            with suppress(OSError):
+                _discard(self.parent, self.workspace.folder)
+
 
 @contextmanager
 def transaction(
-    output: Path, *, plan_digest: str, files: tuple[str, ...], overwrite: bool, durable: bool
+    output: Path, plan: Plan, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
-    """Yield the directory to fill, which is published on leaving if `publish` says so then.
+    """Yield the directory to fill and to publish; UpcycleError when it cannot be had.
 
     When the run is cut short by a signal or by the system (a full disk), the directory stays, and
-    the same plan goes on from it; when its contents are no good, it is removed.
-
-    Raises UpcycleError when the directory cannot be made, belongs to another plan (and not
-    `overwrite`), is another user's, or another process is writing it.
+    the same plan goes on from it; when its contents are no good, or not published, it is removed.
     """
     with ExitStack() as opened:
-        parent, made = _make_parent(output, opened)
-        folder = _claim(parent, output.name, opened)
-        workspace = Workspace(
-            folder=folder,
-            output=output.name,
-            plan_digest=plan_digest,
-            files=files,
-            durable=durable,
-        )
-        running = Transaction(parent, workspace)
+        try:
+            made = [parent for parent in output.parents if not parent.exists()]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            parent = opened.enter_context(Folder.open(output.parent))
+            folder = _claim(parent, output.name, opened)
+        except OSError as error:
+            raise UpcycleError(f"cannot write {partial_of(output)}: {error.strerror}.") from error
+        workspace = _workspace(folder, output, plan, durable=durable)
+        running = Transaction(parent, workspace, output, overwrite, made)
         workspace.take_over(restart=overwrite)
         try:
             yield running
-        except ResumableError:
-            raise
-        except UpcycleError:
-            with suppress(OSError):
-                _discard(parent, folder)
-            raise
-        if not running.publish:
-            with suppress(OSError):
-                _discard(parent, folder)
-            return
-        try:
-            running.check_place()
-            check_kind(output)
-            running.left = publish(parent, workspace, overwrite=overwrite)
         except UpcycleError as error:
-            hint = f"What was written is complete and stays in {folder.path}: the same command "
-            hint += "publishes it."
-            raise ResumableError(
-                error.message, " ".join(filter(None, [error.hint, hint]))
-            ) from error
-        if durable:
-            for directory in made:
-                with Folder.open(directory.parent) as above:
-                    above.sync()
+            if not isinstance(error, ResumableError):
+                running.discard()
+            raise
+        running.discard()
 
 
 @contextmanager
-def joined(
-    output: Path, *, plan_digest: str, files: tuple[str, ...], durable: bool
-) -> Iterator[Workspace]:
+def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
     """Yield the directory that another process of this conversion holds; UpcycleError if none."""
     with ExitStack() as opened:
         parent = opened.enter_context(Folder.open(output.parent))
         folder = open_inner(parent, partial_of(output).name, opened)
-        if folder is None or read_state(folder, MARKER).get("plan_sha256") != plan_digest:
+        if folder is None or read_state(folder, MARKER).get("plan_sha256") != plan.digest:
             raise UpcycleError(
                 f"{partial_of(output)} is not the directory that rank 0 writes to.",
                 "Run all ranks on one shared file system.",
             )
         _check_mine(folder)
-        yield Workspace(
-            folder=folder,
-            output=output.name,
-            plan_digest=plan_digest,
-            files=files,
-            durable=durable,
-        )
+        yield _workspace(folder, output, plan, durable=durable)
+
+
+def _workspace(folder: Folder, output: Path, plan: Plan, *, durable: bool) -> Workspace:
+    files = (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
+    name, digest = output.name, plan.digest
+    return Workspace(folder=folder, output=name, plan_digest=digest, files=files, durable=durable)
 
 
 def recover(output: Path) -> str | None:
-    """End the replacing of OUTPUT that a killed run was in the middle of; say what was done.
-
-    Raises UpcycleError when the process that replaces it is still at work.
-    """
+    """Finish or undo the replacing that a killed run began; UpcycleError if it runs still."""
     with ExitStack() as opened:
         found = None
         with suppress(OSError):  # what cannot be looked at is told of once it is checked
@@ -176,17 +166,14 @@ class Leftover:
 
 
 def clean(output: Path, *, remove: bool) -> Leftover:
-    """Return the abandoned OUTPUT.partial; remove it when asked.
-
-    Raises UpcycleError when there is none, when upcycle did not make it, or when a process is
-    still writing it.
-    """
+    """Return the abandoned OUTPUT.partial, removed when asked; UpcycleError if it is none."""
     partial = partial_of(output)
+    nothing = UpcycleError(f"there is no {partial}.", "Nothing to clean.")
     with ExitStack() as opened:
         try:
             parent = opened.enter_context(Folder.open(output.parent))
         except FileNotFoundError:
-            raise _nothing(partial) from None
+            raise nothing from None
         interrupted = find_interrupted(parent, output.name, opened)
         if interrupted is not None and not interrupted.aside:
             found = _clean_replaced(interrupted, opened, remove=remove)
@@ -195,19 +182,18 @@ def clean(output: Path, *, remove: bool) -> Leftover:
             interrupted = None
         folder = interrupted.new if interrupted else open_inner(parent, partial.name, opened)
         if folder is None:
-            raise _nothing(partial)
+            raise nothing
         if not _is_ours(folder, output.name):
             raise UpcycleError(
                 f"{partial} is no unfinished conversion of upcycle.", "Remove it yourself."
             )
         _check_mine(folder)
         _lock(parent, folder)
-        found = Leftover(partial, folder.nbytes(), "an unfinished conversion")
+        nbytes = folder.nbytes()
+        note = interrupted.end() if remove and interrupted is not None else None
         if remove:
-            note = None if interrupted is None else interrupted.end()
             _discard(parent, folder)
-            return replace(found, note=note)
-        return found
+        return Leftover(partial, nbytes, "an unfinished conversion", note)
 
 
 def _clean_replaced(
@@ -224,42 +210,25 @@ def _clean_replaced(
     return found
 
 
-def _nothing(partial: Path) -> UpcycleError:
-    return UpcycleError(f"there is no {partial}.", "Nothing to clean.")
-
-
-def _make_parent(output: Path, opened: ExitStack) -> tuple[Folder, list[Path]]:
-    """Open the directory that is to hold OUTPUT, and return which ones had to be made for it."""
-    made = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return opened.enter_context(Folder.open(output.parent)), made
-    except OSError as error:
-        raise UpcycleError(f"cannot write {partial_of(output)}: {error.strerror}.") from error
-
-
 def _claim(parent: Folder, output: str, opened: ExitStack) -> Folder:
     """Make the directory if need be, and return it open and locked."""
     name = output + SUFFIX
     partial = parent.path / name
-    try:
-        with suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=parent.descriptor)
-        folder = open_inner(parent, name, opened)
-        if folder is None:
-            raise UpcycleError(
-                f"{partial} is a symbolic link or a file, not a directory.", "Remove it."
-            )
-        if not _is_ours(folder, output):
-            raise UpcycleError(
-                f"{partial} is in the way, and is no unfinished conversion of upcycle.",
-                "Move it elsewhere, or choose another OUTPUT.",
-            )
-        _check_mine(folder)
-    except OSError as error:
-        raise UpcycleError(f"cannot write {partial}: {error.strerror}.") from error
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=parent.descriptor)
+    folder = open_inner(parent, name, opened)
+    if folder is None:
+        raise UpcycleError(
+            f"{partial} is a symbolic link or a file, not a directory.", "Remove it."
+        )
+    if not _is_ours(folder, output):
+        raise UpcycleError(
+            f"{partial} is in the way, and is no unfinished conversion of upcycle.",
+            "Move it elsewhere, or choose another OUTPUT.",
+        )
+    _check_mine(folder)
     _lock(parent, folder)
-    make_private(folder)
+    folder.make_private()
     return folder
 
 
@@ -272,15 +241,10 @@ def _check_mine(folder: Folder) -> None:
 
 
 def _is_ours(folder: Folder, output: str) -> bool:
-    """Whether a directory is what an unfinished conversion into `output` has left.
-
-    A finished model that somebody has named so is not, whatever lies in it besides.
-    """
-    states = [read_state(folder, name) for name in STATE]
-    if any(
-        state.get("output") == output and is_digest(state.get("plan_sha256")) for state in states
-    ):
-        return True
+    """Whether a directory was left by a conversion into `output`, and is no finished model."""
+    for state in (read_state(folder, name) for name in STATE):
+        if state.get("output") == output and is_digest(state.get("plan_sha256")):
+            return True
     names = folder.names()
     if RECORD_NAME in names:
         return False

@@ -10,7 +10,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeVar
 
 from upcycle_cli.errors import UpcycleError
 
@@ -22,6 +21,8 @@ class Routing(StrEnum):
     """Softmax over all experts, then top-k; the gates are used as they are."""
     TOPK_SOFTMAX = "topk-softmax"
     """Top-k, then gates that sum to 1 (softmax over the chosen, or renormalised)."""
+    SIGMOID_TOPK = "sigmoid-topk"
+    """Sigmoid, top-k of it plus a correction bias, then gates that sum to 1."""
 
 
 class Scaling(StrEnum):
@@ -35,6 +36,8 @@ class Scaling(StrEnum):
 class ScaleSplit(StrEnum):
     """Where the factor c goes."""
 
+    CONFIG = "config"
+    """Into the config, where the target multiplies its gates by a factor: experts are slices."""
     BALANCED = "balanced"
     DOWN = "down"
 
@@ -50,11 +53,15 @@ class Promise(StrEnum):
     """A starting point for training only."""
 
 
-DEFAULT_LOGIT_STD = {Routing.SOFTMAX_TOPK: 0.001, Routing.TOPK_SOFTMAX: 1.0}
+DEFAULT_LOGIT_STD = {
+    Routing.SOFTMAX_TOPK: 0.001,
+    Routing.TOPK_SOFTMAX: 1.0,
+    Routing.SIGMOID_TOPK: 1.0,
+}
 TIE_LOGIT_STD = 0.001
 """Below this nominal logit standard deviation float32 softmax itself ties groups."""
 
-_Choice = TypeVar("_Choice", bound=StrEnum)
+_CHOICES = {"routing": Routing, "scaling": Scaling, "scale_split": ScaleSplit}
 
 _MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
 
@@ -65,35 +72,60 @@ promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 
 
+@dataclass(frozen=True, slots=True)
+class MlpKind:
+    """What an MLP's output does when its matrices are multiplied.
+
+    Multiplying up by a and down by b multiplies it by a**degree · b; a gate is not to be touched.
+    """
+
+    gated: bool
+    degree: int
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices it has."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
+
+
+GATED = MlpKind(gated=True, degree=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """What each expert matrix is multiplied by, and the factor c that this is meant to make.
 
-    For a gated MLP, down(act(gate·x) ⊙ up·x), the output scales with `up` · `down`.
+    `config` is the part of c by which the model itself multiplies its gates.
     """
 
     c: float
     gate: float
     up: float
     down: float
+    config: float = 1.0
 
     @property
     def lossless(self) -> bool:
         """Whether every factor is a power of two: the dense weights can be recovered exactly."""
-        return all(_is_power_of_two(factor) for factor in (self.gate, self.up, self.down))
+        return all(map(_is_power_of_two, (self.gate, self.up, self.down)))
 
-    @property
-    def function_preserving(self) -> bool:
-        """Whether the factors scale a gated MLP's output by exactly c and change nothing else."""
-        return self.gate == 1.0 and math.isclose(self.up * self.down, self.c, rel_tol=1e-12)
+    def output(self, kind: MlpKind) -> float:
+        """Return by how much an expert's output, before its gate, is more than its dense part's."""
+        return self.up**kind.degree * self.down
+
+    def preserve(self, kind: MlpKind = GATED) -> bool:
+        """Whether the factors scale an MLP's output by exactly c and change nothing else."""
+        if self.gate != 1.0 or (kind.degree == 0 and self.up != 1.0):
+            return False
+        return math.isclose(self.output(kind) * self.config, self.c, rel_tol=1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a dense model becomes a mixture of experts; valid by construction.
 
-    `routing` and `router_logit_std` may be None, meaning the target's own default; `resolve`
-    fills them in.
+    `routing`, `scale_split` and `router_logit_std` may be None, meaning the target's own default;
+    `resolve` fills them in.
 
     Raises UpcycleError when the values cannot describe any mixture of experts.
     """
@@ -103,27 +135,25 @@ class Recipe:
     top_k: int
     routing: Routing | None = None
     scaling: Scaling | float = Scaling.EXACT
-    scale_split: ScaleSplit = ScaleSplit.BALANCED
+    scale_split: ScaleSplit | None = None
+    layers: str | None = None
+    """Which layers become mixtures of experts, as `layers.parse_layers` reads it; None for all."""
     virtual_groups: bool = True
     router_logit_std: float | None = None
     seed: int = 0
     allow_inexact: bool = False
 
     def __post_init__(self) -> None:
-        self._normalise()
-        self._check_sizes()
-        self._check_numbers()
-
-    def _normalise(self) -> None:
         if isinstance(self.scaling, int):
             object.__setattr__(self, "scaling", float(self.scaling))
         # Python callers may write "topk-softmax"; it must not compare unequal to the member.
-        if self.routing is not None:
-            object.__setattr__(self, "routing", _member(Routing, self.routing, "routing"))
-        if not isinstance(self.scaling, float):
-            object.__setattr__(self, "scaling", _member(Scaling, self.scaling, "scaling"))
-        split = _member(ScaleSplit, self.scale_split, "scale_split")
-        object.__setattr__(self, "scale_split", split)
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            left_alone = isinstance(value, float) if name == "scaling" else value is None
+            if not left_alone:
+                object.__setattr__(self, name, _member(kind, value, name))
+        self._check_sizes()
+        self._check_numbers()
 
     def _check_sizes(self) -> None:
         for label, value in (
@@ -145,20 +175,20 @@ class Recipe:
                 f"Use a top-k of at most {self.num_experts}.",
             )
         if not self.picks_whole_groups and not self.allow_inexact:
+            below = self.top_k // self.granularity * self.granularity
+            near = [k for k in (below, below + self.granularity) if 0 < k <= self.num_experts]
             raise UpcycleError(
                 f"top-k {self.top_k} is not a multiple of granularity {self.granularity}: "
                 "a token would miss some shards of the dense MLP, so the outputs would differ.",
-                f"Use a top-k of {_multiples(self.granularity, self.top_k, self.num_experts)}, "
+                f"Use a top-k of {' or '.join(map(str, near))}, "
                 "or pass --allow-inexact to convert all the same.",
             )
 
     def _check_numbers(self) -> None:
-        if isinstance(self.scaling, float) and not (
-            math.isfinite(self.scaling) and self.scaling > 0
-        ):
-            raise UpcycleError(f"the scale must be a positive number, not {self.scaling}.")
-        std = self.router_logit_std
-        if std is not None and not (math.isfinite(std) and std > 0):
+        scale, std = self.scaling, self.router_logit_std
+        if isinstance(scale, float) and not 0 < scale < math.inf:
+            raise UpcycleError(f"the scale must be a positive number, not {scale}.")
+        if std is not None and not 0 < std < math.inf:
             raise UpcycleError(
                 f"the router logit standard deviation must be a positive number, not {std}.",
                 "Equal logits would tie every group; 0.001 is close enough to uniform.",
@@ -181,38 +211,57 @@ class Recipe:
         """Whether top-k can hold whole virtual groups only."""
         return self.top_k % self.granularity == 0
 
-    def resolve(self, default_routing: Routing) -> Recipe:
-        """Return the recipe with its routing and router_logit_std filled in."""
+    def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
+        """Return the recipe with what it left to the target filled in.
+
+        `scales_in_config` says whether the target's config has a factor on the gates.
+        """
         routing = self.routing or default_routing
         std = self.router_logit_std or DEFAULT_LOGIT_STD[routing]
-        return replace(self, routing=routing, router_logit_std=std)
+        # There, experts stay slices of the dense MLP for every G, and nothing can overflow.
+        split = self.scale_split or (ScaleSplit.CONFIG if scales_in_config else ScaleSplit.BALANCED)
+        return replace(self, routing=routing, router_logit_std=std, scale_split=split)
 
-    def factors(self) -> Factors:
-        """Return the factors for a gated MLP; the recipe must be resolved.
+    def factors(self, kind: MlpKind = GATED) -> Factors:
+        """Return the factors for an MLP of a kind; the recipe must be resolved.
 
-        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2).
+        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2). The paper and
+        Megatron-LM multiply every matrix by ∛c, or by √c where the activation is neither gated nor
+        a squared ReLU.
         """
         c = float(self.scaling) if isinstance(self.scaling, float) else self._compensation()
+        gate = up = down = config = 1.0
         match self.scaling:
             case Scaling.NONE:
-                return Factors(c=c, gate=1.0, up=1.0, down=1.0)
+                pass
             case Scaling.PAPER:
-                root = _cube_root(c)
-                return Factors(c=c, gate=root, up=root, down=root)
+                up = down = _cube_root(c) if kind.gated or kind.degree == 2 else math.sqrt(c)
+                gate = up if kind.gated else 1.0
+            case _ if self.scale_split is ScaleSplit.CONFIG:
+                config = c
+            case _ if self.scale_split is ScaleSplit.DOWN:
+                down = c
             case _:
-                up = 1.0 if self.scale_split is ScaleSplit.DOWN else _balanced_factor(c)
-                return Factors(c=c, gate=1.0, up=up, down=c / up)
+                up, down = _balanced_factors(c, kind.degree)
+        return Factors(c=c, gate=gate, up=up, down=down, config=config)
 
-    def promise(self) -> Promise:
+    def down_bias_factor(self, kind: MlpKind) -> float:
+        """Return what a down bias is multiplied by: it is added once per chosen expert.
+
+        Megatron-LM leaves it as it is for every routing, which is wrong for softmax-topk.
+        """
+        if self.scaling is Scaling.NONE:
+            return 1.0
+        return self._compensation() / self.granularity / self.factors(kind).config
+
+    def promise(self, kind: MlpKind = GATED) -> Promise:
         """Return what a model converted by this (resolved) recipe owes the dense one."""
-        factors = self.factors()
-        scaled_right = factors.function_preserving and math.isclose(
-            factors.c, self._compensation(), rel_tol=1e-12
-        )
+        factors, needed = self.factors(kind), self._compensation()
+        scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=1e-12)
         whole = self.picks_whole_groups and (self.virtual_groups or self.granularity == 1)
         if not (scaled_right and whole):
             return Promise.NONE
-        if self.routing is Routing.TOPK_SOFTMAX or self.top_k == self.num_experts:
+        if self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts:
             return Promise.EXACT
         std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
         return Promise.APPROXIMATE if std <= APPROXIMATE_LOGIT_STD else Promise.NONE
@@ -220,9 +269,9 @@ class Recipe:
     def _compensation(self) -> float:
         if self.routing is None:
             raise ValueError("resolve the recipe first")
-        if self.routing is Routing.TOPK_SOFTMAX:
-            return float(self.granularity)
-        return self.expansion * self.granularity**2 / self.top_k
+        if self.routing is Routing.SOFTMAX_TOPK:
+            return self.expansion * self.granularity**2 / self.top_k
+        return float(self.granularity)
 
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:
@@ -241,34 +290,34 @@ def parse_recipe_name(text: str) -> tuple[int, int, int]:
     return expansion, granularity, top_k
 
 
-def _member(kind: type[_Choice], value: str, label: str) -> _Choice:
+def _member(kind: type[StrEnum], value: str, label: str) -> StrEnum:
     try:
         return kind(value)
     except ValueError:
-        raise UpcycleError(
-            f"{label} cannot be {value!r}.", f"Choose from {', '.join(kind)}."
-        ) from None
+        hint = f"Choose from {', '.join(kind)}."
+        raise UpcycleError(f"{label} cannot be {value!r}.", hint) from None
 
 
 def _is_power_of_two(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _balanced_factor(c: float) -> float:
+def _balanced_factors(c: float, degree: int) -> tuple[float, float]:
+    """Return a and b of a**degree · b = c, as equal as they can be without loss."""
+    if degree == 0:
+        return 1.0, c
+    if not _is_power_of_two(c) and degree == 2:
+        root = _cube_root(c)
+        return root, root
     # A power of two keeps this factor lossless whatever c is; the other one is too when c itself
-    # is a power of two. An odd exponent gives its extra 2 to up.
-    if _is_power_of_two(c):
-        return 2.0 ** math.ceil(math.log2(c) / 2)
-    return 2.0 ** round(math.log2(c) / 2)
+    # is a power of two. An odd exponent gives its extra 2 to up where it is counted once.
+    exponent = math.log2(c) / (degree + 1)
+    odd = degree == 1 and _is_power_of_two(c)
+    a = 2.0 ** (math.ceil(exponent) if odd else round(exponent))
+    return a, c / a**degree
 
 
 def _cube_root(c: float) -> float:
     # c ** (1/3) of a perfect cube is one ulp off (64 ** (1/3) = 3.9999999999999996).
     nearest = round(math.cbrt(c))
     return float(nearest) if nearest**3 == c else math.cbrt(c)
-
-
-def _multiples(step: int, near: int, most: int) -> str:
-    below = near // step * step
-    options = [value for value in (below, below + step) if 0 < value <= most]
-    return " or ".join(str(value) for value in options)

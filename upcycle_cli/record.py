@@ -23,9 +23,8 @@ FORMAT = 1
 def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
 
-    `folder` holds the output but for the record, the card and the checksums; each of its files is
-    listed, so that one can tell later what upcycle wrote. Raises OSError or UpcycleError when one
-    is not there, or is not of our making.
+    `folder` holds the output but for the record, the card and the checksums. Raises OSError or
+    UpcycleError when one of its files is not there, or is not of our making.
     """
     return {
         "format": FORMAT,
@@ -34,7 +33,8 @@ def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, 
         "source_type": plan.family.dense.model_type,
         "target_type": plan.family.target.model_type,
         "recipe": {"name": plan.recipe.name, **asdict(plan.recipe)},
-        "expert_layout": plan.options.expert_layout,
+        "moe_layers": list(plan.family.layers),
+        "expert_layout": plan.expert_layout,
         "dtype": plan.options.dtype,
         "untie_embeddings": plan.options.untie_embeddings,
         "factors": asdict(plan.factors),

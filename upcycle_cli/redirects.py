@@ -25,20 +25,15 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "transformers_weights": "makes transformers load another weight file",
 }
 _IMPLEMENTATIONS = (
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "experts_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 """Keys that name code of transformers, or a repo with kernels to be downloaded and run."""
 _TOKENIZER_KEYS: Mapping[str, str] = {
     "auto_map": "names code of its own",
     "fast_tokenizer_files": "makes transformers read another tokenizer",
 }
-REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})
-"""The keys of a `config.json` that `config_redirects` judges."""
+REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})  # what `config_redirects` judges
 
 _FILES: Mapping[str, str] = {
     "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
@@ -50,22 +45,21 @@ _FILES: Mapping[str, str] = {
 
 def config_redirects(config: Mapping[str, Any]) -> Iterator[str]:
     """Name each key of a `config.json` that sends a loader elsewhere, and what it does."""
-    for key, effect in _CONFIG_KEYS.items():
-        if config.get(key):
-            yield f"{key} is {shown(config[key])}, which {effect}"
+    yield from _named(config, _CONFIG_KEYS)
     for key in _IMPLEMENTATIONS:
         value = config.get(key)
-        named = value.values() if isinstance(value, dict) else (value,)
-        if any(name is not None and not _is_own_name(name) for name in named):
+        values = value.values() if isinstance(value, dict) else (value,)
+        named = [name for name in values if name is not None]
+        # A repo is ORG/NAME, perhaps with a revision and the name of a kernel.
+        if any(not isinstance(name, str) or {*name} & {*"/:@"} for name in named):
             yield f"{key} is {shown(value)}, which makes transformers run kernels from elsewhere"
     for key, value in config.items():
         if isinstance(value, dict) and value.get("model_type"):
             yield f"{key} is a model of its own (model_type {shown(value['model_type'])})"
 
 
-def tokenizer_redirects(config: Mapping[str, Any]) -> Iterator[str]:
-    """Name each key of a `tokenizer_config.json` that sends a loader elsewhere."""
-    for key, effect in _TOKENIZER_KEYS.items():
+def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
+    for key, effect in keys.items():
         if config.get(key):
             yield f"{key} is {shown(config[key])}, which {effect}"
 
@@ -80,12 +74,23 @@ def file_redirects(names: Collection[str]) -> Iterator[str]:
 
 
 def refuse_redirects(
-    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], names: Collection[str]
+    config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
+    names: Collection[str],
+    *,
+    outgrown: bool = False,
 ) -> None:
-    """Raise UpcycleError for a source that is not what its config and weights say."""
+    """Raise UpcycleError for a source that is not what its config and weights say.
+
+    `outgrown` says that models of its type came with code of their own before transformers had the
+    architecture itself, which is what runs unless somebody trusts that code.
+    """
+    if outgrown:
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+        names = [name for name in names if not name.endswith(".py") or "/" in name]
     for origin, found in (
         ("config.json: ", config_redirects(config)),
-        ("tokenizer_config.json: ", tokenizer_redirects(tokenizer_config)),
+        ("tokenizer_config.json: ", _named(tokenizer_config, _TOKENIZER_KEYS)),
         ("", file_redirects(names)),
     ):
         for redirect in found:
@@ -93,8 +98,3 @@ def refuse_redirects(
                 f"{origin}{redirect}. What is converted would not be what this model's users run.",
                 "If it is not needed, take it out of a copy of the model, and convert that.",
             )
-
-
-def _is_own_name(name: object) -> bool:
-    # A repo is ORG/NAME, perhaps with a revision and the name of a kernel.
-    return isinstance(name, str) and not {*name} & {*"/:@"}

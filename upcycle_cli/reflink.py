@@ -21,11 +21,7 @@ _CANNOT = UNSUPPORTED | {errno.EXDEV}
 
 
 def share(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
-    """Let a range of the open file `target` share the extents of one of `source`.
-
-    Returns False where the file system cannot, so that the caller writes the bytes instead;
-    raises OSError for anything else, such as a full disk.
-    """
+    """Let a range of `target` share the extents of `source`; False where it cannot, or OSError."""
     if source_offset % BLOCK_BYTES or target_offset % BLOCK_BYTES or nbytes % BLOCK_BYTES:
         return False
     request = struct.pack("qQQQ", source, source_offset, nbytes, target_offset)

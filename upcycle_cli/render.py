@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,18 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.advice import no_promise, warnings
+from upcycle_cli.advice import factors_text, no_promise, warnings
+from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.errors import shown
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
+from upcycle_cli.families.layers import listed
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import Promise
+from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
@@ -29,34 +32,33 @@ _STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", 
 
 def plan_table(plan: Plan) -> Table:
     """Return the summary of a plan, one property a row."""
-    recipe, factors = plan.recipe, plan.factors
-    size = plan.family.decoder.intermediate_size // recipe.granularity
+    recipe, dense = plan.recipe, plan.family.dense
     table = _properties()
-    _add(table, "model", f"{plan.family.dense.model_type} → {plan.family.target.model_type}")
+    _add(table, "model", f"{dense.model_type} → {plan.family.target.model_type}")
     _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
-    _add(
-        table, "experts", f"{recipe.num_experts} per layer, {recipe.top_k} active, each {size} wide"
-    )
-    _add(
-        table,
-        "parameters",
-        f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active "
-        f"(dense {count(plan.dense_parameters)})",
-    )
+    experts = f"{recipe.num_experts} per layer, {recipe.top_k} active"
+    _add(table, "experts", f"{experts}, each {plan.expert_size} wide")
+    if len(plan.family.layers) < dense.num_layers:
+        _add(table, "MoE layers", f"{listed(plan.family.layers)} of {dense.num_layers}")
+    parameters = f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active"
+    _add(table, "parameters", f"{parameters} (dense {count(plan.dense_parameters)})")
     _add(table, "FLOPs per token", f"{plan.flops_ratio:.2f} × dense, attention scores left out")
     _add(table, "size", f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}")
-    _add(
-        table,
-        "scale factors",
-        f"gate × {factors.gate:g}, up × {factors.up:g}, down × {factors.down:g} "
-        f"({'lossless' if plan.lossless else 'rounded'})",
-    )
-    _add(table, "router", f"logit std {recipe.router_logit_std:g}, {_groups(plan)}")
+    lossless = "lossless" if plan.lossless else "rounded"
+    _add(table, "scale factors", f"{factors_text(plan, '×')} ({lossless})")
+    groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.granularity}"
+    rows = groups if recipe.virtual_groups else "a row of its own per expert"
+    _add(table, "router", f"logit std {recipe.router_logit_std:g}, {rows}")
     _add(table, "promise", _promise(plan))
     if plan.dropped:
-        _add(table, "left out", _dropped(plan.dropped))
+        reasons = "; ".join(sorted({*plan.dropped.values()}))
+        _add(table, "left out", f"{counted(len(plan.dropped), 'tensor')}: {reasons}")
     _add(table, "engines", *_engines(plan.engines))
     return table
+
+
+def _fields(source: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -67,18 +69,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "source": plan.source.name,
         "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,
-        "routing": plan.recipe.routing,
-        "scaling": plan.recipe.scaling,
-        "router_logit_std": plan.recipe.router_logit_std,
-        "virtual_groups": plan.recipe.virtual_groups,
-        "seed": plan.recipe.seed,
-        "num_experts": plan.recipe.num_experts,
-        "top_k": plan.recipe.top_k,
-        "expert_layout": plan.options.expert_layout,
-        "total_parameters": plan.total_parameters,
-        "active_parameters": plan.active_parameters,
-        "dense_parameters": plan.dense_parameters,
-        "flops_ratio": plan.flops_ratio,
+        **_fields(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups", "seed"),
+        **_fields(plan.recipe, "num_experts", "top_k"),
+        "expert_layout": plan.expert_layout,
+        "moe_layers": list(plan.family.layers),
+        **_fields(plan, "total_parameters", "active_parameters", "dense_parameters", "flops_ratio"),
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
@@ -121,23 +116,16 @@ def push_table(push: Push) -> Table:
         _add(table, "card", "README.md was edited there and is kept (--replace-card replaces it)")
     for label, names in (("removed there", push.removed), ("left out", push.left_out)):
         if names:
-            _add(table, label, *names[:8], *_more(names[8:]))
+            more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
+            _add(table, label, *names[:8], *more)
     return table
-
-
-def _more(hidden: Sequence[str]) -> list[str]:
-    return [f"and {len(hidden)} more"] if hidden else []
 
 
 def push_json(push: Push) -> dict[str, Any]:
     """Return what a push did as a JSON object."""
     return {
         "status": "pushed" if push.changed else "already there",
-        "repo": push.repo,
-        "url": push.url,
-        "commit": push.commit,
-        "pull_request": push.pull_request,
-        "files": push.files,
+        **_fields(push, "repo", "url", "commit", "pull_request", "files"),
         "bytes": push.nbytes,
         "card_kept": push.card_kept,
         "left_out": list(push.left_out),
@@ -152,24 +140,19 @@ def inspection_table(inspection: Inspection) -> Table:
     checkpoint = inspection.checkpoint
     _add(table, "model", f"{inspection.model_type} ({inspection.kind})")
     if inspection.num_experts is not None:
-        _add(
-            table,
-            "experts",
-            f"{inspection.num_experts} per layer, {inspection.top_k} active, "
-            f"{inspection.routing}, stored {inspection.expert_layout}",
-        )
-    active = inspection.active_parameters
-    dense = inspection.dense_parameters
-    parameters = count(inspection.total_parameters)
+        experts = f"{inspection.num_experts} per layer, {inspection.top_k} active"
+        stored = f"{inspection.routing}, stored {inspection.expert_layout}"
+        _add(table, "experts", f"{experts}, {stored}")
+        layers, num_layers = inspection.moe_layers or (), inspection.num_layers
+        if len(layers) != num_layers:
+            _add(table, "MoE layers", f"{listed(layers)} of {num_layers}")
+    dense, parameters = inspection.dense_parameters, count(inspection.total_parameters)
     if inspection.kind == "moe":
         origin = "" if dense is None else f" (dense {count(dense)})"
-        parameters += f", {count(active)} active{origin}"
+        parameters += f", {count(inspection.active_parameters)} active{origin}"
     _add(table, "parameters", parameters)
-    _add(
-        table,
-        "size",
-        f"{size_text(checkpoint.nbytes)} in {counted(len(checkpoint.shards), 'shard')}",
-    )
+    shards = counted(len(checkpoint.shards), "shard")
+    _add(table, "size", f"{size_text(checkpoint.nbytes)} in {shards}")
     if inspection.targets:
         _add(table, "can become", " or ".join(inspection.targets))
     if inspection.kind == "moe":
@@ -190,13 +173,9 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "model_type": inspection.model_type,
         "targets": list(inspection.targets),
         "recipe": name if isinstance(name, str) else None,
-        "num_experts": inspection.num_experts,
-        "top_k": inspection.top_k,
-        "routing": inspection.routing,
-        "expert_layout": inspection.expert_layout,
-        "total_parameters": inspection.total_parameters,
-        "active_parameters": inspection.active_parameters,
-        "dense_parameters": inspection.dense_parameters,
+        **_fields(inspection, "num_experts", "top_k", "routing", "expert_layout"),
+        "moe_layers": None if inspection.moe_layers is None else list(inspection.moe_layers),
+        **_fields(inspection, "total_parameters", "active_parameters", "dense_parameters"),
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
@@ -220,40 +199,30 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
     shown = [[printable(text) for text in row] for row in rows]
     widths = [min(_WIDEST, max(map(cell_len, column))) for column in zip(*shown, strict=True)]
     for row in shown:
-        padded = (
-            text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)
-        )
-        yield "  ".join(padded).rstrip()
+        cells = zip(row, widths, strict=True)
+        yield "  ".join(text + " " * (width - cell_len(text)) for text, width in cells).rstrip()
 
 
 def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
     """Return every tensor as a JSON object, in file order."""
     if inspection.plan is None:
-        entries = inspection.checkpoint.tensors.values()
-        return [
-            {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "file": e.shard}
-            for e in entries
-        ]
+        held = inspection.checkpoint.tensors.values()
+        return [_tensor_json(entry, entry.shard) for entry in held]
     return [
-        {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "file": shard.name,
-            "role": tensor.role,
-            "made_from": describe(tensor.expr),
-        }
+        _tensor_json(tensor, shard.name)
+        | {"role": "_".join(tensor.holds) or tensor.role, "made_from": describe(tensor.expr)}
         for shard in inspection.plan.shards
         for tensor in shard.tensors
     ]
 
 
+def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any]:
+    return {**_fields(tensor, "name", "dtype"), "shape": list(tensor.shape), "file": file}
+
+
 def report_table(report: Report) -> Table:
     """Return what verify found: a row per check, its failures below its detail."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _properties(between=1)
     for check in report.checks:
         detail = Text(printable(check.detail))
         for failure in check.failures:
@@ -278,9 +247,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def _properties() -> Table:
+def _properties(between: int = 0) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
+    for _ in range(between):
+        table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
@@ -290,28 +261,16 @@ def _add(table: Table, label: str, *lines: str) -> None:
     table.add_row(label, Text("\n".join(map(printable, lines))))
 
 
-def _groups(plan: Plan) -> str:
-    if not plan.recipe.virtual_groups:
-        return "a row of its own per expert"
-    return f"{counted(plan.recipe.expansion, 'virtual group')} of {plan.recipe.granularity}"
-
-
 def _promise(plan: Plan) -> str:
     match plan.promise:
         case Promise.EXACT:
             rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
             return f"exact: the function of the dense model{rounding}"
         case Promise.APPROXIMATE:
-            return (
-                f"approximate: equal up to the router logits (std {plan.recipe.router_logit_std:g})"
-            )
+            std = plan.recipe.router_logit_std
+            return f"approximate: equal up to the router logits (std {std:g})"
         case Promise.NONE:
-            return f"none: {no_promise(plan.recipe)}"
-
-
-def _dropped(dropped: Mapping[str, str]) -> str:
-    reasons = sorted(set(dropped.values()))
-    return f"{counted(len(dropped), 'tensor')}: {'; '.join(reasons)}"
+            return f"none: {no_promise(plan)}"
 
 
 def _engines(found: Iterable[Engine]) -> list[str]:
@@ -350,12 +309,9 @@ def _add_weights(table: Table, inspection: Inspection) -> None:
     weights = inspection.weights
     if weights is None:
         return
-    _add(
-        table,
-        "weights",
-        f"{counted(weights.distinct_experts, 'different expert')} of {inspection.num_experts}, "
-        f"{weights.granularity} per group by their router rows",
-    )
+    distinct = counted(weights.distinct_experts, "different expert")
+    per_group = f"{weights.granularity} per group by their router rows"
+    _add(table, "weights", f"{distinct} of {inspection.num_experts}, {per_group}")
     whole = "yes, in every layer" if weights.whole_groups else "no:"
     _add(table, "whole groups", whole, *weights.differing)
     if weights.factors is not None:

@@ -13,22 +13,15 @@ from collections.abc import Iterator
 from json import dumps
 from urllib.parse import quote, unquote, unquote_plus
 
-_ADDRESSES = (
-    "HF_ENDPOINT",
-    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
-    *("http_proxy", "https_proxy", "all_proxy"),
-)
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+_ADDRESSES = ("HF_ENDPOINT", *_PROXIES, *map(str.upper, _PROXIES))
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_SHORTEST = 4
-"""Of what is blotted out wherever it stands: shorter ones are parts of words, but in an address."""
+_SHORTEST = 4  # what is shorter is part of words, and blotted out in addresses only
 _IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#\"'<>]+@")
 
 
 def blotted(text: str) -> str:
-    """Return a text without the passwords and tokens of this process' variables.
-
-    Whatever stands before the @ of an address goes, whoever's address it is.
-    """
+    """Return a text without this process' secrets, nor what is before the @ of any address."""
     for secret in _secrets():
         text = text.replace(secret, "…")
     return _IN_ADDRESS.sub("", text) if "@" in text else text

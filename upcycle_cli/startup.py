@@ -37,10 +37,9 @@ def handle_signals(handler: signal.Handlers | object) -> None:
 
 
 def reserve_descriptors() -> None:
-    """Put something in the place of standard descriptors that are closed.
+    """Put something in the place of closed standard descriptors, to which writing fails as before.
 
-    Else the next file that is opened gets the number, and whatever a library says is written into
-    it. What is there can be read only: writing to it fails as it would have before.
+    Else the next file that is opened gets the number, and what a library says is written into it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         os.set_inheritable(descriptor, True)

@@ -52,12 +52,10 @@ def make_streams_robust() -> None:
 
 
 def flush_streams() -> OSError | None:
-    """Write what is to be written; return why data is lost, if it is.
-
-    A reader who has gone had seen enough, and talk is no data.
-    """
+    """Write what is to be written; return why data is lost, if it is."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    lost = _sinks["stdout"].lost if "stdout" in _sinks else None
+    lost = _sinks["stdout"].lost if "stdout" in _sinks else None  # talk is no data
+    # A reader who has gone had seen enough.
     return None if lost is None or lost.errno == errno.EPIPE else lost

@@ -15,16 +15,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import record_digest, remove_all, take_inventory
 from upcycle_cli.system import exchange, lock
-from upcycle_cli.workspace import (
-    SEAL,
-    SUFFIX,
-    Workspace,
-    make_private,
-    open_inner,
-    read_state,
-    set_mode,
-    usual_mode,
-)
+from upcycle_cli.workspace import SEAL, SUFFIX, Workspace, open_inner, read_state
 
 ASIDE = ".replaced"
 """Where the old output is between two renames."""
@@ -42,17 +33,17 @@ def publish(parent: Folder, workspace: Workspace, *, overwrite: bool) -> str | N
         if old is not None and not old.names():
             old = None
         replaces = None if old is None else record_digest(old)
-        mode = usual_mode(new)
+        mode = new.usual_mode()
         workspace.seal(replaces=replaces)
         # Once more, and not before the disk had everything: the conversion may have taken hours.
         if old is not None and take_inventory(old).record_digest != replaces:
             raise moved(old)
-        set_mode(new, mode)
+        new.set_mode(mode)
         try:
             _give_name(parent, new, name, old)
         except BaseException:
             if parent.holds(name + SUFFIX, new):
-                make_private(new)
+                new.make_private()
             raise
         if workspace.durable:
             parent.sync()
@@ -92,16 +83,14 @@ def _rename_both(parent: Folder, name: str, old: Folder) -> None:
             "overlay file system.",
             "Move or remove it yourself.",
         ) from error
-    same = parent.holds(name + ASIDE, old)
+    if not parent.holds(name + ASIDE, old):
+        parent.rename(name + ASIDE, name)
+        raise moved(old)
     try:
-        if same:
-            parent.rename(name + SUFFIX, name)
+        parent.rename(name + SUFFIX, name)
     except BaseException:
         parent.rename(name + ASIDE, name)
         raise
-    if not same:
-        parent.rename(name + ASIDE, name)
-        raise moved(old)
 
 
 def _rename(parent: Folder, old: str, new: str) -> None:
@@ -162,10 +151,7 @@ class Interrupted:
     """Whether there is nothing under the name: the old output has left it, the new has not come."""
 
     def end(self) -> str | None:
-        """Finish it, or undo it where there is no OUTPUT; return what there is to be said about it.
-
-        Raises UpcycleError when the process that replaces it is still at work.
-        """
+        """Finish it, or undo it where there is no OUTPUT; say so. UpcycleError when it is busy."""
         if not lock(self.new.descriptor):
             raise busy(self.new)
         if not self.aside:
@@ -186,12 +172,11 @@ def find_interrupted(parent: Folder, name: str, opened: ExitStack) -> Interrupte
         if new is None or seal.get("output") != name or not new.is_mine(private=False):
             continue
         replaces = seal["replaces"] if isinstance(seal.get("replaces"), str) else None
-        places = (name + SUFFIX, name + ASIDE) if place == name else (name + ASIDE,)
+        aside = place != name
+        places = (name + ASIDE,) if aside else (name + SUFFIX, name + ASIDE)
         old = next((at for at in places if _is(parent, at, replaces)), None)
-        if place == name:
-            return Interrupted(parent, name, new, replaces, old, aside=False)
-        if old is not None and parent.status(name) is None:
-            return Interrupted(parent, name, new, replaces, old, aside=True)
+        if not aside or (old is not None and parent.status(name) is None):
+            return Interrupted(parent, name, new, replaces, old, aside)
     return None
 
 

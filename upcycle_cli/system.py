@@ -21,9 +21,7 @@ _EXCHANGE_FLAG = 2
 
 def num_processors() -> int:
     """Return how many processors this process may use, or how many there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_writeback(descriptor: int) -> None:
@@ -42,16 +40,13 @@ def make_durable(descriptor: int) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock a file or directory until it is closed; False when another process holds the lock.
-
-    Where the file system has no locks there is none to hold, and the answer is True.
-    """
+    """Lock a file until it is closed, if its system can; False when another process has."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:  # without locks there is none to hold
             raise
     return True
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.errors import ResumableError, UpcycleError, shown
@@ -29,22 +28,15 @@ _NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK")
 
 
 class Team:
-    """The processes of one conversion; a context that joins and leaves the process group.
-
-    One process alone, unless it is said which of how many it is.
-    """
+    """The processes of one conversion, or one process alone; a context that joins and leaves."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @classmethod
     def launched(cls) -> Self:
-        """Return the team that the launcher has started, of one process without a launcher.
-
-        Raises UpcycleError when the launcher's variables make no sense.
-        """
-        size = _number("WORLD_SIZE", 1)
-        rank = _number("RANK", 0)
+        """Return the team that a launcher has started, if any; UpcycleError for a half of one."""
+        size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
         if not 0 <= rank < size:
             raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
         if size > 1:
@@ -88,22 +80,14 @@ class Team:
             "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.size > 1:
             import torch.distributed as dist
 
             dist.destroy_process_group()
 
     def exchange(self, value: _T) -> list[_T]:
-        """Give every rank the values of all, by rank; returns when all have come this far.
-
-        Raises ResumableError when a rank has died.
-        """
+        """Give every rank the values of all, once all are here; ResumableError if one has died."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -118,29 +102,28 @@ class Team:
             ) from error
         return values
 
-    def gather(self, make: Callable[[], _T]) -> list[_T]:
-        """Let every rank make a value, and give all of them to every rank.
-
-        Raises what the first rank to fail raised, on every rank.
-        """
-        outcome: _T | UpcycleError
+    def agree(self, make: Callable[[], _T]) -> _T:
+        """Make a value, and return it once all ranks have; raise what the first to fail raised."""
+        failure: UpcycleError | None = None
         try:
-            outcome = make()
+            own = make()
         except OSError as error:
-            outcome = ResumableError(
+            failure = ResumableError(
                 f"writing {error.filename or 'the output'} failed: {error.strerror}.",
                 "What is complete is kept: the same command goes on from there.",
             )
         except UpcycleError as error:
-            outcome = error
-        values = []
-        for rank, found in enumerate(self.exchange(outcome)):
-            if isinstance(found, UpcycleError):
-                if self.size > 1:
-                    raise type(found)(f"rank {rank}: {found.message}", found.hint)
+            failure = error
+        for rank, found in enumerate(self.exchange(failure)):
+            if found is not None and self.size > 1:
+                raise type(found)(f"rank {rank}: {found.message}", found.hint)
+            if found is not None:
                 raise found
-            values.append(found)
-        return values
+        return own
+
+    def gather(self, make: Callable[[], _T]) -> list[_T]:
+        """Let every rank make a value, and give all of them to every rank, or raise as `agree`."""
+        return self.exchange(self.agree(make))
 
     def share_of(self, shards: Sequence[Shard], rank: int) -> list[Shard]:
         """Return the shards that a rank is to write, balanced by bytes."""

@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from json import dumps
 from types import FrameType
 from typing import Any, NoReturn
@@ -47,11 +48,9 @@ def prepare() -> None:
 
 
 def finish(code: int) -> NoReturn:
-    """End the process: the command is over, and a signal that comes now has nothing to stop.
-
-    Python would take torch apart for half a second first, and wait for threads that still transfer
-    something after a signal.
-    """
+    """End the process: the command is over, and a signal that comes now has nothing to stop."""
+    # Python would take torch apart for half a second first, and wait for threads that still
+    # transfer something after a signal.
     ignored = False
     while not ignored:
         with suppress(StoppedError):
@@ -85,10 +84,7 @@ def on_signal(signum: int, _frame: FrameType | None) -> None:
 
 
 def raise_signal() -> None:
-    """Raise for a signal that came, even when a library swallowed the exception it raised then.
-
-    Some do, while they are being imported: the command would go on as if nothing had been.
-    """
+    """Raise for a signal that came, again where a library that was imported swallowed that."""
     if _received:
         raise StoppedError
 
@@ -108,14 +104,14 @@ class _Console(Console):
         return super().render_str(printable_lines(blotted(text)), **options)
 
 
+@dataclass
 class _Trimmed:
     """A table without the spaces that fill its last column."""
 
-    def __init__(self, table: RenderableType) -> None:
-        self._table = table
+    table: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(self._table, options, pad=False):
+        for line in console.render_lines(self.table, options, pad=False):
             while line and not line[-1].text.rstrip(" "):
                 line.pop()
             if line:
@@ -170,12 +166,9 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def json_text(value: object, encoding: str | None = None) -> str:
-    """Return a value as JSON that every terminal and every parser can take.
-
-    What cannot be seen, or written in `encoding`, is escaped as JSON does it, which changes no
-    value. Half a character, as a name that is not UTF-8 has it and no parser takes it, becomes its
-    Python notation.
-    """
+    """Return a value as JSON that every terminal and every parser can take."""
+    # Escaped is what cannot be seen, or written in `encoding`, and in Python's notation half a
+    # character, which no parser takes.
     unicode = (encoding or "utf-8").lower().startswith("utf")
 
     def escape(found: re.Match[str]) -> str:
@@ -185,7 +178,7 @@ def json_text(value: object, encoding: str | None = None) -> str:
         escaped = dumps(sign)[1:-1]
         return rf"\{escaped}" if "\ud800" <= sign <= "\udfff" else escaped
 
-    return _NOT_ASCII.sub(escape, dumps(_sayable(value), indent=2, ensure_ascii=False))
+    return re.sub(r"[^\n -~]", escape, dumps(_sayable(value), indent=2, ensure_ascii=False))
 
 
 def _sayable(value: object) -> object:
@@ -202,9 +195,6 @@ def _sayable(value: object) -> object:
     return value
 
 
-_NOT_ASCII = re.compile(r"[^\n -~]")
-
-
 def fail(message: str, code: int, hint: str | None = None) -> NoReturn:
     """Say what went wrong, and end the command."""
     say_error(message, hint)
@@ -213,16 +203,12 @@ def fail(message: str, code: int, hint: str | None = None) -> NoReturn:
 
 # Errors ------------------------------------------------------------------------------------------
 
-_json_wanted: list[bool] = []
-"""Whether the commands that are running were called with --json."""
+_json_wanted: list[bool] = []  # whether the commands that are running were called with --json
 
 
 @contextmanager
 def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[None]:
-    """End the command with one message and an exit code for whatever a user can cause or cure.
-
-    `silent` for a process beside one that says it.
-    """
+    """End the command with one message, unless `silent`, and an exit code for a user's errors."""
     _json_wanted.append(as_json)
     code = EXIT_ERROR
     try:
@@ -251,29 +237,30 @@ def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[Non
 
 def in_words(error: BaseException) -> UpcycleError | None:
     """Say what a person can do about an error; None for one that is a bug."""
-    words = " ".join(str(error).split())[:300].rstrip(".")
-    found = lack_in_words(error)
-    if found is not None:
-        return found
+    if lack := lack_in_words(error):
+        return lack
+    hint: str | None = None
     match error:
         case UpcycleError():
-            found = error
+            return error
         case RecursionError():
-            found = UpcycleError("a value in one of the files is nested too deeply to be read.")
+            message = "a value in one of the files is nested too deeply to be read."
         case ImportError() if not (error.name or "").startswith("upcycle_cli"):
             cause = error.__cause__ or error  # numpy's own words are a page of advice
-            found = UpcycleError(
-                f"a library cannot be imported: {cause}.",
-                "Install upcycle-cli again, or give it more memory if that is what is missing.",
-            )
+            message = f"a library cannot be imported: {cause}."
+            hint = "Install upcycle-cli again, or give it more memory if that is what is missing."
         case OSError():
-            found = _refusal(error)
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            message = f"{where}{error.strerror or error}."
         case _ if type(error).__module__ == "pyo3_runtime":  # a panic, which is no Exception
-            found = UpcycleError(
-                f"a library gave up: {words}.",
-                "A file that it read is damaged, or the system gives it no more memory or threads.",
+            words = " ".join(str(error).split())[:300].rstrip(".")
+            message = f"a library gave up: {words}."
+            hint = (
+                "A file that it read is damaged, or the system gives it no more memory or threads."
             )
-    return found
+        case _:
+            return None
+    return UpcycleError(message, hint)
 
 
 def check_current_directory() -> None:
@@ -281,15 +268,8 @@ def check_current_directory() -> None:
     try:
         os.getcwd()  # noqa: PTH109 - the same call, without an object around it
     except OSError as error:
-        raise UpcycleError(
-            f"the current directory is gone: {error.strerror}.", "Change to one that is there."
-        ) from error
-
-
-def _refusal(error: OSError) -> UpcycleError:
-    """Say what the system refused, and to which file."""
-    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-    return UpcycleError(f"{where}{error.strerror or error}.")
+        words = f"the current directory is gone: {error.strerror}."
+        raise UpcycleError(words, "Change to one that is there.") from error
 
 
 def _error_json(words: UpcycleError, code: int) -> dict[str, Any]:

@@ -11,8 +11,6 @@ Nothing that these files say is trusted further than the bytes of the weights be
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ SUFFIX = ".partial"
 NOTE_SUFFIX = ".upcycle-note"
 TEMPORARY_SUFFIX = ".writing"
 STATE = (MARKER, SEAL)
-_OTHERS = 0o077
 
 
 def is_note(name: str) -> bool:
@@ -65,10 +62,7 @@ class Workspace:
         return found if found.get("plan_sha256") == self.plan_digest else {}
 
     def take_over(self, *, restart: bool) -> None:
-        """Keep what an unfinished run of this very plan completed, and drop everything else.
-
-        Raises UpcycleError when the directory belongs to another plan, and not `restart`.
-        """
+        """Keep what a run of this plan completed; UpcycleError for another's, unless `restart`."""
         marker, seal = (read_state(self.folder, name) for name in (MARKER, SEAL))
         digest = marker.get("plan_sha256", seal.get("plan_sha256"))
         if digest not in (None, self.plan_digest) and not restart:
@@ -82,19 +76,15 @@ class Workspace:
         # there may be no room before the rest has gone.
         if marker != self._marker:
             self._save(MARKER, self._marker)
-        if seal.get("plan_sha256") == self.plan_digest:
-            self._unseal(seal)
-        keep = {MARKER}
-        for name in self.shards:
-            if self.noted(name):
-                keep |= {name, name + NOTE_SUFFIX}
-        self._keep_only(keep)
+        notes = seal.get("notes") if seal.get("plan_sha256") == self.plan_digest else None
+        for name, note in notes.items() if isinstance(notes, dict) else ():
+            if name in self.shards and isinstance(note, dict):
+                self.note(name, note)
+        noted = [name for name in self.shards if self.noted(name)]
+        self._keep_only({MARKER, *noted, *(name + NOTE_SUFFIX for name in noted)})
 
     def seal(self, *, replaces: str | None) -> None:
-        """Make everything durable, and leave nothing that is not part of the output but the seal.
-
-        `replaces` is the digest of the record of what the directory is going to replace.
-        """
+        """Make all durable, and leave the output and the seal, which says what it `replaces`."""
         notes = {name: note for name in self.shards if (note := self.noted(name))}
         last = {MARKER, *(name + NOTE_SUFFIX for name in notes)}
         self._keep_only({name.split("/")[0] for name in self.files} | last)
@@ -112,12 +102,6 @@ class Workspace:
         for name in self.folder.names():
             if name not in names:
                 self.folder.remove(name)
-
-    def _unseal(self, seal: dict[str, Any]) -> None:
-        notes = seal.get("notes")
-        for name, note in notes.items() if isinstance(notes, dict) else ():
-            if name in self.shards and isinstance(note, dict):
-                self.note(name, note)
 
     def _save(self, name: str, value: object) -> None:
         self.folder.write(name, json.dumps(value).encode(), durable=self.durable)
@@ -146,26 +130,3 @@ def read_state(folder: Folder, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
-
-
-def usual_mode(folder: Folder) -> int:
-    """Return the mode that a new directory gets in a folder, by the umask and the like."""
-    name = f"{MARKER}-mode"
-    folder.remove(name)
-    os.mkdir(name, dir_fd=folder.descriptor)
-    try:
-        return stat.S_IMODE(os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False).st_mode)
-    finally:
-        folder.remove_empty(name)
-
-
-def make_private(folder: Folder) -> None:
-    """Let nobody else look into a directory, whose files a umask may let others write."""
-    set_mode(folder, stat.S_IMODE(os.fstat(folder.descriptor).st_mode) & ~_OTHERS)
-
-
-def set_mode(folder: Folder, mode: int) -> None:
-    """Set what is allowed with a directory, where its file system knows of that."""
-    if stat.S_IMODE(os.fstat(folder.descriptor).st_mode) != mode:
-        with suppress(PermissionError):  # a file system that has one mode for all
-            os.fchmod(folder.descriptor, mode)

@@ -19,30 +19,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event, Lock
 
 from xxhash import xxh3_128
 
 from upcycle_cli.arithmetic import OverflowInCastError, evaluate
-from upcycle_cli.checkpoint import INDEX_NAME, Reader
+from upcycle_cli.checkpoint import Reader
 from upcycle_cli.digests import file_digest, read_back
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Expr, sources
 from upcycle_cli.folder import Folder
 from upcycle_cli.layout import Layout, Part, lay_out, repetitions
-from upcycle_cli.outputs import Role
 from upcycle_cli.plan import Plan, Shard
 from upcycle_cli.reflink import can_share, share
+from upcycle_cli.storage import INDEX_NAME
 from upcycle_cli.system import make_durable, num_processors, start_writeback
+from upcycle_cli.tensors import Role
 from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
 
 # Much less than a huge page: docs/decisions.md says why.
 _PIECE_BYTES = 1 << 19
 _FLUSH_SECONDS = 0.02
 _STOP_SECONDS = 0.1
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that have just found their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,28 +96,24 @@ def write_weights(
     shards: Sequence[Shard],
     workspace: Workspace,
     *,
-    progress: Progress,
+    progress: Callable[[int], None],
     options: WriteOptions,
 ) -> Written:
-    """Write those of the plan's shards that an earlier run has not finished.
-
-    Raises UpcycleError when a value overflows the output dtype, OSError when writing fails.
-    """
-    written = Written()
+    """Write the shards that no earlier run has finished; UpcycleError when a value overflows."""
     with plan.source.reader() as reader:
-        crew = _Crew(reader, workspace, options, progress)
+        shares = options.reflink and can_share(workspace.folder)
+        crew = _Crew(reader, workspace, options, progress, shares)
         tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
         for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
         crew.run([task.take_over for task in tasks if workspace.noted(task.name)])
-        for task, shard in zip(tasks, shards, strict=True):
-            written.reused_bytes += shard.nbytes if task.complete.is_set() else 0
         missing = [task for task in tasks if not task.complete.is_set()]
         crew.threads_per_file = options.num_threads // min(options.num_threads, len(missing) or 1)
         crew.run([task.write for task in missing])
+    written = Written()
     for task in tasks:
-        written.add(Written(task.routers, task.vanished, task.shared_bytes))
+        written.add(task.written)
     return written
 
 
@@ -140,30 +135,32 @@ def write_json(folder: Folder, name: str, value: object) -> None:
     folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+@dataclass
 class _Crew:
     """The threads that write, and what they have in common."""
 
-    def __init__(
-        self, reader: Reader, workspace: Workspace, options: WriteOptions, progress: Progress
-    ) -> None:
-        self.reader = reader
-        self.workspace = workspace
-        self.options = options
-        self.shares = options.reflink and can_share(workspace.folder)
-        self.first: dict[Expr, tuple[_Task, int]] = {}
-        """The first file that holds a part, and where; also when it is not complete yet."""
-        self.digests: dict[Expr, bytes] = {}
-        """Of the bytes of each part, once they have been written or read."""
-        self.threads_per_file = 1
-        self.stopping = Event()
-        self.lock = Lock()
-        self._progress = progress
+    reader: Reader
+    workspace: Workspace
+    options: WriteOptions
+    progress: Callable[[int], None]
+    shares: bool
+    """Whether equal parts are to share extents, and can."""
+    first: dict[Expr, tuple[_Task, int]] = field(default_factory=dict)
+    """The first file that holds a part, and where; also when it is not complete yet."""
+    digests: dict[Expr, bytes] = field(default_factory=dict)
+    """Of the bytes of each part, once they have been written or read."""
+    threads_per_file: int = 1
+    stopping: Event = field(default_factory=Event)
+    lock: Lock = field(default_factory=Lock)
 
     def run(self, work: Sequence[Callable[[], None]]) -> None:
         """Do this for several files at once: while the disk has one, the next is filled."""
-        if not work:
-            return
-        with ThreadPoolExecutor(min(self.options.num_threads, len(work)), "upcycle-file") as pool:
+        if work:
+            self.run_in(min(self.options.num_threads, len(work)), "upcycle-file", work)
+
+    def run_in(self, threads: int, name: str, work: Sequence[Callable[[], None]]) -> None:
+        """Do this in threads of their own; raise the first failure, once all have ended."""
+        with ThreadPoolExecutor(threads, name) as pool:
             try:
                 jobs = [pool.submit(each) for each in work]
                 if wait(jobs, return_when=FIRST_EXCEPTION).not_done:
@@ -173,10 +170,10 @@ class _Crew:
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
-        for job in jobs:
-            error = None if job.cancelled() else job.exception()
-            if error is not None and not isinstance(error, _StoppedError):
-                raise error
+        errors = filter(None, (job.exception() for job in jobs if not job.cancelled()))
+        # What made the others stop says more than that they stopped.
+        for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
+            raise error
 
     def advance(self, nbytes: int) -> None:
         """Tell of bytes that have found their place; _StoppedError when no more are wanted."""
@@ -184,7 +181,7 @@ class _Crew:
             raise _StoppedError
         if nbytes:
             with self.lock:
-                self._progress(nbytes)
+                self.progress(nbytes)
 
 
 @dataclass(eq=False)
@@ -194,9 +191,7 @@ class _Task:
     name: str
     layout: Layout
     crew: _Crew
-    routers: dict[str, str] = field(default_factory=dict)
-    vanished: dict[Expr, int] = field(default_factory=dict)
-    shared_bytes: int = 0
+    written: Written = field(default_factory=Written)
     complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
@@ -212,29 +207,27 @@ class _Task:
                 found = read_back(file, self.layout, self._advance_checking)
         except (OSError, UpcycleError):
             return  # what cannot be read is written again
-        if found is None or file_digest(self.layout, found.parts) != noted.get("xxh3_128"):
+        if found is None or file_digest(self.layout, found[0]) != noted.get("xxh3_128"):
             return
+        digests, self.written.routers = found
         shared, vanished = noted.get("shared_bytes"), noted.get("vanished")
         if type(shared) is int and 0 <= shared <= self.layout.nbytes:
-            self.shared_bytes = shared
+            self.written.shared_bytes = shared
         for index, part in enumerate(self.layout.parts):
             count = vanished.get(str(index)) if isinstance(vanished, dict) else None
             if type(count) is int and count > 0:
-                self.vanished[part.expr] = count
-        self.routers |= found.routers
-        self.crew.digests |= found.parts
+                self.written.vanished[part.expr] = count
+        self.written.reused_bytes = self.layout.nbytes - len(self.layout.header)
+        self.crew.digests |= digests
         self.complete.set()
 
     def _facts(self) -> dict[str, object]:
         """Return what a later run has to know of the file, for `take_over`."""
+        counts = [self.written.vanished.get(part.expr) for part in self.layout.parts]
         return {
             "xxh3_128": file_digest(self.layout, self.crew.digests),
-            "shared_bytes": self.shared_bytes,
-            "vanished": {
-                str(index): self.vanished[part.expr]
-                for index, part in enumerate(self.layout.parts)
-                if part.expr in self.vanished
-            },
+            "shared_bytes": self.written.shared_bytes,
+            "vanished": {str(index): count for index, count in enumerate(counts) if count},
         }
 
     def write(self) -> None:
@@ -242,11 +235,13 @@ class _Task:
         folder, durable = self.crew.workspace.folder, self.crew.options.fsync
         temporary = self.name + TEMPORARY_SUFFIX
         try:
-            with _closing(folder.create(temporary)) as descriptor:
+            with os.fdopen(folder.create(temporary), "wb", buffering=0) as file:
+                descriptor = file.fileno()
                 os.ftruncate(descriptor, self.layout.nbytes)
                 _write_at(descriptor, memoryview(self.layout.header), 0)
+                work = [partial(self._write_part, each, descriptor) for each in self.layout.parts]
                 with _flushed(descriptor) if durable else nullcontext():
-                    self._write_parts(descriptor)
+                    self.crew.run_in(self.crew.threads_per_file, "upcycle-writer", work)
                 if self.crew.shares:
                     start_writeback(descriptor)  # or each sharing would wait for the disk
                     self._share_parts(descriptor)
@@ -262,20 +257,6 @@ class _Task:
             raise OSError(error.errno, error.strerror, str(folder.path / self.name)) from error
         self.complete.set()
 
-    def _write_parts(self, descriptor: int) -> None:
-        with ThreadPoolExecutor(self.crew.threads_per_file, "upcycle-writer") as pool:
-            try:
-                jobs = [
-                    pool.submit(self._write_part, part, descriptor) for part in self.layout.parts
-                ]
-                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                    job.result()
-            except BaseException:
-                self.crew.stopping.set()
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
-
     def _write_part(self, part: Part, descriptor: int) -> None:
         """Write a part to all its places, or to the one that the others will share."""
         if self.crew.stopping.is_set():
@@ -288,7 +269,7 @@ class _Task:
             return
         data = self._data(part)
         if router:
-            self.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
+            self.written.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
         self._write_at(descriptor, part, data, offsets)
 
     def _share_parts(self, descriptor: int) -> None:
@@ -298,7 +279,7 @@ class _Task:
             with nullcontext(descriptor) if run.origin is self else run.origin.opened() as origin:
                 shared = share(origin, run.source, descriptor, run.target, run.nbytes)
             if shared:
-                self.shared_bytes += run.nbytes
+                self.written.shared_bytes += run.nbytes
                 self._advance(run.nbytes)
                 continue
             for part, offset in run.places:
@@ -317,7 +298,7 @@ class _Task:
                 "Use --dtype bfloat16 or float32.",
             ) from error
         if vanished:
-            self.vanished[part.expr] = sum(vanished)
+            self.written.vanished[part.expr] = sum(vanished)
         return data
 
     def _check_source(self) -> None:
@@ -376,14 +357,6 @@ def _flushed(descriptor: int) -> Iterator[None]:
             stop.set()
         # The system tells of a failed write once: whoever hears of it must say so.
         flushing.result()
-
-
-@contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

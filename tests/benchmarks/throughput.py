@@ -134,7 +134,7 @@ class _Benchmark:
             results, start_up_counts=dense_bytes >= 0.95e9 * START_UP_COUNTS_FROM_GB
         )
         self._show(
-            f"{dense_bytes / 1e9:.2f} GB dense ({plan.family.decoder.num_layers} layers), "
+            f"{dense_bytes / 1e9:.2f} GB dense ({plan.family.dense.num_layers} layers), "
             f"{plan.nbytes / 1e9:.2f} GB of MoE",
             results,
             limits,

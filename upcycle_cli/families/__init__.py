@@ -1,48 +1,38 @@
 """The model types that can be upcycled, and the choice between their targets.
 
-`DENSE` and `TARGETS` hold one file's worth each; `PAIRS` says which go together, the target that
-the most software can load first.
+A family is a row of data: `dense.py` has those that can be upcycled, `moe.py` what they can become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families.dense import Decoder, DenseFamily
-from upcycle_cli.families.llama import LLAMA
-from upcycle_cli.families.mistral import MISTRAL
-from upcycle_cli.families.mixtral import MIXTRAL
-from upcycle_cli.families.qwen2 import QWEN2
-from upcycle_cli.families.qwen2_moe import QWEN2_MOE
-from upcycle_cli.families.qwen3 import QWEN3
-from upcycle_cli.families.qwen3_moe import QWEN3_MOE
-from upcycle_cli.families.target import Target
+from upcycle_cli.families.dense import DENSE, DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.layers import parse_layers
+from upcycle_cli.families.moe import NATIVE, Target, shipped
+from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 
-DENSE: Mapping[str, DenseFamily] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
-}
-TARGETS: Mapping[str, Target] = {
-    target.model_type: target for target in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
-}
-PAIRS: Mapping[str, tuple[str, ...]] = {
-    "llama": ("mixtral", "qwen2_moe"),
-    "mistral": ("mixtral", "qwen2_moe"),
-    "qwen2": ("qwen2_moe",),
-    "qwen3": ("qwen3_moe",),
-}
+SHIPPED = "upcycled"
+"""What --target calls the code that is shipped with the model."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense model type, what its config means, and the target it is to become."""
+    """A dense model, what its config means, and the target it is to become."""
 
-    dense: DenseFamily
-    decoder: Decoder
+    dense: DenseModel
     target: Target
+    layers: tuple[int, ...]
+    """Those that become mixtures of experts."""
+
+
+def targets_of(family: DenseFamily) -> tuple[str, ...]:
+    """Return the names of what a family can become; that which most software loads comes first."""
+    return family.targets + ((SHIPPED,) if family.classes else ())
 
 
 def dense_family(config: Mapping[str, Any]) -> DenseFamily:
@@ -56,7 +46,7 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
             "config.json has no model_type.",
             f"Supported: {', '.join(DENSE)}.",
         )
-    if model_type in TARGETS or is_moe(config):
+    if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
             "Only a dense model can be upcycled; see what this one holds with `upcycle inspect`.",
@@ -78,36 +68,78 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
 
 def is_moe(config: Mapping[str, Any]) -> bool:
     """Whether a config describes a mixture of experts, of whatever architecture."""
+    model_type = str(config.get("model_type"))
+    if model_type in DENSE and model_type in NATIVE:
+        try:
+            return bool(NATIVE[model_type].moe_layers(config, 0))
+        except ValueError:
+            return False  # which is said when it is read
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-    return any(config.get(key) for key in keys)
+    return is_target(config) or any(config.get(key) for key in keys)
 
 
-def choose(config: Mapping[str, Any], target: str, routing: Routing | None) -> Family:
+def is_target(config: Mapping[str, Any]) -> bool:
+    """Whether an MoE's config is of a type that upcycle makes."""
+    model_type = str(config.get("model_type"))
+    if model_type in DENSE and model_type in NATIVE:
+        return is_moe(config)
+    name = model_type.removeprefix(UPCYCLED_PREFIX)
+    known = name in DENSE and DENSE[name].classes is not None and name != model_type
+    return model_type in NATIVE or known
+
+
+def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
+    """Return the target that an MoE is of; `names` are those of its tensors.
+
+    It must be one, as `is_target` has it. Raises UpcycleError when the config of shipped code makes
+    no sense.
+    """
+    model_type = str(config["model_type"])
+    if model_type in NATIVE:
+        return NATIVE[model_type]
+    family = DENSE[model_type.removeprefix(UPCYCLED_PREFIX)]
+    biased = any(name.endswith("_proj_bias") for name in names)
+    activation = read_dense(family, config).values[family.activation]
+    return shipped(family, activation, biased=biased)
+
+
+def choose(
+    config: Mapping[str, Any],
+    target: str,
+    routing: Routing | None,
+    *,
+    layers: str | None = None,
+    names: Collection[str] = (),
+) -> Family:
     """Return the family for a source config; `target` may be "auto".
 
-    Auto takes the first target that can express both the decoder and the routing asked for.
+    Auto takes the first target that can express the model, the routing and the choice of layers
+    that are asked for. `names` are those of the source's tensors.
 
     Raises UpcycleError when none can, saying why of each.
     """
-    dense = dense_family(config)
-    decoder = dense.decoder(config)
-    options = PAIRS[dense.model_type]
-    if target != "auto" and target not in TARGETS:
+    family = dense_family(config)
+    dense = read_dense(family, config)
+    chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
+    options = targets_of(family)
+    if target not in ("auto", *options):
+        known = target in NATIVE or target == SHIPPED
         raise UpcycleError(
-            f"'{target}' is not a target.", f"{dense.model_type} can become {' or '.join(options)}."
-        )
-    if target != "auto" and target not in options:
-        raise UpcycleError(
-            f"{dense.model_type} cannot become {target}.",
-            f"It can become {' or '.join(options)}.",
+            f"{family.model_type} cannot become {target}."
+            if known
+            else f"--target '{target}' is not a target.",
+            f"{'It' if known else family.model_type} can become {' or '.join(options)}.",
         )
     reasons: dict[str, str] = {}
     for name in options:
-        reason = _objection(TARGETS[name], decoder, routing)
+        row = _row(name, dense, names)
+        reason = _objection(row, dense, routing, names) or row.layers.objection(
+            chosen, dense.num_layers
+        )
         if reason is not None:
             reasons[name] = reason
         elif target in ("auto", name):
-            return Family(dense, decoder, TARGETS[name])
+            return Family(dense, row, chosen)
     able = [name for name in options if name not in reasons]
     shown = reasons if target == "auto" else {target: reasons[target]}
     raise UpcycleError(
@@ -116,7 +148,29 @@ def choose(config: Mapping[str, Any], target: str, routing: Routing | None) -> F
     )
 
 
-def _objection(target: Target, decoder: Decoder, routing: Routing | None) -> str | None:
+def _row(name: str, dense: DenseModel, names: Collection[str]) -> Target:
+    if name != SHIPPED:
+        return NATIVE[name]
+    activation = dense.values[dense.family.activation]
+    return shipped(dense.family, activation, biased=_is_biased(dense, names))
+
+
+def _is_biased(dense: DenseModel, names: Collection[str]) -> bool:
+    layer = next(iter(dense.mlp_layers), 0)
+    held = dense.mlp({*dense.shapes, *names}, layer)
+    return any(weight.holds[0].endswith("_bias") for weight in held)
+
+
+def _objection(
+    target: Target, dense: DenseModel, routing: Routing | None, names: Collection[str]
+) -> str | None:
     if routing is not None and routing not in target.routings:
         return f"it has no {routing} routing"
-    return target.refusal(decoder)
+    if not dense.mlp_layers:
+        return "it has no layer with a dense MLP"
+    if not target.ships_code and _is_biased(dense, names):
+        return "mlp_bias is true, and its experts have no bias"
+    for name, reason in target.lacks.items():
+        if f"{dense.prefix(0)}{name}" in dense.shapes:
+            return reason.format(model_type=dense.model_type)
+    return target.refusal(dense)

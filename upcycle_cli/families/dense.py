@@ -1,65 +1,58 @@
-"""The dense side of a family: what a source config means.
+"""The dense side: a row for each model type that can be upcycled, and what its config means.
 
-A `Decoder` holds the effective value of every setting that the forward pass reads, with the
-source's own defaults filled in: a key that is absent from a config means the default of *its*
-model type, and the target's defaults differ. Each dense model type has one file that makes its
-`Decoder`; the targets read nothing else.
+`DenseModel` holds the effective value of every setting, with the model type's own defaults filled
+in: a key that is absent from a config means the default of *its* type, and the target's differ.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.families.layers import block_types
+from upcycle_cli.families.mlp import Weight, degree, parts_of, present, separate
+from upcycle_cli.families.settings import Values
+from upcycle_cli.families.values import knows_tensors, tensor_shapes
+from upcycle_cli.recipe import MlpKind
 
+HEAD = "lm_head.weight"
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A dense decoder in effect: every setting its forward pass reads, and which biases it has."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_act: str
-    rms_norm_eps: float
-    attention_dropout: float
-    max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] | None
-    """Everything of the rope settings but theta; None for the plain kind."""
-    sliding_window: int | None
-    """Tokens that a sliding layer sees; None when every layer sees all."""
-    layer_types: tuple[str, ...]
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    bos_token_id: int | None
-    eos_token_id: int | list[int] | None
-    pad_token_id: int | None
+Windows = tuple[int | None, ...]
+"""By layer, the tokens that it sees; None where it sees all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFamily:
-    """A dense model type that can be upcycled."""
+    """A dense model type that can be upcycled: a row of `DENSE`."""
 
     model_type: str
-    decoder: Callable[[Mapping[str, Any]], Decoder]
+    mlp: tuple[Weight, ...]
+    """The tensors of a layer's MLP."""
+    norm: str | None = "post_attention_layernorm.weight"
+    """The weight of the norm before the MLP; None where it reads the residual stream itself, or
+    where that norm has no weight."""
+    norm_offset: float = 0.0
+    """What the norm adds to its weight: 1 for LayerNorm1P and Gemma."""
+    layer: str = "model.layers.{layer}."
+    """How the names of a layer's tensors begin."""
+    embedding: str = "model.embed_tokens.weight"
+    activation: str = "hidden_act"
+    """The config's key for the MLP's activation."""
+    blocks: str | None = None
+    """Where layers differ, the kind (layers_block_type) of those that are MLPs."""
+    windows: Callable[[Values, int], Windows] = lambda _, count: (None,) * count
+    targets: tuple[str, ...] = ()
+    """What it can become, beside the shipped code; that which most software can load first."""
+    classes: str | None = None
+    """How the names of its classes in transformers begin, for the shipped code; None without."""
+    outgrown_code: bool = False
+    """Whether released models carry code that transformers has had itself since."""
     ignored: tuple[tuple[re.Pattern[str], str], ...] = (
         (
             re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
@@ -68,298 +61,162 @@ class DenseFamily:
     )
     """Tensors that old checkpoints carry and no model reads, with the reason to drop them."""
 
-
-class Values:
-    """Reads typed settings from a config, with the defaults of its model type."""
-
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self._config = config
-        self._defaults = defaults
-
-    def _get(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
-        return self._config.get(key, self._defaults[key])
-
-    def _refuse(self, key: str, wanted: str) -> UpcycleError:
-        value = self._get(key)
-        found = "null" if value is None else shown(value)
-        return UpcycleError(f"config.json: {key} must be {wanted}, not {found}.")
-
-    def count(self, key: str, *, most: int | None = None) -> int:
-        """Return a positive integer."""
-        value = self._get(key)
-        if type(value) is not int or value < 1:
-            raise self._refuse(key, "a positive integer")
-        if most is not None and value > most:
-            raise self._refuse(key, f"at most {most}")
-        return value
-
-    def optional_count(self, key: str) -> int | None:
-        """Return a positive integer, or None when the key is null."""
-        return None if self._get(key) is None else self.count(key)
-
-    def number(self, key: str, *, least: float = 0.0, below: float = math.inf) -> float:
-        """Return a finite number of at least `least`, as the config writes it."""
-        value = self._get(key)
-        if type(value) not in (int, float):
-            raise self._refuse(key, "a number")
-        if not (least <= value < below):
-            wanted = "a finite number" if below == math.inf else f"less than {below:g}"
-            raise self._refuse(key, f"{wanted} and at least {least:g}")
-        result: float = value
-        return result
-
-    def positive(self, key: str) -> float:
-        """Return a finite number larger than zero, as the config writes it."""
-        value = self.number(key)
-        if value == 0:
-            raise self._refuse(key, "larger than 0")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Return a boolean."""
-        value = self._get(key)
-        if type(value) is not bool:
-            raise self._refuse(key, "true or false")
-        return value
-
-    def activation(self, key: str) -> str:
-        """Return the name of an activation."""
-        value = self._get(key)
-        if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise self._refuse(key, "an activation that transformers knows, such as silu or gelu")
-        return value
-
-    def token(self, key: str) -> int | None:
-        """Return a token id, or None."""
-        value = self._get(key)
-        if value is not None and type(value) is not int:
-            raise self._refuse(key, "a token id or null")
-        return value
-
-    def tokens(self, key: str) -> int | list[int] | None:
-        """Return a token id, several, or None."""
-        value = self._get(key)
-        if isinstance(value, list) and all(type(item) is int for item in value):
-            return value
-        return self.token(key)
+    @property
+    def class_names(self) -> tuple[str, str, str]:
+        """The config, the model and the causal LM, as transformers calls them."""
+        name = self.classes
+        return f"{name}Config", f"{name}Model", f"{name}ForCausalLM"
 
 
-_MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model in effect: its family, and every setting that its forward pass reads."""
 
-ACTIVATIONS = (
-    "silu",
-    "swish",
-    "gelu",
-    "gelu_10",
-    "gelu_accurate",
-    "gelu_fast",
-    "gelu_new",
-    "gelu_python",
-    "gelu_python_tanh",
-    "gelu_pytorch_tanh",
-    "hardswish",
-    "laplace",
-    "leaky_relu",
-    "linear",
-    "mish",
-    "quick_gelu",
-    "relu",
-    "relu2",
-    "relu6",
-    "sigmoid",
-    "sqrtsoftplus",
-    "tanh",
-)
-"""The activations without weights of their own that transformers knows by name."""
+    family: DenseFamily
+    values: Mapping[str, Any]
+    kinds: tuple[str, ...]
+    """What each layer is."""
+    windows: Windows
 
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""The ways to stretch rotary embeddings that transformers knows by name."""
+    @property
+    def model_type(self) -> str:
+        """The model type of the family."""
+        return self.family.model_type
 
-_NO_ROPE_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # 0 leaves the last two out
+    @property
+    def num_layers(self) -> int:
+        """The number of layers, of whatever kind."""
+        return len(self.kinds)
 
-ROPE_DEFAULTS: Mapping[str, Any] = {
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-}
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """The layers that have an MLP."""
+        wanted = self.family.blocks
+        return tuple(i for i, kind in enumerate(self.kinds) if wanted in (None, kind))
 
-COMMON_DEFAULTS: Mapping[str, Any] = {
-    **ROPE_DEFAULTS,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-}
-"""Defaults that llama, mistral, qwen2 and qwen3 share in transformers."""
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.values["hidden_size"])
 
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return int(self.values["intermediate_size"])
 
-def read_common(values: Values, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the settings that every family here has, under the names of `Decoder`'s fields."""
-    hidden_size = values.count("hidden_size")
-    num_heads = values.count("num_attention_heads")
-    head_dim = values.optional_count("head_dim")
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise UpcycleError(
-                f"config.json: hidden_size {hidden_size} is not a multiple of "
-                f"num_attention_heads {num_heads}, and head_dim is not given."
-            )
-        head_dim = hidden_size // num_heads
-    num_kv_heads = values.optional_count("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise UpcycleError(
-            f"config.json: num_attention_heads {num_heads} is not a multiple of "
-            f"num_key_value_heads {num_kv_heads}."
-        )
-    rope_theta, rope_scaling = _read_rope(values, config)
-    return {
-        "vocab_size": values.count("vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": values.count("intermediate_size"),
-        "num_layers": values.count("num_hidden_layers", most=_MAX_LAYERS),
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": values.activation("hidden_act"),
-        "rms_norm_eps": values.number("rms_norm_eps"),
-        "attention_dropout": values.number("attention_dropout", below=1.0),
-        "max_position_embeddings": values.count("max_position_embeddings"),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
-        "tie_word_embeddings": values.flag("tie_word_embeddings"),
-        "bos_token_id": values.token("bos_token_id"),
-        "eos_token_id": values.tokens("eos_token_id"),
-        "pad_token_id": values.token("pad_token_id"),
-    }
+    @property
+    def mlp_kind(self) -> MlpKind:
+        """How the MLP answers to scaled matrices."""
+        parts = parts_of(self.family.mlp)
+        return MlpKind("gate" in parts, degree(parts, self.values[self.family.activation]))
+
+    def prefix(self, layer: int) -> str:
+        """Return how the names of a layer's tensors begin."""
+        return self.family.layer.format(layer=layer)
+
+    def mlp(self, names: Collection[str], layer: int) -> tuple[Weight, ...]:
+        """Return the weights of a layer's MLP; `names` are those of all tensors there are."""
+        return present(self.family.mlp, names, self.prefix(layer))
+
+    def norm(self, layer: int) -> str | None:
+        """Return the name of the weight of the norm before a layer's MLP."""
+        norm = self.family.norm
+        return None if norm is None else self.prefix(layer) + norm
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must have; none where they are not known."""
+        if not knows_tensors(self.family.model_type):
+            return {}
+        return tensor_shapes(self.family.model_type, self.values, self.kinds)
 
 
-def _read_rope(values: Values, config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
-    # transformers lets a non-empty rope_scaling win over rope_parameters, and a theta inside
-    # either over the one at the top level.
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    parameters = config.get(key) or {}
-    if not isinstance(parameters, dict):
-        raise UpcycleError(
-            f"config.json: {key} must be an object or null, not {shown(parameters)}."
-        )
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UpcycleError(
-            f"config.json: {key} differs from layer to layer, which no target can express yet."
-        )
-    theta = parameters.get("rope_theta")
-    if theta is None:
-        theta = values.positive("rope_theta")
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise UpcycleError(
-            f"config.json: {key} must name its rope_type, one of {', '.join(ROPE_KINDS)}, "
-            f"not {shown(kind)}."
-        )
-    for name, value in {**scaling, "rope_theta": theta}.items():
-        numbers = value if isinstance(value, list) else [value]
-        if name not in _NO_ROPE_NUMBERS and not all(map(_is_usable, numbers)):
-            raise UpcycleError(
-                f"config.json: {key} has {name} {shown(value)}, and no rotary embedding has."
-            )
-    if kind == "default":
-        return theta, None
-    return theta, scaling | {"rope_type": kind}
+def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
+    """Return what a config means; raises UpcycleError where it makes no sense."""
+    values = Values(config, family.model_type)
+    if family.blocks is None:
+        kinds = ("layer",) * values["num_hidden_layers"]
+    else:
+        try:
+            kinds = block_types(config)
+        except ValueError as error:
+            raise UpcycleError(f"config.json: {error}.") from error
+    windows = family.windows(values, len(kinds))
+    return DenseModel(family, values.effective(), kinds, windows)
 
 
-def _is_usable(value: object) -> bool:
-    """Whether this can be a setting of rotary embeddings: a flag, or a positive number."""
-    if value is None or isinstance(value, bool):
-        return True
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+def _all_slide(values: Values, count: int) -> Windows:
+    return (values["sliding_window"],) * count
 
 
-def qwen_layer_types(
-    values: Values, config: Mapping[str, Any], num_layers: int
-) -> tuple[int | None, tuple[str, ...]]:
-    """Return the window and each layer's kind by the rule that qwen2 and qwen3 share.
+def _some_slide(values: Values, count: int) -> Windows:
+    """Read the windows by the rule of qwen2 and qwen3.
 
     A layer slides when `use_sliding_window` is true and its index is at least
     `max_window_layers`, unless `layer_types` says otherwise.
     """
-    window = values.optional_count("sliding_window") if values.flag("use_sliding_window") else None
-    layer_types = config.get("layer_types")
-    if layer_types is None:
-        first_sliding = num_layers if window is None else values.number("max_window_layers")
-        layer_types = [SLIDING if i >= first_sliding else FULL for i in range(num_layers)]
-    if not isinstance(layer_types, list) or any(
-        kind not in (FULL, SLIDING) for kind in layer_types
-    ):
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    kinds = values.config.get("layer_types")
+    if kinds is None:
+        first_sliding = count if window is None else values["max_window_layers"]
+        kinds = [SLIDING if i >= first_sliding else FULL for i in range(count)]
+    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise UpcycleError(
-            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(layer_types)}."
+            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
         )
-    if len(layer_types) != num_layers:
-        raise UpcycleError(
-            f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers."
-        )
-    if SLIDING in layer_types and window is None:
+    if len(kinds) != count:
+        raise UpcycleError(f"config.json: layer_types has {len(kinds)} entries for {count} layers.")
+    if SLIDING in kinds and window is None:
         raise UpcycleError(
             "config.json: layer_types has sliding layers, but use_sliding_window is false "
             "or sliding_window is null."
         )
-    if SLIDING not in layer_types:
-        window = None
-    return window, tuple(layer_types)
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def dense_shapes(decoder: Decoder) -> Shapes:
-    """Return every tensor that the dense checkpoint must have, with its shape.
+_SWIGLU = separate("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_UP_DOWN = separate("", "mlp.up_proj", "mlp.down_proj")
 
-    The head of a tied model may be there as well; it is not listed.
-    """
-    H, I = decoder.hidden_size, decoder.intermediate_size  # noqa: E741 - the field's letters
-    shapes = shared_shapes(decoder)
-    for layer in range(decoder.num_layers):
-        mlp = f"model.layers.{layer}.mlp"
-        shapes |= {
-            f"{mlp}.gate_proj.weight": (I, H),
-            f"{mlp}.up_proj.weight": (I, H),
-            f"{mlp}.down_proj.weight": (H, I),
-        }
-    return shapes
-
-
-def shared_shapes(decoder: Decoder) -> Shapes:
-    """Return the tensors that the dense model and its MoE have in common: all but the MLPs."""
-    H = decoder.hidden_size
-    q_rows = decoder.num_heads * decoder.head_dim
-    kv_rows = decoder.num_kv_heads * decoder.head_dim
-    shapes: Shapes = {"model.embed_tokens.weight": (decoder.vocab_size, H)}
-    for layer in range(decoder.num_layers):
-        prefix = f"model.layers.{layer}"
-        attn = f"{prefix}.self_attn"
-        shapes |= {
-            f"{prefix}.input_layernorm.weight": (H,),
-            f"{prefix}.post_attention_layernorm.weight": (H,),
-            f"{attn}.q_proj.weight": (q_rows, H),
-            f"{attn}.k_proj.weight": (kv_rows, H),
-            f"{attn}.v_proj.weight": (kv_rows, H),
-            f"{attn}.o_proj.weight": (H, q_rows),
-        }
-        if decoder.qkv_bias:
-            shapes |= {
-                f"{attn}.q_proj.bias": (q_rows,),
-                f"{attn}.k_proj.bias": (kv_rows,),
-                f"{attn}.v_proj.bias": (kv_rows,),
-            }
-        if decoder.o_bias:
-            shapes[f"{attn}.o_proj.bias"] = (H,)
-        if decoder.qk_norm:
-            shapes |= {
-                f"{attn}.q_norm.weight": (decoder.head_dim,),
-                f"{attn}.k_norm.weight": (decoder.head_dim,),
-            }
-    shapes["model.norm.weight"] = (H,)
-    if not decoder.tie_word_embeddings:
-        shapes["lm_head.weight"] = (decoder.vocab_size, H)
-    return shapes
+_ROWS: Sequence[DenseFamily] = (
+    DenseFamily(
+        model_type="llama",
+        mlp=_SWIGLU,
+        targets=("mixtral", "qwen2_moe", "glm4_moe"),
+        classes="Llama",
+    ),
+    DenseFamily(
+        model_type="mistral",
+        mlp=_SWIGLU,
+        windows=_all_slide,
+        targets=("mixtral", "qwen2_moe"),
+        classes="Mistral",
+    ),
+    DenseFamily(
+        model_type="qwen2",
+        mlp=_SWIGLU,
+        windows=_some_slide,
+        targets=("qwen2_moe", "glm4_moe"),
+        classes="Qwen2",
+    ),
+    DenseFamily(
+        model_type="qwen3",
+        mlp=_SWIGLU,
+        windows=_some_slide,
+        targets=("qwen3_moe", "glm4_moe"),
+        classes="Qwen3",
+    ),
+    DenseFamily(model_type="olmo2", mlp=_SWIGLU, norm=None, classes="Olmo2"),
+    DenseFamily(model_type="nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
+    DenseFamily(
+        model_type="nemotron_h",
+        mlp=separate("", "mixer.up_proj", "mixer.down_proj"),
+        norm="norm.weight",
+        layer="backbone.layers.{layer}.",
+        embedding="backbone.embeddings.weight",
+        activation="mlp_hidden_act",
+        blocks="mlp",
+        targets=("nemotron_h",),
+        outgrown_code=True,
+    ),
+)
+DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}

@@ -2,7 +2,7 @@
 
 `HF_ENDPOINT` can be a mirror, a proxy or a stranger. huggingface_hub makes paths of commit ids and
 etags, sleeps for as long as it is told to, and reads what comes to its end; so its HTTP client gets
-hooks that every answer passes. What the answers say is checked by `read_snapshot` and `read_user`.
+hooks that every answer passes. What the answers say is checked by `read_repo` and `read_user`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,16 @@ from upcycle_cli.files import is_inner_name
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-MOST_ANSWER_BYTES = 50_000_000
-"""Of an answer's body that is no file: a listing of 100,000 files has less."""
-MOST_ERROR_BYTES = 1_000_000
-"""Of an error's body, of which some words are shown."""
-MOST_ANSWER_SECONDS = 30.0
-"""From the first byte of such a body to its last."""
-LEAST_BYTES_PER_SECOND = 1_000
-"""Of a file, over any `MOST_ANSWER_SECONDS`: what is slower than any line has stalled."""
-MOST_SILENT_SECONDS = {"GET": 30.0, "HEAD": 30.0}
-"""Before the first byte of an answer and between two, where huggingface_hub sets no limit."""
+MOST_ANSWER_BYTES = 50_000_000  # of a body that is no file: a listing of 100,000 files has less
+MOST_ERROR_BYTES = 1_000_000  # of an error's body, of which some words are shown
+MOST_ANSWER_SECONDS = 30.0  # from the first byte of such a body to its last
+LEAST_BYTES_PER_SECOND = 1_000  # of a file, over `MOST_ANSWER_SECONDS`: slower than any line
+# Before the first byte of an answer and between two, where huggingface_hub sets no limit.
+_MOST_SILENT_SECONDS = {"GET": 30.0, "HEAD": 30.0}
 _MOST_SILENT_SECONDS_OF_CHANGES = 600.0  # a commit of many files takes the Hub its time
 _MOST_CONNECT_SECONDS = 30.0
-MOST_WAIT_SECONDS = 300
-"""What the Hub can ask to wait for: as long as its own windows for a number of requests are."""
-MOST_NAMES = 100_000
-"""More files than the Hub recommends for a repo."""
+_MOST_WAIT_SECONDS = 300  # as long as the Hub's own windows for a number of requests are
+_MOST_NAMES = 100_000  # more files than the Hub recommends for a repo
 _MOST_SIZE = 2**63 - 1
 _MOST_ERROR_WORDS = 1000
 
@@ -53,14 +47,13 @@ _HEADERS: Mapping[str, re.Pattern[str]] = {
 }
 """What becomes a path in the cache, or a number of bytes there."""
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
-"""Of a file, by which it is named in the cache."""
 _WAITS: Mapping[str, str] = {
     "Retry-After": r"\s*([0-9]{1,9})\s*",
     "RateLimit": r'"\w+"\s*;\s*r\s*=\s*[0-9]{1,9}\s*;\s*t\s*=\s*([0-9]{1,9})\s*',
 }
 """Headers that say how long to wait; in another form they are dropped."""
+# Encodings that the client undoes, whatever comes of it: none of them is asked for.
 _DECODED = ("gzip", "x-gzip", "deflate", "br", "zstd")
-"""Encodings that the client undoes, whatever comes of it: none of them is asked for."""
 _USER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,96}")
 
 
@@ -83,14 +76,15 @@ def bad_answer(what: str) -> UpcycleError:
 # On the wire -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Allowance:
-    """How many bytes of files may still come, in all; None for any number."""
-
-    nbytes: int | None = None
+_allowance: list[int] = []  # how many bytes of files may still come, in all; empty for any number
 
 
-_allowance = _Allowance()
+@cache
+def http_client() -> Any:  # noqa: ANN401
+    """Return the module httpx or httpx2, whichever this version of huggingface_hub is made on."""
+    from huggingface_hub.errors import HTTPError
+
+    return import_module(HTTPError.__module__.partition(".")[0])
 
 
 @cache
@@ -104,10 +98,8 @@ def guard() -> None:
     def make() -> Any:  # noqa: ANN401 - a client of httpx or httpx2
         client = made()
         hooks = client.event_hooks
-        client.event_hooks = {
-            "request": [*hooks["request"], _on_request],
-            "response": [*hooks["response"], _on_response],
-        }
+        ours = {"request": _on_request, "response": _on_response}
+        client.event_hooks = {when: [*hooks[when], hook] for when, hook in ours.items()}
         return client
 
     set_client_factory(make)
@@ -115,16 +107,13 @@ def guard() -> None:
 
 @contextmanager
 def at_most(nbytes: int) -> Iterator[None]:
-    """Let no more come of files, for as long as the context lasts, than these bytes take.
-
-    Raises UpcycleError where they come.
-    """
+    """Raise UpcycleError where, within the context, more comes of files than these bytes take."""
     # What was cut off can come again, from its beginning when the server knows no ranges.
-    _allowance.nbytes = 3 * nbytes + MOST_ERROR_BYTES
+    _allowance[:] = [3 * nbytes + MOST_ERROR_BYTES]
     try:
         yield
     finally:
-        _allowance.nbytes = None
+        _allowance.clear()
 
 
 def _on_request(request: Any) -> None:  # noqa: ANN401
@@ -132,31 +121,22 @@ def _on_request(request: Any) -> None:  # noqa: ANN401
     from huggingface_hub import constants
 
     home = urlsplit(constants.ENDPOINT)
+    is_file = request.method == "GET" and not request.url.path.startswith(f"{home.path}/api/")
     # A redirect's request inherits this: what is asked for stays what it was.
-    request.extensions.setdefault(
-        "upcycle_file",
-        request.method == "GET" and not request.url.path.startswith(f"{home.path}/api/"),
-    )
+    request.extensions.setdefault("upcycle_file", is_file)
     request.headers["Accept-Encoding"] = "identity"
-    silent = MOST_SILENT_SECONDS.get(request.method, _MOST_SILENT_SECONDS_OF_CHANGES)
+    silent = _MOST_SILENT_SECONDS.get(request.method, _MOST_SILENT_SECONDS_OF_CHANGES)
     limits = {"connect": _MOST_CONNECT_SECONDS, "read": silent, "write": silent, "pool": None}
     given = request.extensions.get("timeout") or {}
-    request.extensions["timeout"] = {
-        name: limit if given.get(name) is None else given[name] for name, limit in limits.items()
-    }
-    if "Authorization" in request.headers and not _is_home(str(request.url)):
-        del request.headers["Authorization"]
+    request.extensions["timeout"] = limits | {k: v for k, v in given.items() if v is not None}
+    # Of the Hub that was chosen, and of the one that it mirrors.
+    if _origin(request.url) not in map(_origin, (constants.ENDPOINT, "https://huggingface.co")):
+        request.headers.pop("Authorization", None)
 
 
-def _is_home(url: str) -> bool:
-    """Whether a URL is one of the Hub that was chosen, or of the one that it mirrors."""
-    from huggingface_hub import constants
-
-    origins = [
-        (parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme))
-        for parts in map(urlsplit, (url, constants.ENDPOINT, "https://huggingface.co"))
-    ]
-    return origins[0] in origins[1:]
+def _origin(url: Any) -> tuple[str, str, int | None]:  # noqa: ANN401
+    parsed = http_client().URL(url)
+    return parsed.scheme, parsed.host, parsed.port  # None for the scheme's own
 
 
 def _on_response(response: Any) -> None:  # noqa: ANN401
@@ -170,40 +150,33 @@ def _on_response(response: Any) -> None:  # noqa: ANN401
             raise bad_answer(f"its {name} is {shown(value)}")
     for name, form in _WAITS.items():
         match = re.fullmatch(form, headers.get(name, ""))
-        if name in headers and (match is None or int(match[1]) > MOST_WAIT_SECONDS):
+        if name in headers and (match is None or int(match[1]) > _MOST_WAIT_SECONDS):
             del headers[name]
     if headers.get("Content-Encoding", "").strip().lower() in _DECODED:
         raise bad_answer("it sends compressed what was asked for as it is")
     if response.status_code < 300 and response.request.extensions["upcycle_file"]:
         response.stream = _watched(response.stream)
         return
-    is_error = response.status_code >= 400
-    body = _body(response, MOST_ERROR_BYTES if is_error else MOST_ANSWER_BYTES)
-    if is_error:
-        body = _plain_error(body)
-    elif body[:1] in (b"[", b"{"):
-        _check_json(body)
-        _hide_bar_of_nothing(response.request.url.path, body)
-    response.stream = _client_module(response).ByteStream(body)
+    if response.status_code >= 400:
+        body = _plain_error(_body(response, MOST_ERROR_BYTES))
+    else:
+        body = _body(response, MOST_ANSWER_BYTES)
+        if body[:1] in (b"[", b"{"):
+            _check_json(body)
+            _hide_bar_of_nothing(response.request.url.path, body)
+    response.stream = http_client().ByteStream(body)
 
 
 def _patterns(response: Any) -> Mapping[str, re.Pattern[str]]:  # noqa: ANN401
-    """Return what the headers of an answer must be, as far as huggingface_hub uses them.
-
-    An etag names a file when the answer is to HEAD, and neither an error nor a redirect that is
-    followed; those of the Hub's own pages and API hold slashes.
-    """
+    """Return what the headers of an answer must be, as far as huggingface_hub uses them."""
+    # An etag names a file in the cache when the answer is to HEAD, and neither an error nor a
+    # redirect that is followed; those of the Hub's own pages and API hold slashes.
     headers = response.headers
     followed = "Location" in headers and not urlsplit(headers["Location"]).netloc
     if response.request.method != "HEAD" or response.status_code >= 400 or followed:
         return _HEADERS
     name = "X-Linked-ETag" if headers.get("X-Linked-ETag") else "ETag"
     return {**_HEADERS, name: _ETAG}
-
-
-def _client_module(response: Any) -> Any:  # noqa: ANN401
-    """Return httpx or httpx2, whichever huggingface_hub uses."""
-    return import_module(type(response).__module__.partition(".")[0])
 
 
 def _check_location(url: str, location: str) -> None:
@@ -259,29 +232,31 @@ def _plain_error(body: bytes) -> bytes:
         return body[:_MOST_ERROR_WORDS]
     if not isinstance(found, dict):
         return b"{}"
-    plain: dict[str, Any] = {
-        key: value[:_MOST_ERROR_WORDS]
-        for key, value in found.items()
-        if isinstance(value, str) and key != "errors"
-    }
-    listed = found.get("errors")
-    for item in listed[:10] if isinstance(listed, list) else ():
-        words = item.get("message") if isinstance(item, dict) else None
-        if isinstance(words, str):
-            plain.setdefault("errors", []).append({"message": words[:_MOST_ERROR_WORDS]})
-    return json.dumps(plain).encode()
+    listed = found.pop("errors", None)
+    items = listed[:10] if isinstance(listed, list) else []
+    said = (item.get("message") for item in items if isinstance(item, dict))
+    errors = [{"message": text[:_MOST_ERROR_WORDS]} for text in said if isinstance(text, str)]
+    plain = {key: text[:_MOST_ERROR_WORDS] for key, text in found.items() if isinstance(text, str)}
+    return json.dumps(plain | ({"errors": errors} if errors else {})).encode()
+
+
+def longest_seconds(nbytes: int) -> float:
+    """Return how long a part of a file may take that is read at once."""
+    return MOST_ANSWER_SECONDS + nbytes / (100 * LEAST_BYTES_PER_SECOND)
 
 
 def _watched(stream: Any) -> Any:  # noqa: ANN401
     """Return a file's stream that ends in an error once it stalls or brings too much."""
-    client = import_module(type(stream).__module__.partition(".")[0])
 
-    class Watched(client.SyncByteStream):  # type: ignore[misc,name-defined]  # of one or the other client
+    class Watched(http_client().SyncByteStream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
             begin, received = time.monotonic(), 0
             for piece in stream:
                 received += len(piece)
-                _take(len(piece))
+                if _allowance:
+                    _allowance[0] -= len(piece)
+                    if _allowance[0] < 0:
+                        raise bad_answer("it sends far more of a file than it said there is")
                 yield piece
                 now = time.monotonic()
                 if now - begin > MOST_ANSWER_SECONDS:
@@ -297,35 +272,26 @@ def _watched(stream: Any) -> Any:  # noqa: ANN401
     return Watched()
 
 
-def _take(nbytes: int) -> None:
-    if _allowance.nbytes is not None:
-        _allowance.nbytes -= nbytes
-        if _allowance.nbytes < 0:
-            raise bad_answer("it sends far more of a file than it said there is")
-
-
 # What they say -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class Repo:
     """A repo at one commit, as the Hub describes it."""
 
     commit: str
-    sizes: Mapping[str, int | None]
-    """Bytes of every file, by name; None where sizes were not asked for."""
+    sizes: Mapping[str, int | None]  # of every file, by name; None where they were not asked for
     private: bool
 
 
-def read_snapshot(info: ModelInfo, *, sized: bool = False) -> Snapshot:
-    """Return what the Hub says of a repo.
+def read_repo(info: ModelInfo, *, sized: bool = False) -> Repo:
+    """Return what the Hub says of a repo, which with `sized` has to give the size of every file.
 
-    Raises UpcycleError when it can be no repo: for a commit that is none, for names that no clone
-    could have as files side by side, and with `sized` for a file without its size.
+    Raises UpcycleError when it can be no repo: no clone could have its files side by side.
     """
     commit = checked_commit(info.sha)
     siblings = info.siblings or []
-    if len(siblings) > MOST_NAMES:
+    if len(siblings) > _MOST_NAMES:
         raise bad_answer(f"a repo has {len(siblings):,} files")
     sizes: dict[str, int | None] = {}
     folders: set[str] = set()
@@ -337,10 +303,9 @@ def read_snapshot(info: ModelInfo, *, sized: bool = False) -> Snapshot:
             raise bad_answer(f"the size of {name} is {shown(size)}")
         sizes[name] = size
         folders.update(map(str, PurePosixPath(name).parents))
-    both = folders & sizes.keys()
-    if both:
+    if both := folders & sizes.keys():
         raise bad_answer(f"{min(both)} is a file and a directory")
-    return Snapshot(commit=commit, sizes=sizes, private=info.private is True)
+    return Repo(commit=commit, sizes=sizes, private=info.private is True)
 
 
 def checked_commit(commit: object) -> str:
@@ -350,18 +315,8 @@ def checked_commit(commit: object) -> str:
     return commit
 
 
-@dataclass(frozen=True, kw_only=True)
-class User:
-    """Whose the token is, and what it may do."""
-
-    names: tuple[str, ...]
-    """The user's own, and those of the organizations."""
-    role: str | None
-    """What the token may do, as far as the Hub says."""
-
-
-def read_user(answer: object) -> User:
-    """Return whose the token is; raises UpcycleError when the answer does not say so."""
+def read_user(answer: object) -> tuple[list[str], bool]:
+    """Return whose a token is, and whether it may only read; raises UpcycleError."""
     user = answer if isinstance(answer, dict) else {}
     listed = user.get("orgs", [])
     names: list[str] = []
@@ -372,8 +327,4 @@ def read_user(answer: object) -> User:
         names.append(name)
     auth = user.get("auth")
     token = auth.get("accessToken") if isinstance(auth, dict) else None
-    role = token.get("role") if isinstance(token, dict) else None
-    return User(
-        names=tuple(names),
-        role=role if isinstance(role, str) else None,
-    )
+    return names, isinstance(token, dict) and token.get("role") == "read"

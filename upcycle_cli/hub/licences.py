@@ -8,24 +8,18 @@ advice. Sources: llama.com/llama3/license, llama.com/llama3_1/license and the la
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What has to be where; an empty string asks for nothing."""
 
     licence: str
-    pattern: str
-    """Matches `license`, or `license_name` of a licence that is "other"."""
-    prefix: str = ""
-    """What the model's name must begin with."""
-    phrase: str = ""
-    """What the card must say."""
-    notice: str = ""
-    """What a text file named Notice must say."""
+    pattern: str  # of `license`, or of `license_name` where the licence is "other"
+    notice: str  # what a text file named Notice must say
+    prefix: str = ""  # what the model's name must begin with
+    phrase: str = ""  # what the card must say
 
 
 _META = "Meta Platforms, Inc. All Rights Reserved."
@@ -63,39 +57,31 @@ _RULES = (
 def reminders(
     metadata: Mapping[str, Any], card: str, repo: str, files: Collection[str]
 ) -> tuple[str, ...]:
-    """Return what the licence in a card's metadata asks for and `repo` does not have.
-
-    `card` is the card's text, `files` the names of the files that go with the model.
-    """
+    """Return what the licence in a card's metadata asks for and card, repo and files lack."""
     named = (metadata.get("license_name"), metadata.get("license"))
-    rule = next(
-        (
-            rule
-            for rule in _RULES
-            for name in named
-            if isinstance(name, str) and re.fullmatch(rule.pattern, name.lower())
-        ),
-        None,
-    )
-    if rule is None:
-        return ()
-    found = []
+    names = [name.lower() for name in named if isinstance(name, str)]
+    for rule in _RULES:
+        if any(re.fullmatch(rule.pattern, name) for name in names):
+            return tuple(_missing(rule, card, repo, files))
+    return ()
+
+
+def _missing(rule: _Rule, card: str, repo: str, files: Collection[str]) -> Iterator[str]:
     model_name = repo.rsplit("/", maxsplit=1)[-1]
     if not _squeezed(model_name).startswith(_squeezed(rule.prefix)):
-        found.append(
+        yield (
             f'the {rule.licence} wants the name of the model to begin with "{rule.prefix}"; '
             f'"{model_name}" does not.'
         )
     if rule.phrase.lower() not in card.lower():
-        found.append(f'the {rule.licence} wants the model card to say "{rule.phrase}".')
+        yield f'the {rule.licence} wants the model card to say "{rule.phrase}".'
     if not any(name.upper().startswith("NOTICE") for name in files):
-        found.append(
+        yield (
             f'the {rule.licence} wants a file "Notice" that says: "{rule.notice}". Put it beside '
             "the weights."
         )
     if not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in files):
-        found.append(f"the {rule.licence} wants a copy of itself beside the weights.")
-    return tuple(found)
+        yield f"the {rule.licence} wants a copy of itself beside the weights."
 
 
 def _squeezed(name: str) -> str:

@@ -7,62 +7,47 @@ checksums and the licences that somebody put there because a licence asks for th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    RECORD_NAME,
-    Checkpoint,
-    is_weight_file,
-    read_json,
-)
+from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME, Checkpoint, is_weight_file, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import (
     CHECKSUMS_NAME,
-    MOST_JSON_BYTES,
     ListedFile,
     listed_files,
     locate,
     open_regular,
-    parse_checksums,
-    read_small,
+    read_checksums,
+    sha256_of,
 )
 from upcycle_cli.verification.listing import belongs
 from upcycle_cli.workspace import is_note
 
+# How the names of the files begin that a licence asks for, in capitals or not.
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""How the names of the files begin that a licence asks for, in capitals or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What is published of a directory."""
 
-    files: Mapping[str, Path]
-    """Where each file really is, by its name in the repo."""
-    left_out: tuple[str, ...]
-    """Files of the directory that are not part of the model."""
-    failures: tuple[str, ...]
-    """What is not as the record or the checksums have it."""
+    files: Mapping[str, Path]  # where each really is, by its name in the repo
+    left_out: tuple[str, ...]  # files of the directory that are not part of the model
+    failures: tuple[str, ...]  # what is not as the record or the checksums have it
 
 
 def read_manifest(moe: Checkpoint) -> Manifest:
-    """Return what of an upcycled checkpoint is published, and what of it is not as it should be.
-
-    All files but the weights are read, and of those the headers; where there are checksums, the
-    weights are read as well, once more than an upload does.
+    """Return what of an upcycled checkpoint is published; weights are read for checksums only.
 
     Raises UpcycleError when its record lists no files.
     """
-    directory = moe.path
     try:
         listed = listed_files(read_json(moe.storage.local(RECORD_NAME)))
     except UpcycleError as error:
         raise UpcycleError(
-            f"{directory} does not say which files belong to it, as an earlier version did not: "
+            f"{moe.path} does not say which files belong to it, as an earlier version did not: "
             f"{error.message}",
             "Make it again with `upcycle convert --overwrite`, or upload it as it is with "
             "`hf upload`.",
@@ -76,8 +61,8 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     failures = [*_listing_failures(moe, listed)]
     for name in dict.fromkeys(names):
         try:
-            files[name] = locate(directory, name)
-            failures += [] if name not in listed else _failures(files[name], listed[name])
+            files[name] = locate(moe.path, name)
+            failures += _failures(files[name], listed[name]) if name in listed else ()
         except UpcycleError as error:
             failures.append(error.message)
     if CHECKSUMS_NAME in files:
@@ -87,12 +72,8 @@ def read_manifest(moe: Checkpoint) -> Manifest:
 
 
 def _is_licence(name: str) -> bool:
-    return (
-        "/" not in name
-        and name.upper().startswith(_LICENCES)
-        and not is_weight_file(name)
-        and not name.endswith(".py")
-    )
+    odd = "/" in name or is_weight_file(name) or name.endswith(".py")
+    return name.upper().startswith(_LICENCES) and not odd
 
 
 def _listing_failures(moe: Checkpoint, listed: Mapping[str, ListedFile]) -> Iterator[str]:
@@ -125,7 +106,7 @@ def _checksum_failures(
 ) -> Iterator[str]:
     """Hold the checksums against the files: whoever downloads the model will."""
     try:
-        sums = parse_checksums(read_small(files[CHECKSUMS_NAME], MOST_JSON_BYTES))
+        sums = read_checksums(files[CHECKSUMS_NAME])
     except UpcycleError as error:
         yield error.message
         return
@@ -136,12 +117,8 @@ def _checksum_failures(
             yield f"{CHECKSUMS_NAME} lists {name}, in which a push names the repo"
         elif name not in summed:
             yield f"{CHECKSUMS_NAME} lists {name}, which is not published"
-        elif name in files and digest != _sha256(files[name], listed.get(name)):
-            yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
-
-
-def _sha256(path: Path, listed: ListedFile | None) -> str:
-    if listed is not None and listed.sha256 is not None:
-        return listed.sha256  # which the file has, or is said not to have
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        elif name in files:
+            held = listed[name].sha256 if name in listed else None
+            # What is listed with a digest has it, or is said above not to have it.
+            if digest != (held or sha256_of(files[name])):
+                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"

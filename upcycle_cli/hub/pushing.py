@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,25 +17,11 @@ from typing import TYPE_CHECKING
 from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import MOST_JSON_BYTES, read_small
+from upcycle_cli.files import MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.front_matter import read_front_matter
-from upcycle_cli.hub.answers import (
-    Snapshot,
-    at_most,
-    checked_commit,
-    endpoint,
-    read_snapshot,
-    read_user,
-)
+from upcycle_cli.hub.answers import Repo, at_most, checked_commit, endpoint, read_repo, read_user
 from upcycle_cli.hub.licences import reminders
-from upcycle_cli.hub.requests import (
-    explained,
-    fetch_small,
-    interruptibly,
-    patiently,
-    transport_errors,
-    words_of,
-)
+from upcycle_cli.hub.requests import SIGN_IN, explained, fetch, interruptibly, patiently, words_of
 from upcycle_cli.hub.sources import refuse_empty
 from upcycle_cli.printable import printable
 from upcycle_cli.workspace import MARKER
@@ -46,14 +31,12 @@ if TYPE_CHECKING:
 
     from upcycle_cli.hub.manifest import Manifest
 
+# huggingface_hub splits a commit of more files when the Hub refuses it as a whole.
 _MOST_FILES = 20
-"""huggingface_hub splits a commit of more files when the Hub refuses it as a whole."""
-_CLOSED_CLIENTS = 2
-"""So often an upload is gone on with."""
-_LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)
-"""Without these, nothing takes a repo for a model."""
+_CLOSED_CLIENTS = 2  # so often an upload is gone on with
+_LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)  # without these, nothing takes a repo for a model
+# What would be loaded instead of, or along with, the weights that are pushed.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX_NAME)
-"""What would be loaded instead of, or along with, the weights that are pushed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +44,12 @@ class Destination:
     """Where to push, and how."""
 
     repo: str
+    # A branch, made when it is not there, or refs/pr/N; None for the main branch.
     revision: str | None = None
-    """A branch, made when it is not there, or refs/pr/N; None for the main branch."""
-    private: bool = False
-    """Make the repo a private one, when it is to be made."""
-    create_pr: bool = False
-    """Open a pull request instead of changing the branch."""
-    message: str | None = None
-    """The commit's first line."""
-    replace_card: bool = False
-    """Replace the repo's card even where somebody has edited it there."""
+    private: bool = False  # make the repo a private one, when it is to be made
+    create_pr: bool = False  # open a pull request instead of changing the branch
+    message: str | None = None  # the commit's first line
+    replace_card: bool = False  # even where somebody has edited it there
 
     def __post_init__(self) -> None:
         refuse_empty(self.revision)
@@ -88,20 +67,14 @@ class Push:
     repo: str
     url: str
     commit: str
-    pull_request: str | None
-    """Its URL, when one was opened."""
-    changed: bool
-    """False when everything was there already."""
+    pull_request: str | None  # its URL, when one was opened
+    changed: bool  # False when everything was there already
     files: int
     nbytes: int
-    card_kept: bool
-    """Whether the repo's card had been edited there, and was left as it is."""
-    left_out: tuple[str, ...]
-    """Files of the directory that are not part of the model."""
-    removed: tuple[str, ...]
-    """Weight files of another model that were in the repo."""
-    reminders: tuple[str, ...]
-    """What the licence asks for and is not there."""
+    card_kept: bool  # the repo's card had been edited there, and was left as it is
+    left_out: tuple[str, ...]  # files of the directory that are not part of the model
+    removed: tuple[str, ...]  # weight files of another model that were in the repo
+    reminders: tuple[str, ...]  # what the licence asks for and is not there
 
 
 def check_destination(destination: Destination) -> None:
@@ -118,27 +91,24 @@ def check_destination(destination: Destination) -> None:
         if "/" not in repo:
             raise UpcycleError(f"'{repo}' is not a repo id.", "Write ORG/NAME or USER/NAME.")
         if get_token() is None:
-            raise UpcycleError(
-                "pushing takes a token, and there is none.",
-                "Sign in with `hf auth login`, or set HF_TOKEN.",
-            )
+            raise UpcycleError("pushing takes a token, and there is none.", SIGN_IN)
         api = HfApi()
-        user = read_user(patiently(api.whoami))
+        owners, may_only_read = read_user(patiently(api.whoami))
         try:
-            public = not read_snapshot(patiently(lambda: api.model_info(repo))).private
+            public = not read_repo(patiently(lambda: api.model_info(repo))).private
             if not destination.create_pr:  # which whoever can read may open
                 patiently(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
-            if user.role == "read":
+            if may_only_read:
                 raise UpcycleError(
                     f"the token may only read, and {repo} is to be made.",
                     "Use a token that may write (`hf auth login`, HF_TOKEN).",
                 ) from None
-            if repo.split("/")[0] not in user.names:
+            if repo.split("/")[0] not in owners:
                 raise UpcycleError(
-                    f"you ({user.names[0]}) cannot make {repo}: it is neither yours nor that of "
+                    f"you ({owners[0]}) cannot make {repo}: it is neither yours nor that of "
                     "an organization of yours.",
-                    f"Choose from {', '.join(f'{name}/…' for name in user.names)}, or use another "
+                    f"Choose from {', '.join(f'{name}/…' for name in owners)}, or use another "
                     "token.",
                 ) from None
             return
@@ -152,27 +122,23 @@ def push(
     directory: Path,
     destination: Destination,
     *,
-    on_start: Callable[[int, int], None] = lambda _files, _nbytes: None,
+    on_start: Callable[[int, int], None] = lambda _files, _nbytes: None,  # before anything is sent
 ) -> Push:
     """Push a complete upcycled checkpoint to a repo, made when it is not there.
 
-    `on_start` hears the number of files and their bytes before anything is sent.
-
-    Raises UpcycleError when the directory is not complete, when the Hub refuses, and when it does
-    not answer any more; the same call then goes on from what was uploaded.
+    Raises UpcycleError, after which the same call goes on from what was uploaded.
     """
     # In this order because it takes less time.
     check_destination(destination)
     manifest = _check_complete(directory)
     names = [*manifest.files]
-    metadata, card = _read_card(manifest.files[CARD_NAME])
-    card = for_repo(card, destination.repo)
+    card = for_repo(_read_card(manifest.files[CARD_NAME]), destination.repo)
     with explained(destination.repo, destination.revision):
         there = _prepare(destination)
         kept = None if destination.replace_card else _edited_card(there, card, destination)
         if kept is not None:
             names = [name for name in names if name != CARD_NAME]
-            metadata, card = _metadata(kept), kept
+            card = kept
         nbytes = sum(manifest.files[name].stat().st_size for name in names)
         on_start(len(names), nbytes)
         stale = _stale(there, names)
@@ -180,18 +146,20 @@ def push(
         with _staged(directory.resolve().name, files, card) as folder:
             info = interruptibly(lambda: _upload(folder, names, stale, there, destination))
         checked_commit(info.oid)
+    url, pull_request = f"{endpoint()}/{destination.repo}", _pull_request(destination, info)
+    branch = destination.revision
     return Push(
         repo=destination.repo,
-        url=_url(destination, info),
+        url=(pull_request or url) if branch is None else f"{url}/tree/{branch}",
         commit=info.oid,
-        pull_request=_pull_request(destination, info),
+        pull_request=pull_request,
         changed=info.oid != there.commit,
         files=len(names),
         nbytes=nbytes,
         card_kept=kept is not None,
         left_out=manifest.left_out,
         removed=tuple(stale),
-        reminders=reminders(metadata, card, destination.repo, names),
+        reminders=reminders(_metadata(card), card, destination.repo, names),
     )
 
 
@@ -221,27 +189,28 @@ def _check_complete(directory: Path) -> Manifest:
     return manifest
 
 
-def _read_card(path: Path) -> tuple[Mapping[str, object], str]:
-    """Return a card's metadata and its whole text."""
+def _read_card(path: Path) -> str:
+    """Return a card that huggingface_hub can read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
 
     try:
         text = read_small(path, MOST_JSON_BYTES).decode()
-        return ModelCard(text).data.to_dict(), text
+        ModelCard(text)
     except (ValueError, YAMLError) as error:
         raise UpcycleError(f"{path} is not a valid model card: {words_of(error)}.") from error
+    return text
 
 
 def _metadata(card: str) -> Mapping[str, object]:
-    """Return what a card that somebody else has written says of its licence, if anything."""
+    """Return what a card says of its licence, which somebody else may have written, if anything."""
     try:
         return read_front_matter(card, ("license", "license_name"))
     except UpcycleError:
         return {}
 
 
-def _prepare(destination: Destination) -> Snapshot:
+def _prepare(destination: Destination) -> Repo:
     """Make the repo and the branch; return what is there."""
     from huggingface_hub import HfApi
 
@@ -251,10 +220,10 @@ def _prepare(destination: Destination) -> Snapshot:
     patiently(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
         patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    return read_snapshot(patiently(lambda: api.model_info(repo, revision=revision)))
+    return read_repo(patiently(lambda: api.model_info(repo, revision=revision)))
 
 
-def _edited_card(there: Snapshot, card: str, destination: Destination) -> str | None:
+def _edited_card(there: Repo, card: str, destination: Destination) -> str | None:
     """Return the repo's card when it has to stay: somebody has written or changed it."""
     if CARD_NAME not in there.sizes:
         return None
@@ -262,22 +231,16 @@ def _edited_card(there: Snapshot, card: str, destination: Destination) -> str | 
     return text if is_edited(text) and text.strip() != card.strip() else None
 
 
-def _download(there: Snapshot, name: str, destination: Destination) -> bytes:
+def _download(there: Repo, name: str, destination: Destination) -> bytes:
     # By its commit, so that a cache that knew an older one is of no account.
     with at_most(MOST_JSON_BYTES):
-        path = patiently(lambda: fetch_small(destination.repo, name, there.commit))
+        path = patiently(lambda: fetch(destination.repo, name, there.commit))
     return read_small(path, MOST_JSON_BYTES)
 
 
-def _stale(there: Snapshot, names: Sequence[str]) -> list[str]:
+def _stale(there: Repo, names: Sequence[str]) -> list[str]:
     """Return the weight files in the repo that are not of this model."""
-    return sorted(
-        name
-        for name in there.sizes
-        if name not in names
-        and "/" not in name
-        and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
-    )
+    return sorted(name for name in there.sizes if name not in names and matches(name, _WEIGHTS))
 
 
 @contextmanager
@@ -296,16 +259,13 @@ def _staged(title: str, files: Mapping[str, Path], card: str) -> Iterator[Path]:
 
 
 def _upload(
-    folder: Path,
-    names: list[str],
-    stale: list[str],
-    there: Snapshot,
-    destination: Destination,
+    folder: Path, names: list[str], stale: list[str], there: Repo, destination: Destination
 ) -> CommitInfo:
     """Upload files and remove stale ones; return what huggingface_hub says of the last commit."""
     if len(names) <= _MOST_FILES:
         return _upload_together(folder, names, stale, destination)
-    if not _is_same_model(folder, there, destination):
+    record = _download(there, RECORD_NAME, destination) if RECORD_NAME in there.sizes else None
+    if record != (folder / RECORD_NAME).read_bytes():
         # Between the two commits it is no model at all, which is better than two halves.
         stale = [*stale, *(name for name in _LAST if name in there.sizes and name not in stale)]
     early = [name for name in names if name not in _LAST]
@@ -328,16 +288,11 @@ def _upload(
     return last
 
 
-def _is_same_model(folder: Path, there: Snapshot, destination: Destination) -> bool:
-    if RECORD_NAME not in there.sizes:
-        return False
-    return _download(there, RECORD_NAME, destination) == (folder / RECORD_NAME).read_bytes()
-
-
 def _upload_together(
     folder: Path, names: Sequence[str], stale: Sequence[str], destination: Destination
 ) -> CommitInfo:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
 
@@ -355,16 +310,14 @@ def _upload_together(
     try:
         # Trying again after an answer that was lost could open a second pull request.
         return upload() if destination.create_pr else patiently(lambda: _outlast(upload))
-    except transport_errors():
+    except HTTPError:
         raise
     except ValueError as error:
         # The Hub's verdict on the card's metadata, before anything is uploaded.
-        raise UpcycleError(
-            f"the Hub refuses this: {words_of(error)}.", f"Correct {CARD_NAME}."
-        ) from error
+        words = f"the Hub refuses this: {words_of(error)}."
+        raise UpcycleError(words, f"Correct {CARD_NAME}.") from error
     except (OSError, RuntimeError) as error:
-        known: tuple[type[Exception], ...] = (UpcycleError, *transport_errors())
-        if isinstance(error.__cause__, known):
+        if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error
         # Whether the Hub is there says why.
         patiently(api.whoami)
@@ -375,10 +328,8 @@ def _upload_together(
 
 
 def _outlast(upload: Callable[[], CommitInfo]) -> CommitInfo:
-    """Upload, and go on when one connection of several has broken.
-
-    huggingface_hub then closes its client, of which all other threads are told only that it is.
-    """
+    """Upload, and go on when one connection of several has broken."""
+    # huggingface_hub then closes its client, of which all other threads are told only that it is.
     for _ in range(_CLOSED_CLIENTS):
         try:
             return upload()
@@ -393,10 +344,3 @@ def _pull_request(destination: Destination, info: CommitInfo) -> str | None:
     if info.pr_num is None:
         return None
     return f"{endpoint()}/{destination.repo}/discussions/{info.pr_num}"
-
-
-def _url(destination: Destination, info: CommitInfo) -> str:
-    url = f"{endpoint()}/{destination.repo}"
-    if destination.revision is not None:
-        return f"{url}/tree/{destination.revision}"
-    return _pull_request(destination, info) or url

@@ -13,9 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from glob import escape
 from pathlib import Path
 
+from upcycle_cli import files
 from upcycle_cli.checkpoint import (
     CARD_NAME,
     COMPANIONS,
@@ -33,46 +35,19 @@ from upcycle_cli.checkpoint import (
     open_storage,
 )
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import (
-    CHECKSUMS_NAME,
-    MOST_COMPANION_BYTES,
-    MOST_JSON_BYTES,
-    MOST_LISTING_BYTES,
-    locate,
-    matches,
-    open_regular,
-)
-from upcycle_cli.hub.answers import (
-    LEAST_BYTES_PER_SECOND,
-    MOST_ANSWER_SECONDS,
-    at_most,
-    bad_answer,
-    read_snapshot,
-)
-from upcycle_cli.hub.requests import (
-    explained,
-    fetch_small,
-    interruptibly,
-    not_in_cache,
-    one_bar,
-    patiently,
-)
+from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
+from upcycle_cli.hub.requests import explained, fetch, interruptibly, not_cached, one_bar, patiently
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_HEAD_BYTES = 1 << 16
-"""Asked for at once: the headers of most files are smaller."""
+_HEAD_BYTES = 1 << 16  # asked for at once: the headers of most files are smaller
 _CONNECTIONS = 8
-_MOST_SKIPPED_BYTES = 1 << 20
-"""Of a file that a server sends from its beginning when it is asked for a part."""
-_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, CHECKSUMS_NAME)
-"""What a verification reads besides the checkpoint."""
+_MOST_SKIPPED_BYTES = 1 << 20  # of a file that a server sends from its beginning, asked for a part
+# What a verification reads besides the checkpoint.
+_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, files.CHECKSUMS_NAME)
 _MOST_BYTES = {
-    CONFIG_NAME: MOST_JSON_BYTES,
-    RECORD_NAME: MOST_JSON_BYTES,
-    GENERATION_NAME: MOST_JSON_BYTES,
-    CARD_NAME: MOST_JSON_BYTES,
-    CHECKSUMS_NAME: MOST_JSON_BYTES,
-    INDEX_NAME: MOST_LISTING_BYTES,
+    INDEX_NAME: files.MOST_LISTING_BYTES,
+    **dict.fromkeys((CONFIG_NAME, GENERATION_NAME, RECORD_NAME), files.MOST_JSON_BYTES),
+    **dict.fromkeys((CARD_NAME, files.CHECKSUMS_NAME), files.MOST_JSON_BYTES),
 }
 """What is read of these files at most, so that no more of them is downloaded either."""
 
@@ -84,42 +59,34 @@ def is_repo_id(source: Path | str) -> bool:
 
 
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
-    """Open the checkpoint in a directory, or that of a repo on the Hub, of which no weight is read.
-
-    `revision` is a branch, a tag or a commit of the repo. Raises UpcycleError.
-    """
-    refuse_empty(revision)
-    if is_repo_id(source):
-        return open_storage(_find(str(source), revision))
-    _refuse_revision(source, revision)
-    return open_checkpoint(Path(source))
+    """Open a model's checkpoint, that of a repo without its weights; raises UpcycleError."""
+    storage = find_model(source, revision)
+    is_here = isinstance(storage, Directory)
+    return open_checkpoint(storage.path) if is_here else open_storage(storage)
 
 
 def refuse_empty(revision: str | None) -> None:
     """Raise UpcycleError for a revision that is there and empty: a variable that is not set."""
     if revision is not None and not revision.strip():
-        raise UpcycleError(
-            "the revision is empty.", "Leave it out, or name a branch, a tag or a commit."
-        )
+        hint = "Leave it out, or name a branch, a tag or a commit."
+        raise UpcycleError("the revision is empty.", hint)
 
 
 def find_model(source: Path | str, revision: str | None = None) -> Storage:
-    """Return where a model's files are; of a repo only config.json is here then.
-
-    Raises UpcycleError.
-    """
+    """Return where a model's files are, of a repo only config.json here; raises UpcycleError."""
     refuse_empty(revision)
     if is_repo_id(source):
         return _find(str(source), revision)
-    _refuse_revision(source, revision)
+    if revision is not None:
+        what = "a directory here" if Path(source).exists() else "no repo id"
+        raise UpcycleError(
+            f"a revision belongs to a repo on the Hub, and {source} is {what}.", "Leave it out."
+        )
     return Directory(Path(source))
 
 
 def bring_model(storage: Storage) -> Path:
-    """Return the directory of a model, with all files here that anything reads.
-
-    Whether the model is sound is left to others. Raises UpcycleError.
-    """
+    """Return a model's directory, with all here that anything reads; raises UpcycleError."""
     if isinstance(storage, RepoStorage):
         try:
             names = open_storage(storage).files
@@ -133,7 +100,7 @@ def bring_model(storage: Storage) -> Path:
 def check_space_for(checkpoint: Checkpoint, *, beside: Path) -> int:
     """Return the bytes that bringing a checkpoint takes from the file system of `beside`.
 
-    Raises UpcycleError when the cache is on another file system that has less than that free.
+    Raises UpcycleError when the cache is on another one, and that has not enough.
     """
     missing = checkpoint.missing_bytes
     if not missing:
@@ -158,8 +125,7 @@ class RepoStorage:
     repo: str
     commit: str
     path: Path
-    sizes: Mapping[str, int]
-    """Bytes of every file of the repo, by name."""
+    sizes: Mapping[str, int]  # of every file of the repo, by name
     _heads: dict[str, bytes] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -168,7 +134,7 @@ class RepoStorage:
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names that match, as they would in a directory."""
-        return sorted(name for name in self.sizes if matches(name, patterns))
+        return sorted(name for name in self.sizes if files.matches(name, patterns))
 
     def names(self) -> list[str]:
         """Return the names of all files of the repo, sorted."""
@@ -190,7 +156,7 @@ class RepoStorage:
             from huggingface_hub import constants
 
             if constants.HF_HUB_OFFLINE:
-                raise not_in_cache(self.repo, self.commit)
+                raise not_cached(self.repo, self.commit)
             raise UpcycleError(f"{self.repo} has no {name}, which its index lists.")
         return FileStamp(name, self.sizes[name], 0)
 
@@ -207,18 +173,20 @@ class RepoStorage:
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:
-        """Download files into the cache, as far as they are not there.
-
-        Raises UpcycleError, also for a file that is not as large there as the Hub says.
-        """
-        wanted = self.missing(names)
-        if wanted:
+        """Download files into the cache, as far as they are not there; raises UpcycleError."""
+        if wanted := self._missing(names):
             self._download(wanted)
-        missing = self.missing(names)
-        if missing:
+        if missing := self._missing(names):
             raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
         for name in names:
-            self._check_size(name)
+            path, stated = self.path / name, self.sizes.get(name)
+            found = files.locate(self.path, name).stat().st_size
+            if found != stated:
+                raise UpcycleError(
+                    f"{path} has {found:,} bytes, and {self.repo} has one of {stated or 0:,} "
+                    "there.",
+                    f"Remove it, and run the command again: rm {path}",
+                )
 
     def _download(self, names: Sequence[str]) -> None:
         from huggingface_hub import snapshot_download
@@ -226,38 +194,22 @@ class RepoStorage:
         for name in names:
             _check_small(self.repo, name, self.sizes.get(name, 0))
         nbytes = self.missing_bytes(names)
+        patterns, bar = [escape(name) for name in names], one_bar(nbytes)
+        download = partial(snapshot_download, self.repo, revision=self.commit)
         with explained(self.repo, self.commit), at_most(nbytes):
-            interruptibly(
-                lambda: snapshot_download(
-                    self.repo,
-                    revision=self.commit,
-                    allow_patterns=[escape(name) for name in names],
-                    tqdm_class=one_bar(nbytes),
-                )
-            )
+            interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
 
-    def _check_size(self, name: str) -> None:
-        """Raise UpcycleError when a file in the cache is not as large as the Hub says."""
-        path, stated = self.path / name, self.sizes.get(name)
-        found = locate(self.path, name).stat().st_size
-        if found != stated:
-            raise UpcycleError(
-                f"{path} has {found:,} bytes, and {self.repo} has one of {stated or 0:,} there.",
-                f"Remove it, and run the command again: rm {path}",
-            )
-
-    def missing(self, names: Sequence[str]) -> list[str]:
-        """Return those of these files that are not in the cache."""
+    def _missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if not (self.path / name).exists()]
 
     def missing_bytes(self, names: Sequence[str]) -> int:
         """Return the size of those of these files that are not in the cache."""
-        return sum(self.sizes.get(name, 0) for name in self.missing(names))
+        return sum(self.sizes.get(name, 0) for name in self._missing(names))
 
     def _head(self, name: str) -> bytes:
         end = min(_HEAD_BYTES, self.sizes[name])
         if (self.path / name).exists():
-            with open_regular(locate(self.path, name)) as file:
+            with files.open_regular(files.locate(self.path, name)) as file:
                 return file.read(end)
         head = self._request(name, 0, end)
         # Here, where it is done side by side, and not for one file after another.
@@ -277,8 +229,7 @@ class RepoStorage:
         url = hf_hub_url(self.repo, name, revision=self.commit)
 
         def ask() -> bytes:
-            deadline = time.monotonic() + MOST_ANSWER_SECONDS
-            deadline += (end - begin) / (100 * LEAST_BYTES_PER_SECOND)
+            deadline = time.monotonic() + longest_seconds(end - begin)
             with get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=30
             ) as response:
@@ -286,9 +237,8 @@ class RepoStorage:
                 # A server that knows no ranges sends the file from its beginning.
                 skip = 0 if response.status_code == 206 else begin
                 if skip > _MOST_SKIPPED_BYTES:
-                    raise bad_answer(
-                        f"it sends {name} from its beginning, not from where it is asked"
-                    )
+                    words = f"it sends {name} from its beginning, not from where it is asked"
+                    raise bad_answer(words)
                 data = bytearray()
                 for piece in response.iter_raw():
                     data += piece
@@ -308,27 +258,24 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
 
     with explained(repo, revision):
         if constants.HF_HUB_OFFLINE:
-            path = fetch_small(repo, CONFIG_NAME, revision).parent
+            path = fetch(repo, CONFIG_NAME, revision).parent
             commit = path.name
-            files = (file for file in path.rglob("*") if file.is_file())
-            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+            here = (file for file in path.rglob("*") if file.is_file())
+            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in here}
         else:
-            info = patiently(
-                lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
-            )
-            found = read_snapshot(info, sized=True)
+            ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
+            info = patiently(ask)
+            found = read_repo(info, sized=True)
             commit = found.commit
             sizes = {name: size or 0 for name, size in found.sizes.items()}
             if CONFIG_NAME not in sizes:
-                raise UpcycleError(
-                    f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
-                )
+                raise _no_model(repo)
             _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
             with at_most(sizes[CONFIG_NAME]):
                 path = _config_path(repo, revision, commit).parent
     storage = RepoStorage(repo, commit, path, sizes)
     if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
-        raise not_in_cache(repo, revision)
+        raise not_cached(repo, revision)
     return storage
 
 
@@ -338,34 +285,25 @@ def _config_path(repo: str, revision: str | None, commit: str) -> Path:
 
     try:
         # Asked for by the revision, the cache remembers what that was, for when it is offline.
-        path = patiently(lambda: fetch_small(repo, CONFIG_NAME, revision))
+        path = patiently(lambda: fetch(repo, CONFIG_NAME, revision))
         if path.parent.name == commit:
             return path
         # The Hub did not answer this time, and the cache knew an older commit; or it has moved.
-        return patiently(lambda: fetch_small(repo, CONFIG_NAME, commit))
+        return patiently(lambda: fetch(repo, CONFIG_NAME, commit))
     except RemoteEntryNotFoundError as error:
-        raise UpcycleError(
-            f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model."
-        ) from error
+        raise _no_model(repo) from error
+
+
+def _no_model(repo: str) -> UpcycleError:
+    return UpcycleError(f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model.")
 
 
 def _check_small(repo: str, name: str, nbytes: int) -> None:
     """Raise UpcycleError for a file that is too large to be read, before it is downloaded."""
-    most = _MOST_BYTES.get(name, MOST_COMPANION_BYTES)
+    most = _MOST_BYTES.get(name, files.MOST_COMPANION_BYTES)
     if nbytes > most and not is_weight_file(name):
-        raise UpcycleError(
-            f"{name} of {repo} is not downloaded: it has {nbytes:,} bytes, and no such file has "
-            f"more than {most:,}."
-        )
-
-
-def _refuse_revision(source: Path | str, revision: str | None) -> None:
-    if revision is not None:
-        raise UpcycleError(
-            f"a revision belongs to a repo on the Hub, and {source} is "
-            f"{'a directory here' if Path(source).exists() else 'no repo id'}.",
-            "Leave it out.",
-        )
+        words = f"it has {nbytes:,} bytes, and no such file has more than {most:,}"
+        raise UpcycleError(f"{name} of {repo} is not downloaded: {words}.")
 
 
 def _existing(path: Path) -> Path:

@@ -19,21 +19,18 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_cli.checkpoint import (
-    CONFIG_NAME,
-    Checkpoint,
-    Directory,
-    open_checkpoint,
-    read_json,
-)
+from upcycle_cli.checkpoint import CONFIG_NAME, Directory, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families import DENSE, TARGETS
-from upcycle_cli.families.target import Target
+from upcycle_cli.families import is_moe, is_target
+from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.moe import NATIVE
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.redirects import refuse_redirects
-from upcycle_cli.verification.facts import DamagedError, Facts, Promise, gather_facts
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.recipes import Promise
 from upcycle_cli.verification.report import CheckResult, Report, Status
+from upcycle_cli.verification.sizes import DamagedError, gather_facts
 
 __all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "verify"]
 
@@ -71,19 +68,11 @@ def verify(
         check_utf8(place.path)
     try:
         # Before gigabytes are downloaded, too.
-        target = _target(places[1].path)
-        _check_dense(places[0].path)
+        _check_kind(places[1].path, moe=True)
+        _check_kind(places[0].path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
-        return _verify(
-            *paths,
-            target,
-            selected,
-            prompts,
-            on_start or (lambda _: None),
-            moe_names=names,
-            allow_inexact=allow_inexact,
-        )
+        return _verify(*paths, selected, prompts, on_start, names, allow_inexact=allow_inexact)
     except OSError as error:
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
@@ -93,20 +82,24 @@ def verify(
 def _verify(
     dense: Path,
     moe: Path,
-    target: Target,
     selected: tuple[str, ...],
     prompts: Path | None,
-    on_start: Callable[[str], None],
-    *,
+    on_start: Callable[[str], None] | None,
     moe_names: Sequence[str],
+    *,
     allow_inexact: bool,
 ) -> Report:
     if prompts is not None:
-        from upcycle_cli.verification.outputs import read_prompts
+        from upcycle_cli.verification.prompts import read_prompts
 
         read_prompts(prompts)
     source = open_checkpoint(dense)
-    refuse_redirects(source.config, source.tokenizer_config(), source.storage.names())
+    refuse_redirects(
+        source.config,
+        source.tokenizer_config(),
+        source.storage.names(),
+        outgrown=DENSE[source.config["model_type"]].outgrown_code,
+    )
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
@@ -115,11 +108,14 @@ def _verify(
             raise cause from None
         return _damaged(selected, error)
     for checkpoint in (source, converted):
-        _check_readable(checkpoint)
+        # Raises OSError where a directory cannot be listed or a file of it cannot be read.
+        with os.scandir(checkpoint.path):
+            pass
+        for name in checkpoint.files:
+            with open_regular(checkpoint.path / name) as file:
+                file.read(1)
     try:
-        facts = gather_facts(
-            source, converted, target, moe_names=moe_names, allow_inexact=allow_inexact
-        )
+        facts = gather_facts(source, converted, moe_names=moe_names, allow_inexact=allow_inexact)
     except DamagedError as error:
         return _damaged(selected, error)
     return _run(facts, selected, prompts, on_start)
@@ -133,45 +129,29 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in CHECK_NAMES if name in checks)
 
 
-def _check_readable(checkpoint: Checkpoint) -> None:
-    """Raise OSError when a directory cannot be listed or a file of it cannot be read."""
-    with os.scandir(checkpoint.path):
-        pass
-    for name in checkpoint.files:
-        with open_regular(checkpoint.path / name) as file:
-            file.read(1)
-
-
-def _target(moe: Path) -> Target:
-    model_type = _model_type(moe, "the MoE")
-    if model_type not in TARGETS:
-        hint = f"An MoE that upcycle can make has model type {' or '.join(TARGETS)}."
-        if model_type in DENSE:
-            hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(
-            f"{moe} is not such an MoE: its model type is {shown(model_type)}.", hint
-        )
-    return TARGETS[model_type]
-
-
-def _check_dense(dense: Path) -> None:
-    model_type = _model_type(dense, "the dense model")
-    if model_type not in DENSE:
-        hint = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}."
-        if model_type in TARGETS:
-            hint += " The dense model comes first: upcycle verify DENSE MOE."
-        raise UpcycleError(
-            f"{dense} is not such a model: its model type is {shown(model_type)}.", hint
-        )
-
-
-def _model_type(path: Path, which: str) -> str:
+def _check_kind(path: Path, *, moe: bool) -> None:
+    """Raise UpcycleError when a directory is not the MoE, or not the dense model."""
     directory = Directory(path)
     if not path.is_dir() or not directory.has(CONFIG_NAME):
-        raise UpcycleError(
-            f"{path} is not a directory with a {CONFIG_NAME}.", f"Give that of {which}."
+        hint = f"Give that of {'the MoE' if moe else 'the dense model'}."
+        raise UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
+    config = read_json(directory.local(CONFIG_NAME))
+    model_type = config.get("model_type")
+    known = str(model_type) in DENSE
+    if is_target(config) if moe else known and not is_moe(config):
+        return
+    if moe:
+        types = (
+            f"An MoE that upcycle can make has model type {' or '.join(NATIVE)}, or its own code"
         )
-    return str(read_json(directory.local(CONFIG_NAME)).get("model_type"))
+    else:
+        types = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}"
+    swapped = known if moe else is_target(config)
+    raise UpcycleError(
+        f"{path} is not such {'an MoE' if moe else 'a model'}: its model type is "
+        f"{shown(model_type)}.",
+        f"{types}.{' The dense model comes first: upcycle verify DENSE MOE.' if swapped else ''}",
+    )
 
 
 def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
@@ -180,13 +160,9 @@ def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
     The first check that was asked for fails, so that no selection of checks passes.
     """
     first, *others = selected
-    failed = CheckResult(
-        name=first,
-        status=Status.FAILED,
-        detail="The MoE cannot be read.",
-        failures=(error.message,),
-    )
-    reason = f"Not run: the MoE cannot be read (see {first})."
+    detail, reason = "The MoE cannot be read.", f"Not run: the MoE cannot be read (see {first})."
+    failures = (error.message,)
+    failed = CheckResult(name=first, status=Status.FAILED, detail=detail, failures=failures)
     skipped = (CheckResult(name=name, status=Status.SKIPPED, detail=reason) for name in others)
     return Report(checks=(failed, *skipped))
 
@@ -195,7 +171,7 @@ def _run(
     facts: Facts,
     selected: tuple[str, ...],
     prompts: Path | None,
-    on_start: Callable[[str], None],
+    on_start: Callable[[str], None] | None,
 ) -> Report:
     # These import torch, which takes seconds: not before everything cheap has been found in order.
     from upcycle_cli.verification.claims import check_claims
@@ -217,7 +193,8 @@ def _run(
     }
     results = []
     for name in selected:
-        on_start(name)
+        if on_start is not None:
+            on_start(name)
         results.append(run[name]())
     exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
     return Report(

@@ -37,12 +37,10 @@ def difference(held: torch.Tensor, wanted: torch.Tensor) -> str:
     """Say where two tensors of one shape differ first, and in how many elements."""
     different = unequal(held, wanted)
     rows = different.flatten(1).any(dim=1) if different.dim() > 1 else different
-    row = int(rows.nonzero()[0])
-    index = [row]
+    where: tuple[int, ...] = (int(rows.nonzero()[0]),)
     if different.dim() > 1:
-        index.append(int(different[row].nonzero()[0]))
-    where = tuple(index)
+        where += (int(different[where].nonzero()[0]),)
     return (
-        f"differs in {int(different.sum())} of {different.numel()} elements, first at {index}: "
+        f"differs in {int(different.sum())} of {different.numel()} elements, first at {[*where]}: "
         f"{float(held[where]):.8g} instead of {float(wanted[where]):.8g}"
     )

@@ -13,15 +13,12 @@ from collections.abc import Iterator
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import listed_files, open_regular
+from upcycle_cli.verification.dtypes import correction_biases
 from upcycle_cli.verification.factors import recover_factors
-from upcycle_cli.verification.facts import (
-    MATRICES,
-    Facts,
-    RecipeClaim,
-    Record,
-    read_tensors,
-)
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.recipes import RecipeClaim, Record
 from upcycle_cli.verification.report import CheckResult, Findings, Status
+from upcycle_cli.verification.sizes import read_tensors
 
 NAME = "claims"
 _STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn with
@@ -29,45 +26,51 @@ _STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn
 
 def check_claims(facts: Facts) -> CheckResult:
     """Check `upcycle.json` against config.json, the tensors, the files and the dense model."""
-    if facts.record is None:
-        return CheckResult(
-            name=NAME,
-            status=Status.SKIPPED,
-            detail=f"Not run: there is no {RECORD_NAME}, so nothing is claimed.",
-        )
+    record = facts.record
+    if record is None:
+        detail = f"Not run: there is no {RECORD_NAME}, so nothing is claimed."
+        return CheckResult(name=NAME, status=Status.SKIPPED, detail=detail)
     findings = Findings()
     for failure in (
-        *facts.record.problems,
-        *_recipe_failures(facts, facts.record),
-        *_factor_failures(facts, facts.record),
-        *_router_failures(facts, facts.record),
-        *_logit_std_failures(facts, facts.record),
-        *_option_failures(facts, facts.record),
-        *_source_failures(facts, facts.record),
-        *_file_failures(facts, facts.record),
-        *_parameter_failures(facts, facts.record),
+        *record.problems,
+        *_recipe_failures(facts, record),
+        *_factor_failures(facts, record),
+        *_router_failures(facts, record),
+        *_logit_std_failures(facts, record),
+        *_option_failures(facts, record),
+        *_source_failures(facts, record),
+        *_file_failures(facts, record),
+        *_parameter_failures(facts, record),
     ):
         findings.add(failure)
     passed = (
         f"{RECORD_NAME} agrees with config.json, the tensors and the dense model: recipe "
         f"{facts.recipe.routing}, factors, layout, dtype and router digests."
     )
-    note = " ".join(_source_notes(facts, facts.record))
-    return findings.result(NAME, passed, {"routers": facts.num_layers}, note)
+    source = record.data.get("source")
+    name = source.get("name") if isinstance(source, dict) else None
+    note = f"It names {shown(name)} as its source; the dense model here is {facts.dense.name}."
+    metrics = {"routers": len(facts.layers)}
+    return findings.result(NAME, passed, metrics, "" if name == facts.dense.name else note)
+
+
+def _differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
+    """Compare a key's recorded value with the one found; words on the latter end the row."""
+    for key, recorded, found, who in rows:
+        if recorded != found:
+            yield f"{RECORD_NAME}: {key} is {shown(recorded)}, {who} {found}"
 
 
 def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
-    for key, found in (
-        ("source_type", facts.dense.config["model_type"]),
-        ("target_type", facts.target.model_type),
-    ):
-        if record.data.get(key) != found:
-            yield f"{RECORD_NAME}: {key} is {shown(record.data.get(key))}, config.json says {found}"
-    recipe = record.recipe
+    data, recipe, says = record.data, record.recipe, f"{CONFIG_NAME} says"
+    yield from _differences(
+        ("source_type", data.get("source_type"), facts.dense.config["model_type"], says),
+        ("target_type", data.get("target_type"), facts.target.model_type, says),
+    )
     if recipe is None:
         return
     keys = facts.target.keys
-    routing_key = keys.norm_topk_prob or "routing"
+    routing_key = "routing" if keys.routing is None else keys.routing[0]
     for label, key, recorded, configured in (
         ("expansion x granularity", keys.num_experts, recipe.num_experts, facts.num_experts),
         ("granularity", keys.expert_size, recipe.granularity, facts.granularity),
@@ -80,16 +83,16 @@ def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
                 f"{RECORD_NAME} records {recorded}"
             )
     name = f"E{recipe.expansion}G{recipe.granularity}T{recipe.top_k}"
-    if record.data["recipe"].get("name", name) != name:
-        yield f"{RECORD_NAME}: recipe.name is {shown(record.data['recipe']['name'])}, not {name}"
-    promise = record.data.get("promise", str(recipe.promise))
-    if promise != str(recipe.promise):
-        yield f"{RECORD_NAME}: promise is {shown(promise)}, the recipe's is {recipe.promise}"
+    promise = str(recipe.promise)
+    yield from _differences(
+        ("recipe.name", data["recipe"].get("name", name), name, "not"),
+        ("promise", data.get("promise", promise), promise, "the recipe's is"),
+    )
 
 
 def _factor_failures(facts: Facts, record: Record) -> Iterator[str]:
     recorded: dict[str, float] = {}
-    for key in ("c", *MATRICES):
+    for key in ("c", *facts.kind.matrices, "config"):
         value = record.factor(key)
         if value is None:
             yield f"{RECORD_NAME}: factors.{key} is missing or not a positive number"
@@ -98,28 +101,30 @@ def _factor_failures(facts: Facts, record: Record) -> Iterator[str]:
     if record.recipe is not None:
         yield from _formula_failures(record.recipe, recorded)
     measured = recover_factors(facts)
-    for matrix in MATRICES:
+    for matrix in (*facts.kind.matrices, "config"):
         if math.isnan(measured[matrix]):
             yield f"the factor of {matrix} cannot be recovered from the tensors"
-        elif not math.isclose(recorded[matrix], measured[matrix], rel_tol=1e-6):
-            yield (
-                f"{RECORD_NAME}: factors.{matrix} is {recorded[matrix]:.7g}, "
-                f"the tensors were multiplied by {measured[matrix]:.7g}"
-            )
+        else:
+            words = "the tensors were multiplied by"
+            yield from _off(matrix, recorded[matrix], words, measured[matrix])
+
+
+def _off(key: str, recorded: float, words: str, factor: float) -> Iterator[str]:
+    if not math.isclose(recorded, factor, rel_tol=1e-6):
+        yield f"{RECORD_NAME}: factors.{key} is {recorded:.7g}, {words} {factor:.7g}"
 
 
 def _formula_failures(recipe: RecipeClaim, recorded: dict[str, float]) -> Iterator[str]:
-    if not math.isclose(recorded["c"], recipe.claimed_c, rel_tol=1e-6):
-        yield (
-            f"{RECORD_NAME}: factors.c is {recorded['c']:.7g}, its recipe makes it "
-            f"{recipe.claimed_c:.7g}"
-        )
+    yield from _off("c", recorded["c"], "its recipe makes it", recipe.claimed_c)
     failure = recipe.scaling_failure(recorded, recipe.needed_c, "the recorded recipe")
     if failure is not None:
         yield f"{RECORD_NAME}: {failure}"
-    named = recipe.scaling in ("paper", "none")
-    if recipe.scale_split == "down" and not named and recorded["up"] != 1.0:
-        yield f"{RECORD_NAME}: scale_split is down, but factors.up is {recorded['up']:.7g}"
+    named, split = recipe.scaling in ("paper", "none"), recipe.scale_split
+    untouched = {"config": ("up", "down"), "down": ("up", "config"), "balanced": ("config",)}
+    for matrix in () if named else untouched[split]:
+        if recorded[matrix] != 1.0:
+            factor = f"factors.{matrix} is {recorded[matrix]:.7g}"
+            yield f"{RECORD_NAME}: scale_split is {split}, but {factor}"
 
 
 def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
@@ -127,7 +132,7 @@ def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
     if not isinstance(digests, dict):
         yield f"{RECORD_NAME}: routers is missing"
         return
-    names = [facts.router_name(layer) for layer in range(facts.num_layers)]
+    names = [facts.router_name(layer) for layer in facts.layers]
     for name in digests:
         if name not in names:
             yield f"{RECORD_NAME}: routers has {name}, which is no router of this model"
@@ -154,30 +159,29 @@ def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
 
 
 def _option_failures(facts: Facts, record: Record) -> Iterator[str]:
-    tied, tied_moe = (
-        bool(checkpoint.config.get("tie_word_embeddings", False))
-        for checkpoint in (facts.dense, facts.moe)
-    )
+    configs = facts.dense.config, facts.moe.config
+    tied, tied_moe = (bool(config.get("tie_word_embeddings", False)) for config in configs)
     untied = record.data.get("untie_embeddings")
     if tied and untied is tied_moe:
         yield f"{RECORD_NAME}: untie_embeddings is {untied}, and so is tie_word_embeddings"
-    layout = record.data.get("expert_layout")
-    found_layout = "fused" if facts.fused else "per-expert"
-    if layout != found_layout:
-        yield f"{RECORD_NAME}: expert_layout is {shown(layout)}, the tensors are {found_layout}"
+    layers, layout = [*facts.layers], "fused" if facts.fused else "per-expert"
+    yield from _differences(
+        ("moe_layers", record.data.get("moe_layers", layers), layers, f"{CONFIG_NAME} has"),
+        ("expert_layout", record.data.get("expert_layout"), layout, "the tensors are"),
+    )
     dtype = record.data.get("dtype")
-    if dtype is None:
-        return
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     if not isinstance(dtype, str) or dtype not in stored:
-        yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
+        if dtype is not None:
+            yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
         return
     for key in ("dtype", "torch_dtype"):
         configured = facts.moe.config.get(key)
         if configured not in (None, dtype):
             yield f"{CONFIG_NAME}: {key} is {shown(configured)}, {RECORD_NAME} records {dtype}"
+    wide = correction_biases(facts)
     for name, entry in facts.moe.tensors.items():
-        if entry.dtype != stored[dtype]:
+        if entry.dtype != stored[dtype] and name not in wide:
             yield f"{name} is {entry.dtype}, {RECORD_NAME} records {dtype}"
 
 
@@ -189,25 +193,17 @@ def _source_failures(facts: Facts, record: Record) -> Iterator[str]:
     other = "this MoE was made from another checkpoint"
     if source.get("config_sha256") != facts.dense.config_digest:
         yield f"{other}: source.config_sha256 is not that of {facts.dense.path / CONFIG_NAME}"
-    recorded = source.get("files")
     found = [
         {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
         for shard in facts.dense.shards
     ]
-    if recorded != found:
+    if source.get("files") != found:
         yield f"{other}: source.files does not describe the weight files of {facts.dense.path}"
     # A directory can have any name; a repo on the Hub is what the card points its readers to.
     if facts.dense.repo is not None and "/" in str(source.get("name")):
         for key, value in (("name", facts.dense.repo), ("revision", facts.dense.revision)):
             if source.get(key) != value:
                 yield f"{other}: source.{key} is {shown(source.get(key))}, and this is {value}"
-
-
-def _source_notes(facts: Facts, record: Record) -> Iterator[str]:
-    source = record.data.get("source")
-    name = source.get("name") if isinstance(source, dict) else None
-    if name != facts.dense.name:
-        yield (f"It names {shown(name)} as its source; the dense model here is {facts.dense.name}.")
 
 
 def _file_failures(facts: Facts, record: Record) -> Iterator[str]:
@@ -247,18 +243,15 @@ def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:
         yield f"{RECORD_NAME}: parameters is missing"
         return
     total, idle = facts.moe.num_parameters, 0
-    for layer in range(facts.num_layers):
+    for layer in facts.layers:
         names = {
-            facts.place(matrix, layer, expert).tensor
-            for matrix in MATRICES
+            facts.place(part, layer, expert).tensor
+            for part in facts.parts
             for expert in range(facts.num_experts)
         }
         held = (facts.moe.tensors[name].num_elements for name in names & facts.moe.tensors.keys())
         idle += sum(held) // facts.num_experts * (facts.num_experts - facts.top_k)
     dense = sum(entry.num_elements for entry in read_tensors(facts.dense).values())
+    words = f"{CONFIG_NAME} and the tensors make it"
     for key, found in (("total", total), ("active", total - idle), ("dense", dense)):
-        if recorded.get(key) != found:
-            yield (
-                f"{RECORD_NAME}: parameters.{key} is {shown(recorded.get(key))}, "
-                f"{CONFIG_NAME} and the tensors make it {found}"
-            )
+        yield from _differences((f"parameters.{key}", recorded.get(key), found, words))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families import TARGETS
-from upcycle_cli.verification.facts import DamagedError, check_sizes
+from upcycle_cli.families import is_target
+from upcycle_cli.verification.sizes import DamagedError, check_sizes, find_target
 from upcycle_cli.verification.structure import own_failures
 
 
@@ -27,7 +27,7 @@ def open_upcycled(directory: Path) -> Checkpoint:
             f"To upload any other directory: hf upload REPO {directory}",
         )
     moe = open_checkpoint(directory)
-    if moe.config.get("model_type") not in list(TARGETS):
+    if not is_target(moe.config):
         raise UpcycleError(
             f"{directory} is no MoE that upcycle makes: its model type is "
             f"{shown(moe.config.get('model_type'))}.",
@@ -38,8 +38,8 @@ def open_upcycled(directory: Path) -> Checkpoint:
 
 def find_incomplete(moe: Checkpoint) -> tuple[str, ...]:
     """Return what an upcycled checkpoint lacks to be complete and unchanged, if anything."""
-    target = TARGETS[moe.config["model_type"]]
     try:
+        target = find_target(moe)
         check_sizes(moe, target)
     except DamagedError as error:
         return (error.message,)

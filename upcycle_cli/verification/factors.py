@@ -9,14 +9,13 @@ Legend: N experts, H hidden size, I dense intermediate size, G shards.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+
+import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.verification.bits import bits, same
-from upcycle_cli.verification.facts import MATRICES, Facts, Place, dense_mlp_name
-
-if TYPE_CHECKING:
-    import torch
+from upcycle_cli.verification.facts import Facts
 
 _SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
 _PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
@@ -36,10 +35,8 @@ def find_objection(facts: Facts) -> str | None:
 
 
 def _ungrouped(facts: Facts) -> str | None:
-    import torch
-
     with facts.moe.reader() as moe:
-        for layer in range(facts.num_layers):
+        for layer in facts.layers:
             name = facts.router_name(layer)
             if facts.granularity > 1 and name in facts.moe.tensors:
                 _, rows = torch.unique(bits(moe.tensor(name)), dim=0, return_inverse=True)
@@ -50,12 +47,21 @@ def _ungrouped(facts: Facts) -> str | None:
 
 
 def recover_factors(facts: Facts) -> dict[str, float]:
-    """Return what gate, up and down were multiplied by, measured on the tensors themselves.
+    """Return what each matrix was multiplied by, measured on the tensors themselves.
 
-    nan where nothing can be measured, because the tensors are missing or zero.
+    nan where nothing can be measured, because the tensors are missing or zero. "config" is what
+    config.json has the gates multiplied by.
     """
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
-        return {matrix: _recover(facts, dense, moe, matrix) for matrix in MATRICES}
+        found = {matrix: _recover(facts, dense, moe, matrix) for matrix in facts.kind.matrices}
+    return {**found, "config": facts.gate_scale}
+
+
+def factor_of(facts: Facts, factors: Mapping[str, float], part: str) -> float:
+    """Return what a part is multiplied by: a bias as its matrix is, but for that of down."""
+    if part == "down_bias":
+        return facts.recipe.down_bias_factor / factors["config"]
+    return factors[part.removesuffix("_bias")]
 
 
 def is_power_of_two(factor: float) -> bool:
@@ -63,19 +69,11 @@ def is_power_of_two(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def shard_of(facts: Facts, matrix: str, dense_IH: torch.Tensor, shard: int) -> torch.Tensor:
-    """Return a shard's rows of gate or up (I, H), or its columns of down (H, I)."""
-    part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
-    return dense_IH[:, part] if matrix == "down" else dense_IH[part]
-
-
 def ratio(held: torch.Tensor, base: torch.Tensor) -> float:
     """Return the median of held / base, nan when there is nothing to measure.
 
     A median, since one damaged element would carry a least-squares fit away.
     """
-    import torch
-
     rows = max(1, _PROBE_ELEMENTS // base.shape[-1])
     held64, base64 = held[:rows].double(), base[:rows].double()
     usable = (base64 != 0) & torch.isfinite(held64) & torch.isfinite(base64)
@@ -89,16 +87,17 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
 
     Several experts are asked, so that one damaged expert does not change what is expected of all.
     """
-    last = facts.num_layers - 1
-    probes = ((0, 0), (last, facts.num_experts - 1), (last // 2, facts.num_experts // 2))
-    fallback = math.nan
+    layers, N = facts.layers, facts.num_experts
+    probes = ((layers[0], 0), (layers[-1], N - 1), (layers[(len(layers) - 1) // 2], N // 2))
+    fallback, shape = math.nan, facts.expert_shape(matrix)
     for layer, expert in probes:
         place = facts.place(matrix, layer, expert)
-        if not _is_sound(facts, matrix, place):
+        entry = facts.moe.tensors.get(place.tensor)
+        if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != shape:
             continue
         held = moe.tensor(place.tensor)[place.index]
-        whole = dense.tensor(dense_mlp_name(matrix, layer))
-        base = shard_of(facts, matrix, whole, expert % facts.granularity).to(held.dtype)
+        source = facts.dense_place(matrix, layer, expert % facts.granularity)
+        base = dense.tensor(source.tensor)[source.index].to(held.dtype)
         measured = ratio(held, base)
         near = _near_candidates(facts, matrix, measured)
         for candidate in near:
@@ -109,19 +108,10 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
     return fallback
 
 
-def _is_sound(facts: Facts, matrix: str, place: Place) -> bool:
-    """Whether an expert's matrix has a shape and a dtype that can be compared."""
-    entry = facts.moe.tensors.get(place.tensor)
-    N, I, H = facts.num_experts, facts.expert_size, facts.hidden_size  # noqa: E741 - I/G
-    shape: tuple[int, ...] = (H, I) if matrix == "down" else (I, H)
-    if facts.fused:
-        shape = (N, H, I) if matrix == "down" else (N, 2 * I, H)
-    return entry is not None and entry.shape == shape and entry.dtype in TORCH_DTYPES
-
-
 def _near_candidates(facts: Facts, matrix: str, measured: float) -> list[float]:
     """Return the factors that a rule could have meant by a measurement, nearest first."""
     totals = {facts.implied.needed_c, facts.recipe.needed_c, facts.recipe.claimed_c}
+    totals |= {c / facts.gate_scale for c in totals}
     powers = [2.0**exponent for exponent in range(-12, 25)]
     candidates = set(powers)
     for c in totals:

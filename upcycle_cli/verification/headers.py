@@ -5,33 +5,28 @@ Nothing is loaded before they are: a config can ask for more memory than there i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.families.target import Target
-from upcycle_cli.verification.facts import is_fused
-from upcycle_cli.verification.models import TransformersError, empty_shapes
-
-_HEAD = "lm_head.weight"
+from upcycle_cli.families.dense import HEAD
+from upcycle_cli.families.moe import Target
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.models import Shapes, TransformersError, empty_shapes
+from upcycle_cli.verification.sizes import find_layout
 
 
 def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     """Hold names and shapes against those of transformers' model, made on the meta device."""
     try:
-        in_memory = empty_shapes(moe.path)
+        wanted = expected(moe, target)
     except TransformersError as error:
         yield f"transformers cannot make a model from config.json: {error}"
         return
-    fused = is_fused(moe, target)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, shape in in_memory.items():
-        wanted |= {name: shape} if fused else _on_disk(target, name, shape)
     for name, shape in wanted.items():
         entry = moe.tensors.get(name)
         if entry is None:
             # A tied head is the embedding, and needs no tensor of its own.
-            if name != _HEAD or not moe.config.get("tie_word_embeddings", False):
+            if name != HEAD or not moe.config.get("tie_word_embeddings", False):
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
@@ -40,28 +35,45 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
             yield f"{name} is not a tensor of the model that config.json describes"
 
 
-def _on_disk(target: Target, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Translate a tensor of transformers' model to the tensors that hold it on disk.
+def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **sizes: int) -> Shapes:
+    """Return the tensors that an MoE's config.json implies, in the layout that it is stored in.
 
-    In memory the experts are fused: gate_up (N, 2·I/G, H), down (N, H, I/G).
+    `layers` and `sizes` are as for `empty_shapes`. Raises TransformersError.
     """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    if match is None:
-        return {name: shape}
-    layer, names = int(match[1]), target.names
-    if name == names.fused_router.format(layer=layer):
-        return {names.router.format(layer=layer): shape}
-    if name == names.fused_gate_up.format(layer=layer):
-        num_experts, rows, columns = shape
-        return {
-            template.format(layer=layer, expert=expert): (rows // 2, columns)
-            for expert in range(num_experts)
-            for template in (names.gate, names.up)
-        }
-    if name == names.fused_down.format(layer=layer):
-        num_experts, *matrix = shape
-        return {
-            names.down.format(layer=layer, expert=expert): tuple(matrix)
-            for expert in range(num_experts)
-        }
-    return {name: shape}
+    in_memory, written = empty_shapes(moe.path, layers=layers, **sizes)
+    if any("{expert}" in weight.name for weight in find_layout(moe, target).experts):
+        return written
+    # All but the experts have the names of released checkpoints in either layout.
+    memory, disk = "model.", target.layer.partition("layers.")[0]
+    return {
+        disk + name.removeprefix(memory) if name.startswith(memory) else name: shape
+        for name, shape in in_memory.items()
+    }
+
+
+def geometry_failures(facts: Facts) -> Iterator[str]:
+    """Name tensors that the intermediate size does not run along where it is taken to.
+
+    A model of another size tells: what differs in its shapes is what counts that size.
+    """
+    layer = facts.layers[0]
+    twice_dense = {"intermediate_size": 2 * facts.dense_size}
+    twice_moe = {facts.target.keys.expert_size: 2 * facts.expert_size}
+    num = layer + 1
+    try:
+        dense = [empty_shapes(facts.dense.path, layers=num, **s)[1] for s in ({}, twice_dense)]
+        moe = [expected(facts.moe, facts.target, layers=num, **s) for s in ({}, twice_moe)]
+    except TransformersError as error:
+        yield f"transformers cannot make the models to compare their shapes: {error}"
+        return
+    for part in facts.parts:
+        places = (facts.dense_place(part, layer, 0), dense), (facts.place(part, layer, 0), moe)
+        for spot, (usual, other) in places:
+            shapes = usual.get(spot.tensor), other.get(spot.tensor)
+            if None in shapes:
+                yield f"transformers has no {spot.tensor} where {part} is taken to be"
+                continue
+            pairs = zip(*shapes, strict=True)  # type: ignore[arg-type]
+            cut = next((dim for dim, (one, two) in enumerate(pairs) if one != two), None)
+            if cut != spot.cut:
+                yield f"{spot.tensor} is cut along another dimension than transformers' own model"

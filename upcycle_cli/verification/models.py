@@ -10,24 +10,26 @@ import errno
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
+from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, lack_in_words
+from upcycle_cli.families.moe import Target
+from upcycle_cli.families.shipped import AUTO_MAP
+from upcycle_cli.verification.shipped import known
 
 MOST_TOKENS = 1024
 """The longest sequence that both models are run on."""
 
-_OFFLINE: Mapping[str, Any] = {
-    "local_files_only": True,
-    "trust_remote_code": False,  # else it may ask on the terminal
-}
+Shapes = dict[str, tuple[int, ...]]
+Config: TypeAlias = Any
+Model: TypeAlias = Any
+"""Transformers has no types to name."""
+
+# What is not trusted outright, it may ask about on the terminal.
+_OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
-_MEMORY_MARGIN = 1.1
-_MEMINFO = Path("/proc/meminfo")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class TransformersError(Exception):
@@ -92,35 +94,81 @@ def transformers_says() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(path: Path) -> Any:  # noqa: ANN401 - transformers has no types to name
+def load_config(path: Path) -> Config:
     """Return transformers' config of a checkpoint; raises TransformersError."""
     auto_config, _, _ = _transformers()
-    with transformers_says():
+    with transformers_says(), known(_model_type(path)):
         return auto_config.from_pretrained(path, **_OFFLINE)
 
 
-def empty_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of the model that config.json describes, with their shapes.
+def _model_type(path: Path) -> str:
+    return str(read_json(path / CONFIG_NAME).get("model_type"))
 
-    The model is made on the meta device, so it costs no memory; raises TransformersError.
+
+def empty_shapes(path: Path, *, layers: int | None = None, **sizes: int) -> tuple[Shapes, Shapes]:
+    """Return the tensors' shapes that config.json implies, as held in memory and as released.
+
+    `sizes` are settings to be changed before, and `layers` is how many of the first are wanted, all
+    unless given. It costs no memory; raises TransformersError.
     """
+    config = load_config(path)
+    with transformers_says():
+        for key, value in sizes.items():
+            setattr(config, key, value)
+        if layers is not None:
+            shorten(config, layers)
+        model = empty_model(config, "meta")
+        held = model.state_dict()
+        return _shapes(held), _shapes(names_on_disk(model, held))
+
+
+def _shapes(tensors: Mapping[str, Any]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def shorten(config: Config, layers: int) -> None:
+    """Leave a config its first layers, and what it says of each of them."""
+    total = config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, key, value[:layers])
+    if hasattr(config, "moe_layers"):
+        config.moe_layers = [layer for layer in config.moe_layers if layer < layers]
+    config.num_hidden_layers = layers
+
+
+def empty_model(config: Config, device: str) -> Model:
+    """Return a model that no weights were loaded for, in evaluation mode, on torch's device."""
     import torch
 
     _, auto_model, _ = _transformers()
-    config = load_config(path)
-    with transformers_says():
-        with torch.device("meta"):
-            model = auto_model.from_config(config)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with torch.device(device), known(config.model_type):
+        return auto_model.from_config(config).eval()
 
 
-def load_model(path: Path, dtype: Any, **how: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401
+def class_of(target: Target) -> str:
+    """Return the name of an architecture's causal LM, of transformers' or of the shipped code."""
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own = AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]
+    return own if target.ships_code else str(names[target.model_type])
+
+
+def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's tensors as `save_pretrained` writes them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def load_model(path: Path, dtype: object, **how: object) -> tuple[Model, Mapping[str, Any]]:
     """Return the model in evaluation mode, and what transformers reports about loading it.
 
     `how` is passed on to transformers. Raises TransformersError.
     """
     _, auto_model, _ = _transformers()
-    with transformers_says():
+    with transformers_says(), known(_model_type(path)):
         model, info = auto_model.from_pretrained(
             path, dtype=dtype, output_loading_info=True, **_OFFLINE, **how
         )
@@ -130,7 +178,7 @@ def load_model(path: Path, dtype: Any, **how: Any) -> tuple[Any, Mapping[str, An
 def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
     """Return the tokenizer of a directory; raises TransformersError."""
     _, _, auto_tokenizer = _transformers()
-    with transformers_says():
+    with transformers_says(), known(_model_type(path)):
         return auto_tokenizer.from_pretrained(path, **_OFFLINE)
 
 
@@ -139,73 +187,3 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     others = (GENERATION_NAME, "LICEN", "NOTICE", "USE_POLICY")
     names = (file.name for file in checkpoint.companions)
     return tuple(name for name in names if not name.startswith(others))
-
-
-def available_bytes() -> int | None:
-    """Return the memory that can still be taken, or None where the system does not say.
-
-    The machine may have more than the process's control groups allow.
-    """
-    known = [*_machine_bytes(), *_cgroup_bytes()]
-    return max(0, min(known)) if known else None
-
-
-def _machine_bytes() -> Iterator[int]:
-    for key, value in _numbers(_MEMINFO):
-        if key == "MemAvailable":
-            yield value * 1024
-
-
-def _cgroup_bytes() -> Iterator[int]:
-    """Yield what each control group above the process leaves, of either version."""
-    for line in _lines(_OWN_CGROUPS):
-        # hierarchy:controllers:path, the controllers being empty in version 2
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            root, limit_name, usage_name = _CGROUPS, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root = _CGROUPS / "memory"
-            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be the host's, where only the root is to be seen.
-        own = PurePosixPath(*(part for part in path.split("/") if part not in ("", "..")))
-        for folder in (own, *own.parents):
-            limit = _number(root / folder / limit_name)
-            usage = _number(root / folder / usage_name)
-            if limit is not None and usage is not None:
-                cache = dict(_numbers(root / folder / "memory.stat"))
-                # Version 1 counts the groups below under another name.
-                reclaimable = cache.get("total_inactive_file", cache.get("inactive_file", 0))
-                yield limit - usage + min(reclaimable, usage)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _numbers(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the names and numbers of a file of lines such as `name: 1 kB`."""
-    for line in _lines(path):
-        words = line.split()
-        if len(words) >= 2 and words[1].isdecimal():
-            yield words[0].removesuffix(":"), int(words[1])
-
-
-def _number(path: Path) -> int | None:
-    """Return a file's number; None when it is not there, or says `max`."""
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdecimal() else None
-
-
-def memory_objection(needed: float) -> str | None:
-    """Say how memory for `needed` bytes, and a margin, is lacking; None when it is there."""
-    available = available_bytes()
-    needed *= _MEMORY_MARGIN
-    if available is None or needed <= available:
-        return None
-    return f"it needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available"

@@ -11,45 +11,33 @@ Legend: S positions, V vocabulary, E groups, G shards, N = E·G experts, T top-k
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.files import open_regular
+from upcycle_cli.families.mlp import holder
 from upcycle_cli.verification.factors import is_power_of_two, recover_factors
-from upcycle_cli.verification.facts import (
-    APPROXIMATE_LOGIT_STD,
-    MATRICES,
-    Facts,
-    dense_mlp_name,
-)
+from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.loading import MoeLoader
 from upcycle_cli.verification.models import (
-    MOST_TOKENS,
+    Model,
     TransformersError,
     load_model,
-    load_tokenizer,
-    tokenizer_files,
+    names_on_disk,
     transformers_says,
 )
+from upcycle_cli.verification.prompts import Prompt, make_prompt
+from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD
 from upcycle_cli.verification.report import CheckResult, Findings, Status
-from upcycle_cli.verification.routing import Routing, watched_routers
-
-if TYPE_CHECKING:
-    import torch
+from upcycle_cli.verification.routing import watched_routers
 
 NAME = "outputs"
-_FEWEST_TOKENS = 512
-_RANDOM_TOKENS = 256
-_MOST_PROMPT_BYTES = 1_000_000
 _CHUNK = 64  # positions whose distributions are in memory in float64 at once
 
 _EXACT_KL = 1e-8
@@ -62,16 +50,6 @@ _FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """Token ids of shape (1, S), and where they come from, for a person."""
-
-    ids: torch.Tensor
-    origin: str
-    text_tokens: int
-    """The first so many are text; others follow, which nobody would write."""
-
-
-@dataclass(frozen=True)
 class _Dense:
     """Logits (S, V) of the dense model as published, and with its weights rounded as the MoE's."""
 
@@ -79,11 +57,6 @@ class _Dense:
     rounded: torch.Tensor
     largest: float | None
     """The largest output of an expert stored in float16, None when there is none."""
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether the MoE's dtypes hold less than the dense model's."""
-        return self.rounded is not self.published
 
 
 def check_outputs(
@@ -97,41 +70,44 @@ def check_outputs(
     if too_large is not None:
         return CheckResult(name=NAME, status=Status.SKIPPED, detail=f"Not run: {too_large}.")
     findings = Findings()
-    loading = loader.take()
-    for complaint in (*_odd_dtypes(facts), *loading.complaints):
+    loading, note = loader.take(), "The outputs could not be compared."
+    odd = [entry for entry in facts.moe.tensors.values() if entry.dtype not in TORCH_DTYPES]
+    words = [f"{entry.name} is {entry.dtype}, which no weight is" for entry in odd]
+    for complaint in (*words, *loading.complaints):
         findings.add(complaint)
     if findings:
-        return findings.result(NAME, "", note="The outputs could not be compared.")
+        return findings.result(NAME, "", note=note)
     assert loading.model is not None
-    prompt = _prompt(facts, loading.model.config, prompts)
+    prompt = make_prompt(facts, loading.model.config, prompts)
     try:
         # The hooks see what the model really chose, ties in its own arithmetic included.
         with transformers_says(), watched_routers(facts, loading.model) as routing:
             moe_SV = _logits(loading.model, prompt)
-        overflows = _float16_overflow(facts, loading.model, prompt)
+        overflows = list(_float16_overflow(facts, loading.model, prompt))
     except TransformersError as error:
         findings.add(f"transformers could not run the MoE: {error}")
-        return findings.result(NAME, "", note="The outputs could not be compared.")
+        return findings.result(NAME, "", note=note)
     del loading
     dense = _run_dense(facts, prompt)
     not_finite = list(_not_finite(moe_SV, dense.published))
-    if not_finite:
-        not_finite += routing.failures
-    for failure in (*not_finite, *overflows, *_overflows(dense.largest)):
+    by_router = routing.failures if not_finite else []
+    for failure in (*not_finite, *by_router, *overflows, *_overflows(dense.largest)):
         findings.add(failure)
     if not_finite:
         return findings.result(NAME, "", {"tokens": prompt.ids.numel()})
     metrics = _measure(dense, moe_SV, prompt, routing.whole_everywhere) | routing.metrics
     if dense.largest is not None:
         metrics["max_expert_output"] = dense.largest
-    judgement = _Judgement(facts, metrics, routing, findings)
-    return judgement.result(prompt, objection, rounded=dense.is_rounded)
-
-
-def _odd_dtypes(facts: Facts) -> Iterator[str]:
-    for name, entry in facts.moe.tensors.items():
-        if entry.dtype not in TORCH_DTYPES:
-            yield f"{name} is {entry.dtype}, which no weight is"
+    measured = _in_words(prompt, metrics, rounded=dense.rounded is not dense.published)
+    detail = f"Measured only, since this MoE does not promise equality: {objection}."
+    if objection is None:
+        detail, failures = _judged(facts, metrics)
+        for failure in (*failures, *routing.failures):
+            findings.add(failure)
+    note = measured if findings else ""
+    result = findings.result(NAME, f"{detail} {measured}", metrics, note)
+    only_measured = objection is not None and not findings
+    return replace(result, status=Status.MEASURED) if only_measured else result
 
 
 def _not_finite(moe_SV: torch.Tensor, dense_SV: torch.Tensor) -> Iterator[str]:
@@ -141,18 +117,17 @@ def _not_finite(moe_SV: torch.Tensor, dense_SV: torch.Tensor) -> Iterator[str]:
             yield f"{bad} of {logits.numel()} logits of the {who} are not finite"
 
 
-def _float16_overflow(facts: Facts, model: Any, prompt: _Prompt) -> tuple[str, ...]:  # noqa: ANN401
+def _float16_overflow(facts: Facts, model: Model, prompt: Prompt) -> Iterator[str]:
     """Run a model that is stored in float16 in it; the model is no good for anything else then."""
     if "F16" not in {entry.dtype for entry in facts.moe.tensors.values()}:
-        return ()
+        return
     with transformers_says():
         bad = int((~_logits(model.half(), prompt).isfinite()).sum())
-    if not bad:
-        return ()
-    return (
-        f"run in float16, as it is stored, {bad} logits of the MoE are not finite; convert to "
-        "bfloat16 or float32 instead",
-    )
+    if bad:
+        yield (
+            f"run in float16, as it is stored, {bad} logits of the MoE are not finite; convert to "
+            "bfloat16 or float32 instead"
+        )
 
 
 def _overflows(largest: float | None) -> Iterator[str]:
@@ -164,82 +139,7 @@ def _overflows(largest: float | None) -> Iterator[str]:
         )
 
 
-def read_prompts(path: Path) -> str:
-    """Return the beginning of a prompts file; raises UpcycleError when it has no text in it."""
-    try:
-        with open_regular(path) as file:
-            data = file.read(_MOST_PROMPT_BYTES)
-            whole = not file.read(1)
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
-    except OSError as error:
-        raise UpcycleError(f"cannot read the prompts {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"the prompts {path} are not UTF-8 text.") from error
-    if not text.strip():
-        raise UpcycleError(f"the prompts {path} are empty.", "Give a file with some text in it.")
-    return text
-
-
-def _prompt(facts: Facts, config: Any, prompts: Path | None) -> _Prompt:  # noqa: ANN401
-    """Return text, where there is a tokenizer for it, and random tokens of the whole vocabulary.
-
-    Text shows little of what a model does: a router can be made to fit the built-in one alone.
-    Which tokens are drawn depends on the routers, so that these cannot be made to fit them.
-    """
-    import torch
-
-    longest = min(MOST_TOKENS, getattr(config, "max_position_embeddings", None) or MOST_TOKENS)
-    vocab_size: int = config.vocab_size
-    reason = "the dense model has no tokenizer"
-    text: list[int] = []
-    if tokenizer_files(facts.dense):
-        words = _builtin_text() if prompts is None else read_prompts(prompts)
-        try:
-            tokenizer = load_tokenizer(facts.dense.path)
-            with transformers_says():
-                text = list(tokenizer(words)["input_ids"])
-        except TransformersError as error:
-            reason = f"the dense model's tokenizer cannot be used ({error})"
-        else:
-            reason = "the dense model's tokenizer makes no ids, or some beyond its vocabulary"
-            text = text if text and max(text) < vocab_size else []
-    if not text and prompts is not None:
-        raise UpcycleError(
-            f"the prompts {prompts} cannot be used: {reason}.",
-            "Without --prompts, random tokens are used.",
-        )
-    count = min(_RANDOM_TOKENS, max(1, longest // 4)) if text else min(_FEWEST_TOKENS, longest)
-    drawn = torch.randint(vocab_size, (count,), generator=_generator(facts)).tolist()
-    if not text:
-        return _Prompt(
-            torch.tensor([drawn]), f"{count} random tokens, since {reason}", text_tokens=count
-        )
-    repeats = math.ceil(_FEWEST_TOKENS / len(text))
-    text = (text * repeats)[: longest - count]
-    source = "built-in English text" if prompts is None else f"the text of {prompts.name}"
-    again = ", repeated" if repeats > 1 else ""
-    origin = f"{len(text)} tokens of {source}{again}, and {count} random ones"
-    return _Prompt(torch.tensor([text + drawn]), origin, text_tokens=len(text))
-
-
-def _generator(facts: Facts) -> torch.Generator:
-    import torch
-
-    digest = hashlib.sha256()
-    with facts.moe.reader() as moe:
-        for layer in range(facts.num_layers):
-            digest.update(moe.mapped(facts.router_name(layer)))
-    seed = int.from_bytes(digest.digest()[:8], "little") >> 1  # torch takes 63 bits
-    return torch.Generator().manual_seed(seed)
-
-
-def _builtin_text() -> str:
-    return (files("upcycle_cli.verification") / "prompts.txt").read_text(encoding="utf-8")
-
-
-def _run_dense(facts: Facts, prompt: _Prompt) -> _Dense:
-    import torch
-
+def _run_dense(facts: Facts, prompt: Prompt) -> _Dense:
     try:
         model, info = load_model(facts.dense.path, torch.float32)
         missing = sorted(info["missing_keys"])
@@ -257,55 +157,52 @@ def _run_dense(facts: Facts, prompt: _Prompt) -> _Dense:
     return _Dense(published_SV, rounded_SV, found)
 
 
-def _round(facts: Facts, model: Any) -> bool:  # noqa: ANN401
+def _round(facts: Facts, model: Model) -> bool:
     """Round a dense model's weights to the MoE's dtypes; return whether that changed any."""
-    import torch
-
     changed = False
     for name, parameter in model.named_parameters():
-        rounded = parameter.data.to(_moe_dtype(facts, name)).float()
+        (written,) = names_on_disk(model, {name: parameter.data})
+        entry = facts.moe.tensors.get(facts.became.get(written, written))
+        if entry is None:  # an untied head in dense, a tied one in the MoE: nothing was rounded
+            continue
+        rounded = parameter.data.to(getattr(torch, TORCH_DTYPES[entry.dtype])).float()
         changed = changed or not torch.equal(rounded, parameter.data)
         parameter.data = rounded
     return changed
 
 
 @contextmanager
-def _watched_experts(
-    facts: Facts,
-    model: Any,  # noqa: ANN401
-) -> Iterator[list[torch.Tensor]]:
+def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]:
     """Note, per layer in float16, the largest output that an expert has before its gate.
 
     Experts are shards of the dense MLP, so the dense run shows what each of them, chosen or not,
     makes of every token. It is run in float32, where nothing overflows.
     """
+    held = {name for name, entry in facts.moe.tensors.items() if entry.dtype == "F16"}
+    matrices, experts = facts.kind.matrices, range(facts.num_experts)
     float16 = [
         layer
-        for layer in range(facts.num_layers)
-        if any(
-            facts.moe.tensors[facts.place(matrix, layer, expert).tensor].dtype == "F16"
-            for matrix in MATRICES
-            for expert in range(facts.num_experts)
-        )
+        for layer in facts.layers
+        if any(facts.place(m, layer, e).tensor in held for m in matrices for e in experts)
     ]
     largest: list[torch.Tensor] = []
     factors = recover_factors(facts) if float16 else {}
-    scale = factors.get("up", math.nan) * factors.get("down", math.nan)
+    scale = factors.get("up", math.nan) ** facts.kind.degree * factors.get("down", math.nan)
     if math.isnan(scale):
         yield largest
         return
 
-    def note(down: Any, inputs: tuple[torch.Tensor, ...], _output: object) -> None:  # noqa: ANN401
+    def note(down: Model, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
         hidden_SI = inputs[0].flatten(0, -2)
         for shard in range(facts.granularity):
             part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
+            # As a linear layer's weight, whose columns count its input.
             output_SH = hidden_SI[:, part] @ down.weight[:, part].T
             largest.append(output_SH.abs().max() * scale)
 
-    handles = [
-        model.get_submodule(f"model.layers.{layer}.mlp.down_proj").register_forward_hook(note)
-        for layer in float16
-    ]
+    down = holder(facts.dense_mlp, "down").name.removesuffix(".weight")
+    modules = [model.base_model.layers[layer].get_submodule(down) for layer in float16]
+    handles = [module.register_forward_hook(note) for module in modules]
     try:
         yield largest
     finally:
@@ -313,43 +210,20 @@ def _watched_experts(
             handle.remove()
 
 
-def _moe_dtype(facts: Facts, dense_name: str) -> torch.dtype:
-    """Return the dtype in which the MoE holds what a dense tensor became."""
-    import torch
-
-    name = dense_name
-    for layer in range(facts.num_layers):
-        for matrix in MATRICES:
-            if dense_name == dense_mlp_name(matrix, layer):
-                name = facts.place(matrix, layer, 0).tensor
-    entry = facts.moe.tensors.get(name)
-    if entry is None:  # an untied head in dense, a tied one in the MoE: nothing was rounded
-        return torch.float32
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-    return dtype
-
-
-def _logits(model: Any, prompt: _Prompt) -> torch.Tensor:  # noqa: ANN401
-    import torch
-
-    with torch.no_grad():
-        output = model(input_ids=prompt.ids, use_cache=False)
-    logits: torch.Tensor = output.logits[0].float()
+@torch.no_grad()
+def _logits(model: Model, prompt: Prompt) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=prompt.ids, use_cache=False).logits[0].float()
     return logits
 
 
 def _measure(
-    dense: _Dense, moe_SV: torch.Tensor, prompt: _Prompt, whole_S: torch.Tensor
+    dense: _Dense, moe_SV: torch.Tensor, prompt: Prompt, whole_S: torch.Tensor
 ) -> dict[str, float]:
-    """Return the metrics of the comparison; KL is KL(dense ‖ MoE) in nats per token.
-
-    NLL is of the text alone.
+    """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text alone, and others.
 
     Both models are also compared with the dense one whose weights are rounded as the MoE's are:
     what is between the two dense ones is the price of the dtype, and the rest the conversion's.
     """
-    import torch
-
     kl: dict[str, list[torch.Tensor]] = {"": [], "_rounding": [], "_conversion": []}
     gap = dense_nll = moe_nll = 0.0
     ids, text = prompt.ids[0], prompt.ids[0][: prompt.text_tokens]
@@ -358,11 +232,8 @@ def _measure(
         logits = [held[rows].double() for held in (dense.published, dense.rounded, moe_SV)]
         gap = max(gap, float((logits[0] - logits[2]).abs().max()))
         published, rounded, moe = (held.log_softmax(-1) for held in logits)
-        for key, log_p, log_q in (
-            ("", published, moe),
-            ("_rounding", published, rounded),
-            ("_conversion", rounded, moe),
-        ):
+        between = (published, moe), (published, rounded), (rounded, moe)
+        for key, (log_p, log_q) in zip(kl, between, strict=True):
             kl[key].append((log_p.exp() * (log_p - log_q)).sum(-1))
         following = text[begin + 1 : begin + 1 + _CHUNK].unsqueeze(-1)
         dense_nll -= float(published[: len(following)].gather(-1, following).sum())
@@ -391,99 +262,71 @@ def _share(marked: torch.Tensor) -> float:
     return float(marked.double().mean())
 
 
-@dataclass(frozen=True)
-class _Judgement:
-    """Holds what was measured against what the MoE owes the dense model."""
+def _in_words(prompt: Prompt, metrics: Mapping[str, float], *, rounded: bool) -> str:
+    cost = metrics["kl_mean_rounding"]
+    rounding = f"Rounding its weights alone costs a mean KL of {cost:.2g}. " if rounded else ""
+    return (
+        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, "
+        f"top-1 agreement {metrics['top1_agreement']:.2%}, "
+        f"NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the "
+        f"dense model. {rounding}"
+        f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
+        f"expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / mean)."
+    )
 
-    facts: Facts
-    metrics: Mapping[str, float]
-    routing: Routing
-    findings: Findings
 
-    def result(self, prompt: _Prompt, objection: str | None, *, rounded: bool) -> CheckResult:
-        """Return the check's result."""
-        metrics, findings = self.metrics, self.findings
-        measured = (
-            f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, "
-            f"top-1 agreement {metrics['top1_agreement']:.2%}, "
-            f"NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the "
-            "dense model. "
+def _judged(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    """Hold what was measured against what the MoE owes: what that is, and what fails."""
+    owed, failures = (_exact if facts.standard.uniform else _approximate)(facts, metrics)
+    cost = metrics["kl_mean_rounding"]
+    if not cost <= _MOST_ROUNDING_KL:
+        failures.append(
+            f"kl_mean_rounding is {cost:.3g}: rounding the dense weights to the MoE's dtypes "
+            f"costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
         )
-        if rounded:
-            measured += (
-                f"Rounding its weights alone costs a mean KL of {metrics['kl_mean_rounding']:.2g}. "
-            )
-        measured += (
-            f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
-            f"expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / mean)."
+    return owed, failures
+
+
+def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    factors = recover_factors(facts)
+    lossless = all(is_power_of_two(factors[matrix]) for matrix in facts.kind.matrices)
+    names = {facts.place(part, layer, 0).tensor for layer in facts.layers for part in facts.parts}
+    rounded = max(_ROUNDED_KL[facts.moe.tensors[name].dtype] for name in names)
+    bound = _EXACT_KL if lossless else rounded
+    kl, top1 = metrics["kl_mean_conversion"], metrics["top1_agreement_conversion"]
+    failures = []
+    if not kl < bound:
+        failures.append(f"kl_mean_conversion is {kl:.3g}, and less than {bound:g} is promised")
+    # Among few tokens a single near-tie must not decide.
+    disagreeing = round((1 - top1) * metrics["tokens"])
+    if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
+        least = f"at least {_EXACT_TOP1:.1%} is promised"
+        failures.append(f"top1_agreement_conversion is {top1:.4%}, and {least}")
+    if facts.granularity > 1:
+        failures += _split_failures(metrics, _MOST_SPLIT_EXACT)
+    rounding = "" if lossless else " up to the rounding of the scaled weights"
+    return f"The same function{rounding}.", failures
+
+
+def _approximate(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    std, kl = facts.logit_std, metrics["kl_mean_whole"]
+    # Whatever the routers turn out to be, no error larger than the ceiling's was promised.
+    bound = 30 * min(std, APPROXIMATE_LOGIT_STD) ** 2 + 1e-4
+    failures = []
+    if not kl <= bound:
+        failures.append(
+            f"kl_mean_whole is {kl:.3g}, and with router logits of standard deviation {std:.3g} at "
+            f"most {bound:.3g} is promised"
         )
-        if objection is not None:
-            detail = f"Measured only, since this MoE does not promise equality: {objection}."
-            note = measured if findings else ""
-            result = findings.result(NAME, f"{detail} {measured}", metrics, note)
-            return result if findings else replace(result, status=Status.MEASURED)
-        promised = self._approximate() if not self.facts.standard.uniform else self._exact()
-        self._rounding()
-        for failure in self.routing.failures:
-            findings.add(failure)
-        return findings.result(
-            NAME, f"{promised} {measured}", metrics, measured if findings else ""
+    owed = "The same function up to an error of the order of the router's logits"
+    failures += _split_failures(metrics, _MOST_SPLIT)
+    return f"{owed} (standard deviation {std:.3g}).", failures
+
+
+def _split_failures(metrics: Mapping[str, float], most: float) -> Iterator[str]:
+    split = metrics["split_token_layers"]
+    if not split < most:
+        yield (
+            f"split_token_layers is {split:.3g}: that share of tokens and layers chose experts "
+            f"that are not whole groups, and less than {most:g} is expected"
         )
-
-    def _rounding(self) -> None:
-        """Hold what the dtype costs against what a dtype may cost."""
-        cost = self.metrics["kl_mean_rounding"]
-        if not cost <= _MOST_ROUNDING_KL:
-            self.findings.add(
-                f"kl_mean_rounding is {cost:.3g}: rounding the dense weights to the MoE's dtypes "
-                f"costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
-            )
-
-    def _exact(self) -> str:
-        facts, metrics, findings = self.facts, self.metrics, self.findings
-        lossless = all(map(is_power_of_two, recover_factors(facts).values()))
-        dtypes = {
-            facts.moe.tensors[facts.place(matrix, layer, 0).tensor].dtype
-            for layer in range(facts.num_layers)
-            for matrix in MATRICES
-        }
-        bound = _EXACT_KL if lossless else max(_ROUNDED_KL[dtype] for dtype in dtypes)
-        kl, top1 = metrics["kl_mean_conversion"], metrics["top1_agreement_conversion"]
-        if not kl < bound:
-            findings.add(f"kl_mean_conversion is {kl:.3g}, and less than {bound:g} is promised")
-        # Among few tokens a single near-tie must not decide.
-        disagreeing = round((1 - top1) * metrics["tokens"])
-        if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
-            findings.add(
-                f"top1_agreement_conversion is {top1:.4%}, and at least {_EXACT_TOP1:.1%} is "
-                "promised"
-            )
-        if facts.granularity > 1:
-            self._whole_groups(_MOST_SPLIT_EXACT)
-        if lossless:
-            return "The same function."
-        return "The same function up to the rounding of the scaled weights."
-
-    def _approximate(self) -> str:
-        std = self.facts.logit_std
-        # Whatever the routers turn out to be, no error larger than the ceiling's was promised.
-        bound = 30 * min(std, APPROXIMATE_LOGIT_STD) ** 2 + 1e-4
-        kl = self.metrics["kl_mean_whole"]
-        if not kl <= bound:
-            self.findings.add(
-                f"kl_mean_whole is {kl:.3g}, and with router logits of standard deviation "
-                f"{std:.3g} at most {bound:.3g} is promised"
-            )
-        self._whole_groups(_MOST_SPLIT)
-        return (
-            "The same function up to an error of the order of the router's logits "
-            f"(standard deviation {std:.3g})."
-        )
-
-    def _whole_groups(self, most: float) -> None:
-        split = self.metrics["split_token_layers"]
-        if not split < most:
-            self.findings.add(
-                f"split_token_layers is {split:.3g}: that share of tokens and layers chose experts "
-                f"that are not whole groups, and less than {most:g} is expected"
-            )

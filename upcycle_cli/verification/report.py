@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -19,23 +19,18 @@ class Status(StrEnum):
 
     PASSED = "passed"
     FAILED = "failed"
-    MEASURED = "measured"
-    """Nothing is wrong, and nothing is proven: the MoE does not promise equality."""
-    SKIPPED = "skipped"
-    """It did not run; its detail says why."""
+    MEASURED = "measured"  # nothing is wrong, and nothing proven: equality is not promised
+    SKIPPED = "skipped"  # it did not run; its detail says why
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """What one check found.
-
-    `detail` is for a person; each of `failures` names a tensor or key and what is wrong with it.
-    """
+    """What one check found."""
 
     name: str
     status: Status
-    detail: str
-    failures: tuple[str, ...] = ()
+    detail: str  # for a person
+    failures: tuple[str, ...] = ()  # each names a tensor or key and what is wrong with it
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
 
 
@@ -44,17 +39,13 @@ class Report:
     """The results of all checks that were asked for, in the order in which they ran."""
 
     checks: tuple[CheckResult, ...]
+    # What the MoE was held to: exact, approximate or none; None when it could not be told.
     promise: str | None = None
-    """What the MoE was held to: exact, approximate or none; None when it could not be told."""
-    allow_inexact: bool = False
-    """Whether the user expects no more than a measurement of an MoE that promises nothing."""
+    allow_inexact: bool = False  # a measurement of an MoE that promises nothing is enough
 
     @property
     def status(self) -> Status:
-        """`failed` when any check failed; else `measured` of an MoE that promises nothing.
-
-        Else `passed` when any check passed, and `skipped` when none ran.
-        """
+        """`failed` when any check did, `skipped` when none ran, else by what the MoE promises."""
         found = {check.status for check in self.checks}
         if Status.FAILED in found:
             return Status.FAILED
@@ -78,13 +69,7 @@ class Report:
             "status": str(self.status),
             "promise": self.promise,
             "checks": [
-                {
-                    "name": check.name,
-                    "status": str(check.status),
-                    "detail": check.detail,
-                    "failures": list(check.failures),
-                    "metrics": dict(check.metrics),
-                }
+                asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
                 for check in self.checks
             ],
         }
@@ -106,30 +91,18 @@ class Findings:
     def __len__(self) -> int:
         return self._count
 
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """The failures to show, the last entry saying how many more there are."""
-        hidden = self._count - len(self._shown)
-        return (*self._shown, *([f"and {hidden} more"] if hidden else []))
-
     def result(
-        self,
-        name: str,
-        passed: str,
-        metrics: Mapping[str, float] | None = None,
-        note: str = "",
+        self, name: str, passed: str, metrics: Mapping[str, float] | None = None, note: str = ""
     ) -> CheckResult:
-        """Return the check's result: `passed` is its detail when nothing was found.
-
-        `note` is added to the detail either way. A metric that could not be measured (nan) is left
-        out: JSON has no such number.
-        """
+        """Return the check's result: in words `passed` when nothing was found, and `note`."""
+        hidden = self._count - len(self._shown)
         problems = "1 problem" if self._count == 1 else f"{self._count} problems"
         detail = f"{problems} found." if self._count else passed
         return CheckResult(
             name=name,
             status=Status.FAILED if self._count else Status.PASSED,
             detail=f"{detail} {note}".strip(),
-            failures=self.failures,
+            failures=(*self._shown, *([f"and {hidden} more"] if hidden else [])),
+            # What could not be measured is nan, and JSON has no such number.
             metrics={key: value for key, value in (metrics or {}).items() if math.isfinite(value)},
         )

@@ -36,8 +36,7 @@ class Rounding:
         cast = tensor.to(dtype)
         if cast.dtype == tensor.dtype or same(cast.to(tensor.dtype), tensor):
             return cast
-        self.lossless = False
-        self._dtype = str(dtype).removeprefix("torch.")
+        self.lossless, self._dtype = False, str(dtype).removeprefix("torch.")
         self._measure(name, tensor, cast)
         return cast
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.verification.facts import Facts
-
-if TYPE_CHECKING:
-    import torch
+from upcycle_cli.verification.models import Model
 
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
@@ -41,15 +40,11 @@ class Routing:
     @property
     def whole_everywhere(self) -> torch.Tensor:
         """(S,): which tokens got whole groups in every layer."""
-        import torch
-
         return torch.stack(self.whole).all(0)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Shares and means over all layers."""
-        import torch
-
         return {
             "split_token_layers": 1 - float(torch.stack(self.whole).double().mean()),
             "split_token_layers_bfloat16": _mean(self.bfloat16_split),
@@ -58,14 +53,14 @@ class Routing:
 
 
 @contextmanager
-def watched_routers(facts: Facts, model: Any) -> Iterator[Routing]:  # noqa: ANN401
+def watched_routers(facts: Facts, model: Model) -> Iterator[Routing]:
     """Note what the routers of a running model choose, ties in its own arithmetic included."""
     found = Routing()
+    *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
     handles = []
-    for layer in range(facts.num_layers):
-        name = facts.target.names.fused_router.format(layer=layer).removesuffix(".weight")
-        watch = _Watch(facts, layer, found)
-        handles.append(model.get_submodule(name).register_forward_hook(watch))
+    for layer in facts.layers:
+        router = model.base_model.layers[layer].get_submodule(layout.router.removesuffix(".weight"))
+        handles.append(router.register_forward_hook(_Watch(facts, layer, found)))
     try:
         yield found
     finally:
@@ -81,26 +76,26 @@ class _Watch:
     layer: int
     found: Routing
 
-    def __call__(self, router: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:  # noqa: ANN401
-        import torch
-
+    def __call__(
+        self, router: Model, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
+    ) -> None:
         facts, found = self.facts, self.found
         _, gates_ST, experts_ST = output
-        picked_SN = self._picked(gates_ST, experts_ST)
-        load = torch.zeros(facts.num_experts).scatter_add_(
-            0, experts_ST.flatten(), torch.ones(experts_ST.numel())
-        )
-        found.whole.append(self._whole(picked_SN))
+        if experts_ST.shape[-1] != facts.top_k:
+            found.failures.append(
+                f"{facts.router_name(self.layer)}: transformers chooses {experts_ST.shape[-1]} "
+                f"experts, and top-k is taken to be {facts.top_k}"
+            )
+        load = torch.bincount(experts_ST.flatten(), minlength=facts.num_experts).float()
+        found.whole.append(self._whole(gates_ST, experts_ST))
         found.load_cvs.append(float(load.std(correction=0) / load.mean()))
         states_SH = inputs[0].detach().reshape(-1, facts.hidden_size)
         stored = facts.moe.tensors[facts.router_name(self.layer)].dtype
         for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}:
             self._run_in(name, router, states_SH)
 
-    def _run_in(self, name: str, router: Any, states_SH: torch.Tensor) -> None:  # noqa: ANN401
+    def _run_in(self, name: str, router: Model, states_SH: torch.Tensor) -> None:
         """Run the router in a dtype, and hold what it splits against what honest rows split."""
-        import torch
-
         label, failures = self.facts.router_name(self.layer), self.found.failures
         dtype: torch.dtype = getattr(torch, name)
         weight_NH, states_SH = router.weight.detach(), states_SH.to(dtype)
@@ -113,12 +108,8 @@ class _Watch:
         if split <= margin:
             return
         size = weight_NH.float().square().mean().sqrt()
-        honest = _mean(
-            [
-                self._split(router, (size * self._rows(seed)).to(dtype), states_SH)[0]
-                for seed in range(_HONEST_DRAWS)
-            ]
-        )
+        drawn = [(size * self._rows(seed)).to(dtype) for seed in range(_HONEST_DRAWS)]
+        honest = _mean([self._split(router, rows_NH, states_SH)[0] for rows_NH in drawn])
         if split > _MOST_TIMES_HONEST * honest + margin:
             failures.append(
                 f"{label}: in {name}, {split:.1%} of the tokens get parts of groups, where an "
@@ -127,21 +118,14 @@ class _Watch:
 
     def _rows(self, seed: int) -> torch.Tensor:
         """Return random rows (N, H), equal inside each group."""
-        import torch
-
         generator = torch.Generator().manual_seed(seed)
         rows_EH = torch.randn(self.facts.expansion, self.facts.hidden_size, generator=generator)
         return rows_EH.repeat_interleave(self.facts.granularity, 0)
 
     def _split(
-        self,
-        router: Any,  # noqa: ANN401
-        weight_NH: torch.Tensor,
-        states_SH: torch.Tensor,
+        self, router: Model, weight_NH: torch.Tensor, states_SH: torch.Tensor
     ) -> tuple[float, int]:
         """Return the share of tokens that get parts of groups, and the logits beyond the dtype."""
-        import torch
-
         held = router.weight.data
         try:
             router.weight.data = weight_NH
@@ -151,20 +135,15 @@ class _Watch:
         finally:
             router.weight.data = held
         not_finite = int((~logits_SN.isfinite()).sum())
-        whole_S = self._whole(self._picked(gates_ST, experts_ST))
+        whole_S = self._whole(gates_ST, experts_ST)
         return 1 - float(whole_S.double().mean()), not_finite
 
-    def _picked(self, gates_ST: torch.Tensor, experts_ST: torch.Tensor) -> torch.Tensor:
-        """Return which experts take part (S, N): a gate of 0 is as good as no choice."""
-        import torch
-
-        taking_part = (gates_ST != 0).float()
-        picked = torch.zeros(len(experts_ST), self.facts.num_experts)
-        return picked.scatter_(1, experts_ST, taking_part)
-
-    def _whole(self, picked_SN: torch.Tensor) -> torch.Tensor:
-        facts = self.facts
-        per_group = picked_SN.reshape(len(picked_SN), facts.expansion, facts.granularity).sum(-1)
+    def _whole(self, gates_ST: torch.Tensor, experts_ST: torch.Tensor) -> torch.Tensor:
+        """Return which tokens got whole groups (S,): a gate of 0 is as good as no choice."""
+        facts, S = self.facts, len(experts_ST)
+        picked_SN = torch.zeros(S, facts.num_experts)
+        picked_SN.scatter_(1, experts_ST, (gates_ST != 0).float())
+        per_group = picked_SN.reshape(S, facts.expansion, facts.granularity).sum(-1)
         return ((per_group == 0) | (per_group == facts.granularity)).all(-1)
 
 

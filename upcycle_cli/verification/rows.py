@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import torch
 
 from upcycle_cli.checkpoint import LARGEST
-
-if TYPE_CHECKING:
-    import torch
 
 _SMALLEST_DISTANCE = 0.1
 """Relative: random rows are √2 apart, and bfloat16 rounds each of their values by up to 0.004."""
@@ -67,8 +65,6 @@ def _close(rows: torch.Tensor) -> Iterator[tuple[int, int, float]]:
 
     Each row is named once, with the first of the rows before it that it is close to.
     """
-    import torch
-
     norms = rows.norm(dim=1)
     squares = norms.square()
     distances = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=0).sqrt()
@@ -83,16 +79,12 @@ def _close(rows: torch.Tensor) -> Iterator[tuple[int, int, float]]:
 
 def _shared(rows: torch.Tensor) -> float:
     """Return the share of all squares that lies in the direction that has most."""
-    import torch
-
     squares = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     values = torch.linalg.eigvalsh(squares)
     return float(values.max() / values.sum()) if bool(values.any()) else 0.0
 
 
 def _honest_shared(gamma_H: torch.Tensor, num_rows: int) -> float:
-    import torch
-
     found = []
     for seed in range(_HONEST_DRAWS):
         generator = torch.Generator().manual_seed(seed)

@@ -7,51 +7,41 @@ else may read it: another engine, a trainer, a later version.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, ITEM_BYTES, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import shown
-from upcycle_cli.families.target import Target
+from upcycle_cli.families.layers import BLOCK_KEYS, block_types
+from upcycle_cli.families.moe import Target
 from upcycle_cli.redirects import REDIRECTS, config_redirects
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import TransformersError, load_config, transformers_says
+from upcycle_cli.verification.models import (
+    Config,
+    TransformersError,
+    class_of,
+    load_config,
+    transformers_says,
+)
 
 _ABSENT = object()
 _JUDGED_BY_OTHERS = frozenset(
     {
         # what the model is, which the two have not in common; and who wrote it
-        "architectures",
-        "dtype",
-        "model_type",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
+        *("architectures", "dtype", "model_type", "tie_word_embeddings", "torch_dtype"),
+        *("transformers_version", "_name_or_path"),
         # in effect and by the letter: `_in_effect`, `_rope_failures`, `_window_failures` and
-        # `_head_failures`
-        "head_dim",
-        "layer_types",
-        "max_window_layers",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "use_sliding_window",
+        # `_value_failures`
+        *("head_dim", "layer_types", "max_window_layers", "partial_rotary_factor"),
+        *("rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window"),
     }
 )
 _JUDGED_WHERE_READ = frozenset(
     {
         # how the tensors' shapes read, which they are held to
-        "decoder_sparse_step",
-        "mlp_only_layers",
-        "qkv_bias",
-        "shared_expert_intermediate_size",
-        # training alone, by `_training_failures`
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
+        *("decoder_sparse_step", "mlp_only_layers", "qkv_bias", "shared_expert_intermediate_size"),
+        # training alone, by `_value_failures`
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
     }
 )
 """Keys that are judged by others where the MoE's architecture has them; elsewhere they are odd."""
@@ -59,12 +49,15 @@ _JUDGED_WHERE_READ = frozenset(
 
 def own_setting_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     """Name what config.json says of the MoE alone, and must not."""
+    own = {"auto_map"} if target.ships_code else set()
+    wanted, architectures = [class_of(target)], moe.config.get("architectures")
+    if architectures != wanted:
+        yield f"{CONFIG_NAME}: architectures is {shown(architectures)}, not {wanted!r}"
     for failure in (
-        *_architecture_failures(moe.config, target),
-        *config_redirects(moe.config),
-        *_head_failures(moe.config),
+        *config_redirects({key: moe.config[key] for key in moe.config.keys() - own}),
+        *_block_failures(moe.config),
         *_rope_failures(moe.config),
-        *_training_failures(moe.config),
+        *_value_failures(moe.config),
     ):
         yield f"{CONFIG_NAME}: {failure}"
 
@@ -80,21 +73,39 @@ def setting_failures(facts: Facts) -> Iterator[str]:
     yield from found
 
 
-def _setting_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
-    yield from _differences(_in_effect(dense), _in_effect(moe))
+def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
+    ours = _in_effect(moe)
+    for key, value in _in_effect(dense).items():
+        if not _same(ours[key], value):
+            yield _difference(key, ours[key], value)
     yield from _window_failures(facts, dense, moe)
+    yield from _kind_failures(facts)
     # The reverse is --untie-embeddings; whether its head is right is for the weights check.
     if moe.tie_word_embeddings and not dense.tie_word_embeddings:
         yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
     keys = facts.target.keys
+    shared = facts.target.shared
     defaults = type(moe)()
     judged = {key for key in _JUDGED_WHERE_READ if hasattr(defaults, key)}
-    judged |= {*_JUDGED_BY_OTHERS, *REDIRECTS, keys.num_experts, keys.top_k, keys.expert_size}
-    judged.add(keys.norm_topk_prob or keys.top_k)
+    judged |= {*_JUDGED_BY_OTHERS, *REDIRECTS, keys.num_experts, *keys.aliases}
+    judged |= {keys.top_k, keys.expert_size, keys.scale or keys.top_k, *BLOCK_KEYS}
+    judged |= {*facts.target.layers.keys}
+    # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes.
+    judged |= {key for key in _own_keys(moe) if not hasattr(dense, key)}
+    judged.add(keys.top_k if keys.routing is None else keys.routing[0])
+    judged.add(keys.top_k if shared is None else shared.size_key or keys.top_k)
     for key in {**dense.to_dict(), **facts.dense.config, **facts.moe.config}:
         if key not in judged:
             yield from _key_failures(facts, key, dense, moe)
     yield from _dtype_failures(facts)
+
+
+def _own_keys(config: Config) -> set[str]:
+    """Return the keys that a config's class declares, by all their names."""
+    kinds, aliases = type(config).__mro__, type(config).attribute_map
+    base = next(kind for kind in kinds if kind.__name__ == "PreTrainedConfig")
+    declared = {key for kind in kinds for key in vars(kind).get("__annotations__", {})}
+    return (declared - {*vars(base).get("__annotations__", {})}) | {*aliases, *aliases.values()}
 
 
 def setting_notes(facts: Facts) -> Iterator[str]:
@@ -120,18 +131,6 @@ def setting_notes(facts: Facts) -> Iterator[str]:
         )
 
 
-def _architecture_failures(config: Mapping[str, Any], target: Target) -> Iterator[str]:
-    architectures = config.get("architectures")
-    if architectures != [target.architecture]:
-        yield f"architectures is {shown(architectures)}, not {[target.architecture]!r}"
-
-
-def _head_failures(config: Mapping[str, Any]) -> Iterator[str]:
-    head_dim = config.get("head_dim")
-    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
-        yield f"head_dim is {shown(head_dim)}, not a size"
-
-
 def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
     """Whichever of the keys a reader takes, it must read the same."""
     written = {key: config[key] for key in ("rope_parameters", "rope_scaling") if key in config}
@@ -143,6 +142,11 @@ def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
         kind, old_kind = (settings.get(name) for name in ("rope_type", "type"))
         if None not in (kind, old_kind) and kind != old_kind:
             yield f"{key} has rope_type {shown(kind)} and type {shown(old_kind)}"
+    top = config.get("partial_rotary_factor")
+    for key, settings in inner.items():
+        share = settings.get("partial_rotary_factor", top)
+        if top is not None and share != top:
+            yield f"partial_rotary_factor is {shown(top)}, and that of {key} is {shown(share)}"
     first, *others = thetas.items() or [("", None)]
     for key, theta in others:
         if theta != first[1]:
@@ -157,62 +161,88 @@ def _scaling(value: object) -> dict[str, Any]:
     """Return what stretches rotary embeddings, in one notation; nothing for the plain kind."""
     settings = dict(value) if isinstance(value, dict) else {}
     kind = settings.pop("rope_type", settings.pop("type", "default"))
-    settings = {
-        key: item
-        for key, item in settings.items()
-        if key not in ("rope_theta", "type") and item is not None
-    }
-    return {} if kind == "default" else dict(sorted((settings | {"rope_type": kind}).items()))
+    settings.pop("rope_theta", None)
+    held = {key: item for key, item in settings.items() if item is not None}
+    return {} if kind == "default" else dict(sorted((held | {"rope_type": kind}).items()))
 
 
-def _training_failures(config: Mapping[str, Any]) -> Iterator[str]:
-    """Name what spoils further training, which no forward pass shows."""
-    coefficient = config.get("router_aux_loss_coef", 0.0)
-    if not _is_number(coefficient) or not 0 <= coefficient <= 1:
-        yield (
-            f"router_aux_loss_coef is {shown(coefficient)}, and a load-balancing loss is added "
-            "with a weight between 0 and 1"
-        )
-    jitter = config.get("router_jitter_noise")
-    if jitter is not None and jitter != 0:
-        yield (
-            f"router_jitter_noise is {shown(jitter)}, which makes training multiply the MLP's "
-            "input by noise"
-        )
-    flag = config.get("output_router_logits", False)
-    if type(flag) is not bool:
-        yield f"output_router_logits is {shown(flag)}, neither true nor false"
+def _block_failures(config: Mapping[str, Any]) -> Iterator[str]:
+    """Engines read the kinds of a hybrid's layers in the one notation or in the other."""
+    try:
+        kinds = [block_types({key: config[key]}) for key in BLOCK_KEYS if config.get(key)]
+    except ValueError as error:
+        yield str(error)
+        return
+    if len({*kinds}) > 1:
+        yield f"{' and '.join(BLOCK_KEYS)} say different things of the layers"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _kind_failures(facts: Facts) -> Iterator[str]:
+    """Of a hybrid, only layers that were MLPs may have become something else."""
+    if facts.family.blocks is None:
+        return
+    dense, moe = block_types(facts.dense.config), block_types(facts.moe.config)
+    wanted = tuple("moe" if layer in facts.layers else kind for layer, kind in enumerate(dense))
+    if moe != wanted:
+        yield f"{CONFIG_NAME}: the layers are {', '.join(moe)}, and not those of the dense model"
 
 
-def _in_effect(config: Any) -> dict[str, Any]:  # noqa: ANN401 - transformers has no types to name
+def _value_failures(config: Mapping[str, Any]) -> Iterator[str]:
+    """Name values that are none, and what spoils training, which no forward pass shows."""
+    for key, (is_fine, words) in _VALUES.items():
+        if key in config and not is_fine(config[key]):
+            yield f"{key} is {shown(config[key])}, {words}"
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "head_dim": (lambda size: size is None or (type(size) is int and size > 0), "not a size"),
+    "router_aux_loss_coef": (
+        _is_weight,
+        "and a load-balancing loss is added with a weight between 0 and 1",
+    ),
+    "router_jitter_noise": (
+        lambda noise: noise is None or noise == 0,
+        "which makes training multiply the MLP's input by noise",
+    ),
+    **dict.fromkeys(
+        ("num_nextn_predict_layers", "num_mtp_layers"),
+        (lambda count: not count, "and there are no layers that predict further tokens"),
+    ),
+    "output_router_logits": (lambda flag: type(flag) is bool, "neither true nor false"),
+}
+"""What the value of a key may be, and how it is said that it is not that."""
+
+
+def _in_effect(config: Config) -> dict[str, Any]:
     """Return the settings that each architecture writes down, or derives, its own way."""
     rope = getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None)
     return {
         "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
         "rope_parameters": {
-            key: value for key, value in sorted(rope.items()) if key != "type" and value is not None
+            key: value
+            for key, value in sorted(rope.items())
+            if key != "type" and value is not None and (key, value) != ("partial_rotary_factor", 1)
         },
         "sliding_window of each layer": _windows(config),
     }
 
 
-def _windows(config: Any) -> list[int | None]:  # noqa: ANN401
+def _windows(config: Config) -> list[int | None]:
     """Return the window of each layer, None where it sees all; as each architecture reads it."""
-    num_layers = config.num_hidden_layers
-    if config.model_type == "llama":
-        return [None] * num_layers
-    window = config.sliding_window
-    if config.model_type in ("mistral", "mixtral", "qwen3_moe"):
-        return [window] * num_layers
+    own = type(config)()
+    window = config.sliding_window if hasattr(own, "sliding_window") else None
+    # An architecture whose layers can differ has the kind of each; the others read the one window.
+    if window is None or not hasattr(own, "layer_types"):
+        return [window] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
-def _window_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
+def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
     """What is written of windows must fit the effect, for readers that take one key alone."""
     windows = _windows(moe)
     sliding = [layer for layer, window in enumerate(windows) if window is not None]
@@ -224,36 +254,22 @@ def _window_failures(facts: Facts, dense: Any, moe: Any) -> Iterator[str]:  # no
         "layer_types": kinds,
     }
     for key, value in implied.items():
-        by_dense, by_moe = (hasattr(type(config)(), key) for config in (dense, moe))
+        by_moe = hasattr(type(moe)(), key)
         # Where there are windows, every key is needed: each has a default of its own.
         written = facts.moe.config.get(key, None if sliding and by_moe else value)
         if key == "sliding_window":
             written = written or None  # transformers writes 0 where there is none
         # What neither architecture reads may have come from the dense model.
-        kept = not (by_dense or by_moe) and _same(written, facts.dense.config.get(key, _ABSENT))
+        kept = _same(written, facts.dense.config.get(key, _ABSENT))
+        kept = kept and (not by_moe or type(moe).__mro__[1] is type(dense))
         if not kept and not _same(written, value):
-            yield (
-                f"{CONFIG_NAME}: {key} is {shown(written)}, and the windows of the layers make it "
-                f"{shown(value)}"
-            )
+            made = f"and the windows of the layers make it {shown(value)}"
+            yield f"{CONFIG_NAME}: {key} is {shown(written)}, {made}"
 
 
-def _differences(dense: Mapping[str, Any], moe: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in dense.items():
-        if not _same(moe[key], value):
-            yield _difference(key, moe[key], value)
-
-
-def _key_failures(
-    facts: Facts,
-    key: str,
-    dense: Any,  # noqa: ANN401
-    moe: Any,  # noqa: ANN401
-) -> Iterator[str]:
+def _key_failures(facts: Facts, key: str, dense: Config, moe: Config) -> Iterator[str]:
     """Judge one key; `dense` and `moe` are transformers' configs."""
-    written, original = (
-        checkpoint.config.get(key, _ABSENT) for checkpoint in (facts.moe, facts.dense)
-    )
+    written, original = (held.config.get(key, _ABSENT) for held in (facts.moe, facts.dense))
     ours, theirs, usual = (getattr(config, key, _ABSENT) for config in (moe, dense, type(moe)()))
     if written is not _ABSENT and _same(written, original) and _same(ours, theirs):
         return
@@ -286,8 +302,8 @@ def _same(one: object, other: object) -> bool:
 def _dtype_failures(facts: Facts) -> Iterator[str]:
     """A config may keep the dense model's dtype, or state its own tensors'; loaders obey it."""
     stored = {TORCH_DTYPES.get(entry.dtype) for entry in facts.moe.tensors.values()}
+    kept = (facts.dense.config.get("dtype"), facts.dense.config.get("torch_dtype"))
     for key in ("dtype", "torch_dtype"):
         value = facts.moe.config.get(key)
-        kept = (facts.dense.config.get("dtype"), facts.dense.config.get("torch_dtype"))
         if value is not None and value not in kept and stored != {value}:
             yield f"{CONFIG_NAME}: {key} is {shown(value)}, which is not the dtype of all tensors"

@@ -8,9 +8,8 @@ differs, only what transformers itself rewrites when it saves a tokenizer is acc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +52,11 @@ _LEFT_OUT: Mapping[str, str] = {
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that do what tokenizer.json says, and nothing of their own."""
 
-_DROPPED = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.model*",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files that transformers 5 leaves out when it saves: all that they say is in tokenizer.json."""
-
 _ADDED = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "vocab.json")
 """Files that transformers 4 writes beside tokenizer.json: they have to say what that says."""
+
+_DROPPED = (*_ADDED, "tokenizer.model*", "vocab.txt")
+"""Files that transformers 5 leaves out when it saves: all that they say is in tokenizer.json."""
 
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
@@ -74,94 +66,80 @@ _SAMPLES = (
     "   leading, trailing and    inner spaces   ",
 )
 _ATTRIBUTES = (
-    "all_special_tokens",
-    "bos_token",
-    "eos_token",
-    "pad_token",
-    "unk_token",
-    "model_max_length",
-    "padding_side",
-    "truncation_side",
-    "clean_up_tokenization_spaces",
-    "split_special_tokens",
+    *("all_special_tokens", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("model_max_length", "padding_side", "truncation_side"),
+    *("clean_up_tokenization_spaces", "split_special_tokens"),
 )
 
 
-@dataclass
-class Comparison:
-    """What was found: `failures` are differences, `notes` what was rewritten without a change."""
-
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> Comparison:
-    """Compare the tokenizer files of two checkpoints, and what transformers makes of them."""
-    found = Comparison()
+def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return how two tokenizers differ, as files and loaded, and notes on what is no change."""
     theirs, ours = set(tokenizer_files(dense)), set(tokenizer_files(moe))
     if not theirs and not ours:
-        found.notes.append("Neither model has a tokenizer.")
-        return found
+        return [], ["Neither model has a tokenizer."]
     if theirs and not ours:
-        found.failures.append("the tokenizer is missing: the dense model has one")
-        return found
+        return ["the tokenizer is missing: the dense model has one"], []
+    failures: list[str] = []
+    notes: list[str] = []
     for name in sorted(theirs | ours):
         if not matches(name, _TEMPLATES):
-            _compare_file(dense, moe, name, found)
+            failures += _file_failures(dense, moe, name, notes)
     try:
-        _compare_templates(dense, moe, found)
-        _compare_classes(dense, moe, found)
+        failures += _template_failures(dense, moe)
+        failures += _class_failures(dense, moe, notes)
     except (UpcycleError, UnicodeDecodeError) as error:
-        found.failures.append(f"the tokenizer cannot be read: {error}")
-    if theirs and not found.failures:
+        failures.append(f"the tokenizer cannot be read: {error}")
+    if theirs and not failures:
         # A tokenizer that is not the dense model's can be made to run for ever.
-        _compare_loaded(dense, moe, found)
-    return found
+        failures += _loading_failures(dense, moe, notes)
+    return failures, notes
 
 
-def _compare_file(dense: Checkpoint, moe: Checkpoint, name: str, found: Comparison) -> None:
-    theirs = _bytes(dense, name)
+def _file_failures(
+    dense: Checkpoint, moe: Checkpoint, name: str, notes: list[str]
+) -> Iterator[str]:
+    theirs = contents(dense, name)
     try:
-        ours = _bytes(moe, name)
+        ours = contents(moe, name)
     except UpcycleError as error:
-        found.failures.append(error.message)
+        yield error.message
         return
     if theirs == ours:
         return
-    if ours is None:
-        accepted = matches(name, _DROPPED)
-        if accepted and moe.storage.has(TOKENIZER_NAME):
-            found.notes.append(
-                f"{name} is not there: transformers 5 saves {TOKENIZER_NAME} in its place."
-            )
-        else:
-            found.failures.append(f"{name} is missing: the dense model has one")
-        return
-    if theirs is None and name not in _ADDED:
-        found.failures.append(f"{name} is there, and the dense model has none")
-        return
-    reader = _READERS.get(name)
-    if reader is None:
-        found.failures.append(f"{name} is not the file of the dense model")
-        return
+    if ours is None and matches(name, _DROPPED) and moe.storage.has(TOKENIZER_NAME):
+        notes.append(f"{name} is not there: transformers 5 saves {TOKENIZER_NAME} in its place.")
+    elif ours is None:
+        yield f"{name} is missing: the dense model has one"
+    elif theirs is None and name not in _ADDED:
+        yield f"{name} is there, and the dense model has none"
+    elif name not in _READERS:
+        yield f"{name} is not the file of the dense model"
+    else:
+        yield from _meaning_failures(dense, moe, name, notes, is_added=theirs is None)
+
+
+def _meaning_failures(
+    dense: Checkpoint, moe: Checkpoint, name: str, notes: list[str], *, is_added: bool
+) -> Iterator[str]:
     try:
         # What saving adds has to say what the tokenizer says already.
-        wanted = reader(dense, name) if theirs is not None else _implied(moe, name)
-        held = reader(moe, name)
+        wanted = _implied(moe, name) if is_added else _READERS[name](dense, name)
+        held = _READERS[name](moe, name)
         if name == TOKENIZER_CONFIG_NAME:
             wanted = {k: v for k, v in wanted.items() if k not in _LEFT_OUT or k in held}
         difference = _difference(wanted, held)
     except (UpcycleError, TransformersError, ValueError) as error:
-        found.failures.append(f"{name} is not the file of the dense model, and unreadable: {error}")
+        yield f"{name} is not the file of the dense model, and unreadable: {error}"
         return
     if difference is not None:
-        whose = "in the dense model" if theirs is not None else f"in its {TOKENIZER_NAME}"
-        found.failures.append(f"{name}: {difference} {whose}")
+        whose = f"in its {TOKENIZER_NAME}" if is_added else "in the dense model"
+        yield f"{name}: {difference} {whose}"
     else:
-        found.notes.append(f"{name} was saved again, and says the same.")
+        notes.append(f"{name} was saved again, and says the same.")
 
 
-def _bytes(checkpoint: Checkpoint, name: str) -> bytes | None:
+def contents(checkpoint: Checkpoint, name: str) -> bytes | None:
+    """Return what a file beside the weights holds, None when there is none; raises UpcycleError."""
     if not checkpoint.storage.has(name):
         return None
     return read_small(checkpoint.storage.local(name), MOST_COMPANION_BYTES)
@@ -193,7 +171,8 @@ def _settings(checkpoint: Checkpoint, name: str = TOKENIZER_CONFIG_NAME) -> dict
     specials: set[str] = set()
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or ()
-        specials |= {str(_plain(token)) for token in _values(tokens)}
+        tokens = tokens.values() if isinstance(tokens, dict) else tokens
+        specials |= {str(_plain(token)) for token in tokens}
     return settings | {
         "added tokens": _added(checkpoint),
         "backend": config.get("backend", "tokenizers"),  # which transformers 5 adds
@@ -211,23 +190,17 @@ def _added(checkpoint: Checkpoint) -> dict[str, Any]:
     return {str(token.pop("id")): token for token in _tokenizer(checkpoint)["added_tokens"]}
 
 
-def _values(tokens: Any) -> Iterable[object]:  # noqa: ANN401
-    return tokens.values() if isinstance(tokens, dict) else tokens
-
-
-def _compare_classes(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
+def _class_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
     """Compare the classes that the tokenizers are said to be of."""
-    theirs, ours = (
-        _json(checkpoint, TOKENIZER_CONFIG_NAME).get("tokenizer_class")
-        for checkpoint in (dense, moe)
-    )
+    configs = (_json(checkpoint, TOKENIZER_CONFIG_NAME) for checkpoint in (dense, moe))
+    theirs, ours = (config.get("tokenizer_class") for config in configs)
     if theirs == ours:
         return
     if ours == "TokenizersBackend":
         # As transformers 5 saves any of them; whether it does the same is seen when it is loaded.
-        found.notes.append(f"Its tokenizer_class is {ours}, which transformers 4 does not know.")
+        notes.append(f"Its tokenizer_class is {ours}, which transformers 4 does not know.")
     elif not (theirs in _GENERIC_CLASSES and ours in _GENERIC_CLASSES):
-        found.failures.append(
+        yield (
             f"{TOKENIZER_CONFIG_NAME}: tokenizer_class is {shown(ours)}, and it is {shown(theirs)} "
             "in the dense model"
         )
@@ -245,7 +218,7 @@ def _special_tokens(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _merges(checkpoint: Checkpoint, name: str) -> list[str]:
-    text = (_bytes(checkpoint, name) or b"").decode()
+    text = (contents(checkpoint, name) or b"").decode()
     lines = text.removesuffix("\n").split("\n")
     return lines[1:] if lines[0].startswith("#version") else lines
 
@@ -254,9 +227,8 @@ def _implied(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401
     """Return what a file has to say that transformers adds beside a tokenizer.json."""
     if name == "special_tokens_map.json":
         config = _json(checkpoint, TOKENIZER_CONFIG_NAME)
-        return {
-            key: _plain(config[key]) for key in _special_tokens(checkpoint, name) if key in config
-        }
+        specials = _special_tokens(checkpoint, name)
+        return {key: _plain(config[key]) for key in specials if key in config}
     tokenizer = _tokenizer(checkpoint)
     if name == "vocab.json":
         return tokenizer["model"].get("vocab")
@@ -303,12 +275,12 @@ def _pairs(wanted: object, found: object, place: str) -> Iterator[tuple[str, obj
         yield place, wanted, found
 
 
-def _compare_templates(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
+def _template_failures(dense: Checkpoint, moe: Checkpoint) -> Iterator[str]:
     theirs, ours = _templates(dense), _templates(moe)
     for name in sorted(theirs | ours):
         if theirs.get(name) != ours.get(name):
             which = "the chat template" if name == "default" else f"the chat template '{name}'"
-            found.failures.append(f"{which} is not the dense model's")
+            yield f"{which} is not the dense model's"
 
 
 def _templates(checkpoint: Checkpoint) -> dict[str, set[str]]:
@@ -322,28 +294,28 @@ def _templates(checkpoint: Checkpoint) -> dict[str, set[str]]:
     for name in tokenizer_files(checkpoint):
         if not matches(name, _TEMPLATES):
             continue
-        text = (_bytes(checkpoint, name) or b"").decode()
+        text = (contents(checkpoint, name) or b"").decode()
         key = Path(name).stem if name.endswith(".jinja") else name
         found.setdefault("default" if key == "chat_template" else key, set()).add(text)
     return found
 
 
-def _compare_loaded(dense: Checkpoint, moe: Checkpoint, found: Comparison) -> None:
+def _loading_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) -> list[str]:
     """Compare what transformers makes of the files, which depends on the model's type as well."""
     try:
         theirs = load_tokenizer(dense.path)
     except TransformersError as error:
-        found.notes.append(
-            f"The dense model's tokenizer cannot be loaded here ({error}), so only the files were "
-            "compared."
-        )
-        return
+        why = f"The dense model's tokenizer cannot be loaded here ({error})"
+        notes.append(f"{why}, so only the files were compared.")
+        return []
+    failures: list[str] = []
     try:
         ours = load_tokenizer(moe.path)
         with transformers_says():
-            found.failures += _loaded_failures(theirs, ours)
+            failures += _loaded_failures(theirs, ours)
     except TransformersError as error:
-        found.failures.append(f"the tokenizer of the MoE cannot be used: {error}")
+        failures.append(f"the tokenizer of the MoE cannot be used: {error}")
+    return failures
 
 
 def _loaded_failures(dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
@@ -351,11 +323,8 @@ def _loaded_failures(dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
     for text in (*_SAMPLES, f"before {specials} after"):
         ids, moe_ids = (list(tokenizer(text)["input_ids"]) for tokenizer in (dense, moe))
         if ids != moe_ids:
-            place = next(
-                (i for i, pair in enumerate(zip(ids, moe_ids, strict=False)) if pair[0] != pair[1]),
-                min(len(ids), len(moe_ids)),
-            )
-            yield f"the tokenizers encode {text!r} differently from token {place} on"
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, moe_ids, strict=False))
+            yield f"the tokenizers encode {text!r} differently from token {len([*same])} on"
         elif dense.decode(ids) != moe.decode(ids):
             yield f"the tokenizers decode the ids of {text!r} differently"
     # Samples cannot reach every token.

@@ -13,38 +13,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+import torch
+
+from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
+from upcycle_cli.families.dense import HEAD
 from upcycle_cli.verification.bits import bits, difference, same
-from upcycle_cli.verification.factors import is_power_of_two, ratio, recover_factors, shard_of
-from upcycle_cli.verification.facts import (
-    EMBEDDING,
-    MATRICES,
-    Facts,
-    Place,
-    dense_mlp_name,
-    dtype_failures,
-    gamma_name,
-    is_dense_mlp,
-    read_tensors,
-)
+from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
+from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
+from upcycle_cli.verification.facts import Facts, Spot
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import row_failures, size_failures
-
-if TYPE_CHECKING:
-    import torch
+from upcycle_cli.verification.sizes import read_tensors
 
 NAME = "weights"
-_HEAD = "lm_head.weight"
+_MOST_TIMES = 4.0
 
 
 @dataclass(frozen=True)
 class _Wanted:
     """A tensor that the MoE must have: its shape, and how its values are judged.
 
-    `role` is copied (from the dense tensor `source`), expert, router, zero or shared_router.
+    `role` is copied (from the dense tensor `source`), expert, router, zero, shared, shared_router.
     """
 
     shape: tuple[int, ...]
@@ -62,28 +53,26 @@ def check_weights(facts: Facts) -> CheckResult:
         comparison = _Comparison(facts, dense, moe, findings)
         factors = recover_factors(facts)
         comparison.factors(factors)
-        for layer in range(facts.num_layers):
-            for matrix in MATRICES:
-                comparison.experts(matrix, layer, factors[matrix], sound)
+        for layer in facts.layers:
+            for part in facts.parts:
+                comparison.experts(part, layer, factor_of(facts, factors, part), sound)
             if facts.router_name(layer) in sound:
                 comparison.router(layer)
         for name, item in wanted.items():
             if name in sound:
                 comparison.other(name, item)
-    for failure in dtype_failures(facts):
-        findings.add(failure)
     rounding = comparison.rounding
-    for failure in rounding.failures():
+    for failure in (*dtype_failures(facts), *rounding.failures()):
         findings.add(failure)
-    lossless = rounding.lossless and all(map(is_power_of_two, factors.values()))
+    matrices = facts.kind.matrices
+    lossless = rounding.lossless and all(is_power_of_two(factors[matrix]) for matrix in matrices)
     metrics = {
         "expansion": facts.expansion,
         "granularity": facts.granularity,
-        "gate_factor": factors["gate"],
-        "up_factor": factors["up"],
-        "down_factor": factors["down"],
+        **{f"{matrix}_factor": factors[matrix] for matrix in matrices},
+        "gates_factor": factors["config"],
         "c": facts.implied.needed_c,
-        "groups_checked": facts.expansion * facts.num_layers,
+        "groups_checked": facts.expansion * len(facts.layers),
         "tensors_compared": len(sound),
         "lossless": lossless,
         "rounding_error": rounding.error,
@@ -93,7 +82,9 @@ def check_weights(facts: Facts) -> CheckResult:
 
 
 def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool) -> str:
-    shown = ", ".join(f"{matrix} × {factors[matrix]:.6g}" for matrix in MATRICES)
+    shown = ", ".join(f"{matrix} × {factors[matrix]:.6g}" for matrix in facts.kind.matrices)
+    if factors["config"] != 1.0:
+        shown += f", gates × {factors['config']:.6g} by {CONFIG_NAME}"
     end = (
         "the dense weights can be recovered bit for bit"
         if lossless
@@ -114,52 +105,39 @@ def _wanted(facts: Facts) -> dict[str, _Wanted]:
     """Return every tensor that the MoE must have, derived from the dense model's tensors."""
     wanted: dict[str, _Wanted] = {}
     for name, entry in read_tensors(facts.dense).items():
-        if not is_dense_mlp(name):
+        if name not in facts.upcycled_names:
             wanted[name] = _Wanted(entry.shape, "copied", name)
     # A tied model may carry its head all the same, and an untied MoE must.
     needs_head = not facts.moe.config.get("tie_word_embeddings", False)
-    if _HEAD not in wanted and (needs_head or _HEAD in facts.moe.tensors):
-        wanted[_HEAD] = _Wanted(facts.dense.tensors[EMBEDDING].shape, "copied", EMBEDDING)
-    for layer in range(facts.num_layers):
-        wanted |= _wanted_experts(facts, layer)
-        wanted |= _wanted_zeros(facts, layer, wanted)
+    embedding = facts.family.embedding
+    if HEAD not in wanted and (needs_head or HEAD in facts.moe.tensors):
+        wanted[HEAD] = _Wanted(facts.dense.tensors[embedding].shape, "copied", embedding)
+    for linear in facts.target.zero_biases:
+        for layer in range(facts.num_layers):
+            name = f"{facts.target.prefix(layer)}{linear}"
+            weight = facts.dense.tensors.get(f"{name}.weight")
+            if weight is not None and f"{name}.bias" not in wanted:
+                wanted[f"{name}.bias"] = _Wanted(weight.shape[:1], "zero")
+    for name in correction_biases(facts):
+        wanted[name] = _Wanted((facts.num_experts,), "zero")
+    N, H = facts.num_experts, facts.hidden_size
+    for layer in facts.layers:
+        wanted[facts.router_name(layer)] = _Wanted((N, H), "router")
+        for part in facts.parts:
+            expert = _Wanted(facts.expert_shape(part), "expert")
+            wanted |= {facts.place(part, layer, e).tensor: expert for e in range(N)}
+        wanted |= _wanted_shared(facts, layer)
     return wanted
 
 
-def _wanted_experts(facts: Facts, layer: int) -> dict[str, _Wanted]:
-    N, H, size = facts.num_experts, facts.hidden_size, facts.expert_size
-    names = facts.target.names
-    wanted = {facts.router_name(layer): _Wanted((N, H), "router")}
-    if facts.fused:
-        wanted[names.fused_gate_up.format(layer=layer)] = _Wanted((N, 2 * size, H), "expert")
-        wanted[names.fused_down.format(layer=layer)] = _Wanted((N, H, size), "expert")
-        return wanted
-    for expert in range(N):
-        for matrix in MATRICES:
-            shape = (H, size) if matrix == "down" else (size, H)
-            wanted[facts.place(matrix, layer, expert).tensor] = _Wanted(shape, "expert")
-    return wanted
-
-
-def _wanted_zeros(facts: Facts, layer: int, copied: Mapping[str, _Wanted]) -> dict[str, _Wanted]:
-    """Return the tensors that the architecture insists on and that must not do anything."""
-    H, names = facts.hidden_size, facts.target.names
-    wanted: dict[str, _Wanted] = {}
-    if facts.target.forced_qkv_bias:
-        for matrix in ("q_proj", "k_proj", "v_proj"):
-            prefix = f"model.layers.{layer}.self_attn.{matrix}"
-            weight = facts.dense.tensors.get(f"{prefix}.weight")
-            if weight is not None and f"{prefix}.bias" not in copied:
-                wanted[f"{prefix}.bias"] = _Wanted(weight.shape[:1], "zero")
-    if names.shared_gate and names.shared_up and names.shared_down and names.shared_router:
-        size = facts.moe.config.get("shared_expert_intermediate_size", 0)
-        for template in (names.shared_gate, names.shared_up):
-            wanted[template.format(layer=layer)] = _Wanted((size, H), "zero")
-        wanted[names.shared_down.format(layer=layer)] = _Wanted((H, size), "zero")
-        wanted[names.shared_router.format(layer=layer)] = _Wanted(
-            (1, H), "shared_router", layer=layer
-        )
-    return wanted
+def _wanted_shared(facts: Facts, layer: int) -> Iterator[tuple[str, _Wanted]]:
+    """Yield the shared expert that the architecture insists on, and that must not do anything."""
+    key = None if facts.target.shared is None else facts.target.shared.size_key
+    size = facts.expert_size if key is None else facts.target.value(facts.moe.config, key)
+    for name, weight, source in shared_tensors(facts, layer):
+        shape = (1, facts.hidden_size) if weight is None else weight.shape(size, facts.hidden_size)
+        role = "shared_router" if weight is None else "shared" if source else "zero"
+        yield name, _Wanted(shape, role, source, layer)
 
 
 def _sound(facts: Facts, wanted: Mapping[str, _Wanted], findings: Findings) -> Iterator[str]:
@@ -191,36 +169,34 @@ class _Comparison:
 
     def factors(self, factors: Mapping[str, float]) -> None:
         """Hold the recovered factors against config.json and the rule of the scaling."""
-        unknown = [matrix for matrix in MATRICES if math.isnan(factors[matrix])]
+        unknown = [matrix for matrix, factor in factors.items() if math.isnan(factor)]
         if unknown:
             self.findings.add(f"the factor of {' and '.join(unknown)} cannot be recovered")
             return
         if self.facts.lenient:
             return  # whatever they are, they were to be expected
-        failure = self.facts.recipe.scaling_failure(
-            factors, self.facts.implied.needed_c, self.facts.origin
-        )
+        needed_c, recipe = self.facts.implied.needed_c, self.facts.recipe
+        failure = recipe.scaling_failure(factors, needed_c, self.facts.origin)
         if failure is not None:
             self.findings.add(failure)
 
-    def experts(self, matrix: str, layer: int, factor: float, sound: set[str]) -> None:
-        """Compare one matrix of all experts of a layer with the dense model's shards."""
+    def experts(self, part: str, layer: int, factor: float, sound: set[str]) -> None:
+        """Compare one part of all experts of a layer with the dense model's shards."""
         facts = self.facts
-        source = self.dense.tensor(dense_mlp_name(matrix, layer))
+        spot = facts.dense_place(part, layer)
+        source = self.dense.tensor(spot.tensor)
         # By dtype, since a damaged expert may have one of its own. Each shard is made contiguous
         # once, which makes comparing its E copies several times faster for the columns of down.
         scaled: dict[torch.dtype, list[torch.Tensor]] = {}
         for expert in range(facts.num_experts):
-            place = facts.place(matrix, layer, expert)
+            place = facts.place(part, layer, expert)
             if place.tensor not in sound:
                 continue
             held = self.moe.tensor(place.tensor)[place.index]
             if held.dtype not in scaled:
-                whole = (
-                    self.rounding.cast(dense_mlp_name(matrix, layer), source, held.dtype) * factor
-                )
+                whole = self.rounding.cast(spot.tensor, source, held.dtype) * factor
                 scaled[held.dtype] = [
-                    shard_of(facts, matrix, whole, shard).contiguous()
+                    whole[facts.dense_place(part, layer, shard).index].contiguous()
                     for shard in range(facts.granularity)
                 ]
             shards, own = scaled[held.dtype], expert % facts.granularity
@@ -229,41 +205,50 @@ class _Comparison:
 
     def router(self, layer: int) -> None:
         """Check that rows are finite, equal inside a group and different between groups."""
-        import torch
-
-        facts = self.facts
-        name = facts.router_name(layer)
+        facts, name = self.facts, self.facts.router_name(layer)
         router_NH = self.moe.tensor(name)
-        finite = torch.isfinite(router_NH).all(dim=-1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
+        finite_N = torch.isfinite(router_NH).all(dim=-1)
+        if not bool(finite_N.all()):
+            row = int((~finite_N).nonzero()[0])
             self.findings.add(f"{name}: row {row} holds values that are not finite")
         # One integer per row says which rows are equal.
         _, identity = torch.unique(bits(router_NH), dim=0, return_inverse=True)
         size = facts.granularity if facts.recipe.virtual_groups else 1
         groups = identity.reshape(-1, size)
-        if bool((groups != groups[:, :1]).any()) and not facts.lenient:
-            group, place = (groups != groups[:, :1]).nonzero()[0].tolist()
+        odd = (groups != groups[:, :1]).nonzero()
+        if len(odd) and not facts.lenient:
+            group, place = odd[0].tolist()
             self.findings.add(
                 f"{name}: row {group * size + place} differs from the other rows of "
                 f"its virtual group {group}"
             )
-        if bool(finite.all()):
-            for failure in row_failures(
-                router_NH[::size], self._gamma(layer), facts.moe.tensors[name].dtype
-            ):
+        if bool(finite_N.all()):
+            dtype = facts.moe.tensors[name].dtype
+            for failure in row_failures(router_NH[::size], self._gamma(layer), dtype):
                 self.findings.add(f"{name}: {failure}")
 
     def _gamma(self, layer: int) -> torch.Tensor:
-        """Return the weight of the norm that feeds a layer's MLP."""
-        return self.dense.tensor(gamma_name(layer))
+        """Return the effective weight of the norm that feeds a layer's MLP, ones without one."""
+        name = self.facts.gamma_name(layer)
+        if name is None:
+            return torch.ones(self.facts.hidden_size)
+        return self.dense.tensor(name).float() + self.facts.family.norm_offset
+
+    def _shared(self, name: str, item: _Wanted, held: torch.Tensor) -> None:
+        """Check that what works on the input is of the dense model's size, or all zero."""
+        if not bool(torch.isfinite(held).all()):
+            self.findings.add(f"{name} holds values that are not finite")
+            return
+        size = float(held.double().square().mean().sqrt())
+        usual = float(self.dense.tensor(item.source).double().square().mean().sqrt())
+        if size and not usual / _MOST_TIMES <= size <= usual * _MOST_TIMES:
+            self.findings.add(
+                f"{name} has values of {size:.3g} on average, and the dense model's MLP of "
+                f"{usual:.3g}: what it computes can overflow, or be lost"
+            )
 
     def other(self, name: str, item: _Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
-        import torch
-
-        facts = self.facts
-
         if item.role in ("expert", "router"):
             return
         held = self.moe.tensor(name)
@@ -274,15 +259,17 @@ class _Comparison:
         elif item.role == "zero":
             if bool((held != 0).any()):
                 self.findings.add(lambda: f"{name} {difference(held, torch.zeros_like(held))}")
+        elif item.role == "shared":
+            self._shared(name, item, held)
         elif not bool(torch.isfinite(held).all()) or not bool((held != 0).any()):
             self.findings.add(f"{name} must be finite and not all zero")
         else:
-            gamma_H = self._gamma(item.layer)
-            for failure in size_failures(held, gamma_H, facts.moe.tensors[name].dtype):
+            dtype = self.facts.moe.tensors[name].dtype
+            for failure in size_failures(held, self._gamma(item.layer), dtype):
                 self.findings.add(f"{name}: {failure}")
 
 
-def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
+def _expert_failure(place: Spot, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
     """Say what an expert's matrix holds instead of its own shard."""
     for shard, other in enumerate(shards):
         if shard != own and same(held, other):

@@ -13,7 +13,7 @@ def main() -> None:
     # AutoTokenizer chooses by the model type, whatever the files say; these are no released models.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     model, loading = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
+        path, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
     )
     # A weight that is made up at random is no more than a warning to transformers.
     if loading["missing_keys"] or loading["unexpected_keys"]:

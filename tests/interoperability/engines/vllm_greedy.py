@@ -19,6 +19,7 @@ def main() -> None:
         max_model_len=256,
         enforce_eager=True,
         skip_tokenizer_init=True,
+        trust_remote_code=True,
     )
     greedy = SamplingParams(
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False

@@ -28,14 +28,31 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
     "mistral": {**TINY, "sliding_window": None},
     "qwen2": TINY,
     "qwen3": TINY,
+    "olmo2": TINY,
+    "nemotron": TINY,
+    "nemotron_h": {
+        **TINY,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": HEAD_DIM,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+    },
 }
 """By model type; the other one, llama, is SmolLM2-135M."""
 
-EXACT, PLAIN = "topk-softmax", "softmax-topk"
+# Of nemotron_h: what releases call its layers, and the keys that a dense one has not.
+BLOCKS = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
+ONLY_WITH_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")
+
+EXACT, PLAIN, SIGMOID = "topk-softmax", "softmax-topk", "sigmoid-topk"
 ROUTINGS: Mapping[str, tuple[str, ...]] = {
     "mixtral": (EXACT,),
     "qwen2_moe": (EXACT, PLAIN),
     "qwen3_moe": (EXACT, PLAIN),
+    "glm4_moe": (SIGMOID,),
+    "nemotron_h": (SIGMOID,),
+    "upcycled": (EXACT, SIGMOID, PLAIN),
 }
 PAIRS = (
     ("llama", "mixtral"),
@@ -46,6 +63,16 @@ PAIRS = (
     ("qwen3", "qwen3_moe"),
 )
 RECIPES = ("E8G1T2", "E8G8T8")
+SCALED_PAIRS = (
+    ("llama", "glm4_moe"),
+    ("qwen2", "glm4_moe"),
+    ("qwen3", "glm4_moe"),
+    ("nemotron_h", "nemotron_h"),
+    ("olmo2", "upcycled"),
+    ("nemotron", "upcycled"),
+)
+"""Their configs have a factor for the gates; it matters where experts are parts of an MLP."""
+SCALED_RECIPE = "E4G2T4"
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class Case:
 
 def native_routing(case: Case) -> str:
     """Return what the released models of the target use."""
-    return PLAIN if case.target == "qwen2_moe" else EXACT
+    return PLAIN if case.target == "qwen2_moe" else ROUTINGS[case.target][0]
 
 
 def cases() -> list[Case]:
@@ -80,18 +107,35 @@ def cases() -> list[Case]:
         for routing in ROUTINGS[target]
         for recipe in RECIPES
     ]
+    found += [
+        Case(dense, target, SCALED_RECIPE, routing)
+        for dense, target in SCALED_PAIRS
+        for routing in ROUTINGS[target]
+    ]
     untied = ("--untie-embeddings",)
     found += [Case("llama", "mixtral", "E8G1T2", EXACT, untied)]
     found += [Case("llama", "qwen2_moe", recipe, PLAIN, untied) for recipe in RECIPES]
+    found += [Case("llama", "glm4_moe", SCALED_RECIPE, SIGMOID, untied)]
     fused = ("--expert-layout fused",)
     single = (("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"))
     found += [Case(dense, target, "E8G8T8", EXACT, fused) for dense, target in single]
     found += [Case("qwen2", "qwen2_moe", "E8G8T8", PLAIN, fused)]
+    found += [
+        Case(dense, target, SCALED_RECIPE, SIGMOID, fused)
+        for dense, target in (("qwen3", "glm4_moe"), ("nemotron_h", "nemotron_h"))
+    ]
     unscaled = ("--scaling none",)
     found += [
         Case(dense, target, "E8G8T8", ROUTINGS[target][-1], unscaled, control=True)
         for dense, target in single
     ]
+    found += [
+        Case(dense, target, SCALED_RECIPE, ROUTINGS[target][0], unscaled, control=True)
+        for dense, target in SCALED_PAIRS
+        if dense not in ("llama", "qwen2", "olmo2")
+    ]
+    # A norm behind the MLP takes every factor out: only other experts make a difference.
+    found += [Case("olmo2", "upcycled", "E4G2T3", EXACT, ("--allow-inexact",), control=True)]
     return found
 
 
@@ -102,6 +146,9 @@ def quick_cases() -> list[Case]:
         Case("qwen2", "qwen2_moe", "E8G8T8", EXACT),
         Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
         Case("qwen3", "qwen3_moe", "E8G8T8", EXACT, ("--scaling none",), control=True),
+        Case("qwen3", "glm4_moe", SCALED_RECIPE, SIGMOID),
+        Case("nemotron", "upcycled", SCALED_RECIPE, SIGMOID),
+        Case("olmo2", "upcycled", SCALED_RECIPE, EXACT),
     ]
 
 
@@ -123,11 +170,17 @@ def _write_for_all(path: Path) -> None:
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
         "config.json": {},
     }
-    rope = json.loads((path / "config.json").read_text()).get("rope_parameters") or {}
+    config = json.loads((path / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         changes["config.json"]["rope_theta"] = rope["rope_theta"]
+    if blocks := config.get("layers_block_type"):
+        changes["config.json"]["num_hidden_layers"] = len(blocks)
+        changes["config.json"]["hybrid_override_pattern"] = "".join(BLOCKS[kind] for kind in blocks)
     for name, change in changes.items():
         content = json.loads((path / name).read_text()) | change
+        # transformers writes settings of experts for a model that has none.
+        content = {key: value for key, value in content.items() if key not in ONLY_WITH_EXPERTS}
         (path / name).unlink()
         (path / name).write_text(json.dumps(content, indent=2))
 

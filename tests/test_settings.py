@@ -1,8 +1,9 @@
-"""Every pair, end to end: the logits of the MoE are those of the dense model.
+"""Settings of sources and options, end to end: the logits are those of the dense model.
 
-Both are run by transformers' own code in float64. Its routers and norms compute in float32 all the
-same, so gates that are not powers of two leave a difference of about 1e-6; a setting that is lost
-on the way leaves 1e-2 and more, since the models' weights are large.
+What holds of every family is in test_contracts.py; here are grids of settings, of one or two. Both
+models are run by transformers' own code in float64. Its routers and norms compute in float32 all
+the same, so gates that are not powers of two leave a difference of about 1e-6; a setting that is
+lost on the way leaves 1e-2 and more, since the models' weights are large.
 """
 
 from __future__ import annotations
@@ -26,18 +27,17 @@ from conftest import (
 )
 
 from upcycle_cli import Options, Recipe, convert, inspect
-from upcycle_cli.families import PAIRS, TARGETS
-from upcycle_cli.families.target import ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Routing, parse_recipe_name
 
 ROUNDING = 1e-5
+EXACT_PAIRS = [("llama", "mixtral"), ("qwen2", "qwen2_moe")]
+SOFT_PAIRS = [("llama", "qwen2_moe"), ("qwen3", "qwen3_moe")]
 ROUTED_PAIRS = [
-    (dense, target, routing)
-    for dense, targets in PAIRS.items()
-    for target in targets
-    for routing in TARGETS[target].routings
+    *((*pair, Routing.TOPK_SOFTMAX) for pair in EXACT_PAIRS),
+    *((*pair, Routing.SOFTMAX_TOPK) for pair in SOFT_PAIRS),
+    ("llama", "glm4_moe", Routing.SIGMOID_TOPK),
 ]
-EXACT_PAIRS = [pair[:2] for pair in ROUTED_PAIRS if pair[2] is Routing.TOPK_SOFTMAX]
 MAX_LAYERS = 3
 
 
@@ -61,17 +61,7 @@ def assert_equal_logits(dense: Path, moe: Path, *, target: str, length: int = 24
 
 
 @pytest.mark.parametrize(("model_type", "target"), EXACT_PAIRS)
-@pytest.mark.parametrize("name", ["E2G1T1", "E2G2T2", "E2G4T4"])
-def test_one_group_per_token_is_exact(
-    make_dense: MakeDense, tmp_path: Path, model_type: str, target: str, name: str
-) -> None:
-    dense, ids = make_dense(model_type), random_ids()
-    convert(dense, tmp_path / "moe", recipe(name), target=target)
-    assert difference(logits(tmp_path / "moe", ids), logits(dense, ids)) < 1e-10
-
-
-@pytest.mark.parametrize(("model_type", "target"), EXACT_PAIRS)
-@pytest.mark.parametrize("name", ["E4G1T2", "E4G2T4", "E2G3T3", "E2G3T6", "E4G2T8", "E1G1T1"])
+@pytest.mark.parametrize("name", ["E4G1T2", "E2G4T4", "E2G3T6", "E1G1T1"])
 @pytest.mark.parametrize("logit_std", [None, 4.0])
 def test_renormalised_gates_are_exact_for_any_router(
     make_dense: MakeDense,
@@ -86,11 +76,8 @@ def test_renormalised_gates_are_exact_for_any_router(
     assert difference(logits(tmp_path / "moe", ids), logits(dense, ids)) < ROUNDING
 
 
-@pytest.mark.parametrize(
-    ("model_type", "target"),
-    [pair[:2] for pair in ROUTED_PAIRS if pair[2] is Routing.SOFTMAX_TOPK],
-)
-@pytest.mark.parametrize("name", ["E4G1T2", "E2G2T2", "E4G2T4", "E2G4T4", "E2G3T3"])
+@pytest.mark.parametrize(("model_type", "target"), SOFT_PAIRS)
+@pytest.mark.parametrize("name", ["E4G1T2", "E2G2T2", "E2G3T3"])
 def test_plain_gates_are_close_and_closer_for_a_flatter_router(
     make_dense: MakeDense, tmp_path: Path, model_type: str, target: str, name: str
 ) -> None:
@@ -105,18 +92,6 @@ def test_plain_gates_are_close_and_closer_for_a_flatter_router(
     # The error is of first order in the logits: a hundredth of them, a hundredth of it.
     assert errors[1] < 1e-2
     assert 50 < errors[0] / errors[1] < 200
-
-
-@pytest.mark.parametrize(
-    ("model_type", "target"), [pair[:2] for pair in ROUTED_PAIRS if pair[2] is Routing.SOFTMAX_TOPK]
-)
-def test_with_every_expert_active_plain_gates_are_exact_too(
-    make_dense: MakeDense, tmp_path: Path, model_type: str, target: str
-) -> None:
-    dense, ids = make_dense(model_type), random_ids()
-    wanted = recipe("E2G2T4", Routing.SOFTMAX_TOPK, router_logit_std=1.0)
-    convert(dense, tmp_path / "moe", wanted, target=target)
-    assert difference(logits(tmp_path / "moe", ids), logits(dense, ids)) < ROUNDING
 
 
 @pytest.mark.parametrize(("model_type", "target"), EXACT_PAIRS)

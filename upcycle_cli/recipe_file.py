@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ _ALWAYS_SAVED = {"source", "output", "recipe", "target", "routing"}
 
 
 def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
-    """Read a recipe file; returns its values by the names of `known`, with underscores.
+    """Read a recipe file; returns its values by the names of `known`; UpcycleError.
 
-    `known` says of each option whether it is one that is on or off. Raises UpcycleError when the
-    file cannot be read, or says something that is not an option, or no value for it.
+    `known` says of each option whether it is one that is on or off.
     """
     raw = read_small(path, _MOST_BYTES)
     try:
@@ -59,9 +59,8 @@ def save_config(
 ) -> None:
     """Write a recipe file, as JSON where its name says so; OSError when that fails.
 
-    It is a new file, or takes the place of a recipe file that was written here: `known` are the
-    names of all options. Raises UpcycleError for any other file, for a link, and for a place in
-    one of the directories `keep_out_of`.
+    Raises UpcycleError where another file is than one that was written here, whose options are
+    `known`, and for a place in one of the directories `keep_out_of`.
     """
     named = {name.replace("_", "-"): value for name, value in values.items()}
     if _is_json(path):
@@ -96,15 +95,15 @@ def save_config(
 
 def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
     """Whether a file is one that `save_config` has written, whatever was changed in it since."""
-    try:
+    # A link, a device and what is no such text are not.
+    with suppress(OSError, UpcycleError, ValueError, RecursionError):
         raw = folder.read_small(path.name, _MOST_BYTES)
-        content = json.loads(raw) if _is_json(path) else None
-    except (OSError, UpcycleError, ValueError, RecursionError):  # a link, a device, no such text
-        return False
-    if not _is_json(path):
-        return raw.startswith(_FIRST_LINE.encode())
-    names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
-    return _ALWAYS_SAVED <= names <= set(known)
+        if not _is_json(path):
+            return raw.startswith(_FIRST_LINE.encode())
+        content = json.loads(raw)
+        names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
+        return _ALWAYS_SAVED <= names <= set(known)
+    return False
 
 
 def _is_json(path: Path) -> bool:

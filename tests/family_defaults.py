@@ -1,0 +1,270 @@
+"""Reads out of transformers what `upcycle_cli/families/defaults.json` says.
+
+    python tests/family_defaults.py [--write]
+
+prints the file, or writes it. Defaults are those of the config classes before they derive anything
+from them. Tensors are those that a tiny model of each type has once saved: its sizes are such that
+every dimension can mean one thing only, and every boolean of its config is flipped once, to see
+which tensors come and go with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import safe_open
+from transformers.activations import ACT2CLS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from upcycle_cli.families import dense as families
+from upcycle_cli.families.moe import NATIVE
+
+TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
+
+DENSE, MOE = tuple(families.DENSE), tuple(NATIVE)
+KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
+"""The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+MAMBA_SIZES = {
+    "mamba_num_heads": 10,
+    "mamba_head_dim": 7,
+    "n_groups": 5,
+    "ssm_state_size": 3,
+    "conv_kernel": 9,
+}
+DIMENSIONS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads*head_dim",
+    "num_key_value_heads*head_dim",
+    "head_dim",
+)
+MAMBA_DIMENSIONS = (
+    "mamba_num_heads",
+    "mamba_num_heads*mamba_head_dim",
+    "mamba_num_heads*mamba_head_dim+2*n_groups*ssm_state_size",
+    "2*mamba_num_heads*mamba_head_dim+2*n_groups*ssm_state_size+mamba_num_heads",
+    "conv_kernel",
+    "1",
+)
+
+Shapes = dict[str, tuple[int, ...]]
+_LAYER = re.compile(r"(?P<prefix>\w+\.layers\.)(?P<layer>\d+)\.(?P<name>.+)")
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    text = formatted(generated())
+    if sys.argv[1:] == ["--write"]:
+        TARGET.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
+    """Return what the file must hold of dense types for the transformers that is installed."""
+    return {
+        "transformers": installed(),
+        # Some activations have weights of their own, which no row has a place for.
+        "activations": sorted({*ACT2CLS} - {"prelu", "xielu"}),
+        "rope_kinds": ["default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default", "proportional"})],
+        "defaults": {model_type: defaults(model_type) for model_type in sorted({*dense, *MOE})},
+        "tensors": {model_type: tensors(model_type) for model_type in sorted(dense)},
+    }
+
+
+def installed() -> str:
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
+def formatted(content: Mapping[str, Any]) -> str:
+    """Write a line per tensor, and the defaults as many to a line as fit."""
+    lines = ["{", f'"transformers": {json.dumps(content["transformers"])},']
+    lines += [
+        f'"{key}": [\n  {_in_rows([json.dumps(name) for name in content[key]])}],'
+        for key in ("activations", "rope_kinds")
+    ]
+    lines.append('"defaults": {')
+    blocks = []
+    for model_type, values in content["defaults"].items():
+        items = [f"{json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values)]
+        blocks.append(f"{json.dumps(model_type)}: {{\n  {_in_rows(items)}}}")
+    tables = json.dumps(content["tensors"], indent=1)
+    lines += [",\n".join(blocks), "},", f'"tensors": {tables}', "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _in_rows(items: Sequence[str]) -> str:
+    rows = [items[0]]
+    for item in items[1:]:
+        if len(rows[-1]) + len(item) < 96:
+            rows[-1] += f", {item}"
+        else:
+            rows.append(item)
+    return ",\n  ".join(rows)
+
+
+# Defaults ----------------------------------------------------------------------------------------
+
+
+def config_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is untyped
+    return transformers.CONFIG_MAPPING[model_type]
+
+
+def declared(model_type: str) -> dict[str, Any]:
+    """Return the defaults that a config class states itself, its base class aside."""
+    common = {field.name for field in fields(transformers.PreTrainedConfig)}
+    return {
+        field.name: field.default
+        for field in fields(config_class(model_type))
+        if field.name not in common
+    }
+
+
+def defaults(model_type: str) -> dict[str, Any]:
+    result = declared(model_type)
+    # Keys that only the model asks for, falling back on what it derives: head_dim, mostly.
+    source = inspect.getsource(inspect.getmodule(_model_class(model_type)) or transformers)
+    for key in re.findall(r'getattr\((?:self\.)?config, "([a-z]\w*)"', source):
+        result.setdefault(key, None)
+    rope = getattr(config_class(model_type)(), "rope_parameters", None)
+    if rope is not None:
+        assert rope.pop("rope_type") == "default"
+        assert rope.keys() <= {"rope_theta", "partial_rotary_factor"}
+        result |= {"rope_scaling": None, **rope}
+    return {key: _as_json(value) for key, value in sorted(result.items())}
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401 - any default
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        assert value == math.inf
+        return {"__float__": "Infinity"}  # as transformers writes it into config.json
+    assert value is None or isinstance(value, bool | int | float | str)
+    return value
+
+
+# Tensors -----------------------------------------------------------------------------------------
+
+
+def kinds(model_type: str) -> tuple[str, ...]:
+    """Return each layer's kind in the models made here: every kind twice."""
+    return KINDS.get(model_type, ("layer",)) * 2
+
+
+def tiny_config(model_type: str, **flags: bool) -> Any:  # noqa: ANN401 - transformers is untyped
+    settings: dict[str, Any] = {**SIZES, **flags}
+    if model_type in KINDS:
+        settings |= {**MAMBA_SIZES, "layers_block_type": list(kinds(model_type))}
+    else:
+        settings |= {"num_hidden_layers": len(kinds(model_type))}
+    # A padding token must be in the vocabulary; which tokens are special changes no shape.
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return config_class(model_type)(**settings)
+
+
+def _model_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is untyped
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class(model_type)]
+
+
+def saved(model_type: str, **flags: bool) -> Shapes:
+    """Return the tensors of a tiny model as its file names them, in the model's own order."""
+    model = _model_class(model_type)(tiny_config(model_type, **flags))
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        with safe_open(Path(directory) / "model.safetensors", framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    # The file may say backbone. where the model says model.
+    order = [name.partition(".")[2] for name in model.state_dict()]
+    return dict(sorted(shapes.items(), key=lambda item: order.index(item[0].partition(".")[2])))
+
+
+def tensors(model_type: str) -> dict[str, Any]:
+    """Return the table of a dense model type: the form of each shape, by kind of layer."""
+    flags = {key: value for key, value in declared(model_type).items() if isinstance(value, bool)}
+    by_default = saved(model_type)
+    shapes, conditions = dict(by_default), dict[str, str]()
+    for flag, default in flags.items():
+        flipped = saved(model_type, **{flag: not default})
+        for name in by_default.keys() ^ flipped.keys():
+            assert name not in conditions, f"{name} depends on more than {flag}"
+            present_if_true = (name in by_default) is default
+            conditions[name] = f" if {flag}" if present_if_true else f" unless {flag}"
+        assert all(flipped[name] == shapes[name] for name in by_default.keys() & flipped.keys())
+        shapes |= {name: shape for name, shape in flipped.items() if name not in shapes}
+    forms = _forms(model_type)
+    entries = {
+        name: ",".join(forms[size] for size in shape) + conditions.get(name, "")
+        for name, shape in shapes.items()
+    }
+    return _by_kind(model_type, entries)
+
+
+def _forms(model_type: str) -> dict[int, str]:
+    """Return what each size that can occur stands for."""
+    sizes = SIZES | MAMBA_SIZES
+    dimensions = (*DIMENSIONS, *(MAMBA_DIMENSIONS if model_type in KINDS else ()))
+    forms = {}
+    for form in dimensions:
+        terms = [[sizes.get(factor, factor) for factor in t.split("*")] for t in form.split("+")]
+        forms[sum(math.prod(map(int, term)) for term in terms)] = form
+    assert len(forms) == len(dimensions), "two dimensions have the same size"
+    return forms
+
+
+def _by_kind(model_type: str, entries: Mapping[str, str]) -> dict[str, Any]:
+    outside: dict[str, str] = {}
+    layers: list[dict[str, str]] = [{} for _ in kinds(model_type)]
+    prefixes = set()
+    for name, entry in entries.items():
+        if found := _LAYER.fullmatch(name):
+            prefixes.add(found["prefix"])
+            layers[int(found["layer"])][found["name"]] = entry
+        else:
+            outside[name] = entry
+    (prefix,) = prefixes
+    by_kind: dict[str, dict[str, str]] = {}
+    for kind, layer in zip(kinds(model_type), layers, strict=True):
+        ordered = {name: layer[name] for name in in_order(layer)}
+        assert by_kind.setdefault(kind, ordered) == ordered, f"layers of kind {kind} differ"
+    return {"prefix": prefix + "{layer}.", "outside": outside, "layers": by_kind}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort a layer's tensors: its norms, then a block's weights, biases and norms, block by block.
+
+    Within these they stay as the model has them.
+    """
+    names = list(names)
+    blocks = list(dict.fromkeys(name.split(".")[0] for name in names if name.count(".") > 1))
+
+    def rank(name: str) -> tuple[int, bool, bool]:
+        block, *inner = name.split(".")
+        is_norm = any(part.endswith("norm") for part in inner)
+        return (blocks.index(block) + 1 if block in blocks else 0, is_norm, name.endswith(".bias"))
+
+    return sorted(names, key=rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""What is promised of every model type and every target it can have, the rows of the tables.
+
+A new row is tested here without another line. Models have random weights large enough for every
+part to matter; both are run by transformers' own code, or by the code that is shipped with a model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+from conftest import MakeDense, clone, random_ids, read_json
+from conftest import logits as logits_of
+
+from upcycle_cli import Options, Recipe, build_plan, convert, inspect, open_checkpoint, verify
+from upcycle_cli.checkpoint import Checkpoint, TensorEntry
+from upcycle_cli.families import SHIPPED, targets_of
+from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.moe import NATIVE, Target, shipped
+from upcycle_cli.families.values import defaults_of
+from upcycle_cli.recipe import Routing, parse_recipe_name
+from upcycle_cli.tensors import OutputTensor, Role
+from upcycle_cli.verification import CHECK_NAMES, Status
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.headers import geometry_failures
+from upcycle_cli.verification.sizes import gather_facts
+
+Row = tuple[str, str]
+ROWS: list[Row] = [(name, target) for name, row in DENSE.items() for target in targets_of(row)]
+RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
+SINGLE = 1e-5
+DOUBLE = 1e-12
+
+each_row = pytest.mark.parametrize("row", ROWS, ids="-".join)
+
+
+def target_row(model_type: str, target: str) -> Target:
+    if target != SHIPPED:
+        return NATIVE[target]
+    return shipped(DENSE[model_type], "silu", biased=False)
+
+
+ROUTED = [(row, routing) for row in ROWS for routing in target_row(*row).routings]
+
+
+def in_words(value: object) -> str:
+    return "-".join(value) if isinstance(value, tuple) else str(value)
+
+
+def recipe(name: str, routing: Routing | None = None, **settings: Any) -> Recipe:  # noqa: ANN401
+    """A recipe of a name; with softmax-topk one that is exact, since all experts are chosen."""
+    expansion, granularity, top_k = parse_recipe_name(name)
+    if routing is Routing.SOFTMAX_TOPK:
+        top_k = expansion * granularity
+    return Recipe(
+        expansion=expansion, granularity=granularity, top_k=top_k, routing=routing, **settings
+    )
+
+
+def exact_routing(row: Row) -> Routing:
+    """The first routing whose gates sum to 1, which no router can spoil."""
+    return next(r for r in target_row(*row).routings if r is not Routing.SOFTMAX_TOPK)
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+class MakeMoe(Protocol):
+    """Converts the dense model of a row, once per set of arguments. Read only: it is shared."""
+
+    def __call__(
+        self,
+        row: Row,
+        name: str = "E2G2T2",
+        routing: Routing | None = None,
+        **config: Any,  # noqa: ANN401 - JSON values
+    ) -> tuple[Path, Path]: ...
+
+
+@pytest.fixture(scope="module")
+def make_moe(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> MakeMoe:
+    made: dict[str, Path] = {}
+
+    def make(
+        row: Row,
+        name: str = "E2G2T2",
+        routing: Routing | None = None,
+        **config: Any,  # noqa: ANN401
+    ) -> tuple[Path, Path]:
+        model_type, target = row
+        dense = make_dense(model_type, **config)
+        routing = routing or exact_routing(row)
+        key = repr((row, name, routing, sorted(config.items())))
+        if key not in made:
+            # transformers tells shipped code apart by the last name of its path.
+            made[key] = tmp_path_factory.mktemp(f"{model_type}_{target}") / f"moe{len(made)}"
+            convert(dense, made[key], recipe(name, routing), target=target)
+        return dense, made[key]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copies of shipped code that transformers makes and imports are these tests' alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+
+
+@contextmanager
+def as_a_stranger() -> Iterator[None]:
+    """Let transformers take shipped code from the model: verify has told it of ours."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    with pytest.MonkeyPatch.context() as patch:
+        for mapping in (
+            configuration_auto.CONFIG_MAPPING,
+            modeling_auto.MODEL_MAPPING,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        ):
+            patch.setattr(mapping, "_extra_content", {})
+        yield
+
+
+def logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with as_a_stranger():
+        return logits_of(path, ids, dtype)
+
+
+@pytest.fixture(scope="module")
+def dense_logits() -> Callable[..., torch.Tensor]:
+    """The logits of a dense model, which are wanted many times."""
+    known: dict[tuple[Path, torch.dtype], torch.Tensor] = {}
+
+    def run(dense: Path, dtype: torch.dtype) -> torch.Tensor:
+        if (dense, dtype) not in known:
+            known[dense, dtype] = logits(dense, random_ids(), dtype)
+        return known[dense, dtype]
+
+    return run
+
+
+# The function ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("row", "routing"), ROUTED, ids=in_words)
+def test_the_logits_are_those_of_the_dense_model(
+    make_moe: MakeMoe,
+    dense_logits: Callable[..., torch.Tensor],
+    row: Row,
+    routing: Routing,
+    name: str,
+) -> None:
+    dense, moe = make_moe(row, name, routing)
+    found = logits(moe, random_ids(), torch.float32)
+    assert difference(found, dense_logits(dense, torch.float32)) < SINGLE
+
+
+@pytest.mark.parametrize(
+    ("row", "routing"), [pair for pair in ROUTED if pair[0][1] == SHIPPED], ids=in_words
+)
+def test_shipped_code_is_exact_in_double_precision(
+    make_moe: MakeMoe,
+    dense_logits: Callable[..., torch.Tensor],
+    row: Row,
+    routing: Routing,
+) -> None:
+    dense, moe = make_moe(row, "E4G2T4", routing)
+    found = logits(moe, random_ids(), torch.float64)
+    assert difference(found, dense_logits(dense, torch.float64)) < DOUBLE
+
+
+@each_row
+def test_a_config_that_leaves_out_what_is_usual(
+    make_moe: MakeMoe, dense_logits: Callable[..., torch.Tensor], row: Row
+) -> None:
+    dense, moe = make_moe(row, minimal=True)
+    full, _ = make_moe(row)
+    keys = [read_json(path / "config.json").keys() for path in (dense, full)]
+    assert keys[0] < keys[1]
+    wanted = dense_logits(full, torch.float32)
+    assert torch.equal(dense_logits(dense, torch.float32), wanted)
+    assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+}
+WINDOWED = [row for row in ROWS if row[0] in WINDOWS and row[1] != "glm4_moe"]  # it has none
+
+
+@pytest.mark.parametrize("row", WINDOWED, ids="-".join)
+def test_a_text_longer_than_the_windows(make_moe: MakeMoe, row: Row) -> None:
+    dense, moe = make_moe(row, **WINDOWS[row[0]])
+    ids = random_ids(40)
+    wanted = logits(dense, ids, torch.float32)
+    # The window is what makes these logits.
+    assert difference(logits(make_moe(row)[0], ids, torch.float32), wanted) > 1e-2
+    assert difference(logits(moe, ids, torch.float32), wanted) < SINGLE
+
+
+def test_every_row_with_windows_is_tried() -> None:
+    values = {name for name in DENSE if "sliding_window" in defaults_of(name)}
+    assert values - {"nemotron_h"} == WINDOWS.keys()  # whose window no layer of transformers reads
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def facts_of(dense: Path, moe: Path) -> Facts:
+    return gather_facts(
+        open_checkpoint(dense), open_checkpoint(moe), moe_names=(), allow_inexact=False
+    )
+
+
+@each_row
+def test_the_rows_have_the_geometry_of_transformers(make_moe: MakeMoe, row: Row) -> None:
+    for routing in target_row(*row).routings:
+        assert list(geometry_failures(facts_of(*make_moe(row, "E2G2T2", routing)))) == []
+
+
+@each_row
+def test_the_fused_layout_has_it_too(make_dense: MakeDense, tmp_path: Path, row: Row) -> None:
+    model_type, target = row
+    dense = make_dense(model_type)
+    for layout in target_row(*row).layouts:
+        options = Options(expert_layout=layout)
+        convert(dense, tmp_path / layout, recipe("E2G2T2"), target=target, options=options)
+        assert list(geometry_failures(facts_of(dense, tmp_path / layout))) == []
+        assert verify(dense, tmp_path / layout, checks=["structure", "weights"]).passed
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+DRAWN = (Role.SHARED_EXPERT,)
+"""Tensors that are free within bounds: only what is out of bounds is damage."""
+
+
+def damaging_settings(row: Row) -> dict[str, Any]:
+    """Settings that make the MoE of a row have as many kinds of tensors as it can have."""
+    model_type, target = row
+    settings: dict[str, Any] = {"tie_word_embeddings": True}
+    if target == SHIPPED and "mlp_bias" in defaults_of(model_type):
+        settings["mlp_bias"] = True
+    return settings
+
+
+def one_of_each(tensors: Iterator[OutputTensor]) -> dict[str, OutputTensor]:
+    """The last tensor of each role, and of each kind of an expert's parts."""
+    found: dict[str, OutputTensor] = {}
+    for tensor in tensors:
+        part = "+".join(tensor.holds)
+        if tensor.role is Role.SHARED_EXPERT:
+            part = tensor.name.rpartition(".shared_expert")[2]
+        found[f"{tensor.role} {part}"] = tensor
+    return found
+
+
+def flip(path: Path, entry: TensorEntry, offset: int, bits: int) -> None:
+    """Change one byte of a tensor in its file."""
+    content = bytearray(path.read_bytes())
+    start = int.from_bytes(content[:8], "little") + 8
+    header = read_header(content)
+    begin, end = header[entry.name]["data_offsets"]
+    place = start + (begin if offset >= 0 else end) + offset
+    content[place] ^= bits
+    path.write_bytes(content)
+
+
+def read_header(content: bytearray) -> dict[str, Any]:
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    return header
+
+
+def flip_in(checkpoint: Checkpoint, tensor: OutputTensor) -> None:
+    """Spoil one element: its lowest bit, or where values are free its exponent."""
+    free = tensor.role in DRAWN and not tensor.name.endswith("down_proj.weight")
+    offset, bits = (-1, 0x40) if free else (-4, 0x01)
+    flip(checkpoint.path / "model.safetensors", checkpoint.tensors[tensor.name], offset, bits)
+
+
+@each_row
+def test_one_byte_of_any_kind_of_tensor_is_noticed(
+    make_dense: MakeDense, tmp_path: Path, row: Row
+) -> None:
+    model_type, target = row
+    dense = make_dense(model_type, **damaging_settings(row))
+    wanted = recipe("E2G2T2", target_row(*row).routings[-1])
+    options = Options(untie_embeddings=True)
+    plan = build_plan(wanted, open_checkpoint(dense), target=target, options=options)
+    moe = convert(dense, tmp_path / "moe", wanted, target=target, options=options).output
+    checks = ["structure", "weights"]
+    assert verify(dense, moe, checks=checks).accepted
+    kinds = one_of_each(plan.tensors)
+    head = "lm_head.weight" not in open_checkpoint(dense).tensors  # nemotron_h ties nothing
+    wanted_roles = roles_of(*row) - (set() if head else {Role.HEAD})
+    assert {tensor.role for tensor in kinds.values()} == wanted_roles
+    checkpoint = open_checkpoint(moe)
+    for kind, tensor in kinds.items():
+        flip_in(checkpoint, tensor)
+        assert not verify(dense, moe, checks=checks).accepted, kind
+        flip_in(checkpoint, tensor)  # and back
+    assert verify(dense, moe, checks=checks).accepted
+
+
+def roles_of(model_type: str, target: str) -> set[Role]:
+    """What the output of a row consists of, by what the row says."""
+    row = target_row(model_type, target)
+    roles = {Role.COPIED, Role.ROUTER, Role.EXPERT, Role.HEAD}
+    if row.correction_bias is not None:
+        roles.add(Role.CORRECTION_BIAS)
+    if row.shared is not None:
+        roles.add(Role.SHARED_EXPERT)
+    if row.zero_biases and model_type != "qwen2":  # which has them all
+        roles.add(Role.ZERO_BIAS)
+    return roles
+
+
+# There and back ----------------------------------------------------------------------------------
+
+
+@each_row
+def test_verify_passes_and_again_when_transformers_has_saved_it(
+    make_moe: MakeMoe, tmp_path: Path, row: Row
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense, moe = make_moe(row)
+    again = tmp_path / "again"
+    code = target_row(*row).ships_code
+    with as_a_stranger():
+        model = AutoModelForCausalLM.from_pretrained(moe, trust_remote_code=code)
+        model.save_pretrained(again)
+    report = verify(dense, moe)
+    assert [check.status for check in report.checks] == [Status.PASSED] * len(CHECK_NAMES), report
+    found, before = inspect(again), inspect(moe)
+    for name in ("model_type", "num_experts", "top_k", "routing", "moe_layers", "num_layers"):
+        assert getattr(found, name) == getattr(before, name), name
+    report = verify(dense, again, checks=["structure", "weights", "outputs"])
+    assert report.passed, report
+
+
+@each_row
+def test_a_copy_that_nothing_was_done_to_is_as_good(
+    make_moe: MakeMoe, tmp_path: Path, row: Row
+) -> None:
+    """What verify says does not hang on what the converter has written down."""
+    dense, moe = make_moe(row)
+    bare = clone(moe, tmp_path / "bare")
+    (bare / "upcycle.json").unlink()
+    report = verify(dense, bare, checks=["structure", "weights", "outputs"])
+    assert report.passed, report

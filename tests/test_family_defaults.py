@@ -1,0 +1,210 @@
+"""`defaults.json` by transformers' own account: the file as a whole, and the shapes it yields."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from family_defaults import (
+    KINDS,
+    MOE,
+    TARGET,
+    config_class,
+    declared,
+    formatted,
+    generated,
+    installed,
+    kinds,
+    tiny_config,
+)
+
+from upcycle_cli.families import dense as families
+from upcycle_cli.families import values
+from upcycle_cli.families.values import LAYER, defaults_of, tensor_shapes
+
+FILE: dict[str, Any] = json.loads(TARGET.read_text("utf-8"))
+DENSE = tuple(FILE["tensors"])
+"""A row can do without; see `test_an_absent_key_has_a_meaning` for which cannot."""
+
+pytestmark = pytest.mark.skipif(
+    installed() != FILE["transformers"],
+    reason=f"defaults.json is of transformers {FILE['transformers']}, not of {installed()}",
+)
+
+
+def test_an_absent_key_has_a_meaning() -> None:
+    """Another one than to the target, whose config must say it."""
+    assert {row.model_type for row in families.DENSE.values() if row.targets} <= {*DENSE}
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    return generated(DENSE)
+
+
+def flags_of(model_type: str) -> list[str]:
+    """The booleans of a config that may bring tensors or take them away."""
+    return [key for key in declared(model_type) if key.endswith("_bias") or key.startswith("tie_")]
+
+
+def model_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - transformers is untyped
+    """The tensors of transformers' own model, by their names on disk, aliases aside."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+    if config.model_type != "nemotron_h":
+        return shapes
+    # As in the released checkpoints; transformers renames on loading and on saving.
+    return {
+        name.replace("model.", "backbone.", 1) if name.startswith("model.") else name: shape
+        for name, shape in shapes.items()
+    }
+
+
+def check_shapes(model_type: str) -> None:
+    flags = flags_of(model_type)
+    for states in itertools.product((False, True), repeat=len(flags)):
+        config = tiny_config(model_type, **dict(zip(flags, states, strict=True)))
+        ours = tensor_shapes(model_type, config.to_dict(), kinds(model_type))
+        assert ours == model_shapes(config), dict(zip(flags, states, strict=True))
+
+
+def check_default_sizes(model_type: str) -> None:
+    """Two layers of a model whose config gives nothing else."""
+    effective = dict(defaults_of(model_type))
+    if effective["num_key_value_heads"] is None:
+        effective["num_key_value_heads"] = effective["num_attention_heads"]
+    if effective["head_dim"] is None:
+        effective["head_dim"] = effective["hidden_size"] // effective["num_attention_heads"]
+    layers = KINDS.get(model_type, (LAYER, LAYER))
+    settings: dict[str, Any] = {"num_hidden_layers": 2}
+    if model_type in KINDS:
+        settings = {"layers_block_type": list(layers)}
+    elif model_type == "nemotron":  # transformers leaves this null as it is, and fails on it
+        settings |= {"num_key_value_heads": effective["num_key_value_heads"]}
+    theirs = model_shapes(config_class(model_type)(**settings))
+    assert tensor_shapes(model_type, effective, layers) == theirs
+
+
+def check_absent_keys(model_type: str) -> None:
+    listed = defaults_of(model_type)
+    for given in ({}, {"vocab_size": 96}, {"hidden_size": listed["num_attention_heads"] * 64}):
+        config = config_class(model_type)(**given)
+        rope = getattr(config, "rope_parameters", None) or {}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            assert rope.get(key) == listed.get(key)
+        read = json.loads(config.to_json_string(use_diff=False)) | rope | given
+        # A null is derived, and so is the window of a model that does not slide.
+        derived = {"sliding_window"} if "use_sliding_window" in listed else set()
+        derived |= config.attribute_map.keys()  # saved by their other names
+        for key, value in (dict(listed) | given).items():
+            if value is not None and key not in derived:
+                assert read[key] == value, key
+
+
+def test_the_file_is_what_transformers_says(fresh: dict[str, Any]) -> None:
+    assert fresh == FILE
+    assert TARGET.read_text("utf-8") == formatted(fresh), "python tests/family_defaults.py --write"
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_shapes_are_those_of_the_model_whatever_the_flags(model_type: str) -> None:
+    check_shapes(model_type)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_shapes_are_those_of_the_model_by_default(model_type: str) -> None:
+    check_default_sizes(model_type)
+
+
+@pytest.mark.parametrize("model_type", sorted({*DENSE, *MOE}))
+def test_an_absent_key_means_its_default(model_type: str) -> None:
+    check_absent_keys(model_type)
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in DENSE if kind != "nemotron_h"])
+def test_theta_stays_when_only_the_scaling_is_given(model_type: str) -> None:
+    config = config_class(model_type)(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert config.rope_parameters["rope_theta"] == defaults_of(model_type)["rope_theta"]
+    factor = defaults_of(model_type).get("partial_rotary_factor")
+    assert config.rope_parameters.get("partial_rotary_factor") == factor
+
+
+def test_tensors_come_in_the_order_of_a_forward_pass() -> None:
+    config = tiny_config("llama", attention_bias=True).to_dict()
+    names = list(tensor_shapes("llama", config, (LAYER, LAYER)))
+    first, second = (names.index(f"model.layers.{i}.input_layernorm.weight") for i in (0, 1))
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[first + 1] == "model.layers.0.post_attention_layernorm.weight"
+    assert 1 == first < second
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+LLAMA = ("tensors", "llama", "layers", "layer")
+MAMBA = ("tensors", "nemotron_h", "layers", "linear_attention")
+
+
+@pytest.mark.parametrize(
+    ("path", "entry", "check"),
+    [
+        ((*LLAMA, "self_attn.k_proj.weight"), "hidden_size,hidden_size", check_shapes),
+        ((*LLAMA, "self_attn.o_proj.bias"), "hidden_size", check_shapes),
+        ((*LLAMA, "self_attn.o_proj.bias"), "hidden_size unless attention_bias", check_shapes),
+        ((*LLAMA, "mlp.up_proj.bias"), "intermediate_size if attention_bias", check_shapes),
+        ((*LLAMA, "mlp.up_proj.weight"), None, check_shapes),
+        ((*LLAMA, "self_attn.q_norm.weight"), "head_dim", check_shapes),
+        ((*MAMBA, "mixer.norm.weight"), "2*mamba_num_heads*mamba_head_dim", check_shapes),
+        (("tensors", "llama", "outside", "lm_head.weight"), "vocab_size,hidden_size", check_shapes),
+        (("tensors", "nemotron_h", "prefix"), "model.layers.{layer}.", check_shapes),
+        (("defaults", "llama", "intermediate_size"), 11000, check_default_sizes),
+        (("defaults", "nemotron_h", "n_groups"), 1, check_default_sizes),
+        (("defaults", "llama", "rms_norm_eps"), 1e-5, check_absent_keys),
+        (
+            ("defaults", "nemotron", "partial_rotary_factor"),
+            None,
+            test_an_absent_key_means_its_default,
+        ),
+        (("defaults", "mixtral", "rope_theta"), 1e4, check_absent_keys),
+    ],
+)
+def test_a_wrong_entry_is_noticed(
+    path: tuple[str, ...],
+    entry: object,
+    check: Callable[[str], None],
+    fresh: Mapping[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    damaged = copy.deepcopy(FILE)
+    *folders, name = path
+    place = damaged
+    for folder in folders:
+        place = place[folder]
+    if entry is None:
+        del place[name]
+    else:
+        place[name] = entry
+    assert damaged != fresh
+    monkeypatch.setattr(values, "_read", lambda: damaged)
+    with pytest.raises(AssertionError):
+        check(path[1])
+
+
+def test_an_unknown_condition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = copy.deepcopy(FILE)
+    damaged["tensors"]["llama"]["outside"]["model.norm.weight"] = "hidden_size when attention_bias"
+    monkeypatch.setattr(values, "_read", lambda: damaged)
+    with pytest.raises(ValueError, match="no condition: when attention_bias"):
+        tensor_shapes("llama", tiny_config("llama").to_dict(), (LAYER, LAYER))

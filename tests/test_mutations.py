@@ -1,0 +1,710 @@
+"""Every field of every row, changed by itself: is it refused, or does `verify` find it out?
+
+The rows are shared: what is wrong in them is wrong for the converter and for the verification. So
+each mutation is in force for both, and all that can find it is what verification asks transformers
+and the tensors themselves. A mutation that neither stops has to be of no effect, or to give another
+model that is as good: `EQUIVALENT` says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, contents, logits, random_ids
+
+from upcycle_cli import Options, Recipe, UpcycleError, convert, families, verify
+from upcycle_cli.families import SHIPPED, layers, targets_of
+from upcycle_cli.families.dense import DENSE, DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.mlp import Weight
+from upcycle_cli.families.moe import NATIVE, Keys, Layout, SharedExpert, Target, shipped
+from upcycle_cli.families.values import defaults_of
+from upcycle_cli.recipe import Factors, MlpKind, Routing
+from upcycle_cli.verification.shipped import _classes
+
+CHECKS = ("weights", "structure", "outputs", "claims")
+"""In the order in which they are tried: the fast ones first."""
+
+PLAN_BREAKS = (AssertionError, IndexError, KeyError, StopIteration, TypeError)
+"""How a conversion may end whose row is no row: it names a tensor, a part or a dimension that is
+not there. Nothing is written then, and no user can bring it about; the plan's own assertions, that
+every tensor is used, and once, are among them. Of `verify` this is not accepted."""
+
+NO_BIASES = ("mistral", "qwen2", "qwen3", "olmo2")
+EQUIVALENT: Mapping[str, str] = {
+    # dense families
+    rf"({'|'.join(NO_BIASES)}) mlp: \[[345]\] (?!and \[[012]\]).*": "its MLPs have no biases",
+    r"nemotron_h mlp: \[2\] (name|cut=.*|left out)": "its MLP has no biases that are taken",
+    r"nemotron_h mlp: (\[3\] (name|cut=.*|left out)|\[2\] and \[3\] swapped)": "nor this one",
+    r"nemotron_h embedding: lm_head.weight": "it ties nothing: only the order of tensors changes",
+    r"(llama|olmo2|nemotron|nemotron_h) windows: none": "it has none",
+    r"(olmo2|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
+    r"olmo2 norm_offset: .*": "there is no norm that it could be of",
+    r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
+    r"nemotron_h ignored: a norm": "it has no tensor of this name",
+    # targets
+    r".* layouts: .*\.experts: in another order": "tensors come in another order",
+    r".* layouts: without per-expert": "the other layout is the default then",
+    r".* keys: aliases: none": "it only drops what a source may say, which is tested elsewhere",
+    r".* keys: aliases: a stranger": "what is dropped is written again, or is the default",
+    r".* shared: weights: \[0\] and \[1\] swapped": "both are drawn alike, and down is zero",
+    r".* shared: weights: in another order": "tensors come in another order",
+    r".* shared: weights: \[.\] cut=None": "a matrix cut nowhere has the shape of down",
+    r".* shared: size: 128": "any width does",
+    r"(mixtral|qwen2_moe|qwen3_moe) correction_bias: .*": "only sigmoid routing has one",
+    r"(mixtral|qwen2_moe|nemotron_h|shipped) refusal: none": "it has none, or none is ever met",
+    r"mixtral lacks: without .*": "what has the one has the other",
+    r"mixtral keys: routing: norm_topk_prob": "nothing reads that key of a mixtral",
+    r".* routings: \(.*": "another default, which is as good",
+    r".* routings: (softmax-topk|topk-softmax|sigmoid-topk)": "one less is offered",
+    r"(glm4_moe|nemotron_h) keys: routing: (another key|none)": "its own settings say it as well",
+    r"(glm4_moe|nemotron_h|shipped) keys: scale: None": "the matrices take the factor then",
+    r"(glm4_moe|nemotron_h) settings: another norm_topk_prob": "the routing's key is written last",
+    r"qwen2_moe settings: without qkv_bias": "it is the default",
+    r"qwen2_moe settings: without sliding_window": "the source has it, or the same default",
+    r"mixtral settings: without router_jitter_noise": "it is the default",
+    r"glm4_moe settings: without (n_group|topk_group|n_shared_experts|norm_topk_prob)": (
+        "it is the default"
+    ),
+    r"glm4_moe settings: without num_nextn_predict_layers": "transformers has no such key",
+    r"nemotron_h settings: without .*": "the source has the key, or means the same without",
+    r"qwen3_moe settings: without .*": "the source has the key, with the same meaning",
+    # the arithmetic
+    r"degree 0 of .*": "all of c goes into down, which is right for any MLP",
+}
+"""By a pattern of their names, mutations that make a model that is as good, or the same."""
+UNAVOIDABLE: Mapping[str, str] = {
+    r".* layouts: per-expert\.experts: \[[01]\] left out": "a part of the MLP has no place",
+    r".* shared: size: None": "the key of its width would say null",
+    r".* mlp: \[0\] cut=None": "a matrix has two dimensions, and its row must name one",
+    r"shipped layouts: fused\.experts: \[2\] cut=1": "a bias has but one dimension",
+}
+"""Mutations that break verify itself: rows that are no rows."""
+HOLES: Mapping[str, str] = {}
+"""Mutations that verification does not find, and should."""
+
+
+def reason(table: Mapping[str, str], label: str) -> str | None:
+    return next((why for text, why in table.items() if re.fullmatch(text, label)), None)
+
+
+# What can be shown -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A conversion in which a mutation may show."""
+
+    model_type: str
+    target: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return repr((self.model_type, self.target, self.config, self.options, self.recipe))
+
+    def made_by(self, dense: Path, moe: Path) -> None:
+        wanted = {"expansion": 2, "granularity": 2, "top_k": 2, **self.recipe}
+        convert(
+            dense,
+            moe,
+            Recipe(**wanted),
+            target=self.target,
+            options=Options(**self.options),
+        )
+
+
+SLIDING = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+}
+SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
+SOME_LAYERS = {"mixtral": "1", "glm4_moe": "1-", "nemotron_h": "1"}
+"""A choice of layers that a target can express, where it is not "0"."""
+
+
+def dense_scenarios(model_type: str) -> tuple[Scenario, ...]:
+    """A family as it is, with all the biases that it can have, and with windows."""
+    found = []
+    for target in targets_of(DENSE[model_type]):
+        settings = dict(SLIDING.get(model_type, {}) if target != "glm4_moe" else {})
+        if target == SHIPPED:
+            biases = ("attention_bias", "mlp_bias")
+            settings |= {key: True for key in biases if key in defaults_of(model_type)}
+        routing = {} if target in ("glm4_moe", "nemotron_h") else SUM_TO_ONE
+        found.append(Scenario(model_type, target, settings, {}, routing))
+    found = found[:1] + found[-1:] if len(found) > 1 else found
+    tied = {"tie_word_embeddings": True}
+    untied = {"untie_embeddings": True}
+    found.append(replace(found[-1], config=tied, options=untied))
+    if DENSE[model_type].classes is None:
+        found.append(Scenario(model_type, SHIPPED))
+    return tuple(found)
+
+
+def native_scenarios(target: str) -> tuple[Scenario, ...]:
+    """The first family that has a target, in each layout, and with some layers left dense."""
+    model_type = next(name for name, row in DENSE.items() if target in row.targets)
+    able = NATIVE[target].routings
+    routing: dict[str, Any] = {"routing": able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]}
+    if defaults_of(target)["num_experts_per_tok"] == 2:
+        routing |= {"expansion": 3, "top_k": 4}  # a default must not do by chance
+    some = SOME_LAYERS.get(target, "0")
+    fused = {"expert_layout": "fused"}
+    found = [Scenario(model_type, target, {}, {}, routing)]
+    found.append(Scenario(model_type, target, {}, fused, routing))
+    found.append(Scenario(model_type, target, {}, {}, routing | {"layers": some}))
+    found += REFUSED.get(target, ())
+    return tuple(found)
+
+
+REFUSED: Mapping[str, tuple[Scenario, ...]] = {
+    "nemotron_h": (Scenario("nemotron_h", "nemotron_h"),),
+    "mixtral": (
+        Scenario("llama", "mixtral", {"attention_bias": True}),
+        Scenario("mistral", "mixtral", SLIDING["mistral"]),
+        Scenario("mistral", "mixtral", {"minimal": True}),
+    ),
+    "qwen2_moe": (
+        Scenario("llama", "qwen2_moe", {"attention_bias": True}, {}, SUM_TO_ONE),
+        Scenario("qwen2", "qwen2_moe", SLIDING["qwen2"], {}, SUM_TO_ONE),
+        Scenario("llama", "qwen2_moe", {}, {}, {"top_k": 4}),
+        Scenario("mistral", "qwen2_moe", SLIDING["mistral"], {}, SUM_TO_ONE),
+    ),
+    "qwen3_moe": (
+        Scenario("qwen3", "qwen3_moe", SLIDING["qwen2"], {}, SUM_TO_ONE),
+        Scenario("qwen3", "qwen3_moe", SLIDING["qwen3"], {}, SUM_TO_ONE),
+        Scenario("qwen3", "qwen3_moe", {"attention_bias": True}, {}, SUM_TO_ONE),
+    ),
+    "glm4_moe": (
+        Scenario("llama", "glm4_moe", {"attention_bias": True}),
+        Scenario("qwen2", "glm4_moe", SLIDING["qwen2"]),
+        Scenario("qwen3", "glm4_moe", {"attention_bias": False}),
+        Scenario("qwen2", "glm4_moe"),
+    ),
+}
+"""Models that are refused, or that have what the others have not."""
+
+SHIPPED_SCENARIOS = (
+    Scenario("nemotron", SHIPPED, {"mlp_bias": True}, {}, {"routing": Routing.SIGMOID_TOPK}),
+    Scenario(
+        "nemotron",
+        SHIPPED,
+        {},
+        {},
+        {"routing": Routing.TOPK_SOFTMAX, "layers": "1", "expansion": 3, "top_k": 4},
+    ),
+    Scenario("olmo2", SHIPPED, {}, {}, {"routing": Routing.SOFTMAX_TOPK, "top_k": 4}),
+    Scenario("nemotron", SHIPPED, {}, {}, {"routing": Routing.SOFTMAX_TOPK, "top_k": 4}),
+)
+
+
+# What is changed ---------------------------------------------------------------------------------
+
+Variant = tuple[str, Any]
+
+ALL_LAYERS = {
+    "ALL": layers.ALL,
+    "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
+    "FIRST_K_DENSE": layers.FIRST_K_DENSE,
+    "BLOCK_TYPES": layers.BLOCK_TYPES,
+    "MOE_LAYERS": layers.MOE_LAYERS,
+}
+
+
+def _others(value: object, *choices: object) -> Iterator[Variant]:
+    for choice in choices:
+        if choice != value:
+            yield str(choice), choice
+
+
+def _weight(weight: Weight) -> Iterator[Variant]:
+    yield "name", replace(weight, name=f"{weight.name}_x")
+    yield from (
+        (f"cut={label}", replace(weight, cut=cut)) for label, cut in _others(weight.cut, 0, 1, None)
+    )
+    if len(weight.holds) > 1:
+        yield "holds reversed", replace(weight, holds=weight.holds[::-1])
+
+
+def _weights(weights: tuple[Weight, ...]) -> Iterator[Variant]:
+    """Each weight changed, each left out, each two of a kind with each other's parts."""
+    for i, weight in enumerate(weights):
+        for label, changed in _weight(weight):
+            yield f"[{i}] {label}", (*weights[:i], changed, *weights[i + 1 :])
+        yield f"[{i}] left out", weights[:i] + weights[i + 1 :]
+        for j in range(i):
+            one, other = weights[j], weight
+            if (one.holds[0][-5:] == "_bias") is (other.holds[0][-5:] == "_bias"):
+                swapped = list(weights)
+                swapped[j] = replace(one, holds=other.holds)
+                swapped[i] = replace(other, holds=one.holds)
+                yield f"[{j}] and [{i}] swapped", tuple(swapped)
+    yield "in another order", weights[::-1]
+
+
+def _mapping(value: Mapping[Any, Any]) -> Iterator[Variant]:
+    for key in value:
+        yield f"without {key}", {k: v for k, v in value.items() if k != key}
+    if value:
+        yield "empty", {}
+
+
+def _layouts(value: Mapping[Any, Layout]) -> Iterator[Variant]:
+    for key, layout in value.items():
+        for label, changed in variants(layout, layout):
+            yield f"{key}.{label}", {**value, key: changed}
+    yield from (pair for pair in _mapping(value) if pair[1])
+
+
+def _routings(value: tuple[Routing, ...]) -> Iterator[Variant]:
+    yield from _others(value, value[::-1])
+    for routing in Routing:
+        changed = tuple(r for r in value if r is not routing) or (Routing.SOFTMAX_TOPK,)
+        yield str(routing), changed if routing in value else (routing, *value)
+
+
+def _routing_key(value: tuple[str, Mapping[Any, Routing]] | None) -> Iterator[Variant]:
+    if value is None:
+        yield "norm_topk_prob", ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX})
+        return
+    key, meanings = value
+    yield "none", None
+    yield "another key", (f"{key}_x", meanings)
+    rotated = list(meanings.values())[1:] + list(meanings.values())[:1]
+    if len(meanings) > 1:
+        yield "meanings rotated", (key, dict(zip(meanings, rotated, strict=True)))
+    else:
+        yield "the opposite", (key, {not known: meant for known, meant in meanings.items()})
+        for other in Routing:
+            if other not in meanings.values():
+                yield f"meaning {other}", (key, dict.fromkeys(meanings, other))
+
+
+def _settings(value: Callable[[DenseModel], dict[str, Any]], row: Target) -> Iterator[Variant]:
+    model_type = next(
+        (name for name, family in DENSE.items() if row.model_type in family.targets), "nemotron"
+    )
+    for key in value(_tiny(model_type)):
+        yield (
+            f"without {key}",
+            lambda dense, key=key: {k: v for k, v in value(dense).items() if k != key},
+        )
+        yield f"another {key}", lambda dense, key=key: _other_setting(value(dense), key)
+
+
+def _other_setting(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    match settings[key]:
+        case bool(flag):
+            return settings | {key: not flag}
+        case float(number):
+            return settings | {key: number / 2 or 0.5}
+        case int(number):
+            return settings | {key: number + 1}
+        case None:
+            return settings | {key: 8}
+        case list(items):
+            other = "sliding_attention" if items[0] == "full_attention" else "full_attention"
+            return settings | {key: [other, *items[1:]]}
+        case _:
+            return settings | {key: None}
+
+
+def _tiny(model_type: str) -> DenseModel:
+    from conftest import SIZES
+
+    return read_dense(DENSE[model_type], {"model_type": model_type, **SIZES[model_type]})
+
+
+Rule = Callable[[Any, Any], Iterator[Variant]]
+RULES: Mapping[type, Mapping[str, Rule]] = {
+    DenseFamily: {
+        "model_type": lambda value, _: _others(value, "llama", "nemotron"),
+        "mlp": lambda value, _: _weights(value),
+        "norm": lambda value, _: _others(
+            value, None, "input_layernorm.weight", "post_attention_layernorm.weight"
+        ),
+        "norm_offset": lambda value, _: _others(value, 0.0, 1.0),
+        "layer": lambda value, _: _others(
+            value, "model.layers.{layer}.", "backbone.layers.{layer}.", "layers.{layer}."
+        ),
+        "embedding": lambda value, _: _others(value, "lm_head.weight", "model.norm.weight"),
+        "activation": lambda value, _: _others(value, "hidden_act", "mlp_hidden_act"),
+        "blocks": lambda value, _: _others(value, None, "mlp", "full_attention"),
+        "windows": lambda _value, _row: iter(
+            (
+                ("none", lambda _, count: (None,) * count),
+                ("all", lambda _, count: (5,) * count),
+                ("the first", lambda _, count: (8, *(None,) * (count - 1))),
+            )
+        ),
+        "targets": lambda value, _: (
+            (name, (name,)) for name in NATIVE if name not in value and name not in DENSE
+        ),
+        "outgrown_code": lambda value, _: _others(value, False, True),
+        "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),
+        "ignored": lambda value, _: iter(
+            (
+                ("a norm", ((re.compile(r"model\.norm\.weight"), ""), *value)),
+                ("q", ((re.compile(r".*\.q_proj\.weight"), ""), *value)),
+                ("the head", ((re.compile(r"lm_head\.weight"), ""), *value)),
+            )
+        ),
+    },
+    Target: {
+        "model_type": lambda value, _: _others(value, "mixtral", "qwen2_moe", "upcycled_olmo2"),
+        "architecture": lambda value, _: iter([("another", f"{value}X")]),
+        "routings": lambda value, _: _routings(value),
+        "layouts": lambda value, _: _layouts(value),
+        "keys": lambda value, _: variants(value, value),
+        "layers": lambda value, _: (pair for pair in ALL_LAYERS.items() if pair[1] is not value),
+        "layer": lambda value, _: _others(
+            value, "model.layers.{layer}.", "backbone.layers.{layer}.", "layers.{layer}."
+        ),
+        "correction_bias": lambda value, _: _others(
+            value, None, "mlp.gate.e_score_correction_bias", "mlp.gate.bias"
+        ),
+        "shared": lambda value, _: _shared(value),
+        "zero_biases": lambda value, _: iter(
+            [
+                *((f"without {name}", tuple(n for n in value if n != name)) for name in value),
+                ("o", (*value, "self_attn.o_proj")),
+                ("q", ("self_attn.q_proj",)),
+            ]
+        ),
+        "lacks": lambda value, _: _mapping(value),
+        "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
+        "settings": _settings,
+    },
+    Keys: {
+        "num_experts": lambda value, _: iter([("another", f"{value}_x"), ("top_k", "top_k")]),
+        "aliases": lambda value, _: iter([("none", ()), ("a stranger", ("hidden_act", *value))]),
+        "top_k": lambda value, _: iter([("another", f"{value}_x"), ("topk_group", "topk_group")]),
+        "expert_size": lambda value, _: _others(
+            value, "intermediate_size", "moe_intermediate_size", f"{value}_x"
+        ),
+        "routing": lambda value, _: _routing_key(value),
+        "scale": lambda value, _: _others(value, None, "routed_scaling_factor", "scale"),
+    },
+    Layout: {
+        "experts": lambda value, _: _weights(value),
+        "router": lambda value, _: iter(
+            [("another", f"{value}_x"), ("the norm", "post_attention_layernorm.weight")]
+        ),
+    },
+    SharedExpert: {
+        "weights": lambda value, _: _weights(value),
+        "router": lambda value, _: _others(value, None, "mlp.shared_gate.weight"),
+        "size_key": lambda value, _: _others(value, None, "moe_intermediate_size"),
+        "size": lambda value, _: _others(value, None, 128),
+    },
+}
+"""By field, the other values that are tried."""
+
+
+def _shared(value: SharedExpert | None) -> Iterator[Variant]:
+    if value is None:
+        yield "one", NATIVE["glm4_moe"].shared
+        return
+    yield "none", None
+    yield from variants(value, value)
+
+
+def variants(value: Any, row: Any) -> Iterator[Variant]:  # noqa: ANN401 - a row, or a part of it
+    """Yield a row with one of its fields changed, for each field and each other value of it."""
+    assert is_dataclass(value)
+    for member in fields(value):
+        held = getattr(value, member.name)
+        for label, changed in RULES[type(value)][member.name](held, row):
+            yield f"{member.name}: {label}", replace(value, **{member.name: changed})  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_field_is_changed(kind: type) -> None:
+    assert {member.name for member in fields(kind)} == RULES[kind].keys()
+
+
+# What happens ------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Converts and verifies, and knows what comes out when nothing is changed."""
+
+    def __init__(self, make_dense: MakeDense, folder: Path) -> None:
+        self.make_dense, self.folder = make_dense, folder
+        self.usual: dict[str, Mapping[str, str] | str] = {}
+
+    def prepare(self, scenario: Scenario) -> None:
+        """Make what is made without the mutation."""
+        if scenario.name not in self.usual:
+            moe = self.folder / f"usual{len(self.usual)}"
+            self.usual[scenario.name] = self.make(scenario, moe)
+
+    def make(self, scenario: Scenario, moe: Path) -> Mapping[str, str] | str:
+        """Return what is written, or "refused"."""
+        dense = self.make_dense(scenario.model_type, **scenario.config)
+        try:
+            scenario.made_by(dense, moe)
+        except UpcycleError:
+            return "refused"
+        return {
+            name: digest
+            for name, digest in contents(moe).items()
+            if name not in ("upcycle.json", "README.md")
+        }
+
+    def outcome(self, scenario: Scenario, moe: Path) -> str:  # noqa: PLR0911 - all there are
+        """Convert and verify with what the tables say now."""
+        dense = self.make_dense(scenario.model_type, **scenario.config)
+        usual = self.usual[scenario.name]
+        try:
+            made = self.make(scenario, moe)
+        except PLAN_BREAKS as error:
+            return f"the plan broke: {type(error).__name__}: {error}"
+        if made == "refused":
+            return "no effect" if usual == "refused" else "refused"
+        try:
+            for check in CHECKS:
+                if not verify(dense, moe, checks=[check]).passed:
+                    return f"caught by {check}"
+        except UpcycleError:
+            return "refused"
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is to be seen
+            return f"verify broke: {type(error).__name__}: {error}"
+        if made == usual:
+            return "no effect"
+        ids = random_ids(40)
+        _classes.cache_clear()
+        wanted, found = (logits(path, ids, torch.float32) for path in (dense, moe))
+        wrong = float((found - wanted).abs().max() / wanted.abs().max())
+        return "as good" if wrong < 1e-5 else f"passed, and is wrong by {wrong:.1e}"
+
+
+STOPPED = ("refused", "caught", "the plan broke")
+
+
+@pytest.fixture(autouse=True)
+def _own_code() -> Iterator[None]:
+    """Let verification look at the tables again for the code that is shipped."""
+    yield
+    _classes.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def judge(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge(make_dense, tmp_path_factory.mktemp("usual"))
+
+
+def judged(
+    judge: Judge,
+    label: str,
+    scenarios: tuple[Scenario, ...],
+    tmp_path: Path,
+    apply: Callable[[], None],
+) -> None:
+    for scenario in scenarios:
+        judge.prepare(scenario)
+    apply()
+    _classes.cache_clear()  # what is shipped may be other code now
+    outcomes: list[str] = []
+    for i, scenario in enumerate(scenarios):
+        outcomes.append(judge.outcome(scenario, tmp_path / f"{label.split(maxsplit=1)[0]}{i}"))
+        if outcomes[-1].startswith(("verify broke", *STOPPED)):
+            break
+    good = [outcome for outcome in outcomes if outcome in ("no effect", "as good")]
+    if reason(UNAVOIDABLE, label) is not None:
+        assert outcomes[-1].startswith(("verify broke", *STOPPED)), outcomes
+    elif reason(EQUIVALENT, label) is not None:
+        assert good == outcomes or outcomes[-1].startswith(STOPPED), outcomes
+    else:
+        assert outcomes[-1].startswith(STOPPED), outcomes
+        assert len(good) == len(outcomes) - 1, outcomes
+
+
+def marked(label: str, *values: Any) -> Any:  # noqa: ANN401 - a pytest parameter
+    hole = reason(HOLES, label)
+    holes = [] if hole is None else [pytest.mark.xfail(strict=True, reason=hole)]
+    return pytest.param(label, *values, id=label, marks=holes)
+
+
+def dense_mutations() -> Iterator[Any]:
+    for name, row in DENSE.items():
+        for label, changed in variants(row, row):
+            yield marked(f"{name} {label}", name, changed)
+
+
+def native_mutations() -> Iterator[Any]:
+    for name, row in NATIVE.items():
+        for label, changed in variants(row, row):
+            yield marked(f"{name} {label}", name, changed)
+
+
+@pytest.mark.parametrize(("label", "name", "changed"), list(dense_mutations()))
+def test_a_changed_row_of_a_dense_family(
+    judge: Judge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    label: str,
+    name: str,
+    changed: DenseFamily,
+) -> None:
+    scenarios = dense_scenarios(name)
+    (field_name,) = [
+        member.name
+        for member in fields(changed)
+        if getattr(changed, member.name) is not getattr(DENSE[name], member.name)
+    ]
+    if field_name == "targets":
+        scenarios = (Scenario(name, changed.targets[0]),)
+        judge.usual[scenarios[0].name] = ""  # refused, as it must be still, or found out
+    judged(judge, label, scenarios, tmp_path, lambda: monkeypatch.setitem(DENSE, name, changed))
+
+
+@pytest.mark.parametrize(("label", "name", "changed"), list(native_mutations()))
+def test_a_changed_row_of_a_target(
+    judge: Judge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    label: str,
+    name: str,
+    changed: Target,
+) -> None:
+    judged(
+        judge,
+        label,
+        native_scenarios(name),
+        tmp_path,
+        lambda: monkeypatch.setitem(NATIVE, name, changed),
+    )
+
+
+def shipped_labels() -> Iterator[Any]:
+    row = shipped(DENSE["nemotron"], "relu2", biased=True)
+    for label, _ in variants(row, row):
+        yield marked(f"shipped {label}")
+
+
+@pytest.mark.parametrize("label", list(shipped_labels()))
+def test_a_changed_row_of_the_shipped_code(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    wanted = label.removeprefix("shipped ")
+
+    def changed(family: DenseFamily, activation: str, *, biased: bool) -> Target:
+        row = shipped(family, activation, biased=biased)
+        result: Target = dict(variants(row, row)).get(wanted, row)
+        return result
+
+    judged(
+        judge,
+        label,
+        SHIPPED_SCENARIOS,
+        tmp_path,
+        lambda: monkeypatch.setattr(families, "shipped", changed),
+    )
+
+
+# The arithmetic ----------------------------------------------------------------------------------
+
+BALANCED = {"scale_split": "balanced"}
+SCALED = {
+    "gated": Scenario("llama", "mixtral", {}, {}, {"granularity": 4, "top_k": 4}),
+    "relu2": Scenario(
+        "nemotron",
+        SHIPPED,
+        {},
+        {},
+        BALANCED | {"routing": Routing.TOPK_SOFTMAX, "granularity": 4, "top_k": 4},
+    ),
+    "hybrid": Scenario(
+        "nemotron_h", "nemotron_h", {}, {}, BALANCED | {"granularity": 4, "top_k": 4}
+    ),
+    "by the config": Scenario("llama", "glm4_moe"),
+    "biased": Scenario(
+        "nemotron", SHIPPED, {"mlp_bias": True}, {}, {"routing": Routing.SOFTMAX_TOPK, "top_k": 4}
+    ),
+}
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("name", ["gated", "relu2", "hybrid"])
+def test_a_wrong_degree(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, degree: int
+) -> None:
+    right = 1 if name == "gated" else 2
+    label = f"degree {degree} of {name}"
+    if degree == right:
+        pytest.skip("it is right")
+    judged(
+        judge,
+        label,
+        (SCALED[name],),
+        tmp_path,
+        lambda: monkeypatch.setattr("upcycle_cli.families.dense.degree", lambda *_: degree),
+    )
+
+
+FACTORS: Mapping[str, Callable[[Factors], Factors]] = {
+    "twice up": lambda f: replace(f, up=2 * f.up),
+    "half of down": lambda f: replace(f, down=f.down / 2),
+    "twice the gate": lambda f: replace(f, gate=2 * f.gate, down=f.down / 2),
+    "twice by the config": lambda f: replace(f, config=2 * f.config),
+    "none": lambda f: replace(f, up=1.0, down=1.0, config=1.0),
+}
+
+
+@pytest.mark.parametrize("change", FACTORS)
+@pytest.mark.parametrize("name", SCALED)
+def test_wrong_factors(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    right = Recipe.factors
+    label = f"factors of {name}, {change}"
+
+    def wrong(recipe: Recipe, kind: MlpKind) -> Factors:
+        return FACTORS[change](right(recipe, kind))
+
+    if change == "twice the gate" and name in ("relu2", "hybrid", "biased"):
+        pytest.skip("it has no gate")
+    if change == "twice by the config" and name == "gated":
+        pytest.skip("its config has no factor")
+    judged(
+        judge,
+        label,
+        (SCALED[name],),
+        tmp_path,
+        lambda: monkeypatch.setattr(Recipe, "factors", wrong),
+    )
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_wrong_c(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    judged(
+        judge,
+        f"c of {name}",
+        (SCALED[name],),
+        tmp_path,
+        lambda: monkeypatch.setattr(Recipe, "_compensation", lambda _: 3.0),
+    )
+
+
+def test_a_wrong_factor_of_a_down_bias(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(
+        judge,
+        "down bias",
+        (SCALED["biased"],),
+        tmp_path,
+        lambda: monkeypatch.setattr(Recipe, "down_bias_factor", lambda *_: 2.0),
+    )

@@ -1,0 +1,122 @@
+"""One function converts, for the command and for whoever calls it from Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import snapshot
+
+from upcycle_cli import Recipe, UpcycleError
+from upcycle_cli.conversion import Conversion
+from upcycle_cli.hooks import Hooks
+from upcycle_cli.plan import Plan
+from upcycle_cli.request import Request, carry_out, foresee
+from upcycle_cli.writer import WriteOptions
+
+if TYPE_CHECKING:
+    from hub.server import Hub
+
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+
+
+class Listener(Hooks):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.nbytes = 0
+
+    def planned(self, plan: Plan) -> None:
+        self.heard.append(f"planned {plan.recipe.name}")
+
+    @contextmanager
+    def writing(self, plan: Plan) -> Iterator[None]:
+        assert plan.nbytes
+        self.heard.append("writing")
+        yield
+        self.heard.append("written")
+
+    def advance(self, num_bytes: int) -> None:
+        self.nbytes += num_bytes
+
+    def checking(self, name: str) -> None:
+        self.heard.append(f"checking {name}")
+
+    def finished(self, done: Conversion) -> None:
+        self.heard.append(f"finished {done.output.name}")
+
+
+def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, verify=True)
+    done = carry_out(request, hooks=listener)
+    assert done.published
+    assert listener.nbytes == done.plan.nbytes
+    checks = [f"checking {name}" for name in ("structure", "files", "weights", "outputs", "claims")]
+    expected = ["planned E2G2T2", "writing", *checks, "written", "finished moe"]
+    assert [word for word in listener.heard if word in expected] == expected
+
+
+def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
+    class Refusing(Hooks):
+        def planned(self, plan: Plan) -> None:
+            raise UpcycleError(f"not {plan.recipe.name}")
+
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
+    with pytest.raises(UpcycleError, match="not E2G2T2"):
+        carry_out(request, hooks=Refusing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_foreseen_is_not_done(llama: Path, tmp_path: Path) -> None:
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
+    plan, warnings = foresee(request)
+    assert (plan.recipe.name, warnings) == ("E2G2T2", [])
+    assert list(tmp_path.iterdir()) == []
+    carry_out(request)
+    before = snapshot(tmp_path)
+    assert "is already what this command makes" in foresee(request)[1][0]
+    other = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, target="qwen2_moe")
+    assert "this is refused: " in foresee(other)[1][0]
+    assert snapshot(tmp_path) == before
+
+
+def test_how_it_is_written_is_no_matter_to_what(llama: Path, tmp_path: Path) -> None:
+    writing = WriteOptions(workers=1, reflink=False, fsync=False)
+    for name, how in (("one", writing), ("other", WriteOptions())):
+        carry_out(Request(source=llama, output=tmp_path / name, recipe=RECIPE, writing=how))
+    one, other = ((tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+PUSHES = """
+import sys
+from upcycle_cli import Destination, Recipe, WriteOptions, convert
+done = convert(
+    sys.argv[1],
+    "out",
+    Recipe(expansion=2, granularity=2, top_k=2),
+    writing=WriteOptions(fsync=False),
+    push=Destination(repo="acme/moe", private=True),
+)
+print(done.pushed.commit)
+"""
+
+
+def test_python_can_push(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PUSHES, str(llama)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / "home"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == hub.store.repos["acme/moe"].refs["main"]
+    assert hub.store.repos["acme/moe"].private
+    assert 'path = "acme/moe"' in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,107 @@
+"""A shared expert that the architecture insists on: it does nothing at first, and it can learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, logits, random_ids, read_tensors
+
+from upcycle_cli import Recipe, convert, verify
+from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.recipe import Routing
+
+TARGETS = [name for name, row in NATIVE.items() if row.shared is not None]
+
+
+def converted(make_dense: MakeDense, target: str, moe: Path, **settings: Any) -> Path:  # noqa: ANN401
+    model_type = next(name for name, row in DENSE.items() if target in row.targets)
+    dense, able = make_dense(model_type), NATIVE[target].routings
+    routing = able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]
+    wanted = Recipe(expansion=2, granularity=2, top_k=2, routing=routing, **settings)
+    convert(dense, moe, wanted, target=target)
+    return dense
+
+
+def shared_of(tensors: dict[str, torch.Tensor], part: str) -> list[torch.Tensor]:
+    return [
+        tensor
+        for name, tensor in tensors.items()
+        if ".shared_expert" in name and name.endswith(f"{part}_proj.weight")
+    ]
+
+
+def test_which_targets_insist_on_one() -> None:
+    assert TARGETS == ["qwen2_moe", "glm4_moe", "nemotron_h"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_its_down_matrix_is_zero(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
+    dense = converted(make_dense, target, tmp_path / "moe")
+    tensors, original = read_tensors(tmp_path / "moe"), read_tensors(dense)
+    for part in ("gate", "up"):
+        stds = [t.std() for name, t in original.items() if name.endswith(f"{part}_proj.weight")]
+        for i, held in enumerate(shared_of(tensors, part)):
+            # What is drawn is as large as what the dense MLP has, and of mean zero.
+            assert held.std().item() == pytest.approx(stds[i].item(), rel=0.2)
+            assert abs(held.mean().item()) < 0.2 * held.std().item()
+            assert len({*held.flatten().tolist()}) > 0.99 * held.numel()
+    assert len(shared_of(tensors, "down")) == 2
+    assert all(not held.any() for held in shared_of(tensors, "down"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_two_of_its_matrices_are_the_same(
+    make_dense: MakeDense, tmp_path: Path, target: str
+) -> None:
+    for name, seed in (("moe", 0), ("again", 0), ("other", 1)):
+        converted(make_dense, target, tmp_path / name, seed=seed)
+    one, again, other = (
+        [*shared_of(tensors, "gate"), *shared_of(tensors, "up")]
+        for tensors in (read_tensors(tmp_path / name) for name in ("moe", "again", "other"))
+    )
+    assert all(map(torch.equal, one, again))
+    assert not any(map(torch.equal, one, other))
+    assert not any(torch.equal(a, b) for i, a in enumerate(one) for b in one[:i])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_function_is_the_dense_one(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
+    dense, ids = converted(make_dense, target, tmp_path / "moe"), random_ids()
+    wanted, found = (logits(path, ids, torch.float32) for path in (dense, tmp_path / "moe"))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert verify(dense, tmp_path / "moe", checks=["weights"]).passed
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_learns_down_first_and_then_all_of_it(
+    make_dense: MakeDense, tmp_path: Path, target: str
+) -> None:
+    """An expert of zeros alone never learns: every gradient is exactly zero."""
+    from transformers import AutoModelForCausalLM
+
+    converted(make_dense, target, tmp_path / "moe")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moe", dtype=torch.float32, experts_implementation="eager"
+    ).train()
+    shared = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".shared_expert" in name and name.endswith("proj.weight")
+    }
+    assert shared
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = random_ids()
+
+    def largest_gradients() -> dict[str, float]:
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: float(parameter.grad.abs().max()) for name, parameter in shared.items()}
+
+    for name, size in largest_gradients().items():
+        assert (size > 0) == name.endswith("down_proj.weight"), name
+    optimizer.step()
+    assert all(size > 0 for size in largest_gradients().values())

@@ -1,0 +1,80 @@
+"""`upcycle inspect`: what a checkpoint is, or what converting it would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer  # noqa: TC002 - it reads the annotations of a command
+
+from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
+from upcycle_cli.commands.shared import (
+    JsonOption,
+    RevisionOption,
+    for_path,
+    for_run,
+    quiet_hub,
+    show_plan,
+)
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
+
+
+@takes_moe_options
+def inspect(
+    context: typer.Context,
+    path: Annotated[
+        Path,
+        for_path(
+            metavar="PATH", help="A dense or an MoE checkpoint: a directory, or a repo on the Hub."
+        ),
+    ],
+    *,
+    moe: MoeOptions,
+    tensors: Annotated[bool, for_run("--tensors", help="List every tensor.")] = False,
+    weights: Annotated[
+        bool,
+        for_run(
+            "--weights",
+            help="Read the experts of an MoE: which are identical, which groups are whole.",
+        ),
+    ] = False,
+    dense: Annotated[
+        Path | None,
+        for_run(help="With --weights: the dense checkpoint, to measure the scale factors."),
+    ] = None,
+    revision: RevisionOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint is, or what converting it would give; reads headers only.
+
+    Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
+    """
+    with errors_to_exit_codes(as_json=json):
+        from upcycle_cli import inspection, render
+
+        if dense is not None and not weights:
+            raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
+        options = moe.to_options()
+        wanted = moe.to_recipe(context, allow_inexact=True) if asks_for_moe(context) else None
+        quiet_hub(silent=json or not weights)
+        found = inspection.inspect(
+            path,
+            wanted,
+            revision=revision,
+            target=moe.target,
+            options=options,
+            weights=weights,
+            dense=dense,
+        )
+        if json:
+            listed = {"tensors": render.tensors_json(found)} if tensors else {}
+            print_json(render.inspection_json(found) | listed)
+            return
+        show(render.inspection_table(found))
+        if found.plan is not None:
+            stdout().print()
+            show_plan(found.plan)
+        if tensors:
+            # A list is for grep: one line a tensor, however wide the screen is.
+            stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)

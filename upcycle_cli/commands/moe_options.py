@@ -1,0 +1,250 @@
+"""The options that say which MoE to make: declared once, for convert and inspect to take."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args
+
+import typer  # noqa: TC002 - for readers; every command has imported it
+
+from upcycle_cli.commands.given import SIZES, is_given, source_of
+from upcycle_cli.commands.shared import for_files, for_groups, for_recipe, for_weights
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families import SHIPPED
+from upcycle_cli.families.moe import NATIVE, ExpertLayout
+from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, Scaling, parse_recipe_name
+from upcycle_cli.tensors import Options
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _choices(names: object) -> str:
+    """Say what can be chosen, in words: between them a line of --help may end."""
+    *others, last = get_args(names)
+    return f"{', '.join(others)} or {last}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeOptions:
+    """What was asked for; each of these is an option of a command that takes them."""
+
+    recipe: Annotated[
+        str | None,
+        for_recipe(
+            "--recipe",
+            "-r",
+            metavar="EnGnTn",
+            help="Expansion, granularity and top-k in the paper's notation, such as E8G1T2 or "
+            "E8G8T8.",
+        ),
+    ] = None
+    expansion: Annotated[
+        int | None, for_recipe("--expansion", "-E", help="Expert parameters / MLP parameters.")
+    ] = None
+    granularity: Annotated[
+        int | None,
+        for_recipe(
+            "--granularity", "-G", help="Dense intermediate size / expert intermediate size."
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None, for_recipe("--top-k", "-T", help="Experts that each token uses.")
+    ] = None
+    target: Annotated[
+        str,
+        for_recipe(
+            metavar="NAME",
+            help=f"MoE architecture: {', '.join(NATIVE)} or {SHIPPED}, which ships its code with "
+            "the model; auto takes the one that most software loads.",
+        ),
+    ] = "auto"
+    routing: Annotated[
+        RoutingName,
+        for_recipe(
+            metavar="NAME",
+            help=f"How gates come from router logits: {_choices(RoutingName)}; auto does as the "
+            "target's released models.",
+        ),
+    ] = "auto"
+    layers: Annotated[
+        str | None,
+        for_recipe(
+            metavar="CHOICE",
+            help="Layers that become mixtures of experts, such as 4-31, 0,2,4- or every:2; all "
+            "that have an MLP unless given.",
+        ),
+    ] = None
+    scaling: Annotated[
+        str,
+        for_weights(
+            metavar="RULE",
+            help="Factors on the experts: exact preserves the function, paper is the cube root on "
+            "every matrix, none leaves them as they are, a number sets c itself.",
+        ),
+    ] = "exact"
+    scale_split: Annotated[
+        ScaleSplit | None,
+        for_weights(
+            metavar="NAME",
+            help="config has the model multiply its gates, where the target can, which is the "
+            "default there; balanced shares the factor between up and down, down puts it all on "
+            "down.",
+        ),
+    ] = None
+    virtual_groups: Annotated[
+        bool,
+        for_groups(
+            "--virtual-groups/--no-virtual-groups",
+            help="One router row per group of G experts, which is the default, or one per expert.",
+            metavar="",  # its two names leave no room for a type
+            show_default=False,
+        ),
+    ] = True
+    router_logit_std: Annotated[
+        float | None,
+        for_weights(
+            help="Standard deviation of the router's logits; 0.001 for softmax-topk and 1 for the "
+            "others unless given."
+        ),
+    ] = None
+    seed: Annotated[int, for_weights(help="Seed of the routers.")] = 0
+    dtype: Annotated[
+        Dtype,
+        for_files(
+            metavar="DTYPE",
+            help=f"Dtype of every tensor: {_choices(Dtype)}; auto keeps each one's own.",
+        ),
+    ] = "auto"
+    expert_layout: Annotated[
+        ExpertLayout | None,
+        for_files(
+            metavar="NAME",
+            help="per-expert writes a tensor per expert, which every engine reads, and is the "
+            "default where the target has it; fused one per layer, as transformers 5 holds them.",
+        ),
+    ] = None
+    max_shard_size: Annotated[
+        str, for_files(metavar="SIZE", help="Largest file, such as 5GB or 500MB.")
+    ] = "5GB"
+    untie_embeddings: Annotated[
+        bool,
+        for_files(
+            "--untie-embeddings",
+            help="Write the head of a tied model as a tensor of its own (llama.cpp's qwen2moe "
+            "needs it).",
+        ),
+    ] = False
+
+    def to_recipe(self, context: typer.Context, *, allow_inexact: bool) -> Recipe:
+        """Return the recipe; UpcycleError when there is none, or more than one."""
+        expansion, granularity, top_k = _recipe_sizes(context)
+        return Recipe(
+            expansion=expansion,
+            granularity=granularity,
+            top_k=top_k,
+            routing=None if self.routing == "auto" else Routing(self.routing),
+            layers=self.layers,
+            scaling=_parse_scaling(self.scaling),
+            scale_split=self.scale_split,
+            virtual_groups=self.virtual_groups,
+            router_logit_std=self.router_logit_std,
+            seed=self.seed,
+            allow_inexact=allow_inexact,
+        )
+
+    def to_options(self) -> Options:
+        """Return what is wanted of the files."""
+        return Options(
+            dtype=None if self.dtype == "auto" else self.dtype,
+            expert_layout=self.expert_layout,
+            max_shard_bytes=_parse_size(self.max_shard_size),
+            untie_embeddings=self.untie_embeddings,
+        )
+
+
+def takes_moe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command these options in the place of its parameter `moe`, which gets their values."""
+    options = inspect.signature(MoeOptions, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:  # noqa: ANN401 - as typer has them
+        moe = MoeOptions(**{name: given.pop(name) for name in options})
+        command(**given, moe=moe)
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        parameters += options.values() if each.name == "moe" else [each]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def asks_for_moe(context: typer.Context) -> bool:
+    """Whether a recipe is given; UpcycleError when there are only options for one."""
+    asks = is_given(context, "recipe", *SIZES)
+    if not asks and is_given(context, *(each.name for each in fields(MoeOptions))):
+        raise UpcycleError(
+            "these options say how to convert, and no --recipe does.", "Add --recipe E8G1T2."
+        )
+    return asks
+
+
+def _recipe_sizes(context: typer.Context) -> tuple[int, int, int]:
+    """Return E, G and T from what a file, variables and the command line say, each over the former.
+
+    UpcycleError when one gives the recipe and its parts, or when something is missing in the end.
+    """
+    found: dict[str, int] = {}
+    for source in ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE"):
+        names = [name for name in ("recipe", *SIZES) if source_of(context, name) == source]
+        given = {name: context.params[name] for name in names}
+        if "recipe" in given:
+            if len(given) > 1:
+                raise UpcycleError(
+                    "--recipe says expansion, granularity and top-k already.",
+                    "Use one or the other.",
+                )
+            given = dict(zip(SIZES, parse_recipe_name(given["recipe"]), strict=True))
+        found |= given
+    missing = [f"--{name.replace('_', '-')}" for name in SIZES if name not in found]
+    if missing:
+        raise UpcycleError(
+            f"{' and '.join(missing)} missing." if found else "no recipe.",
+            "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
+            "--top-k.",
+        )
+    return found["expansion"], found["granularity"], found["top_k"]
+
+
+def _parse_scaling(text: str) -> Scaling | float:
+    """Read a named scaling, or c itself as a number."""
+    if text in set(Scaling):
+        return Scaling(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise UpcycleError(
+            f"--scaling '{text}' is neither exact, paper, none nor a number."
+        ) from None
+
+
+def _parse_size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UpcycleError(f"--max-shard-size '{text}' is not a size.", "Write 5GB or 500MB.")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper() or " ")
+    size = float(number) * (1024 if binary else 1000) ** power
+    if not math.isfinite(size):
+        raise UpcycleError(f"--max-shard-size '{text[:20]}…' is too large.", "Write 5GB or 500MB.")
+    return int(size)

@@ -1,0 +1,175 @@
+"""Which layers become mixtures of experts, as a person says it and as each config does.
+
+Configs say it in four ways; a target has one of them, or none, and then all layers are alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle_cli.errors import UpcycleError, shown
+
+_HINT = "Write 4-31, 0,2,4- or every:2."
+_RANGE = re.compile(r"(\d{1,6})(?:(-)(\d{1,6})?)?")
+_EVERY = re.compile(r"every:(\d{1,6})")
+
+
+def parse_layers(text: str | None, having: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return the layers that a choice names, of those that have an MLP; None is all of them.
+
+    `4-31` and `4-` are ranges, several choices have commas between, and `every:2` is every second
+    of the layers that have an MLP, from the first one on.
+
+    Raises UpcycleError for a text of another form, and for a layer that has no MLP or is not there.
+    """
+    if text is None:
+        return tuple(having)
+    every = _EVERY.fullmatch(text.strip())
+    if every is not None and int(every[1]) > 0:
+        return tuple(having[:: int(every[1])])
+    chosen: set[int] = set()
+    for item in text.split(","):
+        match = _RANGE.fullmatch(item.strip())
+        if match is None:
+            raise UpcycleError(f"'{text}' is not a choice of layers.", _HINT)
+        start, last = int(match[1]), int(match[3] or (num_layers - 1 if match[2] else match[1]))
+        if max(start, last) >= num_layers or last < start:
+            raise UpcycleError(
+                f"there are no layers {item.strip()}: the model has layers 0 to {num_layers - 1}.",
+                _HINT,
+            )
+        found = [layer for layer in range(start, last + 1) if layer in having]
+        if not found:
+            raise UpcycleError(
+                f"layer {item.strip()} has no dense MLP to make experts of.",
+                f"These have one: {listed(having)}.",
+            )
+        chosen.update(found)
+    return tuple(sorted(chosen))
+
+
+def listed(layers: Sequence[int]) -> str:
+    """Return layers as a person writes them: 0, 2, 4-31."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """How a config says which layers are mixtures of experts."""
+
+    write: Callable[[Sequence[int], Sequence[str]], dict[str, Any]]
+    """From the layers, and the kinds of all layers of the dense model, to keys of the config."""
+    read: Callable[[Mapping[str, Any], int], tuple[int, ...]]
+    """The reverse, of a config with its defaults filled in; ValueError when it makes no sense."""
+    keys: tuple[str, ...] = ()
+    """The keys that say it."""
+    count: Callable[[Mapping[str, Any]], int | None] = lambda _: None
+    """How many layers a config has; None where num_hidden_layers says it."""
+    objection: Callable[[Sequence[int], int], str | None] = lambda _layers, _count: None
+    """Why the layers cannot be expressed, if they cannot."""
+
+
+def _rest(layers: Sequence[int], count: int) -> list[int]:
+    return [layer for layer in range(count) if layer not in layers]
+
+
+def _only_all(layers: Sequence[int], count: int) -> str | None:
+    return "all its layers are mixtures of experts" if len(layers) < count else None
+
+
+def _only_last(layers: Sequence[int], count: int) -> str | None:
+    if list(layers) == list(range(count - len(layers), count)):
+        return None
+    return "its dense layers can only be the first ones (first_k_dense_replace)"
+
+
+def _without(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    dense, step = config["mlp_only_layers"] or [], config["decoder_sparse_step"]
+    if type(step) is not int or step < 1:
+        raise ValueError(f"decoder_sparse_step is {shown(step)}")
+    sparse = _rest(_layers("mlp_only_layers", dense), count)
+    return tuple(layer for layer in sparse if (layer + 1) % step == 0)
+
+
+def _from(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    first = config["first_k_dense_replace"]
+    if type(first) is not int or not 0 <= first < count:
+        raise ValueError(f"first_k_dense_replace is {shown(first)}")
+    return tuple(range(first, count))
+
+
+def _layers(key: str, value: object) -> list[int]:
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise ValueError(f"{key} is {shown(value)}")
+    return value
+
+
+def _named(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    layers = _layers("moe_layers", config.get("moe_layers"))
+    if not layers or sorted({*layers} & {*range(count)}) != layers:
+        raise ValueError(f"moe_layers is {shown(layers)}")
+    return tuple(layers)
+
+
+_BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+"""The letters of hybrid_override_pattern, and what layers_block_type calls them."""
+_OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+BLOCK_KEYS = ("layers_block_type", "hybrid_override_pattern")
+
+
+def block_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kind of each layer of a hybrid's config; ValueError when it does not say."""
+    kinds = config.get("layers_block_type")
+    if kinds is None:
+        pattern = config.get("hybrid_override_pattern")
+        if not isinstance(pattern, str) or not pattern or not {*pattern} <= {*_BLOCKS}:
+            raise ValueError(f"hybrid_override_pattern is {shown(pattern)}")
+        return tuple(_BLOCKS[letter] for letter in pattern)
+    found = [_OLD_BLOCKS.get(str(kind), str(kind)) for kind in kinds if isinstance(kinds, list)]
+    if not found or not {*found} <= {*_BLOCKS.values()}:
+        raise ValueError(f"layers_block_type is {shown(kinds)}")
+    return tuple(found)
+
+
+def _block_types(kinds: list[str]) -> dict[str, Any]:
+    """Say it in both notations: engines read the one or the other."""
+    letters = {kind: letter for letter, kind in _BLOCKS.items()}
+    pattern = "".join(letters[kind] for kind in kinds)
+    return {"layers_block_type": kinds, "hybrid_override_pattern": pattern}
+
+
+ALL = LayerChoice(lambda *_: {}, lambda _, count: tuple(range(count)), objection=_only_all)
+MLP_ONLY_LAYERS = LayerChoice(
+    lambda layers, kinds: {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": _rest(layers, len(kinds)),
+    },
+    _without,
+    ("decoder_sparse_step", "mlp_only_layers"),
+)
+FIRST_K_DENSE = LayerChoice(
+    lambda layers, kinds: {"first_k_dense_replace": len(kinds) - len(layers)},
+    _from,
+    ("first_k_dense_replace",),
+    objection=_only_last,
+)
+BLOCK_TYPES = LayerChoice(
+    lambda layers, kinds: _block_types(
+        ["moe" if layer in layers else kind for layer, kind in enumerate(kinds)]
+    ),
+    lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
+    BLOCK_KEYS,
+    lambda config: len(block_types(config)),
+)
+MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

@@ -1,0 +1,306 @@
+"""A dense model whose MLPs were turned into experts: the code of its config and of its classes.
+
+It lies beside the weights as `modeling_upcycled.py`, since transformers has no Mixture-of-Experts
+class for this family. It takes attention, norms and embeddings from the dense family's own classes,
+and the form of the MLP (gated or not, biases, activation, dropout) from the dense MLP it replaces.
+The three imports that end in "as Dense..." are all that differs between families.
+
+Legend: B batch, S positions, T tokens (B·S), H hidden size, N experts, I an expert's intermediate
+size, K experts per token.
+"""
+
+# ruff: noqa: ANN401, SLF001 - transformers has no types, and its switches are private.
+
+from __future__ import annotations
+
+import math
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import NemotronConfig as DenseConfig
+from transformers import NemotronForCausalLM as DenseForCausalLM
+from transformers import NemotronModel as DenseModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+try:
+    from transformers.integrations.moe import use_experts_implementation
+
+    with_implementations = use_experts_implementation(has_gate=True)
+except (ImportError, TypeError):  # transformers 4, and releases of 5 that know gated experts only
+    with_implementations = None
+
+ROUTINGS = ("topk-softmax", "softmax-topk", "sigmoid-topk")
+
+
+class UpcycledConfig(DenseConfig):  # type: ignore[misc]
+    """The dense family's config, plus what its experts and their router are."""
+
+    model_type = f"upcycled_{DenseConfig.model_type}"
+
+    def __init__(
+        self,
+        *,
+        num_experts: int = 8,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int | None = None,
+        routing: str = "softmax-topk",
+        routed_scaling_factor: float = 1.0,
+        moe_layers: list[int] | None = None,
+        router_aux_loss_coef: float = 0.01,
+        output_router_logits: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if routing not in ROUTINGS:
+            raise ValueError(f"unknown routing {routing!r}: one of {', '.join(ROUTINGS)}")
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.routing = routing
+        self.routed_scaling_factor = routed_scaling_factor
+        self.moe_layers = list(range(self.num_hidden_layers)) if moe_layers is None else moe_layers
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
+
+
+class UpcycledRouter(nn.Module):
+    """Chooses K experts for each token, and weighs them."""
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: UpcycledConfig) -> None:
+        super().__init__()
+        self.top_k, self.routing = config.num_experts_per_tok, config.routing
+        self.scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if self.routing == "sigmoid-topk":
+            bias_N = torch.zeros(config.num_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias_N)
+        self.records: list[tuple[torch.Tensor, ...]] | None = None
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits (T, N), gates (T, K) and the experts' indices (T, K)."""
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        device = "cpu" if x_TH.device.type == "meta" else x_TH.device.type
+        with torch.autocast(device, enabled=False):
+            logits_TN = nn.functional.linear(x_TH.to(dtype), self.weight.to(dtype))
+        if self.routing == "sigmoid-topk":
+            scores_TN = logits_TN.sigmoid()
+            wanted_TN = scores_TN + self.e_score_correction_bias
+        else:
+            scores_TN = wanted_TN = logits_TN.softmax(-1)
+        # topk breaks ties at will. Experts that hold parts of one MLP are neighbours and always
+        # tie, so that the lowest index first keeps them together when groups tie as well.
+        chosen_TK = wanted_TN.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        gates_TK = scores_TN.gather(-1, chosen_TK)
+        if self.routing != "softmax-topk":
+            gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
+        if self.records is not None:
+            self.records.append((logits_TN, scores_TN, chosen_TK))
+        return logits_TN, gates_TK * self.scaling_factor, chosen_TK
+
+
+class UpcycledExperts(nn.Module):
+    """The experts of a layer, as stacked weights; a gate's rows come before those of up."""
+
+    def __init__(self, config: UpcycledConfig, dense: nn.Module) -> None:
+        super().__init__()
+        others = (m for m in dense.children() if not hasattr(m, "weight"))
+        # Taken from the dense MLP, since an activation may have parameters of its own (xIELU).
+        self.act_fn = next(m for m in others if not isinstance(m, nn.Dropout))
+        self.has_gate, self.has_bias = _form(dense)
+        N, H, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.num_experts, self.hidden_dim, self.intermediate_dim = N, H, I
+        self.first, rows = ("gate_up_proj", 2 * I) if self.has_gate else ("up_proj", I)
+        self.register_parameter(self.first, nn.Parameter(torch.empty(N, rows, H)))
+        self.down_proj = nn.Parameter(torch.empty(N, H, I))
+        if self.has_bias:
+            self.register_parameter(f"{self.first}_bias", nn.Parameter(torch.empty(N, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(N, H))
+
+    def forward(
+        self, x_TH: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of what each token's experts compute, (T, H)."""
+        sum_TH = torch.zeros_like(x_TH, dtype=gates_TK.dtype)
+        for expert in torch.unique(chosen_TK).tolist():
+            token, place = torch.where(chosen_TK == expert)
+            inner = self._linear(self.first, expert, x_TH[token])
+            if self.has_gate:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            else:
+                inner = self.act_fn(inner)
+            out = self._linear("down_proj", expert, inner) * gates_TK[token, place, None]
+            sum_TH.index_add_(0, token, out.to(sum_TH.dtype))
+        return sum_TH.to(x_TH.dtype)
+
+    def _linear(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        return nn.functional.linear(x, getattr(self, name)[expert], bias)
+
+
+if with_implementations is not None:
+    with_implementations(UpcycledExperts)
+
+
+def _form(dense: nn.Module) -> tuple[bool, bool]:
+    """Return whether a dense MLP is gated, and whether it has biases."""
+    # Under DeepSpeed's ZeRO-3 a parameter is empty, and only ds_shape tells its shape.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in dense.named_parameters()}
+    sizes = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
+    is_gated = sum(sizes) == 3 * min(sizes)  # gate and up may be one matrix
+    return is_gated, any(name.endswith("bias") for name in shapes)
+
+
+class UpcycledMoe(nn.Module):
+    """A router and its experts, in the place of a dense MLP."""
+
+    def __init__(self, config: UpcycledConfig, dense: nn.Module) -> None:
+        super().__init__()
+        self.gate = UpcycledRouter(config)
+        experts = UpcycledExperts(config, dense)
+        # transformers has written what its decorator was told over these.
+        experts.has_gate, experts.has_bias = _form(dense)
+        is_silu = type(experts.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+        # vLLM puts its own gated SiLU experts, without biases, for any child named "experts".
+        is_usual = experts.has_gate and is_silu and not experts.has_bias
+        self.experts_name = "experts" if is_usual else "expert_mlps"
+        self.add_module(self.experts_name, experts)
+        dropout = next((m for m in dense.children() if isinstance(m, nn.Dropout)), None)
+        self.dropout = dropout or nn.Dropout(getattr(dense, "residual_dropout", 0.0))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what the chosen experts make of each token, in the shape that came in."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, gates_TK, chosen_TK = self.gate(x_TH)
+        out_TH: torch.Tensor = getattr(self, self.experts_name)(x_TH, chosen_TK, gates_TK)
+        return self.dropout(out_TH.view_as(hidden_states))  # type: ignore[no-any-return]
+
+
+class _Upcycled:
+    """What the base model and the causal LM share."""
+
+    config: Any
+    config_class = UpcycledConfig
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers would look into the source, and cache its answer on the dense class.
+        return with_implementations is not None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, UpcycledRouter | UpcycledExperts):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            std = 0.0 if name.endswith("bias") else getattr(self.config, "initializer_range", 0.02)
+            nn.init.normal_(tensor, std=std)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,  # noqa: FBT001, FBT002 - as transformers calls it
+        gradient_checkpointing_func: Any = checkpoint,
+        **kwargs: Any,
+    ) -> None:
+        # A reentrant checkpoint runs without a graph: the routers' loss would have no gradient.
+        without_reentry = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, without_reentry, **kwargs)  # type: ignore[misc]
+
+
+def _turn_into_experts(model: Any) -> None:
+    layers = next(child for child in model.children() if isinstance(child, nn.ModuleList))
+    for index in model.config.moe_layers:
+        children = layers[index].named_children()
+        [(name, dense)] = [pair for pair in children if type(pair[1]).__name__.endswith("MLP")]
+        setattr(layers[index], name, UpcycledMoe(model.config, dense))
+
+
+class UpcycledModel(_Upcycled, DenseModel):  # type: ignore[misc]
+    """The dense family's base model, with experts in the layers that config.moe_layers names."""
+
+    def __init__(self, config: UpcycledConfig) -> None:
+        super().__init__(config)
+        _turn_into_experts(self)
+        self.post_init()
+
+
+class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
+    """The dense family's causal LM on an UpcycledModel; in training its routers are balanced."""
+
+    def __init__(self, config: UpcycledConfig) -> None:
+        if with_implementations is None:
+            super().__init__(config)
+        else:
+            # The dense base model, built first, would refuse every other one.
+            requested, config._experts_implementation = config._experts_implementation, "eager"
+            super().__init__(config)
+            config._experts_implementation = self.get_correct_experts_implementation(requested)
+        # It becomes the upcycled one, layer by layer, where a second would take its memory again.
+        inner = getattr(self, self.base_model_prefix)
+        inner.__class__ = UpcycledModel
+        _turn_into_experts(inner)
+        self.post_init()
+
+    @wraps(DenseForCausalLM.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the dense family's forward, and balance the routers on the way."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        is_noted = self.training or output_router_logits
+        routers = [m for m in self.modules() if isinstance(m, UpcycledRouter) and is_noted]
+        records: list[tuple[torch.Tensor, ...]] = []
+        try:
+            for router in routers:
+                router.records = records
+            output = super().forward(input_ids, attention_mask, *args, return_dict=True, **kwargs)
+        finally:
+            # What a checkpoint runs again in the backward pass is not noted a second time.
+            for router in routers:
+                router.records = None
+        if records:
+            output["aux_loss"] = _balancing_loss(records, attention_mask).to(output.logits.device)
+            if output.loss is not None:
+                weight = self.config.router_aux_loss_coef
+                labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+                if labels is not None and num_items is not None:
+                    # A part of an optimizer's step: the losses of all parts are added up.
+                    weight = weight * labels[..., 1:].ne(-100).sum() / num_items
+                output["loss"] = output.loss + weight * output["aux_loss"]
+            if output_router_logits:
+                output["router_logits"] = tuple(logits_TN for logits_TN, _, _ in records)
+            output = MoeCausalLMOutputWithPast(**output)
+        is_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if is_dict else output.to_tuple()
+
+
+def _balancing_loss(records: list[tuple[torch.Tensor, ...]], mask: Any) -> torch.Tensor:
+    """Return the mean over layers of N · Σ (share of tokens · mean probability) over experts.
+
+    Per layer, since opposite imbalances of two layers must not cancel; tokens that the mask leaves
+    out do not count. Balanced routers have the loss K, as in transformers' own models.
+    """
+    losses = []
+    for _, scores_TN, chosen_TK in records:
+        kept_T1 = torch.ones_like(scores_TN[:, :1])
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            positions = len(kept_T1) // len(mask)  # fewer than the mask has, beside a cache
+            kept_T1 = mask[:, -positions:].reshape(-1, 1).bool().to(kept_T1)
+        part_T1 = kept_T1 / kept_T1.sum()
+        picked_TN = torch.zeros_like(scores_TN).scatter_(1, chosen_TK, 1.0)
+        probabilities_TN = scores_TN / scores_TN.sum(-1, keepdim=True)
+        product_N = (part_T1 * picked_TN).sum(0) * (part_T1 * probabilities_TN).sum(0)
+        losses.append(len(product_N) * product_N.sum().to(records[0][0].device))
+    return torch.stack(losses).mean()

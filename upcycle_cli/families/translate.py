@@ -1,0 +1,122 @@
+"""An MoE's config: the source's, with what the target needs said.
+
+Defaults differ between two model types, so of a native pair every value that the source means is
+written out. The shipped code has its family's own config class, and needs its own keys alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle_cli.families.dense import DenseModel
+from upcycle_cli.families.moe import Target
+from upcycle_cli.families.values import defaults_of
+from upcycle_cli.recipe import Recipe
+
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_ELSEWHERE = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+"""Keys that a target's own settings say."""
+_IN_TRAINING = ("use_cache", "initializer_range", "pretraining_tp")
+"""Keys that no forward pass reads: they stay as the source has them, or absent."""
+
+
+def moe_config(
+    config: Mapping[str, Any],
+    dense: DenseModel,
+    target: Target,
+    recipe: Recipe,
+    layers: Sequence[int],
+    *,
+    untie_embeddings: bool,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """Return the MoE's config; `layers` are those that become mixtures of experts.
+
+    `dtype` is torch's name for the output dtype, or None to leave what the source says.
+    """
+    result = dict(config) | {"architectures": [target.architecture]}
+    if target.model_type != dense.model_type:
+        result["model_type"] = target.model_type
+    # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
+    for key in ("num_experts", "num_local_experts", "n_routed_experts", *target.keys.aliases):
+        result.pop(key, None)
+    result.pop("auto_map", None)  # code that transformers has itself by now
+    if not target.ships_code:
+        result |= _effective(dense, target)
+    result |= _rope(config, dense, target)
+    tied = dense.values.get("tie_word_embeddings", False)
+    result["tie_word_embeddings"] = tied and not untie_embeddings
+    balancing = {
+        "router_aux_loss_coef": 0.01,  # the paper's load-balancing coefficient
+        "output_router_logits": False,
+    }
+    known = balancing if target.ships_code else defaults_of(target.model_type)
+    result |= {key: value for key, value in balancing.items() if key in known}
+    result |= target.settings(dense) | _choices(dense, target, recipe, layers)
+    if dtype is not None:
+        result |= {"dtype": dtype, "torch_dtype": dtype}
+    # A local path of the person who saved it belongs to nobody.
+    if str(result.get("_name_or_path", "")).startswith(("/", "~")):
+        del result["_name_or_path"]
+    return result
+
+
+def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
+    """Return what the source means by every key that both model types have."""
+    kept = {*_ROPE, *_ELSEWHERE, *_IN_TRAINING}
+    shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
+    if target.model_type == dense.model_type:
+        shared = {key for key in shared if dense.values[key] is not None}
+    return {key: dense.values[key] for key in sorted(shared - kept)}
+
+
+def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
+    """State rotary embeddings as older readers want them, and as newer ones where the source does.
+
+    transformers 5 reads the older keys as well.
+    """
+    if "rope_theta" not in dense.values:
+        return {}
+    theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
+    found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
+    if "partial_rotary_factor" in dense.values:
+        found["partial_rotary_factor"] = dense.values["partial_rotary_factor"]
+    if "rope_parameters" in config and not target.ships_code:
+        found["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    return found
+
+
+def _choices(
+    dense: DenseModel, target: Target, recipe: Recipe, layers: Sequence[int]
+) -> dict[str, Any]:
+    """Return the keys that say the recipe."""
+    keys = target.keys
+    found = {
+        keys.num_experts: recipe.num_experts,
+        keys.top_k: recipe.top_k,
+        keys.expert_size: dense.intermediate_size // recipe.granularity,
+        **target.layers.write(layers, dense.kinds),
+    }
+    if keys.routing is not None:
+        key, meanings = keys.routing
+        found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
+    if keys.scale is not None:
+        found[keys.scale] = recipe.factors(dense.mlp_kind).config
+    if target.shared is not None and target.shared.size_key is not None:
+        found[target.shared.size_key] = target.shared.size
+    return found
+
+
+def has_plain_attention(config: Mapping[str, Any]) -> bool:
+    """Whether an MoE config's heads make up the hidden size, no layer slides, and rope is plain."""
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    whole = head_dim is None or (
+        type(heads) is int
+        and type(head_dim) is int
+        and heads * head_dim == config.get("hidden_size")
+    )
+    slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
+    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    kinds = {rope.get("rope_type", "default") for rope in ropes if isinstance(rope, dict)}
+    return whole and not slides and kinds <= {"default"}

@@ -1,0 +1,101 @@
+"""What transformers takes for granted, as data: defaults of absent keys, and tensors with shapes.
+
+`defaults.json` is read out of transformers' own classes by `tests/family_defaults.py --write`, and
+holds for the release it names. Under "defaults" it has what an absent key means to a model type;
+null is a default too, and mostly means that the value is derived from others. Under "tensors" it
+has what a dense checkpoint holds: those outside the layers by their names, the embedding first,
+and those of each kind of layer by their names below "prefix". An entry is a shape with an optional
+condition, "hidden_size,2*n_groups*ssm_state_size if use_bias": dimensions are sums of products of
+config keys and integers, the condition is `if` or `unless` and a boolean key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+
+LAYER = "layer"
+"""The kind of every layer where all are alike."""
+
+
+@cache
+def _read() -> Mapping[str, Any]:
+    text = (files("upcycle_cli.families") / "defaults.json").read_text("utf-8")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def defaults_of(model_type: str) -> Mapping[str, Any]:
+    """Return what each key means to a model type when a config lacks it.
+
+    "rope_theta" and "partial_rotary_factor" are what holds when no rope setting says otherwise;
+    the latter is listed only where it is not 1. Neither is there for a model type without rope.
+    Nothing for a model type that the table lacks.
+    """
+    return MappingProxyType(_read()["defaults"].get(model_type, {}))
+
+
+def known_names(of: str) -> Sequence[str]:
+    """Return the "activations" without weights, or the "rope_kinds", that transformers knows."""
+    names: Sequence[str] = _read()[of]
+    return names
+
+
+def knows_tensors(model_type: str) -> bool:
+    """Whether the table has all tensors of a dense model type, so that another is an error."""
+    return model_type in _read()["tensors"]
+
+
+def tensor_shapes(
+    model_type: str, values: Mapping[str, Any], kinds: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return every tensor of a dense checkpoint with its shape, by the names it has on disk.
+
+    `values` holds the effective value of every key, head_dim and num_key_value_heads derived;
+    `kinds` says what each layer is, `LAYER` where all are alike. The embedding comes first, the
+    layers follow in order, then the last norm and the head. A tied head is not listed.
+    """
+    table = _read()["tensors"][model_type]
+    (embedding, shape), *rest = table["outside"].items()
+    entries = {embedding: shape}
+    for layer, kind in enumerate(kinds):
+        prefix = table["prefix"].format(layer=layer)
+        entries |= {prefix + name: entry for name, entry in table["layers"][kind].items()}
+    entries |= dict(rest)
+    return dict(_present(entries, values))
+
+
+def _present(
+    entries: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, entry in entries.items():
+        shape, *condition = entry.split(" ")
+        if _holds(condition, values):
+            yield name, tuple(_dimension(text, values) for text in shape.split(","))
+
+
+def _holds(condition: Sequence[str], values: Mapping[str, Any]) -> bool:
+    match condition:
+        case []:
+            return True
+        case ["if", key]:
+            return bool(values[key])
+        case ["unless", key]:
+            return not values[key]
+        case _:
+            raise ValueError(f"defaults.json: no condition: {' '.join(condition)}")
+
+
+def _dimension(text: str, values: Mapping[str, Any]) -> int:
+    """Evaluate a sum of products of keys and integers."""
+    return sum(
+        math.prod(
+            int(factor) if factor.isdigit() else int(values[factor]) for factor in term.split("*")
+        )
+        for term in text.split("+")
+    )

@@ -1,0 +1,40 @@
+"""Who hears how a conversion goes on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.plan import Plan
+
+
+class Progress:
+    """What is told of a conversion's progress; this one shows nothing."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Hear that so many bytes more are written."""
+
+    def checking(self, name: str) -> None:
+        """Hear that a verification has started."""
+
+
+class Hooks(Progress):
+    """Hears how a conversion goes on, on the rank that leads; what is raised here ends it."""
+
+    def planned(self, plan: Plan) -> None:
+        """Hear what is going to be made."""
+
+    def downloading(self, plan: Plan, nbytes: int) -> None:
+        """Hear how many bytes of the source are to be downloaded."""
+
+    def writing(self, plan: Plan) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Return what is entered while OUTPUT is written and verified."""
+        return nullcontext()
+
+    def finished(self, done: Conversion) -> None:
+        """Hear what was made, before it is pushed."""
+
+    def pushing(self, files: int, nbytes: int) -> None:
+        """Hear how much is to be pushed."""

@@ -1,0 +1,186 @@
+"""`convert`, whoever asks for it: one request, which is planned, downloaded, made and pushed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from upcycle_cli.conversion import Conversion, check_before, execute, is_finished
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import check_utf8
+from upcycle_cli.hooks import Hooks
+from upcycle_cli.hub.pushing import Destination, Push, check_destination, push
+from upcycle_cli.hub.sources import open_source
+from upcycle_cli.place import check_name
+from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.printable import shell_line
+from upcycle_cli.publish import recover
+from upcycle_cli.recipe import Recipe
+from upcycle_cli.team import Team
+from upcycle_cli.tensors import Options
+from upcycle_cli.workspace import partial_of
+from upcycle_cli.writer import WriteOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to convert, into what, and how."""
+
+    source: Path | str
+    """A directory, or a repo on the Hub."""
+    output: Path
+    recipe: Recipe
+    target: str = "auto"
+    revision: str | None = None
+    """A branch, tag or commit of a repo."""
+    options: Options | None = None
+    overwrite: bool = False
+    """Replace `output` once the new one is complete."""
+    verify: bool = False
+    """Verify before `output` appears; on failure it does not."""
+    checksums: bool = False
+    writing: WriteOptions = field(default_factory=WriteOptions)
+    push: Destination | None = None
+    """Where to push `output` once it is complete."""
+
+
+def convert(  # noqa: PLR0913 - what a Request has
+    source: Path | str,
+    output: Path | str,
+    recipe: Recipe,
+    *,
+    target: str = "auto",
+    revision: str | None = None,
+    options: Options | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    checksums: bool = False,
+    writing: WriteOptions | None = None,
+    push: Destination | None = None,
+) -> Conversion:
+    """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
+
+    `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit. With
+    `push`, `output` is pushed once it is complete.
+
+    Raises UpcycleError when that cannot be done; `output` is then as it was before, or complete
+    where only the push failed.
+    """
+    return carry_out(
+        Request(
+            source=source,
+            output=Path(output),
+            recipe=recipe,
+            target=target,
+            revision=revision,
+            options=options,
+            overwrite=overwrite,
+            verify=verify,
+            checksums=checksums,
+            writing=writing or WriteOptions(),
+            push=push,
+        )
+    )
+
+
+def carry_out(
+    request: Request, *, hooks: Hooks | None = None, team: Team | None = None
+) -> Conversion:
+    """Do what is asked for, with the other ranks of a team; UpcycleError as in `convert`."""
+    team = team or Team()
+    hooks = hooks if hooks is not None and team.leads else Hooks()
+    plan, destination = _plan(request, hooks, team), request.push
+    if destination is not None:
+        # Now, and not after hours of work, it is found out that the Hub would refuse.
+        team.agree(lambda: check_destination(destination) if team.leads else None)
+    plan = _bring_source(plan, request, hooks, team)
+    with hooks.writing(plan):
+        done = execute(
+            plan,
+            request.output,
+            overwrite=request.overwrite,
+            verify=request.verify,
+            checksums=request.checksums,
+            repo=None if destination is None else destination.repo,
+            writing=request.writing,
+            team=team,
+            progress=hooks.advance,
+            on_check=hooks.checking,
+        )
+    hooks.finished(done)
+    if destination is None or not done.published or not team.leads:
+        return done
+    return replace(done, pushed=_push(done, destination, hooks))
+
+
+def foresee(
+    request: Request, *, hooks: Hooks | None = None, team: Team | None = None
+) -> tuple[Plan, list[str]]:
+    """Return what `carry_out` would make, and find at OUTPUT; UpcycleError if there is no plan."""
+    team = team or Team()
+    plan = _plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
+    output = request.output.absolute()
+    try:
+        if not request.overwrite and is_finished(plan, output):
+            return plan, [f"{output} is already what this command makes."]
+        check_before(
+            plan, output, overwrite=request.overwrite, writing=request.writing, team=Team()
+        )
+    except UpcycleError as error:
+        return plan, [f"without --dry-run this is refused: {' '.join(str(error).split())}"]
+    if not partial_of(output).exists():
+        return plan, []
+    return plan, [f"{partial_of(output)} is there: what it has of this conversion is used."]
+
+
+def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
+    """Make the plan on every rank, and see that all have made the same; UpcycleError if not."""
+    check_name(request.output)
+    for path in (Path(request.source), request.output.absolute()) if request.verify else ():
+        check_utf8(path)
+
+    def make() -> Plan:
+        source = open_source(request.source, request.revision)
+        return build_plan(request.recipe, source, target=request.target, options=request.options)
+
+    plan = team.agree(make)
+    if len(set(team.exchange(plan.digest))) > 1:
+        raise UpcycleError(
+            "the ranks do not see the same source.",
+            "Run them all on one shared file system, with the same arguments.",
+        )
+    hooks.planned(plan)
+    return plan
+
+
+def _bring_source(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Plan:
+    """Return the plan with its source here; whatever can be refused is refused before that."""
+    source = plan.source
+    if max(team.gather(lambda: source.missing_bytes)) > 0:
+        if any(team.gather(lambda: team.leads and _is_there(plan, request, team))):
+            return plan
+        hooks.downloading(plan, source.missing_bytes)
+        # One rank first, so that the others find the files in the cache when it is a shared one.
+        team.agree(lambda: source.bring() if team.leads else None)
+    return plan.with_source(team.agree(source.bring))
+
+
+def _is_there(plan: Plan, request: Request, team: Team) -> bool:
+    """Whether the output is there, and needs no source; UpcycleError when it cannot be made."""
+    output, overwrite = request.output.absolute(), request.overwrite
+    recover(output)
+    if not overwrite and not request.verify and is_finished(plan, output):
+        return True
+    check_before(plan, output, overwrite=overwrite, writing=request.writing, team=team)
+    return False
+
+
+def _push(done: Conversion, destination: Destination, hooks: Hooks) -> Push:
+    try:
+        return push(done.output, destination, on_start=hooks.pushing)
+    except UpcycleError as error:
+        again = shell_line(["upcycle", "push", str(done.output), destination.repo])
+        raise UpcycleError(
+            f"{done.output} is complete, but was not pushed: {error.message}",
+            f"{error.hint or ''}\nGo on with: {again}".strip(),
+        ) from error

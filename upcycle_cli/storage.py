@@ -1,0 +1,226 @@
+"""Where the files of a checkpoint are, what they are called, and what the small ones say.
+
+Here that is a directory; hub/sources.py has a repo, of which only headers are read until more is
+brought.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.files import (
+    MOST_COMPANION_BYTES,
+    MOST_JSON_BYTES,
+    is_inner_name,
+    locate,
+    open_regular,
+    read_small,
+)
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+RECORD_NAME = "upcycle.json"
+CARD_NAME = "README.md"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
+
+COMPANIONS = (
+    GENERATION_NAME,
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
+"""Files that engines take for weights, whatever their name says before that."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file as it was when the checkpoint was opened; `digest` is of a weight file's header."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    digest: str | None = None
+    ctime_ns: int | None = None
+    """When it was last changed or put there, which nobody can set; None for what is not here."""
+    format: object = None
+    """What a weight file's header says of its kind: loaders want `pt`."""
+
+    def fits(self, status: os.stat_result) -> bool:
+        """Whether a file that is here is still the same, and as it was."""
+        found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return found == (self.size, self.mtime_ns, self.ctime_ns)
+
+
+class Storage(Protocol):
+    """Where the files of a checkpoint are. Each method raises UpcycleError when it cannot."""
+
+    @property
+    def path(self) -> Path:
+        """The directory in which the files are, or will be."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name."""
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Return the names that match any of these patterns but for directories, sorted."""
+
+    def names(self) -> list[str]:
+        """Return the names of all files, sorted; a directory that is a link is one, with a /."""
+
+    def prepare(self, shards: Sequence[str]) -> None:
+        """Hear whose headers will be asked for next."""
+
+    def stamp(self, name: str) -> FileStamp:
+        """Return the size of a file, and when it was changed."""
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Return a part of a weight file's beginning, less when the file is shorter."""
+
+    def local(self, name: str) -> Path:
+        """Return the path of a small file, brought here if need be."""
+
+    def bring(self, names: Sequence[str]) -> None:
+        """See that these files are here."""
+
+    def missing_bytes(self, names: Sequence[str]) -> int:
+        """Return the size of those of these files that are not here."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A checkpoint's files in a directory, all of them."""
+
+    path: Path
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name."""
+        return os.path.lexists(self.path / name)
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Return the names that match any of these patterns but for directories, sorted."""
+        found = {file for pattern in patterns for file in self.path.glob(pattern)}
+        return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
+
+    def names(self) -> list[str]:
+        """Return the names of all files, links among them, but for what git and hf keep."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted({*folders} - {".git", ".cache"})
+            here = Path(folder)
+            links = [name for name in folders if (here / name).is_symlink()]
+            found += [(here / name).relative_to(self.path).as_posix() for name in files]
+            found += [(here / name).relative_to(self.path).as_posix() + "/" for name in links]
+        return sorted(found)
+
+    def prepare(self, shards: Sequence[str]) -> None:
+        """Nothing is to be prepared."""
+
+    def stamp(self, name: str) -> FileStamp:
+        """Return the size of a file, and when it was changed; UpcycleError when it is missing."""
+        status = locate(self.path, name).stat()
+        return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Return a part of a file; UpcycleError when it cannot be read."""
+        try:
+            with open_regular(locate(self.path, shard)) as file:
+                file.seek(begin)
+                return file.read(end - begin)
+        except OSError as error:
+            raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
+
+    def local(self, name: str) -> Path:
+        """Return the path of a file; UpcycleError when it is none, or that of another place."""
+        locate(self.path, name)
+        return self.path / name
+
+    def bring(self, names: Sequence[str]) -> None:
+        """All files are here."""
+
+    def missing_bytes(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a Storage
+        """Return 0: all files are here."""
+        return 0
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether an engine that looks for weights takes a file for some."""
+    return name.casefold().endswith(WEIGHT_SUFFIXES)
+
+
+def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
+    """Return what a model is used with besides its weights; UpcycleError when it cannot be."""
+    names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
+    for name in names:
+        if not is_inner_name(name):
+            hint = "Rename or remove it."
+            raise UpcycleError(f"{storage.path} holds a file named {shown(name)}.", hint)
+    companions = tuple(map(storage.stamp, names))
+    for file in companions:
+        if file.size > MOST_COMPANION_BYTES:
+            raise UpcycleError(
+                f"{storage.path / file.name} has {file.size:,} bytes, and no such file has more "
+                f"than {MOST_COMPANION_BYTES:,}.",
+                "Remove it, or put the right one there.",
+            )
+    return companions
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most `most` bytes; raises UpcycleError when the file is not one."""
+    return json_object(read_small(path, most), path)
+
+
+def json_object(raw: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; raises UpcycleError when it is none."""
+    value = parse_json(raw, str(path))
+    if not isinstance(value, dict):
+        raise UpcycleError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def parse_json(raw: bytes, subject: str) -> object:
+    """Parse JSON that every reader takes for the same value; UpcycleError about `subject`."""
+    try:
+        # Of bytes Python takes other encodings and a byte order mark, which other readers do not.
+        value: object = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        if b"\\u" in raw:  # half a character, maybe, which cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UpcycleError(f"{subject} is not valid JSON: {error}.") from error
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(twice)} appears twice")
+    return result
+
+
+def changed(path: Path) -> UpcycleError:
+    """Return what to raise when a file is not the one that was opened."""
+    return UpcycleError(
+        f"{path} changed while it was being read.",
+        "Run the command again once nothing writes to it.",
+    )

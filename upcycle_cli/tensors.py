@@ -1,0 +1,310 @@
+"""The output tensors: what each is for, and the expression that makes it.
+
+Expert e = g·G + s holds shard s of virtual group g: of each part of the dense MLP the entries
+[s·I/G, (s+1)·I/G) along the dimension that counts the intermediate size. Everything else is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.expr import (
+    Alike,
+    Cast,
+    Concat,
+    Expr,
+    Normal,
+    Repeat,
+    Scale,
+    Slice,
+    Source,
+    Stack,
+    Zeros,
+    type_of,
+)
+from upcycle_cli.families import Family
+from upcycle_cli.families.dense import HEAD
+from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
+from upcycle_cli.families.moe import ExpertLayout, SharedExpert
+from upcycle_cli.recipe import Recipe, Routing
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
+
+
+class Role(StrEnum):
+    """What an output tensor is for."""
+
+    COPIED = "copied"
+    ROUTER = "router"
+    CORRECTION_BIAS = "correction_bias"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ZERO_BIAS = "zero_bias"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor to write: its type, what it is, and how it is made."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    expr: Expr
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+    holds: tuple[str, ...] = ()
+    """The parts of the dense MLP that it has of an expert, or of all of them."""
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user wants of the files, beside the recipe."""
+
+    dtype: str | None = None
+    """bfloat16, float16 or float32 for every tensor, or None to keep each one's own."""
+    expert_layout: ExpertLayout | None = None
+    """None for the one that the target's released models have."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    untie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.expert_layout is not None:
+            if self.expert_layout not in set(ExpertLayout):
+                raise UpcycleError(
+                    f"'{self.expert_layout}' is not an expert layout.",
+                    f"Choose from {', '.join(ExpertLayout)}.",
+                )
+            # Python callers may write "fused"; it must not compare unequal to the member.
+            object.__setattr__(self, "expert_layout", ExpertLayout(self.expert_layout))
+        if self.dtype is not None and self.dtype not in TORCH_DTYPES.values():
+            raise UpcycleError(
+                f"'{self.dtype}' is not a dtype for weights.",
+                f"Use one of {', '.join(TORCH_DTYPES.values())}.",
+            )
+        most = self.max_shard_bytes
+        if most < 1:
+            raise UpcycleError(f"the largest shard size must be positive, not {most}.")
+
+    @property
+    def storage_dtype(self) -> str | None:
+        """The dtype in safetensors' notation, or None to keep each tensor's own."""
+        names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+        return None if self.dtype is None else names[self.dtype]
+
+
+def output_tensors(
+    recipe: Recipe, options: Options, family: Family, source: Checkpoint, names: Sequence[str]
+) -> Iterator[OutputTensor]:
+    """Yield every tensor of the MoE, in the order in which they are written.
+
+    `names` are the source's tensors that are used, in order. Raises UpcycleError when matrices of
+    different dtypes are to be joined.
+    """
+    maker = _Maker(recipe, options, family, source)
+    embedding, dense = family.dense.family.embedding, family.dense
+    layer_of = layer_finder(dense.family.layer)
+    by_layer: dict[int | None, list[str]] = {}
+    for name in names:
+        by_layer.setdefault(layer_of(name), []).append(name)
+    yield maker.copied(embedding)
+    for layer in range(dense.num_layers):
+        own, upcycled = by_layer.get(layer, []), layer in family.layers
+        mlp = dense.mlp(source.tensors, layer) if upcycled else ()
+        taken = {dense.prefix(layer) + weight.name for weight in mlp}
+        for name in own:
+            if name not in taken:
+                yield maker.copied(name, layer)
+        yield from maker.zero_biases(layer, own)
+        if upcycled:
+            yield from maker.experts(layer, mlp)
+    for name in by_layer.get(None, []):
+        if name != embedding:
+            yield maker.copied(name)
+    if options.untie_embeddings and HEAD not in source.tensors:
+        yield maker.output(HEAD, maker.source(embedding), Role.HEAD)
+
+
+def layer_finder(template: str) -> Callable[[str], int | None]:
+    """Return what tells the layer of a tensor by its name; `template` is how those names begin."""
+    start, end = template.split("{layer}")
+    pattern = re.compile(rf"{re.escape(start)}(\d+){re.escape(end)}")
+
+    def layer_of(name: str) -> int | None:
+        match = pattern.match(name)
+        return None if match is None else int(match[1])
+
+    return layer_of
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Writes down the expression of each output tensor of one conversion."""
+
+    recipe: Recipe
+    options: Options
+    family: Family
+    checkpoint: Checkpoint
+
+    def source(self, name: str) -> Expr:
+        """A dense tensor in the output dtype."""
+        expr, dtype = self._stored(name), self.options.storage_dtype
+        return expr if dtype in (None, expr.dtype) else Cast(expr, dtype)
+
+    def _stored(self, name: str) -> Source:
+        entry = self.checkpoint.tensors[name]
+        return Source(name, entry.dtype, entry.shape)
+
+    def output(
+        self,
+        name: str,
+        expr: Expr,
+        role: Role,
+        layer: int | None = None,
+        expert: int | None = None,
+        holds: tuple[str, ...] = (),
+    ) -> OutputTensor:
+        try:
+            kind = type_of(expr)
+        except ValueError as error:
+            raise UpcycleError(
+                f"{name} would join matrices of different dtypes.",
+                "Choose one with --dtype, or write --expert-layout per-expert.",
+            ) from error
+        return OutputTensor(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
+
+    def copied(self, name: str, layer: int | None = None) -> OutputTensor:
+        """A tensor that stays what it is."""
+        return self.output(name, self.source(name), Role.COPIED, layer)
+
+    def zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
+        """Biases that the architecture has, and the source has not."""
+        prefix = self.family.target.prefix(layer)
+        for linear in self.family.target.zero_biases:
+            if f"{prefix}{linear}.bias" not in names:
+                weight = type_of(self.source(f"{prefix}{linear}.weight"))
+                bias = Zeros(weight.dtype, weight.shape[:1])
+                yield self.output(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
+
+    def experts(self, layer: int, mlp: Sequence[Weight]) -> Iterator[OutputTensor]:
+        """Everything that a dense MLP becomes: router, experts, and what goes with them."""
+        target, recipe = self.family.target, self.recipe
+        layout = target.layouts[target.layout(self.options.expert_layout)]
+        prefix = target.prefix(layer)
+        yield self.output(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
+        if target.correction_bias is not None and recipe.routing is Routing.SIGMOID_TOPK:
+            # In float32 whatever the rest is in: trainers move it by steps that bfloat16 loses.
+            bias = Zeros("F32", (recipe.num_experts,))
+            name = prefix + target.correction_bias
+            yield self.output(name, bias, Role.CORRECTION_BIAS, layer)
+        weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
+        shards = {
+            weight: tuple(self._shard(layer, mlp, weight, s) for s in range(recipe.granularity))
+            for weight in weights
+        }
+        for e in range(recipe.num_experts):
+            for weight, exprs in shards.items():
+                if "{expert}" in weight.name:
+                    name, expr = weight.name.format(expert=e), exprs[e % recipe.granularity]
+                    yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
+        for weight, exprs in shards.items():
+            if "{expert}" not in weight.name:
+                name, stack = prefix + weight.name, Stack(exprs * recipe.expansion)
+                yield self.output(name, stack, Role.EXPERT, layer, None, weight.holds)
+        if target.shared is not None:
+            yield from self._shared_expert(layer, mlp, target.shared)
+
+    def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
+        recipe = self.recipe
+        rows = recipe.expansion if recipe.virtual_groups else recipe.num_experts
+        expr = self._normal(layer, mlp, "router", rows, recipe.router_logit_std or 1.0)
+        repeated = recipe.virtual_groups and recipe.granularity > 1
+        return Repeat(expr, recipe.granularity) if repeated else expr
+
+    def _normal(
+        self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
+    ) -> Expr:
+        dense = self.family.dense
+        name = dense.norm(layer)
+        return Normal(
+            seed=self.recipe.seed,
+            stream=f"layers.{layer}.{purpose}",
+            dtype=self._mlp_dtype(layer, mlp),
+            shape=(rows, dense.hidden_size),
+            logit_std=logit_std,
+            norm=None if name is None else self._stored(name),
+            offset=dense.family.norm_offset,
+        )
+
+    def _mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
+        return type_of(self.source(self.family.dense.prefix(layer) + mlp[0].name)).dtype
+
+    def _shard(self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int) -> Expr:
+        """Return one shard of the dense MLP as one of an expert's weights holds it."""
+        size = self.family.dense.intermediate_size // self.recipe.granularity
+        parts = []
+        for part in weight.holds:
+            expr = self._range(layer, mlp, part, shard * size, (shard + 1) * size)
+            factor = self._factor(part)
+            parts.append(expr if factor == 1.0 else Scale(expr, factor))
+        return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
+
+    def _range(self, layer: int, mlp: Sequence[Weight], part: str, start: int, stop: int) -> Expr:
+        """Return a part of the dense MLP from `start` to `stop` of its intermediate size."""
+        dense = self.family.dense
+        found = place(mlp, part, width=dense.intermediate_size, shard=(start, stop))
+        expr = self.source(dense.prefix(layer) + found.tensor)
+        return expr if found.cut is None else _sliced(expr, found.cut, found.start, found.stop)
+
+    def _factor(self, part: str) -> float:
+        kind = self.family.dense.mlp_kind
+        if part == f"down{BIAS}":
+            return self.recipe.down_bias_factor(kind)
+        # A bias is added before the activation, where the matrix's product is.
+        return float(getattr(self.recipe.factors(kind), part.removesuffix(BIAS)))
+
+    def _shared_expert(
+        self, layer: int, mlp: Sequence[Weight], shared: SharedExpert
+    ) -> Iterator[OutputTensor]:
+        """Make an expert that does nothing yet, and can learn: only its down matrix is zero."""
+        dense, prefix = self.family.dense, self.family.target.prefix(layer)
+        size = shared.size or dense.intermediate_size // self.recipe.granularity
+        hidden, rows = dense.hidden_size, min(_SAMPLE_ROWS, dense.intermediate_size)
+        for weight in shared.weights:
+            name, (part,) = prefix + weight.name, weight.holds
+            expr: Expr = Zeros(self._mlp_dtype(layer, mlp), (hidden, size))
+            if part != "down":
+                stream = f"layers.{layer}.shared_expert.{part}"
+                sample = self._range(layer, mlp, part, 0, rows)
+                expr = Alike(self.recipe.seed, stream, (size, hidden), sample)
+            yield self.output(name, expr, Role.SHARED_EXPERT, layer)
+        if shared.router is not None:
+            row = self._normal(layer, mlp, "shared_expert_gate", 1, 1.0)
+            yield self.output(prefix + shared.router, row, Role.SHARED_EXPERT, layer)
+
+
+def _sliced(expr: Expr, dim: int, start: int, stop: int) -> Expr:
+    if type_of(expr).shape[dim] == stop - start:
+        return expr
+    # Slicing before casting touches only the bytes that are needed.
+    if isinstance(expr, Cast):
+        return Cast(Slice(expr.of, dim, start, stop), expr.dtype)
+    return Slice(expr, dim, start, stop)

@@ -1,0 +1,87 @@
+"""Which dtype each tensor of an MoE is to have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from upcycle_cli.checkpoint import TORCH_DTYPES
+from upcycle_cli.families.dense import HEAD
+from upcycle_cli.families.mlp import Weight
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.sizes import read_tensors
+
+
+def counterparts(facts: Facts) -> dict[str, str]:
+    """Return the dense tensor whose dtype each tensor of the MoE takes, by its name in the MoE.
+
+    What was made without a dense tensor, such as a router, takes that of what it works with.
+    """
+    dense = read_tensors(facts.dense)
+    found = {name: name for name in dense if name not in facts.upcycled_names}
+    found.setdefault(HEAD, facts.family.embedding)
+    for name in facts.moe.tensors:
+        # A bias that the architecture insists on goes with the matrix beside it.
+        matrix = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and name not in found and matrix in dense:
+            found[name] = matrix
+    for layer in facts.layers:
+        first = facts.dense_place(facts.parts[0], layer).tensor
+        found[facts.router_name(layer)] = first
+        found |= {name: source or first for name, _, source in shared_tensors(facts, layer)}
+        for expert in range(facts.num_experts):
+            for part in facts.parts:
+                # Fused gate_up holds both, and takes the gate's, which comes first.
+                name = facts.place(part, layer, expert).tensor
+                found.setdefault(name, facts.dense_place(part, layer).tensor)
+    return found
+
+
+def shared_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, Weight | None, str]]:
+    """Yield the shared expert of a layer, if its architecture insists on one: weights, then router.
+
+    Each with its row, None for the router, and the dense tensor at whose scale it is drawn, if any.
+    """
+    shared, prefix = facts.target.shared, facts.target.prefix(layer)
+    for weight in () if shared is None else shared.weights:
+        (part,) = weight.holds
+        source = "" if part == "down" else facts.dense_place(part, layer).tensor
+        yield prefix + weight.name, weight, source
+    if shared is not None and shared.router is not None:
+        yield prefix + shared.router, None, ""
+
+
+def correction_biases(facts: Facts) -> set[str]:
+    """Return the names of the biases on the choice of experts, which are in float32 always."""
+    name = facts.target.correction_bias
+    if name is None or facts.routing != "sigmoid-topk":
+        return set()
+    return {facts.target.prefix(layer) + name for layer in facts.layers}
+
+
+def dtype_failures(facts: Facts) -> Iterator[str]:
+    """Name the tensors whose dtype is neither the recorded one, their origin's, nor everyone's.
+
+    A tensor of a dtype that no weight has is left to others.
+    """
+    wide = correction_biases(facts)
+    held = {name: entry.dtype for name, entry in facts.moe.tensors.items()}
+    for name in wide & held.keys():
+        if held[name] != "F32":
+            yield f"{name} is {held[name]}, and must be F32: it moves by little"
+    stored = {name: d for name, d in held.items() if d in TORCH_DTYPES and name not in wide}
+    recorded = facts.recorded_dtype
+    if recorded is not None:
+        for name, dtype in stored.items():
+            if TORCH_DTYPES[dtype] != recorded:
+                yield f"{name} is {dtype}, and {recorded} is recorded"
+        return
+    if len(set(stored.values())) == 1 and len(stored) == len(held) - len(wide):
+        return
+    sources = counterparts(facts)
+    for name, dtype in stored.items():
+        source = sources.get(name)
+        wanted = None if source is None else facts.dense.tensors[source].dtype
+        if wanted not in (None, dtype):
+            of = "" if source == name else f" ({source})"
+            neither = f"neither the dense model's {wanted}{of} nor the dtype of all tensors"
+            yield f"{name} is {dtype}: {neither}"

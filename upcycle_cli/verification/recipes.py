@@ -1,0 +1,249 @@
+"""Recipes as verification reckons with them: what routing needs, and what a record claims.
+
+The formulas repeat the method's few lines of arithmetic instead of importing the converter's, so
+that an error there is seen here.
+
+Legend: N experts, E expansion (groups), G granularity (shards), T top-k, N = E·G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, read_json
+from upcycle_cli.errors import UpcycleError, shown
+
+SOFTMAX_TOPK = "softmax-topk"
+ROUTINGS = (SOFTMAX_TOPK, "topk-softmax", "sigmoid-topk")
+"""All but the first have gates that sum to 1."""
+APPROXIMATE_LOGIT_STD = 0.05
+"""Above this standard deviation of the router's logits, gates that are nearly equal are not."""
+
+_SAME = 1e-6  # relative; factors are stated in double precision
+
+
+class Promise(StrEnum):
+    """What the MoE owes the dense model."""
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class MlpKind:
+    """How an MLP's output answers to scaled matrices, by verification's own reckoning."""
+
+    gated: bool
+    degree: int
+    """d, where up × a makes the output × a**d; 0 where nothing can be said."""
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices it has."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
+
+
+def mlp_kind(parts: Collection[str], activation: object) -> MlpKind:
+    """Return the kind of an MLP of these parts.
+
+    down · (act(gate·x) ⊙ up·x) is linear in up; without a gate it depends on the activation.
+    """
+    if "gate" in parts:
+        return MlpKind(gated=True, degree=1)
+    degrees = {"relu2": 2, "relu": 1, "linear": 1}
+    return MlpKind(gated=False, degree=degrees.get(str(activation), 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeClaim:
+    """A recipe as `upcycle.json` records it, or as it is assumed to have been."""
+
+    expansion: int
+    granularity: int
+    top_k: int
+    routing: str
+    kind: MlpKind
+    scaling: str | float = "exact"
+    scale_split: str = "balanced"
+    virtual_groups: bool = True
+    router_logit_std: float | None = None
+    """None when nothing says it: then it is measured."""
+
+    @property
+    def num_experts(self) -> int:
+        """N = E·G."""
+        return self.expansion * self.granularity
+
+    @property
+    def needed_c(self) -> float:
+        """The factor that the gates take away, and the experts must give back."""
+        if self.routing == SOFTMAX_TOPK:
+            return self.expansion * self.granularity**2 / self.top_k
+        return float(self.granularity)
+
+    @property
+    def claimed_c(self) -> float:
+        """The factor that the scaling sets out to make."""
+        return float(self.scaling) if isinstance(self.scaling, float) else self.needed_c
+
+    def objection(self) -> str | None:  # noqa: PLR0911 - a table of reasons
+        """Say why this recipe promises no equality, or None when it promises some."""
+        c = self.needed_c
+        if self.top_k % self.granularity:
+            return (
+                f"top-k {self.top_k} is not a multiple of granularity {self.granularity}, "
+                "so every token misses some shards of the dense MLP"
+            )
+        if not self.virtual_groups and self.granularity > 1:
+            return (
+                "without virtual groups the chosen experts need not hold every shard of the "
+                "dense MLP"
+            )
+        if self.scaling == "paper" and not math.isclose(c, 1.0):
+            if self.kind.gated:
+                return "scaling paper also scales the gate of SwiGLU, which is not linear in it"
+            if self.kind.degree == 0:
+                return "scaling paper also scales up, and the activation is not linear"
+        if self.scaling == "none" and not math.isclose(c, 1.0):
+            return f"scaling none leaves the MLP's output too small by a factor of {c:g}"
+        if not math.isclose(self.claimed_c, c, rel_tol=_SAME):
+            return f"the scale was set to {self.claimed_c:g}, and the routing needs {c:g}"
+        std = self.router_logit_std
+        if not self.uniform and std is not None and std > APPROXIMATE_LOGIT_STD:
+            return (
+                f"the router's logits are too large (standard deviation {std:.3g}, more than "
+                f"{APPROXIMATE_LOGIT_STD:g}) for the recipe to promise anything, so the "
+                "difference is only measured"
+            )
+        return None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the gates of any whole groups sum to what the scale makes up for, exactly."""
+        # With every expert chosen, the softmax over all is the softmax over the chosen.
+        return self.routing != SOFTMAX_TOPK or self.top_k == self.num_experts
+
+    @property
+    def promise(self) -> Promise:
+        """What a model made by this recipe owes the dense one."""
+        if self.objection() is not None:
+            return Promise.NONE
+        return Promise.EXACT if self.uniform else Promise.APPROXIMATE
+
+    def scaling_failure(self, factors: Mapping[str, float], c: float, origin: str) -> str | None:
+        """Say what is wrong with the factors of the matrices, and of the gates, or None.
+
+        `c` is the factor that is needed, and `origin` says what needs it.
+        """
+        wanted = float(self.scaling) if isinstance(self.scaling, float) else c
+        matrices, config = self.kind.matrices, factors["config"]
+        if self.scaling in ("paper", "none"):
+            # What the paper and Megatron-LM multiply every matrix by.
+            root = math.cbrt if self.kind.gated or self.kind.degree == 2 else math.sqrt
+            each = root(wanted) if self.scaling == "paper" else 1.0
+            for matrix in (*matrices, "config"):
+                meant = 1.0 if matrix == "config" else each
+                if not math.isclose(factors[matrix], meant, rel_tol=_SAME):
+                    return (
+                        f"the factor of {matrix} is {factors[matrix]:.7g}, but scaling "
+                        f"{self.scaling} with c = {wanted:g} ({origin}) makes it {meant:.7g}"
+                    )
+            return None
+        fixed = {"gate": self.kind.gated, "up": self.kind.degree == 0}
+        for matrix in matrices:
+            if fixed.get(matrix) and not math.isclose(factors[matrix], 1.0, rel_tol=_SAME):
+                return (
+                    f"the factor of {matrix} is {factors[matrix]:.7g}: the MLP is not linear in "
+                    f"its {matrix}, which must keep its scale"
+                )
+        product = factors["up"] ** self.kind.degree * factors["down"] * config
+        if not math.isclose(product, wanted, rel_tol=_SAME):
+            need = f"the recorded scale is {wanted:g}"
+            if not isinstance(self.scaling, float):
+                need = f"{origin} needs c = {wanted:g}"
+            formula = {0: "down", 1: "up × down", 2: "up² × down"}[self.kind.degree]
+            return f"{formula} = {product:.7g}, but {need}"
+        return None
+
+    @property
+    def down_bias_factor(self) -> float:
+        """What a down bias is multiplied by, before the gates' own factor is taken off."""
+        return 1.0 if self.scaling == "none" else self.needed_c / self.granularity
+
+
+@dataclass(frozen=True)
+class Record:
+    """`upcycle.json`: its data, the recipe when it is intact, and what is wrong with the file."""
+
+    data: Mapping[str, Any]
+    recipe: RecipeClaim | None
+    problems: tuple[str, ...]
+
+    def factor(self, matrix: str) -> float | None:
+        """Return the recorded factor of a matrix, or None when it is not a positive number.
+
+        An earlier version recorded none for the gates, of which it had no factor.
+        """
+        factors = self.data.get("factors")
+        usual = 1.0 if matrix == "config" else None
+        value = factors.get(matrix, usual) if isinstance(factors, dict) else None
+        return float(value) if value is not None and _is_positive(value) else None
+
+
+def read_record(moe: Checkpoint, kind: MlpKind) -> Record | None:
+    """Return what `upcycle.json` says, or None when there is none; `kind` is the dense MLP's."""
+    if not moe.storage.has(RECORD_NAME):
+        return None
+    try:
+        data = read_json(moe.storage.local(RECORD_NAME))
+    except UpcycleError as error:
+        return Record({}, None, (error.message,))
+    found = data.get("format")
+    problems = [] if found == 1 else [f"format is {shown(found)}, and only 1 is known"]
+    claim = _read_recipe(data.get("recipe"), kind)
+    if isinstance(claim, str):
+        problems.append(claim)
+    words = tuple(f"{RECORD_NAME}: {problem}" for problem in problems)
+    return Record(data, None if isinstance(claim, str) else claim, words)
+
+
+def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim | str:
+    """Return a recorded recipe, or what is wrong with it."""
+    if not isinstance(recipe, dict):
+        return "recipe is missing"
+    wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
+    if wrong:
+        return f"{', '.join(wrong)} missing or invalid"
+    fields = {key: recipe[key] for key in _RECIPE_FIELDS}
+    if not isinstance(fields["scaling"], str):
+        fields["scaling"] = float(fields["scaling"])
+    claim = RecipeClaim(kind=kind, **fields)
+    too_many = claim.top_k > claim.num_experts
+    return "recipe.top_k is more than expansion x granularity" if too_many else claim
+
+
+def _is_positive(value: object) -> bool:
+    # Bounded, so that arithmetic on a damaged record cannot overflow; True is not a number here.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+_RECIPE_FIELDS = {
+    "expansion": _is_count,
+    "granularity": _is_count,
+    "top_k": _is_count,
+    "routing": lambda value: value in ROUTINGS,
+    "scaling": lambda value: value in ("exact", "paper", "none") or _is_positive(value),
+    "scale_split": lambda value: value in ("config", "balanced", "down"),
+    "virtual_groups": lambda value: type(value) is bool,
+    "router_logit_std": _is_positive,
+}
+"""The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -1,0 +1,216 @@
+"""From two checkpoints to the facts: sizes that fit each other, or words on why they do not.
+
+Sizes come from the dense model's tensors and the MoE's config.json. Of the families only their
+names are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
+from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.families import target_of
+from upcycle_cli.families.dense import DENSE, DenseFamily
+from upcycle_cli.families.mlp import parts_of, present
+from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.families.values import defaults_of
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.recipes import mlp_kind, read_record
+from upcycle_cli.verification.shipped import code_failure
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+class DamagedError(UpcycleError):
+    """The MoE contradicts itself or the dense model so far that no other check can run."""
+
+
+@contextmanager
+def _reading_config() -> Iterator[None]:
+    """Raise DamagedError for what the families' rows find wrong with an MoE's config."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamagedError(f"{CONFIG_NAME}: {error}.") from error
+
+
+def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
+    """Return the tensors of a dense checkpoint but those that no model reads."""
+    ignored = [pattern for pattern, _ in DENSE[dense.config["model_type"]].ignored]
+    return {
+        name: entry
+        for name, entry in dense.tensors.items()
+        if not any(pattern.fullmatch(name) for pattern in ignored)
+    }
+
+
+def gather_facts(
+    dense: Checkpoint, moe: Checkpoint, *, moe_names: Sequence[str], allow_inexact: bool
+) -> Facts:
+    """Return what is known of the two checkpoints; `moe_names` are all files beside the MoE.
+
+    Raises UpcycleError when the dense model has no MLPs of plain weights, and DamagedError when the
+    MoE's config.json does not describe experts that can have been made of them.
+    """
+    target = find_target(moe)
+    check_sizes(moe, target)
+    family = DENSE[dense.config["model_type"]]
+    layers, dense_size, hidden_size = _dense_sizes(dense, family)
+    keys = target.keys
+    num_experts, top_k, expert_size = (
+        _checked_count(moe, target, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
+    )
+    size = f"{keys.expert_size} {expert_size}"
+    if dense_size % expert_size:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {size} does not divide the dense model's intermediate size "
+            f"{dense_size}."
+        )
+    if num_experts % (dense_size // expert_size):
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is not a multiple of the "
+            f"granularity {dense_size // expert_size}, which {size} stands for."
+        )
+    usual = defaults_of(family.model_type).get(family.activation)
+    kind = mlp_kind(parts_of(family.mlp), dense.config.get(family.activation, usual))
+    with _reading_config():
+        routing = str(target.routing(moe.config))
+    return Facts(
+        dense=dense,
+        moe=moe,
+        moe_names=tuple(moe_names),
+        family=family,
+        target=target,
+        layout=find_layout(moe, target),
+        record=read_record(moe, kind),
+        allow_inexact=allow_inexact,
+        layers=_moe_layers(moe, target, layers),
+        num_layers=_num_layers(moe, target),
+        hidden_size=hidden_size,
+        dense_size=dense_size,
+        expert_size=expert_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        routing=routing,
+        gate_scale=_gate_scale(moe, target),
+        kind=kind,
+    )
+
+
+def find_target(moe: Checkpoint) -> Target:
+    """Return what an MoE is; DamagedError when its config, or the code with it, is not sound."""
+    try:
+        target = target_of(moe.config, moe.tensors)
+    except UpcycleError as error:
+        raise DamagedError(error.message) from error
+    failure = code_failure(moe, target)
+    if failure is not None:
+        raise DamagedError(failure)
+    return target
+
+
+def find_layout(moe: Checkpoint, target: Target) -> Layout:
+    """Return how the experts of an MoE are named."""
+    for layout in target.layouts.values():
+        for weight in layout.experts:
+            before, after = (target.layer + weight.name).split("{layer}")
+            if "{expert}" not in after and any(
+                name.startswith(before) and name.endswith(after) for name in moe.tensors
+            ):
+                return layout
+    return next(iter(target.layouts.values()))
+
+
+def check_sizes(moe: Checkpoint, target: Target) -> None:
+    """Raise DamagedError for sizes that no model of these tensors has, and that take forever."""
+    keys = target.keys
+    num_experts, top_k = (
+        _checked_count(moe, target, key) for key in (keys.num_experts, keys.top_k)
+    )
+    if top_k > num_experts:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
+        )
+    layers = {match[1] for match in map(_LAYER.search, moe.tensors) if match}
+    entries = moe.tensors.values()
+    # A layer has a tensor of each expert, or one of all.
+    fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
+    for key, count, most in (
+        (keys.num_experts, num_experts, max(len(entries), *fused, 0)),
+        ("num_hidden_layers", _num_layers(moe, target), len(layers)),
+    ):
+        if count > most:
+            words = f"{key} {shown(count)} is more than there are tensors of"
+            raise DamagedError(f"{CONFIG_NAME}: {words}.")
+
+
+def _num_layers(moe: Checkpoint, target: Target) -> int:
+    with _reading_config():
+        count = target.layers.count(moe.config)
+        return target.count(moe.config, "num_hidden_layers") if count is None else count
+
+
+def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
+    """Return the layers that have an MLP, I and H, from the tensors themselves."""
+    tensors = read_tensors(dense)
+    for name, entry in tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            raise UpcycleError(f"{dense.path}: {name} is {entry.dtype}, not a plain weight.")
+    first = family.mlp[0]
+    before, after = (family.layer + first.name).split("{layer}")
+    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    layers = tuple(sorted(int(match[1]) for match in map(pattern.fullmatch, tensors) if match))
+    name = family.layer.format(layer=layers[0] if layers else 0) + first.name
+    for wanted in (family.embedding, name):
+        if wanted not in tensors or len(tensors[wanted].shape) != 2:
+            raise UpcycleError(
+                f"{dense.path} has no matrix {wanted}.",
+                "Give the dense model that the MoE was made of.",
+            )
+    assert first.cut is not None
+    shape = tensors[name].shape
+    width, hidden_size = shape[first.cut] // len(first.holds), shape[1 - first.cut]
+    for layer in layers:
+        prefix = family.layer.format(layer=layer)
+        rows = present(family.mlp, tensors, prefix)
+        implied = [(weight.name, weight.shape(width, hidden_size)) for weight in rows]
+        if family.norm is not None:
+            implied.append((family.norm, (hidden_size,)))
+        for name, shape in implied:
+            held = tensors.get(prefix + name)
+            if held is None or held.shape != shape:
+                what = f"{hidden_size} values" if name == family.norm else f"shape {list(shape)}"
+                raise UpcycleError(f"{dense.path} has no {prefix}{name} of {what}.")
+    return layers, width, hidden_size
+
+
+def _checked_count(moe: Checkpoint, target: Target, key: str) -> int:
+    with _reading_config():
+        return target.count(moe.config, key)
+
+
+def _moe_layers(moe: Checkpoint, target: Target, having: Sequence[int]) -> tuple[int, ...]:
+    with _reading_config():
+        layers = target.moe_layers(moe.config, _num_layers(moe, target))
+    odd = sorted({*layers} - {*having})
+    if odd or not layers:
+        what = f"layer {odd[0]} is" if odd else "no layer is"
+        raise DamagedError(
+            f"{CONFIG_NAME}: {what} a mixture of experts, and the dense model has MLPs in "
+            f"{len(having)} layers."
+        )
+    return layers
+
+
+def _gate_scale(moe: Checkpoint, target: Target) -> float:
+    if target.keys.scale is None:
+        return 1.0
+    value = target.value(moe.config, target.keys.scale)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise DamagedError(
+            f"{CONFIG_NAME}: {target.keys.scale} must be a positive number, not {shown(value)}."
+        )
+    return float(value)

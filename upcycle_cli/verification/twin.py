@@ -1,0 +1,225 @@
+"""Small twins: do a model's settings compute what the dense model's do?
+
+Both configs are made small, but for what they say of attention, positions and layers, and the two
+models are given the same random weights. Then the same text must give the same logits. What is
+taken for granted of the dense MLP is measured on its twin, too: the norm before it, and what
+scaling does to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from upcycle_cli.families.mlp import place
+from upcycle_cli.verification.dtypes import shared_tensors
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.models import (
+    Config,
+    Model,
+    TransformersError,
+    empty_model,
+    load_config,
+    names_on_disk,
+    shorten,
+    transformers_says,
+)
+
+_WIDTH = 32
+_VOCAB = 64
+_TOKENS = 48
+_FIRST_WINDOW = 8
+_MOST_DIFFERENCE = 1e-4
+"""Relative to the largest logit; rounding alone costs a thousandth of it."""
+
+
+def twin_failures(facts: Facts) -> Iterator[str]:
+    """Say where the twin of an MoE of another type computes something else than the dense one's.
+
+    Where both are of one type, the settings compared key by key say it.
+    """
+    if facts.target.ships_code or facts.target.model_type == facts.family.model_type:
+        return
+    try:
+        configs = load_config(facts.dense.path), load_config(facts.moe.path)
+        with transformers_says():
+            yield from _compare(facts, *configs)
+    except TransformersError as error:
+        yield f"small models with these settings cannot be compared: {error}"
+
+
+def mlp_failures(facts: Facts) -> Iterator[str]:
+    """Say where the dense MLP is not what it is taken for: the norm before it, and its degree."""
+    try:
+        config = load_config(facts.dense.path)
+        with transformers_says():
+            yield from _mlp_failures(facts, config)
+    except TransformersError as error:
+        yield f"a small dense model cannot be made: {error}"
+
+
+def _shrink(config: Config) -> None:
+    """Make a model small, and leave what tells two models apart."""
+    head_dim = getattr(config, "head_dim", None)
+    config.head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    config.num_attention_heads //= config.num_key_value_heads
+    config.num_key_value_heads = 1
+    config.vocab_size, config.hidden_size, config.intermediate_size = _VOCAB, _WIDTH, _WIDTH
+    config.pad_token_id = None
+
+
+def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator[str]:
+    # Beyond what rotary embeddings were made for, where a stretched kind goes another way.
+    far = max(_longest(config) for config in (dense_config, moe_config))
+    _shrink_windows(dense_config, moe_config)
+    _shrink(dense_config)
+    _shrink(moe_config)
+    keys = facts.target.keys
+    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, _WIDTH)):
+        setattr(moe_config, key, value)
+    dense, moe = empty_model(dense_config, "cpu"), empty_model(moe_config, "cpu")
+    _fill(dense)
+    lacking = _share_weights(facts, dense, moe)
+    if lacking is not None:
+        yield f"by its settings the MoE has another {lacking} than the dense model"
+        return
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(_VOCAB, (1, _TOKENS), generator=generator)
+    for start in (0, far):
+        positions = torch.arange(start, start + _TOKENS)[None]
+        wanted, found = (_logits(model, ids, positions) for model in (dense, moe))
+        difference = float((wanted - found).abs().max() / wanted.abs().max())
+        if not difference < _MOST_DIFFERENCE:
+            where = " beyond the positions that it was made for" if start else ""
+            yield (
+                "a small model with the MoE's settings computes something else than one with the "
+                f"dense model's{where} (their logits differ by {difference:.1%})"
+            )
+            return
+
+
+def _longest(config: Config) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or 0
+    return int(max(config.max_position_embeddings, original)) + 1
+
+
+def _shrink_windows(*configs: Config) -> None:
+    """Make windows shorter than the text, and different ones different still."""
+    held = [getattr(config, "sliding_window", None) for config in configs]
+    distinct = sorted({*filter(None, held)})
+    small = {window: _FIRST_WINDOW + 3 * index for index, window in enumerate(distinct)}
+    for config, window in zip(configs, held, strict=True):
+        if window:
+            config.sliding_window = small[window]
+
+
+def _fill(model: Model) -> None:
+    """Give a model random weights that all matter to its logits."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 1.0 if "embed" in name else 0.3
+        parameter.data = noise * scale + (1.0 if parameter.dim() == 1 else 0.0)
+
+
+def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
+    """Give the MoE the dense model's weights; return the name of one that does not fit."""
+    _fill(moe)
+    held, own = names_on_disk(dense, dense.state_dict()), moe.state_dict()
+    made = {name for layer in facts.layers for name in _share_experts(facts, held, own, layer)}
+    for name, tensor in own.items():
+        if name in made:
+            continue
+        source = held.get(name)
+        if source is None and name.endswith("bias"):
+            source = torch.zeros_like(tensor)  # which the dense model lacks, and the MoE has zero
+        if source is None or source.shape != tensor.shape:
+            return str(name)
+        tensor.copy_(source)
+    return min(held.keys() - own.keys() - facts.upcycled_names, default=None)
+
+
+def _share_experts(facts: Facts, held: dict[str, Any], own: dict[str, Any], layer: int) -> set[str]:
+    """Make each expert the dense MLP; return the names of what belongs to a layer's experts."""
+    target, prefix = facts.target, facts.target.prefix(layer)
+    *_, layout = target.layouts.values()
+    made = {prefix + layout.router}
+    for part in facts.kind.matrices:
+        source = place(facts.dense_mlp, part, width=_WIDTH)
+        whole = held[facts.family.layer.format(layer=layer) + source.tensor][source.index]
+        scale = facts.gate_scale if part == "down" else 1.0
+        for expert in range(2):
+            found = place(layout.experts, part, width=_WIDTH, expert=expert)
+            made.add(prefix + found.tensor)
+            own[prefix + found.tensor][found.index] = whole / scale
+    for name, weight, like in shared_tensors(facts, layer):
+        made.add(name)
+        if weight is not None and not like:
+            own[name].zero_()
+    return made
+
+
+@torch.no_grad()
+def _logits(model: Model, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids, position_ids=positions, use_cache=False)
+    logits: torch.Tensor = output.logits[0].double()
+    return logits
+
+
+def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
+    family = facts.family
+    _shrink(config)
+    shorten(config, facts.layers[0] + 1)
+    model = empty_model(config, "cpu")
+    _fill(model)
+    layer = model.base_model.layers[-1]
+    mlp = layer.get_submodule(family.mlp[0].name.split(".")[0])
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in layer.named_modules():
+        if getattr(getattr(module, "weight", None), "dim", int)() == 1:
+            module.register_forward_hook(
+                lambda _, __, output, name=name: seen.update({name: output})
+            )
+    mlp.register_forward_hook(lambda _, inputs, __: seen.update({"": inputs[0]}))
+    _logits(model, torch.arange(_TOKENS)[None], torch.arange(_TOKENS)[None])
+    x_SH = seen.pop("")
+    feeding = [f"{name}.weight" for name, output in seen.items() if torch.equal(output, x_SH)]
+    if feeding != ([] if family.norm is None else [family.norm]):
+        yield f"the MLP of {family.model_type} is fed by {feeding or 'no norm'}, not {family.norm}"
+    elif family.norm is not None:
+        yield from _offset_failures(facts, layer.get_submodule(feeding[0].removesuffix(".weight")))
+    degree = _degree(facts, mlp, x_SH)
+    if degree != facts.kind.degree:
+        yield (
+            f"twice its up matrix makes the MLP of {family.model_type} {2**degree} times as large, "
+            f"and it is taken to be {2**facts.kind.degree}"
+            if degree
+            else f"the MLP of {family.model_type} does not scale with its up matrix"
+        )
+
+
+def _offset_failures(facts: Facts, norm: Model) -> Iterator[str]:
+    """Hold what a norm adds to its weight against the family's row: nothing is to come through."""
+    with torch.no_grad():
+        norm.weight.fill_(-facts.family.norm_offset)
+        out_SH = norm(torch.randn(4, _WIDTH))
+    if float((out_SH - out_SH[:1]).abs().max()) > 0:
+        yield f"the norm before the MLP does not add {facts.family.norm_offset:g} to its weight"
+
+
+def _degree(facts: Facts, mlp: Model, x_SH: torch.Tensor) -> int:
+    """Return d where twice the up matrix makes the MLP's output 2**d as large, else 0."""
+    found = place(facts.dense_mlp, "up", width=_WIDTH)
+    weight = mlp.get_parameter(found.tensor.split(".", 1)[1])
+    with torch.no_grad():
+        for name, parameter in mlp.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+        before = mlp(x_SH).double()
+        weight[found.index] *= 2
+        ratio = float(mlp(x_SH).double().norm() / before.norm())
+    return next((d for d in (1, 2) if math.isclose(ratio, 2.0**d, rel_tol=1e-5)), 0)
