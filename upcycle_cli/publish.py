@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.errors import ResumableError, UpcycleError
+from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.files import CHECKSUMS_NAME, is_digest, matches
 from upcycle_cli.folder import Folder, is_temporary
 from upcycle_cli.place import check_kind
@@ -41,6 +42,7 @@ _OWN_FILES = (
     CARD_NAME,
     CHECKSUMS_NAME,
     INDEX_NAME,
+    CODE_NAME,
     "model*.safetensors",
     *STATE,
     *COMPANIONS,
