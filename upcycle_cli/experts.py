@@ -17,7 +17,6 @@ from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import read_dense
-from upcycle_cli.families.layers import BLOCK_TYPES, block_types
 from upcycle_cli.families.mlp import parts_of, place, present
 from upcycle_cli.families.moe import ExpertLayout, Target
 from upcycle_cli.recipe import Routing
@@ -60,10 +59,9 @@ class Experts:
 
     @property
     def every_layer(self) -> bool:
-        """Whether no dense MLP is left; of a hybrid, some layers never had one."""
-        if self.target.layers is BLOCK_TYPES:
-            return "mlp" not in block_types(self.moe.config)
-        return len(self.layers) == self.num_layers
+        """Whether no dense MLP is left."""
+        mlps = self.target.layers.mlps(self.moe.config)
+        return len(self.layers) == (self.num_layers if mlps is None else mlps)
 
     @cached_property
     def layout(self) -> ExpertLayout:

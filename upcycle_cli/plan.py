@@ -1,8 +1,8 @@
 """From a recipe and a dense checkpoint's headers to everything that is to be written.
 
 `build_plan` is pure: it reads no weight, writes nothing and imports no torch. It fails before the
-first byte is written, since planning is type checking: every output's type must be what the target
-expects from its own config, and every source tensor must be used or dropped for a stated reason.
+first byte is written, since planning is type checking: the source must have the tensors that its
+config implies, in their shapes, and each must be used or dropped for a stated reason.
 """
 
 from __future__ import annotations

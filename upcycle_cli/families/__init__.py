@@ -5,7 +5,7 @@ A family is a row of data: `dense.py` has those that can be upcycled, `moe.py` w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +133,7 @@ def choose(
     reasons: dict[str, str] = {}
     for name in options:
         row = _row(name, dense, names)
-        reason = _objection(row, dense, routing, names) or row.layers.objection(
-            chosen, dense.num_layers
-        )
+        reason = _objection(row, dense, routing, names, chosen)
         if reason is not None:
             reasons[name] = reason
         elif target in ("auto", name):
@@ -162,7 +160,11 @@ def _is_biased(dense: DenseModel, names: Collection[str]) -> bool:
 
 
 def _objection(
-    target: Target, dense: DenseModel, routing: Routing | None, names: Collection[str]
+    target: Target,
+    dense: DenseModel,
+    routing: Routing | None,
+    names: Collection[str],
+    layers: Sequence[int],
 ) -> str | None:
     if routing is not None and routing not in target.routings:
         return f"it has no {routing} routing"
@@ -173,4 +175,4 @@ def _objection(
     for name, reason in target.lacks.items():
         if f"{dense.prefix(0)}{name}" in dense.shapes:
             return reason.format(model_type=dense.model_type)
-    return target.refusal(dense)
+    return target.refusal(dense) or target.layers.objection(layers, dense.num_layers)

@@ -74,6 +74,8 @@ class LayerChoice:
     """The keys that say it."""
     count: Callable[[Mapping[str, Any]], int | None] = lambda _: None
     """How many layers a config has; None where num_hidden_layers says it."""
+    mlps: Callable[[Mapping[str, Any]], int | None] = lambda _: None
+    """How many of them are MLPs or mixtures of experts; None where all are."""
     objection: Callable[[Sequence[int], int], str | None] = lambda _layers, _count: None
     """Why the layers cannot be expressed, if they cannot."""
 
@@ -123,8 +125,6 @@ def _named(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """The letters of hybrid_override_pattern, and what layers_block_type calls them."""
 _OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
-
-
 BLOCK_KEYS = ("layers_block_type", "hybrid_override_pattern")
 
 
@@ -171,5 +171,6 @@ BLOCK_TYPES = LayerChoice(
     lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
     BLOCK_KEYS,
     lambda config: len(block_types(config)),
+    lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
 )
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

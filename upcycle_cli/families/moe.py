@@ -74,7 +74,7 @@ class SharedExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An MoE architecture that dense models can be upcycled to: a row of `TARGETS`."""
+    """An MoE architecture that dense models can be upcycled to: a row of `NATIVE`."""
 
     model_type: str
     architecture: str
