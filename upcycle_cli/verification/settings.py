@@ -36,15 +36,6 @@ _JUDGED_BY_OTHERS = frozenset(
         *("rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window"),
     }
 )
-_JUDGED_WHERE_READ = frozenset(
-    {
-        # how the tensors' shapes read, which they are held to
-        *("decoder_sparse_step", "mlp_only_layers", "qkv_bias", "shared_expert_intermediate_size"),
-        # training alone, by `_value_failures`
-        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-    }
-)
-"""Keys that are judged by others where the MoE's architecture has them; elsewhere they are odd."""
 
 
 def own_setting_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
@@ -67,10 +58,9 @@ def setting_failures(facts: Facts) -> Iterator[str]:
     try:
         dense, moe = load_config(facts.dense.path), load_config(facts.moe.path)
         with transformers_says():  # which has settings that cannot be read, too
-            found = list(_setting_failures(facts, dense, moe))
+            yield from _setting_failures(facts, dense, moe)
     except TransformersError as error:
-        found = [f"transformers cannot read config.json: {error}"]
-    yield from found
+        yield f"transformers cannot read config.json: {error}"
 
 
 def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
@@ -83,29 +73,19 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     # The reverse is --untie-embeddings; whether its head is right is for the weights check.
     if moe.tie_word_embeddings and not dense.tie_word_embeddings:
         yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
-    keys = facts.target.keys
-    shared = facts.target.shared
-    defaults = type(moe)()
-    judged = {key for key in _JUDGED_WHERE_READ if hasattr(defaults, key)}
-    judged |= {*_JUDGED_BY_OTHERS, *REDIRECTS, keys.num_experts, *keys.aliases}
-    judged |= {keys.top_k, keys.expert_size, keys.scale or keys.top_k, *BLOCK_KEYS}
-    judged |= {*facts.target.layers.keys}
-    # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes.
-    judged |= {key for key in _own_keys(moe) if not hasattr(dense, key)}
-    judged.add(keys.top_k if keys.routing is None else keys.routing[0])
-    judged.add(keys.top_k if shared is None else shared.size_key or keys.top_k)
+    keys, shared = facts.target.keys, facts.target.shared
+    judged: set[str | None] = {*_JUDGED_BY_OTHERS, *REDIRECTS, *BLOCK_KEYS}
+    judged |= {*keys.aliases, keys.num_experts, keys.top_k, keys.expert_size, keys.scale}
+    judged |= {*(keys.routing or ())[:1], *facts.target.layers.keys}
+    judged.add(shared.size_key if shared else None)
+    # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes; for
+    # training there is `_value_failures`.
+    own_keys = {*vars(type(moe)()), *type(moe).attribute_map}
+    judged |= {key for key in own_keys if not hasattr(dense, key)}
     for key in {**dense.to_dict(), **facts.dense.config, **facts.moe.config}:
         if key not in judged:
             yield from _key_failures(facts, key, dense, moe)
     yield from _dtype_failures(facts)
-
-
-def _own_keys(config: Config) -> set[str]:
-    """Return the keys that a config's class declares, by all their names."""
-    kinds, aliases = type(config).__mro__, type(config).attribute_map
-    base = next(kind for kind in kinds if kind.__name__ == "PreTrainedConfig")
-    declared = {key for kind in kinds for key in vars(kind).get("__annotations__", {})}
-    return (declared - {*vars(base).get("__annotations__", {})}) | {*aliases, *aliases.values()}
 
 
 def setting_notes(facts: Facts) -> Iterator[str]:
@@ -135,22 +115,17 @@ def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
     """Whichever of the keys a reader takes, it must read the same."""
     written = {key: config[key] for key in ("rope_parameters", "rope_scaling") if key in config}
     inner = {key: value for key, value in written.items() if isinstance(value, dict)}
-    thetas = {key: config[key] for key in ("rope_theta",) if key in config}
     for key, settings in inner.items():
-        if "rope_theta" in settings:
-            thetas[f"{key}.rope_theta"] = settings["rope_theta"]
         kind, old_kind = (settings.get(name) for name in ("rope_type", "type"))
         if None not in (kind, old_kind) and kind != old_kind:
             yield f"{key} has rope_type {shown(kind)} and type {shown(old_kind)}"
-    top = config.get("partial_rotary_factor")
-    for key, settings in inner.items():
-        share = settings.get("partial_rotary_factor", top)
-        if top is not None and share != top:
-            yield f"partial_rotary_factor is {shown(top)}, and that of {key} is {shown(share)}"
-    first, *others = thetas.items() or [("", None)]
-    for key, theta in others:
-        if theta != first[1]:
-            yield f"{first[0]} is {shown(first[1])}, but {key} is {shown(theta)}"
+    places = {"": config, **{f"{key}.": settings for key, settings in inner.items()}}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        said = [(place + key, held[key]) for place, held in places.items() if key in held]
+        for place, value in said[1:]:
+            first, usual = said[0]
+            if value != usual:
+                yield f"{first} is {shown(usual)}, but {place} is {shown(value)}"
     kinds = {str(_scaling(value)) for value in written.values()}
     if inner and len(written) == 2 and len(kinds) > 1:
         scaling, parameters = written["rope_scaling"], written["rope_parameters"]
