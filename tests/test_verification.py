@@ -1218,7 +1218,7 @@ def test_independence() -> None:
     }
     # Rows and what reads their names; no plan, no expression, no recipe, no config that is written.
     names = {
-        *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "HEAD"),
+        *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place", "HEAD"),
         *("is_moe", "is_target", "target_of", "holder", "parts_of", "place", "present"),
         *("BLOCK_KEYS", "block_types", "defaults_of"),
         *("AUTO_MAP", "CODE_NAME", "UPCYCLED_PREFIX", "modeling_code", "is_note"),

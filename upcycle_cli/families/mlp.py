@@ -66,8 +66,8 @@ class Place:
 
     @property
     def label(self) -> str:
-        """The place in words, after the tensor's name."""
-        return "" if self.row is None else f"[{self.row}] ({self.part})"
+        """The place in words."""
+        return self.tensor if self.row is None else f"{self.tensor}[{self.row}] ({self.part})"
 
 
 def place(

@@ -13,27 +13,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import EllipsisType
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.families.dense import DenseFamily
-from upcycle_cli.families.mlp import Weight, holder, parts_of, place, present
+from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
 _SAMPLE_SPREAD = 1.5
 """The deviation of a small sample can be this much larger than that it was drawn with."""
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where one part of an expert or of a dense MLP lies: a tensor and what to select of it."""
-
-    tensor: str
-    label: str
-    index: tuple[int | slice | EllipsisType, ...]
-    cut: int | None
-    """The dimension of the tensor that counts the intermediate size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,19 +154,17 @@ class Facts:
         """Return the name of the weight of the norm that feeds a layer's MLP, if there is one."""
         return None if self.family.norm is None else self._prefix(layer) + self.family.norm
 
-    def place(self, part: str, layer: int, expert: int) -> Spot:
-        """Return where one part of one expert lies on disk."""
+    def place(self, part: str, layer: int, expert: int) -> Place:
+        """Return where one part of one expert lies on disk, with the tensor's whole name."""
         found = place(self.layout.experts, part, width=self.expert_size, expert=expert)
-        name = self.target.prefix(layer) + found.tensor
-        return Spot(name, name + found.label, found.index, found.dimension)
+        return replace(found, tensor=self.target.prefix(layer) + found.tensor)
 
-    def dense_place(self, part: str, layer: int, shard: int | None = None) -> Spot:
+    def dense_place(self, part: str, layer: int, shard: int | None = None) -> Place:
         """Return where a part of a dense MLP lies, all of it or one shard."""
         size = self.expert_size
         cut = None if shard is None else (shard * size, (shard + 1) * size)
         found = place(self.dense_mlp, part, width=self.dense_size, shard=cut)
-        name = self._prefix(layer) + found.tensor
-        return Spot(name, name, found.index, found.dimension)
+        return replace(found, tensor=self._prefix(layer) + found.tensor)
 
     def expert_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of the tensor that holds a part of an expert, or of all experts."""

@@ -75,5 +75,5 @@ def geometry_failures(facts: Facts) -> Iterator[str]:
                 continue
             pairs = zip(*shapes, strict=True)  # type: ignore[arg-type]
             cut = next((dim for dim, (one, two) in enumerate(pairs) if one != two), None)
-            if cut != spot.cut:
+            if cut != spot.dimension:
                 yield f"{spot.tensor} is cut along another dimension than transformers' own model"

@@ -30,7 +30,7 @@ class DamagedError(UpcycleError):
 
 @contextmanager
 def _reading_config() -> Iterator[None]:
-    """Raise DamagedError for what the families' rows find wrong with an MoE's config."""
+    """Raise DamagedError for what is found wrong with an MoE's config."""
     try:
         yield
     except ValueError as error:
@@ -56,28 +56,31 @@ def gather_facts(
     MoE's config.json does not describe experts that can have been made of them.
     """
     target = find_target(moe)
-    check_sizes(moe, target)
     family = DENSE[dense.config["model_type"]]
     layers, dense_size, hidden_size = _dense_sizes(dense, family)
-    keys = target.keys
-    num_experts, top_k, expert_size = (
-        _checked_count(moe, target, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
-    )
-    size = f"{keys.expert_size} {expert_size}"
-    if dense_size % expert_size:
-        raise DamagedError(
-            f"{CONFIG_NAME}: {size} does not divide the dense model's intermediate size "
-            f"{dense_size}."
-        )
-    if num_experts % (dense_size // expert_size):
-        raise DamagedError(
-            f"{CONFIG_NAME}: {keys.num_experts} {num_experts} is not a multiple of the "
-            f"granularity {dense_size // expert_size}, which {size} stands for."
-        )
     usual = defaults_of(family.model_type).get(family.activation)
     kind = mlp_kind(parts_of(family.mlp), dense.config.get(family.activation, usual))
+    keys = target.keys
     with _reading_config():
+        num_experts, top_k, expert_size = (
+            target.count(moe.config, key)
+            for key in (keys.num_experts, keys.top_k, keys.expert_size)
+        )
+        size = f"{keys.expert_size} {expert_size}"
+        if dense_size % expert_size:
+            raise ValueError(
+                f"{size} does not divide the dense model's intermediate size {dense_size}"
+            )
+        if num_experts % (dense_size // expert_size):
+            raise ValueError(
+                f"{keys.num_experts} {num_experts} is not a multiple of the granularity "
+                f"{dense_size // expert_size}, which {size} stands for"
+            )
+        num_layers = _num_layers(moe, target)
+        moe_layers = target.moe_layers(moe.config, num_layers)
+        _check_layers(moe_layers, layers)
         routing = str(target.routing(moe.config))
+        gate_scale = _gate_scale(moe, target)
     return Facts(
         dense=dense,
         moe=moe,
@@ -87,21 +90,24 @@ def gather_facts(
         layout=find_layout(moe, target),
         record=read_record(moe, kind),
         allow_inexact=allow_inexact,
-        layers=_moe_layers(moe, target, layers),
-        num_layers=_num_layers(moe, target),
+        layers=moe_layers,
+        num_layers=num_layers,
         hidden_size=hidden_size,
         dense_size=dense_size,
         expert_size=expert_size,
         num_experts=num_experts,
         top_k=top_k,
         routing=routing,
-        gate_scale=_gate_scale(moe, target),
+        gate_scale=gate_scale,
         kind=kind,
     )
 
 
 def find_target(moe: Checkpoint) -> Target:
-    """Return what an MoE is; DamagedError when its config, or the code with it, is not sound."""
+    """Return what an MoE is; DamagedError when its config, or the code with it, is not sound.
+
+    Among that are sizes that no model of these tensors has, and that take forever.
+    """
     try:
         target = target_of(moe.config, moe.tensors)
     except UpcycleError as error:
@@ -109,6 +115,8 @@ def find_target(moe: Checkpoint) -> Target:
     failure = code_failure(moe, target)
     if failure is not None:
         raise DamagedError(failure)
+    with _reading_config():
+        _check_sizes(moe, target)
     return target
 
 
@@ -124,16 +132,11 @@ def find_layout(moe: Checkpoint, target: Target) -> Layout:
     return next(iter(target.layouts.values()))
 
 
-def check_sizes(moe: Checkpoint, target: Target) -> None:
-    """Raise DamagedError for sizes that no model of these tensors has, and that take forever."""
+def _check_sizes(moe: Checkpoint, target: Target) -> None:
     keys = target.keys
-    num_experts, top_k = (
-        _checked_count(moe, target, key) for key in (keys.num_experts, keys.top_k)
-    )
+    num_experts, top_k = (target.count(moe.config, key) for key in (keys.num_experts, keys.top_k))
     if top_k > num_experts:
-        raise DamagedError(
-            f"{CONFIG_NAME}: {keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}."
-        )
+        raise ValueError(f"{keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}")
     layers = {match[1] for match in map(_LAYER.search, moe.tensors) if match}
     entries = moe.tensors.values()
     # A layer has a tensor of each expert, or one of all.
@@ -143,14 +146,12 @@ def check_sizes(moe: Checkpoint, target: Target) -> None:
         ("num_hidden_layers", _num_layers(moe, target), len(layers)),
     ):
         if count > most:
-            words = f"{key} {shown(count)} is more than there are tensors of"
-            raise DamagedError(f"{CONFIG_NAME}: {words}.")
+            raise ValueError(f"{key} {shown(count)} is more than there are tensors of")
 
 
 def _num_layers(moe: Checkpoint, target: Target) -> int:
-    with _reading_config():
-        count = target.layers.count(moe.config)
-        return target.count(moe.config, "num_hidden_layers") if count is None else count
+    count = target.layers.count(moe.config)
+    return target.count(moe.config, "num_hidden_layers") if count is None else count
 
 
 def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
@@ -187,22 +188,13 @@ def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...
     return layers, width, hidden_size
 
 
-def _checked_count(moe: Checkpoint, target: Target, key: str) -> int:
-    with _reading_config():
-        return target.count(moe.config, key)
-
-
-def _moe_layers(moe: Checkpoint, target: Target, having: Sequence[int]) -> tuple[int, ...]:
-    with _reading_config():
-        layers = target.moe_layers(moe.config, _num_layers(moe, target))
+def _check_layers(layers: Sequence[int], having: Sequence[int]) -> None:
     odd = sorted({*layers} - {*having})
     if odd or not layers:
         what = f"layer {odd[0]} is" if odd else "no layer is"
-        raise DamagedError(
-            f"{CONFIG_NAME}: {what} a mixture of experts, and the dense model has MLPs in "
-            f"{len(having)} layers."
+        raise ValueError(
+            f"{what} a mixture of experts, and the dense model has MLPs in {len(having)} layers"
         )
-    return layers
 
 
 def _gate_scale(moe: Checkpoint, target: Target) -> float:
@@ -210,7 +202,5 @@ def _gate_scale(moe: Checkpoint, target: Target) -> float:
         return 1.0
     value = target.value(moe.config, target.keys.scale)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise DamagedError(
-            f"{CONFIG_NAME}: {target.keys.scale} must be a positive number, not {shown(value)}."
-        )
+        raise ValueError(f"{target.keys.scale} must be a positive number, not {shown(value)}")
     return float(value)

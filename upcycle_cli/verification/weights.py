@@ -18,10 +18,11 @@ import torch
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
 from upcycle_cli.families.dense import HEAD
+from upcycle_cli.families.mlp import Place
 from upcycle_cli.verification.bits import bits, difference, same
 from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
-from upcycle_cli.verification.facts import Facts, Spot
+from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import row_failures, size_failures
@@ -269,7 +270,7 @@ class _Comparison:
                 self.findings.add(f"{name}: {failure}")
 
 
-def _expert_failure(place: Spot, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
+def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
     """Say what an expert's matrix holds instead of its own shard."""
     for shard, other in enumerate(shards):
         if shard != own and same(held, other):
