@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -78,9 +78,11 @@ class Report:
 class Findings:
     """Failures as they are found; the first few in words, the rest as a count."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: Iterable[str] = ()) -> None:
         self._shown: list[str] = []
         self._count = 0
+        for failure in failures:
+            self.add(failure)
 
     def add(self, finding: str | Callable[[], str]) -> None:
         """Note a failure; a callable is asked for its words only when they will be shown."""

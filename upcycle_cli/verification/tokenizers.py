@@ -3,17 +3,24 @@
 convert copies the files, so first they are compared byte by byte: other engines read other files of
 them than transformers does. Where they differ they are compared by meaning. Of what then still
 differs, only what transformers itself rewrites when it saves a tokenizer is accepted, and noted.
+The generation settings are compared in the same way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from itertools import takewhile, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint import TOKENIZER_CONFIG_NAME, Checkpoint, read_json
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    TOKENIZER_CONFIG_NAME,
+    Checkpoint,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import MOST_COMPANION_BYTES, matches, read_small
 from upcycle_cli.verification.models import (
@@ -33,15 +40,12 @@ _NOTED: Mapping[str, str] = {
     "name_or_path": "it says where it was loaded from",
     "tokenizer_class": "transformers 5 names the class that does as tokenizer.json says",
     "transformers_version": "it says who saved it",
-}
-"""Keys of tokenizer_config.json that saving adds or changes, and why that is no change."""
-
-_RENAMED: Mapping[str, str] = {
+    # compared under one name, wherever they are
     "added_tokens_decoder": "transformers 5 leaves them to tokenizer.json",
     "additional_special_tokens": "transformers 5 calls them extra_special_tokens",
     "extra_special_tokens": "transformers 4 calls them additional_special_tokens",
 }
-"""Keys of it that are compared under one name, wherever they are."""
+"""Keys of tokenizer_config.json that saving adds or changes, and why that is no change."""
 
 _LEFT_OUT: Mapping[str, str] = {
     "special_tokens_map_file": "it says where it was loaded from",
@@ -57,6 +61,18 @@ _ADDED = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "vocab.j
 
 _DROPPED = (*_ADDED, "tokenizer.model*", "vocab.txt")
 """Files that transformers 5 leaves out when it saves: all that they say is in tokenizer.json."""
+
+_GENERATION_USUAL: Mapping[str, Any] = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
+"""Generation settings that transformers adds or drops when it saves, being what it does anyway."""
+_GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+_MOST_DIFFERENCES = 5  # of a file: one token less, and all after it are others
 
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
@@ -75,15 +91,13 @@ _ATTRIBUTES = (
 def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> tuple[list[str], list[str]]:
     """Return how two tokenizers differ, as files and loaded, and notes on what is no change."""
     theirs, ours = set(tokenizer_files(dense)), set(tokenizer_files(moe))
-    if not theirs and not ours:
-        return [], ["Neither model has a tokenizer."]
-    if theirs and not ours:
-        return ["the tokenizer is missing: the dense model has one"], []
     failures: list[str] = []
-    notes: list[str] = []
+    notes = [] if theirs or ours else ["Neither model has a tokenizer."]
+    if theirs and not ours:
+        return ["the tokenizer is missing: the dense model has one"], notes
     for name in sorted(theirs | ours):
         if not matches(name, _TEMPLATES):
-            failures += _file_failures(dense, moe, name, notes)
+            failures += file_failures(dense, moe, name, notes)
     try:
         failures += _template_failures(dense, moe)
         failures += _class_failures(dense, moe, notes)
@@ -95,9 +109,8 @@ def compare_tokenizers(dense: Checkpoint, moe: Checkpoint) -> tuple[list[str], l
     return failures, notes
 
 
-def _file_failures(
-    dense: Checkpoint, moe: Checkpoint, name: str, notes: list[str]
-) -> Iterator[str]:
+def file_failures(dense: Checkpoint, moe: Checkpoint, name: str, notes: list[str]) -> Iterator[str]:
+    """Say how a file differs from the dense model's; what is no change is added to the notes."""
     theirs = contents(dense, name)
     try:
         ours = contents(moe, name)
@@ -110,7 +123,7 @@ def _file_failures(
         notes.append(f"{name} is not there: transformers 5 saves {TOKENIZER_NAME} in its place.")
     elif ours is None:
         yield f"{name} is missing: the dense model has one"
-    elif theirs is None and name not in _ADDED:
+    elif theirs is None and name not in (*_ADDED, GENERATION_NAME):
         yield f"{name} is there, and the dense model has none"
     elif name not in _READERS:
         yield f"{name} is not the file of the dense model"
@@ -127,14 +140,14 @@ def _meaning_failures(
         held = _READERS[name](moe, name)
         if name == TOKENIZER_CONFIG_NAME:
             wanted = {k: v for k, v in wanted.items() if k not in _LEFT_OUT or k in held}
-        difference = _difference(wanted, held)
+        differences = [*islice(_differences(wanted, held), _MOST_DIFFERENCES)]
     except (UpcycleError, TransformersError, ValueError) as error:
         yield f"{name} is not the file of the dense model, and unreadable: {error}"
         return
-    if difference is not None:
-        whose = f"in its {TOKENIZER_NAME}" if is_added else "in the dense model"
-        yield f"{name}: {difference} {whose}"
-    else:
+    origin = CONFIG_NAME if name == GENERATION_NAME else TOKENIZER_NAME
+    for difference in differences:
+        yield f"{name}: {difference} in {f'its {origin}' if is_added else 'the dense model'}"
+    if not differences:
         notes.append(f"{name} was saved again, and says the same.")
 
 
@@ -166,7 +179,7 @@ def _settings(checkpoint: Checkpoint, name: str = TOKENIZER_CONFIG_NAME) -> dict
     settings = {
         key: _plain(value)
         for key, value in config.items()
-        if key not in {**_NOTED, **_RENAMED} and value not in (None, {}, [])
+        if key not in _NOTED and value not in (None, {}, [])
     }
     specials: set[str] = set()
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -217,6 +230,13 @@ def _special_tokens(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return found
 
 
+def _generation(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Return the generation settings without what transformers adds and drops by itself."""
+    said = {key: value for key, value in _json(checkpoint, name).items() if value is not None}
+    said.pop("transformers_version", None)
+    return {key: value for key, value in said.items() if value is not _GENERATION_USUAL.get(key)}
+
+
 def _merges(checkpoint: Checkpoint, name: str) -> list[str]:
     text = (contents(checkpoint, name) or b"").decode()
     lines = text.removesuffix("\n").split("\n")
@@ -224,7 +244,11 @@ def _merges(checkpoint: Checkpoint, name: str) -> list[str]:
 
 
 def _implied(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401
-    """Return what a file has to say that transformers adds beside a tokenizer.json."""
+    """Return what a file has to say that transformers adds when it saves a model without one."""
+    if name == GENERATION_NAME:
+        config = checkpoint.config
+        said = {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+        return said | {"_from_model_config": True}
     if name == "special_tokens_map.json":
         config = _json(checkpoint, TOKENIZER_CONFIG_NAME)
         specials = _special_tokens(checkpoint, name)
@@ -239,6 +263,7 @@ def _implied(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401
 
 _READERS: Mapping[str, Callable[[Checkpoint, str], Any]] = {
     "added_tokens.json": _json,
+    GENERATION_NAME: _generation,
     "merges.txt": _merges,
     "special_tokens_map.json": _special_tokens,
     TOKENIZER_NAME: _tokenizer,
@@ -250,16 +275,13 @@ _READERS: Mapping[str, Callable[[Checkpoint, str], Any]] = {
 _ABSENT = object()
 
 
-def _difference(wanted: object, found: object) -> str | None:
-    """Say where two JSON values differ first, and how; None when they do not."""
+def _differences(wanted: object, found: object) -> Iterator[str]:
+    """Say where two JSON values differ, and how."""
     for place, one, other in _pairs(wanted, found, ""):
-        if other is _ABSENT:
-            return f"{place} is missing, and it is {shown(one)}"
-        if one is _ABSENT:
-            return f"{place} is {shown(other)}, and there is no such thing"
         if type(one) is not type(other) or one != other:
-            return f"{place} is {shown(other)}, and it is {shown(one)}"
-    return None
+            held = "missing" if other is _ABSENT else shown(other)
+            due = "there is no such thing" if one is _ABSENT else f"it is {shown(one)}"
+            yield f"{place} is {held}, and {due}"
 
 
 def _pairs(wanted: object, found: object, place: str) -> Iterator[tuple[str, object, object]]:
@@ -300,22 +322,20 @@ def _templates(checkpoint: Checkpoint) -> dict[str, set[str]]:
     return found
 
 
-def _loading_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) -> list[str]:
+def _loading_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
     """Compare what transformers makes of the files, which depends on the model's type as well."""
     try:
         theirs = load_tokenizer(dense.path)
     except TransformersError as error:
         why = f"The dense model's tokenizer cannot be loaded here ({error})"
         notes.append(f"{why}, so only the files were compared.")
-        return []
-    failures: list[str] = []
+        return
     try:
         ours = load_tokenizer(moe.path)
         with transformers_says():
-            failures += _loaded_failures(theirs, ours)
+            yield from _loaded_failures(theirs, ours)
     except TransformersError as error:
-        failures.append(f"the tokenizer of the MoE cannot be used: {error}")
-    return failures
+        yield f"the tokenizer of the MoE cannot be used: {error}"
 
 
 def _loaded_failures(dense: Any, moe: Any) -> Iterator[str]:  # noqa: ANN401
