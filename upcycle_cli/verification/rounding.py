@@ -37,23 +37,6 @@ class Rounding:
         if cast.dtype == tensor.dtype or same(cast.to(tensor.dtype), tensor):
             return cast
         self.lossless, self._dtype = False, str(dtype).removeprefix("torch.")
-        self._measure(name, tensor, cast)
-        return cast
-
-    def failures(self) -> Iterator[str]:
-        """Say which tensor is no longer what it was, and what it lost."""
-        if self.zeroed > _MOST_ZEROED:
-            yield (
-                f"{self._dtype} cannot hold {self.zeroed:.0%} of {self._worst_zeroed}: so many of "
-                "its weights became 0; convert to bfloat16 or float32"
-            )
-        elif self.error > _MOST_ERROR:
-            yield (
-                f"{self._worst} is off by {self.error:.2%} of its norm in {self._dtype}, more than "
-                "rounding explains: its weights are too small for it; convert to another dtype"
-            )
-
-    def _measure(self, name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
         lost = whole = 0.0
         zeroed = nonzero = 0
         flat, flat_cast = tensor.reshape(-1), cast.reshape(-1)
@@ -71,3 +54,17 @@ class Rounding:
             self.error, self._worst = error, name
         if share > self.zeroed:
             self.zeroed, self._worst_zeroed = share, name
+        return cast
+
+    def failures(self) -> Iterator[str]:
+        """Say which tensor is no longer what it was, and what it lost."""
+        if self.zeroed > _MOST_ZEROED:
+            yield (
+                f"{self._dtype} cannot hold {self.zeroed:.0%} of {self._worst_zeroed}: so many of "
+                "its weights became 0; convert to bfloat16 or float32"
+            )
+        elif self.error > _MOST_ERROR:
+            yield (
+                f"{self._worst} is off by {self.error:.2%} of its norm in {self._dtype}, more than "
+                "rounding explains: its weights are too small for it; convert to another dtype"
+            )

@@ -66,8 +66,7 @@ def _close(rows: torch.Tensor) -> Iterator[tuple[int, int, float]]:
     Each row is named once, with the first of the rows before it that it is close to.
     """
     norms = rows.norm(dim=1)
-    squares = norms.square()
-    distances = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=0).sqrt()
+    distances = torch.cdist(rows, rows)
     smaller = torch.minimum(norms[:, None], norms[None])
     close = (distances <= _SMALLEST_DISTANCE * smaller).tril(-1)
     for row in close.any(dim=1).nonzero().flatten().tolist():
