@@ -563,7 +563,7 @@ def test_recorded_dtype_is_held(dense: Path, tmp_path: Path) -> None:
 
     edit_tensors(tmp_path / "moe", edit)
     report = verify(dense, tmp_path / "moe", checks=["weights", "claims"])
-    assert_fails(report, "weights", "float32 is recorded")
+    assert_fails(report, "weights", "records float32")
     assert_fails(report, "claims", "records float32")
 
 

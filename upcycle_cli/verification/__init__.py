@@ -29,7 +29,7 @@ from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import Promise
-from upcycle_cli.verification.report import CheckResult, Report, Status
+from upcycle_cli.verification.report import CheckResult, Findings, Report, Status
 from upcycle_cli.verification.sizes import DamagedError, gather_facts
 
 __all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "verify"]
@@ -72,27 +72,21 @@ def verify(
         _check_kind(places[0].path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
-        return _verify(*paths, selected, prompts, on_start, names, allow_inexact=allow_inexact)
+        if prompts is not None:
+            from upcycle_cli.verification.prompts import read_prompts
+
+            read_prompts(prompts)
+        facts = _gather(*paths, names, allow_inexact=allow_inexact)
+        return _run(facts, selected, prompts, on_start)
+    except DamagedError as error:
+        return _damaged(selected, error)
     except OSError as error:
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
 
 
-def _verify(
-    dense: Path,
-    moe: Path,
-    selected: tuple[str, ...],
-    prompts: Path | None,
-    on_start: Callable[[str], None] | None,
-    moe_names: Sequence[str],
-    *,
-    allow_inexact: bool,
-) -> Report:
-    if prompts is not None:
-        from upcycle_cli.verification.prompts import read_prompts
-
-        read_prompts(prompts)
+def _gather(dense: Path, moe: Path, names: Sequence[str], *, allow_inexact: bool) -> Facts:
     source = open_checkpoint(dense)
     refuse_redirects(
         source.config,
@@ -106,7 +100,7 @@ def _verify(
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise cause from None
-        return _damaged(selected, error)
+        raise DamagedError(error.message) from error
     for checkpoint in (source, converted):
         # Raises OSError where a directory cannot be listed or a file of it cannot be read.
         with os.scandir(checkpoint.path):
@@ -114,11 +108,7 @@ def _verify(
         for name in checkpoint.files:
             with open_regular(checkpoint.path / name) as file:
                 file.read(1)
-    try:
-        facts = gather_facts(source, converted, moe_names=moe_names, allow_inexact=allow_inexact)
-    except DamagedError as error:
-        return _damaged(selected, error)
-    return _run(facts, selected, prompts, on_start)
+    return gather_facts(source, converted, moe_names=names, allow_inexact=allow_inexact)
 
 
 def _selected(checks: Sequence[str]) -> tuple[str, ...]:
@@ -140,12 +130,10 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     known = str(model_type) in DENSE
     if is_target(config) if moe else known and not is_moe(config):
         return
+    types = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}"
     if moe:
-        types = (
-            f"An MoE that upcycle can make has model type {' or '.join(NATIVE)}, or its own code"
-        )
-    else:
-        types = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}"
+        native = " or ".join(NATIVE)
+        types = f"An MoE that upcycle can make has model type {native}, or its own code"
     swapped = known if moe else is_target(config)
     raise UpcycleError(
         f"{path} is not such {'an MoE' if moe else 'a model'}: its model type is "
@@ -160,9 +148,8 @@ def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
     The first check that was asked for fails, so that no selection of checks passes.
     """
     first, *others = selected
-    detail, reason = "The MoE cannot be read.", f"Not run: the MoE cannot be read (see {first})."
-    failures = (error.message,)
-    failed = CheckResult(name=first, status=Status.FAILED, detail=detail, failures=failures)
+    reason = f"Not run: the MoE cannot be read (see {first})."
+    failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
     skipped = (CheckResult(name=name, status=Status.SKIPPED, detail=reason) for name in others)
     return Report(checks=(failed, *skipped))
 

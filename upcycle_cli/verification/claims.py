@@ -6,17 +6,17 @@ top-k or another random router computes the same function.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME
+from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.files import listed_files, open_regular
-from upcycle_cli.verification.dtypes import correction_biases
+from upcycle_cli.files import listed_files, sha256_of
+from upcycle_cli.verification.completeness import record_failures
+from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import recover_factors
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.recipes import RecipeClaim, Record
+from upcycle_cli.verification.recipes import RecipeClaim
 from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.sizes import read_tensors
 
@@ -26,32 +26,32 @@ _STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn
 
 def check_claims(facts: Facts) -> CheckResult:
     """Check `upcycle.json` against config.json, the tensors, the files and the dense model."""
-    record = facts.record
-    if record is None:
+    if not facts.moe.storage.has(RECORD_NAME):
         detail = f"Not run: there is no {RECORD_NAME}, so nothing is claimed."
         return CheckResult(name=NAME, status=Status.SKIPPED, detail=detail)
-    findings = Findings()
-    for failure in (
-        *record.problems,
-        *_recipe_failures(facts, record),
-        *_factor_failures(facts, record),
-        *_router_failures(facts, record),
-        *_logit_std_failures(facts, record),
-        *_option_failures(facts, record),
-        *_source_failures(facts, record),
-        *_file_failures(facts, record),
-        *_parameter_failures(facts, record),
-    ):
-        findings.add(failure)
+    failures = (
+        *facts.record.problems,
+        *record_failures(facts.moe, facts.record.data),
+        *_recipe_failures(facts),
+        *_factor_failures(facts),
+        *_router_failures(facts),
+        *_logit_std_failures(facts),
+        *_option_failures(facts),
+        *_source_failures(facts),
+        *_file_failures(facts),
+        *_parameter_failures(facts),
+    )
     passed = (
         f"{RECORD_NAME} agrees with config.json, the tensors and the dense model: recipe "
         f"{facts.recipe.routing}, factors, layout, dtype and router digests."
     )
-    source = record.data.get("source")
+    source = facts.record.data.get("source")
     name = source.get("name") if isinstance(source, dict) else None
     note = f"It names {shown(name)} as its source; the dense model here is {facts.dense.name}."
     metrics = {"routers": len(facts.layers)}
-    return findings.result(NAME, passed, metrics, "" if name == facts.dense.name else note)
+    return Findings(failures).result(
+        NAME, passed, metrics, "" if name == facts.dense.name else note
+    )
 
 
 def _differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
@@ -61,12 +61,10 @@ def _differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
             yield f"{RECORD_NAME}: {key} is {shown(recorded)}, {who} {found}"
 
 
-def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
-    data, recipe, says = record.data, record.recipe, f"{CONFIG_NAME} says"
-    yield from _differences(
-        ("source_type", data.get("source_type"), facts.dense.config["model_type"], says),
-        ("target_type", data.get("target_type"), facts.target.model_type, says),
-    )
+def _recipe_failures(facts: Facts) -> Iterator[str]:
+    data, recipe = facts.record.data, facts.record.recipe
+    source_type, says = facts.dense.config["model_type"], f"{CONFIG_NAME} says"
+    yield from _differences(("source_type", data.get("source_type"), source_type, says))
     if recipe is None:
         return
     keys = facts.target.keys
@@ -90,16 +88,16 @@ def _recipe_failures(facts: Facts, record: Record) -> Iterator[str]:
     )
 
 
-def _factor_failures(facts: Facts, record: Record) -> Iterator[str]:
+def _factor_failures(facts: Facts) -> Iterator[str]:
     recorded: dict[str, float] = {}
     for key in ("c", *facts.kind.matrices, "config"):
-        value = record.factor(key)
+        value = facts.record.factor(key)
         if value is None:
             yield f"{RECORD_NAME}: factors.{key} is missing or not a positive number"
             return
         recorded[key] = value
-    if record.recipe is not None:
-        yield from _formula_failures(record.recipe, recorded)
+    if facts.record.recipe is not None:
+        yield from _formula_failures(facts.record.recipe, recorded)
     measured = recover_factors(facts)
     for matrix in (*facts.kind.matrices, "config"):
         if math.isnan(measured[matrix]):
@@ -127,26 +125,19 @@ def _formula_failures(recipe: RecipeClaim, recorded: dict[str, float]) -> Iterat
             yield f"{RECORD_NAME}: scale_split is {split}, but {factor}"
 
 
-def _router_failures(facts: Facts, record: Record) -> Iterator[str]:
-    digests = record.data.get("routers")
+def _router_failures(facts: Facts) -> Iterator[str]:
+    digests = facts.record.data.get("routers")
     if not isinstance(digests, dict):
-        yield f"{RECORD_NAME}: routers is missing"
-        return
-    names = [facts.router_name(layer) for layer in facts.layers]
-    for name in digests:
-        if name not in names:
-            yield f"{RECORD_NAME}: routers has {name}, which is no router of this model"
-    for name in names:
-        if name not in digests:
-            yield f"{RECORD_NAME}: routers lacks {name}"
-        elif name not in facts.moe.tensors:
-            yield f"{name} is missing"
-        elif facts.moe.tensor_digest(name) != digests[name]:
-            yield f"{name} is not the router that {RECORD_NAME} records (SHA-256 differs)"
+        return  # which has been said
+    names = {facts.router_name(layer) for layer in facts.layers}
+    for name in sorted(digests.keys() - names):
+        yield f"{RECORD_NAME}: routers has {name}, which is no router of this model"
+    for name in sorted(names - digests.keys()):
+        yield f"{RECORD_NAME}: routers lacks {name}"
 
 
-def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
-    recorded = None if record.recipe is None else record.recipe.router_logit_std
+def _logit_std_failures(facts: Facts) -> Iterator[str]:
+    recorded = None if facts.record.recipe is None else facts.record.recipe.router_logit_std
     # With a single group no logit decides anything; a missing router is another's finding.
     if recorded is None or facts.expansion == 1:
         return
@@ -158,35 +149,31 @@ def _logit_std_failures(facts: Facts, record: Record) -> Iterator[str]:
             )
 
 
-def _option_failures(facts: Facts, record: Record) -> Iterator[str]:
+def _option_failures(facts: Facts) -> Iterator[str]:
     configs = facts.dense.config, facts.moe.config
     tied, tied_moe = (bool(config.get("tie_word_embeddings", False)) for config in configs)
-    untied = record.data.get("untie_embeddings")
+    data, untied = facts.record.data, facts.record.data.get("untie_embeddings")
     if tied and untied is tied_moe:
         yield f"{RECORD_NAME}: untie_embeddings is {untied}, and so is tie_word_embeddings"
-    layers, layout = [*facts.layers], "fused" if facts.fused else "per-expert"
+    separate = any("{expert}" in weight.name for weight in facts.layout.experts)
+    layers, layout = [*facts.layers], "per-expert" if separate else "fused"
     yield from _differences(
-        ("moe_layers", record.data.get("moe_layers", layers), layers, f"{CONFIG_NAME} has"),
-        ("expert_layout", record.data.get("expert_layout"), layout, "the tensors are"),
+        ("moe_layers", data.get("moe_layers", layers), layers, f"{CONFIG_NAME} has"),
+        ("expert_layout", data.get("expert_layout"), layout, "the tensors are"),
     )
-    dtype = record.data.get("dtype")
-    stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    if not isinstance(dtype, str) or dtype not in stored:
-        if dtype is not None:
-            yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
-        return
-    for key in ("dtype", "torch_dtype"):
-        configured = facts.moe.config.get(key)
-        if configured not in (None, dtype):
-            yield f"{CONFIG_NAME}: {key} is {shown(configured)}, {RECORD_NAME} records {dtype}"
-    wide = correction_biases(facts)
-    for name, entry in facts.moe.tensors.items():
-        if entry.dtype != stored[dtype] and name not in wide:
-            yield f"{name} is {entry.dtype}, {RECORD_NAME} records {dtype}"
+    dtype = data.get("dtype")
+    if dtype in TORCH_DTYPES.values():
+        for key in ("dtype", "torch_dtype"):
+            configured = facts.moe.config.get(key)
+            if configured not in (None, dtype):
+                yield f"{CONFIG_NAME}: {key} is {shown(configured)}, {RECORD_NAME} records {dtype}"
+        yield from dtype_failures(facts)
+    elif dtype is not None:
+        yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
 
 
-def _source_failures(facts: Facts, record: Record) -> Iterator[str]:
-    source = record.data.get("source")
+def _source_failures(facts: Facts) -> Iterator[str]:
+    source = facts.record.data.get("source")
     if not isinstance(source, dict):
         yield f"{RECORD_NAME}: source is missing"
         return
@@ -206,9 +193,9 @@ def _source_failures(facts: Facts, record: Record) -> Iterator[str]:
                 yield f"{other}: source.{key} is {shown(source.get(key))}, and this is {value}"
 
 
-def _file_failures(facts: Facts, record: Record) -> Iterator[str]:
+def _file_failures(facts: Facts) -> Iterator[str]:
     try:
-        listed = listed_files(record.data)
+        listed = listed_files(facts.record.data)
     except UpcycleError as error:
         yield error.message
         return
@@ -223,34 +210,29 @@ def _file_failures(facts: Facts, record: Record) -> Iterator[str]:
             if found != (file.size, file.header_sha256):
                 yield f"{RECORD_NAME}: files does not describe {name}"
         else:
-            yield from _changes(facts, name, file.sha256)
+            try:
+                changed = sha256_of(facts.moe.storage.local(name)) != file.sha256
+            except UpcycleError as error:
+                yield error.message
+                continue
+            if changed:
+                yield f"{name} is not the file that {RECORD_NAME} lists: it was changed since"
 
 
-def _changes(facts: Facts, name: str, digest: str | None) -> Iterator[str]:
-    try:
-        with open_regular(facts.moe.storage.local(name)) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except UpcycleError as error:
-        yield error.message
-        return
-    if found != digest:
-        yield f"{name} is not the file that {RECORD_NAME} lists: it was changed since"
-
-
-def _parameter_failures(facts: Facts, record: Record) -> Iterator[str]:
-    recorded = record.data.get("parameters")
+def _parameter_failures(facts: Facts) -> Iterator[str]:
+    recorded = facts.record.data.get("parameters")
     if not isinstance(recorded, dict):
         yield f"{RECORD_NAME}: parameters is missing"
         return
-    total, idle = facts.moe.num_parameters, 0
-    for layer in facts.layers:
-        names = {
-            facts.place(part, layer, expert).tensor
-            for part in facts.parts
-            for expert in range(facts.num_experts)
-        }
-        held = (facts.moe.tensors[name].num_elements for name in names & facts.moe.tensors.keys())
-        idle += sum(held) // facts.num_experts * (facts.num_experts - facts.top_k)
+    names = {
+        facts.place(part, layer, expert).tensor
+        for layer in facts.layers
+        for part in facts.parts
+        for expert in range(facts.num_experts)
+    }
+    held = (facts.moe.tensors[name].num_elements for name in names & facts.moe.tensors.keys())
+    idle = sum(held) // facts.num_experts * (facts.num_experts - facts.top_k)
+    total = facts.moe.num_parameters
     dense = sum(entry.num_elements for entry in read_tensors(facts.dense).values())
     words = f"{CONFIG_NAME} and the tensors make it"
     for key, found in (("total", total), ("active", total - idle), ("dense", dense)):

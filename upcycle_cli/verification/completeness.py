@@ -6,12 +6,14 @@ model or one that its own record does not describe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import is_target
+from upcycle_cli.verification.headers import header_failures
 from upcycle_cli.verification.sizes import DamagedError, find_target
 from upcycle_cli.verification.structure import own_failures
 
@@ -42,16 +44,19 @@ def find_incomplete(moe: Checkpoint) -> tuple[str, ...]:
         target = find_target(moe)
     except DamagedError as error:
         return (error.message,)
-    return (*own_failures(moe, target, moe.storage.names()), *_record_failures(moe))
-
-
-def _record_failures(moe: Checkpoint) -> Iterator[str]:
     record = read_json(moe.storage.local(RECORD_NAME))
-    if record.get("target_type") != moe.config["model_type"]:
-        yield (
-            f"{RECORD_NAME}: target_type is {record.get('target_type')!r}, "
-            f"{CONFIG_NAME} says {moe.config['model_type']}"
-        )
+    return (
+        *header_failures(moe, target),
+        *own_failures(moe, target, moe.storage.names()),
+        *record_failures(moe, record),
+    )
+
+
+def record_failures(moe: Checkpoint, record: Mapping[str, Any]) -> Iterator[str]:
+    """Name what `upcycle.json` says of the MoE beside it that is not so."""
+    recorded, model_type = record.get("target_type"), moe.config["model_type"]
+    if recorded != model_type:
+        yield f"{RECORD_NAME}: target_type is {shown(recorded)}, {CONFIG_NAME} says {model_type}"
     routers = record.get("routers")
     if not isinstance(routers, dict) or not routers:
         yield f"{RECORD_NAME}: routers is missing"
@@ -60,5 +65,4 @@ def _record_failures(moe: Checkpoint) -> Iterator[str]:
         if name not in moe.tensors:
             yield f"{RECORD_NAME} records the router {name}, which is not there"
         elif moe.tensor_digest(name) != digest:
-            yield f"{name} is not the router that {RECORD_NAME} records: it was changed since"
-            return
+            yield f"{name} is not the router that {RECORD_NAME} records (SHA-256 differs)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from upcycle_cli.checkpoint import TORCH_DTYPES
+from upcycle_cli.checkpoint import RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.verification.facts import Facts
@@ -17,7 +17,7 @@ def counterparts(facts: Facts) -> dict[str, str]:
     What was made without a dense tensor, such as a router, takes that of what it works with.
     """
     dense = read_tensors(facts.dense)
-    found = {name: name for name in dense if name not in facts.upcycled_names}
+    found = {name: name for name in dense if name not in facts.became}
     found.setdefault(HEAD, facts.family.embedding)
     for name in facts.moe.tensors:
         # A bias that the architecture insists on goes with the matrix beside it.
@@ -69,19 +69,17 @@ def dtype_failures(facts: Facts) -> Iterator[str]:
         if held[name] != "F32":
             yield f"{name} is {held[name]}, and must be F32: it moves by little"
     stored = {name: d for name, d in held.items() if d in TORCH_DTYPES and name not in wide}
-    recorded = facts.recorded_dtype
-    if recorded is not None:
+    recorded = facts.record.data.get("dtype")
+    if isinstance(recorded, str):
         for name, dtype in stored.items():
             if TORCH_DTYPES[dtype] != recorded:
-                yield f"{name} is {dtype}, and {recorded} is recorded"
+                yield f"{name} is {dtype}, {RECORD_NAME} records {recorded}"
         return
     if len(set(stored.values())) == 1 and len(stored) == len(held) - len(wide):
         return
-    sources = counterparts(facts)
-    for name, dtype in stored.items():
-        source = sources.get(name)
-        wanted = None if source is None else facts.dense.tensors[source].dtype
-        if wanted not in (None, dtype):
+    for name, source in counterparts(facts).items():
+        wanted = facts.dense.tensors[source].dtype
+        if name in stored and stored[name] != wanted:
             of = "" if source == name else f" ({source})"
             neither = f"neither the dense model's {wanted}{of} nor the dtype of all tensors"
-            yield f"{name} is {dtype}: {neither}"
+            yield f"{name} is {stored[name]}: {neither}"

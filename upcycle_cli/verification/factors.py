@@ -23,10 +23,7 @@ _PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
 
 def find_objection(facts: Facts) -> str | None:
     """Say why the MoE owes the dense model nothing, or None when it owes it the function."""
-    recorded = None if facts.record is None else facts.record.recipe
-    objection = facts.standard.objection()
-    if objection is None and recorded is not None:
-        objection = recorded.objection()
+    objection = facts.standard.objection() or facts.recipe.objection()
     if objection is None and facts.lenient:
         objection = facts.implied.scaling_failure(
             recover_factors(facts), facts.implied.needed_c, facts.origin
@@ -115,11 +112,9 @@ def _near_candidates(facts: Facts, matrix: str, measured: float) -> list[float]:
     powers = [2.0**exponent for exponent in range(-12, 25)]
     candidates = set(powers)
     for c in totals:
-        candidates |= {c / power for power in powers} | {c, math.cbrt(c), math.sqrt(c)}
-        nearest_root = round(math.cbrt(c))
-        if nearest_root**3 == c:
-            candidates = candidates - {math.cbrt(c)} | {float(nearest_root)}
-    recorded = None if facts.record is None else facts.record.factor(matrix)
+        candidates |= {c / power for power in powers} | {math.cbrt(c), math.sqrt(c)}
+        candidates.add(float(round(math.cbrt(c))))  # where math.cbrt misses a whole one
+    recorded = facts.record.factor(matrix)
     if recorded is not None:
         candidates.add(recorded)
     near = (value for value in candidates if math.isclose(value, measured, rel_tol=_SNAP))

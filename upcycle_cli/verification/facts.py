@@ -36,7 +36,7 @@ class Facts:
     target: Target
     layout: Layout
     """How the experts of the MoE are named."""
-    record: Record | None
+    record: Record
     allow_inexact: bool
     """Whether an MoE that owes the dense model nothing is what the user expects."""
     layers: tuple[int, ...]
@@ -63,11 +63,6 @@ class Facts:
     def expansion(self) -> int:
         """E, the virtual groups of a layer."""
         return self.num_experts // self.granularity
-
-    @property
-    def fused(self) -> bool:
-        """Whether the experts of a layer are one tensor."""
-        return not any("{expert}" in weight.name for weight in self.layout.experts)
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -101,13 +96,12 @@ class Facts:
     @property
     def recipe(self) -> RecipeClaim:
         """The recorded recipe, or the implied one when nothing intact is recorded."""
-        recorded = None if self.record is None else self.record.recipe
-        return self.implied if recorded is None else recorded
+        return self.record.recipe or self.implied
 
     @property
     def lenient(self) -> bool:
         """Whether nothing says how the MoE was made, and the user does not mind."""
-        return self.allow_inexact and (self.record is None or self.record.recipe is None)
+        return self.allow_inexact and self.record.recipe is None
 
     @property
     def logit_std(self) -> float:
@@ -140,12 +134,6 @@ class Facts:
         """What c follows from, for messages."""
         return f"{CONFIG_NAME} ({self.routing}, N={self.num_experts}, top-k {self.top_k})"
 
-    @property
-    def recorded_dtype(self) -> str | None:
-        """Torch's name of the dtype that everything was cast to, when one is recorded."""
-        value = None if self.record is None else self.record.data.get("dtype")
-        return value if isinstance(value, str) else None
-
     def router_name(self, layer: int) -> str:
         """Return the name of a layer's router on disk."""
         return self.target.prefix(layer) + self.layout.router
@@ -174,16 +162,9 @@ class Facts:
 
     @cached_property
     def became(self) -> Mapping[str, str]:
-        """The tensor of the first expert, or of all, that holds what a dense tensor became."""
+        """From the dense tensors that experts were made of to those that hold the first of them."""
         return {
             self.dense_place(part, layer).tensor: self.place(part, layer, 0).tensor
             for layer in self.layers
             for part in self.parts
         }
-
-    @cached_property
-    def upcycled_names(self) -> frozenset[str]:
-        """The dense tensors that experts were made of."""
-        return frozenset(
-            self._prefix(layer) + weight.name for layer in self.layers for weight in self.dense_mlp
-        )

@@ -9,10 +9,10 @@ Legend: N experts, E expansion (groups), G granularity (shards), T top-k, N = E�
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeGuard
 
 from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
@@ -38,14 +38,9 @@ class Promise(StrEnum):
 class MlpKind:
     """How an MLP's output answers to scaled matrices, by verification's own reckoning."""
 
-    gated: bool
+    matrices: tuple[str, ...]
     degree: int
     """d, where up × a makes the output × a**d; 0 where nothing can be said."""
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """The matrices it has."""
-        return ("gate", "up", "down") if self.gated else ("up", "down")
 
 
 def mlp_kind(parts: Collection[str], activation: object) -> MlpKind:
@@ -54,9 +49,8 @@ def mlp_kind(parts: Collection[str], activation: object) -> MlpKind:
     down · (act(gate·x) ⊙ up·x) is linear in up; without a gate it depends on the activation.
     """
     if "gate" in parts:
-        return MlpKind(gated=True, degree=1)
-    degrees = {"relu2": 2, "relu": 1, "linear": 1}
-    return MlpKind(gated=False, degree=degrees.get(str(activation), 0))
+        return MlpKind(("gate", "up", "down"), 1)
+    return MlpKind(("up", "down"), {"relu2": 2, "relu": 1, "linear": 1}.get(str(activation), 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +99,7 @@ class RecipeClaim:
                 "dense MLP"
             )
         if self.scaling == "paper" and not math.isclose(c, 1.0):
-            if self.kind.gated:
+            if "gate" in self.kind.matrices:
                 return "scaling paper also scales the gate of SwiGLU, which is not linear in it"
             if self.kind.degree == 0:
                 return "scaling paper also scales up, and the activation is not linear"
@@ -140,11 +134,13 @@ class RecipeClaim:
 
         `c` is the factor that is needed, and `origin` says what needs it.
         """
-        wanted = float(self.scaling) if isinstance(self.scaling, float) else c
+        wanted, need = c, f"{origin} needs c ="
+        if isinstance(self.scaling, float):
+            wanted, need = self.scaling, "the recorded scale is"
         matrices, config = self.kind.matrices, factors["config"]
         if self.scaling in ("paper", "none"):
             # What the paper and Megatron-LM multiply every matrix by.
-            root = math.cbrt if self.kind.gated or self.kind.degree == 2 else math.sqrt
+            root = math.cbrt if "gate" in matrices or self.kind.degree == 2 else math.sqrt
             each = root(wanted) if self.scaling == "paper" else 1.0
             for matrix in (*matrices, "config"):
                 meant = 1.0 if matrix == "config" else each
@@ -154,20 +150,17 @@ class RecipeClaim:
                         f"{self.scaling} with c = {wanted:g} ({origin}) makes it {meant:.7g}"
                     )
             return None
-        fixed = {"gate": self.kind.gated, "up": self.kind.degree == 0}
+        fixed = {"gate", "up"} if self.kind.degree == 0 else {"gate"}
         for matrix in matrices:
-            if fixed.get(matrix) and not math.isclose(factors[matrix], 1.0, rel_tol=_SAME):
+            if matrix in fixed and not math.isclose(factors[matrix], 1.0, rel_tol=_SAME):
                 return (
                     f"the factor of {matrix} is {factors[matrix]:.7g}: the MLP is not linear in "
                     f"its {matrix}, which must keep its scale"
                 )
         product = factors["up"] ** self.kind.degree * factors["down"] * config
         if not math.isclose(product, wanted, rel_tol=_SAME):
-            need = f"the recorded scale is {wanted:g}"
-            if not isinstance(self.scaling, float):
-                need = f"{origin} needs c = {wanted:g}"
             formula = {0: "down", 1: "up × down", 2: "up² × down"}[self.kind.degree]
-            return f"{formula} = {product:.7g}, but {need}"
+            return f"{formula} = {product:.7g}, but {need} {wanted:g}"
         return None
 
     @property
@@ -180,9 +173,9 @@ class RecipeClaim:
 class Record:
     """`upcycle.json`: its data, the recipe when it is intact, and what is wrong with the file."""
 
-    data: Mapping[str, Any]
-    recipe: RecipeClaim | None
-    problems: tuple[str, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    recipe: RecipeClaim | None = None
+    problems: tuple[str, ...] = ()
 
     def factor(self, matrix: str) -> float | None:
         """Return the recorded factor of a matrix, or None when it is not a positive number.
@@ -192,43 +185,44 @@ class Record:
         factors = self.data.get("factors")
         usual = 1.0 if matrix == "config" else None
         value = factors.get(matrix, usual) if isinstance(factors, dict) else None
-        return float(value) if value is not None and _is_positive(value) else None
+        return float(value) if is_positive(value) else None
 
 
-def read_record(moe: Checkpoint, kind: MlpKind) -> Record | None:
-    """Return what `upcycle.json` says, or None when there is none; `kind` is the dense MLP's."""
+def read_record(moe: Checkpoint, kind: MlpKind) -> Record:
+    """Return what `upcycle.json` says, nothing when there is none; `kind` is the dense MLP's."""
     if not moe.storage.has(RECORD_NAME):
-        return None
+        return Record()
     try:
         data = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
-        return Record({}, None, (error.message,))
-    found = data.get("format")
-    problems = [] if found == 1 else [f"format is {shown(found)}, and only 1 is known"]
-    claim = _read_recipe(data.get("recipe"), kind)
-    if isinstance(claim, str):
-        problems.append(claim)
-    words = tuple(f"{RECORD_NAME}: {problem}" for problem in problems)
-    return Record(data, None if isinstance(claim, str) else claim, words)
+        return Record(problems=(error.message,))
+    recipe, problems, found = None, [], data.get("format")
+    if found != 1:
+        problems.append(f"{RECORD_NAME}: format is {shown(found)}, and only 1 is known")
+    try:
+        recipe = _read_recipe(data.get("recipe"), kind)
+    except ValueError as error:
+        problems.append(f"{RECORD_NAME}: {error}")
+    return Record(data, recipe, tuple(problems))
 
 
-def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim | str:
-    """Return a recorded recipe, or what is wrong with it."""
+def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(recipe, dict):
-        return "recipe is missing"
+        raise ValueError("recipe is missing")  # noqa: TRY004 - the file's fault, not a caller's
     wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
     if wrong:
-        return f"{', '.join(wrong)} missing or invalid"
+        raise ValueError(f"{', '.join(wrong)} missing or invalid")
     fields = {key: recipe[key] for key in _RECIPE_FIELDS}
     if not isinstance(fields["scaling"], str):
         fields["scaling"] = float(fields["scaling"])
     claim = RecipeClaim(kind=kind, **fields)
-    too_many = claim.top_k > claim.num_experts
-    return "recipe.top_k is more than expansion x granularity" if too_many else claim
+    if claim.top_k > claim.num_experts:
+        raise ValueError("recipe.top_k is more than expansion x granularity")
+    return claim
 
 
-def _is_positive(value: object) -> bool:
-    # Bounded, so that arithmetic on a damaged record cannot overflow; True is not a number here.
+def is_positive(value: object) -> TypeGuard[float]:
+    """Whether this is a positive number, with which arithmetic cannot overflow; True is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
@@ -236,14 +230,14 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-_RECIPE_FIELDS = {
+_RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "expansion": _is_count,
     "granularity": _is_count,
     "top_k": _is_count,
     "routing": lambda value: value in ROUTINGS,
-    "scaling": lambda value: value in ("exact", "paper", "none") or _is_positive(value),
+    "scaling": lambda value: value in ("exact", "paper", "none") or is_positive(value),
     "scale_split": lambda value: value in ("config", "balanced", "down"),
     "virtual_groups": lambda value: type(value) is bool,
-    "router_logit_std": _is_positive,
+    "router_logit_std": is_positive,
 }
 """The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -18,7 +18,7 @@ from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.recipes import mlp_kind, read_record
+from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
 from upcycle_cli.verification.shipped import code_failure
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -104,10 +104,7 @@ def gather_facts(
 
 
 def find_target(moe: Checkpoint) -> Target:
-    """Return what an MoE is; DamagedError when its config, or the code with it, is not sound.
-
-    Among that are sizes that no model of these tensors has, and that take forever.
-    """
+    """Return what an MoE is; DamagedError when its config or its code is not sound."""
     try:
         target = target_of(moe.config, moe.tensors)
     except UpcycleError as error:
@@ -133,6 +130,7 @@ def find_layout(moe: Checkpoint, target: Target) -> Layout:
 
 
 def _check_sizes(moe: Checkpoint, target: Target) -> None:
+    """Raise ValueError for sizes that no model of these tensors has, and that take forever."""
     keys = target.keys
     num_experts, top_k = (target.count(moe.config, key) for key in (keys.num_experts, keys.top_k))
     if top_k > num_experts:
@@ -183,8 +181,7 @@ def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...
         for name, shape in implied:
             held = tensors.get(prefix + name)
             if held is None or held.shape != shape:
-                what = f"{hidden_size} values" if name == family.norm else f"shape {list(shape)}"
-                raise UpcycleError(f"{dense.path} has no {prefix}{name} of {what}.")
+                raise UpcycleError(f"{dense.path} has no {prefix}{name} of shape {list(shape)}.")
     return layers, width, hidden_size
 
 
@@ -198,9 +195,8 @@ def _check_layers(layers: Sequence[int], having: Sequence[int]) -> None:
 
 
 def _gate_scale(moe: Checkpoint, target: Target) -> float:
-    if target.keys.scale is None:
-        return 1.0
-    value = target.value(moe.config, target.keys.scale)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ValueError(f"{target.keys.scale} must be a positive number, not {shown(value)}")
+    key = target.keys.scale
+    value = 1.0 if key is None else target.value(moe.config, key)
+    if not is_positive(value):
+        raise ValueError(f"{key} must be a positive number, not {shown(value)}")
     return float(value)

@@ -15,7 +15,7 @@ from upcycle_cli.families.moe import Target
 from upcycle_cli.files import MOST_LISTING_BYTES
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.headers import geometry_failures, header_failures
+from upcycle_cli.verification.headers import geometry_failures
 from upcycle_cli.verification.listing import listing_failures
 from upcycle_cli.verification.loading import MoeLoader
 from upcycle_cli.verification.report import CheckResult, Findings
@@ -26,18 +26,19 @@ NAME = "structure"
 
 def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     """Check names, shapes, dtypes, index and settings, and that transformers loads the model."""
-    findings = Findings()
+    # This imports torch, which a push, the other caller of this module, does without.
+    from upcycle_cli.verification.twin import twin_failures
+
     # Only the first few are shown, and a wrong setting is why many tensors seem to be.
-    for failure in (
+    failures = (
         *setting_failures(facts),
         *loader.header_failures,
         # A config of other tensors can ask for more memory than there is.
-        *(() if loader.header_failures else _model_failures(facts)),
-        *_other_failures(facts.moe, facts.target, facts.moe_names),
+        *(() if loader.header_failures else (*geometry_failures(facts), *twin_failures(facts))),
+        *own_failures(facts.moe, facts.target, facts.moe_names),
         *dtype_failures(facts),
         *loader.loading.complaints,
-    ):
-        findings.add(failure)
+    )
     loading = loader.loading
     loaded = loading.info is not None
     passed = (
@@ -50,29 +51,14 @@ def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
     elif loading.not_tried is not None:
         notes.append(f"Loading it with transformers was not tried: {loading.not_tried}.")
     metrics = {"tensors": len(facts.moe.tensors), "loaded": loaded}
-    return findings.result(NAME, passed, metrics, " ".join(notes))
-
-
-def _model_failures(facts: Facts) -> Iterator[str]:
-    """Name where the rows that both sides share, or the settings, are not what transformers has."""
-    # This imports torch, which a push, the other caller of this module, does without.
-    from upcycle_cli.verification.twin import mlp_failures, twin_failures
-
-    yield from geometry_failures(facts)
-    yield from mlp_failures(facts)
-    yield from twin_failures(facts)
+    return Findings(failures).result(NAME, passed, metrics, " ".join(notes))
 
 
 def own_failures(moe: Checkpoint, target: Target, names: Sequence[str]) -> Iterator[str]:
-    """Name what is wrong with an MoE as far as it can be seen without the dense model.
+    """Name what is wrong with an MoE that can be seen without the dense model, but for its headers.
 
     `names` are those of all files beside it.
     """
-    yield from header_failures(moe, target)
-    yield from _other_failures(moe, target, names)
-
-
-def _other_failures(moe: Checkpoint, target: Target, names: Sequence[str]) -> Iterator[str]:
     for name, entry in moe.tensors.items():
         if entry.dtype not in TORCH_DTYPES:
             yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"
@@ -86,8 +72,7 @@ def _index_failures(moe: Checkpoint) -> Iterator[str]:
     if not (path / INDEX_NAME).exists():
         return
     try:
-        index = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES)
-        metadata = index.get("metadata")
+        metadata = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES).get("metadata")
     except UpcycleError as error:
         yield error.message
         return

@@ -37,28 +37,21 @@ _MOST_DIFFERENCE = 1e-4
 
 
 def twin_failures(facts: Facts) -> Iterator[str]:
-    """Say where the twin of an MoE of another type computes something else than the dense one's.
+    """Say where the dense MLP is not what it is taken for, or the MoE's twin not the dense one's.
 
-    Where both are of one type, the settings compared key by key say it.
+    Where both are of one type, the settings compared key by key say the latter.
     """
-    if facts.target.ships_code or facts.target.model_type == facts.family.model_type:
-        return
+    alike = facts.target.ships_code or facts.target.model_type == facts.family.model_type
     try:
-        configs = load_config(facts.dense.path), load_config(facts.moe.path)
+        # Each is made small in a way of its own.
+        mlp_config, dense_config = (load_config(facts.dense.path) for _ in range(2))
+        moe_config = load_config(facts.moe.path)
         with transformers_says():
-            yield from _compare(facts, *configs)
+            yield from _mlp_failures(facts, mlp_config)
+            if not alike:
+                yield from _compare(facts, dense_config, moe_config)
     except TransformersError as error:
         yield f"small models with these settings cannot be compared: {error}"
-
-
-def mlp_failures(facts: Facts) -> Iterator[str]:
-    """Say where the dense MLP is not what it is taken for: the norm before it, and its degree."""
-    try:
-        config = load_config(facts.dense.path)
-        with transformers_says():
-            yield from _mlp_failures(facts, config)
-    except TransformersError as error:
-        yield f"a small dense model cannot be made: {error}"
 
 
 def _shrink(config: Config) -> None:
@@ -140,7 +133,7 @@ def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
         if source is None or source.shape != tensor.shape:
             return str(name)
         tensor.copy_(source)
-    return min(held.keys() - own.keys() - facts.upcycled_names, default=None)
+    return min(held.keys() - own.keys() - facts.became.keys(), default=None)
 
 
 def _share_experts(facts: Facts, held: dict[str, Any], own: dict[str, Any], layer: int) -> set[str]:
@@ -191,7 +184,13 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
     if feeding != ([] if family.norm is None else [family.norm]):
         yield f"the MLP of {family.model_type} is fed by {feeding or 'no norm'}, not {family.norm}"
     elif family.norm is not None:
-        yield from _offset_failures(facts, layer.get_submodule(feeding[0].removesuffix(".weight")))
+        # With nothing added to it, a weight of zero lets nothing through.
+        norm = layer.get_submodule(feeding[0].removesuffix(".weight"))
+        norm.weight.data.fill_(-family.norm_offset)
+        with torch.no_grad():
+            out_SH = norm(torch.randn(4, _WIDTH))
+        if float((out_SH - out_SH[:1]).abs().max()) > 0:
+            yield f"the norm before the MLP does not add {family.norm_offset:g} to its weight"
     degree = _degree(facts, mlp, x_SH)
     if degree != facts.kind.degree:
         yield (
@@ -200,15 +199,6 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
             if degree
             else f"the MLP of {family.model_type} does not scale with its up matrix"
         )
-
-
-def _offset_failures(facts: Facts, norm: Model) -> Iterator[str]:
-    """Hold what a norm adds to its weight against the family's row: nothing is to come through."""
-    with torch.no_grad():
-        norm.weight.fill_(-facts.family.norm_offset)
-        out_SH = norm(torch.randn(4, _WIDTH))
-    if float((out_SH - out_SH[:1]).abs().max()) > 0:
-        yield f"the norm before the MLP does not add {facts.family.norm_offset:g} to its weight"
 
 
 def _degree(facts: Facts, mlp: Model, x_SH: torch.Tensor) -> int:

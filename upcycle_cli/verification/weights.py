@@ -106,7 +106,7 @@ def _wanted(facts: Facts) -> dict[str, _Wanted]:
     """Return every tensor that the MoE must have, derived from the dense model's tensors."""
     wanted: dict[str, _Wanted] = {}
     for name, entry in read_tensors(facts.dense).items():
-        if name not in facts.upcycled_names:
+        if name not in facts.became:
             wanted[name] = _Wanted(entry.shape, "copied", name)
     # A tied model may carry its head all the same, and an untied MoE must.
     needs_head = not facts.moe.config.get("tie_word_embeddings", False)
