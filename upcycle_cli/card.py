@@ -1,4 +1,4 @@
-"""The model card of a converted model: README.md with front matter for the Hub.
+"""The model card of a converted model: `card.md`, filled in; README.md with front matter.
 
 Names in it are somebody else's: each is quoted for the place where it stands, so that none ends a
 block of code, starts a tag or gives a shell something else to do.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from importlib.resources import files
+from string import Template
 from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import factors_text, no_promise, training_notes
@@ -24,7 +26,6 @@ from upcycle_cli.recipe import Promise, Routing
 if TYPE_CHECKING:
     from upcycle_cli.verification import Report
 
-_PAPER = "https://arxiv.org/abs/2410.07524"
 _PLACE = r'path = "([^"]+)"'
 """Where the loading code says that the model is."""
 _SERVING = {
@@ -36,12 +37,6 @@ _SERVING = {
     ),
 }
 """What tests/interoperability/serving.py runs, as the card prints it."""
-_CITATION = (
-    "## Citation\n\n```bibtex\n@article{he2024upcycling,\n"
-    "  title = {Upcycling Large Language Models into Mixture of Experts},\n"
-    "  author = {He, Ethan and others},\n"
-    "  journal = {arXiv preprint arXiv:2410.07524},\n  year = {2024}\n}\n```"
-)
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
@@ -51,17 +46,28 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     The licence and languages are carried over from the source's own card.
     """
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
-    sections = (
-        _title(plan),
-        _what_it_is(plan),
-        _verification(plan, report, place),
-        _loading(plan, place),
-        _training(plan),
-        _engines(plan, place),
-        _CITATION,
+    ships_code = plan.family.target.ships_code
+    pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
+    verify_again = ("upcycle", "verify", plan.source.repo or "DENSE", place, *pinned)
+    notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
+    card = Template((files("upcycle_cli") / "card.md").read_text(encoding="utf-8")).substitute(
+        front_matter=_front_matter(plan),
+        title=f"{_markdown(plan.source.name.split('/')[-1])} {plan.recipe.name}",
+        origin=_origin(plan),
+        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
+        promise=_promise(plan),
+        found=_found(report),
+        verify_again=shell_line(verify_again),
+        place=json.dumps(place),
+        options=", trust_remote_code=True" if ships_code else "",
+        code=_about_code(plan) if ships_code else "",
+        balancing=_balancing(plan),
+        score=_score(plan),
+        top_k=plan.recipe.top_k,
+        notes=f"\n\n{notes}" if notes else "",
+        engines=_engines(plan, place),
     )
-    card = f"---\n{_front_matter(plan)}---\n\n" + "\n\n".join(sections)
-    return f"{card}\n\n{_seal(card)}\n"
+    return f"{card}\n{_seal(card.strip())}\n"
 
 
 def repo_name(text: str, suffix: str = "") -> str:
@@ -126,105 +132,74 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def _title(plan: Plan) -> str:
+def _origin(plan: Plan) -> str:
     name, commit = plan.source.name, plan.source.revision
-    origin = _code(name)
-    if commit is not None:
-        url = f"https://huggingface.co/{name}"  # of these, both have nothing to quote
-        origin = f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
-    return (
-        f"# {_markdown(name.split('/')[-1])} {plan.recipe.name}\n\n"
-        f"A Mixture of Experts made from {origin} by copying its MLPs into experts and adding "
-        "routers, with upcycle, by the method of [Upcycling Large Language Models into Mixture of "
-        f"Experts]({_PAPER})."
-    )
+    if commit is None:
+        return _code(name)
+    url = f"https://huggingface.co/{name}"  # of these, both have nothing to quote
+    return f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
 
 
-def _what_it_is(plan: Plan) -> str:
+def _facts(plan: Plan) -> dict[str, str]:
     recipe, dense = plan.recipe, plan.family.dense
     layers = f"{listed(plan.family.layers)} of {dense.num_layers}"
-    rows = (
-        ("recipe", (f"{recipe.name}: expansion {recipe.expansion}, granularity "
-                   f"{recipe.granularity}, top-k {recipe.top_k}")),
-        ("architecture", f"{plan.family.target.architecture}, from {dense.model_type}"),
-        ("MoE layers", "all" if len(plan.family.layers) == dense.num_layers else layers),
-        ("experts", (f"{recipe.num_experts} per layer, {recipe.top_k} active, "
-                    f"intermediate size {plan.expert_size}")),
-        ("routing", (f"{recipe.routing}, router logits of standard deviation "
-                    f"{recipe.router_logit_std:g}, seed {recipe.seed}")),
-        ("parameters", (f"{_billions(plan.total_parameters)} in all, "
-                       f"{_billions(plan.active_parameters)} active per token "
-                       f"(dense: {_billions(plan.dense_parameters)})")),
-        ("scale factors", (f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})")),
-    )  # fmt: skip
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return {
+        "recipe": f"{recipe.name}: expansion {recipe.expansion}, granularity "
+        f"{recipe.granularity}, top-k {recipe.top_k}",
+        "architecture": f"{plan.family.target.architecture}, from {dense.model_type}",
+        "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
+        "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
+        f"intermediate size {plan.expert_size}",
+        "routing": f"{recipe.routing}, router logits of standard deviation "
+        f"{recipe.router_logit_std:g}, seed {recipe.seed}",
+        "parameters": f"{_billions(plan.total_parameters)} in all, "
+        f"{_billions(plan.active_parameters)} active per token "
+        f"(dense: {_billions(plan.dense_parameters)})",
+        "scale factors": f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})",
+    }
+
+
+def _promise(plan: Plan) -> str:
+    if plan.promise is Promise.NONE:
+        return f"It does not compute what the dense model computes: {no_promise(plan)}."
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     if plan.promise is Promise.APPROXIMATE:
         rounding = " up to an error of the order of the router's logits"
-    promise = f"It computes what the dense model computes{rounding}, until it is trained further."
-    if plan.promise is Promise.NONE:
-        promise = f"It does not compute what the dense model computes: {no_promise(plan)}."
-    return f"| | |\n|---|---|\n{table}\n\n{promise}"
+    return f"It computes what the dense model computes{rounding}, until it is trained further."
 
 
-def _verification(plan: Plan, report: Report | None, place: str) -> str:
-    found = "Not verified when it was made."
-    if report is not None:
-        found = (
-            "What `upcycle verify` found on these files:\n\n"
-            "| check | result | detail |\n|---|---|---|"
-        )
-        for check in report.checks:
-            detail = _markdown(" ".join(check.detail.split()))
-            found += f"\n| {check.name} | {check.status} | {detail} |"
-    pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
-    again = shell_line(["upcycle", "verify", plan.source.repo or "DENSE", place, *pinned])
-    return f"## Verification\n\n{found}\n\nTo verify it yourself:\n\n```sh\n{again}\n```"
+def _found(report: Report | None) -> str:
+    if report is None:
+        return "Not verified when it was made."
+    found = (
+        "What `upcycle verify` found on these files:\n\n| check | result | detail |\n|---|---|---|"
+    )
+    for check in report.checks:
+        detail = _markdown(" ".join(check.detail.split()))
+        found += f"\n| {check.name} | {check.status} | {detail} |"
+    return found
 
 
-def _loading(plan: Plan, place: str) -> str:
-    options, note = "", ""
-    if plan.family.target.ships_code:
-        options, model_type = ", trust_remote_code=True", plan.family.dense.model_type
-        note = (
-            f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the code of "
-            f"one lies beside the weights, in `{CODE_NAME}`, and `trust_remote_code=True` lets it "
-            f"run. It is all that runs: the rest is transformers' own {model_type}. `upcycle "
-            "verify` holds the file to what upcycle writes, letter by letter."
-        )
+def _about_code(plan: Plan) -> str:
+    model_type = plan.family.dense.model_type
     return (
-        "## Loading\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"path = {json.dumps(place)}\n"
-        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{options})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(path)\n```{note}"
+        f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the code of "
+        f"one lies beside the weights, in `{CODE_NAME}`, and `trust_remote_code=True` lets it "
+        f"run. It is all that runs: the rest is transformers' own {model_type}. `upcycle "
+        "verify` holds the file to what upcycle writes, letter by letter."
     )
 
 
-def _training(plan: Plan) -> str:
-    recipe = plan.recipe
+def _score(plan: Plan) -> str:
+    """Return the options with which Megatron-LM routes as the model does."""
     score = {
         Routing.SOFTMAX_TOPK: "`--moe-router-pre-softmax`",
         Routing.TOPK_SOFTMAX: "no `--moe-router-pre-softmax`",
         Routing.SIGMOID_TOPK: "`--moe-router-score-function sigmoid`",
-    }[recipe.routing or Routing.TOPK_SOFTMAX]
+    }[plan.recipe.routing or Routing.TOPK_SOFTMAX]
     if plan.factors.config != 1.0:
         score += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
-    advice = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
-    return (
-        "## Training\n\n"
-        "The model is a starting point: its experts are copies and differentiate in training. "
-        f"What the [paper]({_PAPER}) found to work:\n\n"
-        "- Reset the learning rate to the pretraining peak and decay it by a cosine.\n"
-        "- Use batches of about 4M tokens.\n"
-        "- Use a load-balancing (auxiliary) loss of 1e-2; without one, experts die. "
-        "A z-loss had no effect.\n"
-        "- Do not drop tokens by a capacity factor at the start: a dropped token loses its "
-        "MLP, which breaks the equality with the dense model.\n\n"
-        f"Settings of common trainers:\n\n- transformers: {_balancing(plan)}\n"
-        f"- Megatron-LM: {score}, `--moe-router-topk {recipe.top_k}`, `--moe-aux-loss-coeff 1e-2`, "
-        "no `--moe-expert-capacity-factor`." + (f"\n\n{advice}" if advice else "")
-    )
+    return score
 
 
 def _balancing(plan: Plan) -> str:
@@ -243,17 +218,13 @@ def _balancing(plan: Plan) -> str:
 
 
 def _engines(plan: Plan, place: str) -> str:
-    rows = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
-    parts = [
-        "## Inference engines\n\nWhat is known of this architecture with this routing; an engine "
-        f"that is not listed was not tried.\n\n| engine | |\n|---|---|\n{rows}"
-    ]
+    text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
             trust = " --trust-remote-code" if plan.family.target.ships_code else ""
             lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]) + trust)
-            parts.append(f"To serve it with {engine.name}:\n\n```sh\n{lines}\n```")
-    return "\n\n".join(parts)
+            text += f"\n\nTo serve it with {engine.name}:\n\n```sh\n{lines}\n```"
+    return text
 
 
 def _billions(count: int) -> str:
