@@ -97,9 +97,8 @@ def guard() -> None:
 
     def make() -> Any:  # noqa: ANN401 - a client of httpx or httpx2
         client = made()
-        hooks = client.event_hooks
-        ours = {"request": _on_request, "response": _on_response}
-        client.event_hooks = {when: [*hooks[when], hook] for when, hook in ours.items()}
+        client.event_hooks["request"].append(_on_request)
+        client.event_hooks["response"].append(_on_response)
         return client
 
     set_client_factory(make)
@@ -280,7 +279,7 @@ class Repo:
     """A repo at one commit, as the Hub describes it."""
 
     commit: str
-    sizes: Mapping[str, int | None]  # of every file, by name; None where they were not asked for
+    sizes: Mapping[str, int]  # of every file, by name; 0 where they were not asked for
     private: bool
 
 
@@ -293,7 +292,7 @@ def read_repo(info: ModelInfo, *, sized: bool = False) -> Repo:
     siblings = info.siblings or []
     if len(siblings) > _MOST_NAMES:
         raise bad_answer(f"a repo has {len(siblings):,} files")
-    sizes: dict[str, int | None] = {}
+    sizes: dict[str, int] = {}
     folders: set[str] = set()
     for file in siblings:
         name, size = file.rfilename, file.size
@@ -301,7 +300,7 @@ def read_repo(info: ModelInfo, *, sized: bool = False) -> Repo:
             raise bad_answer(f"a file is named {shown(name)}")
         if sized and (type(size) is not int or not 0 <= size <= _MOST_SIZE):
             raise bad_answer(f"the size of {name} is {shown(size)}")
-        sizes[name] = size
+        sizes[name] = size or 0
         folders.update(map(str, PurePosixPath(name).parents))
     if both := folders & sizes.keys():
         raise bad_answer(f"{min(both)} is a file and a directory")

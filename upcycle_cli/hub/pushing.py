@@ -131,20 +131,20 @@ def push(
     # In this order because it takes less time.
     check_destination(destination)
     manifest = _check_complete(directory)
-    names = [*manifest.files]
-    card = for_repo(_read_card(manifest.files[CARD_NAME]), destination.repo)
+    files = dict(manifest.files)
+    card = for_repo(_read_card(files[CARD_NAME]), destination.repo)
     with explained(destination.repo, destination.revision):
         there = _prepare(destination)
         kept = None if destination.replace_card else _edited_card(there, card, destination)
         if kept is not None:
-            names = [name for name in names if name != CARD_NAME]
             card = kept
-        nbytes = sum(manifest.files[name].stat().st_size for name in names)
-        on_start(len(names), nbytes)
-        stale = _stale(there, names)
-        files = {name: manifest.files[name] for name in names}
+            del files[CARD_NAME]
+        nbytes = sum(path.stat().st_size for path in files.values())
+        on_start(len(files), nbytes)
+        # Weight files in the repo that are not of this model.
+        stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _WEIGHTS))
         with _staged(directory.resolve().name, files, card) as folder:
-            info = interruptibly(lambda: _upload(folder, names, stale, there, destination))
+            info = interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
         checked_commit(info.oid)
     url, pull_request = f"{endpoint()}/{destination.repo}", _pull_request(destination, info)
     branch = destination.revision
@@ -154,12 +154,12 @@ def push(
         commit=info.oid,
         pull_request=pull_request,
         changed=info.oid != there.commit,
-        files=len(names),
+        files=len(files),
         nbytes=nbytes,
         card_kept=kept is not None,
         left_out=manifest.left_out,
         removed=tuple(stale),
-        reminders=reminders(_metadata(card), card, destination.repo, names),
+        reminders=reminders(_metadata(card), card, destination.repo, files),
     )
 
 
@@ -236,11 +236,6 @@ def _download(there: Repo, name: str, destination: Destination) -> bytes:
     with at_most(MOST_JSON_BYTES):
         path = patiently(lambda: fetch(destination.repo, name, there.commit))
     return read_small(path, MOST_JSON_BYTES)
-
-
-def _stale(there: Repo, names: Sequence[str]) -> list[str]:
-    """Return the weight files in the repo that are not of this model."""
-    return sorted(name for name in there.sizes if name not in names and matches(name, _WEIGHTS))
 
 
 @contextmanager

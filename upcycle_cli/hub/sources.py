@@ -44,10 +44,10 @@ _CONNECTIONS = 8
 _MOST_SKIPPED_BYTES = 1 << 20  # of a file that a server sends from its beginning, asked for a part
 # What a verification reads besides the checkpoint.
 _BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, files.CHECKSUMS_NAME)
+_SMALL = (CONFIG_NAME, GENERATION_NAME, RECORD_NAME, CARD_NAME, files.CHECKSUMS_NAME)
 _MOST_BYTES = {
+    **dict.fromkeys(_SMALL, files.MOST_JSON_BYTES),
     INDEX_NAME: files.MOST_LISTING_BYTES,
-    **dict.fromkeys((CONFIG_NAME, GENERATION_NAME, RECORD_NAME), files.MOST_JSON_BYTES),
-    **dict.fromkeys((CARD_NAME, files.CHECKSUMS_NAME), files.MOST_JSON_BYTES),
 }
 """What is read of these files at most, so that no more of them is downloaded either."""
 
@@ -102,11 +102,8 @@ def check_space_for(checkpoint: Checkpoint, *, beside: Path) -> int:
 
     Raises UpcycleError when the cache is on another one, and that has not enough.
     """
-    missing = checkpoint.missing_bytes
-    if not missing:
-        return 0
-    cache = _existing(checkpoint.path)
-    if cache.stat().st_dev == _existing(beside).stat().st_dev:
+    missing, cache = checkpoint.missing_bytes, _existing(checkpoint.path)
+    if not missing or cache.stat().st_dev == _existing(beside).stat().st_dev:
         return missing
     free = shutil.disk_usage(cache).free
     if missing > free:
@@ -174,30 +171,25 @@ class RepoStorage:
 
     def bring(self, names: Sequence[str]) -> None:
         """Download files into the cache, as far as they are not there; raises UpcycleError."""
+        from huggingface_hub import snapshot_download
+
         if wanted := self._missing(names):
-            self._download(wanted)
+            for name in wanted:
+                _check_small(self.repo, name, self.sizes.get(name, 0))
+            nbytes = self.missing_bytes(wanted)
+            download = partial(snapshot_download, self.repo, revision=self.commit)
+            patterns, bar = [escape(name) for name in wanted], one_bar(nbytes)
+            with explained(self.repo, self.commit), at_most(nbytes):
+                interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
         if missing := self._missing(names):
             raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
         for name in names:
             path, stated = self.path / name, self.sizes.get(name)
             found = files.locate(self.path, name).stat().st_size
             if found != stated:
-                raise UpcycleError(
-                    f"{path} has {found:,} bytes, and {self.repo} has one of {stated or 0:,} "
-                    "there.",
-                    f"Remove it, and run the command again: rm {path}",
-                )
-
-    def _download(self, names: Sequence[str]) -> None:
-        from huggingface_hub import snapshot_download
-
-        for name in names:
-            _check_small(self.repo, name, self.sizes.get(name, 0))
-        nbytes = self.missing_bytes(names)
-        patterns, bar = [escape(name) for name in names], one_bar(nbytes)
-        download = partial(snapshot_download, self.repo, revision=self.commit)
-        with explained(self.repo, self.commit), at_most(nbytes):
-            interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
+                there = f"{self.repo} has one of {stated or 0:,} there."
+                hint = f"Remove it, and run the command again: rm {path}"
+                raise UpcycleError(f"{path} has {found:,} bytes, and {there}", hint)
 
     def _missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if not (self.path / name).exists()]
@@ -264,10 +256,8 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
             sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in here}
         else:
             ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
-            info = patiently(ask)
-            found = read_repo(info, sized=True)
-            commit = found.commit
-            sizes = {name: size or 0 for name, size in found.sizes.items()}
+            found = read_repo(patiently(ask), sized=True)
+            commit, sizes = found.commit, dict(found.sizes)
             if CONFIG_NAME not in sizes:
                 raise _no_model(repo)
             _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
