@@ -12,29 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upcycle_cli.checkpoint import open_checkpoint
-    from upcycle_cli.errors import UpcycleError
-    from upcycle_cli.hub.pushing import Destination
-    from upcycle_cli.inspection import inspect
-    from upcycle_cli.plan import build_plan
-    from upcycle_cli.recipe import Recipe
-    from upcycle_cli.request import convert
-    from upcycle_cli.tensors import Options
-    from upcycle_cli.verification import verify
-    from upcycle_cli.writer import WriteOptions
-
-__all__ = [
-    "Destination",
-    "Options",
-    "Recipe",
-    "UpcycleError",
-    "WriteOptions",
-    "build_plan",
-    "convert",
-    "inspect",
-    "open_checkpoint",
-    "verify",
-]
+    from upcycle_cli.checkpoint import open_checkpoint as open_checkpoint
+    from upcycle_cli.errors import UpcycleError as UpcycleError
+    from upcycle_cli.hub.pushing import Destination as Destination
+    from upcycle_cli.inspection import inspect as inspect
+    from upcycle_cli.plan import build_plan as build_plan
+    from upcycle_cli.recipe import Recipe as Recipe
+    from upcycle_cli.request import convert as convert
+    from upcycle_cli.tensors import Options as Options
+    from upcycle_cli.verification import verify as verify
+    from upcycle_cli.writer import WriteOptions as WriteOptions
 
 _PLACES = {
     "Destination": "hub.pushing",
@@ -48,6 +35,7 @@ _PLACES = {
     "open_checkpoint": "checkpoint",
     "verify": "verification",
 }
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> object:

@@ -21,13 +21,9 @@ class UpcycleError(Exception):
     """Something the user can fix: what is wrong and where, and optionally what to do about it."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, hint)  # both, which is what is sent to another process
         self.message = message
         self.hint = hint
-
-    def __reduce__(self) -> tuple[type[UpcycleError], tuple[str, str | None]]:
-        # The default would drop the hint on the way to another process.
-        return type(self), (self.message, self.hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

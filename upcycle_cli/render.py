@@ -77,8 +77,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
-        "lossless": plan.lossless,
-        "promise": plan.promise,
+        **_fields(plan, "lossless", "promise"),
         "engines": _engines_json(plan.engines),
         "dropped": dict(plan.dropped),
         "warnings": list(warnings(plan)),
@@ -96,8 +95,7 @@ def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]
         "output": str(conversion.output),
         **planned,
         "seconds": round(conversion.seconds, 3),
-        "shared_bytes": conversion.shared_bytes,
-        "reused_bytes": conversion.reused_bytes,
+        **_fields(conversion, "shared_bytes", "reused_bytes"),
         "verification": None if conversion.report is None else conversion.report.to_json(),
         "push": None if push is None else push_json(push),
     }
@@ -127,10 +125,7 @@ def push_json(push: Push) -> dict[str, Any]:
         "status": "pushed" if push.changed else "already there",
         **_fields(push, "repo", "url", "commit", "pull_request", "files"),
         "bytes": push.nbytes,
-        "card_kept": push.card_kept,
-        "left_out": list(push.left_out),
-        "removed": list(push.removed),
-        "reminders": list(push.reminders),
+        **_fields(push, "card_kept", "left_out", "removed", "reminders"),
     }
 
 
@@ -169,12 +164,9 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     name = claimed.get("name") if isinstance(claimed, dict) else None
     return {
         "status": "inspected",
-        "kind": inspection.kind,
-        "model_type": inspection.model_type,
-        "targets": list(inspection.targets),
+        **_fields(inspection, "kind", "model_type", "targets"),
         "recipe": name if isinstance(name, str) else None,
-        **_fields(inspection, "num_experts", "top_k", "routing", "expert_layout"),
-        "moe_layers": None if inspection.moe_layers is None else list(inspection.moe_layers),
+        **_fields(inspection, "num_experts", "top_k", "routing", "expert_layout", "moe_layers"),
         **_fields(inspection, "total_parameters", "active_parameters", "dense_parameters"),
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
