@@ -1,11 +1,15 @@
-"""The command line: its commands, and how a process that runs one ends."""
+"""The command line: its commands in a group, and how a process that runs one ends."""
 
 from __future__ import annotations
 
+import functools
+import sys
 import traceback
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from upcycle_cli import terminal
 from upcycle_cli.commands.clean import clean
@@ -15,7 +19,45 @@ from upcycle_cli.commands.inspect import inspect
 from upcycle_cli.commands.push import push
 from upcycle_cli.commands.shared import option
 from upcycle_cli.commands.verify import verify
-from upcycle_cli.group import Commands
+
+# Typer's own or click's, depending on its version.
+_UsageError: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
+
+
+class Commands(TyperGroup):
+    """The commands; each ends the process with its exit code, and a library does not."""
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        *,
+        standalone_mode: bool = True,
+        **options: Any,  # noqa: ANN401 - as typer has them
+    ) -> Any:  # noqa: ANN401
+        """Run a command; in standalone mode, end the process with its exit code."""
+        run = functools.partial(super().main, args, **options, standalone_mode=False)
+        if not standalone_mode:
+            return run()
+        code = 0
+        try:
+            with terminal.errors_to_exit_codes(as_json=False):
+                code = run() or 0
+        except typer.Exit as ending:
+            code = ending.exit_code
+        except _UsageError as error:
+            code = terminal.EXIT_ERROR
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help is there already
+                words, context = " ".join(error.format_message().split()), error.ctx
+                hint = (
+                    context and f"{context.get_usage()}\n`{context.command_path} --help` says more."
+                )
+                terminal.say_error(words, hint)
+        except SystemExit as ending:  # of a library, whose 1 says nothing of a verification
+            code = terminal.EXIT_ERROR if ending.code else 0
+        sys.exit(code)
+
 
 app = typer.Typer(
     name="upcycle",

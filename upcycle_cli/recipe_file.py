@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import read_small
@@ -20,8 +19,7 @@ from upcycle_cli.printable import shell_line
 
 Value = str | int | float | bool
 
-_MOST_BYTES = 1_000_000
-"""More than any recipe file has."""
+_MOST_BYTES = 1_000_000  # more than any recipe file has
 _FIRST_LINE = "# upcycle convert --config "
 _ALWAYS_SAVED = {"source", "output", "recipe", "target", "routing"}
 
@@ -108,12 +106,3 @@ def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
 
 def _is_json(path: Path) -> bool:
     return path.suffix.lower() == ".json"
-
-
-def as_values(parameters: Mapping[str, Any]) -> dict[str, Value]:
-    """Return parsed options as a recipe file holds them; what was not given is left out."""
-    return {
-        name: value if isinstance(value, bool | int | float) else str(value)
-        for name, value in parameters.items()
-        if value is not None
-    }

@@ -10,15 +10,18 @@ a password.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from json import dumps
+from threading import Lock
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,8 +30,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.text import Text
 
+from upcycle_cli.checkpoint import shortened_file
 from upcycle_cli.errors import UpcycleError, lack_in_words
-from upcycle_cli.faults import handle_faults
 from upcycle_cli.printable import printable, printable_lines
 from upcycle_cli.secrets import blotted
 from upcycle_cli.startup import STOPPED, handle_signals, reserve_descriptors
@@ -44,7 +47,7 @@ def prepare() -> None:
     handle_signals(on_signal)
     reserve_descriptors()
     make_streams_robust()
-    handle_faults(say_last_words, EXIT_ERROR)
+    _handle_faults()
 
 
 def finish(code: int) -> NoReturn:
@@ -92,6 +95,45 @@ def raise_signal() -> None:
 def stopped() -> tuple[int, str]:
     """Return the exit code for the first signal that came, and the word for it."""
     return STOPPED[_received[0] if _received else signal.SIGINT]
+
+
+# Faults ------------------------------------------------------------------------------------------
+# A file that is cut short while it is mapped sends whoever reads it a SIGBUS, and a C library that
+# gets no memory or no thread may call `exit(1)`. Python hears of neither: its own handlers run only
+# once the faulting instruction has ended, which it never does.
+
+_first_fault = Lock()
+
+
+def _on_sigbus(_signum: int) -> None:
+    while not _first_fault.acquire(blocking=False):
+        time.sleep(1)  # another thread has read there too, and is saying so
+    try:
+        message = f"{shortened_file() or 'a file'} was cut short while it was being read."
+        say_last_words(message, "Run the command again once nothing writes to it.")
+    finally:
+        os._exit(EXIT_ERROR)
+
+
+def _on_exit(_: object) -> None:
+    try:
+        message = "a library has ended the process; what it said is above."
+        say_last_words(message, "It may lack memory or threads (`ulimit -a`).")
+    finally:
+        os._exit(EXIT_ERROR)
+
+
+# C functions last as long as somebody holds them.
+_C_ON_SIGBUS = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_sigbus)
+_C_ON_EXIT = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_on_exit)
+
+
+def _handle_faults() -> None:
+    """End the process with a message, a hint and an exit code where it would end without."""
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGBUS, _C_ON_SIGBUS)
+    # Whatever ends by its own will does so by _exit.
+    libc["__cxa_atexit"](_C_ON_EXIT, None, None)
 
 
 # What is said ------------------------------------------------------------------------------------

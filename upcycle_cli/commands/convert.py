@@ -11,26 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer  # noqa: TC002 - it reads the annotations of a command
 
 from upcycle_cli import terminal
+from upcycle_cli.commands import shared
 from upcycle_cli.commands.given import places, save_options, use_config
 from upcycle_cli.commands.moe_options import MoeOptions, takes_moe_options
-from upcycle_cli.commands.shared import (
-    DEMO,
-    JsonOption,
-    PrivateOption,
-    PullRequestOption,
-    QuietOption,
-    RevisionOption,
-    announce_push,
-    for_files,
-    for_hub,
-    for_path,
-    for_recipe,
-    for_run,
-    quiet_hub,
-    show_plan,
-    show_push,
-    warn_all,
-)
+from upcycle_cli.commands.shared import for_files, for_hub, for_path, for_recipe, for_run
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.hooks import Hooks, Progress
 from upcycle_cli.printable import shell_line
@@ -100,9 +84,9 @@ def convert(
             show_default=False,
         ),
     ] = True,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    revision: RevisionOption = None,
+    json: shared.JsonOption = False,
+    quiet: shared.QuietOption = False,
+    revision: shared.RevisionOption = None,
     push_to_hub: Annotated[
         str | None,
         for_hub(
@@ -111,8 +95,8 @@ def convert(
         ),
     ] = None,
     push_revision: Annotated[str | None, for_hub(metavar="REV", help="Branch to push to.")] = None,
-    private: PrivateOption = False,
-    create_pr: PullRequestOption = False,
+    private: shared.PrivateOption = False,
+    create_pr: shared.PullRequestOption = False,
     config: Annotated[  # noqa: ARG001 - its callback has read it
         Path | None,
         for_run(
@@ -140,7 +124,7 @@ def convert(
         from upcycle_cli.team import Team
         from upcycle_cli.writer import WriteOptions
 
-        joined = Team() if context.obj == DEMO else Team.launched()
+        joined = Team() if context.obj == shared.DEMO else Team.launched()
         with joined as team, terminal.errors_to_exit_codes(as_json=json, silent=not team.leads):
             as_json, quiet = json and team.leads, quiet or not team.leads
             request = Request(
@@ -158,7 +142,7 @@ def convert(
                     push_to_hub, revision=push_revision, private=private, create_pr=create_pr
                 ),
             )
-            quiet_hub(silent=quiet or json)
+            shared.quiet_hub(silent=quiet or json)
             screen = _Screen(request, context, save_config, as_json, quiet)
             if dry_run:
                 screen.show_forecast(*foresee(request, hooks=screen, team=team))
@@ -229,7 +213,7 @@ class _Screen(Hooks):
 
     def pushing(self, files: int, nbytes: int) -> None:
         assert self.request.push is not None
-        announce_push(self.request.push.repo, files, nbytes, silent=self.silent)
+        shared.announce_push(self.request.push.repo, files, nbytes, silent=self.silent)
 
     def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
         from upcycle_cli.render import plan_json
@@ -241,8 +225,8 @@ class _Screen(Hooks):
                 {"status": "planned", "output": str(self.request.output), **planned}
             )
         elif not self.quiet:
-            show_plan(plan)
-            warn_all(warnings)
+            shared.show_plan(plan)
+            shared.warn_all(warnings)
             terminal.talk("Nothing was written (--dry-run).")
 
     def end(self, done: Conversion) -> None:
@@ -252,7 +236,7 @@ class _Screen(Hooks):
         if done.pushed is not None:
             terminal.raise_signal()
             if not self.silent:
-                show_push(done.pushed)
+                shared.show_push(done.pushed)
         if self.as_json:
             terminal.print_json(render.conversion_json(done, done.pushed))
         if done.published:
@@ -269,17 +253,17 @@ def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     from upcycle_cli import render
 
     if done.already_done:
-        warn_all(done.warnings)
+        shared.warn_all(done.warnings)
         if done.report is not None:
             terminal.show(render.report_table(done.report))
         if done.published:
             terminal.talk(f"{done.output} is already what this command makes; nothing to do.")
         return
-    show_plan(done.plan)
+    shared.show_plan(done.plan)
     if done.report is not None:
         terminal.stdout().print()
         terminal.show(render.report_table(done.report))
-    warn_all(done.warnings)
+    shared.warn_all(done.warnings)
     if done.published:
         terminal.talk("", f"Wrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if not to_push:

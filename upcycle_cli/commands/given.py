@@ -9,7 +9,6 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.commands.shared import path_argument
 from upcycle_cli.families import SHIPPED
-from upcycle_cli.group import UsageError
 
 if TYPE_CHECKING:
     from upcycle_cli.plan import Plan
@@ -63,7 +62,7 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
         source, output = path_argument(named), source
     if source is None or output is None:
         missing = "SOURCE" if source is None else "OUTPUT"
-        raise UsageError(f"Missing argument '{missing}'.", context)
+        context.fail(f"Missing argument '{missing}'.")
     context.params |= {"source": source, "output": output}
     return source, output
 
@@ -71,13 +70,16 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
 def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     """Write a recipe file with every option, and what a plan made of it; UpcycleError, OSError."""
     from upcycle_cli.hub.sources import is_repo_id
-    from upcycle_cli.recipe_file import as_values, save_config
+    from upcycle_cli.recipe_file import save_config
     from upcycle_cli.workspace import partial_of
 
     given = context.params
-    values = as_values(
-        {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
-    )
+    saved = {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
+    values = {
+        name: value if isinstance(value, bool | int | float) else str(value)
+        for name, value in saved.items()
+        if value is not None
+    }
     # What auto stands for today, so that the file means the same tomorrow.
     values |= {
         "recipe": plan.recipe.name,

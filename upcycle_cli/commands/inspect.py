@@ -7,15 +7,9 @@ from typing import Annotated
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
+from upcycle_cli.commands import shared
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
-from upcycle_cli.commands.shared import (
-    JsonOption,
-    RevisionOption,
-    for_path,
-    for_run,
-    quiet_hub,
-    show_plan,
-)
+from upcycle_cli.commands.shared import for_path, for_run
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
 
@@ -43,8 +37,8 @@ def inspect(
         Path | None,
         for_run(help="With --weights: the dense checkpoint, to measure the scale factors."),
     ] = None,
-    revision: RevisionOption = None,
-    json: JsonOption = False,
+    revision: shared.RevisionOption = None,
+    json: shared.JsonOption = False,
 ) -> None:
     """Show what a checkpoint is, or what converting it would give; reads headers only.
 
@@ -57,7 +51,7 @@ def inspect(
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
         options = moe.to_options()
         wanted = moe.to_recipe(context, allow_inexact=True) if asks_for_moe(context) else None
-        quiet_hub(silent=json or not weights)
+        shared.quiet_hub(silent=json or not weights)
         found = inspection.inspect(
             path,
             wanted,
@@ -74,7 +68,7 @@ def inspect(
         show(render.inspection_table(found))
         if found.plan is not None:
             stdout().print()
-            show_plan(found.plan)
+            shared.show_plan(found.plan)
         if tensors:
             # A list is for grep: one line a tensor, however wide the screen is.
             stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)

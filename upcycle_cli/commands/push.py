@@ -8,17 +8,8 @@ from typing import Annotated
 
 import typer
 
-from upcycle_cli.commands.shared import (
-    JsonOption,
-    PrivateOption,
-    PullRequestOption,
-    QuietOption,
-    announce_push,
-    for_hub,
-    for_path,
-    quiet_hub,
-    show_push,
-)
+from upcycle_cli.commands import shared
+from upcycle_cli.commands.shared import for_hub, for_path
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, raise_signal
 
 
@@ -35,8 +26,8 @@ def push(
             "request.",
         ),
     ] = None,
-    private: PrivateOption = False,
-    create_pr: PullRequestOption = False,
+    private: shared.PrivateOption = False,
+    create_pr: shared.PullRequestOption = False,
     message: Annotated[
         str | None, for_hub("--message", "-m", help="First line of the commit.")
     ] = None,
@@ -46,8 +37,8 @@ def push(
             "--replace-card", help="Replace the repo's README.md even where it was edited there."
         ),
     ] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    json: shared.JsonOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Push a finished conversion to a repo on the Hugging Face Hub.
 
@@ -60,7 +51,7 @@ def push(
         from upcycle_cli.hub.pushing import push as push_directory
         from upcycle_cli.render import push_json
 
-        quiet_hub(silent=quiet or json)
+        shared.quiet_hub(silent=quiet or json)
         destination = Destination(
             repo=repo,
             revision=revision,
@@ -69,10 +60,10 @@ def push(
             message=message,
             replace_card=replace_card,
         )
-        announce = functools.partial(announce_push, repo, silent=quiet or json)
+        announce = functools.partial(shared.announce_push, repo, silent=quiet or json)
         done = push_directory(directory, destination, on_start=announce)
         raise_signal()
         if json:
             print_json(push_json(done))
         elif not quiet:
-            show_push(done)
+            shared.show_push(done)

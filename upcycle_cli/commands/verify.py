@@ -9,14 +9,8 @@ from typing import Annotated
 import typer
 
 from upcycle_cli import terminal
-from upcycle_cli.commands.shared import (
-    JsonOption,
-    QuietOption,
-    for_hub,
-    for_path,
-    option,
-    quiet_hub,
-)
+from upcycle_cli.commands import shared
+from upcycle_cli.commands.shared import for_hub, for_path, option
 
 _CHECKS = "structure,files,weights,outputs,claims"
 
@@ -55,8 +49,8 @@ def verify(
             help="Accept an MoE that does not promise equality: it is measured, not passed.",
         ),
     ] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    json: shared.JsonOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Prove that an MoE computes what its dense model computes; exit code 1 when it does not.
 
@@ -66,7 +60,7 @@ def verify(
         from upcycle_cli import render, verification
 
         watched = sys.stderr.isatty() and not (quiet or json)
-        quiet_hub(silent=quiet or json)
+        shared.quiet_hub(silent=quiet or json)
         names = [name.strip() for name in checks.split(",") if name.strip()]
         report = verification.verify(
             dense,
