@@ -26,8 +26,7 @@ from upcycle_cli.recipe import Promise, Routing
 if TYPE_CHECKING:
     from upcycle_cli.verification import Report
 
-_PLACE = r'path = "([^"]+)"'
-"""Where the loading code says that the model is."""
+_PLACE = r'path = "([^"]+)"'  # where the loading code says that the model is
 _SERVING = {
     "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {place}",),
     "llama.cpp": (

@@ -57,8 +57,7 @@ class Transaction:
     workspace: Workspace
     output: Path
     overwrite: bool
-    made: list[Path]
-    """The directories above it that had to be made for it."""
+    made: list[Path]  # the directories above it that had to be made for it
     published: bool = False
 
     def check_place(self) -> None:
@@ -161,10 +160,8 @@ class Leftover:
 
     path: Path
     nbytes: int
-    what: str
-    """What it is, in words."""
-    note: str | None = None
-    """What else was done when it was removed."""
+    what: str  # what it is, in words
+    note: str | None = None  # what else was done when it was removed
 
 
 def clean(output: Path, *, remove: bool) -> Leftover:
@@ -178,8 +175,7 @@ def clean(output: Path, *, remove: bool) -> Leftover:
             raise nothing from None
         interrupted = find_interrupted(parent, output.name, opened)
         if interrupted is not None and not interrupted.aside:
-            found = _clean_replaced(interrupted, opened, remove=remove)
-            if found is not None:
+            if found := _clean_replaced(interrupted, opened, remove=remove):
                 return found
             interrupted = None
         folder = interrupted.new if interrupted else open_inner(parent, partial.name, opened)
@@ -202,12 +198,11 @@ def _clean_replaced(
     interrupted: Interrupted, opened: ExitStack, *, remove: bool
 ) -> Leftover | None:
     """Return what OUTPUT was before, if it is there still; remove it when asked."""
-    parent, old = interrupted.parent, interrupted.old
-    folder = None if old is None else open_inner(parent, old, opened)
-    what = f"what {interrupted.new.path} was before"
-    found = None if folder is None else Leftover(folder.path, folder.nbytes(), what)
-    left = interrupted.end() if remove else None
-    if left is not None:
+    found, old = None, interrupted.old
+    if old is not None and (folder := open_inner(interrupted.parent, old, opened)):
+        what = f"what {interrupted.new.path} was before"
+        found = Leftover(folder.path, folder.nbytes(), what)
+    if remove and (left := interrupted.end()):
         raise UpcycleError(left)
     return found
 

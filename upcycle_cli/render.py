@@ -61,8 +61,8 @@ def _fields(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as a JSON object."""
+def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a plan as a JSON object; `told` is what there is to warn of besides the plan."""
     return {
         "model_type": plan.family.target.model_type,
         "source_type": plan.family.dense.model_type,
@@ -80,7 +80,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         **_fields(plan, "lossless", "promise"),
         "engines": _engines_json(plan.engines),
         "dropped": dict(plan.dropped),
-        "warnings": list(warnings(plan)),
+        "warnings": [*warnings(plan), *told],
         "plan_sha256": plan.digest,
     }
 
@@ -88,12 +88,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
     """Return what a conversion, and the push after it, did as a JSON object."""
     status = "converted" if conversion.published else "verification failed"
-    planned = plan_json(conversion.plan)
-    planned["warnings"] += conversion.warnings
     return {
         "status": "already done" if conversion.already_done and conversion.published else status,
         "output": str(conversion.output),
-        **planned,
+        **plan_json(conversion.plan, conversion.warnings),
         "seconds": round(conversion.seconds, 3),
         **_fields(conversion, "shared_bytes", "reused_bytes"),
         "verification": None if conversion.report is None else conversion.report.to_json(),
@@ -159,8 +157,7 @@ def inspection_table(inspection: Inspection) -> Table:
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
     """Return an inspection as a JSON object; a planned conversion is under `plan`."""
-    record, weights = inspection.record, inspection.weights
-    claimed = record.get("recipe") if record is not None else None
+    weights, claimed = inspection.weights, (inspection.record or {}).get("recipe")
     name = claimed.get("name") if isinstance(claimed, dict) else None
     return {
         "status": "inspected",
@@ -171,7 +168,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
-        "claims": record,
+        "claims": inspection.record,
         "weights": None if weights is None else asdict(weights),
         "plan": None if inspection.plan is None else plan_json(inspection.plan),
     }

@@ -26,22 +26,17 @@ from upcycle_cli.writer import WriteOptions
 class Request:
     """What to convert, into what, and how."""
 
-    source: Path | str
-    """A directory, or a repo on the Hub."""
+    source: Path | str  # a directory, or a repo on the Hub
     output: Path
     recipe: Recipe
     target: str = "auto"
-    revision: str | None = None
-    """A branch, tag or commit of a repo."""
+    revision: str | None = None  # a branch, tag or commit of a repo
     options: Options | None = None
-    overwrite: bool = False
-    """Replace `output` once the new one is complete."""
-    verify: bool = False
-    """Verify before `output` appears; on failure it does not."""
+    overwrite: bool = False  # replace `output` once the new one is complete
+    verify: bool = False  # verify before `output` appears; on failure it does not
     checksums: bool = False
     writing: WriteOptions = field(default_factory=WriteOptions)
-    push: Destination | None = None
-    """Where to push `output` once it is complete."""
+    push: Destination | None = None  # where to push `output` once it is complete
 
 
 def convert(  # noqa: PLR0913 - what a Request has

@@ -219,11 +219,8 @@ class _Screen(Hooks):
         from upcycle_cli.render import plan_json
 
         if self.as_json:
-            planned = plan_json(plan)
-            planned["warnings"] += warnings
-            terminal.print_json(
-                {"status": "planned", "output": str(self.request.output), **planned}
-            )
+            status = {"status": "planned", "output": str(self.request.output)}
+            terminal.print_json(status | plan_json(plan, warnings))
         elif not self.quiet:
             shared.show_plan(plan)
             shared.warn_all(warnings)

@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 from rich.text import Text
@@ -19,9 +19,6 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import check_utf8
 from upcycle_cli.printable import shell_line
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, stderr, talk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _RECIPE = "E8G8T8"
 
@@ -130,7 +127,7 @@ def _save_tokenizer(path: Path) -> int:
     return len(tokenizer)
 
 
-def _train_tokenizer() -> PreTrainedTokenizerFast:
+def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
     from importlib.resources import files
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

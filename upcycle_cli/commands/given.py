@@ -20,11 +20,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     from upcycle_cli.recipe_file import load_config
 
-    flags = {
-        parameter.name: bool(getattr(parameter, "is_flag", False))
-        for parameter in context.command.params
-    }
-    values = load_config(path, {name: flags[name] for name in _config_names(context)})
+    values = load_config(path, _config_options(context))
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
@@ -35,9 +31,13 @@ _NOT_SAVED = (*SIZES, "json", "quiet")
 """The recipe says the first three; the others are about one run."""
 
 
-def _config_names(context: typer.Context) -> list[str]:
-    names = [parameter.name for parameter in context.command.params if parameter.name]
-    return [name for name in names if name not in _NOT_IN_CONFIG]
+def _config_options(context: typer.Context) -> dict[str, bool]:
+    """Return the options that a recipe file can have, and whether each is one that is on or off."""
+    return {
+        option.name: bool(getattr(option, "is_flag", False))
+        for option in context.command.params
+        if option.name and option.name not in _NOT_IN_CONFIG
+    }
 
 
 def source_of(context: typer.Context, name: str) -> str:
@@ -74,7 +74,7 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     from upcycle_cli.workspace import partial_of
 
     given = context.params
-    saved = {name: given[name] for name in _config_names(context) if name not in _NOT_SAVED}
+    saved = {name: given[name] for name in _config_options(context) if name not in _NOT_SAVED}
     values = {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in saved.items()
@@ -93,4 +93,4 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         values["revision"] = plan.source.revision
     output = given["output"]
     keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
-    save_config(path, values, _config_names(context), keep_out_of=keep_out_of)
+    save_config(path, values, _config_options(context), keep_out_of=keep_out_of)

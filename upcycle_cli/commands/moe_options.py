@@ -22,7 +22,6 @@ from upcycle_cli.tensors import Options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
-
 RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -146,11 +145,8 @@ class MoeOptions:
 
     def to_recipe(self, context: typer.Context, *, allow_inexact: bool) -> Recipe:
         """Return the recipe; UpcycleError when there is none, or more than one."""
-        expansion, granularity, top_k = _recipe_sizes(context)
         return Recipe(
-            expansion=expansion,
-            granularity=granularity,
-            top_k=top_k,
+            **_recipe_sizes(context),
             routing=None if self.routing == "auto" else Routing(self.routing),
             layers=self.layers,
             scaling=_parse_scaling(self.scaling),
@@ -199,7 +195,7 @@ def asks_for_moe(context: typer.Context) -> bool:
     return asks
 
 
-def _recipe_sizes(context: typer.Context) -> tuple[int, int, int]:
+def _recipe_sizes(context: typer.Context) -> dict[str, int]:
     """Return E, G and T from what a file, variables and the command line say, each over the former.
 
     UpcycleError when one gives the recipe and its parts, or when something is missing in the end.
@@ -210,10 +206,8 @@ def _recipe_sizes(context: typer.Context) -> tuple[int, int, int]:
         given = {name: context.params[name] for name in names}
         if "recipe" in given:
             if len(given) > 1:
-                raise UpcycleError(
-                    "--recipe says expansion, granularity and top-k already.",
-                    "Use one or the other.",
-                )
+                words = "--recipe says expansion, granularity and top-k already."
+                raise UpcycleError(words, "Use one or the other.")
             given = dict(zip(SIZES, parse_recipe_name(given["recipe"]), strict=True))
         found |= given
     missing = [f"--{name.replace('_', '-')}" for name in SIZES if name not in found]
@@ -223,7 +217,7 @@ def _recipe_sizes(context: typer.Context) -> tuple[int, int, int]:
             "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
             "--top-k.",
         )
-    return found["expansion"], found["granularity"], found["top_k"]
+    return found
 
 
 def _parse_scaling(text: str) -> Scaling | float:

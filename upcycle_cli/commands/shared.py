@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
     from upcycle_cli.plan import Plan
 
-DEMO = "demo"
-"""The object of a context whose command is run by the demo."""
+DEMO = "demo"  # the object of a context whose command is run by the demo
 
 # Options can be set by variables, too; a line for each would double the length of --help.
 option = functools.partial(typer.Option, show_envvar=False)
