@@ -258,7 +258,7 @@ def test_space_for_the_download(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {file.name: file.stat().st_size for file in llama.iterdir()}
-    storage = RepoStorage("acme/tiny", "c0ffee", tmp_path / "cache", sizes)
+    storage = RepoStorage(tmp_path / "cache", "acme/tiny", "c0ffee", sizes)
     monkeypatch.setattr(RepoStorage, "local", lambda _, name: llama / name)
     monkeypatch.setattr(
         RepoStorage,

@@ -47,7 +47,6 @@ from upcycle_cli.storage import (
     TOKENIZER_CONFIG_NAME,
     WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
-    Directory,
     FileStamp,
     Storage,
     changed,
@@ -63,7 +62,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD_NAME", "COMPANIONS", "CONFIG_NAME", "GENERATION_NAME", "INDEX_NAME", "ITEM_BYTES",
     "LARGEST", "MAX_HEADER_BYTES", "RECORD_NAME", "TOKENIZER_CONFIG_NAME", "TORCH_DTYPES",
-    "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "Directory", "FileStamp", "Reader", "Storage",
+    "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "FileStamp", "Reader", "Storage",
     "TensorEntry", "is_weight_file", "open_checkpoint", "open_storage", "parse_header", "raw_bytes",
     "read_json", "shortened_file",
 ]  # fmt: skip
@@ -143,7 +142,7 @@ class Checkpoint:
 
     def bring(self) -> Checkpoint:
         """Return it with all its files here; UpcycleError if they do not come, or are others."""
-        if isinstance(self.storage, Directory):
+        if self.storage.is_here:
             return self
         self.storage.bring([*self.files, *self.storage.matching([CARD_NAME])])
         here = open_checkpoint(self.path)
@@ -255,7 +254,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         hint = "Give the directory that holds config.json."
         raise UpcycleError(f"{path} is not a directory.", hint)
-    return open_storage(Directory(path))
+    return open_storage(Storage(path))
 
 
 def open_storage(storage: Storage) -> Checkpoint:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import (
@@ -71,46 +71,17 @@ class FileStamp:
         return found == (self.size, self.mtime_ns, self.ctime_ns)
 
 
-class Storage(Protocol):
-    """Where the files of a checkpoint are. Each method raises UpcycleError when it cannot."""
-
-    @property
-    def path(self) -> Path:
-        """The directory in which the files are, or will be."""
-
-    def has(self, name: str) -> bool:
-        """Whether there is something of this name."""
-
-    def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names that match any of these patterns but for directories, sorted."""
-
-    def names(self) -> list[str]:
-        """Return the names of all files, sorted; a directory that is a link is one, with a /."""
-
-    def prepare(self, shards: Sequence[str]) -> None:
-        """Hear whose headers will be asked for next."""
-
-    def stamp(self, name: str) -> FileStamp:
-        """Return the size of a file, and when it was changed."""
-
-    def read(self, shard: str, begin: int, end: int) -> bytes:
-        """Return a part of a weight file's beginning, less when the file is shorter."""
-
-    def local(self, name: str) -> Path:
-        """Return the path of a small file, brought here if need be."""
-
-    def bring(self, names: Sequence[str]) -> None:
-        """See that these files are here."""
-
-    def missing_bytes(self, names: Sequence[str]) -> int:
-        """Return the size of those of these files that are not here."""
-
-
 @dataclass(frozen=True)
-class Directory:
-    """A checkpoint's files in a directory, all of them."""
+class Storage:
+    """Where the files of a checkpoint are: a directory that has all of them.
+
+    A repo's, in hub/sources.py, come into it as they are asked for. Each method raises UpcycleError
+    when it cannot do what it says.
+    """
 
     path: Path
+    is_here: ClassVar[bool] = True
+    """Whether nothing has to be brought."""
 
     def has(self, name: str) -> bool:
         """Whether there is something of this name."""
@@ -122,7 +93,10 @@ class Directory:
         return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
 
     def names(self) -> list[str]:
-        """Return the names of all files, links among them, but for what git and hf keep."""
+        """Return the names of all files but for what git and hf keep, sorted.
+
+        A directory that is a link is one, with a / behind its name.
+        """
         found = []
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted({*folders} - {".git", ".cache"})
@@ -133,15 +107,15 @@ class Directory:
         return sorted(found)
 
     def prepare(self, shards: Sequence[str]) -> None:
-        """Nothing is to be prepared."""
+        """Hear whose headers will be asked for next."""
 
     def stamp(self, name: str) -> FileStamp:
-        """Return the size of a file, and when it was changed; UpcycleError when it is missing."""
+        """Return the size of a file, and when it was changed."""
         status = locate(self.path, name).stat()
         return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
-        """Return a part of a file; UpcycleError when it cannot be read."""
+        """Return a part of a weight file's beginning, less when the file is shorter."""
         try:
             with open_regular(locate(self.path, shard)) as file:
                 file.seek(begin)
@@ -150,15 +124,15 @@ class Directory:
             raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
 
     def local(self, name: str) -> Path:
-        """Return the path of a file; UpcycleError when it is none, or that of another place."""
+        """Return the path of a small file, which must not be that of another place."""
         locate(self.path, name)
         return self.path / name
 
     def bring(self, names: Sequence[str]) -> None:
-        """All files are here."""
+        """See that these files are here."""
 
-    def missing_bytes(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a Storage
-        """Return 0: all files are here."""
+    def missing_bytes(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a repo's
+        """Return the size of those of these files that are not here."""
         return 0
 
 

@@ -27,7 +27,6 @@ from upcycle_cli.checkpoint import (
     MAX_HEADER_BYTES,
     RECORD_NAME,
     Checkpoint,
-    Directory,
     FileStamp,
     Storage,
     is_weight_file,
@@ -61,8 +60,7 @@ def is_repo_id(source: Path | str) -> bool:
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
     """Open a model's checkpoint, that of a repo without its weights; raises UpcycleError."""
     storage = find_model(source, revision)
-    is_here = isinstance(storage, Directory)
-    return open_checkpoint(storage.path) if is_here else open_storage(storage)
+    return open_checkpoint(storage.path) if storage.is_here else open_storage(storage)
 
 
 def refuse_empty(revision: str | None) -> None:
@@ -82,7 +80,7 @@ def find_model(source: Path | str, revision: str | None = None) -> Storage:
         raise UpcycleError(
             f"a revision belongs to a repo on the Hub, and {source} is {what}.", "Leave it out."
         )
-    return Directory(Path(source))
+    return Storage(Path(source))
 
 
 def bring_model(storage: Storage) -> Path:
@@ -115,13 +113,13 @@ def check_space_for(checkpoint: Checkpoint, *, beside: Path) -> int:
     return 0
 
 
-@dataclass
-class RepoStorage:
+@dataclass(frozen=True)
+class RepoStorage(Storage):
     """One commit of a repo; its files are in huggingface_hub's cache, once they are."""
 
+    is_here = False
     repo: str
     commit: str
-    path: Path
     sizes: Mapping[str, int]  # of every file of the repo, by name
     _heads: dict[str, bytes] = field(default_factory=dict)
 
@@ -263,7 +261,7 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
             _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
             with at_most(sizes[CONFIG_NAME]):
                 path = _config_path(repo, revision, commit).parent
-    storage = RepoStorage(repo, commit, path, sizes)
+    storage = RepoStorage(path, repo, commit, sizes)
     if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
         raise not_cached(repo, revision)
     return storage

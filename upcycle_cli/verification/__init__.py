@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, Directory, open_checkpoint, read_json
+from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import is_moe, is_target
 from upcycle_cli.families.dense import DENSE
@@ -121,7 +121,7 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
 
 def _check_kind(path: Path, *, moe: bool) -> None:
     """Raise UpcycleError when a directory is not the MoE, or not the dense model."""
-    directory = Directory(path)
+    directory = Storage(path)
     if not path.is_dir() or not directory.has(CONFIG_NAME):
         hint = f"Give that of {'the MoE' if moe else 'the dense model'}."
         raise UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
