@@ -299,10 +299,10 @@ def test_a_password_breaks_no_json(run_cli: RunCli, llama: Path, password: str) 
 
 RAISES = """
 import sys
-from upcycle_cli import cli, expr, writer
+from upcycle_cli import arithmetic, cli
 class PanicException(BaseException): __module__ = "pyo3_runtime"
 def evaluate(*_): {what}
-writer.evaluate = evaluate
+arithmetic.evaluate = evaluate
 cli.main()
 """
 REFUSALS = {

@@ -29,7 +29,7 @@ from shapes import (
     write_model,
 )
 
-from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint, writer
+from upcycle_cli import Options, UpcycleError, arithmetic, build_plan, open_checkpoint, writer
 from upcycle_cli.arithmetic import Read, evaluate
 from upcycle_cli.expr import Expr, leaves, stretch_of
 from upcycle_cli.families.moe import ExpertLayout
@@ -277,7 +277,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     looking = Watch()
-    monkeypatch.setattr(writer, "evaluate", looking.evaluate)
+    monkeypatch.setattr(arithmetic, "evaluate", looking.evaluate)
     return looking
 
 

@@ -1,7 +1,7 @@
 """Evaluates the expressions of `expr`, with numpy alone.
 
 Nothing here needs torch, whose import takes longer than converting a small model; the tests hold
-every 16-bit value against its arithmetic.
+every 16-bit value against its arithmetic. Only what computes imports this, for numpy's sake.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+
+import numpy as np
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
@@ -29,7 +31,6 @@ from upcycle_cli.expr import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 Read: TypeAlias = Callable[[str], memoryview]
@@ -62,8 +63,6 @@ def evaluate(
     stretch = stretch_of(expr)
     if stretch is not None:
         return read(stretch.name)[stretch.start : stretch.start + stretch.nbytes]
-    import numpy as np
-
     flat = np.ascontiguousarray(_value(expr, read, vanished)).reshape(-1)
     return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
 
@@ -72,8 +71,6 @@ def _value(  # noqa: C901, PLR0911 - one case per kind
     expr: Expr, read: Read, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
     """Compute an expression as numpy holds it."""
-    import numpy as np
-
     match expr:
         case Source(name, dtype, shape):
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], read(name))
@@ -105,8 +102,6 @@ def _converted(
     values: NDArray[Any], before: str, after: str, factor: float, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
     """Return the values times a factor in another dtype, or in the same."""
-    import numpy as np
-
     result = np.empty(values.shape, _NUMPY_DTYPES[after])
     if not result.size:
         return result
@@ -127,8 +122,6 @@ def _shift_exponents(piece: NDArray[Any], dtype: str, factor: float, out: NDArra
 
     Returns False where a value is subnormal or not finite, or would be.
     """
-    import numpy as np
-
     mantissa, exponent = math.frexp(factor)
     if dtype not in _MANTISSA_BITS or mantissa != 0.5:
         return False
@@ -152,8 +145,6 @@ def _multiply(
     piece: NDArray[Any], before: str, after: str, factor: float, out: NDArray[Any]
 ) -> int:
     """Multiply and round; return how many values that were not zero are zero now."""
-    import numpy as np
-
     wide = _to_float32(piece, before)
     with np.errstate(over="ignore", invalid="ignore"):
         # A product would change the bits of a nan, and of nothing else.
@@ -170,8 +161,6 @@ def _multiply(
 
 
 def _draw(expr: Normal, norm_weight: memoryview | None) -> NDArray[Any]:
-    import numpy as np
-
     norm = math.sqrt(expr.shape[-1])
     if norm_weight is not None:
         assert expr.norm is not None
@@ -193,8 +182,6 @@ def _draw(expr: Normal, norm_weight: memoryview | None) -> NDArray[Any]:
 
 
 def _draw_alike(expr: Alike, like: NDArray[Any]) -> NDArray[Any]:
-    import numpy as np
-
     dtype = type_of(expr.of).dtype
     values = _to_float32(like, dtype).astype(np.float64).reshape(-1)
     return _normal(expr, _length(values) / math.sqrt(max(1, values.size)), dtype)
@@ -207,8 +194,6 @@ def _length(values: NDArray[np.float64]) -> float:
 
 def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
     """Draw an expression's values; float64 draws agree between CPUs where float32 ones do not."""
-    import numpy as np
-
     digest = hashlib.sha256(f"{expr.seed}/{expr.stream}".encode()).digest()
     # The one generator of which numpy promises that it will never draw anything else.
     generator = np.random.RandomState(np.frombuffer(digest, "<u4"))
@@ -224,8 +209,6 @@ def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 def _rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """Round as torch does, a tie to the even neighbour; what is too large becomes infinite."""
-    import numpy as np
-
     if dtype != "BF16":
         return values.astype(_NUMPY_DTYPES[dtype], copy=False)
     values = values.astype("<f4", copy=False)

@@ -24,7 +24,6 @@ from threading import Event, Lock
 
 from xxhash import xxh3_128
 
-from upcycle_cli.arithmetic import OverflowInCastError, evaluate
 from upcycle_cli.checkpoint import Reader
 from upcycle_cli.digests import file_digest, read_back
 from upcycle_cli.errors import UpcycleError
@@ -288,6 +287,9 @@ class _Task:
             self._write_at(descriptor, part, self._data(part), offsets)
 
     def _data(self, part: Part) -> memoryview:
+        # Not before something is to be computed: this imports numpy.
+        from upcycle_cli.arithmetic import OverflowInCastError, evaluate
+
         vanished: list[int] = []
         try:
             data = evaluate(part.expr, self.crew.reader.mapped, vanished.append)
