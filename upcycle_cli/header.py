@@ -36,14 +36,12 @@ _MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies: `offset` is in bytes from the start of the file `shard`."""
+class Tensor:
+    """A tensor of a checkpoint: its name, its dtype in safetensors' notation, and its shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    shard: str
-    offset: int
 
     @property
     def num_elements(self) -> int:
@@ -54,6 +52,14 @@ class TensorEntry:
     def nbytes(self) -> int:
         """The size in bytes."""
         return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry(Tensor):
+    """Where one tensor lies: `offset` is in bytes from the start of the file `shard`."""
+
+    shard: str
+    offset: int
 
 
 def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:

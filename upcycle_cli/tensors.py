@@ -6,13 +6,12 @@ Expert e = g·G + s holds shard s of virtual group g: of each part of the dense 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
     Alike,
@@ -32,6 +31,7 @@ from upcycle_cli.families import Family
 from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import ExpertLayout, SharedExpert
+from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.recipe import Recipe, Routing
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -51,28 +51,15 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """One tensor to write: its type, what it is, and how it is made."""
+class OutputTensor(Tensor):
+    """One tensor to write: what it is, and how it is made."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     expr: Expr
     role: Role
     layer: int | None = None
     expert: int | None = None
     holds: tuple[str, ...] = ()
     """The parts of the dense MLP that it has of an expert, or of all of them."""
-
-    @property
-    def num_elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return self.num_elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +153,15 @@ class _Maker:
 
     def source(self, name: str) -> Expr:
         """A dense tensor in the output dtype."""
-        expr, dtype = self._stored(name), self.options.storage_dtype
-        return expr if dtype in (None, expr.dtype) else Cast(expr, dtype)
+        return self._cast(self._stored(name))
 
     def _stored(self, name: str) -> Source:
         entry = self.checkpoint.tensors[name]
         return Source(name, entry.dtype, entry.shape)
+
+    def _cast(self, expr: Expr) -> Expr:
+        dtype = self.options.storage_dtype
+        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)
 
     def output(
         self,
@@ -216,19 +206,16 @@ class _Maker:
             name = prefix + target.correction_bias
             yield self.output(name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
-        shards = {
-            weight: tuple(self._shard(layer, mlp, weight, s) for s in range(recipe.granularity))
+        experts = [
+            tuple(self._shard(layer, mlp, weight, shard) for shard in range(recipe.granularity))
+            * recipe.expansion
             for weight in weights
-        }
-        for e in range(recipe.num_experts):
-            for weight, exprs in shards.items():
-                if "{expert}" in weight.name:
-                    name, expr = weight.name.format(expert=e), exprs[e % recipe.granularity]
-                    yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
-        for weight, exprs in shards.items():
-            if "{expert}" not in weight.name:
-                name, stack = prefix + weight.name, Stack(exprs * recipe.expansion)
-                yield self.output(name, stack, Role.EXPERT, layer, None, weight.holds)
+        ]
+        per_expert = any("{expert}" in weight.name for weight in weights)
+        for e in range(recipe.num_experts) if per_expert else (None,):
+            for weight, exprs in zip(weights, experts, strict=True):
+                name, expr = weight.name.format(expert=e), Stack(exprs) if e is None else exprs[e]
+                yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         if target.shared is not None:
             yield from self._shared_expert(layer, mlp, target.shared)
 
@@ -259,11 +246,16 @@ class _Maker:
 
     def _shard(self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int) -> Expr:
         """Return one shard of the dense MLP as one of an expert's weights holds it."""
-        size = self.family.dense.intermediate_size // self.recipe.granularity
+        dense, recipe = self.family.dense, self.recipe
+        size = dense.intermediate_size // recipe.granularity
+        factors = recipe.factors(dense.mlp_kind)
         parts = []
         for part in weight.holds:
             expr = self._range(layer, mlp, part, shard * size, (shard + 1) * size)
-            factor = self._factor(part)
+            # A bias is added before the activation, where the matrix's product is.
+            factor = getattr(factors, part.removesuffix(BIAS))
+            if part == f"down{BIAS}":
+                factor = recipe.down_bias_factor(dense.mlp_kind)
             parts.append(expr if factor == 1.0 else Scale(expr, factor))
         return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
@@ -271,15 +263,11 @@ class _Maker:
         """Return a part of the dense MLP from `start` to `stop` of its intermediate size."""
         dense = self.family.dense
         found = place(mlp, part, width=dense.intermediate_size, shard=(start, stop))
-        expr = self.source(dense.prefix(layer) + found.tensor)
-        return expr if found.cut is None else _sliced(expr, found.cut, found.start, found.stop)
-
-    def _factor(self, part: str) -> float:
-        kind = self.family.dense.mlp_kind
-        if part == f"down{BIAS}":
-            return self.recipe.down_bias_factor(kind)
-        # A bias is added before the activation, where the matrix's product is.
-        return float(getattr(self.recipe.factors(kind), part.removesuffix(BIAS)))
+        stored = self._stored(dense.prefix(layer) + found.tensor)
+        if found.cut is None or stored.shape[found.cut] == found.stop - found.start:
+            return self._cast(stored)
+        # Slicing before casting touches only the bytes that are needed.
+        return self._cast(Slice(stored, found.cut, found.start, found.stop))
 
     def _shared_expert(
         self, layer: int, mlp: Sequence[Weight], shared: SharedExpert
@@ -299,12 +287,3 @@ class _Maker:
         if shared.router is not None:
             row = self._normal(layer, mlp, "shared_expert_gate", 1, 1.0)
             yield self.output(prefix + shared.router, row, Role.SHARED_EXPERT, layer)
-
-
-def _sliced(expr: Expr, dim: int, start: int, stop: int) -> Expr:
-    if type_of(expr).shape[dim] == stop - start:
-        return expr
-    # Slicing before casting touches only the bytes that are needed.
-    if isinstance(expr, Cast):
-        return Cast(Slice(expr.of, dim, start, stop), expr.dtype)
-    return Slice(expr, dim, start, stop)
