@@ -658,7 +658,7 @@ def test_the_plan_fills_in_what_the_recipe_leaves_open(make: Make) -> None:
 
 @pytest.fixture
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle_cli.families.dense.knows_tensors", lambda _: False)
+    monkeypatch.setattr("upcycle_cli.families.dense.tensor_shapes", lambda *_: {})
 
 
 @pytest.mark.usefixtures("unlisted")

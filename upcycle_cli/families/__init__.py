@@ -173,6 +173,6 @@ def _objection(
     if not target.ships_code and _is_biased(dense, names):
         return "mlp_bias is true, and its experts have no bias"
     for name, reason in target.lacks.items():
-        if f"{dense.prefix(0)}{name}" in dense.shapes:
+        if dense.has(name):
             return reason.format(model_type=dense.model_type)
     return target.refusal(dense) or target.layers.objection(layers, dense.num_layers)

@@ -16,7 +16,7 @@ from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families.layers import block_types
 from upcycle_cli.families.mlp import Weight, degree, parts_of, present, separate
 from upcycle_cli.families.settings import Values
-from upcycle_cli.families.values import knows_tensors, tensor_shapes
+from upcycle_cli.families.values import tensor_shapes
 from upcycle_cli.recipe import MlpKind
 
 HEAD = "lm_head.weight"
@@ -118,6 +118,10 @@ class DenseModel:
         """Return the weights of a layer's MLP; `names` are those of all tensors there are."""
         return present(self.family.mlp, names, self.prefix(layer))
 
+    def has(self, name: str) -> bool:
+        """Whether its layers have a tensor, as far as that is known."""
+        return self.prefix(0) + name in self.shapes
+
     def norm(self, layer: int) -> str | None:
         """Return the name of the weight of the norm before a layer's MLP."""
         norm = self.family.norm
@@ -126,8 +130,6 @@ class DenseModel:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must have; none where they are not known."""
-        if not knows_tensors(self.family.model_type):
-            return {}
         return tensor_shapes(self.family.model_type, self.values, self.kinds)
 
 

@@ -36,36 +36,19 @@ class Engine:
     support: Support
 
 
-_ANY = tuple(Routing)
 _SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type whose code comes with the model."""
-_SUPPORT: tuple[tuple[str, str, tuple[Routing, ...], Support], ...] = (
-    ("mixtral", "transformers", _ANY, Support.RUNS),
-    ("mixtral", "vLLM", _ANY, Support.RUNS),
-    ("mixtral", "llama.cpp", _ANY, Support.RUNS),
-    ("mixtral", "MLX", _ANY, Support.RUNS),
-    ("qwen2_moe", "transformers", _ANY, Support.RUNS),
-    ("qwen2_moe", "vLLM", _ANY, Support.RUNS),
-    ("qwen2_moe", "llama.cpp", (Routing.SOFTMAX_TOPK,), Support.RUNS),
-    ("qwen2_moe", "llama.cpp", (Routing.TOPK_SOFTMAX,), Support.WRONG),
-    ("qwen2_moe", "MLX", (Routing.SOFTMAX_TOPK,), Support.RUNS),
-    ("qwen2_moe", "MLX", (Routing.TOPK_SOFTMAX,), Support.WRONG),
-    ("qwen3_moe", "transformers", _ANY, Support.RUNS),
-    ("qwen3_moe", "vLLM", _ANY, Support.RUNS),
-    ("qwen3_moe", "llama.cpp", (Routing.TOPK_SOFTMAX,), Support.RUNS),
-    ("qwen3_moe", "llama.cpp", (Routing.SOFTMAX_TOPK,), Support.WRONG),
-    ("qwen3_moe", "MLX", _ANY, Support.RUNS),
-    ("glm4_moe", "transformers", _ANY, Support.RUNS),
-    ("glm4_moe", "vLLM", _ANY, Support.RUNS),
-    ("glm4_moe", "llama.cpp", _ANY, Support.REFUSES),
-    ("glm4_moe", "MLX", _ANY, Support.RUNS),
-    ("nemotron_h", "transformers", _ANY, Support.RUNS),
-    ("nemotron_h", "llama.cpp", _ANY, Support.RUNS),
-    ("nemotron_h", "MLX", _ANY, Support.RUNS),
-    (_SHIPPED, "transformers", _ANY, Support.RUNS),
-    (_SHIPPED, "vLLM", _ANY, Support.RUNS),
-    (_SHIPPED, "llama.cpp", _ANY, Support.REFUSES),
-    (_SHIPPED, "MLX", _ANY, Support.REFUSES),
+_ENGINES = ("transformers", "vLLM", "llama.cpp", "MLX")
+_TRIED = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", _SHIPPED), _ENGINES),
+    "nemotron_h": ("transformers", "llama.cpp", "MLX"),
+}
+"""By target, the engines that it was run in. They run it, whatever the routing, but for these."""
+_REFUSE = (("glm4_moe", "llama.cpp"), (_SHIPPED, "llama.cpp"), (_SHIPPED, "MLX"))
+_COMPUTE_ELSE = (
+    ("qwen2_moe", "llama.cpp", Routing.TOPK_SOFTMAX),
+    ("qwen2_moe", "MLX", Routing.TOPK_SOFTMAX),
+    ("qwen3_moe", "llama.cpp", Routing.SOFTMAX_TOPK),
 )
 _READ_FUSED = {
     "transformers": ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "nemotron_h", _SHIPPED),
@@ -87,7 +70,7 @@ _SOME_LAYERS = {
 }
 """By engine, the targets of which it was seen to run models that keep some dense MLPs."""
 _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
-"""Targets and engines that do not load these."""
+"""Targets and engines that do not load these; of others, nothing is known."""
 _NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h",)
 """Targets that it has no class for."""
 
@@ -111,26 +94,23 @@ def engines(
     if target.startswith(UPCYCLED_PREFIX):
         target = _SHIPPED
     found = []
-    for model_type, name, routings, listed in _SUPPORT:
-        if model_type != target or routing not in routings:
-            continue
+    for name in _TRIED.get(target, ()):
         if name != "transformers" and not plain_attention:
             continue
-        support = listed if every_layer else _with_dense_layers(target, name, listed)
-        if support is Support.RUNS and fused and target not in _READ_FUSED.get(name, ()):
+        support = Support.RUNS
+        if (target, name) in (_REFUSE if every_layer else _NOT_SOME_LAYERS):
+            support = Support.REFUSES
+        elif not every_layer and target not in _SOME_LAYERS.get(name, ()):
+            continue
+        elif (target, name, routing) in _COMPUTE_ELSE:
+            support = Support.WRONG
+        elif fused and target not in _READ_FUSED.get(name, ()):
             support = Support.PER_EXPERT_ONLY
-        elif support is Support.RUNS and tied:
+        elif tied:
             support = _WANT_A_HEAD.get((target, name), support)
-        found += [Engine(name, support)] if support is not None else []
-        if name == "transformers" and target in _NEWER_THAN_TRANSFORMERS_4:
-            found.append(Engine("transformers 4", Support.REFUSES))
-        elif name == "transformers" and fused and target != _SHIPPED:
-            found.append(Engine("transformers 4", Support.PER_EXPERT_ONLY))
+        found.append(Engine(name, support))
+        newer = target in _NEWER_THAN_TRANSFORMERS_4
+        if name == "transformers" and (newer or (fused and target != _SHIPPED)):
+            older = Support.REFUSES if newer else Support.PER_EXPERT_ONLY
+            found.append(Engine("transformers 4", older))
     return tuple(found)
-
-
-def _with_dense_layers(target: str, name: str, listed: Support) -> Support | None:
-    """Return the support of a model that keeps some dense MLPs; None where that was not tried."""
-    if (target, name) in _NOT_SOME_LAYERS:
-        return Support.REFUSES
-    return listed if target in _SOME_LAYERS.get(name, ()) else None

@@ -176,20 +176,14 @@ _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
 _QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
 
 
-def _slides(dense: DenseModel) -> set[int | None]:
-    return {*dense.windows}
-
-
 def _no_mixed_windows(dense: DenseModel) -> str | None:
-    return (
-        "only some layers slide (layer_types), and its layers all attend alike"
-        if len(_slides(dense)) > 1
-        else None
-    )
+    if len({*dense.windows}) == 1:
+        return None
+    return "only some layers slide (layer_types), and its layers all attend alike"
 
 
 def _no_windows(dense: DenseModel) -> str | None:
-    return "some layers have a window, and its layers see all" if any(_slides(dense)) else None
+    return "some layers have a window, and its layers see all" if any(dense.windows) else None
 
 
 def window_settings(dense: DenseModel) -> dict[str, Any]:
@@ -203,15 +197,10 @@ def window_settings(dense: DenseModel) -> dict[str, Any]:
     }
 
 
-def _has(dense: DenseModel, name: str) -> bool:
-    """Whether the layers of a dense model have a tensor."""
-    return f"{dense.prefix(0)}{name}" in dense.shapes
-
-
 def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
     return {
-        "attention_bias": _has(dense, "self_attn.q_proj.bias"),
-        "use_qk_norm": _has(dense, "self_attn.q_norm.weight"),
+        "attention_bias": dense.has("self_attn.q_proj.bias"),
+        "use_qk_norm": dense.has("self_attn.q_norm.weight"),
         "partial_rotary_factor": 1.0,
         "n_group": 1,
         "topk_group": 1,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -46,11 +46,6 @@ def known_names(of: str) -> Sequence[str]:
     return names
 
 
-def knows_tensors(model_type: str) -> bool:
-    """Whether the table has all tensors of a dense model type, so that another is an error."""
-    return model_type in _read()["tensors"]
-
-
 def tensor_shapes(
     model_type: str, values: Mapping[str, Any], kinds: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
@@ -58,44 +53,34 @@ def tensor_shapes(
 
     `values` holds the effective value of every key, head_dim and num_key_value_heads derived;
     `kinds` says what each layer is, `LAYER` where all are alike. The embedding comes first, the
-    layers follow in order, then the last norm and the head. A tied head is not listed.
+    layers follow in order, then the last norm and the head. A tied head is not listed. Nothing for
+    a model type that the table lacks.
     """
-    table = _read()["tensors"][model_type]
+    table = _read()["tensors"].get(model_type)
+    if table is None:
+        return {}
     (embedding, shape), *rest = table["outside"].items()
     entries = {embedding: shape}
     for layer, kind in enumerate(kinds):
         prefix = table["prefix"].format(layer=layer)
         entries |= {prefix + name: entry for name, entry in table["layers"][kind].items()}
     entries |= dict(rest)
-    return dict(_present(entries, values))
-
-
-def _present(
-    entries: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+    found = {}
     for name, entry in entries.items():
         shape, *condition = entry.split(" ")
-        if _holds(condition, values):
-            yield name, tuple(_dimension(text, values) for text in shape.split(","))
-
-
-def _holds(condition: Sequence[str], values: Mapping[str, Any]) -> bool:
-    match condition:
-        case []:
-            return True
-        case ["if", key]:
-            return bool(values[key])
-        case ["unless", key]:
-            return not values[key]
-        case _:
-            raise ValueError(f"defaults.json: no condition: {' '.join(condition)}")
+        match condition:
+            case []:
+                is_there = True
+            case ["if" | "unless" as word, key]:
+                is_there = bool(values[key]) == (word == "if")
+            case _:
+                raise ValueError(f"defaults.json: no condition: {' '.join(condition)}")
+        if is_there:
+            found[name] = tuple(_dimension(text, values) for text in shape.split(","))
+    return found
 
 
 def _dimension(text: str, values: Mapping[str, Any]) -> int:
     """Evaluate a sum of products of keys and integers."""
-    return sum(
-        math.prod(
-            int(factor) if factor.isdigit() else int(values[factor]) for factor in term.split("*")
-        )
-        for term in text.split("+")
-    )
+    terms = (term.split("*") for term in text.split("+"))
+    return sum(math.prod(int(values.get(factor, factor)) for factor in term) for term in terms)
