@@ -25,7 +25,7 @@ from upcycle_cli.system import make_durable
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-ABSENT = {ENOENT, ENOTDIR, ELOOP}
+_ABSENT = {ENOENT, ENOTDIR, ELOOP}
 """Nothing there, or nothing that can be reached without following a link."""
 _MODE = 0o666
 """Of a new file, before the umask; `os.open` would have it be a program."""
@@ -49,10 +49,18 @@ class Folder:
         """Open a directory, through a link if the path is one."""
         return cls(os.open(path, _DIRECTORY), path)
 
-    def inner(self, name: str) -> Folder:
-        """Open a directory in this one, which must not be a link."""
-        flags = _DIRECTORY | os.O_NOFOLLOW
-        return Folder(os.open(name, flags, dir_fd=self.descriptor), self.path / name)
+    def inner(self, name: str, opened: ExitStack) -> Folder | None:
+        """Open a directory in it until the stack is closed; None where there is no such directory.
+
+        A link is none.
+        """
+        try:
+            descriptor = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.descriptor)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
+        return opened.enter_context(Folder(descriptor, self.path / name))
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +88,7 @@ class Folder:
             with self._at(name) as (directory, base):
                 return os.stat(base, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            if error.errno in ABSENT:
+            if error.errno in _ABSENT:
                 return None
             raise
 
@@ -163,10 +171,8 @@ class Folder:
 
     def create(self, name: str) -> int:
         """Return the descriptor of a new file, which takes the place of what has its name."""
+        self.remove(name)
         with self._at(name, make=True) as (directory, base):
-            with suppress(FileExistsError):
-                return os.open(base, _CREATE, _MODE, dir_fd=directory)
-            self.remove(name)
             return os.open(base, _CREATE, _MODE, dir_fd=directory)
 
     def write(self, name: str, data: bytes, *, durable: bool = False) -> None:

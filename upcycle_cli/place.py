@@ -13,7 +13,7 @@ from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import take_inventory
 from upcycle_cli.reflink import can_share
 from upcycle_cli.swap import ASIDE
-from upcycle_cli.workspace import SUFFIX, open_inner, partial_of
+from upcycle_cli.workspace import SUFFIX, partial_of
 
 
 def check_name(output: Path) -> None:
@@ -104,7 +104,7 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
     free = shutil.disk_usage(parent).free
     left = 0
     with Folder.open(parent) as folder, ExitStack() as opened:
-        partial = open_inner(folder, partial_of(output).name, opened)
+        partial = folder.inner(partial_of(output).name, opened)
         if partial is not None and partial.is_mine():
             left = partial.nbytes()
         if shared is not None and needed > free and can_share(folder):

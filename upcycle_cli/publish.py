@@ -29,7 +29,6 @@ from upcycle_cli.workspace import (
     SUFFIX,
     TEMPORARY_SUFFIX,
     Workspace,
-    open_inner,
     partial_of,
     read_state,
 )
@@ -128,7 +127,7 @@ def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
     """Yield the directory that another process of this conversion holds; UpcycleError if none."""
     with ExitStack() as opened:
         parent = opened.enter_context(Folder.open(output.parent))
-        folder = open_inner(parent, partial_of(output).name, opened)
+        folder = parent.inner(partial_of(output).name, opened)
         if folder is None or read_state(folder, MARKER).get("plan_sha256") != plan.digest:
             raise UpcycleError(
                 f"{partial_of(output)} is not the directory that rank 0 writes to.",
@@ -178,7 +177,7 @@ def clean(output: Path, *, remove: bool) -> Leftover:
             if found := _clean_replaced(interrupted, opened, remove=remove):
                 return found
             interrupted = None
-        folder = interrupted.new if interrupted else open_inner(parent, partial.name, opened)
+        folder = interrupted.new if interrupted else parent.inner(partial.name, opened)
         if folder is None:
             raise nothing
         if not _is_ours(folder, output.name):
@@ -199,7 +198,7 @@ def _clean_replaced(
 ) -> Leftover | None:
     """Return what OUTPUT was before, if it is there still; remove it when asked."""
     found, old = None, interrupted.old
-    if old is not None and (folder := open_inner(interrupted.parent, old, opened)):
+    if old is not None and (folder := interrupted.parent.inner(old, opened)):
         what = f"what {interrupted.new.path} was before"
         found = Leftover(folder.path, folder.nbytes(), what)
     if remove and (left := interrupted.end()):
@@ -213,7 +212,7 @@ def _claim(parent: Folder, output: str, opened: ExitStack) -> Folder:
     partial = parent.path / name
     with suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent.descriptor)
-    folder = open_inner(parent, name, opened)
+    folder = parent.inner(name, opened)
     if folder is None:
         raise UpcycleError(
             f"{partial} is a symbolic link or a file, not a directory.", "Remove it."

@@ -15,7 +15,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import record_digest, remove_all, take_inventory
 from upcycle_cli.system import exchange, lock
-from upcycle_cli.workspace import SEAL, SUFFIX, Workspace, open_inner, read_state
+from upcycle_cli.workspace import SEAL, SUFFIX, Workspace, read_state
 
 ASIDE = ".replaced"
 """Where the old output is between two renames."""
@@ -29,7 +29,7 @@ def publish(parent: Folder, workspace: Workspace, *, overwrite: bool) -> str | N
     """
     new, name = workspace.folder, workspace.output
     with ExitStack() as opened:
-        old = open_inner(parent, name, opened) if overwrite else None
+        old = parent.inner(name, opened) if overwrite else None
         if old is not None and not old.names():
             old = None
         replaces = None if old is None else record_digest(old)
@@ -123,7 +123,7 @@ def _finish(
 
 def _remove_replaced(parent: Folder, place: str, replaces: str | None) -> None:
     with ExitStack() as opened:
-        old = open_inner(parent, place, opened)
+        old = parent.inner(place, opened)
         if old is None:
             return
         if record_digest(old) == replaces:
@@ -167,7 +167,7 @@ class Interrupted:
 def find_interrupted(parent: Folder, name: str, opened: ExitStack) -> Interrupted | None:
     """Return the replacement of a directory that was cut short, if one was."""
     for place in (name, name + SUFFIX):
-        new = open_inner(parent, place, opened)
+        new = parent.inner(place, opened)
         seal = {} if new is None else read_state(new, SEAL)
         if new is None or seal.get("output") != name or not new.is_mine(private=False):
             continue
@@ -189,5 +189,5 @@ def busy(folder: Folder) -> UpcycleError:
 
 def _is(parent: Folder, place: str, digest: str | None) -> bool:
     with ExitStack() as opened:
-        folder = open_inner(parent, place, opened)
+        folder = parent.inner(place, opened)
         return folder is not None and digest is not None and record_digest(folder) == digest

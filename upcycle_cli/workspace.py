@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_LISTING_BYTES, read_open
-from upcycle_cli.folder import ABSENT, Folder
+from upcycle_cli.folder import Folder
 from upcycle_cli.printable import shell_line
 
 MARKER = ".upcycle-partial"
@@ -110,16 +110,6 @@ class Workspace:
 def partial_of(output: Path) -> Path:
     """Return the directory in which OUTPUT is made."""
     return output.parent / (output.name + SUFFIX)
-
-
-def open_inner(parent: Folder, name: str, opened: ExitStack) -> Folder | None:
-    """Open a directory until the stack is closed; None where there is no such directory."""
-    try:
-        return opened.enter_context(parent.inner(name))
-    except OSError as error:
-        if error.errno in ABSENT:
-            return None
-        raise
 
 
 def read_state(folder: Folder, name: str) -> dict[str, Any]:
