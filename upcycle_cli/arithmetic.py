@@ -62,7 +62,8 @@ def evaluate(
     """
     stretch = stretch_of(expr)
     if stretch is not None:
-        return read(stretch.name)[stretch.start : stretch.start + stretch.nbytes]
+        name, begin, end = stretch
+        return read(name)[begin:end]
     flat = np.ascontiguousarray(_value(expr, read, vanished)).reshape(-1)
     return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
 

@@ -123,15 +123,6 @@ class TensorType:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Consecutive bytes of a dense tensor, from `start` on."""
-
-    name: str
-    start: int
-    nbytes: int
-
-
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
@@ -173,17 +164,21 @@ def num_bytes(expr: Expr) -> int:
     return ITEM_BYTES[kind.dtype] * math.prod(kind.shape)
 
 
-def stretch_of(expr: Expr) -> Stretch | None:
-    """Return the bytes of the dense model that an expression is, None where it must be computed."""
+def stretch_of(expr: Expr) -> tuple[str, int, int] | None:
+    """Return the dense tensor that holds an expression's bytes, and from where to where.
+
+    None where they are not consecutive, or must be computed.
+    """
     match expr:
         case Source(name):
-            return Stretch(name, 0, num_bytes(expr))
+            return name, 0, num_bytes(expr)
         case Slice(of, dim, start):
             whole, kind = stretch_of(of), type_of(of)
             if whole is None or math.prod(kind.shape[:dim]) != 1:
                 return None
-            entry_bytes = ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
-            return Stretch(whole.name, whole.start + start * entry_bytes, num_bytes(expr))
+            name, begin, _ = whole
+            begin += start * ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
+            return name, begin, begin + num_bytes(expr)
         case _:
             return None
 
@@ -227,10 +222,11 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911 - one case per kind
             return f"{dtype.lower()}({describe(of)})"
         case Scale(of, factor):
             return f"{describe(of)} × {factor:.6g}"
-        case Concat(parts):
-            return f"concat({_listed(parts)})"
-        case Stack(parts):
-            return f"stack({_listed(parts)})"
+        case Concat(parts) | Stack(parts):
+            listed = ", ".join(map(describe, parts))
+            if len(parts) > 2:
+                listed = f"{describe(parts[0])}, … {len(parts)} in all"
+            return f"{type(expr).__name__.lower()}({listed})"
         case Repeat(of, times):
             return f"{describe(of)}, each row × {times}"
         case Normal(stream=stream, logit_std=std, norm=norm):
@@ -242,9 +238,3 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911 - one case per kind
             return "zeros"
         case _:
             assert_never(expr)
-
-
-def _listed(parts: tuple[Expr, ...]) -> str:
-    if len(parts) <= 2:
-        return ", ".join(describe(part) for part in parts)
-    return f"{describe(parts[0])}, … {len(parts)} in all"
