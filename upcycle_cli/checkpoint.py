@@ -204,31 +204,27 @@ class Reader:
         They must not be written to, nor used after the reader is closed. Raises UpcycleError for a
         dtype that no model is trained in.
         """
-        entry = self._entry(name)
-        return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return `mapped` as a tensor."""
-        import torch
-
-        entry = self._entry(name)
-        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        if entry.num_elements == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        data: memoryview | bytearray = self.mapped(name)
-        if entry.offset % ITEM_BYTES[entry.dtype]:
-            # The format does not promise alignment, and torch needs it.
-            data = bytearray(data)
-        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
-
-    def _entry(self, name: str) -> TensorEntry:
         entry = self._checkpoint.tensors[name]
         if entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
                 f"{self._checkpoint.path}: {name} is stored as {entry.dtype}.",
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
             )
-        return entry
+        return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return `mapped` as a tensor."""
+        import torch
+
+        data: memoryview | bytearray = self.mapped(name)
+        entry = self._checkpoint.tensors[name]
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        if entry.num_elements == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.offset % ITEM_BYTES[entry.dtype]:
+            # The format does not promise alignment, and torch needs it.
+            data = bytearray(data)
+        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:
