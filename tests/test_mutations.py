@@ -46,7 +46,6 @@ EQUIVALENT: Mapping[str, str] = {
     r"(olmo2|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
     r"olmo2 norm_offset: .*": "there is no norm that it could be of",
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
-    r"nemotron_h ignored: a norm": "it has no tensor of this name",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
     r".* layouts: without per-expert": "the other layout is the default then",
@@ -351,13 +350,6 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         ),
         "outgrown_code": lambda value, _: _others(value, False, True),
         "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),
-        "ignored": lambda value, _: iter(
-            (
-                ("a norm", ((re.compile(r"model\.norm\.weight"), ""), *value)),
-                ("q", ((re.compile(r".*\.q_proj\.weight"), ""), *value)),
-                ("the head", ((re.compile(r"lm_head\.weight"), ""), *value)),
-            )
-        ),
     },
     Target: {
         "model_type": lambda value, _: _others(value, "mixtral", "qwen2_moe", "upcycled_olmo2"),

@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
-from upcycle_cli.families.dense import HEAD, DenseModel
+from upcycle_cli.families.dense import COMPUTED, HEAD, DenseModel
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import ExpertLayout
@@ -291,10 +291,9 @@ def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """Compare the source's tensors with what its config implies; return those to drop."""
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
-        for pattern, reason in dense.family.ignored:
-            if pattern.fullmatch(name):
-                dropped[name] = reason
-        if name not in dropped and entry.dtype not in TORCH_DTYPES:
+        if COMPUTED.fullmatch(name):
+            dropped[name] = "rotary frequencies are computed from the config"
+        elif entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
                 f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "
                 "or of a dtype that no model is trained in.",

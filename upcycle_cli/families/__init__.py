@@ -42,10 +42,7 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise UpcycleError(
-            "config.json has no model_type.",
-            f"Supported: {', '.join(DENSE)}.",
-        )
+        raise UpcycleError("config.json has no model_type.", f"Supported: {', '.join(DENSE)}.")
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
@@ -130,10 +127,13 @@ def choose(
             else f"--target '{target}' is not a target.",
             f"{'It' if known else family.model_type} can become {' or '.join(options)}.",
         )
+    mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
+    biased = any(weight.is_bias for weight in mlp)
+    activation = dense.values[family.activation]
     reasons: dict[str, str] = {}
     for name in options:
-        row = _row(name, dense, names)
-        reason = _objection(row, dense, routing, names, chosen)
+        row = shipped(family, activation, biased=biased) if name == SHIPPED else NATIVE[name]
+        reason = _objection(row, dense, routing, chosen, biased=biased)
         if reason is not None:
             reasons[name] = reason
         elif target in ("auto", name):
@@ -146,31 +146,19 @@ def choose(
     )
 
 
-def _row(name: str, dense: DenseModel, names: Collection[str]) -> Target:
-    if name != SHIPPED:
-        return NATIVE[name]
-    activation = dense.values[dense.family.activation]
-    return shipped(dense.family, activation, biased=_is_biased(dense, names))
-
-
-def _is_biased(dense: DenseModel, names: Collection[str]) -> bool:
-    layer = next(iter(dense.mlp_layers), 0)
-    held = dense.mlp({*dense.shapes, *names}, layer)
-    return any(weight.holds[0].endswith("_bias") for weight in held)
-
-
 def _objection(
     target: Target,
     dense: DenseModel,
     routing: Routing | None,
-    names: Collection[str],
     layers: Sequence[int],
+    *,
+    biased: bool,
 ) -> str | None:
     if routing is not None and routing not in target.routings:
         return f"it has no {routing} routing"
     if not dense.mlp_layers:
         return "it has no layer with a dense MLP"
-    if not target.ships_code and _is_biased(dense, names):
+    if biased and not target.ships_code:
         return "mlp_bias is true, and its experts have no bias"
     for name, reason in target.lacks.items():
         if dense.has(name):

@@ -23,6 +23,9 @@ HEAD = "lm_head.weight"
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Tensors that old checkpoints carry and no model reads."""
+
 Windows = tuple[int | None, ...]
 """By layer, the tokens that it sees; None where it sees all."""
 
@@ -53,13 +56,6 @@ class DenseFamily:
     """How the names of its classes in transformers begin, for the shipped code; None without."""
     outgrown_code: bool = False
     """Whether released models carry code that transformers has had itself since."""
-    ignored: tuple[tuple[re.Pattern[str], str], ...] = (
-        (
-            re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-            "rotary frequencies are computed from the config",
-        ),
-    )
-    """Tensors that old checkpoints carry and no model reads, with the reason to drop them."""
 
     @property
     def class_names(self) -> tuple[str, str, str]:

@@ -142,11 +142,12 @@ def block_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _block_types(kinds: list[str]) -> dict[str, Any]:
+def _write_blocks(layers: Sequence[int], kinds: Sequence[str]) -> dict[str, Any]:
     """Say it in both notations: engines read the one or the other."""
+    found = ["moe" if layer in layers else kind for layer, kind in enumerate(kinds)]
     letters = {kind: letter for letter, kind in _BLOCKS.items()}
-    pattern = "".join(letters[kind] for kind in kinds)
-    return {"layers_block_type": kinds, "hybrid_override_pattern": pattern}
+    pattern = "".join(letters[kind] for kind in found)
+    return {"layers_block_type": found, "hybrid_override_pattern": pattern}
 
 
 ALL = LayerChoice(lambda *_: {}, lambda _, count: tuple(range(count)), objection=_only_all)
@@ -165,9 +166,7 @@ FIRST_K_DENSE = LayerChoice(
     objection=_only_last,
 )
 BLOCK_TYPES = LayerChoice(
-    lambda layers, kinds: _block_types(
-        ["moe" if layer in layers else kind for layer, kind in enumerate(kinds)]
-    ),
+    _write_blocks,
     lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
     BLOCK_KEYS,
     lambda config: len(block_types(config)),

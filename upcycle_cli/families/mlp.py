@@ -29,10 +29,15 @@ class Weight:
     """The dimension that counts the intermediate size, in a stack that of one expert's matrix;
     None for a down bias, which every shard needs whole."""
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it holds biases, which a model may lack."""
+        return self.holds[0].endswith(BIAS)
+
     def shape(self, width: int, hidden_size: int) -> tuple[int, ...]:
         """Return its shape, in a stack that of one, where `width` is I and `hidden_size` H."""
         wide = width * len(self.holds)
-        if self.holds[0].endswith(BIAS):
+        if self.is_bias:
             return (hidden_size,) if self.cut is None else (wide,)
         return (wide, hidden_size) if self.cut == 0 else (hidden_size, wide)
 
@@ -106,16 +111,12 @@ def parts_of(weights: Sequence[Weight]) -> tuple[str, ...]:
 
 def present(weights: Sequence[Weight], names: Collection[str], layer: str) -> tuple[Weight, ...]:
     """Return the weights that a layer has: biases are there or not; `layer` is its prefix."""
-    return tuple(
-        weight
-        for weight in weights
-        if not weight.holds[0].endswith(BIAS) or f"{layer}{weight.name}" in names
-    )
+    return tuple(w for w in weights if not w.is_bias or layer + w.name in names)
 
 
 def without_biases(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     """Return the matrices alone."""
-    return tuple(weight for weight in weights if not weight.holds[0].endswith(BIAS))
+    return tuple(weight for weight in weights if not weight.is_bias)
 
 
 def degree(parts: Collection[str], activation: str) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import target_of
-from upcycle_cli.families.dense import DENSE, DenseFamily
+from upcycle_cli.families.dense import COMPUTED, DENSE, DenseFamily
 from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
@@ -39,12 +39,7 @@ def _reading_config() -> Iterator[None]:
 
 def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
     """Return the tensors of a dense checkpoint but those that no model reads."""
-    ignored = [pattern for pattern, _ in DENSE[dense.config["model_type"]].ignored]
-    return {
-        name: entry
-        for name, entry in dense.tensors.items()
-        if not any(pattern.fullmatch(name) for pattern in ignored)
-    }
+    return {name: entry for name, entry in dense.tensors.items() if not COMPUTED.fullmatch(name)}
 
 
 def gather_facts(
