@@ -89,8 +89,8 @@ def _value(  # noqa: C901, PLR0911 - one case per kind
             return np.stack([_value(part, read, vanished) for part in parts])
         case Repeat(of, times):
             return _value(of, read, vanished).repeat(times, axis=0)
-        case Normal(norm=norm):
-            return _draw(expr, None if norm is None else read(norm.name))
+        case Normal():
+            return _draw(expr, read)
         case Alike(of=of):
             return _draw_alike(expr, _value(of, read, vanished))
         case Zeros(dtype, shape):
@@ -161,11 +161,10 @@ def _multiply(
     return int(np.count_nonzero(wide) - np.count_nonzero(magnitudes))
 
 
-def _draw(expr: Normal, norm_weight: memoryview | None) -> NDArray[Any]:
+def _draw(expr: Normal, read: Read) -> NDArray[Any]:
     norm = math.sqrt(expr.shape[-1])
-    if norm_weight is not None:
-        assert expr.norm is not None
-        stored_H = np.frombuffer(norm_weight, _NUMPY_DTYPES[expr.norm.dtype])
+    if expr.norm is not None:
+        stored_H = np.frombuffer(read(expr.norm.name), _NUMPY_DTYPES[expr.norm.dtype])
         norm = _length(_to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
         if not (math.isfinite(norm) and norm > 0):
             raise UpcycleError(

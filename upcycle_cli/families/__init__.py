@@ -78,11 +78,10 @@ def is_moe(config: Mapping[str, Any]) -> bool:
 def is_target(config: Mapping[str, Any]) -> bool:
     """Whether an MoE's config is of a type that upcycle makes."""
     model_type = str(config.get("model_type"))
-    if model_type in DENSE and model_type in NATIVE:
-        return is_moe(config)
+    if model_type in NATIVE:
+        return model_type not in DENSE or is_moe(config)
     name = model_type.removeprefix(UPCYCLED_PREFIX)
-    known = name in DENSE and DENSE[name].classes is not None and name != model_type
-    return model_type in NATIVE or known
+    return name != model_type and name in DENSE and DENSE[name].classes is not None
 
 
 def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:

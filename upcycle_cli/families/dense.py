@@ -143,10 +143,6 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     return DenseModel(family, values.effective(), kinds, windows)
 
 
-def _all_slide(values: Values, count: int) -> Windows:
-    return (values["sliding_window"],) * count
-
-
 def _some_slide(values: Values, count: int) -> Windows:
     """Read the windows by the rule of qwen2 and qwen3.
 
@@ -185,7 +181,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="mistral",
         mlp=_SWIGLU,
-        windows=_all_slide,
+        windows=lambda values, count: (values["sliding_window"],) * count,
         targets=("mixtral", "qwen2_moe"),
         classes="Mistral",
     ),

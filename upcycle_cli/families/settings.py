@@ -19,10 +19,6 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _is_token(value: object) -> bool:
     return value is None or type(value) is int
 
@@ -35,7 +31,7 @@ _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
 _COUNT: _Rules = ((_is_count, "a positive integer"),)
 _OPTIONAL: _Rules = ((lambda value: value is None or _is_count(value), "a positive integer"),)
 _NUMBER: _Rules = (
-    (_is_number, "a number"),
+    (lambda value: type(value) in (int, float), "a number"),
     (lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
 )
 _FLAG: _Rules = ((lambda value: type(value) is bool, "true or false"),)
