@@ -30,7 +30,7 @@ from upcycle_cli.conversion import Conversion, execute
 from upcycle_cli.folder import Folder
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.plan import Plan
-from upcycle_cli.reflink import BLOCK_BYTES, can_share, share
+from upcycle_cli.system import BLOCK_BYTES, share
 from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
 
@@ -198,7 +198,7 @@ def fill(path: Path, leave: int) -> None:
 def test_share_makes_two_places_one(disk: FileSystem, output: Path) -> None:
     output.mkdir()
     with Folder.open(disk.path) as folder:
-        assert can_share(folder)
+        assert folder.can_share()
     data = bytes(range(256)) * (BLOCK_BYTES // 256)
     with (output / "one").open("w+b") as one, (output / "other").open("w+b") as other:
         one.write(data)
@@ -214,7 +214,7 @@ def test_share_makes_two_places_one(disk: FileSystem, output: Path) -> None:
 def test_share_is_false_where_the_file_system_cannot(tmp_path: Path) -> None:
     try:
         with mounted("tmpfs", tmp_path / "fs", MIB) as path, Folder.open(path) as folder:
-            assert not can_share(folder)
+            assert not folder.can_share()
     except CannotMountError as error:
         pytest.skip(str(error))
 

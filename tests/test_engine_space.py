@@ -21,9 +21,10 @@ from engine_fixtures import (
     torchrun_command,
 )
 
-from upcycle_cli import UpcycleError, place
+from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import execute
 from upcycle_cli.errors import ResumableError
+from upcycle_cli.folder import Folder
 from upcycle_cli.place import check_space
 from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
@@ -241,7 +242,7 @@ def test_what_is_left_counts_once_where_extents_are_shared(
     partial = partial_of(tmp_path / "moe")
     partial.mkdir()
     (partial / "shard").write_bytes(bytes(600_000))
-    monkeypatch.setattr(place, "can_share", lambda _: True)
+    monkeypatch.setattr(Folder, "can_share", lambda _: True)
     disk_with(monkeypatch, 100_000)
     check_space(tmp_path / "moe", 1_000_000, shared=150_000)
     with pytest.raises(UpcycleError, match="not enough disk space"):

@@ -15,7 +15,7 @@ from shapes import value_of
 from upcycle_cli.conversion import execute
 from upcycle_cli.expr import leaves
 from upcycle_cli.layout import lay_out, unique_bytes
-from upcycle_cli.reflink import BLOCK_BYTES
+from upcycle_cli.system import BLOCK_BYTES
 from upcycle_cli.writer import WriteOptions
 
 OPTIONS = [

@@ -398,7 +398,7 @@ def test_a_copied_group_is_shared_in_one_call(
         os.pwrite(target, os.pread(source, nbytes, start), offset)
         return True
 
-    monkeypatch.setattr(writer, "can_share", lambda _: True)
+    monkeypatch.setattr(Folder, "can_share", lambda _: True)
     monkeypatch.setattr(writer, "share", share)
     block = {"hidden_size": 64, "intermediate_size": 64}  # each shard of a matrix is one
     plan = make("E4G2T2", options=Options(expert_layout=layout), **block)

@@ -20,7 +20,7 @@ from typing import Self
 
 from upcycle_cli.errors import ResumableError
 from upcycle_cli.files import check_regular, read_open
-from upcycle_cli.system import make_durable
+from upcycle_cli.system import BLOCK_BYTES, make_durable, share
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -114,6 +114,16 @@ class Folder:
             same_owner = status.st_uid == own.st_uid
             return same_owner and status.st_mode & forbidden == own.st_mode & forbidden
         return False
+
+    def can_share(self) -> bool:
+        """Find out by trying whether files in it can share extents."""
+        try:
+            with self.scratch() as descriptor:
+                os.write(descriptor, os.urandom(BLOCK_BYTES))
+                return share(descriptor, 0, descriptor, BLOCK_BYTES, BLOCK_BYTES)
+        except OSError:
+            # A directory that cannot be written is found out, and reported, when it is written.
+            return False
 
     # What is allowed with it ----------------------------------------------------------------------
 

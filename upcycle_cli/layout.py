@@ -1,23 +1,34 @@
-"""Where every byte of an output file goes.
+"""Where every byte of an output file goes, and the digests by which a complete one is known again.
 
 The data starts on a block boundary and tensors of whole blocks come first, so that file systems
 that can share extents between two places (XFS, Btrfs) can share the copies of a shard. The layout
 depends on the plan alone: the files are the same on every file system.
+
+Each unique part of a file is digested once, while it is written, so it costs next to nothing; the
+file's own digest is that of its parts' digests. To check a file all of it is read, each copy of a
+part too, whatever its size and time say. XXH3 is as fast as memory and finds what disks, copies and
+other programs do to bytes; it is no defence against somebody who wants to deceive.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from typing import Generic, TypeVar
+
+from xxhash import xxh3_128
 
 from upcycle_cli.expr import Expr, leaves, num_bytes
 from upcycle_cli.plan import Shard
-from upcycle_cli.reflink import BLOCK_BYTES
-from upcycle_cli.tensors import OutputTensor
+from upcycle_cli.system import BLOCK_BYTES
+from upcycle_cli.tensors import OutputTensor, Role
 
 _Origin = TypeVar("_Origin")
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,45 @@ def unique_bytes(shards: Iterable[Shard]) -> int:
             else:
                 unshared += nbytes
     return unshared + sum(shared.values())
+
+
+def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
+    """Return the digest of a file's data, from those of its parts; its header is in the plan."""
+    return xxh3_128(b"".join(parts[part.expr] for part in layout.parts)).hexdigest()
+
+
+def read_back(
+    file: BufferedReader, layout: Layout, advance: Callable[[int], None]
+) -> tuple[dict[Expr, bytes], dict[str, str]] | None:
+    """Return each part's digest and each router's SHA-256; None for a file that is not laid out so.
+
+    `advance` hears of bytes as they are read. Raises OSError when the system refuses.
+    """
+    buffer = memoryview(bytearray(max(_PIECE_BYTES, len(layout.header))))
+    header = buffer[: len(layout.header)]
+    if os.fstat(file.fileno()).st_size != layout.nbytes:
+        return None
+    if file.readinto(header) < len(header) or header != layout.header:
+        return None
+    parts: dict[Expr, bytes] = {}
+    routers: dict[str, str] = {}
+    places = [(offset, part) for part in layout.parts for offset in part.offsets]
+    for _, part in sorted(places, key=lambda place: place[0]):
+        digest, router = xxh3_128(), hashlib.sha256()
+        is_router = part.tensor.role is Role.ROUTER
+        for start in range(0, part.nbytes, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, part.nbytes - start)]
+            if file.readinto(piece) < len(piece):
+                return None
+            digest.update(piece)
+            if is_router:
+                router.update(piece)
+            advance(len(piece))
+        if parts.setdefault(part.expr, digest.digest()) != digest.digest():
+            return None
+        if is_router:
+            routers[part.tensor.name] = router.hexdigest()
+    return parts, routers
 
 
 def _header(tensors: list[OutputTensor]) -> bytes:

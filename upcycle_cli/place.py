@@ -11,7 +11,6 @@ from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import take_inventory
-from upcycle_cli.reflink import can_share
 from upcycle_cli.swap import ASIDE
 from upcycle_cli.workspace import SUFFIX, partial_of
 
@@ -107,7 +106,7 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
         partial = folder.inner(partial_of(output).name, opened)
         if partial is not None and partial.is_mine():
             left = partial.nbytes()
-        if shared is not None and needed > free and can_share(folder):
+        if shared is not None and needed > free and folder.can_share():
             # The system counts what several files share once for each of them.
             left = left * shared // needed
             needed = shared

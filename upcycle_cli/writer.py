@@ -25,15 +25,13 @@ from threading import Event, Lock
 from xxhash import xxh3_128
 
 from upcycle_cli.checkpoint import Reader
-from upcycle_cli.digests import file_digest, read_back
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Expr, sources
 from upcycle_cli.folder import Folder
-from upcycle_cli.layout import Layout, Part, lay_out, repetitions
+from upcycle_cli.layout import Layout, Part, file_digest, lay_out, read_back, repetitions
 from upcycle_cli.plan import Plan, Shard
-from upcycle_cli.reflink import can_share, share
 from upcycle_cli.storage import INDEX_NAME
-from upcycle_cli.system import make_durable, num_processors, start_writeback
+from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
 from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
 
@@ -100,7 +98,7 @@ def write_weights(
 ) -> Written:
     """Write the shards that no earlier run has finished; UpcycleError when a value overflows."""
     with plan.source.reader() as reader:
-        shares = options.reflink and can_share(workspace.folder)
+        shares = options.reflink and workspace.folder.can_share()
         crew = _Crew(reader, workspace, options, progress, shares)
         tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
         for task in tasks:
