@@ -275,13 +275,13 @@ def test_verify_json(llama: Path, moe: Path, tmp_path: Path) -> None:
     assert [check["name"] for check in value["checks"]] == [
         "structure",
         "files",
+        "claims",
         "weights",
         "outputs",
-        "claims",
     ]
     assert all(check.keys() >= {"status", "detail", "metrics"} for check in value["checks"])
     assert {check["status"] for check in value["checks"]} == {"passed"}
-    metrics = value["checks"][3]["metrics"]
+    metrics = value["checks"][4]["metrics"]
     wanted = {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement", "dense_nll", "moe_nll"}
     assert metrics.keys() >= {*wanted, "tokens"}
     assert metrics["top1_agreement"] == 1.0

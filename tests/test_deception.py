@@ -437,12 +437,9 @@ def test_a_gate_of_the_shared_expert_that_overflows(wide: Path, tmp_path: Path) 
 
 
 def test_tokens_that_nobody_would_write(dense: Path, good: Path, tmp_path: Path) -> None:
-    """Half of them are no text, and another router is run on others of them."""
-    report = verify(dense, good, checks=["outputs"])
-    assert (report.checks[0].metrics["tokens"], report.checks[0].metrics["text_tokens"]) == (
-        128,
-        96,
-    )
+    """Some of them are no text, and another router is run on others of them."""
+    metrics = verify(dense, good, checks=["outputs"]).checks[0].metrics
+    assert (metrics["tokens"], metrics["text_tokens"]) == (1920, 1792)
     other = tmp_path / "moe"
     convert(dense, other, Recipe(expansion=4, granularity=2, top_k=2, seed=1))
     gaps = [

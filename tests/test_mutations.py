@@ -30,7 +30,7 @@ from upcycle_cli.verification.shipped import _classes
 CHECKS = ("weights", "structure", "outputs", "claims")
 """In the order in which they are tried: the fast ones first."""
 
-PLAN_BREAKS = (AssertionError, IndexError, KeyError, StopIteration, TypeError)
+PLAN_BREAKS = (AssertionError, IndexError, KeyError, StopIteration, TypeError, ValueError)
 """How a conversion may end whose row is no row: it names a tensor, a part or a dimension that is
 not there. Nothing is written then, and no user can bring it about; the plan's own assertions, that
 every tensor is used, and once, are among them. Of `verify` this is not accepted."""

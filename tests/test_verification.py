@@ -30,10 +30,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, memory, open_checkpoint
+from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.hooks import Watch
 from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
-from upcycle_cli.verification import CHECK_NAMES, CheckResult, Report, Status, verify
+from upcycle_cli.verification import CHECK_NAMES, CheckResult, Report, Status, TextOptions, verify
 from upcycle_cli.verification import models as _models
 from upcycle_cli.verification import prompts as _prompts
 from upcycle_cli.verification.prompts import read_prompts
@@ -173,22 +174,34 @@ def check(report: Report, name: str) -> CheckResult:
     return next(item for item in report.checks if item.name == name)
 
 
+class Heard(Watch):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.done: dict[str, list[tuple[int, int, str]]] = {}
+
+    def checking(self, name: str) -> None:
+        self.names.append(name)
+
+    def checked(self, done: int, total: int, unit: str) -> None:
+        self.done.setdefault(self.names[-1], []).append((done, total, unit))
+
+
 # Good conversions
 
 
 def test_exact_conversion_passes(dense: Path, mixtral: Path) -> None:
-    heard: list[str] = []
-    report = verify(dense, mixtral, on_start=heard.append)
+    heard = Heard()
+    report = verify(dense, mixtral, watch=heard)
     assert_passes(report)
-    assert heard == list(CHECK_NAMES)
+    assert heard.names == list(CHECK_NAMES)
+    assert heard.done["outputs"] == [(1, 2, "layers"), (2, 2, "layers")]
     weights, outputs = check(report, "weights").metrics, check(report, "outputs").metrics
     assert (weights["gate_factor"], weights["up_factor"], weights["down_factor"]) == (1, 2, 1)
     assert weights["lossless"] is True
     assert weights["groups_checked"] == 4
     assert float(outputs["kl_mean"]) < 1e-10
-    assert outputs["tokens"] == 600
+    assert outputs["text_tokens"] == 1792
     assert outputs["split_token_layers"] == 0
-    assert check(report, "structure").metrics["loaded"] is True
     assert report.promise == "exact"
 
 
@@ -501,7 +514,7 @@ ATTENTION = "model.layers.0.self_attn.o_proj.weight"
 def test_tensor_missing(dense: Path, moe: Path, name: str) -> None:
     edit_tensors(moe, lambda tensors: tensors.pop(name))
     report = verify(dense, moe)
-    assert_fails(report, "structure", f"{name} is missing", "transformers")
+    assert_fails(report, "structure", f"{name} is missing")
     assert_fails(report, "weights", f"{name} is missing")
     assert result(report, "outputs")[0] is Status.FAILED
 
@@ -609,8 +622,8 @@ def test_truncated_weights_fail_whatever_is_asked(dense: Path, moe: Path) -> Non
     data = (moe / "model.safetensors").read_bytes()
     (moe / "model.safetensors").write_bytes(data[:-10])
     report = verify(dense, moe, checks=["claims", "outputs"])
-    assert_fails(report, "outputs", "truncated")
-    assert result(report, "claims")[0] is Status.SKIPPED
+    assert_fails(report, "claims", "truncated")
+    assert result(report, "outputs")[0] is Status.SKIPPED
 
 
 # Damaged config
@@ -635,7 +648,7 @@ def test_truncated_weights_fail_whatever_is_asked(dense: Path, moe: Path) -> Non
         ({"dtype": "float16"}, "structure", ["dtype is 'float16'"]),
         ({"eos_token_id": 7}, "structure", ["eos_token_id is 7"]),
         ({"hidden_size": -32}, "structure", ["transformers"]),
-        ({"num_attention_heads": 0}, "structure", ["transformers"]),
+        ({"num_attention_heads": 0}, "structure", ["num_attention_heads is 0"]),
     ],
 )
 def test_config_damaged(
@@ -768,13 +781,13 @@ def test_record_lies(dense: Path, moe: Path, keys: tuple[str, ...], value: objec
 def test_prompts(dense: Path, mixtral: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A short text.")
-    report = verify(dense, mixtral, checks=["outputs"], prompts=prompts)
+    report = verify(dense, mixtral, checks=["outputs"], texts=TextOptions(prompts=prompts))
     assert_passes(report)
-    assert "the text of prompts.txt, repeated" in report.checks[0].detail
+    assert "the text of prompts.txt and " in report.checks[0].detail
     prompts.write_text(" \n")
     for bad in (prompts, tmp_path / "none.txt"):
         with pytest.raises(UpcycleError, match="prompts"):
-            verify(dense, mixtral, prompts=bad)
+            verify(dense, mixtral, texts=TextOptions(prompts=bad))
 
 
 def test_usage(dense: Path, mixtral: Path, tmp_path: Path) -> None:
@@ -791,18 +804,6 @@ def test_usage(dense: Path, mixtral: Path, tmp_path: Path) -> None:
             verify(*paths)
 
 
-def test_too_little_memory(dense: Path, mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    report = verify(dense, mixtral)
-    structure, files, weights, outputs, claims = report.checks
-    assert structure.status is Status.PASSED
-    assert structure.metrics["loaded"] is False
-    assert "was not tried: it needs" in structure.detail
-    assert outputs.status is Status.SKIPPED
-    assert "GB" in outputs.detail
-    assert files.status is weights.status is claims.status is Status.PASSED
-
-
 def test_dense_without_tokenizer(tmp_path: Path) -> None:
     source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
     convert(source, tmp_path / "moe", Recipe(expansion=2, granularity=2, top_k=2))
@@ -815,17 +816,13 @@ def test_dense_without_tokenizer(tmp_path: Path) -> None:
 # Nothing ran
 
 
-def test_nothing_that_ran_is_not_a_pass(
-    dense: Path, moe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_that_ran_is_not_a_pass(dense: Path, moe: Path) -> None:
     (moe / "upcycle.json").unlink()
     report = verify(dense, moe, checks=["claims"])
     assert report.status is Status.SKIPPED
     assert not report.passed
     assert report.to_json()["status"] == "skipped"
     assert verify(dense, moe, checks=["weights", "claims"]).passed
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    assert verify(dense, moe, checks=["outputs"]).status is Status.SKIPPED
 
 
 # What loaders obey beside names and shapes
@@ -1034,74 +1031,16 @@ def test_expert_output_is_measured_for_float16_alone(dense: Path, tmp_path: Path
         assert ("max_expert_output" in report.checks[0].metrics) is (dtype == "float16")
 
 
-def fake_memory(path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text)
-    monkeypatch.setattr(memory, "_MEMINFO", path / "meminfo")
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", path / "own")
-    monkeypatch.setattr(memory, "_CGROUPS", path / "cgroup")
-
-
-MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "available"),
-    [
-        ({}, None),
-        ({"meminfo": MEMINFO}, 8_192_000),
-        ({"meminfo": MEMINFO, "own": "0::/a/b\n"}, 8_192_000),
-        (
-            {
-                "meminfo": MEMINFO,
-                "own": "0::/a/b\n",
-                "cgroup/a/b/memory.max": "max\n",
-                "cgroup/a/b/memory.current": "1000\n",
-                "cgroup/a/memory.max": "5000\n",
-                "cgroup/a/memory.current": "3000\n",
-                "cgroup/a/memory.stat": "anon 7\ninactive_file 500\nactive_file 70\n",
-            },
-            2500,
-        ),
-        (
-            {
-                "meminfo": MEMINFO,
-                "own": "4:cpu,memory:/host/x\n0::/\n",
-                "cgroup/memory/memory.limit_in_bytes": "6000\n",
-                "cgroup/memory/memory.usage_in_bytes": "4000\n",
-                "cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300\n",
-            },
-            2300,
-        ),
-        (
-            {
-                "meminfo": MEMINFO,
-                "own": "0::/../x\n",
-                "cgroup/x/memory.max": "10",
-                "cgroup/x/memory.current": "30",
-            },
-            0,
-        ),
-    ],
-)
-def test_memory_of_control_groups(
-    files: dict[str, str], available: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_memory(tmp_path, monkeypatch, files)
-    assert memory.available_bytes() == available
-
-
 def test_prompts_are_a_small_part_of_a_regular_file(
     dense: Path, mixtral: Path, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     for bad in (Path("/dev/urandom"), Path("/dev/zero"), tmp_path / "pipe", tmp_path):
         with pytest.raises(UpcycleError, match="not a regular file"):
-            verify(dense, mixtral, prompts=bad)
+            verify(dense, mixtral, texts=TextOptions(prompts=bad))
     large = tmp_path / "large.txt"
     large.write_text("x" + "ż" * 600_000, encoding="utf-8")
-    assert len(read_prompts(large)) == 500_000  # 1 MB, less the half of a letter
+    assert len(read_prompts(large)[0]) == 500_000  # 1 MB, less the half of a letter
     large.write_bytes(b"short, and half a letter \xc5")
     with pytest.raises(UpcycleError, match="not UTF-8"):
         read_prompts(large)
@@ -1113,11 +1052,11 @@ def test_prompts_need_a_tokenizer(dense: Path, mixtral: Path, tmp_path: Path) ->
     source = Path(shutil.copytree(dense, tmp_path / "dense"))
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(UpcycleError, match="tokenizer cannot be used"):
-        verify(source, mixtral, checks=["outputs"], prompts=prompts)
+        verify(source, mixtral, checks=["outputs"], texts=TextOptions(prompts=prompts))
     for file in (*source.glob("tokenizer*"), *source.glob("chat_template*")):
         file.unlink()
     with pytest.raises(UpcycleError, match="has no tokenizer"):
-        verify(source, mixtral, checks=["outputs"], prompts=prompts)
+        verify(source, mixtral, checks=["outputs"], texts=TextOptions(prompts=prompts))
 
 
 # What is neither damage nor a bug
@@ -1211,8 +1150,8 @@ def test_independence() -> None:
         "upcycle_cli.families.shipped",
         "upcycle_cli.families.values",
         "upcycle_cli.files",
+        "upcycle_cli.hooks",
         "upcycle_cli.hub.sources",
-        "upcycle_cli.memory",
         "upcycle_cli.redirects",
         "upcycle_cli.workspace",
     }
@@ -1220,7 +1159,7 @@ def test_independence() -> None:
     names = {
         *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place", "HEAD"),
         *("is_moe", "is_target", "target_of", "holder", "parts_of", "place", "present"),
-        *("BLOCK_KEYS", "block_types", "defaults_of"),
+        *("BLOCK_KEYS", "COMPUTED", "block_types", "defaults_of"),
         *("AUTO_MAP", "CODE_NAME", "UPCYCLED_PREFIX", "modeling_code", "is_note"),
     }
     folder = Path(__file__).parent.parent / "upcycle_cli" / "verification"

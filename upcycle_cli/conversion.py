@@ -18,6 +18,7 @@ from upcycle_cli.errors import ResumableError, UpcycleError
 from upcycle_cli.families.shipped import CODE_NAME, modeling_code
 from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
 from upcycle_cli.folder import Folder
+from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import check_space_for
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.place import check_output, check_space
@@ -86,12 +87,12 @@ def execute(
     writing: WriteOptions | None = None,
     team: Team | None = None,
     progress: Callable[[int], None] = lambda _: None,
-    on_check: Callable[[str], None] = lambda _: None,
+    watch: Watch | None = None,
 ) -> Conversion:
     """Write what the plan says and publish it as `output`.
 
-    `repo` is where it will be pushed, for the card. `progress` hears the bytes written, `on_check`
-    the name of each verification as it starts.
+    `repo` is where it will be pushed, for the card. `progress` hears the bytes written,
+    `watch` how far the verification is.
 
     Raises UpcycleError when that cannot be done; `output` is then as it was before.
     """
@@ -109,7 +110,7 @@ def execute(
                 with Folder.open(output) as folder:
                     _write_checksums(plan, folder)
             # Sizes and config are right; only verify can say whether its bytes still are.
-            report = _verify(plan, output, on_check) if verify else None
+            report = _verify(plan, output, watch) if verify else None
             sound, told = report is None or report.accepted, tuple(filter(None, [recovered]))
             return Conversion(plan, output, 0.0, report, sound, already_done=True, warnings=told)
         check_before(plan, output, overwrite=overwrite, writing=writing, team=team)
@@ -118,7 +119,7 @@ def execute(
             workspace = running.workspace
             written = _write(plan, nullcontext(workspace), writing, team, progress)
             _complete(plan, workspace.folder, written)
-            report = _verify_running(plan, running, on_check) if verify else None
+            report = _verify_running(plan, running, watch) if verify else None
             workspace.folder.write(CARD_NAME, model_card(plan, report, repo).encode())
             sound = report is None or report.accepted
             if checksums and sound:
@@ -213,19 +214,19 @@ def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     write_json(folder, RECORD_NAME, record(plan, written.routers, folder))
 
 
-def _verify(plan: Plan, output: Path, on_check: Callable[[str], None]) -> Report:
+def _verify(plan: Plan, output: Path, watch: Watch | None) -> Report:
     from upcycle_cli.verification import verify
 
     # Who has asked for a recipe that promises nothing can expect no proof.
     inexact = plan.promise is Promise.NONE
-    return verify(plan.source.path, output, on_start=on_check, allow_inexact=inexact)
+    return verify(plan.source.path, output, watch=watch, allow_inexact=inexact)
 
 
-def _verify_running(plan: Plan, running: Transaction, on_check: Callable[[str], None]) -> Report:
+def _verify_running(plan: Plan, running: Transaction, watch: Watch | None) -> Report:
     try:
         # It goes by the name, and so it must be the directory's before and after.
         running.check_place()
-        report = _verify(plan, running.workspace.folder.path, on_check)
+        report = _verify(plan, running.workspace.folder.path, watch)
         running.check_place()
     except UpcycleError as error:
         # Nothing is wrong with what was written: hours of work must not go for want of a library.

@@ -10,14 +10,21 @@ if TYPE_CHECKING:
     from upcycle_cli.plan import Plan
 
 
-class Progress:
+class Watch:
+    """What is told of a verification's progress; this one shows nothing."""
+
+    def checking(self, name: str) -> None:
+        """Hear that a check has started."""
+
+    def checked(self, done: int, total: int, unit: str) -> None:
+        """Hear how far the check is, in `bytes` or `layers`."""
+
+
+class Progress(Watch):
     """What is told of a conversion's progress; this one shows nothing."""
 
     def advance(self, num_bytes: int) -> None:
         """Hear that so many bytes more are written."""
-
-    def checking(self, name: str) -> None:
-        """Hear that a verification has started."""
 
 
 class Hooks(Progress):

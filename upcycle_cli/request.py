@@ -100,7 +100,7 @@ def carry_out(
             writing=request.writing,
             team=team,
             progress=hooks.advance,
-            on_check=hooks.checking,
+            watch=hooks,
         )
     hooks.finished(done)
     if destination is None or not done.published or not team.leads:

@@ -207,6 +207,10 @@ class _Screen(Hooks):
         terminal.raise_signal()
         self.progress.checking(name)
 
+    def checked(self, done: int, total: int, unit: str) -> None:
+        terminal.raise_signal()
+        self.progress.checked(done, total, unit)
+
     def finished(self, done: Conversion) -> None:
         if not self.silent:
             _print_conversion(done, to_push=self.request.push is not None)

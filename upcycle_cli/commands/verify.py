@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from upcycle_cli import terminal
 from upcycle_cli.commands import shared
 from upcycle_cli.commands.shared import for_hub, for_path, option
 
-_CHECKS = "structure,files,weights,outputs,claims"
+_CHECKS = "structure,files,claims,weights,outputs"
 
 
 def verify(
@@ -34,8 +33,25 @@ def verify(
         ),
     ] = _CHECKS,
     prompts: Annotated[
-        Path | None, option(help="Text file to run both models on, instead of the built-in text.")
+        Path | None,
+        option(
+            help="File to run both models on, instead of the built-in texts: text, or JSON Lines."
+        ),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        option(metavar="N", help="Tokens of text to run both models on, 1792 unless given."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            metavar="N",
+            help="Run them on one text of N tokens, for what shows only far from its beginning.",
+        ),
+    ] = None,
+    fail_fast: Annotated[
+        bool, option("--fail-fast", help="Run no check after one that failed.")
+    ] = False,
     dense_revision: Annotated[
         str | None, for_hub(metavar="REV", help="Branch, tag or commit of DENSE's repo.")
     ] = None,
@@ -58,20 +74,23 @@ def verify(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         from upcycle_cli import render, verification
+        from upcycle_cli.progress import progress_bar
+        from upcycle_cli.verification import TextOptions
 
-        watched = sys.stderr.isatty() and not (quiet or json)
         shared.quiet_hub(silent=quiet or json)
         names = [name.strip() for name in checks.split(",") if name.strip()]
-        report = verification.verify(
-            dense,
-            moe,
-            checks=names,
-            prompts=prompts,
-            dense_revision=dense_revision,
-            moe_revision=moe_revision,
-            allow_inexact=allow_inexact,
-            on_start=(lambda name: terminal.talk(f"checking {name} …")) if watched else None,
-        )
+        with progress_bar(terminal.stderr(), total=0, silent=quiet or json) as watch:
+            report = verification.verify(
+                dense,
+                moe,
+                checks=names,
+                texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
+                fail_fast=fail_fast,
+                dense_revision=dense_revision,
+                moe_revision=moe_revision,
+                allow_inexact=allow_inexact,
+                watch=watch,
+            )
         terminal.raise_signal()
         if json:
             terminal.print_json(report.to_json())

@@ -5,9 +5,9 @@ these must say so. They share the checkpoint reader and the families' tables of 
 
 - structure.py   names, shapes, dtypes and settings, against transformers' own model
 - companions.py  the tokenizer, the generation settings and other files, against the dense model's
-- weights.py     every tensor against the dense model, bit for bit
-- outputs.py     logits of both models on text
 - claims.py      `upcycle.json`
+- weights.py     every tensor against the dense model, bit for bit
+- outputs.py     what both models predict on text, layer by layer
 
 Passed means that the MoE computes the dense function, whoever made it and whatever it says of
 itself; what promises less is measured.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
@@ -25,17 +26,27 @@ from upcycle_cli.families import is_moe, is_target
 from upcycle_cli.families.dense import DENSE
 from upcycle_cli.families.moe import NATIVE
 from upcycle_cli.files import check_utf8, open_regular
+from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.recipes import Promise
 from upcycle_cli.verification.report import CheckResult, Findings, Report, Status
 from upcycle_cli.verification.sizes import DamagedError, gather_facts
 
-__all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "verify"]
+__all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "TextOptions", "verify"]
 
-CHECK_NAMES = ("structure", "files", "weights", "outputs", "claims")
+CHECK_NAMES = ("structure", "files", "claims", "weights", "outputs")
 """The checks, in the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Conditions:
+    texts: TextOptions
+    fail_fast: bool
+    allow_inexact: bool
+    watch: Watch
 
 
 def verify(
@@ -43,18 +54,19 @@ def verify(
     moe: Path | str,
     *,
     checks: Sequence[str] = CHECK_NAMES,
-    prompts: Path | str | None = None,
+    texts: TextOptions | None = None,
+    fail_fast: bool = False,
     dense_revision: str | None = None,
     moe_revision: str | None = None,
     allow_inexact: bool = False,
-    on_start: Callable[[str], None] | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Check the MoE in one directory against the dense model in another.
 
     Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
-    `prompts` is a text file to run both models on, instead of the built-in one. An MoE that does
-    not promise equality is measured; `allow_inexact` says that this is what is expected, and makes
-    the report `accepted`. `on_start` hears the name of each check as it starts.
+    `texts` says what both models are run on. With `fail_fast` nothing is checked after a check that
+    failed. An MoE that does not promise equality is measured; `allow_inexact` says that this is
+    what is expected, and makes the report `accepted`. `watch` hears how far the checks are.
 
     Raises UpcycleError when the check cannot be made: an unknown check, a directory that is not
     there or not of the right kind, a file that may not be read, a dense model that is not sound,
@@ -63,7 +75,13 @@ def verify(
     """
     selected = _selected(checks)
     places = find_model(dense, dense_revision), find_model(moe, moe_revision)
-    prompts = None if prompts is None else Path(prompts)
+    how = _Conditions(
+        texts=texts or TextOptions(),
+        fail_fast=fail_fast,
+        allow_inexact=allow_inexact,
+        watch=watch or Watch(),
+    )
+    how.texts.check()
     for place in places:
         check_utf8(place.path)
     try:
@@ -72,12 +90,8 @@ def verify(
         _check_kind(places[0].path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
-        if prompts is not None:
-            from upcycle_cli.verification.prompts import read_prompts
-
-            read_prompts(prompts)
-        facts = _gather(*paths, names, allow_inexact=allow_inexact)
-        return _run(facts, selected, prompts, on_start)
+        facts = _gather(*paths, names, allow_inexact=how.allow_inexact)
+        return _run(facts, selected, how)
     except DamagedError as error:
         return _damaged(selected, error)
     except OSError as error:
@@ -154,38 +168,42 @@ def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
     return Report(checks=(failed, *skipped))
 
 
-def _run(
-    facts: Facts,
-    selected: tuple[str, ...],
-    prompts: Path | None,
-    on_start: Callable[[str], None] | None,
-) -> Report:
+def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
     # These import torch, which takes seconds: not before everything cheap has been found in order.
     from upcycle_cli.verification.claims import check_claims
     from upcycle_cli.verification.companions import check_files
     from upcycle_cli.verification.factors import find_objection
-    from upcycle_cli.verification.loading import MoeLoader
     from upcycle_cli.verification.outputs import check_outputs
     from upcycle_cli.verification.structure import check_structure
     from upcycle_cli.verification.weights import check_weights
 
     objection = find_objection(facts)
-    loader = MoeLoader(facts, for_outputs="outputs" in selected)
+    copied: frozenset[int] = frozenset()
+
+    def weights() -> CheckResult:
+        nonlocal copied
+        result, copied = check_weights(facts, how.watch)
+        return result
+
     run: dict[str, Callable[[], CheckResult]] = {
-        "structure": lambda: check_structure(facts, loader),
+        "structure": lambda: check_structure(facts),
         "files": lambda: check_files(facts),
-        "weights": lambda: check_weights(facts),
-        "outputs": lambda: check_outputs(facts, loader, prompts, objection),
         "claims": lambda: check_claims(facts),
+        "weights": weights,
+        "outputs": lambda: check_outputs(facts, how.texts, objection, copied, how.watch),
     }
-    results = []
+    results: list[CheckResult] = []
     for name in selected:
-        if on_start is not None:
-            on_start(name)
+        failed = next((check for check in results if check.status is Status.FAILED), None)
+        if how.fail_fast and failed is not None:
+            reason = f"Not run: {failed.name} failed."
+            results.append(CheckResult(name=name, status=Status.SKIPPED, detail=reason))
+            continue
+        how.watch.checking(name)
         results.append(run[name]())
     exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
     return Report(
         checks=tuple(results),
         promise=str(exact if objection is None else Promise.NONE),
-        allow_inexact=facts.allow_inexact,
+        allow_inexact=how.allow_inexact,
     )

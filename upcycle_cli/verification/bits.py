@@ -1,11 +1,19 @@
-"""Tensors compared bit for bit."""
+"""Tensors compared bit for bit, and bytes."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,3 +52,38 @@ def difference(held: torch.Tensor, wanted: torch.Tensor) -> str:
         f"differs in {int(different.sum())} of {different.numel()} elements, first at {[*where]}: "
         f"{float(held[where]):.8g} instead of {float(wanted[where]):.8g}"
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute in one thread: for what is small, several only wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bytes(left: int, right: int, nbytes: int) -> bool:
+    """Whether as many bytes are the same at two addresses; other threads run meanwhile."""
+    return not _libc().memcmp(left, right, nbytes)
+
+
+def expect_bytes(address: int, nbytes: int, *, soon: bool = False) -> None:
+    """Have the pages of a mapped file there, in few steps instead of one for each; or `soon`."""
+    # Where a system does not know the advice, the pages come one by one when they are touched.
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    advice = mmap.MADV_WILLNEED if soon else _MADV_POPULATE_READ
+    _libc().madvise(start, address + nbytes - start, advice)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library, whose functions ctypes calls without the interpreter's lock."""
+    libc = ctypes.CDLL(None)
+    libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

@@ -1,7 +1,8 @@
 """Completeness: is a directory the whole, unchanged result of a conversion, by its own word?
 
-What can be seen without the dense model, in seconds: for a push, which must not publish half a
-model or one that its own record does not describe.
+What can be seen without the dense model and without torch, at once: for a push, which must not
+publish half a model or one that its own record does not describe. Whether tensors and config.json
+belong to each other is not asked again: the record has digests of both, of the headers and config.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import is_target
-from upcycle_cli.verification.headers import header_failures
 from upcycle_cli.verification.sizes import DamagedError, find_target
 from upcycle_cli.verification.structure import own_failures
 
@@ -46,8 +46,7 @@ def find_incomplete(moe: Checkpoint) -> tuple[str, ...]:
         return (error.message,)
     record = read_json(moe.storage.local(RECORD_NAME))
     return (
-        *header_failures(moe, target),
-        *own_failures(moe, target, moe.storage.names()),
+        *own_failures(moe, target, moe.storage.names(), target.architecture),
         *record_failures(moe, record),
     )
 

@@ -23,6 +23,50 @@ class Status(StrEnum):
     SKIPPED = "skipped"  # it did not run; its detail says why
 
 
+@dataclass(frozen=True)
+class LayerMeasure:
+    """What a layer's mixture of experts does differently from the dense MLP.
+
+    Errors are relative to the root mean square of what the dense model has in their place.
+    """
+
+    layer: int
+    added_rms: float
+    """The error that its experts add to the dense model's own input."""
+    added_max: float
+    gain: float
+    """How much of the dense MLP's output theirs is, projected on it: 1 for the same function."""
+    hidden_rms: float
+    """The error of the hidden state that left the layer, all layers before it included."""
+    whole_share: float
+    """The share of tokens that got whole groups."""
+    router_entropy: float
+    router_margin: float
+    load_cv: float
+    idle_experts: int
+    """How many experts no token chose."""
+    load: list[int]
+    """How many tokens chose each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextMeasure:
+    """One text, and how far the models' predictions of what follows each token are apart."""
+
+    tokens: list[str]
+    kl: list[float | None]
+    """KL(dense ‖ MoE) in nats; None where it is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """How each model goes on after a text, taking the most probable token each time."""
+
+    text: str
+    dense: str
+    moe: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
     """What one check found."""
@@ -32,6 +76,9 @@ class CheckResult:
     detail: str  # for a person
     failures: tuple[str, ...] = ()  # each names a tensor or key and what is wrong with it
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    layers: tuple[LayerMeasure, ...] = ()  # what was measured layer by layer
+    texts: tuple[TextMeasure, ...] = ()  # and token by token
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +116,21 @@ class Report:
             "status": str(self.status),
             "promise": self.promise,
             "checks": [
-                asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
+                asdict(check)
+                | {"status": str(check.status), "failures": [*check.failures]}
+                | {"layers": [_finite(asdict(layer)) for layer in check.layers]}
+                | {"texts": [asdict(text) for text in check.texts]}
                 for check in self.checks
             ],
         }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON values; there is no nan among those, which stands for what has no value."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
 
 
 class Findings:

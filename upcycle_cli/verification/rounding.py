@@ -33,9 +33,11 @@ class Rounding:
 
     def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a dense tensor in another dtype."""
+        from torch import promote_types
+
         cast = tensor.to(dtype)
-        if cast.dtype == tensor.dtype or same(cast.to(tensor.dtype), tensor):
-            return cast
+        if promote_types(dtype, tensor.dtype) == dtype or same(cast.to(tensor.dtype), tensor):
+            return cast  # what is as wide, or wider, holds every weight
         self.lossless, self._dtype = False, str(dtype).removeprefix("torch.")
         lost = whole = 0.0
         zeroed = nonzero = 0

@@ -17,7 +17,7 @@ import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model
+from upcycle_cli.verification.models import Model, transformers_says
 
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
@@ -25,42 +25,71 @@ _MARGIN = 5e-3
 _MARGIN_TOKENS = 4.0
 
 
+@dataclass(frozen=True)
+class LayerRouting:
+    """What the router of a layer chose."""
+
+    whole: torch.Tensor
+    """Which tokens got whole groups."""
+    load: torch.Tensor
+    """How many tokens chose each expert."""
+    entropy: float
+    """Of the softmax over the groups' logits, in nats, mean over tokens."""
+    margin: float
+    """Between the two most probable groups of that softmax, mean over tokens."""
+    bfloat16_split: float
+    """The share of tokens without whole groups when the router runs in bfloat16."""
+
+    @property
+    def load_cv(self) -> float:
+        """The standard deviation of the experts' loads, relative to their mean."""
+        load_N = self.load.double()
+        return float(load_N.std(correction=0) / load_N.mean())
+
+
 @dataclass
 class Routing:
-    """What was chosen over all layers: lists have an entry per layer."""
+    """What was chosen in all layers."""
 
-    whole: list[torch.Tensor] = field(default_factory=list)
-    """(S,): which tokens got whole groups."""
-    load_cvs: list[float] = field(default_factory=list)
-    bfloat16_split: list[float] = field(default_factory=list)
-    """The share of tokens without whole groups when the router runs in bfloat16."""
+    tokens: int
+    """So many of those that the routers see count; others may follow."""
+    layers: dict[int, LayerRouting] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     """Where a router does not work in the dtype that it is stored in, or in bfloat16."""
 
     @property
     def whole_everywhere(self) -> torch.Tensor:
         """(S,): which tokens got whole groups in every layer."""
-        return torch.stack(self.whole).all(0)
+        return torch.stack([layer.whole for layer in self.layers.values()]).all(0)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Shares and means over all layers."""
+        found = self.layers.values()
         return {
-            "split_token_layers": 1 - float(torch.stack(self.whole).double().mean()),
-            "split_token_layers_bfloat16": _mean(self.bfloat16_split),
-            "expert_load_cv": _mean(self.load_cvs),
+            "split_token_layers": 1 - _mean([float(x.whole.double().mean()) for x in found]),
+            "split_token_layers_bfloat16": _mean([x.bfloat16_split for x in found]),
+            "expert_load_cv": _mean([x.load_cv for x in found]),
         }
 
 
 @contextmanager
-def watched_routers(facts: Facts, model: Model) -> Iterator[Routing]:
-    """Note what the routers of a running model choose, ties in its own arithmetic included."""
-    found = Routing()
+def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing]:
+    """Note what the routers of a running model choose, ties in its own arithmetic included.
+
+    The first `tokens` of those that they see count.
+    """
+    found = Routing(tokens)
     *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
-    handles = []
-    for layer in facts.layers:
-        router = model.base_model.layers[layer].get_submodule(layout.router.removesuffix(".weight"))
-        handles.append(router.register_forward_hook(_Watch(facts, layer, found)))
+    name = layout.router.removesuffix(".weight")
+    with transformers_says():
+        routers = {
+            layer: model.base_model.layers[layer].get_submodule(name) for layer in facts.layers
+        }
+    handles = [
+        router.register_forward_hook(_Watch(facts, layer, found))
+        for layer, router in routers.items()
+    ]
     try:
         yield found
     finally:
@@ -80,33 +109,42 @@ class _Watch:
         self, router: Model, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
     ) -> None:
         facts, found = self.facts, self.found
-        _, gates_ST, experts_ST = output
+        states_SH = inputs[0].detach().reshape(-1, facts.hidden_size)[: found.tokens]
+        logits_SN, gates_ST, experts_ST = (held[: found.tokens] for held in output)
         if experts_ST.shape[-1] != facts.top_k:
             found.failures.append(
                 f"{facts.router_name(self.layer)}: transformers chooses {experts_ST.shape[-1]} "
                 f"experts, and top-k is taken to be {facts.top_k}"
             )
-        load = torch.bincount(experts_ST.flatten(), minlength=facts.num_experts).float()
-        found.whole.append(self._whole(gates_ST, experts_ST))
-        found.load_cvs.append(float(load.std(correction=0) / load.mean()))
-        states_SH = inputs[0].detach().reshape(-1, facts.hidden_size)
         stored = facts.moe.tensors[facts.router_name(self.layer)].dtype
-        for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}:
-            self._run_in(name, router, states_SH)
+        weight_NH = router.weight[:]
+        split = {
+            name: self._run_in(name, router, weight_NH, states_SH)
+            for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}
+        }
+        groups_SE = logits_SN[:, :: facts.granularity].float().softmax(-1)
+        best_S2 = groups_SE.topk(min(2, groups_SE.shape[1])).values
+        found.layers[self.layer] = LayerRouting(
+            whole=self._whole(gates_ST, experts_ST),
+            load=torch.bincount(experts_ST.flatten(), minlength=facts.num_experts),
+            entropy=float(torch.special.entr(groups_SE).sum(-1).mean()),
+            margin=float((best_S2[:, 0] - best_S2[:, 1:].sum(-1)).mean()),
+            bfloat16_split=split["bfloat16"],
+        )
 
-    def _run_in(self, name: str, router: Model, states_SH: torch.Tensor) -> None:
-        """Run the router in a dtype, and hold what it splits against what honest rows split."""
+    def _run_in(
+        self, name: str, router: Model, weight_NH: torch.Tensor, states_SH: torch.Tensor
+    ) -> float:
+        """Hold what a router splits in a dtype against what honest rows split; return its share."""
         label, failures = self.facts.router_name(self.layer), self.found.failures
         dtype: torch.dtype = getattr(torch, name)
-        weight_NH, states_SH = router.weight.detach(), states_SH.to(dtype)
+        states_SH = states_SH.to(dtype)
         split, not_finite = self._split(router, weight_NH.to(dtype), states_SH)
-        if name == "bfloat16":
-            self.found.bfloat16_split.append(split)
         if not_finite:
             failures.append(f"{label}: {not_finite} of its logits are not finite in {name}")
         margin = max(_MARGIN, _MARGIN_TOKENS / len(states_SH))
         if split <= margin:
-            return
+            return split
         size = weight_NH.float().square().mean().sqrt()
         drawn = [(size * self._rows(seed)).to(dtype) for seed in range(_HONEST_DRAWS)]
         honest = _mean([self._split(router, rows_NH, states_SH)[0] for rows_NH in drawn])
@@ -115,6 +153,7 @@ class _Watch:
                 f"{label}: in {name}, {split:.1%} of the tokens get parts of groups, where an "
                 f"honest router of its shape and size splits {honest:.1%}"
             )
+        return split
 
     def _rows(self, seed: int) -> torch.Tensor:
         """Return random rows (N, H), equal inside each group."""
@@ -126,14 +165,15 @@ class _Watch:
         self, router: Model, weight_NH: torch.Tensor, states_SH: torch.Tensor
     ) -> tuple[float, int]:
         """Return the share of tokens that get parts of groups, and the logits beyond the dtype."""
-        held = router.weight.data
+        slots = router._parameters  # noqa: SLF001 - what is on disk is no parameter
+        held = slots["weight"]
         try:
-            router.weight.data = weight_NH
+            slots["weight"] = weight_NH
             with torch.no_grad():
                 # Not by calling it, which would call this hook again.
                 logits_SN, gates_ST, experts_ST = router.forward(states_SH)
         finally:
-            router.weight.data = held
+            slots["weight"] = held
         not_finite = int((~logits_SN.isfinite()).sum())
         whole_S = self._whole(gates_ST, experts_ST)
         return 1 - float(whole_S.double().mean()), not_finite

@@ -19,7 +19,6 @@ from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import (
     Config,
     TransformersError,
-    class_of,
     load_config,
     transformers_says,
 )
@@ -38,10 +37,13 @@ _JUDGED_BY_OTHERS = frozenset(
 )
 
 
-def own_setting_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
-    """Name what config.json says of the MoE alone, and must not."""
+def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> Iterator[str]:
+    """Name what config.json says of the MoE alone, and must not.
+
+    `architecture` is the class that it must name.
+    """
     own = {"auto_map"} if target.ships_code else set()
-    wanted, architectures = [class_of(target)], moe.config.get("architectures")
+    wanted, architectures = [architecture], moe.config.get("architectures")
     if architectures != wanted:
         yield f"{CONFIG_NAME}: architectures is {shown(architectures)}, not {wanted!r}"
     for failure in (

@@ -2,7 +2,7 @@
 
 Names and shapes are held against transformers' own model, made without memory on the meta device;
 the settings of the forward pass against the dense model's, each with its own architecture's
-defaults; and transformers loads the model and reports what it missed.
+defaults.
 """
 
 from __future__ import annotations
@@ -15,46 +15,41 @@ from upcycle_cli.families.moe import Target
 from upcycle_cli.files import MOST_LISTING_BYTES
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.headers import geometry_failures
+from upcycle_cli.verification.headers import geometry_failures, header_failures
 from upcycle_cli.verification.listing import listing_failures
-from upcycle_cli.verification.loading import MoeLoader
+from upcycle_cli.verification.models import class_of
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.settings import own_setting_failures, setting_failures, setting_notes
 
 NAME = "structure"
 
 
-def check_structure(facts: Facts, loader: MoeLoader) -> CheckResult:
-    """Check names, shapes, dtypes, index and settings, and that transformers loads the model."""
+def check_structure(facts: Facts) -> CheckResult:
+    """Check names, shapes, dtypes, index and settings."""
     # This imports torch, which a push, the other caller of this module, does without.
     from upcycle_cli.verification.twin import twin_failures
 
+    by_header = list(header_failures(facts.moe, facts.target))
     # Only the first few are shown, and a wrong setting is why many tensors seem to be.
     failures = (
         *setting_failures(facts),
-        *loader.header_failures,
+        *by_header,
         # A config of other tensors can ask for more memory than there is.
-        *(() if loader.header_failures else (*geometry_failures(facts), *twin_failures(facts))),
-        *own_failures(facts.moe, facts.target, facts.moe_names),
+        *(() if by_header else (*geometry_failures(facts), *twin_failures(facts))),
+        *own_failures(facts.moe, facts.target, facts.moe_names, class_of(facts.target)),
         *dtype_failures(facts),
-        *loader.loading.complaints,
     )
-    loading = loader.loading
-    loaded = loading.info is not None
     passed = (
-        f"{len(facts.moe.tensors)} tensors have the names, shapes and dtypes that config.json "
-        "implies, and the settings of the forward pass are the dense model's."
+        f"{len(facts.moe.tensors)} tensors have the names, shapes and dtypes that transformers "
+        "gives them by config.json, and the settings of the forward pass are the dense model's."
     )
-    notes = list(setting_notes(facts))
-    if loaded and not loading.complaints:
-        passed += " Transformers loads it and misses nothing."
-    elif loading.not_tried is not None:
-        notes.append(f"Loading it with transformers was not tried: {loading.not_tried}.")
-    metrics = {"tensors": len(facts.moe.tensors), "loaded": loaded}
-    return Findings(failures).result(NAME, passed, metrics, " ".join(notes))
+    metrics = {"tensors": len(facts.moe.tensors)}
+    return Findings(failures).result(NAME, passed, metrics, " ".join(setting_notes(facts)))
 
 
-def own_failures(moe: Checkpoint, target: Target, names: Sequence[str]) -> Iterator[str]:
+def own_failures(
+    moe: Checkpoint, target: Target, names: Sequence[str], architecture: str
+) -> Iterator[str]:
     """Name what is wrong with an MoE that can be seen without the dense model, but for its headers.
 
     `names` are those of all files beside it.
@@ -64,7 +59,7 @@ def own_failures(moe: Checkpoint, target: Target, names: Sequence[str]) -> Itera
             yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"
     yield from _index_failures(moe)
     yield from listing_failures(names, moe)
-    yield from own_setting_failures(moe, target)
+    yield from own_setting_failures(moe, target, architecture)
 
 
 def _index_failures(moe: Checkpoint) -> Iterator[str]:

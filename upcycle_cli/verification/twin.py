@@ -37,7 +37,7 @@ _MOST_DIFFERENCE = 1e-4
 
 
 def twin_failures(facts: Facts) -> Iterator[str]:
-    """Say where the dense MLP is not what it is taken for, or the MoE's twin not the dense one's.
+    """Say where the dense MLP or the experts are not what they are taken for, or twins differ.
 
     Where both are of one type, the settings compared key by key say the latter.
     """
@@ -45,13 +45,45 @@ def twin_failures(facts: Facts) -> Iterator[str]:
     try:
         # Each is made small in a way of its own.
         mlp_config, dense_config = (load_config(facts.dense.path) for _ in range(2))
-        moe_config = load_config(facts.moe.path)
+        layout_config, moe_config = (load_config(facts.moe.path) for _ in range(2))
         with transformers_says():
             yield from _mlp_failures(facts, mlp_config)
+            yield from _layout_failures(facts, layout_config)
             if not alike:
                 yield from _compare(facts, dense_config, moe_config)
     except TransformersError as error:
         yield f"small models with these settings cannot be compared: {error}"
+
+
+def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
+    """Say where transformers takes a part of an expert from another place than the rows say."""
+    if not any("{expert}" in weight.name for weight in facts.layout.experts):
+        return  # the one tensor of a layer is taken as it is
+    layer = facts.layers[0]
+    _shrink_experts(facts, config)
+    shorten(config, layer + 1)
+    model = empty_model(config, "cpu")
+    _fill(model)
+    written, module = names_on_disk(model, model.state_dict()), model.base_model.layers[layer]
+    *_, in_memory = facts.target.layouts.values()
+    for part in facts.parts:
+        for expert in range(2):
+            found, spot = (
+                place(weights, part, width=_WIDTH, expert=expert)
+                for weights in (in_memory.experts, facts.layout.experts)
+            )
+            name = facts.target.prefix(layer) + spot.tensor
+            held = written.get(name)
+            wanted = module.get_parameter(found.tensor)[found.index]
+            if held is None or not torch.equal(held[spot.index], wanted):
+                yield f"transformers does not take the {part} of expert {expert} from {name}"
+
+
+def _shrink_experts(facts: Facts, config: Config) -> None:
+    _shrink(config)
+    keys = facts.target.keys
+    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, _WIDTH)):
+        setattr(config, key, value)
 
 
 def _shrink(config: Config) -> None:
@@ -69,10 +101,7 @@ def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator
     far = max(_longest(config) for config in (dense_config, moe_config))
     _shrink_windows(dense_config, moe_config)
     _shrink(dense_config)
-    _shrink(moe_config)
-    keys = facts.target.keys
-    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, _WIDTH)):
-        setattr(moe_config, key, value)
+    _shrink_experts(facts, moe_config)
     dense, moe = empty_model(dense_config, "cpu"), empty_model(moe_config, "cpu")
     _fill(dense)
     lacking = _share_weights(facts, dense, moe)

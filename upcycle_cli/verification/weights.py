@@ -2,7 +2,8 @@
 
 Each expert must equal round(cast(shard) × factor), which is exact even when the factor is not
 lossless; the factors themselves are recovered from the tensors, whatever `upcycle.json` says, and
-must multiply to what config.json implies. One matrix of the dense model is in memory at a time.
+must multiply to what config.json implies. `scan.py` finds what differs as bytes; only that is
+compared as numbers here, and put in words.
 
 Legend: N experts, E groups, G shards, H hidden size, I dense intermediate size; expert e = g·G + s
 holds shard s of group g.
@@ -19,13 +20,15 @@ import torch
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
 from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import Place
-from upcycle_cli.verification.bits import bits, difference, same
+from upcycle_cli.hooks import Watch
+from upcycle_cli.verification.bits import bits, difference, one_thread, same
 from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import row_failures, size_failures
+from upcycle_cli.verification.scan import Experts, Key, Scan
 from upcycle_cli.verification.sizes import read_tensors
 
 NAME = "weights"
@@ -45,20 +48,37 @@ class _Wanted:
     layer: int = 0
 
 
-def check_weights(facts: Facts) -> CheckResult:
-    """Check every tensor of the MoE against the dense model."""
+def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[int]]:
+    """Check every tensor of the MoE against the dense model.
+
+    Returns the layers, too, whose experts are bit for bit what they should be: there the copies of
+    a shard are the same bytes.
+    """
     findings = Findings()
-    wanted = _wanted(facts)
+    placed = Experts.of(facts)
+    wanted = _wanted(facts, placed)
     sound = set(_sound(facts, wanted, findings))
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         comparison = _Comparison(facts, dense, moe, findings)
-        factors = recover_factors(facts)
+        with one_thread():
+            factors = recover_factors(facts)
         comparison.factors(factors)
+        sources = {name: item.source for name, item in wanted.items() if item.role == "copied"}
+        scan = Scan(facts, placed, dense, moe, comparison.rounding, watch)
+        comparison.differing |= scan.run(
+            sound, {name: sources[name] for name in sources if name in sound}, factors
+        )
+        copied = set()
         for layer in facts.layers:
+            before = len(findings)
             for part in facts.parts:
-                comparison.experts(part, layer, factor_of(facts, factors, part), sound)
+                if (part, layer) in comparison.differing:
+                    comparison.experts(part, layer, factor_of(facts, factors, part), sound)
+            if len(findings) == before and placed.names(layer).keys() <= sound:
+                copied.add(layer)
             if facts.router_name(layer) in sound:
-                comparison.router(layer)
+                with one_thread():
+                    comparison.router(layer)
         for name, item in wanted.items():
             if name in sound:
                 comparison.other(name, item)
@@ -79,7 +99,8 @@ def check_weights(facts: Facts) -> CheckResult:
         "rounding_error": rounding.error,
         "zeroed_share": rounding.zeroed,
     }
-    return findings.result(NAME, _passed_detail(facts, factors, lossless=lossless), metrics)
+    detail = _passed_detail(facts, factors, lossless=lossless)
+    return findings.result(NAME, detail, metrics), frozenset(copied)
 
 
 def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool) -> str:
@@ -102,7 +123,7 @@ def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool
     )
 
 
-def _wanted(facts: Facts) -> dict[str, _Wanted]:
+def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
     """Return every tensor that the MoE must have, derived from the dense model's tensors."""
     wanted: dict[str, _Wanted] = {}
     for name, entry in read_tensors(facts.dense).items():
@@ -122,11 +143,11 @@ def _wanted(facts: Facts) -> dict[str, _Wanted]:
     for name in correction_biases(facts):
         wanted[name] = _Wanted((facts.num_experts,), "zero")
     N, H = facts.num_experts, facts.hidden_size
+    by_part = {part: _Wanted(facts.expert_shape(part), "expert") for part in facts.parts}
     for layer in facts.layers:
         wanted[facts.router_name(layer)] = _Wanted((N, H), "router")
-        for part in facts.parts:
-            expert = _Wanted(facts.expert_shape(part), "expert")
-            wanted |= {facts.place(part, layer, e).tensor: expert for e in range(N)}
+        for name, part in experts.names(layer).items():
+            wanted[name] = by_part[part]
         wanted |= _wanted_shared(facts, layer)
     return wanted
 
@@ -167,6 +188,8 @@ class _Comparison:
     moe: Reader
     findings: Findings
     rounding: Rounding = field(default_factory=Rounding)
+    differing: set[Key] = field(default_factory=set)
+    """What holds other bytes than the dense model, and is to be put in words."""
 
     def factors(self, factors: Mapping[str, float]) -> None:
         """Hold the recovered factors against config.json and the rule of the scaling."""
@@ -251,6 +274,8 @@ class _Comparison:
     def other(self, name: str, item: _Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
         if item.role in ("expert", "router"):
+            return
+        if item.role == "copied" and name not in self.differing:
             return
         held = self.moe.tensor(name)
         if item.role == "copied":

@@ -1,0 +1,370 @@
+"""Which places of the MoE hold other bytes than they should, found at the speed of the disk.
+
+A layer's shards are cast and scaled once; what is left is to compare bytes, which needs no more
+than to read them. Several threads do so in the order of the files, without a copy of their own, and
+skip what the disk holds only once. What differs is told by name alone: `weights.py` says how, and
+whether it matters (one nan is as good as another).
+
+Memory: the scaled MLP of one layer, or one other tensor that is cast; the rest are pages of files.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from threading import Event, Lock
+from typing import NamedTuple
+
+import torch
+
+from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint, Reader, TensorEntry
+from upcycle_cli.families.mlp import Place
+from upcycle_cli.files import locate, open_regular
+from upcycle_cli.hooks import Watch
+from upcycle_cli.verification.bits import expect_bytes, same_bytes
+from upcycle_cli.verification.extents import Known, Layout, layout_of
+from upcycle_cli.verification.factors import factor_of
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.rounding import Rounding
+
+Key = tuple[str, int] | str
+"""What is judged as one: a part of all experts of a layer, or the name of a copied tensor."""
+
+_THREADS = 4  # a disk answers several questions at once
+_STEP_BYTES = 1 << 20  # fits a processor's cache, and is soon done when there is a reason to stop
+_TASK_BYTES = 8 << 20
+_SCALED_ELEMENTS = 1 << 20
+_TALK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts lie, for one layer as for all: asking `Facts` for each takes its time."""
+
+    facts: Facts
+    places: tuple[tuple[str, int, Place], ...]
+    """Part, expert, and the place with the name of its tensor within the layer."""
+
+    @classmethod
+    def of(cls, facts: Facts) -> Experts:
+        """Ask for the first layer."""
+        first, start = facts.layers[0], len(facts.target.prefix(facts.layers[0]))
+        found = []
+        for expert in range(facts.num_experts):
+            for part in facts.parts:
+                place = facts.place(part, first, expert)
+                found.append((part, expert, replace(place, tensor=place.tensor[start:])))
+        return cls(facts, tuple(found))
+
+    def names(self, layer: int) -> dict[str, str]:
+        """Return the tensors of a layer's experts, each with a part that it holds."""
+        prefix = self.facts.target.prefix(layer)
+        return {prefix + place.tensor: part for part, _, place in self.places}
+
+
+class _Range(NamedTuple):
+    """Bytes of the MoE, and those that they must equal, by address."""
+
+    key: Key | None
+    """None for what is to be there and is not compared."""
+    held: int
+    wanted: int
+    nbytes: int
+
+
+class _Spot(NamedTuple):
+    """Where a tensor of the MoE, or what it holds of an expert, lies in its file, in bytes."""
+
+    shard: str
+    start: int
+    nbytes: int
+
+
+@dataclass
+class _File:
+    """A file that is mapped: the address of its first byte, and what it shares."""
+
+    address: int
+    layout: Layout
+
+
+@dataclass
+class _Wanted:
+    """A contiguous value, and where on the disk its bytes are known to lie."""
+
+    value: torch.Tensor
+    known: Known = field(default_factory=Known)
+
+
+@dataclass
+class Scan:
+    """Compares experts and copied tensors with the dense model's, and keeps what differs."""
+
+    facts: Facts
+    experts: Experts
+    dense: Reader
+    moe: Reader
+    rounding: Rounding
+    watch: Watch
+    differing: set[Key] = field(default_factory=set)
+    _files: dict[tuple[bool, str], _File] = field(default_factory=dict)
+    _scaled: dict[tuple[str, str, int], torch.Tensor] = field(default_factory=dict)
+    """By part, dtype and shard: memory that is used again from layer to layer."""
+    _alive: list[torch.Tensor] = field(default_factory=list)
+    """What ranges have addresses of, until they have been compared."""
+    _done: int = 0
+    _total: int = 0
+    _talked: float = 0.0
+    _lock: Lock = field(default_factory=Lock)
+    _stop: Event = field(default_factory=Event)
+
+    def run(
+        self, sound: set[str], copied: Mapping[str, str], factors: Mapping[str, float]
+    ) -> set[Key]:
+        """Return what differs of the tensors that are sound; `copied` has sources by name."""
+        tensors = self.facts.moe.tensors
+        units: dict[int | str, list[str]] = {name: [name] for name in copied}
+        for layer in self.facts.layers:
+            units[layer] = [name for name in self.experts.names(layer) if name in sound]
+        self._total = sum(tensors[name].nbytes for names in units.values() for name in names)
+
+        # The last file first: where a conversion has just ended, that is the one still in memory.
+        shards = {shard: -i for i, shard in enumerate(sorted({t.shard for t in tensors.values()}))}
+
+        def order(unit: int | str) -> tuple[int, int]:
+            return min((shards[tensors[n].shard], tensors[n].offset) for n in units[unit])
+
+        def cast(unit: int | str) -> object:
+            # Tensors that need no memory go together; what does goes alone.
+            plain = isinstance(unit, str) and self._same_dtype(copied[unit], unit)
+            return plain or unit
+
+        self.watch.checked(0, self._total, "bytes")
+        # Threads that torch divides every one of their tensors among would wait for one another.
+        num_threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for _, group in groupby(sorted(filter(units.get, units), key=order), key=cast):
+                ranges: list[_Range] = []
+                for unit in group:
+                    if isinstance(unit, str):
+                        ranges += self._copied_ranges(unit, copied[unit])
+                    else:
+                        ranges += self._expert_ranges(pool, unit, sound, factors)
+                self._do(pool, map(self._reading, _tasks(ranges)))
+                self._alive.clear()
+        finally:
+            # What is raised here, a signal's error too, is not to wait for more than a step.
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)
+        self.watch.checked(self._total, self._total, "bytes")
+        return self.differing
+
+    def _same_dtype(self, source: str, name: str) -> bool:
+        return self.facts.dense.tensors[source].dtype == self.facts.moe.tensors[name].dtype
+
+    def _file(self, name: str, *, dense: bool) -> _File:
+        """Return the file of a tensor."""
+        checkpoint, reader = (self.facts.dense, self.dense) if dense else (self.facts.moe, self.moe)
+        entry = checkpoint.tensors[name]
+        key = dense, entry.shard
+        if key not in self._files:
+            start = torch.frombuffer(reader.mapped(name), dtype=torch.uint8).data_ptr()
+            self._files[key] = _File(start - entry.offset, _layout(checkpoint, entry.shard))
+        return self._files[key]
+
+    def _copied_ranges(self, name: str, source: str) -> Iterator[_Range]:
+        entry = self.facts.moe.tensors[name]
+        if not entry.nbytes:
+            return
+        value = self.dense.tensor(source)
+        wanted = _Wanted(value)
+        if self._same_dtype(source, name):
+            self._know(wanted, source)
+        else:
+            wanted.value = self.rounding.cast(source, value, _torch_dtype(entry.dtype))
+        self._alive.append(wanted.value)
+        yield from self._ranges(name, name, _Spot(entry.shard, entry.offset, entry.nbytes), wanted)
+
+    def _expert_ranges(
+        self, pool: ThreadPoolExecutor, layer: int, sound: set[str], factors: Mapping[str, float]
+    ) -> list[_Range]:
+        """Return what to compare of a layer's experts, in the order of the files."""
+        facts, found = self.facts, list[tuple[_Spot, str, str, str, int]]()
+        prefix = facts.target.prefix(layer)
+        for part, expert, place in self.experts.places:
+            name = prefix + place.tensor
+            if name not in sound:
+                continue
+            entry = facts.moe.tensors[name]
+            spot = _spot(entry, place)
+            if spot is None or math.isnan(factor_of(facts, factors, part)):
+                self.differing.add((part, layer))
+            elif spot.nbytes:
+                found.append((spot, name, part, entry.dtype, expert % facts.granularity))
+        found.sort()
+        wanted: dict[tuple[str, str, int], _Wanted] = {}
+        scaling: list[Callable[[], None]] = []
+        for part, dtype in sorted({(part, dtype) for _, _, part, dtype, _ in found}):
+            factor = factor_of(facts, factors, part)
+            for shard, value in enumerate(self._make(part, layer, dtype, factor, scaling)):
+                wanted[part, dtype, shard] = value
+        ranges = [
+            piece
+            for spot, name, part, dtype, shard in found
+            for piece in self._ranges((part, layer), name, spot, wanted[part, dtype, shard])
+        ]
+        # Read by several threads first: one that touches page by page is slower than the disk.
+        read = dict.fromkeys(key[0] for key, _, _, _ in ranges if key is not None)
+        source = (self._dense_range(part, layer) for part in read)
+        self._do(pool, map(self._reading, _tasks(source)))
+        self._do(pool, scaling)
+        return ranges
+
+    def _dense_range(self, part: str, layer: int) -> _Range:
+        name = self.facts.dense_place(part, layer).tensor
+        entry = self.facts.dense.tensors[name]
+        address = self._file(name, dense=True).address + entry.offset
+        return _Range(None, address, address, entry.nbytes)
+
+    def _make(
+        self, part: str, layer: int, dtype: str, factor: float, scaling: list[Callable[[], None]]
+    ) -> Iterator[_Wanted]:
+        """Yield each shard of a part of a dense MLP as an expert must hold it in a dtype.
+
+        What is still to be multiplied for that is added to `scaling`.
+        """
+        name = self.facts.dense_place(part, layer).tensor
+        entry, source = self.facts.dense.tensors[name], self.dense.tensor(name)
+        if entry.dtype != dtype:
+            source = self.rounding.cast(name, source, _torch_dtype(dtype))
+        for shard in range(self.facts.granularity):
+            view = source[self.facts.dense_place(part, layer, shard).index]
+            wanted = _Wanted(view)
+            if factor != 1.0 or not view.is_contiguous():
+                wanted.value = self._memory((part, dtype, shard), view)
+                scaling += _scaling(view, factor, wanted.value)
+            else:
+                self._alive.append(view)
+                if entry.dtype == dtype:
+                    self._know(wanted, name)
+            yield wanted
+
+    def _memory(self, key: tuple[str, str, int], like: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous tensor of the same shape and dtype, of any contents."""
+        found = self._scaled.get(key)
+        if found is None or found.shape != like.shape:
+            found = self._scaled[key] = torch.empty(like.shape, dtype=like.dtype)
+        return found
+
+    def _know(self, wanted: _Wanted, source: str) -> None:
+        """Note where on the disk a value lies that is a range of a dense tensor."""
+        entry, value = self.facts.dense.tensors[source], wanted.value
+        start = entry.offset + int(value.storage_offset()) * value.element_size()
+        wanted.known.new(self._file(source, dense=True).layout, start, value.nbytes)
+
+    def _ranges(self, key: Key, name: str, spot: _Spot, wanted: _Wanted) -> Iterator[_Range]:
+        """Yield what is to be read of a place: all but what the disk has where it is known."""
+        file, value = self._file(name, dense=False), wanted.value.data_ptr()
+        parts = wanted.known.new(file.layout, spot.start, spot.nbytes)
+        for start, stop in parts:
+            yield _Range(key, file.address + spot.start + start, value + start, stop - start)
+        self._note(spot.nbytes - sum(stop - start for start, stop in parts))
+
+    def _reading(self, task: Iterable[_Range]) -> Callable[[], None]:
+        return partial(self._read, task)
+
+    def _do(self, pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]]) -> None:
+        """Have everything done, and tell how far it is; raises what a thread raises."""
+        waiting = {pool.submit(task) for task in tasks}
+        while waiting:
+            done, waiting = wait(waiting, _TALK_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            self._talk()
+
+    def _read(self, task: Iterable[_Range]) -> None:
+        for piece in task:
+            expect_bytes(piece.held, piece.nbytes, soon=True)
+        for key, held, wanted, nbytes in task:
+            for start in range(0, nbytes, _STEP_BYTES):
+                if self._stop.is_set():
+                    return
+                size = min(_STEP_BYTES, nbytes - start)
+                expect_bytes(held + start, size)
+                if key is None:
+                    continue
+                if key not in self.differing and not same_bytes(held + start, wanted + start, size):
+                    self.differing.add(key)
+                self._note(size)
+
+    def _note(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+
+    def _talk(self) -> None:
+        now = time.monotonic()
+        if self._done and now - self._talked >= _TALK_SECONDS:
+            self._talked = now
+            self.watch.checked(self._done, self._total, "bytes")
+
+
+def _tasks(ranges: Iterable[_Range]) -> Iterator[list[_Range]]:
+    """Yield the ranges in groups of about one size, the large ones in pieces."""
+    task, room = list[_Range](), _TASK_BYTES
+    for key, held, wanted, nbytes in ranges:
+        start = 0
+        while start < nbytes:
+            size = min(room, nbytes - start)
+            task.append(_Range(key, held + start, wanted + start, size))
+            start, room = start + size, room - size
+            if not room:
+                yield task
+                task, room = [], _TASK_BYTES
+    yield task
+
+
+def _spot(entry: TensorEntry, place: Place) -> _Spot | None:
+    """Return where a place lies, None when its bytes are not in one piece."""
+    shape, start = entry.shape, 0
+    if place.row is not None:
+        shape = shape[1:]
+        start = place.row * math.prod(shape)
+    if place.cut is not None and place.stop - place.start != shape[place.cut]:
+        if place.cut:
+            return None
+        shape = (place.stop - place.start, *shape[1:])
+        start += place.start * math.prod(shape[1:])
+    item = ITEM_BYTES[entry.dtype]
+    return _Spot(entry.shard, entry.offset + start * item, math.prod(shape) * item)
+
+
+def _scaling(
+    source: torch.Tensor, factor: float, target: torch.Tensor
+) -> Iterator[Callable[[], None]]:
+    """Yield what multiplies a tensor into another, in pieces that are soon done."""
+    rows = max(1, _SCALED_ELEMENTS // max(1, math.prod(source.shape[1:])))
+    for start in range(0, len(source), rows):
+        piece = slice(start, start + rows)
+        yield partial(_scale, source[piece], factor, target[piece])
+
+
+def _scale(source: torch.Tensor, factor: float, target: torch.Tensor) -> None:
+    torch.mul(source, factor, out=target)
+
+
+def _layout(checkpoint: Checkpoint, shard: str) -> Layout:
+    with open_regular(locate(checkpoint.path, shard)) as file:
+        return layout_of(file.fileno())
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    found = getattr(torch, TORCH_DTYPES[dtype])
+    assert isinstance(found, torch.dtype)
+    return found

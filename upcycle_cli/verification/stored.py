@@ -1,0 +1,206 @@
+"""Models whose weights stay in their files: what a layer multiplies by is read as it does.
+
+A weight is read a block of rows at a time, an embedding only in the rows that the text needs, and
+an expert when its turn comes, so a model of any size runs in the memory of its activations. The
+code that runs is transformers' own; only where its weights come from is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+from upcycle_cli.verification.models import (
+    Model,
+    TransformersError,
+    empty_model,
+    load_config,
+    names_on_disk,
+    transformers_says,
+)
+
+_BLOCK = 1 << 24
+"""Elements of a weight that are in memory at once: 64 MB in float32."""
+
+Cast = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A matrix in a file, or some of them one below the other, in the place of a model's weight.
+
+    Torch's functions read it: a linear layer block by block, an embedding the rows it needs, and
+    any other the whole of it.
+    """
+
+    pieces: tuple[torch.Tensor, ...]
+    """Views of mapped files, of as many columns each."""
+    cast: Cast
+    """Takes what was read to what is computed with."""
+    dtype: torch.dtype = torch.float32
+
+    device = torch.device("cpu")
+    requires_grad = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight."""
+        first = self.pieces[0]
+        return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
+
+    def is_floating_point(self) -> bool:
+        """Answer for torch, without reading anything."""
+        return True
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Read some rows."""
+        found, start = [], 0
+        for piece in self.pieces:
+            low, high = max(begin - start, 0), min(end - start, len(piece))
+            if low < high:
+                found.append(self.cast(piece[low:high]))
+            start += len(piece)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def whole(self) -> torch.Tensor:
+        """Read it all."""
+        return self.rows(0, self.shape[0])
+
+    def block(self, begin: int, end: int) -> Stored:
+        """Return some of the rows, unread."""
+        pieces = []
+        for piece in self.pieces:
+            part = piece[max(begin, 0) : max(end, 0)]
+            begin, end = begin - len(piece), end - len(piece)
+            if len(part):
+                pieces.append(part)
+        return replace(self, pieces=tuple(pieces))
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self.whole(), name)
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        return self.whole()[index]  # type: ignore[index]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        _types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        own = len(args) > 1 and isinstance(args[1], cls)
+        if own and function is functional.linear:
+            return _linear(*args, **kwargs)
+        if own and function is functional.embedding:
+            ids, stored, *_ = args
+            needed, place = torch.unique(ids, return_inverse=True)
+            # The others are about training, or about a row that is there already.
+            return functional.embedding(place, stored.cast(stored.pieces[0][needed]))
+        args, kwargs = tree_map_only(cls, cls.whole, (args, dict(kwargs)))
+        return function(*args, **kwargs)
+
+
+def _linear(
+    input: torch.Tensor,  # noqa: A002 - as torch calls it
+    weight: Stored,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows, columns = weight.shape
+    size = max(1, _BLOCK // columns)
+    if size >= rows:
+        return functional.linear(input, weight.whole(), bias)
+    output = input.new_empty((*input.shape[:-1], rows))
+    for begin in range(0, rows, size):
+        end = min(begin + size, rows)
+        part = None if bias is None else bias[begin:end]
+        output[..., begin:end] = functional.linear(input, weight.rows(begin, end), part)
+    return output
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The matrices, or biases, of all experts of a layer, in the place of a model's one tensor."""
+
+    expert: Callable[[int], Stored]
+    dtype: torch.dtype = torch.float32
+
+    device = torch.device("cpu")
+    requires_grad = False
+
+    def is_floating_point(self) -> bool:
+        """Answer for torch, without reading anything."""
+        return True
+
+    def __getitem__(self, expert: int | torch.Tensor) -> Stored:
+        return self.expert(int(expert))
+
+
+def stored_model(
+    path: Path,
+    tensor: Callable[[str], Stored | None],
+    stacks: Mapping[tuple[int, str], Stack],
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Return a model whose weights stay in their files.
+
+    `tensor` returns a weight by the name that `save_pretrained` gives it, None when there is none;
+    `stacks` are the experts' by layer and name within the layer, as they are held in memory. Raises
+    TransformersError.
+    """
+    config = load_config(path)
+    config._experts_implementation = "eager"  # noqa: SLF001 - the others want one tensor of all
+    config.dtype = dtype
+    with transformers_says(), torch.no_grad():
+        model = empty_model(config, "meta")
+        _compute_buffers(model)
+        for (layer, name), stack in stacks.items():
+            module, _, leaf = name.rpartition(".")
+            model.base_model.layers[layer].get_submodule(module)._parameters[leaf] = stack  # noqa: SLF001
+        _fill(model, tensor)
+    return model
+
+
+def _compute_buffers(model: Model) -> None:
+    """Compute what no file holds, such as the frequencies of rotary embeddings."""
+    owners = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        owners[owner] = model.get_submodule(owner)
+        owners[owner]._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001
+    for owner in owners.values():
+        model._initialize_weights(owner)  # noqa: SLF001 - as from_pretrained does
+
+
+def _fill(model: Model, tensor: Callable[[str], Stored | None]) -> None:
+    """Put a stored weight in the place of each that is still without memory."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):  # noqa: SLF001
+            for leaf, held in slots.items():
+                if isinstance(held, torch.Tensor) and held.is_meta:
+                    places.setdefault(id(held), []).append((slots, leaf))
+    state = model.state_dict(keep_vars=True)
+    named = {name: held for name, held in state.items() if id(held) in places}
+    found: dict[int, Stored] = {}
+    # A tied head is the embedding, and only one of the two names may be on disk; and some save a
+    # model under the names that it has in memory.
+    for name, held in (*names_on_disk(model, named).items(), *named.items()):
+        stored = None if id(held) in found else tensor(name)
+        if stored is not None:
+            found[id(held)] = stored
+    for name, held in named.items():
+        if id(held) not in found:
+            raise TransformersError(f"{name} is in no file under its name")
+        stored = found[id(held)]
+        for slots, leaf in places[id(held)]:
+            # What is small is needed whole, and by all sorts of functions.
+            slots[leaf] = stored if held.dim() > 1 else stored.whole()
