@@ -22,6 +22,7 @@ from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import printable, shell_line
 from upcycle_cli.recipe import Promise, Routing
+from upcycle_cli.storage import REPORT_NAME
 
 if TYPE_CHECKING:
     from upcycle_cli.verification import Report
@@ -36,6 +37,8 @@ _SERVING = {
     ),
 }
 """What tests/interoperability/serving.py runs, as the card prints it."""
+_BEFORE_LINK = "To verify it yourself:"
+_LINK = f"Figures by layer and by token are in [{REPORT_NAME}]({REPORT_NAME}).\n\n"
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
@@ -76,14 +79,19 @@ def repo_name(text: str, suffix: str = "") -> str:
     return (text[: _LONGEST_NAME - len(suffix)].strip("-.") or "model") + suffix
 
 
-def for_repo(card: str, repo: str) -> str:
-    """Return a card that names `repo` as the model's place; one that was edited as it is."""
+def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
+    """Return a card that names `repo` as the model's place; one that was edited as it is.
+
+    With a report, it leads to that of a verification beside it.
+    """
     found = re.search(_PLACE, card)
     if found is None or is_edited(card):
         return card
     text, _, _ = card.strip().rpartition("\n\n")
     old = rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])"
-    text = re.sub(old, lambda _: repo, text)
+    text = re.sub(old, lambda _: repo, text).replace(_LINK, "")
+    if with_report:
+        text = text.replace(_BEFORE_LINK, _LINK + _BEFORE_LINK, 1)
     return f"{text}\n\n{_seal(text)}\n"
 
 

@@ -44,6 +44,7 @@ from upcycle_cli.storage import (
     GENERATION_NAME,
     INDEX_NAME,
     RECORD_NAME,
+    REPORT_NAME,
     TOKENIZER_CONFIG_NAME,
     WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
@@ -61,10 +62,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CARD_NAME", "COMPANIONS", "CONFIG_NAME", "GENERATION_NAME", "INDEX_NAME", "ITEM_BYTES",
-    "LARGEST", "MAX_HEADER_BYTES", "RECORD_NAME", "TOKENIZER_CONFIG_NAME", "TORCH_DTYPES",
-    "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "FileStamp", "Reader", "Storage",
-    "TensorEntry", "is_weight_file", "open_checkpoint", "open_storage", "parse_header", "raw_bytes",
-    "read_json", "shortened_file",
+    "LARGEST", "MAX_HEADER_BYTES", "RECORD_NAME", "REPORT_NAME", "TOKENIZER_CONFIG_NAME",
+    "TORCH_DTYPES", "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "FileStamp", "Reader",
+    "Storage", "TensorEntry", "is_weight_file", "open_checkpoint", "open_storage", "parse_header",
+    "raw_bytes", "read_json", "shortened_file",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from upcycle_cli.files import (
 )
 from upcycle_cli.folder import Folder
 from upcycle_cli.header import parse_header
-from upcycle_cli.storage import CARD_NAME, RECORD_NAME
+from upcycle_cli.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.workspace import SEAL, read_state
 
 _HINT = "Move or remove it yourself if it is not needed."
@@ -126,6 +126,9 @@ def _objection(
         return None if _is_untouched(card) else "which somebody has edited"
     if name == CHECKSUMS_NAME:
         file_is_ours = _are_ours(folder.read_small(name, MOST_JSON_BYTES), listed, record)
+    elif name == REPORT_NAME:  # on this very output, whose record it has the digest of
+        page = folder.read_small(name, MOST_JSON_BYTES)
+        file_is_ours = hashlib.sha256(record).hexdigest().encode() in page
     elif name == SEAL:  # of a run that was killed, in a directory that has another name now
         file_is_ours = "plan_sha256" in read_state(folder, SEAL)
     else:

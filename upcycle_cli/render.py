@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from upcycle_cli.advice import factors_text, no_promise, warnings
 from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.errors import shown
+from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
@@ -130,29 +131,36 @@ def push_json(push: Push) -> dict[str, Any]:
 def inspection_table(inspection: Inspection) -> Table:
     """Return what is known of a checkpoint, one property a row."""
     table = _properties()
+    for label, lines in inspection_rows(inspection):
+        _add(table, label, *lines)
+    return table
+
+
+def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what is known of a checkpoint: a property and the lines that say it."""
     checkpoint = inspection.checkpoint
-    _add(table, "model", f"{inspection.model_type} ({inspection.kind})")
+    yield "model", [f"{inspection.model_type} ({inspection.kind})"]
     if inspection.num_experts is not None:
         experts = f"{inspection.num_experts} per layer, {inspection.top_k} active"
         stored = f"{inspection.routing}, stored {inspection.expert_layout}"
-        _add(table, "experts", f"{experts}, {stored}")
+        yield "experts", [f"{experts}, {stored}"]
         layers, num_layers = inspection.moe_layers or (), inspection.num_layers
         if len(layers) != num_layers:
-            _add(table, "MoE layers", f"{listed(layers)} of {num_layers}")
+            yield "MoE layers", [f"{listed(layers)} of {num_layers}"]
     dense, parameters = inspection.dense_parameters, count(inspection.total_parameters)
     if inspection.kind == "moe":
         origin = "" if dense is None else f" (dense {count(dense)})"
         parameters += f", {count(inspection.active_parameters)} active{origin}"
-    _add(table, "parameters", parameters)
+    yield "parameters", [parameters]
     shards = counted(len(checkpoint.shards), "shard")
-    _add(table, "size", f"{size_text(checkpoint.nbytes)} in {shards}")
+    yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
     if inspection.targets:
-        _add(table, "can become", " or ".join(inspection.targets))
+        yield "can become", [" or ".join(inspection.targets)]
     if inspection.kind == "moe":
-        _add(table, "upcycle.json", _claims(inspection.record))
-        _add(table, "engines", *_engines(inspection.engines))
-    _add_weights(table, inspection)
-    return table
+        yield "upcycle.json", [_claims(inspection.record)]
+        yield "engines", _engines(inspection.engines)
+    if inspection.weights is not None:
+        yield from _weight_rows(inspection.weights, inspection.num_experts)
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -294,15 +302,14 @@ def _claimed(value: object) -> str:
     return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}…"
 
 
-def _add_weights(table: Table, inspection: Inspection) -> None:
-    weights = inspection.weights
-    if weights is None:
-        return
+def _weight_rows(
+    weights: WeightFacts, num_experts: int | None
+) -> Iterator[tuple[str, Sequence[str]]]:
     distinct = counted(weights.distinct_experts, "different expert")
     per_group = f"{weights.granularity} per group by their router rows"
-    _add(table, "weights", f"{distinct} of {inspection.num_experts}, {per_group}")
+    yield "weights", [f"{distinct} of {num_experts}, {per_group}"]
     whole = "yes, in every layer" if weights.whole_groups else "no:"
-    _add(table, "whole groups", whole, *weights.differing)
+    yield "whole groups", [whole, *weights.differing]
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
-        _add(table, "scale factors", f"{measured} (measured against the dense model)")
+        yield "scale factors", [f"{measured} (measured against the dense model)"]

@@ -29,6 +29,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 CARD_NAME = "README.md"
+REPORT_NAME = "verification.html"
+"""Of the page that `upcycle verify --report` writes, when it lies beside the model."""
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 

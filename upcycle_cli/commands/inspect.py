@@ -37,6 +37,7 @@ def inspect(
         Path | None,
         for_run(help="With --weights: the dense checkpoint, to measure the scale factors."),
     ] = None,
+    report: Annotated[Path | None, shared.report_option("what is known of an MoE")] = None,
     revision: shared.RevisionOption = None,
     json: shared.JsonOption = False,
 ) -> None:
@@ -45,7 +46,8 @@ def inspect(
     Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli import inspection, render
+        page = shared.report_file(report, dense)
+        from upcycle_cli import inspection, render, report_page
 
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
@@ -61,6 +63,13 @@ def inspect(
             weights=weights,
             dense=dense,
         )
+        if page is not None:
+            if found.kind != "moe":
+                raise UpcycleError(
+                    f"{path} is a dense model, and --report shows an MoE.", "Leave out --report."
+                )
+            command = shared.command_line()
+            page.write(report_page.inspection_html(found, name=str(path), command=command))
         if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
             print_json(render.inspection_json(found) | listed)
@@ -69,6 +78,8 @@ def inspect(
         if found.plan is not None:
             stdout().print()
             shared.show_plan(found.plan)
+        if page is not None:
+            shared.announce_report(page, silent=False)
         if tensors:
             # A list is for grep: one line a tensor, however wide the screen is.
             stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)

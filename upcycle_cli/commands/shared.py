@@ -6,16 +6,17 @@ import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upcycle_cli.printable import counted
+from upcycle_cli.printable import counted, shell_line
 from upcycle_cli.terminal import show, stdout, talk, warn
 
 if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
     from upcycle_cli.plan import Plan
+    from upcycle_cli.report_page.target import ReportFile
 
 DEMO = "demo"  # the object of a context whose command is run by the demo
 
@@ -56,6 +57,37 @@ def quiet_hub(*, silent: bool) -> None:
     from upcycle_cli.hub.requests import be_quiet
 
     be_quiet(bars=not silent and sys.stderr.isatty())
+
+
+def report_option(what: str) -> Any:  # noqa: ANN401 - typer's
+    """Return the option that asks for a page, whose help says `what` is on it."""
+    return for_run(
+        "--report",
+        metavar="FILE",
+        help=f"Write {what} to an HTML page that needs no network; takes the extra 'report'.",
+    )
+
+
+def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
+    """Return where a report goes, None when none is asked for; raises UpcycleError at once."""
+    if path is None:
+        return None
+    from upcycle_cli.report_page.target import ReportFile
+
+    file = ReportFile(path)
+    file.check(dense)
+    return file
+
+
+def announce_report(file: ReportFile, *, silent: bool) -> None:
+    """Say that a page has been written."""
+    if not silent:
+        talk(f"Wrote {file.path}.")
+
+
+def command_line() -> str:
+    """Return the command that runs, as one types it."""
+    return shell_line(["upcycle", *sys.argv[1:]])
 
 
 def show_plan(plan: Plan) -> None:

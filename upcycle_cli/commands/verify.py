@@ -65,6 +65,9 @@ def verify(
             help="Accept an MoE that does not promise equality: it is measured, not passed.",
         ),
     ] = False,
+    report: Annotated[
+        Path | None, shared.report_option("what was found, with figures by layer and by token,")
+    ] = None,
     json: shared.JsonOption = False,
     quiet: shared.QuietOption = False,
 ) -> None:
@@ -73,14 +76,15 @@ def verify(
     Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
     with terminal.errors_to_exit_codes(as_json=json):
-        from upcycle_cli import render, verification
+        page = shared.report_file(report, dense)
+        from upcycle_cli import render, report_page, verification
         from upcycle_cli.progress import progress_bar
         from upcycle_cli.verification import TextOptions
 
         shared.quiet_hub(silent=quiet or json)
         names = [name.strip() for name in checks.split(",") if name.strip()]
         with progress_bar(terminal.stderr(), total=0, silent=quiet or json) as watch:
-            report = verification.verify(
+            found = verification.verify(
                 dense,
                 moe,
                 checks=names,
@@ -92,17 +96,23 @@ def verify(
                 watch=watch,
             )
         terminal.raise_signal()
+        if not quiet and not json:
+            terminal.show(render.report_table(found))
+        elif not json and not found.accepted:
+            terminal.show(render.report_table(found), terminal.stderr())
+        if page is not None:
+            html = report_page.verification_html(
+                found, dense=str(dense), moe=str(moe), command=shared.command_line()
+            )
+            page.write(html)
+            shared.announce_report(page, silent=quiet or json)
         if json:
-            terminal.print_json(report.to_json())
-        elif not quiet:
-            terminal.show(render.report_table(report))
-        elif not report.accepted:
-            terminal.show(render.report_table(report), terminal.stderr())
-        if report.status == "skipped":
+            terminal.print_json(found.to_json())
+        if found.status == "skipped":
             terminal.fail("no check could run, so nothing is proven.", terminal.EXIT_ERROR)
-        if report.status == "measured" and not allow_inexact:
+        if found.status == "measured" and not allow_inexact:
             terminal.talk(
                 "Nothing is proven of an MoE that promises no equality; --allow-inexact accepts it."
             )
-        if not report.accepted:
+        if not found.accepted:
             raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)

@@ -2,7 +2,8 @@
 
 A directory that people work in holds tokens, drafts and half-trained weights beside the model. So a
 file goes to the Hub because `upcycle.json` lists it, and not because of its name; the card, the
-checksums and the licences that somebody put there because a licence asks for them come along.
+report of a verification, the checksums and the licences that somebody put there because a licence
+asks for them come along.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CARD_NAME, RECORD_NAME, Checkpoint, is_weight_file, read_json
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    Checkpoint,
+    is_weight_file,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import (
     CHECKSUMS_NAME,
+    MOST_JSON_BYTES,
     ListedFile,
     listed_files,
     locate,
     open_regular,
     read_checksums,
+    read_small,
     sha256_of,
 )
 from upcycle_cli.verification.listing import belongs
@@ -54,6 +64,8 @@ def read_manifest(moe: Checkpoint) -> Manifest:
         ) from error
     there = moe.storage.names()
     names = [*listed, RECORD_NAME, CARD_NAME, *filter(_is_licence, there)]
+    if REPORT_NAME in there and _is_report(moe):
+        names.append(REPORT_NAME)
     summed = set(names) - {CARD_NAME}
     if CHECKSUMS_NAME in there:
         names.append(CHECKSUMS_NAME)
@@ -69,6 +81,15 @@ def read_manifest(moe: Checkpoint) -> Manifest:
         failures += _checksum_failures(files, summed, listed)
     left_out = (name for name in there if name not in files and not is_note(name))
     return Manifest(files=files, left_out=tuple(left_out), failures=tuple(failures))
+
+
+def _is_report(moe: Checkpoint) -> bool:
+    """Whether a page is the report on this very model: it has the digest of its record."""
+    try:
+        page = read_small(locate(moe.path, REPORT_NAME), MOST_JSON_BYTES)
+        return sha256_of(locate(moe.path, RECORD_NAME)).encode() in page
+    except (OSError, UpcycleError):
+        return False
 
 
 def _is_licence(name: str) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.card import for_repo, is_edited
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME
+from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.front_matter import read_front_matter
@@ -132,7 +132,8 @@ def push(
     check_destination(destination)
     manifest = _check_complete(directory)
     files = dict(manifest.files)
-    card = for_repo(_read_card(files[CARD_NAME]), destination.repo)
+    has_report = REPORT_NAME in files
+    card = for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
     with explained(destination.repo, destination.revision):
         there = _prepare(destination)
         kept = None if destination.replace_card else _edited_card(there, card, destination)

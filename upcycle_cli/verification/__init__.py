@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
@@ -90,10 +90,12 @@ def verify(
         _check_kind(places[0].path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
-        facts = _gather(*paths, names, allow_inexact=how.allow_inexact)
-        return _run(facts, selected, how)
-    except DamagedError as error:
-        return _damaged(selected, error)
+        try:
+            facts = _gather(*paths, names, allow_inexact=how.allow_inexact)
+            report = _run(facts, selected, how)
+        except DamagedError as error:
+            report = _damaged(selected, error)
+        return replace(report, paths=paths)
     except OSError as error:
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)

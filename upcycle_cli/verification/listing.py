@@ -15,6 +15,7 @@ from upcycle_cli.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
     RECORD_NAME,
+    REPORT_NAME,
     WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
     Checkpoint,
@@ -26,7 +27,15 @@ from upcycle_cli.files import CHECKSUMS_NAME, matches
 from upcycle_cli.redirects import file_redirects
 from upcycle_cli.workspace import is_note
 
-_OWN = (CONFIG_NAME, CARD_NAME, RECORD_NAME, CHECKSUMS_NAME, ".gitattributes", ".gitignore")
+_OWN = (
+    CONFIG_NAME,
+    CARD_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    CHECKSUMS_NAME,
+    ".gitattributes",
+    ".gitignore",
+)
 
 _READ_BY: Mapping[str, str] = {
     " ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES): (

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 _MOST_SHOWN = 8
@@ -89,6 +90,7 @@ class Report:
     # What the MoE was held to: exact, approximate or none; None when it could not be told.
     promise: str | None = None
     allow_inexact: bool = False  # a measurement of an MoE that promises nothing is enough
+    paths: tuple[Path, Path] | None = None  # where both models were read: the dense one, the MoE
 
     @property
     def status(self) -> Status:
@@ -115,14 +117,16 @@ class Report:
         return {
             "status": str(self.status),
             "promise": self.promise,
-            "checks": [
-                asdict(check)
-                | {"status": str(check.status), "failures": [*check.failures]}
-                | {"layers": [_finite(asdict(layer)) for layer in check.layers]}
-                | {"texts": [asdict(text) for text in check.texts]}
-                for check in self.checks
-            ],
+            "checks": [_check_json(check) for check in self.checks],
         }
+
+
+def _check_json(check: CheckResult) -> dict[str, Any]:
+    found = asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
+    found["layers"] = [_finite(asdict(layer)) for layer in check.layers]
+    found["texts"] = [asdict(text) for text in check.texts]
+    measured = ("layers", "texts", "continuation")  # by one of the checks alone
+    return {key: value for key, value in found.items() if value or key not in measured}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""The page of an inspection: what headers, and the weights when they were read, say of an MoE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from upcycle_cli.checkpoint import CONFIG_NAME
+from upcycle_cli.experts import WeightFacts
+from upcycle_cli.inspection import Inspection
+from upcycle_cli.render import count, inspection_rows, size_text
+from upcycle_cli.report_page.figures import draw_bars
+from upcycle_cli.report_page.origin import FOOTER, origin_section
+from upcycle_cli.report_page.page import Figure, Page, Section, Table
+from upcycle_cli.report_page.recipe import recipe_section
+
+_MOST_KINDS = 200
+
+
+def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
+    """Return the page of an inspected MoE."""
+    title = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
+    rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
+    facts = Table(caption="What is known of the checkpoint", rows=rows)
+    digests: dict[str, str | None]
+    digests = {f"{CONFIG_NAME} of the MoE": inspection.checkpoint.config_digest}
+    digests |= {f"header of {s.name}": s.digest for s in inspection.checkpoint.shards}
+    return Page(
+        title=f"{title} (upcycle inspect)",
+        kind="Inspection of a Mixture of Experts",
+        heading=title,
+        verdict="What headers, settings and weights say by themselves. Whether the MoE computes "
+        "what a dense model computes is what upcycle verify finds out.",
+        sections=[
+            Section(key="facts", title="Checkpoint", tables=[facts]),
+            recipe_section(inspection.record or {}, _found(inspection.weights)),
+            _parameters(inspection),
+            origin_section({"MoE": name}, digests, inspection.record or {}, command),
+        ],
+        footer=FOOTER,
+    )
+
+
+def _found(weights: WeightFacts | None) -> dict[str, object]:
+    """Return what the weights show, by the names that verify has for it."""
+    if weights is None:
+        return {}
+    factors = {f"{matrix}_factor": factor for matrix, factor in (weights.factors or {}).items()}
+    return {"granularity": weights.granularity, **factors}
+
+
+def _parameters(inspection: Inspection) -> Section:
+    dense = inspection.dense_parameters
+    found = {} if dense is None else {"dense model": dense}
+    found |= {"active": inspection.active_parameters, "all": inspection.total_parameters}
+    unit, name = next(
+        (
+            (size, name)
+            for size, name in ((1e9, "billions"), (1e6, "millions"))
+            if found["all"] > size
+        ),
+        (1.0, ""),
+    )
+    figure = Figure(
+        svg=draw_bars(
+            "parameters",
+            {key: value / unit for key, value in found.items()},
+            unit=f"parameters{f', {name}' if name else ''}",
+        ),
+        title="Parameters",
+        description="; ".join(f"{key}: {count(value)}" for key, value in found.items()) + ".",
+    )
+    rows = sorted(_kinds(inspection), key=lambda kind: -kind.nbytes)
+    total = sum(kind.nbytes for kind in rows) or 1
+    table = Table(
+        caption="Tensors by name, with # for the number of a layer or an expert",
+        columns=("name", "tensors", "shape", "dtype", "size", "share"),
+        rows=[
+            (
+                kind.name,
+                f"{kind.tensors:,}",
+                " or ".join(sorted(kind.shapes)),
+                ", ".join(sorted(kind.dtypes)),
+                size_text(kind.nbytes),
+                f"{kind.nbytes / total:.2%}",
+            )
+            for kind in rows[:_MOST_KINDS]
+        ],
+        folded=f"Tensors of {len(rows):,} kinds",
+    )
+    return Section(key="parameters", title="Parameters", figures=[figure], tables=[table])
+
+
+@dataclass
+class _Kind:
+    """Tensors whose names differ by numbers only."""
+
+    name: str
+    tensors: int
+    nbytes: int
+    shapes: set[str]
+    dtypes: set[str]
+
+
+def _kinds(inspection: Inspection) -> Iterator[_Kind]:
+    found: dict[str, _Kind] = {}
+    for entry in inspection.checkpoint.tensors.values():
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "#", entry.name)
+        kind = found.setdefault(name, _Kind(name, 0, 0, set(), set()))
+        kind.tensors += 1
+        kind.nbytes += entry.nbytes
+        kind.shapes.add("×".join(map(str, entry.shape)))
+        kind.dtypes.add(entry.dtype)
+    yield from found.values()

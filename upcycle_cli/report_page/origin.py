@@ -1,0 +1,75 @@
+"""Where a page comes from: versions, digests, what `upcycle.json` records, and the command."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from upcycle_cli.checkpoint import RECORD_NAME
+from upcycle_cli.errors import shown
+from upcycle_cli.report_page.page import Section, Table, number, properties
+
+FOOTER = "Made by upcycle. This page is one file: it loads nothing, and runs no script."
+_PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
+_MOST_ROWS = 400
+
+
+def origin_section(
+    models: Mapping[str, str],
+    digests: Mapping[str, str | None],
+    record: Mapping[str, Any],
+    command: str,
+) -> Section:
+    """Return the section that says by what, from what and how a page was made."""
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    tables = [
+        properties("Models and command", {**models, "command": command}),
+        properties("Versions", versions),
+        properties("SHA-256 of files", digests),
+    ]
+    recorded = list(_recorded(record))
+    if recorded:
+        tables.append(
+            Table(
+                caption=f"What {RECORD_NAME} records",
+                columns=("of what", "value"),
+                rows=recorded[:_MOST_ROWS],
+                folded=f"Digests that {RECORD_NAME} records",
+            )
+        )
+    return Section(key="origin", title="Origin", tables=tables)
+
+
+def _recorded(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a record, which can hold anything, says of versions and digests."""
+    source, tool = record.get("source"), record.get("tool")
+    source = source if isinstance(source, dict) else {}
+    tool = tool if isinstance(tool, dict) else {}
+    rows = [
+        ("upcycle", tool.get("version")),
+        ("numpy", record.get("numpy")),
+        ("source", source.get("name")),
+        ("source revision", source.get("revision")),
+        ("config.json of the source", source.get("config_sha256")),
+        ("plan", record.get("plan_sha256")),
+    ]
+    for whose, listed in (("source", source.get("files")), ("MoE", record.get("files"))):
+        for file in listed if isinstance(listed, list) else ():
+            if isinstance(file, dict):
+                digest = file.get("sha256") or file.get("header_sha256")
+                kind = "" if file.get("sha256") else " (header)"
+                rows.append((f"{whose}: {_text(file.get('name'))}{kind}", digest))
+    return [(name, _text(value)) for name, value in rows if value is not None]
+
+
+def _text(value: object) -> str:
+    return number(value) if isinstance(value, str) else shown(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
