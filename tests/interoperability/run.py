@@ -11,7 +11,8 @@ finds those the same shows nothing. Each software is installed into a virtual en
 under ~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
 
 The exit code is 1 when something contradicts what `upcycle_cli/families/engines.py` says.
-`--quick` is what CI runs: both versions of transformers, whole and split experts.
+`--quick` is what CI runs: both versions of transformers, whole and split experts, each in an
+environment that is made for the run and takes PyTorch from the one that runs this.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.models import PLAIN, Case, cases, convert, make_dense, margin, quick_cases
 from interop.results import FAILS, Cell, Output, compare, contradiction, table
-from interop.software import SCRIPTS, SOFTWARE, NotInstalledError, Software, install, version
+from interop.software import (
+    SCRIPTS,
+    SOFTWARE,
+    NotInstalledError,
+    Software,
+    install,
+    install_beside,
+    version,
+)
 from smollm2 import make_smollm2, missing
 
 from upcycle_cli import inspect
@@ -54,7 +63,7 @@ def main() -> None:
     arguments = _arguments()
     wanted = QUICK if arguments.quick else arguments.software
     with tempfile.TemporaryDirectory(prefix="upcycle-interoperability-") as name:
-        run = _Run(Path(name), arguments.smollm2, wanted)
+        run = _Run(Path(name), arguments.smollm2, wanted, quick=arguments.quick)
         for case in quick_cases() if arguments.quick else cases():
             if arguments.only in case.name:
                 run.convert_and_try(case)
@@ -68,8 +77,10 @@ def main() -> None:
 class _Run:
     """Installs, converts, runs, and keeps what was found."""
 
-    def __init__(self, scratch: Path, smollm2: Path | None, wanted: Sequence[str]) -> None:
-        self.scratch = scratch
+    def __init__(
+        self, scratch: Path, smollm2: Path | None, wanted: Sequence[str], *, quick: bool
+    ) -> None:
+        self.scratch, self.quick = scratch, quick
         self.smollm2 = smollm2 or scratch / "smollm2"
         if smollm2 is None:
             if absent := missing():
@@ -137,7 +148,9 @@ class _Run:
     def _install(self, software: Software) -> None:
         print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
         try:
-            self.pythons[software] = install(software)
+            self.pythons[software] = (
+                install_beside(software, self.scratch) if self.quick else install(software)
+            )
         except NotInstalledError as error:
             self.not_installed[software.name] = str(error)
         else:

@@ -9,6 +9,7 @@ import venv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from sysconfig import get_path
 
 from interop.models import Case, native_routing
 
@@ -93,17 +94,37 @@ def install(software: Software) -> Path:
     Raises NotInstalledError.
     """
     folder = CACHE / software.name.replace(" ", "-")
-    python = folder / "bin" / "python"
     done = folder / "installed"
     if done.is_file() and done.read_text() == repr(software.packages):
-        return python
+        return _python(folder)
+    python = _make(folder, software)
+    done.write_text(repr(software.packages))
+    return python
+
+
+def install_beside(software: Software, directory: Path) -> Path:
+    """Return the Python of a new environment in `directory` that also sees what this one has.
+
+    Only the versions that differ are installed, and no PyTorch. Raises NotInstalledError.
+    """
+    return _make(directory / software.name.replace(" ", "-"), software, sees=get_path("purelib"))
+
+
+def _make(folder: Path, software: Software, sees: str | None = None) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
+    python = _python(folder)
+    if sees is not None:
+        packages = get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
+        (Path(packages) / "beside.pth").write_text(f"{sees}\n")
     _pip(python, "install", *software.packages)
     if software.unwanted:
         _pip(python, "uninstall", "--yes", *software.unwanted)
-    done.write_text(repr(software.packages))
     return python
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
 
 
 def version(python: Path, package: str) -> str:
