@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from upcycle_cli.card import for_repo, is_edited
 from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint, open_storage
 from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.sources import RepoStorage, check_space_for, is_repo_id, open_source
+from upcycle_cli.report_page.target import ReportFile
 
 REPO = "acme/tiny"
 MOE = "acme/tiny-E4G1T2"
@@ -500,6 +502,19 @@ def test_files_of_others_are_left_out(hub: Hub, run: RunOnHub, moe: Path, tmp_pa
     for name in ("optimizer.json", "model-checkpoints/step-5.safetensors", "secret.json"):
         assert name in result.stdout
     assert files_of(hub) == files_in(moe)
+
+
+def test_a_report_goes_with_its_model(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path) -> None:
+    directory = clone(moe, tmp_path / "moe")
+    page = directory / "verification.html"
+    ReportFile(page).write("<p>of another model</p>")
+    assert "verification.html" in run("push", directory, MOE).stdout  # as left out
+    assert "verification.html" not in files_of(hub)
+    digest = hashlib.sha256((directory / "upcycle.json").read_bytes()).hexdigest()
+    ReportFile(page).write(f"<p>{digest}</p>")
+    run("push", directory, MOE)
+    assert files_of(hub)["verification.html"] == page.read_bytes()
+    assert b"verification.html" in files_of(hub)["README.md"]
 
 
 def test_an_edited_card_is_kept(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path) -> None:

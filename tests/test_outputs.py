@@ -8,18 +8,20 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, logits, read_json, read_tensors, write_json
+from conftest import SIZES, TINY, MakeDense, logits, read_json, read_tensors, write_json
 from engine_fixtures import make_dense as make_hollow
 from safetensors.torch import save_file
 from test_engine import peak_anonymous_bytes
 from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
+from upcycle_cli.families.dense import DENSE
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.verification import CheckResult, Report, Status, TextOptions, verify
 from upcycle_cli.verification.prompts import Prompt, make_prompt, read_prompts
@@ -407,3 +409,20 @@ def test_subtle_damages(make_dense: MakeDense, tmp_path: Path, name: str) -> Non
     report: Report = verify(dense, moe, checks=[check])
     assert report.status is Status.FAILED
     assert word in " ".join((report.checks[0].detail, *report.checks[0].failures))
+
+
+def test_an_attention_multiplier(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twelfth: of a family that has one, and that takes no more than a row."""
+    row = replace(DENSE["llama"], model_type="granite", classes="Granite", targets=())
+    monkeypatch.setitem(DENSE, "granite", row)
+    monkeypatch.setitem(SIZES, "granite", {**TINY, "head_dim": 8, "attention_multiplier": 0.5})
+    dense, moe = make_dense("granite"), tmp_path / "moe"
+    convert(dense, moe, EXACT)
+    assert verify(dense, moe).passed
+    _json("config.json", attention_multiplier=0.51)(moe)
+    report = verify(dense, moe, checks=["structure", "outputs"])
+    structure, outputs = report.checks
+    assert "attention_multiplier is 0.51" in structure.failures[0]
+    assert outputs.status is Status.FAILED

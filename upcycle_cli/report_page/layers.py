@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from upcycle_cli.printable import counted
 from upcycle_cli.report_page.figures import Series, draw_heat_map, draw_lines
@@ -15,15 +15,13 @@ def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
     if not layers:
         return None
     numbers = [layer.layer for layer in layers]
-    added, most, hidden, gain = (
-        Series(name=name, values=[getattr(layer, field) for layer in layers])
-        for name, field in (
-            ("added, rms", "added_rms"),
-            ("added, largest", "added_max"),
-            ("hidden state", "hidden_rms"),
-            ("gain", "gain"),
-        )
-    )
+    fields = {
+        "added, rms": "added_rms",
+        "added, largest": "added_max",
+        "hidden state": "hidden_rms",
+        "gain": "gain",
+    }
+    added, most, hidden, gain = _series(layers, fields)
     series = [added, most, hidden]
     zeros = any(value == 0 for each in series for value in each.values)
     errors = Figure(
@@ -64,6 +62,13 @@ def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
     )
 
 
+def _series(layers: Sequence[LayerMeasure], fields: Mapping[str, str]) -> list[Series]:
+    return [
+        Series(name=name, values=[getattr(layer, field) for layer in layers])
+        for name, field in fields.items()
+    ]
+
+
 def _told(series: Sequence[Series], layers: Sequence[int]) -> str:
     told = "; ".join(f"{each.name}: {spread(each.values, layers)}" for each in series)
     return f"{told[0].upper()}{told[1:]}."
@@ -79,10 +84,7 @@ def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
         "entropy, nats": "router_entropy",
         "whole groups": "whole_share",
     }
-    margin, entropy, whole = (
-        Series(name=name, values=[getattr(layer, field) for layer in layers])
-        for name, field in fields.items()
-    )
+    margin, entropy, whole = _series(layers, fields)
     routers = Figure(
         svg=draw_lines("router", numbers, [margin, entropy], unit="mean over tokens", span=(0, 1)),
         title="Router margin and entropy by layer",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
@@ -175,11 +176,13 @@ def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
     from upcycle_cli.verification.claims import check_claims
     from upcycle_cli.verification.companions import check_files
     from upcycle_cli.verification.factors import find_objection
+    from upcycle_cli.verification.headers import header_failures
     from upcycle_cli.verification.outputs import check_outputs
     from upcycle_cli.verification.structure import check_structure
     from upcycle_cli.verification.weights import check_weights
 
     objection = find_objection(facts)
+    by_header = cache(lambda: tuple(header_failures(facts.moe, facts.target)))
     copied: frozenset[int] = frozenset()
 
     def weights() -> CheckResult:
@@ -188,11 +191,13 @@ def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
         return result
 
     run: dict[str, Callable[[], CheckResult]] = {
-        "structure": lambda: check_structure(facts),
+        "structure": lambda: check_structure(facts, by_header()),
         "files": lambda: check_files(facts),
         "claims": lambda: check_claims(facts),
         "weights": weights,
-        "outputs": lambda: check_outputs(facts, how.texts, objection, copied, how.watch),
+        "outputs": lambda: check_outputs(
+            facts, how.texts, objection, by_header(), copied=copied, watch=how.watch
+        ),
     }
     results: list[CheckResult] = []
     for name in selected:

@@ -58,14 +58,17 @@ class Ending:
 
 
 class Softmax:
-    """The softmax of a model at each position, as far as its logits were shown."""
+    """The softmax of a model at each position, as far as its logits were shown.
+
+    `normalizer` (P,) is the sum of exponentials, each less the largest logit.
+    """
 
     def __init__(self, targets_P: torch.Tensor) -> None:
         P = len(targets_P)
         self._targets_P = targets_P
         self.largest = torch.full((P,), -torch.inf)
         self.best = torch.zeros(P, dtype=torch.long)
-        self._sum_P = torch.zeros(P, dtype=torch.double)
+        self.normalizer = torch.zeros(P, dtype=torch.double)
         self._target_logit_P = torch.full((P,), torch.nan, dtype=torch.double)
         self.not_finite = self.shown = 0
 
@@ -81,7 +84,7 @@ class Softmax:
         fade_P = (self.largest - new_P).double().exp()
         self.largest = new_P
         self.weights = (logits_PV - new_P[:, None]).exp()
-        self._sum_P = self._sum_P * fade_P + self.weights.sum(-1, dtype=torch.double)
+        self.normalizer = self.normalizer * fade_P + self.weights.sum(-1, dtype=torch.double)
         place_P = self._targets_P - begin
         here_P = (place_P >= 0) & (place_P < logits_PV.shape[1])
         logit_P = logits_PV.gather(1, place_P.clamp(0, logits_PV.shape[1] - 1)[:, None])[:, 0]
@@ -89,14 +92,9 @@ class Softmax:
         return fade_P
 
     @property
-    def normalizer(self) -> torch.Tensor:
-        """Return the sum of exponentials without the largest logit in it."""
-        return self._sum_P
-
-    @property
     def log_sum(self) -> torch.Tensor:
         """Return the logarithm of the sum of exponentials."""
-        return self.largest.double() + self._sum_P.log()
+        return self.largest.double() + self.normalizer.log()
 
     @property
     def nll(self) -> torch.Tensor:

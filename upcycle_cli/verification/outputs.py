@@ -10,7 +10,7 @@ nothing, the difference is measured, and that is not a pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.distributions import Comparison
 from upcycle_cli.verification.factors import is_power_of_two, recover_factors
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.headers import header_failures
 from upcycle_cli.verification.models import TransformersError, transformers_says
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD
@@ -48,10 +47,14 @@ def check_outputs(
     facts: Facts,
     options: TextOptions,
     objection: str | None,
+    by_header: Sequence[str],
+    *,
     copied: Collection[int] = (),
     watch: Watch | None = None,
 ) -> CheckResult:
     """Compare the predictions of both models; `objection` says why nothing is promised, if so.
+
+    `by_header` is what headers show to be wrong: then there is no model to run.
 
     `copied` are the layers whose experts are known to be copies of as many as there are shards.
 
@@ -61,7 +64,7 @@ def check_outputs(
     odd = [entry for entry in facts.moe.tensors.values() if entry.dtype not in TORCH_DTYPES]
     for entry in odd:
         findings.add(f"{entry.name} is {entry.dtype}, which no weight is")
-    for failure in header_failures(facts.moe, facts.target):
+    for failure in by_header:
         findings.add(failure)
     if findings:
         return findings.result(NAME, "", note=note)

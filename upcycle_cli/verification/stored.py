@@ -31,8 +31,19 @@ _BLOCK = 1 << 24
 Cast = Callable[[torch.Tensor], torch.Tensor]
 
 
+class _Unread:
+    """What torch and transformers ask of a weight before they use it."""
+
+    device = torch.device("cpu")
+    requires_grad = False
+
+    def is_floating_point(self) -> bool:
+        """Answer for torch, without reading anything."""
+        return True
+
+
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Stored(_Unread):
     """A matrix in a file, or some of them one below the other, in the place of a model's weight.
 
     Torch's functions read it: a linear layer block by block, an embedding the rows it needs, and
@@ -45,18 +56,11 @@ class Stored:
     """Takes what was read to what is computed with."""
     dtype: torch.dtype = torch.float32
 
-    device = torch.device("cpu")
-    requires_grad = False
-
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight."""
         first = self.pieces[0]
         return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
-
-    def is_floating_point(self) -> bool:
-        """Answer for torch, without reading anything."""
-        return True
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """Read some rows."""
@@ -127,18 +131,11 @@ def _linear(
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class Stack(_Unread):
     """The matrices, or biases, of all experts of a layer, in the place of a model's one tensor."""
 
     expert: Callable[[int], Stored]
     dtype: torch.dtype = torch.float32
-
-    device = torch.device("cpu")
-    requires_grad = False
-
-    def is_floating_point(self) -> bool:
-        """Answer for torch, without reading anything."""
-        return True
 
     def __getitem__(self, expert: int | torch.Tensor) -> Stored:
         return self.expert(int(expert))

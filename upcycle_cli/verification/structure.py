@@ -15,7 +15,7 @@ from upcycle_cli.families.moe import Target
 from upcycle_cli.files import MOST_LISTING_BYTES
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.headers import geometry_failures, header_failures
+from upcycle_cli.verification.headers import geometry_failures
 from upcycle_cli.verification.listing import listing_failures
 from upcycle_cli.verification.models import class_of
 from upcycle_cli.verification.report import CheckResult, Findings
@@ -24,12 +24,11 @@ from upcycle_cli.verification.settings import own_setting_failures, setting_fail
 NAME = "structure"
 
 
-def check_structure(facts: Facts) -> CheckResult:
-    """Check names, shapes, dtypes, index and settings."""
+def check_structure(facts: Facts, by_header: Sequence[str]) -> CheckResult:
+    """Check names, shapes, dtypes, index and settings; `by_header` is what headers show wrong."""
     # This imports torch, which a push, the other caller of this module, does without.
     from upcycle_cli.verification.twin import twin_failures
 
-    by_header = list(header_failures(facts.moe, facts.target))
     # Only the first few are shown, and a wrong setting is why many tensors seem to be.
     failures = (
         *setting_failures(facts),
