@@ -177,14 +177,14 @@ def test_all_of_it_is_in_the_json(make_dense: MakeDense, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "sizes",
-    [[("--layers", 4), ("--layers", 16)], [("--experts", 8), ("--experts", 128)]],
+    [[(4, 2), (8, 2), (16, 2)], [(4, 8), (4, 64), (4, 128)]],
     ids=["layers", "experts"],
 )
-def test_memory_does_not_grow(tmp_path: Path, sizes: list[tuple[str, int]]) -> None:
+def test_memory_does_not_grow(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    """Whatever the number of layers (the first of a pair), and of experts (the second)."""
     peaks = []
-    for what, count in sizes:
-        layers, expansion = (count, 2) if what == "--layers" else (4, count)
-        dense, moe = tmp_path / f"dense{count}", tmp_path / f"moe{count}"
+    for layers, expansion in sizes:
+        dense, moe = tmp_path / f"dense{layers}", tmp_path / f"moe{layers}x{expansion}"
         make_hollow(dense, hidden=512, inner=2048, layers=layers)
         convert(dense, moe, Recipe(expansion=expansion, granularity=1, top_k=2))
         command = [sys.executable, "-m", "upcycle_cli", "verify", str(dense), str(moe)]

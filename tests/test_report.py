@@ -447,6 +447,20 @@ def test_the_card_leads_to_a_report(moe: Path) -> None:
     assert for_repo(linked, "me/moe") == plain
 
 
+def test_numbers_of_a_card_lead_to_what_was_measured(llama: Path, tmp_path: Path) -> None:
+    """Each check in the card's table leads to its place in the report, whose anchors are there."""
+    model = tmp_path / "moe"
+    convert(llama, model, Recipe(expansion=2, granularity=2, top_k=2), verify=True)
+    card, page = (model / "README.md").read_text("utf-8"), html_of(verify(llama, model))
+    linked = for_repo(card, "me/moe", with_report=True)
+    for name in CHECK_NAMES:
+        assert f"\n| {name} | passed |" in card
+        assert f"\n| [{name}](verification.html#check-{name}) | passed |" in linked
+        assert f'id="check-{name}"' in page
+    assert for_repo(linked, "me/moe", with_report=True) == linked
+    assert for_repo(linked, "me/moe") == for_repo(card, "me/moe")
+
+
 # In a browser -------------------------------------------------------------------------------------
 
 

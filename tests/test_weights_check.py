@@ -26,6 +26,7 @@ from engine_fixtures import (
 from upcycle_cli import Recipe, convert, open_checkpoint
 from upcycle_cli.hooks import Watch
 from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli.tensors import Options
 from upcycle_cli.verification import extents, scan
 from upcycle_cli.verification.bits import same_bytes
 from upcycle_cli.verification.extents import Known, Layout, layout_of
@@ -139,6 +140,30 @@ def test_every_byte_is_compared_once(dense: Path, made: Path, compared: list[int
     assert copied == {0, 1}
     entries = open_checkpoint(made).tensors.values()
     assert sum(compared) == sum(e.nbytes for e in entries if not e.name.endswith("moe.gate.weight"))
+
+
+def test_what_was_written_last_is_read_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last files are those that memory still holds after a conversion."""
+    dense = make_dense(tmp_path / "dense", hidden=256, inner=1536, layers=4, vocab=256)
+    moe, read = tmp_path / "moe", list[str]()
+    wanted = Recipe(expansion=8, granularity=1, top_k=2)
+    convert(dense, moe, wanted, target="mixtral", options=Options(max_shard_bytes=21 << 20))
+
+    def note(left: int, right: int, nbytes: int) -> bool:
+        for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            if first <= left < last:
+                read.append(Path(line.split()[-1]).name)
+        return same_bytes(left, right, nbytes)
+
+    monkeypatch.setattr(scan, "same_bytes", note)
+    monkeypatch.setattr(scan, "_THREADS", 1)
+    check(dense, moe)
+    shards = sorted({entry.shard for entry in open_checkpoint(moe).tensors.values()})
+    assert len(shards) > 2
+    assert list(dict.fromkeys(read)) == shards[::-1]
 
 
 @pytest.mark.parametrize(("role", "place"), DAMAGE)

@@ -39,6 +39,11 @@ _SERVING = {
 """What tests/interoperability/serving.py runs, as the card prints it."""
 _BEFORE_LINK = "To verify it yourself:"
 _LINK = f"Figures by layer and by token are in [{REPORT_NAME}]({REPORT_NAME}).\n\n"
+_CHECK = re.compile(
+    r"^\| \[?(?P<name>\w+)(?:\]\([^)]*\))? (?=\| (?:passed|failed|measured|skipped) \|)",
+    re.MULTILINE,
+)
+"""The name of a check in the table of what was found, with or without a link."""
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
@@ -82,7 +87,7 @@ def repo_name(text: str, suffix: str = "") -> str:
 def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     """Return a card that names `repo` as the model's place; one that was edited as it is.
 
-    With a report, it leads to that of a verification beside it.
+    With a report, it leads to that of a verification beside it, each check to what it measured.
     """
     found = re.search(_PLACE, card)
     if found is None or is_edited(card):
@@ -90,6 +95,8 @@ def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     text, _, _ = card.strip().rpartition("\n\n")
     old = rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])"
     text = re.sub(old, lambda _: repo, text).replace(_LINK, "")
+    link = rf"[\g<name>]({REPORT_NAME}#check-\g<name>)" if with_report else r"\g<name>"
+    text = _CHECK.sub(rf"| {link} ", text)
     if with_report:
         text = text.replace(_BEFORE_LINK, _LINK + _BEFORE_LINK, 1)
     return f"{text}\n\n{_seal(text)}\n"

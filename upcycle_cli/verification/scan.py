@@ -117,6 +117,8 @@ class Scan:
     """By part, dtype and shard: memory that is used again from layer to layer."""
     _alive: list[torch.Tensor] = field(default_factory=list)
     """What ranges have addresses of, until they have been compared."""
+    _turns: dict[str, int] = field(default_factory=dict)
+    """By shard of the MoE, when it is read; the smallest first."""
     _done: int = 0
     _total: int = 0
     _talked: float = 0.0
@@ -134,10 +136,10 @@ class Scan:
         self._total = sum(tensors[name].nbytes for names in units.values() for name in names)
 
         # The last file first: where a conversion has just ended, that is the one still in memory.
-        shards = {shard: -i for i, shard in enumerate(sorted({t.shard for t in tensors.values()}))}
+        self._turns = {s: -i for i, s in enumerate(sorted({t.shard for t in tensors.values()}))}
 
         def order(unit: int | str) -> tuple[int, int]:
-            return min((shards[tensors[n].shard], tensors[n].offset) for n in units[unit])
+            return min((self._turns[tensors[n].shard], tensors[n].offset) for n in units[unit])
 
         def cast(unit: int | str) -> object:
             # Tensors that need no memory go together; what does goes alone.
@@ -208,7 +210,7 @@ class Scan:
                 self.differing.add((part, layer))
             elif spot.nbytes:
                 found.append((spot, name, part, entry.dtype, expert % facts.granularity))
-        found.sort()
+        found.sort(key=lambda item: (self._turns[item[0].shard], item[0].start))
         wanted: dict[tuple[str, str, int], _Wanted] = {}
         scaling: list[Callable[[], None]] = []
         for part, dtype in sorted({(part, dtype) for _, _, part, dtype, _ in found}):
