@@ -184,7 +184,7 @@ def test_memory_does_not_grow(tmp_path: Path, sizes: list[tuple[int, int]]) -> N
     """Whatever the number of layers (the first of a pair), and of experts (the second)."""
     peaks = []
     for layers, expansion in sizes:
-        dense, moe = tmp_path / f"dense{layers}", tmp_path / f"moe{layers}x{expansion}"
+        dense, moe = tmp_path / f"dense{layers}x{expansion}", tmp_path / f"moe{layers}x{expansion}"
         make_hollow(dense, hidden=512, inner=2048, layers=layers)
         convert(dense, moe, Recipe(expansion=expansion, granularity=1, top_k=2))
         command = [sys.executable, "-m", "upcycle_cli", "verify", str(dense), str(moe)]
