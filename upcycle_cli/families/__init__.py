@@ -6,13 +6,13 @@ A family is a row of data: `dense.py` has those that can be upcycled, `moe.py` w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DENSE, DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.layers import parse_layers
-from upcycle_cli.families.moe import NATIVE, Target, shipped
+from upcycle_cli.families.moe import IN_MEMORY, NATIVE, Target, shipped
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 
@@ -92,7 +92,11 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     """
     model_type = str(config["model_type"])
     if model_type in NATIVE:
-        return NATIVE[model_type]
+        released = NATIVE[model_type]
+        # Where there are both, it is the released names, and the others are surplus.
+        kinds = released, replace(released, layer=IN_MEMORY)
+        held = (row for row in kinds if any(name.startswith(row.root) for name in names))
+        return next(held, released)
     family = DENSE[model_type.removeprefix(UPCYCLED_PREFIX)]
     biased = any(name.endswith("_proj_bias") for name in names)
     activation = read_dense(family, config).values[family.activation]

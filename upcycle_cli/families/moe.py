@@ -27,6 +27,9 @@ from upcycle_cli.families.shipped import ARCHITECTURE, AUTO_MAP, UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing
 
+IN_MEMORY = "model.layers.{layer}."
+"""How transformers 5 has a layer's names begin in memory, and saves them when told to."""
+
 
 class ExpertLayout(StrEnum):
     """How expert weights are named on disk."""
@@ -85,7 +88,8 @@ class Target:
     keys: Keys
     layers: LayerChoice
     """How its config says which layers are mixtures of experts."""
-    layer: str = "model.layers.{layer}."
+    layer: str = IN_MEMORY
+    """How the names of a layer's tensors begin, in released checkpoints."""
     correction_bias: str | None = None
     """A bias on the choice of experts, zero at first, which trainers move."""
     shared: SharedExpert | None = None
@@ -102,6 +106,11 @@ class Target:
     def ships_code(self) -> bool:
         """Whether its code comes with the model."""
         return self.model_type.startswith(UPCYCLED_PREFIX)
+
+    @property
+    def root(self) -> str:
+        """How the names of all tensors begin but the head's."""
+        return self.layer.partition("layers.")[0]
 
     def prefix(self, layer: int) -> str:
         """Return how the names of a layer's tensors begin."""

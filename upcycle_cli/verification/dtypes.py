@@ -17,13 +17,13 @@ def counterparts(facts: Facts) -> dict[str, str]:
     What was made without a dense tensor, such as a router, takes that of what it works with.
     """
     dense = read_tensors(facts.dense)
-    found = {name: name for name in dense if name not in facts.became}
+    found = {facts.in_moe(name): name for name in dense if name not in facts.became}
     found.setdefault(HEAD, facts.family.embedding)
     for name in facts.moe.tensors:
         # A bias that the architecture insists on goes with the matrix beside it.
         matrix = f"{name.removesuffix('.bias')}.weight"
-        if name.endswith(".bias") and name not in found and matrix in dense:
-            found[name] = matrix
+        if name.endswith(".bias") and name not in found and matrix in found:
+            found[name] = found[matrix]
     for layer in facts.layers:
         first = facts.dense_place(facts.parts[0], layer).tensor
         found[facts.router_name(layer)] = first

@@ -160,6 +160,12 @@ class Facts:
         shape = weight.shape(self.expert_size, self.hidden_size)
         return shape if "{expert}" in weight.name else (self.num_experts, *shape)
 
+    def in_moe(self, name: str) -> str:
+        """Return what the MoE calls a dense tensor, of an MLP the first that was made of it."""
+        root = self.family.layer.partition("layers.")[0]
+        kept = self.target.root + name.removeprefix(root) if name.startswith(root) else name
+        return self.became.get(name, kept)
+
     @cached_property
     def became(self) -> Mapping[str, str]:
         """From the dense tensors that experts were made of to those that hold the first of them."""

@@ -43,8 +43,8 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
     in_memory, written = empty_shapes(moe.path, layers=layers, **sizes)
     if any("{expert}" in weight.name for weight in find_layout(moe, target).experts):
         return written
-    # All but the experts have the names of released checkpoints in either layout.
-    memory, disk = "model.", target.layer.partition("layers.")[0]
+    # All but the experts have the names of released checkpoints, if the experts have.
+    memory, disk = "model.", target.root
     return {
         disk + name.removeprefix(memory) if name.startswith(memory) else name: shape
         for name, shape in in_memory.items()

@@ -35,7 +35,7 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
     def tensor(name: str) -> Stored | None:
         if name not in facts.dense.tensors:
             return None
-        entry = facts.moe.tensors.get(facts.became.get(name, name))
+        entry = facts.moe.tensors.get(facts.in_moe(name))
         # An untied head in the dense model, a tied one in the MoE: nothing was rounded.
         narrow = rounded and entry is not None
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype]) if narrow and entry else torch.float32
@@ -50,7 +50,7 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
 def rounds(facts: Facts) -> bool:
     """Whether the MoE's dtypes can have changed a weight of the dense model."""
     for name, entry in facts.dense.tensors.items():
-        became = facts.moe.tensors.get(facts.became.get(name, name))
+        became = facts.moe.tensors.get(facts.in_moe(name))
         if became is not None and became.dtype not in (entry.dtype, "F32"):
             return True
     return False
@@ -67,7 +67,7 @@ def moe_model(
     `copied` are the layers in which the experts of a shard were found to be the same bytes: each of
     them is run once for a token, with the sum of its copies' gates.
     """
-    disk = facts.target.layer.partition("layers.")[0]
+    disk = facts.target.root
 
     def stored(*pieces: torch.Tensor) -> Stored:
         return Stored(pieces, lambda held: held.to(dtype), dtype)

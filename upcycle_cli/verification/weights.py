@@ -128,7 +128,7 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
     wanted: dict[str, _Wanted] = {}
     for name, entry in read_tensors(facts.dense).items():
         if name not in facts.became:
-            wanted[name] = _Wanted(entry.shape, "copied", name)
+            wanted[facts.in_moe(name)] = _Wanted(entry.shape, "copied", name)
     # A tied model may carry its head all the same, and an untied MoE must.
     needs_head = not facts.moe.config.get("tie_word_embeddings", False)
     embedding = facts.family.embedding
