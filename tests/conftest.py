@@ -62,6 +62,41 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+_LATENT: Mapping[str, Any] = {
+    **TINY,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_LONG: Mapping[str, Any] = {**TINY, "head_dim": 8, "max_position_embeddings": 1 << 18}
+SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    "cwm": _LONG,  # whose rotary embeddings are stretched unless a config says otherwise
+    "ministral3": _LONG,
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+}
+"""Of types that are tried once, those that need other sizes than the usual."""
+
+
+def sizes_of(model_type: str) -> dict[str, Any]:
+    """The sizes of a tiny model of a type; those that are not in `SIZES` have what tokens need."""
+    if model_type in SIZES:
+        return dict(SIZES[model_type])
+    from transformers import CONFIG_MAPPING
+
+    sizes = dict(SPECIAL.get(model_type, TINY))
+    usual = CONFIG_MAPPING[model_type]()
+    if hasattr(usual, "head_dim") and model_type not in SPECIAL:
+        sizes["head_dim"] = 8
+    if getattr(usual, "sliding_window", None):
+        sizes["sliding_window"] = 8  # texts here are longer
+    # The usual ones of many a type are beyond this vocabulary.
+    return sizes | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+
+
 REMOVED = object()
 """As a value for `clone`: the key is taken out of config.json."""
 
@@ -95,7 +130,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
         key = json.dumps([model_type, dtype, max_shard_size, minimal, config], sort_keys=True)
         if key not in made:
             path = tmp_path_factory.mktemp(model_type) / "dense"
-            sizes = {**SIZES[model_type], **config}
+            sizes = {**sizes_of(model_type), **config}
             _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
             _save_companions(path)
             if model_type == "qwen2":

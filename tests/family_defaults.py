@@ -34,6 +34,8 @@ TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.j
 DENSE, MOE = tuple(families.DENSE), tuple(NATIVE)
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
 """The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
+WITHOUT_TABLE = ("internlm3", "minicpm3", "persimmon", "phi", "stablelm", "youtu")
+"""Types of which no table says what tensors they have: it depends on keys of their own."""
 
 SIZES = {
     "vocab_size": 97,
@@ -52,12 +54,18 @@ MAMBA_SIZES = {
 }
 DIMENSIONS = (
     "vocab_size",
-    "hidden_size",
-    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
     "num_attention_heads*head_dim",
     "num_key_value_heads*head_dim",
+    "num_attention_heads*head_dim+2*num_key_value_heads*head_dim",
+    "3*num_attention_heads*head_dim",
     "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "2*intermediate_size",
 )
+"""Of two that are the same size, which is so where heads make up the hidden size, the last."""
 MAMBA_DIMENSIONS = (
     "mamba_num_heads",
     "mamba_num_heads*mamba_head_dim",
@@ -88,7 +96,7 @@ def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
         "activations": sorted({*ACT2CLS} - {"prelu", "xielu"}),
         "rope_kinds": ["default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default", "proportional"})],
         "defaults": {model_type: defaults(model_type) for model_type in sorted({*dense, *MOE})},
-        "tensors": {model_type: tensors(model_type) for model_type in sorted(dense)},
+        "tensors": {name: tensors(name) for name in sorted({*dense} - {*WITHOUT_TABLE})},
     }
 
 
@@ -147,8 +155,8 @@ def defaults(model_type: str) -> dict[str, Any]:
     for key in re.findall(r'getattr\((?:self\.)?config, "([a-z]\w*)"', source):
         result.setdefault(key, None)
     rope = getattr(config_class(model_type)(), "rope_parameters", None)
-    if rope is not None:
-        assert rope.pop("rope_type") == "default"
+    # Where the usual is stretched, or differs by layer, what is absent stays so.
+    if rope is not None and rope.pop("rope_type", None) == "default":
         assert rope.keys() <= {"rope_theta", "partial_rotary_factor"}
         result |= {"rope_scaling": None, **rope}
     return {key: _as_json(value) for key, value in sorted(result.items())}
@@ -178,8 +186,8 @@ def tiny_config(model_type: str, **flags: bool) -> Any:  # noqa: ANN401 - transf
         settings |= {**MAMBA_SIZES, "layers_block_type": list(kinds(model_type))}
     else:
         settings |= {"num_hidden_layers": len(kinds(model_type))}
-    # A padding token must be in the vocabulary; which tokens are special changes no shape.
-    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    # They must be in the vocabulary; which tokens are special changes no shape.
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1)
     return config_class(model_type)(**settings)
 
 
@@ -223,12 +231,16 @@ def tensors(model_type: str) -> dict[str, Any]:
 def _forms(model_type: str) -> dict[int, str]:
     """Return what each size that can occur stands for."""
     sizes = SIZES | MAMBA_SIZES
+    if model_type not in KINDS:
+        model = _model_class(model_type)(tiny_config(model_type))
+        # Some derive it whatever the config says.
+        sizes["head_dim"] = next(m.head_dim for m in model.modules() if hasattr(m, "head_dim"))
     dimensions = (*DIMENSIONS, *(MAMBA_DIMENSIONS if model_type in KINDS else ()))
     forms = {}
     for form in dimensions:
         terms = [[sizes.get(factor, factor) for factor in t.split("*")] for t in form.split("+")]
         forms[sum(math.prod(map(int, term)) for term in terms)] = form
-    assert len(forms) == len(dimensions), "two dimensions have the same size"
+    assert len(dimensions) - len(forms) <= 1, "two dimensions have the same size"
     return forms
 
 

@@ -10,18 +10,28 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
-from conftest import MakeDense, clone, random_ids, read_json
+from conftest import SIZES, MakeDense, clone, random_ids, read_json
 from conftest import logits as logits_of
 
-from upcycle_cli import Options, Recipe, build_plan, convert, inspect, open_checkpoint, verify
+from upcycle_cli import (
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    inspect,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.checkpoint import Checkpoint, TensorEntry
 from upcycle_cli.families import SHIPPED, targets_of
-from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.dense import DENSE, DenseFamily
 from upcycle_cli.families.moe import NATIVE, Target, shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing, parse_recipe_name
@@ -32,7 +42,10 @@ from upcycle_cli.verification.headers import geometry_failures
 from upcycle_cli.verification.sizes import gather_facts
 
 Row = tuple[str, str]
-ROWS: list[Row] = [(name, target) for name, row in DENSE.items() for target in targets_of(row)]
+ROWS: list[Row] = [(name, target) for name in SIZES for target in targets_of(DENSE[name])]
+"""What grids of recipes, routings and damages are run on: every target, and families that differ
+in kind. Of the others, each is converted once, to the shipped code."""
+OTHERS = [name for name in DENSE if name not in SIZES]
 RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
 SINGLE = 1e-5
 DOUBLE = 1e-12
@@ -194,6 +207,37 @@ def test_a_config_that_leaves_out_what_is_usual(
     assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
 
 
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_a_family_by_its_row(
+    make_moe: MakeMoe, dense_logits: Callable[..., torch.Tensor], model_type: str
+) -> None:
+    """The logits are the dense model's, verify passes, and finds a row that says something else."""
+    dense, moe = make_moe((model_type, SHIPPED))
+    wanted = dense_logits(dense, torch.float32)
+    assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
+    report = verify(dense, moe)
+    assert [check.status for check in report.checks] == [Status.PASSED] * len(CHECK_NAMES), report
+    row = DENSE[model_type]
+    for changed in others_of(row):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(DENSE, model_type, changed)
+            assert is_refused(dense, moe), changed
+
+
+def is_refused(dense: Path, moe: Path) -> bool:
+    try:
+        return not verify(dense, moe, checks=["structure"]).passed
+    except UpcycleError:
+        return True
+
+
+def others_of(row: DenseFamily) -> Iterator[DenseFamily]:
+    """A row with another norm before the MLP, and with another offset of it."""
+    yield replace(row, norm="input_layernorm.weight" if row.norm is None else None)
+    if row.norm is not None:
+        yield replace(row, norm_offset=1.0 - row.norm_offset)
+
+
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
@@ -213,7 +257,7 @@ def test_a_text_longer_than_the_windows(make_moe: MakeMoe, row: Row) -> None:
 
 
 def test_every_row_with_windows_is_tried() -> None:
-    values = {name for name in DENSE if "sliding_window" in defaults_of(name)}
+    values = {name for name in SIZES if "sliding_window" in defaults_of(name)}
     assert values - {"nemotron_h"} == WINDOWS.keys()  # whose window no layer of transformers reads
 
 

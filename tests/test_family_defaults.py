@@ -30,6 +30,13 @@ from upcycle_cli.families.values import LAYER, defaults_of, tensor_shapes
 FILE: dict[str, Any] = json.loads(TARGET.read_text("utf-8"))
 DENSE = tuple(FILE["tensors"])
 """A row can do without; see `test_an_absent_key_has_a_meaning` for which cannot."""
+TYPES = tuple(FILE["defaults"])
+LEFT_NULL = {
+    "nemotron": "num_key_value_heads",
+    "hunyuan_v1_dense": "head_dim",
+    "ministral": "head_dim",
+}
+"""Keys of which transformers leaves a null as it is, and fails on it."""
 
 pytestmark = pytest.mark.skipif(
     installed() != FILE["transformers"],
@@ -44,7 +51,7 @@ def test_an_absent_key_has_a_meaning() -> None:
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
-    return generated(DENSE)
+    return generated([name for name in TYPES if name not in MOE or name in DENSE])
 
 
 def flags_of(model_type: str) -> list[str]:
@@ -91,8 +98,8 @@ def check_default_sizes(model_type: str) -> None:
     settings: dict[str, Any] = {"num_hidden_layers": 2}
     if model_type in KINDS:
         settings = {"layers_block_type": list(layers)}
-    elif model_type == "nemotron":  # transformers leaves this null as it is, and fails on it
-        settings |= {"num_key_value_heads": effective["num_key_value_heads"]}
+    elif key := LEFT_NULL.get(model_type):
+        settings |= {key: effective[key]}
     theirs = model_shapes(config_class(model_type)(**settings))
     assert tensor_shapes(model_type, effective, layers) == theirs
 
@@ -102,7 +109,7 @@ def check_absent_keys(model_type: str) -> None:
     for given in ({}, {"vocab_size": 96}, {"hidden_size": listed["num_attention_heads"] * 64}):
         config = config_class(model_type)(**given)
         rope = getattr(config, "rope_parameters", None) or {}
-        for key in ("rope_theta", "partial_rotary_factor"):
+        for key in ("rope_theta", "partial_rotary_factor") if "rope_theta" in listed else ():
             assert rope.get(key) == listed.get(key)
         read = json.loads(config.to_json_string(use_diff=False)) | rope | given
         # A null is derived, and so is the window of a model that does not slide.
@@ -128,12 +135,19 @@ def test_shapes_are_those_of_the_model_by_default(model_type: str) -> None:
     check_default_sizes(model_type)
 
 
-@pytest.mark.parametrize("model_type", sorted({*DENSE, *MOE}))
+@pytest.mark.parametrize("model_type", sorted(TYPES))
 def test_an_absent_key_means_its_default(model_type: str) -> None:
     check_absent_keys(model_type)
 
 
-@pytest.mark.parametrize("model_type", [kind for kind in DENSE if kind != "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name
+        for name in DENSE
+        if "rope_theta" in defaults_of(name) and name != "phi3"  # which knows one kind alone
+    ],
+)
 def test_theta_stays_when_only_the_scaling_is_given(model_type: str) -> None:
     config = config_class(model_type)(rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert config.rope_parameters["rope_theta"] == defaults_of(model_type)["rope_theta"]

@@ -52,8 +52,9 @@ class DenseFamily:
     windows: Callable[[Values, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """What it can become, beside the shipped code; that which most software can load first."""
-    classes: str | None = None
-    """How the names of its classes in transformers begin, for the shipped code; None without."""
+    classes: str | tuple[str, str, str] | None = None
+    """How the names of its classes in transformers begin, or the names of its config, its model and
+    its causal LM there, for the shipped code; None without."""
     outgrown_code: bool = False
     """Whether released models carry code that transformers has had itself since."""
 
@@ -61,6 +62,8 @@ class DenseFamily:
     def class_names(self) -> tuple[str, str, str]:
         """The config, the model and the causal LM, as transformers calls them."""
         name = self.classes
+        if isinstance(name, tuple):
+            return name
         return f"{name}Config", f"{name}Model", f"{name}ForCausalLM"
 
 
@@ -170,6 +173,18 @@ def _some_slide(values: Values, count: int) -> Windows:
 
 _SWIGLU = separate("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _UP_DOWN = separate("", "mlp.up_proj", "mlp.down_proj")
+_GATE_UP = (
+    Weight("mlp.gate_up_proj.weight", ("gate", "up"), 0),
+    Weight("mlp.down_proj.weight", ("down",), 1),
+)
+_SHARED = "input_layernorm.weight"  # attention and MLP run side by side
+_GEMMA: Any = {
+    "mlp": _SWIGLU,
+    "norm": "pre_feedforward_layernorm.weight",
+    "norm_offset": 1.0,
+    "activation": "hidden_activation",
+}
+_LLAMA = ("LlamaModel", "LlamaForCausalLM")  # as the last two classes
 
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
@@ -199,7 +214,56 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("qwen3_moe", "glm4_moe"),
         classes="Qwen3",
     ),
+    DenseFamily(model_type="arcee", mlp=_UP_DOWN, classes="Arcee"),
+    DenseFamily(model_type="cohere", mlp=_SWIGLU, norm=_SHARED, classes="Cohere"),
+    DenseFamily(model_type="cohere2", mlp=_SWIGLU, norm=_SHARED, classes="Cohere2"),
+    DenseFamily(model_type="cwm", mlp=_SWIGLU, classes="Cwm"),
+    DenseFamily(model_type="diffllama", mlp=_SWIGLU, classes="DiffLlama"),
+    DenseFamily(model_type="ernie4_5", mlp=_SWIGLU, classes="Ernie4_5"),
+    DenseFamily(model_type="exaone4", mlp=_SWIGLU, norm=None, classes="Exaone4"),
+    DenseFamily(model_type="gemma", mlp=_SWIGLU, norm_offset=1.0, classes="Gemma"),
+    DenseFamily(model_type="gemma2", **_GEMMA, classes="Gemma2"),
+    DenseFamily(
+        model_type="gemma3_text",
+        **_GEMMA,
+        classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
+    ),
+    DenseFamily(model_type="glm", mlp=_GATE_UP, classes="Glm"),
+    DenseFamily(model_type="glm4", mlp=_GATE_UP, classes="Glm4"),
+    DenseFamily(model_type="granite", mlp=_SWIGLU, classes="Granite"),
+    DenseFamily(model_type="granite_swa", mlp=_SWIGLU, classes="GraniteSWA"),
+    DenseFamily(model_type="helium", mlp=_SWIGLU, classes="Helium"),
+    DenseFamily(model_type="hunyuan_v1_dense", mlp=_SWIGLU, classes="HunYuanDenseV1"),
+    DenseFamily(model_type="hyperclovax", mlp=_SWIGLU, classes="HyperCLOVAX"),
+    DenseFamily(model_type="internlm3", mlp=_SWIGLU, classes=("InternLM3Config", *_LLAMA)),
+    DenseFamily(model_type="iquestcoder", mlp=_SWIGLU, classes=("IQuestCoderConfig", *_LLAMA)),
+    DenseFamily(model_type="jais2", mlp=_UP_DOWN, classes="Jais2"),
+    DenseFamily(model_type="minicpm3", mlp=_SWIGLU, classes="MiniCPM3"),
+    DenseFamily(model_type="ministral", mlp=_SWIGLU, classes="Ministral"),
+    DenseFamily(model_type="ministral3", mlp=_SWIGLU, classes="Ministral3"),
+    DenseFamily(
+        model_type="nanochat", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=None, classes="NanoChat"
+    ),
+    DenseFamily(model_type="olmo", mlp=_SWIGLU, norm=None, classes="Olmo"),
     DenseFamily(model_type="olmo2", mlp=_SWIGLU, norm=None, classes="Olmo2"),
+    DenseFamily(model_type="olmo3", mlp=_SWIGLU, norm=None, classes="Olmo3"),
+    DenseFamily(
+        model_type="persimmon",
+        mlp=separate("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        classes="Persimmon",
+    ),
+    DenseFamily(
+        model_type="phi", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=_SHARED, classes="Phi"
+    ),
+    DenseFamily(model_type="phi3", mlp=_GATE_UP, classes="Phi3"),
+    DenseFamily(model_type="seed_oss", mlp=_SWIGLU, classes="SeedOss"),
+    DenseFamily(model_type="smollm3", mlp=_SWIGLU, classes="SmolLM3"),
+    DenseFamily(model_type="stablelm", mlp=_SWIGLU, classes="StableLm"),
+    DenseFamily(
+        model_type="starcoder2", mlp=separate("", "mlp.c_fc", "mlp.c_proj"), classes="Starcoder2"
+    ),
+    DenseFamily(model_type="vaultgemma", **_GEMMA, classes="VaultGemma"),
+    DenseFamily(model_type="youtu", mlp=_SWIGLU, classes="Youtu"),
     DenseFamily(model_type="nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
     DenseFamily(
         model_type="nemotron_h",

@@ -122,9 +122,8 @@ class Values:
 
 def _heads(found: Mapping[str, Any]) -> dict[str, int]:
     """Return the size of a head and the number of those of keys and values."""
-    heads, hidden_size, head_dim = (
-        found[key] for key in ("num_attention_heads", "hidden_size", "head_dim")
-    )
+    heads, hidden_size = found["num_attention_heads"], found["hidden_size"]
+    head_dim = found.get("head_dim")
     if head_dim is None and hidden_size % heads:
         raise UpcycleError(
             f"config.json: hidden_size {hidden_size} is not a multiple of "

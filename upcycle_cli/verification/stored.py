@@ -178,15 +178,19 @@ def _compute_buffers(model: Model) -> None:
 
 
 def _fill(model: Model, tensor: Callable[[str], Stored | None]) -> None:
-    """Put a stored weight in the place of each that is still without memory."""
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    """Put a stored weight in the place of each that files hold, experts aside.
+
+    Some have memory and random values by now: not all that makes a tensor asks which device is to
+    be used.
+    """
+    state = model.state_dict(keep_vars=True)
+    named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {id(held): [] for held in named.values()}
     for module in model.modules():
         for slots in (module._parameters, module._buffers):  # noqa: SLF001
             for leaf, held in slots.items():
-                if isinstance(held, torch.Tensor) and held.is_meta:
-                    places.setdefault(id(held), []).append((slots, leaf))
-    state = model.state_dict(keep_vars=True)
-    named = {name: held for name, held in state.items() if id(held) in places}
+                if id(held) in places:
+                    places[id(held)].append((slots, leaf))
     found: dict[int, Stored] = {}
     # A tied head is the embedding, and only one of the two names may be on disk; and some save a
     # model under the names that it has in memory.

@@ -32,6 +32,7 @@ _WIDTH = 32
 _VOCAB = 64
 _TOKENS = 48
 _FIRST_WINDOW = 8
+_MOST_GROUPS = 2
 _MOST_DIFFERENCE = 1e-4
 """Relative to the largest logit; rounding alone costs a thousandth of it."""
 
@@ -94,6 +95,20 @@ def _shrink(config: Config) -> None:
     config.num_key_value_heads = 1
     config.vocab_size, config.hidden_size, config.intermediate_size = _VOCAB, _WIDTH, _WIDTH
     config.pad_token_id = None
+
+
+def _shrink_but_heads(config: Config) -> None:
+    """Make a model small, and leave the sizes that attention of some kind could insist on."""
+    heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    few = min(groups, _MOST_GROUPS)
+    head_dim, heads_make_it = head_dim or config.hidden_size // heads, not head_dim
+    heads_make_it |= heads * head_dim == config.hidden_size
+    config.num_attention_heads = heads // groups * few
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = few
+    config.hidden_size = config.num_attention_heads * head_dim if heads_make_it else _WIDTH
+    config.vocab_size, config.intermediate_size, config.pad_token_id = _VOCAB, _WIDTH, None
 
 
 def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator[str]:
@@ -194,7 +209,7 @@ def _logits(model: Model, ids: torch.Tensor, positions: torch.Tensor) -> torch.T
 
 def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
     family = facts.family
-    _shrink(config)
+    _shrink_but_heads(config)
     shorten(config, facts.layers[0] + 1)
     model = empty_model(config, "cpu")
     _fill(model)
@@ -217,7 +232,7 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
         norm = layer.get_submodule(feeding[0].removesuffix(".weight"))
         norm.weight.data.fill_(-family.norm_offset)
         with torch.no_grad():
-            out_SH = norm(torch.randn(4, _WIDTH))
+            out_SH = norm(torch.randn(4, x_SH.shape[-1]))
         if float((out_SH - out_SH[:1]).abs().max()) > 0:
             yield f"the norm before the MLP does not add {family.norm_offset:g} to its weight"
     degree = _degree(facts, mlp, x_SH)
