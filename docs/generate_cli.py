@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("", "convert", "inspect", "verify", "push", "clean", "demo")
+COMMANDS = ("", "convert", "inspect", "verify", "push", "families", "clean", "demo")
 PAGE = Path(__file__).parent / "cli.md"
 
 

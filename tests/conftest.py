@@ -73,12 +73,43 @@ _LATENT: Mapping[str, Any] = {
 }
 _LONG: Mapping[str, Any] = {**TINY, "head_dim": 8, "max_position_embeddings": 1 << 18}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    "apertus": _LONG,
+    "apertus1p5_text": _LONG,
+    "bamba": {
+        **TINY,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
     "cwm": _LONG,  # whose rotary embeddings are stretched unless a config says otherwise
     "ministral3": _LONG,
+    "codegen": {**TINY, "rotary_dim": 4},
+    "falcon": TINY,
+    "gpt_neo": {**TINY, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gptj": {**TINY, "rotary_dim": 4},
+    "lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
+    "lfm3": {**TINY, "head_dim": 8, "layer_types": ["conv", "full_attention"]},
     "minicpm3": _LATENT,
+    "modernbert-decoder": {**TINY, "cls_token_id": 0, "sep_token_id": 0},
+    "qwen3_5_text": {
+        **TINY,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "youtu": _LATENT,
 }
 """Of types that are tried once, those that need other sizes than the usual."""
+
+PADDED = ("modernbert-decoder",)
+"""Types whose config must have a token for padding."""
 
 
 def sizes_of(model_type: str) -> dict[str, Any]:
@@ -94,7 +125,9 @@ def sizes_of(model_type: str) -> dict[str, Any]:
     if getattr(usual, "sliding_window", None):
         sizes["sliding_window"] = 8  # texts here are longer
     # The usual ones of many a type are beyond this vocabulary.
-    return sizes | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    # Without one for padding, since some classes load no row for it.
+    padding = 0 if model_type in PADDED else None
+    return sizes | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": padding}
 
 
 REMOVED = object()
@@ -291,7 +324,8 @@ def logits(path: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float64) ->
         logger.removeHandler(collect)
     problems = {kind: found for kind, found in info.items() if found}
     assert not problems
-    assert not collect.messages
+    # That xIELU has a CUDA kernel, too, is no trouble with a model.
+    assert not [message for message in collect.messages if "xIELU" not in message]
     return result
 
 

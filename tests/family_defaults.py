@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from upcycle_cli.families import dense as families
+from upcycle_cli.families import dense_rows as families
 from upcycle_cli.families.moe import NATIVE
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
@@ -34,7 +34,20 @@ TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.j
 DENSE, MOE = tuple(families.DENSE), tuple(NATIVE)
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
 """The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
-WITHOUT_TABLE = ("internlm3", "minicpm3", "persimmon", "phi", "stablelm", "youtu")
+WITHOUT_TABLE = {
+    *(
+        "apertus",
+        "apertus1p5_text",
+        "doge",
+        "internlm3",
+        "minicpm3",
+        "persimmon",
+        "phi",
+        "stablelm",
+    ),
+    *("gpt_neox", "youtu"),
+    *(name for name, row in families.DENSE.items() if row.keys or row.mixed),
+}
 """Types of which no table says what tensors they have: it depends on keys of their own."""
 
 SIZES = {
@@ -96,7 +109,7 @@ def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
         "activations": sorted({*ACT2CLS} - {"prelu", "xielu"}),
         "rope_kinds": ["default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default", "proportional"})],
         "defaults": {model_type: defaults(model_type) for model_type in sorted({*dense, *MOE})},
-        "tensors": {name: tensors(name) for name in sorted({*dense} - {*WITHOUT_TABLE})},
+        "tensors": {name: tensors(name) for name in sorted({*dense} - WITHOUT_TABLE)},
     }
 
 

@@ -145,8 +145,8 @@ def test_a_config_that_is_a_directory(llama: Path, tmp_path: Path, refuses: Refu
 
 
 def test_an_unknown_model_type(llama: Path, tmp_path: Path, refuses: Refuses) -> None:
-    dense = clone(llama, tmp_path / "dense", model_type="gpt2")
-    refuses(dense, "gpt2", "llama, mistral, qwen2, qwen3")
+    dense = clone(llama, tmp_path / "dense", model_type="gpt9")
+    refuses(dense, "gpt9", "upcycle families")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import SIZES as MODEL_SIZES
 from conftest import MakeDense, difference, logits, random_ids, read_json
+from find_families import dense_decoders
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError, convert, inspect, verify
@@ -28,10 +29,12 @@ from upcycle_cli.families import (
     is_target,
     targets_of,
 )
-from upcycle_cli.families.dense import DENSE, DenseModel, read_dense
+from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.layers import listed, parse_layers
 from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.overview import overview
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.recipe import Recipe, Routing
 
@@ -587,7 +590,8 @@ def test_what_no_architecture_can_express_gets_code_of_its_own(config: dict[str,
     ("config", "message"),
     [
         ({}, "config.json has no model_type."),
-        ({"model_type": "gpt2"}, "model type 'gpt2' cannot be upcycled yet."),
+        ({"model_type": "gpt9"}, "model type 'gpt9' cannot be upcycled yet."),
+        ({"model_type": "bloom"}, "cannot be upcycled: its MLP adds the residual stream itself"),
         ({"model_type": "qwen3_moe"}, "this is a mixture of experts already"),
         ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
         ({"model_type": "llama", "num_local_experts": 4}, "this is a mixture of experts already"),
@@ -923,3 +927,24 @@ def test_a_head_that_an_engine_gets_wrong_in_silence() -> None:
         )
         assert Engine("vLLM", Support.UNTIED_OR_WRONG) in tied
         assert Engine("vLLM", RUNS) in untied
+
+
+# What transformers has ---------------------------------------------------------------------------
+
+
+def test_every_dense_decoder_is_a_row_or_refused_with_a_reason() -> None:
+    """`python tests/find_families.py` prints what a row of the others would say."""
+    known = DENSE.keys() | REFUSED.keys()
+    assert {*dense_decoders()} <= known
+    assert not DENSE.keys() & REFUSED.keys()
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
+    assert f"can be upcycled, {len(DENSE)} of them" in readme
+    listed = overview()
+    assert listed.dense.keys() == DENSE.keys()
+    assert listed.refused == REFUSED
+    assert {name for targets in listed.dense.values() for name in targets} == {
+        target.name for target in listed.targets
+    }
+    for model_type, reason in REFUSED.items():
+        with pytest.raises(UpcycleError, match=f"{model_type}' cannot be upcycled: {reason}"):
+            dense_family({"model_type": model_type})

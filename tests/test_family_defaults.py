@@ -23,7 +23,7 @@ from family_defaults import (
     tiny_config,
 )
 
-from upcycle_cli.families import dense as families
+from upcycle_cli.families import dense_rows as families
 from upcycle_cli.families import values
 from upcycle_cli.families.values import LAYER, defaults_of, tensor_shapes
 
@@ -106,7 +106,8 @@ def check_default_sizes(model_type: str) -> None:
 
 def check_absent_keys(model_type: str) -> None:
     listed = defaults_of(model_type)
-    for given in ({}, {"vocab_size": 96}, {"hidden_size": listed["num_attention_heads"] * 64}):
+    wide = 64 * config_class(model_type)().num_attention_heads
+    for given in ({}, {"vocab_size": 96}, {"hidden_size": wide}):
         config = config_class(model_type)(**given)
         rope = getattr(config, "rope_parameters", None) or {}
         for key in ("rope_theta", "partial_rotary_factor") if "rope_theta" in listed else ():
@@ -115,6 +116,7 @@ def check_absent_keys(model_type: str) -> None:
         # A null is derived, and so is the window of a model that does not slide.
         derived = {"sliding_window"} if "use_sliding_window" in listed else set()
         derived |= config.attribute_map.keys()  # saved by their other names
+        derived |= {config.attribute_map.get(key, "") for key in given}
         for key, value in (dict(listed) | given).items():
             if value is not None and key not in derived:
                 assert read[key] == value, key

@@ -20,7 +20,8 @@ from conftest import SIZES, MakeDense, contents, logits, random_ids
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, families, verify
 from upcycle_cli.families import SHIPPED, layers, targets_of
-from upcycle_cli.families.dense import DENSE, DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.moe import NATIVE, Keys, Layout, SharedExpert, Target, shipped
 from upcycle_cli.families.values import defaults_of
@@ -50,6 +51,9 @@ EQUIVALENT: Mapping[str, str] = {
     r"(llama|olmo2|nemotron|nemotron_h) windows: none": "it has none",
     r"(olmo2|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
     r"olmo2 norm_offset: .*": "there is no norm that it could be of",
+    r".* mixed: True": "it asks less of the source's layers, of which a table knows all here",
+    r"nemotron_h (head|renamed): .*": "it ties nothing, and ships no code",
+    r"nemotron_h keys: usual: .*": "its layers are counted by their kinds",
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
@@ -215,6 +219,7 @@ SHIPPED_SCENARIOS = (
 
 Variant = tuple[str, Any]
 
+RENAMED = (("norm.", "ln."),)
 ALL_LAYERS = {
     "ALL": layers.ALL,
     "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
@@ -323,7 +328,6 @@ def _other_setting(settings: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _tiny(model_type: str) -> DenseModel:
-
     return read_dense(DENSE[model_type], {"model_type": model_type, **SIZES[model_type]})
 
 
@@ -340,7 +344,14 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
             value, "model.layers.{layer}.", "backbone.layers.{layer}.", "layers.{layer}."
         ),
         "embedding": lambda value, _: _others(value, "lm_head.weight", "model.norm.weight"),
+        "head": lambda value, _: _others(value, "embed_out.weight"),
         "activation": lambda value, _: _others(value, "hidden_act", "mlp_hidden_act"),
+        "keys": lambda value, _: _others(
+            value, {"intermediate_size": "n_inner"}, {"hidden_size": "n_embd"}
+        ),
+        "width": lambda value, _: iter([("twice", lambda values: 2 * value(values))]),
+        "mixed": lambda value, _: _others(value, True),
+        "renamed": lambda value, _: _others(value, RENAMED),
         "blocks": lambda value, _: _others(value, None, "mlp", "full_attention"),
         "windows": lambda _value, _row: iter(
             (
@@ -365,6 +376,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "layer": lambda value, _: _others(
             value, "model.layers.{layer}.", "backbone.layers.{layer}.", "layers.{layer}."
         ),
+        "head": lambda value, _: _others(value, "embed_out.weight"),
+        "renamed": lambda value, _: _others(value, RENAMED),
         "correction_bias": lambda value, _: _others(
             value, None, "mlp.gate.e_score_correction_bias", "mlp.gate.bias"
         ),
@@ -382,6 +395,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     },
     Keys: {
         "num_experts": lambda value, _: iter([("another", f"{value}_x"), ("top_k", "top_k")]),
+        "usual": lambda value, _: _others(value, {"num_hidden_layers": "n_layer"}),
         "aliases": lambda value, _: iter([("none", ()), ("a stranger", ("hidden_act", *value))]),
         "top_k": lambda value, _: iter([("another", f"{value}_x"), ("topk_group", "topk_group")]),
         "expert_size": lambda value, _: _others(

@@ -21,7 +21,7 @@ from test_engine import peak_anonymous_bytes
 from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
-from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.verification import CheckResult, Report, Status, TextOptions, verify
 from upcycle_cli.verification.prompts import Prompt, make_prompt, read_prompts

@@ -56,6 +56,7 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("verify DENSE BROKEN --checks weights", 1, "failed"),
         ("verify DENSE DENSE", 2, "error"),
         ("push MOE acme/moe", 2, "error"),
+        ("families", 0, "listed"),
         ("clean OUT", 2, "error"),
         ("clean KILLED", 0, "found"),
         ("clean KILLED --yes", 0, "removed"),

@@ -16,7 +16,7 @@ from conftest import MakeDense, clone, read_json, read_tensors, write_json
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, convert, inspect, verify
-from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import NATIVE
 from upcycle_cli.recipe import Routing
 

@@ -10,7 +10,7 @@ import torch
 from conftest import MakeDense, logits, random_ids, read_tensors
 
 from upcycle_cli import Recipe, convert, verify
-from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import NATIVE
 from upcycle_cli.recipe import Routing
 

@@ -15,6 +15,7 @@ from upcycle_cli import terminal
 from upcycle_cli.commands.clean import clean
 from upcycle_cli.commands.convert import convert
 from upcycle_cli.commands.demo import demo
+from upcycle_cli.commands.families import families
 from upcycle_cli.commands.inspect import inspect
 from upcycle_cli.commands.push import push
 from upcycle_cli.commands.shared import option
@@ -89,7 +90,7 @@ def _root(
         terminal.check_current_directory()
 
 
-for command in (convert, inspect, verify, push, clean, demo):
+for command in (convert, inspect, verify, push, families, clean, demo):
     app.command()(command)
 
 

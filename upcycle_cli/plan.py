@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
-from upcycle_cli.families.dense import COMPUTED, HEAD, DenseModel
+from upcycle_cli.families.dense import COMPUTED, DenseModel
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import ExpertLayout
@@ -167,7 +167,7 @@ class Plan:
         """
         # Looking up an embedding costs nothing; a tied one is used once more, as the head.
         lookup = self.source.tensors[self.family.dense.family.embedding].num_elements
-        untied = HEAD in self.source.tensors
+        untied = self.family.dense.family.head in self.source.tensors
         moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings)
         return moe / (self.dense_parameters - lookup * untied)
 
@@ -277,9 +277,11 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
     """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
     std = recipe.router_logit_std or 0.0
     for tensor in tensors:
+        if tensor.role is not Role.ROUTER:
+            continue
         # What leaves the norm has a length of √H: no token has a larger logit than this.
         most = LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
-        if tensor.role is Role.ROUTER and std > most:
+        if std > most:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
@@ -301,9 +303,10 @@ def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
             )
     held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
     shapes = dict(dense.shapes) or _regular(source, dense, held)
-    if HEAD in held:
+    head = dense.family.head
+    if head in held:
         # A tied model may carry its head; copied, it means to every engine what it meant before.
-        shapes[HEAD] = shapes[dense.family.embedding]
+        shapes[head] = shapes[dense.family.embedding]
     missing = [name for name in shapes if name not in held]
     if missing:
         rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
@@ -345,12 +348,14 @@ def _regular(
         raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
     shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
     for layer, kind in enumerate(dense.kinds):
-        wanted = dict(by_layer.get(dense.kinds.index(kind), {}))
+        alike = layer if dense.family.mixed else dense.kinds.index(kind)
+        wanted = dict(by_layer.get(alike, {}))
         if layer in dense.mlp_layers:
             for weight in dense.mlp(held, layer):
                 wanted[weight.name] = weight.shape(width, hidden)
-            if dense.family.norm is not None:
-                wanted.setdefault(dense.family.norm, (hidden,))
+            norm = dense.family.norm_of(held, dense.prefix(layer))
+            if norm is not None:
+                wanted.setdefault(norm, (hidden,))
         shapes |= {dense.prefix(layer) + name: shape for name, shape in wanted.items()}
     return shapes
 

@@ -18,6 +18,7 @@ from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
+from upcycle_cli.families.overview import Overview
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
@@ -228,6 +229,49 @@ def report_table(report: Report) -> Table:
     return table
 
 
+def overview_tables(found: Overview) -> Iterator[Table]:
+    """Yield what becomes what, the targets, and what cannot be upcycled."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, targets in found.dense.items():
+        groups.setdefault(targets, []).append(name)
+    table = _headed("becomes (first by default)", "dense model types")
+    for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
+        table.add_row("\n".join(targets), ", ".join(names))
+    yield table
+    table = _headed("target", "routings", "MoE layers", "runs in")
+    for target in found.targets:
+        runs = [
+            name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
+            for name, routings in target.engines.items()
+        ]
+        table.add_row(target.name, "\n".join(target.routings), target.layers, "\n".join(runs))
+    yield table
+    table = _headed("cannot be upcycled", "because")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.refused.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        table.add_row(", ".join(names), reason)
+    yield table
+
+
+def overview_json(found: Overview) -> dict[str, Any]:
+    """Return what becomes what as a JSON object."""
+    return {
+        "status": "listed",
+        "dense": {name: list(targets) for name, targets in found.dense.items()},
+        "targets": {
+            target.name: {
+                "routings": list(target.routings),
+                "layers": target.layers,
+                "engines": {name: list(routings) for name, routings in target.engines.items()},
+            }
+            for target in found.targets
+        },
+        "refused": dict(found.refused),
+    }
+
+
 def count(parameters: int) -> str:
     """Return a number of parameters as people say it: 8.03B, 134.5M."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -242,6 +286,13 @@ def size_text(num_bytes: float) -> str:
         if num_bytes >= limit:
             return f"{num_bytes / limit:.2f} {unit}"
     return f"{num_bytes:.0f} bytes"
+
+
+def _headed(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _properties(between: int = 0) -> Table:

@@ -28,7 +28,6 @@ from upcycle_cli.expr import (
     type_of,
 )
 from upcycle_cli.families import Family
-from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import ExpertLayout, SharedExpert
 from upcycle_cli.header import TORCH_DTYPES, Tensor
@@ -126,8 +125,9 @@ def output_tensors(
     for name in by_layer.get(None, []):
         if name != embedding:
             yield maker.copied(name)
-    if options.untie_embeddings and HEAD not in source.tensors:
-        yield maker.output(HEAD, maker.source(embedding), Role.HEAD)
+    head = family.target.head
+    if options.untie_embeddings and head not in map(family.target.name, source.tensors):
+        yield maker.output(head, maker.source(embedding), Role.HEAD)
 
 
 def layer_finder(template: str) -> Callable[[str], int | None]:
@@ -183,7 +183,8 @@ class _Maker:
 
     def copied(self, name: str, layer: int | None = None) -> OutputTensor:
         """A tensor that stays what it is."""
-        return self.output(name, self.source(name), Role.COPIED, layer)
+        found = self.family.target.name(name)
+        return self.output(found, self.source(name), Role.COPIED, layer)
 
     def zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Biases that the architecture has, and the source has not."""
@@ -230,7 +231,7 @@ class _Maker:
         self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
     ) -> Expr:
         dense = self.family.dense
-        name = dense.norm(layer)
+        name = dense.norm(self.checkpoint.tensors, layer)
         return Normal(
             seed=self.recipe.seed,
             stream=f"layers.{layer}.{purpose}",

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families.dense import DENSE, DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
+from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, NATIVE, Target, shipped
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 
+_LISTED = "`upcycle families` lists what can be."
 SHIPPED = "upcycled"
 """What --target calls the code that is shipped with the model."""
 
@@ -42,17 +44,15 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise UpcycleError("config.json has no model_type.", f"Supported: {', '.join(DENSE)}.")
+        raise UpcycleError("config.json has no model_type.", _LISTED)
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
             "Only a dense model can be upcycled; see what this one holds with `upcycle inspect`.",
         )
     if model_type not in DENSE:
-        raise UpcycleError(
-            f"model type '{model_type}' cannot be upcycled yet.",
-            f"Supported: {', '.join(DENSE)}.",
-        )
+        why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
+        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _LISTED)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -71,6 +71,8 @@ def is_moe(config: Mapping[str, Any]) -> bool:
             return bool(NATIVE[model_type].moe_layers(config, 0))
         except ValueError:
             return False  # which is said when it is read
+    if config.get("is_moe") is False:
+        return False
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
     return is_target(config) or any(config.get(key) for key in keys)
 
@@ -99,8 +101,7 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
         return next(held, released)
     family = DENSE[model_type.removeprefix(UPCYCLED_PREFIX)]
     biased = any(name.endswith("_proj_bias") for name in names)
-    activation = read_dense(family, config).values[family.activation]
-    return shipped(family, activation, biased=biased)
+    return shipped(family, read_dense(family, config).activation, biased=biased)
 
 
 def choose(
@@ -132,10 +133,9 @@ def choose(
         )
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
-    activation = dense.values[family.activation]
     reasons: dict[str, str] = {}
     for name in options:
-        row = shipped(family, activation, biased=biased) if name == SHIPPED else NATIVE[name]
+        row = shipped(family, dense.activation, biased=biased) if name == SHIPPED else NATIVE[name]
         reason = _objection(row, dense, routing, chosen, biased=biased)
         if reason is not None:
             reasons[name] = reason

@@ -7,19 +7,18 @@ in: a key that is absent from a config means the default of *its* type, and the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.layers import block_types
-from upcycle_cli.families.mlp import Weight, degree, parts_of, present, separate
+from upcycle_cli.families.mlp import Weight, degree, parts_of, present
 from upcycle_cli.families.settings import Values
 from upcycle_cli.families.values import tensor_shapes
 from upcycle_cli.recipe import MlpKind
 
-HEAD = "lm_head.weight"
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
@@ -37,16 +36,25 @@ class DenseFamily:
     model_type: str
     mlp: tuple[Weight, ...]
     """The tensors of a layer's MLP."""
-    norm: str | None = "post_attention_layernorm.weight"
-    """The weight of the norm before the MLP; None where it reads the residual stream itself, or
-    where that norm has no weight."""
+    norm: str | tuple[str, ...] | None = "post_attention_layernorm.weight"
+    """The weight of the norm before the MLP, of several names the first that a layer has; None
+    where it reads the residual stream itself, or where that norm has no weight."""
     norm_offset: float = 0.0
     """What the norm adds to its weight: 1 for LayerNorm1P and Gemma."""
     layer: str = "model.layers.{layer}."
     """How the names of a layer's tensors begin."""
     embedding: str = "model.embed_tokens.weight"
-    activation: str = "hidden_act"
-    """The config's key for the MLP's activation."""
+    head: str = "lm_head.weight"
+    activation: str | None = "hidden_act"
+    """The config's key for the MLP's activation; None where it is SiLU whatever a config says."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """What its config calls hidden_size, num_hidden_layers and so on, where it is another name."""
+    width: Callable[[Mapping[str, Any]], int] = lambda values: int(values["intermediate_size"])
+    """I, from the effective values."""
+    mixed: bool = False
+    """Whether layers differ in what is before their MLPs, so that each has tensors of its own."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of names on disk with what they are in memory, where shipped code keeps the weights."""
     blocks: str | None = None
     """Where layers differ, the kind (layers_block_type) of those that are MLPs."""
     windows: Callable[[Values, int], Windows] = lambda _, count: (None,) * count
@@ -57,6 +65,15 @@ class DenseFamily:
     its causal LM there, for the shipped code; None without."""
     outgrown_code: bool = False
     """Whether released models carry code that transformers has had itself since."""
+
+    def key(self, usual: str) -> str:
+        """Return what its config calls a setting that most types call `usual`."""
+        return self.keys.get(usual, usual)
+
+    def norm_of(self, names: Collection[str], prefix: str) -> str | None:
+        """Return the weight of the norm before a layer's MLP; `prefix` is how its names begin."""
+        norms = (self.norm,) if isinstance(self.norm, str) else self.norm or (None,)
+        return next((norm for norm in norms if norm and prefix + norm in names), norms[0])
 
     @property
     def class_names(self) -> tuple[str, str, str]:
@@ -101,13 +118,19 @@ class DenseModel:
     @property
     def intermediate_size(self) -> int:
         """I."""
-        return int(self.values["intermediate_size"])
+        return self.family.width(self.values)
 
     @property
     def mlp_kind(self) -> MlpKind:
         """How the MLP answers to scaled matrices."""
         parts = parts_of(self.family.mlp)
-        return MlpKind("gate" in parts, degree(parts, self.values[self.family.activation]))
+        return MlpKind("gate" in parts, degree(parts, self.activation))
+
+    @property
+    def activation(self) -> str:
+        """The activation of the MLP."""
+        key = self.family.activation
+        return "silu" if key is None else str(self.values[key])
 
     def prefix(self, layer: int) -> str:
         """Return how the names of a layer's tensors begin."""
@@ -121,9 +144,9 @@ class DenseModel:
         """Whether its layers have a tensor, as far as that is known."""
         return self.prefix(0) + name in self.shapes
 
-    def norm(self, layer: int) -> str | None:
-        """Return the name of the weight of the norm before a layer's MLP."""
-        norm = self.family.norm
+    def norm(self, names: Collection[str], layer: int) -> str | None:
+        """Return the name of the weight of the norm before a layer's MLP; `names` as for `mlp`."""
+        norm = self.family.norm_of(names, self.prefix(layer))
         return None if norm is None else self.prefix(layer) + norm
 
     @cached_property
@@ -134,7 +157,7 @@ class DenseModel:
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     """Return what a config means; raises UpcycleError where it makes no sense."""
-    values = Values(config, family.model_type)
+    values = Values(config, family.model_type, family.keys)
     if family.blocks is None:
         kinds = ("layer",) * values["num_hidden_layers"]
     else:
@@ -144,137 +167,3 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
             raise UpcycleError(f"config.json: {error}.") from error
     windows = family.windows(values, len(kinds))
     return DenseModel(family, values.effective(), kinds, windows)
-
-
-def _some_slide(values: Values, count: int) -> Windows:
-    """Read the windows by the rule of qwen2 and qwen3.
-
-    A layer slides when `use_sliding_window` is true and its index is at least
-    `max_window_layers`, unless `layer_types` says otherwise.
-    """
-    window = values["sliding_window"] if values["use_sliding_window"] else None
-    kinds = values.config.get("layer_types")
-    if kinds is None:
-        first_sliding = count if window is None else values["max_window_layers"]
-        kinds = [SLIDING if i >= first_sliding else FULL for i in range(count)]
-    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UpcycleError(
-            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
-        )
-    if len(kinds) != count:
-        raise UpcycleError(f"config.json: layer_types has {len(kinds)} entries for {count} layers.")
-    if SLIDING in kinds and window is None:
-        raise UpcycleError(
-            "config.json: layer_types has sliding layers, but use_sliding_window is false "
-            "or sliding_window is null."
-        )
-    return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-_SWIGLU = separate("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_UP_DOWN = separate("", "mlp.up_proj", "mlp.down_proj")
-_GATE_UP = (
-    Weight("mlp.gate_up_proj.weight", ("gate", "up"), 0),
-    Weight("mlp.down_proj.weight", ("down",), 1),
-)
-_SHARED = "input_layernorm.weight"  # attention and MLP run side by side
-_GEMMA: Any = {
-    "mlp": _SWIGLU,
-    "norm": "pre_feedforward_layernorm.weight",
-    "norm_offset": 1.0,
-    "activation": "hidden_activation",
-}
-_LLAMA = ("LlamaModel", "LlamaForCausalLM")  # as the last two classes
-
-_ROWS: Sequence[DenseFamily] = (
-    DenseFamily(
-        model_type="llama",
-        mlp=_SWIGLU,
-        targets=("mixtral", "qwen2_moe", "glm4_moe"),
-        classes="Llama",
-    ),
-    DenseFamily(
-        model_type="mistral",
-        mlp=_SWIGLU,
-        windows=lambda values, count: (values["sliding_window"],) * count,
-        targets=("mixtral", "qwen2_moe"),
-        classes="Mistral",
-    ),
-    DenseFamily(
-        model_type="qwen2",
-        mlp=_SWIGLU,
-        windows=_some_slide,
-        targets=("qwen2_moe", "glm4_moe"),
-        classes="Qwen2",
-    ),
-    DenseFamily(
-        model_type="qwen3",
-        mlp=_SWIGLU,
-        windows=_some_slide,
-        targets=("qwen3_moe", "glm4_moe"),
-        classes="Qwen3",
-    ),
-    DenseFamily(model_type="arcee", mlp=_UP_DOWN, classes="Arcee"),
-    DenseFamily(model_type="cohere", mlp=_SWIGLU, norm=_SHARED, classes="Cohere"),
-    DenseFamily(model_type="cohere2", mlp=_SWIGLU, norm=_SHARED, classes="Cohere2"),
-    DenseFamily(model_type="cwm", mlp=_SWIGLU, classes="Cwm"),
-    DenseFamily(model_type="diffllama", mlp=_SWIGLU, classes="DiffLlama"),
-    DenseFamily(model_type="ernie4_5", mlp=_SWIGLU, classes="Ernie4_5"),
-    DenseFamily(model_type="exaone4", mlp=_SWIGLU, norm=None, classes="Exaone4"),
-    DenseFamily(model_type="gemma", mlp=_SWIGLU, norm_offset=1.0, classes="Gemma"),
-    DenseFamily(model_type="gemma2", **_GEMMA, classes="Gemma2"),
-    DenseFamily(
-        model_type="gemma3_text",
-        **_GEMMA,
-        classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
-    ),
-    DenseFamily(model_type="glm", mlp=_GATE_UP, classes="Glm"),
-    DenseFamily(model_type="glm4", mlp=_GATE_UP, classes="Glm4"),
-    DenseFamily(model_type="granite", mlp=_SWIGLU, classes="Granite"),
-    DenseFamily(model_type="granite_swa", mlp=_SWIGLU, classes="GraniteSWA"),
-    DenseFamily(model_type="helium", mlp=_SWIGLU, classes="Helium"),
-    DenseFamily(model_type="hunyuan_v1_dense", mlp=_SWIGLU, classes="HunYuanDenseV1"),
-    DenseFamily(model_type="hyperclovax", mlp=_SWIGLU, classes="HyperCLOVAX"),
-    DenseFamily(model_type="internlm3", mlp=_SWIGLU, classes=("InternLM3Config", *_LLAMA)),
-    DenseFamily(model_type="iquestcoder", mlp=_SWIGLU, classes=("IQuestCoderConfig", *_LLAMA)),
-    DenseFamily(model_type="jais2", mlp=_UP_DOWN, classes="Jais2"),
-    DenseFamily(model_type="minicpm3", mlp=_SWIGLU, classes="MiniCPM3"),
-    DenseFamily(model_type="ministral", mlp=_SWIGLU, classes="Ministral"),
-    DenseFamily(model_type="ministral3", mlp=_SWIGLU, classes="Ministral3"),
-    DenseFamily(
-        model_type="nanochat", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=None, classes="NanoChat"
-    ),
-    DenseFamily(model_type="olmo", mlp=_SWIGLU, norm=None, classes="Olmo"),
-    DenseFamily(model_type="olmo2", mlp=_SWIGLU, norm=None, classes="Olmo2"),
-    DenseFamily(model_type="olmo3", mlp=_SWIGLU, norm=None, classes="Olmo3"),
-    DenseFamily(
-        model_type="persimmon",
-        mlp=separate("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        classes="Persimmon",
-    ),
-    DenseFamily(
-        model_type="phi", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=_SHARED, classes="Phi"
-    ),
-    DenseFamily(model_type="phi3", mlp=_GATE_UP, classes="Phi3"),
-    DenseFamily(model_type="seed_oss", mlp=_SWIGLU, classes="SeedOss"),
-    DenseFamily(model_type="smollm3", mlp=_SWIGLU, classes="SmolLM3"),
-    DenseFamily(model_type="stablelm", mlp=_SWIGLU, classes="StableLm"),
-    DenseFamily(
-        model_type="starcoder2", mlp=separate("", "mlp.c_fc", "mlp.c_proj"), classes="Starcoder2"
-    ),
-    DenseFamily(model_type="vaultgemma", **_GEMMA, classes="VaultGemma"),
-    DenseFamily(model_type="youtu", mlp=_SWIGLU, classes="Youtu"),
-    DenseFamily(model_type="nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
-    DenseFamily(
-        model_type="nemotron_h",
-        mlp=separate("", "mixer.up_proj", "mixer.down_proj"),
-        norm="norm.weight",
-        layer="backbone.layers.{layer}.",
-        embedding="backbone.embeddings.weight",
-        activation="mlp_hidden_act",
-        blocks="mlp",
-        targets=("nemotron_h",),
-        outgrown_code=True,
-    ),
-)
-DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}

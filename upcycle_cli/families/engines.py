@@ -44,6 +44,8 @@ _TRIED = {
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
 }
 """By target, the engines that it was run in. They run it, whatever the routing, but for these."""
+_SHIPPED_IN_VLLM = ("nemotron", "olmo2")
+"""Families whose shipped code vLLM was seen to run; of others, nothing is known."""
 _REFUSE = (("glm4_moe", "llama.cpp"), (_SHIPPED, "llama.cpp"), (_SHIPPED, "MLX"))
 _COMPUTE_ELSE = (
     ("qwen2_moe", "llama.cpp", Routing.TOPK_SOFTMAX),
@@ -91,11 +93,13 @@ def engines(
     embeddings are not stretched: of anything else, only transformers was tried. `every_layer` says
     that no dense MLP is left. "transformers 4" is listed where it differs.
     """
+    untried = set[str]() if plain_attention else {"vLLM", "llama.cpp", "MLX"}
     if target.startswith(UPCYCLED_PREFIX):
+        untried |= set() if target.endswith(_SHIPPED_IN_VLLM) else {"vLLM"}
         target = _SHIPPED
     found = []
     for name in _TRIED.get(target, ()):
-        if name != "transformers" and not plain_attention:
+        if name in untried:
             continue
         support = Support.RUNS
         if (target, name) in (_REFUSE if every_layer else _NOT_SOME_LAYERS):

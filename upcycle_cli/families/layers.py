@@ -79,6 +79,13 @@ class LayerChoice:
     objection: Callable[[Sequence[int], int], str | None] = lambda _layers, _count: None
     """Why the layers cannot be expressed, if they cannot."""
 
+    @property
+    def words(self) -> str:
+        """Which choices it can express: "any", "the last ones" or "all"."""
+        if self.objection((0, 2), 4) is None:
+            return "any"
+        return "the last ones" if self.objection((2, 3), 4) is None else "all"
+
 
 def _rest(layers: Sequence[int], count: int) -> list[int]:
     return [layer for layer in range(count) if layer not in layers]

@@ -129,9 +129,13 @@ def degree(parts: Collection[str], activation: str) -> int:
     return {"relu": 1, "linear": 1, "relu2": 2}.get(activation, 0)
 
 
-def separate(gate: str, up: str, down: str) -> tuple[Weight, ...]:
-    """Return the rows of an MLP of linear layers of these names, with the biases they may have."""
-    linear = (("gate", gate, 0), ("up", up, 0), ("down", down, 1))
+def separate(gate: str, up: str, down: str, *, transposed: bool = False) -> tuple[Weight, ...]:
+    """Return the rows of an MLP of linear layers of these names, with the biases they may have.
+
+    Their matrices are (out, in), or (in, out) where they are `transposed`, as GPT-2's Conv1D.
+    """
+    rows, columns = int(transposed), int(not transposed)
+    linear = (("gate", gate, rows), ("up", up, rows), ("down", down, columns))
     matrices = (Weight(f"{name}.weight", (part,), cut) for part, name, cut in linear if name)
     biases = (
         Weight(f"{name}.bias", (part + BIAS,), None if part == "down" else 0)
@@ -141,14 +145,20 @@ def separate(gate: str, up: str, down: str) -> tuple[Weight, ...]:
     return (*matrices, *biases)
 
 
-def stacked(prefix: str, *, gated: bool, biases: bool = False) -> tuple[Weight, ...]:
+def stacked(
+    prefix: str, *, gated: bool, biases: bool = False, transposed: bool = False
+) -> tuple[Weight, ...]:
     """Return the rows of experts as transformers 5 holds them in memory: a tensor per layer.
 
-    gate_up_proj is (N, 2·I, H), or up_proj (N, I, H), and down_proj (N, H, I).
+    gate_up_proj is (N, 2·I, H), or up_proj (N, I, H), and down_proj (N, H, I); each (N, in, out)
+    where it is `transposed`.
     """
     first, down = ("gate", "up") if gated else ("up",), f"{prefix}.down_proj"
     name = f"{prefix}.{'_'.join(first)}_proj"
-    rows: tuple[Weight, ...] = (Weight(name, first, 0), Weight(down, ("down",), 1))
+    rows: tuple[Weight, ...] = (
+        Weight(name, first, int(transposed)),
+        Weight(down, ("down",), int(not transposed)),
+    )
     if biases:
         held = tuple(part + BIAS for part in first)
         rows += (Weight(f"{name}_bias", held, 0), Weight(f"{down}_bias", (f"down{BIAS}",), None))

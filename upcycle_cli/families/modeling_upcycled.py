@@ -58,7 +58,8 @@ class UpcycledConfig(DenseConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        inner: Any = getattr(self, "intermediate_size", None)
+        self.moe_intermediate_size = moe_intermediate_size or inner
         self.routing = routing
         self.routed_scaling_factor = routed_scaling_factor
         self.moe_layers = list(range(self.num_hidden_layers)) if moe_layers is None else moe_layers
@@ -106,17 +107,21 @@ class UpcycledRouter(nn.Module):
 class UpcycledExperts(nn.Module):
     """The experts of a layer, as stacked weights; a gate's rows come before those of up."""
 
-    def __init__(self, config: UpcycledConfig, dense: nn.Module) -> None:
+    act_fn: Any
+
+    def __init__(self, config: UpcycledConfig, dense: nn.Module, act_fn: nn.Module) -> None:
         super().__init__()
-        others = (m for m in dense.children() if not hasattr(m, "weight"))
-        # Taken from the dense MLP, since an activation may have parameters of its own (xIELU).
-        self.act_fn = next(m for m in others if not isinstance(m, nn.Dropout))
-        self.has_gate, self.has_bias = _form(dense)
+        # The activation is the layer's, whose name for its parameters, if it has any, stays.
+        self.__dict__["act_fn"] = act_fn
+        self.has_gate, self.has_bias, self.is_transposed = _form(dense)
         N, H, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
         self.num_experts, self.hidden_dim, self.intermediate_dim = N, H, I
         self.first, rows = ("gate_up_proj", 2 * I) if self.has_gate else ("up_proj", I)
-        self.register_parameter(self.first, nn.Parameter(torch.empty(N, rows, H)))
-        self.down_proj = nn.Parameter(torch.empty(N, H, I))
+        shapes = ((rows, H), (H, I))
+        if self.is_transposed:
+            shapes = ((H, rows), (I, H))
+        for name, shape in zip((self.first, "down_proj"), shapes, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(N, *shape)))
         if self.has_bias:
             self.register_parameter(f"{self.first}_bias", nn.Parameter(torch.empty(N, rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(N, H))
@@ -140,20 +145,22 @@ class UpcycledExperts(nn.Module):
 
     def _linear(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return nn.functional.linear(x, getattr(self, name)[expert], bias)
+        weight = getattr(self, name)[expert]
+        return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
 
 
 if with_implementations is not None:
     with_implementations(UpcycledExperts)
 
 
-def _form(dense: nn.Module) -> tuple[bool, bool]:
-    """Return whether a dense MLP is gated, and whether it has biases."""
+def _form(dense: nn.Module) -> tuple[bool, bool, bool]:
+    """Return whether a dense MLP is gated, has biases, and has its matrices transposed."""
     # Under DeepSpeed's ZeRO-3 a parameter is empty, and only ds_shape tells its shape.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in dense.named_parameters()}
     sizes = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
     is_gated = sum(sizes) == 3 * min(sizes)  # gate and up may be one matrix
-    return is_gated, any(name.endswith("bias") for name in shapes)
+    is_transposed = any(type(child).__name__ == "Conv1D" for child in dense.children())
+    return is_gated, any(name.endswith("bias") for name in shapes), is_transposed
 
 
 class UpcycledMoe(nn.Module):
@@ -162,10 +169,13 @@ class UpcycledMoe(nn.Module):
     def __init__(self, config: UpcycledConfig, dense: nn.Module) -> None:
         super().__init__()
         self.gate = UpcycledRouter(config)
-        experts = UpcycledExperts(config, dense)
+        others = (m for m in dense.children() if not hasattr(m, "weight"))
+        # Taken from the dense MLP, since it may have parameters (xIELU); some call a function.
+        self.act_fn = next((m for m in others if not isinstance(m, nn.Dropout)), nn.SiLU())
+        experts = UpcycledExperts(config, dense, self.act_fn)
         # transformers has written what its decorator was told over these.
-        experts.has_gate, experts.has_bias = _form(dense)
-        is_silu = type(experts.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+        experts.has_gate, experts.has_bias, experts.is_transposed = _form(dense)
+        is_silu = type(self.act_fn).__name__ in {"SiLU", "SiLUActivation"}
         # vLLM puts its own gated SiLU experts, without biases, for any child named "experts".
         is_usual = experts.has_gate and is_silu and not experts.has_bias
         self.experts_name = "experts" if is_usual else "expert_mlps"
@@ -212,11 +222,15 @@ class _Upcycled:
         super()._set_gradient_checkpointing(enable, without_reentry, **kwargs)  # type: ignore[misc]
 
 
+def _is_mlp(module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith("mlp")
+
+
 def _turn_into_experts(model: Any) -> None:
     layers = next(child for child in model.children() if isinstance(child, nn.ModuleList))
     for index in model.config.moe_layers:
         children = layers[index].named_children()
-        [(name, dense)] = [pair for pair in children if type(pair[1]).__name__.endswith("MLP")]
+        [(name, dense)] = [pair for pair in children if _is_mlp(pair[1])]
         setattr(layers[index], name, UpcycledMoe(model.config, dense))
 
 

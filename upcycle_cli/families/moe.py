@@ -53,6 +53,8 @@ class Keys:
     """Which config keys say what."""
 
     num_experts: str
+    usual: Mapping[str, str] = field(default_factory=dict)
+    """Names of its own for what most configs call num_hidden_layers and so on."""
     aliases: tuple[str, ...] = ()
     """Other names of the same, which some version of transformers writes."""
     top_k: str = "num_experts_per_tok"
@@ -75,6 +77,12 @@ class SharedExpert:
     """What that key is to say."""
 
 
+def _in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+    for before, after in renamed:
+        name = name.replace(before, after)
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """An MoE architecture that dense models can be upcycled to: a row of `NATIVE`."""
@@ -90,6 +98,9 @@ class Target:
     """How its config says which layers are mixtures of experts."""
     layer: str = IN_MEMORY
     """How the names of a layer's tensors begin, in released checkpoints."""
+    head: str = "lm_head.weight"
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of the names of copied tensors, with what becomes of them."""
     correction_bias: str | None = None
     """A bias on the choice of experts, zero at first, which trainers move."""
     shared: SharedExpert | None = None
@@ -112,6 +123,10 @@ class Target:
         """How the names of all tensors begin but the head's."""
         return self.layer.partition("layers.")[0]
 
+    def name(self, source: str) -> str:
+        """Return what a dense tensor is called that is copied."""
+        return _in_memory(source, self.renamed)
+
     def prefix(self, layer: int) -> str:
         """Return how the names of a layer's tensors begin."""
         return self.layer.format(layer=layer)
@@ -129,6 +144,7 @@ class Target:
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return what an MoE's config says under a key, or means when it is absent."""
+        key = self.keys.usual.get(key, key)
         names = (key, *self.keys.aliases) if key == self.keys.num_experts else (key,)
         for name in names:
             if name in config:
@@ -340,7 +356,8 @@ def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
     module = family.mlp[0].name.split(".")[0]
     prefix = f"{module}.{'experts' if swiglu else 'expert_mlps'}"
     layout = Layout(
-        experts=stacked(prefix, gated=gated, biases=biased), router=f"{module}.gate.weight"
+        experts=stacked(prefix, gated=gated, biases=biased, transposed=family.mlp[0].cut == 1),
+        router=f"{module}.gate.weight",
     )
     return Target(
         model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
@@ -349,11 +366,14 @@ def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
         layouts={ExpertLayout.FUSED: layout},
         keys=Keys(
             num_experts="num_experts",
+            usual=family.keys,
             routing=("routing", {str(routing): routing for routing in Routing}),
             scale="routed_scaling_factor",
         ),
         layers=MOE_LAYERS,
         layer=family.layer,
+        renamed=family.renamed,
+        head=_in_memory(family.head, family.renamed),
         correction_bias=f"{module}.gate.e_score_correction_bias",
         settings=lambda _: {"auto_map": dict(AUTO_MAP)},
     )

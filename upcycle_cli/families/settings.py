@@ -84,13 +84,20 @@ _NO_ROPE_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # 0 leaves
 class Values:
     """Reads settings from a config, with the defaults of its model type."""
 
-    def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
-        self.config = config
-        self.defaults = defaults_of(model_type)
+    def __init__(
+        self, config: Mapping[str, Any], model_type: str, keys: Mapping[str, str] | None = None
+    ) -> None:
+        self.config, self.defaults, self.keys = config, defaults_of(model_type), keys or {}
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return a setting; raises UpcycleError for one that no model has."""
-        value = self.config.get(key, self.defaults.get(key))
+        own = self.keys.get(key, key)
+        value = self.config.get(own, self.defaults.get(own))
+        if value is None and key == "intermediate_size" and key in self.keys:
+            return 4 * self["hidden_size"]  # which is what null means to those types
+        usual = self.defaults.get(own)
+        if usual is not None and type(value) is type(usual) and value == usual:
+            return value
         rules = _RULES.get(key) or _WHERE_USED.get(key, ())
         # Where a type has a size of its own, null does not mean "derive it": it is refused there.
         if key == "head_dim" and self.defaults.get(key) is not None:
@@ -98,7 +105,7 @@ class Values:
         for holds, wanted in rules:
             if not holds(value):
                 found = "null" if value is None else shown(value)
-                raise UpcycleError(f"config.json: {key} must be {wanted}, not {found}.")
+                raise UpcycleError(f"config.json: {own} must be {wanted}, not {found}.")
         return value
 
     def effective(self) -> dict[str, Any]:
@@ -107,7 +114,7 @@ class Values:
         "rope_theta" and "rope_scaling" stand for all forms of rope settings; the latter is
         everything but theta, None for the plain kind. Raises UpcycleError as for a single one.
         """
-        known = {**self.defaults, **self.config}
+        known = {**self.defaults, **self.config, **dict.fromkeys(self.keys)}
         found = known | {key: self[key] for key in _RULES if key in known}
         if "num_attention_heads" in found:
             found |= _heads(found)

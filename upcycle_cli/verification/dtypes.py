@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import RECORD_NAME, TORCH_DTYPES
-from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.sizes import read_tensors
@@ -18,7 +17,7 @@ def counterparts(facts: Facts) -> dict[str, str]:
     """
     dense = read_tensors(facts.dense)
     found = {facts.in_moe(name): name for name in dense if name not in facts.became}
-    found.setdefault(HEAD, facts.family.embedding)
+    found.setdefault(facts.target.head, facts.family.embedding)
     for name in facts.moe.tensors:
         # A bias that the architecture insists on goes with the matrix beside it.
         matrix = f"{name.removesuffix('.bias')}.weight"

@@ -140,7 +140,9 @@ class Facts:
 
     def gamma_name(self, layer: int) -> str | None:
         """Return the name of the weight of the norm that feeds a layer's MLP, if there is one."""
-        return None if self.family.norm is None else self._prefix(layer) + self.family.norm
+        prefix = self._prefix(layer)
+        norm = self.family.norm_of(self.dense.tensors, prefix)
+        return None if norm is None else prefix + norm
 
     def place(self, part: str, layer: int, expert: int) -> Place:
         """Return where one part of one expert lies on disk, with the tensor's whole name."""
@@ -164,7 +166,7 @@ class Facts:
         """Return what the MoE calls a dense tensor, of an MLP the first that was made of it."""
         root = self.family.layer.partition("layers.")[0]
         kept = self.target.root + name.removeprefix(root) if name.startswith(root) else name
-        return self.became.get(name, kept)
+        return self.became.get(name, self.target.name(kept))
 
     @cached_property
     def became(self) -> Mapping[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.moe import Target
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import Shapes, TransformersError, empty_shapes
@@ -26,7 +25,7 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
         entry = moe.tensors.get(name)
         if entry is None:
             # A tied head is the embedding, and needs no tensor of its own.
-            if name != HEAD or not moe.config.get("tie_word_embeddings", False):
+            if name != target.head or not moe.config.get("tie_word_embeddings", False):
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
@@ -57,7 +56,7 @@ def geometry_failures(facts: Facts) -> Iterator[str]:
     A model of another size tells: what differs in its shapes is what counts that size.
     """
     layer = facts.layers[0]
-    twice_dense = {"intermediate_size": 2 * facts.dense_size}
+    twice_dense = {facts.family.key("intermediate_size"): 2 * facts.dense_size}
     twice_moe = {facts.target.keys.expert_size: 2 * facts.expert_size}
     num = layer + 1
     try:

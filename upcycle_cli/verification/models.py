@@ -146,6 +146,13 @@ def empty_model(config: Config, device: str) -> Model:
         return auto_model.from_config(config).eval()
 
 
+def decoder_layers(model: Model) -> Model:
+    """Return the list of a causal LM's layers."""
+    from torch.nn import ModuleList
+
+    return next(child for child in model.base_model.children() if isinstance(child, ModuleList))
+
+
 def class_of(target: Target) -> str:
     """Return the name of an architecture's causal LM, of transformers' or of the shipped code."""
     from transformers.models.auto import modeling_auto

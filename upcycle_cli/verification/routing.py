@@ -17,7 +17,7 @@ import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model, transformers_says
+from upcycle_cli.verification.models import Model, decoder_layers, transformers_says
 
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
@@ -84,7 +84,7 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     name = layout.router.removesuffix(".weight")
     with transformers_says():
         routers = {
-            layer: model.base_model.layers[layer].get_submodule(name) for layer in facts.layers
+            layer: decoder_layers(model)[layer].get_submodule(name) for layer in facts.layers
         }
     handles = [
         router.register_forward_hook(_Watch(facts, layer, found))

@@ -21,7 +21,7 @@ import torch
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model, TransformersError
+from upcycle_cli.verification.models import Model, TransformersError, decoder_layers
 from upcycle_cli.verification.steps import Steps
 from upcycle_cli.verification.stored import Stack, Stored, stored_model
 
@@ -96,7 +96,7 @@ def moe_model(
     model = stored_model(facts.moe.path, tensor, stacks, dtype)
     module = layout.experts[0].name.rpartition(".")[0]
     for layer in {*copied} & {*facts.layers}:
-        experts = model.base_model.layers[layer].get_submodule(module)
+        experts = decoder_layers(model)[layer].get_submodule(module)
         experts.register_forward_pre_hook(partial(_merge_copies, facts.granularity))
     return model
 
@@ -143,7 +143,7 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model]) -> Iterat
             run.hidden = _first(output)
             pause()
 
-        handles = [layer.register_forward_hook(end_layer) for layer in model.base_model.layers]
+        handles = [layer.register_forward_hook(end_layer) for layer in decoder_layers(model)]
         try:
             with torch.no_grad():
                 # Padding comes last, where causal attention keeps it from what counts, and

@@ -29,6 +29,8 @@ _JUDGED_BY_OTHERS = frozenset(
         # what the model is, which the two have not in common; and who wrote it
         *("architectures", "dtype", "model_type", "tie_word_embeddings", "torch_dtype"),
         *("transformers_version", "_name_or_path"),
+        # what a dense model has no use for
+        *("router_aux_loss_coef", "output_router_logits"),
         # in effect and by the letter: `_in_effect`, `_rope_failures`, `_window_failures` and
         # `_value_failures`
         *("head_dim", "layer_types", "max_window_layers", "partial_rotary_factor"),

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families.dense import DENSE
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import AUTO_MAP, CODE_NAME, UPCYCLED_PREFIX, modeling_code
 from upcycle_cli.files import MOST_JSON_BYTES, read_small

@@ -19,7 +19,12 @@ from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.factors import recover_factors
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model, TransformersError, transformers_says
+from upcycle_cli.verification.models import (
+    Model,
+    TransformersError,
+    decoder_layers,
+    transformers_says,
+)
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.report import Continuation, LayerMeasure
 from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
@@ -68,7 +73,7 @@ def run_side_by_side(
 
         def start(model: Model, mlp: str) -> Run:
             with transformers_says():
-                layers = model.base_model.layers
+                layers = decoder_layers(model)
                 mlps = [layers[layer].get_submodule(mlp) for layer in facts.layers]
             return stack.enter_context(started(model, prompt.ids, mlps))
 
@@ -191,7 +196,7 @@ def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]
             largest.append(output_PH.abs().max() * scale)
 
     down = holder(facts.dense_mlp, "down").name.removesuffix(".weight")
-    modules = [model.base_model.layers[layer].get_submodule(down) for layer in float16]
+    modules = [decoder_layers(model)[layer].get_submodule(down) for layer in float16]
     handles = [module.register_forward_hook(note) for module in modules]
     try:
         yield largest

@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import target_of
-from upcycle_cli.families.dense import COMPUTED, DENSE, DenseFamily
+from upcycle_cli.families.dense import COMPUTED, DenseFamily
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
 from upcycle_cli.verification.shipped import code_failure
-
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class DamagedError(UpcycleError):
@@ -53,8 +52,9 @@ def gather_facts(
     target = find_target(moe)
     family = DENSE[dense.config["model_type"]]
     layers, dense_size, hidden_size = _dense_sizes(dense, family)
-    usual = defaults_of(family.model_type).get(family.activation)
-    kind = mlp_kind(parts_of(family.mlp), dense.config.get(family.activation, usual))
+    key = family.activation or ""
+    activation = dense.config.get(key, defaults_of(family.model_type).get(key))
+    kind = mlp_kind(parts_of(family.mlp), activation)
     keys = target.keys
     with _reading_config():
         num_experts, top_k, expert_size = (
@@ -130,7 +130,8 @@ def _check_sizes(moe: Checkpoint, target: Target) -> None:
     num_experts, top_k = (target.count(moe.config, key) for key in (keys.num_experts, keys.top_k))
     if top_k > num_experts:
         raise ValueError(f"{keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}")
-    layers = {match[1] for match in map(_LAYER.search, moe.tensors) if match}
+    layer = re.compile(re.escape(target.layer).replace(r"\{layer\}", r"(\d+)"))
+    layers = {match[1] for match in map(layer.match, moe.tensors) if match}
     entries = moe.tensors.values()
     # A layer has a tensor of each expert, or one of all.
     fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
@@ -171,8 +172,9 @@ def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...
         prefix = family.layer.format(layer=layer)
         rows = present(family.mlp, tensors, prefix)
         implied = [(weight.name, weight.shape(width, hidden_size)) for weight in rows]
-        if family.norm is not None:
-            implied.append((family.norm, (hidden_size,)))
+        norm = family.norm_of(tensors, prefix)
+        if norm is not None:
+            implied.append((norm, (hidden_size,)))
         for name, shape in implied:
             held = tensors.get(prefix + name)
             if held is None or held.shape != shape:

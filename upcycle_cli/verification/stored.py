@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from upcycle_cli.verification.models import (
     Model,
     TransformersError,
+    decoder_layers,
     empty_model,
     load_config,
     names_on_disk,
@@ -74,6 +75,8 @@ class Stored(_Unread):
 
     def whole(self) -> torch.Tensor:
         """Read it all."""
+        if not self.pieces[0].dim():
+            return self.cast(self.pieces[0])
         return self.rows(0, self.shape[0])
 
     def block(self, begin: int, end: int) -> Stored:
@@ -161,7 +164,7 @@ def stored_model(
         _compute_buffers(model)
         for (layer, name), stack in stacks.items():
             module, _, leaf = name.rpartition(".")
-            model.base_model.layers[layer].get_submodule(module)._parameters[leaf] = stack  # noqa: SLF001
+            decoder_layers(model)[layer].get_submodule(module)._parameters[leaf] = stack  # noqa: SLF001
         _fill(model, tensor)
     return model
 

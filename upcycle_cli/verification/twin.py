@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.families.mlp import place
+from upcycle_cli.families.mlp import holder, place
 from upcycle_cli.verification.dtypes import shared_tensors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import (
     Config,
     Model,
     TransformersError,
+    decoder_layers,
     empty_model,
     load_config,
     names_on_disk,
@@ -32,7 +33,7 @@ _WIDTH = 32
 _VOCAB = 64
 _TOKENS = 48
 _FIRST_WINDOW = 8
-_MOST_GROUPS = 2
+_MOST_GROUPS, _MOST_HEADS = 2, 4
 _MOST_DIFFERENCE = 1e-4
 """Relative to the largest logit; rounding alone costs a thousandth of it."""
 
@@ -65,7 +66,7 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     shorten(config, layer + 1)
     model = empty_model(config, "cpu")
     _fill(model)
-    written, module = names_on_disk(model, model.state_dict()), model.base_model.layers[layer]
+    written, module = names_on_disk(model, model.state_dict()), decoder_layers(model)[layer]
     *_, in_memory = facts.target.layouts.values()
     for part in facts.parts:
         for expert in range(2):
@@ -97,18 +98,20 @@ def _shrink(config: Config) -> None:
     config.pad_token_id = None
 
 
-def _shrink_but_heads(config: Config) -> None:
+def _shrink_but_heads(facts: Facts, config: Config) -> None:
     """Make a model small, and leave the sizes that attention of some kind could insist on."""
     heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    few = min(groups, _MOST_GROUPS)
-    head_dim, heads_make_it = head_dim or config.hidden_size // heads, not head_dim
-    heads_make_it |= heads * head_dim == config.hidden_size
+    key = facts.family.key("num_key_value_heads")
+    groups = getattr(config, key, None) or heads
+    few = min(groups, _MOST_HEADS if groups == heads else _MOST_GROUPS)
+    heads_make_it = not head_dim or heads * head_dim == config.hidden_size
+    head_dim = head_dim or config.hidden_size // heads
     config.num_attention_heads = heads // groups * few
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = few
+    if hasattr(config, key):
+        setattr(config, key, few)
     config.hidden_size = config.num_attention_heads * head_dim if heads_make_it else _WIDTH
-    config.vocab_size, config.intermediate_size, config.pad_token_id = _VOCAB, _WIDTH, None
+    config.vocab_size, config.pad_token_id = _VOCAB, 0
+    setattr(config, facts.family.key("intermediate_size"), _WIDTH)
 
 
 def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator[str]:
@@ -209,11 +212,11 @@ def _logits(model: Model, ids: torch.Tensor, positions: torch.Tensor) -> torch.T
 
 def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
     family = facts.family
-    _shrink_but_heads(config)
+    _shrink_but_heads(facts, config)
     shorten(config, facts.layers[0] + 1)
     model = empty_model(config, "cpu")
     _fill(model)
-    layer = model.base_model.layers[-1]
+    layer = decoder_layers(model)[-1]
     mlp = layer.get_submodule(family.mlp[0].name.split(".")[0])
     seen: dict[str, torch.Tensor] = {}
     for name, module in layer.named_modules():
@@ -225,14 +228,16 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
     _logits(model, torch.arange(_TOKENS)[None], torch.arange(_TOKENS)[None])
     x_SH = seen.pop("")
     feeding = [f"{name}.weight" for name, output in seen.items() if torch.equal(output, x_SH)]
-    if feeding != ([] if family.norm is None else [family.norm]):
-        yield f"the MLP of {family.model_type} is fed by {feeding or 'no norm'}, not {family.norm}"
-    elif family.norm is not None:
+    gamma = facts.gamma_name(facts.layers[0])
+    norm = None if gamma is None else gamma.removeprefix(family.layer.format(layer=facts.layers[0]))
+    if feeding != ([] if norm is None else [norm]):
+        yield f"the MLP of {family.model_type} is fed by {feeding or 'no norm'}, not {norm}"
+    elif norm is not None:
         # With nothing added to it, a weight of zero lets nothing through.
-        norm = layer.get_submodule(feeding[0].removesuffix(".weight"))
-        norm.weight.data.fill_(-family.norm_offset)
+        module = layer.get_submodule(feeding[0].removesuffix(".weight"))
+        module.weight.data.fill_(-family.norm_offset)
         with torch.no_grad():
-            out_SH = norm(torch.randn(4, x_SH.shape[-1]))
+            out_SH = module(torch.randn(4, x_SH.shape[-1]))
         if float((out_SH - out_SH[:1]).abs().max()) > 0:
             yield f"the norm before the MLP does not add {family.norm_offset:g} to its weight"
     degree = _degree(facts, mlp, x_SH)
@@ -247,8 +252,11 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
 
 def _degree(facts: Facts, mlp: Model, x_SH: torch.Tensor) -> int:
     """Return d where twice the up matrix makes the MLP's output 2**d as large, else 0."""
-    found = place(facts.dense_mlp, "up", width=_WIDTH)
-    weight = mlp.get_parameter(found.tensor.split(".", 1)[1])
+    row = holder(facts.dense_mlp, "up")
+    weight = mlp.get_parameter(row.name.split(".", 1)[1])
+    assert row.cut is not None
+    # Some derive it from the size that their config gives.
+    found = place(facts.dense_mlp, "up", width=weight.shape[row.cut] // len(row.holds))
     with torch.no_grad():
         for name, parameter in mlp.named_parameters():
             if name.endswith("bias"):

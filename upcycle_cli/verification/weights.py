@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
-from upcycle_cli.families.dense import HEAD
 from upcycle_cli.families.mlp import Place
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import bits, difference, one_thread, same
@@ -132,8 +131,9 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
     # A tied model may carry its head all the same, and an untied MoE must.
     needs_head = not facts.moe.config.get("tie_word_embeddings", False)
     embedding = facts.family.embedding
-    if HEAD not in wanted and (needs_head or HEAD in facts.moe.tensors):
-        wanted[HEAD] = _Wanted(facts.dense.tensors[embedding].shape, "copied", embedding)
+    head = facts.target.head
+    if head not in wanted and (needs_head or head in facts.moe.tensors):
+        wanted[head] = _Wanted(facts.dense.tensors[embedding].shape, "copied", embedding)
     for linear in facts.target.zero_biases:
         for layer in range(facts.num_layers):
             name = f"{facts.target.prefix(layer)}{linear}"

@@ -1,0 +1,23 @@
+"""`upcycle families`: what can become what, and what runs the result."""
+
+from __future__ import annotations
+
+from upcycle_cli.commands.shared import JsonOption
+from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
+
+
+def families(*, json: JsonOption = False) -> None:
+    """Show which dense model types can become what, and what runs the result."""
+    with errors_to_exit_codes(as_json=json):
+        from upcycle_cli import render
+        from upcycle_cli.families.overview import overview
+
+        found = overview()
+        if json:
+            print_json(render.overview_json(found))
+            return
+        tables = render.overview_tables(found)
+        for number, table in enumerate(tables):
+            if number:
+                stdout().print()
+            show(table)
