@@ -247,7 +247,8 @@ def write_minimal_config(path: Path) -> None:
     }
     num_heads = minimal.get("num_attention_heads", defaults["num_attention_heads"])
     hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
-    derives = config["model_type"] not in ("qwen3", "nemotron_h")
+    own = ("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral")
+    derives = config["model_type"] not in own
     if minimal.get("head_dim") == hidden_size // num_heads and derives:
         del minimal["head_dim"]
     # llama alone takes an absent number of KV heads for the number of heads.

@@ -47,6 +47,7 @@ ROWS: list[Row] = [(name, target) for name in SIZES for target in targets_of(DEN
 """What grids of recipes, routings and damages are run on: every target, and families that differ
 in kind. Of the others, each is converted once, to the shipped code."""
 OTHERS = [name for name in DENSE if name not in SIZES]
+NATIVE_OTHERS = [(name, target) for name in OTHERS for target in DENSE[name].targets]
 RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
 SINGLE = 1e-5
 DOUBLE = 1e-12
@@ -223,6 +224,24 @@ def test_a_family_by_its_row(
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(DENSE, model_type, changed)
             assert is_refused(dense, moe), changed
+
+
+@pytest.mark.parametrize(
+    ("row", "routing"),
+    [(row, routing) for row in NATIVE_OTHERS for routing in target_row(*row).routings],
+    ids=in_words,
+)
+def test_a_native_target_by_its_row(
+    make_moe: MakeMoe,
+    dense_logits: Callable[..., torch.Tensor],
+    row: Row,
+    routing: Routing,
+) -> None:
+    for config in ({}, {"minimal": True}):
+        dense, moe = make_moe(row, "E2G2T2", routing, **config)
+        wanted = dense_logits(dense, torch.float32)
+        assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
+        assert verify(dense, moe).passed
 
 
 def is_refused(dense: Path, moe: Path) -> bool:

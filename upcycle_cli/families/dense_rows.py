@@ -22,6 +22,10 @@ def _some_slide(values: Values, count: int) -> Windows:
     if kinds is None:
         first_sliding = count if window is None else values["max_window_layers"]
         kinds = [SLIDING if i >= first_sliding else FULL for i in range(count)]
+    return _read_kinds(kinds, window, count)
+
+
+def _read_kinds(kinds: object, window: int | None, count: int) -> Windows:
     if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise UpcycleError(
             f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
@@ -34,6 +38,14 @@ def _some_slide(values: Values, count: int) -> Windows:
             "or sliding_window is null."
         )
     return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _by_kinds(values: Values, count: int) -> Windows:
+    """Read the windows where layer_types alone says which layers slide; all do without it."""
+    window, kinds = values["sliding_window"], values.config.get("layer_types")
+    if kinds is None:
+        return (window,) * count
+    return _read_kinds(kinds, window, count)
 
 
 def _two_thirds(values: Mapping[str, Any]) -> int:
@@ -224,7 +236,12 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(model_type="hunyuan_v1_dense", mlp=_SWIGLU, classes="HunYuanDenseV1"),
     DenseFamily(model_type="hyperclovax", mlp=_SWIGLU, classes="HyperCLOVAX"),
     DenseFamily(model_type="internlm3", mlp=_SWIGLU, classes=("InternLM3Config", *_LLAMA)),
-    DenseFamily(model_type="iquestcoder", mlp=_SWIGLU, classes=("IQuestCoderConfig", *_LLAMA)),
+    DenseFamily(
+        model_type="iquestcoder",
+        mlp=_SWIGLU,
+        targets=("mixtral", "qwen2_moe", "glm4_moe"),
+        classes=("IQuestCoderConfig", *_LLAMA),
+    ),
     DenseFamily(model_type="jais2", mlp=_UP_DOWN, classes="Jais2"),
     DenseFamily(
         model_type="lfm2",
@@ -243,7 +260,13 @@ _ROWS: Sequence[DenseFamily] = (
         classes="Lfm3",
     ),
     DenseFamily(model_type="minicpm3", mlp=_SWIGLU, classes="MiniCPM3"),
-    DenseFamily(model_type="ministral", mlp=_SWIGLU, classes="Ministral"),
+    DenseFamily(
+        model_type="ministral",
+        mlp=_SWIGLU,
+        windows=_by_kinds,
+        targets=("qwen2_moe",),
+        classes="Ministral",
+    ),
     DenseFamily(model_type="ministral3", mlp=_SWIGLU, classes="Ministral3"),
     DenseFamily(
         model_type="modernbert-decoder",
@@ -278,7 +301,7 @@ _ROWS: Sequence[DenseFamily] = (
         mixed=True,
         classes=("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
     ),
-    DenseFamily(model_type="seed_oss", mlp=_SWIGLU, classes="SeedOss"),
+    DenseFamily(model_type="seed_oss", mlp=_SWIGLU, targets=("qwen2_moe",), classes="SeedOss"),
     DenseFamily(model_type="smollm3", mlp=_SWIGLU, classes="SmolLM3"),
     DenseFamily(
         model_type="stablelm",
