@@ -101,7 +101,7 @@ def setting_notes(facts: Facts) -> Iterator[str]:
             "their default."
         )
     kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+    if isinstance(kinds, list) and "sliding_attention" in kinds and len(set(map(str, kinds))) > 1:
         yield (
             "Some layers have a window and some have none, which transformers 4 does not know of "
             f"{facts.target.model_type}."
