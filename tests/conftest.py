@@ -49,6 +49,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": TINY,
     # qwen3 does not derive head_dim from the other sizes.
     "qwen3": {**TINY, "head_dim": 16},
+    "granite": {**TINY, "attention_multiplier": 0.35, "residual_multiplier": 0.7},
     "olmo2": {**TINY, "eos_token_id": 2},  # its own default is beyond the vocabulary
     "nemotron": TINY,
     "nemotron_h": {

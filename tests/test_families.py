@@ -472,6 +472,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "qwen2_moe": Routing.SOFTMAX_TOPK,
         "qwen3_moe": Routing.TOPK_SOFTMAX,
         "glm4_moe": Routing.SIGMOID_TOPK,
+        "granitemoe": Routing.TOPK_SOFTMAX,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
 

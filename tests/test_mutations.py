@@ -48,8 +48,8 @@ EQUIVALENT: Mapping[str, str] = {
     r"nemotron_h mlp: \[2\] (name|cut=.*|left out)": "its MLP has no biases that are taken",
     r"nemotron_h mlp: (\[3\] (name|cut=.*|left out)|\[2\] and \[3\] swapped)": "nor this one",
     r"nemotron_h embedding: lm_head.weight": "it ties nothing: only the order of tensors changes",
-    r"(llama|olmo2|nemotron|nemotron_h) windows: none": "it has none",
-    r"(olmo2|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
+    r"(llama|olmo2|granite|nemotron|nemotron_h) windows: none": "it has none",
+    r"(olmo2|granite|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
     r"olmo2 norm_offset: .*": "there is no norm that it could be of",
     r".* mixed: True": "it asks less of the source's layers, of which a table knows all here",
     r"nemotron_h (head|renamed): .*": "it ties nothing, and ships no code",
@@ -57,17 +57,17 @@ EQUIVALENT: Mapping[str, str] = {
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
-    r".* layouts: without per-expert": "the other layout is the default then",
+    r".* layouts: without (per-expert|stacked)": "the other layout is the default then",
     r".* keys: aliases: none": "it only drops what a source may say, which is tested elsewhere",
     r".* keys: aliases: a stranger": "what is dropped is written again, or is the default",
     r".* shared: weights: \[0\] and \[1\] swapped": "both are drawn alike, and down is zero",
     r".* shared: weights: in another order": "tensors come in another order",
     r".* shared: weights: \[.\] cut=None": "a matrix cut nowhere has the shape of down",
     r".* shared: size: 128": "any width does",
-    r"(mixtral|qwen2_moe|qwen3_moe) correction_bias: .*": "only sigmoid routing has one",
-    r"(mixtral|qwen2_moe|nemotron_h|shipped) refusal: none": "it has none, or none is ever met",
+    r"(mixtral|qwen2_moe|qwen3_moe|granitemoe) correction_bias: .*": "only sigmoid routing has one",
+    r"(mixtral|qwen2_moe|granitemoe|nemotron_h|shipped) refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
-    r"mixtral keys: routing: norm_topk_prob": "nothing reads that key of a mixtral",
+    r"(mixtral|granitemoe) keys: routing: norm_topk_prob": "nothing reads that key of them",
     r".* routings: \(.*": "another default, which is as good",
     r".* routings: (softmax-topk|topk-softmax|sigmoid-topk)": "one less is offered",
     r"(glm4_moe|nemotron_h) keys: routing: (another key|none)": "its own settings say it as well",
@@ -135,7 +135,7 @@ SLIDING = {
     "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
 }
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
-SOME_LAYERS = {"mixtral": "1", "glm4_moe": "1-", "nemotron_h": "1"}
+SOME_LAYERS = {"mixtral": "1", "granitemoe": "1", "glm4_moe": "1-", "nemotron_h": "1"}
 """A choice of layers that a target can express, where it is not "0"."""
 
 

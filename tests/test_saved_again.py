@@ -80,7 +80,7 @@ def test_saved_by_the_names_in_memory(
     """As transformers 5 writes it when told to: a tensor for all experts of a layer."""
     dense, moe = converted(target)
     again = saved(moe, tmp_path / "again", save_original_format=False)
-    assert len(read_tensors(again)) < len(read_tensors(moe))
+    assert read_tensors(again).keys() != read_tensors(moe).keys()
     assert_as_good(dense, moe, again)
     assert inspect(again).expert_layout == "fused"
 

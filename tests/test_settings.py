@@ -27,7 +27,7 @@ from conftest import (
 )
 
 from upcycle_cli import Options, Recipe, convert, inspect
-from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.families.moe import NATIVE
 from upcycle_cli.recipe import Routing, parse_recipe_name
 
 ROUNDING = 1e-5
@@ -109,11 +109,11 @@ def test_both_layouts_are_the_same_model(
     make_dense: MakeDense, tmp_path: Path, model_type: str, target: str, routing: Routing
 ) -> None:
     dense, ids = make_dense(model_type), random_ids()
-    for layout in ExpertLayout:
+    for layout in NATIVE[target].layouts:
         options = Options(expert_layout=layout)
         convert(dense, tmp_path / layout, recipe("E2G2T2", routing), target=target, options=options)
         assert inspect(tmp_path / layout).expert_layout == layout
-    per_expert, fused = (logits(tmp_path / layout, ids) for layout in ExpertLayout)
+    per_expert, fused = (logits(tmp_path / layout, ids) for layout in NATIVE[target].layouts)
     assert torch.equal(per_expert, fused)
 
 

@@ -128,7 +128,8 @@ class MoeOptions:
         for_files(
             metavar="NAME",
             help="per-expert writes a tensor per expert, which every engine reads, and is the "
-            "default where the target has it; fused one per layer, as transformers 5 holds them.",
+            "default where the target has it; stacked one per matrix and layer, as granitemoe's "
+            "releases do; fused one per layer, as transformers 5 holds them.",
         ),
     ] = None
     max_shard_size: Annotated[

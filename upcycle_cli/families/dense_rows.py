@@ -230,7 +230,7 @@ _ROWS: Sequence[DenseFamily] = (
         keys=_N_KEYS,
         classes="GPTJ",
     ),
-    DenseFamily(model_type="granite", mlp=_SWIGLU, classes="Granite"),
+    DenseFamily(model_type="granite", mlp=_SWIGLU, targets=("granitemoe",), classes="Granite"),
     DenseFamily(model_type="granite_swa", mlp=_SWIGLU, classes="GraniteSWA"),
     DenseFamily(model_type="helium", mlp=_SWIGLU, classes="Helium"),
     DenseFamily(model_type="hunyuan_v1_dense", mlp=_SWIGLU, classes="HunYuanDenseV1"),

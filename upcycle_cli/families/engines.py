@@ -42,6 +42,7 @@ _ENGINES = ("transformers", "vLLM", "llama.cpp", "MLX")
 _TRIED = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", _SHIPPED), _ENGINES),
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
+    "granitemoe": ("transformers",),
 }
 """By target, the engines that it was run in. They run it, whatever the routing, but for these."""
 _SHIPPED_IN_VLLM = ("nemotron", "olmo2")
@@ -53,7 +54,7 @@ _COMPUTE_ELSE = (
     ("qwen3_moe", "llama.cpp", Routing.SOFTMAX_TOPK),
 )
 _READ_FUSED = {
-    "transformers": ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "nemotron_h", _SHIPPED),
+    "transformers": tuple(_TRIED),
     "vLLM": ("qwen2_moe", "qwen3_moe", "glm4_moe", _SHIPPED),
     "llama.cpp": ("qwen2_moe", "qwen3_moe"),
 }
@@ -114,7 +115,8 @@ def engines(
             support = _WANT_A_HEAD.get((target, name), support)
         found.append(Engine(name, support))
         newer = target in _NEWER_THAN_TRANSFORMERS_4
-        if name == "transformers" and (newer or (fused and target != _SHIPPED)):
+        alone = target in (_SHIPPED, "granitemoe")  # no layout of theirs has a tensor per expert
+        if name == "transformers" and (newer or (fused and not alone)):
             older = Support.REFUSES if newer else Support.PER_EXPERT_ONLY
             found.append(Engine("transformers 4", older))
     return tuple(found)

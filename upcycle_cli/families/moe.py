@@ -36,6 +36,8 @@ class ExpertLayout(StrEnum):
 
     PER_EXPERT = "per-expert"
     """A tensor per matrix and expert, as in the released checkpoints; every engine reads it."""
+    STACKED = "stacked"
+    """A tensor per matrix and layer for all experts, as in the released checkpoints of some."""
     FUSED = "fused"
     """A tensor per layer for gate and up, one for down, as transformers 5 holds them in memory."""
 
@@ -308,6 +310,30 @@ _ROWS: Sequence[Target] = (
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
         refusal=_no_windows,
         settings=_glm4_moe_settings,
+    ),
+    Target(
+        model_type="granitemoe",
+        architecture="GraniteMoeForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts={
+            ExpertLayout.STACKED: Layout(
+                experts=(
+                    Weight("block_sparse_moe.input_linear.weight", ("gate", "up"), 0),
+                    Weight("block_sparse_moe.output_linear.weight", ("down",), 1),
+                ),
+                router="block_sparse_moe.router.layer.weight",
+            ),
+            ExpertLayout.FUSED: Layout(
+                experts=stacked("block_sparse_moe.experts", gated=True),
+                router="block_sparse_moe.router.weight",
+            ),
+        },
+        keys=Keys(
+            num_experts="num_local_experts",
+            aliases=("num_experts",),
+            expert_size="intermediate_size",
+        ),
+        layers=ALL,
     ),
     Target(
         model_type="nemotron_h",

@@ -155,8 +155,8 @@ def _option_failures(facts: Facts) -> Iterator[str]:
     data, untied = facts.record.data, facts.record.data.get("untie_embeddings")
     if tied and untied is tied_moe:
         yield f"{RECORD_NAME}: untie_embeddings is {untied}, and so is tie_word_embeddings"
-    separate = any("{expert}" in weight.name for weight in facts.layout.experts)
-    layers, layout = [*facts.layers], "per-expert" if separate else "fused"
+    named = (str(name) for name, row in facts.target.layouts.items() if row == facts.layout)
+    layers, layout = [*facts.layers], next(named)
     yield from _differences(
         ("moe_layers", data.get("moe_layers", layers), layers, f"{CONFIG_NAME} has"),
         ("expert_layout", data.get("expert_layout"), layout, "the tensors are"),

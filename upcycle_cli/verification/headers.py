@@ -40,7 +40,8 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
     `layers` and `sizes` are as for `empty_shapes`. Raises TransformersError.
     """
     in_memory, written = empty_shapes(moe.path, layers=layers, **sizes)
-    if any("{expert}" in weight.name for weight in find_layout(moe, target).experts):
+    *_, fused = target.layouts.values()
+    if find_layout(moe, target) != fused:
         return written
     # All but the experts have the names of released checkpoints, if the experts have.
     memory, disk = "model.", target.root

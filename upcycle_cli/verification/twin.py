@@ -59,7 +59,8 @@ def twin_failures(facts: Facts) -> Iterator[str]:
 
 def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     """Say where transformers takes a part of an expert from another place than the rows say."""
-    if not any("{expert}" in weight.name for weight in facts.layout.experts):
+    *_, in_memory = facts.target.layouts.values()
+    if facts.layout == in_memory:
         return  # the one tensor of a layer is taken as it is
     layer = facts.layers[0]
     _shrink_experts(facts, config)
@@ -67,7 +68,6 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     model = empty_model(config, "cpu")
     _fill(model)
     written, module = names_on_disk(model, model.state_dict()), decoder_layers(model)[layer]
-    *_, in_memory = facts.target.layouts.values()
     for part in facts.parts:
         for expert in range(2):
             found, spot = (
