@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import forked
 import pytest
 import torch
 from hub.server import TOKEN, Hub
@@ -25,6 +26,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # For models this small threads only wait for one another, and for whatever else is running.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in the processes that tests start
+
+forked.provide_folder()
 
 # CI tries the same examples each time, so that it fails for what a change did; a person's runs try
 # new ones. No deadline: a busy machine is no failure.
@@ -298,26 +301,36 @@ def validate_json(command: str, text: str) -> dict[str, Any]:
     return value
 
 
+def run_as_a_shell_would(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, from its start to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80"} | environment,
+    )
+
+
+def run_forked(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line where its libraries are imported already; see forked.py."""
+    if any(name.startswith(forked.OWN) for name in environment):
+        return run_as_a_shell_would(*arguments, cwd=cwd, **environment)
+    return forked.run(arguments, cwd=cwd, environment=os.environ | {"COLUMNS": "80"} | environment)
+
+
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
 def run_cli() -> RunCli:
-    """Run the command line in a process of its own, as a shell would."""
-
-    def run(
-        *arguments: str | Path, cwd: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=cwd,
-            env=os.environ | {"COLUMNS": "80"} | environment,
-        )
-
-    return run
+    """Run the command line."""
+    return run_forked
 
 
 @pytest.fixture
@@ -341,16 +354,8 @@ def run(hub: Hub, tmp_path: Path) -> RunOnHub:
         expect: int = 0,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=hub.environment(home or tmp_path / "home", token=token)
-            | {"COLUMNS": "80"}
-            | environment,
-        )
+        variables = hub.environment(home or tmp_path / "home", token=token) | {"COLUMNS": "80"}
+        result = forked.run(arguments, cwd=tmp_path, environment=variables | environment)
         assert result.returncode == expect, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         assert "Traceback" not in result.stderr

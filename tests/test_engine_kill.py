@@ -62,9 +62,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     path = tmp_path_factory.mktemp("job")
     dense = make_dense(path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
     started = time.monotonic()
-    done = run(convert_command(dense, path / "moe", *SHARDED))
+    process = start(convert_command(dense, path / "moe", *SHARDED))  # as those that are killed
+    _, said = process.communicate(timeout=SUBPROCESS_SECONDS)
     seconds = time.monotonic() - started
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, said
     reference = contents(path / "moe")
     assert sum(name.endswith(".safetensors") for name in reference) >= NUM_SHARDS
     shutil.rmtree(path / "moe")

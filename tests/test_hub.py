@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
+import forked
 import pytest
 from conftest import RunOnHub, clone, contents, read_json, read_tensors, validate_json
 from hub.server import TOKEN, Hub
@@ -793,13 +794,8 @@ def test_the_card_s_code_loads_what_was_pushed(
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
     check = "\nprint(model.num_parameters(), len(tokenizer('hello').input_ids) > 0)"
-    done = subprocess.run(
-        [sys.executable, "-c", found[1] + check],
-        env=hub.environment(tmp_path / "another home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    variables = hub.environment(tmp_path / "another home")
+    done = forked.run([], program=found[1] + check, environment=variables)
     assert done.returncode == 0, done.stderr
     record = read_json(tmp_path / "out" / RECORD_NAME)
     assert done.stdout == f"{record['parameters']['total']} True\n"
@@ -858,13 +854,8 @@ def test_no_secret_in_what_a_library_quotes(
         (("push", moe, MOE), (address,)),
     ):
         for endpoint in endpoints:
-            result = subprocess.run(
-                [sys.executable, "-m", "upcycle_cli", *map(str, command)],
-                env=hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            variables = hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint}
+            result = forked.run(command, environment=variables)
             assert "sEcr3t" not in result.stdout + result.stderr
             assert "Traceback" not in result.stderr
 
