@@ -24,9 +24,10 @@ from typing import Any
 import upcycle_cli
 
 SAFE = """
-httpx2 jinja2 matplotlib.backends.backend_svg matplotlib.figure numpy.random rich.progress
-rich.table safetensors.torch tokenizers torch torch.distributed.run torch.utils.checkpoint
-typer._adapters xxhash yaml
+PIL.Image configparser filelock httpcore2 httpx2 jinja2 matplotlib.backends.backend_svg
+matplotlib.figure numpy.random pydantic.dataclasses regex rich.progress rich.table safetensors.torch
+tokenizers torch torch._dynamo torch.distributed.run torch.distributed.tensor
+torch.utils.checkpoint tqdm.auto truststore typer._adapters xxhash yaml
 """
 WITH_A_HUB = """
 transformers.conversion_mapping transformers.modeling_gguf_pytorch_utils transformers.modeling_utils
