@@ -35,6 +35,21 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each worker begin with its share of the long tests, so that none is left for the end."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    total = len(items)
+    items.clear()
+    for worker in range(workers):
+        share = long[worker::workers]
+        row = (total - len(items)) // (workers - worker) - len(share)  # as xdist divides
+        items += share + others[:row]
+        del others[:row]
+
+
 VOCAB_SIZE = 260  # a token per byte, and a few of special meaning
 
 TINY: Mapping[str, Any] = {

@@ -104,12 +104,14 @@ def kill_and_resume(job: Job, output: Path, command: list[str], number: int) -> 
     shutil.rmtree(output)
 
 
+@pytest.mark.long
 def test_random_kills(job: Job, tmp_path: Path) -> None:
     for number in range(KILLS):
         output = tmp_path / "moe"
         kill_and_resume(job, output, convert_command(job.dense, output, *SHARDED), number)
 
 
+@pytest.mark.long
 def test_random_kills_under_torchrun(job: Job, tmp_path: Path) -> None:
     for number in range(max(2, KILLS // 3)):
         output = tmp_path / "moe"
@@ -118,6 +120,7 @@ def test_random_kills_under_torchrun(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replacing", [[], ["before"], ["before", "plain"]], ids=str)
+@pytest.mark.long
 def test_a_kill_at_every_step(small: Path, tmp_path: Path, replacing: list[str]) -> None:
     execute(plan_of(small, "E2G2T2", max_shard_bytes=40_000), tmp_path / "reference")
     execute(plan_of(small, "E4G1T2"), tmp_path / "before")

@@ -195,6 +195,7 @@ def test_a_busy_hub_is_asked_again(hub: Hub, run: RunOnHub, llama: Path) -> None
     assert not any(fault.times for fault in hub.faults)
 
 
+@pytest.mark.long
 def test_a_hub_that_stays_away(hub: Hub, run: RunOnHub, llama: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.fail("GET", r"/api/models/acme/tiny", 503, times=99)
@@ -296,6 +297,7 @@ def test_a_hub_that_stumbles_does_not_bring_an_old_commit(
     assert read_json(tmp_path / "new" / RECORD_NAME)["source"]["revision"] == newer
 
 
+@pytest.mark.long
 def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(
     hub: Hub, run: RunOnHub, llama: Path
 ) -> None:
@@ -533,6 +535,7 @@ def test_an_edited_card_is_kept(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Pa
     assert files_of(hub)["README.md"] == files_in(moe)["README.md"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 99])
 def test_an_edited_card_is_kept_when_the_hub_stumbles(
     hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path, times: int
@@ -677,6 +680,7 @@ def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: RunOnHub, m
     assert len(hub.store.repos[MOE].commits) == 2
 
 
+@pytest.mark.long
 def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: RunOnHub, moe: Path) -> None:
     """Half of the files arrive; then the Hub takes no more, until the second run."""
     shards = [path.name for path in moe.glob("*.safetensors")]
@@ -695,6 +699,7 @@ def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: RunOnHub, m
     assert files_of(hub) == files_in(moe)
 
 
+@pytest.mark.long
 def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: RunOnHub, moe: Path) -> None:
     hub.fail("PUT", "/_objects/", after_bytes=100, hit=hub.vanish)
     failed = run("push", moe, MOE, expect=2)
@@ -839,6 +844,7 @@ def test_an_answer_that_holds_the_token(hub: Hub, run: RunOnHub, moe: Path) -> N
     assert_says(failed, "the token hf_… is not for this")
 
 
+@pytest.mark.long
 def test_no_secret_in_what_a_library_quotes(
     hub: Hub, run: RunOnHub, moe: Path, llama: Path
 ) -> None:
