@@ -29,12 +29,16 @@ HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HOME")
 OWN = ("PYTHON", "LC_", "LANG", "OMP_")
 """Variables that are read when a process starts."""
 
+_ENVIRONMENT: dict[str, str] = {}
+"""What it was when the tests began: that of the servers, whatever a test has set since."""
+
 
 def provide_folder() -> None:
     """Say where servers are to be, before there are workers; they end with this process."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = f"{os.getpid()}:{mkdtemp(prefix='forks-')}"
         atexit.register(shutil.rmtree, os.environ[FOLDER].partition(":")[2])
+    _ENVIRONMENT.update(os.environ)
 
 
 @functools.cache
@@ -48,7 +52,7 @@ def server(kind: str = "") -> str:
             words = [sys.executable, str(HERE / "fork_server.py"), str(place), master, kind]
             # No Popen, which would miss it at the end.
             null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
-            pid = os.posix_spawn(words[0], words, os.environ, file_actions=null, setsid=True)
+            pid = os.posix_spawn(words[0], words, _ENVIRONMENT, file_actions=null, setsid=True)
             while not place.exists():
                 assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the server does not start"
                 time.sleep(0.05)
@@ -93,5 +97,5 @@ def run(
 
 def _kind(environment: Mapping[str, str]) -> str:
     """Which server fits: the one that has imported a Hub's client, or the one that has not."""
-    names = {name for name in (*environment, *os.environ) if name.startswith(HUB)}
-    return "hub" if any(environment.get(n) != os.environ.get(n) for n in names) else ""
+    names = {name for name in (*environment, *_ENVIRONMENT) if name.startswith(HUB)}
+    return "hub" if any(environment.get(n) != _ENVIRONMENT.get(n) for n in names) else ""
