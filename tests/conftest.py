@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import forked
 import pytest
 import torch
 from hub.server import TOKEN, Hub
@@ -26,11 +27,28 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in the processes that tests start
 
+forked.provide_folder()
+
 # CI tries the same examples each time, so that it fails for what a change did; a person's runs try
 # new ones. No deadline: a busy machine is no failure.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each worker begin with its share of the long tests, so that none is left for the end."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    total = len(items)
+    items.clear()
+    for worker in range(workers):
+        share = long[worker::workers]
+        row = (total - len(items)) // (workers - worker) - len(share)  # as xdist divides
+        items += share + others[:row]
+        del others[:row]
+
 
 VOCAB_SIZE = 260  # a token per byte, and a few of special meaning
 
@@ -369,26 +387,36 @@ def validate_json(command: str, text: str) -> dict[str, Any]:
     return value
 
 
+def run_as_a_shell_would(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, from its start to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80"} | environment,
+    )
+
+
+def run_forked(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line where its libraries are imported already; see forked.py."""
+    if any(name.startswith(forked.OWN) for name in environment):
+        return run_as_a_shell_would(*arguments, cwd=cwd, **environment)
+    return forked.run(arguments, cwd=cwd, environment=os.environ | {"COLUMNS": "80"} | environment)
+
+
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
 def run_cli() -> RunCli:
-    """Run the command line in a process of its own, as a shell would."""
-
-    def run(
-        *arguments: str | Path, cwd: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=cwd,
-            env=os.environ | {"COLUMNS": "80"} | environment,
-        )
-
-    return run
+    """Run the command line."""
+    return run_forked
 
 
 @pytest.fixture
@@ -412,16 +440,8 @@ def run(hub: Hub, tmp_path: Path) -> RunOnHub:
         expect: int = 0,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=hub.environment(home or tmp_path / "home", token=token)
-            | {"COLUMNS": "80"}
-            | environment,
-        )
+        variables = hub.environment(home or tmp_path / "home", token=token) | {"COLUMNS": "80"}
+        result = forked.run(arguments, cwd=tmp_path, environment=variables | environment)
         assert result.returncode == expect, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         assert "Traceback" not in result.stderr

@@ -16,9 +16,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import forked
 import numpy as np
 
 import upcycle_cli
@@ -190,12 +192,26 @@ def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; what it has of this tool, and of the launcher, is forked."""
+    given = environment(OMP_NUM_THREADS="1", **variables)
+    fork = partial(forked.run, environment=given, seconds=SUBPROCESS_SECONDS)
+    match command:
+        case [python, "-m", "upcycle_cli", *arguments] if python == PYTHON:
+            return fork(arguments)
+        case [python, "-c", program, *arguments] if python == PYTHON:
+            return fork(arguments, program=program)
+        case [python, "-m", "torch.distributed.run", *arguments] if python == PYTHON:
+            if "upcycle_cli" in arguments:
+                place = arguments.index("upcycle_cli") - 1  # behind its -m
+                arguments[place : place + 2] = forked.command()
+                arguments.insert(0, "--no-python")
+            return fork(arguments, program="from torch.distributed.run import main\nmain()\n")
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        env=environment(OMP_NUM_THREADS="1", **variables),
+        env=given,
         timeout=SUBPROCESS_SECONDS,
     )
 

@@ -656,6 +656,7 @@ def test_weights_say_the_granularity(
 # The whole job ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_demo(tmp_path: Path, run_cli: RunCli) -> None:
     done = run_cli("demo", tmp_path / "demo", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr

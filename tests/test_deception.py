@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import MakeDense, clone, read_json, read_tensors, write_json
@@ -799,13 +798,9 @@ def test_nothing_that_a_checkpoint_names_is_asked_for(
         adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/other"}
         write_json(moe / "adapter_config.json", adapter)
         moes.append(str(moe))
-    found = subprocess.run(
-        [sys.executable, "-c", GUARDED, str(dense), *moes],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
-    )
+    online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    found = forked.run([dense, *moes], program=GUARDED, environment=online)
+    assert found.returncode == 0, found.stderr
     assert found.stdout == "failed\n" * len(moes)
 
 

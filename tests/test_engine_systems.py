@@ -9,12 +9,11 @@ import fcntl
 import json
 import os
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from engine_fixtures import contents, convert_command, environment, make_dense, plan_of
-from forked import Forking, forking
 
 from upcycle_cli import system
 from upcycle_cli.conversion import execute
@@ -102,12 +101,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forking]:
-    with forking(**environment()) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def references(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     found = {}
     for recipe in ("E4G1T2", "E2G2T2"):
@@ -123,7 +116,6 @@ def test_everything_goes_without(
     dense: Path,
     tmp_path: Path,
     references: dict[str, dict[str, str]],
-    forks: Forking,
     hidden: str,
 ) -> None:
     output = tmp_path / "moe"
@@ -132,7 +124,8 @@ def test_everything_goes_without(
     def upcycle(recipe: str, *options: str, kill_at: int = 0) -> dict[str, object]:
         command = convert_command(dense, output, "--max-shard-size", "40KB", "--json", *options,
                                   recipe=recipe)  # fmt: skip
-        done = forks.run([str(kill_at), *command[3:]], program=program)
+        arguments = [str(kill_at), *command[3:]]
+        done = forked.run(arguments, program=program, environment=environment())
         assert done.returncode == (-9 if kill_at else 0), done.stderr
         return {} if kill_at else dict(json.loads(done.stdout))
 

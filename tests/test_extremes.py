@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import clone
-from forked import MAIN, forking
 
 from upcycle_cli import Recipe, convert
 
@@ -26,14 +25,16 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_DATA, ({MEMORY}, {MEMORY}))
+from upcycle_cli.__main__ import main
+main()
+"""
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_DATA, ({MEMORY}, {MEMORY}))\n"
-    with forking() as forks:
-        yield lambda *arguments: forks.run(arguments, program=limit + MAIN, seconds=PATIENCE)
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return forked.run(arguments, program=PROGRAM, seconds=PATIENCE)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
@@ -88,7 +89,7 @@ HEADERS: tuple[tuple[str, str, str], ...] = (
 @pytest.mark.parametrize(
     ("header", "words"), [row[1:] for row in HEADERS], ids=[row[0] for row in HEADERS]
 )
-def test_headers(run: Run, llama: Path, tmp_path: Path, header: str, words: str) -> None:
+def test_headers(llama: Path, tmp_path: Path, header: str, words: str) -> None:
     dense = clone(llama, tmp_path / "dense")
     write_header(dense / "model.safetensors", header.encode(), 4)
     assert_refused(run("inspect", dense), words)
@@ -106,9 +107,7 @@ COUNTS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("changes", COUNTS, ids=str)
-def test_sizes_in_an_moe(
-    run: Run, llama: Path, moe: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     path = clone(moe, tmp_path / "moe", **changes)
     done = run("verify", llama, path, "--checks", "structure,outputs")
     assert_refused(done, next(iter(changes)) if len(changes) == 1 else "structure", code=1)
@@ -122,9 +121,7 @@ PLACES = ("config.json", "model.safetensors", "upcycle.json", "tokenizer.json", 
 
 @pytest.mark.parametrize("kind", ["pipe", "sparse"])
 @pytest.mark.parametrize("name", PLACES)
-def test_files_of_an_moe(
-    run: Run, llama: Path, moe: Path, tmp_path: Path, name: str, kind: str
-) -> None:
+def test_files_of_an_moe(llama: Path, moe: Path, tmp_path: Path, name: str, kind: str) -> None:
     path = clone(moe, tmp_path / "moe")
     (path / name).unlink(missing_ok=True)
     if kind == "pipe":
@@ -142,9 +139,7 @@ def test_files_of_an_moe(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "LICENSE"])
-def test_pipes_in_a_dense_model(
-    run: Run, llama: Path, moe: Path, tmp_path: Path, name: str
-) -> None:
+def test_pipes_in_a_dense_model(llama: Path, moe: Path, tmp_path: Path, name: str) -> None:
     dense = clone(llama, tmp_path / "dense")
     (dense / name).unlink()
     os.mkfifo(dense / name)
@@ -153,13 +148,13 @@ def test_pipes_in_a_dense_model(
 
 
 @pytest.mark.parametrize("where", ["/dev/zero", "pipe"])
-def test_prompts(run: Run, llama: Path, moe: Path, tmp_path: Path, where: str) -> None:
+def test_prompts(llama: Path, moe: Path, tmp_path: Path, where: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     done = run("verify", llama, moe, "--prompts", tmp_path / where)
     assert_refused(done, "not a regular file")
 
 
-def test_values_that_are_long(run: Run, llama: Path, tmp_path: Path) -> None:
+def test_values_that_are_long(llama: Path, tmp_path: Path) -> None:
     """What a message quotes of a file is cut short."""
     long = ["x" * 500_000] * 5
     dense = clone(llama, tmp_path / "dense", hidden_act=long, eos_token_id=long)

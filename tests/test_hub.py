@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
+import forked
 import pytest
 from conftest import RunOnHub, clone, contents, read_json, read_tensors, validate_json
 from hub.server import TOKEN, Hub
@@ -194,6 +195,7 @@ def test_a_busy_hub_is_asked_again(hub: Hub, run: RunOnHub, llama: Path) -> None
     assert not any(fault.times for fault in hub.faults)
 
 
+@pytest.mark.long
 def test_a_hub_that_stays_away(hub: Hub, run: RunOnHub, llama: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.fail("GET", r"/api/models/acme/tiny", 503, times=99)
@@ -295,6 +297,7 @@ def test_a_hub_that_stumbles_does_not_bring_an_old_commit(
     assert read_json(tmp_path / "new" / RECORD_NAME)["source"]["revision"] == newer
 
 
+@pytest.mark.long
 def test_what_the_hub_refuses_of_a_file_is_said_as_it_is(
     hub: Hub, run: RunOnHub, llama: Path
 ) -> None:
@@ -532,6 +535,7 @@ def test_an_edited_card_is_kept(hub: Hub, run: RunOnHub, moe: Path, tmp_path: Pa
     assert files_of(hub)["README.md"] == files_in(moe)["README.md"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 99])
 def test_an_edited_card_is_kept_when_the_hub_stumbles(
     hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path, times: int
@@ -676,6 +680,7 @@ def test_an_upload_that_breaks_off_once_is_sent_again(hub: Hub, run: RunOnHub, m
     assert len(hub.store.repos[MOE].commits) == 2
 
 
+@pytest.mark.long
 def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: RunOnHub, moe: Path) -> None:
     """Half of the files arrive; then the Hub takes no more, until the second run."""
     shards = [path.name for path in moe.glob("*.safetensors")]
@@ -694,6 +699,7 @@ def test_an_upload_cut_off_halfway_goes_on_from_there(hub: Hub, run: RunOnHub, m
     assert files_of(hub) == files_in(moe)
 
 
+@pytest.mark.long
 def test_a_hub_that_disappears_during_an_upload(hub: Hub, run: RunOnHub, moe: Path) -> None:
     hub.fail("PUT", "/_objects/", after_bytes=100, hit=hub.vanish)
     failed = run("push", moe, MOE, expect=2)
@@ -793,13 +799,8 @@ def test_the_card_s_code_loads_what_was_pushed(
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
     check = "\nprint(model.num_parameters(), len(tokenizer('hello').input_ids) > 0)"
-    done = subprocess.run(
-        [sys.executable, "-c", found[1] + check],
-        env=hub.environment(tmp_path / "another home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    variables = hub.environment(tmp_path / "another home")
+    done = forked.run([], program=found[1] + check, environment=variables)
     assert done.returncode == 0, done.stderr
     record = read_json(tmp_path / "out" / RECORD_NAME)
     assert done.stdout == f"{record['parameters']['total']} True\n"
@@ -843,6 +844,7 @@ def test_an_answer_that_holds_the_token(hub: Hub, run: RunOnHub, moe: Path) -> N
     assert_says(failed, "the token hf_… is not for this")
 
 
+@pytest.mark.long
 def test_no_secret_in_what_a_library_quotes(
     hub: Hub, run: RunOnHub, moe: Path, llama: Path
 ) -> None:
@@ -858,13 +860,8 @@ def test_no_secret_in_what_a_library_quotes(
         (("push", moe, MOE), (address,)),
     ):
         for endpoint in endpoints:
-            result = subprocess.run(
-                [sys.executable, "-m", "upcycle_cli", *map(str, command)],
-                env=hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            variables = hub.environment(moe.parent / "home") | {"HF_ENDPOINT": endpoint}
+            result = forked.run(command, environment=variables)
             assert "sEcr3t" not in result.stdout + result.stderr
             assert "Traceback" not in result.stderr
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import clone
 from hub.server import TOKEN, Hub
@@ -26,22 +25,18 @@ def refused(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
 
     def run(*arguments: str | Path, limits: str = "", expect: int = 2, **variables: str) -> str:
         code = f"""
-import sys
 from upcycle_cli.hub import answers, requests
 requests._WAITS = ()
 {limits}
-sys.argv = ["upcycle", *sys.argv[1:]]
 from upcycle_cli.cli import main
 main()
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments or ("inspect", REPO))],
-            capture_output=True,
-            text=True,
-            check=False,
+        done = forked.run(
+            arguments or ("inspect", REPO),
+            program=code,
             cwd=tmp_path,
-            timeout=60,
-            env=hub.environment(tmp_path / "home") | {"COLUMNS": "80"} | variables,
+            seconds=60,
+            environment=hub.environment(tmp_path / "home") | {"COLUMNS": "80"} | variables,
         )
         said = " ".join(done.stderr.split())
         assert (done.returncode, said.count("error:"), "Traceback" in said) == (
@@ -271,15 +266,8 @@ def test_the_checksums_of_a_repo_are_verified(hub: Hub, llama: Path, tmp_path: P
     moe = clone(tmp_path / "moe", tmp_path / "wrong")
     (moe / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
     hub.store.upload("acme/moe", moe)
-    environment = hub.environment(tmp_path / "home")
     command = ["verify", REPO, "acme/moe", "--checks", "files", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "upcycle_cli", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    done = forked.run(command, environment=hub.environment(tmp_path / "home"))
     assert done.returncode == 1
     assert "config.json is not the file that SHA256SUMS describes" in done.stdout
 
@@ -309,20 +297,13 @@ def test_passwords_are_blotted_out(
 
 def test_no_password_in_a_traceback(hub: Hub, llama: Path, tmp_path: Path) -> None:
     code = """
-import sys
 from upcycle_cli import cli, inspection
 def broken(*_, **__): raise KeyError(__import__("os").environ["HTTPS_PROXY"])
 inspection.inspect_checkpoint = inspection.inspect = broken
 cli.check_current_directory = broken
-sys.argv = ["upcycle", "inspect", sys.argv[1], "--json"]
 cli.main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(llama)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=hub.environment(tmp_path) | {"HTTPS_PROXY": "http://user:sEcr3t@localhost"},
-    )
+    variables = hub.environment(tmp_path) | {"HTTPS_PROXY": "http://user:sEcr3t@localhost"}
+    done = forked.run(["inspect", llama, "--json"], program=code, environment=variables)
     assert "Traceback" in done.stderr
     assert "sEcr3t" not in done.stdout + done.stderr

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 from conftest import RunOnHub, clone, read_json
 
@@ -206,13 +207,8 @@ main()
 
 
 def test_a_connection_that_breaks_beside_others(hub: Hub, moe: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CLOSED, "push", moe, MOE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=hub.environment(tmp_path / "home"),
-    )
+    variables = hub.environment(tmp_path / "home")
+    done = forked.run(["push", moe, MOE], program=CLOSED, environment=variables)
     assert done.returncode == 0, done.stderr
     assert len(hub.store.repos[MOE].commits) == 2
 
@@ -221,8 +217,8 @@ def _seen(hub: Hub, tmp_path: Path, *arguments: str | Path) -> str:
     """Return what a command shows on a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, "-m", "upcycle_cli", *map(str, arguments)]
     environment = hub.environment(tmp_path / "home")
+    command = [*forked.command(environment), *map(str, arguments)]
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     ) as process:

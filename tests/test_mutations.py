@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import SIZES, MakeDense, contents, logits, random_ids
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, families, verify
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, families, verify
 from upcycle_cli.families import SHIPPED, layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
@@ -33,6 +33,8 @@ CHECKS = (("weights",), ("structure", "claims", "outputs"))
 """In the order in which they are tried: the fastest one first, and by itself, so that the outputs
 are judged as if nothing were known of the weights."""
 
+QUICKLY = WriteOptions(workers=1, fsync=False)
+"""Nothing of it is to outlive the machine."""
 FEW = TextOptions(tokens=64)
 """Of each text a few words; the rows are filled up with tokens of the whole vocabulary."""
 
@@ -126,6 +128,7 @@ class Scenario:
             Recipe(**wanted),
             target=self.target,
             options=Options(**self.options),
+            writing=QUICKLY,
         )
 
 

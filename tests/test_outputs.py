@@ -180,6 +180,7 @@ def test_all_of_it_is_in_the_json(make_dense: MakeDense, tmp_path: Path) -> None
     [[(4, 2), (8, 2), (16, 2)], [(4, 8), (4, 64), (4, 128)]],
     ids=["layers", "experts"],
 )
+@pytest.mark.long
 def test_memory_does_not_grow(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     """Whatever the number of layers (the first of a pair), and of experts (the second)."""
     peaks = []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import RunCli, clone, contents
 
@@ -65,10 +64,8 @@ def test_what_is_no_recipe_file_is_said_at_once(
 ) -> None:
     name = f"u.{suffix}"
     UNREADABLE[kind](tmp_path / name)
-    command = [sys.executable, "-m", "upcycle_cli", "convert", str(llama), "moe", "--config", name]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=HANG_SECONDS
-    )
+    command = ("convert", llama, "moe", "--config", name)
+    done = forked.run(command, cwd=tmp_path, seconds=HANG_SECONDS)
     assert done.returncode == 2
     assert name in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 from conftest import snapshot
 
@@ -108,14 +107,8 @@ print(done.pushed.commit)
 
 
 def test_python_can_push(hub: Hub, llama: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PUSHES, str(llama)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=hub.environment(tmp_path / "home"),
-    )
+    variables = hub.environment(tmp_path / "home")
+    done = forked.run([llama], program=PUSHES, cwd=tmp_path, environment=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == hub.store.repos["acme/moe"].refs["main"]
     assert hub.store.repos["acme/moe"].private

@@ -13,12 +13,14 @@ from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.recipe import Routing, Scaling
-from upcycle_cli.verification import CheckResult, Status
+from upcycle_cli.verification import CheckResult, Status, TextOptions
 
 pytestmark = pytest.mark.skipif(
     bool(missing()), reason=f"needs {', '.join(missing())}: see tests/smollm2.py"
 )
 
+FEW = TextOptions(tokens=256)
+"""For what does not depend on how much text there is, which is most of the time it takes."""
 PROMPT = "The lighthouse keeper climbed the stairs and"
 
 
@@ -35,8 +37,8 @@ def _convert(dense: Path, tmp_path: Path, recipe: Recipe, **options: Any) -> Con
     return convert(dense, tmp_path / "moe", recipe, **options)
 
 
-def _checks(dense: Path, moe: Path) -> dict[str, CheckResult]:
-    return {check.name: check for check in verify(dense, moe).checks}
+def _checks(dense: Path, moe: Path, texts: TextOptions = FEW) -> dict[str, CheckResult]:
+    return {check.name: check for check in verify(dense, moe, texts=texts).checks}
 
 
 def _greedy(path: Path, dtype: str) -> list[int]:
@@ -48,12 +50,14 @@ def _greedy(path: Path, dtype: str) -> list[int]:
     return output
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 2), (4, 8, 8)])
-def test_topk_softmax_is_exact(dense: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("sizes", "texts"), [((8, 1, 2), FEW), ((4, 8, 8), TextOptions())])
+def test_topk_softmax_is_exact(
+    dense: Path, tmp_path: Path, sizes: tuple[int, int, int], texts: TextOptions
+) -> None:
     expansion, granularity, top_k = sizes
     recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
     moe = _convert(dense, tmp_path, recipe).output
-    checks = _checks(dense, moe)
+    checks = _checks(dense, moe, texts)
     assert {check.status for check in checks.values()} == {Status.PASSED}
     metrics = checks["outputs"].metrics
     assert float(metrics["tokens"]) >= 512
@@ -74,7 +78,8 @@ def test_softmax_topk_is_close(dense: Path, tmp_path: Path, granularity: int, se
         seed=seed,
     )
     done = _convert(dense, tmp_path, recipe, target="qwen2_moe")
-    report = verify(dense, done.output, checks=["weights", "outputs", "claims"])
+    texts = FEW if seed else TextOptions()
+    report = verify(dense, done.output, checks=["weights", "outputs", "claims"], texts=texts)
     assert report.passed, report.to_json()
     metrics = report.checks[-1].metrics
     assert float(metrics["kl_mean_whole"]) < 1e-4
@@ -107,7 +112,7 @@ def test_float16_and_fused_experts(dense: Path, tmp_path: Path) -> None:
     options = Options(dtype="float16", expert_layout=ExpertLayout.FUSED)
     recipe = Recipe(expansion=4, granularity=1, top_k=2)
     moe = _convert(dense, tmp_path, recipe, options=options).output
-    assert verify(dense, moe).passed
+    assert verify(dense, moe, texts=FEW).passed
 
 
 def test_scaled_experts_overflow_float16_and_verify_says_so(dense: Path, tmp_path: Path) -> None:
@@ -115,6 +120,6 @@ def test_scaled_experts_overflow_float16_and_verify_says_so(dense: Path, tmp_pat
     options = Options(dtype="float16")
     recipe = Recipe(expansion=2, granularity=8, top_k=8)
     moe = _convert(dense, tmp_path, recipe, options=options).output
-    (outputs,) = verify(dense, moe, checks=["outputs"]).checks
+    (outputs,) = verify(dense, moe, checks=["outputs"], texts=FEW).checks
     assert outputs.status is Status.FAILED
     assert float(outputs.metrics["max_expert_output"]) > 65504

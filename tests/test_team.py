@@ -190,6 +190,7 @@ def test_other_commands_know_no_launcher(
     dense: Path, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     tool = [PYTHON, "-m", "upcycle_cli"]
+    variables |= {"UPCYCLE_DEMO_VERIFY_TOKENS": "64"}  # for a shorter demo
     converts = (["demo", str(tmp_path / "demo"), "--json"], 0)
     for arguments, code in (
         (["inspect", str(dense), "--json"], 0),
@@ -292,6 +293,7 @@ def test_ranks_that_see_different_outputs_are_refused(dense: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+@pytest.mark.long
 def test_a_rank_that_is_killed(tmp_path: Path, rank: int, number: signal.Signals) -> None:
     dense = make_dense(tmp_path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
     output = tmp_path / "moe"

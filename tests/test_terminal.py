@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import RunCli, clone, contents, read_json, validate_json, write_json
 
@@ -168,18 +170,9 @@ def test_a_record_can_hold_any_value(
     validate_json("inspect", as_json)
 
 
-def run_program(
-    program: str, *arguments: str | Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_program(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command after, and by, a program that changes something first."""
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | environment,
-        timeout=SECONDS,
-    )
+    return forked.run(arguments, program=program, seconds=SECONDS)
 
 
 def test_a_traceback_is_only_shown(tmp_path: Path) -> None:
@@ -232,9 +225,10 @@ TALK_IS_LOST = ("2>/dev/full", "2>&-", "<&-", "| true", "2>&1 | true")
 
 
 def shell(line: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    tool = f"'{sys.executable}' -m upcycle_cli"
     command, _, pipe = line.partition(" | ")
-    line = f"{tool} {command}" + (f" | {pipe}; exit ${{PIPESTATUS[0]}}" if pipe else "")
+    line = f"{shlex.join(forked.command())} {command}" + (
+        f" | {pipe}; exit ${{PIPESTATUS[0]}}" if pipe else ""
+    )
     return subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, check=False, cwd=cwd, timeout=SECONDS
     )
@@ -269,7 +263,7 @@ def test_a_pipe_that_does_not_wait(llama: Path) -> None:
     """Whoever has the other end of stdout may have made it one that refuses what it cannot hold."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    command = [sys.executable, "-m", "upcycle_cli", "inspect", str(llama)]
+    command = [*forked.command(), "inspect", str(llama)]
     command += ["--recipe", "E64G1T1", "--tensors", "--json"]
     with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE) as process:
         os.close(writing)
@@ -380,7 +374,7 @@ def test_a_directory_that_is_gone(llama: Path, moe: Path, tmp_path: Path) -> Non
         f"convert '{llama}' '{tmp_path}/x' --recipe E2G2T2",
     ):
         (tmp_path / "gone").mkdir()
-        line = f"cd gone; rmdir ../gone; exec '{sys.executable}' -m upcycle_cli {command}"
+        line = f"cd gone; rmdir ../gone; exec {shlex.join(forked.command())} {command}"
         done = subprocess.run(
             ["bash", "-c", line], capture_output=True, text=True, check=False, cwd=tmp_path
         )
@@ -457,7 +451,8 @@ def test_a_signal_while_it_starts(
     llama: Path, tmp_path: Path, name: str, code: int, word: str, module: str
 ) -> None:
     program = SIGNALLED.format(module=module, signal=name)
-    done = run_program(program, "convert", llama, tmp_path / "moe", *RECIPE)
+    command = [sys.executable, "-c", program, "convert", str(llama), str(tmp_path / "moe"), *RECIPE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(f"error: {word}")
     assert done.stderr.count("error: ") == 1
