@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +224,49 @@ def test_a_family_by_its_row(
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(DENSE, model_type, changed)
             assert is_refused(dense, moe), changed
+
+
+KINDS: Sequence[tuple[str, dict[str, Any]]] = (
+    ("arcee", {"mlp_bias": True}),
+    ("cohere", {"use_qk_norm": True, "logit_scale": 0.5}),
+    ("exaone4", {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True}),
+    ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("gpt2", {"n_inner": 80, "tie_word_embeddings": False}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_bias": True}),
+    ("hyperclovax", {"attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    ("lfm2", {"block_auto_adjust_ff_dim": False}),
+    ("minicpm3", {"scale_emb": 3, "scale_depth": 1.4}),
+    ("modernbert-decoder", {"mlp_bias": True, "attention_bias": True, "norm_bias": True}),
+    ("olmo", {"clip_qkv": 0.5}),
+    ("phi", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
+    ("stablelm", {"use_parallel_residual": True}),
+    ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+    ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    ("vaultgemma", {"attn_logit_softcapping": 2.0, "tie_word_embeddings": False}),
+)
+"""Other kinds of a type, by their configs: another block, a cap, a multiplier, other positions."""
+
+
+@pytest.mark.parametrize(("model_type", "config"), KINDS, ids=str)
+def test_other_kinds_of_a_family(
+    make_moe: MakeMoe, model_type: str, config: dict[str, Any]
+) -> None:
+    dense, moe = make_moe((model_type, SHIPPED), **config)
+    ids = random_ids(40)
+    wanted = logits(dense, ids, torch.float32)
+    assert difference(logits(moe, ids, torch.float32), wanted) < SINGLE
+    # They are another kind indeed.
+    usual = logits(make_moe((model_type, SHIPPED))[0], ids, torch.float32)
+    assert difference(usual, wanted) > 1e-3
+    report = verify(dense, moe)
+    assert [check.status for check in report.checks] == [Status.PASSED] * len(CHECK_NAMES), report
 
 
 @pytest.mark.parametrize(
