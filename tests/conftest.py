@@ -19,6 +19,8 @@ import torch
 from hub.server import TOKEN, Hub
 from hypothesis import settings
 
+from upcycle_cli.families.moe import ExpertLayout
+
 # Before the first import of transformers: nothing here may look for a network, nor draw bars.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -50,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         del others[:row]
 
 
+LAYOUTS = (ExpertLayout.PER_EXPERT, ExpertLayout.FUSED)
+"""What mixtral and most other targets have."""
 VOCAB_SIZE = 260  # a token per byte, and a few of special meaning
 
 TINY: Mapping[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LAYOUTS
 from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, build_plan, open_checkpoint
@@ -221,7 +222,7 @@ def test_float16(advise: Advise, std: float, dtype: str | None, *, due: bool) ->
         ("qwen3", "qwen3_moe", SOFTMAX_TOPK, ["llama.cpp"]),
     ],
 )
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_engines_that_compute_something_else(
     plan: Callable[..., Plan],
     model_type: str,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REMOVED, MakeDense, clone, contents, read_json, snapshot, write_json
+from conftest import LAYOUTS, REMOVED, MakeDense, clone, contents, read_json, snapshot, write_json
 from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert
@@ -1096,7 +1096,7 @@ def test_inspect(llama: Path, moe: Path, tmp_path: Path) -> None:
     ],
     ids=json.dumps,
 )
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_inspecting_an_moe_whose_config_is_wrong(
     llama: Path, tmp_path: Path, changes: dict[str, Any], layout: ExpertLayout
 ) -> None:

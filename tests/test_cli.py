@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     MakeDense,
@@ -636,7 +637,7 @@ def test_weights_of_an_moe_with_swapped_experts(moe: Path, tmp_path: Path) -> No
     assert "model.layers.1, expert 3" in text
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("expansion", "granularity"), [(4, 1), (2, 4), (1, 3), (1, 1)])
 def test_weights_say_the_granularity(
     llama: Path, tmp_path: Path, layout: ExpertLayout, expansion: int, granularity: int

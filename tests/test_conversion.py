@@ -20,6 +20,7 @@ import forked
 import pytest
 import torch
 from conftest import (
+    LAYOUTS,
     MakeDense,
     RunCli,
     clone,
@@ -74,7 +75,7 @@ def spoil(weights: Path) -> None:
 # The same bytes every time ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_two_runs_give_the_same_files(
     make_dense: MakeDense, tmp_path: Path, model_type: str, layout: ExpertLayout

@@ -34,7 +34,7 @@ from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.layers import listed, parse_layers
 from upcycle_cli.families.moe import NATIVE
-from upcycle_cli.families.overview import overview
+from upcycle_cli.families.overview import becomes, overview
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.recipe import Recipe, Routing
 
@@ -949,3 +949,20 @@ def test_every_dense_decoder_is_a_row_or_refused_with_a_reason() -> None:
     for model_type, reason in REFUSED.items():
         with pytest.raises(UpcycleError, match=f"{model_type}' cannot be upcycled: {reason}"):
             dense_family({"model_type": model_type})
+
+
+def test_what_a_model_can_become_and_what_that_means() -> None:
+    """As its own config has it: what it cannot become, with the reason, and what runs the rest."""
+    found = {target.name: target for target in becomes(tiny_config("llama"), ())}
+    assert found.keys() == {*targets_of(DENSE["llama"])}
+    assert {target.refusal for target in found.values()} == {None}
+    assert set(found["mixtral"].engines) == {"transformers", "vLLM", "llama.cpp", "MLX"}
+    assert found["qwen2_moe"].engines["llama.cpp"] == (Routing.SOFTMAX_TOPK,)
+    assert (found["glm4_moe"].balanced, found["glm4_moe"].layers) == ("bias", "the last ones")
+    assert found[SHIPPED].balanced == "auxiliary loss of each layer"
+    biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())
+    assert [target.name for target in biased if target.refusal is None] == [SHIPPED]
+    assert "mlp_bias is true" in str(biased[0].refusal)
+    # Heads that do not make up the hidden size were run in transformers alone.
+    odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
+    assert {engine for target in odd for engine in target.engines} == {"transformers"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import LAYOUTS
 from engine_fixtures import opened_workspace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -76,7 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
     options = Options(
         dtype=draw(st.sampled_from([None, "bfloat16", "float16", "float32"])),
-        expert_layout=draw(st.sampled_from(ExpertLayout)),
+        expert_layout=draw(st.sampled_from(tuple(NATIVE[target].layouts))),
         max_shard_bytes=draw(st.integers(1, 20_000)),
         untie_embeddings=draw(st.booleans()),
     )
@@ -302,7 +303,7 @@ def test_shard_size_changes_no_tensor(case: Case, shard_bytes: int) -> None:
 def test_layouts_hold_the_same_experts_and_routers(case: Case) -> None:
     outcomes = []
     with source_of(case) as dense:
-        for layout in ExpertLayout:
+        for layout in LAYOUTS:
             options = replace(case.options, expert_layout=layout)
             outcomes.append(convert(replace(case, options=options), dense))
     one, other = outcomes

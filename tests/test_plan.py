@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LAYOUTS
 from shapes import (
     BIG,
     PAIRS,
@@ -172,7 +173,7 @@ def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_and_bytes(
     open_big: OpenBig,
     name: str,
@@ -206,7 +207,7 @@ def test_top_k_of_a_part_of_a_group(open_big: OpenBig) -> None:
 
 
 @pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_planned_types_are_the_expected_ones(
     open_big: OpenBig, name: str, layout: ExpertLayout
 ) -> None:
@@ -378,7 +379,7 @@ def test_one_group_costs_what_the_dense_model_costs(open_big: OpenBig) -> None:
 # Shards ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 1_000_000_000, 100_000_000])
 def test_no_shard_is_too_large_but_for_a_lone_tensor(
     open_big: OpenBig, layout: ExpertLayout, max_bytes: int

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import LAYOUTS
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -982,7 +983,7 @@ def test_approximation_is_held_to_the_measured_router(dense: Path, qwen: Path) -
 # Float16, memory, prompts
 
 
-@pytest.mark.parametrize("layout", [ExpertLayout.PER_EXPERT, ExpertLayout.FUSED])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_expert_output_that_overflows_float16(
     tmp_path: Path, layout: ExpertLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

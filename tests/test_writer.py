@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LAYOUTS
 from engine_fixtures import opened_workspace
 from safetensors import safe_open
 from shapes import (
@@ -86,7 +87,7 @@ def header(path: Path) -> tuple[dict[str, Any], bytes, int]:
     return json.loads(data[8:start]), data[8:start], start
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [Options(), SHARDED], ids=["one file", "sharded"])
 @pytest.mark.parametrize(
     ("model_type", "target"), [(dense, t) for dense, targets in PAIRS.items() for t in targets]
@@ -187,7 +188,7 @@ def test_a_tensor_larger_than_a_shard_lies_alone(make: Make, output: Path) -> No
 
 
 @pytest.mark.parametrize("options", [Options(), SHARDED])
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_router_digests(make: Make, output: Path, options: Options, layout: ExpertLayout) -> None:
     options = Options(expert_layout=layout, max_shard_bytes=options.max_shard_bytes)
     plan = make("E3G2T4", options=options)
@@ -281,7 +282,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return looking
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_copies_are_computed_once(
     make: Make, output: Path, watch: Watch, layout: ExpertLayout
 ) -> None:
@@ -387,7 +388,7 @@ def test_a_piece_goes_to_all_its_places_before_the_next(
     assert {data for _, data in written[at : at + 4]} == {written[at][1]}
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_copied_group_is_shared_in_one_call(
     make: Make, output: Path, monkeypatch: pytest.MonkeyPatch, layout: ExpertLayout
 ) -> None:
@@ -438,7 +439,7 @@ def test_a_head_that_is_the_embedding_is_computed_once(
     assert sum("embed_tokens" in repr(expr) for expr in watch.computed) == 1
 
 
-@pytest.mark.parametrize("layout", list(ExpertLayout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_does_not_grow_with_layers_or_experts(
     make: Make, output: Path, watch: Watch, layout: ExpertLayout
 ) -> None:

@@ -17,6 +17,7 @@ from upcycle_cli.experts import WeightFacts, examine, find_experts
 from upcycle_cli.families import dense_family, is_target, targets_of
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.families.overview import TargetFacts, becomes
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.plan import Plan, build_plan
@@ -33,6 +34,8 @@ class Inspection:
     """dense or moe"""
     model_type: str
     targets: tuple[str, ...] = ()
+    becomes: tuple[TargetFacts, ...] = ()
+    """What is known of each target of a dense model."""
     num_experts: int | None = None
     top_k: int | None = None
     routing: str | None = None
@@ -87,6 +90,7 @@ def inspect(
         kind="dense",
         model_type=family.model_type,
         targets=targets_of(family),
+        becomes=becomes(checkpoint.config, checkpoint.tensors),
         total_parameters=total,
         active_parameters=total,
         dense_parameters=total,

@@ -18,7 +18,7 @@ from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
-from upcycle_cli.families.overview import Overview
+from upcycle_cli.families.overview import Overview, TargetFacts
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
@@ -155,8 +155,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
     yield "parameters", [parameters]
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
-    if inspection.targets:
-        yield "can become", [" or ".join(inspection.targets)]
+    if inspection.becomes:
+        yield "can become", [_becomes(target) for target in inspection.becomes]
     if inspection.kind == "moe":
         yield "upcycle.json", [_claims(inspection.record)]
         yield "engines", _engines(inspection.engines)
@@ -171,6 +171,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     return {
         "status": "inspected",
         **_fields(inspection, "kind", "model_type", "targets"),
+        "becomes": {target.name: _target_json(target) for target in inspection.becomes},
         "recipe": name if isinstance(name, str) else None,
         **_fields(inspection, "num_experts", "top_k", "routing", "expert_layout", "moe_layers"),
         **_fields(inspection, "total_parameters", "active_parameters", "dense_parameters"),
@@ -238,13 +239,10 @@ def overview_tables(found: Overview) -> Iterator[Table]:
     for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
         table.add_row("\n".join(targets), ", ".join(names))
     yield table
-    table = _headed("target", "routings", "MoE layers", "runs in")
+    table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
     for target in found.targets:
-        runs = [
-            name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
-            for name, routings in target.engines.items()
-        ]
-        table.add_row(target.name, "\n".join(target.routings), target.layers, "\n".join(runs))
+        routings, runs = "\n".join(target.routings), "\n".join(_runs_in(target))
+        table.add_row(target.name, routings, target.layers, runs, target.balanced)
     yield table
     table = _headed("cannot be upcycled", "because")
     reasons: dict[str, list[str]] = {}
@@ -260,15 +258,32 @@ def overview_json(found: Overview) -> dict[str, Any]:
     return {
         "status": "listed",
         "dense": {name: list(targets) for name, targets in found.dense.items()},
-        "targets": {
-            target.name: {
-                "routings": list(target.routings),
-                "layers": target.layers,
-                "engines": {name: list(routings) for name, routings in target.engines.items()},
-            }
-            for target in found.targets
-        },
+        "targets": {target.name: _target_json(target) for target in found.targets},
         "refused": dict(found.refused),
+    }
+
+
+def _runs_in(target: TargetFacts) -> list[str]:
+    return [
+        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
+        for name, routings in target.engines.items()
+    ]
+
+
+def _becomes(target: TargetFacts) -> str:
+    if target.refusal is not None:
+        return f"not {target.name}: {target.refusal}"
+    runs = f"runs in {', '.join(_runs_in(target))}" if target.engines else "run in no engine yet"
+    article = "a" if target.balanced == "bias" else "an"
+    return f"{target.name}: {runs}; balanced by {article} {target.balanced}"
+
+
+def _target_json(target: TargetFacts) -> dict[str, Any]:
+    return {
+        "routings": list(target.routings),
+        "layers": target.layers,
+        "engines": {name: list(routings) for name, routings in target.engines.items()},
+        **_fields(target, "balanced", "refusal"),
     }
 
 

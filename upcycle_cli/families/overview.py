@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from upcycle_cli.families import SHIPPED, targets_of
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families import SHIPPED, choose, dense_family, targets_of
 from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.engines import Support, engines
 from upcycle_cli.families.moe import NATIVE, ExpertLayout, Target, shipped
+from upcycle_cli.families.translate import has_plain_attention
+from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """What is known of a target."""
+    """What is known of a target, of any model or of one."""
 
     name: str
     """As --target has it."""
@@ -24,6 +28,10 @@ class TargetFacts:
     """Which layers can be mixtures of experts: any, the last ones, all."""
     engines: Mapping[str, tuple[Routing, ...]]
     """The engines that were seen to run it, and with which routings."""
+    balanced: str
+    """By what transformers balances its experts in training: an auxiliary loss, a bias."""
+    refusal: str | None = None
+    """Why a model cannot become it; None where it can, and where no model is asked about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +48,48 @@ class Overview:
 def overview() -> Overview:
     """Return what all rows say."""
     dense = {name: targets_of(DENSE[name]) for name in sorted(DENSE)}
-    return Overview(
-        dense=dense, targets=tuple(_targets(dense)), refused=dict(sorted(REFUSED.items()))
-    )
-
-
-def _targets(dense: Mapping[str, tuple[str, ...]]) -> Iterator[TargetFacts]:
-    for name, row in NATIVE.items():
-        yield _facts(name, row)
     # Of any family, since not each was run in every engine.
     anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
-    yield _facts(SHIPPED, shipped(DENSE[anyone], "silu", biased=False))
+    code = shipped(DENSE[anyone], "silu", biased=False)
+    targets = tuple(_facts(name, row) for name, row in {**NATIVE, SHIPPED: code}.items())
+    return Overview(dense=dense, targets=targets, refused=dict(sorted(REFUSED.items())))
 
 
-def _facts(name: str, row: Target) -> TargetFacts:
+def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFacts, ...]:
+    """Return what a dense model can become, and what it cannot, with the reason.
+
+    `names` are those of its tensors. Raises UpcycleError when its config makes no sense.
+    """
+    return tuple(_of_model(config, names, name) for name in targets_of(dense_family(config)))
+
+
+def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> TargetFacts:
+    try:
+        family = choose(config, name, None, names=names)
+    except UpcycleError as error:
+        none = TargetFacts(name=name, routings=(), layers="", engines={}, balanced="")
+        return replace(none, refusal=error.message)
+    tied = bool(family.dense.values.get("tie_word_embeddings", False))
+    return _facts(name, family.target, tied=tied, plain_attention=has_plain_attention(config))
+
+
+def _facts(
+    name: str, row: Target, *, tied: bool = False, plain_attention: bool = True
+) -> TargetFacts:
     runs: dict[str, tuple[Routing, ...]] = {}
+    fused = row.layout(None) is ExpertLayout.FUSED
     for routing in row.routings:
         for engine in engines(
-            row.model_type,
-            routing,
-            tied=False,
-            fused=row.layout(None) is ExpertLayout.FUSED,
-            plain_attention=True,
+            row.model_type, routing, tied=tied, fused=fused, plain_attention=plain_attention
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)
-    return TargetFacts(name=name, routings=row.routings, layers=row.layers.words, engines=runs)
+    loss = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
+    has_loss = row.ships_code or "router_aux_loss_coef" in defaults_of(row.model_type)
+    return TargetFacts(
+        name=name,
+        routings=row.routings,
+        layers=row.layers.words,
+        engines=runs,
+        balanced=loss if has_loss else "bias",
+    )
