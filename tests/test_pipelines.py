@@ -49,6 +49,8 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert ABSENT OUT --recipe E2G2T2", 2, "error"),
         ("inspect DENSE", 0, "inspected"),
         ("inspect DENSE --tensors", 0, "inspected"),
+        ("inspect DENSE --max-params 1M --gpu-memory 1GB×2", 0, "inspected"),
+        ("inspect DENSE --max-params 1K", 2, "error"),
         ("inspect DENSE --recipe E2G2T2 --tensors", 0, "inspected"),
         ("inspect MOE --tensors", 0, "inspected"),
         ("inspect MOE --weights --dense DENSE", 0, "inspected"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle_cli.budget import Budget, Fit, fitting
 from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.experts import WeightFacts, examine, find_experts
@@ -96,6 +97,13 @@ def inspect(
         dense_parameters=total,
         plan=plan,
     )
+
+
+def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fit, ...]:
+    """Return the recipes for an inspected model within a budget; UpcycleError when none is."""
+    if found.kind == "moe":
+        dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled
+    return fitting(found.checkpoint, budget, target=target)
 
 
 def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | None) -> Inspection:

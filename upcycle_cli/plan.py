@@ -165,11 +165,17 @@ class Plan:
 
         Attention scores, which depend on the context length, are left out of both.
         """
+        moe, dense = self.multiplied
+        return moe / dense
+
+    @property
+    def multiplied(self) -> tuple[int, int]:
+        """The parameters that a token is multiplied with, of the MoE and of the dense model."""
         # Looking up an embedding costs nothing; a tied one is used once more, as the head.
         lookup = self.source.tensors[self.family.dense.family.embedding].num_elements
         untied = self.family.dense.family.head in self.source.tensors
         moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings)
-        return moe / (self.dense_parameters - lookup * untied)
+        return moe, self.dense_parameters - lookup * untied
 
     @property
     def engines(self) -> tuple[Engine, ...]:

@@ -18,7 +18,7 @@ from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
-from upcycle_cli.families.overview import Overview, TargetFacts
+from upcycle_cli.families.overview import TargetFacts
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
@@ -59,7 +59,8 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def _fields(source: object, *names: str) -> dict[str, Any]:
+def picked(source: object, *names: str) -> dict[str, Any]:
+    """Return some attributes by their names."""
     return {name: getattr(source, name) for name in names}
 
 
@@ -71,15 +72,15 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "source": plan.source.name,
         "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,
-        **_fields(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups", "seed"),
-        **_fields(plan.recipe, "num_experts", "top_k"),
+        **picked(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups", "seed"),
+        **picked(plan.recipe, "num_experts", "top_k"),
         "expert_layout": plan.expert_layout,
         "moe_layers": list(plan.family.layers),
-        **_fields(plan, "total_parameters", "active_parameters", "dense_parameters", "flops_ratio"),
+        **picked(plan, "total_parameters", "active_parameters", "dense_parameters", "flops_ratio"),
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
-        **_fields(plan, "lossless", "promise"),
+        **picked(plan, "lossless", "promise"),
         "engines": _engines_json(plan.engines),
         "dropped": dict(plan.dropped),
         "warnings": [*warnings(plan), *told],
@@ -95,7 +96,7 @@ def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]
         "output": str(conversion.output),
         **plan_json(conversion.plan, conversion.warnings),
         "seconds": round(conversion.seconds, 3),
-        **_fields(conversion, "shared_bytes", "reused_bytes"),
+        **picked(conversion, "shared_bytes", "reused_bytes"),
         "verification": None if conversion.report is None else conversion.report.to_json(),
         "push": None if push is None else push_json(push),
     }
@@ -123,9 +124,9 @@ def push_json(push: Push) -> dict[str, Any]:
     """Return what a push did as a JSON object."""
     return {
         "status": "pushed" if push.changed else "already there",
-        **_fields(push, "repo", "url", "commit", "pull_request", "files"),
+        **picked(push, "repo", "url", "commit", "pull_request", "files"),
         "bytes": push.nbytes,
-        **_fields(push, "card_kept", "left_out", "removed", "reminders"),
+        **picked(push, "card_kept", "left_out", "removed", "reminders"),
     }
 
 
@@ -170,11 +171,11 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     name = claimed.get("name") if isinstance(claimed, dict) else None
     return {
         "status": "inspected",
-        **_fields(inspection, "kind", "model_type", "targets"),
-        "becomes": {target.name: _target_json(target) for target in inspection.becomes},
+        **picked(inspection, "kind", "model_type", "targets"),
+        "becomes": {target.name: target_json(target) for target in inspection.becomes},
         "recipe": name if isinstance(name, str) else None,
-        **_fields(inspection, "num_experts", "top_k", "routing", "expert_layout", "moe_layers"),
-        **_fields(inspection, "total_parameters", "active_parameters", "dense_parameters"),
+        **picked(inspection, "num_experts", "top_k", "routing", "expert_layout", "moe_layers"),
+        **picked(inspection, "total_parameters", "active_parameters", "dense_parameters"),
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
@@ -216,7 +217,7 @@ def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
 
 
 def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any]:
-    return {**_fields(tensor, "name", "dtype"), "shape": list(tensor.shape), "file": file}
+    return {**picked(tensor, "name", "dtype"), "shape": list(tensor.shape), "file": file}
 
 
 def report_table(report: Report) -> Table:
@@ -230,40 +231,8 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def overview_tables(found: Overview) -> Iterator[Table]:
-    """Yield what becomes what, the targets, and what cannot be upcycled."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, targets in found.dense.items():
-        groups.setdefault(targets, []).append(name)
-    table = _headed("becomes (first by default)", "dense model types")
-    for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
-        table.add_row("\n".join(targets), ", ".join(names))
-    yield table
-    table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
-    for target in found.targets:
-        routings, runs = "\n".join(target.routings), "\n".join(_runs_in(target))
-        table.add_row(target.name, routings, target.layers, runs, target.balanced)
-    yield table
-    table = _headed("cannot be upcycled", "because")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in found.refused.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        table.add_row(", ".join(names), reason)
-    yield table
-
-
-def overview_json(found: Overview) -> dict[str, Any]:
-    """Return what becomes what as a JSON object."""
-    return {
-        "status": "listed",
-        "dense": {name: list(targets) for name, targets in found.dense.items()},
-        "targets": {target.name: _target_json(target) for target in found.targets},
-        "refused": dict(found.refused),
-    }
-
-
-def _runs_in(target: TargetFacts) -> list[str]:
+def runs_in(target: TargetFacts) -> list[str]:
+    """Return the engines that run a target, each with its routings where they are not all."""
     return [
         name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
         for name, routings in target.engines.items()
@@ -273,17 +242,18 @@ def _runs_in(target: TargetFacts) -> list[str]:
 def _becomes(target: TargetFacts) -> str:
     if target.refusal is not None:
         return f"not {target.name}: {target.refusal}"
-    runs = f"runs in {', '.join(_runs_in(target))}" if target.engines else "run in no engine yet"
+    runs = f"runs in {', '.join(runs_in(target))}" if target.engines else "run in no engine yet"
     article = "a" if target.balanced == "bias" else "an"
     return f"{target.name}: {runs}; balanced by {article} {target.balanced}"
 
 
-def _target_json(target: TargetFacts) -> dict[str, Any]:
+def target_json(target: TargetFacts) -> dict[str, Any]:
+    """Return what is known of a target as a JSON object."""
     return {
         "routings": list(target.routings),
         "layers": target.layers,
         "engines": {name: list(routings) for name, routings in target.engines.items()},
-        **_fields(target, "balanced", "refusal"),
+        **picked(target, "balanced", "refusal"),
     }
 
 
@@ -301,13 +271,6 @@ def size_text(num_bytes: float) -> str:
         if num_bytes >= limit:
             return f"{num_bytes / limit:.2f} {unit}"
     return f"{num_bytes:.0f} bytes"
-
-
-def _headed(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    return table
 
 
 def _properties(between: int = 0) -> Table:

@@ -9,14 +9,14 @@ from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
 def families(*, json: JsonOption = False) -> None:
     """Show which dense model types can become what, and what runs the result."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli import render
+        from upcycle_cli import render_choices
         from upcycle_cli.families.overview import overview
 
         found = overview()
         if json:
-            print_json(render.overview_json(found))
+            print_json(render_choices.overview_json(found))
             return
-        tables = render.overview_tables(found)
+        tables = render_choices.overview_tables(found)
         for number, table in enumerate(tables):
             if number:
                 stdout().print()

@@ -8,8 +8,14 @@ from typing import Annotated
 import typer  # noqa: TC002 - it reads the annotations of a command
 
 from upcycle_cli.commands import shared
+from upcycle_cli.commands.budget_options import (
+    GpuMemoryOption,
+    MaxActiveOption,
+    MaxParamsOption,
+    to_budget,
+)
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
-from upcycle_cli.commands.shared import for_path, for_run
+from upcycle_cli.commands.shared import for_path, for_run, warn_all
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
 
@@ -37,6 +43,9 @@ def inspect(
         Path | None,
         for_run(help="With --weights: the dense checkpoint, to measure the scale factors."),
     ] = None,
+    max_params: MaxParamsOption = None,
+    max_active: MaxActiveOption = None,
+    gpu_memory: GpuMemoryOption = None,
     report: Annotated[Path | None, shared.report_option("what is known of an MoE")] = None,
     revision: shared.RevisionOption = None,
     json: shared.JsonOption = False,
@@ -47,8 +56,14 @@ def inspect(
     """
     with errors_to_exit_codes(as_json=json):
         page = shared.report_file(report, dense)
-        from upcycle_cli import inspection, render, report_page
+        from upcycle_cli import inspection, render, render_choices, report_page
 
+        budget = to_budget(max_params, max_active, gpu_memory)
+        if budget is not None and asks_for_moe(context):
+            raise UpcycleError(
+                "--recipe asks for one recipe, and a budget for all that fit it.",
+                "Leave out the one or the other.",
+            )
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
         options = moe.to_options()
@@ -70,11 +85,17 @@ def inspect(
                 )
             command = shared.command_line()
             page.write(report_page.inspection_html(found, name=str(path), command=command))
+        fits = () if budget is None else inspection.fits(found, budget, target=moe.target)
         if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
+            listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
             print_json(render.inspection_json(found) | listed)
             return
         show(render.inspection_table(found))
+        if fits:
+            stdout().print()
+            show(render_choices.fits_table(fits))
+            warn_all(render_choices.FITS_NOTES)
         if found.plan is not None:
             stdout().print()
             shared.show_plan(found.plan)

@@ -163,7 +163,7 @@ class MoeOptions:
         return Options(
             dtype=None if self.dtype == "auto" else self.dtype,
             expert_layout=self.expert_layout,
-            max_shard_bytes=_parse_size(self.max_shard_size),
+            max_shard_bytes=parse_size(self.max_shard_size),
             untie_embeddings=self.untie_embeddings,
         )
 
@@ -233,13 +233,14 @@ def _parse_scaling(text: str) -> Scaling | float:
         ) from None
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size", like: str = "5GB or 500MB") -> int:
+    """Read a size in bytes; raises UpcycleError, which names the option, for another text."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UpcycleError(f"--max-shard-size '{text}' is not a size.", "Write 5GB or 500MB.")
+        raise UpcycleError(f"{option} '{text}' is not a size.", f"Write {like}.")
     number, unit, binary = match.groups()
     power = " KMGT".index(unit.upper() or " ")
     size = float(number) * (1024 if binary else 1000) ** power
     if not math.isfinite(size):
-        raise UpcycleError(f"--max-shard-size '{text[:20]}…' is too large.", "Write 5GB or 500MB.")
+        raise UpcycleError(f"{option} '{text[:20]}…' is too large.", f"Write {like}.")
     return int(size)

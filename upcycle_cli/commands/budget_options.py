@@ -1,0 +1,76 @@
+"""What a conversion may cost, as `inspect` is asked: parameters, and the memory of GPUs."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Annotated
+
+from upcycle_cli.commands.moe_options import parse_size
+from upcycle_cli.commands.shared import option
+from upcycle_cli.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from upcycle_cli.budget import Budget
+
+_COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMBT]?)", re.IGNORECASE)
+_TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
+_PANEL = "Recipes that fit"
+
+MaxParamsOption = Annotated[
+    str | None,
+    option(
+        "--max-params",
+        metavar="COUNT",
+        rich_help_panel=_PANEL,
+        help="List the recipes with at most so many parameters, such as 50B.",
+    ),
+]
+MaxActiveOption = Annotated[
+    str | None,
+    option(
+        "--max-active",
+        metavar="COUNT",
+        rich_help_panel=_PANEL,
+        help="With at most so many active per token, such as 15B.",
+    ),
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    option(
+        "--gpu-memory",
+        metavar="SIZE",
+        rich_help_panel=_PANEL,
+        help="With weights that fit this memory in bfloat16, such as 80GB×8 (or 80GBx8).",
+    ),
+]
+
+
+def to_budget(max_params: str | None, max_active: str | None, memory: str | None) -> Budget | None:
+    """Return what is asked for, None when nothing is; raises UpcycleError for no such numbers."""
+    if max_params is None and max_active is None and memory is None:
+        return None
+    from upcycle_cli.budget import Budget
+
+    return Budget(
+        max_params=None if max_params is None else _count("--max-params", max_params),
+        max_active=None if max_active is None else _count("--max-active", max_active),
+        gpu_bytes=None if memory is None else _memory(memory),
+    )
+
+
+def _count(name: str, text: str) -> int:
+    match = _COUNT.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UpcycleError(f"{name} '{text}' is not a number of parameters.", "Write 50B or 700M.")
+    return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
+
+
+def _memory(text: str) -> int:
+    times = _TIMES.search(text)
+    each = text if times is None else text[: times.start()]
+    size = parse_size(each, "--gpu-memory", "80GB or 80GB×8")
+    number = 1 if times is None else int(times[1])
+    if math.prod((size, number)) == 0:
+        raise UpcycleError(f"--gpu-memory '{text}' is none at all.", "Write 80GB or 80GB×8.")
+    return size * number

@@ -1,0 +1,86 @@
+"""What there is to choose from, as rich tables or as JSON: families, targets, recipes that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.table import Table
+
+from upcycle_cli.budget import Fit
+from upcycle_cli.families.overview import Overview
+from upcycle_cli.render import count, picked, runs_in, size_text, target_json
+
+FITS_NOTES = (
+    "Sizes are those of the parameters: in bfloat16, and in training with AdamW (bfloat16 weights "
+    "and gradients, float32 master weights and moments, 16 bytes each). A KV cache and activations "
+    "come on top.",
+    "The paper (arXiv 2410.07524) found 64 experts (G = 8) to be the sweet spot, and a higher T to "
+    "help at the price of compute.",
+)
+
+
+def fits_table(fits: Iterable[Fit]) -> Table:
+    """Return the recipes that fit a budget, one a row."""
+    table = _headed("recipe", "parameters", "active", "FLOPs", "weights", "training")
+    for fit in fits:
+        training = size_text(fit.training_bytes)
+        table.add_row(
+            fit.name,
+            count(fit.total_parameters),
+            count(fit.active_parameters),
+            f"{fit.flops_ratio:.2f} × dense",
+            size_text(fit.weight_bytes),
+            f"{training}, does not fit" if fit.trains is False else training,
+        )
+    return table
+
+
+def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
+    """Return the recipes that fit a budget as JSON objects."""
+    return [
+        {"recipe": fit.name}
+        | picked(fit, "total_parameters", "active_parameters", "flops_ratio")
+        | picked(fit, "weight_bytes", "training_bytes", "trains")
+        for fit in fits
+    ]
+
+
+def overview_tables(found: Overview) -> Iterator[Table]:
+    """Yield what becomes what, the targets, and what cannot be upcycled."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, targets in found.dense.items():
+        groups.setdefault(targets, []).append(name)
+    table = _headed("becomes (first by default)", "dense model types")
+    for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
+        table.add_row("\n".join(targets), ", ".join(names))
+    yield table
+    table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
+    for target in found.targets:
+        routings, runs = "\n".join(target.routings), "\n".join(runs_in(target))
+        table.add_row(target.name, routings, target.layers, runs, target.balanced)
+    yield table
+    table = _headed("cannot be upcycled", "because")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.refused.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        table.add_row(", ".join(names), reason)
+    yield table
+
+
+def overview_json(found: Overview) -> dict[str, Any]:
+    """Return what becomes what as a JSON object."""
+    return {
+        "status": "listed",
+        "dense": {name: list(targets) for name, targets in found.dense.items()},
+        "targets": {target.name: target_json(target) for target in found.targets},
+        "refused": dict(found.refused),
+    }
+
+
+def _headed(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
