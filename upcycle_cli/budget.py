@@ -23,7 +23,6 @@ weight and both moments (2 + 2 + 4 + 4 + 4)."""
 _EXPANSIONS = (2, 4, 8, 16, 32, 64)
 _GRANULARITIES = (1, 2, 4, 8, 16)
 _MOST_EXPERTS = 256
-_DOWN_BIAS = "down_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,8 @@ def fitting(source: Checkpoint, budget: Budget, *, target: str = "auto") -> tupl
     plan = build_plan(Recipe(expansion=2, granularity=1, top_k=2), source, target=target)
     sizes = _Sizes.of(plan)
     found: dict[tuple[int, int], Fit] = {}
-    smallest: Fit | None = None
-    for fit in _candidates(sizes, budget):
-        if smallest is None or fit.total_parameters < smallest.total_parameters:
-            smallest = fit
+    candidates = list(_candidates(sizes, budget))
+    for fit in candidates:
         over = (
             budget.max_params is not None and fit.total_parameters > budget.max_params,
             budget.max_active is not None and fit.active_parameters > budget.max_active,
@@ -86,7 +83,7 @@ def fitting(source: Checkpoint, budget: Budget, *, target: str = "auto") -> tupl
         if not any(over):
             found[fit.granularity, fit.top_k // fit.granularity] = fit  # E grows
     if not found:
-        assert smallest is not None
+        smallest = min(candidates, key=lambda fit: fit.total_parameters)
         raise UpcycleError(
             f"no recipe fits: the smallest, {smallest.name}, has {smallest.total_parameters:,} "
             f"parameters, {smallest.active_parameters:,} active.",
@@ -121,7 +118,7 @@ class _Sizes:
         biases = 0
         for tensor in plan.tensors:
             by_role[tensor.role] += tensor.num_elements
-            if _DOWN_BIAS in tensor.holds:
+            if "down_bias" in tensor.holds:
                 biases += tensor.num_elements
         shared = plan.family.target.shared
         cut = by_role[Role.SHARED_EXPERT] if shared and shared.size is None else 0

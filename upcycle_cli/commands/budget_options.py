@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +70,6 @@ def _memory(text: str) -> int:
     each = text if times is None else text[: times.start()]
     size = parse_size(each, "--gpu-memory", "80GB or 80GB×8")
     number = 1 if times is None else int(times[1])
-    if math.prod((size, number)) == 0:
+    if not size * number:
         raise UpcycleError(f"--gpu-memory '{text}' is none at all.", "Write 80GB or 80GB×8.")
     return size * number

@@ -354,5 +354,5 @@ REFUSED: Mapping[str, str] = {
         "its layers have no MLP of the usual kind",
     ),
 }
-"""Dense decoders that cannot be taken, and why: the end of the sentence "X cannot be: ..."."""
+"""Dense decoders that cannot be taken, and why: the end of "X cannot be upcycled: …"."""
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}
