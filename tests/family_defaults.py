@@ -27,7 +27,7 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli.families import dense_rows as families
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
 

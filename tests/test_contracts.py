@@ -33,7 +33,8 @@ from upcycle_cli.checkpoint import Checkpoint, TensorEntry
 from upcycle_cli.families import SHIPPED, targets_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import NATIVE, Target, shipped
+from upcycle_cli.families.moe import Target
+from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing, parse_recipe_name
 from upcycle_cli.tensors import OutputTensor, Role

@@ -33,7 +33,7 @@ from upcycle_cli.families.dense import DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.layers import listed, parse_layers
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes, overview
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.recipe import Recipe, Routing

@@ -23,7 +23,8 @@ from upcycle_cli.families import SHIPPED, layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
-from upcycle_cli.families.moe import NATIVE, Keys, Layout, SharedExpert, Target, shipped
+from upcycle_cli.families.moe import Keys, Layout, SharedExpert, Target
+from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Factors, MlpKind, Routing
 from upcycle_cli.verification import TextOptions

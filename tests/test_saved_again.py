@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, convert, inspect, verify
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Routing
 
 Tensors = dict[str, torch.Tensor]

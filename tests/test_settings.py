@@ -27,7 +27,7 @@ from conftest import (
 )
 
 from upcycle_cli import Options, Recipe, convert, inspect
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Routing, parse_recipe_name
 
 ROUNDING = 1e-5

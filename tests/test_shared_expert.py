@@ -11,7 +11,7 @@ from conftest import MakeDense, logits, random_ids, read_tensors
 
 from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Routing
 
 TARGETS = [name for name, row in NATIVE.items() if row.shared is not None]

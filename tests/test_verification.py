@@ -1149,6 +1149,7 @@ def test_independence() -> None:
         "upcycle_cli.families.layers",
         "upcycle_cli.families.mlp",
         "upcycle_cli.families.moe",
+        "upcycle_cli.families.moe_rows",
         "upcycle_cli.families.shipped",
         "upcycle_cli.families.values",
         "upcycle_cli.files",

@@ -16,7 +16,8 @@ from upcycle_cli.commands.given import SIZES, is_given, source_of
 from upcycle_cli.commands.shared import for_files, for_groups, for_recipe, for_weights
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import SHIPPED
-from upcycle_cli.families.moe import NATIVE, ExpertLayout
+from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, Scaling, parse_recipe_name
 from upcycle_cli.tensors import Options
 

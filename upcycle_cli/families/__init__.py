@@ -13,7 +13,8 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.layers import parse_layers
-from upcycle_cli.families.moe import IN_MEMORY, NATIVE, Target, shipped
+from upcycle_cli.families.moe import IN_MEMORY, Target
+from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 

@@ -1,8 +1,7 @@
-"""The MoE side: a row for each architecture that dense models can become.
+"""The MoE side: what a row of an architecture says that dense models can become.
 
 A row says how its tensors are named, which config keys say what, what it can express, and, in a
-small function each, what its config needs said and why it cannot take a model. The last of all
-targets is the code that is shipped with a model, which takes what has no sibling.
+small function each, what its config needs said and why it cannot take a model.
 """
 
 from __future__ import annotations
@@ -13,17 +12,12 @@ from enum import StrEnum
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families.dense import FULL, SLIDING, DenseFamily, DenseModel
+from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.layers import (
-    ALL,
-    BLOCK_TYPES,
-    FIRST_K_DENSE,
-    MLP_ONLY_LAYERS,
-    MOE_LAYERS,
     LayerChoice,
 )
-from upcycle_cli.families.mlp import Weight, parts_of, separate, stacked, without_biases
-from upcycle_cli.families.shipped import ARCHITECTURE, AUTO_MAP, UPCYCLED_PREFIX
+from upcycle_cli.families.mlp import Weight
+from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing
 
@@ -79,7 +73,8 @@ class SharedExpert:
     """What that key is to say."""
 
 
-def _in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+def in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+    """Return a name with the parts that are called otherwise in memory."""
     for before, after in renamed:
         name = name.replace(before, after)
     return name
@@ -127,7 +122,7 @@ class Target:
 
     def name(self, source: str) -> str:
         """Return what a dense tensor is called that is copied."""
-        return _in_memory(source, self.renamed)
+        return in_memory(source, self.renamed)
 
     def prefix(self, layer: int) -> str:
         """Return how the names of a layer's tensors begin."""
@@ -175,231 +170,3 @@ class Target:
     def moe_layers(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
         """Return the layers that are mixtures of experts by a config; ValueError."""
         return self.layers.read({**defaults_of(self.model_type), **config}, num_layers)
-
-
-_BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
-_SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
-
-
-def _layouts(
-    per_expert: Sequence[Weight], fused: str, *, router: str, fused_router: str | None = None
-) -> Mapping[ExpertLayout, Layout]:
-    gated = "gate" in {part for weight in per_expert for part in weight.holds}
-    return {
-        ExpertLayout.PER_EXPERT: Layout(experts=without_biases(per_expert), router=router),
-        ExpertLayout.FUSED: Layout(
-            experts=stacked(fused, gated=gated), router=fused_router or router
-        ),
-    }
-
-
-def _swiglu(prefix: str) -> tuple[Weight, ...]:
-    return separate(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
-
-
-_QWEN_LAYOUTS = _layouts(_swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
-_NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
-_NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
-_QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
-
-
-def _no_mixed_windows(dense: DenseModel) -> str | None:
-    if len({*dense.windows}) == 1:
-        return None
-    return "only some layers slide (layer_types), and its layers all attend alike"
-
-
-def _no_windows(dense: DenseModel) -> str | None:
-    return "some layers have a window, and its layers see all" if any(dense.windows) else None
-
-
-def window_settings(dense: DenseModel) -> dict[str, Any]:
-    """State windows in the terms of the Qwen MoE configs."""
-    first = next((i for i, window in enumerate(dense.windows) if window), None)
-    return {
-        "use_sliding_window": first is not None,
-        "sliding_window": None if first is None else dense.windows[first],
-        "max_window_layers": dense.num_layers if first is None else first,
-        "layer_types": [SLIDING if window else FULL for window in dense.windows],
-    }
-
-
-def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
-    return {
-        "attention_bias": dense.has("self_attn.q_proj.bias"),
-        "use_qk_norm": dense.has("self_attn.q_norm.weight"),
-        "partial_rotary_factor": 1.0,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-_ROWS: Sequence[Target] = (
-    Target(
-        model_type="mixtral",
-        architecture="MixtralForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_layouts(
-            separate(
-                *(f"block_sparse_moe.experts.{{expert}}.{matrix}" for matrix in ("w1", "w3", "w2"))
-            ),
-            "mlp.experts",
-            router="block_sparse_moe.gate.weight",
-            fused_router="mlp.gate.weight",
-        ),
-        keys=Keys(
-            num_experts="num_local_experts",
-            aliases=("num_experts",),
-            expert_size="intermediate_size",
-        ),
-        layers=ALL,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS, "self_attn.q_proj.bias": _NO_QKV_BIAS},
-        refusal=_no_mixed_windows,
-        settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
-    ),
-    Target(
-        # It always has a shared expert and q, k and v biases. A source without biases gets zeros,
-        # since vLLM reads them unasked; the shared expert is 64 wide, since vLLM refuses an empty
-        # one; and its gate is drawn at random, since llama.cpp computes it as silu(x)/x, which is
-        # 0/0 for a zero row.
-        model_type="qwen2_moe",
-        architecture="Qwen2MoeForCausalLM",
-        routings=(Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX),
-        layouts=_QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
-        layers=MLP_ONLY_LAYERS,
-        shared=SharedExpert(
-            weights=without_biases(_swiglu("mlp.shared_expert")),
-            router="mlp.shared_expert_gate.weight",
-            size_key="shared_expert_intermediate_size",
-            size=64,
-        ),
-        zero_biases=_QKV,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        settings=lambda dense: window_settings(dense) | {"qkv_bias": True},
-    ),
-    Target(
-        model_type="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
-        layouts=_QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
-        layers=MLP_ONLY_LAYERS,
-        refusal=_no_mixed_windows,
-        settings=lambda dense: (
-            window_settings(dense) | {"attention_bias": dense.values["attention_bias"]}
-        ),
-    ),
-    Target(
-        model_type="glm4_moe",
-        architecture="Glm4MoeForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
-        layouts=_QWEN_LAYOUTS,
-        keys=Keys(
-            num_experts="n_routed_experts",
-            aliases=("num_local_experts", "num_experts"),
-            routing=_SIGMOID,
-            scale="routed_scaling_factor",
-        ),
-        layers=FIRST_K_DENSE,
-        correction_bias="mlp.gate.e_score_correction_bias",
-        shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        refusal=_no_windows,
-        settings=_glm4_moe_settings,
-    ),
-    Target(
-        model_type="granitemoe",
-        architecture="GraniteMoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
-        layouts={
-            ExpertLayout.STACKED: Layout(
-                experts=(
-                    Weight("block_sparse_moe.input_linear.weight", ("gate", "up"), 0),
-                    Weight("block_sparse_moe.output_linear.weight", ("down",), 1),
-                ),
-                router="block_sparse_moe.router.layer.weight",
-            ),
-            ExpertLayout.FUSED: Layout(
-                experts=stacked("block_sparse_moe.experts", gated=True),
-                router="block_sparse_moe.router.weight",
-            ),
-        },
-        keys=Keys(
-            num_experts="num_local_experts",
-            aliases=("num_experts",),
-            expert_size="intermediate_size",
-        ),
-        layers=ALL,
-    ),
-    Target(
-        model_type="nemotron_h",
-        architecture="NemotronHForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
-        layouts=_layouts(
-            separate("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
-            "mixer.experts",
-            router="mixer.gate.weight",
-        ),
-        keys=Keys(
-            num_experts="n_routed_experts",
-            aliases=("num_local_experts",),
-            routing=_SIGMOID,
-            scale="routed_scaling_factor",
-        ),
-        layers=BLOCK_TYPES,
-        layer="backbone.layers.{layer}.",
-        correction_bias="mixer.gate.e_score_correction_bias",
-        shared=SharedExpert(
-            weights=without_biases(
-                separate("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj")
-            ),
-            size_key="moe_shared_expert_intermediate_size",
-            size=64,
-        ),
-        settings=lambda _: {
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "moe_latent_size": None,
-            "norm_topk_prob": True,
-        },
-    ),
-)
-NATIVE: Mapping[str, Target] = {row.model_type: row for row in _ROWS}
-
-
-def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
-    """Return the target whose code is shipped with the model; `biased` says that MLPs have biases.
-
-    vLLM replaces a child named `experts` by its own fused SwiGLU, whatever the module computes.
-    """
-    gated = "gate" in parts_of(family.mlp)
-    swiglu = gated and activation in ("silu", "swish") and not biased
-    module = family.mlp[0].name.split(".")[0]
-    prefix = f"{module}.{'experts' if swiglu else 'expert_mlps'}"
-    layout = Layout(
-        experts=stacked(prefix, gated=gated, biases=biased, transposed=family.mlp[0].cut == 1),
-        router=f"{module}.gate.weight",
-    )
-    return Target(
-        model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
-        architecture=ARCHITECTURE,
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
-        layouts={ExpertLayout.FUSED: layout},
-        keys=Keys(
-            num_experts="num_experts",
-            usual=family.keys,
-            routing=("routing", {str(routing): routing for routing in Routing}),
-            scale="routed_scaling_factor",
-        ),
-        layers=MOE_LAYERS,
-        layer=family.layer,
-        renamed=family.renamed,
-        head=_in_memory(family.head, family.renamed),
-        correction_bias=f"{module}.gate.e_score_correction_bias",
-        settings=lambda _: {"auto_map": dict(AUTO_MAP)},
-    )

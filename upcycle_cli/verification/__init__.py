@@ -25,7 +25,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_j
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import is_moe, is_target
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import NATIVE
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model
