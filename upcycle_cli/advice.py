@@ -70,6 +70,11 @@ def training_notes(plan: Plan) -> Iterator[str]:
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )
+    if recipe.splits_soon and not plan.family.target.ships_code:
+        yield (
+            "the first steps of training split virtual groups, and the dense model's function is "
+            "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
+        )
     if plan.promise is Promise.APPROXIMATE:
         yield (
             f"softmax-topk equals the dense model only up to the router's logits (std {std:g}). "

@@ -211,6 +211,16 @@ class Recipe:
         """Whether top-k can hold whole virtual groups only."""
         return self.top_k % self.granularity == 0
 
+    @property
+    def splits_soon(self) -> bool:
+        """Whether training splits virtual groups from its first step on.
+
+        Gates that do not sum to 1 weigh a whole layer, so that each row has a gradient of its own,
+        large beside rows that are small to be nearly uniform.
+        """
+        some = self.top_k < self.num_experts and self.virtual_groups and self.granularity > 1
+        return some and self.routing is Routing.SOFTMAX_TOPK
+
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
         """Return the recipe with what it left to the target filled in.
 

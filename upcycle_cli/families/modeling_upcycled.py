@@ -49,12 +49,15 @@ class UpcycledConfig(DenseConfig):  # type: ignore[misc]
         routing: str = "softmax-topk",
         routed_scaling_factor: float = 1.0,
         moe_layers: list[int] | None = None,
+        virtual_group_size: int = 1,
         router_aux_loss_coef: float = 0.01,
         output_router_logits: bool = False,
         **kwargs: Any,
     ) -> None:
         if routing not in ROUTINGS:
             raise ValueError(f"unknown routing {routing!r}: one of {', '.join(ROUTINGS)}")
+        if virtual_group_size < 1 or num_experts % virtual_group_size:
+            raise ValueError(f"no groups of {virtual_group_size} in {num_experts} experts")
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
@@ -63,6 +66,8 @@ class UpcycledConfig(DenseConfig):  # type: ignore[misc]
         self.routing = routing
         self.routed_scaling_factor = routed_scaling_factor
         self.moe_layers = list(range(self.num_hidden_layers)) if moe_layers is None else moe_layers
+        # Experts that hold the parts of one MLP, whose router rows get the mean of their gradients.
+        self.virtual_group_size = virtual_group_size
         self.router_aux_loss_coef = router_aux_loss_coef
         self.output_router_logits = output_router_logits
 
@@ -76,6 +81,7 @@ class UpcycledRouter(nn.Module):
         super().__init__()
         self.top_k, self.routing = config.num_experts_per_tok, config.routing
         self.scaling_factor = config.routed_scaling_factor
+        self.group_size = config.virtual_group_size
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         if self.routing == "sigmoid-topk":
             bias_N = torch.zeros(config.num_experts, dtype=torch.float32)
@@ -86,8 +92,12 @@ class UpcycledRouter(nn.Module):
         """Return logits (T, N), gates (T, K) and the experts' indices (T, K)."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
         device = "cpu" if x_TH.device.type == "meta" else x_TH.device.type
+        weight_NH = self.weight.to(dtype)
+        if self.group_size > 1 and weight_NH.requires_grad:
+            weight_NH = weight_NH.view_as(weight_NH)  # the hook is of this pass, not of the weight
+            weight_NH.register_hook(self._mean_of_groups)  # type: ignore[no-untyped-call]
         with torch.autocast(device, enabled=False):
-            logits_TN = nn.functional.linear(x_TH.to(dtype), self.weight.to(dtype))
+            logits_TN = nn.functional.linear(x_TH.to(dtype), weight_NH)
         if self.routing == "sigmoid-topk":
             scores_TN = logits_TN.sigmoid()
             wanted_TN = scores_TN + self.e_score_correction_bias
@@ -102,6 +112,10 @@ class UpcycledRouter(nn.Module):
         if self.records is not None:
             self.records.append((logits_TN, scores_TN, chosen_TK))
         return logits_TN, gates_TK * self.scaling_factor, chosen_TK
+
+    def _mean_of_groups(self, gradient_NH: torch.Tensor) -> torch.Tensor:
+        groups = gradient_NH.reshape(-1, self.group_size, gradient_NH.shape[-1])
+        return groups.mean(1, keepdim=True).expand_as(groups).reshape(gradient_NH.shape)
 
 
 class UpcycledExperts(nn.Module):

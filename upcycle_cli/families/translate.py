@@ -101,6 +101,8 @@ def _choices(
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
+    if target.ships_code and recipe.splits_soon:
+        found["virtual_group_size"] = recipe.granularity
     if keys.scale is not None:
         found[keys.scale] = recipe.factors(dense.mlp_kind).config
     if target.shared is not None and target.shared.size_key is not None:

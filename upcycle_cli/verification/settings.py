@@ -78,6 +78,9 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
         yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
     keys, shared = facts.target.keys, facts.target.shared
     judged: set[str | None] = {*_JUDGED_BY_OTHERS, *REDIRECTS, *BLOCK_KEYS}
+    size = getattr(moe, "virtual_group_size", 1)
+    if size not in (1, facts.granularity):
+        yield f"virtual_group_size is {size}, and there are {facts.granularity} experts in a group"
     judged |= {*keys.aliases, keys.num_experts, keys.top_k, keys.expert_size, keys.scale}
     judged |= {*(keys.routing or ())[:1], *facts.target.layers.keys}
     judged.add(shared.size_key if shared else None)

@@ -1,0 +1,134 @@
+"""Virtual groups in training: rows that are equal stay equal when their gradients are averaged."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, random_ids, read_json, write_json
+
+from upcycle_cli import Recipe, UpcycleError, convert, verify
+from upcycle_cli.families import SHIPPED
+from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.recipe import Routing
+from upcycle_cli.training import tie_virtual_groups
+
+G = 2
+TARGETS = (*NATIVE, SHIPPED)
+STEPS = 3
+
+
+@pytest.fixture
+def load(make_dense: MakeDense, tmp_path: Path) -> Any:  # noqa: ANN401
+    """Convert to a target, with rows that have gradients where it can, and load it to train it."""
+    from transformers import AutoModelForCausalLM
+
+    def load(target: str, granularity: int = G, **changes: Any) -> Any:  # noqa: ANN401
+        able = tuple(Routing) if target == SHIPPED else NATIVE[target].routings
+        routing = Routing.SOFTMAX_TOPK if Routing.SOFTMAX_TOPK in able else able[0]
+        types = [name for name, row in DENSE.items() if target in row.targets]
+        moe = tmp_path / "moe"
+        recipe = Recipe(
+            expansion=4, granularity=granularity, top_k=2 * granularity, routing=routing
+        )
+        convert(make_dense(types[0] if types else "olmo2"), moe, recipe, target=target)
+        write_json(moe / "config.json", read_json(moe / "config.json") | changes)
+        return AutoModelForCausalLM.from_pretrained(
+            moe, dtype=torch.float32, experts_implementation="eager", trust_remote_code=True
+        ).train()
+
+    return load
+
+
+def train(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Take some steps, and return the routers' rows."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(STEPS):
+        ids = random_ids() + step
+        for part in ids.chunk(2):  # gradients are added up
+            model(part, labels=part).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|router)\.weight")
+    rows = {n: p.detach() for n, p in model.named_parameters() if name.fullmatch(n)}
+    assert rows
+    return rows
+
+
+def whole(rows: torch.Tensor) -> bool:
+    groups = rows.reshape(-1, G, rows.shape[-1])
+    return torch.equal(groups[:, :1].expand_as(groups), groups)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_groups_stay_whole_only_where_they_are_tied(load: Any, target: str) -> None:  # noqa: ANN401
+    model = load(target, virtual_group_size=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tied = tie_virtual_groups(model)
+    rows = train(model)
+    assert tied.granularity == G
+    assert {*tied.routers} == rows.keys()
+    assert all(whole(weight) for weight in rows.values())
+    assert not any(torch.equal(weight, before[name]) for name, weight in rows.items())
+    tied.remove()
+    assert not any(whole(weight) for weight in train(model).values())
+
+
+def test_shipped_code_ties_them_by_its_config(load: Any) -> None:  # noqa: ANN401
+    model = load(SHIPPED)
+    assert model.config.virtual_group_size == G
+    assert all(whole(weight) for weight in train(model).values())
+
+
+def test_only_what_soon_splits_is_tied_unasked(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = make_dense("olmo2")
+    for routing, granularity, size in (
+        ("softmax-topk", 1, None),
+        ("topk-softmax", 2, None),
+        ("softmax-topk", 2, 2),
+    ):
+        moe = tmp_path / f"{routing}{granularity}"
+        recipe = Recipe(
+            expansion=4, granularity=granularity, top_k=granularity, routing=Routing(routing)
+        )
+        convert(dense, moe, recipe, target=SHIPPED)
+        assert read_json(moe / "config.json").get("virtual_group_size") == size
+
+
+@pytest.mark.parametrize(("size", "words"), [(1, None), (4, "virtual_group_size is 4")])
+def test_verify_knows_the_size_of_a_group(
+    make_dense: MakeDense, tmp_path: Path, size: int, words: str | None
+) -> None:
+    dense, moe = make_dense("olmo2"), tmp_path / "moe"
+    convert(dense, moe, Recipe(expansion=4, granularity=2, top_k=4), target=SHIPPED)
+    write_json(moe / "config.json", read_json(moe / "config.json") | {"virtual_group_size": size})
+    report = verify(dense, moe, checks=["structure"])
+    assert report.passed == (words is None)
+    assert words is None or words in str(report.checks)
+
+
+def test_without_groups_nothing_is_tied(load: Any) -> None:  # noqa: ANN401
+    tied = tie_virtual_groups(load("mixtral", granularity=1))
+    assert (tied.granularity, tied.routers) == (1, ())
+
+
+def test_what_cannot_be_tied_is_refused(load: Any, llama: Path) -> None:  # noqa: ANN401
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(UpcycleError, match="LlamaForCausalLM is no mixture of experts"):
+        tie_virtual_groups(AutoModelForCausalLM.from_pretrained(llama))
+    model = load("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[1] += 1
+    with pytest.raises(UpcycleError, match=r"layers\.0\.mlp\.gate\.weight are split"):
+        tie_virtual_groups(model)
+    model.model.layers[0].mlp.gate.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(UpcycleError, match="not held in one piece"):
+        tie_virtual_groups(model)
+    with pytest.raises(UpcycleError, match="all its routers are frozen"):
+        tie_virtual_groups(model.requires_grad_(requires_grad=False))
