@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from interop.results import (  # noqa: E402
     table,
 )
 from mergekit_merge import split  # noqa: E402
+from worker import Job, in_a_fork, reason  # noqa: E402
 
 from upcycle_cli.families.engines import Engine, Support, engines  # noqa: E402
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX  # noqa: E402
@@ -137,6 +142,52 @@ def test_fused_experts_are_told_apart_by_the_names_of_split_ones() -> None:
     assert f"{layer}.mlp.experts.1.down_proj.weight" in found
     router = split(f"{layer}.block_sparse_moe.gate.weight", down)
     assert list(router) == [f"{layer}.mlp.gate.weight"]
+
+
+def die_of(number: int) -> list[list[int]]:
+    os.kill(os.getpid(), number)
+    return [[0]]
+
+
+def test_a_process_answers_for_models_that_crash_it() -> None:
+    answers: dict[str, Callable[[], list[list[int]]]] = {
+        "runs": lambda: [[1, 2]],
+        "raises": lambda: [[1 // 0]],
+        "exits": lambda: sys.exit("not this one"),
+        "crashes": lambda: die_of(signal.SIGKILL),
+        "hangs": lambda: die_of(signal.SIGALRM),
+    }
+
+    def run(job: Job) -> list[list[int]]:
+        return answers[job["model"]]()
+
+    found = {name: in_a_fork(run, {"model": name, "limit_s": 60}) for name in answers}
+    assert found == {
+        "runs": {"output": [[1, 2]]},
+        "raises": {"error": "ZeroDivisionError: integer division or modulo by zero"},
+        "exits": {"error": "SystemExit: not this one"},
+        "crashes": {"error": "exit code -9"},
+        "hangs": {"error": "no answer in 60 s"},
+    }
+
+
+def test_nothing_that_a_model_started_is_left() -> None:
+    ours, theirs = os.pipe()
+
+    def run(_: Job) -> list[list[int]]:
+        subprocess.Popen(["sleep", "600"], pass_fds=[theirs])
+        return [[0]]
+
+    assert in_a_fork(run, {"limit_s": 60}) == {"output": [[0]]}
+    os.close(theirs)
+    assert os.read(ours, 1) == b""  # when the last process that could write is gone
+    os.close(ours)
+
+
+def test_the_reason_is_the_last_line_that_names_an_error() -> None:
+    said = "KeyError: 'a'\nValueError: no file: /tmp/upcycle-x/moe/config.json\nDone.\n"
+    assert reason(said) == "ValueError: no file"
+    assert reason("one\n\ntwo\n") == "two"
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "interoperability.md"

