@@ -114,6 +114,17 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "falcon": TINY,
     "gpt_neo": {**TINY, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {**TINY, "rotary_dim": 4},
+    "granitemoehybrid": {
+        **TINY,
+        "shared_intermediate_size": 48,
+        "intermediate_size": 11,  # which no dense model reads
+        "num_local_experts": 0,
+        "layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rope",
+        "residual_multiplier": 0.7,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+    },
     "lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
     "lfm3": {**TINY, "head_dim": 8, "layer_types": ["conv", "full_attention"]},
     "minicpm3": _LATENT,

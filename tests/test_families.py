@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES as MODEL_SIZES
-from conftest import MakeDense, difference, logits, random_ids, read_json
+from conftest import MakeDense, difference, logits, random_ids, read_json, sizes_of
 from find_families import dense_decoders
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
@@ -301,7 +300,7 @@ NOT_READ = {
 def test_the_recipe_is_in_the_config(target: str) -> None:
     row = NATIVE[target]
     model_type = next(name for name, family in DENSE.items() if target in family.targets)
-    config = {"model_type": model_type, **MODEL_SIZES[model_type]}
+    config = {"model_type": model_type, **sizes_of(model_type)}
     for routing in row.routings:
         recipe = make_recipe("E4G3T6", routing)
         moe = converted(config, target, recipe)
@@ -322,7 +321,7 @@ def test_the_recipe_is_in_the_config(target: str) -> None:
 
 def test_the_recipe_is_in_the_config_of_shipped_code() -> None:
     for routing in Routing:
-        config = {"model_type": "olmo2", **MODEL_SIZES["olmo2"]}
+        config = {"model_type": "olmo2", **sizes_of("olmo2")}
         moe = converted(config, SHIPPED, make_recipe("E4G3T6", routing))
         assert moe["model_type"] == "upcycled_olmo2"
         assert (moe["num_experts"], moe["num_experts_per_tok"]) == (12, 6)
@@ -450,7 +449,7 @@ def test_options_are_in_the_config() -> None:
 def test_auto_takes_the_first_that_can(
     model_type: str, routing: Routing | None, target: str
 ) -> None:
-    config = {"model_type": model_type, **MODEL_SIZES[model_type], "sliding_window": 8}
+    config = {"model_type": model_type, **sizes_of(model_type), "sliding_window": 8}
     family = choose(config, "auto", routing)
     wanted = f"upcycled_{model_type}" if target == SHIPPED else target
     assert family.target.model_type == wanted
@@ -473,6 +472,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "qwen3_moe": Routing.TOPK_SOFTMAX,
         "glm4_moe": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
+        "granitemoehybrid": Routing.TOPK_SOFTMAX,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
 
@@ -528,7 +528,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             for target in ("mixtral", "qwen2_moe", "glm4_moe")
         ),
         (
-            {"model_type": "nemotron_h", **MODEL_SIZES["nemotron_h"], "mlp_bias": True},
+            {"model_type": "nemotron_h", **sizes_of("nemotron_h"), "mlp_bias": True},
             "auto",
             None,
             "nemotron_h cannot express this model: mlp_bias is true, and its experts have no bias.",
@@ -542,7 +542,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             "No target can yet.",
         ),
         (
-            {"model_type": "nemotron_h", **MODEL_SIZES["nemotron_h"]},
+            {"model_type": "nemotron_h", **sizes_of("nemotron_h")},
             "auto",
             Routing.TOPK_SOFTMAX,
             "nemotron_h cannot express this model: it has no topk-softmax routing.",
@@ -772,6 +772,7 @@ def test_layers_that_a_target_cannot_leave_dense(target: str, layers: str, messa
         ("glm4_moe", {"first_k_dense_replace": True}, "first_k_dense_replace is True"),
         ("nemotron_h", {"hybrid_override_pattern": "M?"}, "hybrid_override_pattern is 'M?'"),
         ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type is"),
+        ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts is None"),
     ],
 )
 def test_layers_that_a_config_cannot_mean(
@@ -786,6 +787,16 @@ def test_a_hybrid_is_dense_or_not_by_its_layers() -> None:
     moe = dense | {"hybrid_override_pattern": "M-*E"}
     assert (is_moe(dense), is_target(dense)) == (False, False)
     assert (is_moe(moe), is_target(moe)) == (True, True)
+    with pytest.raises(UpcycleError, match="a mixture of experts already"):
+        dense_family(moe)
+
+
+def test_one_type_is_dense_or_not_by_its_number_of_experts() -> None:
+    dense = {"model_type": "granitemoehybrid", **sizes_of("granitemoehybrid")}
+    moe = {key: value for key, value in dense.items() if key != "num_local_experts"}  # 8 of them
+    assert (is_moe(dense), is_target(dense)) == (False, False)
+    assert (is_moe(moe), is_target(moe)) == (True, True)
+    assert dense_model(dense).intermediate_size == 48
     with pytest.raises(UpcycleError, match="a mixture of experts already"):
         dense_family(moe)
 

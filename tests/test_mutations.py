@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, MakeDense, contents, logits, random_ids
+from conftest import SIZES, MakeDense, contents, logits, random_ids, sizes_of
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, families, verify
 from upcycle_cli.families import SHIPPED, layers, targets_of
@@ -44,6 +44,8 @@ PLAN_BREAKS = (AssertionError, IndexError, KeyError, StopIteration, TypeError, V
 not there. Nothing is written then, and no user can bring it about; the plan's own assertions, that
 every tensor is used, and once, are among them. Of `verify` this is not accepted."""
 
+SOFTMAX_ONLY = [name for name, row in NATIVE.items() if Routing.SIGMOID_TOPK not in row.routings]
+ONE_ROUTING = [name for name, row in NATIVE.items() if row.keys.routing is None]
 NO_BIASES = ("mistral", "qwen2", "qwen3", "olmo2")
 EQUIVALENT: Mapping[str, str] = {
     # dense families
@@ -66,11 +68,13 @@ EQUIVALENT: Mapping[str, str] = {
     r".* shared: weights: \[0\] and \[1\] swapped": "both are drawn alike, and down is zero",
     r".* shared: weights: in another order": "tensors come in another order",
     r".* shared: weights: \[.\] cut=None": "a matrix cut nowhere has the shape of down",
+    r".* shared: weights: \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
-    r"(mixtral|qwen2_moe|qwen3_moe|granitemoe) correction_bias: .*": "only sigmoid routing has one",
-    r"(mixtral|qwen2_moe|granitemoe|nemotron_h|shipped) refusal: none": "none is ever met",
+    rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
+    r"(qwen2_moe|granitemoe|granitemoehybrid|nemotron_h|shipped) refusal: none": "it has none",
+    r"mixtral refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
-    r"(mixtral|granitemoe) keys: routing: norm_topk_prob": "nothing reads that key of them",
+    rf"({'|'.join(ONE_ROUTING)}) keys: routing: norm_topk_prob": "nothing reads that key of them",
     r".* routings: \(.*": "another default, which is as good",
     r".* routings: (softmax-topk|topk-softmax|sigmoid-topk)": "one less is offered",
     r"(glm4_moe|nemotron_h) keys: routing: (another key|none)": "its own settings say it as well",
@@ -83,6 +87,8 @@ EQUIVALENT: Mapping[str, str] = {
         "it is the default"
     ),
     r"glm4_moe settings: without num_nextn_predict_layers": "transformers has no such key",
+    r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
+    r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
     r"nemotron_h settings: without .*": "the source has the key, or means the same without",
     r"qwen3_moe settings: without .*": "the source has the key, with the same meaning",
     # the arithmetic
@@ -139,7 +145,10 @@ SLIDING = {
     "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
 }
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
-SOME_LAYERS = {"mixtral": "1", "granitemoe": "1", "glm4_moe": "1-", "nemotron_h": "1"}
+SOME_LAYERS = {
+    **dict.fromkeys(("mixtral", "granitemoe", "granitemoehybrid", "nemotron_h"), "1"),
+    "glm4_moe": "1-",
+}
 """A choice of layers that a target can express, where it is not "0"."""
 
 
@@ -325,14 +334,15 @@ def _other_setting(settings: dict[str, Any], key: str) -> dict[str, Any]:
         case None:
             return settings | {key: 8}
         case list(items):
-            other = "sliding_attention" if items[0] == "full_attention" else "full_attention"
+            attends = items[0] in ("attention", "full_attention")
+            other = "sliding_attention" if attends else "full_attention"
             return settings | {key: [other, *items[1:]]}
         case _:
             return settings | {key: None}
 
 
 def _tiny(model_type: str) -> DenseModel:
-    return read_dense(DENSE[model_type], {"model_type": model_type, **SIZES[model_type]})
+    return read_dense(DENSE[model_type], {"model_type": model_type, **sizes_of(model_type)})
 
 
 Rule = Callable[[Any, Any], Iterator[Variant]]

@@ -278,13 +278,16 @@ class _Maker:
         size = shared.size or dense.intermediate_size // self.recipe.granularity
         hidden, rows = dense.hidden_size, min(_SAMPLE_ROWS, dense.intermediate_size)
         for weight in shared.weights:
-            name, (part,) = prefix + weight.name, weight.holds
-            expr: Expr = Zeros(self._mlp_dtype(layer, mlp), (hidden, size))
-            if part != "down":
+            drawn: list[Expr] = []
+            for part in weight.holds:
+                if part == "down":
+                    drawn.append(Zeros(self._mlp_dtype(layer, mlp), (hidden, size)))
+                    continue
                 stream = f"layers.{layer}.shared_expert.{part}"
                 sample = self._range(layer, mlp, part, 0, rows)
-                expr = Alike(self.recipe.seed, stream, (size, hidden), sample)
-            yield self.output(name, expr, Role.SHARED_EXPERT, layer)
+                drawn.append(Alike(self.recipe.seed, stream, (size, hidden), sample))
+            expr = Concat(tuple(drawn)) if len(drawn) > 1 else drawn[0]
+            yield self.output(prefix + weight.name, expr, Role.SHARED_EXPERT, layer)
         if shared.router is not None:
             row = self._normal(layer, mlp, "shared_expert_gate", 1, 1.0)
             yield self.output(prefix + shared.router, row, Role.SHARED_EXPERT, layer)

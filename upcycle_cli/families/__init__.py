@@ -69,7 +69,7 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     model_type = str(config.get("model_type"))
     if model_type in DENSE and model_type in NATIVE:
         try:
-            return bool(NATIVE[model_type].moe_layers(config, 0))
+            return bool(NATIVE[model_type].moe_layers(config, 1))
         except ValueError:
             return False  # which is said when it is read
     if config.get("is_moe") is False:

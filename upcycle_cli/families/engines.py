@@ -42,7 +42,7 @@ _ENGINES = ("transformers", "vLLM", "llama.cpp", "MLX")
 _TRIED = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", _SHIPPED), _ENGINES),
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
-    "granitemoe": ("transformers",),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid"), ("transformers",)),
 }
 """By target, the engines that it was run in. They run it, whatever the routing, but for these."""
 _SHIPPED_IN_VLLM = ("nemotron", "olmo2")
@@ -74,6 +74,8 @@ _SOME_LAYERS = {
 """By engine, the targets of which it was seen to run models that keep some dense MLPs."""
 _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
+_NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoehybrid")
+"""Targets none of whose layouts has a tensor per expert."""
 _NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h",)
 """Targets that it has no class for."""
 
@@ -115,8 +117,8 @@ def engines(
             support = _WANT_A_HEAD.get((target, name), support)
         found.append(Engine(name, support))
         newer = target in _NEWER_THAN_TRANSFORMERS_4
-        alone = target in (_SHIPPED, "granitemoe")  # no layout of theirs has a tensor per expert
-        if name == "transformers" and (newer or (fused and not alone)):
+        split = target not in _NEVER_PER_EXPERT
+        if name == "transformers" and (newer or (fused and split)):
             older = Support.REFUSES if newer else Support.PER_EXPERT_ONLY
             found.append(Engine("transformers 4", older))
     return tuple(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError, shown
@@ -87,6 +87,14 @@ class LayerChoice:
         return "the last ones" if self.objection((2, 3), 4) is None else "all"
 
 
+def _all_if_any(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    """Of an architecture whose model is dense where it has no experts."""
+    experts = config["num_local_experts"]
+    if type(experts) is not int or experts < 0:
+        raise ValueError(f"num_local_experts is {shown(experts)}")
+    return tuple(range(count if experts else 0))
+
+
 def _rest(layers: Sequence[int], count: int) -> list[int]:
     return [layer for layer in range(count) if layer not in layers]
 
@@ -131,7 +139,8 @@ def _named(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
 
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """The letters of hybrid_override_pattern, and what layers_block_type calls them."""
-_OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
+OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Other names of the same, which released models and engines have."""
 BLOCK_KEYS = ("layers_block_type", "hybrid_override_pattern")
 
 
@@ -143,7 +152,7 @@ def block_types(config: Mapping[str, Any]) -> tuple[str, ...]:
         if not isinstance(pattern, str) or not pattern or not {*pattern} <= {*_BLOCKS}:
             raise ValueError(f"hybrid_override_pattern is {shown(pattern)}")
         return tuple(_BLOCKS[letter] for letter in pattern)
-    found = [_OLD_BLOCKS.get(str(kind), str(kind)) for kind in kinds if isinstance(kinds, list)]
+    found = [OLD_BLOCKS.get(str(kind), str(kind)) for kind in kinds if isinstance(kinds, list)]
     if not found or not {*found} <= {*_BLOCKS.values()}:
         raise ValueError(f"layers_block_type is {shown(kinds)}")
     return tuple(found)
@@ -179,4 +188,5 @@ BLOCK_TYPES = LayerChoice(
     lambda config: len(block_types(config)),
     lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
 )
+ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

@@ -11,6 +11,7 @@ from typing import Any
 from upcycle_cli.families.dense import FULL, SLIDING, DenseFamily, DenseModel
 from upcycle_cli.families.layers import (
     ALL,
+    ALL_OR_NONE,
     BLOCK_TYPES,
     FIRST_K_DENSE,
     MLP_ONLY_LAYERS,
@@ -42,6 +43,22 @@ def _swiglu(prefix: str) -> tuple[Weight, ...]:
 
 
 _QWEN_LAYOUTS = _layouts(_swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
+_GRANITE_LAYOUTS = {
+    ExpertLayout.STACKED: Layout(
+        experts=(
+            Weight("block_sparse_moe.input_linear.weight", ("gate", "up"), 0),
+            Weight("block_sparse_moe.output_linear.weight", ("down",), 1),
+        ),
+        router="block_sparse_moe.router.layer.weight",
+    ),
+    ExpertLayout.FUSED: Layout(
+        experts=stacked("block_sparse_moe.experts", gated=True),
+        router="block_sparse_moe.router.weight",
+    ),
+}
+_GRANITE_KEYS = Keys(
+    num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
+)
 _NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
 _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
 _QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
@@ -78,6 +95,17 @@ def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
         "n_shared_experts": 1,
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
+    }
+
+
+def _hybrid_settings(dense: DenseModel) -> dict[str, Any]:
+    """Say of a model that knows no other layers that all have attention, and see positions."""
+    if "layer_types" in dense.values:
+        return {}
+    return {
+        "layer_types": ["attention"] * dense.num_layers,  # as released models and engines have it
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 1,  # its usual number does not divide every hidden size
     }
 
 
@@ -159,25 +187,27 @@ _ROWS: Sequence[Target] = (
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts={
-            ExpertLayout.STACKED: Layout(
-                experts=(
-                    Weight("block_sparse_moe.input_linear.weight", ("gate", "up"), 0),
-                    Weight("block_sparse_moe.output_linear.weight", ("down",), 1),
-                ),
-                router="block_sparse_moe.router.layer.weight",
-            ),
-            ExpertLayout.FUSED: Layout(
-                experts=stacked("block_sparse_moe.experts", gated=True),
-                router="block_sparse_moe.router.weight",
-            ),
-        },
-        keys=Keys(
-            num_experts="num_local_experts",
-            aliases=("num_experts",),
-            expert_size="intermediate_size",
-        ),
+        layouts=_GRANITE_LAYOUTS,
+        keys=_GRANITE_KEYS,
         layers=ALL,
+    ),
+    Target(
+        # Without experts, the shared expert is the MLP of a dense model.
+        model_type="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts=_GRANITE_LAYOUTS,
+        keys=_GRANITE_KEYS,
+        layers=ALL_OR_NONE,
+        shared=SharedExpert(
+            weights=(
+                Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
+                Weight("shared_mlp.output_linear.weight", ("down",), 1),
+            ),
+            size_key="shared_intermediate_size",
+            size=64,
+        ),
+        settings=_hybrid_settings,
     ),
     Target(
         model_type="nemotron_h",

@@ -42,7 +42,7 @@ def shared_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, Weight | Non
     """
     shared, prefix = facts.target.shared, facts.target.prefix(layer)
     for weight in () if shared is None else shared.weights:
-        (part,) = weight.holds
+        part = weight.holds[0]
         source = "" if part == "down" else facts.dense_place(part, layer).tensor
         yield prefix + weight.name, weight, source
     if shared is not None and shared.router is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, ITEM_BYTES, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import shown
-from upcycle_cli.families.layers import BLOCK_KEYS, block_types
+from upcycle_cli.families.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.families.moe import Target
 from upcycle_cli.redirects import REDIRECTS, config_redirects
 from upcycle_cli.verification.facts import Facts
@@ -24,6 +24,7 @@ from upcycle_cli.verification.models import (
 )
 
 _ABSENT = object()
+_ATTENTION = ("full_attention", "sliding_attention")
 _JUDGED_BY_OTHERS = frozenset(
     {
         # what the model is, which the two have not in common; and who wrote it
@@ -215,7 +216,12 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
     """What is written of windows must fit the effect, for readers that take one key alone."""
     windows = _windows(moe)
     sliding = [layer for layer, window in enumerate(windows) if window is not None]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    by_window = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    # A layer of another kind is what it is in the dense model.
+    theirs = getattr(dense, "layer_types", None) or by_window
+    kinds = [
+        mine if kind in _ATTENTION else kind for mine, kind in zip(by_window, theirs, strict=True)
+    ]
     implied = {
         "use_sliding_window": bool(sliding),
         "sliding_window": windows[sliding[0]] if sliding else None,
@@ -228,9 +234,11 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
         written = facts.moe.config.get(key, None if sliding and by_moe else value)
         if key == "sliding_window":
             written = written or None  # transformers writes 0 where there is none
+        if key == "layer_types" and isinstance(written, list):
+            written = [OLD_BLOCKS.get(str(kind), kind) for kind in written]
         # What neither architecture reads may have come from the dense model.
         kept = _same(written, facts.dense.config.get(key, _ABSENT))
-        kept = kept and (not by_moe or type(moe).__mro__[1] is type(dense))
+        kept = kept and (not by_moe or type(dense) in type(moe).__mro__[:2])
         if not kept and not _same(written, value):
             made = f"and the windows of the layers make it {shown(value)}"
             yield f"{CONFIG_NAME}: {key} is {shown(written)}, {made}"

@@ -110,6 +110,9 @@ def _shrink_but_heads(facts: Facts, config: Config) -> None:
     if hasattr(config, key):
         setattr(config, key, few)
     config.hidden_size = config.num_attention_heads * head_dim if heads_make_it else _WIDTH
+    if hasattr(config, "mamba_expand"):  # its heads make up so many times the hidden size
+        config.mamba_n_heads = config.mamba_n_groups
+        config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
     config.vocab_size, config.pad_token_id = _VOCAB, 0
     setattr(config, facts.family.key("intermediate_size"), _WIDTH)
 
