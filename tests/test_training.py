@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import pytest
 import torch
 from conftest import MakeDense, random_ids, read_json, write_json
 
-from upcycle_cli import Recipe, UpcycleError, convert, verify
+from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.families import SHIPPED
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Routing
+from upcycle_cli.render import inspection_rows
+from upcycle_cli.report_page import inspection_html
 from upcycle_cli.training import tie_virtual_groups
 
 G = 2
 TARGETS = (*NATIVE, SHIPPED)
 STEPS = 3
+EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "train.py"
 
 
 @pytest.fixture
@@ -132,3 +136,63 @@ def test_what_cannot_be_tied_is_refused(load: Any, llama: Path) -> None:  # noqa
         tie_virtual_groups(model)
     with pytest.raises(UpcycleError, match="all its routers are frozen"):
         tie_virtual_groups(model.requires_grad_(requires_grad=False))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what transformers and accelerate are built on
+def test_the_example_trains_from_the_dense_models_loss(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense, text, out = make_dense("qwen3"), tmp_path / "text", tmp_path / "out"
+    text.write_text("Experts learn to differ. " * 60)
+    arguments = ["train.py", dense, text, out, "--steps", "3", "--lr", "1e-3"]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    said = capsys.readouterr().out
+    losses = re.search(r"first loss ([\d.]+), of the dense model ([\d.]+)", said)
+    assert losses is not None
+    assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-4)
+    assert len(re.findall("load_cv", said)) == 3
+
+    # What transformers saved says what became of the experts, without upcycle.json.
+    assert not (out / "trained" / "upcycle.json").exists()
+    trained = inspect(out / "trained", weights=True, dense=dense)
+    weights = trained.weights
+    assert weights is not None
+    assert weights.movement is not None
+    for layer in weights.movement:
+        assert all(0.001 < distance < 0.5 for distance in layer.moved)
+        assert 0 < layer.apart < max(layer.moved)
+        assert (layer.num_groups, layer.split_groups) == (4, 0)
+    assert not weights.whole_groups
+    said = " ".join(str(list(inspection_rows(trained))).split())
+    assert "12 of 16 experts are no copies" in said
+    assert "0 of 8" in said
+    assert "How far experts have come" in inspection_html(trained, name="trained", command="")
+    untrained = inspect(out / "moe", weights=True, dense=dense).weights
+    assert untrained is not None
+    assert untrained.movement is not None
+    assert {d for layer in untrained.movement for d in (*layer.moved, layer.apart)} == {0.0}
+
+
+def test_groups_that_were_split_are_counted(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    load: Any,  # noqa: ANN401
+) -> None:
+    model = load("qwen3_moe", granularity=2)
+    train(model)
+    model.save_pretrained(tmp_path / "trained")
+    weights = inspect(tmp_path / "trained", weights=True, dense=make_dense("qwen3")).weights
+    assert weights is not None
+    assert weights.granularity == 1  # by the rows alone
+    assert weights.movement is not None
+    assert [(layer.num_groups, layer.split_groups) for layer in weights.movement] == [(4, 4)] * 2
+
+
+def test_another_dense_model_is_no_source(make_dense: MakeDense, load: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    load("qwen3_moe", granularity=3)  # experts 16 wide
+    with pytest.raises(UpcycleError, match="MLPs 40 wide, of which experts 16 wide are no shards"):
+        inspect(tmp_path / "moe", weights=True, dense=make_dense("qwen3", intermediate_size=40))

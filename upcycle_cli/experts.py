@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
-from upcycle_cli.families.dense import read_dense
-from upcycle_cli.families.mlp import parts_of, place, present
+from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families.mlp import Weight, parts_of, place, present
 from upcycle_cli.families.moe import ExpertLayout, Target
+from upcycle_cli.movement import LayerMovement, movements
 from upcycle_cli.recipe import Routing
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class WeightFacts:
     whole_groups: bool
     """Whether the groups of every layer hold the same experts in the same order."""
     differing: tuple[str, ...] = ()
-    """Experts that are not a copy of their place in the first group."""
+    """Experts that are not a copy of their place in the first group; how many, where many are."""
     factors: Mapping[str, float] | None = None
     """Measured against the dense model: what each matrix was multiplied by."""
+    movement: tuple[LayerMovement, ...] | None = None
+    """Measured against the dense model: how far the experts of each layer have come."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,29 @@ class Experts:
 
     def group_size(self, reader: Reader, layer: int) -> int:
         """Return how many neighbouring experts share a router row; 1 when that is uneven."""
-        name = self.name(layer, self.target.layouts[self.layout].router)
-        router_NH = _read(self.moe, reader, name, self.num_experts)
-        rows = [bytes(raw_bytes(row)) for row in router_NH]
+        rows = [bytes(raw_bytes(row)) for row in self.router(reader, layer)]
         runs = {len(list(run)) for _, run in groupby(rows)}
         return runs.pop() if len(runs) == 1 else 1
 
+    def router(self, reader: Reader, layer: int) -> torch.Tensor:
+        """Return the router's rows, (N, H)."""
+        name = self.name(layer, self.target.layouts[self.layout].router)
+        return _read(self.moe, reader, name, self.num_experts)
+
     def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
+        for part in parts_of(self._weights(layer)):
+            yield part, self.part(reader, layer, expert, part)
+
+    def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
+        """Return one part of one expert."""
+        found = place(self._weights(layer), part, width=self.expert_size, expert=expert)
+        count = None if found.row is None else self.num_experts
+        return _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
+
+    def _weights(self, layer: int) -> tuple[Weight, ...]:
         rows = self.target.layouts[self.layout].experts
-        weights = present(rows, self.moe.tensors, self.target.prefix(layer))
-        for part in parts_of(weights):
-            found = place(weights, part, width=self.expert_size, expert=expert)
-            count = None if found.row is None else self.num_experts
-            yield part, _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
+        return present(rows, self.moe.tensors, self.target.prefix(layer))
 
     def digest(self, reader: Reader, layer: int, expert: int) -> bytes:
         """Identify an expert by the bytes of its parts."""
@@ -149,15 +161,23 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
                 for expert, digest in enumerate(digests)
                 if digest != digests[expert % granularity]
             ]
-        factors = None if dense is None else _measure(experts, reader, dense)
-    hidden = len(differing) - _MAX_DIFFERING
-    shown = differing[:_MAX_DIFFERING] + ([f"and {hidden} more"] if hidden > 0 else [])
+        factors = movement = None
+        if dense is not None:
+            model = read_dense(dense_family(dense.config), dense.config)
+            with dense.reader() as dense_reader:
+                source = dense, model, dense_reader
+                factors = _measure(experts, reader, source)
+                movement = tuple(movements(experts, reader, source, factors))
+    if len(differing) > _MAX_DIFFERING:
+        every = experts.num_experts * len(experts.layers)
+        differing = [f"{len(differing):,} of {every:,} experts are no copies"]
     return WeightFacts(
         distinct_experts=most,
         granularity=granularity,
         whole_groups=not differing,
-        differing=tuple(shown),
+        differing=tuple(differing),
         factors=factors,
+        movement=movement,
     )
 
 
@@ -179,20 +199,21 @@ def _read(
     return tensor
 
 
-def _measure(experts: Experts, reader: Reader, dense: Checkpoint) -> dict[str, float]:
+def _measure(
+    experts: Experts, reader: Reader, source: tuple[Checkpoint, DenseModel, Reader]
+) -> dict[str, float]:
     """Return the least-squares ratio of the first expert to its dense shard, by part."""
-    model = read_dense(dense_family(dense.config), dense.config)
-    layer, size = experts.layers[0], experts.expert_size
+    (dense, model, dense_reader), layer = source, experts.layers[0]
     factors = {}
-    with dense.reader() as dense_reader:
-        mlp = model.mlp(dense.tensors, layer)
-        for part, held in experts.parts(reader, layer, 0):
-            found = place(mlp, part, width=model.intermediate_size, shard=(0, size))
-            shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
-            if shard.shape != held.shape:
-                raise UpcycleError(
-                    f"{dense.path} is smaller than one expert, or of other sizes: not its source."
-                )
-            shard = shard.double()
-            factors[part] = float((held.double() * shard).sum() / (shard * shard).sum())
+    mlp = model.mlp(dense.tensors, layer)
+    for part, held in experts.parts(reader, layer, 0):
+        span = (0, experts.expert_size)
+        found = place(mlp, part, width=model.intermediate_size, shard=span)
+        shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
+        if shard.shape != held.shape:
+            raise UpcycleError(
+                f"{dense.path} is smaller than one expert, or of other sizes: not its source."
+            )
+        shard = shard.double()
+        factors[part] = float((held.double() * shard).sum() / (shard * shard).sum())
     return factors

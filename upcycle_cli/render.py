@@ -20,6 +20,7 @@ from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
 from upcycle_cli.families.overview import TargetFacts
 from upcycle_cli.inspection import Inspection
+from upcycle_cli.movement import LayerMovement
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import Promise
@@ -342,3 +343,24 @@ def _weight_rows(
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
         yield "scale factors", [f"{measured} (measured against the dense model)"]
+    if weights.movement is not None:
+        yield from _movement_rows(weights.movement)
+
+
+def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Say in a few words how far experts have come, and where most."""
+    moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
+    most, layer, expert = max(moved)
+    mean = sum(distance for distance, _, _ in moved) / len(moved)
+    apart = sum(each.apart for each in layers) / len(layers)
+    if most:
+        yield (
+            "moved",
+            [f"{mean:.2%} on average, {most:.2%} (layer {layer}, expert {expert}) at most"],
+        )
+        yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
+    else:
+        yield "moved", ["not at all"]
+    split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
+    where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
+    yield "split groups", [f"{split:,} of {num_groups:,}{where}"]

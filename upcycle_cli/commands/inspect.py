@@ -41,7 +41,9 @@ def inspect(
     ] = False,
     dense: Annotated[
         Path | None,
-        for_run(help="With --weights: the dense checkpoint, to measure the scale factors."),
+        for_run(
+            help="With --weights: the dense checkpoint, to measure the factors and what training moved."
+        ),
     ] = None,
     max_params: MaxParamsOption = None,
     max_active: MaxActiveOption = None,

@@ -10,7 +10,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME
 from upcycle_cli.experts import WeightFacts
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.render import count, inspection_rows, size_text
-from upcycle_cli.report_page.figures import draw_bars
+from upcycle_cli.report_page.figures import Series, draw_bars, draw_lines
 from upcycle_cli.report_page.origin import FOOTER, origin_section
 from upcycle_cli.report_page.page import Figure, Page, Section, Table
 from upcycle_cli.report_page.recipe import recipe_section
@@ -35,6 +35,7 @@ def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
         sections=[
             Section(key="facts", title="Checkpoint", tables=[facts]),
             recipe_section(inspection.record or {}, _found(inspection.weights)),
+            *_movement(inspection.weights),
             _parameters(inspection),
             origin_section({"MoE": name}, digests, inspection.record or {}, command),
         ],
@@ -48,6 +49,29 @@ def _found(weights: WeightFacts | None) -> dict[str, object]:
         return {}
     factors = {f"{matrix}_factor": factor for matrix, factor in (weights.factors or {}).items()}
     return {"granularity": weights.granularity, **factors}
+
+
+def _movement(weights: WeightFacts | None) -> Iterator[Section]:
+    """Draw how far training has moved experts, where it was measured."""
+    layers = (weights and weights.movement) or ()
+    if not layers:
+        return
+    series = [
+        Series(name="most moved expert", values=[max(each.moved) for each in layers]),
+        Series(name="mean", values=[sum(each.moved) / len(each.moved) for each in layers]),
+        Series(name="apart", values=[each.apart for each in layers]),
+    ]
+    split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
+    drawn = draw_lines(
+        "movement", [each.layer for each in layers], series, unit="relative distance", log=True
+    )
+    figure = Figure(
+        svg=drawn,
+        title="How far experts have come",
+        description="From their dense shards, and from the mean of the copies of their shard, "
+        f"relative to the shards' norm. {split:,} of {groups:,} virtual groups are split.",
+    )
+    yield Section(key="movement", title="Training", figures=[figure])
 
 
 def _parameters(inspection: Inspection) -> Section:
