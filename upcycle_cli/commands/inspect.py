@@ -42,7 +42,7 @@ def inspect(
     dense: Annotated[
         Path | None,
         for_run(
-            help="With --weights: the dense checkpoint, to measure the factors and what training moved."
+            help="With --weights: the dense checkpoint, to measure factors and what training moved."
         ),
     ] = None,
     max_params: MaxParamsOption = None,
