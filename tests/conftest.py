@@ -281,7 +281,7 @@ def write_minimal_config(path: Path) -> None:
     }
     num_heads = minimal.get("num_attention_heads", defaults["num_attention_heads"])
     hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
-    own = ("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral")
+    own = ("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm")
     derives = config["model_type"] not in own
     if minimal.get("head_dim") == hidden_size // num_heads and derives:
         del minimal["head_dim"]

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from conftest import SIZES, MakeDense, clone, random_ids, read_json
+from conftest import SIZES, MakeDense, clone, random_ids, read_json, read_tensors
 from conftest import logits as logits_of
+from safetensors.torch import save_file
 
 from upcycle_cli import (
     Options,
@@ -30,6 +31,7 @@ from upcycle_cli import (
     verify,
 )
 from upcycle_cli.checkpoint import Checkpoint, TensorEntry
+from upcycle_cli.expr import Halves, Source
 from upcycle_cli.families import SHIPPED, targets_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
@@ -301,6 +303,65 @@ def test_a_native_target_by_its_row(
         wanted = dense_logits(dense, torch.float32)
         assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
         assert_passed(verify(dense, moe))
+
+
+PIECED = [row for row in NATIVE_OTHERS if DENSE[row[0]].pieces]
+
+
+@pytest.mark.parametrize("row", PIECED, ids="-".join)
+def test_tensors_that_a_target_holds_in_another_form(
+    make_dense: MakeDense, tmp_path: Path, row: Row
+) -> None:
+    """Rounded, in layers that stay dense, in several files, and saved again by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model_type, target = row
+    dense, some = make_dense(model_type), target_row(*row).layers.objection((1,), 2) is None
+    wanted = recipe("E2G2T2", layers="1" if some else None)
+    options = Options(dtype="bfloat16", max_shard_bytes=20_000)
+    moe = convert(dense, tmp_path / "moe", wanted, target=target, options=options).output
+    report = verify(dense, moe)
+    assert report.passed, report
+    AutoModelForCausalLM.from_pretrained(moe, dtype="auto").save_pretrained(tmp_path / "again")
+    report = verify(dense, tmp_path / "again", checks=["structure", "weights", "outputs"])
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("row", PIECED, ids="-".join)
+def test_damage_to_tensors_in_another_form_is_noticed(
+    make_dense: MakeDense, tmp_path: Path, row: Row
+) -> None:
+    dense, some = make_dense(row[0]), target_row(*row).layers.objection((1,), 2) is None
+    wanted = recipe("E2G2T2", layers="1" if some else None)
+    plan = build_plan(wanted, open_checkpoint(dense), target=row[1])
+    moe = convert(dense, tmp_path / "moe", wanted, target=row[1]).output
+    assert verify(dense, moe, checks=["weights"]).passed
+    changed = [tensor for tensor in plan.tensors if made_of_rows(tensor) and tensor.layer == 0]
+    listed = (piece.name for pieces in DENSE[row[0]].pieces.values() for piece in pieces)
+    skipped = () if some else ("mlp.",)
+    assert {tensor.name.partition(".0.")[2] for tensor in changed} == {
+        name for name in listed if not name.startswith(skipped)
+    }
+    checkpoint = open_checkpoint(moe)
+    for tensor in changed:
+        flip_in(checkpoint, tensor)
+        assert not verify(dense, moe, checks=["weights"]).accepted, tensor.name
+        flip_in(checkpoint, tensor)  # and back
+    # Every number is there, but in the dense model's order.
+    content = read_tensors(moe)
+    for tensor in changed:
+        if isinstance(tensor.expr, Halves):
+            content[tensor.name] = read_tensors(dense)[tensor.name]
+        elif tensor.name.endswith("k_proj.weight"):  # v is of the same shape
+            content[tensor.name] = content[tensor.name.replace(".k_", ".v_")].clone()
+    save_file(content, moe / "model.safetensors", metadata={"format": "pt"})
+    for check in ("structure", "weights", "outputs"):
+        # Of settings, nothing was changed.
+        assert verify(dense, moe, checks=[check]).passed is (check == "structure")
+
+
+def made_of_rows(tensor: OutputTensor) -> bool:
+    return tensor.role is Role.COPIED and not isinstance(tensor.expr, Source)
 
 
 def is_refused(dense: Path, moe: Path) -> bool:

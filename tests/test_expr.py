@@ -22,6 +22,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Halves,
     Normal,
     Repeat,
     Scale,
@@ -91,6 +92,7 @@ CUBE = Source("cube", "BF16", (1, 4, 6))
         (Cast(A, "F32"), None),
         (Scale(A, 2.0), None),
         (Repeat(A, 1), None),
+        (Halves(A, 4, 2), None),
         (Concat((A, B)), None),
         (Stack((A,)), None),
         (Zeros("F32", (2,)), None),
@@ -126,6 +128,7 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Concat((VECTOR, VECTOR)), "F16", (12,)),
         (Stack((A, B, A)), "BF16", (3, 4, 6)),
         (Repeat(A, 3), "BF16", (12, 6)),
+        (Halves(A, 2, 2), "BF16", (4, 6)),
         (normal(), "F32", (4, HIDDEN)),
         (Zeros("F16", (2, 3, 4)), "F16", (2, 3, 4)),
         (Stack((Concat((A, B)), Concat((B, A)))), "BF16", (2, 8, 6)),
@@ -153,11 +156,14 @@ def test_the_type_is_that_of_the_value(
         Stack((A, Cast(A, "F32"))),
         Scale(Concat((A, WIDE)), 2.0),  # wherever it is inside
         Repeat(Stack((A, Repeat(A, 2))), 2),
+        Halves(A, 3, 2),
+        Halves(A, 4, 3),
+        Halves(A, 2, 4),
     ],
     ids=describe,
 )
 def test_parts_that_do_not_fit_have_no_type(expr: Expr) -> None:
-    with pytest.raises(ValueError, match=r"not inside|cannot concatenate|cannot stack"):
+    with pytest.raises(ValueError, match=r"not inside|cannot concatenate|cannot stack|no heads"):
         type_of(expr)
 
 
@@ -191,6 +197,16 @@ def test_equal_expressions_are_one_key() -> None:
         (Concat((A, B)), lambda t: torch.cat([t["a"], t["b"]])),
         (Stack((A, B, A)), lambda t: torch.stack([t["a"], t["b"], t["a"]])),
         (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
+        (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
+        (Halves(A, 2, 2), lambda t: t["a"]),
+        (Halves(VECTOR, 6, 4), lambda t: t["vector"][[0, 2, 1, 3, 4, 5]]),
+        (Cast(Halves(WIDE, 3, 2), "BF16"), lambda t: t["wide"].bfloat16()),
+        (
+            Halves(Concat((A, B, A, Slice(B, 0, 0, 2))), 7, 6),
+            lambda t: torch.cat([t["a"], t["b"], t["a"], t["b"][:2]])[
+                [0, 2, 4, 1, 3, 5, 6, 7, 9, 11, 8, 10, 12, 13]
+            ],
+        ),
         (Zeros("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
     ],
     ids=lambda value: type(value).__name__,
@@ -535,6 +551,7 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Concat((A, B)), "concat(a, b)"),
         (Stack((A, B, A)), "stack(a, … 3 in all)"),
         (Repeat(A, 8), "a, each row × 8"),
+        (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),
         (Zeros("F32", (1,)), "zeros"),
     ],

@@ -443,6 +443,9 @@ def test_options_are_in_the_config() -> None:
         ("qwen3", Routing.SOFTMAX_TOPK, "qwen3_moe"),
         ("olmo2", None, SHIPPED),
         ("nemotron", Routing.SOFTMAX_TOPK, SHIPPED),
+        ("phi3", None, "mixtral"),
+        ("phi3", Routing.SOFTMAX_TOPK, SHIPPED),
+        ("glm", None, "glm4_moe"),
         ("nemotron_h", None, "nemotron_h"),
     ],
 )
@@ -478,6 +481,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
 
 
 BIASED = {"attention_bias": True}
+PHI3 = {"model_type": "phi3", **SIZES}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
@@ -556,6 +560,28 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             "layers all attend alike.",
             "upcycled can: pass --target upcycled.",
         ),
+        *(
+            (
+                {**PHI3, **settings},
+                "mixtral",
+                None,
+                "mixtral cannot express this model: positions turn only a part of each head "
+                "(partial_rotary_factor), and its turn all.",
+                "upcycled can: pass --target upcycled.",
+            )
+            for settings in (
+                {"partial_rotary_factor": 0.5},
+                {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            )
+        ),
+        (
+            {**PHI3, "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}},
+            "mixtral",
+            None,
+            "mixtral cannot express this model: its rotary embeddings are stretched by longrope, "
+            "which nobody has tried with it.",
+            "upcycled can: pass --target upcycled.",
+        ),
         (
             tiny_config("qwen3", **MIXED),
             "glm4_moe",
@@ -630,6 +656,12 @@ def test_models_that_are_not_dense_ones(config: dict[str, Any], message: str) ->
         ("qwen2", {"layer_types": [FULL, "chunked_attention"]}, "layer_types may hold"),
         ("qwen2", {"layer_types": [FULL, SLIDING]}, "use_sliding_window is false"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+        ("glm", {"partial_rotary_factor": 2}, "must be a number above 0 and at most 1, not 2"),
+        (
+            "glm",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": True}},
+            "partial_rotary_factor must be a number above 0",
+        ),
     ],
 )
 def test_settings_that_mean_nothing(model_type: str, changes: dict[str, Any], message: str) -> None:

@@ -25,6 +25,7 @@ from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.moe import Keys, Layout, SharedExpert, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Factors, MlpKind, Routing
 from upcycle_cli.verification import TextOptions
@@ -59,6 +60,7 @@ EQUIVALENT: Mapping[str, str] = {
     r".* mixed: True": "it asks less of the source's layers, of which a table knows all here",
     r"nemotron_h (head|renamed): .*": "it ties nothing, and ships no code",
     r"nemotron_h keys: usual: .*": "its layers are counted by their kinds",
+    r".* pieces: of a stranger": "it has no such tensor",
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
@@ -150,6 +152,16 @@ SOME_LAYERS = {
     "glm4_moe": "1-",
 }
 """A choice of layers that a target can express, where it is not "0"."""
+
+
+def piece_scenarios(model_type: str) -> tuple[Scenario, ...]:
+    """To each native target, with a layer that stays dense where there can be one."""
+    return tuple(
+        Scenario(model_type, name, recipe={"layers": layer})
+        for name in DENSE[model_type].targets
+        for layer in (None, "1")
+        if layer is None or NATIVE[name].layers.objection((1,), 2) is None
+    )
 
 
 def dense_scenarios(model_type: str) -> tuple[Scenario, ...]:
@@ -280,6 +292,23 @@ def _mapping(value: Mapping[Any, Any]) -> Iterator[Variant]:
         yield "empty", {}
 
 
+def _pieces(value: Pieces) -> Iterator[Variant]:
+    """Each piece changed, each left out, each two of a tensor with each other's names."""
+    if not value:
+        yield "of a stranger", QKV
+    for name, held in value.items():
+        yield f"without {name}", {key: kept for key, kept in value.items() if key != name}
+        for i, piece in enumerate(held):
+            for label, changed in variants(piece, piece):
+                yield f"{piece.name} {label}", {**value, name: (*held[:i], changed, *held[i + 1 :])}
+            yield f"{piece.name} left out", {**value, name: held[:i] + held[i + 1 :]}
+            for j in range(i):
+                swapped = [*held]
+                swapped[i] = replace(piece, name=held[j].name)
+                swapped[j] = replace(held[j], name=piece.name)
+                yield f"{piece.name} and {held[j].name} swapped", {**value, name: tuple(swapped)}
+
+
 def _layouts(value: Mapping[Any, Layout]) -> Iterator[Variant]:
     for key, layout in value.items():
         for label, changed in variants(layout, layout):
@@ -377,6 +406,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "targets": lambda value, _: (
             (name, (name,)) for name in NATIVE if name not in value and name not in DENSE
         ),
+        "pieces": lambda value, _: _pieces(value),
         "outgrown_code": lambda value, _: _others(value, False, True),
         "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),
     },
@@ -406,6 +436,13 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "lacks": lambda value, _: _mapping(value),
         "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
         "settings": _settings,
+    },
+    Piece: {
+        "name": lambda value, _: iter([("another name", f"{value}_x")]),
+        "rows": lambda value, _: _others(
+            value, "intermediate_size", "num_key_value_heads*head_dim"
+        ),
+        "halves": lambda value, _: _others(value, False, True),
     },
     Keys: {
         "num_experts": lambda value, _: iter([("another", f"{value}_x"), ("top_k", "top_k")]),
@@ -605,6 +642,9 @@ def dense_mutations() -> Iterator[Any]:
         row = DENSE[name]
         for label, changed in variants(row, row):
             yield marked(f"{name} {label}", name, changed)
+    for name, row in DENSE.items():
+        for label, changed in _pieces(row.pieces) if row.pieces else ():
+            yield marked(f"{name} pieces: {label}", name, replace(row, pieces=changed))
 
 
 def native_mutations() -> Iterator[Any]:
@@ -622,7 +662,7 @@ def test_a_changed_row_of_a_dense_family(
     name: str,
     changed: DenseFamily,
 ) -> None:
-    scenarios = dense_scenarios(name)
+    scenarios = piece_scenarios(name) if DENSE[name].pieces else dense_scenarios(name)
     (field_name,) = [
         member.name
         for member in fields(changed)

@@ -19,6 +19,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Halves,
     Normal,
     Repeat,
     Scale,
@@ -89,6 +90,11 @@ def _value(  # noqa: C901, PLR0911 - one case per kind
             return np.stack([_value(part, read, vanished) for part in parts])
         case Repeat(of, times):
             return _value(of, read, vanished).repeat(times, axis=0)
+        case Halves(of, size, rotary):
+            values = _value(of, read, vanished)
+            heads = values.reshape(-1, size, *values.shape[1:])
+            even, odd, rest = heads[:, 0:rotary:2], heads[:, 1:rotary:2], heads[:, rotary:]
+            return np.concatenate([even, odd, rest], axis=1).reshape(values.shape)
         case Normal():
             return _draw(expr, read)
         case Alike(of=of):

@@ -74,6 +74,15 @@ class Repeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Halves:
+    """Of every `size` rows, the first `rotary` by their parity: the even ones, then the odd."""
+
+    of: Expr
+    size: int
+    rotary: int
+
+
+@dataclass(frozen=True, slots=True)
 class Normal:
     """Random rows that give logits of standard deviation `logit_std` behind a norm.
 
@@ -112,7 +121,9 @@ class Zeros:
     shape: tuple[int, ...]
 
 
-Expr: TypeAlias = Source | Slice | Cast | Scale | Concat | Stack | Repeat | Normal | Alike | Zeros
+Expr: TypeAlias = (
+    Source | Slice | Cast | Scale | Concat | Stack | Repeat | Halves | Normal | Alike | Zeros
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class TensorType:
     shape: tuple[int, ...]
 
 
-def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911 - one case per kind
+def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
         case Source() | Zeros() | Normal():
@@ -154,6 +165,11 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911 - one case per kin
         case Repeat(of, times):
             inner = type_of(of)
             return TensorType(inner.dtype, (inner.shape[0] * times, *inner.shape[1:]))
+        case Halves(of, size, rotary):
+            inner = type_of(of)
+            if inner.shape[0] % size or rotary % 2 or not 0 < rotary <= size:
+                raise ValueError(f"{inner} has no heads of {size} rows, {rotary} of them rotary")
+            return inner
         case _:
             assert_never(expr)
 
@@ -198,7 +214,7 @@ def sources(expr: Expr) -> Iterator[str]:
     match expr:
         case Source(name):
             yield name
-        case Slice(of) | Cast(of) | Scale(of) | Repeat(of) | Alike(of=of):
+        case Slice(of) | Cast(of) | Scale(of) | Repeat(of) | Halves(of) | Alike(of=of):
             yield from sources(of)
         case Concat(parts) | Stack(parts):
             for part in parts:
@@ -229,6 +245,8 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911 - one case per kind
             return f"{type(expr).__name__.lower()}({listed})"
         case Repeat(of, times):
             return f"{describe(of)}, each row × {times}"
+        case Halves(of, size, rotary):
+            return f"{describe(of)}, the even rows first of {rotary} in each {size}"
         case Normal(stream=stream, logit_std=std, norm=norm):
             scale = "√H" if norm is None else f"‖{norm.name}‖"
             return f"normal({stream}, std {std:g} / {scale})"

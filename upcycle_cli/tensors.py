@@ -18,6 +18,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Halves,
     Normal,
     Repeat,
     Scale,
@@ -30,6 +31,7 @@ from upcycle_cli.expr import (
 from upcycle_cli.families import Family
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import ExpertLayout, SharedExpert
+from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.recipe import Recipe, Routing
 
@@ -111,20 +113,20 @@ def output_tensors(
     by_layer: dict[int | None, list[str]] = {}
     for name in names:
         by_layer.setdefault(layer_of(name), []).append(name)
-    yield maker.copied(embedding)
+    yield from maker.copied(embedding)
     for layer in range(dense.num_layers):
         own, upcycled = by_layer.get(layer, []), layer in family.layers
         mlp = dense.mlp(source.tensors, layer) if upcycled else ()
         taken = {dense.prefix(layer) + weight.name for weight in mlp}
         for name in own:
             if name not in taken:
-                yield maker.copied(name, layer)
+                yield from maker.copied(name, layer)
         yield from maker.zero_biases(layer, own)
         if upcycled:
             yield from maker.experts(layer, mlp)
     for name in by_layer.get(None, []):
         if name != embedding:
-            yield maker.copied(name)
+            yield from maker.copied(name)
     head = family.target.head
     if options.untie_embeddings and head not in map(family.target.name, source.tensors):
         yield maker.output(head, maker.source(embedding), Role.HEAD)
@@ -181,10 +183,25 @@ class _Maker:
             ) from error
         return OutputTensor(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
 
-    def copied(self, name: str, layer: int | None = None) -> OutputTensor:
-        """A tensor that stays what it is."""
-        found = self.family.target.name(name)
-        return self.output(found, self.source(name), Role.COPIED, layer)
+    def copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
+        """A tensor that stays what it is, or several that hold its rows."""
+        dense, target = self.family.dense, self.family.target
+        pieces: tuple[Piece, ...] = ()
+        if layer is not None:
+            pieces = self.family.pieces.get(name.removeprefix(dense.prefix(layer)), ())
+        if layer is None or not pieces:
+            yield self.output(target.name(name), self.source(name), Role.COPIED, layer)
+            return
+        start, stored = 0, self._stored(name)
+        for piece in pieces:
+            stop = start + dense.size(piece.rows)
+            whole = stop - start == stored.shape[0]
+            expr: Expr = stored if whole else Slice(stored, 0, start, stop)
+            if piece.halves:
+                expr = Halves(expr, dense.size("head_dim"), dense.rotary_dim)
+            found = target.prefix(layer) + piece.name
+            yield self.output(found, self._cast(expr), Role.COPIED, layer)
+            start = stop
 
     def zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Biases that the architecture has, and the source has not."""

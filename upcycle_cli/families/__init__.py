@@ -15,6 +15,7 @@ from upcycle_cli.families.dense_rows import DENSE, REFUSED
 from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 
@@ -31,6 +32,16 @@ class Family:
     target: Target
     layers: tuple[int, ...]
     """Those that become mixtures of experts."""
+
+    @property
+    def pieces(self) -> Pieces:
+        """Dense tensors that the target holds in another form."""
+        return pieces_of(self.dense.family, self.target)
+
+
+def pieces_of(family: DenseFamily, target: Target) -> Pieces:
+    """Return the dense tensors that a target holds in another form; shipped code keeps all."""
+    return {} if target.ships_code else family.pieces
 
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:

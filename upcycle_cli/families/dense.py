@@ -15,8 +15,9 @@ from typing import Any
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.layers import block_types
 from upcycle_cli.families.mlp import Weight, degree, parts_of, present
+from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.settings import Values
-from upcycle_cli.families.values import tensor_shapes
+from upcycle_cli.families.values import defaults_of, dimension, tensor_shapes
 from upcycle_cli.recipe import MlpKind
 
 FULL = "full_attention"
@@ -55,6 +56,8 @@ class DenseFamily:
     """Whether layers differ in what is before their MLPs, so that each has tensors of its own."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of names on disk with what they are in memory, where shipped code keeps the weights."""
+    pieces: Pieces = field(default_factory=dict)
+    """Tensors that native targets hold in another form, where they are no experts'."""
     blocks: str | None = None
     """Where layers differ, the kind (layers_block_type) of those that are MLPs."""
     windows: Callable[[Values, int], Windows] = lambda _, count: (None,) * count
@@ -125,6 +128,27 @@ class DenseModel:
         """How the MLP answers to scaled matrices."""
         parts = parts_of(self.family.mlp)
         return MlpKind("gate" in parts, degree(parts, self.activation))
+
+    @property
+    def rotary_share(self) -> float:
+        """The part of each head that positions turn."""
+        key = "partial_rotary_factor"
+        return float(self.values[key]) if key in defaults_of(self.model_type) else 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many rows of each head positions turn; raises UpcycleError for an odd number."""
+        found = int(self.size("head_dim") * self.rotary_share)
+        if found % 2 or not found:
+            raise UpcycleError(
+                f"config.json: partial_rotary_factor {self.rotary_share:g} of head_dim "
+                f"{self.size('head_dim')} is {found}, and rows are turned in pairs."
+            )
+        return found
+
+    def size(self, product: str) -> int:
+        """Return a product of config keys and integers."""
+        return dimension(product, self.values)
 
     @property
     def activation(self) -> str:

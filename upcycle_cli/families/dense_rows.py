@@ -8,7 +8,12 @@ from typing import Any
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families.dense import FULL, SLIDING, DenseFamily, Windows
 from upcycle_cli.families.mlp import Weight, separate
+from upcycle_cli.families.pieces import GATE_UP, INTERLEAVED, QKV
 from upcycle_cli.families.settings import Values
+
+
+def _all_slide(values: Values, count: int) -> Windows:
+    return (values["sliding_window"],) * count
 
 
 def _some_slide(values: Values, count: int) -> Windows:
@@ -102,7 +107,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="mistral",
         mlp=_SWIGLU,
-        windows=lambda values, count: (values["sliding_window"],) * count,
+        windows=_all_slide,
         targets=("mixtral", "qwen2_moe"),
         classes="Mistral",
     ),
@@ -172,7 +177,13 @@ _ROWS: Sequence[DenseFamily] = (
         **_GEMMA,
         classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
     ),
-    DenseFamily(model_type="glm", mlp=_GATE_UP, classes="Glm"),
+    DenseFamily(
+        model_type="glm",
+        mlp=_GATE_UP,
+        pieces={**INTERLEAVED, **GATE_UP},
+        targets=("glm4_moe",),
+        classes="Glm",
+    ),
     DenseFamily(model_type="glm4", mlp=_GATE_UP, classes="Glm4"),
     DenseFamily(
         model_type="gpt2",
@@ -308,7 +319,14 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="phi", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=_SHARED, classes="Phi"
     ),
-    DenseFamily(model_type="phi3", mlp=_GATE_UP, classes="Phi3"),
+    DenseFamily(
+        model_type="phi3",
+        mlp=_GATE_UP,
+        windows=_all_slide,
+        pieces=QKV,
+        targets=("mixtral",),
+        classes="Phi3",
+    ),
     DenseFamily(
         model_type="qwen3_5_text",
         mlp=_SWIGLU,

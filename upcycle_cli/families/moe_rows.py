@@ -70,6 +70,14 @@ def _no_mixed_windows(dense: DenseModel) -> str | None:
     return "only some layers slide (layer_types), and its layers all attend alike"
 
 
+def _mixtral_refusal(dense: DenseModel) -> str | None:
+    if dense.rotary_share != 1.0:
+        return "positions turn only a part of each head (partial_rotary_factor), and its turn all"
+    if (dense.values["rope_scaling"] or {}).get("rope_type") == "longrope":
+        return "its rotary embeddings are stretched by longrope, which nobody has tried with it"
+    return _no_mixed_windows(dense)
+
+
 def _no_windows(dense: DenseModel) -> str | None:
     return "some layers have a window, and its layers see all" if any(dense.windows) else None
 
@@ -89,7 +97,7 @@ def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
     return {
         "attention_bias": dense.has("self_attn.q_proj.bias"),
         "use_qk_norm": dense.has("self_attn.q_norm.weight"),
-        "partial_rotary_factor": 1.0,
+        "partial_rotary_factor": dense.rotary_share,
         "n_group": 1,
         "topk_group": 1,
         "n_shared_experts": 1,
@@ -129,7 +137,7 @@ _ROWS: Sequence[Target] = (
         ),
         layers=ALL,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS, "self_attn.q_proj.bias": _NO_QKV_BIAS},
-        refusal=_no_mixed_windows,
+        refusal=_mixtral_refusal,
         settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
     ),
     Target(

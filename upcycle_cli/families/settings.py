@@ -121,9 +121,7 @@ class Values:
         if "rope_theta" in self.defaults:
             found["rope_theta"], found["rope_scaling"] = _read_rope(self)
         if "partial_rotary_factor" in self.defaults:
-            inner = known.get("rope_parameters") or {}
-            factor = inner.get("partial_rotary_factor", known["partial_rotary_factor"])
-            found["partial_rotary_factor"] = factor
+            found["partial_rotary_factor"] = _read_share(self.config, known)
         return found
 
 
@@ -179,6 +177,18 @@ def _read_rope(values: Values) -> tuple[float, Mapping[str, Any] | None]:
     if kind == "default":
         return theta, None
     return theta, scaling | {"rope_type": kind}
+
+
+def _read_share(config: Mapping[str, Any], known: Mapping[str, Any]) -> float:
+    """Return the part of each head that is turned; what is inside the rope settings goes first."""
+    key = "partial_rotary_factor"
+    inner = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    share = inner.get(key, known[key])
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise UpcycleError(
+            f"config.json: {key} must be a number above 0 and at most 1, not {shown(share)}."
+        )
+    return float(share)
 
 
 def _is_usable(value: object) -> bool:

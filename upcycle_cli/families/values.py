@@ -76,11 +76,11 @@ def tensor_shapes(
             case _:
                 raise ValueError(f"defaults.json: no condition: {' '.join(condition)}")
         if is_there:
-            found[name] = tuple(_dimension(text, values) for text in shape.split(","))
+            found[name] = tuple(dimension(text, values) for text in shape.split(","))
     return found
 
 
-def _dimension(text: str, values: Mapping[str, Any]) -> int:
-    """Evaluate a sum of products of keys and integers."""
+def dimension(text: str, values: Mapping[str, Any]) -> int:
+    """Return what a sum of products of keys and integers comes to."""
     terms = (term.split("*") for term in text.split("+"))
     return sum(math.prod(int(values.get(factor, factor)) for factor in term) for term in terms)

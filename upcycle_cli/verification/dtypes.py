@@ -16,7 +16,8 @@ def counterparts(facts: Facts) -> dict[str, str]:
     What was made without a dense tensor, such as a router, takes that of what it works with.
     """
     dense = read_tensors(facts.dense)
-    found = {facts.in_moe(name): name for name in dense if name not in facts.became}
+    copied = (name for name in dense if name not in facts.became)
+    found = {held: name for name in copied for held in facts.in_moe(name)}
     found.setdefault(facts.target.head, facts.family.embedding)
     for name in facts.moe.tensors:
         # A bias that the architecture insists on goes with the matrix beside it.
@@ -57,12 +58,24 @@ def correction_biases(facts: Facts) -> set[str]:
     return {facts.target.prefix(layer) + name for layer in facts.layers}
 
 
+def kept_wide(facts: Facts) -> set[str]:
+    """Return the names of what is in float32 whatever the rest is in.
+
+    Where experts have a correction bias, transformers runs the router in it, and saves it so.
+    """
+    biases, held = correction_biases(facts), facts.moe.tensors
+    if not biases or isinstance(facts.record.data.get("dtype"), str):
+        return biases
+    routers = {facts.router_name(layer) for layer in facts.layers} & held.keys()
+    return biases | {name for name in routers if held[name].dtype == "F32"}
+
+
 def dtype_failures(facts: Facts) -> Iterator[str]:
     """Name the tensors whose dtype is neither the recorded one, their origin's, nor everyone's.
 
     A tensor of a dtype that no weight has is left to others.
     """
-    wide = correction_biases(facts)
+    wide = kept_wide(facts)
     held = {name: entry.dtype for name, entry in facts.moe.tensors.items()}
     for name in wide & held.keys():
         if held[name] != "F32":
@@ -74,7 +87,7 @@ def dtype_failures(facts: Facts) -> Iterator[str]:
             if TORCH_DTYPES[dtype] != recorded:
                 yield f"{name} is {dtype}, {RECORD_NAME} records {recorded}"
         return
-    if len(set(stored.values())) == 1 and len(stored) == len(held) - len(wide):
+    if len(set(stored.values())) == 1 and stored.keys() == held.keys() - wide:
         return
     for name, source in counterparts(facts).items():
         wanted = facts.dense.tensors[source].dtype

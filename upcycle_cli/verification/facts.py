@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.families import pieces_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.families.pieces import Piece
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
 _SAMPLE_SPREAD = 1.5
@@ -162,11 +164,30 @@ class Facts:
         shape = weight.shape(self.expert_size, self.hidden_size)
         return shape if "{expert}" in weight.name else (self.num_experts, *shape)
 
-    def in_moe(self, name: str) -> str:
-        """Return what the MoE calls a dense tensor, of an MLP the first that was made of it."""
+    def in_moe(self, name: str) -> tuple[str, ...]:
+        """Return what the MoE calls a dense tensor: of an MLP the first that was made of it.
+
+        There are several where it holds the rows of one tensor in several.
+        """
+        if name in self.became:
+            return (self.became[name],)
+        if name in self.pieces:
+            return tuple(found for found, _ in self.pieces[name])
         root = self.family.layer.partition("layers.")[0]
         kept = self.target.root + name.removeprefix(root) if name.startswith(root) else name
-        return self.became.get(name, self.target.name(kept))
+        return (self.target.name(kept),)
+
+    @cached_property
+    def pieces(self) -> Mapping[str, tuple[tuple[str, Piece], ...]]:
+        """From the dense tensors that are held in another form to what holds them, in order."""
+        return {
+            self._prefix(layer) + name: tuple(
+                (self.target.prefix(layer) + piece.name, piece) for piece in pieces
+            )
+            for layer in range(self.num_layers)
+            for name, pieces in pieces_of(self.family, self.target).items()
+            if self._prefix(layer) + name in self.dense.tensors.keys() - self.became.keys()
+        }
 
     @cached_property
     def became(self) -> Mapping[str, str]:

@@ -35,7 +35,7 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
     def tensor(name: str) -> Stored | None:
         if name not in facts.dense.tensors:
             return None
-        entry = facts.moe.tensors.get(facts.in_moe(name))
+        entry = facts.moe.tensors.get(facts.in_moe(name)[0])
         # An untied head in the dense model, a tied one in the MoE: nothing was rounded.
         narrow = rounded and entry is not None
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype]) if narrow and entry else torch.float32
@@ -50,8 +50,8 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
 def rounds(facts: Facts) -> bool:
     """Whether the MoE's dtypes can have changed a weight of the dense model."""
     for name, entry in facts.dense.tensors.items():
-        became = facts.moe.tensors.get(facts.in_moe(name))
-        if became is not None and became.dtype not in (entry.dtype, "F32"):
+        became = (facts.moe.tensors.get(held) for held in facts.in_moe(name))
+        if any(held and held.dtype not in (entry.dtype, "F32") for held in became):
             return True
     return False
 

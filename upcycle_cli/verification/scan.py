@@ -27,6 +27,7 @@ from upcycle_cli.families.mlp import Place
 from upcycle_cli.files import locate, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import expect_bytes, same_bytes
+from upcycle_cli.verification.copies import Copy
 from upcycle_cli.verification.extents import Known, Layout, layout_of
 from upcycle_cli.verification.factors import factor_of
 from upcycle_cli.verification.facts import Facts
@@ -126,9 +127,9 @@ class Scan:
     _stop: Event = field(default_factory=Event)
 
     def run(
-        self, sound: set[str], copied: Mapping[str, str], factors: Mapping[str, float]
+        self, sound: set[str], copied: Mapping[str, Copy], factors: Mapping[str, float]
     ) -> set[Key]:
-        """Return what differs of the tensors that are sound; `copied` has sources by name."""
+        """Return what differs of the tensors that are sound; `copied` are all copies, by name."""
         tensors = self.facts.moe.tensors
         units: dict[int | str, list[str]] = {name: [name] for name in copied}
         for layer in self.facts.layers:
@@ -143,7 +144,7 @@ class Scan:
 
         def cast(unit: int | str) -> object:
             # Tensors that need no memory go together; what does goes alone.
-            plain = isinstance(unit, str) and self._same_dtype(copied[unit], unit)
+            plain = isinstance(unit, str) and self._is_plain(copied[unit])
             return plain or unit
 
         self.watch.checked(0, self._total, "bytes")
@@ -155,7 +156,7 @@ class Scan:
                 ranges: list[_Range] = []
                 for unit in group:
                     if isinstance(unit, str):
-                        ranges += self._copied_ranges(unit, copied[unit])
+                        ranges += self._copied_ranges(copied[unit])
                     else:
                         ranges += self._expert_ranges(pool, unit, sound, factors)
                 self._do(pool, map(self._reading, _tasks(ranges)))
@@ -168,8 +169,10 @@ class Scan:
         self.watch.checked(self._total, self._total, "bytes")
         return self.differing
 
-    def _same_dtype(self, source: str, name: str) -> bool:
-        return self.facts.dense.tensors[source].dtype == self.facts.moe.tensors[name].dtype
+    def _is_plain(self, copy: Copy) -> bool:
+        """Whether a copy is the bytes of the dense tensor, in one piece of it."""
+        dense, moe = self.facts.dense.tensors[copy.source], self.facts.moe.tensors[copy.name]
+        return copy.head is None and dense.dtype == moe.dtype
 
     def _file(self, name: str, *, dense: bool) -> _File:
         """Return the file of a tensor."""
@@ -181,16 +184,16 @@ class Scan:
             self._files[key] = _File(start - entry.offset, _layout(checkpoint, entry.shard))
         return self._files[key]
 
-    def _copied_ranges(self, name: str, source: str) -> Iterator[_Range]:
-        entry = self.facts.moe.tensors[name]
+    def _copied_ranges(self, copy: Copy) -> Iterator[_Range]:
+        name, entry = copy.name, self.facts.moe.tensors[copy.name]
         if not entry.nbytes:
             return
-        value = self.dense.tensor(source)
+        value = copy.of(self.dense.tensor(copy.source))
         wanted = _Wanted(value)
-        if self._same_dtype(source, name):
-            self._know(wanted, source)
+        if self._is_plain(copy):
+            self._know(wanted, copy.source)
         else:
-            wanted.value = self.rounding.cast(source, value, _torch_dtype(entry.dtype))
+            wanted.value = self.rounding.cast(copy.source, value, _torch_dtype(entry.dtype))
         self._alive.append(wanted.value)
         yield from self._ranges(name, name, _Spot(entry.shard, entry.offset, entry.nbytes), wanted)
 

@@ -15,6 +15,7 @@ from upcycle_cli.errors import shown
 from upcycle_cli.families.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.families.moe import Target
 from upcycle_cli.redirects import REDIRECTS, config_redirects
+from upcycle_cli.verification.dtypes import kept_wide
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import (
     Config,
@@ -276,7 +277,8 @@ def _same(one: object, other: object) -> bool:
 
 def _dtype_failures(facts: Facts) -> Iterator[str]:
     """A config may keep the dense model's dtype, or state its own tensors'; loaders obey it."""
-    stored = {TORCH_DTYPES.get(entry.dtype) for entry in facts.moe.tensors.values()}
+    wide, tensors = kept_wide(facts), facts.moe.tensors
+    stored = {TORCH_DTYPES.get(entry.dtype) for name, entry in tensors.items() if name not in wide}
     kept = (facts.dense.config.get("dtype"), facts.dense.config.get("torch_dtype"))
     for key in ("dtype", "torch_dtype"):
         value = facts.moe.config.get(key)

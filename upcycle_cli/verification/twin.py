@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from upcycle_cli.families.mlp import holder, place
+from upcycle_cli.verification.copies import changed_form
 from upcycle_cli.verification.dtypes import shared_tensors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import (
@@ -173,6 +174,9 @@ def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
     """Give the MoE the dense model's weights; return the name of one that does not fit."""
     _fill(moe)
     held, own = names_on_disk(dense, dense.state_dict()), moe.state_dict()
+    for name, copies in changed_form(facts, held, dense.config).items():
+        source = held.pop(name)
+        held |= {copy.name: copy.of(source) for copy in copies}
     made = {name for layer in facts.layers for name in _share_experts(facts, held, own, layer)}
     for name, tensor in own.items():
         if name in made:

@@ -21,6 +21,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
 from upcycle_cli.families.mlp import Place
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import bits, difference, one_thread, same
+from upcycle_cli.verification.copies import Copy, copies_of
 from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
 from upcycle_cli.verification.facts import Facts
@@ -28,7 +29,6 @@ from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import row_failures, size_failures
 from upcycle_cli.verification.scan import Experts, Key, Scan
-from upcycle_cli.verification.sizes import read_tensors
 
 NAME = "weights"
 _MOST_TIMES = 4.0
@@ -38,13 +38,15 @@ _MOST_TIMES = 4.0
 class _Wanted:
     """A tensor that the MoE must have: its shape, and how its values are judged.
 
-    `role` is copied (from the dense tensor `source`), expert, router, zero, shared, shared_router.
+    `role` is copied (a `copy` of dense rows), expert, router, zero, shared (of the size that the
+    dense tensor `source` has), shared_router.
     """
 
     shape: tuple[int, ...]
     role: str
     source: str = ""
     layer: int = 0
+    copy: Copy | None = None
 
 
 def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[int]]:
@@ -62,10 +64,10 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
         with one_thread():
             factors = recover_factors(facts)
         comparison.factors(factors)
-        sources = {name: item.source for name, item in wanted.items() if item.role == "copied"}
+        copies = {name: item.copy for name, item in wanted.items() if item.copy is not None}
         scan = Scan(facts, placed, dense, moe, comparison.rounding, watch)
         comparison.differing |= scan.run(
-            sound, {name: sources[name] for name in sources if name in sound}, factors
+            sound, {name: copies[name] for name in copies if name in sound}, factors
         )
         copied = set()
         for layer in facts.layers:
@@ -125,15 +127,16 @@ def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool
 def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
     """Return every tensor that the MoE must have, derived from the dense model's tensors."""
     wanted: dict[str, _Wanted] = {}
-    for name, entry in read_tensors(facts.dense).items():
-        if name not in facts.became:
-            wanted[facts.in_moe(name)] = _Wanted(entry.shape, "copied", name)
+    for copy in copies_of(facts):
+        shape = copy.shape(facts.dense.tensors[copy.source].shape)
+        wanted[copy.name] = _Wanted(shape, "copied", copy=copy)
     # A tied model may carry its head all the same, and an untied MoE must.
     needs_head = not facts.moe.config.get("tie_word_embeddings", False)
     embedding = facts.family.embedding
     head = facts.target.head
     if head not in wanted and (needs_head or head in facts.moe.tensors):
-        wanted[head] = _Wanted(facts.dense.tensors[embedding].shape, "copied", embedding)
+        shape = facts.dense.tensors[embedding].shape
+        wanted[head] = _Wanted(shape, "copied", copy=Copy(head, embedding))
     for linear in facts.target.zero_biases:
         for layer in range(facts.num_layers):
             name = f"{facts.target.prefix(layer)}{linear}"
@@ -275,11 +278,13 @@ class _Comparison:
         """Compare a tensor that is neither an expert nor a router."""
         if item.role in ("expert", "router"):
             return
-        if item.role == "copied" and name not in self.differing:
+        copy = item.copy
+        if copy is not None and name not in self.differing:
             return
         held = self.moe.tensor(name)
-        if item.role == "copied":
-            wanted = self.rounding.cast(item.source, self.dense.tensor(item.source), held.dtype)
+        if copy is not None:
+            source = copy.of(self.dense.tensor(copy.source))
+            wanted = self.rounding.cast(copy.source, source, held.dtype)
             if not same(held, wanted):
                 self.findings.add(lambda: f"{name} {difference(held, wanted)}")
         elif item.role == "zero":
