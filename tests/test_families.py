@@ -441,7 +441,9 @@ def test_options_are_in_the_config() -> None:
         ("qwen2", None, "qwen2_moe"),
         ("qwen2", Routing.SIGMOID_TOPK, "glm4_moe"),
         ("qwen3", Routing.SOFTMAX_TOPK, "qwen3_moe"),
-        ("olmo2", None, SHIPPED),
+        ("olmo2", None, "flex_olmo"),
+        ("olmo2", Routing.SIGMOID_TOPK, SHIPPED),
+        ("olmo3", None, SHIPPED),
         ("nemotron", Routing.SOFTMAX_TOPK, SHIPPED),
         ("phi3", None, "mixtral"),
         ("phi3", Routing.SOFTMAX_TOPK, SHIPPED),
@@ -473,6 +475,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "mixtral": Routing.TOPK_SOFTMAX,
         "qwen2_moe": Routing.SOFTMAX_TOPK,
         "qwen3_moe": Routing.TOPK_SOFTMAX,
+        "flex_olmo": Routing.TOPK_SOFTMAX,  # which the norm behind it makes the same
         "glm4_moe": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,

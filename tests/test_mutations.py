@@ -73,7 +73,10 @@ EQUIVALENT: Mapping[str, str] = {
     r".* shared: weights: \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
     rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
-    r"(qwen2_moe|granitemoe|granitemoehybrid|nemotron_h|shipped) refusal: none": "it has none",
+    r"(qwen2_moe|flex_olmo|granitemoe|granitemoehybrid|nemotron_h|shipped) refusal: none": (
+        "it has none"
+    ),
+    r"flex_olmo keys: (routing|scale): .*": "the norm behind the experts takes every factor out",
     r"mixtral refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
     rf"({'|'.join(ONE_ROUTING)}) keys: routing: norm_topk_prob": "nothing reads that key of them",
@@ -148,7 +151,8 @@ SLIDING = {
 }
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
 SOME_LAYERS = {
-    **dict.fromkeys(("mixtral", "granitemoe", "granitemoehybrid", "nemotron_h"), "1"),
+    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == "all"), "1"),
+    "nemotron_h": "1",
     "glm4_moe": "1-",
 }
 """A choice of layers that a target can express, where it is not "0"."""

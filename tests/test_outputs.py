@@ -57,7 +57,7 @@ INEXACT = Recipe(expansion=4, granularity=4, top_k=3, allow_inexact=True)
         ("llama", "auto", INEXACT, Options()),
         ("qwen2", "auto", EXACT, Options(expert_layout=ExpertLayout.FUSED)),
         ("qwen3", "glm4_moe", EXACT, Options()),
-        ("olmo2", "auto", EXACT, Options()),
+        ("olmo2", "upcycled", EXACT, Options()),
         ("nemotron_h", "auto", EXACT, Options()),
     ],
 )

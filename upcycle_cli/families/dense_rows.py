@@ -313,7 +313,9 @@ _ROWS: Sequence[DenseFamily] = (
         model_type="nanochat", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=None, classes="NanoChat"
     ),
     DenseFamily(model_type="olmo", mlp=_SWIGLU, norm=None, classes="Olmo"),
-    DenseFamily(model_type="olmo2", mlp=_SWIGLU, norm=None, classes="Olmo2"),
+    DenseFamily(
+        model_type="olmo2", mlp=_SWIGLU, norm=None, targets=("flex_olmo",), classes="Olmo2"
+    ),
     DenseFamily(model_type="olmo3", mlp=_SWIGLU, norm=None, classes="Olmo3"),
     DenseFamily(model_type="persimmon", mlp=_H_TO_4H, classes="Persimmon"),
     DenseFamily(

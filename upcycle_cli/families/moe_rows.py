@@ -174,6 +174,21 @@ _ROWS: Sequence[Target] = (
         ),
     ),
     Target(
+        # Released models do not renormalise, nor does vLLM whatever a config says; but the norm
+        # behind the experts takes such a factor out, so the exact routing can be the default.
+        model_type="flex_olmo",
+        architecture="FlexOlmoForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
+        layouts=_QWEN_LAYOUTS,
+        keys=Keys(
+            num_experts="num_experts",
+            aliases=("num_local_experts",),
+            expert_size="intermediate_size",
+            routing=_BY_NORM,
+        ),
+        layers=ALL,
+    ),
+    Target(
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
         routings=(Routing.SIGMOID_TOPK,),
