@@ -281,7 +281,10 @@ def write_minimal_config(path: Path) -> None:
     }
     num_heads = minimal.get("num_attention_heads", defaults["num_attention_heads"])
     hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
-    own = ("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm")
+    own = (
+        *("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm"),
+        *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text"),
+    )
     derives = config["model_type"] not in own
     if minimal.get("head_dim") == hidden_size // num_heads and derives:
         del minimal["head_dim"]

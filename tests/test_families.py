@@ -476,6 +476,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "qwen2_moe": Routing.SOFTMAX_TOPK,
         "qwen3_moe": Routing.TOPK_SOFTMAX,
         "flex_olmo": Routing.TOPK_SOFTMAX,  # which the norm behind it makes the same
+        "ernie4_5_moe": Routing.TOPK_SOFTMAX,
         "glm4_moe": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
@@ -528,8 +529,8 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
                 tiny_config("llama", mlp_bias=True),
                 target,
                 None,
-                f"{target} cannot express this model: mlp_bias is true, and its experts have no "
-                "bias.",
+                f"{target} cannot express this model: the MLPs have biases, and its experts have "
+                "none.",
                 "upcycled can: pass --target upcycled.",
             )
             for target in ("mixtral", "qwen2_moe", "glm4_moe")
@@ -538,7 +539,8 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             {"model_type": "nemotron_h", **sizes_of("nemotron_h"), "mlp_bias": True},
             "auto",
             None,
-            "nemotron_h cannot express this model: mlp_bias is true, and its experts have no bias.",
+            "nemotron_h cannot express this model: the MLPs have biases, and its experts have "
+            "none.",
             "No target can yet.",
         ),
         (
@@ -731,6 +733,12 @@ def test_layers_in_words() -> None:
         ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
         ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
         (
+            "ernie4_5",
+            "ernie4_5_moe",
+            "1,3",
+            {"moe_layer_start_index": 1, "moe_layer_end_index": 3, "moe_layer_interval": 2},
+        ),
+        (
             "nemotron_h",
             "nemotron_h",
             "3",
@@ -808,6 +816,8 @@ def test_layers_that_a_target_cannot_leave_dense(target: str, layers: str, messa
         ("nemotron_h", {"hybrid_override_pattern": "M?"}, "hybrid_override_pattern is 'M?'"),
         ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type is"),
         ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts is None"),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval is 0"),
+        ("ernie4_5_moe", {"moe_layer_start_index": [1, 1]}, "moe_layer_start_index is [1, 1]"),
     ],
 )
 def test_layers_that_a_config_cannot_mean(
@@ -1008,7 +1018,7 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     assert found[SHIPPED].balanced == "auxiliary loss of each layer"
     biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())
     assert [target.name for target in biased if target.refusal is None] == [SHIPPED]
-    assert "mlp_bias is true" in str(biased[0].refusal)
+    assert "the MLPs have biases" in str(biased[0].refusal)
     # Heads that do not make up the hidden size were run in transformers alone.
     odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
     assert {engine for target in odd for engine in target.engines} == {"transformers"}

@@ -123,7 +123,7 @@ def check_absent_keys(model_type: str) -> None:
         derived = {"sliding_window"} if "use_sliding_window" in listed else set()
         derived |= config.attribute_map.keys()  # saved by their other names
         derived |= {config.attribute_map.get(key, "") for key in given}
-        derived |= {key for key, value in listed.items() if value == "auto"}
+        derived |= {key for key, value in listed.items() if value in ("auto", -1)}
         for key, value in (dict(listed) | given).items():
             if value is not None and key not in derived:
                 assert read[key] == value, key

@@ -23,7 +23,7 @@ from upcycle_cli.families import SHIPPED, layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
-from upcycle_cli.families.moe import Keys, Layout, SharedExpert, Target
+from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.values import defaults_of
@@ -47,6 +47,7 @@ every tensor is used, and once, are among them. Of `verify` this is not accepted
 
 SOFTMAX_ONLY = [name for name, row in NATIVE.items() if Routing.SIGMOID_TOPK not in row.routings]
 ONE_ROUTING = [name for name, row in NATIVE.items() if row.keys.routing is None]
+REFUSE_NONE = [name for name, row in NATIVE.items() if row.refusal is Target.refusal]
 NO_BIASES = ("mistral", "qwen2", "qwen3", "olmo2")
 EQUIVALENT: Mapping[str, str] = {
     # dense families
@@ -73,9 +74,7 @@ EQUIVALENT: Mapping[str, str] = {
     r".* shared: weights: \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
     rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
-    r"(qwen2_moe|flex_olmo|granitemoe|granitemoehybrid|nemotron_h|shipped) refusal: none": (
-        "it has none"
-    ),
+    rf"({'|'.join(REFUSE_NONE)}|shipped) refusal: none": "it has none",
     r"flex_olmo keys: (routing|scale): .*": "the norm behind the experts takes every factor out",
     r"mixtral refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
@@ -192,7 +191,7 @@ def native_scenarios(target: str) -> tuple[Scenario, ...]:
     model_type = next(name for name, row in DENSE.items() if target in row.targets)
     able = NATIVE[target].routings
     routing: dict[str, Any] = {"routing": able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]}
-    if defaults_of(target)["num_experts_per_tok"] == 2:
+    if defaults_of(target)[NATIVE[target].keys.top_k] == 2:
         routing |= {"expansion": 3, "top_k": 4}  # a default must not do by chance
     some = SOME_LAYERS.get(target, "0")
     fused = {"expert_layout": "fused"}
@@ -254,6 +253,7 @@ ALL_LAYERS = {
     "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
     "FIRST_K_DENSE": layers.FIRST_K_DENSE,
     "BLOCK_TYPES": layers.BLOCK_TYPES,
+    "MOE_RANGE": layers.MOE_RANGE,
     "MOE_LAYERS": layers.MOE_LAYERS,
 }
 
@@ -426,9 +426,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         ),
         "head": lambda value, _: _others(value, "embed_out.weight"),
         "renamed": lambda value, _: _others(value, RENAMED),
-        "correction_bias": lambda value, _: _others(
-            value, None, "mlp.gate.e_score_correction_bias", "mlp.gate.bias"
-        ),
+        "correction_bias": lambda value, _: _correction(value),
         "shared": lambda value, _: _shared(value),
         "zero_biases": lambda value, _: iter(
             [
@@ -459,6 +457,12 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "routing": lambda value, _: _routing_key(value),
         "scale": lambda value, _: _others(value, None, "routed_scaling_factor", "scale"),
     },
+    CorrectionBias: {
+        "name": lambda value, _: iter([("another", f"{value}_x")]),
+        "fused": lambda value, _: _others(value, None, "mlp.gate.bias"),
+        "routing": lambda value, _: _others(value, *Routing),
+        "rows": lambda value, _: _others(value, None, 1),
+    },
     Layout: {
         "experts": lambda value, _: _weights(value),
         "router": lambda value, _: iter(
@@ -473,6 +477,14 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     },
 }
 """By field, the other values that are tried."""
+
+
+def _correction(value: CorrectionBias | None) -> Iterator[Variant]:
+    if value is None:
+        yield "one", NATIVE["glm4_moe"].correction_bias
+        return
+    yield "none", None
+    yield from variants(value, value)
 
 
 def _shared(value: SharedExpert | None) -> Iterator[Variant]:

@@ -222,10 +222,13 @@ def _balancing(plan: Plan) -> str:
     if plan.family.target.ships_code:
         return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"
     if "router_aux_loss_coef" not in plan.config:
+        bias = plan.family.target.correction_bias
+        if bias is None:
+            return "it does not for this architecture: a trainer has to bring a way of its own."
         return (
             "it has no auxiliary loss for this architecture, whose released models were balanced "
-            "by the bias on the choice of experts (`e_score_correction_bias`): a trainer has to "
-            "move it."
+            f"by the bias on the choice of experts (`{bias.name.rpartition('.')[2]}`): a trainer "
+            "has to move it."
         )
     switch = "`model.config.output_router_logits = True`"
     return f"{switch}, or the auxiliary loss is not applied; {weight}"

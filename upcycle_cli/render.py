@@ -244,8 +244,8 @@ def _becomes(target: TargetFacts) -> str:
     if target.refusal is not None:
         return f"not {target.name}: {target.refusal}"
     runs = f"runs in {', '.join(runs_in(target))}" if target.engines else "run in no engine yet"
-    article = "a" if target.balanced == "bias" else "an"
-    return f"{target.name}: {runs}; balanced by {article} {target.balanced}"
+    words = {"bias": "a bias", "nothing": "nothing"}.get(target.balanced, f"an {target.balanced}")
+    return f"{target.name}: {runs}; balanced by {words}"
 
 
 def target_json(target: TargetFacts) -> dict[str, Any]:

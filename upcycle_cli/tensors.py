@@ -33,7 +33,7 @@ from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import ExpertLayout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
-from upcycle_cli.recipe import Recipe, Routing
+from upcycle_cli.recipe import Recipe
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
@@ -218,11 +218,10 @@ class _Maker:
         layout = target.layouts[target.layout(self.options.expert_layout)]
         prefix = target.prefix(layer)
         yield self.output(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
-        if target.correction_bias is not None and recipe.routing is Routing.SIGMOID_TOPK:
-            # In float32 whatever the rest is in: trainers move it by steps that bfloat16 loses.
-            bias = Zeros("F32", (recipe.num_experts,))
-            name = prefix + target.correction_bias
-            yield self.output(name, bias, Role.CORRECTION_BIAS, layer)
+        name = target.corrects(layout, str(recipe.routing))
+        if target.correction_bias is not None and name is not None:
+            bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
+            yield self.output(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
         experts = [
             tuple(self._shard(layer, mlp, weight, shard) for shard in range(recipe.granularity))

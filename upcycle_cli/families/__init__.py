@@ -174,7 +174,7 @@ def _objection(
     if not dense.mlp_layers:
         return "it has no layer with a dense MLP"
     if biased and not target.ships_code:
-        return "mlp_bias is true, and its experts have no bias"
+        return "the MLPs have biases, and its experts have none"
     for name, reason in target.lacks.items():
         if dense.has(name):
             return reason.format(model_type=dense.model_type)

@@ -158,7 +158,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(model_type="cwm", mlp=_SWIGLU, classes="Cwm"),
     DenseFamily(model_type="diffllama", mlp=_SWIGLU, classes="DiffLlama"),
     DenseFamily(model_type="doge", mlp=_SWIGLU, classes="Doge"),
-    DenseFamily(model_type="ernie4_5", mlp=_SWIGLU, classes="Ernie4_5"),
+    DenseFamily(model_type="ernie4_5", mlp=_SWIGLU, targets=("ernie4_5_moe",), classes="Ernie4_5"),
     DenseFamily(model_type="exaone4", mlp=_SWIGLU, norm=None, classes="Exaone4"),
     DenseFamily(
         model_type="falcon",

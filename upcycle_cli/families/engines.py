@@ -42,7 +42,15 @@ _ENGINES = ("transformers", "vLLM", "llama.cpp", "MLX")
 _TRIED = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", _SHIPPED), _ENGINES),
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
-    **dict.fromkeys(("flex_olmo", "granitemoe", "granitemoehybrid"), ("transformers",)),
+    **dict.fromkeys(
+        (
+            "ernie4_5_moe",
+            "flex_olmo",
+            "granitemoe",
+            "granitemoehybrid",
+        ),
+        ("transformers",),
+    ),
 }
 """By target, the engines that it was run in. They run it, whatever the routing, but for these."""
 _SHIPPED_IN_VLLM = ("nemotron", "olmo2")

@@ -81,9 +81,11 @@ class LayerChoice:
 
     @property
     def words(self) -> str:
-        """Which choices it can express: "any", "the last ones" or "all"."""
+        """Which choices it can express: "any", "a range", "the last ones" or "all"."""
         if self.objection((0, 2), 4) is None:
             return "any"
+        if self.objection((1, 2), 4) is None:
+            return "a range"
         return "the last ones" if self.objection((2, 3), 4) is None else "all"
 
 
@@ -122,6 +124,31 @@ def _from(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     if type(first) is not int or not 0 <= first < count:
         raise ValueError(f"first_k_dense_replace is {shown(first)}")
     return tuple(range(first, count))
+
+
+_RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+
+
+def _spaced(layers: Sequence[int]) -> tuple[int, int, int]:
+    """Return the first layer, the last one, and how far one is from the next."""
+    return layers[0], layers[-1], layers[1] - layers[0] if len(layers) > 1 else 1
+
+
+def _in_range(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    first, last, interval = (config[key] for key in _RANGE_KEYS)
+    for key, value, least in zip(_RANGE_KEYS, (first, last, interval), (0, -1, 1), strict=True):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} is {shown(value)}")
+    last = count - 1 if last == -1 else min(last, count - 1)
+    return tuple(layer for layer in range(first, last + 1) if (layer + 1) % interval == 0)
+
+
+def _only_range(layers: Sequence[int], count: int) -> str | None:
+    if not layers or _in_range(dict(zip(_RANGE_KEYS, _spaced(layers), strict=True)), count) == (
+        *layers,
+    ):
+        return None
+    return "its experts are in a range of layers, or in every second one and so on, from 1 on"
 
 
 def _layers(key: str, value: object) -> list[int]:
@@ -187,6 +214,12 @@ BLOCK_TYPES = LayerChoice(
     BLOCK_KEYS,
     lambda config: len(block_types(config)),
     lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
+)
+MOE_RANGE = LayerChoice(
+    lambda layers, _: dict(zip(_RANGE_KEYS, _spaced(layers), strict=True)),
+    _in_range,
+    _RANGE_KEYS,
+    objection=_only_range,
 )
 ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

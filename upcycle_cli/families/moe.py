@@ -73,6 +73,26 @@ class SharedExpert:
     """What that key is to say."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorrectionBias:
+    """A bias on the choice of experts, which weighs none of them: zero at first, moved in training.
+
+    It is in float32 whatever the rest is in, since it moves by steps that bfloat16 loses.
+    """
+
+    name: str
+    fused: str | None = None
+    """Its name in the fused layout, where that is another."""
+    routing: Routing = Routing.SIGMOID_TOPK
+    """The routing that it belongs to."""
+    rows: int | None = None
+    """Where it is (rows, N); None where it is (N,)."""
+
+    def shape(self, num_experts: int) -> tuple[int, ...]:
+        """Return its shape."""
+        return (num_experts,) if self.rows is None else (self.rows, num_experts)
+
+
 def in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
     """Return a name with the parts that are called otherwise in memory."""
     for before, after in renamed:
@@ -98,8 +118,7 @@ class Target:
     head: str = "lm_head.weight"
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of the names of copied tensors, with what becomes of them."""
-    correction_bias: str | None = None
-    """A bias on the choice of experts, zero at first, which trainers move."""
+    correction_bias: CorrectionBias | None = None
     shared: SharedExpert | None = None
     zero_biases: tuple[str, ...] = ()
     """Linear layers that must have a bias tensor even where the source has none."""
@@ -138,6 +157,13 @@ class Target:
                 f"Leave it out, or pass --expert-layout {next(iter(self.layouts))}.",
             )
         return wanted
+
+    def corrects(self, layout: Layout, routing: str) -> str | None:
+        """Return the name of the correction bias within a layer; None where there is none."""
+        bias = self.correction_bias
+        if bias is None or bias.routing != routing:
+            return None
+        return bias.fused or bias.name if layout == self.layouts[ExpertLayout.FUSED] else bias.name
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return what an MoE's config says under a key, or means when it is absent."""

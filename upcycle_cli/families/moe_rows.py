@@ -16,9 +16,18 @@ from upcycle_cli.families.layers import (
     FIRST_K_DENSE,
     MLP_ONLY_LAYERS,
     MOE_LAYERS,
+    MOE_RANGE,
 )
 from upcycle_cli.families.mlp import Weight, parts_of, separate, stacked, without_biases
-from upcycle_cli.families.moe import ExpertLayout, Keys, Layout, SharedExpert, Target, in_memory
+from upcycle_cli.families.moe import (
+    CorrectionBias,
+    ExpertLayout,
+    Keys,
+    Layout,
+    SharedExpert,
+    Target,
+    in_memory,
+)
 from upcycle_cli.families.shipped import ARCHITECTURE, AUTO_MAP, UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 
@@ -200,11 +209,26 @@ _ROWS: Sequence[Target] = (
             scale="routed_scaling_factor",
         ),
         layers=FIRST_K_DENSE,
-        correction_bias="mlp.gate.e_score_correction_bias",
+        correction_bias=CorrectionBias(name="mlp.gate.e_score_correction_bias"),
         shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
         refusal=_no_windows,
         settings=_glm4_moe_settings,
+    ),
+    Target(
+        model_type="ernie4_5_moe",
+        architecture="Ernie4_5_MoeForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts=_QWEN_LAYOUTS,
+        keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
+        layers=MOE_RANGE,
+        correction_bias=CorrectionBias(
+            name="mlp.moe_statics.e_score_correction_bias",
+            fused="mlp.gate.moe_statics.e_score_correction_bias",
+            routing=Routing.TOPK_SOFTMAX,
+            rows=1,
+        ),
+        settings=lambda _: {"moe_num_shared_experts": 0},
     ),
     Target(
         model_type="granitemoe",
@@ -249,7 +273,7 @@ _ROWS: Sequence[Target] = (
         ),
         layers=BLOCK_TYPES,
         layer="backbone.layers.{layer}.",
-        correction_bias="mixer.gate.e_score_correction_bias",
+        correction_bias=CorrectionBias(name="mixer.gate.e_score_correction_bias"),
         shared=SharedExpert(
             weights=without_biases(
                 separate("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj")
@@ -297,6 +321,6 @@ def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
         layer=family.layer,
         renamed=family.renamed,
         head=in_memory(family.head, family.renamed),
-        correction_bias=f"{module}.gate.e_score_correction_bias",
+        correction_bias=CorrectionBias(name=f"{module}.gate.e_score_correction_bias"),
         settings=lambda _: {"auto_map": dict(AUTO_MAP)},
     )

@@ -26,11 +26,11 @@ class TargetFacts:
     routings: tuple[Routing, ...]
     """That which convert takes first."""
     layers: str
-    """Which layers can be mixtures of experts: any, the last ones, all."""
+    """Which layers can be mixtures of experts: any, a range, the last ones, all."""
     engines: Mapping[str, tuple[Routing, ...]]
     """The engines that were seen to run it, and with which routings."""
     balanced: str
-    """By what transformers balances its experts in training: an auxiliary loss, a bias."""
+    """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
     refusal: str | None = None
     """Why a model cannot become it; None where it can, and where no model is asked about."""
 
@@ -85,12 +85,13 @@ def _facts(
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)
-    loss = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
-    has_loss = row.ships_code or "router_aux_loss_coef" in defaults_of(row.model_type)
+    balanced = "nothing" if row.correction_bias is None else "bias"
+    if row.ships_code or "router_aux_loss_coef" in defaults_of(row.model_type):
+        balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
     return TargetFacts(
         name=name,
         routings=row.routings,
         layers=row.layers.words,
         engines=runs,
-        balanced=loss if has_loss else "bias",
+        balanced=balanced,
     )

@@ -17,6 +17,7 @@ from upcycle_cli.recipe import Recipe
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _ELSEWHERE = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 """Keys that a target's own settings say."""
+_ALIASED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 _IN_TRAINING = ("use_cache", "initializer_range", "pretraining_tp")
 """Keys that no forward pass reads: they stay as the source has them, or absent."""
 
@@ -39,7 +40,7 @@ def moe_config(
     if target.model_type != dense.model_type:
         result["model_type"] = target.model_type
     # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
-    for key in ("num_experts", "num_local_experts", "n_routed_experts", *target.keys.aliases):
+    for key in (*_ALIASED, *target.keys.aliases):
         result.pop(key, None)
     result.pop("auto_map", None)  # code that transformers has itself by now
     if not target.ships_code:

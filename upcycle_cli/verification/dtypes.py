@@ -52,10 +52,8 @@ def shared_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, Weight | Non
 
 def correction_biases(facts: Facts) -> set[str]:
     """Return the names of the biases on the choice of experts, which are in float32 always."""
-    name = facts.target.correction_bias
-    if name is None or facts.routing != "sigmoid-topk":
-        return set()
-    return {facts.target.prefix(layer) + name for layer in facts.layers}
+    name = facts.target.corrects(facts.layout, facts.routing)
+    return set() if name is None else {facts.target.prefix(layer) + name for layer in facts.layers}
 
 
 def kept_wide(facts: Facts) -> set[str]:

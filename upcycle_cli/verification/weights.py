@@ -143,8 +143,10 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
             weight = facts.dense.tensors.get(f"{name}.weight")
             if weight is not None and f"{name}.bias" not in wanted:
                 wanted[f"{name}.bias"] = _Wanted(weight.shape[:1], "zero")
-    for name in correction_biases(facts):
-        wanted[name] = _Wanted((facts.num_experts,), "zero")
+    bias = facts.target.correction_bias
+    if bias is not None:
+        zero = _Wanted(bias.shape(facts.num_experts), "zero")
+        wanted |= dict.fromkeys(correction_biases(facts), zero)
     N, H = facts.num_experts, facts.hidden_size
     by_part = {part: _Wanted(facts.expert_shape(part), "expert") for part in facts.parts}
     for layer in facts.layers:
