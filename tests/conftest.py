@@ -91,7 +91,7 @@ _LATENT: Mapping[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
 _LONG: Mapping[str, Any] = {**TINY, "head_dim": 8, "max_position_embeddings": 1 << 18}
@@ -286,7 +286,8 @@ def write_minimal_config(path: Path) -> None:
         *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text"),
     )
     derives = config["model_type"] not in own
-    if minimal.get("head_dim") == hidden_size // num_heads and derives:
+    derived = minimal.get("qk_rope_head_dim", hidden_size // num_heads)
+    if minimal.get("head_dim") == derived and derives:
         del minimal["head_dim"]
     # llama alone takes an absent number of KV heads for the number of heads.
     if minimal.get("num_key_value_heads") == num_heads and config["model_type"] == "llama":

@@ -18,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from upcycle_cli.families.dense_rows import DENSE, REFUSED
+from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.families.refused import REFUSED
 
 MIXED_IN = ("expert", "moe_")
 """Parts of the keys of a mixture of experts."""

@@ -29,11 +29,12 @@ from upcycle_cli.families import (
     targets_of,
 )
 from upcycle_cli.families.dense import DenseModel, read_dense
-from upcycle_cli.families.dense_rows import DENSE, REFUSED
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.layers import listed, parse_layers
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes, overview
+from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.recipe import Recipe, Routing
 
@@ -159,9 +160,9 @@ def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
     """How far a layer sees, by what transformers' modelling code reads from a config."""
     window: int | None
     match theirs.model_type:
-        case "llama" | "glm4_moe":
+        case "llama" | "glm4_moe" | "solar_open":
             window = None
-        case "qwen2" | "qwen3" | "qwen2_moe":
+        case "qwen2" | "qwen3" | "qwen2_moe" | "dots1":
             window = theirs.sliding_window if theirs.layer_types[layer] == SLIDING else None
         case "mistral" | "mixtral" | "qwen3_moe":
             window = theirs.sliding_window
@@ -463,7 +464,8 @@ def test_auto_takes_the_first_that_can(
 
 
 def test_targets_in_the_order_of_what_reads_them() -> None:
-    assert targets_of(DENSE["llama"]) == ("mixtral", "qwen2_moe", "glm4_moe", SHIPPED)
+    native = ("mixtral", "qwen2_moe", "glm4_moe", "solar_open")
+    assert targets_of(DENSE["llama"]) == (*native, SHIPPED)
     assert targets_of(DENSE["nemotron"]) == (SHIPPED,)
     assert targets_of(DENSE["nemotron_h"]) == ("nemotron_h",)
 
@@ -478,6 +480,9 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "flex_olmo": Routing.TOPK_SOFTMAX,  # which the norm behind it makes the same
         "ernie4_5_moe": Routing.TOPK_SOFTMAX,
         "glm4_moe": Routing.SIGMOID_TOPK,
+        "dots1": Routing.SIGMOID_TOPK,
+        "solar_open": Routing.SIGMOID_TOPK,
+        "deepseek_v3": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
         "nemotron_h": Routing.SIGMOID_TOPK,
@@ -497,7 +502,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             "gpt_moe",
             None,
             "--target 'gpt_moe' is not a target.",
-            "llama can become mixtral or qwen2_moe or glm4_moe or upcycled.",
+            "llama can become mixtral or qwen2_moe or glm4_moe or solar_open or upcycled.",
         ),
         (
             tiny_config("qwen2"),
@@ -563,7 +568,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             None,
             "qwen3_moe cannot express this model: only some layers slide (layer_types), and its "
             "layers all attend alike.",
-            "upcycled can: pass --target upcycled.",
+            "dots1 or upcycled can: pass --target dots1.",
         ),
         *(
             (
@@ -593,7 +598,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             None,
             "glm4_moe cannot express this model: some layers have a window, and its layers see "
             "all.",
-            "upcycled can: pass --target upcycled.",
+            "dots1 or upcycled can: pass --target dots1.",
         ),
     ],
 )
@@ -611,7 +616,7 @@ def test_refusals(
     [
         tiny_config("llama", **BIASED),
         tiny_config("llama", mlp_bias=True),
-        tiny_config("qwen3", **MIXED),
+        {**PHI3, "partial_rotary_factor": 0.5},
     ],
 )
 def test_what_no_architecture_can_express_gets_code_of_its_own(config: dict[str, Any]) -> None:

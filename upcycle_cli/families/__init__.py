@@ -11,11 +11,12 @@ from typing import Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
-from upcycle_cli.families.dense_rows import DENSE, REFUSED
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import Pieces
+from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
 

@@ -1,4 +1,4 @@
-"""The dense model types: a row of data for each that can be upcycled, and why the others cannot."""
+"""The dense model types: a row of data for each that can be upcycled."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="llama",
         mlp=_SWIGLU,
-        targets=("mixtral", "qwen2_moe", "glm4_moe"),
+        targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open"),
         classes="Llama",
     ),
     DenseFamily(
@@ -122,7 +122,7 @@ _ROWS: Sequence[DenseFamily] = (
         model_type="qwen3",
         mlp=_SWIGLU,
         windows=_some_slide,
-        targets=("qwen3_moe", "glm4_moe"),
+        targets=("qwen3_moe", "glm4_moe", "dots1"),
         classes="Qwen3",
     ),
     DenseFamily(
@@ -346,7 +346,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily(model_type="starcoder2", mlp=_C_FC, classes="Starcoder2"),
     DenseFamily(model_type="vaultgemma", **_GEMMA, classes="VaultGemma"),
-    DenseFamily(model_type="youtu", mlp=_SWIGLU, classes="Youtu"),
+    DenseFamily(model_type="youtu", mlp=_SWIGLU, targets=("deepseek_v3",), classes="Youtu"),
     DenseFamily(model_type="nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
     DenseFamily(
         model_type="nemotron_h",
@@ -360,34 +360,4 @@ _ROWS: Sequence[DenseFamily] = (
         outgrown_code=True,
     ),
 )
-_IN_LAYER = "its layers hold the MLP's matrices themselves, and nothing that experts can replace"
-_ADDS_RESIDUAL = (
-    "its MLP adds the residual stream itself, so that experts would add it several times"
-)
-_CONVERTED = (
-    "transformers makes other tensors of those in its files, which it does for no shipped code"
-)
-REFUSED: Mapping[str, str] = {
-    "bitnet": "its MLP normalises over all of its neurons, which no part of it can",
-    **dict.fromkeys(("bloom", "mpt"), _ADDS_RESIDUAL),
-    **dict.fromkeys(("biogpt", "opt", "xglm"), _IN_LAYER),
-    "dory": "its MLP scales its neurons by tensors of their own",
-    **dict.fromkeys(("exaone", "olmo_hybrid"), _CONVERTED),
-    "falcon_h1": "its base model computes a buffer that shipped code is not given",
-    **dict.fromkeys(
-        ("gemma3n_text", "gemma4_text", "gemma4_unified_text"),
-        "its layers have embeddings of their own, which were not tried",
-    ),
-    "openai-gpt": "its config does not say how wide its MLP is",
-    "hrm_text": "it runs its layers several times over",
-    **dict.fromkeys(
-        ("cohere_compass_text", "cpmant", "ctrl", "recurrent_gemma", "zamba", "zamba2"),
-        "its layers are of a kind that was not tried",
-    ),
-    **dict.fromkeys(
-        ("falcon_mamba", "mamba", "mamba2", "reformer", "rwkv", "xlstm"),
-        "its layers have no MLP of the usual kind",
-    ),
-}
-"""Dense decoders that cannot be taken, and why: the end of "X cannot be upcycled: …"."""
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}

@@ -44,10 +44,13 @@ _TRIED = {
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
     **dict.fromkeys(
         (
+            "deepseek_v3",
+            "dots1",
             "ernie4_5_moe",
             "flex_olmo",
             "granitemoe",
             "granitemoehybrid",
+            "solar_open",
         ),
         ("transformers",),
     ),
@@ -75,7 +78,9 @@ _WANT_A_HEAD = {
 }
 """Targets and engines where a head that shares the embedding is not understood."""
 _SOME_LAYERS = {
-    "transformers": ("qwen2_moe", "qwen3_moe", "glm4_moe", "nemotron_h", _SHIPPED),
+    "transformers": (
+        *("qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "deepseek_v3", "nemotron_h", _SHIPPED),
+    ),
     "vLLM": ("qwen3_moe", "glm4_moe", _SHIPPED),
     "MLX": ("qwen3_moe", "glm4_moe", "nemotron_h"),
 }
@@ -84,7 +89,7 @@ _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
 _NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoehybrid")
 """Targets none of whose layouts has a tensor per expert."""
-_NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h",)
+_NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h", "solar_open")
 """Targets that it has no class for."""
 
 

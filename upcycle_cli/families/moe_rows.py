@@ -102,17 +102,41 @@ def window_settings(dense: DenseModel) -> dict[str, Any]:
     }
 
 
+_DEEPSEEK: Any = {
+    "routings": (Routing.SIGMOID_TOPK,),
+    "layouts": _QWEN_LAYOUTS,
+    "keys": Keys(
+        num_experts="n_routed_experts",
+        aliases=("num_local_experts", "num_experts"),
+        routing=_SIGMOID,
+        scale="routed_scaling_factor",
+    ),
+    "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
+    "shared": SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
+}
+"""What DeepSeek's mixture of experts has, and those that are made after it."""
+_DEEPSEEK_SETTINGS: Mapping[str, Any] = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+}
+
+
 def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
     return {
+        **_DEEPSEEK_SETTINGS,
         "attention_bias": dense.has("self_attn.q_proj.bias"),
         "use_qk_norm": dense.has("self_attn.q_norm.weight"),
         "partial_rotary_factor": dense.rotary_share,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
     }
+
+
+def _deepseek_v3_settings(dense: DenseModel) -> dict[str, Any]:
+    # Its head_dim is that of the rotary part, whatever the sizes of queries and values.
+    rotary = dense.values["qk_rope_head_dim"]
+    return {**_DEEPSEEK_SETTINGS, "head_dim": rotary, "num_nextn_predict_layers": 0}
 
 
 def _hybrid_settings(dense: DenseModel) -> dict[str, Any]:
@@ -200,20 +224,33 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
-        layouts=_QWEN_LAYOUTS,
-        keys=Keys(
-            num_experts="n_routed_experts",
-            aliases=("num_local_experts", "num_experts"),
-            routing=_SIGMOID,
-            scale="routed_scaling_factor",
-        ),
+        **_DEEPSEEK,
         layers=FIRST_K_DENSE,
-        correction_bias=CorrectionBias(name="mlp.gate.e_score_correction_bias"),
-        shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
         refusal=_no_windows,
         settings=_glm4_moe_settings,
+    ),
+    Target(
+        model_type="dots1",
+        architecture="Dots1ForCausalLM",
+        **_DEEPSEEK,
+        layers=FIRST_K_DENSE,
+        settings=lambda dense: {**_DEEPSEEK_SETTINGS, **window_settings(dense)},
+    ),
+    Target(
+        model_type="solar_open",
+        architecture="SolarOpenForCausalLM",
+        **_DEEPSEEK,
+        layers=ALL,
+        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
+        settings=lambda _: dict(_DEEPSEEK_SETTINGS),
+    ),
+    Target(
+        model_type="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        **_DEEPSEEK,
+        layers=FIRST_K_DENSE,
+        settings=_deepseek_v3_settings,
     ),
     Target(
         model_type="ernie4_5_moe",

@@ -8,10 +8,11 @@ from typing import Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import SHIPPED, choose, dense_family, targets_of
-from upcycle_cli.families.dense_rows import DENSE, REFUSED
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import Support, engines
 from upcycle_cli.families.moe import ExpertLayout, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing
