@@ -485,6 +485,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "deepseek_v3": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
+        "hunyuan_v1_moe": Routing.TOPK_SOFTMAX,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
 

@@ -105,6 +105,7 @@ EQUIVALENT: Mapping[str, str] = {
 UNAVOIDABLE: Mapping[str, str] = {
     r".* layouts: per-expert\.experts: \[[01]\] left out": "a part of the MLP has no place",
     r".* shared: size: None": "the key of its width would say null",
+    r"hunyuan_v1_moe shared: size_key: .*": "as before",
     r".* mlp: \[0\] cut=None": "a matrix has two dimensions, and its row must name one",
     r"shipped layouts: fused\.experts: \[2\] cut=1": "a bias has but one dimension",
 }

@@ -259,7 +259,12 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("granitemoehybrid",),
     ),
     DenseFamily(model_type="helium", mlp=_SWIGLU, classes="Helium"),
-    DenseFamily(model_type="hunyuan_v1_dense", mlp=_SWIGLU, classes="HunYuanDenseV1"),
+    DenseFamily(
+        model_type="hunyuan_v1_dense",
+        mlp=_SWIGLU,
+        targets=("hunyuan_v1_moe",),
+        classes="HunYuanDenseV1",
+    ),
     DenseFamily(model_type="hyperclovax", mlp=_SWIGLU, classes="HyperCLOVAX"),
     DenseFamily(model_type="internlm3", mlp=_SWIGLU, classes=("InternLM3Config", *_LLAMA)),
     DenseFamily(

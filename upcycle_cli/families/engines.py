@@ -51,6 +51,7 @@ _TRIED = {
             "granitemoe",
             "granitemoehybrid",
             "solar_open",
+            "hunyuan_v1_moe",
         ),
         ("transformers",),
     ),

@@ -43,6 +43,16 @@ class Layout:
     experts: tuple[Weight, ...]
     router: str
 
+    @property
+    def block(self) -> str:
+        """The module that has both, in the layout that transformers has in memory."""
+        return self.experts[0].name.rsplit(".", 2)[0]
+
+    @property
+    def gate(self) -> str:
+        """The module within the block that routes, whose own or whose part's the router is."""
+        return self.router.removeprefix(f"{self.block}.").partition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:

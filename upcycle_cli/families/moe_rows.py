@@ -268,6 +268,22 @@ _ROWS: Sequence[Target] = (
         settings=lambda _: {"moe_num_shared_experts": 0},
     ),
     Target(
+        model_type="hunyuan_v1_moe",
+        architecture="HunYuanMoEV1ForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts=_layouts(
+            _swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"
+        ),
+        keys=Keys(
+            num_experts="num_experts",
+            aliases=("num_local_experts",),
+            top_k="moe_topk",
+            expert_size="intermediate_size",
+        ),
+        layers=ALL,
+        shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_mlp"))),
+    ),
+    Target(
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),

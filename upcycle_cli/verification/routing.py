@@ -9,9 +9,10 @@ Legend: S positions, H hidden size, E groups, G shards, N = E·G experts, T top-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -81,13 +82,14 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     """
     found = Routing(tokens)
     *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
-    name = layout.router.removesuffix(".weight")
+    gate = f"{layout.block}.{layout.gate}"
+    linear = layout.router.removeprefix(gate).removesuffix("weight").strip(".")
     with transformers_says():
         routers = {
-            layer: decoder_layers(model)[layer].get_submodule(name) for layer in facts.layers
+            layer: decoder_layers(model)[layer].get_submodule(gate) for layer in facts.layers
         }
     handles = [
-        router.register_forward_hook(_Watch(facts, layer, found))
+        router.register_forward_hook(_Watch(facts, layer, linear, found))
         for layer, router in routers.items()
     ]
     try:
@@ -103,6 +105,8 @@ class _Watch:
 
     facts: Facts
     layer: int
+    linear: str
+    """The module within the router that has its rows; empty where the router itself has them."""
     found: Routing
 
     def __call__(
@@ -117,9 +121,11 @@ class _Watch:
                 f"experts, and top-k is taken to be {facts.top_k}"
             )
         stored = facts.moe.tensors[facts.router_name(self.layer)].dtype
-        weight_NH = router.weight[:]
+        weight_NH = router.get_submodule(self.linear).weight[:]
+        # What else it is given is a bias, zero as yet.
+        run = partial(self._split, router, inputs[1:])
         split = {
-            name: self._run_in(name, router, weight_NH, states_SH)
+            name: self._run_in(name, run, weight_NH, states_SH)
             for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}
         }
         groups_SE = logits_SN[:, :: facts.granularity].float().softmax(-1)
@@ -133,13 +139,17 @@ class _Watch:
         )
 
     def _run_in(
-        self, name: str, router: Model, weight_NH: torch.Tensor, states_SH: torch.Tensor
+        self,
+        name: str,
+        run: Callable[[torch.Tensor, torch.Tensor], tuple[float, int]],
+        weight_NH: torch.Tensor,
+        states_SH: torch.Tensor,
     ) -> float:
         """Hold what a router splits in a dtype against what honest rows split; return its share."""
         label, failures = self.facts.router_name(self.layer), self.found.failures
         dtype: torch.dtype = getattr(torch, name)
         states_SH = states_SH.to(dtype)
-        split, not_finite = self._split(router, weight_NH.to(dtype), states_SH)
+        split, not_finite = run(weight_NH.to(dtype), states_SH)
         if not_finite:
             failures.append(f"{label}: {not_finite} of its logits are not finite in {name}")
         margin = max(_MARGIN, _MARGIN_TOKENS / len(states_SH))
@@ -147,7 +157,7 @@ class _Watch:
             return split
         size = weight_NH.float().square().mean().sqrt()
         drawn = [(size * self._rows(seed)).to(dtype) for seed in range(_HONEST_DRAWS)]
-        honest = _mean([self._split(router, rows_NH, states_SH)[0] for rows_NH in drawn])
+        honest = _mean([run(rows_NH, states_SH)[0] for rows_NH in drawn])
         if split > _MOST_TIMES_HONEST * honest + margin:
             failures.append(
                 f"{label}: in {name}, {split:.1%} of the tokens get parts of groups, where an "
@@ -162,16 +172,21 @@ class _Watch:
         return rows_EH.repeat_interleave(self.facts.granularity, 0)
 
     def _split(
-        self, router: Model, weight_NH: torch.Tensor, states_SH: torch.Tensor
+        self,
+        router: Model,
+        others: tuple[torch.Tensor, ...],
+        weight_NH: torch.Tensor,
+        states_SH: torch.Tensor,
     ) -> tuple[float, int]:
         """Return the share of tokens that get parts of groups, and the logits beyond the dtype."""
-        slots = router._parameters  # noqa: SLF001 - what is on disk is no parameter
+        # What is on disk is no parameter.
+        slots = router.get_submodule(self.linear)._parameters  # noqa: SLF001
         held = slots["weight"]
         try:
             slots["weight"] = weight_NH
             with torch.no_grad():
                 # Not by calling it, which would call this hook again.
-                logits_SN, gates_ST, experts_ST = router.forward(states_SH)
+                logits_SN, gates_ST, experts_ST = router.forward(states_SH, *others)
         finally:
             slots["weight"] = held
         not_finite = int((~logits_SN.isfinite()).sum())

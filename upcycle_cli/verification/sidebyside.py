@@ -66,7 +66,7 @@ def run_side_by_side(
     sample = torch.arange(0, P, max(1, P // _SAMPLED))[:_SAMPLED]
     dense_mlp = facts.family.mlp[0].name.split(".")[0]
     *_, layout = facts.target.layouts.values()
-    moe_mlp = layout.router.rsplit(".", 2)[0]
+    moe_mlp = layout.block
     moe_net = moe_model(facts, moe, copied=copied)
     published = dense_model(facts, dense)
     with ExitStack() as stack:
