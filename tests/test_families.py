@@ -160,7 +160,7 @@ def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
     """How far a layer sees, by what transformers' modelling code reads from a config."""
     window: int | None
     match theirs.model_type:
-        case "llama" | "glm4_moe" | "solar_open":
+        case "llama" | "glm4_moe" | "solar_open" | "hy_v3":
             window = None
         case "qwen2" | "qwen3" | "qwen2_moe" | "dots1":
             window = theirs.sliding_window if theirs.layer_types[layer] == SLIDING else None
@@ -481,6 +481,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "ernie4_5_moe": Routing.TOPK_SOFTMAX,
         "glm4_moe": Routing.SIGMOID_TOPK,
         "dots1": Routing.SIGMOID_TOPK,
+        "hy_v3": Routing.SIGMOID_TOPK,
         "solar_open": Routing.SIGMOID_TOPK,
         "deepseek_v3": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,

@@ -69,10 +69,10 @@ EQUIVALENT: Mapping[str, str] = {
     r".* layouts: without (per-expert|stacked)": "the other layout is the default then",
     r".* keys: aliases: none": "it only drops what a source may say, which is tested elsewhere",
     r".* keys: aliases: a stranger": "what is dropped is written again, or is the default",
-    r".* shared: weights: \[0\] and \[1\] swapped": "both are drawn alike, and down is zero",
-    r".* shared: weights: in another order": "tensors come in another order",
-    r".* shared: weights: \[.\] cut=None": "a matrix cut nowhere has the shape of down",
-    r".* shared: weights: \[.\] holds reversed": "gate and up are drawn alike",
+    r".* shared: (weights|fused): \[0\] and \[1\] swapped": "both are drawn, and down is zero",
+    r".* shared: (weights|fused): in another order": "tensors come in another order",
+    r".* shared: (weights|fused): \[.\] cut=None": "a matrix cut nowhere has the shape of down",
+    r".* shared: (weights|fused): \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
     rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
     rf"({'|'.join(REFUSE_NONE)}|shipped) refusal: none": "it has none",
@@ -92,6 +92,7 @@ EQUIVALENT: Mapping[str, str] = {
         "it is the default"
     ),
     rf"({'|'.join(SIGMOID)}) settings: without norm_topk_prob": "its routing says it as well",
+    r"hy_v3 settings: without num_shared_experts": "it is the default",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"dots1 settings: without .*": "the source has the key, with the same meaning",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
@@ -152,6 +153,7 @@ SLIDING = {
     "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
 }
+WITHOUT_WINDOWS = ("glm4_moe", "hy_v3")
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
 SOME_LAYERS = {
     **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == "all"), "1"),
@@ -175,7 +177,7 @@ def dense_scenarios(model_type: str) -> tuple[Scenario, ...]:
     """A family as it is, with all the biases that it can have, and with windows."""
     found = []
     for target in targets_of(DENSE[model_type]):
-        settings = dict(SLIDING.get(model_type, {}) if target != "glm4_moe" else {})
+        settings = dict(SLIDING.get(model_type, {}) if target not in WITHOUT_WINDOWS else {})
         if target == SHIPPED:
             biases = ("attention_bias", "mlp_bias")
             settings |= {key: True for key in biases if key in defaults_of(model_type)}
@@ -231,6 +233,7 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
         Scenario("qwen2", "glm4_moe"),
     ),
     "dots1": (Scenario("qwen3", "dots1", SLIDING["qwen2"]),),
+    "hy_v3": (Scenario("qwen3", "hy_v3", SLIDING["qwen2"]),),
     "solar_open": (Scenario("llama", "solar_open", {"attention_bias": True}),),
     "deepseek_v3": (Scenario("youtu", "deepseek_v3", {"minimal": True}),),
 }
@@ -261,6 +264,7 @@ ALL_LAYERS = {
     "FIRST_K_DENSE": layers.FIRST_K_DENSE,
     "BLOCK_TYPES": layers.BLOCK_TYPES,
     "MOE_RANGE": layers.MOE_RANGE,
+    "MLP_TYPES": layers.MLP_TYPES,
     "MOE_LAYERS": layers.MOE_LAYERS,
 }
 
@@ -478,6 +482,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     },
     SharedExpert: {
         "weights": lambda value, _: _weights(value),
+        "fused": lambda value, _: _weights(value) if value else iter(()),
         "router": lambda value, _: _others(value, None, "mlp.shared_gate.weight"),
         "size_key": lambda value, _: _others(value, None, "moe_intermediate_size"),
         "size": lambda value, _: _others(value, None, 128),

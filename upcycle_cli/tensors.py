@@ -30,7 +30,7 @@ from upcycle_cli.expr import (
 )
 from upcycle_cli.families import Family
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
-from upcycle_cli.families.moe import ExpertLayout, SharedExpert
+from upcycle_cli.families.moe import ExpertLayout, Layout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.recipe import Recipe
@@ -234,7 +234,7 @@ class _Maker:
                 name, expr = weight.name.format(expert=e), Stack(exprs) if e is None else exprs[e]
                 yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         if target.shared is not None:
-            yield from self._shared_expert(layer, mlp, target.shared)
+            yield from self._shared_expert(layer, mlp, target.shared, layout)
 
     def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
         recipe = self.recipe
@@ -287,13 +287,13 @@ class _Maker:
         return self._cast(Slice(stored, found.cut, found.start, found.stop))
 
     def _shared_expert(
-        self, layer: int, mlp: Sequence[Weight], shared: SharedExpert
+        self, layer: int, mlp: Sequence[Weight], shared: SharedExpert, layout: Layout
     ) -> Iterator[OutputTensor]:
         """Make an expert that does nothing yet, and can learn: only its down matrix is zero."""
         dense, prefix = self.family.dense, self.family.target.prefix(layer)
         size = shared.size or dense.intermediate_size // self.recipe.granularity
         hidden, rows = dense.hidden_size, min(_SAMPLE_ROWS, dense.intermediate_size)
-        for weight in shared.weights:
+        for weight in self.family.target.shared_weights(layout):
             drawn: list[Expr] = []
             for part in weight.holds:
                 if part == "down":

@@ -122,7 +122,7 @@ _ROWS: Sequence[DenseFamily] = (
         model_type="qwen3",
         mlp=_SWIGLU,
         windows=_some_slide,
-        targets=("qwen3_moe", "glm4_moe", "dots1"),
+        targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3"),
         classes="Qwen3",
     ),
     DenseFamily(

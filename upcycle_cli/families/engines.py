@@ -50,6 +50,7 @@ _TRIED = {
             "flex_olmo",
             "granitemoe",
             "granitemoehybrid",
+            "hy_v3",
             "solar_open",
             "hunyuan_v1_moe",
         ),
@@ -80,7 +81,16 @@ _WANT_A_HEAD = {
 """Targets and engines where a head that shares the embedding is not understood."""
 _SOME_LAYERS = {
     "transformers": (
-        *("qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "deepseek_v3", "nemotron_h", _SHIPPED),
+        *(
+            "qwen2_moe",
+            "qwen3_moe",
+            "glm4_moe",
+            "dots1",
+            "deepseek_v3",
+            "hy_v3",
+            "nemotron_h",
+            _SHIPPED,
+        ),
     ),
     "vLLM": ("qwen3_moe", "glm4_moe", _SHIPPED),
     "MLX": ("qwen3_moe", "glm4_moe", "nemotron_h"),
@@ -90,7 +100,7 @@ _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
 _NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoehybrid")
 """Targets none of whose layouts has a tensor per expert."""
-_NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h", "solar_open")
+_NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h", "solar_open", "hy_v3")
 """Targets that it has no class for."""
 
 

@@ -164,6 +164,13 @@ def _named(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def _sparse(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    kinds = config["mlp_layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != count or not {*kinds} <= {"sparse", "dense"}:
+        raise ValueError(f"mlp_layer_types is {shown(kinds)}")
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+
+
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """The letters of hybrid_override_pattern, and what layers_block_type calls them."""
 OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
@@ -220,6 +227,13 @@ MOE_RANGE = LayerChoice(
     _in_range,
     _RANGE_KEYS,
     objection=_only_range,
+)
+MLP_TYPES = LayerChoice(
+    lambda layers, kinds: {
+        "mlp_layer_types": ["sparse" if i in layers else "dense" for i in range(len(kinds))]
+    },
+    _sparse,
+    ("mlp_layer_types",),
 )
 ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

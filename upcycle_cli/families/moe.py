@@ -76,6 +76,8 @@ class SharedExpert:
     """An expert for every token that the architecture insists on; its output is made zero."""
 
     weights: tuple[Weight, ...]
+    fused: tuple[Weight, ...] = ()
+    """The same in the fused layout, where their names are others."""
     router: str | None = None
     size_key: str | None = None
     """The key of its intermediate size; None where it is that of an expert."""
@@ -174,6 +176,14 @@ class Target:
         if bias is None or bias.routing != routing:
             return None
         return bias.fused or bias.name if layout == self.layouts[ExpertLayout.FUSED] else bias.name
+
+    def shared_weights(self, layout: Layout) -> tuple[Weight, ...]:
+        """Return the matrices of the shared expert, none where there is none."""
+        shared = self.shared
+        if shared is None:
+            return ()
+        is_fused = layout == self.layouts.get(ExpertLayout.FUSED)
+        return shared.fused or shared.weights if is_fused else shared.weights
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return what an MoE's config says under a key, or means when it is absent."""

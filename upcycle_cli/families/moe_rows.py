@@ -15,6 +15,7 @@ from upcycle_cli.families.layers import (
     BLOCK_TYPES,
     FIRST_K_DENSE,
     MLP_ONLY_LAYERS,
+    MLP_TYPES,
     MOE_LAYERS,
     MOE_RANGE,
 )
@@ -236,6 +237,30 @@ _ROWS: Sequence[Target] = (
         **_DEEPSEEK,
         layers=FIRST_K_DENSE,
         settings=lambda dense: {**_DEEPSEEK_SETTINGS, **window_settings(dense)},
+    ),
+    Target(
+        model_type="hy_v3",
+        architecture="HYV3ForCausalLM",
+        routings=(Routing.SIGMOID_TOPK,),
+        layouts=_layouts(
+            _swiglu("mlp.experts.{expert}"),
+            "mlp.experts",
+            router="mlp.router.gate.weight",
+            fused_router="mlp.gate.weight",
+        ),
+        keys=Keys(
+            num_experts="num_experts",
+            aliases=("num_local_experts",),
+            scale="router_scaling_factor",
+        ),
+        layers=MLP_TYPES,
+        correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
+        shared=SharedExpert(
+            weights=without_biases(_swiglu("mlp.shared_mlp")),
+            fused=without_biases(_swiglu("mlp.shared_experts")),
+        ),
+        refusal=_no_windows,
+        settings=lambda _: {"num_shared_experts": 1},
     ),
     Target(
         model_type="solar_open",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.families.mlp import Weight
+from upcycle_cli.families.moe import Layout
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.sizes import read_tensors
 
@@ -36,13 +37,16 @@ def counterparts(facts: Facts) -> dict[str, str]:
     return found
 
 
-def shared_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, Weight | None, str]]:
+def shared_tensors(
+    facts: Facts, layer: int, layout: Layout | None = None
+) -> Iterator[tuple[str, Weight | None, str]]:
     """Yield the shared expert of a layer, if its architecture insists on one: weights, then router.
 
-    Each with its row, None for the router, and the dense tensor at whose scale it is drawn, if any.
+    Each with its row, None for the router, and the dense tensor at whose scale it is drawn, if any;
+    by the names that it has in a layout, in that of the MoE unless given.
     """
     shared, prefix = facts.target.shared, facts.target.prefix(layer)
-    for weight in () if shared is None else shared.weights:
+    for weight in facts.target.shared_weights(layout or facts.layout):
         part = weight.holds[0]
         source = "" if part == "down" else facts.dense_place(part, layer).tensor
         yield prefix + weight.name, weight, source

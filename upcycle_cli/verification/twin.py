@@ -203,7 +203,7 @@ def _share_experts(facts: Facts, held: dict[str, Any], own: dict[str, Any], laye
             found = place(layout.experts, part, width=_WIDTH, expert=expert)
             made.add(prefix + found.tensor)
             own[prefix + found.tensor][found.index] = whole / scale
-    for name, weight, like in shared_tensors(facts, layer):
+    for name, weight, like in shared_tensors(facts, layer, layout):
         made.add(name)
         if weight is not None and not like:
             own[name].zero_()
