@@ -125,7 +125,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "mamba_n_heads": 8,
         "mamba_d_state": 8,
     },
-    "lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
+    "lfm2": {
+        **TINY,
+        "intermediate_size": 72,  # of which two thirds are wide
+        "block_multiple_of": 16,
+        "layer_types": ["conv", "full_attention"],
+    },
     "lfm3": {**TINY, "head_dim": 8, "layer_types": ["conv", "full_attention"]},
     "minicpm3": _LATENT,
     "modernbert-decoder": {**TINY, "cls_token_id": 0, "sep_token_id": 0},

@@ -487,6 +487,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
         "hunyuan_v1_moe": Routing.TOPK_SOFTMAX,
+        "lfm2_moe": Routing.SIGMOID_TOPK,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
 
@@ -739,6 +740,7 @@ def test_layers_in_words() -> None:
         ("qwen3", "qwen3_moe", "every:2", {"mlp_only_layers": [1, 3], "decoder_sparse_step": 1}),
         ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
         ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
+        ("lfm2", "lfm2_moe", "1-", {"num_dense_layers": 1}),
         (
             "ernie4_5",
             "ernie4_5_moe",
@@ -766,7 +768,8 @@ def test_layers_that_stay_dense(
     layers: str | None,
     said: dict[str, Any],
 ) -> None:
-    sizes: dict[str, Any] = {} if model_type == "nemotron_h" else {"num_hidden_layers": 4}
+    fixed = sizes_of(model_type).keys() & {"layer_types", "layers_block_type"}
+    sizes: dict[str, Any] = {} if fixed else {"num_hidden_layers": 4}
     dense = make_dense(model_type, **sizes)
     exact = Routing.TOPK_SOFTMAX
     routing = exact if target in (SHIPPED, "qwen2_moe") else None
@@ -841,6 +844,18 @@ def test_a_hybrid_is_dense_or_not_by_its_layers() -> None:
     assert (is_moe(moe), is_target(moe)) == (True, True)
     with pytest.raises(UpcycleError, match="a mixture of experts already"):
         dense_family(moe)
+
+
+def test_names_that_keys_had_once() -> None:
+    """LFM2's first models say these, and transformers takes them before the others."""
+    old = {"block_ff_dim": 96, "tie_embedding": False, "block_auto_adjust_ff_dim": False}
+    config = {"model_type": "lfm2", **sizes_of("lfm2"), "tie_word_embeddings": True, **old}
+    theirs = transformers_config(config)
+    assert (theirs.intermediate_size, theirs.tie_word_embeddings) == (96, False)
+    moe = converted(config, "lfm2_moe", make_recipe("E2G2T2"))
+    assert (moe["intermediate_size"], moe["moe_intermediate_size"]) == (96, 48)
+    assert moe["tie_word_embeddings"] is False
+    assert not moe.keys() & {"block_ff_dim", "tie_embedding"}
 
 
 def test_one_type_is_dense_or_not_by_its_number_of_experts() -> None:

@@ -63,6 +63,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"nemotron_h (head|renamed): .*": "it ties nothing, and ships no code",
     r"nemotron_h keys: usual: .*": "its layers are counted by their kinds",
     r".* pieces: of a stranger": "it has no such tensor",
+    r".* older: .*": "no source here has such a key; what has is tested elsewhere",
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
@@ -95,6 +96,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"hy_v3 settings: without num_shared_experts": "it is the default",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"dots1 settings: without .*": "the source has the key, with the same meaning",
+    r"lfm2_moe settings: without .*": "the source has it, or it is the default",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
     r"nemotron_h settings: without .*": "the source has the key, or means the same without",
@@ -155,10 +157,11 @@ SLIDING = {
 }
 WITHOUT_WINDOWS = ("glm4_moe", "hy_v3")
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
+LAST = "the last ones"
 SOME_LAYERS = {
     **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == "all"), "1"),
     "nemotron_h": "1",
-    **dict.fromkeys(("glm4_moe", "dots1", "deepseek_v3"), "1-"),
+    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == LAST), "1-"),
 }
 """A choice of layers that a target can express, where it is not "0"."""
 
@@ -262,6 +265,7 @@ ALL_LAYERS = {
     "ALL": layers.ALL,
     "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
     "FIRST_K_DENSE": layers.FIRST_K_DENSE,
+    "NUM_DENSE_LAYERS": layers.NUM_DENSE_LAYERS,
     "BLOCK_TYPES": layers.BLOCK_TYPES,
     "MOE_RANGE": layers.MOE_RANGE,
     "MLP_TYPES": layers.MLP_TYPES,
@@ -407,6 +411,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "keys": lambda value, _: _others(
             value, {"intermediate_size": "n_inner"}, {"hidden_size": "n_embd"}
         ),
+        "older": lambda value, _: _others(value, {"ffn_dim": "intermediate_size"}),
         "width": lambda value, _: iter([("twice", lambda values: 2 * value(values))]),
         "mixed": lambda value, _: _others(value, True),
         "renamed": lambda value, _: _others(value, RENAMED),

@@ -50,6 +50,8 @@ class DenseFamily:
     """The config's key for the MLP's activation; None where it is SiLU whatever a config says."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """What its config calls hidden_size, num_hidden_layers and so on, where it is another name."""
+    older: Mapping[str, str] = field(default_factory=dict)
+    """Names that keys had once, with those they have now; of both, the old one counts."""
     width: Callable[[Mapping[str, Any]], int] = lambda values: int(values["intermediate_size"])
     """I, from the effective values."""
     mixed: bool = False
@@ -72,6 +74,11 @@ class DenseFamily:
     def key(self, usual: str) -> str:
         """Return what its config calls a setting that most types call `usual`."""
         return self.keys.get(usual, usual)
+
+    def current(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config whose keys have the names that they have now."""
+        said = {new: config[old] for old, new in self.older.items() if old in config}
+        return {key: value for key, value in config.items() if key not in self.older} | said
 
     def norm_of(self, names: Collection[str], prefix: str) -> str | None:
         """Return the weight of the norm before a layer's MLP; `prefix` is how its names begin."""
@@ -181,6 +188,7 @@ class DenseModel:
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     """Return what a config means; raises UpcycleError where it makes no sense."""
+    config = family.current(config)
     values = Values(config, family.model_type, family.keys)
     if family.blocks is None:
         kinds = ("layer",) * values["num_hidden_layers"]

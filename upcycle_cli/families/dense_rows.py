@@ -279,7 +279,9 @@ _ROWS: Sequence[DenseFamily] = (
         mlp=_W123,
         norm="ffn_norm.weight",
         **_MIXED,
+        older={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
         width=_two_thirds,
+        targets=("lfm2_moe",),
         classes="Lfm2",
     ),
     DenseFamily(

@@ -53,6 +53,7 @@ _TRIED = {
             "hy_v3",
             "solar_open",
             "hunyuan_v1_moe",
+            "lfm2_moe",
         ),
         ("transformers",),
     ),
@@ -100,7 +101,7 @@ _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
 _NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoehybrid")
 """Targets none of whose layouts has a tensor per expert."""
-_NEWER_THAN_TRANSFORMERS_4 = ("nemotron_h", "solar_open", "hy_v3")
+_NEWER_THAN_TRANSFORMERS_4 = ("hy_v3", "lfm2_moe", "nemotron_h", "solar_open")
 """Targets that it has no class for."""
 
 

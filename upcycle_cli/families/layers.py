@@ -105,10 +105,23 @@ def _only_all(layers: Sequence[int], count: int) -> str | None:
     return "all its layers are mixtures of experts" if len(layers) < count else None
 
 
-def _only_last(layers: Sequence[int], count: int) -> str | None:
-    if list(layers) == list(range(count - len(layers), count)):
-        return None
-    return "its dense layers can only be the first ones (first_k_dense_replace)"
+def _first_dense(key: str) -> LayerChoice:
+    """Return the choice of configs that say how many of the first layers are dense."""
+
+    def read(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+        first = config[key]
+        if type(first) is not int or not 0 <= first < count:
+            raise ValueError(f"{key} is {shown(first)}")
+        return tuple(range(first, count))
+
+    def objection(layers: Sequence[int], count: int) -> str | None:
+        if list(layers) == list(range(count - len(layers), count)):
+            return None
+        return f"its dense layers can only be the first ones ({key})"
+
+    return LayerChoice(
+        lambda layers, kinds: {key: len(kinds) - len(layers)}, read, (key,), objection=objection
+    )
 
 
 def _without(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
@@ -117,13 +130,6 @@ def _without(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
         raise ValueError(f"decoder_sparse_step is {shown(step)}")
     sparse = _rest(_layers("mlp_only_layers", dense), count)
     return tuple(layer for layer in sparse if (layer + 1) % step == 0)
-
-
-def _from(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    first = config["first_k_dense_replace"]
-    if type(first) is not int or not 0 <= first < count:
-        raise ValueError(f"first_k_dense_replace is {shown(first)}")
-    return tuple(range(first, count))
 
 
 _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
@@ -209,12 +215,8 @@ MLP_ONLY_LAYERS = LayerChoice(
     _without,
     ("decoder_sparse_step", "mlp_only_layers"),
 )
-FIRST_K_DENSE = LayerChoice(
-    lambda layers, kinds: {"first_k_dense_replace": len(kinds) - len(layers)},
-    _from,
-    ("first_k_dense_replace",),
-    objection=_only_last,
-)
+FIRST_K_DENSE = _first_dense("first_k_dense_replace")
+NUM_DENSE_LAYERS = _first_dense("num_dense_layers")
 BLOCK_TYPES = LayerChoice(
     _write_blocks,
     lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),

@@ -18,6 +18,7 @@ from upcycle_cli.families.layers import (
     MLP_TYPES,
     MOE_LAYERS,
     MOE_RANGE,
+    NUM_DENSE_LAYERS,
 )
 from upcycle_cli.families.mlp import Weight, parts_of, separate, stacked, without_biases
 from upcycle_cli.families.moe import (
@@ -149,6 +150,13 @@ def _hybrid_settings(dense: DenseModel) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "mamba_n_heads": 1,  # its usual number does not divide every hidden size
     }
+
+
+def _lfm2_moe_settings(dense: DenseModel) -> dict[str, Any]:
+    indices = dense.values["full_attn_idxs"]
+    attends = range(dense.num_layers) if indices is None else indices
+    kinds = [FULL if layer in attends else "conv" for layer in range(dense.num_layers)]
+    return {"layer_types": dense.values["layer_types"] or kinds, "use_expert_bias": True}
 
 
 _ROWS: Sequence[Target] = (
@@ -307,6 +315,20 @@ _ROWS: Sequence[Target] = (
         ),
         layers=ALL,
         shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_mlp"))),
+    ),
+    Target(
+        model_type="lfm2_moe",
+        architecture="Lfm2MoeForCausalLM",
+        routings=(Routing.SIGMOID_TOPK,),
+        layouts=_layouts(
+            separate(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
+            "feed_forward.experts",
+            router="feed_forward.gate.weight",
+        ),
+        keys=Keys(num_experts="num_experts", routing=_SIGMOID, scale="routed_scaling_factor"),
+        layers=NUM_DENSE_LAYERS,
+        correction_bias=CorrectionBias(name="feed_forward.expert_bias"),
+        settings=_lfm2_moe_settings,
     ),
     Target(
         model_type="granitemoe",

@@ -36,7 +36,7 @@ def moe_config(
 
     `dtype` is torch's name for the output dtype, or None to leave what the source says.
     """
-    result = dict(config) | {"architectures": [target.architecture]}
+    result = dense.family.current(config) | {"architectures": [target.architecture]}
     if target.model_type != dense.model_type:
         result["model_type"] = target.model_type
     # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
@@ -69,7 +69,10 @@ def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
     shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
     if target.model_type == dense.model_type:
         shared = {key for key in shared if dense.values[key] is not None}
-    return {key: dense.values[key] for key in sorted(shared - kept)}
+    found = {key: dense.values[key] for key in sorted(shared - kept)}
+    if "intermediate_size" in found:
+        found["intermediate_size"] = dense.intermediate_size  # which a rule may have derived
+    return found
 
 
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:

@@ -85,6 +85,12 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
         yield f"virtual_group_size is {size}, and there are {facts.granularity} experts in a group"
     judged |= {*keys.aliases, keys.num_experts, keys.top_k, keys.expert_size, keys.scale}
     judged |= {*(keys.routing or ())[:1], *facts.target.layers.keys}
+    if not facts.target.ships_code:
+        # The size of layers that stay dense, which the dense model may derive from what it says.
+        size = getattr(moe, "intermediate_size", facts.dense_size)
+        if "intermediate_size" not in judged and size != facts.dense_size:
+            yield _difference("intermediate_size", size, facts.dense_size)
+        judged.add("intermediate_size")
     judged.add(shared.size_key if shared else None)
     # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes; for
     # training there is `_value_failures`.

@@ -82,20 +82,28 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
                 yield f"transformers does not take the {part} of expert {expert} from {name}"
 
 
-def _shrink_experts(facts: Facts, config: Config) -> None:
-    _shrink(config)
+def _shrink_experts(facts: Facts, config: Config, width: int = _WIDTH) -> None:
+    _shrink(config, width)
     keys = facts.target.keys
-    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, _WIDTH)):
+    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, width)):
         setattr(config, key, value)
 
 
-def _shrink(config: Config) -> None:
+def _width(facts: Facts, model: Model) -> int:
+    """Return the intermediate size of a dense model, which some derive from their config's."""
+    row = facts.dense_mlp[0]
+    assert row.cut is not None
+    held = decoder_layers(model)[facts.layers[0]].get_parameter(row.name)
+    return int(held.shape[row.cut]) // len(row.holds)
+
+
+def _shrink(config: Config, width: int = _WIDTH) -> None:
     """Make a model small, and leave what tells two models apart."""
     head_dim = getattr(config, "head_dim", None)
     config.head_dim = head_dim or config.hidden_size // config.num_attention_heads
     config.num_attention_heads //= config.num_key_value_heads
     config.num_key_value_heads = 1
-    config.vocab_size, config.hidden_size, config.intermediate_size = _VOCAB, _WIDTH, _WIDTH
+    config.vocab_size, config.hidden_size, config.intermediate_size = _VOCAB, _WIDTH, width
     config.pad_token_id = None
 
 
@@ -123,8 +131,9 @@ def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator
     far = max(_longest(config) for config in (dense_config, moe_config))
     _shrink_windows(dense_config, moe_config)
     _shrink(dense_config)
-    _shrink_experts(facts, moe_config)
-    dense, moe = empty_model(dense_config, "cpu"), empty_model(moe_config, "cpu")
+    dense = empty_model(dense_config, "cpu")
+    _shrink_experts(facts, moe_config, _width(facts, dense))
+    moe = empty_model(moe_config, "cpu")
     _fill(dense)
     lacking = _share_weights(facts, dense, moe)
     if lacking is not None:
@@ -177,7 +186,10 @@ def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
     for name, copies in changed_form(facts, held, dense.config).items():
         source = held.pop(name)
         held |= {copy.name: copy.of(source) for copy in copies}
-    made = {name for layer in facts.layers for name in _share_experts(facts, held, own, layer)}
+    width = _width(facts, dense)
+    made = {
+        name for layer in facts.layers for name in _share_experts(facts, held, own, layer, width)
+    }
     for name, tensor in own.items():
         if name in made:
             continue
@@ -190,17 +202,19 @@ def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
     return min(held.keys() - own.keys() - facts.became.keys(), default=None)
 
 
-def _share_experts(facts: Facts, held: dict[str, Any], own: dict[str, Any], layer: int) -> set[str]:
+def _share_experts(
+    facts: Facts, held: dict[str, Any], own: dict[str, Any], layer: int, width: int
+) -> set[str]:
     """Make each expert the dense MLP; return the names of what belongs to a layer's experts."""
     target, prefix = facts.target, facts.target.prefix(layer)
     *_, layout = target.layouts.values()
     made = {prefix + layout.router}
     for part in facts.kind.matrices:
-        source = place(facts.dense_mlp, part, width=_WIDTH)
+        source = place(facts.dense_mlp, part, width=width)
         whole = held[facts.family.layer.format(layer=layer) + source.tensor][source.index]
         scale = facts.gate_scale if part == "down" else 1.0
         for expert in range(2):
-            found = place(layout.experts, part, width=_WIDTH, expert=expert)
+            found = place(layout.experts, part, width=width, expert=expert)
             made.add(prefix + found.tensor)
             own[prefix + found.tensor][found.index] = whole / scale
     for name, weight, like in shared_tensors(facts, layer, layout):
