@@ -272,16 +272,28 @@ KINDS: Sequence[tuple[str, dict[str, Any]]] = (
 """Other kinds of a type, by their configs: another block, a cap, a multiplier, other positions."""
 
 
-@pytest.mark.parametrize(("model_type", "config"), KINDS, ids=str)
-def test_other_kinds_of_a_family(
-    make_moe: MakeMoe, model_type: str, config: dict[str, Any]
-) -> None:
-    dense, moe = make_moe((model_type, SHIPPED), **config)
+NATIVE_KINDS: Sequence[tuple[Row, dict[str, Any]]] = (
+    (("glm", "glm4_moe"), {"attention_bias": False, "head_dim": 16}),
+    (("glm", "glm4_moe"), {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 99.0}}),
+    (("granite_swa", "granitemoe_swa"), {"layer_rope_theta": [0, 99.0]}),
+    (("phi3", "mixtral"), {"sliding_window": 8, "num_key_value_heads": 4}),
+    (("qwen3", "dots1"), {"attention_bias": True}),
+    (("youtu", "deepseek_v3"), {"q_lora_rank": None, "rope_interleave": False}),
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "config"),
+    [*(((name, SHIPPED), config) for name, config in KINDS), *NATIVE_KINDS],
+    ids=str,
+)
+def test_other_kinds_of_a_family(make_moe: MakeMoe, row: Row, config: dict[str, Any]) -> None:
+    dense, moe = make_moe(row, **config)
     ids = random_ids(40)
     wanted = logits(dense, ids, torch.float32)
     assert difference(logits(moe, ids, torch.float32), wanted) < SINGLE
     # They are another kind indeed.
-    usual = logits(make_moe((model_type, SHIPPED))[0], ids, torch.float32)
+    usual = logits(make_moe(row)[0], ids, torch.float32)
     assert difference(usual, wanted) > 1e-3
     report = verify(dense, moe)
     assert_passed(report)

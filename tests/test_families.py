@@ -485,6 +485,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "solar_open": Routing.SIGMOID_TOPK,
         "deepseek_v3": Routing.SIGMOID_TOPK,
         "granitemoe": Routing.TOPK_SOFTMAX,
+        "granitemoe_swa": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
         "hunyuan_v1_moe": Routing.TOPK_SOFTMAX,
         "lfm2_moe": Routing.SIGMOID_TOPK,

@@ -93,6 +93,7 @@ EQUIVALENT: Mapping[str, str] = {
         "it is the default"
     ),
     rf"({'|'.join(SIGMOID)}) settings: without norm_topk_prob": "its routing says it as well",
+    r"granitemoe_swa settings: without .*": "the source has the key, or the default is the same",
     r"hy_v3 settings: without num_shared_experts": "it is the default",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"dots1 settings: without .*": "the source has the key, with the same meaning",
@@ -237,6 +238,7 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
     ),
     "dots1": (Scenario("qwen3", "dots1", SLIDING["qwen2"]),),
     "hy_v3": (Scenario("qwen3", "hy_v3", SLIDING["qwen2"]),),
+    "granitemoe_swa": (Scenario("granite_swa", "granitemoe_swa", {"layer_rope_theta": [99.0]}),),
     "solar_open": (Scenario("llama", "solar_open", {"attention_bias": True}),),
     "deepseek_v3": (Scenario("youtu", "deepseek_v3", {"minimal": True}),),
 }

@@ -81,7 +81,8 @@ def test_saved_by_the_names_in_memory(
     """As transformers 5 writes it when told to: a tensor for all experts of a layer."""
     dense, moe = converted(target)
     again = saved(moe, tmp_path / "again", save_original_format=False)
-    assert read_tensors(again).keys() != read_tensors(moe).keys()
+    alone = len(NATIVE[target].layouts) == 1  # what it is on disk it is in memory
+    assert (read_tensors(again).keys() == read_tensors(moe).keys()) is alone
     assert_as_good(dense, moe, again)
     assert inspect(again).expert_layout == "fused"
 

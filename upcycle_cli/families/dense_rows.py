@@ -53,6 +53,14 @@ def _by_kinds(values: Values, count: int) -> Windows:
     return _read_kinds(kinds, window, count)
 
 
+def _three_of_four(values: Values, count: int) -> Windows:
+    """Read the windows where, unless layer_types says it, only layers 0, 4, 8 and so on see all."""
+    kinds = values.config.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if layer % 4 else FULL for layer in range(count)]
+    return _read_kinds(kinds, values["sliding_window"], count)
+
+
 def _two_thirds(values: Mapping[str, Any]) -> int:
     """Return I by lfm2's rule, which is that of the first llama's code."""
     width = int(values["intermediate_size"])
@@ -247,7 +255,13 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("granitemoe", "granitemoehybrid"),
         classes="Granite",
     ),
-    DenseFamily(model_type="granite_swa", mlp=_SWIGLU, classes="GraniteSWA"),
+    DenseFamily(
+        model_type="granite_swa",
+        mlp=_SWIGLU,
+        windows=_three_of_four,
+        targets=("granitemoe_swa",),
+        classes="GraniteSWA",
+    ),
     DenseFamily(
         model_type="granitemoehybrid",
         mlp=(

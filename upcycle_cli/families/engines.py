@@ -49,6 +49,7 @@ _TRIED = {
             "ernie4_5_moe",
             "flex_olmo",
             "granitemoe",
+            "granitemoe_swa",
             "granitemoehybrid",
             "hy_v3",
             "solar_open",
@@ -99,9 +100,9 @@ _SOME_LAYERS = {
 """By engine, the targets of which it was seen to run models that keep some dense MLPs."""
 _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
-_NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoehybrid")
+_NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoe_swa", "granitemoehybrid")
 """Targets none of whose layouts has a tensor per expert."""
-_NEWER_THAN_TRANSFORMERS_4 = ("hy_v3", "lfm2_moe", "nemotron_h", "solar_open")
+_NEWER_THAN_TRANSFORMERS_4 = (*("granitemoe_swa", "hy_v3", "lfm2_moe", "nemotron_h", "solar_open"),)
 """Targets that it has no class for."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.families.dense import FULL, SLIDING, DenseFamily, DenseModel
+from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.layers import (
     ALL,
     ALL_OR_NONE,
@@ -29,6 +29,19 @@ from upcycle_cli.families.moe import (
     SharedExpert,
     Target,
     in_memory,
+)
+from upcycle_cli.families.moe_settings import (
+    DEEPSEEK_SETTINGS,
+    deepseek_v3_settings,
+    glm4_moe_settings,
+    granitemoe_swa_settings,
+    hybrid_settings,
+    lfm2_moe_settings,
+    mixtral_refusal,
+    no_mixed_windows,
+    no_windows,
+    odd_thetas,
+    window_settings,
 )
 from upcycle_cli.families.shipped import ARCHITECTURE, AUTO_MAP, UPCYCLED_PREFIX
 from upcycle_cli.recipe import Routing
@@ -75,35 +88,6 @@ _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
 _QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
 
 
-def _no_mixed_windows(dense: DenseModel) -> str | None:
-    if len({*dense.windows}) == 1:
-        return None
-    return "only some layers slide (layer_types), and its layers all attend alike"
-
-
-def _mixtral_refusal(dense: DenseModel) -> str | None:
-    if dense.rotary_share != 1.0:
-        return "positions turn only a part of each head (partial_rotary_factor), and its turn all"
-    if (dense.values["rope_scaling"] or {}).get("rope_type") == "longrope":
-        return "its rotary embeddings are stretched by longrope, which nobody has tried with it"
-    return _no_mixed_windows(dense)
-
-
-def _no_windows(dense: DenseModel) -> str | None:
-    return "some layers have a window, and its layers see all" if any(dense.windows) else None
-
-
-def window_settings(dense: DenseModel) -> dict[str, Any]:
-    """State windows in the terms of the Qwen MoE configs."""
-    first = next((i for i, window in enumerate(dense.windows) if window), None)
-    return {
-        "use_sliding_window": first is not None,
-        "sliding_window": None if first is None else dense.windows[first],
-        "max_window_layers": dense.num_layers if first is None else first,
-        "layer_types": [SLIDING if window else FULL for window in dense.windows],
-    }
-
-
 _DEEPSEEK: Any = {
     "routings": (Routing.SIGMOID_TOPK,),
     "layouts": _QWEN_LAYOUTS,
@@ -117,47 +101,6 @@ _DEEPSEEK: Any = {
     "shared": SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
 }
 """What DeepSeek's mixture of experts has, and those that are made after it."""
-_DEEPSEEK_SETTINGS: Mapping[str, Any] = {
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-}
-
-
-def _glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
-    return {
-        **_DEEPSEEK_SETTINGS,
-        "attention_bias": dense.has("self_attn.q_proj.bias"),
-        "use_qk_norm": dense.has("self_attn.q_norm.weight"),
-        "partial_rotary_factor": dense.rotary_share,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-def _deepseek_v3_settings(dense: DenseModel) -> dict[str, Any]:
-    # Its head_dim is that of the rotary part, whatever the sizes of queries and values.
-    rotary = dense.values["qk_rope_head_dim"]
-    return {**_DEEPSEEK_SETTINGS, "head_dim": rotary, "num_nextn_predict_layers": 0}
-
-
-def _hybrid_settings(dense: DenseModel) -> dict[str, Any]:
-    """Say of a model that knows no other layers that all have attention, and see positions."""
-    if "layer_types" in dense.values:
-        return {}
-    return {
-        "layer_types": ["attention"] * dense.num_layers,  # as released models and engines have it
-        "position_embedding_type": "rope",
-        "mamba_n_heads": 1,  # its usual number does not divide every hidden size
-    }
-
-
-def _lfm2_moe_settings(dense: DenseModel) -> dict[str, Any]:
-    indices = dense.values["full_attn_idxs"]
-    attends = range(dense.num_layers) if indices is None else indices
-    kinds = [FULL if layer in attends else "conv" for layer in range(dense.num_layers)]
-    return {"layer_types": dense.values["layer_types"] or kinds, "use_expert_bias": True}
-
 
 _ROWS: Sequence[Target] = (
     Target(
@@ -179,7 +122,7 @@ _ROWS: Sequence[Target] = (
         ),
         layers=ALL,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS, "self_attn.q_proj.bias": _NO_QKV_BIAS},
-        refusal=_mixtral_refusal,
+        refusal=mixtral_refusal,
         settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
     ),
     Target(
@@ -210,7 +153,7 @@ _ROWS: Sequence[Target] = (
         layouts=_QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
         layers=MLP_ONLY_LAYERS,
-        refusal=_no_mixed_windows,
+        refusal=no_mixed_windows,
         settings=lambda dense: (
             window_settings(dense) | {"attention_bias": dense.values["attention_bias"]}
         ),
@@ -236,15 +179,15 @@ _ROWS: Sequence[Target] = (
         **_DEEPSEEK,
         layers=FIRST_K_DENSE,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        refusal=_no_windows,
-        settings=_glm4_moe_settings,
+        refusal=no_windows,
+        settings=glm4_moe_settings,
     ),
     Target(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         **_DEEPSEEK,
         layers=FIRST_K_DENSE,
-        settings=lambda dense: {**_DEEPSEEK_SETTINGS, **window_settings(dense)},
+        settings=lambda dense: {**DEEPSEEK_SETTINGS, **window_settings(dense)},
     ),
     Target(
         model_type="hy_v3",
@@ -267,7 +210,7 @@ _ROWS: Sequence[Target] = (
             weights=without_biases(_swiglu("mlp.shared_mlp")),
             fused=without_biases(_swiglu("mlp.shared_experts")),
         ),
-        refusal=_no_windows,
+        refusal=no_windows,
         settings=lambda _: {"num_shared_experts": 1},
     ),
     Target(
@@ -276,14 +219,14 @@ _ROWS: Sequence[Target] = (
         **_DEEPSEEK,
         layers=ALL,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        settings=lambda _: dict(_DEEPSEEK_SETTINGS),
+        settings=lambda _: dict(DEEPSEEK_SETTINGS),
     ),
     Target(
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
         **_DEEPSEEK,
         layers=FIRST_K_DENSE,
-        settings=_deepseek_v3_settings,
+        settings=deepseek_v3_settings,
     ),
     Target(
         model_type="ernie4_5_moe",
@@ -328,7 +271,7 @@ _ROWS: Sequence[Target] = (
         keys=Keys(num_experts="num_experts", routing=_SIGMOID, scale="routed_scaling_factor"),
         layers=NUM_DENSE_LAYERS,
         correction_bias=CorrectionBias(name="feed_forward.expert_bias"),
-        settings=_lfm2_moe_settings,
+        settings=lfm2_moe_settings,
     ),
     Target(
         model_type="granitemoe",
@@ -337,6 +280,16 @@ _ROWS: Sequence[Target] = (
         layouts=_GRANITE_LAYOUTS,
         keys=_GRANITE_KEYS,
         layers=ALL,
+    ),
+    Target(
+        model_type="granitemoe_swa",
+        architecture="GraniteMoeSWAForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts={ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]},
+        keys=_GRANITE_KEYS,
+        layers=ALL,
+        refusal=odd_thetas,
+        settings=granitemoe_swa_settings,
     ),
     Target(
         # Without experts, the shared expert is the MLP of a dense model.
@@ -354,7 +307,7 @@ _ROWS: Sequence[Target] = (
             size_key="shared_intermediate_size",
             size=64,
         ),
-        settings=_hybrid_settings,
+        settings=hybrid_settings,
     ),
     Target(
         model_type="nemotron_h",
