@@ -204,7 +204,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
             path = tmp_path_factory.mktemp(model_type) / "dense"
             sizes = {**sizes_of(model_type), **config}
             _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
-            _save_companions(path)
+            save_companions(path)
             if model_type == "qwen2":
                 # transformers makes this of any tokenizer beside a qwen2, so it must be one.
                 from transformers import AutoTokenizer
@@ -233,13 +233,13 @@ def _save_model(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        parameter.data = _random_weight(name, parameter.shape, generator).to(torch_dtype)
+        parameter.data = random_weight(name, parameter.shape, generator).to(torch_dtype)
     # Buffers (rotary frequencies) stay as they are: they are not saved.
     model.config.dtype = torch_dtype
     model.save_pretrained(path, max_shard_size=max_shard_size)
 
 
-def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Weights large enough for every part of the model to matter to its logits."""
     noise = torch.randn(shape, generator=generator)
     if "norm" in name:
@@ -252,7 +252,7 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
     return (0.4 if "q_proj" in name or "k_proj" in name else 0.2) * noise
 
 
-def _save_companions(path: Path) -> None:
+def save_companions(path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 

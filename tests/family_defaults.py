@@ -28,10 +28,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli.families import dense_rows as families
 from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.wrappers import INSIDE, WRAPPERS
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
 
 DENSE, MOE = tuple(families.DENSE), tuple(NATIVE)
+TEXTS = {*INSIDE, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
+"""Text models that are inside of others alone."""
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
 """The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
 WITHOUT_TABLE = {
@@ -108,8 +111,10 @@ def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
         # Some activations have weights of their own, which no row has a place for.
         "activations": sorted({*ACT2CLS} - {"prelu", "xielu"}),
         "rope_kinds": ["default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default", "proportional"})],
-        "defaults": {model_type: defaults(model_type) for model_type in sorted({*dense, *MOE})},
-        "tensors": {name: tensors(name) for name in sorted({*dense} - WITHOUT_TABLE)},
+        "defaults": {
+            model_type: defaults(model_type) for model_type in sorted({*dense, *MOE, *TEXTS})
+        },
+        "tensors": {name: tensors(name) for name in sorted({*dense} - WITHOUT_TABLE - TEXTS)},
     }
 
 
@@ -169,6 +174,8 @@ def defaults(model_type: str) -> dict[str, Any]:
         result.setdefault(key, None)
     rope = getattr(config_class(model_type)(), "rope_parameters", None)
     # Where the usual is stretched, or differs by layer, what is absent stays so.
+    if model_type in TEXTS:
+        return {key: _as_json(value) for key, value in sorted(result.items())}  # which stays
     if rope is not None and rope.pop("rope_type", None) == "default":
         assert rope.keys() <= {"rope_theta", "partial_rotary_factor"}
         result |= {"rope_scaling": None, **rope}
@@ -205,7 +212,9 @@ def tiny_config(model_type: str, **flags: bool) -> Any:  # noqa: ANN401 - transf
 
 
 def _model_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is untyped
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class(model_type)]
+    config = config_class(model_type)
+    whole, alone = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING
+    return (whole if config in whole else alone)[config]
 
 
 def saved(model_type: str, **flags: bool) -> Shapes:

@@ -1022,7 +1022,8 @@ def test_every_dense_decoder_is_a_row_or_refused_with_a_reason() -> None:
     listed = overview()
     assert listed.dense.keys() == DENSE.keys()
     assert listed.refused == REFUSED
-    assert {name for targets in listed.dense.values() for name in targets} == {
+    inside = (texts for wrapped in listed.wrappers.values() for texts in wrapped.values())
+    assert {name for targets in (*listed.dense.values(), *inside) for name in targets} == {
         target.name for target in listed.targets
     }
     for model_type, reason in REFUSED.items():

@@ -17,7 +17,7 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli.families import modeling_upcycled as package_module
-from upcycle_cli.families.shipped import AUTO_MAP, CODE_NAME, modeling_code
+from upcycle_cli.families.shipped import CODE_NAME, auto_map, modeling_code
 
 # Apart from the form of their MLP: norms after it (olmo2), LayerNorm1P (nemotron), one with biases.
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -96,7 +96,7 @@ def write(
     config = dense.config.to_diff_dict() | {
         "model_type": f"upcycled_{family}",
         "architectures": ["UpcycledForCausalLM"],
-        "auto_map": AUTO_MAP,
+        "auto_map": auto_map(wrapped=False),
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts if routing == "softmax-topk" else top_k,
         "moe_intermediate_size": dense.config.intermediate_size // granularity,
@@ -206,7 +206,7 @@ def test_saving_and_loading_change_nothing(family: str, routing: str, tmp_path: 
     for key in (*keys, "routing", "num_experts", "num_experts_per_tok", "routed_scaling_factor"):
         assert getattr(again.config, key) == getattr(moe.config, key) == written[key]
     assert again.config.moe_layers == [1]
-    assert written["auto_map"] == AUTO_MAP
+    assert written["auto_map"] == auto_map(wrapped=False)
 
 
 def test_layers_that_are_not_named_stay_dense(tmp_path: Path) -> None:

@@ -1150,8 +1150,10 @@ def test_independence() -> None:
         "upcycle_cli.families.mlp",
         "upcycle_cli.families.moe",
         "upcycle_cli.families.moe_rows",
+        "upcycle_cli.families.pieces",
         "upcycle_cli.families.shipped",
         "upcycle_cli.families.values",
+        "upcycle_cli.families.wrappers",
         "upcycle_cli.files",
         "upcycle_cli.hooks",
         "upcycle_cli.hub.sources",
@@ -1162,8 +1164,11 @@ def test_independence() -> None:
     names = {
         *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place"),
         *("is_moe", "is_target", "target_of", "holder", "parts_of", "place", "present"),
-        *("BLOCK_KEYS", "COMPUTED", "block_types", "defaults_of"),
-        *("AUTO_MAP", "CODE_NAME", "UPCYCLED_PREFIX", "modeling_code", "is_note"),
+        *("BLOCK_KEYS", "OLD_BLOCKS", "COMPUTED", "block_types", "defaults_of"),
+        *("Piece", "pieces_of"),
+        *("dense_family", "upcycled_family", "is_known", "Inside", "LOADED", "WRAPPERS"),
+        *("inner", "parts", "wrapper_of"),
+        *("auto_map", "CODE_NAME", "UPCYCLED_PREFIX", "modeling_code", "is_note"),
     }
     folder = Path(__file__).parent.parent / "upcycle_cli" / "verification"
     for path in folder.glob("*.py"):

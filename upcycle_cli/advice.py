@@ -75,6 +75,12 @@ def training_notes(plan: Plan) -> Iterator[str]:
             "the first steps of training split virtual groups, and the dense model's function is "
             "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
         )
+    target = plan.family.target
+    if target.inside is not None and not target.balances:
+        yield (
+            f"transformers' {target.outer_type} adds no load-balancing loss in training, whatever "
+            "is inside; --target upcycled ships code that does."
+        )
     if plan.promise is Promise.APPROXIMATE:
         yield (
             f"softmax-topk equals the dense model only up to the router's logits (std {std:g}). "

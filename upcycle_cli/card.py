@@ -18,6 +18,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
 from upcycle_cli.families.shipped import CODE_NAME
+from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import printable, shell_line
@@ -53,7 +54,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     The licence and languages are carried over from the source's own card.
     """
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
-    ships_code = plan.family.target.ships_code
+    ships_code, wrapped = plan.family.target.ships_code, plan.family.target.inside is not None
     pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
     verify_again = ("upcycle", "verify", plan.source.repo or "DENSE", place, *pinned)
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
@@ -67,6 +68,9 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         verify_again=shell_line(verify_again),
         place=json.dumps(place),
         options=", trust_remote_code=True" if ships_code else "",
+        model_class=f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
+        reader="AutoProcessor" if wrapped else "AutoTokenizer",
+        reads="processor" if wrapped else "tokenizer",
         code=_about_code(plan) if ships_code else "",
         balancing=_balancing(plan),
         score=_score(plan),
@@ -125,9 +129,10 @@ def _front_matter(plan: Plan) -> str:
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
     base = {"base_model": plan.source.name} if "/" in plan.source.name else {}
-    tags = ["moe", "mixture-of-experts", "upcycling", plan.family.target.model_type]
+    tags = ["moe", "mixture-of-experts", "upcycling", plan.family.target.outer_type]
     values: dict[str, object] = {**base, **plan.carried.values}
-    values |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    task = "text-generation" if plan.family.target.inside is None else "image-text-to-text"
+    values |= {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
@@ -160,7 +165,7 @@ def _facts(plan: Plan) -> dict[str, str]:
     return {
         "recipe": f"{recipe.name}: expansion {recipe.expansion}, granularity "
         f"{recipe.granularity}, top-k {recipe.top_k}",
-        "architecture": f"{plan.family.target.architecture}, from {dense.model_type}",
+        "architecture": f"{plan.family.target.architecture}, from {dense.family.title}",
         "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
         "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
         f"intermediate size {plan.expert_size}",
@@ -195,7 +200,7 @@ def _found(report: Report | None) -> str:
 
 
 def _about_code(plan: Plan) -> str:
-    model_type = plan.family.dense.model_type
+    model_type = plan.source.config["model_type"]
     return (
         f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the code of "
         f"one lies beside the weights, in `{CODE_NAME}`, and `trust_remote_code=True` lets it "
@@ -221,7 +226,13 @@ def _balancing(plan: Plan) -> str:
     weight = "its weight is `router_aux_loss_coef`, 0.01 here."
     if plan.family.target.ships_code:
         return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"
-    if "router_aux_loss_coef" not in plan.config:
+    wrapped = plan.family.target.inside is not None
+    if wrapped and not plan.family.target.balances:
+        return (
+            f"a {plan.family.target.outer_type} adds no auxiliary loss, whatever is inside: a "
+            "trainer has to, or convert with `--target upcycled`, whose own code does."
+        )
+    if "router_aux_loss_coef" not in inner(plan.config):
         bias = plan.family.target.correction_bias
         if bias is None:
             return "it does not for this architecture: a trainer has to bring a way of its own."
@@ -230,7 +241,8 @@ def _balancing(plan: Plan) -> str:
             f"by the bias on the choice of experts (`{bias.name.rpartition('.')[2]}`): a trainer "
             "has to move it."
         )
-    switch = "`model.config.output_router_logits = True`"
+    place = "model.config.text_config" if wrapped else "model.config"
+    switch = f"`{place}.output_router_logits = True`"
     return f"{switch}, or the auxiliary loss is not applied; {weight}"
 
 

@@ -204,7 +204,9 @@ def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)
     if plan.family.target.ships_code:
-        folder.write(CODE_NAME, modeling_code(plan.family.dense.family.class_names).encode())
+        row = plan.family.dense.family
+        code = modeling_code(row.class_names, wrapped=row.inside is not None)
+        folder.write(CODE_NAME, code.encode())
     for file in plan.source.companions:
         with (
             open_regular(locate(plan.source.path, file.name)) as original,

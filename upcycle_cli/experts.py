@@ -19,6 +19,7 @@ from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseModel, read_dense
 from upcycle_cli.families.mlp import Weight, parts_of, place, present
 from upcycle_cli.families.moe import ExpertLayout, Target
+from upcycle_cli.families.wrappers import inner
 from upcycle_cli.movement import LayerMovement, movements
 from upcycle_cli.recipe import Routing
 
@@ -63,7 +64,7 @@ class Experts:
     @property
     def every_layer(self) -> bool:
         """Whether no dense MLP is left."""
-        mlps = self.target.layers.mlps(self.moe.config)
+        mlps = self.target.layers.mlps(inner(self.moe.config))
         return len(self.layers) == (self.num_layers if mlps is None else mlps)
 
     @cached_property
@@ -124,7 +125,7 @@ class Experts:
 
 def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
-    config, target = moe.config, target_of(moe.config, moe.tensors)
+    config, target = inner(moe.config), target_of(moe.config, moe.tensors)
     keys = target.keys
     try:
         num_experts, top_k, expert_size = (
@@ -163,7 +164,7 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
             ]
         factors = movement = None
         if dense is not None:
-            model = read_dense(dense_family(dense.config), dense.config)
+            model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))
             with dense.reader() as dense_reader:
                 source = dense, model, dense_reader
                 factors = _measure(experts, reader, source)

@@ -20,6 +20,7 @@ from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.overview import TargetFacts, becomes
 from upcycle_cli.families.translate import has_plain_attention
+from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.recipe import Recipe
@@ -89,7 +90,7 @@ def inspect(
     return Inspection(
         checkpoint=checkpoint,
         kind="dense",
-        model_type=family.model_type,
+        model_type=family.title,
         targets=targets_of(family),
         becomes=becomes(checkpoint.config, checkpoint.tensors),
         total_parameters=total,
@@ -109,6 +110,7 @@ def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fi
 def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | None) -> Inspection:
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
+    config = inner(checkpoint.config)
     total = checkpoint.num_parameters
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
     record = facts = None
@@ -123,7 +125,7 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
     return Inspection(
         checkpoint=checkpoint,
         kind="moe",
-        model_type=target.model_type,
+        model_type=target.outer_type,
         num_experts=num_experts,
         top_k=experts.top_k,
         routing=experts.routing,
@@ -136,10 +138,11 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
         engines=engines(
             target.model_type,
             experts.routing,
-            tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
+            tied=bool(config.get("tie_word_embeddings", False)),
             fused=experts.layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(checkpoint.config),
+            plain_attention=has_plain_attention(config),
             every_layer=experts.every_layer,
+            wrapped=target.inside is not None,
         ),
         record=record,
         weights=facts,

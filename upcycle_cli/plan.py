@@ -33,6 +33,7 @@ from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention, moe_config
+from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.recipe import Factors, Promise, Recipe, ScaleSplit
 from upcycle_cli.redirects import refuse_redirects
@@ -170,12 +171,14 @@ class Plan:
 
     @property
     def multiplied(self) -> tuple[int, int]:
-        """The parameters that a token is multiplied with, of the MoE and of the dense model."""
+        """The parameters that a token of text meets, of the MoE and of the dense model."""
         # Looking up an embedding costs nothing; a tied one is used once more, as the head.
-        lookup = self.source.tensors[self.family.dense.family.embedding].num_elements
-        untied = self.family.dense.family.head in self.source.tensors
-        moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings)
-        return moe, self.dense_parameters - lookup * untied
+        row, tensors = self.family.dense.family, self.source.tensors
+        lookup, untied = tensors[row.embedding].num_elements, row.head in tensors
+        # What sees pictures has nothing to do with a token of text.
+        around = sum(t.num_elements for t in tensors.values() if not row.has(t.name))
+        moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings) - around
+        return moe, self.dense_parameters - lookup * untied - around
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -187,8 +190,9 @@ class Plan:
             routing,
             tied=self.config["tie_word_embeddings"],
             fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(self.config),
+            plain_attention=has_plain_attention(inner(self.config)),
             every_layer=self.family.layers == self.family.dense.mlp_layers,
+            wrapped=self.family.target.inside is not None,
         )
 
     @cached_property
@@ -228,15 +232,10 @@ def build_plan(
     Raises UpcycleError when the model cannot be expressed by the target, when its tensors are not
     what its config says, or when the recipe does not fit its sizes.
     """
-    options = options or Options()
-    names = source.tensors
+    options, names = options or Options(), source.tensors
     family = choose(source.config, target, recipe.routing, layers=recipe.layers, names=names)
-    refuse_redirects(
-        source.config,
-        source.tokenizer_config(),
-        source.storage.names(),
-        outgrown=family.dense.family.outgrown_code,
-    )
+    outgrown = family.dense.family.outgrown_code
+    refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
     row = family.target
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
@@ -310,6 +309,8 @@ def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
     shapes = dict(dense.shapes) or _regular(source, dense, held)
     head = dense.family.head
+    # Of what is around a text model nothing is changed, so nothing needs to be known.
+    shapes |= {name: shape for name, shape in held.items() if not dense.family.has(name)}
     if head in held:
         # A tied model may carry its head; copied, it means to every engine what it meant before.
         shapes[head] = shapes[dense.family.embedding]
@@ -324,7 +325,7 @@ def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
         if name not in shapes:
             raise UpcycleError(
                 f"{source.path}: unknown tensor {name}.",
-                f"A {dense.model_type} model has no such tensor, so dropping it could "
+                f"A {dense.family.title} model has no such tensor, so dropping it could "
                 "change the model. If it is not needed, remove it from the checkpoint.",
             )
         if shape != shapes[name]:

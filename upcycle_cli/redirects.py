@@ -7,11 +7,14 @@ MoE. One row each: who reads it, and what that does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import matches
+
+if TYPE_CHECKING:
+    from upcycle_cli.checkpoint import Checkpoint
 
 _CONFIG_KEYS: Mapping[str, str] = {
     "attribute_map": "gives settings other names",
@@ -43,8 +46,13 @@ _FILES: Mapping[str, str] = {
 }
 
 
-def config_redirects(config: Mapping[str, Any]) -> Iterator[str]:
-    """Name each key of a `config.json` that sends a loader elsewhere, and what it does."""
+def config_redirects(config: Mapping[str, Any], parts: Collection[str] = ()) -> Iterator[str]:
+    """Name each key of a `config.json` that sends a loader elsewhere, and what it does.
+
+    `parts` are the keys under which it has the configs of the models that it wraps.
+    """
+    for part in parts:
+        yield from (f"{part}: {failure}" for failure in config_redirects(config[part]))
     yield from _named(config, _CONFIG_KEYS)
     for key in _IMPLEMENTATIONS:
         value = config.get(key)
@@ -54,7 +62,7 @@ def config_redirects(config: Mapping[str, Any]) -> Iterator[str]:
         if any(not isinstance(name, str) or {*name} & {*"/:@"} for name in named):
             yield f"{key} is {shown(value)}, which makes transformers run kernels from elsewhere"
     for key, value in config.items():
-        if isinstance(value, dict) and value.get("model_type"):
+        if key not in parts and isinstance(value, dict) and value.get("model_type"):
             yield f"{key} is a model of its own (model_type {shown(value['model_type'])})"
 
 
@@ -74,23 +82,21 @@ def file_redirects(names: Collection[str]) -> Iterator[str]:
 
 
 def refuse_redirects(
-    config: Mapping[str, Any],
-    tokenizer_config: Mapping[str, Any],
-    names: Collection[str],
-    *,
-    outgrown: bool = False,
+    source: Checkpoint, *, outgrown: bool = False, parts: Iterable[str] = ()
 ) -> None:
     """Raise UpcycleError for a source that is not what its config and weights say.
 
     `outgrown` says that models of its type came with code of their own before transformers had the
-    architecture itself, which is what runs unless somebody trusts that code.
+    architecture itself, which is what runs unless somebody trusts that code. `parts` is as for
+    `config_redirects`.
     """
+    config, names = source.config, source.storage.names()
     if outgrown:
         config = {key: value for key, value in config.items() if key != "auto_map"}
         names = [name for name in names if not name.endswith(".py") or "/" in name]
     for origin, found in (
-        ("config.json: ", config_redirects(config)),
-        ("tokenizer_config.json: ", _named(tokenizer_config, _TOKENIZER_KEYS)),
+        ("config.json: ", config_redirects(config, tuple(parts))),
+        ("tokenizer_config.json: ", _named(source.tokenizer_config(), _TOKENIZER_KEYS)),
         ("", file_redirects(names)),
     ):
         for redirect in found:

@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> Table:
     """Return the summary of a plan, one property a row."""
     recipe, dense = plan.recipe, plan.family.dense
     table = _properties()
-    _add(table, "model", f"{dense.model_type} → {plan.family.target.model_type}")
+    _add(table, "model", f"{dense.family.title} → {plan.family.target.title}")
     _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
     experts = f"{recipe.num_experts} per layer, {recipe.top_k} active"
     _add(table, "experts", f"{experts}, each {plan.expert_size} wide")
@@ -68,8 +68,8 @@ def picked(source: object, *names: str) -> dict[str, Any]:
 def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
     """Return a plan as a JSON object; `told` is what there is to warn of besides the plan."""
     return {
-        "model_type": plan.family.target.model_type,
-        "source_type": plan.family.dense.model_type,
+        "model_type": plan.family.target.outer_type,
+        "source_type": plan.source.config["model_type"],
         "source": plan.source.name,
         "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,

@@ -55,6 +55,11 @@ def overview_tables(found: Overview) -> Iterator[Table]:
     for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
         table.add_row("\n".join(targets), ", ".join(names))
     yield table
+    table = _headed("text model inside", "of", "becomes (first by default)")
+    for wrapper, texts in found.wrappers.items():
+        for text_type, targets in texts.items():
+            table.add_row(text_type, wrapper, ", ".join(targets))
+    yield table
     table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
     for target in found.targets:
         routings, runs = "\n".join(target.routings), "\n".join(runs_in(target))
@@ -74,6 +79,10 @@ def overview_json(found: Overview) -> dict[str, Any]:
     return {
         "status": "listed",
         "dense": {name: list(targets) for name, targets in found.dense.items()},
+        "wrappers": {
+            name: {text: list(targets) for text, targets in texts.items()}
+            for name, texts in found.wrappers.items()
+        },
         "targets": {target.name: target_json(target) for target in found.targets},
         "refused": dict(found.refused),
     }

@@ -45,6 +45,8 @@ COMPANIONS = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
+    "*preprocessor_config.json",  # of pictures, and of videos
+    "processor_config.json",
     "additional_chat_templates/*.jinja",
     "LICEN[CS]E*",
     "NOTICE*",

@@ -128,7 +128,7 @@ def output_tensors(
         if name != embedding:
             yield from maker.copied(name)
     head = family.target.head
-    if options.untie_embeddings and head not in map(family.target.name, source.tensors):
+    if options.untie_embeddings and head not in map(family.name, source.tensors):
         yield maker.output(head, maker.source(embedding), Role.HEAD)
 
 
@@ -190,7 +190,8 @@ class _Maker:
         if layer is not None:
             pieces = self.family.pieces.get(name.removeprefix(dense.prefix(layer)), ())
         if layer is None or not pieces:
-            yield self.output(target.name(name), self.source(name), Role.COPIED, layer)
+            found = self.family.name(name)
+            yield self.output(found, self.source(name), Role.COPIED, layer)
             return
         start, stored = 0, self._stored(name)
         for piece in pieces:

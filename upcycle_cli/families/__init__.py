@@ -18,6 +18,15 @@ from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
+from upcycle_cli.families.wrappers import (
+    INSIDE,
+    Inside,
+    as_loaded,
+    inner,
+    native_target,
+    wrapped_family,
+    wrapper_of,
+)
 from upcycle_cli.recipe import Routing
 
 _LISTED = "`upcycle families` lists what can be."
@@ -39,6 +48,13 @@ class Family:
         """Dense tensors that the target holds in another form."""
         return pieces_of(self.dense.family, self.target)
 
+    def name(self, source: str) -> str:
+        """Return what a dense tensor is called that is copied."""
+        here, there = self.dense.family.inside, self.target.inside
+        if here is not None and there is not None:
+            return here.moved(source, there)
+        return self.target.name(source)
+
 
 def pieces_of(family: DenseFamily, target: Target) -> Pieces:
     """Return the dense tensors that a target holds in another form; shipped code keeps all."""
@@ -50,8 +66,10 @@ def targets_of(family: DenseFamily) -> tuple[str, ...]:
     return family.targets + ((SHIPPED,) if family.classes else ())
 
 
-def dense_family(config: Mapping[str, Any]) -> DenseFamily:
-    """Return the family of a dense config.
+def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
+    """Return the family of a dense config, of a wrapper that of its text model.
+
+    Inside of a wrapper, how names begin is taken from `names`, those of the source's tensors.
 
     Raises UpcycleError for an MoE, a quantised model, or a model type that is not supported.
     """
@@ -63,7 +81,8 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
             f"this is a mixture of experts already (model_type {model_type}).",
             "Only a dense model can be upcycled; see what this one holds with `upcycle inspect`.",
         )
-    if model_type not in DENSE:
+    is_wrapper = wrapper_of(config) is not None
+    if model_type not in DENSE and not is_wrapper:
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
         raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _LISTED)
     quantization = config.get("quantization_config")
@@ -73,11 +92,17 @@ def dense_family(config: Mapping[str, Any]) -> DenseFamily:
             f"the weights are quantised ({method or 'quantization_config'} in config.json).",
             "Convert the bf16 or fp16 release of the model, and quantise the result.",
         )
-    return DENSE[model_type]
+    return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a type that can be upcycled, or a wrapper around one."""
+    return config.get("model_type") in DENSE or wrapper_of(config) is not None
 
 
 def is_moe(config: Mapping[str, Any]) -> bool:
     """Whether a config describes a mixture of experts, of whatever architecture."""
+    config = inner(config)
     model_type = str(config.get("model_type"))
     if model_type in DENSE and model_type in NATIVE:
         try:
@@ -93,6 +118,12 @@ def is_moe(config: Mapping[str, Any]) -> bool:
 def is_target(config: Mapping[str, Any]) -> bool:
     """Whether an MoE's config is of a type that upcycle makes."""
     model_type = str(config.get("model_type"))
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        text_type = inner(config)["model_type"]
+        if model_type == wrapper.upcycled:
+            return text_type in wrapper.texts
+        return text_type in wrapper.natives and wrapper.natives[text_type][0] == model_type
     if model_type in NATIVE:
         return model_type not in DENSE or is_moe(config)
     name = model_type.removeprefix(UPCYCLED_PREFIX)
@@ -106,15 +137,25 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     no sense.
     """
     model_type = str(config["model_type"])
+    wrapper = wrapper_of(config)
+    if wrapper is not None and model_type != wrapper.upcycled:
+        return native_target(inner(config)["model_type"], Inside(wrapper, wrapper.form(names)))
     if model_type in NATIVE:
         released = NATIVE[model_type]
         # Where there are both, it is the released names, and the others are surplus.
         kinds = released, replace(released, layer=IN_MEMORY)
         held = (row for row in kinds if any(name.startswith(row.root) for name in names))
         return next(held, released)
-    family = DENSE[model_type.removeprefix(UPCYCLED_PREFIX)]
+    family = upcycled_family(config, names)
     biased = any(name.endswith("_proj_bias") for name in names)
-    return shipped(family, read_dense(family, config).activation, biased=biased)
+    return shipped(as_loaded(family), read_dense(family, inner(config)).activation, biased=biased)
+
+
+def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
+    """Return the family that shipped code was made for; `names` as for `dense_family`."""
+    if wrapper_of(config) is not None:
+        return wrapped_family(config, names)
+    return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
 
 
 def choose(
@@ -132,23 +173,26 @@ def choose(
 
     Raises UpcycleError when none can, saying why of each.
     """
-    family = dense_family(config)
-    dense = read_dense(family, config)
+    family = dense_family(config, names)
+    dense = read_dense(family, inner(config))
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        known = target in NATIVE or target == SHIPPED
+        known = target in {*NATIVE, *INSIDE, SHIPPED}
         raise UpcycleError(
-            f"{family.model_type} cannot become {target}."
+            f"{family.title} cannot become {target}."
             if known
             else f"--target '{target}' is not a target.",
-            f"{'It' if known else family.model_type} can become {' or '.join(options)}.",
+            f"{'It' if known else family.title} can become {' or '.join(options)}.",
         )
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}
     for name in options:
-        row = shipped(family, dense.activation, biased=biased) if name == SHIPPED else NATIVE[name]
+        if name == SHIPPED:
+            row = shipped(as_loaded(family), dense.activation, biased=biased)
+        else:
+            row = native_target(name, family.inside)
         reason = _objection(row, dense, routing, chosen, biased=biased)
         if reason is not None:
             reasons[name] = reason

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.layers import block_types
@@ -19,6 +19,9 @@ from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.settings import Values
 from upcycle_cli.families.values import defaults_of, dimension, tensor_shapes
 from upcycle_cli.recipe import MlpKind
+
+if TYPE_CHECKING:
+    from upcycle_cli.families.wrappers import Inside
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -70,6 +73,8 @@ class DenseFamily:
     its causal LM there, for the shipped code; None without."""
     outgrown_code: bool = False
     """Whether released models carry code that transformers has had itself since."""
+    inside: Inside | None = None
+    """The wrapper that it is the text model of; `layer`, `embedding` and `head` are as it says."""
 
     def key(self, usual: str) -> str:
         """Return what its config calls a setting that most types call `usual`."""
@@ -79,6 +84,16 @@ class DenseFamily:
         """Return a config whose keys have the names that they have now."""
         said = {new: config[old] for old, new in self.older.items() if old in config}
         return {key: value for key, value in config.items() if key not in self.older} | said
+
+    @property
+    def title(self) -> str:
+        """The model type, after that of the wrapper where there is one."""
+        outer = "" if self.inside is None else f"{self.inside.wrapper.model_type} around "
+        return outer + self.model_type
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is the text model's, where there is something around it."""
+        return self.inside is None or self.inside.is_text(name)
 
     def norm_of(self, names: Collection[str], prefix: str) -> str | None:
         """Return the weight of the norm before a layer's MLP; `prefix` is how its names begin."""
@@ -183,11 +198,16 @@ class DenseModel:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must have; none where they are not known."""
-        return tensor_shapes(self.family.model_type, self.values, self.kinds)
+        found = tensor_shapes(self.family.model_type, self.values, self.kinds)
+        inside = self.family.inside
+        return found if inside is None else {inside.place(name): s for name, s in found.items()}
 
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
-    """Return what a config means; raises UpcycleError where it makes no sense."""
+    """Return what a config means, of a wrapper that of its text model alone.
+
+    Raises UpcycleError where it makes no sense.
+    """
     config = family.current(config)
     values = Values(config, family.model_type, family.keys)
     if family.blocks is None:

@@ -55,6 +55,7 @@ _TRIED = {
             "solar_open",
             "hunyuan_v1_moe",
             "lfm2_moe",
+            "qwen3_vl_moe_text",
         ),
         ("transformers",),
     ),
@@ -91,6 +92,7 @@ _SOME_LAYERS = {
             "deepseek_v3",
             "hy_v3",
             "nemotron_h",
+            "qwen3_vl_moe_text",
             _SHIPPED,
         ),
     ),
@@ -100,7 +102,9 @@ _SOME_LAYERS = {
 """By engine, the targets of which it was seen to run models that keep some dense MLPs."""
 _NOT_SOME_LAYERS = (("qwen3_moe", "llama.cpp"), ("nemotron_h", "llama.cpp"))
 """Targets and engines that do not load these; of others, nothing is known."""
-_NEVER_PER_EXPERT = (_SHIPPED, "granitemoe", "granitemoe_swa", "granitemoehybrid")
+_NEVER_PER_EXPERT = (
+    *(_SHIPPED, "granitemoe", "granitemoe_swa", "granitemoehybrid", "qwen3_vl_moe_text"),
+)
 """Targets none of whose layouts has a tensor per expert."""
 _NEWER_THAN_TRANSFORMERS_4 = (*("granitemoe_swa", "hy_v3", "lfm2_moe", "nemotron_h", "solar_open"),)
 """Targets that it has no class for."""
@@ -114,15 +118,17 @@ def engines(
     fused: bool,
     plain_attention: bool,
     every_layer: bool = True,
+    wrapped: bool = False,
 ) -> tuple[Engine, ...]:
     """Return what is known of each engine; one that is not listed was not tried.
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
     embeddings are not stretched: of anything else, only transformers was tried. `every_layer` says
-    that no dense MLP is left. "transformers 4" is listed where it differs.
+    that no dense MLP is left. Of a text model inside of another (`wrapped`), too, only transformers
+    was tried. "transformers 4" is listed where it differs.
     """
-    untried = set[str]() if plain_attention else {"vLLM", "llama.cpp", "MLX"}
+    untried = {"vLLM", "llama.cpp", "MLX"} if wrapped or not plain_attention else set[str]()
     if target.startswith(UPCYCLED_PREFIX):
         untried |= set() if target.endswith(_SHIPPED_IN_VLLM) else {"vLLM"}
         target = _SHIPPED

@@ -3,7 +3,8 @@
 It lies beside the weights as `modeling_upcycled.py`, since transformers has no Mixture-of-Experts
 class for this family. It takes attention, norms and embeddings from the dense family's own classes,
 and the form of the MLP (gated or not, biases, activation, dropout) from the dense MLP it replaces.
-The three imports that end in "as Dense..." are all that differs between families.
+The three imports that end in "as Dense..." are all that differs between families. Where they are of
+a model that has a text model inside, only the layers of that one get experts.
 
 Legend: B batch, S positions, T tokens (B·S), H hidden size, N experts, I an expert's intermediate
 size, K experts per token.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,22 +56,30 @@ class UpcycledConfig(DenseConfig):  # type: ignore[misc]
         output_router_logits: bool = False,
         **kwargs: Any,
     ) -> None:
-        if routing not in ROUTINGS:
-            raise ValueError(f"unknown routing {routing!r}: one of {', '.join(ROUTINGS)}")
-        if virtual_group_size < 1 or num_experts % virtual_group_size:
-            raise ValueError(f"no groups of {virtual_group_size} in {num_experts} experts")
         super().__init__(**kwargs)
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        inner: Any = getattr(self, "intermediate_size", None)
-        self.moe_intermediate_size = moe_intermediate_size or inner
-        self.routing = routing
-        self.routed_scaling_factor = routed_scaling_factor
-        self.moe_layers = list(range(self.num_hidden_layers)) if moe_layers is None else moe_layers
-        # Experts that hold the parts of one MLP, whose router rows get the mean of their gradients.
-        self.virtual_group_size = virtual_group_size
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.output_router_logits = output_router_logits
+        text: Any = self.get_text_config()  # itself, unless there is a text model inside
+        settings = {
+            "num_experts": num_experts,
+            "num_experts_per_tok": num_experts_per_tok,
+            "moe_intermediate_size": moe_intermediate_size
+            or getattr(text, "intermediate_size", None),
+            "routing": routing,
+            "routed_scaling_factor": routed_scaling_factor,
+            "moe_layers": list(range(text.num_hidden_layers)) if moe_layers is None else moe_layers,
+            # Experts that hold the parts of one MLP, whose router rows get the mean of their
+            # gradients.
+            "virtual_group_size": virtual_group_size,
+            "router_aux_loss_coef": router_aux_loss_coef,
+            "output_router_logits": output_router_logits,
+        }
+        for key, value in settings.items():
+            if text is self or not hasattr(text, key):
+                setattr(text, key, value)
+        size, num_experts = text.virtual_group_size, text.num_experts
+        if size < 1 or num_experts % size:
+            raise ValueError(f"no groups of {size} in {num_experts} experts")
+        if text.routing not in ROUTINGS:
+            raise ValueError(f"unknown routing {text.routing!r}: one of {', '.join(ROUTINGS)}")
 
 
 class UpcycledRouter(nn.Module):
@@ -241,11 +251,12 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _turn_into_experts(model: Any) -> None:
-    layers = next(child for child in model.children() if isinstance(child, nn.ModuleList))
-    for index in model.config.moe_layers:
+    config, text = model.config.get_text_config(), getattr(model, "language_model", model)
+    layers = next(child for child in text.children() if isinstance(child, nn.ModuleList))
+    for index in config.moe_layers:
         children = layers[index].named_children()
         [(name, dense)] = [pair for pair in children if _is_mlp(pair[1])]
-        setattr(layers[index], name, UpcycledMoe(model.config, dense))
+        setattr(layers[index], name, UpcycledMoe(config, dense))
 
 
 class UpcycledModel(_Upcycled, DenseModel):  # type: ignore[misc]
@@ -277,31 +288,34 @@ class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
     @wraps(DenseForCausalLM.forward)
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: Any = None,
         *args: Any,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the dense family's forward, and balance the routers on the way."""
+        # Which of them comes second differs between text models and others.
+        names = [*signature(DenseForCausalLM.forward).parameters][1:]
+        kwargs |= dict(zip(names, args, strict=False))
+        config = self.config.get_text_config()
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = config.output_router_logits
         is_noted = self.training or output_router_logits
         routers = [m for m in self.modules() if isinstance(m, UpcycledRouter) and is_noted]
         records: list[tuple[torch.Tensor, ...]] = []
         try:
             for router in routers:
                 router.records = records
-            output = super().forward(input_ids, attention_mask, *args, return_dict=True, **kwargs)
+            output = super().forward(return_dict=True, **kwargs)
         finally:
             # What a checkpoint runs again in the backward pass is not noted a second time.
             for router in routers:
                 router.records = None
         if records:
-            output["aux_loss"] = _balancing_loss(records, attention_mask).to(output.logits.device)
+            loss = _balancing_loss(records, kwargs.get("attention_mask"))
+            output["aux_loss"] = loss.to(output.logits.device)
             if output.loss is not None:
-                weight = self.config.router_aux_loss_coef
+                weight = config.router_aux_loss_coef
                 labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
                 if labels is not None and num_items is not None:
                     # A part of an optimizer's step: the losses of all parts are added up.
@@ -309,7 +323,8 @@ class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
                 output["loss"] = output.loss + weight * output["aux_loss"]
             if output_router_logits:
                 output["router_logits"] = tuple(logits_TN for logits_TN, _, _ in records)
-            output = MoeCausalLMOutputWithPast(**output)
+            if output.keys() <= MoeCausalLMOutputWithPast.__dataclass_fields__.keys():
+                output = MoeCausalLMOutputWithPast(**output)
         is_dict = self.config.return_dict if return_dict is None else return_dict
         return output if is_dict else output.to_tuple()
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families.dense import DenseModel
-from upcycle_cli.families.layers import (
-    LayerChoice,
-)
+from upcycle_cli.families.layers import LayerChoice
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import Routing
+
+if TYPE_CHECKING:
+    from upcycle_cli.families.wrappers import Inside
 
 IN_MEMORY = "model.layers.{layer}."
 """How transformers 5 has a layer's names begin in memory, and saves them when told to."""
@@ -140,6 +141,31 @@ class Target:
     """Why it cannot express a model, or None when it can."""
     settings: Callable[[DenseModel], dict[str, Any]] = lambda _: {}
     """The config keys of its own that it needs beside the shared ones."""
+    inside: Inside | None = None
+    """The wrapper that it is the text model of; `architecture` and names are as it says."""
+
+    @property
+    def outer_type(self) -> str:
+        """The model type of the whole: the wrapper's where it is inside of one."""
+        if self.inside is None:
+            return self.model_type
+        wrapper = self.inside.wrapper
+        return wrapper.upcycled if self.ships_code else wrapper.natives[self.model_type][0]
+
+    @property
+    def title(self) -> str:
+        """The model type, after that of the wrapper where there is one."""
+        if self.inside is None or self.ships_code:
+            return self.outer_type
+        return f"{self.outer_type} around {self.model_type}"
+
+    @property
+    def balances(self) -> bool:
+        """Whether transformers adds an auxiliary loss in training that balances the experts."""
+        if self.ships_code:
+            return True
+        wraps = self.inside is None or self.inside.wrapper.balances
+        return wraps and "router_aux_loss_coef" in defaults_of(self.model_type)
 
     @property
     def ships_code(self) -> bool:

@@ -43,7 +43,7 @@ from upcycle_cli.families.moe_settings import (
     odd_thetas,
     window_settings,
 )
-from upcycle_cli.families.shipped import ARCHITECTURE, AUTO_MAP, UPCYCLED_PREFIX
+from upcycle_cli.families.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.recipe import Routing
 
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
@@ -361,7 +361,7 @@ def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
     )
     return Target(
         model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
-        architecture=ARCHITECTURE,
+        architecture=ARCHITECTURE if family.inside is None else WRAPPED_ARCHITECTURE,
         routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
         layouts={ExpertLayout.FUSED: layout},
         keys=Keys(
@@ -375,5 +375,5 @@ def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
         renamed=family.renamed,
         head=in_memory(family.head, family.renamed),
         correction_bias=CorrectionBias(name=f"{module}.gate.e_score_correction_bias"),
-        settings=lambda _: {"auto_map": dict(AUTO_MAP)},
+        inside=family.inside,
     )

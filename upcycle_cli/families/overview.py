@@ -14,7 +14,7 @@ from upcycle_cli.families.moe import ExpertLayout, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.translate import has_plain_attention
-from upcycle_cli.families.values import defaults_of
+from upcycle_cli.families.wrappers import INSIDE, WRAPPERS, inner, wrapped_family
 from upcycle_cli.recipe import Routing
 
 
@@ -42,6 +42,8 @@ class Overview:
 
     dense: Mapping[str, tuple[str, ...]]
     """By dense model type its targets; that which convert takes first."""
+    wrappers: Mapping[str, Mapping[str, tuple[str, ...]]]
+    """Model types that have a text model inside, by its type what that can become there."""
     targets: tuple[TargetFacts, ...]
     refused: Mapping[str, str]
     """Dense model types that cannot be upcycled, with the reason."""
@@ -53,8 +55,19 @@ def overview() -> Overview:
     # Of any family, since not each was run in every engine.
     anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
     code = shipped(DENSE[anyone], "silu", biased=False)
-    targets = tuple(_facts(name, row) for name, row in {**NATIVE, SHIPPED: code}.items())
-    return Overview(dense=dense, targets=targets, refused=dict(sorted(REFUSED.items())))
+    rows = {**NATIVE, **INSIDE, SHIPPED: code}
+    targets = tuple(_facts(name, row) for name, row in rows.items())
+    refused = dict(sorted(REFUSED.items()))
+    return Overview(dense=dense, wrappers=_wrappers(), targets=targets, refused=refused)
+
+
+def _wrappers() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, row in sorted(WRAPPERS.items()):
+        for text_type in row.texts:
+            config = {"model_type": name, "text_config": {"model_type": text_type}}
+            found.setdefault(name, {})[text_type] = targets_of(wrapped_family(config, ()))
+    return found
 
 
 def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFacts, ...]:
@@ -72,7 +85,8 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
         none = TargetFacts(name=name, routings=(), layers="", engines={}, balanced="")
         return replace(none, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    return _facts(name, family.target, tied=tied, plain_attention=has_plain_attention(config))
+    plain = has_plain_attention(inner(config))
+    return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 
 def _facts(
@@ -82,12 +96,17 @@ def _facts(
     fused = row.layout(None) is ExpertLayout.FUSED
     for routing in row.routings:
         for engine in engines(
-            row.model_type, routing, tied=tied, fused=fused, plain_attention=plain_attention
+            row.model_type,
+            routing,
+            tied=tied,
+            fused=fused,
+            plain_attention=plain_attention,
+            wrapped=row.inside is not None,
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)
     balanced = "nothing" if row.correction_bias is None else "bias"
-    if row.ships_code or "router_aux_loss_coef" in defaults_of(row.model_type):
+    if row.balances:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
     return TargetFacts(
         name=name,

@@ -12,23 +12,31 @@ from importlib.resources import files
 
 CODE_NAME = "modeling_upcycled.py"
 ARCHITECTURE = "UpcycledForCausalLM"
+WRAPPED_ARCHITECTURE = "UpcycledForConditionalGeneration"
 UPCYCLED_PREFIX = "upcycled_"
 """How the model type begins; that of the dense family follows."""
-
-AUTO_MAP = {
-    "AutoConfig": "modeling_upcycled.UpcycledConfig",
-    # Engines build the base model, not the causal LM.
-    "AutoModel": "modeling_upcycled.UpcycledModel",
-    "AutoModelForCausalLM": "modeling_upcycled.UpcycledForCausalLM",
-}
 
 _ROLES = ("DenseConfig", "DenseModel", "DenseForCausalLM")
 
 
-def modeling_code(classes: tuple[str, str, str]) -> str:
+def auto_map(*, wrapped: bool) -> dict[str, str]:
+    """Return what a config says of the code; `wrapped` of a model that has a text model inside."""
+    name, whole = (
+        ("ImageTextToText", WRAPPED_ARCHITECTURE) if wrapped else ("CausalLM", ARCHITECTURE)
+    )
+    return {
+        "AutoConfig": "modeling_upcycled.UpcycledConfig",
+        # Engines build the base model, not the causal LM.
+        "AutoModel": "modeling_upcycled.UpcycledModel",
+        f"AutoModelFor{name}": f"modeling_upcycled.{whole}",
+    }
+
+
+def modeling_code(classes: tuple[str, str, str], *, wrapped: bool = False) -> str:
     """Return the text of a model's `modeling_upcycled.py`.
 
-    `classes` are the dense family's config, base model and causal LM, as transformers exports them.
+    `classes` are the dense family's config, base model and causal LM, as transformers exports them,
+    or of a model that has a text model inside its own three.
     """
     text = files(__package__).joinpath(CODE_NAME).read_text(encoding="utf-8")
     for role, name in zip(_ROLES, classes, strict=True):
@@ -39,4 +47,4 @@ def modeling_code(classes: tuple[str, str, str]) -> str:
             flags=re.MULTILINE,
         )
         assert count == 1, f"{CODE_NAME} imports {count} classes as {role}"
-    return text
+    return text.replace("ForCausalLM", "ForConditionalGeneration") if wrapped else text

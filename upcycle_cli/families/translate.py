@@ -11,7 +11,9 @@ from typing import Any
 
 from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.moe import Target
+from upcycle_cli.families.shipped import auto_map
 from upcycle_cli.families.values import defaults_of
+from upcycle_cli.families.wrappers import inner, parts, with_inner
 from upcycle_cli.recipe import Recipe
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -36,31 +38,55 @@ def moe_config(
 
     `dtype` is torch's name for the output dtype, or None to leave what the source says.
     """
-    result = dense.family.current(config) | {"architectures": [target.architecture]}
-    if target.model_type != dense.model_type:
+    current = dense.family.current(inner(config))
+    text = _text_config(current, dense, target, recipe, layers)
+    tied = dense.values.get("tie_word_embeddings", False) and not untie_embeddings
+    result = text
+    if target.inside is not None:
+        native = None if target.ships_code else target.outer_type
+        result = with_inner(config, text, native)
+        text["tie_word_embeddings"] = tied  # which some wrappers take over
+    result |= {
+        "architectures": [target.architecture],
+        "model_type": target.outer_type,
+        "tie_word_embeddings": tied,
+    }
+    result.pop("auto_map", None)  # code that transformers has itself by now
+    if target.ships_code:
+        result["auto_map"] = auto_map(wrapped=target.inside is not None)
+    if dtype is not None:
+        result |= {"dtype": dtype, "torch_dtype": dtype}
+    # A local path of the person who saved it belongs to nobody.
+    for held in (result, *(result[part] for part in parts(result))):
+        if str(held.get("_name_or_path", "")).startswith(("/", "~")):
+            del held["_name_or_path"]
+    return result
+
+
+def _text_config(
+    config: Mapping[str, Any],
+    dense: DenseModel,
+    target: Target,
+    recipe: Recipe,
+    layers: Sequence[int],
+) -> dict[str, Any]:
+    """Return what the MoE's config says of its text model, which mostly is the whole."""
+    result = dict(config)
+    if not target.ships_code:
         result["model_type"] = target.model_type
     # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
     for key in (*_ALIASED, *target.keys.aliases):
         result.pop(key, None)
-    result.pop("auto_map", None)  # code that transformers has itself by now
     if not target.ships_code:
         result |= _effective(dense, target)
     result |= _rope(config, dense, target)
-    tied = dense.values.get("tie_word_embeddings", False)
-    result["tie_word_embeddings"] = tied and not untie_embeddings
     balancing = {
         "router_aux_loss_coef": 0.01,  # the paper's load-balancing coefficient
         "output_router_logits": False,
     }
     known = balancing if target.ships_code else defaults_of(target.model_type)
     result |= {key: value for key, value in balancing.items() if key in known}
-    result |= target.settings(dense) | _choices(dense, target, recipe, layers)
-    if dtype is not None:
-        result |= {"dtype": dtype, "torch_dtype": dtype}
-    # A local path of the person who saved it belongs to nobody.
-    if str(result.get("_name_or_path", "")).startswith(("/", "~")):
-        del result["_name_or_path"]
-    return result
+    return result | target.settings(dense) | _choices(dense, target, recipe, layers)
 
 
 def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:

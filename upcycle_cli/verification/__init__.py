@@ -23,9 +23,10 @@ from pathlib import Path
 
 from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families import is_moe, is_target
+from upcycle_cli.families import dense_family, is_known, is_moe, is_target
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.wrappers import WRAPPERS, parts
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model
@@ -105,12 +106,8 @@ def verify(
 
 def _gather(dense: Path, moe: Path, names: Sequence[str], *, allow_inexact: bool) -> Facts:
     source = open_checkpoint(dense)
-    refuse_redirects(
-        source.config,
-        source.tokenizer_config(),
-        source.storage.names(),
-        outgrown=DENSE[source.config["model_type"]].outgrown_code,
-    )
+    outgrown = dense_family(source.config).outgrown_code
+    refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
@@ -144,10 +141,10 @@ def _check_kind(path: Path, *, moe: bool) -> None:
         raise UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
     config = read_json(directory.local(CONFIG_NAME))
     model_type = config.get("model_type")
-    known = str(model_type) in DENSE
+    known = is_known(config)
     if is_target(config) if moe else known and not is_moe(config):
         return
-    types = f"A dense model that upcycle reads has model type {' or '.join(DENSE)}"
+    types = f"A dense model that upcycle reads has model type {' or '.join((*DENSE, *WRAPPERS))}"
     if moe:
         native = " or ".join(NATIVE)
         types = f"An MoE that upcycle can make has model type {native}, or its own code"

@@ -44,10 +44,11 @@ def unequal(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def difference(held: torch.Tensor, wanted: torch.Tensor) -> str:
     """Say where two tensors of one shape differ first, and in how many elements."""
     different = unequal(held, wanted)
-    rows = different.flatten(1).any(dim=1) if different.dim() > 1 else different
-    where: tuple[int, ...] = (int(rows.nonzero()[0]),)
-    if different.dim() > 1:
-        where += (int(different[where].nonzero()[0]),)
+    where: tuple[int, ...] = ()
+    while len(where) < different.dim():  # all places at once would take more than the tensors
+        part = different[where]
+        rows = part.flatten(1).any(dim=1) if part.dim() > 1 else part
+        where += (int(rows.nonzero()[0]),)
     return (
         f"differs in {int(different.sum())} of {different.numel()} elements, first at {[*where]}: "
         f"{float(held[where]):.8g} instead of {float(wanted[where]):.8g}"

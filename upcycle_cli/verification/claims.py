@@ -150,7 +150,7 @@ def _logit_std_failures(facts: Facts) -> Iterator[str]:
 
 
 def _option_failures(facts: Facts) -> Iterator[str]:
-    configs = facts.dense.config, facts.moe.config
+    configs = facts.dense_config, facts.moe_config
     tied, tied_moe = (bool(config.get("tie_word_embeddings", False)) for config in configs)
     data, untied = facts.record.data, facts.record.data.get("untie_embeddings")
     if tied and untied is tied_moe:

@@ -64,7 +64,7 @@ def changed_form(
     """
     if config is None and facts.pieces:
         try:
-            config = load_config(facts.dense.path)
+            config = load_config(facts.dense.path).get_text_config()
         except TransformersError as error:
             raise UpcycleError(f"transformers cannot read {facts.dense.path}: {error}") from error
     found = {}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.families import pieces_of
@@ -20,6 +21,7 @@ from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.pieces import Piece
+from upcycle_cli.families.wrappers import inner
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
 _SAMPLE_SPREAD = 1.5
@@ -164,6 +166,16 @@ class Facts:
         shape = weight.shape(self.expert_size, self.hidden_size)
         return shape if "{expert}" in weight.name else (self.num_experts, *shape)
 
+    @cached_property
+    def dense_config(self) -> Mapping[str, Any]:
+        """What the dense model's config says of its text model, which mostly is the whole."""
+        return inner(self.dense.config)
+
+    @cached_property
+    def moe_config(self) -> Mapping[str, Any]:
+        """What the MoE's config says of its text model, which mostly is the whole."""
+        return inner(self.moe.config)
+
     def in_moe(self, name: str) -> tuple[str, ...]:
         """Return what the MoE calls a dense tensor: of an MLP the first that was made of it.
 
@@ -173,6 +185,10 @@ class Facts:
             return (self.became[name],)
         if name in self.pieces:
             return tuple(found for found, _ in self.pieces[name])
+        here, there = self.family.inside, self.target.inside
+        if here is not None and there is not None:
+            loaded = here.loaded(name)
+            return (self._loaded.get(loaded, there.unloaded(loaded)),)
         root = self.family.layer.partition("layers.")[0]
         kept = self.target.root + name.removeprefix(root) if name.startswith(root) else name
         return (self.target.name(kept),)
@@ -188,6 +204,12 @@ class Facts:
             for name, pieces in pieces_of(self.family, self.target).items()
             if self._prefix(layer) + name in self.dense.tensors.keys() - self.became.keys()
         }
+
+    @cached_property
+    def _loaded(self) -> Mapping[str, str]:
+        """The MoE's tensors by the names that transformers has in memory, inside of a wrapper."""
+        inside = self.target.inside
+        return {} if inside is None else {inside.loaded(name): name for name in self.moe.tensors}
 
     @cached_property
     def became(self) -> Mapping[str, str]:

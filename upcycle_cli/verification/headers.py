@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.families.moe import Target
+from upcycle_cli.families.wrappers import LOADED, Inside, inner
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import Shapes, TransformersError, empty_shapes
 from upcycle_cli.verification.sizes import find_layout
@@ -25,7 +26,7 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
         entry = moe.tensors.get(name)
         if entry is None:
             # A tied head is the embedding, and needs no tensor of its own.
-            if name != target.head or not moe.config.get("tie_word_embeddings", False):
+            if name != target.head or not inner(moe.config).get("tie_word_embeddings", False):
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
@@ -41,7 +42,13 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
     """
     in_memory, written = empty_shapes(moe.path, layers=layers, **sizes)
     *_, fused = target.layouts.values()
-    if find_layout(moe, target) != fused:
+    is_fused, inside = find_layout(moe, target) == fused, target.inside
+    if inside is not None:
+        shapes, form = (in_memory, LOADED) if is_fused else (written, inside.wrapper.released)
+        held = {inside.loaded(name): name for name in moe.tensors}
+        loaded = {inside.loaded(name, form): shape for name, shape in shapes.items()}
+        return {held.get(name, inside.unloaded(name)): shape for name, shape in loaded.items()}
+    if not is_fused:
         return written
     # All but the experts have the names of released checkpoints, if the experts have.
     memory, disk = "model.", target.root
@@ -49,6 +56,16 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
         disk + name.removeprefix(memory) if name.startswith(memory) else name: shape
         for name, shape in in_memory.items()
     }
+
+
+def _released(facts: Facts, layers: int, **sizes: int) -> Shapes:
+    """Return the tensors that the dense model's config.json implies, by the names it has."""
+    _, written = empty_shapes(facts.dense.path, layers=layers, **sizes)
+    inside = facts.family.inside
+    if inside is None:
+        return written
+    released = Inside(inside.wrapper, inside.wrapper.released)
+    return {released.moved(name, inside): shape for name, shape in written.items()}
 
 
 def geometry_failures(facts: Facts) -> Iterator[str]:
@@ -61,7 +78,7 @@ def geometry_failures(facts: Facts) -> Iterator[str]:
     twice_moe = {facts.target.keys.expert_size: 2 * facts.expert_size}
     num = layer + 1
     try:
-        dense = [empty_shapes(facts.dense.path, layers=num, **s)[1] for s in ({}, twice_dense)]
+        dense = [_released(facts, num, **sizes) for sizes in ({}, twice_dense)]
         moe = [expected(facts.moe, facts.target, layers=num, **s) for s in ({}, twice_moe)]
     except TransformersError as error:
         yield f"transformers cannot make the models to compare their shapes: {error}"

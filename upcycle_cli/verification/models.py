@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.shipped import AUTO_MAP
 from upcycle_cli.verification.shipped import known
 
 MOST_TOKENS = 1024
@@ -113,10 +112,11 @@ def empty_shapes(path: Path, *, layers: int | None = None, **sizes: int) -> tupl
     """
     config = load_config(path)
     with transformers_says():
+        text = config.get_text_config()
         for key, value in sizes.items():
-            setattr(config, key, value)
+            setattr(text, key, value)
         if layers is not None:
-            shorten(config, layers)
+            shorten(text, layers)
         model = empty_model(config, "meta")
         held = model.state_dict()
         return _shapes(held), _shapes(names_on_disk(model, held))
@@ -141,25 +141,41 @@ def empty_model(config: Config, device: str) -> Model:
     """Return a model that no weights were loaded for, in evaluation mode, on torch's device."""
     import torch
 
-    _, auto_model, _ = _transformers()
     with torch.device(device), known(config.model_type):
-        return auto_model.from_config(config).eval()
+        return _auto_class(config).from_config(config).eval()
+
+
+def _auto_class(config: Config) -> Any:  # noqa: ANN401
+    """Return the class that makes the whole model of a config."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config.get_text_config() is not config:
+        return transformers.AutoModelForImageTextToText
+    # Some text models are nothing but a part of another.
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
 
 
 def decoder_layers(model: Model) -> Model:
-    """Return the list of a causal LM's layers."""
+    """Return the list of the layers of a causal LM, or of the text model inside of another."""
     from torch.nn import ModuleList
 
-    return next(child for child in model.base_model.children() if isinstance(child, ModuleList))
+    base = model.base_model
+    text = getattr(base, "language_model", base)
+    return next(child for child in text.children() if isinstance(child, ModuleList))
 
 
 def class_of(target: Target) -> str:
-    """Return the name of an architecture's causal LM, of transformers' or of the shipped code."""
+    """Return the name of an architecture's class, of transformers' or of the shipped code."""
     from transformers.models.auto import modeling_auto
 
+    if target.ships_code:
+        return target.architecture
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    own = AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]
-    return own if target.ships_code else str(names[target.model_type])
+    if target.inside is not None:
+        names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return str(names[target.outer_type])
 
 
 def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ def make_prompt(facts: Facts, options: TextOptions) -> Prompt:
     import torch
 
     config, context, prompts = load_config(facts.moe.path), options.context, options.prompts
+    config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or _ROW
     if context is not None and context > longest:
         raise UpcycleError(

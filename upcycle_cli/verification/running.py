@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families.wrappers import Inside
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import Model, TransformersError, decoder_layers
 from upcycle_cli.verification.steps import Steps
@@ -31,10 +32,13 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
 
     Raises UpcycleError when transformers cannot make it.
     """
+    find = _finder(facts.dense, facts.family.inside, "model.")
 
     def tensor(name: str) -> Stored | None:
-        if name not in facts.dense.tensors:
+        found = find(name)
+        if found is None:
             return None
+        name = found
         entry = facts.moe.tensors.get(facts.in_moe(name)[0])
         # An untied head in the dense model, a tied one in the MoE: nothing was rounded.
         narrow = rounded and entry is not None
@@ -45,6 +49,25 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
         return stored_model(facts.dense.path, tensor, {})
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {facts.dense.path}: {error}") from error
+
+
+def _finder(
+    checkpoint: Checkpoint, inside: Inside | None, root: str
+) -> Callable[[str], str | None]:
+    """Return what finds a tensor by the name that transformers writes, or has in memory."""
+    if inside is None:
+
+        def names(name: str) -> Iterator[str]:
+            # Fused experts come with the names that a model has in memory, but for the beginning.
+            yield from (name, root + name.removeprefix("model."))
+    else:
+        loaded = {inside.loaded(name): name for name in checkpoint.tensors}
+        released = Inside(inside.wrapper, inside.wrapper.released)
+
+        def names(name: str) -> Iterator[str]:
+            yield from (loaded.get(name, ""), released.moved(name, inside))
+
+    return lambda name: next((known for known in names(name) if known in checkpoint.tensors), None)
 
 
 def rounds(facts: Facts) -> bool:
@@ -67,17 +90,14 @@ def moe_model(
     `copied` are the layers in which the experts of a shard were found to be the same bytes: each of
     them is run once for a token, with the sum of its copies' gates.
     """
-    disk = facts.target.root
+    find = _finder(facts.moe, facts.target.inside, facts.target.root)
 
     def stored(*pieces: torch.Tensor) -> Stored:
         return Stored(pieces, lambda held: held.to(dtype), dtype)
 
     def tensor(name: str) -> Stored | None:
-        # Fused experts come with the names that a model has in memory, but for their beginning.
-        for known in (name, disk + name.removeprefix("model.")):
-            if known in facts.moe.tensors:
-                return stored(reader.tensor(known))
-        return None
+        found = find(name)
+        return None if found is None else stored(reader.tensor(found))
 
     def stack(layer: int, parts: Sequence[str]) -> Stack:
         def expert(number: int) -> Stored:

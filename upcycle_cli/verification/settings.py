@@ -14,6 +14,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME, ITEM_BYTES, TORCH_DTYPES, Checkp
 from upcycle_cli.errors import shown
 from upcycle_cli.families.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.families.moe import Target
+from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.redirects import REDIRECTS, config_redirects
 from upcycle_cli.verification.dtypes import kept_wide
 from upcycle_cli.verification.facts import Facts
@@ -50,11 +51,12 @@ def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> 
     wanted, architectures = [architecture], moe.config.get("architectures")
     if architectures != wanted:
         yield f"{CONFIG_NAME}: architectures is {shown(architectures)}, not {wanted!r}"
+    text, inside = inner(moe.config), tuple(parts(moe.config))
     for failure in (
-        *config_redirects({key: moe.config[key] for key in moe.config.keys() - own}),
-        *_block_failures(moe.config),
-        *_rope_failures(moe.config),
-        *_value_failures(moe.config),
+        *config_redirects({key: moe.config[key] for key in moe.config.keys() - own}, inside),
+        *_block_failures(text),
+        *_rope_failures(text),
+        *_value_failures(text),
     ):
         yield f"{CONFIG_NAME}: {failure}"
 
@@ -64,7 +66,12 @@ def setting_failures(facts: Facts) -> Iterator[str]:
     try:
         dense, moe = load_config(facts.dense.path), load_config(facts.moe.path)
         with transformers_says():  # which has settings that cannot be read, too
-            yield from _setting_failures(facts, dense, moe)
+            # The reverse is --untie-embeddings; whether its head is right is for the weights check.
+            if moe.tie_word_embeddings and not dense.tie_word_embeddings:
+                yield _difference("tie_word_embeddings", "true", "false")
+            yield from _setting_failures(facts, dense.get_text_config(), moe.get_text_config())
+            yield from _outer_failures(facts, dense, moe)
+            yield from _dtype_failures(facts)
     except TransformersError as error:
         yield f"transformers cannot read config.json: {error}"
 
@@ -75,14 +82,12 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
         if not _same(ours[key], value):
             yield _difference(key, ours[key], value)
     yield from _window_failures(facts, dense, moe)
-    # The reverse is --untie-embeddings; whether its head is right is for the weights check.
-    if moe.tie_word_embeddings and not dense.tie_word_embeddings:
-        yield "tie_word_embeddings is true by the MoE's config.json, false by the dense model's"
     keys, shared = facts.target.keys, facts.target.shared
     judged: set[str | None] = {*_JUDGED_BY_OTHERS, *REDIRECTS, *BLOCK_KEYS}
     size = getattr(moe, "virtual_group_size", 1)
     if size not in (1, facts.granularity):
         yield f"virtual_group_size is {size}, and there are {facts.granularity} experts in a group"
+    judged |= {"virtual_group_size"} if facts.target.ships_code else set()
     judged |= {*keys.aliases, keys.num_experts, keys.top_k, keys.expert_size, keys.scale}
     judged |= {*(keys.routing or ())[:1], *facts.target.layers.keys}
     if not facts.target.ships_code:
@@ -96,15 +101,32 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     # training there is `_value_failures`.
     own_keys = {*vars(type(moe)()), *type(moe).attribute_map}
     judged |= {key for key in own_keys if not hasattr(dense, key)}
-    for key in {**dense.to_dict(), **facts.dense.config, **facts.moe.config}:
+    for key in {**dense.to_dict(), **facts.dense_config, **facts.moe_config}:
         if key not in judged:
             yield from _key_failures(facts, key, dense, moe)
-    yield from _dtype_failures(facts)
+
+
+def _outer_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
+    """Hold what surrounds a text model against what surrounds that of the dense model."""
+    if facts.target.inside is None:
+        return
+    own = {*_JUDGED_BY_OTHERS, *REDIRECTS, "text_config"}
+    # They may be among the wrapper's own settings.
+    own |= set() if "text_config" in facts.dense.config else facts.dense_config.keys()
+    ours, theirs = (_without_names(config.to_dict()) for config in (moe, dense))
+    ours |= facts.moe.config
+    theirs |= facts.dense.config
+    for key in sorted({*ours, *theirs} - own):
+        one, other = (held.get(key, _ABSENT) for held in (ours, theirs))
+        if key in parts(facts.moe.config):
+            one, other = (_without_names(getattr(config, key).to_dict()) for config in (moe, dense))
+        if not _same(one, other):
+            yield _difference(key, one, other)
 
 
 def setting_notes(facts: Facts) -> Iterator[str]:
     """Say what is right, and what some readers still get wrong."""
-    config = facts.moe.config
+    config = facts.moe_config
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and "rope_theta" not in config:
         yield (
@@ -238,13 +260,13 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
     for key, value in implied.items():
         by_moe = hasattr(type(moe)(), key)
         # Where there are windows, every key is needed: each has a default of its own.
-        written = facts.moe.config.get(key, None if sliding and by_moe else value)
+        written = facts.moe_config.get(key, None if sliding and by_moe else value)
         if key == "sliding_window":
             written = written or None  # transformers writes 0 where there is none
         if key == "layer_types" and isinstance(written, list):
             written = [OLD_BLOCKS.get(str(kind), kind) for kind in written]
         # What neither architecture reads may have come from the dense model.
-        kept = _same(written, facts.dense.config.get(key, _ABSENT))
+        kept = _same(written, facts.dense_config.get(key, _ABSENT))
         kept = kept and (not by_moe or type(dense) in type(moe).__mro__[:2])
         if not kept and not _same(written, value):
             made = f"and the windows of the layers make it {shown(value)}"
@@ -253,7 +275,7 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
 
 def _key_failures(facts: Facts, key: str, dense: Config, moe: Config) -> Iterator[str]:
     """Judge one key; `dense` and `moe` are transformers' configs."""
-    written, original = (held.config.get(key, _ABSENT) for held in (facts.moe, facts.dense))
+    written, original = (held.get(key, _ABSENT) for held in (facts.moe_config, facts.dense_config))
     ours, theirs, usual = (getattr(config, key, _ABSENT) for config in (moe, dense, type(moe)()))
     if theirs is not _ABSENT and ours is not _ABSENT:
         if not _same(ours, theirs):
@@ -290,3 +312,9 @@ def _dtype_failures(facts: Facts) -> Iterator[str]:
         value = facts.moe.config.get(key)
         if value is not None and value not in kept and stored != {value}:
             yield f"{CONFIG_NAME}: {key} is {shown(value)}, which is not the dtype of all tensors"
+
+
+def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config but for what the model is called, who wrote it, and how it was loaded."""
+    names = ("architectures", "model_type", "transformers_version", "_name_or_path", "dtype")
+    return {key: value for key, value in config.items() if key not in names}

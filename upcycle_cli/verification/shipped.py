@@ -16,14 +16,18 @@ from types import ModuleType
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.families import upcycled_family
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.shipped import AUTO_MAP, CODE_NAME, UPCYCLED_PREFIX, modeling_code
+from upcycle_cli.families.shipped import CODE_NAME, UPCYCLED_PREFIX, auto_map, modeling_code
+from upcycle_cli.families.wrappers import wrapper_of
 from upcycle_cli.files import MOST_JSON_BYTES, read_small
 
 
 def _code_for(model_type: str) -> str:
-    return modeling_code(DENSE[model_type.removeprefix(UPCYCLED_PREFIX)].class_names)
+    wrapper = wrapper_of({"model_type": model_type})
+    if wrapper is not None:
+        return modeling_code(wrapper.classes, wrapped=True)
+    return modeling_code(upcycled_family({"model_type": model_type}).class_names)
 
 
 def code_failure(moe: Checkpoint, target: Target) -> str | None:
@@ -34,9 +38,9 @@ def code_failure(moe: Checkpoint, target: Target) -> str | None:
         held = read_small(moe.storage.local(CODE_NAME), MOST_JSON_BYTES)
     except (UpcycleError, OSError) as error:
         return f"{CODE_NAME} cannot be read: {error}"
-    if held != _code_for(target.model_type).encode():
+    if held != _code_for(target.outer_type).encode():
         return f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
-    if moe.config.get("auto_map") != AUTO_MAP:
+    if moe.config.get("auto_map") != auto_map(wrapped=target.inside is not None):
         return f"config.json: auto_map does not name the classes of {CODE_NAME}"
     return None
 
@@ -61,21 +65,22 @@ def known(model_type: str) -> Iterator[None]:
     if not model_type.startswith(UPCYCLED_PREFIX):
         yield
         return
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-    from transformers.models.auto import modeling_auto
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     module = _classes(model_type)
     config = module.UpcycledConfig
-    AutoConfig.register(model_type, config, exist_ok=True)
-    AutoModel.register(config, module.UpcycledModel, exist_ok=True)
-    AutoModelForCausalLM.register(config, module.UpcycledForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register(model_type, config, exist_ok=True)
+    named = auto_map(wrapped=wrapper_of({"model_type": model_type}) is not None)
+    models = [(getattr(transformers, name), place) for name, place in named.items()][1:]
+    for auto, place in models:
+        auto.register(config, getattr(module, place.rpartition(".")[2]), exist_ok=True)
     try:
         yield
     finally:
         CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - it has no other way
-        for mapping in (modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING):
-            mapping._extra_content.pop(config, None)  # noqa: SLF001
+        for auto, _ in models:
+            auto._model_mapping._extra_content.pop(config, None)  # noqa: SLF001
 
 
 @cache

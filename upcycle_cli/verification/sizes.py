@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families import target_of
+from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import COMPUTED, DenseFamily
-from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
+from upcycle_cli.families.wrappers import inner
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
 from upcycle_cli.verification.shipped import code_failure
@@ -50,16 +50,15 @@ def gather_facts(
     MoE's config.json does not describe experts that can have been made of them.
     """
     target = find_target(moe)
-    family = DENSE[dense.config["model_type"]]
+    family = dense_family(dense.config, dense.tensors)
     layers, dense_size, hidden_size = _dense_sizes(dense, family)
     key = family.activation or ""
-    activation = dense.config.get(key, defaults_of(family.model_type).get(key))
+    activation = inner(dense.config).get(key, defaults_of(family.model_type).get(key))
     kind = mlp_kind(parts_of(family.mlp), activation)
-    keys = target.keys
+    keys, config = target.keys, inner(moe.config)
     with _reading_config():
         num_experts, top_k, expert_size = (
-            target.count(moe.config, key)
-            for key in (keys.num_experts, keys.top_k, keys.expert_size)
+            target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
         )
         size = f"{keys.expert_size} {expert_size}"
         if dense_size % expert_size:
@@ -72,9 +71,9 @@ def gather_facts(
                 f"{dense_size // expert_size}, which {size} stands for"
             )
         num_layers = _num_layers(moe, target)
-        moe_layers = target.moe_layers(moe.config, num_layers)
+        moe_layers = target.moe_layers(config, num_layers)
         _check_layers(moe_layers, layers)
-        routing = str(target.routing(moe.config))
+        routing = str(target.routing(config))
         gate_scale = _gate_scale(moe, target)
     return Facts(
         dense=dense,
@@ -127,7 +126,9 @@ def find_layout(moe: Checkpoint, target: Target) -> Layout:
 def _check_sizes(moe: Checkpoint, target: Target) -> None:
     """Raise ValueError for sizes that no model of these tensors has, and that take forever."""
     keys = target.keys
-    num_experts, top_k = (target.count(moe.config, key) for key in (keys.num_experts, keys.top_k))
+    num_experts, top_k = (
+        target.count(inner(moe.config), key) for key in (keys.num_experts, keys.top_k)
+    )
     if top_k > num_experts:
         raise ValueError(f"{keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}")
     layer = re.compile(re.escape(target.layer).replace(r"\{layer\}", r"(\d+)"))
@@ -144,8 +145,9 @@ def _check_sizes(moe: Checkpoint, target: Target) -> None:
 
 
 def _num_layers(moe: Checkpoint, target: Target) -> int:
-    count = target.layers.count(moe.config)
-    return target.count(moe.config, "num_hidden_layers") if count is None else count
+    config = inner(moe.config)
+    count = target.layers.count(config)
+    return target.count(config, "num_hidden_layers") if count is None else count
 
 
 def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
@@ -193,7 +195,7 @@ def _check_layers(layers: Sequence[int], having: Sequence[int]) -> None:
 
 def _gate_scale(moe: Checkpoint, target: Target) -> float:
     key = target.keys.scale
-    value = 1.0 if key is None else target.value(moe.config, key)
+    value = 1.0 if key is None else target.value(inner(moe.config), key)
     if not is_positive(value):
         raise ValueError(f"{key} must be a positive number, not {shown(value)}")
     return float(value)

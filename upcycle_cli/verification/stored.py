@@ -176,8 +176,13 @@ def _compute_buffers(model: Model) -> None:
         owner, _, leaf = name.rpartition(".")
         owners[owner] = model.get_submodule(owner)
         owners[owner]._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001
-    for owner in owners.values():
-        model._initialize_weights(owner)  # noqa: SLF001 - as from_pretrained does
+    for name, owner in owners.items():
+        # As from_pretrained does: by the model that it is a part of, which may be inside another.
+        whole = model
+        for end in (i for i, letter in enumerate(f"{name}.") if letter == "."):
+            inner = model.get_submodule(name[:end])
+            whole = inner if hasattr(inner, "_initialize_weights") else whole
+        whole._initialize_weights(owner)  # noqa: SLF001
 
 
 def _fill(model: Model, tensor: Callable[[str], Stored | None]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from upcycle_cli.families.mlp import holder, place
+from upcycle_cli.families.wrappers import LOADED, Inside
 from upcycle_cli.verification.copies import changed_form
 from upcycle_cli.verification.dtypes import shared_tensors
 from upcycle_cli.verification.facts import Facts
@@ -50,7 +51,7 @@ def twin_failures(facts: Facts) -> Iterator[str]:
         mlp_config, dense_config = (load_config(facts.dense.path) for _ in range(2))
         layout_config, moe_config = (load_config(facts.moe.path) for _ in range(2))
         with transformers_says():
-            yield from _mlp_failures(facts, mlp_config)
+            yield from _mlp_failures(facts, mlp_config.get_text_config())
             yield from _layout_failures(facts, layout_config)
             if not alike:
                 yield from _compare(facts, dense_config, moe_config)
@@ -63,12 +64,12 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     *_, in_memory = facts.target.layouts.values()
     if facts.layout == in_memory:
         return  # the one tensor of a layer is taken as it is
-    layer = facts.layers[0]
-    _shrink_experts(facts, config)
-    shorten(config, layer + 1)
-    model = empty_model(config, "cpu")
+    layer, text = facts.layers[0], config.get_text_config()
+    _shrink_experts(facts, text)
+    shorten(text, layer + 1)
+    model = empty_model(text, "cpu")
     _fill(model)
-    written, module = names_on_disk(model, model.state_dict()), decoder_layers(model)[layer]
+    written, module = _written(facts.target.inside, config, model), decoder_layers(model)[layer]
     for part in facts.parts:
         for expert in range(2):
             found, spot = (
@@ -126,7 +127,30 @@ def _shrink_but_heads(facts: Facts, config: Config) -> None:
     setattr(config, facts.family.key("intermediate_size"), _WIDTH)
 
 
-def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator[str]:
+def _written(inside: Inside | None, config: Config, text: Model) -> dict[str, Any]:
+    """Return the tensors of a text model by the names that they have in a checkpoint.
+
+    `config` is of the whole, which may say more of their names than the text model by itself.
+    """
+    if inside is None:
+        return names_on_disk(text, text.state_dict())
+    loaded, released = (Inside(inside.wrapper, form) for form in (LOADED, inside.wrapper.released))
+    held = {loaded.place(name): tensor for name, tensor in text.state_dict().items()}
+    written = names_on_disk(empty_model(config, "meta"), held)
+    return {released.moved(name, inside): tensor for name, tensor in written.items()}
+
+
+def _held(inside: Inside | None, model: Model) -> dict[str, Any]:
+    """Return the tensors of a text model as it has them in memory, by names as of a checkpoint."""
+    state: dict[str, Any] = model.state_dict()
+    return state if inside is None else {inside.place(name): t for name, t in state.items()}
+
+
+def _compare(facts: Facts, dense_outer: Config, moe_outer: Config) -> Iterator[str]:
+    dense_config, moe_config = (outer.get_text_config() for outer in (dense_outer, moe_outer))
+    for outer in (dense_outer, moe_outer):
+        # Of a text model inside of another, the latter says it.
+        outer.get_text_config().tie_word_embeddings = outer.tie_word_embeddings
     # Beyond what rotary embeddings were made for, where a stretched kind goes another way.
     far = max(_longest(config) for config in (dense_config, moe_config))
     _shrink_windows(dense_config, moe_config)
@@ -135,7 +159,9 @@ def _compare(facts: Facts, dense_config: Config, moe_config: Config) -> Iterator
     _shrink_experts(facts, moe_config, _width(facts, dense))
     moe = empty_model(moe_config, "cpu")
     _fill(dense)
-    lacking = _share_weights(facts, dense, moe)
+    _fill(moe)
+    held = _written(facts.family.inside, dense_outer, dense)
+    lacking = _share_weights(facts, held, _held(facts.target.inside, moe), dense)
     if lacking is not None:
         yield f"by its settings the MoE has another {lacking} than the dense model"
         return
@@ -179,27 +205,36 @@ def _fill(model: Model) -> None:
         parameter.data = noise * scale + (1.0 if parameter.dim() == 1 else 0.0)
 
 
-def _share_weights(facts: Facts, dense: Model, moe: Model) -> str | None:
-    """Give the MoE the dense model's weights; return the name of one that does not fit."""
-    _fill(moe)
-    held, own = names_on_disk(dense, dense.state_dict()), moe.state_dict()
+def _share_weights(
+    facts: Facts, held: dict[str, Any], own: dict[str, Any], dense: Model
+) -> str | None:
+    """Give the MoE's tensors the dense model's values; return the name of one that does not fit.
+
+    `held` and `own` are those of the models, by names as of their checkpoints.
+    """
+    width = _width(facts, dense)
+    copied: dict[str, Any] = {}
     for name, copies in changed_form(facts, held, dense.config).items():
         source = held.pop(name)
-        held |= {copy.name: copy.of(source) for copy in copies}
-    width = _width(facts, dense)
+        copied |= {copy.name: copy.of(source) for copy in copies}
     made = {
         name for layer in facts.layers for name in _share_experts(facts, held, own, layer, width)
     }
+    here, there = facts.family.inside, facts.target.inside
+    kept = {name: tensor for name, tensor in held.items() if name not in facts.became}
+    if here is not None and there is not None:
+        kept = {here.moved(name, there): tensor for name, tensor in kept.items()}
+    kept |= copied
     for name, tensor in own.items():
         if name in made:
             continue
-        source = held.get(name)
+        source = kept.get(name)
         if source is None and name.endswith("bias"):
             source = torch.zeros_like(tensor)  # which the dense model lacks, and the MoE has zero
         if source is None or source.shape != tensor.shape:
             return str(name)
         tensor.copy_(source)
-    return min(held.keys() - own.keys() - facts.became.keys(), default=None)
+    return min(kept.keys() - own.keys(), default=None)
 
 
 def _share_experts(
@@ -227,8 +262,9 @@ def _share_experts(
 @torch.no_grad()
 def _logits(model: Model, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     output = model(input_ids=ids, position_ids=positions, use_cache=False)
-    logits: torch.Tensor = output.logits[0].double()
-    return logits
+    # A text model that is nothing but a part of another has no head.
+    found: torch.Tensor = output[0] if "logits" not in output else output.logits
+    return found[0].double()
 
 
 def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:

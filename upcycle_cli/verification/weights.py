@@ -131,7 +131,7 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
         shape = copy.shape(facts.dense.tensors[copy.source].shape)
         wanted[copy.name] = _Wanted(shape, "copied", copy=copy)
     # A tied model may carry its head all the same, and an untied MoE must.
-    needs_head = not facts.moe.config.get("tie_word_embeddings", False)
+    needs_head = not facts.moe_config.get("tie_word_embeddings", False)
     embedding = facts.family.embedding
     head = facts.target.head
     if head not in wanted and (needs_head or head in facts.moe.tensors):
@@ -160,7 +160,7 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
 def _wanted_shared(facts: Facts, layer: int) -> Iterator[tuple[str, _Wanted]]:
     """Yield the shared expert that the architecture insists on, and that must not do anything."""
     key = None if facts.target.shared is None else facts.target.shared.size_key
-    size = facts.expert_size if key is None else facts.target.value(facts.moe.config, key)
+    size = facts.expert_size if key is None else facts.target.value(facts.moe_config, key)
     for name, weight, source in shared_tensors(facts, layer):
         shape = (1, facts.hidden_size) if weight is None else weight.shape(size, facts.hidden_size)
         role = "shared_router" if weight is None else "shared" if source else "zero"
