@@ -600,13 +600,12 @@ def test_dtype_and_untying_reach_the_files(make_dense: MakeDense, tmp_path: Path
 
 
 def swapped(moe: Path, target: Path) -> Path:
-    """A copy in which two experts of the second group of layer 1 have changed places."""
+    """A copy in which the gates of two experts of layer 1 have changed places."""
     tensors = read_tensors(moe)
-    for matrix in ("w1", "w2", "w3"):
-        one, other = (
-            f"model.layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in (2, 3)
-        )
-        tensors[one], tensors[other] = tensors[other], tensors[one]
+    one, other = (
+        f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight" for expert in (2, 3)
+    )
+    tensors[one], tensors[other] = tensors[other], tensors[one]
     clone(moe, target)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target

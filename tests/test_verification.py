@@ -1157,6 +1157,7 @@ def test_independence() -> None:
         "upcycle_cli.files",
         "upcycle_cli.hooks",
         "upcycle_cli.hub.sources",
+        "upcycle_cli.matching",
         "upcycle_cli.redirects",
         "upcycle_cli.workspace",
     }

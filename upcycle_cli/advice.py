@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import assert_never
 
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import APPROXIMATE_LOGIT_STD, TIE_LOGIT_STD, Promise, Routing
+from upcycle_cli.recipe import (
+    APPROXIMATE_LOGIT_STD,
+    TIE_LOGIT_STD,
+    NeuronOrder,
+    Promise,
+    Recipe,
+    Routing,
+)
 from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -70,6 +78,11 @@ def training_notes(plan: Plan) -> Iterator[str]:
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )
+    if recipe.neuron_order is not NeuronOrder.SLICED and recipe.granularity == 1:
+        yield (
+            "with G = 1 every expert has all neurons of the dense MLP: their order changes what is "
+            "stored, and neither what experts compute nor how they train."
+        )
     if recipe.splits_soon and not plan.family.target.ships_code:
         yield (
             "the first steps of training split virtual groups, and the dense model's function is "
@@ -121,6 +134,19 @@ def factors_text(plan: Plan, times: str = "") -> str:
     if factors.config != 1.0:
         parts.append(f"gates {times}{factors.config:g} ({plan.family.target.keys.scale})")
     return ", ".join(parts)
+
+
+def order_text(recipe: Recipe) -> str:
+    """Say which neurons the experts of a group get."""
+    match recipe.neuron_order:
+        case NeuronOrder.SLICED:
+            return "as the dense MLP has them, the same in each virtual group"
+        case NeuronOrder.SHUFFLED:
+            return "in an order of its own in each virtual group but the first, all exact"
+        case NeuronOrder.FILE:
+            return "in the orders of a file, all exact"
+        case _:
+            assert_never(recipe.neuron_order)
 
 
 def no_promise(plan: Plan) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 import numpy as np
@@ -21,11 +23,13 @@ from upcycle_cli.expr import (
     Expr,
     Halves,
     Normal,
+    Order,
     Repeat,
     Scale,
     Slice,
     Source,
     Stack,
+    Take,
     Zeros,
     stretch_of,
     type_of,
@@ -69,7 +73,7 @@ def evaluate(
     return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
 
 
-def _value(  # noqa: C901, PLR0911 - one case per kind
+def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
     expr: Expr, read: Read, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
     """Compute an expression as numpy holds it."""
@@ -78,11 +82,13 @@ def _value(  # noqa: C901, PLR0911 - one case per kind
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], read(name))
         case Slice(of, dim, start, stop):
             return _value(of, read, vanished)[(slice(None),) * dim + (slice(start, stop),)]
+        case Take(of):
+            return _Taken.of(expr, _value(of, read, vanished)).all()
         case Cast(of, dtype):
-            values, held = _value(of, read, vanished), type_of(of).dtype
+            values, held = _rows(of, read, vanished), type_of(of).dtype
             return _converted(values, held, dtype, 1.0, vanished)
         case Scale(of, factor):
-            values, dtype = _value(of, read, vanished), type_of(of).dtype
+            values, dtype = _rows(of, read, vanished), type_of(of).dtype
             return _converted(values, dtype, dtype, factor, vanished)
         case Concat(parts):
             return np.concatenate([_value(part, read, vanished) for part in parts])
@@ -105,15 +111,71 @@ def _value(  # noqa: C901, PLR0911 - one case per kind
             assert_never(expr)
 
 
+def _rows(expr: Expr, read: Read, vanished: Callable[[int], None]) -> NDArray[Any] | _Taken:
+    """Return what gives an expression's rows: of a Take a piece at a time, never all of it."""
+    if isinstance(expr, Take):
+        return _Taken.of(expr, _value(expr.of, read, vanished))
+    return np.atleast_1d(_value(expr, read, vanished))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Rows of a Take, gathered as they are asked for."""
+
+    values: NDArray[Any]
+    dim: int
+    indices: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, expr: Take, values: NDArray[Any]) -> _Taken:
+        indices = _permutation(expr.order)[expr.start : expr.stop]
+        return cls(values, expr.dim, indices + expr.offset if expr.offset else indices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.values.shape
+        return (*shape[: self.dim], len(self.indices), *shape[self.dim + 1 :])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        if self.dim:
+            return self.values[rows].take(self.indices, axis=1)
+        return self.values.take(self.indices[rows], axis=0)
+
+    def all(self) -> NDArray[Any]:
+        out = np.empty(self.shape, self.values.dtype)
+        # Few rows at a time: what is gathered from columns then comes from a processor's cache.
+        step = max(1, _PIECE_ITEMS * len(self.values) // max(1, self.values.size))
+        for start in range(0, len(out), step):
+            out[start : start + step] = self[start : start + step]
+        return out
+
+
+@lru_cache(maxsize=64)
+def _permutation(order: Order) -> NDArray[np.intp]:
+    """Return an order's indices; draws are float64, as in `_normal`, and a sort of them is one."""
+    if order.seed is not None:
+        drawn = _generator(order.seed, order.stream).random_sample(order.size)
+        return np.argsort(drawn, kind="stable")
+    if order.indices is None:
+        raise ValueError(f"{order.stream} is to be given, and was not")
+    return np.frombuffer(order.indices, "<u4").astype(np.intp)
+
+
 def _converted(
-    values: NDArray[Any], before: str, after: str, factor: float, vanished: Callable[[int], None]
+    rows: NDArray[Any] | _Taken,
+    before: str,
+    after: str,
+    factor: float,
+    vanished: Callable[[int], None],
 ) -> NDArray[Any]:
     """Return the values times a factor in another dtype, or in the same."""
-    result = np.empty(values.shape, _NUMPY_DTYPES[after])
-    if not result.size:
-        return result
-    rows, out = np.atleast_1d(values), np.atleast_1d(result)
-    step = max(1, _PIECE_ITEMS * len(rows) // rows.size)
+    out = np.empty(rows.shape, _NUMPY_DTYPES[after])
+    if not out.size:
+        return out
+    step = max(1, _PIECE_ITEMS * len(rows) // out.size)
     lost = 0
     for start in range(0, len(rows), step):
         piece, place = rows[start : start + step], out[start : start + step]
@@ -121,7 +183,7 @@ def _converted(
             lost += _multiply(piece, before, after, factor, place)
     if lost:
         vanished(lost)
-    return result
+    return out
 
 
 def _shift_exponents(piece: NDArray[Any], dtype: str, factor: float, out: NDArray[Any]) -> bool:
@@ -200,11 +262,15 @@ def _length(values: NDArray[np.float64]) -> float:
 
 def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
     """Draw an expression's values; float64 draws agree between CPUs where float32 ones do not."""
-    digest = hashlib.sha256(f"{expr.seed}/{expr.stream}".encode()).digest()
-    # The one generator of which numpy promises that it will never draw anything else.
-    generator = np.random.RandomState(np.frombuffer(digest, "<u4"))
+    generator = _generator(expr.seed, expr.stream)
     with np.errstate(over="ignore"):
         return _rounded(generator.standard_normal(expr.shape) * std, dtype)
+
+
+def _generator(seed: int, stream: str) -> np.random.RandomState:
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    # The one generator of which numpy promises that it will never draw anything else.
+    return np.random.RandomState(np.frombuffer(digest, "<u4"))
 
 
 def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from upcycle_cli.advice import factors_text, no_promise, training_notes
+from upcycle_cli.advice import factors_text, no_promise, order_text, training_notes
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
@@ -22,7 +22,7 @@ from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import printable, shell_line
-from upcycle_cli.recipe import Promise, Routing
+from upcycle_cli.recipe import NeuronOrder, Promise, Routing
 from upcycle_cli.storage import REPORT_NAME
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         origin=_origin(plan),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
+        experts=_experts(plan),
         found=_found(report),
         verify_again=shell_line(verify_again),
         place=json.dumps(place),
@@ -169,6 +170,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
         "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
         f"intermediate size {plan.expert_size}",
+        "neurons": order_text(recipe),
         "routing": f"{recipe.routing}, router logits of standard deviation "
         f"{recipe.router_logit_std:g}, seed {recipe.seed}",
         "parameters": f"{_billions(plan.total_parameters)} in all, "
@@ -185,6 +187,13 @@ def _promise(plan: Plan) -> str:
     if plan.promise is Promise.APPROXIMATE:
         rounding = " up to an error of the order of the router's logits"
     return f"It computes what the dense model computes{rounding}, until it is trained further."
+
+
+def _experts(plan: Plan) -> str:
+    """Say how far experts differ from the beginning."""
+    if plan.recipe.neuron_order is NeuronOrder.SLICED or plan.recipe.granularity == 1:
+        return "its experts are copies and differentiate"
+    return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
 
 
 def _found(report: Report | None) -> str:

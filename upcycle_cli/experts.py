@@ -38,9 +38,12 @@ class WeightFacts:
     granularity: int
     """Experts per group, by their router rows; 1 when the rows all differ."""
     whole_groups: bool
-    """Whether the groups of every layer hold the same experts in the same order."""
+    """Whether the groups of every layer hold the same neurons, in whatever order."""
+    reordered_groups: int = 0
+    """Those, of all layers, that hold them in another order than the first."""
     differing: tuple[str, ...] = ()
-    """Experts that are not a copy of their place in the first group; how many, where many are."""
+    """Experts that are no copy of their place in the first group, where it is no matter of order;
+    how many, where many are."""
     factors: Mapping[str, float] | None = None
     """Measured against the dense model: what each matrix was multiplied by."""
     movement: tuple[LayerMovement, ...] | None = None
@@ -122,6 +125,25 @@ class Experts:
             digest.update(raw_bytes(tensor))
         return digest.digest()
 
+    def neurons(self, reader: Reader, layer: int, group: range) -> bytes:
+        """Identify the neurons of some experts, in whatever order they are, and their biases."""
+        import numpy as np
+
+        from upcycle_cli.matching import neuron_hashes
+
+        found, rest = [], []
+        for expert in group:
+            total = np.zeros(self.expert_size, np.uint64)
+            for part, tensor in self.parts(reader, layer, expert):
+                cut = place(self._weights(layer), part, width=self.expert_size).cut
+                if cut is None:
+                    rest.append(bytes(raw_bytes(tensor)))
+                    continue
+                bits = np.frombuffer(raw_bytes(tensor), f"u{tensor.element_size()}")
+                total += neuron_hashes(bits.reshape(tensor.shape), cut, part)
+            found.append(total)
+        return np.sort(np.concatenate(found)).tobytes() + b"".join(rest)
+
 
 def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
@@ -153,15 +175,26 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
     with experts.moe.reader() as reader:
         sizes = {experts.group_size(reader, layer) for layer in experts.layers}
         granularity = sizes.pop() if len(sizes) == 1 else 1
-        most, differing = 0, []
+        most, reordered, differing = 0, 0, []
         for layer in experts.layers:
             digests = [experts.digest(reader, layer, e) for e in range(experts.num_experts)]
             most = max(most, len(set(digests)))
-            differing += [
-                f"{experts.name(layer, '')[:-1]}, expert {expert}"
-                for expert, digest in enumerate(digests)
-                if digest != digests[expert % granularity]
-            ]
+            first, neurons = digests[:granularity], None
+            for start in range(granularity, experts.num_experts, granularity):
+                others = digests[start : start + granularity]
+                if others == first:
+                    continue
+                if neurons is None:
+                    neurons = experts.neurons(reader, layer, range(granularity))
+                group = range(start, start + granularity)
+                if experts.neurons(reader, layer, group) == neurons:
+                    reordered += 1
+                    continue
+                differing += [
+                    f"{experts.name(layer, '')[:-1]}, expert {start + shard}"
+                    for shard, (one, other) in enumerate(zip(first, others, strict=True))
+                    if one != other
+                ]
         factors = movement = None
         if dense is not None:
             model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))
@@ -176,6 +209,7 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         distinct_experts=most,
         granularity=granularity,
         whole_groups=not differing,
+        reordered_groups=reordered,
         differing=tuple(differing),
         factors=factors,
         movement=movement,

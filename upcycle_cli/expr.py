@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
 from upcycle_cli.checkpoint import ITEM_BYTES
@@ -33,6 +33,36 @@ class Slice:
     dim: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A permutation of `size` neurons: drawn, a pure function of (seed, stream), or given.
+
+    Of a given one, `origin` is a digest of the indices; they themselves, 32-bit integers, are no
+    part of what is compared.
+    """
+
+    size: int
+    stream: str
+    seed: int | None = None
+    origin: str = ""
+    indices: bytes | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Entries along `dim`, the first dimension or the second, by an order of `order.size` of them.
+
+    Those of its places [start, stop); the order counts from entry `offset` on.
+    """
+
+    of: Expr
+    dim: int
+    order: Order
+    start: int
+    stop: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +152,7 @@ class Zeros:
 
 
 Expr: TypeAlias = (
-    Source | Slice | Cast | Scale | Concat | Stack | Repeat | Halves | Normal | Alike | Zeros
+    Source | Slice | Take | Cast | Scale | Concat | Stack | Repeat | Halves | Normal | Alike | Zeros
 )
 
 
@@ -145,6 +175,13 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             inner = type_of(of)
             if not (dim < len(inner.shape) and 0 <= start <= stop <= inner.shape[dim]):
                 raise ValueError(f"{start}:{stop} of dimension {dim} is not inside {inner}")
+            shape = (*inner.shape[:dim], stop - start, *inner.shape[dim + 1 :])
+            return TensorType(inner.dtype, shape)
+        case Take(of, dim, order, start, stop, offset):
+            inner = type_of(of)
+            inside = dim < len(inner.shape) <= 2 and offset + order.size <= inner.shape[dim]
+            if not (inside and 0 <= start <= stop <= order.size):
+                raise ValueError(f"{order.size} of dimension {dim} from {offset} not in {inner}")
             shape = (*inner.shape[:dim], stop - start, *inner.shape[dim + 1 :])
             return TensorType(inner.dtype, shape)
         case Cast(of, dtype):
@@ -214,7 +251,7 @@ def sources(expr: Expr) -> Iterator[str]:
     match expr:
         case Source(name):
             yield name
-        case Slice(of) | Cast(of) | Scale(of) | Repeat(of) | Halves(of) | Alike(of=of):
+        case Slice(of) | Take(of) | Cast(of) | Scale(of) | Repeat(of) | Halves(of) | Alike(of=of):
             yield from sources(of)
         case Concat(parts) | Stack(parts):
             for part in parts:
@@ -227,13 +264,16 @@ def sources(expr: Expr) -> Iterator[str]:
             assert_never(expr)
 
 
-def describe(expr: Expr) -> str:  # noqa: C901, PLR0911 - one case per kind
+def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return an expression as a person would write it down."""
     match expr:
         case Source(name):
             return name
         case Slice(of, dim, start, stop):
             return f"{describe(of)}[{':, ' * dim}{start}:{stop}]"
+        case Take(of, dim, order, start, stop, offset):
+            places = f"{describe(of)}[{':, ' * dim}{order.stream}[{start}:{stop}]"
+            return f"{places} + {offset}]" if offset else f"{places}]"
         case Cast(of, dtype):
             return f"{dtype.lower()}({describe(of)})"
         case Scale(of, factor):

@@ -35,6 +35,7 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention, moe_config
 from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.order_file import check_orders
 from upcycle_cli.recipe import Factors, Promise, Recipe, ScaleSplit
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.tensors import Options, OutputTensor, Role, layer_finder, output_tensors
@@ -206,7 +207,8 @@ class Plan:
         content = {
             "meaning": _MEANING,
             "recipe": asdict(self.recipe),
-            "options": asdict(replace(self.options, expert_layout=self.expert_layout)),
+            "options": asdict(replace(self.options, expert_layout=self.expert_layout))
+            | {"neuron_orders": None},  # which the expressions have, by a digest
             "config": self.config,
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
@@ -245,7 +247,8 @@ def build_plan(
         )
     row.layout(options.expert_layout)  # raises
     dropped = _check_source(source, family.dense)
-    _check_granularity(recipe, family.dense.intermediate_size)
+    recipe.check_width(family.dense.intermediate_size)
+    check_orders(options.neuron_orders, recipe, family.layers, family.dense.intermediate_size)
     config = moe_config(
         source.config,
         family.dense,
@@ -263,19 +266,6 @@ def build_plan(
     shards = _shards(tensors, options.max_shard_bytes)
     carried = carried_over(source.path, CARD_NAME)
     return Plan(recipe, options, family, source, config, shards, dropped, carried)
-
-
-def _check_granularity(recipe: Recipe, intermediate_size: int) -> None:
-    granularity = recipe.granularity
-    if intermediate_size % granularity == 0:
-        return
-    divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
-    near = [d for d in divisors if d < granularity][-1:]
-    near += [d for d in divisors if d > granularity][:1]
-    raise UpcycleError(
-        f"intermediate size {intermediate_size} is not divisible by granularity {granularity}.",
-        f"Try {' or '.join(map(str, near))}.",
-    )
 
 
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:

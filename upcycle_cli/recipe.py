@@ -42,6 +42,17 @@ class ScaleSplit(StrEnum):
     DOWN = "down"
 
 
+class NeuronOrder(StrEnum):
+    """In which order the neurons of the dense MLP are sliced; any is exact."""
+
+    SLICED = "sliced"
+    """As they come: the groups are copies of one another."""
+    SHUFFLED = "shuffled"
+    """Each group but the first in an order of its own, drawn from the seed."""
+    FILE = "file"
+    """By permutations that are given."""
+
+
 class Promise(StrEnum):
     """What the converted model owes the dense one."""
 
@@ -61,7 +72,12 @@ DEFAULT_LOGIT_STD = {
 TIE_LOGIT_STD = 0.001
 """Below this nominal logit standard deviation float32 softmax itself ties groups."""
 
-_CHOICES = {"routing": Routing, "scaling": Scaling, "scale_split": ScaleSplit}
+_CHOICES = {
+    "routing": Routing,
+    "scaling": Scaling,
+    "scale_split": ScaleSplit,
+    "neuron_order": NeuronOrder,
+}
 
 _MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
 
@@ -139,6 +155,7 @@ class Recipe:
     layers: str | None = None
     """Which layers become mixtures of experts, as `layers.parse_layers` reads it; None for all."""
     virtual_groups: bool = True
+    neuron_order: NeuronOrder = NeuronOrder.SLICED
     router_logit_std: float | None = None
     seed: int = 0
     allow_inexact: bool = False
@@ -210,6 +227,19 @@ class Recipe:
     def picks_whole_groups(self) -> bool:
         """Whether top-k can hold whole virtual groups only."""
         return self.top_k % self.granularity == 0
+
+    def check_width(self, intermediate_size: int) -> None:
+        """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
+        granularity = self.granularity
+        if intermediate_size % granularity == 0:
+            return
+        divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
+        near = [d for d in divisors if d < granularity][-1:]
+        near += [d for d in divisors if d > granularity][:1]
+        raise UpcycleError(
+            f"intermediate size {intermediate_size} is not divisible by granularity {granularity}.",
+            f"Try {' or '.join(map(str, near))}.",
+        )
 
     @property
     def splits_soon(self) -> bool:

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.advice import factors_text, no_promise, warnings
+from upcycle_cli.advice import factors_text, no_promise, order_text, warnings
 from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.errors import shown
@@ -23,7 +23,7 @@ from upcycle_cli.inspection import Inspection
 from upcycle_cli.movement import LayerMovement
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
-from upcycle_cli.recipe import Promise
+from upcycle_cli.recipe import NeuronOrder, Promise
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def plan_table(plan: Plan) -> Table:
     _add(table, "scale factors", f"{factors_text(plan, '×')} ({lossless})")
     groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.granularity}"
     rows = groups if recipe.virtual_groups else "a row of its own per expert"
+    if recipe.neuron_order is not NeuronOrder.SLICED:
+        _add(table, "neurons", order_text(recipe))
     _add(table, "router", f"logit std {recipe.router_logit_std:g}, {rows}")
     _add(table, "promise", _promise(plan))
     if plan.dropped:
@@ -73,7 +75,8 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "source": plan.source.name,
         "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,
-        **picked(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups", "seed"),
+        **picked(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups"),
+        **picked(plan.recipe, "neuron_order", "seed"),
         **picked(plan.recipe, "num_experts", "top_k"),
         "expert_layout": plan.expert_layout,
         "moe_layers": list(plan.family.layers),
@@ -339,6 +342,8 @@ def _weight_rows(
     per_group = f"{weights.granularity} per group by their router rows"
     yield "weights", [f"{distinct} of {num_experts}, {per_group}"]
     whole = "yes, in every layer" if weights.whole_groups else "no:"
+    if weights.whole_groups and weights.reordered_groups:
+        whole += f"; {weights.reordered_groups:,} have their neurons in another order"
     yield "whole groups", [whole, *weights.differing]
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())

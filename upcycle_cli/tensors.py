@@ -1,7 +1,8 @@
 """The output tensors: what each is for, and the expression that makes it.
 
 Expert e = g·G + s holds shard s of virtual group g: of each part of the dense MLP the entries
-[s·I/G, (s+1)·I/G) along the dimension that counts the intermediate size. Everything else is copied.
+[s·I/G, (s+1)·I/G) along the dimension that counts the intermediate size, in the order that the
+group has for its neurons, the same for all parts. Everything else is copied.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from upcycle_cli.expr import (
     Expr,
     Halves,
     Normal,
+    Order,
     Repeat,
     Scale,
     Slice,
     Source,
     Stack,
+    Take,
     Zeros,
     type_of,
 )
@@ -33,7 +36,8 @@ from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import ExpertLayout, Layout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
-from upcycle_cli.recipe import Recipe
+from upcycle_cli.order_file import OrderFile, order_name
+from upcycle_cli.recipe import NeuronOrder, Recipe
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
@@ -73,6 +77,8 @@ class Options:
     """None for the one that the target's released models have."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     untie_embeddings: bool = False
+    neuron_orders: OrderFile | None = None
+    """The permutations of a recipe whose neuron order is a file."""
 
     def __post_init__(self) -> None:
         if self.expert_layout is not None:
@@ -224,15 +230,18 @@ class _Maker:
             bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
             yield self.output(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
-        experts = [
-            tuple(self._shard(layer, mlp, weight, shard) for shard in range(recipe.granularity))
-            * recipe.expansion
-            for weight in weights
-        ]
+        orders = self._orders(layer)
+        experts = []
+        for weight in weights:
+            shards = {order: self._shards(layer, mlp, weight, order) for order in {*orders}}
+            experts.append([expr for order in orders for expr in shards[order]])
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
-                name, expr = weight.name.format(expert=e), Stack(exprs) if e is None else exprs[e]
+                name, expr = (
+                    weight.name.format(expert=e),
+                    Stack((*exprs,)) if e is None else exprs[e],
+                )
                 yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         if target.shared is not None:
             yield from self._shared_expert(layer, mlp, target.shared, layout)
@@ -262,14 +271,36 @@ class _Maker:
     def _mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
         return type_of(self.source(self.family.dense.prefix(layer) + mlp[0].name)).dtype
 
-    def _shard(self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int) -> Expr:
+    def _orders(self, layer: int) -> list[Order | None]:
+        """Return the order of each virtual group's neurons, None for that of the dense MLP."""
+        recipe, size = self.recipe, self.family.dense.intermediate_size
+        if recipe.neuron_order is NeuronOrder.FILE:
+            assert self.options.neuron_orders is not None
+            return self.options.neuron_orders.of_layer(layer, recipe.expansion)
+        orders: list[Order | None] = [None] * recipe.expansion
+        if recipe.neuron_order is NeuronOrder.SHUFFLED:
+            # One group stays as it is: what compares experts with the dense model finds it again.
+            for group in range(1, recipe.expansion):
+                orders[group] = Order(size, order_name(layer, group), recipe.seed)
+        return orders
+
+    def _shards(
+        self, layer: int, mlp: Sequence[Weight], weight: Weight, order: Order | None
+    ) -> list[Expr]:
+        """Return the shards of a virtual group as one of its experts' weights holds them."""
+        count = self.recipe.granularity
+        return [self._shard(layer, mlp, weight, shard, order) for shard in range(count)]
+
+    def _shard(
+        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, order: Order | None
+    ) -> Expr:
         """Return one shard of the dense MLP as one of an expert's weights holds it."""
         dense, recipe = self.family.dense, self.recipe
         size = dense.intermediate_size // recipe.granularity
         factors = recipe.factors(dense.mlp_kind)
         parts = []
         for part in weight.holds:
-            expr = self._range(layer, mlp, part, shard * size, (shard + 1) * size)
+            expr = self._range(layer, mlp, part, (shard * size, (shard + 1) * size), order)
             # A bias is added before the activation, where the matrix's product is.
             factor = getattr(factors, part.removesuffix(BIAS))
             if part == f"down{BIAS}":
@@ -277,11 +308,24 @@ class _Maker:
             parts.append(expr if factor == 1.0 else Scale(expr, factor))
         return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
-    def _range(self, layer: int, mlp: Sequence[Weight], part: str, start: int, stop: int) -> Expr:
-        """Return a part of the dense MLP from `start` to `stop` of its intermediate size."""
+    def _range(
+        self,
+        layer: int,
+        mlp: Sequence[Weight],
+        part: str,
+        shard: tuple[int, int],
+        order: Order | None = None,
+    ) -> Expr:
+        """Return a part of the dense MLP from here to there of its intermediate size, in order."""
         dense = self.family.dense
-        found = place(mlp, part, width=dense.intermediate_size, shard=(start, stop))
+        found = place(mlp, part, width=dense.intermediate_size, shard=shard)
         stored = self._stored(dense.prefix(layer) + found.tensor)
+        if order is not None and found.cut is not None:
+            # Taking before casting, as slicing does, touches only the bytes that are needed.
+            start, stop = shard
+            return self._cast(
+                Take(stored, found.cut, order, start, stop, offset=found.start - start)
+            )
         if found.cut is None or stored.shape[found.cut] == found.stop - found.start:
             return self._cast(stored)
         # Slicing before casting touches only the bytes that are needed.
@@ -301,7 +345,7 @@ class _Maker:
                     drawn.append(Zeros(self._mlp_dtype(layer, mlp), (hidden, size)))
                     continue
                 stream = f"layers.{layer}.shared_expert.{part}"
-                sample = self._range(layer, mlp, part, 0, rows)
+                sample = self._range(layer, mlp, part, (0, rows))
                 drawn.append(Alike(self.recipe.seed, stream, (size, hidden), sample))
             expr = Concat(tuple(drawn)) if len(drawn) > 1 else drawn[0]
             yield self.output(prefix + weight.name, expr, Role.SHARED_EXPERT, layer)

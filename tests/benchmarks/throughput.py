@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from speed.contestants import (
     MERGEKIT,
     TRANSFORMERS,
+    UPCYCLE_SHUFFLED,
     Contestant,
     NotInstalledError,
     by_transformers,
@@ -117,6 +118,7 @@ class _Benchmark:
                 raw_pwrite(dense, plan.nbytes, fsync=fsync),
                 upcycle(dense, "E8G1T2", fsync=fsync),
                 upcycle(dense, "E8G8T8", fsync=fsync),
+                upcycle(dense, "E8G8T8", fsync=fsync, name=UPCYCLE_SHUFFLED, order="shuffled"),
             )
         ]
         if self.mergekit:

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/verify_weights.py [--size 2.4] [--rounds 3] [--directory DIRECTORY]
 
-prints a Markdown table: for E8G1T2 and E8G8T16 of a dense checkpoint (TinyLlama's shape, bfloat16,
-in GB), medians of several rounds, with all files in the page cache and with none, `cat` and check
-alternating in one run. The check's time is that of `check_weights` in a process that has started:
-Python, torch and the headers are not counted. It needs seven times the dense size on the disk, and
-as much free memory for the page cache; what of the files was in it as the check began is said.
+prints a Markdown table: for E8G1T2, E8G8T16 and that with shuffled neurons, of a dense checkpoint
+(TinyLlama's shape, bfloat16, in GB), medians of several rounds, with all files in the page cache
+and with none, `cat` and check alternating in one run. The check's time is that of `check_weights`
+in a process that has started: Python, torch and the headers are not counted. It needs seven times
+the dense size on the disk, and as much free memory for the page cache; what of the files was in it
+as the check began is said.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from speed.measure import Run, measure
 
 from upcycle_cli import Recipe, convert
 from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli.recipe import NeuronOrder, parse_recipe_name
 
-RECIPES = ("E8G1T2", "E8G8T16")
+RECIPES = (("E8G1T2", "sliced"), ("E8G8T16", "sliced"), ("E8G8T16", "shuffled"))
 LIMIT = 1.5
 
 
@@ -54,12 +55,24 @@ def main() -> None:
         make_dense(dense, arguments.size)
         print("| recipe | cache | GB | cat, s | check, s | ratio | RssAnon, MB | in memory |")
         print("|---|---|---|---|---|---|---|---|")
-        for name in RECIPES:
+        for name, order in RECIPES:
             expansion, granularity, top_k = parse_recipe_name(name)
-            recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
+            recipe = Recipe(
+                expansion=expansion,
+                granularity=granularity,
+                top_k=top_k,
+                neuron_order=NeuronOrder(order),
+            )
             convert(dense, moe, recipe, target="mixtral")
             for cold in (False, True):
-                _row(dense, moe, name, directory / "result", cold=cold, rounds=arguments.rounds)
+                _row(
+                    dense,
+                    moe,
+                    f"{name}, {order}",
+                    directory / "result",
+                    cold=cold,
+                    rounds=arguments.rounds,
+                )
             shutil.rmtree(moe)
     finally:
         shutil.rmtree(directory)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import typer  # noqa: TC002 - for readers; every command has imported it
@@ -18,7 +19,8 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import SHIPPED
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import Recipe, Routing, ScaleSplit, Scaling, parse_recipe_name
+from upcycle_cli.order_file import read_order_file
+from upcycle_cli.recipe import NeuronOrder, Recipe, Routing, ScaleSplit, Scaling, parse_recipe_name
 from upcycle_cli.tensors import Options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -109,6 +111,15 @@ class MoeOptions:
             show_default=False,
         ),
     ] = True
+    neuron_order: Annotated[
+        str,
+        for_weights(
+            metavar="NAME|FILE",
+            help="Which neurons of the dense MLP each expert gets: sliced takes them as they come, "
+            "shuffled in an order of its own for each virtual group, so that all experts differ, "
+            "a safetensors file gives the orders. All are exact.",
+        ),
+    ] = "sliced"
     router_logit_std: Annotated[
         float | None,
         for_weights(
@@ -116,7 +127,7 @@ class MoeOptions:
             "others unless given."
         ),
     ] = None
-    seed: Annotated[int, for_weights(help="Seed of the routers.")] = 0
+    seed: Annotated[int, for_weights(help="Seed of the routers, and of shuffled neurons.")] = 0
     dtype: Annotated[
         Dtype,
         for_files(
@@ -154,6 +165,7 @@ class MoeOptions:
             scaling=_parse_scaling(self.scaling),
             scale_split=self.scale_split,
             virtual_groups=self.virtual_groups,
+            neuron_order=NeuronOrder.FILE if self._order_file else NeuronOrder(self.neuron_order),
             router_logit_std=self.router_logit_std,
             seed=self.seed,
             allow_inexact=allow_inexact,
@@ -166,7 +178,13 @@ class MoeOptions:
             expert_layout=self.expert_layout,
             max_shard_bytes=parse_size(self.max_shard_size),
             untie_embeddings=self.untie_embeddings,
+            neuron_orders=None if self._order_file is None else read_order_file(self._order_file),
         )
+
+    @property
+    def _order_file(self) -> Path | None:
+        names = {*NeuronOrder} - {NeuronOrder.FILE}
+        return None if self.neuron_order in names else Path(self.neuron_order)
 
 
 def takes_moe_options(command: Callable[..., None]) -> Callable[..., None]:

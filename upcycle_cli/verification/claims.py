@@ -7,16 +7,17 @@ top-k or another random router computes the same function.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import listed_files, sha256_of
 from upcycle_cli.verification.completeness import record_failures
 from upcycle_cli.verification.dtypes import dtype_failures
-from upcycle_cli.verification.factors import recover_factors
+from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.recipes import RecipeClaim
+from upcycle_cli.verification.neurons import Neurons
+from upcycle_cli.verification.recipes import SHUFFLED, SLICED, RecipeClaim
 from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.sizes import read_tensors
 
@@ -99,12 +100,32 @@ def _factor_failures(facts: Facts) -> Iterator[str]:
     if facts.record.recipe is not None:
         yield from _formula_failures(facts.record.recipe, recorded)
     measured = recover_factors(facts)
+    yield from _order_failures(facts, measured)
     for matrix in (*facts.kind.matrices, "config"):
         if math.isnan(measured[matrix]):
             yield f"the factor of {matrix} cannot be recovered from the tensors"
         else:
             words = "the tensors were multiplied by"
             yield from _off(matrix, recorded[matrix], words, measured[matrix])
+
+
+def _order_failures(facts: Facts, factors: Mapping[str, float]) -> Iterator[str]:
+    """Compare the recorded order of neurons with that of each group; only where one is recorded."""
+    recorded = facts.recipe.neuron_order
+    if facts.record.recipe is None or recorded not in {SLICED, SHUFFLED}:
+        return
+    by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
+    with facts.dense.reader() as dense, facts.moe.reader() as moe:
+        neurons = Neurons(facts, dense, moe, by_part)
+        for layer in facts.layers:
+            found = neurons.orders(layer, lambda _: True)
+            meant = 0 if recorded == SLICED else facts.expansion - 1
+            if len(found) != meant:
+                yield (
+                    f"{RECORD_NAME}: recipe.neuron_order is {recorded}, and in layer {layer} "
+                    f"{len(found)} of {facts.expansion} groups have an order of their own"
+                )
+                return
 
 
 def _off(key: str, recorded: float, words: str, factor: float) -> Iterator[str]:

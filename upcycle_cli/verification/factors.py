@@ -11,11 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.verification.bits import bits, same
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.neurons import (
+    cut_of,
+    dense_part,
+    first_entries,
+    group_part,
+    hashes_of,
+)
 
 _SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
 _PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
@@ -102,7 +110,32 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
                 return candidate
         if math.isnan(fallback):
             fallback = near[0] if near else measured
+    for layer, expert in probes:
+        found = _recover_reordered(facts, dense, moe, matrix, layer, expert // facts.granularity)
+        if found is not None:
+            return found
     return fallback
+
+
+def _recover_reordered(
+    facts: Facts, dense: Reader, moe: Reader, matrix: str, layer: int, group: int
+) -> float | None:
+    """Return the candidate that explains a group whose neurons are in another order, if one does.
+
+    Of each neuron only the first entries are looked at.
+    """
+    held, cut = group_part(facts, moe, matrix, layer, group), cut_of(facts, matrix)
+    if held is None or cut is None:
+        return None
+    ours = torch.cat([first_entries(each, cut) for each in held], cut)
+    base = first_entries(dense_part(facts, dense, matrix, layer), cut).to(ours.dtype)
+    length = float(base.double().norm())
+    measured = float(ours.double().norm()) / length if length else math.nan
+    wanted = np.sort(hashes_of(ours, cut, matrix))
+    for candidate in _near_candidates(facts, matrix, measured):
+        if np.array_equal(np.sort(hashes_of(base * candidate, cut, matrix)), wanted):
+            return candidate
+    return None
 
 
 def _near_candidates(facts: Facts, matrix: str, measured: float) -> list[float]:

@@ -20,6 +20,9 @@ from upcycle_cli.errors import UpcycleError, shown
 SOFTMAX_TOPK = "softmax-topk"
 ROUTINGS = (SOFTMAX_TOPK, "topk-softmax", "sigmoid-topk")
 """All but the first have gates that sum to 1."""
+SLICED, SHUFFLED = "sliced", "shuffled"
+"""Whether groups have the dense MLP's neurons as they come, or all but the first in an order of
+their own; a third one is "file"."""
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits, gates that are nearly equal are not."""
 
@@ -65,6 +68,7 @@ class RecipeClaim:
     scaling: str | float = "exact"
     scale_split: str = "balanced"
     virtual_groups: bool = True
+    neuron_order: str = SLICED
     router_logit_std: float | None = None
     """None when nothing says it: then it is measured."""
 
@@ -209,6 +213,8 @@ def read_record(moe: Checkpoint, kind: MlpKind) -> Record:
 def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(recipe, dict):
         raise ValueError("recipe is missing")  # noqa: TRY004 - the file's fault, not a caller's
+    # An earlier version had no other order.
+    recipe = dict[str, Any](neuron_order=SLICED) | recipe
     wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} missing or invalid")
@@ -238,6 +244,7 @@ _RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "scaling": lambda value: value in ("exact", "paper", "none") or is_positive(value),
     "scale_split": lambda value: value in ("config", "balanced", "down"),
     "virtual_groups": lambda value: type(value) is bool,
+    "neuron_order": lambda value: value in (SLICED, SHUFFLED, "file"),
     "router_logit_std": is_positive,
 }
 """The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -2,8 +2,9 @@
 
 A layer's shards are cast and scaled once; what is left is to compare bytes, which needs no more
 than to read them. Several threads do so in the order of the files, without a copy of their own, and
-skip what the disk holds only once. What differs is told by name alone: `weights.py` says how, and
-whether it matters (one nan is as good as another).
+skip what the disk holds only once. Where a group has its neurons in an order of its own, a few rows
+at a time are gathered, cast and scaled as it has them. What differs is told by name alone:
+`weights.py` says how, and whether it matters (one nan is as good as another).
 
 Memory: the scaled MLP of one layer, or one other tensor that is cast; the rest are pages of files.
 """
@@ -14,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from threading import Event, Lock
@@ -22,8 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint, Reader, TensorEntry
-from upcycle_cli.families.mlp import Place
+from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint, Reader
 from upcycle_cli.files import locate, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import expect_bytes, same_bytes
@@ -31,6 +31,9 @@ from upcycle_cli.verification.copies import Copy
 from upcycle_cli.verification.extents import Known, Layout, layout_of
 from upcycle_cli.verification.factors import factor_of
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.gathered import Gathered
+from upcycle_cli.verification.neurons import Neurons
+from upcycle_cli.verification.places import Experts, Spot, spot_of
 from upcycle_cli.verification.rounding import Rounding
 
 Key = tuple[str, int] | str
@@ -43,31 +46,6 @@ _SCALED_ELEMENTS = 1 << 20
 _TALK_SECONDS = 0.1
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Where the experts lie, for one layer as for all: asking `Facts` for each takes its time."""
-
-    facts: Facts
-    places: tuple[tuple[str, int, Place], ...]
-    """Part, expert, and the place with the name of its tensor within the layer."""
-
-    @classmethod
-    def of(cls, facts: Facts) -> Experts:
-        """Ask for the first layer."""
-        first, start = facts.layers[0], len(facts.target.prefix(facts.layers[0]))
-        found = []
-        for expert in range(facts.num_experts):
-            for part in facts.parts:
-                place = facts.place(part, first, expert)
-                found.append((part, expert, replace(place, tensor=place.tensor[start:])))
-        return cls(facts, tuple(found))
-
-    def names(self, layer: int) -> dict[str, str]:
-        """Return the tensors of a layer's experts, each with a part that it holds."""
-        prefix = self.facts.target.prefix(layer)
-        return {prefix + place.tensor: part for part, _, place in self.places}
-
-
 class _Range(NamedTuple):
     """Bytes of the MoE, and those that they must equal, by address."""
 
@@ -75,14 +53,6 @@ class _Range(NamedTuple):
     """None for what is to be there and is not compared."""
     held: int
     wanted: int
-    nbytes: int
-
-
-class _Spot(NamedTuple):
-    """Where a tensor of the MoE, or what it holds of an expert, lies in its file, in bytes."""
-
-    shard: str
-    start: int
     nbytes: int
 
 
@@ -112,10 +82,13 @@ class Scan:
     moe: Reader
     rounding: Rounding
     watch: Watch
+    neurons: Neurons
     differing: set[Key] = field(default_factory=set)
     _files: dict[tuple[bool, str], _File] = field(default_factory=dict)
     _scaled: dict[tuple[str, str, int], torch.Tensor] = field(default_factory=dict)
     """By part, dtype and shard: memory that is used again from layer to layer."""
+    _casts: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    """Of one layer's MLP."""
     _alive: list[torch.Tensor] = field(default_factory=list)
     """What ranges have addresses of, until they have been compared."""
     _turns: dict[str, int] = field(default_factory=dict)
@@ -161,6 +134,7 @@ class Scan:
                         ranges += self._expert_ranges(pool, unit, sound, factors)
                 self._do(pool, map(self._reading, _tasks(ranges)))
                 self._alive.clear()
+                self._casts.clear()
         finally:
             # What is raised here, a signal's error too, is not to wait for more than a step.
             self._stop.set()
@@ -195,20 +169,21 @@ class Scan:
         else:
             wanted.value = self.rounding.cast(copy.source, value, _torch_dtype(entry.dtype))
         self._alive.append(wanted.value)
-        yield from self._ranges(name, name, _Spot(entry.shard, entry.offset, entry.nbytes), wanted)
+        yield from self._ranges(name, name, Spot(entry.shard, entry.offset, entry.nbytes), wanted)
 
     def _expert_ranges(
         self, pool: ThreadPoolExecutor, layer: int, sound: set[str], factors: Mapping[str, float]
     ) -> list[_Range]:
         """Return what to compare of a layer's experts, in the order of the files."""
-        facts, found = self.facts, list[tuple[_Spot, str, str, str, int]]()
-        prefix = facts.target.prefix(layer)
+        facts, found = self.facts, list[tuple[Spot, str, str, str, int]]()
+        prefix, cuts = facts.target.prefix(layer), self.neurons.cuts
+        orders = self.neurons.orders(layer, lambda group: self._bring(pool, layer, group, sound))
         for part, expert, place in self.experts.places:
             name = prefix + place.tensor
-            if name not in sound:
+            if name not in sound or (part in cuts and expert // facts.granularity in orders):
                 continue
             entry = facts.moe.tensors[name]
-            spot = _spot(entry, place)
+            spot = spot_of(entry, place)
             if spot is None or math.isnan(factor_of(facts, factors, part)):
                 self.differing.add((part, layer))
             elif spot.nbytes:
@@ -230,7 +205,49 @@ class Scan:
         source = (self._dense_range(part, layer) for part in read)
         self._do(pool, map(self._reading, _tasks(source)))
         self._do(pool, scaling)
+        for group, order in orders.items():
+            for part in cuts:
+                gathered = self.neurons.gathered(part, layer, group, order, self._cast)
+                self._do(pool, self._comparing((part, layer), gathered))
         return ranges
+
+    def _bring(self, pool: ThreadPoolExecutor, layer: int, group: int, sound: set[str]) -> bool:
+        """Have a group read by several threads before one looks at it; False if it is not whole."""
+        facts, prefix, ranges = self.facts, self.facts.target.prefix(layer), list[_Range]()
+        for _, expert, place in self.experts.places:
+            if expert // facts.granularity != group:
+                continue
+            if prefix + place.tensor not in sound:
+                return False
+            entry = facts.moe.tensors[prefix + place.tensor]
+            spot = spot_of(entry, place) or Spot(entry.shard, entry.offset, entry.nbytes)
+            address = self._file(entry.name, dense=False).address + spot.start
+            ranges.append(_Range(None, address, address, spot.nbytes))
+        self._do(pool, map(self._reading, _tasks(ranges)))
+        return True
+
+    def _comparing(self, key: Key, gathered: Gathered) -> Iterator[Callable[[], None]]:
+        """Yield what compares a part of a group that has an order of its own."""
+
+        def compare(shard: int | None, rows: slice) -> None:
+            if self._stop.is_set():
+                return
+            if key not in self.differing and not gathered.holds(shard, rows):
+                self.differing.add(key)
+            self._note(gathered.nbytes // len(pieces))
+
+        pieces = list(gathered.pieces())
+        return (partial(compare, shard, rows) for shard, rows in pieces)
+
+    def _cast(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of a dense MLP in a dtype; once for all that is made of it."""
+        source = self.dense.tensor(name)
+        if source.dtype == dtype:
+            return source
+        key = name, dtype
+        if key not in self._casts:
+            self._casts[key] = self.rounding.cast(name, source, dtype)
+        return self._casts[key]
 
     def _dense_range(self, part: str, layer: int) -> _Range:
         name = self.facts.dense_place(part, layer).tensor
@@ -246,9 +263,7 @@ class Scan:
         What is still to be multiplied for that is added to `scaling`.
         """
         name = self.facts.dense_place(part, layer).tensor
-        entry, source = self.facts.dense.tensors[name], self.dense.tensor(name)
-        if entry.dtype != dtype:
-            source = self.rounding.cast(name, source, _torch_dtype(dtype))
+        entry, source = self.facts.dense.tensors[name], self._cast(name, _torch_dtype(dtype))
         for shard in range(self.facts.granularity):
             view = source[self.facts.dense_place(part, layer, shard).index]
             wanted = _Wanted(view)
@@ -274,7 +289,7 @@ class Scan:
         start = entry.offset + int(value.storage_offset()) * value.element_size()
         wanted.known.new(self._file(source, dense=True).layout, start, value.nbytes)
 
-    def _ranges(self, key: Key, name: str, spot: _Spot, wanted: _Wanted) -> Iterator[_Range]:
+    def _ranges(self, key: Key, name: str, spot: Spot, wanted: _Wanted) -> Iterator[_Range]:
         """Yield what is to be read of a place: all but what the disk has where it is known."""
         file, value = self._file(name, dense=False), wanted.value.data_ptr()
         parts = wanted.known.new(file.layout, spot.start, spot.nbytes)
@@ -333,21 +348,6 @@ def _tasks(ranges: Iterable[_Range]) -> Iterator[list[_Range]]:
                 yield task
                 task, room = [], _TASK_BYTES
     yield task
-
-
-def _spot(entry: TensorEntry, place: Place) -> _Spot | None:
-    """Return where a place lies, None when its bytes are not in one piece."""
-    shape, start = entry.shape, 0
-    if place.row is not None:
-        shape = shape[1:]
-        start = place.row * math.prod(shape)
-    if place.cut is not None and place.stop - place.start != shape[place.cut]:
-        if place.cut:
-            return None
-        shape = (place.stop - place.start, *shape[1:])
-        start += place.start * math.prod(shape[1:])
-    item = ITEM_BYTES[entry.dtype]
-    return _Spot(entry.shard, entry.offset + start * item, math.prod(shape) * item)
 
 
 def _scaling(

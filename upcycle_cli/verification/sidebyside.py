@@ -6,9 +6,10 @@ Legend: P positions, K sampled positions, H hidden size, I dense intermediate si
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
-from upcycle_cli.verification.factors import recover_factors
+from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.models import (
     Model,
@@ -25,6 +26,7 @@ from upcycle_cli.verification.models import (
     decoder_layers,
     transformers_says,
 )
+from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.report import Continuation, LayerMeasure
 from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
@@ -186,20 +188,34 @@ def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]
         yield largest
         return
 
-    def note(down: Model, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+    def note(
+        orders: list[torch.Tensor], down: Model, inputs: tuple[torch.Tensor, ...], _output: object
+    ) -> None:
         hidden_PI = inputs[0].flatten(0, -2)
         weight_HI = down.weight[:]
-        for shard in range(facts.granularity):
-            part = slice(shard * facts.expert_size, (shard + 1) * facts.expert_size)
+        for part in (shard for order in orders for shard in order.reshape(-1, facts.expert_size)):
             # As a linear layer's weight, whose columns count its input.
             output_PH = hidden_PI[:, part] @ weight_HI[:, part].T
             largest.append(output_PH.abs().max() * scale)
 
     down = holder(facts.dense_mlp, "down").name.removesuffix(".weight")
-    modules = [decoder_layers(model)[layer].get_submodule(down) for layer in float16]
-    handles = [module.register_forward_hook(note) for module in modules]
+    modules = {layer: decoder_layers(model)[layer].get_submodule(down) for layer in float16}
+    handles = [
+        module.register_forward_hook(partial(note, _orders(facts, layer, factors)))
+        for layer, module in modules.items()
+    ]
     try:
         yield largest
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _orders(facts: Facts, layer: int, factors: Mapping[str, float]) -> list[torch.Tensor]:
+    """Return each order in which a layer's groups have the dense MLP's neurons."""
+    by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
+    with facts.dense.reader() as dense, facts.moe.reader() as moe:
+        orders = Neurons(facts, dense, moe, by_part).orders(layer, lambda _: True)
+    found = [torch.from_numpy(order) for order in orders.values()]
+    own = [torch.arange(facts.dense_size)] if len(found) < facts.expansion else []
+    return own + found

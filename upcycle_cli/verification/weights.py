@@ -22,13 +22,16 @@ from upcycle_cli.families.mlp import Place
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import bits, difference, one_thread, same
 from upcycle_cli.verification.copies import Copy, copies_of
+from upcycle_cli.verification.disorder import order_failures
 from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.neurons import Neurons
+from upcycle_cli.verification.places import Experts
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import row_failures, size_failures
-from upcycle_cli.verification.scan import Experts, Key, Scan
+from upcycle_cli.verification.scan import Key, Scan
 
 NAME = "weights"
 _MOST_TIMES = 4.0
@@ -60,12 +63,14 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
     wanted = _wanted(facts, placed)
     sound = set(_sound(facts, wanted, findings))
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
-        comparison = _Comparison(facts, dense, moe, findings)
         with one_thread():
             factors = recover_factors(facts)
+        by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
+        neurons = Neurons(facts, dense, moe, by_part)
+        comparison = _Comparison(facts, dense, moe, findings, neurons)
         comparison.factors(factors)
         copies = {name: item.copy for name, item in wanted.items() if item.copy is not None}
-        scan = Scan(facts, placed, dense, moe, comparison.rounding, watch)
+        scan = Scan(facts, placed, dense, moe, comparison.rounding, watch, neurons)
         comparison.differing |= scan.run(
             sound, {name: copies[name] for name in copies if name in sound}, factors
         )
@@ -74,8 +79,9 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
             before = len(findings)
             for part in facts.parts:
                 if (part, layer) in comparison.differing:
-                    comparison.experts(part, layer, factor_of(facts, factors, part), sound)
-            if len(findings) == before and placed.names(layer).keys() <= sound:
+                    comparison.experts(part, layer, by_part[part], sound)
+            alike = layer not in neurons.uneven and placed.names(layer).keys() <= sound
+            if len(findings) == before and alike:
                 copied.add(layer)
             if facts.router_name(layer) in sound:
                 with one_thread():
@@ -95,16 +101,19 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
         "gates_factor": factors["config"],
         "c": facts.implied.needed_c,
         "groups_checked": facts.expansion * len(facts.layers),
+        "reordered_groups": sum(neurons.reordered.values()),
         "tensors_compared": len(sound),
         "lossless": lossless,
         "rounding_error": rounding.error,
         "zeroed_share": rounding.zeroed,
     }
-    detail = _passed_detail(facts, factors, lossless=lossless)
+    detail = _passed_detail(facts, factors, lossless=lossless, reordered=bool(neurons.reordered))
     return findings.result(NAME, detail, metrics), frozenset(copied)
 
 
-def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool) -> str:
+def _passed_detail(
+    facts: Facts, factors: Mapping[str, float], *, lossless: bool, reordered: bool
+) -> str:
     shown = ", ".join(f"{matrix} × {factors[matrix]:.6g}" for matrix in facts.kind.matrices)
     if factors["config"] != 1.0:
         shown += f", gates × {factors['config']:.6g} by {CONFIG_NAME}"
@@ -118,8 +127,11 @@ def _passed_detail(facts: Facts, factors: Mapping[str, float], *, lossless: bool
         if facts.recipe.virtual_groups
         else "All router rows differ"
     )
+    experts = "Every expert is its shard of the dense MLP"
+    if reordered:
+        experts = "The experts of each virtual group have every neuron of the dense MLP once"
     return (
-        f"Every expert is its shard of the dense MLP, bit for bit ({shown}; {end}). {routers}. "
+        f"{experts}, bit for bit ({shown}; {end}). {routers}. "
         "All other tensors equal the dense model's."
     )
 
@@ -192,6 +204,7 @@ class _Comparison:
     dense: Reader
     moe: Reader
     findings: Findings
+    neurons: Neurons
     rounding: Rounding = field(default_factory=Rounding)
     differing: set[Key] = field(default_factory=set)
     """What holds other bytes than the dense model, and is to be put in words."""
@@ -210,13 +223,17 @@ class _Comparison:
             self.findings.add(failure)
 
     def experts(self, part: str, layer: int, factor: float, sound: set[str]) -> None:
-        """Compare one part of all experts of a layer with the dense model's shards."""
+        """Compare one part of all experts of a layer with the dense model's shards.
+
+        A group that is not made of them may have its neurons in an order of its own.
+        """
         facts = self.facts
         spot = facts.dense_place(part, layer)
         source = self.dense.tensor(spot.tensor)
         # By dtype, since a damaged expert may have one of its own. Each shard is made contiguous
         # once, which makes comparing its E copies several times faster for the columns of down.
         scaled: dict[torch.dtype, list[torch.Tensor]] = {}
+        reordered: dict[int, list[str] | None] = {}
         for expert in range(facts.num_experts):
             place = facts.place(part, layer, expert)
             if place.tensor not in sound:
@@ -229,7 +246,14 @@ class _Comparison:
                     for shard in range(facts.granularity)
                 ]
             shards, own = scaled[held.dtype], expert % facts.granularity
-            if not same(held, shards[own]):
+            if same(held, shards[own]):
+                continue
+            group = expert // facts.granularity
+            if group not in reordered:
+                reordered[group] = order_failures(self.neurons, part, layer, group)
+                for failure in reordered[group] or ():
+                    self.findings.add(failure)
+            if reordered[group] is None:
                 self.findings.add(lambda: _expert_failure(place, held, shards, own))  # noqa: B023
 
     def router(self, layer: int) -> None:

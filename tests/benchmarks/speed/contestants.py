@@ -15,6 +15,7 @@ REPOSITORY = HERE.parents[2]
 
 UPCYCLE_SMALL = "upcycle E8G1T2"
 UPCYCLE_FINE = "upcycle E8G8T8"
+UPCYCLE_SHUFFLED = "upcycle E8G8T8, shuffled"
 PWRITE = "pwrite of the same bytes"
 MERGEKIT = "mergekit-moe, 8 experts"
 TRANSFORMERS = "transformers script"
@@ -37,7 +38,9 @@ class Contestant:
         return f"{self.name}, {'fsync' if self.fsync else 'no fsync'}"
 
 
-def upcycle(dense: Path, recipe: str, *, fsync: bool, name: str = "") -> Contestant:
+def upcycle(
+    dense: Path, recipe: str, *, fsync: bool, name: str = "", order: str = "sliced"
+) -> Contestant:
     """Return the conversion to Mixtral by this very checkout."""
     path = os.environ.get("PYTHONPATH")
     return Contestant(
@@ -45,7 +48,7 @@ def upcycle(dense: Path, recipe: str, *, fsync: bool, name: str = "") -> Contest
         fsync,
         lambda output: [
             *(sys.executable, "-m", "upcycle_cli", "convert", "--quiet", str(dense), str(output)),
-            *("--recipe", recipe, "--target", "mixtral"),
+            *("--recipe", recipe, "--target", "mixtral", "--neuron-order", order),
             *(() if fsync else ("--no-fsync",)),
         ],
         {"PYTHONPATH": f"{REPOSITORY}:{path}" if path else str(REPOSITORY)},

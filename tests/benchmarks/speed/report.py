@@ -11,6 +11,7 @@ from speed.contestants import (
     PWRITE,
     TRANSFORMERS,
     UPCYCLE_FINE,
+    UPCYCLE_SHUFFLED,
     UPCYCLE_SMALL,
     Contestant,
 )
@@ -99,7 +100,7 @@ def writing_limits(results: Sequence[Result], *, start_up_counts: bool) -> list[
     """Return the verdicts on writing; `start_up_counts` from 2.4 GB upwards."""
     found = {(result.contestant.name, result.contestant.fsync): result for result in results}
     limits = []
-    for name, most in ((UPCYCLE_SMALL, 1.25), (UPCYCLE_FINE, 1.5)):
+    for name, most in ((UPCYCLE_SMALL, 1.25), (UPCYCLE_FINE, 1.5), (UPCYCLE_SHUFFLED, 2)):
         for fsync in (True, False):
             value = _ratio(found.get((name, fsync)), found.get((PWRITE, fsync)))
             held = None if value is None or not start_up_counts else value <= most

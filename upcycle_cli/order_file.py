@@ -1,0 +1,140 @@
+"""A file of neuron orders: one safetensors file, with a tensor `layers.3.neuron_order` per layer.
+
+Each is a permutation of the dense MLP's neurons, (I,), the same for every virtual group, or (E, I),
+one for each group, of 32- or 64-bit integers. Shard s of a group holds the neurons that places
+[s·I/G, (s+1)·I/G) name. Layers are counted from 0, and those that stay dense have no order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.expr import Order
+from upcycle_cli.header import TensorEntry, read_shard_header
+from upcycle_cli.printable import counted
+from upcycle_cli.recipe import NeuronOrder, Recipe
+from upcycle_cli.storage import Storage
+
+_INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
+_MOST_BYTES = 4_000_000_000
+
+
+def order_name(layer: int, group: int | None = None) -> str:
+    """Return what the order of a layer's neurons is called in a file, or that of a group of it."""
+    return f"layers.{layer}.neuron_order" + ("" if group is None else f".{group}")
+
+
+@dataclass(frozen=True, eq=False)
+class OrderFile:
+    """The permutations of a file, as 32-bit integers."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    data: Mapping[str, bytes]
+    digest: str
+
+    def check(self, layers: Collection[int], expansion: int, size: int) -> None:
+        """Raise UpcycleError unless these layers, and no others, have orders of `size` neurons."""
+        names = {order_name(layer) for layer in layers}
+        missing, unknown = names - self.shapes.keys(), self.shapes.keys() - names
+        if missing:
+            held = ", ".join(list(self.shapes)[:3]) or "nothing"
+            raise UpcycleError(
+                f"{self.path} lacks {min(missing)}{_more(len(missing))}.",
+                f"It holds {held}. Each layer that becomes a mixture of experts needs an order.",
+            )
+        if unknown:
+            raise UpcycleError(
+                f"{self.path}: {min(unknown)}{_more(len(unknown))} belongs to no layer that "
+                f"becomes a mixture of experts ({counted(len(names), 'layer')}).",
+                "Take it out, or choose other --layers.",
+            )
+        for name, shape in self.shapes.items():
+            if shape not in ((size,), (expansion, size)):
+                raise UpcycleError(
+                    f"{self.path}: {name} has shape {list(shape)}; {[size]} is needed, a "
+                    f"permutation of the dense MLP's neurons, or {[expansion, size]}, one for each "
+                    "virtual group."
+                )
+
+    def of_layer(self, layer: int, expansion: int) -> list[Order | None]:
+        """Return the order of each group; those that one tensor gives to all are equal."""
+        name = order_name(layer)
+        *groups, size = self.shapes[name]
+        if not groups:
+            return [Order(size, name, origin=self.digest, indices=self.data[name])] * expansion
+        step = 4 * size
+        return [
+            Order(
+                size,
+                order_name(layer, group),
+                origin=self.digest,
+                indices=self.data[name][group * step : (group + 1) * step],
+            )
+            for group in range(expansion)
+        ]
+
+
+def read_order_file(path: Path) -> OrderFile:
+    """Read a file of neuron orders; UpcycleError when it cannot be, or holds no permutations."""
+    if not path.is_file():
+        raise UpcycleError(
+            f"there is no file {path}.",
+            "--neuron-order takes sliced, shuffled, or a safetensors file of permutations.",
+        )
+    storage = Storage(path.parent)
+    stamp, entries = read_shard_header(storage, path.name)
+    if stamp.size > _MOST_BYTES:
+        raise UpcycleError(f"{path} has {stamp.size:,} bytes, and orders are smaller than that.")
+    data = {entry.name: _read(storage, path, entry) for entry in entries}
+    digest = hashlib.sha256()
+    for name in sorted(data):
+        digest.update(f"{name} {len(data[name])}\n".encode() + data[name])
+    shapes = {entry.name: entry.shape for entry in entries}
+    return OrderFile(path, shapes, data, digest.hexdigest())
+
+
+def check_orders(
+    given: OrderFile | None, recipe: Recipe, layers: Collection[int], size: int
+) -> None:
+    """Raise UpcycleError unless orders are given where a recipe asks for them, and fit it."""
+    if (given is not None) != (recipe.neuron_order is NeuronOrder.FILE):
+        raise UpcycleError(
+            "neuron orders come from a file, and there is none."
+            if given is None
+            else f"a file of neuron orders was given, and --neuron-order is {recipe.neuron_order}.",
+            "Give the file itself: --neuron-order ORDERS.safetensors.",
+        )
+    if given is not None:
+        given.check(layers, recipe.expansion, size)
+
+
+def _read(storage: Storage, path: Path, entry: TensorEntry) -> bytes:
+    """Return the permutations of a tensor; UpcycleError for what is none."""
+    import numpy as np
+
+    where = f"{path}: {entry.name}"
+    if entry.dtype not in _INTEGERS or not 1 <= len(entry.shape) <= 2 or not entry.num_elements:
+        raise UpcycleError(
+            f"{where} is {entry.dtype} of shape {list(entry.shape)}; an order is (I,) or (E, I) "
+            f"of {', '.join(_INTEGERS)}."
+        )
+    raw = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)
+    orders_EI = np.frombuffer(raw, _INTEGERS[entry.dtype]).reshape(-1, entry.shape[-1])
+    for group, order_I in enumerate(orders_EI):
+        odd = np.flatnonzero(np.sort(order_I) != np.arange(len(order_I)))
+        if len(odd):
+            which = f", group {group}" if len(entry.shape) == 2 else ""
+            raise UpcycleError(
+                f"{where}{which} is no permutation: it must name each neuron from 0 to "
+                f"{len(order_I) - 1} once."
+            )
+    return orders_EI.astype("<u4").tobytes()
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""

@@ -1,0 +1,103 @@
+"""A group whose neurons are in no order that is the same for all of its parts, in words.
+
+Legend: G shards, I dense intermediate size; a neuron is a row of gate and up, a column of down, and
+an entry of the biases that go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upcycle_cli.verification.bits import difference, same, unequal
+from upcycle_cli.verification.neurons import Neurons, most_likely
+
+if TYPE_CHECKING:
+    from upcycle_cli.matching import Indices
+    from upcycle_cli.verification.gathered import Gathered
+
+_MOST = 0.5
+"""The share of neurons that says what a group was meant to be."""
+
+
+def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[str] | None:
+    """Say what is wrong with a part of a group that has neurons in an order of its own.
+
+    Nothing where that order explains it all. None where there is no such order, or the part has
+    nothing of single neurons: it is to be held to the slices of the dense MLP.
+    """
+    if part not in neurons.cuts:
+        return None
+    failures: list[str] = []
+    order = neurons.order(layer, group)
+    if order is None:
+        seems = neurons.by_parts(layer, group)
+        likely = most_likely(seems) if len(seems) == len(neurons.cuts) else np.array([-1])
+        in_place = np.mean(likely == np.arange(len(likely)))
+        if in_place > _MOST or np.mean(likely >= 0) <= _MOST:
+            return None
+        if part == next(iter(neurons.cuts)):
+            failures += _twice(neurons, layer, group, likely)
+        order, found = _completed(likely), seems[part]
+    else:
+        neurons.uneven.add(layer)
+        found = order
+    gathered = neurons.gathered(part, layer, group, order)
+    if not gathered.all_hold():
+        failures += _differences(neurons, gathered, (part, layer, group), found)
+    return failures
+
+
+def _twice(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
+    """Say which neurons of the dense MLP a group has twice, and which it lacks for that."""
+    counts = np.bincount(likely[likely >= 0], minlength=len(likely))
+    doubled = np.flatnonzero(counts > 1)
+    if not len(doubled):
+        return
+    missing = np.flatnonzero(counts == 0)
+    first, second = np.flatnonzero(likely == doubled[0])[:2]
+    size, start = neurons.facts.expert_size, group * neurons.facts.granularity
+    more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
+    yield (
+        f"layer {layer}: virtual group {group} has neuron {doubled[0]}{more} of the dense MLP "
+        f"twice, in expert {start + first // size} at {first % size} and in expert "
+        f"{start + second // size} at {second % size}; it lacks neuron {missing[0]}"
+    )
+
+
+def _completed(likely: Indices) -> Indices:
+    """Return an order in which places of no known neuron have those that are nowhere."""
+    order, unknown = likely.copy(), np.flatnonzero(likely < 0)
+    nowhere = np.setdiff1d(np.arange(len(likely)), likely)
+    order[unknown] = nowhere[: len(unknown)]
+    return order
+
+
+def _differences(
+    neurons: Neurons, gathered: Gathered, where: tuple[str, int, int], found: Indices
+) -> Iterator[str]:
+    """Say of each expert of a group in which a part is not what the order makes it."""
+    (part, layer, group), facts, order = where, neurons.facts, gathered.order
+    for shard, held in enumerate(gathered.held):
+        wanted = gathered.wanted(shard)
+        if same(held, wanted):
+            continue
+        label = facts.place(part, layer, group * facts.granularity + shard).label
+        differs = unequal(held, wanted).movedim(gathered.cut, 0).flatten(1).any(1).numpy()
+        start = shard * facts.expert_size
+        others = [
+            place
+            for place in np.flatnonzero(differs).tolist()
+            if found[start + place] not in {-1, order[start + place]}
+        ]
+        if others:
+            at = start + others[0]
+            more = f", and so on in {len(others)} places" if len(others) > 1 else ""
+            yield (
+                f"{label} has neuron {found[at]} of the dense MLP at {others[0]}, where the rest "
+                f"of the expert has neuron {order[at]}{more}"
+            )
+        else:
+            yield f"{label} {difference(held, wanted)}"
