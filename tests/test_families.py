@@ -488,6 +488,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "granitemoe_swa": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,
         "hunyuan_v1_moe": Routing.TOPK_SOFTMAX,
+        "cohere2_moe": Routing.TOPK_SOFTMAX,
         "lfm2_moe": Routing.SIGMOID_TOPK,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
@@ -742,6 +743,12 @@ def test_layers_in_words() -> None:
         ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
         ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
         ("lfm2", "lfm2_moe", "1-", {"num_dense_layers": 1}),
+        (
+            "cohere2",
+            "cohere2_moe",
+            "1-2",
+            {"mlp_layer_types": ["dense", "sparse", "sparse", "dense"]},
+        ),
         (
             "ernie4_5",
             "ernie4_5_moe",

@@ -97,6 +97,12 @@ EQUIVALENT: Mapping[str, str] = {
     r"hy_v3 settings: without num_shared_experts": "it is the default",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"dots1 settings: without .*": "the source has the key, with the same meaning",
+    r"cohere2_moe keys: routing: .*": "gates sum to 1 in either way",
+    r"cohere2_moe settings: without (layer_types|sliding_window)": "the source has it",
+    r"cohere2_moe settings: without (num_shared_experts|norm_topk_prob|rms_norm_eps)": (
+        "it is the default"
+    ),
+    r"cohere2_moe settings: another prefix_dense_sliding_window_pattern": "any but 1 does",
     r"lfm2_moe settings: without .*": "the source has it, or it is the default",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
@@ -229,6 +235,10 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
         Scenario("qwen3", "qwen3_moe", SLIDING["qwen2"], {}, SUM_TO_ONE),
         Scenario("qwen3", "qwen3_moe", SLIDING["qwen3"], {}, SUM_TO_ONE),
         Scenario("qwen3", "qwen3_moe", {"attention_bias": True}, {}, SUM_TO_ONE),
+    ),
+    "cohere2_moe": (
+        Scenario("cohere2", "cohere2_moe", {}, {}, {"routing": Routing.SIGMOID_TOPK}),
+        Scenario("cohere2", "cohere2_moe", {"num_hidden_layers": 4}, {}, {"layers": "0"}),
     ),
     "glm4_moe": (
         Scenario("llama", "glm4_moe", {"attention_bias": True}),
@@ -472,6 +482,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "expert_size": lambda value, _: _others(
             value, "intermediate_size", "moe_intermediate_size", f"{value}_x"
         ),
+        "dense_size": lambda value, _: iter([("another", f"{value}_x")]),
         "routing": lambda value, _: _routing_key(value),
         "scale": lambda value, _: _others(value, None, "routed_scaling_factor", "scale"),
     },

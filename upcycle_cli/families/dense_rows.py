@@ -5,60 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families.dense import FULL, SLIDING, DenseFamily, Windows
+from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Weight, separate
 from upcycle_cli.families.pieces import GATE_UP, INTERLEAVED, QKV
-from upcycle_cli.families.settings import Values
-
-
-def _all_slide(values: Values, count: int) -> Windows:
-    return (values["sliding_window"],) * count
-
-
-def _some_slide(values: Values, count: int) -> Windows:
-    """Read the windows by the rule of qwen2 and qwen3.
-
-    A layer slides when `use_sliding_window` is true and its index is at least
-    `max_window_layers`, unless `layer_types` says otherwise.
-    """
-    window = values["sliding_window"] if values["use_sliding_window"] else None
-    kinds = values.config.get("layer_types")
-    if kinds is None:
-        first_sliding = count if window is None else values["max_window_layers"]
-        kinds = [SLIDING if i >= first_sliding else FULL for i in range(count)]
-    return _read_kinds(kinds, window, count)
-
-
-def _read_kinds(kinds: object, window: int | None, count: int) -> Windows:
-    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UpcycleError(
-            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
-        )
-    if len(kinds) != count:
-        raise UpcycleError(f"config.json: layer_types has {len(kinds)} entries for {count} layers.")
-    if SLIDING in kinds and window is None:
-        raise UpcycleError(
-            "config.json: layer_types has sliding layers, but use_sliding_window is false "
-            "or sliding_window is null."
-        )
-    return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-def _by_kinds(values: Values, count: int) -> Windows:
-    """Read the windows where layer_types alone says which layers slide; all do without it."""
-    window, kinds = values["sliding_window"], values.config.get("layer_types")
-    if kinds is None:
-        return (window,) * count
-    return _read_kinds(kinds, window, count)
-
-
-def _three_of_four(values: Values, count: int) -> Windows:
-    """Read the windows where, unless layer_types says it, only layers 0, 4, 8 and so on see all."""
-    kinds = values.config.get("layer_types")
-    if kinds is None:
-        kinds = [SLIDING if layer % 4 else FULL for layer in range(count)]
-    return _read_kinds(kinds, values["sliding_window"], count)
+from upcycle_cli.families.windows import (
+    all_but_each_fourth,
+    all_slide,
+    by_kinds,
+    some_slide,
+    three_of_four,
+)
 
 
 def _two_thirds(values: Mapping[str, Any]) -> int:
@@ -115,21 +71,21 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="mistral",
         mlp=_SWIGLU,
-        windows=_all_slide,
+        windows=all_slide,
         targets=("mixtral", "qwen2_moe"),
         classes="Mistral",
     ),
     DenseFamily(
         model_type="qwen2",
         mlp=_SWIGLU,
-        windows=_some_slide,
+        windows=some_slide,
         targets=("qwen2_moe", "glm4_moe"),
         classes="Qwen2",
     ),
     DenseFamily(
         model_type="qwen3",
         mlp=_SWIGLU,
-        windows=_some_slide,
+        windows=some_slide,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3"),
         classes="Qwen3",
     ),
@@ -162,7 +118,14 @@ _ROWS: Sequence[DenseFamily] = (
         classes="CodeGen",
     ),
     DenseFamily(model_type="cohere", mlp=_SWIGLU, norm=_SHARED, classes="Cohere"),
-    DenseFamily(model_type="cohere2", mlp=_SWIGLU, norm=_SHARED, classes="Cohere2"),
+    DenseFamily(
+        model_type="cohere2",
+        mlp=_SWIGLU,
+        norm=_SHARED,
+        windows=all_but_each_fourth,
+        targets=("cohere2_moe",),
+        classes="Cohere2",
+    ),
     DenseFamily(model_type="cwm", mlp=_SWIGLU, classes="Cwm"),
     DenseFamily(model_type="diffllama", mlp=_SWIGLU, classes="DiffLlama"),
     DenseFamily(model_type="doge", mlp=_SWIGLU, classes="Doge"),
@@ -258,7 +221,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="granite_swa",
         mlp=_SWIGLU,
-        windows=_three_of_four,
+        windows=three_of_four,
         targets=("granitemoe_swa",),
         classes="GraniteSWA",
     ),
@@ -310,7 +273,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="ministral",
         mlp=_SWIGLU,
-        windows=_by_kinds,
+        windows=by_kinds,
         targets=("qwen2_moe",),
         classes="Ministral",
     ),
@@ -345,7 +308,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         model_type="phi3",
         mlp=_GATE_UP,
-        windows=_all_slide,
+        windows=all_slide,
         pieces=QKV,
         targets=("mixtral",),
         classes="Phi3",

@@ -44,6 +44,7 @@ _TRIED = {
     "nemotron_h": ("transformers", "llama.cpp", "MLX"),
     **dict.fromkeys(
         (
+            "cohere2_moe",
             "deepseek_v3",
             "dots1",
             "ernie4_5_moe",
@@ -88,9 +89,12 @@ _SOME_LAYERS = {
             "qwen2_moe",
             "qwen3_moe",
             "glm4_moe",
+            "cohere2_moe",
             "dots1",
             "deepseek_v3",
+            "ernie4_5_moe",
             "hy_v3",
+            "lfm2_moe",
             "nemotron_h",
             "qwen3_vl_moe_text",
             _SHIPPED,
@@ -106,7 +110,14 @@ _NEVER_PER_EXPERT = (
     *(_SHIPPED, "granitemoe", "granitemoe_swa", "granitemoehybrid", "qwen3_vl_moe_text"),
 )
 """Targets none of whose layouts has a tensor per expert."""
-_NEWER_THAN_TRANSFORMERS_4 = (*("granitemoe_swa", "hy_v3", "lfm2_moe", "nemotron_h", "solar_open"),)
+_NEWER_THAN_TRANSFORMERS_4 = (
+    "cohere2_moe",
+    "granitemoe_swa",
+    "hy_v3",
+    "lfm2_moe",
+    "nemotron_h",
+    "solar_open",
+)
 """Targets that it has no class for."""
 
 

@@ -66,6 +66,8 @@ class Keys:
     """Other names of the same, which some version of transformers writes."""
     top_k: str = "num_experts_per_tok"
     expert_size: str = "moe_intermediate_size"
+    dense_size: str = "intermediate_size"
+    """Of layers that stay dense, where that is not the same key."""
     routing: tuple[str, Mapping[Any, Routing]] | None = None
     """A key and what its values stand for; None where the routing is fixed."""
     scale: str | None = None

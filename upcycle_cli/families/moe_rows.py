@@ -30,8 +30,10 @@ from upcycle_cli.families.moe import (
     Target,
     in_memory,
 )
+from upcycle_cli.families.moe_layouts import GRANITE_LAYOUTS, QWEN_LAYOUTS, layouts, swiglu
 from upcycle_cli.families.moe_settings import (
     DEEPSEEK_SETTINGS,
+    cohere2_moe_settings,
     deepseek_v3_settings,
     glm4_moe_settings,
     granitemoe_swa_settings,
@@ -50,36 +52,6 @@ _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMA
 _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
 
 
-def _layouts(
-    per_expert: Sequence[Weight], fused: str, *, router: str, fused_router: str | None = None
-) -> Mapping[ExpertLayout, Layout]:
-    gated = "gate" in {part for weight in per_expert for part in weight.holds}
-    return {
-        ExpertLayout.PER_EXPERT: Layout(experts=without_biases(per_expert), router=router),
-        ExpertLayout.FUSED: Layout(
-            experts=stacked(fused, gated=gated), router=fused_router or router
-        ),
-    }
-
-
-def _swiglu(prefix: str) -> tuple[Weight, ...]:
-    return separate(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
-
-
-_QWEN_LAYOUTS = _layouts(_swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
-_GRANITE_LAYOUTS = {
-    ExpertLayout.STACKED: Layout(
-        experts=(
-            Weight("block_sparse_moe.input_linear.weight", ("gate", "up"), 0),
-            Weight("block_sparse_moe.output_linear.weight", ("down",), 1),
-        ),
-        router="block_sparse_moe.router.layer.weight",
-    ),
-    ExpertLayout.FUSED: Layout(
-        experts=stacked("block_sparse_moe.experts", gated=True),
-        router="block_sparse_moe.router.weight",
-    ),
-}
 _GRANITE_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
@@ -90,7 +62,7 @@ _QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
 
 _DEEPSEEK: Any = {
     "routings": (Routing.SIGMOID_TOPK,),
-    "layouts": _QWEN_LAYOUTS,
+    "layouts": QWEN_LAYOUTS,
     "keys": Keys(
         num_experts="n_routed_experts",
         aliases=("num_local_experts", "num_experts"),
@@ -98,7 +70,7 @@ _DEEPSEEK: Any = {
         scale="routed_scaling_factor",
     ),
     "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
-    "shared": SharedExpert(weights=without_biases(_swiglu("mlp.shared_experts"))),
+    "shared": SharedExpert(weights=without_biases(swiglu("mlp.shared_experts"))),
 }
 """What DeepSeek's mixture of experts has, and those that are made after it."""
 
@@ -107,7 +79,7 @@ _ROWS: Sequence[Target] = (
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_layouts(
+        layouts=layouts(
             separate(
                 *(f"block_sparse_moe.experts.{{expert}}.{matrix}" for matrix in ("w1", "w3", "w2"))
             ),
@@ -133,11 +105,11 @@ _ROWS: Sequence[Target] = (
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
         routings=(Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX),
-        layouts=_QWEN_LAYOUTS,
+        layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
         layers=MLP_ONLY_LAYERS,
         shared=SharedExpert(
-            weights=without_biases(_swiglu("mlp.shared_expert")),
+            weights=without_biases(swiglu("mlp.shared_expert")),
             router="mlp.shared_expert_gate.weight",
             size_key="shared_expert_intermediate_size",
             size=64,
@@ -150,7 +122,7 @@ _ROWS: Sequence[Target] = (
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
-        layouts=_QWEN_LAYOUTS,
+        layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
         layers=MLP_ONLY_LAYERS,
         refusal=no_mixed_windows,
@@ -164,7 +136,7 @@ _ROWS: Sequence[Target] = (
         model_type="flex_olmo",
         architecture="FlexOlmoForCausalLM",
         routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
-        layouts=_QWEN_LAYOUTS,
+        layouts=QWEN_LAYOUTS,
         keys=Keys(
             num_experts="num_experts",
             aliases=("num_local_experts",),
@@ -193,8 +165,8 @@ _ROWS: Sequence[Target] = (
         model_type="hy_v3",
         architecture="HYV3ForCausalLM",
         routings=(Routing.SIGMOID_TOPK,),
-        layouts=_layouts(
-            _swiglu("mlp.experts.{expert}"),
+        layouts=layouts(
+            swiglu("mlp.experts.{expert}"),
             "mlp.experts",
             router="mlp.router.gate.weight",
             fused_router="mlp.gate.weight",
@@ -207,8 +179,8 @@ _ROWS: Sequence[Target] = (
         layers=MLP_TYPES,
         correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
         shared=SharedExpert(
-            weights=without_biases(_swiglu("mlp.shared_mlp")),
-            fused=without_biases(_swiglu("mlp.shared_experts")),
+            weights=without_biases(swiglu("mlp.shared_mlp")),
+            fused=without_biases(swiglu("mlp.shared_experts")),
         ),
         refusal=no_windows,
         settings=lambda _: {"num_shared_experts": 1},
@@ -232,7 +204,7 @@ _ROWS: Sequence[Target] = (
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_QWEN_LAYOUTS,
+        layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
         layers=MOE_RANGE,
         correction_bias=CorrectionBias(
@@ -247,9 +219,7 @@ _ROWS: Sequence[Target] = (
         model_type="hunyuan_v1_moe",
         architecture="HunYuanMoEV1ForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_layouts(
-            _swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"
-        ),
+        layouts=layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"),
         keys=Keys(
             num_experts="num_experts",
             aliases=("num_local_experts",),
@@ -257,13 +227,13 @@ _ROWS: Sequence[Target] = (
             expert_size="intermediate_size",
         ),
         layers=ALL,
-        shared=SharedExpert(weights=without_biases(_swiglu("mlp.shared_mlp"))),
+        shared=SharedExpert(weights=without_biases(swiglu("mlp.shared_mlp"))),
     ),
     Target(
         model_type="lfm2_moe",
         architecture="Lfm2MoeForCausalLM",
         routings=(Routing.SIGMOID_TOPK,),
-        layouts=_layouts(
+        layouts=layouts(
             separate(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
             "feed_forward.experts",
             router="feed_forward.gate.weight",
@@ -274,10 +244,27 @@ _ROWS: Sequence[Target] = (
         settings=lfm2_moe_settings,
     ),
     Target(
+        model_type="cohere2_moe",
+        architecture="Cohere2MoeForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
+        layouts=QWEN_LAYOUTS,
+        keys=Keys(
+            num_experts="num_experts",
+            expert_size="intermediate_size",
+            dense_size="prefix_dense_intermediate_size",
+            routing=(
+                "expert_selection_fn",
+                {"softmax": Routing.TOPK_SOFTMAX, "sigmoid": Routing.SIGMOID_TOPK},
+            ),
+        ),
+        layers=MLP_TYPES,
+        settings=cohere2_moe_settings,
+    ),
+    Target(
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_GRANITE_LAYOUTS,
+        layouts=GRANITE_LAYOUTS,
         keys=_GRANITE_KEYS,
         layers=ALL,
     ),
@@ -285,7 +272,7 @@ _ROWS: Sequence[Target] = (
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts={ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]},
+        layouts={ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]},
         keys=_GRANITE_KEYS,
         layers=ALL,
         refusal=odd_thetas,
@@ -296,7 +283,7 @@ _ROWS: Sequence[Target] = (
         model_type="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
         routings=(Routing.TOPK_SOFTMAX,),
-        layouts=_GRANITE_LAYOUTS,
+        layouts=GRANITE_LAYOUTS,
         keys=_GRANITE_KEYS,
         layers=ALL_OR_NONE,
         shared=SharedExpert(
@@ -313,7 +300,7 @@ _ROWS: Sequence[Target] = (
         model_type="nemotron_h",
         architecture="NemotronHForCausalLM",
         routings=(Routing.SIGMOID_TOPK,),
-        layouts=_layouts(
+        layouts=layouts(
             separate("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
             "mixer.experts",
             router="mixer.gate.weight",

@@ -113,3 +113,18 @@ def odd_thetas(dense: DenseModel) -> str | None:
     if isinstance(thetas, list) and len(thetas) == dense.num_layers:
         return None
     return f"layer_rope_theta is {shown(thetas)}, and there are {dense.num_layers} layers"
+
+
+def cohere2_moe_settings(dense: DenseModel) -> dict[str, Any]:
+    """State the windows, and that a dense layer without one sees no positions either.
+
+    It does if the pattern of the first layers is 1.
+    """
+    return {
+        "layer_types": [SLIDING if window else FULL for window in dense.windows],
+        "sliding_window": next(filter(None, dense.windows), None),
+        "prefix_dense_sliding_window_pattern": 4,
+        "num_shared_experts": 0,
+        "norm_topk_prob": True,
+        "rms_norm_eps": None,
+    }

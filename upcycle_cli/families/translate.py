@@ -95,10 +95,7 @@ def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
     shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
     if target.model_type == dense.model_type:
         shared = {key for key in shared if dense.values[key] is not None}
-    found = {key: dense.values[key] for key in sorted(shared - kept)}
-    if "intermediate_size" in found:
-        found["intermediate_size"] = dense.intermediate_size  # which a rule may have derived
-    return found
+    return {key: dense.values[key] for key in sorted(shared - kept)}
 
 
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
@@ -122,7 +119,10 @@ def _choices(
 ) -> dict[str, Any]:
     """Return the keys that say the recipe."""
     keys = target.keys
-    found = {
+    found: dict[str, Any] = {}
+    if not target.ships_code:
+        found[keys.dense_size] = dense.intermediate_size  # which a rule may have derived
+    found |= {
         keys.num_experts: recipe.num_experts,
         keys.top_k: recipe.top_k,
         keys.expert_size: dense.intermediate_size // recipe.granularity,

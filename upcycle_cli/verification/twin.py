@@ -86,7 +86,8 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
 def _shrink_experts(facts: Facts, config: Config, width: int = _WIDTH) -> None:
     _shrink(config, width)
     keys = facts.target.keys
-    for key, value in ((keys.num_experts, 2), (keys.top_k, 2), (keys.expert_size, width)):
+    sizes = dict.fromkeys((keys.dense_size, keys.expert_size), width)
+    for key, value in {keys.num_experts: 2, keys.top_k: 2, **sizes}.items():
         setattr(config, key, value)
 
 
