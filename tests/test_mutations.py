@@ -27,6 +27,7 @@ from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert,
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.values import defaults_of
+from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside
 from upcycle_cli.recipe import Factors, MlpKind, Routing
 from upcycle_cli.verification import TextOptions
 from upcycle_cli.verification.shipped import _classes
@@ -273,6 +274,7 @@ SHIPPED_SCENARIOS = (
 Variant = tuple[str, Any]
 
 RENAMED = (("norm.", "ln."),)
+IN_LLAVA = Inside(WRAPPERS["llava"], LOADED)
 ALL_LAYERS = {
     "ALL": layers.ALL,
     "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
@@ -440,6 +442,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         ),
         "pieces": lambda value, _: _pieces(value),
         "outgrown_code": lambda value, _: _others(value, False, True),
+        "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
         "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),
     },
     Target: {
@@ -466,6 +469,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "lacks": lambda value, _: _mapping(value),
         "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
         "settings": _settings,
+        "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
     },
     Piece: {
         "name": lambda value, _: iter([("another name", f"{value}_x")]),
