@@ -272,13 +272,25 @@ KINDS: Sequence[tuple[str, dict[str, Any]]] = (
 """Other kinds of a type, by their configs: another block, a cap, a multiplier, other positions."""
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 99.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
 NATIVE_KINDS: Sequence[tuple[Row, dict[str, Any]]] = (
     (("glm", "glm4_moe"), {"attention_bias": False, "head_dim": 16}),
     (("glm", "glm4_moe"), {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 99.0}}),
     (("granite_swa", "granitemoe_swa"), {"layer_rope_theta": [0, 99.0]}),
     (("phi3", "mixtral"), {"sliding_window": 8, "num_key_value_heads": 4}),
     (("qwen3", "dots1"), {"attention_bias": True}),
-    (("youtu", "deepseek_v3"), {"q_lora_rank": None, "rope_interleave": False}),
+    (
+        ("youtu", "deepseek_v3"),
+        {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True},
+    ),
+    (("youtu", "deepseek_v3"), {"rope_parameters": YARN}),
 )
 
 

@@ -685,6 +685,14 @@ def test_settings_that_mean_nothing(model_type: str, changes: dict[str, Any], me
         dense_model(config)
 
 
+def test_rows_that_are_turned_come_in_pairs() -> None:
+    dense = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.5))
+    assert (dense.rotary_share, dense.rotary_dim) == (0.5, 4)
+    odd = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.4))
+    with pytest.raises(UpcycleError, match=r"0\.4 of head_dim 8 is 3, and"):
+        _ = odd.rotary_dim
+
+
 # Which layers ------------------------------------------------------------------------------------
 
 

@@ -196,13 +196,14 @@ class Facts:
     @cached_property
     def pieces(self) -> Mapping[str, tuple[tuple[str, Piece], ...]]:
         """From the dense tensors that are held in another form to what holds them, in order."""
+        copied = self.dense.tensors.keys() - self.became.keys()
         return {
             self._prefix(layer) + name: tuple(
                 (self.target.prefix(layer) + piece.name, piece) for piece in pieces
             )
             for layer in range(self.num_layers)
             for name, pieces in pieces_of(self.family, self.target).items()
-            if self._prefix(layer) + name in self.dense.tensors.keys() - self.became.keys()
+            if self._prefix(layer) + name in copied
         }
 
     @cached_property
