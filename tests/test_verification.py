@@ -1165,7 +1165,7 @@ def test_independence() -> None:
     names = {
         *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place"),
         *("is_moe", "is_target", "target_of", "holder", "parts_of", "place", "present"),
-        *("BLOCK_KEYS", "OLD_BLOCKS", "COMPUTED", "block_types", "defaults_of"),
+        *("BLOCK_KEYS", "OLD_BLOCKS", "unread", "block_types", "defaults_of"),
         *("Piece", "pieces_of"),
         *("dense_family", "upcycled_family", "is_known", "Inside", "LOADED", "WRAPPERS"),
         *("inner", "parts", "wrapper_of"),

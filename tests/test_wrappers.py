@@ -34,7 +34,11 @@ from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open
 from upcycle_cli.families import SHIPPED, targets_of
 from upcycle_cli.families.wrappers import LOADED, WRAPPERS, native_target, wrapped_family
 from upcycle_cli.recipe import Routing
-from upcycle_cli.verification import CHECK_NAMES, Status
+from upcycle_cli.verification import CHECK_NAMES, Status, TextOptions
+from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.prompts import make_prompt
+from upcycle_cli.verification.running import dense_model
+from upcycle_cli.verification.sizes import gather_facts
 
 IMAGE = 250
 _TEXT: Mapping[str, Any] = {
@@ -347,6 +351,51 @@ def test_settings_that_are_not_in_a_config_of_their_own(
     moe = convert(flat, tmp_path / "moe", Recipe(expansion=2, granularity=2, top_k=2)).output
     assert difference(logits(load(moe), inputs), wanted) < SAME
     assert failures(flat, moe) == []
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    make_wrapper: MakeWrapper, tmp_path: Path
+) -> None:
+    dense = clone(make_wrapper("qwen3_5", "qwen3_5_text"), tmp_path / "dense")
+    tensors = read_tensors(dense) | {"mtp.layers.0.mlp.gate_proj.weight": torch.ones(48, 32)}
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    some = Recipe(expansion=2, granularity=2, top_k=2)
+    plan = build_plan(some, open_checkpoint(dense), target=SHIPPED)
+    assert [*plan.dropped] == ["mtp.layers.0.mlp.gate_proj.weight"]
+    moe = convert(dense, tmp_path / "moe", some, target=SHIPPED).output
+    assert failures(dense, moe) == []
+
+
+def test_a_head_of_its_own_counts_whatever_the_config_says(
+    make_wrapper: MakeWrapper, tmp_path: Path
+) -> None:
+    """mistral3's own default is a head that is the embedding, which no released one has."""
+    usual = make_wrapper("mistral3", "mistral")
+    dense = clone(usual, tmp_path / "dense", tie_word_embeddings=REMOVED)
+    tensors = read_tensors(dense)
+    head = torch.randn(260, 32, generator=torch.Generator().manual_seed(9))
+    tensors["language_model.lm_head.weight"] = head
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    moe = convert(dense, tmp_path / "moe", Recipe(expansion=2, granularity=2, top_k=2)).output
+    assert read_json(moe / "config.json")["text_config"]["tie_word_embeddings"] is False
+    model = load(dense)
+    inputs = picture_and_text(model)
+    wanted = logits(model, inputs)
+    assert difference(logits(load(usual), inputs), wanted) > 0.1
+    assert difference(logits(load(moe), inputs), wanted) < SAME
+    report = verify(dense, moe)
+    assert report.passed
+    ids = make_prompt(facts_of(dense, moe), TextOptions()).ids
+    assert ids.numel() == report.checks[-1].metrics["tokens"]
+    with torch.no_grad(), open_checkpoint(dense).reader() as reader:
+        stored = dense_model(facts_of(dense, moe), reader)(input_ids=ids[:1], use_cache=False)
+        assert torch.allclose(stored.logits, model(input_ids=ids[:1]).logits, atol=1e-4)
+
+
+def facts_of(dense: Path, moe: Path) -> Facts:
+    return gather_facts(
+        open_checkpoint(dense), open_checkpoint(moe), moe_names=(), allow_inexact=False
+    )
 
 
 # Damage ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.families import Family, choose
-from upcycle_cli.families.dense import COMPUTED, DenseModel
+from upcycle_cli.families.dense import DenseModel, unread
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import ExpertLayout
@@ -288,8 +288,8 @@ def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """Compare the source's tensors with what its config implies; return those to drop."""
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
-        if COMPUTED.fullmatch(name):
-            dropped[name] = "rotary frequencies are computed from the config"
+        if why := unread(name):
+            dropped[name] = why
         elif entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
                 f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "

@@ -7,7 +7,7 @@ in: a key that is absent from a config means the default of *its* type, and the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,19 @@ if TYPE_CHECKING:
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
-COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors that old checkpoints carry and no model reads."""
+_UNREAD: Sequence[tuple[re.Pattern[str], str]] = (
+    (
+        re.compile(r"(\w+\.)*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+        "rotary frequencies are computed from the config",
+    ),
+    (re.compile(r"mtp\..+"), "transformers has no layers that predict further tokens"),
+)
+
+
+def unread(name: str) -> str | None:
+    """Return why no model of transformers reads a tensor of a checkpoint, None if one does."""
+    return next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
+
 
 Windows = tuple[int | None, ...]
 """By layer, the tokens that it sees; None where it sees all."""

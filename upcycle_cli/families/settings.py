@@ -174,7 +174,7 @@ def _read_rope(values: Values) -> tuple[float, Mapping[str, Any] | None]:
             raise UpcycleError(
                 f"config.json: {key} has {name} {shown(value)}, and no rotary embedding has."
             )
-    if kind == "default":
+    if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
         return theta, None
     return theta, scaling | {"rope_type": kind}
 

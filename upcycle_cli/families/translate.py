@@ -44,8 +44,7 @@ def moe_config(
     result = text
     if target.inside is not None:
         native = None if target.ships_code else target.outer_type
-        result = with_inner(config, text, native)
-        text["tie_word_embeddings"] = tied  # which some wrappers take over
+        result = with_inner(config, text, native, tied=tied)
     result |= {
         "architectures": [target.architecture],
         "model_type": target.outer_type,

@@ -241,18 +241,24 @@ def inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def with_inner(
-    config: Mapping[str, Any], text: dict[str, Any], native: str | None
+    config: Mapping[str, Any], text: dict[str, Any], native: str | None, *, tied: bool
 ) -> dict[str, Any]:
     """Return a wrapper's config around another text model's, `text`.
 
-    `native` is the type of the wrapper that it becomes, if that is one of transformers. Each model
-    inside has a copy of its own, which may be written to.
+    `native` is the type of the wrapper that it becomes, if that is one of transformers; `tied` says
+    whether its head is the embedding. Each model inside has a copy of its own, which may be written
+    to.
     """
     wrapper = _BY_TYPE[config["model_type"]]
     result = dict(config) | {part: dict(config[part]) for part in parts(config)}
     if "text_config" not in config:
         result = {key: result[key] for key in result if key not in _flat_keys(wrapper)}
     text.pop("architectures", None)  # of the text model by itself, which nothing loads here
+    # Who asks the text model has to hear what he heard, unless the head is one of its own now.
+    said = config.get("text_config", {}).get("tie_word_embeddings")
+    text["tie_word_embeddings"] = tied if wrapper.ties_by_text or not tied else said
+    if text["tie_word_embeddings"] is None:
+        del text["tie_word_embeddings"]
     if native is not None and "model_type" in result["vision_config"]:
         # Where the types differ, each has a vision tower by a name of its own.
         vision = result["vision_config"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, target_of
-from upcycle_cli.families.dense import COMPUTED, DenseFamily
+from upcycle_cli.families.dense import DenseFamily, unread
 from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
@@ -38,7 +38,7 @@ def _reading_config() -> Iterator[None]:
 
 def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
     """Return the tensors of a dense checkpoint but those that no model reads."""
-    return {name: entry for name, entry in dense.tensors.items() if not COMPUTED.fullmatch(name)}
+    return {name: entry for name, entry in dense.tensors.items() if not unread(name)}
 
 
 def gather_facts(

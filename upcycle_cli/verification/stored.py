@@ -185,12 +185,23 @@ def _compute_buffers(model: Model) -> None:
         whole._initialize_weights(owner)  # noqa: SLF001
 
 
+def _untie(model: Model, tensor: Callable[[str], Stored | None]) -> None:
+    """Give a head a weight of its own where files have one, as from_pretrained does."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    if tensor(f"{name}.weight") is not None:
+        head._parameters["weight"] = torch.empty_like(head.weight)  # noqa: SLF001
+
+
 def _fill(model: Model, tensor: Callable[[str], Stored | None]) -> None:
     """Put a stored weight in the place of each that files hold, experts aside.
 
     Some have memory and random values by now: not all that makes a tensor asks which device is to
     be used.
     """
+    _untie(model, tensor)
     state = model.state_dict(keep_vars=True)
     named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
     places: dict[int, list[tuple[dict[str, Any], str]]] = {id(held): [] for held in named.values()}
