@@ -147,6 +147,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 """Of types that are tried once, those that need other sizes than the usual."""
 
+OWN_TOKENIZERS = {"qwen2": "Qwen2Tokenizer", "qwen3_5_text": "Qwen3_5Tokenizer"}
+"""What transformers makes of any tokenizer beside such a model, or its MoE, so it must be one."""
 PADDED = ("modernbert-decoder",)
 """Types whose config must have a token for padding."""
 
@@ -205,11 +207,11 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
             sizes = {**sizes_of(model_type), **config}
             _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
             save_companions(path)
-            if model_type == "qwen2":
-                # transformers makes this of any tokenizer beside a qwen2, so it must be one.
-                from transformers import AutoTokenizer
+            if model_type in OWN_TOKENIZERS:
+                import transformers
 
-                AutoTokenizer.from_pretrained(path).save_pretrained(path)
+                tokenizer = getattr(transformers, OWN_TOKENIZERS[model_type])
+                tokenizer.from_pretrained(path).save_pretrained(path)
             if minimal:
                 write_minimal_config(path)
             made[key] = path

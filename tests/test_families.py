@@ -490,6 +490,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "hunyuan_v1_moe": Routing.TOPK_SOFTMAX,
         "cohere2_moe": Routing.TOPK_SOFTMAX,
         "lfm2_moe": Routing.SIGMOID_TOPK,
+        "qwen3_5_moe_text": Routing.TOPK_SOFTMAX,
         "nemotron_h": Routing.SIGMOID_TOPK,
     }
 

@@ -104,6 +104,7 @@ EQUIVALENT: Mapping[str, str] = {
         "it is the default"
     ),
     r"cohere2_moe settings: another prefix_dense_sliding_window_pattern": "any but 1 does",
+    r"qwen3_5_moe_text settings: without layer_types": "the source has it",
     r"lfm2_moe settings: without .*": "the source has it, or it is the default",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",

@@ -318,6 +318,7 @@ _ROWS: Sequence[DenseFamily] = (
         mlp=_SWIGLU,
         norm_offset=1.0,
         mixed=True,
+        targets=("qwen3_5_moe_text",),
         classes=("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
     ),
     DenseFamily(model_type="seed_oss", mlp=_SWIGLU, targets=("qwen2_moe",), classes="SeedOss"),

@@ -53,6 +53,7 @@ _TRIED = {
             "granitemoe_swa",
             "granitemoehybrid",
             "hy_v3",
+            "qwen3_5_moe_text",
             "solar_open",
             "hunyuan_v1_moe",
             "lfm2_moe",
@@ -116,6 +117,7 @@ _NEWER_THAN_TRANSFORMERS_4 = (
     "hy_v3",
     "lfm2_moe",
     "nemotron_h",
+    "qwen3_5_moe_text",
     "solar_open",
 )
 """Targets that it has no class for."""

@@ -43,6 +43,7 @@ from upcycle_cli.families.moe_settings import (
     no_mixed_windows,
     no_windows,
     odd_thetas,
+    qwen3_5_moe_settings,
     window_settings,
 )
 from upcycle_cli.families.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
@@ -54,6 +55,12 @@ _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
 
 _GRANITE_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
+)
+_GATED = SharedExpert(
+    weights=without_biases(swiglu("mlp.shared_expert")),
+    router="mlp.shared_expert_gate.weight",
+    size_key="shared_expert_intermediate_size",
+    size=64,
 )
 _NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
 _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
@@ -108,12 +115,7 @@ _ROWS: Sequence[Target] = (
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
         layers=MLP_ONLY_LAYERS,
-        shared=SharedExpert(
-            weights=without_biases(swiglu("mlp.shared_expert")),
-            router="mlp.shared_expert_gate.weight",
-            size_key="shared_expert_intermediate_size",
-            size=64,
-        ),
+        shared=_GATED,
         zero_biases=_QKV,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
         settings=lambda dense: window_settings(dense) | {"qkv_bias": True},
@@ -259,6 +261,16 @@ _ROWS: Sequence[Target] = (
         ),
         layers=MLP_TYPES,
         settings=cohere2_moe_settings,
+    ),
+    Target(
+        model_type="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX,),
+        layouts=QWEN_LAYOUTS,
+        keys=Keys(num_experts="num_experts"),
+        layers=ALL,
+        shared=_GATED,
+        settings=qwen3_5_moe_settings,
     ),
     Target(
         model_type="granitemoe",

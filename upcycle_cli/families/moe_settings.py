@@ -12,6 +12,8 @@ from typing import Any
 from upcycle_cli.errors import shown
 from upcycle_cli.families.dense import FULL, SLIDING, DenseModel
 
+_LINEAR = "linear_attention"
+
 
 def no_mixed_windows(dense: DenseModel) -> str | None:
     """Of targets whose layers have all the same window, or none."""
@@ -128,3 +130,10 @@ def cohere2_moe_settings(dense: DenseModel) -> dict[str, Any]:
         "norm_topk_prob": True,
         "rms_norm_eps": None,
     }
+
+
+def qwen3_5_moe_settings(dense: DenseModel) -> dict[str, Any]:
+    """State the kinds of all layers, of which each fourth has full attention if nothing says so."""
+    interval = dense.values.get("full_attention_interval", 4)
+    kinds = [_LINEAR if (i + 1) % interval else FULL for i in range(dense.num_layers)]
+    return {"layer_types": dense.values["layer_types"] or kinds}
