@@ -8,6 +8,7 @@ of the tables is in test_contracts.py; here is what a grid of settings shows of 
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -623,6 +624,7 @@ def test_refusals(
         tiny_config("llama", **BIASED),
         tiny_config("llama", mlp_bias=True),
         {**PHI3, "partial_rotary_factor": 0.5},
+        {"model_type": "ernie4_5", **sizes_of("ernie4_5"), "use_bias": True},
     ],
 )
 def test_what_no_architecture_can_express_gets_code_of_its_own(config: dict[str, Any]) -> None:
@@ -852,6 +854,26 @@ def test_layers_that_a_config_cannot_mean(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         NATIVE[target].moe_layers({"layers_block_type": None, **config}, 4)
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_a_choice_of_layers_reads_what_it_writes(target: str) -> None:
+    """Of any layers that it does not object to; all of them it takes."""
+    row, count = NATIVE[target], 5
+    assert row.layers.objection(range(count), count) is None
+    for size in range(1, count + 1):
+        for chosen in itertools.combinations(range(count), size):
+            if row.layers.objection(chosen, count) is None:
+                said = row.layers.write(chosen, ("mlp",) * count)
+                assert row.moe_layers(said, count) == chosen
+
+
+def test_layers_in_a_range() -> None:
+    layers = NATIVE["ernie4_5_moe"].layers
+    assert layers.words == "a range"
+    assert [layers.objection(chosen, 6) for chosen in ((1, 2, 3), (1, 3, 5), (4,))] == [None] * 3
+    for chosen in ((0, 2, 4), (0, 1, 3)):
+        assert "a range of layers" in str(layers.objection(chosen, 6))
 
 
 def test_a_hybrid_is_dense_or_not_by_its_layers() -> None:

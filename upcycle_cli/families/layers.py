@@ -150,11 +150,10 @@ def _in_range(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
 
 
 def _only_range(layers: Sequence[int], count: int) -> str | None:
-    if not layers or _in_range(dict(zip(_RANGE_KEYS, _spaced(layers), strict=True)), count) == (
-        *layers,
-    ):
+    said = dict(zip(_RANGE_KEYS, _spaced(layers), strict=True)) if layers else {}
+    if not layers or _in_range(said, count) == tuple(layers):
         return None
-    return "its experts are in a range of layers, or in every second one and so on, from 1 on"
+    return "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it"
 
 
 def _layers(key: str, value: object) -> list[int]:
