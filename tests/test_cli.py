@@ -231,7 +231,7 @@ def test_inspect_json(llama: Path, moe: Path) -> None:
     dense = one_json_object(succeed("inspect", llama, "--json").stdout)
     assert dense.keys() >= ALWAYS
     assert dense["kind"] == "dense"
-    assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "upcycled"]
+    assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "solar_open", "upcycled"]
     assert dense["plan"] is None
     assert dense["bytes"] == 4 * dense["total_parameters"]
 

@@ -958,6 +958,22 @@ def test_what_was_tried_was_plain_attention() -> None:
     assert [engine.name for engine in found] == ["transformers"]
 
 
+def test_heads_that_turn_in_part_were_tried_in_transformers_alone() -> None:
+    """Of native targets: shipped code has the attention that the dense model has."""
+    turned = {"model_type": "glm", **sizes_of("glm")}
+    for share, engines_of in ((0.5, {"transformers"}), (1.0, {"transformers", "vLLM", "MLX"})):
+        config = turned | {"partial_rotary_factor": share}
+        native, *_ = becomes(config, ())
+        assert (native.name, set(native.engines)) == ("glm4_moe", engines_of)
+        moe = converted(config, "glm4_moe", make_recipe("E2G2T2"))
+        assert NATIVE["glm4_moe"].rotary_share(moe) == share
+    saved = {"rope_parameters": {"partial_rotary_factor": 0.25}}
+    assert NATIVE["glm4_moe"].rotary_share(saved) == 0.25
+    assert NATIVE["mixtral"].rotary_share(saved) == 1.0
+    shipped, *_ = becomes({"model_type": "nemotron", **sizes_of("nemotron")}, ())
+    assert "vLLM" in shipped.engines
+
+
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_fused_experts_are_not_for_everyone(target: str) -> None:
     routing = Routing.SOFTMAX_TOPK if target == "qwen2_moe" else Routing.TOPK_SOFTMAX

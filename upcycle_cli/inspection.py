@@ -140,7 +140,7 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
             experts.routing,
             tied=bool(config.get("tie_word_embeddings", False)),
             fused=experts.layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(config),
+            plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
             every_layer=experts.every_layer,
             wrapped=target.inside is not None,
         ),

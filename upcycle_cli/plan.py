@@ -191,7 +191,9 @@ class Plan:
             routing,
             tied=self.config["tie_word_embeddings"],
             fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(inner(self.config)),
+            plain_attention=has_plain_attention(
+                inner(self.config), rotary_share=self.family.rotary_share
+            ),
             every_layer=self.family.layers == self.family.dense.mlp_layers,
             wrapped=self.family.target.inside is not None,
         )

@@ -44,6 +44,11 @@ class Family:
     """Those that become mixtures of experts."""
 
     @property
+    def rotary_share(self) -> float:
+        """The part of each head that positions turn in the target's own attention."""
+        return 1.0 if self.target.ships_code else self.dense.rotary_share
+
+    @property
     def pieces(self) -> Pieces:
         """Dense tensors that the target holds in another form."""
         return pieces_of(self.dense.family, self.target)

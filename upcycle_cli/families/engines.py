@@ -137,9 +137,9 @@ def engines(
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
-    embeddings are not stretched: of anything else, only transformers was tried. `every_layer` says
-    that no dense MLP is left. Of a text model inside of another (`wrapped`), too, only transformers
-    was tried. "transformers 4" is listed where it differs.
+    embeddings turn all of a head, not stretched: of anything else, only transformers was tried.
+    `every_layer` says that no dense MLP is left. Of a text model inside of another (`wrapped`),
+    too, only transformers was tried. "transformers 4" is listed where it differs.
     """
     untried = {"vLLM", "llama.cpp", "MLX"} if wrapped or not plain_attention else set[str]()
     if target.startswith(UPCYCLED_PREFIX):

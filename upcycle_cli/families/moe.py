@@ -222,6 +222,16 @@ class Target:
                 return config[name]
         return defaults_of(self.model_type).get(key)
 
+    def rotary_share(self, config: Mapping[str, Any]) -> float:
+        """Return the part of each head that positions turn, 1 for shipped code."""
+        key, inner = "partial_rotary_factor", config.get("rope_parameters")
+        if self.ships_code or key not in defaults_of(self.model_type):
+            return 1.0
+        share: float = {**config, **(inner if isinstance(inner, dict) else {})}.get(
+            key, self.value(config, key)
+        )
+        return share
+
     def count(self, config: Mapping[str, Any], key: str) -> int:
         """Return a positive integer of a config; raises ValueError when it is something else."""
         value = self.value(config, key)

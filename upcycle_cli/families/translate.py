@@ -139,8 +139,12 @@ def _choices(
     return found
 
 
-def has_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether an MoE config's heads make up the hidden size, no layer slides, and rope is plain."""
+def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0) -> bool:
+    """Whether a config's heads make up the hidden size, no layer slides, and rope is plain.
+
+    `rotary_share` is the part of each head that positions turn, 1 for the code that is shipped,
+    whose attention is the dense model's own.
+    """
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (
         type(heads) is int
@@ -150,4 +154,4 @@ def has_plain_attention(config: Mapping[str, Any]) -> bool:
     slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
     ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
     kinds = {rope.get("rope_type", "default") for rope in ropes if isinstance(rope, dict)}
-    return whole and not slides and kinds <= {"default"}
+    return whole and not slides and kinds <= {"default"} and rotary_share == 1.0
