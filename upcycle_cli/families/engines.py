@@ -118,9 +118,10 @@ _NEWER_THAN_TRANSFORMERS_4 = (
     "lfm2_moe",
     "nemotron_h",
     "qwen3_5_moe_text",
+    "qwen3_vl_moe_text",
     "solar_open",
 )
-"""Targets that it has no class for."""
+"""Targets that it has no class for, or whose only layout that it reads is not written."""
 
 
 def engines(

@@ -280,7 +280,8 @@ class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
             super().__init__(config)
             config._experts_implementation = self.get_correct_experts_implementation(requested)
         # It becomes the upcycled one, layer by layer, where a second would take its memory again.
-        inner = getattr(self, self.base_model_prefix)
+        # Models with a text model inside say "model" in newer releases alone.
+        inner = getattr(self, self.base_model_prefix or "model")
         inner.__class__ = UpcycledModel
         _turn_into_experts(inner)
         self.post_init()

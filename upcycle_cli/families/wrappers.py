@@ -117,8 +117,11 @@ class Inside:
         return _moved(name, LOADED, self.form)
 
     def moved(self, name: str, other: Inside) -> str:
-        """Return the name that a tensor of this checkpoint has in another one."""
-        return name if self.form == other.form else other.unloaded(self.loaded(name))
+        """Return the name that a tensor of this checkpoint has in another one.
+
+        The parts that are `renamed` stay: transformers 4 reads no others, and 5 reads both.
+        """
+        return _moved(name, self.form, other.form)
 
 
 def _moved(name: str, before: Form, after: Form) -> str:
