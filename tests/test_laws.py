@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from shapes import PAIRS, TORCH, moe_shapes, same_bits, tiny_config, write_model
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
+from upcycle_cli.factors import Factors
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Factors, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
 from upcycle_cli.writer import WriteOptions, write_weights
 
 Tensors = dict[str, torch.Tensor]

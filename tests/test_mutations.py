@@ -19,6 +19,7 @@ import torch
 from conftest import SIZES, MakeDense, contents, logits, random_ids, sizes_of
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, families, verify
+from upcycle_cli.factors import Factors, MlpKind
 from upcycle_cli.families import SHIPPED, layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
@@ -28,9 +29,9 @@ from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside
-from upcycle_cli.recipe import Factors, MlpKind, Routing
+from upcycle_cli.recipe import Routing
+from upcycle_cli.running.shipped import _classes
 from upcycle_cli.verification import TextOptions
-from upcycle_cli.verification.shipped import _classes
 
 CHECKS = (("weights",), ("structure", "claims", "outputs"))
 """In the order in which they are tried: the fastest one first, and by itself, so that the outputs

@@ -18,8 +18,9 @@ from nemotron_shapes import MLP, NAMES, dense_shapes, layer_kinds, released, wri
 
 from upcycle_cli import Recipe, build_plan, convert, verify
 from upcycle_cli.checkpoint import open_checkpoint
+from upcycle_cli.factors import MlpKind
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import MlpKind, Promise, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import Promise, Routing, ScaleSplit, Scaling
 from upcycle_cli.tensors import Role
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from transformers import AutoTokenizer
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.running.steps import Steps
+from upcycle_cli.running.texts import read_texts
 from upcycle_cli.verification import CheckResult, Report, Status, TextOptions, verify
-from upcycle_cli.verification.prompts import Prompt, make_prompt, read_prompts
+from upcycle_cli.verification.prompts import Prompt, make_prompt
 from upcycle_cli.verification.sizes import gather_facts
-from upcycle_cli.verification.steps import Steps
 
 EXACT = Recipe(expansion=2, granularity=2, top_k=2)
 
@@ -103,7 +104,7 @@ def test_a_vocabulary_in_blocks(
     convert(dense, moe, INEXACT)
     whole = outputs_of(dense, moe).metrics
     monkeypatch.setattr("upcycle_cli.verification.distributions._BLOCK_LOGITS", 1 << 13)
-    monkeypatch.setattr("upcycle_cli.verification.stored._BLOCK", 1000)
+    monkeypatch.setattr("upcycle_cli.running.stored._BLOCK", 1000)
     cut = outputs_of(dense, moe).metrics
     assert cut.keys() == whole.keys()
     for key, value in whole.items():
@@ -212,7 +213,7 @@ def test_lines_of_json(llama: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]
     lines = [{"text": "Three."}, {"prompt": "Four."}, {"messages": chat}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert read_prompts(file) == ["Three.", "Four.", chat]
+    assert read_texts(file, "the prompts") == ["Three.", "Four.", chat]
     words = "".join("".join(row) for row in prompt_of(llama, moe, prompts=file).words)
     for word in ("One", "Two", "Three", "Four"):
         assert word in words

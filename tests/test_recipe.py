@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from shapes import make_recipe
 
 from upcycle_cli import Recipe, UpcycleError
+from upcycle_cli.factors import Factors, MlpKind
 from upcycle_cli.recipe import (
     DEFAULT_LOGIT_STD,
-    Factors,
-    MlpKind,
     Promise,
     Routing,
     ScaleSplit,

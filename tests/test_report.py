@@ -223,7 +223,7 @@ def test_an_moe_that_cannot_be_read(llama: Path, moe: Path, tmp_path: Path) -> N
 def test_an_inspection(moe: Path) -> None:
     inspection = inspect(moe, weights=True)
     page = parsed(inspection_html(inspection, name=str(moe), command="upcycle inspect moe"))
-    for words in ("2 different experts of 4", "E2G2T2", "Tensors by name", "scaling, seed 0"):
+    for words in ("2 different experts of 4", "E2G2T2", "Tensors by name", "normal rows, seed 0"):
         assert words in page.text
     assert page.tags.count("svg") == 1
 

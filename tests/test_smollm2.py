@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from smollm2 import make_smollm2, missing
+from smollm2 import benchmark, make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
@@ -123,3 +123,14 @@ def test_scaled_experts_overflow_float16_and_verify_says_so(dense: Path, tmp_pat
     (outputs,) = verify(dense, moe, checks=["outputs"], texts=FEW).checks
     assert outputs.status is Status.FAILED
     assert float(outputs.metrics["max_expert_output"]) > 65504
+
+
+def test_balanced_routers_are_chosen_evenly_on_other_text(dense: Path) -> None:
+    routers = benchmark("routers")
+    plans = [routers.plan_for(dense, "E64G1T4", init) for init in ("normal", "balanced")]
+    rows = [routers.rows_of(plan) for plan in plans]
+    for text in routers.held_out().values():
+        inputs = routers.mlp_inputs(dense, text, 1024)
+        normal, balanced = (routers.load_of(plans[0], each, inputs) for each in rows)
+        assert balanced.cv <= 0.65 * normal.cv
+        assert balanced.idle <= normal.idle / 8

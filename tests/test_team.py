@@ -74,6 +74,15 @@ def test_a_team_makes_what_one_process_makes(
     assert again.stderr.count("nothing to do") == 1
 
 
+def test_a_team_writes_from_one_calibration(llama: Path, tmp_path: Path) -> None:
+    how = ("--max-shard-size", "20KB", "--router-init", "balanced")
+    for output, launch in (("one", list), ("two", lambda line: torchrun_command(2, line))):
+        line = convert_command(llama, tmp_path / output, *how, recipe="E4G2T4")
+        done = run(launch(line))
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_more_ranks_than_shards(dense: Path, tmp_path: Path) -> None:
     whole = convert_command(dense, tmp_path / "moe", recipe="E4G2T4")
     done = run(torchrun_command(3, whole))

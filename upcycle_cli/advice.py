@@ -12,11 +12,11 @@ from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import (
-    APPROXIMATE_LOGIT_STD,
     TIE_LOGIT_STD,
     NeuronOrder,
     Promise,
     Recipe,
+    RouterInit,
     Routing,
 )
 from upcycle_cli.tensors import Role
@@ -126,6 +126,24 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         )
 
 
+def router_text(plan: Plan) -> str:
+    """Say where the routers' rows are from, and how large their logits are."""
+    recipe, text, found = plan.recipe, plan.inputs.text, plan.calibration
+    if recipe.router_init is RouterInit.FILE:
+        words = "rows of a file"
+    else:
+        words = f"{recipe.router_init} rows, logit std {recipe.router_logit_std:g}"
+    if text is None:
+        return words
+    words += f", calibrated on {text.name}"
+    if found is not None:
+        layers = [layer.statistics for layer in found.layers.values()]
+        cv = sum(layer.load_cv for layer in layers) / len(layers)
+        idle = sum(layer.idle for layer in layers)
+        words += f" ({found.tokens} tokens: load varies by {cv:.2f}, {idle} never chosen)"
+    return words
+
+
 def factors_text(plan: Plan, times: str = "") -> str:
     """Say what each matrix is multiplied by, and the gates by the config, if they are."""
     factors, times = plan.factors, f"{times} " if times else ""
@@ -149,7 +167,7 @@ def order_text(recipe: Recipe) -> str:
             assert_never(recipe.neuron_order)
 
 
-def no_promise(plan: Plan) -> str:
+def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     """Say in words why a plan promises nothing."""
     recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
     if not recipe.picks_whole_groups:
@@ -160,9 +178,11 @@ def no_promise(plan: Plan) -> str:
         return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"
     if kind.degree == 0 and factors.up != 1.0:
         return f"up is scaled (× {factors.up:.4g}), and the activation is not linear"
-    std = recipe.router_logit_std or 0.0
+    std = recipe.router_logit_std
     uneven = recipe.routing is Routing.SOFTMAX_TOPK and recipe.top_k < recipe.num_experts
-    if uneven and std > APPROXIMATE_LOGIT_STD:
+    if uneven and std is None:
+        return "softmax-topk weighs by the router's logits, and those of given rows can be any"
+    if uneven and std is not None and std > recipe.largest_approximate_std:
         return f"with router logits of standard deviation {std:g} the gates are far from equal"
     scale = factors.output(kind) * factors.config
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"

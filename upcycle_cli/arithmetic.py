@@ -21,6 +21,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Given,
     Halves,
     Normal,
     Order,
@@ -103,6 +104,10 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return np.concatenate([even, odd, rest], axis=1).reshape(values.shape)
         case Normal():
             return _draw(expr, read)
+        case Given(stream, dtype, shape, _, data):
+            if data is None:
+                raise ValueError(f"{stream} is to be given, and was not")
+            return np.ndarray(shape, _NUMPY_DTYPES[dtype], data)
         case Alike(of=of):
             return _draw_alike(expr, _value(of, read, vanished))
         case Zeros(dtype, shape):
@@ -214,11 +219,11 @@ def _multiply(
     piece: NDArray[Any], before: str, after: str, factor: float, out: NDArray[Any]
 ) -> int:
     """Multiply and round; return how many values that were not zero are zero now."""
-    wide = _to_float32(piece, before)
+    wide = to_float32(piece, before)
     with np.errstate(over="ignore", invalid="ignore"):
         # A product would change the bits of a nan, and of nothing else.
         product = wide if factor == 1.0 else wide * np.float32(factor)
-        out[...] = _rounded(product, after)
+        out[...] = rounded(product, after)
     magnitudes = out.view(f"<u{out.itemsize}") << 1  # without the sign, which zeros have too
     infinite = magnitudes == _INFINITE[after]
     if infinite.any() and (infinite & np.isfinite(wide)).any():
@@ -233,25 +238,29 @@ def _draw(expr: Normal, read: Read) -> NDArray[Any]:
     norm = math.sqrt(expr.shape[-1])
     if expr.norm is not None:
         stored_H = np.frombuffer(read(expr.norm.name), _NUMPY_DTYPES[expr.norm.dtype])
-        norm = _length(_to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
+        norm = _length(to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
         if not (math.isfinite(norm) and norm > 0):
             raise UpcycleError(
                 f"{expr.norm.name} is zero or not finite, so no router can be scaled to it."
             )
     drawn = _normal(expr, expr.logit_std / norm, expr.dtype)
-    rows = _to_float32(drawn, expr.dtype)
+    check_rows(to_float32(drawn, expr.dtype), expr.dtype, expr.logit_std, expr.stream)
+    return drawn
+
+
+def check_rows(rows: NDArray[np.float32], dtype: str, logit_std: float, stream: str) -> None:
+    """Raise UpcycleError for router rows of which their dtype has left nothing, or no number."""
     if not np.isfinite(rows).all() or not rows.any(axis=1).all():
         raise UpcycleError(
-            f"router logits of standard deviation {expr.logit_std:g} need weights that "
-            f"{expr.dtype.lower()} cannot hold ({expr.stream}).",
+            f"router logits of standard deviation {logit_std:g} need weights that "
+            f"{dtype.lower()} cannot hold ({stream}).",
             "Choose another --router-logit-std, or another --dtype.",
         )
-    return drawn
 
 
 def _draw_alike(expr: Alike, like: NDArray[Any]) -> NDArray[Any]:
     dtype = type_of(expr.of).dtype
-    values = _to_float32(like, dtype).astype(np.float64).reshape(-1)
+    values = to_float32(like, dtype).astype(np.float64).reshape(-1)
     return _normal(expr, _length(values) / math.sqrt(max(1, values.size)), dtype)
 
 
@@ -261,10 +270,14 @@ def _length(values: NDArray[np.float64]) -> float:
 
 
 def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
-    """Draw an expression's values; float64 draws agree between CPUs where float32 ones do not."""
-    generator = _generator(expr.seed, expr.stream)
+    """Draw an expression's values."""
     with np.errstate(over="ignore"):
-        return _rounded(generator.standard_normal(expr.shape) * std, dtype)
+        return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
+
+
+def standard_normal(seed: int, stream: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Draw normal values; float64 draws agree between CPUs where float32 ones do not."""
+    return _generator(seed, stream).standard_normal(shape)
 
 
 def _generator(seed: int, stream: str) -> np.random.RandomState:
@@ -273,20 +286,26 @@ def _generator(seed: int, stream: str) -> np.random.RandomState:
     return np.random.RandomState(np.frombuffer(digest, "<u4"))
 
 
-def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the bytes of a tensor as numbers."""
+    return to_float32(np.ndarray(shape, _NUMPY_DTYPES[dtype], data), dtype)
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return the values of an array as numpy holds the dtype."""
     if dtype == "BF16":  # the upper half of a float32
         return (values.astype("<u4") << 16).view("<f4")
     return values.astype("<f4", copy=False)
 
 
-def _rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
+def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """Round as torch does, a tie to the even neighbour; what is too large becomes infinite."""
     if dtype != "BF16":
         return values.astype(_NUMPY_DTYPES[dtype], copy=False)
     values = values.astype("<f4", copy=False)
     bits = values.view("<u4")
-    rounded: NDArray[Any] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    upper: NDArray[Any] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     invalid = np.isnan(values)
     if invalid.any():
-        rounded[invalid] = 0x7FC0  # the sum carried into the sign
-    return rounded
+        upper[invalid] = 0x7FC0  # the sum carried into the sign
+    return upper

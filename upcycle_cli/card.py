@@ -13,7 +13,13 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from upcycle_cli.advice import factors_text, no_promise, order_text, training_notes
+from upcycle_cli.advice import (
+    factors_text,
+    no_promise,
+    order_text,
+    router_text,
+    training_notes,
+)
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
@@ -171,8 +177,8 @@ def _facts(plan: Plan) -> dict[str, str]:
         "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
         f"intermediate size {plan.expert_size}",
         "neurons": order_text(recipe),
-        "routing": f"{recipe.routing}, router logits of standard deviation "
-        f"{recipe.router_logit_std:g}, seed {recipe.seed}",
+        "routing": f"{recipe.routing}",
+        "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
         "parameters": f"{_billions(plan.total_parameters)} in all, "
         f"{_billions(plan.active_parameters)} active per token "
         f"(dense: {_billions(plan.dense_parameters)})",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import vanished_weights
+from upcycle_cli.calibration.kept import with_calibration
 from upcycle_cli.card import model_card
 from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME, open_checkpoint, read_json
 from upcycle_cli.errors import ResumableError, UpcycleError
@@ -22,7 +23,7 @@ from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import check_space_for
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.place import check_output, check_space
-from upcycle_cli.plan import Plan
+from upcycle_cli.plan import Plan, as_recorded
 from upcycle_cli.publish import Transaction, joined, recover, transaction
 from upcycle_cli.recipe import Promise
 from upcycle_cli.team import Team
@@ -106,6 +107,7 @@ def execute(
         recovered = recover(output)
         if not overwrite and is_finished(plan, output):
             team.exchange(_NOTHING)
+            plan = as_recorded(plan, read_json(locate(output, RECORD_NAME)))
             if checksums and not (output / CHECKSUMS_NAME).exists():
                 with Folder.open(output) as folder:
                     _write_checksums(plan, folder)
@@ -117,6 +119,7 @@ def execute(
         with transaction(output, plan, overwrite=overwrite, durable=writing.fsync) as running:
             team.exchange(_WRITE)
             workspace = running.workspace
+            plan = with_calibration(plan, workspace, team, watch or Watch())
             written = _write(plan, nullcontext(workspace), writing, team, progress)
             _complete(plan, workspace.folder, written)
             report = _verify_running(plan, running, watch) if verify else None
@@ -151,6 +154,7 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
     if team.exchange(_NOTHING)[0] == _WRITE:
         workspace = joined(output, plan, durable=writing.fsync)
         try:
+            plan = with_calibration(plan, None, team, Watch())
             _write(plan, workspace, writing, team, lambda _: None)
         except UpcycleError:
             # Rank 0 has the last word: whoever exits first makes the launcher end the others.

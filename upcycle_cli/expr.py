@@ -131,6 +131,21 @@ class Normal:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """Values that come with the plan: rows fitted to a calibration, or read from a file.
+
+    `origin`, a digest, stands for all that they follow from beside what the plan says of itself;
+    the values may become known only after that, and are no part of what is compared.
+    """
+
+    stream: str
+    dtype: str
+    shape: tuple[int, int]
+    origin: str
+    data: bytes | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Alike:
     """Random values of the same root mean square as those of another tensor.
 
@@ -152,7 +167,19 @@ class Zeros:
 
 
 Expr: TypeAlias = (
-    Source | Slice | Take | Cast | Scale | Concat | Stack | Repeat | Halves | Normal | Alike | Zeros
+    Source
+    | Slice
+    | Take
+    | Cast
+    | Scale
+    | Concat
+    | Stack
+    | Repeat
+    | Halves
+    | Normal
+    | Given
+    | Alike
+    | Zeros
 )
 
 
@@ -167,7 +194,7 @@ class TensorType:
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
-        case Source() | Zeros() | Normal():
+        case Source() | Zeros() | Normal() | Given():
             return TensorType(expr.dtype, expr.shape)
         case Alike(shape=shape, of=of):
             return TensorType(type_of(of).dtype, shape)
@@ -258,7 +285,7 @@ def sources(expr: Expr) -> Iterator[str]:
                 yield from sources(part)
         case Normal(norm=norm):
             yield from () if norm is None else (norm.name,)
-        case Zeros():
+        case Zeros() | Given():
             return
         case _:
             assert_never(expr)
@@ -290,6 +317,8 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
         case Normal(stream=stream, logit_std=std, norm=norm):
             scale = "√H" if norm is None else f"‖{norm.name}‖"
             return f"normal({stream}, std {std:g} / {scale})"
+        case Given(stream=stream, origin=origin):
+            return f"given({stream}, of {origin[:12]})"
         case Alike(stream=stream, of=of):
             return f"normal({stream}, rms of {describe(of)})"
         case Zeros():

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """What is told of a verification's progress; this one shows nothing."""
+    """What is told of the progress of a model that is run; this one shows nothing."""
+
+    def calibrating(self) -> None:
+        """Hear that the dense model is about to be run on a calibration's text."""
+
+    def calibrated(self) -> None:
+        """Hear that this is done."""
 
     def checking(self, name: str) -> None:
         """Hear that a check has started."""

@@ -24,6 +24,7 @@ from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.recipe import Recipe
+from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options
 
 
@@ -60,11 +61,13 @@ def inspect(
     revision: str | None = None,
     target: str = "auto",
     options: Options | None = None,
+    inputs: RouterInputs | None = None,
     weights: bool = False,
     dense: Path | str | None = None,
 ) -> Inspection:
     """Describe a checkpoint; with a recipe, describe what converting a dense one would give.
 
+    `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
     `weights` are asked for.
 
@@ -85,7 +88,7 @@ def inspect(
         )
     plan = None
     if recipe is not None:
-        plan = build_plan(recipe, checkpoint, target=target, options=options)
+        plan = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
     total = checkpoint.num_parameters if plan is None else plan.dense_parameters
     return Inspection(
         checkpoint=checkpoint,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint import (
     CARD_NAME,
@@ -26,8 +26,8 @@ from upcycle_cli.checkpoint import (
 )
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
-from upcycle_cli.families import Family, choose
-from upcycle_cli.families.dense import DenseModel, unread
+from upcycle_cli.factors import Factors
+from upcycle_cli.families import SHIPPED, Family, choose
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import ExpertLayout
@@ -35,10 +35,20 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention, moe_config
 from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.intact import check_source
 from upcycle_cli.order_file import check_orders
-from upcycle_cli.recipe import Factors, Promise, Recipe, ScaleSplit
+from upcycle_cli.recipe import Promise, Recipe, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
-from upcycle_cli.tensors import Options, OutputTensor, Role, layer_finder, output_tensors
+from upcycle_cli.router_inputs import RouterInputs
+from upcycle_cli.tensors import (
+    Options,
+    OutputTensor,
+    Role,
+    output_tensors,
+)
+
+if TYPE_CHECKING:
+    from upcycle_cli.calibration.found import Calibration
 
 _MEANING = 2
 """Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
@@ -74,6 +84,12 @@ class Plan:
     """Source tensors that are not used, each with the reason."""
     carried: Carried
     """What the source's card says that the new one takes over."""
+    inputs: RouterInputs
+    """What the routers are made from beside the recipe."""
+    calibration: Calibration | None = None
+    """What was found in the text, once the dense model has been run on it."""
+    announced: str | None = None
+    """The digest that the plan had before that."""
 
     def with_source(self, source: Checkpoint) -> Plan:
         """Return the same plan for the same source, brought to another place."""
@@ -202,16 +218,21 @@ class Plan:
     def digest(self) -> str:
         """Identify the output: equal digests mean equal files.
 
+        What a calibration finds follows from that, so that the digest is known before it runs.
         It covers each source file's size and modification time, since headers alone cannot tell
         two models of one shape apart; of a commit on the Hub, the commit can.
         """
+        if self.announced is not None:
+            return self.announced
         pinned = self.source.revision is not None
+        text = self.inputs.text
         content = {
             "meaning": _MEANING,
             "recipe": asdict(self.recipe),
             "options": asdict(replace(self.options, expert_layout=self.expert_layout))
             | {"neuron_orders": None},  # which the expressions have, by a digest
             "config": self.config,
+            "calibration": None if text is None else text.digest,
             "source_name": self.source.name,
             "source_config": self.source.config_digest,
             "source_revision": self.source.revision,
@@ -229,9 +250,18 @@ class Plan:
 
 
 def build_plan(
-    recipe: Recipe, source: Checkpoint, *, target: str = "auto", options: Options | None = None
+    recipe: Recipe,
+    source: Checkpoint,
+    *,
+    target: str = "auto",
+    options: Options | None = None,
+    inputs: RouterInputs | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Plan the conversion of a dense checkpoint.
+
+    `inputs` is what routers are made from beside the recipe. What needs a calibration is planned
+    before there is one, and made of the plan that `calibrated` returns.
 
     Raises UpcycleError when the model cannot be expressed by the target, when its tensors are not
     what its config says, or when the recipe does not fit its sizes.
@@ -248,7 +278,7 @@ def build_plan(
             "Use --scale-split balanced or down.",
         )
     row.layout(options.expert_layout)  # raises
-    dropped = _check_source(source, family.dense)
+    dropped = check_source(source, family.dense)
     recipe.check_width(family.dense.intermediate_size)
     check_orders(options.neuron_orders, recipe, family.layers, family.dense.intermediate_size)
     config = moe_config(
@@ -261,13 +291,47 @@ def build_plan(
         dtype=options.dtype,
     )
     used = [name for name in names if name not in dropped]
-    tensors = tuple(output_tensors(recipe, options, family, source, used))
+    inputs = (inputs or RouterInputs()).for_recipe(recipe)
+    rows = inputs.rows_for(recipe, family.layers, family.dense.hidden_size, calibration)
+    tensors = tuple(output_tensors(recipe, options, family, source, used, rows))
     _check_router_range(recipe, tensors)
     mlp = family.dense.mlp(names, family.layers[0])
     _check_all_used(tensors, source, dropped, parts_of(mlp))
     shards = _shards(tensors, options.max_shard_bytes)
     carried = carried_over(source.path, CARD_NAME)
-    return Plan(recipe, options, family, source, config, shards, dropped, carried)
+    return Plan(
+        recipe, options, family, source, config, shards, dropped, carried, inputs, calibration
+    )
+
+
+def calibrated(plan: Plan, found: Calibration) -> Plan:
+    """Return a plan with what a calibration has found: rows, and c where it is measured."""
+    return _with_found(plan, plan.recipe.granularity / found.gates, found)
+
+
+def as_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
+    """Return the plan of an output that is there, with what was measured when it was made."""
+    recipe = record.get("recipe")
+    c = recipe.get("scaling") if isinstance(recipe, dict) else None
+    if plan.recipe.scaling is not Scaling.MEASURED or not isinstance(c, float):
+        return plan
+    return _with_found(plan, c, plan.calibration)
+
+
+def _with_found(plan: Plan, c: float, found: Calibration | None) -> Plan:
+    recipe = plan.recipe
+    if recipe.scaling is Scaling.MEASURED:
+        recipe = replace(recipe, scaling=c)
+    target = SHIPPED if plan.family.target.ships_code else plan.family.target.model_type
+    made = build_plan(
+        recipe,
+        plan.source,
+        target=target,
+        options=plan.options,
+        inputs=plan.inputs,
+        calibration=found,
+    )
+    return replace(made, announced=plan.digest)
 
 
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
@@ -284,79 +348,6 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
                 f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
             )
-
-
-def _check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
-    """Compare the source's tensors with what its config implies; return those to drop."""
-    dropped: dict[str, str] = {}
-    for name, entry in source.tensors.items():
-        if why := unread(name):
-            dropped[name] = why
-        elif entry.dtype not in TORCH_DTYPES:
-            raise UpcycleError(
-                f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "
-                "or of a dtype that no model is trained in.",
-                f"Only {', '.join(TORCH_DTYPES)} can be converted.",
-            )
-    held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
-    shapes = dict(dense.shapes) or _regular(source, dense, held)
-    head = dense.family.head
-    # Of what is around a text model nothing is changed, so nothing needs to be known.
-    shapes |= {name: shape for name, shape in held.items() if not dense.family.has(name)}
-    if head in held:
-        # A tied model may carry its head; copied, it means to every engine what it meant before.
-        shapes[head] = shapes[dense.family.embedding]
-    missing = [name for name in shapes if name not in held]
-    if missing:
-        rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise UpcycleError(
-            f"{source.path} lacks {missing[0]}{rest}, which its config.json implies.",
-            "Only whole causal language models can be upcycled, not adapters or bare encoders.",
-        )
-    for name, shape in held.items():
-        if name not in shapes:
-            raise UpcycleError(
-                f"{source.path}: unknown tensor {name}.",
-                f"A {dense.family.title} model has no such tensor, so dropping it could "
-                "change the model. If it is not needed, remove it from the checkpoint.",
-            )
-        if shape != shapes[name]:
-            raise UpcycleError(
-                f"{source.path}: {name} has shape {list(shape)}, "
-                f"but config.json implies {list(shapes[name])}."
-            )
-    return dropped
-
-
-def _regular(
-    source: Checkpoint, dense: DenseModel, held: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Return what tensors must be there where the family's are not known.
-
-    Every layer of a kind has the tensors of the first of that kind, the MLP those of its row.
-    """
-    layer_of = layer_finder(dense.family.layer)
-    by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
-    for name, shape in held.items():
-        layer = layer_of(name)
-        start = 0 if layer is None else len(dense.prefix(layer))
-        by_layer.setdefault(layer, {})[name[start:]] = shape
-    shapes = by_layer.pop(None, {})
-    hidden, width = dense.hidden_size, dense.intermediate_size
-    if dense.family.embedding not in shapes:
-        raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
-    shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
-    for layer, kind in enumerate(dense.kinds):
-        alike = layer if dense.family.mixed else dense.kinds.index(kind)
-        wanted = dict(by_layer.get(alike, {}))
-        if layer in dense.mlp_layers:
-            for weight in dense.mlp(held, layer):
-                wanted[weight.name] = weight.shape(width, hidden)
-            norm = dense.family.norm_of(held, dense.prefix(layer))
-            if norm is not None:
-                wanted.setdefault(norm, (hidden,))
-        shapes |= {dense.prefix(layer) + name: shape for name, shape in wanted.items()}
-    return shapes
 
 
 def _check_all_used(

@@ -21,16 +21,30 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 class _Bar(Progress):
     def __init__(self, progress: bars.Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("writing", total=total, unit="bytes", visible=total > 0)
+        self._progress, self._total = progress, total
+        self._task = self._writing()
+
+    def _writing(self) -> bars.TaskID:
+        total = self._total
+        return self._progress.add_task("writing", total=total, unit="bytes", visible=total > 0)
 
     def advance(self, num_bytes: int) -> None:
         self._progress.advance(self._task, num_bytes)
 
-    def checking(self, name: str) -> None:
-        # What is left of one check says nothing of the next.
+    def calibrating(self) -> None:
+        self._begin("calibrating")
+
+    def calibrated(self) -> None:
         self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(f"checking {name}", total=None, unit="")
+        self._task = self._writing()
+
+    def checking(self, name: str) -> None:
+        self._begin(f"checking {name}")
+
+    def _begin(self, what: str) -> None:
+        # What is left of one thing says nothing of the next.
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=None, unit="")
 
     def checked(self, done: int, total: int, unit: str) -> None:
         self._progress.update(self._task, completed=done, total=total, unit=unit)
@@ -65,10 +79,20 @@ class _Lines(Progress):
         self.done += num_bytes
         self._show(self.done, self.total, "bytes")
 
-    def checking(self, name: str) -> None:
-        self.name = f"checking {name}"
-        self.started = self.last = time.monotonic()
+    def calibrating(self) -> None:
+        self._begin("calibrating")
         self.console.print(self.name)
+
+    def calibrated(self) -> None:
+        self._begin("writing")
+
+    def checking(self, name: str) -> None:
+        self._begin(f"checking {name}")
+        self.console.print(self.name)
+
+    def _begin(self, what: str) -> None:
+        self.name = what
+        self.started = self.last = time.monotonic()
 
     def checked(self, done: int, total: int, unit: str) -> None:
         self._show(done, total, unit)

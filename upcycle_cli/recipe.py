@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.factors import GATED, Factors, MlpKind, balanced_factors, cube_root
 
 
 class Routing(StrEnum):
@@ -31,6 +32,22 @@ class Scaling(StrEnum):
     EXACT = "exact"
     PAPER = "paper"
     NONE = "none"
+    MEASURED = "measured"
+    """As exact, but for softmax-topk: there c is such that the mean gain is 1 in a calibration.
+    Once that has run, the recipe has c itself."""
+
+
+class RouterInit(StrEnum):
+    """Where router rows come from."""
+
+    NORMAL = "normal"
+    """Drawn at random, blind to what they will see."""
+    BALANCED = "balanced"
+    """Drawn at random, and fitted to a calibration such that the experts are chosen evenly."""
+    CENTROIDS = "centroids"
+    """The centres of clusters of what a calibration has seen."""
+    FILE = "file"
+    """Given by the user."""
 
 
 class ScaleSplit(StrEnum):
@@ -77,6 +94,7 @@ _CHOICES = {
     "scaling": Scaling,
     "scale_split": ScaleSplit,
     "neuron_order": NeuronOrder,
+    "router_init": RouterInit,
 }
 
 _MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
@@ -85,55 +103,14 @@ APPROXIMATE_LOGIT_STD = 0.05
 """Above this nominal logit standard deviation softmax-topk is too far from the dense model to
 promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
 
+FITTED_LOGIT_STD = 0.01
+"""The same of rows that are fitted to their input, where the standard deviation is what was
+measured: nominally they are larger, on SmolLM2-135M up to 2.3 times, elsewhere it may be more."""
+
+_OFF_BY_STD = 4.0
+"""The best of a thousand normal logits are so many standard deviations above their mean."""
+
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class MlpKind:
-    """What an MLP's output does when its matrices are multiplied.
-
-    Multiplying up by a and down by b multiplies it by a**degree · b; a gate is not to be touched.
-    """
-
-    gated: bool
-    degree: int
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """The matrices it has."""
-        return ("gate", "up", "down") if self.gated else ("up", "down")
-
-
-GATED = MlpKind(gated=True, degree=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """What each expert matrix is multiplied by, and the factor c that this is meant to make.
-
-    `config` is the part of c by which the model itself multiplies its gates.
-    """
-
-    c: float
-    gate: float
-    up: float
-    down: float
-    config: float = 1.0
-
-    @property
-    def lossless(self) -> bool:
-        """Whether every factor is a power of two: the dense weights can be recovered exactly."""
-        return all(map(_is_power_of_two, (self.gate, self.up, self.down)))
-
-    def output(self, kind: MlpKind) -> float:
-        """Return by how much an expert's output, before its gate, is more than its dense part's."""
-        return self.up**kind.degree * self.down
-
-    def preserve(self, kind: MlpKind = GATED) -> bool:
-        """Whether the factors scale an MLP's output by exactly c and change nothing else."""
-        if self.gate != 1.0 or (kind.degree == 0 and self.up != 1.0):
-            return False
-        return math.isclose(self.output(kind) * self.config, self.c, rel_tol=1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +133,10 @@ class Recipe:
     """Which layers become mixtures of experts, as `layers.parse_layers` reads it; None for all."""
     virtual_groups: bool = True
     neuron_order: NeuronOrder = NeuronOrder.SLICED
+    router_init: RouterInit = RouterInit.NORMAL
     router_logit_std: float | None = None
+    """Of the router's logits: nominal for normal rows, measured for those that are fitted, and
+    None for rows of a file, which are taken as they are."""
     seed: int = 0
     allow_inexact: bool = False
 
@@ -210,6 +190,12 @@ class Recipe:
                 f"the router logit standard deviation must be a positive number, not {std}.",
                 "Equal logits would tie every group; 0.001 is close enough to uniform.",
             )
+        if std is not None and self.router_init is RouterInit.FILE:
+            raise UpcycleError(
+                "a standard deviation was given for router logits, and rows of a file are taken as "
+                "they are.",
+                "Leave out --router-logit-std.",
+            )
         if not 0 <= self.seed < 2**63:
             raise UpcycleError(f"the seed must be between 0 and 2^63 - 1, not {self.seed}.")
 
@@ -217,6 +203,16 @@ class Recipe:
     def num_experts(self) -> int:
         """N = E·G, the experts of one layer."""
         return self.expansion * self.granularity
+
+    @property
+    def router_rows(self) -> int:
+        """The rows of a router that differ: one a virtual group, or one an expert without them."""
+        return self.expansion if self.virtual_groups else self.num_experts
+
+    @property
+    def rows_chosen(self) -> int:
+        """How many of these a token chooses."""
+        return -(-self.top_k // self.granularity) if self.virtual_groups else self.top_k
 
     @property
     def name(self) -> str:
@@ -258,9 +254,24 @@ class Recipe:
         """
         routing = self.routing or default_routing
         std = self.router_logit_std or DEFAULT_LOGIT_STD[routing]
+        given = self.router_init is RouterInit.FILE
+        scaling, uniform = self.scaling, routing is not Routing.SOFTMAX_TOPK
+        if scaling is Scaling.MEASURED and (uniform or self.top_k == self.num_experts):
+            scaling = Scaling.EXACT  # whatever is measured, the gates sum to 1
+        if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
+            raise UpcycleError(
+                "a measured c goes into the experts.", "Use --scale-split balanced or down."
+            )
+        scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
         # There, experts stay slices of the dense MLP for every G, and nothing can overflow.
         split = self.scale_split or (ScaleSplit.CONFIG if scales_in_config else ScaleSplit.BALANCED)
-        return replace(self, routing=routing, router_logit_std=std, scale_split=split)
+        return replace(
+            self,
+            routing=routing,
+            scaling=scaling,
+            router_logit_std=None if given else std,
+            scale_split=split,
+        )
 
     def factors(self, kind: MlpKind = GATED) -> Factors:
         """Return the factors for an MLP of a kind; the recipe must be resolved.
@@ -275,14 +286,14 @@ class Recipe:
             case Scaling.NONE:
                 pass
             case Scaling.PAPER:
-                up = down = _cube_root(c) if kind.gated or kind.degree == 2 else math.sqrt(c)
+                up = down = cube_root(c) if kind.gated or kind.degree == 2 else math.sqrt(c)
                 gate = up if kind.gated else 1.0
             case _ if self.scale_split is ScaleSplit.CONFIG:
                 config = c
             case _ if self.scale_split is ScaleSplit.DOWN:
                 down = c
             case _:
-                up, down = _balanced_factors(c, kind.degree)
+                up, down = balanced_factors(c, kind.degree)
         return Factors(c=c, gate=gate, up=up, down=down, config=config)
 
     def down_bias_factor(self, kind: MlpKind) -> float:
@@ -297,14 +308,31 @@ class Recipe:
     def promise(self, kind: MlpKind = GATED) -> Promise:
         """Return what a model converted by this (resolved) recipe owes the dense one."""
         factors, needed = self.factors(kind), self._compensation()
-        scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=1e-12)
+        uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
+        given = self.router_init is RouterInit.FILE
+        std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
+        # What is approximate anyway stays that with a c that is off by as much as the gates are.
+        slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
+        scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
         whole = self.picks_whole_groups and (self.virtual_groups or self.granularity == 1)
         if not (scaled_right and whole):
             return Promise.NONE
-        if self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts:
+        if uniform:
             return Promise.EXACT
-        std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
-        return Promise.APPROXIMATE if std <= APPROXIMATE_LOGIT_STD else Promise.NONE
+        small = not given and std <= self.largest_approximate_std
+        return Promise.APPROXIMATE if small else Promise.NONE
+
+    @property
+    def largest_approximate_std(self) -> float:
+        """Up to which standard deviation of the router's logits softmax-topk promises anything."""
+        normal = self.router_init is RouterInit.NORMAL
+        return APPROXIMATE_LOGIT_STD if normal else FITTED_LOGIT_STD
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether this (resolved) recipe cannot be carried out without a calibration."""
+        fitted = self.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
+        return fitted or self.scaling is Scaling.MEASURED
 
     def _compensation(self) -> float:
         if self.routing is None:
@@ -336,28 +364,3 @@ def _member(kind: type[StrEnum], value: str, label: str) -> StrEnum:
     except ValueError:
         hint = f"Choose from {', '.join(kind)}."
         raise UpcycleError(f"{label} cannot be {value!r}.", hint) from None
-
-
-def _is_power_of_two(factor: float) -> bool:
-    return math.frexp(factor)[0] == 0.5
-
-
-def _balanced_factors(c: float, degree: int) -> tuple[float, float]:
-    """Return a and b of a**degree · b = c, as equal as they can be without loss."""
-    if degree == 0:
-        return 1.0, c
-    if not _is_power_of_two(c) and degree == 2:
-        root = _cube_root(c)
-        return root, root
-    # A power of two keeps this factor lossless whatever c is; the other one is too when c itself
-    # is a power of two. An odd exponent gives its extra 2 to up where it is counted once.
-    exponent = math.log2(c) / (degree + 1)
-    odd = degree == 1 and _is_power_of_two(c)
-    a = 2.0 ** (math.ceil(exponent) if odd else round(exponent))
-    return a, c / a**degree
-
-
-def _cube_root(c: float) -> float:
-    # c ** (1/3) of a perfect cube is one ulp off (64 ** (1/3) = 3.9999999999999996).
-    nearest = round(math.cbrt(c))
-    return float(nearest) if nearest**3 == c else math.cbrt(c)

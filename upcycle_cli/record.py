@@ -54,8 +54,23 @@ def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, 
             ],
         },
         "routers": dict(routers),
+        "calibration": calibration_record(plan),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),
+    }
+
+
+def calibration_record(plan: Plan) -> dict[str, Any] | None:
+    """Return what the dense model was run on, and what was found; None where it was not run."""
+    text, found = plan.inputs.text, plan.calibration
+    if text is None or found is None:
+        return None
+    return {
+        "text": text.name,
+        "text_sha256": text.digest,
+        "tokens": found.tokens,
+        "sha256": found.digest,
+        "layers": list(found.summary()),
     }
 
 

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.advice import factors_text, no_promise, order_text, warnings
+from upcycle_cli.advice import factors_text, no_promise, order_text, router_text, warnings
 from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.errors import shown
@@ -24,6 +24,7 @@ from upcycle_cli.movement import LayerMovement
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import NeuronOrder, Promise
+from upcycle_cli.record import calibration_record
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def plan_table(plan: Plan) -> Table:
     rows = groups if recipe.virtual_groups else "a row of its own per expert"
     if recipe.neuron_order is not NeuronOrder.SLICED:
         _add(table, "neurons", order_text(recipe))
-    _add(table, "router", f"logit std {recipe.router_logit_std:g}, {rows}")
+    _add(table, "router", f"{router_text(plan)}, {rows}")
     _add(table, "promise", _promise(plan))
     if plan.dropped:
         reasons = "; ".join(sorted({*plan.dropped.values()}))
@@ -75,8 +76,8 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "source": plan.source.name,
         "source_revision": plan.source.revision,
         "recipe": plan.recipe.name,
-        **picked(plan.recipe, "routing", "scaling", "router_logit_std", "virtual_groups"),
-        **picked(plan.recipe, "neuron_order", "seed"),
+        **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
+        **picked(plan.recipe, "virtual_groups", "neuron_order", "seed"),
         **picked(plan.recipe, "num_experts", "top_k"),
         "expert_layout": plan.expert_layout,
         "moe_layers": list(plan.family.layers),
@@ -84,6 +85,7 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
+        "calibration": calibration_record(plan),
         **picked(plan, "lossless", "promise"),
         "engines": _engines_json(plan.engines),
         "dropped": dict(plan.dropped),
@@ -325,8 +327,11 @@ def _claims(record: Mapping[str, Any] | None) -> str:
         return "not in a form that this version reads"
     keys = ("name", "expansion", "granularity", "scaling", "seed")
     name, expansion, granularity, scaling, seed = (_claimed(recipe.get(key)) for key in keys)
+    # An earlier version drew all rows.
+    rows = _claimed(recipe.get("router_init", "normal"))
     groups = f"{expansion} group{'' if expansion == '1' else 's'} of {granularity}"
-    return f"{name} ({groups}), {scaling} scaling, seed {seed}, from {_claimed(source.get('name'))}"
+    made = f"{name} ({groups}), {scaling} scaling, {rows} rows, seed {seed}"
+    return f"{made}, from {_claimed(source.get('name'))}"
 
 
 def _claimed(value: object) -> str:

@@ -16,6 +16,7 @@ from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.printable import shell_line
 from upcycle_cli.publish import recover
 from upcycle_cli.recipe import Recipe
+from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.team import Team
 from upcycle_cli.tensors import Options
 from upcycle_cli.workspace import partial_of
@@ -32,6 +33,7 @@ class Request:
     target: str = "auto"
     revision: str | None = None  # a branch, tag or commit of a repo
     options: Options | None = None
+    inputs: RouterInputs | None = None  # what routers are made from, beside the recipe
     overwrite: bool = False  # replace `output` once the new one is complete
     verify: bool = False  # verify before `output` appears; on failure it does not
     checksums: bool = False
@@ -47,6 +49,8 @@ def convert(  # noqa: PLR0913 - what a Request has
     target: str = "auto",
     revision: str | None = None,
     options: Options | None = None,
+    calibration: Path | str | None = None,
+    router_rows: Path | str | None = None,
     overwrite: bool = False,
     verify: bool = False,
     checksums: bool = False,
@@ -55,8 +59,10 @@ def convert(  # noqa: PLR0913 - what a Request has
 ) -> Conversion:
     """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
 
-    `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit. With
-    `push`, `output` is pushed once it is complete.
+    `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
+    `calibration` is a text that the dense model is run on first, or "builtin"; `router_rows` is
+    the file of rows that a recipe with the router_init "file" takes. With `push`, `output` is
+    pushed once it is complete.
 
     Raises UpcycleError when that cannot be done; `output` is then as it was before, or complete
     where only the push failed.
@@ -69,6 +75,9 @@ def convert(  # noqa: PLR0913 - what a Request has
             target=target,
             revision=revision,
             options=options,
+            inputs=RouterInputs.read(
+                calibration=calibration, rows=None if router_rows is None else Path(router_rows)
+            ),
             overwrite=overwrite,
             verify=verify,
             checksums=checksums,
@@ -136,7 +145,13 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
 
     def make() -> Plan:
         source = open_source(request.source, request.revision)
-        return build_plan(request.recipe, source, target=request.target, options=request.options)
+        return build_plan(
+            request.recipe,
+            source,
+            target=request.target,
+            options=request.options,
+            inputs=request.inputs,
+        )
 
     plan = team.agree(make)
     if len(set(team.exchange(plan.digest))) > 1:

@@ -8,8 +8,8 @@ group has for its neurons, the same for all parts. Everything else is copied.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from upcycle_cli.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Given,
     Halves,
     Normal,
     Order,
@@ -105,15 +106,31 @@ class Options:
         return None if self.dtype is None else names[self.dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenRows:
+    """Router rows that are not drawn: where they are from, and what they are once that is known."""
+
+    origin: str
+    """The digest of what they follow from."""
+    dtype: str | None = None
+    """None for the dtype in which routers are stored."""
+    by_layer: Mapping[int, bytes] = field(default_factory=dict)
+
+
 def output_tensors(
-    recipe: Recipe, options: Options, family: Family, source: Checkpoint, names: Sequence[str]
+    recipe: Recipe,
+    options: Options,
+    family: Family,
+    source: Checkpoint,
+    names: Sequence[str],
+    rows: GivenRows | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the MoE, in the order in which they are written.
 
-    `names` are the source's tensors that are used, in order. Raises UpcycleError when matrices of
-    different dtypes are to be joined.
+    `names` are the source's tensors that are used, in order; `rows` are those of routers that are
+    not drawn. Raises UpcycleError when matrices of different dtypes are to be joined.
     """
-    maker = _Maker(recipe, options, family, source)
+    maker = _Maker(recipe, options, family, source, rows)
     embedding, dense = family.dense.family.embedding, family.dense
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, list[str]] = {}
@@ -138,6 +155,11 @@ def output_tensors(
         yield maker.output(head, maker.source(embedding), Role.HEAD)
 
 
+def router_stream(layer: int) -> str:
+    """Return what the rows of a layer's router are called, where they are drawn or given."""
+    return f"layers.{layer}.router"
+
+
 def layer_finder(template: str) -> Callable[[str], int | None]:
     """Return what tells the layer of a tensor by its name; `template` is how those names begin."""
     start, end = template.split("{layer}")
@@ -158,6 +180,7 @@ class _Maker:
     options: Options
     family: Family
     checkpoint: Checkpoint
+    rows: GivenRows | None
 
     def source(self, name: str) -> Expr:
         """A dense tensor in the output dtype."""
@@ -247,9 +270,17 @@ class _Maker:
             yield from self._shared_expert(layer, mlp, target.shared, layout)
 
     def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
-        recipe = self.recipe
-        rows = recipe.expansion if recipe.virtual_groups else recipe.num_experts
-        expr = self._normal(layer, mlp, "router", rows, recipe.router_logit_std or 1.0)
+        expr: Expr
+        recipe, given = self.recipe, self.rows
+        if given is None:
+            std = recipe.router_logit_std or 1.0
+            expr = self._normal(layer, mlp, "router", recipe.router_rows, std)
+        else:
+            stored = self._mlp_dtype(layer, mlp)
+            dtype, stream = given.dtype or stored, router_stream(layer)
+            shape = recipe.router_rows, self.family.dense.hidden_size
+            expr = Given(stream, dtype, shape, given.origin, given.by_layer.get(layer))
+            expr = expr if dtype == stored else Cast(expr, stored)
         repeated = recipe.virtual_groups and recipe.granularity > 1
         return Repeat(expr, recipe.granularity) if repeated else expr
 

@@ -24,10 +24,12 @@ from upcycle_cli.printable import shell_line
 
 MARKER = ".upcycle-partial"
 SEAL = ".upcycle-sealed"
+CALIBRATION = ".upcycle-calibration"
 SUFFIX = ".partial"
 NOTE_SUFFIX = ".upcycle-note"
 TEMPORARY_SUFFIX = ".writing"
-STATE = (MARKER, SEAL)
+STATE = (CALIBRATION, MARKER, SEAL)
+"""What tells that the directory is ours comes last, so that it is the last to be removed."""
 
 
 def is_note(name: str) -> bool:
@@ -81,7 +83,8 @@ class Workspace:
             if name in self.shards and isinstance(note, dict):
                 self.note(name, note)
         noted = [name for name in self.shards if self.noted(name)]
-        self._keep_only({MARKER, *noted, *(name + NOTE_SUFFIX for name in noted)})
+        found = [CALIBRATION] if digest == self.plan_digest else []
+        self._keep_only({MARKER, *found, *noted, *(name + NOTE_SUFFIX for name in noted)})
 
     def seal(self, *, replaces: str | None) -> None:
         """Make all durable, and leave the output and the seal, which says what it `replaces`."""

@@ -134,6 +134,7 @@ def convert(
                 target=moe.target,
                 revision=revision,
                 options=moe.to_options(),
+                inputs=moe.to_inputs(),
                 overwrite=overwrite,
                 verify=verify,
                 checksums=checksums,
@@ -202,6 +203,13 @@ class _Screen(Hooks):
     def advance(self, num_bytes: int) -> None:
         terminal.raise_signal()
         self.progress.advance(num_bytes)
+
+    def calibrating(self) -> None:
+        terminal.raise_signal()
+        self.progress.calibrating()
+
+    def calibrated(self) -> None:
+        self.progress.calibrated()
 
     def checking(self, name: str) -> None:
         terminal.raise_signal()

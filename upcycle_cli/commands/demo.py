@@ -133,9 +133,7 @@ def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    text = (files("upcycle_cli") / "verification" / "texts" / "english.txt").read_text(
-        encoding="utf-8"
-    )
+    text = (files("upcycle_cli") / "running" / "texts" / "english.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

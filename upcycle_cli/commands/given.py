@@ -87,8 +87,11 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         "routing": str(plan.recipe.routing),
         "scale_split": str(plan.recipe.scale_split),
         "expert_layout": str(plan.expert_layout),
-        "router_logit_std": plan.recipe.router_logit_std or 0.0,
     }
+    if plan.recipe.router_logit_std is not None:
+        values["router_logit_std"] = plan.recipe.router_logit_std
+    if plan.inputs.text is not None:
+        values.setdefault("calibration", plan.inputs.text.name)
     if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
     output = given["output"]

@@ -68,7 +68,7 @@ def inspect(
             )
         if dense is not None and not weights:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
-        options = moe.to_options()
+        options, inputs = moe.to_options(), moe.to_inputs()
         wanted = moe.to_recipe(context, allow_inexact=True) if asks_for_moe(context) else None
         shared.quiet_hub(silent=json or not weights)
         found = inspection.inspect(
@@ -77,6 +77,7 @@ def inspect(
             revision=revision,
             target=moe.target,
             options=options,
+            inputs=inputs,
             weights=weights,
             dense=dense,
         )

@@ -20,7 +20,16 @@ from upcycle_cli.families import SHIPPED
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.order_file import read_order_file
-from upcycle_cli.recipe import NeuronOrder, Recipe, Routing, ScaleSplit, Scaling, parse_recipe_name
+from upcycle_cli.recipe import (
+    NeuronOrder,
+    Recipe,
+    RouterInit,
+    Routing,
+    ScaleSplit,
+    Scaling,
+    parse_recipe_name,
+)
+from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -90,7 +99,8 @@ class MoeOptions:
         for_weights(
             metavar="RULE",
             help="Factors on the experts: exact preserves the function, paper is the cube root on "
-            "every matrix, none leaves them as they are, a number sets c itself.",
+            "every matrix, none leaves them as they are, measured (for softmax-topk) makes the "
+            "mean gain 1 on the calibration text, a number sets c itself.",
         ),
     ] = "exact"
     scale_split: Annotated[
@@ -120,11 +130,28 @@ class MoeOptions:
             "a safetensors file gives the orders. All are exact.",
         ),
     ] = "sliced"
+    router_init: Annotated[
+        str,
+        for_weights(
+            metavar="NAME|FILE",
+            help="Rows of the routers: normal draws them, balanced fits them to a calibration so "
+            "that experts are chosen evenly, centroids takes clusters of what it sees, a "
+            "safetensors file gives them.",
+        ),
+    ] = "normal"
+    calibration: Annotated[
+        str | None,
+        for_weights(
+            metavar="TEXT",
+            help="Run the dense model once on a text: a file, JSON Lines, or builtin, which "
+            "balanced, centroids and measured take unless given.",
+        ),
+    ] = None
     router_logit_std: Annotated[
         float | None,
         for_weights(
-            help="Standard deviation of the router's logits; 0.001 for softmax-topk and 1 for the "
-            "others unless given."
+            help="Standard deviation of the router's logits, as a calibration measures them where "
+            "rows are fitted to one; 0.001 for softmax-topk and 1 for the others unless given."
         ),
     ] = None
     seed: Annotated[int, for_weights(help="Seed of the routers, and of shuffled neurons.")] = 0
@@ -166,10 +193,20 @@ class MoeOptions:
             scale_split=self.scale_split,
             virtual_groups=self.virtual_groups,
             neuron_order=NeuronOrder.FILE if self._order_file else NeuronOrder(self.neuron_order),
+            router_init=RouterInit.FILE if self._router_file else RouterInit(self.router_init),
             router_logit_std=self.router_logit_std,
             seed=self.seed,
             allow_inexact=allow_inexact,
         )
+
+    def to_inputs(self) -> RouterInputs:
+        """Return what routers are made from; UpcycleError for a text or a file that is none."""
+        return RouterInputs.read(calibration=self.calibration, rows=self._router_file)
+
+    @property
+    def _router_file(self) -> Path | None:
+        names = {*RouterInit} - {RouterInit.FILE}
+        return None if self.router_init in names else Path(self.router_init)
 
     def to_options(self) -> Options:
         """Return what is wanted of the files."""
@@ -248,7 +285,7 @@ def _parse_scaling(text: str) -> Scaling | float:
         return float(text)
     except ValueError:
         raise UpcycleError(
-            f"--scaling '{text}' is neither exact, paper, none nor a number."
+            f"--scaling '{text}' is neither exact, paper, none, measured nor a number."
         ) from None
 
 

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.factors import MlpKind
 from upcycle_cli.families.layers import block_types
 from upcycle_cli.families.mlp import Weight, degree, parts_of, present
 from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.settings import Values
 from upcycle_cli.families.values import defaults_of, dimension, tensor_shapes
-from upcycle_cli.recipe import MlpKind
 
 if TYPE_CHECKING:
     from upcycle_cli.families.wrappers import Inside

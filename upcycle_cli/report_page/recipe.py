@@ -26,6 +26,7 @@ def recipe_section(record: Mapping[str, Any], found: Mapping[str, object]) -> Se
         ("virtual groups", "", recipe.get("virtual_groups")),
         ("order of the neurons", "", recipe.get("neuron_order")),
         ("groups with an order of their own, of all layers", "reordered_groups", None),
+        ("router rows", "", recipe.get("router_init", "normal")),
         ("router logits, standard deviation", "", recipe.get("router_logit_std")),
         ("scaling", "", recipe.get("scaling")),
         ("what the gates lack (c)", "c", factors.get("c")),

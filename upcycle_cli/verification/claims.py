@@ -11,17 +11,26 @@ from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.files import listed_files, sha256_of
+from upcycle_cli.files import is_digest, listed_files, sha256_of
 from upcycle_cli.verification.completeness import record_failures
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.neurons import Neurons
-from upcycle_cli.verification.recipes import SHUFFLED, SLICED, RecipeClaim
+from upcycle_cli.verification.recipes import (
+    FITTED,
+    NORMAL,
+    SHUFFLED,
+    SLICED,
+    RecipeClaim,
+    is_positive,
+)
 from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.sizes import read_tensors
 
 NAME = "claims"
+_FIT = 0.05
+"""Relative: how well rows are fitted, their own rounding included."""
 _STD_RATIO = 2.0  # a small router's sample says no more about what it was drawn with
 
 
@@ -37,6 +46,7 @@ def check_claims(facts: Facts) -> CheckResult:
         *_factor_failures(facts),
         *_router_failures(facts),
         *_logit_std_failures(facts),
+        *_calibration_failures(facts),
         *_option_failures(facts),
         *_source_failures(facts),
         *_file_failures(facts),
@@ -160,13 +170,44 @@ def _router_failures(facts: Facts) -> Iterator[str]:
 def _logit_std_failures(facts: Facts) -> Iterator[str]:
     recorded = None if facts.record.recipe is None else facts.record.recipe.router_logit_std
     # With a single group no logit decides anything; a missing router is another's finding.
-    if recorded is None or facts.expansion == 1:
+    # That of fitted rows is a measured one: it is held against what the rows of the MoE make of
+    # text, where they are run, and against the calibration's own record.
+    if recorded is None or facts.expansion == 1 or facts.recipe.router_init != NORMAL:
         return
     for layer, measured in facts.logit_stds.items():
         if not recorded / _STD_RATIO <= measured <= recorded * _STD_RATIO:
             yield (
                 f"{RECORD_NAME}: recipe.router_logit_std is {recorded:g}, the logits of "
                 f"{facts.router_name(layer)} have a standard deviation of {measured:.3g}"
+            )
+
+
+def _calibration_failures(facts: Facts) -> Iterator[str]:
+    """Say where the record of a calibration is missing, or is not what its recipe asks for."""
+    found, recipe = facts.record.data.get("calibration"), facts.record.recipe
+    fitted = recipe is not None and recipe.router_init in FITTED
+    if found is None and not fitted:
+        return
+    held = found if isinstance(found, dict) else {}
+    for key in ("text_sha256", "sha256"):
+        if not is_digest(held.get(key)):
+            yield f"{RECORD_NAME}: calibration.{key} is missing or no SHA-256"
+    if type(held.get("tokens")) is not int or held["tokens"] < 1:
+        yield f"{RECORD_NAME}: calibration.tokens is missing or no number of tokens"
+    layers = held.get("layers")
+    listed = [each for each in layers if isinstance(each, dict)] if isinstance(layers, list) else []
+    if [each.get("layer") for each in listed] != [*facts.layers]:
+        yield f"{RECORD_NAME}: calibration.layers does not list the layers that have experts"
+        return
+    if recipe is None or recipe.router_logit_std is None or not fitted:
+        return
+    meant = recipe.router_logit_std
+    for each in listed:
+        std = each.get("logit_std")
+        if not is_positive(std) or not math.isclose(std, meant, rel_tol=_FIT):
+            yield (
+                f"{RECORD_NAME}: rows were fitted to logits of standard deviation {meant:g}, and "
+                f"the calibration found {shown(std)} in layer {each['layer']}"
             )
 
 

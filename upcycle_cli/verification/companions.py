@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import CHECKSUMS_NAME, read_checksums, sha256_of
+from upcycle_cli.running.models import tokenizer_files
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.listing import foreign_files
-from upcycle_cli.verification.models import tokenizer_files
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.tokenizers import compare_tokenizers, contents, file_failures
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.running.models import Config, TransformersError, load_config
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Config, TransformersError, load_config
 from upcycle_cli.verification.sizes import read_tensors
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.verification.models import Model
+from upcycle_cli.running.models import Model
 
 _BLOCK_LOGITS = 1 << 22
 """Logits of one model that are in memory at once: 16 MB in float32."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import LOADED, Inside, inner
+from upcycle_cli.running.models import Shapes, TransformersError, empty_shapes
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Shapes, TransformersError, empty_shapes
 from upcycle_cli.verification.sizes import find_layout
 
 

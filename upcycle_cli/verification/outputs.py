@@ -18,10 +18,11 @@ import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.hooks import Watch
+from upcycle_cli.running.models import TransformersError, transformers_says
+from upcycle_cli.running.runs import started
 from upcycle_cli.verification.distributions import Comparison
 from upcycle_cli.verification.factors import is_power_of_two, recover_factors
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import TransformersError, transformers_says
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD
@@ -31,7 +32,7 @@ from upcycle_cli.verification.report import (
     Status,
     TextMeasure,
 )
-from upcycle_cli.verification.running import moe_model, started
+from upcycle_cli.verification.running import moe_model
 from upcycle_cli.verification.sidebyside import Found, ending_of, run_side_by_side
 
 NAME = "outputs"

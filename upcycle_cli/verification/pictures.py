@@ -17,8 +17,8 @@ import torch
 
 from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.running.models import Model, TransformersError, transformers_says
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model, TransformersError, transformers_says
 from upcycle_cli.verification.running import dense_model, moe_model, rounds
 
 _BEFORE, _AFTER = 4, 12

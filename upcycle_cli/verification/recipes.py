@@ -26,6 +26,16 @@ their own; a third one is "file"."""
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits, gates that are nearly equal are not."""
 
+FITTED_LOGIT_STD = 0.01
+"""The same where rows were fitted to their input: the recorded deviation is a measured one."""
+NORMAL, FILE = "normal", "file"
+FITTED = ("balanced", "centroids")
+"""Where router rows come from: drawn, given by the user, or fitted to a calibration."""
+DRAWN = (NORMAL, "balanced")
+"""Those that are random rows, or what is left of them without a few directions."""
+_OFF_BY_STD = 4.0
+"""Gates that are nearly equal are off by so many deviations of their logits at most."""
+
 _SAME = 1e-6  # relative; factors are stated in double precision
 
 
@@ -69,6 +79,7 @@ class RecipeClaim:
     scale_split: str = "balanced"
     virtual_groups: bool = True
     neuron_order: str = SLICED
+    router_init: str = NORMAL
     router_logit_std: float | None = None
     """None when nothing says it: then it is measured."""
 
@@ -109,16 +120,28 @@ class RecipeClaim:
                 return "scaling paper also scales up, and the activation is not linear"
         if self.scaling == "none" and not math.isclose(c, 1.0):
             return f"scaling none leaves the MLP's output too small by a factor of {c:g}"
-        if not math.isclose(self.claimed_c, c, rel_tol=_SAME):
+        if not self.uniform and self.router_init == FILE:
+            return (
+                "softmax-topk weighs by the router's logits, and those of given rows can be any, "
+                "so the difference is only measured"
+            )
+        std, most = self.router_logit_std, self.largest_std
+        # Where gates are equal up to their logits anyway, c may be off by as much.
+        near = 0.0 if self.uniform or std is None else min(std, most) * _OFF_BY_STD
+        if not math.isclose(self.claimed_c, c, rel_tol=max(_SAME, near)):
             return f"the scale was set to {self.claimed_c:g}, and the routing needs {c:g}"
-        std = self.router_logit_std
-        if not self.uniform and std is not None and std > APPROXIMATE_LOGIT_STD:
+        if not self.uniform and std is not None and std > most:
             return (
                 f"the router's logits are too large (standard deviation {std:.3g}, more than "
-                f"{APPROXIMATE_LOGIT_STD:g}) for the recipe to promise anything, so the "
+                f"{most:g}) for the recipe to promise anything, so the "
                 "difference is only measured"
             )
         return None
+
+    @property
+    def largest_std(self) -> float:
+        """Up to which standard deviation of the router's logits gates are nearly equal."""
+        return FITTED_LOGIT_STD if self.router_init in FITTED else APPROXIMATE_LOGIT_STD
 
     @property
     def uniform(self) -> bool:
@@ -213,9 +236,11 @@ def read_record(moe: Checkpoint, kind: MlpKind) -> Record:
 def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(recipe, dict):
         raise ValueError("recipe is missing")  # noqa: TRY004 - the file's fault, not a caller's
-    # An earlier version had no other order.
-    recipe = dict[str, Any](neuron_order=SLICED) | recipe
+    # An earlier version had no other order, and drew all rows.
+    recipe = dict[str, Any](neuron_order=SLICED, router_init=NORMAL) | recipe
     wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
+    if (recipe.get("router_logit_std") is None) != (recipe["router_init"] == FILE):
+        wrong.append("recipe.router_logit_std")
     if wrong:
         raise ValueError(f"{', '.join(wrong)} missing or invalid")
     fields = {key: recipe[key] for key in _RECIPE_FIELDS}
@@ -245,6 +270,7 @@ _RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "scale_split": lambda value: value in ("config", "balanced", "down"),
     "virtual_groups": lambda value: type(value) is bool,
     "neuron_order": lambda value: value in (SLICED, SHUFFLED, "file"),
-    "router_logit_std": is_positive,
+    "router_init": lambda value: value in (NORMAL, FILE, *FITTED),
+    "router_logit_std": lambda value: value is None or is_positive(value),
 }
 """The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -17,13 +17,18 @@ from functools import partial
 import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
+from upcycle_cli.running.models import Model, decoder_layers, transformers_says
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import Model, decoder_layers, transformers_says
+from upcycle_cli.verification.recipes import FITTED, NORMAL
 
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
 _MARGIN = 5e-3
 _MARGIN_TOKENS = 4.0
+_FITTED_RATIO = 4.0
+"""Another text than the calibration's makes larger or smaller logits, but not by so much."""
+_TOKENS_EACH = 16
+"""For each group, before one that none chooses says anything."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,9 @@ class _Watch:
         weight_NH = router.get_submodule(self.linear).weight[:]
         # What else it is given is a bias, zero as yet.
         run = partial(self._split, router, inputs[1:])
+        load_N = torch.bincount(experts_ST.flatten(), minlength=facts.num_experts)
+        logits_SE = states_SH.float() @ weight_NH[:: facts.granularity].float().T
+        found.failures.extend(self._made_failures(logits_SE, load_N))
         split = {
             name: self._run_in(name, run, weight_NH, states_SH)
             for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}
@@ -132,11 +140,29 @@ class _Watch:
         best_S2 = groups_SE.topk(min(2, groups_SE.shape[1])).values
         found.layers[self.layer] = LayerRouting(
             whole=self._whole(gates_ST, experts_ST),
-            load=torch.bincount(experts_ST.flatten(), minlength=facts.num_experts),
+            load=load_N,
             entropy=float(torch.special.entr(groups_SE).sum(-1).mean()),
             margin=float((best_S2[:, 0] - best_S2[:, 1:].sum(-1)).mean()),
             bfloat16_split=split["bfloat16"],
         )
+
+    def _made_failures(self, logits_SE: torch.Tensor, load_N: torch.Tensor) -> Iterator[str]:
+        """Say where rows that were not drawn do not do here what they are said to do."""
+        facts, label = self.facts, self.facts.router_name(self.layer)
+        recipe, std = facts.recipe, facts.recipe.router_logit_std
+        if recipe.router_init == NORMAL or facts.expansion == 1:
+            return
+        if recipe.router_init in FITTED and std is not None:
+            here = float(logits_SE.double().std(0).mean())
+            if not std / _FITTED_RATIO <= here <= std * _FITTED_RATIO:
+                yield (
+                    f"{label}: its logits have a standard deviation of {here:.3g} here, and are "
+                    f"said to have been fitted to {std:g}"
+                )
+        idle = int((load_N.reshape(-1, facts.granularity).sum(-1) == 0).sum())
+        enough = len(logits_SE) >= _TOKENS_EACH * facts.expansion
+        if enough and idle > facts.expansion / 2:
+            yield f"{label}: {idle} of its {facts.expansion} groups are chosen by no token"
 
     def _run_in(
         self,

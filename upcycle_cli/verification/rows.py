@@ -1,8 +1,12 @@
-"""Router rows: do they look like what a conversion draws, whatever text they will see?
+"""Router rows: do they look like what a conversion makes, whatever text they will see?
 
 A text shows how rows behave on that text. Rows can be made that are fine there and tie, explode or
 are far from uniform elsewhere; all of those are unlike random rows. So they are held to what random
 rows of their shape have, as the MLP's norm lets them see its input: behind the norm's weight γ.
+
+Rows that are not drawn (centres of clusters, a user's own) may hang on some dimensions and have
+much in common. They are held to what keeps groups apart on any text, and to what they do where they
+are run: `routing.py`.
 
 Legend: E rows (one a group), H hidden size.
 """
@@ -23,6 +27,10 @@ _LARGEST_PEAK = 10.0
 _MOST_SHARED = 1.5
 """How much more of their squares rows may have in one direction than random ones."""
 _HONEST_DRAWS = 3
+_MOST_IN_ONE = 0.9
+"""Of the squares of given rows: so much may be in one dimension, or in one direction."""
+_LARGEST_RATIO = 100.0
+"""Of the sizes of given rows."""
 
 
 def row_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:
@@ -30,12 +38,7 @@ def row_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> It
     rows, gamma = rows_EH.double(), gamma_H.double()
     seen = rows * gamma
     yield from size_failures(rows_EH, gamma_H, dtype)
-    for one, other, distance in _close(seen):
-        how = "are the same" if distance == 0 else f"differ by {distance:.1%} of their size"
-        yield (
-            f"rows {one} and {other} of its groups {how}, so nothing tells them apart in the "
-            "precision that models run in"
-        )
+    yield from _close_failures(seen)
     if len(rows) > 1:
         shared, honest = _shared(seen), _honest_shared(gamma, len(rows))
         if shared > _MOST_SHARED * honest:
@@ -43,6 +46,33 @@ def row_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> It
                 f"its rows have {shared:.0%} of their size in one direction, and random rows have "
                 f"{honest:.0%}: text in which that direction is strong ties or overruns them"
             )
+
+
+def given_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:
+    """Say what is wrong with finite rows that were not drawn, one of each group."""
+    seen = rows_EH.double() * gamma_H.double()
+    yield from _overflow_failures(seen, dtype)
+    yield from _close_failures(seen)
+    squares_H = seen.square().sum(0)
+    if len(seen) > 1 and float(squares_H.max() / squares_H.sum()) > _MOST_IN_ONE:
+        yield "its rows are all but one of their dimensions nothing"
+    if len(seen) > 1 and _shared(seen) > _MOST_IN_ONE:
+        yield (
+            f"its rows have {_shared(seen):.0%} of their size in one direction: text in which that "
+            "direction is strong ties or overruns them"
+        )
+    sizes_E = seen.norm(dim=1)
+    if float(sizes_E.max()) > _LARGEST_RATIO * float(sizes_E.min()):
+        yield "its largest row is more than a hundred times the smallest, and outweighs it always"
+
+
+def _close_failures(seen: torch.Tensor) -> Iterator[str]:
+    for one, other, distance in _close(seen):
+        how = "are the same" if distance == 0 else f"differ by {distance:.1%} of their size"
+        yield (
+            f"rows {one} and {other} of its groups {how}, so nothing tells them apart in the "
+            "precision that models run in"
+        )
 
 
 def size_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> Iterator[str]:
@@ -54,8 +84,12 @@ def size_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> I
             f"its largest weight is {peak:.0f} standard deviations: it hangs on a few dimensions, "
             "and is no random router"
         )
+    yield from _overflow_failures(rows * gamma_H.double(), dtype)
+
+
+def _overflow_failures(seen: torch.Tensor, dtype: str) -> Iterator[str]:
     # What leaves the norm has a length of √H before γ, so no token has a larger logit.
-    logit = float((rows * gamma_H.double()).norm(dim=1).max()) * math.sqrt(rows.shape[-1])
+    logit = float(seen.norm(dim=1).max()) * math.sqrt(seen.shape[-1])
     if not logit <= LARGEST[dtype]:
         yield f"its logits can reach {logit:.2g}, and {dtype.lower()} ends at {LARGEST[dtype]:g}"
 

@@ -16,14 +16,14 @@ from upcycle_cli.families.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.redirects import REDIRECTS, config_redirects
-from upcycle_cli.verification.dtypes import kept_wide
-from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import (
+from upcycle_cli.running.models import (
     Config,
     TransformersError,
     load_config,
     transformers_says,
 )
+from upcycle_cli.verification.dtypes import kept_wide
+from upcycle_cli.verification.facts import Facts
 
 _ABSENT = object()
 _ATTENTION = ("full_attention", "sliding_attention")

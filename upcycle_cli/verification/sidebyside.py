@@ -17,20 +17,21 @@ from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
-from upcycle_cli.verification.distributions import Comparison, Ending, compare
-from upcycle_cli.verification.factors import factor_of, recover_factors
-from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import (
+from upcycle_cli.running.models import (
     Model,
     TransformersError,
     decoder_layers,
     transformers_says,
 )
+from upcycle_cli.running.runs import Run, started
+from upcycle_cli.verification.distributions import Comparison, Ending, compare
+from upcycle_cli.verification.factors import factor_of, recover_factors
+from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.report import Continuation, LayerMeasure
 from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
-from upcycle_cli.verification.running import Run, dense_model, moe_model, rounds, started
+from upcycle_cli.verification.running import dense_model, moe_model, rounds
 
 _SAMPLED = 256
 """Positions at which each layer's experts are held against the dense MLP on its own input."""

@@ -18,9 +18,9 @@ from upcycle_cli.families.mlp import parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.running.shipped import code_failure
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
-from upcycle_cli.verification.shipped import code_failure
 
 
 class DamagedError(UpcycleError):

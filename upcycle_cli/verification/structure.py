@@ -13,11 +13,11 @@ from upcycle_cli.checkpoint import INDEX_NAME, TORCH_DTYPES, WEIGHTS_NAME, Check
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families.moe import Target
 from upcycle_cli.files import MOST_LISTING_BYTES
+from upcycle_cli.running.models import class_of
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.headers import geometry_failures
 from upcycle_cli.verification.listing import listing_failures
-from upcycle_cli.verification.models import class_of
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.settings import own_setting_failures, setting_failures, setting_notes
 

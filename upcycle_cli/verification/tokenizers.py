@@ -23,7 +23,7 @@ from upcycle_cli.checkpoint import (
 )
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import MOST_COMPANION_BYTES, matches, read_small
-from upcycle_cli.verification.models import (
+from upcycle_cli.running.models import (
     TransformersError,
     load_tokenizer,
     tokenizer_files,

@@ -16,10 +16,7 @@ import torch
 
 from upcycle_cli.families.mlp import holder, place
 from upcycle_cli.families.wrappers import LOADED, Inside
-from upcycle_cli.verification.copies import changed_form
-from upcycle_cli.verification.dtypes import shared_tensors
-from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.models import (
+from upcycle_cli.running.models import (
     Config,
     Model,
     TransformersError,
@@ -30,6 +27,9 @@ from upcycle_cli.verification.models import (
     shorten,
     transformers_says,
 )
+from upcycle_cli.verification.copies import changed_form
+from upcycle_cli.verification.dtypes import shared_tensors
+from upcycle_cli.verification.facts import Facts
 
 _WIDTH = 32
 _VOCAB = 64

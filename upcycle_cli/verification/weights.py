@@ -28,9 +28,10 @@ from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, 
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.places import Experts
+from upcycle_cli.verification.recipes import DRAWN
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
-from upcycle_cli.verification.rows import row_failures, size_failures
+from upcycle_cli.verification.rows import given_failures, row_failures, size_failures
 from upcycle_cli.verification.scan import Key, Scan
 
 NAME = "weights"
@@ -277,7 +278,9 @@ class _Comparison:
             )
         if bool(finite_N.all()):
             dtype = facts.moe.tensors[name].dtype
-            for failure in row_failures(router_NH[::size], self._gamma(layer), dtype):
+            drawn = facts.recipe.router_init in DRAWN
+            check = row_failures if drawn else given_failures
+            for failure in check(router_NH[::size], self._gamma(layer), dtype):
                 self.findings.add(f"{name}: {failure}")
 
     def _gamma(self, layer: int) -> torch.Tensor:

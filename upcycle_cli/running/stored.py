@@ -7,7 +7,7 @@ code that runs is transformers' own; only where its weights come from is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from upcycle_cli.verification.models import (
+from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.families.wrappers import Inside
+from upcycle_cli.running.models import (
     Model,
     TransformersError,
     decoder_layers,
@@ -142,6 +144,23 @@ class Stack(_Unread):
 
     def __getitem__(self, expert: int | torch.Tensor) -> Stored:
         return self.expert(int(expert))
+
+
+def finder(checkpoint: Checkpoint, inside: Inside | None, root: str) -> Callable[[str], str | None]:
+    """Return what finds a tensor by the name that transformers writes, or has in memory."""
+    if inside is None:
+
+        def names(name: str) -> Iterator[str]:
+            # Fused experts come with the names that a model has in memory, but for the beginning.
+            yield from (name, root + name.removeprefix("model."))
+    else:
+        loaded = {inside.loaded(name): name for name in checkpoint.tensors}
+        released = Inside(inside.wrapper, inside.wrapper.released)
+
+        def names(name: str) -> Iterator[str]:
+            yield from (loaded.get(name, ""), released.moved(name, inside))
+
+    return lambda name: next((known for known in names(name) if known in checkpoint.tensors), None)
 
 
 def stored_model(

