@@ -61,6 +61,7 @@ def overview_tables(found: Overview) -> Iterator[Table]:
             table.add_row(text_type, wrapper, ", ".join(targets))
     yield table
     table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
+    table.columns[0].no_wrap = True  # somebody copies it
     for target in found.targets:
         routings, runs = "\n".join(target.routings), "\n".join(runs_in(target))
         table.add_row(target.name, routings, target.layers, runs, target.balanced)
