@@ -23,11 +23,12 @@ from upcycle_cli.factors import Factors
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import NeuronOrder, Routing, ScaleSplit, Scaling
 from upcycle_cli.writer import WriteOptions, write_weights
 
 Tensors = dict[str, torch.Tensor]
 INNER = 12  # tiny_config's intermediate size
+MATRICES = ("gate", "up", "down")
 LAWS = settings(max_examples=25, deadline=None)
 
 
@@ -74,6 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         routing=draw(st.none() | st.sampled_from(NATIVE[target].routings)),
         scaling=scaling,
         scale_split=draw(st.sampled_from([ScaleSplit.BALANCED, ScaleSplit.DOWN])),
+        neuron_order=draw(st.sampled_from([NeuronOrder.SLICED, NeuronOrder.SHUFFLED])),
         router_logit_std=draw(st.none() | st.floats(1e-3, 10)),
         seed=draw(st.integers(0, 2**63 - 1)),
     )
@@ -162,14 +164,44 @@ def router(outcome: Outcome, layer: int) -> torch.Tensor:
 
 
 def groups(outcome: Outcome, layer: int) -> Iterator[Tensors]:
-    """Each virtual group's shards joined to whole matrices again, still scaled."""
+    """Each virtual group's shards joined to whole matrices again, still scaled.
+
+    Where neurons were shuffled, they are where the dense MLP has them: each is found once.
+    """
     found, size = experts(outcome, layer), outcome.granularity
     for group in range(outcome.plan.recipe.expansion):
         members = found[group * size : (group + 1) * size]
-        yield {
+        joined = {
             matrix: torch.cat([expert[matrix] for expert in members], dim=int(matrix == "down"))
-            for matrix in ("gate", "up", "down")
+            for matrix in MATRICES
         }
+        if group and outcome.plan.recipe.neuron_order is NeuronOrder.SHUFFLED:
+            places: dict[bytes, list[int]] = {}
+            for place, neuron in enumerate(neurons(joined)):
+                places.setdefault(neuron, []).append(place)
+            order = torch.tensor(
+                [places[neuron].pop() for neuron in neurons(scaled(outcome, layer))]
+            )
+            joined = {
+                matrix: whole.index_select(int(matrix == "down"), order)
+                for matrix, whole in joined.items()
+            }
+        yield joined
+
+
+def neurons(mlp: Tensors) -> list[bytes]:
+    """All weights of each neuron."""
+    rows = torch.cat([mlp["gate"], mlp["up"], mlp["down"].T], dim=1)
+    return [row.view(torch.uint8).numpy().tobytes() for row in rows]
+
+
+def scaled(outcome: Outcome, layer: int) -> Tensors:
+    """The dense MLP as an MoE must hold it: round(cast(dense) × factor)."""
+    return {
+        matrix: (dense.float() * factor(outcome.plan.factors, matrix)).to(dense.dtype)
+        for matrix in MATRICES
+        for dense in [dense_mlp(outcome, layer, matrix)]
+    }
 
 
 def factor(factors: Factors, matrix: str) -> float:
@@ -189,15 +221,14 @@ def check_groups_are_the_dense_mlp(outcome: Outcome) -> None:
     """Stated so that it is exact even when the factors round: round(cast(dense) × factor)."""
     for layer in outcome.layers:
         for group in groups(outcome, layer):
-            for matrix, whole in group.items():
-                dense = dense_mlp(outcome, layer, matrix)
-                scale = torch.tensor(factor(outcome.plan.factors, matrix))
-                assert same_bits(whole, (dense.float() * scale).to(dense.dtype)), matrix
+            for matrix, wanted in scaled(outcome, layer).items():
+                assert same_bits(group[matrix], wanted), matrix
 
 
 def check_every_expert_is_there(outcome: Outcome) -> None:
-    """As many as the config says, and copies at the same place of every group."""
+    """As many as the config says, and copies at the same place of every group that is sliced."""
     plan = outcome.plan
+    shuffled = plan.recipe.neuron_order is NeuronOrder.SHUFFLED
     keys = plan.family.target.keys
     assert plan.config[keys.num_experts] == plan.recipe.num_experts
     for layer in outcome.layers:
@@ -206,7 +237,8 @@ def check_every_expert_is_there(outcome: Outcome) -> None:
         for number, expert in enumerate(found):
             assert expert["gate"].shape[0] == plan.config[keys.expert_size]
             first = found[number % outcome.granularity]
-            assert all(same_bits(expert[matrix], first[matrix]) for matrix in expert)
+            alike = all(same_bits(expert[matrix], first[matrix]) for matrix in expert)
+            assert alike or (shuffled and number >= outcome.granularity)
 
 
 def check_everything_else_is_untouched(outcome: Outcome) -> None:
@@ -319,6 +351,7 @@ def test_layouts_hold_the_same_experts_and_routers(case: Case) -> None:
 @given(case=cases(), seed=st.integers(0, 2**63 - 1))
 def test_a_seed_changes_routers_and_nothing_else(case: Case, seed: int) -> None:
     assume(seed != case.recipe.seed)
+    case = replace(case, recipe=replace(case.recipe, neuron_order=NeuronOrder.SLICED))
     with source_of(case) as dense:
         one = convert(case, dense)
         other = convert(replace(case, recipe=replace(case.recipe, seed=seed)), dense)

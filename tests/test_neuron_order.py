@@ -371,6 +371,27 @@ def test_inspect_finds_whole_groups(moe: Path) -> None:
     assert found.differing == ("model.layers.1, expert 4", "model.layers.1, expert 5")
 
 
+def test_inspect_measures_how_far_each_neuron_has_come(dense: Path, moe: Path) -> None:
+    before = inspect(moe, weights=True, dense=dense).weights
+    assert before is not None
+    assert before.movement is not None
+    assert all(not any(layer.moved) and not layer.apart for layer in before.movement)
+    generator, moved = torch.Generator().manual_seed(0), EXPERT.format(1, 3, "w1")
+
+    def train(tensors: Tensors) -> None:
+        held = tensors[moved]
+        held += 0.1 * held.std() * torch.randn(held.shape, generator=generator)
+
+    edit(moe, train)
+    after = inspect(moe, weights=True, dense=dense).weights
+    assert after is not None
+    assert after.movement is not None
+    distances = after.movement[1].moved
+    assert 0.01 < distances[3] < 0.1
+    assert not any(distance for expert, distance in enumerate(distances) if expert != 3)
+    assert not any(after.movement[0].moved)
+
+
 # The pieces --------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from smollm2 import benchmark, make_smollm2, missing
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.recipe import Routing, Scaling
+from upcycle_cli.recipe import NeuronOrder, Routing, Scaling
 from upcycle_cli.verification import CheckResult, Status, TextOptions
 
 pytestmark = pytest.mark.skipif(
@@ -65,6 +65,14 @@ def test_topk_softmax_is_exact(
     assert float(metrics["top1_agreement"]) == 1.0
     assert checks["weights"].metrics["lossless"] is True
     assert _greedy(moe, "float32") == _greedy(dense, "float32")
+
+
+def test_experts_that_differ_are_exact(dense: Path, tmp_path: Path) -> None:
+    recipe = Recipe(expansion=4, granularity=8, top_k=16, neuron_order=NeuronOrder.SHUFFLED)
+    checks = _checks(dense, _convert(dense, tmp_path, recipe).output)
+    assert {check.status for check in checks.values()} == {Status.PASSED}
+    assert checks["weights"].metrics["reordered_groups"] == 3 * 30
+    assert float(checks["outputs"].metrics["kl_mean"]) < 1e-9
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -114,6 +114,10 @@ class Experts:
         count = None if found.row is None else self.num_experts
         return _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
 
+    def cut(self, layer: int, part: str) -> int | None:
+        """Return the dimension of a part that counts neurons; None where none does."""
+        return place(self._weights(layer), part, width=self.expert_size).cut
+
     def _weights(self, layer: int) -> tuple[Weight, ...]:
         rows = self.target.layouts[self.layout].experts
         return present(rows, self.moe.tensors, self.target.prefix(layer))
@@ -135,7 +139,7 @@ class Experts:
         for expert in group:
             total = np.zeros(self.expert_size, np.uint64)
             for part, tensor in self.parts(reader, layer, expert):
-                cut = place(self._weights(layer), part, width=self.expert_size).cut
+                cut = self.cut(layer, part)
                 if cut is None:
                     rest.append(bytes(raw_bytes(tensor)))
                     continue

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     Indices: TypeAlias = NDArray[np.intp]
 
 _BLOCK_ITEMS = 1 << 18
+_BLOCK_ROWS = 1024
+_ALIKE = 0.5
+"""The cosine above which two neurons are taken for one that was trained."""
+_MOSTLY = 0.9
 
 
 def neuron_hashes(matrix: NDArray[Any], cut: int, part: str) -> Hashes:
@@ -64,6 +68,31 @@ def match(
     order = np.empty(len(held), np.intp)
     order[by_held] = by_wanted
     return order
+
+
+def nearest(held: NDArray[np.float32], wanted: NDArray[np.float32]) -> Indices | None:
+    """Return by held neuron the wanted one whose direction is the nearest; (I, K) entries of each.
+
+    None where most are nearest in place, or no order is to be seen: then the same neuron would be
+    the nearest of several.
+    """
+    ours, theirs = (
+        rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-30) for rows in (held, wanted)
+    )
+    if np.median((ours * theirs).sum(1)) > _ALIKE:
+        return None
+    found = np.empty(len(ours), np.intp)
+    for start in range(0, len(ours), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        found[rows] = (ours[rows] @ theirs.T).argmax(1)
+    taken, first = np.unique(found, return_index=True)
+    if len(taken) < _MOSTLY * len(found):
+        return None
+    # The others, which are like one that is found already, are as good as one another.
+    rest = np.ones(len(found), bool)
+    rest[first] = False
+    found[rest] = np.setdiff1d(np.arange(len(found)), taken)
+    return found
 
 
 @lru_cache(maxsize=32)

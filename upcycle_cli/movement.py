@@ -1,8 +1,10 @@
 """How far experts have come in training: from the dense model's shards, and from one another.
 
 Distances are relative Frobenius norms over all parts of an expert, each of which is compared with
-its dense part times the factor that conversion multiplied it by. Legend: N experts, G shards;
-expert e = g·G + s started as shard s of virtual group g.
+its dense part times the factor that conversion multiplied it by. A group that has the neurons in an
+order of its own is compared neuron by neuron: training moves them by less than they are apart.
+Legend: N experts, G shards, I dense intermediate size; expert e = g·G + s started as shard s of
+virtual group g.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from upcycle_cli.errors import UpcycleError
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint import Checkpoint, Reader
     from upcycle_cli.experts import Experts
     from upcycle_cli.families.dense import DenseModel
+
+_SKETCHED = 32
+"""Entries of a neuron's part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,8 @@ def movements(
 ) -> Iterator[LayerMovement]:
     """Yield the movement of each layer; `factors` is by part what the conversion multiplied by.
 
-    One part of one expert is in memory at a time, and the sum of its copies. Raises UpcycleError
-    when the dense model has other sizes.
+    One part of one expert is in memory at a time, and the sum of its copies; of a group that has an
+    order of its own, one part of all. Raises UpcycleError when the dense model has other sizes.
     """
     checkpoint, model, reader = dense
     size = experts.expert_size
@@ -58,50 +64,108 @@ def movements(
             "wide are no shards: it is not the source."
         )
     for layer in experts.layers:
-        squares, whole = [0.0] * experts.num_experts, [0.0] * granularity
+        mlp, prefix = model.mlp(checkpoint.tensors, layer), model.prefix(layer)
+        whole = {}
+        for part in factors:
+            found = place(mlp, part, width=model.intermediate_size)
+            whole[part] = reader.tensor(prefix + found.tensor)[found.index]
+        yield _Layer(experts, moe, layer, granularity, whole, factors).movement()
+
+
+@dataclass
+class _Layer:
+    """The experts of one layer beside the dense MLP that they were made of."""
+
+    experts: Experts
+    moe: Reader
+    layer: int
+    granularity: int
+    whole: Mapping[str, torch.Tensor]
+    """The parts of the dense MLP."""
+    factors: Mapping[str, float]
+
+    def movement(self) -> LayerMovement:
+        import torch
+
+        count, size = self.experts.num_experts, self.experts.expert_size
+        orders = [self._order(group) for group in range(count // self.granularity)]
+        squares, lengths = torch.zeros(2, count, dtype=torch.float64)
         apart = 0.0
-        mlp = model.mlp(checkpoint.tensors, layer)
-        for part, factor in factors.items():
-            for shard in range(granularity):
-                span = (shard * size, (shard + 1) * size)
-                found = place(mlp, part, width=model.intermediate_size, shard=span)
-                source = reader.tensor(model.prefix(layer) + found.tensor)[found.index]
-                wanted = source.double() * factor
-                whole[shard] += float(wanted.square().sum())
-                apart += _add(experts, moe, (layer, part, wanted), squares, shard, granularity)
-        every = sum(whole) * experts.num_experts / granularity
-        rows = experts.router(moe, layer)
-        routers = rows.reshape(-1, granularity, rows.shape[-1])
-        yield LayerMovement(
-            layer=layer,
-            moved=tuple(
-                _ratio(square, whole[expert % granularity]) for expert, square in enumerate(squares)
-            ),
-            apart=_ratio(apart, every),
+        for part, cut in self._cuts.items():
+            for shard in range(self.granularity):
+                wanted = self.whole[part]
+                if cut is not None:
+                    wanted = wanted.narrow(cut, shard * size, size)
+                wanted = wanted.double() * self.factors[part]
+                total, sum_of_squares = torch.zeros_like(wanted), 0.0
+                for group, order in enumerate(orders):
+                    held, owners = self._held(part, group, shard, order)
+                    difference = held.double() - wanted
+                    square = _by_neuron(difference, cut)
+                    squares.index_add_(0, owners.expand(len(square)), square)
+                    length = _by_neuron(wanted, cut)
+                    lengths.index_add_(0, owners.expand(len(length)), length)
+                    sum_of_squares += float(square.sum())
+                    total += difference
+                apart += max(0.0, sum_of_squares - float(total.square().sum()) / len(orders))
+        rows = self.experts.router(self.moe, self.layer)
+        routers = rows.reshape(-1, self.granularity, rows.shape[-1])
+        return LayerMovement(
+            layer=self.layer,
+            moved=tuple(map(_ratio, squares.tolist(), lengths.tolist())),
+            apart=_ratio(apart, float(lengths.sum())),
             num_groups=len(routers),
             split_groups=int((routers != routers[:, :1]).flatten(1).any(1).sum()),
         )
 
+    @cached_property
+    def _cuts(self) -> dict[str, int | None]:
+        """By part, the dimension that counts neurons; None where none does."""
+        return {part: self.experts.cut(self.layer, part) for part in self.factors}
 
-def _add(
-    experts: Experts,
-    moe: Reader,
-    wanted: tuple[int, str, torch.Tensor],
-    squares: list[float],
-    shard: int,
-    granularity: int,
-) -> float:
-    """Add each copy's squared distance, and return the sum of those from the copies' mean."""
-    layer, part, value = wanted
-    total, sum_of_squares = value.new_zeros(value.shape), 0.0
-    copies = range(shard, experts.num_experts, granularity)
-    for expert in copies:
-        difference = experts.part(moe, layer, expert, part).double() - value
-        square = float(difference.square().sum())
-        squares[expert] += square
-        sum_of_squares += square
-        total += difference
-    return max(0.0, sum_of_squares - float(total.square().sum()) / len(copies))
+    def _held(
+        self, part: str, group: int, shard: int, order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a group's part of a shard, in the dense MLP's order, and whose each neuron is."""
+        import torch
+
+        size, start, cut = self.experts.expert_size, group * self.granularity, self._cuts[part]
+        if order is None or cut is None:
+            expert = start + shard
+            return self.experts.part(self.moe, self.layer, expert, part), torch.tensor([expert])
+        places = order[shard * size : (shard + 1) * size]
+        return torch.cat(self._group(part, group), cut).index_select(cut, places), (
+            start + places // size
+        )
+
+    def _group(self, part: str, group: int) -> list[torch.Tensor]:
+        experts = range(group * self.granularity, (group + 1) * self.granularity)
+        return [self.experts.part(self.moe, self.layer, expert, part) for expert in experts]
+
+    def _order(self, group: int) -> torch.Tensor | None:
+        """Return where in a group each neuron of the dense MLP is, None where it always was."""
+        import torch
+
+        from upcycle_cli.matching import nearest
+
+        held, wanted = [], []
+        for part, cut in self._cuts.items():
+            if cut is not None and self.whole[part].dim() == 2:
+                held.append(torch.cat([_sketch(each, cut) for each in self._group(part, group)]))
+                wanted.append(_sketch(self.whole[part], cut) * self.factors[part])
+        found = nearest(torch.cat(wanted, 1).numpy(), torch.cat(held, 1).numpy())
+        return None if found is None else torch.from_numpy(found)
+
+
+def _sketch(matrix: torch.Tensor, cut: int) -> torch.Tensor:
+    """Return some entries of each neuron, enough to tell it from all others."""
+    return matrix.movedim(cut, 0)[:, :_SKETCHED].float()
+
+
+def _by_neuron(values: torch.Tensor, cut: int | None) -> torch.Tensor:
+    """Return the squares of a part, summed up by neuron; in one where it has none."""
+    squares = values.square()
+    return squares.sum().reshape(1) if cut is None else squares.movedim(cut, 0).flatten(1).sum(1)
 
 
 def _ratio(square: float, whole: float) -> float:
