@@ -13,7 +13,16 @@ import torch
 from conftest import MakeDense, RunCli, contents, logits, random_ids
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
+from upcycle_cli import (
+    Options,
+    Recipe,
+    UpcycleError,
+    WriteOptions,
+    arithmetic,
+    convert,
+    inspect,
+    verify,
+)
 from upcycle_cli.expr import Order, Take
 from upcycle_cli.matching import match, neuron_hashes
 from upcycle_cli.order_file import read_order_file
@@ -165,6 +174,25 @@ def test_a_permutation_is_a_function_of_seed_and_place(
     name = EXPERT.format(1, 2, "w1")
     assert not torch.equal(whole[name], other[name])
     assert torch.equal(whole[EXPERT.format(1, 1, "w1")], other[EXPERT.format(1, 1, "w1")])
+
+
+def test_columns_are_gathered_a_few_rows_at_a_time(
+    dense: Path, shuffled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "_TOGETHER_ITEMS", 7 * INNER)
+    convert(dense, tmp_path / "moe", recipe(), writing=QUICKLY)
+    name = "model.safetensors"
+    assert contents(tmp_path / "moe")[name] == contents(shuffled)[name]
+
+
+def test_what_does_not_fit_is_said_of_gathered_columns_too(dense: Path, tmp_path: Path) -> None:
+    large = Path(shutil.copytree(dense, tmp_path / "dense"))
+    tensors = load_file(large / "model.safetensors")
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    tensors["model.layers.1.mlp.down_proj.weight"] = down * (1e5 / down.abs().max())
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcycleError, match=r"w2.weight: a finite value .* becomes infinite"):
+        convert(large, tmp_path / "moe", recipe(), options=Options(dtype="float16"))
 
 
 def test_sliced_stays_what_it_was(dense: Path, tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import Routing
+from upcycle_cli.record import write_index, write_json
 from upcycle_cli.tensors import Role
-from upcycle_cli.writer import WriteOptions, write_index, write_weights
+from upcycle_cli.writer import WriteOptions, write_weights
 
 INDEX = "model.safetensors.index.json"
 SHARDED = Options(max_shard_bytes=700)
@@ -216,7 +217,7 @@ def test_progress_is_every_byte_of_the_tensors(make: Make, output: Path, options
 
 def test_json_is_for_people_too(tmp_path: Path) -> None:
     with Folder.open(tmp_path) as folder:
-        writer.write_json(folder, "x.json", {"name": "größer", "sizes": [1]})
+        write_json(folder, "x.json", {"name": "größer", "sizes": [1]})
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert "größer" in text
     assert text.endswith("}\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
@@ -50,6 +50,8 @@ _INFINITE = {"F32": 0xFF << 24, "F16": 0x1F << 11, "BF16": 0xFF << 8}
 """The bits of infinity, without the sign and shifted to the left by one."""
 _PIECE_ITEMS = 1 << 16
 """Few enough that what is computed from them on the way stays in a processor's cache."""
+_TOGETHER_ITEMS = 1 << 18
+"""Of all the shards that columns are gathered for at once."""
 
 
 class OverflowInCastError(ArithmeticError):
@@ -70,8 +72,45 @@ def evaluate(
     if stretch is not None:
         name, begin, end = stretch
         return read(name)[begin:end]
-    flat = np.ascontiguousarray(_value(expr, read, vanished)).reshape(-1)
-    return memoryview(flat.view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
+    return _bytes(np.ascontiguousarray(_value(expr, read, vanished)))
+
+
+def evaluate_together(
+    exprs: Sequence[Expr], read: Read, vanished: Callable[[int], None]
+) -> Iterator[list[memoryview]]:
+    """Yield the bytes of a few rows of each expression after another; all gather the same rows.
+
+    See `expr.gathering`; `read`, `vanished` and errors are as those of `evaluate`.
+    """
+    takes = [_take_of(expr) for expr in exprs]
+    values = _value(takes[0].of, read, vanished)
+    indices = [_Taken.of(take, values).indices for take in takes]
+    every, stops = np.concatenate(indices), np.cumsum([len(each) for each in indices])[:-1]
+    step = max(1, _TOGETHER_ITEMS // max(1, len(every)))
+    for start in range(0, len(values), step):
+        taken = values[start : start + step].take(every, axis=1)
+        made = _applied(exprs[0], taken, vanished)
+        yield [_bytes(np.ascontiguousarray(part)) for part in np.split(made, stops, axis=1)]
+
+
+def _take_of(expr: Expr) -> Take:
+    while isinstance(expr, Cast | Scale):
+        expr = expr.of
+    assert isinstance(expr, Take)
+    return expr
+
+
+def _applied(expr: Expr, taken: NDArray[Any], vanished: Callable[[int], None]) -> NDArray[Any]:
+    """Return what an expression makes of values that its Take has given."""
+    if not isinstance(expr, Cast | Scale):
+        return taken
+    values, held = _applied(expr.of, taken, vanished), type_of(expr.of).dtype
+    factor = expr.factor if isinstance(expr, Scale) else 1.0
+    return _converted(values, held, type_of(expr).dtype, factor, vanished)
+
+
+def _bytes(values: NDArray[Any]) -> memoryview:
+    return memoryview(values.reshape(-1).view("u1"))  # type: ignore[arg-type]  # numpy 1's stubs
 
 
 def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind

@@ -28,7 +28,7 @@ from upcycle_cli.publish import Transaction, joined, recover, transaction
 from upcycle_cli.recipe import Promise
 from upcycle_cli.team import Team
 from upcycle_cli.workspace import Workspace, partial_of
-from upcycle_cli.writer import WriteOptions, Written, write_index, write_json, write_weights
+from upcycle_cli.writer import WriteOptions, Written, write_weights
 
 if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
@@ -203,7 +203,7 @@ def is_finished(plan: Plan, output: Path) -> bool:
 
 def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     """Add everything but the weights and the card."""
-    from upcycle_cli.record import record
+    from upcycle_cli.record import record, write_index, write_json
 
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
 from upcycle_cli.checkpoint import ITEM_BYTES
@@ -271,6 +271,21 @@ def leaves(expr: Expr) -> Iterator[Expr]:
                 yield from leaves(part)
         case _:
             yield expr
+
+
+def gathering(expr: Expr) -> Expr | None:
+    """Return what tells which rows an expression gathers columns from, None where it does not.
+
+    Expressions of which that is equal are made together: each row is then read once for all.
+    """
+    match expr:
+        case Take(dim=1):
+            return replace(expr, start=0, stop=0)
+        case Cast(of) | Scale(of):
+            inner = gathering(of)
+            return None if inner is None else replace(expr, of=inner)
+        case _:
+            return None
 
 
 def sources(expr: Expr) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """`upcycle.json`: what a conversion says about itself, for `verify`, `inspect` and people.
 
-It holds no time, no duration and no absolute path: two runs give the same file, and nobody's home
-directory ends up on the Hub.
+And how it and the other JSON files are written. It holds no time, no duration and no absolute path:
+two runs give the same file, and nobody's home directory ends up on the Hub.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import Any
 from upcycle_cli.files import header_digest
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
+from upcycle_cli.storage import INDEX_NAME
 
 FORMAT = 1
 
@@ -82,3 +84,21 @@ def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
                 yield entry | {"header_sha256": header_digest(file)}
             else:
                 yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_index(plan: Plan, folder: Folder) -> None:
+    """Write the index that says which file holds which tensor, when there are several."""
+    if len(plan.shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
+        "weight_map": {
+            tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
+        },
+    }
+    write_json(folder, INDEX_NAME, index)
+
+
+def write_json(folder: Folder, name: str, value: object) -> None:
+    """Write a value as indented JSON with a final newline."""
+    folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -26,11 +25,9 @@ from xxhash import xxh3_128
 
 from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.expr import Expr, sources
-from upcycle_cli.folder import Folder
+from upcycle_cli.expr import Expr, gathering, sources
 from upcycle_cli.layout import Layout, Part, file_digest, lay_out, read_back, repetitions
 from upcycle_cli.plan import Plan, Shard
-from upcycle_cli.storage import INDEX_NAME
 from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
 from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
@@ -112,24 +109,6 @@ def write_weights(
     for task in tasks:
         written.add(task.written)
     return written
-
-
-def write_index(plan: Plan, folder: Folder) -> None:
-    """Write the index that says which file holds which tensor, when there are several."""
-    if len(plan.shards) == 1:
-        return
-    index = {
-        "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
-        "weight_map": {
-            tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
-        },
-    }
-    write_json(folder, INDEX_NAME, index)
-
-
-def write_json(folder: Folder, name: str, value: object) -> None:
-    """Write a value as indented JSON with a final newline."""
-    folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass
@@ -236,7 +215,7 @@ class _Task:
                 descriptor = file.fileno()
                 os.ftruncate(descriptor, self.layout.nbytes)
                 _write_at(descriptor, memoryview(self.layout.header), 0)
-                work = [partial(self._write_part, each, descriptor) for each in self.layout.parts]
+                work = [partial(self._write_parts, each, descriptor) for each in self._bundles()]
                 with _flushed(descriptor) if durable else nullcontext():
                     self.crew.run_in(self.crew.threads_per_file, "upcycle-writer", work)
                 if self.crew.shares:
@@ -254,14 +233,41 @@ class _Task:
             raise OSError(error.errno, error.strerror, str(folder.path / self.name)) from error
         self.complete.set()
 
-    def _write_part(self, part: Part, descriptor: int) -> None:
-        """Write a part to all its places, or to the one that the others will share."""
+    def _bundles(self) -> list[list[Part]]:
+        """Return the parts, those together that gather their columns from the same rows."""
+        bundles: dict[Expr, list[Part]] = {}
+        for part in self.layout.parts:
+            bundles.setdefault(gathering(part.expr) or part.expr, []).append(part)
+        return [*bundles.values()]
+
+    def _write_parts(self, parts: Sequence[Part], descriptor: int) -> None:
+        """Write parts to all their places, or to those that the others will share."""
         if self.crew.stopping.is_set():
             raise _StoppedError
-        offsets = part.offsets
-        if self.crew.shares:
-            offsets = offsets[:1] if self.crew.first[part.expr][0] is self else ()
-        router = part.tensor.role is Role.ROUTER
+        if len(parts) == 1:
+            self._write_part(parts[0], descriptor)
+            return
+        written = {part: offsets for part in parts if (offsets := self._own_offsets(part))}
+        digests, done = [xxh3_128() for _ in written], [0] * len(written)
+        for pieces in self._pieces([*written]) if written else ():
+            with self.turn:
+                for i, (offsets, piece) in enumerate(zip(written.values(), pieces, strict=True)):
+                    digests[i].update(piece)
+                    for offset in offsets:
+                        _write_at(descriptor, piece, offset + done[i])
+                        self._advance(len(piece))
+                    done[i] += len(piece)
+        for part, digest in zip(written, digests, strict=True):
+            self.crew.digests[part.expr] = digest.digest()
+
+    def _own_offsets(self, part: Part) -> tuple[int, ...]:
+        """Return where a part is to be written here, and not shared."""
+        if not self.crew.shares:
+            return part.offsets
+        return part.offsets[:1] if self.crew.first[part.expr][0] is self else ()
+
+    def _write_part(self, part: Part, descriptor: int) -> None:
+        offsets, router = self._own_offsets(part), part.tensor.role is Role.ROUTER
         if not offsets and not router:
             return
         data = self._data(part)
@@ -286,20 +292,25 @@ class _Task:
 
     def _data(self, part: Part) -> memoryview:
         # Not before something is to be computed: this imports numpy.
-        from upcycle_cli.arithmetic import OverflowInCastError, evaluate
+        from upcycle_cli.arithmetic import evaluate
 
         vanished: list[int] = []
-        try:
+        with _overflow_told(part):
             data = evaluate(part.expr, self.crew.reader.mapped, vanished.append)
-        except OverflowInCastError as error:
-            raise UpcycleError(
-                f"{part.tensor.name}: a finite value of the dense model becomes infinite "
-                f"in {part.tensor.dtype.lower()}.",
-                "Use --dtype bfloat16 or float32.",
-            ) from error
         if vanished:
             self.written.vanished[part.expr] = sum(vanished)
         return data
+
+    def _pieces(self, parts: Sequence[Part]) -> Iterator[list[memoryview]]:
+        """Yield a few rows of each part after another; what vanishes is noted of the first."""
+        from upcycle_cli.arithmetic import evaluate_together
+
+        vanished: list[int] = []
+        exprs = [part.expr for part in parts]
+        with _overflow_told(parts[0]):
+            yield from evaluate_together(exprs, self.crew.reader.mapped, vanished.append)
+        if vanished:
+            self.written.vanished[parts[0].expr] = sum(vanished)
 
     def _check_source(self) -> None:
         """Raise UpcycleError when a file that was read is not what it was before."""
@@ -338,6 +349,21 @@ class _Task:
         known = min(self.told, nbytes)
         self.told -= known
         self.crew.advance(nbytes - known)
+
+
+@contextmanager
+def _overflow_told(part: Part) -> Iterator[None]:
+    """Say in words that a part does not fit its dtype."""
+    from upcycle_cli.arithmetic import OverflowInCastError
+
+    try:
+        yield
+    except OverflowInCastError as error:
+        raise UpcycleError(
+            f"{part.tensor.name}: a finite value of the dense model becomes infinite "
+            f"in {part.tensor.dtype.lower()}.",
+            "Use --dtype bfloat16 or float32.",
+        ) from error
 
 
 @contextmanager
