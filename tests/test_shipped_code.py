@@ -257,6 +257,18 @@ def test_training_adds_the_balancing_loss_of_each_layer(routing: str, tmp_path: 
     assert torch.isclose(trained.aux_loss, torch.stack(losses).mean())
 
 
+def test_the_base_model_gives_its_routers_logits(tmp_path: Path) -> None:
+    """Trainers that compute a loss piece by piece run it alone, and balance by what it gives."""
+    moe = load(write(dense_model("olmo2"), tmp_path / "moe", "topk-softmax"))
+    with torch.no_grad():
+        whole, alone = (run(IDS, output_router_logits=True) for run in (moe, moe.base_model))
+        plain = moe.base_model(IDS)
+    pairs = zip(alone.router_logits, whole.router_logits, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert torch.equal(alone.last_hidden_state, plain.last_hidden_state)
+    assert "router_logits" not in plain
+
+
 def test_padding_does_not_count_for_balance(tmp_path: Path) -> None:
     moe = load(write(dense_model("nemotron"), tmp_path / "moe", "topk-softmax")).train()
     mask = torch.ones_like(IDS)

@@ -15,6 +15,8 @@ size, K experts per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
 from typing import Any
@@ -259,6 +261,25 @@ def _turn_into_experts(model: Any) -> None:
         setattr(layers[index], name, UpcycledMoe(config, dense))
 
 
+@contextmanager
+def _noting_routers(model: nn.Module, *, is_noted: bool = True) -> Iterator[list[Any]]:
+    """Give a list to which each router adds its logits, scores and choices as it runs."""
+    routers = [m for m in model.modules() if isinstance(m, UpcycledRouter) and is_noted]
+    records: list[tuple[torch.Tensor, ...]] = []
+    try:
+        for router in routers:
+            router.records = records
+        yield records
+    finally:
+        # What a checkpoint runs again in the backward pass is not noted a second time.
+        for router in routers:
+            router.records = None
+
+
+def _logits(records: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    return tuple(logits_TN for logits_TN, _, _ in records)
+
+
 class UpcycledModel(_Upcycled, DenseModel):  # type: ignore[misc]
     """The dense family's base model, with experts in the layers that config.moe_layers names."""
 
@@ -266,6 +287,16 @@ class UpcycledModel(_Upcycled, DenseModel):  # type: ignore[misc]
         super().__init__(config)
         _turn_into_experts(self)
         self.post_init()
+
+    @wraps(DenseModel.forward)
+    def forward(self, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
+        """Run the dense family's forward; some trainers ask for the routers' logits here."""
+        if not output_router_logits:
+            return super().forward(*args, **kwargs)
+        with _noting_routers(self) as records:
+            output = super().forward(*args, **{**kwargs, "return_dict": True})
+        output["router_logits"] = _logits(records)
+        return output
 
 
 class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
@@ -301,17 +332,9 @@ class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
         config = self.config.get_text_config()
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        is_noted = self.training or output_router_logits
-        routers = [m for m in self.modules() if isinstance(m, UpcycledRouter) and is_noted]
-        records: list[tuple[torch.Tensor, ...]] = []
-        try:
-            for router in routers:
-                router.records = records
+        is_noted = bool(self.training or output_router_logits)
+        with _noting_routers(self, is_noted=is_noted) as records:
             output = super().forward(return_dict=True, **kwargs)
-        finally:
-            # What a checkpoint runs again in the backward pass is not noted a second time.
-            for router in routers:
-                router.records = None
         if records:
             loss = _balancing_loss(records, kwargs.get("attention_mask"))
             output["aux_loss"] = loss.to(output.logits.device)
@@ -323,7 +346,7 @@ class UpcycledForCausalLM(_Upcycled, DenseForCausalLM):  # type: ignore[misc]
                     weight = weight * labels[..., 1:].ne(-100).sum() / num_items
                 output["loss"] = output.loss + weight * output["aux_loss"]
             if output_router_logits:
-                output["router_logits"] = tuple(logits_TN for logits_TN, _, _ in records)
+                output["router_logits"] = _logits(records)
             if output.keys() <= MoeCausalLMOutputWithPast.__dataclass_fields__.keys():
                 output = MoeCausalLMOutputWithPast(**output)
         is_dict = self.config.return_dict if return_dict is None else return_dict
