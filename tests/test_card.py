@@ -12,6 +12,9 @@ from conftest import clone
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.card import is_edited, model_card, repo_name
+from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.trainers import trainers
+from upcycle_cli.recipe import Routing
 from upcycle_cli.verification.report import CheckResult, Report, Status
 
 NAMES = [
@@ -87,3 +90,13 @@ def test_names_that_a_repo_can_have(text: str, name: str) -> None:
     assert repo_name(text) == name
     assert len(repo_name(text, "-E8G8T8")) <= 96
     assert repo_name(text, "-E8G8T8").endswith("-E8G8T8")
+
+
+def test_it_says_what_to_set_in_each_trainer(llama: Path, tmp_path: Path) -> None:
+    """For exactly this model: four experts, and what is said of mixtral."""
+    section = card_of(llama, tmp_path, "plain").split("## Training")[1].split("\n## ")[0]
+    said = trainers(NATIVE["mixtral"], Routing.TOPK_SOFTMAX, tied=False, fused=False, num_experts=4)
+    assert said
+    for trainer in said:
+        assert f"- {trainer.name}: {trainer.settings}.\n" in section
+    assert "divide among 1, 2 or 4 ranks" in section

@@ -1092,6 +1092,12 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     assert {target.refusal for target in found.values()} == {None}
     assert set(found["mixtral"].engines) == {"transformers", "vLLM", "llama.cpp", "MLX"}
     assert found["qwen2_moe"].engines["llama.cpp"] == (Routing.SOFTMAX_TOPK,)
+    assert set(found["mixtral"].trainers) == {"transformers", "TRL", "peft", "NeMo AutoModel"}
+    tied = becomes({**tiny_config("qwen3"), "tie_word_embeddings": True}, ())
+    assert [set(target.trainers) & {"torchtitan", "NeMo AutoModel"} for target in tied[:2]] == [
+        {"torchtitan"},
+        set(),
+    ]
     assert (found["glm4_moe"].balanced, found["glm4_moe"].layers) == ("bias", "the last ones")
     assert found[SHIPPED].balanced == "auxiliary loss of each layer"
     biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
@@ -23,7 +24,9 @@ from upcycle_cli.advice import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
+from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.shipped import CODE_NAME
+from upcycle_cli.families.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
@@ -79,7 +82,8 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         reader="AutoProcessor" if wrapped else "AutoTokenizer",
         reads="processor" if wrapped else "tokenizer",
         code=_about_code(plan) if ships_code else "",
-        balancing=_balancing(plan),
+        trainers=_trainers(plan),
+        parallel=_any_of(expert_parallel_sizes(plan.recipe.num_experts)),
         score=_score(plan),
         top_k=plan.recipe.top_k,
         notes=f"\n\n{notes}" if notes else "",
@@ -236,8 +240,31 @@ def _score(plan: Plan) -> str:
     return score
 
 
+def _trainers(plan: Plan) -> str:
+    """Say of each trainer that is known to take the model what to set in it."""
+    routing = plan.recipe.routing
+    assert routing is not None
+    found = trainers(
+        plan.family.target,
+        routing,
+        tied=bool(inner(plan.config).get("tie_word_embeddings", False)),
+        fused=plan.expert_layout is ExpertLayout.FUSED,
+        num_experts=plan.recipe.num_experts,
+    )
+    words = {
+        trainer.name: f"{trainer.settings}." if trainer.support is Support.RUNS else trainer.support
+        for trainer in found
+    } or {"transformers": _balancing(plan)}
+    return "\n".join(f"- {name}: {text}" for name, text in words.items())
+
+
+def _any_of(sizes: Sequence[int]) -> str:
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _balancing(plan: Plan) -> str:
-    """Say how transformers balances the experts' load, if it does."""
+    """Say how transformers balances the experts' load, if it does; for what was not trained."""
     weight = "its weight is `router_aux_loss_coef`, 0.01 here."
     if plan.family.target.ships_code:
         return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"

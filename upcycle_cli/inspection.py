@@ -19,6 +19,7 @@ from upcycle_cli.families import dense_family, is_target, targets_of
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.overview import TargetFacts, becomes
+from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
@@ -49,6 +50,7 @@ class Inspection:
     active_parameters: int
     dense_parameters: int | None
     engines: tuple[Engine, ...] = ()
+    trainers: tuple[Trainer, ...] = ()
     record: Mapping[str, Any] | None = None
     plan: Plan | None = None
     weights: WeightFacts | None = None
@@ -114,6 +116,8 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
     config = inner(checkpoint.config)
+    tied = bool(config.get("tie_word_embeddings", False))
+    fused = experts.layout is ExpertLayout.FUSED
     total = checkpoint.num_parameters
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
     record = facts = None
@@ -141,12 +145,13 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
         engines=engines(
             target.model_type,
             experts.routing,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            fused=experts.layout is ExpertLayout.FUSED,
+            tied=tied,
+            fused=fused,
             plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
             every_layer=experts.every_layer,
             wrapped=target.inside is not None,
         ),
+        trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
         record=record,
         weights=facts,
     )

@@ -19,6 +19,7 @@ from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
 from upcycle_cli.families.overview import TargetFacts
+from upcycle_cli.families.trainers import Trainer
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.movement import LayerMovement
 from upcycle_cli.plan import Plan
@@ -167,6 +168,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
     if inspection.kind == "moe":
         yield "upcycle.json", [_claims(inspection.record)]
         yield "engines", _engines(inspection.engines)
+        if inspection.trainers:
+            yield "trainers", _engines(inspection.trainers)
     if inspection.weights is not None:
         yield from _weight_rows(inspection.weights, inspection.num_experts)
 
@@ -185,6 +188,9 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
+        "trainers": {
+            trainer.name: picked(trainer, "support", "settings") for trainer in inspection.trainers
+        },
         "claims": inspection.record,
         "weights": None if weights is None else asdict(weights),
         "plan": None if inspection.plan is None else plan_json(inspection.plan),
@@ -237,18 +243,21 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def runs_in(target: TargetFacts) -> list[str]:
-    """Return the engines that run a target, each with its routings where they are not all."""
+def names_of(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
+    """Return the software that takes a target, each with its routings where they are not all."""
     return [
         name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
-        for name, routings in target.engines.items()
+        for name, routings in found.items()
     ]
 
 
 def _becomes(target: TargetFacts) -> str:
     if target.refusal is not None:
         return f"not {target.name}: {target.refusal}"
-    runs = f"runs in {', '.join(runs_in(target))}" if target.engines else "run in no engine yet"
+    engines, trainers = names_of(target.engines, target), names_of(target.trainers, target)
+    runs = f"runs in {', '.join(engines)}" if engines else "run in no engine yet"
+    if trainers:
+        runs += f"; trains in {', '.join(trainers)}"
     words = {"bias": "a bias", "nothing": "nothing"}.get(target.balanced, f"an {target.balanced}")
     return f"{target.name}: {runs}; balanced by {words}"
 
@@ -259,6 +268,7 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
         "routings": list(target.routings),
         "layers": target.layers,
         "engines": {name: list(routings) for name, routings in target.engines.items()},
+        "trainers": {name: list(routings) for name, routings in target.trainers.items()},
         **picked(target, "balanced", "refusal"),
     }
 
@@ -305,7 +315,7 @@ def _promise(plan: Plan) -> str:
             return f"none: {no_promise(plan)}"
 
 
-def _engines(found: Iterable[Engine]) -> list[str]:
+def _engines(found: Iterable[Engine | Trainer]) -> list[str]:
     lines: dict[Support, list[str]] = {}
     for engine in found:
         lines.setdefault(engine.support, []).append(engine.name)

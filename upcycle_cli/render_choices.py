@@ -9,7 +9,7 @@ from rich.table import Table
 
 from upcycle_cli.budget import Fit
 from upcycle_cli.families.overview import Overview
-from upcycle_cli.render import count, picked, runs_in, size_text, target_json
+from upcycle_cli.render import count, names_of, picked, size_text, target_json
 
 FITS_NOTES = (
     "Sizes are those of the parameters: in bfloat16, and in training with AdamW (bfloat16 weights "
@@ -47,7 +47,7 @@ def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:
-    """Yield what becomes what, the targets, and what cannot be upcycled."""
+    """Yield what becomes what, the targets, who trains them, and what cannot be upcycled."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, targets in found.dense.items():
         groups.setdefault(targets, []).append(name)
@@ -60,11 +60,16 @@ def overview_tables(found: Overview) -> Iterator[Table]:
         for text_type, targets in texts.items():
             table.add_row(text_type, wrapper, ", ".join(targets))
     yield table
-    table = _headed("target", "routings", "MoE layers", "runs in", "balanced by")
+    table = _headed("target", "routings", "MoE layers", "runs in")
     table.columns[0].no_wrap = True  # somebody copies it
     for target in found.targets:
-        routings, runs = "\n".join(target.routings), "\n".join(runs_in(target))
-        table.add_row(target.name, routings, target.layers, runs, target.balanced)
+        runs = "\n".join(names_of(target.engines, target))
+        table.add_row(target.name, "\n".join(target.routings), target.layers, runs)
+    yield table
+    table = _headed("target", "trains in", "balanced by")
+    for target in found.targets:
+        trains = ", ".join(names_of(target.trainers, target))
+        table.add_row(target.name, trains, target.balanced)
     yield table
     table = _headed("cannot be upcycled", "because")
     reasons: dict[str, list[str]] = {}

@@ -13,6 +13,7 @@ from upcycle_cli.families.engines import Support, engines
 from upcycle_cli.families.moe import ExpertLayout, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.refused import REFUSED
+from upcycle_cli.families.trainers import trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import INSIDE, WRAPPERS, inner, wrapped_family
 from upcycle_cli.recipe import Routing
@@ -30,6 +31,8 @@ class TargetFacts:
     """Which layers can be mixtures of experts: any, a range, the last ones, all."""
     engines: Mapping[str, tuple[Routing, ...]]
     """The engines that were seen to run it, and with which routings."""
+    trainers: Mapping[str, tuple[Routing, ...]]
+    """The trainers that were seen to take it, and with which routings."""
     balanced: str
     """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
     refusal: str | None = None
@@ -82,7 +85,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     try:
         family = choose(config, name, None, names=names)
     except UpcycleError as error:
-        none = TargetFacts(name=name, routings=(), layers="", engines={}, balanced="")
+        none = TargetFacts(name=name, routings=(), layers="", engines={}, trainers={}, balanced="")
         return replace(none, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
     plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
@@ -93,6 +96,7 @@ def _facts(
     name: str, row: Target, *, tied: bool = False, plain_attention: bool = True
 ) -> TargetFacts:
     runs: dict[str, tuple[Routing, ...]] = {}
+    trains: dict[str, tuple[Routing, ...]] = {}
     fused = row.layout(None) is ExpertLayout.FUSED
     for routing in row.routings:
         for engine in engines(
@@ -105,6 +109,9 @@ def _facts(
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)
+        for trainer in trainers(row, routing, tied=tied, fused=fused):
+            if trainer.support is Support.RUNS:
+                trains[trainer.name] = (*trains.get(trainer.name, ()), routing)
     balanced = "nothing" if row.correction_bias is None else "bias"
     if row.balances:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
@@ -113,5 +120,6 @@ def _facts(
         routings=row.routings,
         layers=row.layers.words,
         engines=runs,
+        trainers=trains,
         balanced=balanced,
     )

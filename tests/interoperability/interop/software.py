@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from sysconfig import get_path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -176,11 +177,17 @@ class Worker:
 
     def output(self, model: Path, prompts: Sequence[str], tokens: int) -> Output | Cell:
         """Return what the software makes of a model; a failure is a cell too."""
+        output: Output | Cell = self.ask(
+            {"model": str(model), "prompts": prompts, "tokens": tokens}
+        )
+        return output
+
+    def ask(self, job: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the script answers
+        """Return what the script makes of a job; a failure is a cell."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"model": str(model), "prompts": prompts, "tokens": tokens, "limit_s": LIMIT_S}
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.write(json.dumps({**job, "limit_s": LIMIT_S}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             answer = ""
@@ -192,8 +199,7 @@ class Worker:
         found = json.loads(answer)
         if "error" in found:
             return Cell(FAILS, found["error"])
-        output: Output = found["output"]
-        return output
+        return found["output"]
 
     def close(self) -> None:
         """End the process."""

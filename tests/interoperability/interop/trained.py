@@ -1,0 +1,274 @@
+"""What trainers are given, which trainers, and what their answers come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interop.models import EXACT, HEAD_DIM, PLAIN, SIGMOID, TINY, Case
+from interop.results import DIFFERS, NOT_TRIED, SAME, Cell
+from interop.software import Software
+from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.families.engines import Support
+from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.trainers import Trainer, trainers
+
+TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
+FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
+RECIPE = "E4G2T4"
+RANDOM: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "granite", "olmo2", "nemotron"), TINY),
+    **dict.fromkeys(("ernie4_5", "granite_swa", "hunyuan_v1_dense"), TINY),
+    "lfm2": {
+        **TINY,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "youtu": {
+        **{key: value for key, value in TINY.items() if key != "head_dim"},
+        "num_key_value_heads": 4,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+    "llama (tied)": {**TINY, "tie_word_embeddings": True},
+    "qwen3 (tied)": {**TINY, "tie_word_embeddings": True},
+    "nemotron_h": {
+        **TINY,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": HEAD_DIM,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+    },
+}
+"""Tiny models by name, which begins with the type."""
+TOKENS: Mapping[str, Any] = {
+    "vocab_size": 1024,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+}
+_TRANSFORMERS = ("transformers>=5", "torch", "accelerate")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainerSoftware(Software):
+    """One column of the table."""
+
+    targets: tuple[str, ...] = ()
+    """The architectures that it has code for; none where it takes whatever transformers has."""
+
+    def tries(self, case: Case) -> bool:
+        """Whether it has to take this conversion."""
+        return not self.targets or case.target in self.targets
+
+
+TRAINERS = (
+    TrainerSoftware("transformers", "../trainers/hf_trainer.py", _TRANSFORMERS),
+    TrainerSoftware("TRL", "../trainers/trl_sft.py", ("trl", "peft", *_TRANSFORMERS)),
+    TrainerSoftware("peft", "../trainers/peft_lora.py", ("peft", *_TRANSFORMERS)),
+    TrainerSoftware(
+        "torchtitan",
+        "../trainers/torchtitan_qwen3.py",
+        ("torchtitan", "torch", "triton"),
+        targets=("qwen3_moe",),
+    ),
+    TrainerSoftware(
+        "NeMo AutoModel",
+        "../trainers/nemo_automodel_loss.py",
+        ("nemo-automodel", "torch"),
+        unwanted=("triton",),  # newer than its kernels, which it does without
+    ),
+    TrainerSoftware(
+        "OLMo-core",
+        "../trainers/olmo_core_flex.py",
+        ("ai2-olmo-core[transformers]", "torch"),
+        targets=("flex_olmo",),
+    ),
+)
+STOPPED: Mapping[str, str] = {
+    "Megatron-Bridge": "0.3.1 wants mamba-ssm, causal-conv1d and Transformer Engine, which are "
+    "built for CUDA; installed without these, importing it ends with `No module named "
+    "'transformer_engine'`",
+    "prime-rl": "is not on PyPI, and wants Python 3.12, vLLM and kernels for CUDA",
+}
+"""What could not be run without a GPU, and what stopped it."""
+
+
+def training_cases() -> list[Case]:
+    """Return each architecture with its routings, other layouts, and what must be told apart."""
+    pairs = (
+        ("llama (tied)", "mixtral", EXACT),
+        ("mistral", "mixtral", EXACT),
+        ("qwen2", "qwen2_moe", PLAIN),
+        ("qwen2", "qwen2_moe", EXACT),
+        ("qwen3", "qwen3_moe", EXACT),
+        ("qwen3", "qwen3_moe", PLAIN),
+        ("qwen3 (tied)", "qwen3_moe", EXACT),
+        ("qwen3", "glm4_moe", SIGMOID),
+        ("qwen3 (tied)", "glm4_moe", SIGMOID),
+        ("granite", "granitemoe", EXACT),
+        ("granite", "granitemoehybrid", EXACT),
+        ("granite_swa", "granitemoe_swa", EXACT),
+        ("ernie4_5", "ernie4_5_moe", EXACT),
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", EXACT),
+        ("lfm2", "lfm2_moe", SIGMOID),
+        ("qwen3", "dots1", SIGMOID),
+        ("qwen3", "hy_v3", SIGMOID),
+        ("llama (tied)", "solar_open", SIGMOID),
+        ("youtu", "deepseek_v3", SIGMOID),
+        ("olmo2", "flex_olmo", EXACT),
+        ("olmo2", "flex_olmo", PLAIN),
+        ("nemotron_h", "nemotron_h", SIGMOID),
+        ("nemotron", "upcycled", EXACT),
+        ("nemotron", "upcycled", PLAIN),
+        ("nemotron", "upcycled", SIGMOID),
+    )
+    found = [Case(dense, target, RECIPE, routing) for dense, target, routing in pairs]
+    mistral, qwen3 = ("mistral", "mixtral", EXACT), ("qwen3", "qwen3_moe", EXACT)
+    fused = (mistral, qwen3, ("qwen3", "glm4_moe", SIGMOID))
+    wrong = (mistral, qwen3, ("nemotron", "upcycled", EXACT))
+    found += [Case(dense, target, RECIPE, routing, FUSED) for dense, target, routing in fused]
+    found += [
+        Case(dense, target, RECIPE, routing, WRONG, control=True)
+        for dense, target, routing in wrong
+    ]
+    # A norm behind the MLP takes every factor out: only other experts make a difference.
+    return [*found, Case("olmo2", "flex_olmo", "E4G2T3", EXACT, ("--allow-inexact",), control=True)]
+
+
+def make_dense(name: str, directory: Path) -> Path:
+    """Return a dense checkpoint without a tokenizer, made when it is not there yet."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = directory / name.replace(" ", "-")
+    if path.exists():
+        return path
+    config = AutoConfig.for_model(name.split(maxsplit=1)[0], **RANDOM[name], **TOKENS)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        # Large enough for every part of the model to matter to the loss.
+        scale, mean = (0.2, 1.0) if "norm" in parameter_name else (0.15, 0.0)
+        parameter.data = mean + scale * noise
+    model.save_pretrained(path)
+    return path
+
+
+def judge(answer: Mapping[str, Any], dense_loss: float, case: Case) -> Cell:
+    """Return whether a first loss is the dense model's, and whether tensors come back unchanged."""
+    allowed = APPROXIMATE if case.routing == PLAIN else TOLERANCE
+    if not abs(answer["loss"] - dense_loss) < allowed:
+        return Cell(DIFFERS, f"a first loss of {answer['loss']:.4f} for {dense_loss:.4f}")
+    if answer["wrong"]:
+        wrong = answer["wrong"]
+        return Cell(DIFFERS, f"{len(wrong)} tensors do not come back, as {wrong[0]}")
+    return Cell(SAME)
+
+
+def contradiction(case: Case, name: str, cell: Cell, said: Iterable[Trainer]) -> str | None:
+    """Return how what was found contradicts what upcycle says, or that a control went unnoticed."""
+    where = f"{name}, {case.name}"
+    if cell.verdict == NOT_TRIED:
+        return None
+    if case.control:
+        return f"{where}: not told from the dense model" if cell.verdict == SAME else None
+    support = {trainer.name: trainer.support for trainer in said}.get(name)
+    fits = (support is Support.RUNS) == (cell.verdict == SAME)
+    return None if fits else f"{where}: upcycle says '{support}', found: {cell} {cell.detail}"
+
+
+def settings_table() -> list[str]:
+    """Return what upcycle says is to be set, as lines of Markdown: a row for each thing to say."""
+    anyone = shipped(DENSE["nemotron"], "relu2", biased=False)
+    routings = {target.model_type: target.routings for target in (*NATIVE.values(), anyone)}
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for target in (*NATIVE.values(), anyone):
+        for routing in target.routings:
+            for trainer in trainers(target, routing, tied=False, fused=False):
+                if trainer.name == "peft" and target.ships_code:
+                    continue  # the names of its experts are the family's
+                row = rows.setdefault((trainer.name, trainer.settings), {})
+                row.setdefault(target.model_type, []).append(routing)
+    lines = ["| trainer | architecture | what to set |", "|---|---|---|"]
+    order = [software.name for software in TRAINERS]
+    for (name, settings), models in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
+        shown = [
+            model if len(found) == len(routings[model]) else f"{model} with {found[0]}"
+            for model, found in models.items()
+        ]
+        lines.append(f"| {name} | {', '.join(shown)} | {settings} |")
+    return [line.replace(anyone.model_type, "upcycled") for line in lines]
+
+
+Answers = Mapping[Case, Mapping[str, Mapping[str, Any]]]
+
+
+def measured_tables(answers: Answers) -> list[str]:
+    """Return what was measured besides, as lines of Markdown: balancing, biases, LoRA."""
+    honest = {case: row for case, row in answers.items() if not (case.control or case.options)}
+    return [
+        "Added to the first loss by balancing (T = 4, a weight of 0.01):",
+        "",
+        *_table(honest, "added", ("transformers", "TRL"), lambda value: f"{value:.3f}"),
+        "",
+        "The correction bias after a step, and what else was measured:",
+        "",
+        *_others(honest),
+        "",
+        "LoRA, adapters that learn of those there are:",
+        "",
+        *_table(honest, "reached", ("peft",), _reached),
+    ]
+
+
+def _reached(parts: Mapping[str, Sequence[int]]) -> str:
+    found = [f"{part} {learn}/{there}" for part, (there, learn) in parts.items()]
+    return ", ".join(found) or "nothing"
+
+
+def _table(
+    answers: Answers, key: str, names: Sequence[str], shown: Callable[[Any], str]
+) -> list[str]:
+    columns = [
+        (name, column)
+        for name in names
+        for column in next(
+            (row[name]["measured"][key] for row in answers.values() if name in row), ()
+        )
+    ]
+    lines = [
+        "| conversion | " + " | ".join(f"{name}: {column}" for name, column in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for case, row in answers.items():
+        cells = [
+            shown(row[name]["measured"][key][column]) if name in row else NOT_TRIED
+            for name, column in columns
+        ]
+        lines.append(f"| {case.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _others(answers: Answers) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for case, row in answers.items():
+        for name, answer in row.items():
+            measured = {
+                key: value
+                for key, value in answer["measured"].items()
+                if key not in ("added", "reached") and value is not None
+            }
+            text = "; ".join(f"{key} {_shown(value)}" for key, value in measured.items())
+            if text:
+                found.setdefault(f"{name}: {text}", []).append(case.name)
+    return [f"- {text} ({'; '.join(names)})" for text, names in found.items()]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

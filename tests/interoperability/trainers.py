@@ -1,0 +1,168 @@
+"""Which trainers take what upcycle writes, and what to set in each.
+
+    python tests/interoperability/trainers.py [--software NAME ...] [--only TEXT] [--json FILE]
+
+converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
+prints Markdown: whether the loss of the first step is the dense model's on the same batch, and what
+the trainer saves or exports again has the same tensors; and below, what balancing adds to the loss,
+which correction bias a step moves, and what adapters reach. Conversions with `--scaling none` are
+wrong on purpose. Each trainer is installed into a virtual environment of its own under
+~/.cache/upcycle-interoperability on first use.
+
+The exit code is 1 when something contradicts what `upcycle_cli/families/trainers.py` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from interop.models import Case, convert
+from interop.results import Cell, table
+from interop.software import NotInstalledError, Worker, install, version
+from interop.trained import (
+    STOPPED,
+    TRAINERS,
+    TrainerSoftware,
+    contradiction,
+    judge,
+    make_dense,
+    measured_tables,
+    settings_table,
+    training_cases,
+)
+
+from upcycle_cli import inspect
+
+ROWS, TOKENS, SEED = 4, 64, 0
+
+
+def main() -> None:
+    """Run everything, print the tables, and exit with 1 on a contradiction."""
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="upcycle-trainers-") as name:
+        run = _Run(Path(name), arguments.software)
+        for case in training_cases():
+            if arguments.only in case.name:
+                run.convert_and_try(case)
+        run.close()
+    print("\n".join(run.report()))
+    if arguments.json:
+        record = {case.name: row for case, row in run.answers.items()}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if run.contradictions:
+        sys.exit(1)
+
+
+class _Run:
+    """Installs, converts, trains, and keeps what was found."""
+
+    def __init__(self, scratch: Path, wanted: Sequence[str]) -> None:
+        self.scratch = scratch
+        self.workers: dict[TrainerSoftware, Worker] = {}
+        self.versions: dict[str, str] = {}
+        self.stopped = dict(STOPPED)
+        for software in TRAINERS:
+            if software.name in wanted:
+                self._install(software)
+        self.cells: dict[Case, dict[str, Cell]] = {}
+        self.answers: dict[Case, dict[str, dict[str, Any]]] = {}
+        self.contradictions: list[str] = []
+
+    def convert_and_try(self, case: Case) -> None:
+        """Fill one row of the table."""
+        dense = make_dense(case.dense, self.scratch)
+        self.cells[case], self.answers[case] = {}, {}
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            moe = Path(folder) / "moe"
+            convert(dense, moe, case)
+            rows = _rows(dense)
+            wanted, said = _dense_loss(dense, rows), inspect(moe).trainers
+            for software, worker in self.workers.items():
+                if not software.tries(case):
+                    continue
+                answer = worker.ask({"model": str(moe), "rows": rows})
+                cell = answer if isinstance(answer, Cell) else judge(answer, wanted, case)
+                if not isinstance(answer, Cell):
+                    self.answers[case][software.name] = answer
+                self.cells[case][software.name] = cell
+                print(f"{software.name}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
+                found = contradiction(case, software.name, cell, said)
+                self.contradictions += [found] if found else []
+
+    def close(self) -> None:
+        """End the processes of the trainers."""
+        for worker in self.workers.values():
+            worker.close()
+
+    def report(self) -> list[str]:
+        """Return all that was found, as lines of Markdown."""
+        verdict = ["Nothing contradicts what upcycle says of trainers."]
+        if self.contradictions:
+            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
+        return [
+            f"- date: {datetime.now(UTC).date().isoformat()}",
+            f"- machine: {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
+            f"- Python: {platform.python_version()}",
+            *("", "| trainer | version |", "|---|---|"),
+            *(f"| {name} | {text} |" for name, text in self.versions.items()),
+            *("", "Not run:", ""),
+            *(f"- {name}: {reason}" for name, reason in self.stopped.items()),
+            *("", table(self.cells, list(self.versions)), ""),
+            *measured_tables(self.answers),
+            *("", "What to set:", "", *settings_table()),
+            *("", *verdict),
+        ]
+
+    def _install(self, software: TrainerSoftware) -> None:
+        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
+        try:
+            python = install(software)
+        except NotInstalledError as error:
+            self.stopped[software.name] = str(error)
+            return
+        self.workers[software] = Worker(software, python, self.scratch)
+        self.versions[software.name] = f"{software.package} {version(python, software.package)}"
+
+
+def _rows(dense: Path) -> list[list[int]]:
+    """Return a batch of token ids, drawn at random."""
+    import torch
+
+    vocab_size = json.loads((dense / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(SEED)
+    rows: list[list[int]] = torch.randint(vocab_size, (ROWS, TOKENS), generator=generator).tolist()
+    return rows
+
+
+def _dense_loss(dense: Path, rows: list[list[int]]) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        return float(model(ids, labels=ids).loss)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [software.name for software in TRAINERS]
+    parser.add_argument("--software", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", default="", help="conversions whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write what was found here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What the scripts of trainers have in common; runs in the environment of each.
+
+A job has a model and a batch: rows of token ids of one length. The answer has the loss of the
+trainer's first step, the names of the tensors that did not come back as they went in, and whatever
+else was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "engines"))
+
+from worker import answer_all
+
+Rows = list[list[int]]
+Measure = Callable[[Path, Rows], tuple[float, list[str], dict[str, Any]]]
+"""From a model and a batch to the first loss, the tensors that changed, and other measurements."""
+
+
+def serve(measure: Measure) -> None:
+    """Answer the jobs on stdin."""
+
+    def run(job: dict[str, Any]) -> Any:
+        loss, wrong, measured = measure(Path(job["model"]), job["rows"])
+        return {"loss": loss, "wrong": wrong, "measured": measured}
+
+    answer_all(run)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint by its name."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """Return what config.json says."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def changed(folder: Path, found: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors of a checkpoint that are missing, surplus or another tensor."""
+    wrong = []
+    names = set(found)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                mine, its = found.get(name), file.get_tensor(name)
+                # What was read into float32 gives back every narrower number.
+                if mine is None or not torch.equal(mine.to(its.dtype), its):
+                    wrong.append(name)
+                names.discard(name)
+    return sorted([*wrong, *names])
+
+
+def next_token_loss(logits_BTV: torch.Tensor, rows: list[list[int]]) -> float:
+    """Return the mean cross entropy of each row's tokens but the first."""
+    ids_BT = torch.tensor(rows)
+    flat = logits_BTV[:, :-1].float().reshape(-1, logits_BTV.shape[-1])
+    return float(torch.nn.functional.cross_entropy(flat, ids_BT[:, 1:].reshape(-1)))

@@ -1,0 +1,87 @@
+"""A step of TRL's SFTTrainer, and what it saves."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from answer import Rows, changed, serve, tensors
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+
+def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]:
+    """Return the first loss, what is saved after a step of no size, and what balancing adds."""
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="upcycle-trainer-") as name:
+        scratch = Path(name)
+        model, loss = one_step(folder, rows, scratch, router_aux_loss_coef=0.0)
+        model.save_pretrained(scratch / "saved")
+        wrong = changed(folder, tensors(scratch / "saved"))
+        keys: dict[str, int] = {}
+        try:
+            one_step(folder, rows, scratch)
+        except AttributeError as error:
+            measured["stops with"] = str(error)
+            keys = {"num_experts": model.config.num_local_experts}
+        by_itself, in_parts = (
+            one_step(folder, rows, scratch, parts=parts, keys=keys)[1] for parts in (1, 4)
+        )
+    measured["added"] = {"as written": by_itself - loss, "as written, in 4 parts": in_parts - loss}
+    return loss, wrong, measured
+
+
+def one_step(
+    folder: Path,
+    rows: Rows,
+    scratch: Path,
+    *,
+    parts: int = 1,
+    keys: Mapping[str, int] | None = None,
+    **settings: float,
+) -> tuple[Any, float]:
+    """Return a model after a step of no size on a batch in so many parts, and the loss it had."""
+    arguments = SFTConfig(
+        output_dir=str(scratch / "output"),
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=len(rows) // parts,
+        gradient_accumulation_steps=parts,
+        learning_rate=0.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True
+    )
+    for key, value in (keys or {}).items():
+        setattr(model.config, key, value)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")),
+            pad_token="<pad>",
+            eos_token="<pad>",
+        ),
+    )
+    trainer.train()
+    return model, float(trainer.state.log_history[0]["loss"])
+
+
+if __name__ == "__main__":
+    serve(measure)

@@ -1,0 +1,135 @@
+"""What the runs of trainers conclude from what they found, and what is said of trainers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "interoperability"))
+
+from interop.models import Case  # noqa: E402
+from interop.results import DIFFERS, FAILS, NOT_TRIED, SAME, Cell  # noqa: E402
+from interop.trained import (  # noqa: E402
+    contradiction,
+    judge,
+    measured_tables,
+    settings_table,
+    training_cases,
+)
+
+from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
+from upcycle_cli.families.engines import Support  # noqa: E402
+from upcycle_cli.families.moe_rows import NATIVE, shipped  # noqa: E402
+from upcycle_cli.families.trainers import (  # noqa: E402
+    Trainer,
+    expert_parallel_sizes,
+    trainers,
+)
+from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside  # noqa: E402
+from upcycle_cli.recipe import Routing  # noqa: E402
+
+CASE = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
+PLAIN = Case("qwen3", "qwen3_moe", "E4G2T4", "softmax-topk")
+CONTROL = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax", ("--scaling none",), control=True)
+DOCS = HERE.parent / "docs" / "training.md"
+
+
+def answer(loss: float = 7.0, *wrong: str) -> Mapping[str, Any]:
+    return {"loss": loss, "wrong": list(wrong), "measured": {}}
+
+
+def test_the_first_loss_and_the_tensors_have_to_be_the_same() -> None:
+    assert judge(answer(), 7.0, CASE) == Cell(SAME)
+    assert judge(answer(7.0009), 7.0, CASE).verdict == DIFFERS
+    assert judge(answer(float("nan")), 7.0, CASE).verdict == DIFFERS
+    assert judge(answer(7.0009), 7.0, PLAIN) == Cell(SAME)
+    assert judge(answer(7.01), 7.0, PLAIN).verdict == DIFFERS
+    assert judge(answer(7.0, "w", "v"), 7.0, CASE).detail == "2 tensors do not come back, as w"
+
+
+@pytest.mark.parametrize(
+    ("support", "agreeing"),
+    [
+        (Support.RUNS, {SAME}),
+        (Support.PER_EXPERT_ONLY, {DIFFERS, FAILS}),
+        (Support.UNTIED_ONLY, {DIFFERS, FAILS}),
+    ],
+)
+def test_what_is_found_is_held_against_what_is_said(support: Support, agreeing: set[str]) -> None:
+    said = [Trainer("TRL", support, "")]
+    for verdict in (SAME, DIFFERS, FAILS):
+        found = contradiction(CASE, "TRL", Cell(verdict), said)
+        assert (found is None) == (verdict in agreeing)
+    assert contradiction(CASE, "TRL", Cell(NOT_TRIED), said) is None
+    assert contradiction(CASE, "peft", Cell(FAILS), said) is None  # nothing is said of it
+    assert contradiction(CASE, "peft", Cell(SAME), said)  # and could be
+    assert contradiction(CONTROL, "TRL", Cell(SAME), said)
+    assert contradiction(CONTROL, "TRL", Cell(DIFFERS), said) is None
+
+
+def test_the_tables_have_what_was_measured() -> None:
+    added, reached = {"as written": 0.0404}, {"all-linear": {"router": [2, 1]}, "others": {}}
+    row: dict[str, Mapping[str, Any]] = {
+        "TRL": {"measured": {"added": added, "stops with": "it"}},
+        "peft": {"measured": {"reached": reached}},
+    }
+    lines = measured_tables({CASE: row, CONTROL: row})
+    assert f"| {CASE.name} | 0.040 |" in lines
+    assert f"| {CASE.name} | router 1/2 | nothing |" in lines
+    assert f"- TRL: stops with it ({CASE.name})" in lines
+    assert not any(CONTROL.name in line for line in lines)
+
+
+def test_of_models_inside_of_others_nothing_is_said() -> None:
+    alone = NATIVE["qwen3_moe"]
+    inside = replace(alone, inside=Inside(next(iter(WRAPPERS.values())), LOADED))
+    found = [
+        trainers(row, Routing.TOPK_SOFTMAX, tied=False, fused=False) for row in (alone, inside)
+    ]
+    assert found[0]
+    assert found[1] == ()
+
+
+def test_experts_divide_among_ranks() -> None:
+    assert expert_parallel_sizes(8) == (1, 2, 4, 8)
+    assert expert_parallel_sizes(12) == (1, 2, 3, 4, 6, 12)
+
+
+def measured() -> dict[str, dict[str, str]]:
+    """The first table of the documentation: what each trainer made of each conversion."""
+    lines = DOCS.read_text(encoding="utf-8").split("Added to the first loss")[0].splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("| conversion |") or (line.startswith("| ") and " → " in line)
+    ]
+    return {name: dict(zip(rows[0][1:], cells, strict=True)) for name, *cells in rows[1:]}
+
+
+def said_of(case: Case) -> tuple[Trainer, ...]:
+    code = shipped(DENSE[case.dense.split(maxsplit=1)[0]], "relu2", biased=False)
+    target = code if case.target == "upcycled" else NATIVE[case.target]
+    fused = target.ships_code or "--expert-layout fused" in case.options
+    return trainers(target, Routing(case.routing), tied="(tied)" in case.dense, fused=fused)
+
+
+def test_the_documentation_has_every_conversion() -> None:
+    assert set(measured()) == {case.name for case in training_cases()}
+
+
+@pytest.mark.parametrize("case", training_cases(), ids=lambda case: case.name)
+def test_the_documentation_agrees_with_what_upcycle_says(case: Case) -> None:
+    row = measured()[case.name]
+    for name, verdict in row.items():
+        assert contradiction(case, name, Cell(verdict), said_of(case)) is None
+    assert all(row[trainer.name] != NOT_TRIED for trainer in said_of(case))
+
+
+def test_the_documentation_says_what_is_to_be_set() -> None:
+    assert "\n".join(settings_table()) in DOCS.read_text(encoding="utf-8")
