@@ -14,6 +14,7 @@ import torch
 from conftest import MakeDense, clone, contents, read_json, read_tensors, write_json
 from safetensors.torch import save_file
 from test_bad_input import assert_refused, invoke
+from test_wrappers import ROWS, save_wrapper, targets
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify
 from upcycle_cli.arithmetic import standard_normal
@@ -21,6 +22,8 @@ from upcycle_cli.calibration import kept
 from upcycle_cli.calibration.found import Calibration
 from upcycle_cli.calibration.passing import TOKENS, calibrate
 from upcycle_cli.calibration.rows import Wanted, balanced, centroids, loads
+from upcycle_cli.families import targets_of
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.hooks import Hooks, Watch
 from upcycle_cli.recipe import Promise, RouterInit, Scaling
 from upcycle_cli.request import Request, carry_out
@@ -86,6 +89,38 @@ def test_fitted_routers_keep_the_promise(
     std = done.plan.recipe.router_logit_std
     for layer in found.layers.values():
         assert layer.statistics.logit_std == pytest.approx(std, rel=0.02)
+
+
+def calibrate_few(dense: Path, target: str, text: Path) -> None:
+    """Calibrate, and hold what was found to the shapes and to what rows are fitted to."""
+    inputs = RouterInputs.read(calibration=text, rows=None)
+    wanted, source = recipe(router_init="balanced"), open_checkpoint(dense)
+    plan = build_plan(wanted, source, target=target, inputs=inputs)
+    found = calibrate(plan, Watch())
+    assert tuple(found.layers) == plan.family.layers
+    for layer in found.layers.values():
+        assert layer.statistics.logit_std == pytest.approx(1, rel=0.02)
+        assert layer.input_mean.shape == (plan.family.dense.hidden_size,)
+        assert layer.activity.shape == (plan.family.dense.intermediate_size,)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_every_dense_type_can_be_calibrated(
+    make_dense: MakeDense, tmp_path: Path, model_type: str
+) -> None:
+    if targets_of(DENSE[model_type]):
+        (tmp_path / "few.txt").write_text("More than enough. " * 20)
+        target = targets_of(DENSE[model_type])[-1]
+        calibrate_few(make_dense(model_type), target, tmp_path / "few.txt")
+
+
+@pytest.mark.parametrize(("wrapper", "text"), sorted({row[:2] for row in ROWS}))
+def test_a_text_model_inside_of_another_can_be_calibrated(
+    tmp_path: Path, wrapper: str, text: str
+) -> None:
+    (tmp_path / "few.txt").write_text("More than enough. " * 20)
+    dense = save_wrapper(tmp_path / "dense", wrapper, text, {})
+    calibrate_few(dense, targets(wrapper, text)[-1], tmp_path / "few.txt")
 
 
 @pytest.mark.parametrize("init", FITTED)
