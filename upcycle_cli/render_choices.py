@@ -67,6 +67,7 @@ def overview_tables(found: Overview) -> Iterator[Table]:
         table.add_row(target.name, "\n".join(target.routings), target.layers, runs)
     yield table
     table = _headed("target", "trains in", "balanced by")
+    table.columns[0].no_wrap = True
     for target in found.targets:
         trains = ", ".join(names_of(target.trainers, target))
         table.add_row(target.name, trains, target.balanced)
