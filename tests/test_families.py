@@ -1036,7 +1036,8 @@ def test_transformers_runs_everything(target: str, routing: Routing) -> None:
     [
         ("qwen3_moe", "vLLM", [RUNS]),
         ("qwen3_moe", "llama.cpp", [Support.REFUSES]),
-        ("qwen2_moe", "vLLM", []),  # was not tried
+        ("qwen2_moe", "vLLM", [RUNS]),
+        ("granitemoe", "vLLM", []),  # was not tried
         ("glm4_moe", "MLX", [RUNS]),
         ("upcycled_nemotron", "vLLM", [RUNS]),
         ("nemotron_h", "llama.cpp", [Support.REFUSES]),

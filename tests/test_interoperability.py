@@ -10,27 +10,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "interoperability"), str(HERE / "interoperability" / "engines")]
 
-from interop.models import Case, cases  # noqa: E402
+from interop.models import EXACT, UPCYCLED, Case, cases  # noqa: E402
 from interop.results import (  # noqa: E402
-    DIFFERS,
-    FAILS,
     NOT_TRIED,
-    SAME,
     Cell,
     compare,
     contradiction,
+    measured,
+    parts_of,
     table,
+    target_of,
 )
-from mergekit_merge import split  # noqa: E402
+from measured import TARGET, documented, text, verdicts  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
-from upcycle_cli.families.engines import Engine, Support, engines  # noqa: E402
-from upcycle_cli.families.shipped import UPCYCLED_PREFIX  # noqa: E402
+from upcycle_cli.families.engines import (  # noqa: E402
+    DIFFERS,
+    FAILS,
+    FUSED,
+    SAME,
+    SOME_LAYERS,
+    TIED,
+    Engine,
+    Support,
+    engines,
+)
 from upcycle_cli.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
@@ -125,25 +133,6 @@ def test_the_table_gives_the_reasons_below() -> None:
     ]
 
 
-def test_fused_experts_are_told_apart_by_the_names_of_split_ones() -> None:
-    layer = "model.layers.3"
-    gate_up = torch.arange(2 * 6 * 4).reshape(2, 6, 4).float()
-    down = torch.arange(2 * 4 * 3).reshape(2, 4, 3).float()
-    found = split(f"{layer}.mlp.experts.gate_up_proj", gate_up)
-    found |= split(f"{layer}.mlp.experts.down_proj", down)
-    experts = f"{layer}.block_sparse_moe.experts"
-    expected: dict[str, torch.Tensor] = {}
-    for expert in range(2):
-        expected |= split(f"{experts}.{expert}.w1.weight", gate_up[expert, :3])
-        expected |= split(f"{experts}.{expert}.w3.weight", gate_up[expert, 3:])
-        expected |= split(f"{experts}.{expert}.w2.weight", down[expert])
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert f"{layer}.mlp.experts.1.down_proj.weight" in found
-    router = split(f"{layer}.block_sparse_moe.gate.weight", down)
-    assert list(router) == [f"{layer}.mlp.gate.weight"]
-
-
 def die_of(number: int) -> list[list[int]]:
     os.kill(os.getpid(), number)
     return [[0]]
@@ -190,45 +179,79 @@ def test_the_reason_is_the_last_line_that_names_an_error() -> None:
     assert reason("one\n\ntwo\n") == "two"
 
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "interoperability.md"
-TIED = {"llama"}  # SmolLM2
+TIED_CASE = Case("llama", "mixtral", "E2G2T2", EXACT)
+PLAIN_CASE = Case("mistral", "mixtral", "E4G2T4", EXACT)
+FUSED_CASE = Case("mistral", "mixtral", "E4G2T4", EXACT, ("--expert-layout fused",))
 
 
-def measured() -> dict[str, dict[str, str]]:
-    """The table of the documentation: what each software made of each conversion."""
-    lines = DOCS.read_text(encoding="utf-8").splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("| conversion |") or (line.startswith("| ") and " → " in line)
-    ]
-    return {name: dict(zip(rows[0][1:], cells, strict=True)) for name, *cells in rows[1:]}
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ({PLAIN_CASE: SAME, TIED_CASE: SAME}, {EXACT: SAME, TIED: SAME}),
+        # What a model without it does tells what is at fault.
+        ({TIED_CASE: FAILS, PLAIN_CASE: SAME}, {EXACT: SAME, TIED: FAILS}),
+        ({TIED_CASE: DIFFERS}, {EXACT: DIFFERS}),
+        ({PLAIN_CASE: DIFFERS, FUSED_CASE: FAILS}, {EXACT: DIFFERS}),
+        ({PLAIN_CASE: SAME, FUSED_CASE: DIFFERS}, {EXACT: SAME, FUSED: DIFFERS}),
+        ({CONTROL: DIFFERS}, {}),
+    ],
+)
+def test_the_table_tells_what_an_engine_does_not_understand(
+    rows: dict[Case, str], says: dict[str, str]
+) -> None:
+    found = measured({case: {"MLX": verdict} for case, verdict in rows.items()})
+    assert found == ({"mixtral": {"MLX": says}} if says else {})
+
+
+def test_rows_of_one_target_that_disagree_are_not_put_together() -> None:
+    other = Case("iquestcoder", "mixtral", "E4G2T4", EXACT)
+    with pytest.raises(ValueError, match="MLX, mixtral, topk-softmax: fails, against other rows"):
+        measured({PLAIN_CASE: {"MLX": SAME}, other: {"MLX": FAILS}})
+
+
+def test_what_refuses_all_shipped_code_refuses_that_of_any_family() -> None:
+    rows = {
+        Case(dense, UPCYCLED, "E4G2T4", EXACT): {"MLX": FAILS, "vLLM": verdict}
+        for dense, verdict in (("olmo2", SAME), ("gpt2", FAILS))
+    }
+    assert measured(rows) == {
+        "upcycled": {"MLX": {EXACT: FAILS}},
+        "upcycled_olmo2": {"vLLM": {EXACT: SAME}},
+        "upcycled_gpt2": {"vLLM": {EXACT: FAILS}},
+    }
 
 
 def said_of(case: Case) -> tuple[Engine, ...]:
-    shipped = f"{UPCYCLED_PREFIX}{case.dense}" if case.target == "upcycled" else case.target
     return engines(
-        shipped,
+        target_of(case),
         Routing(case.routing),
-        tied=case.dense in TIED and "--untie-embeddings" not in case.options,
-        fused=shipped != case.target or "--expert-layout fused" in case.options,
+        tied=TIED in parts_of(case),
+        fused=FUSED in parts_of(case),
         plain_attention=True,
+        every_layer=SOME_LAYERS not in parts_of(case),
     )
 
 
+TABLE = verdicts()
+
+
 def test_the_documentation_has_every_conversion() -> None:
-    assert set(measured()) == {case.name for case in cases()}
+    assert set(documented()) == {case.name for case in cases()}
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_what_upcycle_says_of_engines_is_made_of_the_table() -> None:
+    """`python tests/interoperability/measured.py --write` makes it anew."""
+    assert TARGET.read_text(encoding="utf-8") == text()
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 def test_the_documentation_agrees_with_what_upcycle_says(case: Case) -> None:
-    for software, verdict in measured()[case.name].items():
+    for software, verdict in TABLE[case].items():
         assert contradiction(case, software, Cell(verdict), said_of(case)) is None
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if not case.control], ids=str)
+@pytest.mark.parametrize("case", [case for case in TABLE if not case.control], ids=str)
 def test_nothing_is_said_of_an_engine_that_was_not_measured(case: Case) -> None:
-    row = measured()[case.name]
     for engine in said_of(case):
-        columns = [name for name in row if name.startswith(engine.name)]
-        assert any(row[name] != NOT_TRIED for name in columns), engine.name
+        column = "transformers 5" if engine.name == "transformers" else engine.name
+        assert TABLE[case][column] != NOT_TRIED, engine.name

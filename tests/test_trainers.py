@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "interoperability"))
 
 from interop.models import Case  # noqa: E402
-from interop.results import DIFFERS, FAILS, NOT_TRIED, SAME, Cell  # noqa: E402
+from interop.results import NOT_TRIED, Cell  # noqa: E402
 from interop.trained import (  # noqa: E402
     contradiction,
     judge,
@@ -24,7 +24,7 @@ from interop.trained import (  # noqa: E402
 )
 
 from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.families.engines import Support  # noqa: E402
+from upcycle_cli.families.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
 from upcycle_cli.families.moe_rows import NATIVE, shipped  # noqa: E402
 from upcycle_cli.families.trainers import (  # noqa: E402
     Trainer,

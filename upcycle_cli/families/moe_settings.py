@@ -11,6 +11,7 @@ from typing import Any
 
 from upcycle_cli.errors import shown
 from upcycle_cli.families.dense import FULL, SLIDING, DenseModel
+from upcycle_cli.families.layers import OLD_BLOCKS
 
 _LINEAR = "linear_attention"
 
@@ -74,13 +75,22 @@ def deepseek_v3_settings(dense: DenseModel) -> dict[str, Any]:
 
 
 def hybrid_settings(dense: DenseModel) -> dict[str, Any]:
-    """Say of a model that knows no other layers that all have attention, and see positions."""
+    """Say of a model that knows no other layers that all have attention, and see positions.
+
+    Layers are called as released models and engines have it, and transformers 5 no more.
+    """
     if "layer_types" in dense.values:
-        return {}
+        names = {new: old for old, new in OLD_BLOCKS.items()}
+        return {"layer_types": [names.get(kind, kind) for kind in dense.values["layer_types"]]}
     return {
-        "layer_types": ["attention"] * dense.num_layers,  # as released models and engines have it
+        "layer_types": ["attention"] * dense.num_layers,
         "position_embedding_type": "rope",
         "mamba_n_heads": 1,  # its usual number does not divide every hidden size
+        # llama.cpp's converter asks for these even where no layer has them: the usual ones.
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
     }
 
 

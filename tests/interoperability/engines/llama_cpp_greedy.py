@@ -10,10 +10,9 @@ from importlib.metadata import files
 from itertools import islice
 from pathlib import Path
 
-import gguf  # noqa: F401 - the converter needs these two: once for all forks
-import torch  # noqa: F401
+import torch  # noqa: F401 - the converter needs all this: once for all forks
 from llama_cpp import GGML_TYPE_F32, Llama
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 from worker import Job, answer_all
 
 

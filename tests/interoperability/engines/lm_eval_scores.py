@@ -35,7 +35,13 @@ def run(job: Job) -> list[list[float]]:
     """Return the accuracy, and each log likelihood."""
     # The tokenizer that is chosen by the model type is not that of these models.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
-    model = HFLM(pretrained=job["model"], tokenizer=tokenizer, dtype="float32", device="cpu")
+    model = HFLM(
+        pretrained=job["model"],
+        tokenizer=tokenizer,
+        dtype="float32",
+        device="cpu",
+        trust_remote_code=True,
+    )
     with tempfile.TemporaryDirectory(prefix="upcycle-lm-eval-") as name:
         folder = Path(name)
         lines = [

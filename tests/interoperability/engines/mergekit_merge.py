@@ -1,14 +1,11 @@
 """A merge of a model with itself by mergekit: what comes out has to be what went in."""
 
-import re
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 from worker import Job, answer_all
-
-MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def run(job: Job) -> list[list[str]]:
@@ -29,7 +26,7 @@ def run(job: Job) -> list[list[str]]:
                 ],
             }
         )
-        run_merge(recipe, str(merged), MergeOptions(quiet=True))
+        run_merge(recipe, str(merged), MergeOptions(quiet=True, trust_remote_code=True))
         before, after = tensors(model), tensors(merged)
     wrong = sorted(
         key
@@ -40,32 +37,17 @@ def run(job: Job) -> list[list[str]]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint in float32, by one name however it is stored.
+    """Return every tensor of a checkpoint by the name that transformers has for it in memory.
 
-    mergekit writes what transformers 5 holds in memory: the experts of a layer in two tensors, and
-    Mixtral's under the names of the others.
+    mergekit writes these names, and not those of releases.
     """
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dictionary
-                found |= split(key, file.get_tensor(key).float())
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+    )
+    found: dict[str, torch.Tensor] = dict(model.state_dict())
+    for key in loading["missing_keys"]:  # was made up
+        del found[key]
     return found
-
-
-def split(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what a tensor holds by the names that split experts have."""
-    key = key.replace(".block_sparse_moe.", ".mlp.")
-    key = re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda name: MIXTRAL[name[0]], key)
-    found = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", key)
-    if found is None:
-        return {key: tensor}
-    names = ["gate_proj", "up_proj"] if found[2] == "gate_up_proj" else ["down_proj"]
-    return {
-        f"{found[1]}.{index}.{name}.weight": part
-        for index, expert in enumerate(tensor)
-        for name, part in zip(names, expert.chunk(len(names)), strict=True)
-    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Greedy text by vLLM; with `transformers` as argument, through its Transformers backend."""
 
+import os
 import sys
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its engine in the fork, not in one more
 
 from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams

@@ -1,4 +1,4 @@
-"""What is converted: a real llama, tiny models of the other types, and every way to write each."""
+"""What is converted: a real llama, the same written as other types, and tiny random models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.recipe import Routing
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -24,11 +31,40 @@ TINY: Mapping[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+_WIDTH = "intermediate_size"
+_MAMBA = {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": HEAD_DIM}
 RANDOM: Mapping[str, Mapping[str, Any]] = {
+    "cohere2": {**TINY, "tie_word_embeddings": True, "logit_scale": 1.0},
+    "falcon": {
+        **{key: value for key, value in TINY.items() if key not in ("head_dim", _WIDTH)},
+        "ffn_hidden_size": 512,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+    },
+    "gemma2": {**TINY, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": TINY,
+    "granite_swa": {**TINY, "sliding_window": 256, "attention_multiplier": HEAD_DIM**-0.5},
+    "granitemoehybrid": {
+        **TINY,
+        **_MAMBA,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 512,
+        "mamba_d_state": 32,
+        "attention_multiplier": HEAD_DIM**-0.5,
+    },
+    "hunyuan_v1_dense": {**TINY, "tie_word_embeddings": True},
+    "iquestcoder": TINY,
+    "lfm2": {
+        **TINY,
+        "layer_types": ["conv", "full_attention"],
+        "tie_word_embeddings": True,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "ministral": {**TINY, "sliding_window": 256, "layer_types": ["full_attention"] * 2},
     "mistral": {**TINY, "sliding_window": None},
-    "qwen2": TINY,
-    "qwen3": TINY,
-    "olmo2": TINY,
     "nemotron": TINY,
     "nemotron_h": {
         **TINY,
@@ -38,41 +74,96 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
         "ssm_state_size": 32,
         "n_groups": 2,
     },
+    "olmo2": TINY,
+    "olmo3": {**TINY, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3": TINY,
+    "qwen3_5_text": {
+        **TINY,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": HEAD_DIM,
+        "linear_value_head_dim": HEAD_DIM,
+    },
+    "starcoder2": {**TINY, "tie_word_embeddings": True},
+    "youtu": {
+        **{key: value for key, value in TINY.items() if key != "head_dim"},
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 512,  # engines have kernels for DeepSeek's own sizes
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
 }
-"""By model type; the other one, llama, is SmolLM2-135M."""
+"""Tiny models by model type, with random weights."""
+_OWN_HEAD: Mapping[str, Any] = {"tie_word_embeddings": False}
+REWRITTEN: Mapping[str, Mapping[str, Any]] = {
+    "ernie4_5": {},
+    "glm": {**_OWN_HEAD, "attention_bias": False, "rope": {"partial_rotary_factor": 1.0}},
+    "granite": {"attention_multiplier": 64**-0.5},
+    "phi3": {"rope": {"partial_rotary_factor": 1.0}},
+    "qwen2": _OWN_HEAD,
+    "seed_oss": {**_OWN_HEAD, "attention_bias": False},
+}
+"""SmolLM2-135M as other types, which compute the same with these settings."""
+INTERLEAVED = ("ernie4_5", "glm")
+"""Types that rotate neighbours, where a llama rotates the halves of a head."""
+FUSED_OF = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 # Of nemotron_h: what releases call its layers, and the keys that a dense one has not.
+HYBRID = "granitemoehybrid"
+LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}  # of HYBRID, likewise
 BLOCKS = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
 ONLY_WITH_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")
 
-EXACT, PLAIN, SIGMOID = "topk-softmax", "softmax-topk", "sigmoid-topk"
-ROUTINGS: Mapping[str, tuple[str, ...]] = {
-    "mixtral": (EXACT,),
-    "qwen2_moe": (EXACT, PLAIN),
-    "qwen3_moe": (EXACT, PLAIN),
-    "glm4_moe": (SIGMOID,),
-    "nemotron_h": (SIGMOID,),
-    "upcycled": (EXACT, SIGMOID, PLAIN),
-}
-PAIRS = (
+EXACT, PLAIN, SIGMOID = (
+    str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)
+)
+UPCYCLED = "upcycled"
+TINY_RECIPE, REAL_RECIPE = "E4G2T4", "E2G2T2"
+PAIRS: Sequence[tuple[str, str]] = (
     ("llama", "mixtral"),
     ("llama", "qwen2_moe"),
+    ("llama", "glm4_moe"),
     ("mistral", "mixtral"),
     ("mistral", "qwen2_moe"),
     ("qwen2", "qwen2_moe"),
-    ("qwen3", "qwen3_moe"),
-)
-RECIPES = ("E8G1T2", "E8G8T8")
-SCALED_PAIRS = (
-    ("llama", "glm4_moe"),
     ("qwen2", "glm4_moe"),
+    ("qwen3", "qwen3_moe"),
     ("qwen3", "glm4_moe"),
+    ("granite", "granitemoe"),
+    ("granite", "granitemoehybrid"),
+    ("granitemoehybrid", "granitemoehybrid"),
+    ("olmo2", "flex_olmo"),
+    ("phi3", "mixtral"),
+    ("ernie4_5", "ernie4_5_moe"),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    ("lfm2", "lfm2_moe"),
+    ("cohere2", "cohere2_moe"),
+    ("qwen3_5_text", "qwen3_5_moe_text"),
+    ("granite_swa", "granitemoe_swa"),
+    ("qwen3", "dots1"),
+    ("qwen3", "hy_v3"),
+    ("llama", "solar_open"),
+    ("youtu", "deepseek_v3"),
+    ("glm", "glm4_moe"),
+    ("iquestcoder", "mixtral"),
+    ("iquestcoder", "qwen2_moe"),
+    ("iquestcoder", "glm4_moe"),
+    ("ministral", "qwen2_moe"),
+    ("seed_oss", "qwen2_moe"),
     ("nemotron_h", "nemotron_h"),
-    ("olmo2", "upcycled"),
-    ("nemotron", "upcycled"),
 )
-"""Their configs have a factor for the gates; it matters where experts are parts of an MLP."""
-SCALED_RECIPE = "E4G2T4"
+"""Each with the routing that the released models of its target use."""
+SHIPPED = (
+    *("olmo2", "nemotron", "phi3", "gemma2", "gpt_neox"),
+    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon"),
+)
+"""Families as shipped code."""
 
 
 @dataclass(frozen=True)
@@ -94,61 +185,98 @@ class Case:
         return ", ".join(parts)
 
 
-def native_routing(case: Case) -> str:
-    """Return what the released models of the target use."""
-    return PLAIN if case.target == "qwen2_moe" else ROUTINGS[case.target][0]
+def routings(target: str) -> tuple[str, ...]:
+    """Return what a target can express; first what its released models use."""
+    if target == UPCYCLED:
+        return (EXACT, SIGMOID, PLAIN)
+    return tuple(str(routing) for routing in NATIVE[target].routings)
+
+
+def is_tied(dense: str) -> bool:
+    """Whether the head of a dense model shares the embedding."""
+    if dense in RANDOM:
+        return bool(RANDOM[dense].get("tie_word_embeddings", dense == "gpt2"))
+    return bool(REWRITTEN.get(dense, {}).get("tie_word_embeddings", True))
+
+
+def _plain() -> list[Case]:
+    """Return every pair with its usual routing, and every routing of a target on a tiny model."""
+    pairs = [*PAIRS, *((dense, UPCYCLED) for dense in SHIPPED)]
+    tiny = {target: dense for dense, target in reversed(pairs) if dense in RANDOM}
+    return [
+        Case(dense, target, TINY_RECIPE if dense in RANDOM else REAL_RECIPE, routing)
+        for dense, target in pairs
+        for index, routing in enumerate(routings(target))
+        if index == 0 or tiny.get(target) == dense
+    ]
+
+
+def first_of_each(found: Sequence[Case]) -> set[Case]:
+    """Return of each target the first conversion of a tiny model, or of any."""
+    first: dict[str, Case] = {}
+    for case in sorted(found, key=lambda case: case.dense not in RANDOM):
+        first.setdefault(case.target, case)
+    return {*first.values()}
+
+
+# What differs from the plain conversions of `PAIRS`: experts as wide as the MLP or an eighth of
+# it, a head of its own, experts in one tensor, some layers only, and what has to be wrong.
+_UNTIED, _FUSED = ("--untie-embeddings",), ("--expert-layout fused",)
+_UNSCALED, _ONE_LAYER = ("--scaling none",), ("--layers 1",)
+_SPECIAL: Sequence[Case] = (
+    Case("mistral", "mixtral", "E8G1T2", EXACT),
+    Case("mistral", "qwen2_moe", "E8G8T8", PLAIN),
+    Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
+    Case("llama", "qwen2_moe", REAL_RECIPE, PLAIN, _UNTIED),
+    Case("llama", "glm4_moe", REAL_RECIPE, SIGMOID, _UNTIED),
+    *(
+        Case(dense, target, TINY_RECIPE, routing, _FUSED)
+        for dense, target, routing in (
+            ("mistral", "mixtral", EXACT),
+            ("mistral", "qwen2_moe", PLAIN),
+            ("qwen3", "qwen3_moe", EXACT),
+            ("qwen3", "glm4_moe", SIGMOID),
+            ("nemotron_h", "nemotron_h", SIGMOID),
+        )
+    ),
+    *(
+        Case(dense, target, TINY_RECIPE, routing, _ONE_LAYER)
+        for dense, target, routing in (
+            ("mistral", "qwen2_moe", PLAIN),
+            ("qwen3", "qwen3_moe", EXACT),
+            ("qwen3", "glm4_moe", SIGMOID),
+            ("nemotron_h", "nemotron_h", SIGMOID),
+            ("nemotron", UPCYCLED, EXACT),
+        )
+    ),
+    *(
+        Case(dense, target, TINY_RECIPE, routing, _UNSCALED, control=True)
+        for dense, target, routing in (
+            ("qwen3", "qwen3_moe", EXACT),
+            ("nemotron_h", "nemotron_h", SIGMOID),
+            ("nemotron", UPCYCLED, EXACT),
+        )
+    ),
+    # A norm behind the MLP takes every factor out: only other experts make a difference.
+    Case("olmo2", UPCYCLED, "E4G2T3", EXACT, ("--allow-inexact",), control=True),
+)
 
 
 def cases() -> list[Case]:
-    """Return every native pair, both granularities and routings, and the special layouts."""
-    found = [
-        Case(dense, target, recipe, routing)
-        for dense, target in PAIRS
-        for routing in ROUTINGS[target]
-        for recipe in RECIPES
-    ]
-    found += [
-        Case(dense, target, SCALED_RECIPE, routing)
-        for dense, target in SCALED_PAIRS
-        for routing in ROUTINGS[target]
-    ]
-    untied = ("--untie-embeddings",)
-    found += [Case("llama", "mixtral", "E8G1T2", EXACT, untied)]
-    found += [Case("llama", "qwen2_moe", recipe, PLAIN, untied) for recipe in RECIPES]
-    found += [Case("llama", "glm4_moe", SCALED_RECIPE, SIGMOID, untied)]
-    fused = ("--expert-layout fused",)
-    single = (("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"))
-    found += [Case(dense, target, "E8G8T8", EXACT, fused) for dense, target in single]
-    found += [Case("qwen2", "qwen2_moe", "E8G8T8", PLAIN, fused)]
-    found += [
-        Case(dense, target, SCALED_RECIPE, SIGMOID, fused)
-        for dense, target in (("qwen3", "glm4_moe"), ("nemotron_h", "nemotron_h"))
-    ]
-    unscaled = ("--scaling none",)
-    found += [
-        Case(dense, target, "E8G8T8", ROUTINGS[target][-1], unscaled, control=True)
-        for dense, target in single
-    ]
-    found += [
-        Case(dense, target, SCALED_RECIPE, ROUTINGS[target][0], unscaled, control=True)
-        for dense, target in SCALED_PAIRS
-        if dense not in ("llama", "qwen2", "olmo2")
-    ]
-    # A norm behind the MLP takes every factor out: only other experts make a difference.
-    found += [Case("olmo2", "upcycled", "E4G2T3", EXACT, ("--allow-inexact",), control=True)]
-    return found
+    """Return all that is tried."""
+    return [*_plain(), *_SPECIAL]
 
 
 def quick_cases() -> list[Case]:
     """Return what CI has the time for: whole and split experts, and one that must differ."""
     return [
         Case("mistral", "mixtral", "E8G1T2", EXACT),
-        Case("qwen2", "qwen2_moe", "E8G8T8", EXACT),
+        Case("mistral", "qwen2_moe", "E8G8T8", EXACT),
         Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
-        Case("qwen3", "qwen3_moe", "E8G8T8", EXACT, ("--scaling none",), control=True),
-        Case("qwen3", "glm4_moe", SCALED_RECIPE, SIGMOID),
-        Case("nemotron", "upcycled", SCALED_RECIPE, SIGMOID),
-        Case("olmo2", "upcycled", SCALED_RECIPE, EXACT),
+        Case("qwen3", "qwen3_moe", TINY_RECIPE, EXACT, _UNSCALED, control=True),
+        Case("qwen3", "glm4_moe", TINY_RECIPE, SIGMOID),
+        Case("nemotron", UPCYCLED, TINY_RECIPE, SIGMOID),
+        Case("olmo2", UPCYCLED, TINY_RECIPE, EXACT),
     ]
 
 
@@ -158,6 +286,8 @@ def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
     if not path.exists():
         if model_type in RANDOM:
             _save_random(path, model_type, smollm2)
+        elif model_type in REWRITTEN:
+            _rewrite(path, model_type, smollm2)
         else:
             shutil.copytree(smollm2, path)
         _write_for_all(path)
@@ -177,6 +307,8 @@ def _write_for_all(path: Path) -> None:
     if blocks := config.get("layers_block_type"):
         changes["config.json"]["num_hidden_layers"] = len(blocks)
         changes["config.json"]["hybrid_override_pattern"] = "".join(BLOCKS[kind] for kind in blocks)
+    if config["model_type"] == HYBRID:
+        changes["config.json"]["layer_types"] = [LAYERS[kind] for kind in config["layer_types"]]
     for name, change in changes.items():
         content = json.loads((path / name).read_text()) | change
         # transformers writes settings of experts for a model that has none.
@@ -189,9 +321,7 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dense = json.loads((smollm2 / "config.json").read_text())
-    tokens = {key: dense[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(model_type, **RANDOM[model_type], **tokens)
+    config = AutoConfig.for_model(model_type, **{**_tokens(smollm2), **RANDOM[model_type]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -199,6 +329,53 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
         # Large enough for every part of the model to matter to the text.
         scale, mean = (0.2, 1.0) if "norm" in name else (0.15, 0.0)
         parameter.data = mean + scale * noise
+    _save(model, path, smollm2)
+
+
+def _rewrite(path: Path, model_type: str, smollm2: Path) -> None:
+    """Write SmolLM2 as another type that computes the same."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    source, shared = llama.state_dict(), llama.config.to_dict()
+    for key in ("architectures", "attention_bias", "mlp_bias", "model_type"):
+        del shared[key]
+    settings = dict(REWRITTEN[model_type])
+    settings["rope_parameters"] = shared["rope_parameters"] | settings.pop("rope", {})
+    config = AutoConfig.for_model(model_type, **(shared | settings))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    heads = {"q_proj": llama.config.num_attention_heads, "k_proj": llama.config.num_key_value_heads}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        module, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if name.endswith(".bias"):
+            state[name] = torch.zeros_like(tensor)
+        elif matrix in FUSED_OF:
+            parts = [source[f"{module}.{part}.weight"] for part in FUSED_OF[matrix]]
+            state[name] = torch.cat(parts)
+        elif matrix in heads and model_type in INTERLEAVED:
+            state[name] = _interleave(source[name], heads[matrix])
+        else:
+            state[name] = source[name]
+    model.load_state_dict(state)
+    _save(model, path, smollm2)
+
+
+def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put what is rotated together side by side: each row beside that of the other half."""
+    halves = rows.reshape(heads, 2, -1, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _tokens(smollm2: Path) -> dict[str, Any]:
+    """Return the settings that go with the tokenizer; no token is for padding."""
+    dense = json.loads((smollm2 / "config.json").read_text())
+    keys = ("vocab_size", "bos_token_id", "eos_token_id")
+    return {key: dense[key] for key in keys} | {"pad_token_id": None}
+
+
+def _save(model: PreTrainedModel, path: Path, smollm2: Path) -> None:
     model.save_pretrained(path)
     for name in TOKENIZER_FILES:
         if (smollm2 / name).is_file():
@@ -221,15 +398,13 @@ def margin(dense: Path, prompt: str, text: Sequence[int], position: int) -> floa
 
 
 def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
-    """Convert by the command line; returns what `--json` printed."""
+    """Convert by the command line, or raise CalledProcessError; returns what `--json` printed."""
     options = [word for option in case.options for word in option.split()]
     command = [
         *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
         *("--recipe", case.recipe, "--target", case.target, "--routing", case.routing),
         *("--no-fsync", *options),
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

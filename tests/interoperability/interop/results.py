@@ -7,13 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from interop.models import Case
-from upcycle_cli.families.engines import Engine, Support
+from interop.models import UPCYCLED, Case, is_tied
+from upcycle_cli.families.engines import (
+    ALL_SHIPPED,
+    DIFFERS,
+    ENGINES,
+    FAILS,
+    FUSED,
+    SAME,
+    SOME_LAYERS,
+    TIED,
+    Engine,
+    Support,
+)
+from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 
 Output = Sequence[Sequence[float]]
 """Token ids of each continuation; or scores; or names of tensors that are wrong."""
 
-SAME, DIFFERS, FAILS, NOT_TRIED = "same", "differs", "fails", "–"
+NOT_TRIED = "–"
 SCORE_TOLERANCE = 1e-3  # rounding, in float32
 HESITATION = 0.1
 """A hundred times the router's logits: what softmax-topk can move between two tokens, in nats."""
@@ -105,3 +117,74 @@ def table(rows: Mapping[Case, Mapping[str, Cell]], software: Sequence[str]) -> s
                 details.setdefault(f"{name}: {cell.detail}", []).append(case.name)
     reasons = [f"- {reason} ({'; '.join(names)})" for reason, names in details.items()]
     return "\n".join([*lines, "", *reasons]).rstrip()
+
+
+Verdicts = Mapping[Case, Mapping[str, str]]
+"""The table: the verdict of each software on each conversion."""
+Measured = dict[str, dict[str, dict[str, str]]]
+"""By target, engine, and what a model has: its routing, fused experts, a tied head, …"""
+
+
+NOT_OF_THE_MODEL = {
+    ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
+    ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
+    ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
+}
+"""What fails for a reason that other machines and models do not have: nothing is said of it."""
+
+
+def measured(verdicts: Verdicts) -> Measured:
+    """Return what `upcycle_cli/families/measured.json` says; ValueError where it cannot say it."""
+    found: dict[tuple[str, str, str], str] = {}
+    plain = {case: row for case, row in verdicts.items() if not case.control}
+    # What one part does is told from what the others do by a model that has no more of them.
+    for case, row in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
+        for engine in ENGINES:
+            verdict = row.get(engine, NOT_TRIED)
+            if verdict != NOT_TRIED and (target_of(case), engine) not in NOT_OF_THE_MODEL:
+                _take(found, target_of(case), engine, parts_of(case), verdict)
+    result: Measured = {}
+    for (target, engine, part), verdict in found.items():
+        result.setdefault(target, {}).setdefault(engine, {})[part] = verdict
+    shipped = [value for target, value in result.items() if target.startswith(UPCYCLED_PREFIX)]
+    for engine in ENGINES:
+        every = {verdict for value in shipped for verdict in value.get(engine, {}).values()}
+        if every == {FAILS}:
+            common = {part: FAILS for value in shipped for part in value[engine]}
+            result.setdefault(ALL_SHIPPED, {})[engine] = common
+            for value in shipped:
+                del value[engine]
+    return result
+
+
+def target_of(case: Case) -> str:
+    """Return the model type that comes out."""
+    return f"{UPCYCLED_PREFIX}{case.dense}" if case.target == UPCYCLED else case.target
+
+
+def parts_of(case: Case) -> list[str]:
+    """Return what a conversion has that an engine may not understand; its routing comes first."""
+    tied = is_tied(case.dense) and "--untie-embeddings" not in case.options
+    options = {"--expert-layout fused": FUSED, "--layers 1": SOME_LAYERS}
+    parts = [options[option] for option in case.options if option in options]
+    return [case.routing, *parts, *([TIED] if tied else [])]
+
+
+def _take(
+    found: dict[tuple[str, str, str], str],
+    target: str,
+    engine: str,
+    parts: Sequence[str],
+    verdict: str,
+) -> None:
+    """Note that all parts are understood, or the first that nothing else shows to be."""
+    known = [found.get((target, engine, part)) for part in parts]
+    wrong = [each for each in known if each not in (None, SAME)]
+    suspects = [part for part, each in zip(parts, known, strict=True) if each is None]
+    if verdict != SAME and wrong:
+        return
+    if wrong or (verdict != SAME and not suspects):
+        raise ValueError(f"{engine}, {target}, {', '.join(parts)}: {verdict}, against other rows")
+    for part in suspects if verdict == SAME else suspects[:1]:
+        found[target, engine, part] = verdict

