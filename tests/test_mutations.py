@@ -70,6 +70,7 @@ EQUIVALENT: Mapping[str, str] = {
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
     r".* layouts: without (per-expert|stacked)": "the other layout is the default then",
+    r"shipped keys: dense_size: .*": "its config is the source's, which says it",
     r".* keys: aliases: none": "it only drops what a source may say, which is tested elsewhere",
     r".* keys: aliases: a stranger": "what is dropped is written again, or is the default",
     r".* shared: (weights|fused): \[0\] and \[1\] swapped": "both are drawn, and down is zero",

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.families.moe import Target
+from upcycle_cli.families.shipped import ARCHITECTURE, WRAPPED_ARCHITECTURE
 from upcycle_cli.running.shipped import known
 
 MOST_TOKENS = 1024
@@ -171,7 +172,7 @@ def class_of(target: Target) -> str:
     from transformers.models.auto import modeling_auto
 
     if target.ships_code:
-        return target.architecture
+        return ARCHITECTURE if target.inside is None else WRAPPED_ARCHITECTURE
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if target.inside is not None:
         names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
