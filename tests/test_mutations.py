@@ -110,6 +110,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"lfm2_moe settings: without .*": "the source has it, or it is the default",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
+    r"granitemoehybrid settings: .* mamba_(n_groups|d_state|d_conv|expand)": "nor for these",
     r"nemotron_h settings: without .*": "the source has the key, or means the same without",
     r"qwen3_moe settings: without .*": "the source has the key, with the same meaning",
     # the arithmetic

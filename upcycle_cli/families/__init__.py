@@ -102,7 +102,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether a config is of a type that can be upcycled, or a wrapper around one."""
-    return config.get("model_type") in DENSE or wrapper_of(config) is not None
+    return str(config.get("model_type")) in DENSE or wrapper_of(config) is not None
 
 
 def is_moe(config: Mapping[str, Any]) -> bool:

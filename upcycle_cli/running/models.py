@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.shipped import ARCHITECTURE, WRAPPED_ARCHITECTURE
+from upcycle_cli.families.shipped import auto_map
 from upcycle_cli.running.shipped import known
 
 MOST_TOKENS = 1024
@@ -172,7 +172,8 @@ def class_of(target: Target) -> str:
     from transformers.models.auto import modeling_auto
 
     if target.ships_code:
-        return ARCHITECTURE if target.inside is None else WRAPPED_ARCHITECTURE
+        *_, place = auto_map(wrapped=target.inside is not None).values()
+        return place.rpartition(".")[2]
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if target.inside is not None:
         names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
