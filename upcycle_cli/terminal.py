@@ -294,6 +294,9 @@ def in_words(error: BaseException) -> UpcycleError | None:
         case OSError():
             where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             message = f"{where}{error.strerror or error}."
+        case SystemError():  # of Python, which loses its own errors where memory is short
+            message = f"Python gave up: {error}."
+            hint = "It may lack memory (`ulimit -a`)."
         case _ if type(error).__module__ == "pyo3_runtime":  # a panic, which is no Exception
             words = " ".join(str(error).split())[:300].rstrip(".")
             message = f"a library gave up: {words}."
