@@ -19,7 +19,7 @@ import torch
 from hub.server import TOKEN, Hub
 from hypothesis import settings
 
-from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.recipe import ExpertLayout
 
 # Before the first import of transformers: nothing here may look for a network, nor draw bars.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -18,8 +18,7 @@ import torch
 from upcycle_cli.arithmetic import evaluate
 from upcycle_cli.checkpoint import raw_bytes
 from upcycle_cli.expr import Expr, type_of
-from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.recipe import Recipe, Routing, parse_recipe_name
+from upcycle_cli.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAIRS = {

@@ -12,9 +12,8 @@ from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, build_plan, open_checkpoint
 from upcycle_cli.advice import no_promise, warnings
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 
 TOPK_SOFTMAX, SOFTMAX_TOPK = Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK
 Advise = Callable[..., list[str]]

@@ -18,8 +18,7 @@ from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert
 from upcycle_cli.cli import app
-from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

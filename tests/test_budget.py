@@ -11,9 +11,9 @@ from conftest import SIZES, MakeDense, RunCli
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.budget import Budget, Fit, fitting
 from upcycle_cli.commands.budget_options import to_budget
-from upcycle_cli.families import SHIPPED, targets_of
+from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli.recipe import SHIPPED, parse_recipe_name
 
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
     *((name, target, {}) for name in SIZES for target in targets_of(DENSE[name])),

@@ -18,7 +18,7 @@ from test_wrappers import ROWS, save_wrapper, targets
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify
 from upcycle_cli.arithmetic import standard_normal
-from upcycle_cli.calibration import kept
+from upcycle_cli.calibration import passing
 from upcycle_cli.calibration.found import Calibration
 from upcycle_cli.calibration.passing import TOKENS, calibrate
 from upcycle_cli.calibration.rows import Wanted, balanced, centroids, loads
@@ -173,7 +173,7 @@ def test_two_runs_are_the_same_and_a_finished_one_is_recognised(
     def never(*_: object) -> Calibration:
         raise AssertionError("there is nothing to be found out")
 
-    monkeypatch.setattr(kept, "calibrate", never)
+    monkeypatch.setattr(passing, "calibrate", never)
     assert convert(llama, one.output, wanted).already_done
 
 
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_with_what_was_found(
         runs.append(1)
         return calibrate(*arguments)
 
-    monkeypatch.setattr(kept, "calibrate", counted)
+    monkeypatch.setattr(passing, "calibrate", counted)
     done = carry_out(request)
     assert not runs
     assert contents(done.output) == contents(undisturbed.output)

@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.cli import app
-from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.recipe import ExpertLayout
 
 RECIPE = ("--recipe", "E2G2T2")
 EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
@@ -147,8 +147,8 @@ def test_help_breaks_no_choice(command: str, width: int) -> None:
     text = succeed(command, "--help", COLUMNS=str(width)).stdout
     assert all(len(line) <= width for line in text.splitlines())
     choices = {
-        "convert": ["qwen3_moe", "softmax-topk", "topk-softmax", "bfloat16", "per-expert", "paper"],
-        "inspect": ["qwen3_moe", "topk-softmax", "float32", "balanced", "none"],
+        "convert": ["mixtral", "softmax-topk", "topk-softmax", "bfloat16", "per-expert", "paper"],
+        "inspect": ["mixtral", "topk-softmax", "float32", "balanced", "none"],
         "verify": ["structure", "weights", "outputs", "claims"],
     }[command]
     assert [choice for choice in choices if choice not in text] == []

@@ -32,13 +32,13 @@ from upcycle_cli import (
 )
 from upcycle_cli.checkpoint import Checkpoint, TensorEntry
 from upcycle_cli.expr import Halves, Source
-from upcycle_cli.families import SHIPPED, targets_of
+from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.recipe import Routing, parse_recipe_name
+from upcycle_cli.recipe import SHIPPED, Routing, parse_recipe_name
 from upcycle_cli.tensors import OutputTensor, Role
 from upcycle_cli.verification import CHECK_NAMES, Report, Status
 from upcycle_cli.verification.facts import Facts

@@ -48,8 +48,7 @@ from upcycle_cli import (
 from upcycle_cli.card import for_repo
 from upcycle_cli.conversion import execute
 from upcycle_cli.families.engines import Support
-from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.recipe import Routing, parse_recipe_name
+from upcycle_cli.recipe import ExpertLayout, Routing, parse_recipe_name
 from upcycle_cli.verification import Report
 from upcycle_cli.workspace import MARKER
 from upcycle_cli.writer import WriteOptions

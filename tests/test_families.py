@@ -21,14 +21,7 @@ from find_families import dense_decoders
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError, convert, inspect, verify
-from upcycle_cli.families import (
-    SHIPPED,
-    choose,
-    dense_family,
-    is_moe,
-    is_target,
-    targets_of,
-)
+from upcycle_cli.families import choose, dense_family, is_moe, is_target, targets_of
 from upcycle_cli.families.dense import DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import Engine, Support, engines
@@ -37,7 +30,7 @@ from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes, overview
 from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.translate import moe_config
-from upcycle_cli.recipe import Recipe, Routing
+from upcycle_cli.recipe import SHIPPED, Recipe, Routing
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3_ROPE = {

@@ -20,7 +20,7 @@ from conftest import SIZES, MakeDense, contents, logits, random_ids, sizes_of
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, families, verify
 from upcycle_cli.factors import Factors, MlpKind
-from upcycle_cli.families import SHIPPED, layers, targets_of
+from upcycle_cli.families import layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
@@ -29,7 +29,7 @@ from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import SHIPPED, Routing
 from upcycle_cli.running.shipped import _classes
 from upcycle_cli.verification import TextOptions
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import ExpertLayout
+from upcycle_cli.recipe import ExpertLayout
 from upcycle_cli.running.steps import Steps
 from upcycle_cli.running.texts import read_texts
 from upcycle_cli.verification import CheckResult, Report, Status, TextOptions, verify

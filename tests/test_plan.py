@@ -29,9 +29,8 @@ from shapes import (
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.expr import Cast, Normal, Repeat, Scale, Slice, Source, Stack, leaves, type_of
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Promise, Routing
+from upcycle_cli.recipe import ExpertLayout, Promise, Routing
 from upcycle_cli.tensors import Role
 
 OpenBig = Callable[[str], Checkpoint]

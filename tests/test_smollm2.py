@@ -11,8 +11,7 @@ from smollm2 import benchmark, make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
-from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.recipe import NeuronOrder, Routing, Scaling
+from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
 from upcycle_cli.verification import CheckResult, Status, TextOptions
 
 pytestmark = pytest.mark.skipif(

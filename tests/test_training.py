@@ -12,10 +12,9 @@ import torch
 from conftest import MakeDense, random_ids, read_json, write_json
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
-from upcycle_cli.families import SHIPPED
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import SHIPPED, Routing
 from upcycle_cli.render import inspection_rows
 from upcycle_cli.report_page import inspection_html
 from upcycle_cli.training import tie_virtual_groups

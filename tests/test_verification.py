@@ -32,9 +32,8 @@ from transformers import (
 )
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.hooks import Watch
-from upcycle_cli.recipe import Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 from upcycle_cli.running import models as _models
 from upcycle_cli.running.texts import read_texts
 from upcycle_cli.verification import CHECK_NAMES, CheckResult, Report, Status, TextOptions, verify

@@ -31,9 +31,9 @@ from conftest import (
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint, verify
-from upcycle_cli.families import SHIPPED, targets_of
+from upcycle_cli.families import targets_of
 from upcycle_cli.families.wrappers import LOADED, WRAPPERS, native_target, wrapped_family
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import SHIPPED, Routing
 from upcycle_cli.verification import CHECK_NAMES, Status, TextOptions
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.prompts import make_prompt

@@ -33,10 +33,9 @@ from shapes import (
 from upcycle_cli import Options, UpcycleError, arithmetic, build_plan, open_checkpoint, writer
 from upcycle_cli.arithmetic import Read, evaluate
 from upcycle_cli.expr import Expr, leaves, stretch_of
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 from upcycle_cli.record import write_index, write_json
 from upcycle_cli.tensors import Role
 from upcycle_cli.writer import WriteOptions, write_weights

@@ -24,14 +24,13 @@ from upcycle_cli.advice import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import printable, shell_line
-from upcycle_cli.recipe import NeuronOrder, Promise, Routing
+from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Promise, Routing
 from upcycle_cli.storage import REPORT_NAME
 
 if TYPE_CHECKING:

@@ -18,13 +18,14 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseModel, read_dense
 from upcycle_cli.families.mlp import Weight, parts_of, place, present
-from upcycle_cli.families.moe import ExpertLayout, Target
+from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner
-from upcycle_cli.movement import LayerMovement, movements
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 if TYPE_CHECKING:
     import torch
+
+    from upcycle_cli.movement import LayerMovement
 
 _MAX_DIFFERING = 8
 
@@ -205,6 +206,8 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
             with dense.reader() as dense_reader:
                 source = dense, model, dense_reader
                 factors = _measure(experts, reader, source)
+                from upcycle_cli.movement import movements
+
                 movement = tuple(movements(experts, reader, source, factors))
     if len(differing) > _MAX_DIFFERING:
         every = experts.num_experts * len(experts.layers)

@@ -9,24 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.budget import Budget, Fit, fitting
 from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.experts import WeightFacts, examine, find_experts
 from upcycle_cli.families import dense_family, is_target, targets_of
 from upcycle_cli.families.engines import Engine, engines
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.overview import TargetFacts, becomes
 from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.plan import Plan, build_plan
-from upcycle_cli.recipe import Recipe
+from upcycle_cli.recipe import ExpertLayout, Recipe
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options
+
+if TYPE_CHECKING:
+    from upcycle_cli.budget import Budget, Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,8 @@ def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fi
     """Return the recipes for an inspected model within a budget; UpcycleError when none is."""
     if found.kind == "moe":
         dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled
+    from upcycle_cli.budget import fitting
+
     return fitting(found.checkpoint, budget, target=target)
 
 

@@ -27,17 +27,16 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.factors import Factors
-from upcycle_cli.families import SHIPPED, Family, choose
+from upcycle_cli.families import Family, choose
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
-from upcycle_cli.families.moe import ExpertLayout
 from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention, moe_config
 from upcycle_cli.families.wrappers import inner, parts
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.intact import check_source
 from upcycle_cli.order_file import check_orders
-from upcycle_cli.recipe import Promise, Recipe, ScaleSplit, Scaling
+from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import (

@@ -14,6 +14,9 @@ from enum import StrEnum
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.factors import GATED, Factors, MlpKind, balanced_factors, cube_root
 
+SHIPPED = "upcycled"
+"""What --target calls the code that is shipped with the model."""
+
 
 class Routing(StrEnum):
     """How a token's gates come from its router logits."""
@@ -24,6 +27,17 @@ class Routing(StrEnum):
     """Top-k, then gates that sum to 1 (softmax over the chosen, or renormalised)."""
     SIGMOID_TOPK = "sigmoid-topk"
     """Sigmoid, top-k of it plus a correction bias, then gates that sum to 1."""
+
+
+class ExpertLayout(StrEnum):
+    """How expert weights are named on disk."""
+
+    PER_EXPERT = "per-expert"
+    """A tensor per matrix and expert, as in the released checkpoints; every engine reads it."""
+    STACKED = "stacked"
+    """A tensor per matrix and layer for all experts, as in the released checkpoints of some."""
+    FUSED = "fused"
+    """A tensor per layer for gate and up, one for down, as transformers 5 holds them in memory."""
 
 
 class Scaling(StrEnum):

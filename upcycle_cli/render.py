@@ -12,7 +12,6 @@ from rich.text import Text
 
 from upcycle_cli.advice import factors_text, no_promise, order_text, router_text, warnings
 from upcycle_cli.checkpoint import TensorEntry
-from upcycle_cli.conversion import Conversion
 from upcycle_cli.errors import shown
 from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
@@ -21,7 +20,6 @@ from upcycle_cli.families.layers import listed
 from upcycle_cli.families.overview import TargetFacts
 from upcycle_cli.families.trainers import Trainer
 from upcycle_cli.inspection import Inspection
-from upcycle_cli.movement import LayerMovement
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import NeuronOrder, Promise
@@ -29,7 +27,9 @@ from upcycle_cli.record import calibration_record
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
+    from upcycle_cli.conversion import Conversion
     from upcycle_cli.hub.pushing import Push
+    from upcycle_cli.movement import LayerMovement
     from upcycle_cli.verification import Report
 
 _STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", "skipped": "yellow"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from upcycle_cli.budget import Fit
 from upcycle_cli.families.overview import Overview
 from upcycle_cli.render import count, names_of, picked, size_text, target_json
+
+if TYPE_CHECKING:
+    from upcycle_cli.budget import Fit
 
 FITS_NOTES = (
     "Sizes are those of the parameters: in bfloat16, and in training with AdamW (bfloat16 weights "

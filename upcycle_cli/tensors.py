@@ -34,11 +34,11 @@ from upcycle_cli.expr import (
 )
 from upcycle_cli.families import Family
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
-from upcycle_cli.families.moe import ExpertLayout, Layout, SharedExpert
+from upcycle_cli.families.moe import Layout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.order_file import OrderFile, order_name
-from upcycle_cli.recipe import NeuronOrder, Recipe
+from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Recipe
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 from upcycle_cli.calibration.found import Calibration
-from upcycle_cli.calibration.passing import calibrate
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import read_open
 from upcycle_cli.hooks import Watch
@@ -34,6 +33,8 @@ def with_calibration(plan: Plan, workspace: Workspace | None, team: Team, watch:
             return None
         found = _kept(plan, workspace)
         if found is None:
+            from upcycle_cli.calibration.passing import calibrate
+
             found = calibrate(plan, watch)
             workspace.folder.write(CALIBRATION, found.to_bytes(), durable=workspace.durable)
         return found

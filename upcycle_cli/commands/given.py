@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.commands.shared import path_argument
-from upcycle_cli.families import SHIPPED
+from upcycle_cli.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from upcycle_cli.plan import Plan

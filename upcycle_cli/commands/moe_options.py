@@ -9,18 +9,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer  # noqa: TC002 - for readers; every command has imported it
 
 from upcycle_cli.commands.given import SIZES, is_given, source_of
 from upcycle_cli.commands.shared import for_files, for_groups, for_recipe, for_weights
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families import SHIPPED
-from upcycle_cli.families.moe import ExpertLayout
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.order_file import read_order_file
 from upcycle_cli.recipe import (
+    SHIPPED,
+    ExpertLayout,
     NeuronOrder,
     Recipe,
     RouterInit,
@@ -29,8 +27,10 @@ from upcycle_cli.recipe import (
     Scaling,
     parse_recipe_name,
 )
-from upcycle_cli.router_inputs import RouterInputs
-from upcycle_cli.tensors import Options
+
+if TYPE_CHECKING:
+    from upcycle_cli.router_inputs import RouterInputs
+    from upcycle_cli.tensors import Options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -74,8 +74,9 @@ class MoeOptions:
         str,
         for_recipe(
             metavar="NAME",
-            help=f"MoE architecture: {', '.join(NATIVE)} or {SHIPPED}, which ships its code with "
-            "the model; auto takes the one that most software loads.",
+            help="MoE architecture, such as mixtral (`upcycle families` lists them), or "
+            f"{SHIPPED}, which ships its code with the model; auto takes the one that most "
+            "software loads.",
         ),
     ] = "auto"
     routing: Annotated[
@@ -201,6 +202,8 @@ class MoeOptions:
 
     def to_inputs(self) -> RouterInputs:
         """Return what routers are made from; UpcycleError for a text or a file that is none."""
+        from upcycle_cli.router_inputs import RouterInputs
+
         return RouterInputs.read(calibration=self.calibration, rows=self._router_file)
 
     @property
@@ -210,6 +213,9 @@ class MoeOptions:
 
     def to_options(self) -> Options:
         """Return what is wanted of the files."""
+        from upcycle_cli.order_file import read_order_file
+        from upcycle_cli.tensors import Options
+
         return Options(
             dtype=None if self.dtype == "auto" else self.dtype,
             expert_layout=self.expert_layout,

@@ -27,11 +27,9 @@ from upcycle_cli.families.wrappers import (
     wrapped_family,
     wrapper_of,
 )
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import SHIPPED, Routing
 
 _LISTED = "`upcycle families` lists what can be."
-SHIPPED = "upcycled"
-"""What --target calls the code that is shipped with the model."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError, shown
@@ -17,24 +16,13 @@ from upcycle_cli.families.layers import LayerChoice
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 if TYPE_CHECKING:
     from upcycle_cli.families.wrappers import Inside
 
 IN_MEMORY = "model.layers.{layer}."
 """How transformers 5 has a layer's names begin in memory, and saves them when told to."""
-
-
-class ExpertLayout(StrEnum):
-    """How expert weights are named on disk."""
-
-    PER_EXPERT = "per-expert"
-    """A tensor per matrix and expert, as in the released checkpoints; every engine reads it."""
-    STACKED = "stacked"
-    """A tensor per matrix and layer for all experts, as in the released checkpoints of some."""
-    FUSED = "fused"
-    """A tensor per layer for gate and up, one for down, as transformers 5 holds them in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

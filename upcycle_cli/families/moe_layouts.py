@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from upcycle_cli.families.mlp import Weight, separate, stacked, without_biases
-from upcycle_cli.families.moe import ExpertLayout, Layout
+from upcycle_cli.families.moe import Layout
+from upcycle_cli.recipe import ExpertLayout
 
 
 def layouts(

@@ -21,15 +21,7 @@ from upcycle_cli.families.layers import (
     NUM_DENSE_LAYERS,
 )
 from upcycle_cli.families.mlp import Weight, parts_of, separate, stacked, without_biases
-from upcycle_cli.families.moe import (
-    CorrectionBias,
-    ExpertLayout,
-    Keys,
-    Layout,
-    SharedExpert,
-    Target,
-    in_memory,
-)
+from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target, in_memory
 from upcycle_cli.families.moe_layouts import GRANITE_LAYOUTS, QWEN_LAYOUTS, layouts, swiglu
 from upcycle_cli.families.moe_settings import (
     DEEPSEEK_SETTINGS,
@@ -47,7 +39,7 @@ from upcycle_cli.families.moe_settings import (
     window_settings,
 )
 from upcycle_cli.families.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
 _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from string import Template
 
 from upcycle_cli.families.engines import Support
-from upcycle_cli.families.moe import ExpertLayout, Target
+from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 _SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type whose code comes with the model."""

@@ -59,12 +59,17 @@ def tensor_shapes(
     table = _read()["tensors"].get(model_type)
     if table is None:
         return {}
-    (embedding, shape), *rest = table["outside"].items()
-    entries = {embedding: shape}
+    embedding, *rest = _sized(table["outside"], values).items()
+    layers = {kind: _sized(table["layers"][kind], values) for kind in set(kinds)}
+    found = dict([embedding])
     for layer, kind in enumerate(kinds):
         prefix = table["prefix"].format(layer=layer)
-        entries |= {prefix + name: entry for name, entry in table["layers"][kind].items()}
-    entries |= dict(rest)
+        found |= {prefix + name: shape for name, shape in layers[kind].items()}
+    return found | dict(rest)
+
+
+def _sized(entries: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return those that are there, with their shapes."""
     found = {}
     for name, entry in entries.items():
         shape, *condition = entry.split(" ")

@@ -16,11 +16,11 @@ from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.layers import MLP_ONLY_LAYERS
 from upcycle_cli.families.mlp import stacked
-from upcycle_cli.families.moe import IN_MEMORY, ExpertLayout, Keys, Layout, Target, in_memory
+from upcycle_cli.families.moe import IN_MEMORY, Keys, Layout, Target, in_memory
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 PARTS = ("text_config", "vision_config")
 """The keys under which a wrapper's config has the configs of its models."""
