@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 from xxhash import xxh3_128
 
 from upcycle_cli.expr import Expr, leaves, num_bytes
-from upcycle_cli.plan import Shard
+from upcycle_cli.planned import Shard
 from upcycle_cli.system import BLOCK_BYTES
 from upcycle_cli.tensors import OutputTensor, Role
 

@@ -10,33 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    CONFIG_NAME,
-    INDEX_NAME,
-    LARGEST,
-    TORCH_DTYPES,
-    WEIGHTS_NAME,
-    Checkpoint,
-)
+from upcycle_cli.checkpoint import CARD_NAME, LARGEST, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.factors import Factors
 from upcycle_cli.families import Family, choose
-from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.mlp import parts_of
-from upcycle_cli.families.shipped import CODE_NAME
-from upcycle_cli.families.translate import has_plain_attention, moe_config
-from upcycle_cli.families.wrappers import inner, parts
-from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.families.moe import Target
+from upcycle_cli.families.translate import moe_config
+from upcycle_cli.families.wrappers import parts
+from upcycle_cli.front_matter import carried_over
 from upcycle_cli.intact import check_source
 from upcycle_cli.order_file import check_orders
-from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, ScaleSplit, Scaling
+from upcycle_cli.planned import Planned, fill_shards
+from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, Routing, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import (
@@ -49,40 +41,19 @@ from upcycle_cli.tensors import (
 if TYPE_CHECKING:
     from upcycle_cli.calibration.found import Calibration
 
-_MEANING = 2
-"""Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
 _DRAWN = (Role.ROUTER, Role.CORRECTION_BIAS, Role.SHARED_EXPERT)
 _LONGEST_ROW = 2
 """Times what a row's length is on average."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of the output, with its final name and its tensors in order."""
-
-    name: str
-    tensors: tuple[OutputTensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
 @dataclass(frozen=True)
-class Plan:
+class Plan(Planned):
     """Everything that a conversion will write, and what is to be said about it."""
 
     recipe: Recipe
-    options: Options
     family: Family
-    source: Checkpoint
-    config: Mapping[str, Any]
-    shards: tuple[Shard, ...]
     dropped: Mapping[str, str]
     """Source tensors that are not used, each with the reason."""
-    carried: Carried
-    """What the source's card says that the new one takes over."""
     inputs: RouterInputs
     """What the routers are made from beside the recipe."""
     calibration: Calibration | None = None
@@ -90,25 +61,41 @@ class Plan:
     announced: str | None = None
     """The digest that the plan had before that."""
 
-    def with_source(self, source: Checkpoint) -> Plan:
-        """Return the same plan for the same source, brought to another place."""
-        if source is self.source:
-            return self
-        return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
+    @property
+    def target(self) -> Target:
+        """The architecture that the dense model becomes."""
+        return self.family.target
 
     @property
-    def file_names(self) -> list[str]:
-        """What the output consists of, beside its record, card and checksums."""
-        extra = [INDEX_NAME] if len(self.shards) > 1 else []
-        extra += [CODE_NAME] if self.family.target.ships_code else []
-        names = [shard.name for shard in self.shards]
-        return [CONFIG_NAME, *extra, *names, *(file.name for file in self.source.companions)]
+    def num_experts(self) -> int:
+        """N = E·G."""
+        return self.recipe.num_experts
 
     @property
-    def tensors(self) -> Iterator[OutputTensor]:
-        """All output tensors in file order."""
-        for shard in self.shards:
-            yield from shard.tensors
+    def top_k(self) -> int:
+        """T."""
+        return self.recipe.top_k
+
+    @property
+    def routing(self) -> Routing:
+        """That of the recipe, which is resolved."""
+        assert self.recipe.routing is not None
+        return self.recipe.routing
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that become mixtures of experts."""
+        return self.family.layers
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether all that have an MLP do."""
+        return self.family.layers == self.family.dense.mlp_layers
+
+    @property
+    def rotary_share(self) -> float:
+        """As the family has it."""
+        return self.family.rotary_share
 
     @property
     def factors(self) -> Factors:
@@ -153,23 +140,6 @@ class Plan:
         return next(t.dtype for t in self.tensors if t.role is Role.EXPERT)
 
     @cached_property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(shard.nbytes for shard in self.shards)
-
-    @cached_property
-    def total_parameters(self) -> int:
-        """Parameters of the MoE."""
-        return sum(tensor.num_elements for tensor in self.tensors)
-
-    @cached_property
-    def active_parameters(self) -> int:
-        """Parameters that one token uses: all but the experts that were not chosen."""
-        experts = sum(t.num_elements for t in self.tensors if t.role is Role.EXPERT)
-        idle = self.recipe.num_experts - self.recipe.top_k
-        return self.total_parameters - experts // self.recipe.num_experts * idle
-
-    @cached_property
     def dense_parameters(self) -> int:
         """Parameters of the dense model, without what is dropped."""
         return self.source.num_parameters - sum(
@@ -196,54 +166,18 @@ class Plan:
         moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings) - around
         return moe, self.dense_parameters - lookup * untied - around
 
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """What is known of each inference engine and this output."""
-        routing = self.recipe.routing
-        assert routing is not None
-        return engines(
-            self.family.target.model_type,
-            routing,
-            tied=self.config["tie_word_embeddings"],
-            fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(
-                inner(self.config), rotary_share=self.family.rotary_share
-            ),
-            every_layer=self.family.layers == self.family.dense.mlp_layers,
-            wrapped=self.family.target.inside is not None,
-        )
-
     @cached_property
     def digest(self) -> str:
         """Identify the output: equal digests mean equal files.
 
         What a calibration finds follows from that, so that the digest is known before it runs.
-        It covers each source file's size and modification time, since headers alone cannot tell
-        two models of one shape apart; of a commit on the Hub, the commit can.
         """
         if self.announced is not None:
             return self.announced
-        pinned = self.source.revision is not None
         text = self.inputs.text
-        content = {
-            "meaning": _MEANING,
+        content = self.identity() | {
             "recipe": asdict(self.recipe),
-            "options": asdict(replace(self.options, expert_layout=self.expert_layout))
-            | {"neuron_orders": None},  # which the expressions have, by a digest
-            "config": self.config,
             "calibration": None if text is None else text.digest,
-            "source_name": self.source.name,
-            "source_config": self.source.config_digest,
-            "source_revision": self.source.revision,
-            "source": [
-                {"name": file.name, "size": file.size, "digest": file.digest}
-                | {"mtime_ns": 0 if pinned else file.mtime_ns}
-                for file in self.source.shards + self.source.companions
-            ],
-            "shards": [
-                [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
-                for shard in self.shards
-            ],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -296,10 +230,17 @@ def build_plan(
     _check_router_range(recipe, tensors)
     mlp = family.dense.mlp(names, family.layers[0])
     _check_all_used(tensors, source, dropped, parts_of(mlp))
-    shards = _shards(tensors, options.max_shard_bytes)
-    carried = carried_over(source.path, CARD_NAME)
     return Plan(
-        recipe, options, family, source, config, shards, dropped, carried, inputs, calibration
+        options=options,
+        source=source,
+        config=config,
+        shards=fill_shards(tensors, options.max_shard_bytes),
+        carried=carried_over(source.path, CARD_NAME),
+        recipe=recipe,
+        family=family,
+        dropped=dropped,
+        inputs=inputs,
+        calibration=calibration,
     )
 
 
@@ -362,21 +303,3 @@ def _check_all_used(
     # A shared expert is drawn at the scale of a part that the experts may still lack.
     made = {part for tensor in tensors for part in tensor.holds}
     assert {*parts} <= made, f"no expert holds {sorted({*parts} - made)}"
-
-
-def _shards(tensors: tuple[OutputTensor, ...], max_bytes: int) -> tuple[Shard, ...]:
-    """Fill shards in order; a tensor larger than `max_bytes` gets one of its own."""
-    groups: list[list[OutputTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if groups[-1] and filled + tensor.nbytes > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
-    if len(groups) == 1:
-        return (Shard(WEIGHTS_NAME, tuple(groups[0])),)
-    return tuple(
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, start=1)
-    )

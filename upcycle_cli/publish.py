@@ -18,7 +18,7 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.files import CHECKSUMS_NAME, is_digest, matches
 from upcycle_cli.folder import Folder, is_temporary
 from upcycle_cli.place import check_kind
-from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.storage import CARD_NAME, COMPANIONS, CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.swap import Interrupted, busy, find_interrupted, moved, publish
 from upcycle_cli.system import lock
@@ -95,7 +95,7 @@ class Transaction:
 
 @contextmanager
 def transaction(
-    output: Path, plan: Plan, *, overwrite: bool, durable: bool
+    output: Path, plan: Planned, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
     """Yield the directory to fill and to publish; UpcycleError when it cannot be had.
 
@@ -123,7 +123,7 @@ def transaction(
 
 
 @contextmanager
-def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
+def joined(output: Path, plan: Planned, *, durable: bool) -> Iterator[Workspace]:
     """Yield the directory that another process of this conversion holds; UpcycleError if none."""
     with ExitStack() as opened:
         parent = opened.enter_context(Folder.open(output.parent))
@@ -137,7 +137,7 @@ def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
         yield _workspace(folder, output, plan, durable=durable)
 
 
-def _workspace(folder: Folder, output: Path, plan: Plan, *, durable: bool) -> Workspace:
+def _workspace(folder: Folder, output: Path, plan: Planned, *, durable: bool) -> Workspace:
     files = (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
     name, digest = output.name, plan.digest
     return Workspace(folder=folder, output=name, plan_digest=digest, files=files, durable=durable)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.errors import ResumableError, UpcycleError, shown
 from upcycle_cli.hub.requests import interruptibly
-from upcycle_cli.plan import Shard
+from upcycle_cli.planned import Shard
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

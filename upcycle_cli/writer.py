@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Expr, gathering, sources
 from upcycle_cli.layout import Layout, Part, file_digest, lay_out, read_back, repetitions
-from upcycle_cli.plan import Plan, Shard
+from upcycle_cli.planned import Planned, Shard
 from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
 from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
@@ -86,7 +86,7 @@ class _StoppedError(Exception):
 
 
 def write_weights(
-    plan: Plan,
+    plan: Planned,
     shards: Sequence[Shard],
     workspace: Workspace,
     *,

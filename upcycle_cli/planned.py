@@ -1,0 +1,197 @@
+"""What every plan has, whatever it makes: the files that are to be written, and their identity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, Checkpoint
+from upcycle_cli.families.engines import Engine, engines
+from upcycle_cli.families.moe import Target
+from upcycle_cli.families.shipped import CODE_NAME
+from upcycle_cli.families.translate import has_plain_attention
+from upcycle_cli.families.wrappers import inner
+from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.recipe import ExpertLayout, Promise, Routing
+from upcycle_cli.tensors import Options, OutputTensor, Role
+
+_MEANING = 2
+"""Another number whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the output, with its final name and its tensors in order."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Planned(ABC):
+    """Everything that is to be written, before a byte of it is."""
+
+    options: Options
+    source: Checkpoint
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    carried: Carried
+    """What the source's card says that the new one takes over."""
+
+    @property
+    @abstractmethod
+    def target(self) -> Target:
+        """The architecture of the output."""
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """N, the experts of one layer."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """T, the experts that a token uses."""
+
+    @property
+    @abstractmethod
+    def routing(self) -> Routing:
+        """How gates come from logits."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Those that are mixtures of experts."""
+
+    @property
+    @abstractmethod
+    def every_layer(self) -> bool:
+        """Whether no dense MLP is left."""
+
+    @property
+    @abstractmethod
+    def promise(self) -> Promise:
+        """What the output owes its source."""
+
+    @property
+    @abstractmethod
+    def expert_layout(self) -> ExpertLayout:
+        """How the experts are named on disk."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Identify the output: equal digests mean equal files."""
+
+    @property
+    @abstractmethod
+    def dense_parameters(self) -> int:
+        """Parameters of the source, without what is dropped."""
+
+    @property
+    def rotary_share(self) -> float:
+        """The part of each head that positions turn in the target's own attention."""
+        return self.target.rotary_share(inner(self.config))
+
+    def with_source(self, source: Checkpoint) -> Self:
+        """Return the same plan for the same source, brought to another place."""
+        if source is self.source:
+            return self
+        return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
+
+    @property
+    def file_names(self) -> list[str]:
+        """What the output consists of, beside its record, card and checksums."""
+        extra = [INDEX_NAME] if len(self.shards) > 1 else []
+        extra += [CODE_NAME] if self.target.ships_code else []
+        names = [shard.name for shard in self.shards]
+        return [CONFIG_NAME, *extra, *names, *(file.name for file in self.source.companions)]
+
+    @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """All output tensors in file order."""
+        for shard in self.shards:
+            yield from shard.tensors
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Parameters of the MoE."""
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: all but the experts that were not chosen."""
+        experts = sum(t.num_elements for t in self.tensors if t.role is Role.EXPERT)
+        idle = self.num_experts - self.top_k
+        return self.total_parameters - experts // self.num_experts * idle
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """What is known of each inference engine and this output."""
+        config = inner(self.config)
+        return engines(
+            self.target.model_type,
+            self.routing,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            fused=self.expert_layout is ExpertLayout.FUSED,
+            plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
+            every_layer=self.every_layer,
+            wrapped=self.target.inside is not None,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a digest covers of every plan.
+
+        That is each source file's size and modification time, since headers alone cannot tell two
+        models of one shape apart; of a commit on the Hub, the commit can.
+        """
+        pinned = self.source.revision is not None
+        return {
+            "meaning": _MEANING,
+            "options": asdict(replace(self.options, expert_layout=self.expert_layout))
+            | {"neuron_orders": None},  # which the expressions have, by a digest
+            "config": self.config,
+            "source_name": self.source.name,
+            "source_config": self.source.config_digest,
+            "source_revision": self.source.revision,
+            "source": [
+                {"name": file.name, "size": file.size, "digest": file.digest}
+                | {"mtime_ns": 0 if pinned else file.mtime_ns}
+                for file in self.source.shards + self.source.companions
+            ],
+            "shards": [
+                [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
+                for shard in self.shards
+            ],
+        }
+
+
+def fill_shards(tensors: Sequence[OutputTensor], max_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards in order; a tensor larger than `max_bytes` gets one of its own."""
+    groups: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(groups) == 1:
+        return (Shard(WEIGHTS_NAME, tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    )
