@@ -112,6 +112,16 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ministral3": _LONG,
     "codegen": {**TINY, "rotary_dim": 4},
     "falcon": TINY,
+    "gemma4_text": {
+        **TINY,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 12,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+    },
     "gpt_neo": {**TINY, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {**TINY, "rotary_dim": 4},
     "granitemoehybrid": {
@@ -161,7 +171,7 @@ def sizes_of(model_type: str) -> dict[str, Any]:
 
     sizes = dict(SPECIAL.get(model_type, TINY))
     usual = CONFIG_MAPPING[model_type]()
-    if hasattr(usual, "head_dim") and model_type not in SPECIAL:
+    if model_type not in SPECIAL and hasattr(usual, "head_dim"):
         sizes["head_dim"] = 8
     if getattr(usual, "sliding_window", None):
         sizes["sliding_window"] = 8  # texts here are longer

@@ -184,6 +184,11 @@ def test_llama_with_biases(
     refuses(dense, *words, f"{target} cannot express", "--target upcycled", arguments=arguments)
 
 
+def test_gemma4_with_mlps_of_two_sizes(make_dense: MakeDense, refuses: Refuses) -> None:
+    settings: dict[str, Any] = {"use_double_wide_mlp": True}
+    refuses(make_dense("gemma4_text", **settings), "use_double_wide_mlp", "one size")
+
+
 def test_qwen2_to_mixtral(make_dense: MakeDense, refuses: Refuses) -> None:
     arguments = ("--recipe", "E2G2T2", "--target", "mixtral")
     refuses(make_dense("qwen2"), "cannot become mixtral", "qwen2_moe", arguments=arguments)

@@ -252,6 +252,8 @@ KINDS: Sequence[tuple[str, dict[str, Any]]] = (
     ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True}),
     ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
     ("gpt2", {"n_inner": 80, "tie_word_embeddings": False}),
     ("gpt_bigcode", {"multi_query": False}),
     ("gpt_neox", {"use_parallel_residual": False}),

@@ -62,6 +62,18 @@ def test_keys(llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     assert_refused(clone(llama, tmp_path / "dense", **changes), tmp_path, *changes)
 
 
+def test_heads_that_differ_from_layer_to_layer(make_dense: MakeDense, tmp_path: Path) -> None:
+    """gemma4_text says so by itself; of its MLPs it must not."""
+    dense = make_dense("gemma4_text")
+    layers = read_json(dense / "config.json")["per_layer_config"]
+    assert {key for changed in layers.values() for key in changed} == {"head_dim"}
+    assert convert(dense, tmp_path / "moe", RECIPE).published
+    layers["0"] = {"intermediate_size": 24}
+    odd = clone(dense, tmp_path / "dense", per_layer_config=layers)
+    (tmp_path / "odd").mkdir()
+    assert_refused(odd, tmp_path / "odd", "per_layer_config", "from layer to layer")
+
+
 @pytest.mark.parametrize("key", ["auto_map", "fast_tokenizer_files"])
 def test_keys_of_the_tokenizer(llama: Path, tmp_path: Path, key: str) -> None:
     dense = clone(llama, tmp_path / "dense")

@@ -27,6 +27,9 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "quantization_config": "says that the weights are quantised",
     "transformers_weights": "makes transformers load another weight file",
 }
+_HEADS_BY_LAYER = ("gemma4_text", "upcycled_gemma4_text")
+"""Types whose own config class says by `per_layer_config` which heads each layer has."""
+_OF_HEADS = {"head_dim", "num_key_value_heads"}
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -53,7 +56,10 @@ def config_redirects(config: Mapping[str, Any], parts: Collection[str] = ()) -> 
     """
     for part in parts:
         yield from (f"{part}: {failure}" for failure in config_redirects(config[part]))
-    yield from _named(config, _CONFIG_KEYS)
+    keys = {**_CONFIG_KEYS}
+    if config.get("model_type") in _HEADS_BY_LAYER and _is_of_heads(config.get("per_layer_config")):
+        del keys["per_layer_config"]
+    yield from _named(config, keys)
     for key in _IMPLEMENTATIONS:
         value = config.get(key)
         values = value.values() if isinstance(value, dict) else (value,)
@@ -64,6 +70,13 @@ def config_redirects(config: Mapping[str, Any], parts: Collection[str] = ()) -> 
     for key, value in config.items():
         if key not in parts and isinstance(value, dict) and value.get("model_type"):
             yield f"{key} is a model of its own (model_type {shown(value['model_type'])})"
+
+
+def _is_of_heads(layers: object) -> bool:
+    """Whether layers differ in what no MLP depends on."""
+    return isinstance(layers, dict) and all(
+        isinstance(changed, dict) and changed.keys() <= _OF_HEADS for changed in layers.values()
+    )
 
 
 def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:

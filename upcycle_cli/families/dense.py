@@ -229,4 +229,6 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
         except ValueError as error:
             raise UpcycleError(f"config.json: {error}.") from error
     windows = family.windows(values, len(kinds))
-    return DenseModel(family, values.effective(), kinds, windows)
+    model = DenseModel(family, values.effective(), kinds, windows)
+    family.width(model.values)  # which some models have none of, or several
+    return model

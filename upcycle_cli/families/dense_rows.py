@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Weight, separate
 from upcycle_cli.families.pieces import GATE_UP, INTERLEAVED, QKV
@@ -27,6 +28,16 @@ def _two_thirds(values: Mapping[str, Any]) -> int:
         return width
     width = int(values["block_ffn_dim_multiplier"] * width)
     return multiple * -(-width // multiple)  # type: ignore[no-any-return]
+
+
+def _one_width(values: Mapping[str, Any]) -> int:
+    """Return I of gemma4_text, where it is that of all layers."""
+    if values["use_double_wide_mlp"] and values["num_kv_shared_layers"]:
+        raise UpcycleError(
+            "config.json: use_double_wide_mlp makes some MLPs twice as wide as others, and the "
+            "experts of all layers have one size."
+        )
+    return int(values["intermediate_size"])
 
 
 _SWIGLU = separate("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -147,6 +158,15 @@ _ROWS: Sequence[DenseFamily] = (
         model_type="gemma3_text",
         **_GEMMA,
         classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
+    ),
+    DenseFamily(
+        model_type="gemma4_text",
+        mlp=_SWIGLU,
+        norm="pre_feedforward_layernorm.weight",
+        activation="hidden_activation",
+        width=_one_width,
+        mixed=True,  # in the heads, and in whose keys they take
+        classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),
     DenseFamily(
         model_type="glm",

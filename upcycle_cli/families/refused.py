@@ -19,7 +19,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("exaone", "olmo_hybrid"), _CONVERTED),
     "falcon_h1": "its base model computes a buffer that shipped code is not given",
     **dict.fromkeys(
-        ("gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+        ("gemma3n_text", "gemma4_unified_text"),
         "its layers have embeddings of their own, which were not tried",
     ),
     "openai-gpt": "its config does not say how wide its MLP is",

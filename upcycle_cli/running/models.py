@@ -98,7 +98,12 @@ def load_config(path: Path) -> Config:
     """Return transformers' config of a checkpoint; raises TransformersError."""
     auto_config, _, _ = _transformers()
     with transformers_says(), known(_model_type(path)):
-        return auto_config.from_pretrained(path, **_OFFLINE)
+        config = auto_config.from_pretrained(path, **_OFFLINE)
+        text = config.get_text_config()
+        if getattr(text, "is_heterogeneous", False):
+            # Else whoever asks for what only some layers have otherwise is refused.
+            text.allow_global_per_layer_attribute_access = True
+        return config
 
 
 def _model_type(path: Path) -> str:
@@ -135,6 +140,9 @@ def shorten(config: Config, layers: int) -> None:
             setattr(config, key, value[:layers])
     if hasattr(config, "moe_layers"):
         config.moe_layers = [layer for layer in config.moe_layers if layer < layers]
+    if hasattr(config, "num_kv_shared_layers"):
+        first = total - config.num_kv_shared_layers  # from which on they take others' keys
+        config.num_kv_shared_layers = max(0, layers - first)
     config.num_hidden_layers = layers
 
 

@@ -227,6 +227,7 @@ def _in_effect(config: Config) -> dict[str, Any]:
             for key, value in sorted(rope.items())
             if key != "type" and value is not None and (key, value) != ("partial_rotary_factor", 1)
         },
+        "per_layer_config": config.to_dict().get("per_layer_config"),
         "sliding_window of each layer": _windows(config),
     }
 

@@ -111,6 +111,10 @@ def _shrink(config: Config, width: int = _WIDTH) -> None:
 
 def _shrink_but_heads(facts: Facts, config: Config) -> None:
     """Make a model small, and leave the sizes that attention of some kind could insist on."""
+    if getattr(config, "is_heterogeneous", False):
+        config.per_layer_config = None
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = _VOCAB
     heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
     key = facts.family.key("num_key_value_heads")
     groups = getattr(config, key, None) or heads
