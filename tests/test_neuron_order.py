@@ -268,7 +268,7 @@ def test_the_option(dense: Path, tmp_path: Path, run_cli: RunCli) -> None:
     assert '"neuron_order": "file"' in done.stdout
     missing = run_cli(*command, tmp_path / "none")
     assert missing.returncode == 2
-    assert "sliced, shuffled, or a safetensors file" in missing.stderr
+    assert "sliced, shuffled, clustered, or a safetensors file" in missing.stderr
 
 
 # What is found -----------------------------------------------------------------------------------

@@ -163,6 +163,8 @@ def order_text(recipe: Recipe) -> str:
             return "as the dense MLP has them, the same in each virtual group"
         case NeuronOrder.SHUFFLED:
             return "in an order of its own in each virtual group but the first, all exact"
+        case NeuronOrder.CLUSTERED:
+            return "those together that are active together, the same in each virtual group, exact"
         case NeuronOrder.FILE:
             return "in the orders of a file, all exact"
         case _:

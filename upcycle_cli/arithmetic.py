@@ -197,15 +197,22 @@ class _Taken:
         return out
 
 
-@lru_cache(maxsize=64)
 def _permutation(order: Order) -> NDArray[np.intp]:
-    """Return an order's indices; draws are float64, as in `_normal`, and a sort of them is one."""
+    """Return an order's indices."""
     if order.seed is not None:
-        drawn = _generator(order.seed, order.stream).random_sample(order.size)
-        return np.argsort(drawn, kind="stable")
+        return _drawn_permutation(order)
     if order.indices is None:
         raise ValueError(f"{order.stream} is to be given, and was not")
+    # Not remembered: orders that a calibration finds can be equal, and of two models.
     return np.frombuffer(order.indices, "<u4").astype(np.intp)
+
+
+@lru_cache(maxsize=64)
+def _drawn_permutation(order: Order) -> NDArray[np.intp]:
+    """Draw an order; draws are float64, as in `_normal`, and a sort of them is one."""
+    assert order.seed is not None
+    drawn = _generator(order.seed, order.stream).random_sample(order.size)
+    return np.argsort(drawn, kind="stable")
 
 
 def _converted(

@@ -200,7 +200,8 @@ def _promise(plan: Plan) -> str:
 
 def _experts(plan: Plan) -> str:
     """Say how far experts differ from the beginning."""
-    if plan.recipe.neuron_order is NeuronOrder.SLICED or plan.recipe.granularity == 1:
+    copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
+    if copies or plan.recipe.granularity == 1:
         return "its experts are copies and differentiate"
     return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
 

@@ -73,6 +73,8 @@ class NeuronOrder(StrEnum):
     """As they come: the groups are copies of one another."""
     SHUFFLED = "shuffled"
     """Each group but the first in an order of its own, drawn from the seed."""
+    CLUSTERED = "clustered"
+    """Those together that are active together in a calibration, the same in each group."""
     FILE = "file"
     """By permutations that are given."""
 

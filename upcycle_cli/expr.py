@@ -39,8 +39,9 @@ class Slice:
 class Order:
     """A permutation of `size` neurons: drawn, a pure function of (seed, stream), or given.
 
-    Of a given one, `origin` is a digest of the indices; they themselves, 32-bit integers, are no
-    part of what is compared.
+    Of a given one, `origin` is a digest of the indices, or of the text that a calibration finds
+    them in; they themselves, 32-bit integers, are no part of what is compared, and may become known
+    later.
     """
 
     size: int

@@ -84,7 +84,8 @@ def read_order_file(path: Path) -> OrderFile:
     if not path.is_file():
         raise UpcycleError(
             f"there is no file {path}.",
-            "--neuron-order takes sliced, shuffled, or a safetensors file of permutations.",
+            "--neuron-order takes sliced, shuffled, clustered, or a safetensors file of "
+            "permutations.",
         )
     storage = Storage(path.parent)
     stamp, entries = read_shard_header(storage, path.name)

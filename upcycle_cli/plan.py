@@ -55,7 +55,7 @@ class Plan(Planned):
     dropped: Mapping[str, str]
     """Source tensors that are not used, each with the reason."""
     inputs: RouterInputs
-    """What the routers are made from beside the recipe."""
+    """What the routers, and orders of neurons, are made from beside the recipe."""
     calibration: Calibration | None = None
     """What was found in the text, once the dense model has been run on it."""
     announced: str | None = None
@@ -226,7 +226,9 @@ def build_plan(
     used = [name for name in names if name not in dropped]
     inputs = (inputs or RouterInputs()).for_recipe(recipe)
     rows = inputs.rows_for(recipe, family.layers, family.dense.hidden_size, calibration)
-    tensors = tuple(output_tensors(recipe, options, family, source, used, rows))
+    size = family.dense.intermediate_size
+    orders = inputs.orders_for(recipe, family.layers, size, calibration)
+    tensors = tuple(output_tensors(recipe, options, family, source, used, rows, orders))
     _check_router_range(recipe, tensors)
     mlp = family.dense.mlp(names, family.layers[0])
     _check_all_used(tensors, source, dropped, parts_of(mlp))

@@ -281,7 +281,8 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether this (resolved) recipe cannot be carried out without a calibration."""
         fitted = self.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
-        return fitted or self.scaling is Scaling.MEASURED
+        clustered = self.neuron_order is NeuronOrder.CLUSTERED
+        return fitted or clustered or self.scaling is Scaling.MEASURED
 
     def _compensation(self) -> float:
         if self.routing is None:

@@ -1,15 +1,20 @@
-"""What routers are made from beside the recipe: a text to calibrate on, or rows in a file."""
+"""What routers are made from beside the recipe: a text to calibrate on, or rows in a file.
+
+And orders of neurons, of which a calibration tells as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from upcycle_cli.calibration.text import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.recipe import Recipe, RouterInit
+from upcycle_cli.expr import Order
+from upcycle_cli.order_file import order_name
+from upcycle_cli.recipe import NeuronOrder, Recipe, RouterInit
 from upcycle_cli.router_file import RouterFile, read_router_file
 from upcycle_cli.tensors import GivenRows
 
@@ -48,6 +53,24 @@ class RouterInputs:
         if text is None and recipe.calibrates:
             text = calibration_text(BUILTIN)
         return RouterInputs(text=text, rows=self.rows)
+
+    def orders_for(
+        self, recipe: Recipe, layers: Sequence[int], size: int, calibration: Calibration | None
+    ) -> Mapping[int, Order]:
+        """Return by layer the order of `size` neurons that a calibration finds, as far as known."""
+        if recipe.neuron_order is not NeuronOrder.CLUSTERED:
+            return {}
+        assert self.text is not None
+        found = {} if calibration is None else calibration.layers
+        return {
+            layer: Order(
+                size,
+                order_name(layer),
+                origin=self.text.digest,
+                indices=found[layer].order if layer in found else None,
+            )
+            for layer in layers
+        }
 
     def rows_for(
         self,

@@ -124,13 +124,15 @@ def output_tensors(
     source: Checkpoint,
     names: Sequence[str],
     rows: GivenRows | None = None,
+    orders: Mapping[int, Order] | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the MoE, in the order in which they are written.
 
     `names` are the source's tensors that are used, in order; `rows` are those of routers that are
-    not drawn. Raises UpcycleError when matrices of different dtypes are to be joined.
+    not drawn, and `orders` by layer those of neurons that a calibration finds. Raises UpcycleError
+    when matrices of different dtypes are to be joined.
     """
-    maker = _Maker(recipe, options, family, source, rows)
+    maker = _Maker(recipe, options, family, source, rows, orders or {})
     embedding, dense = family.dense.family.embedding, family.dense
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, list[str]] = {}
@@ -181,6 +183,7 @@ class _Maker:
     family: Family
     checkpoint: Checkpoint
     rows: GivenRows | None
+    found_orders: Mapping[int, Order]
 
     def source(self, name: str) -> Expr:
         """A dense tensor in the output dtype."""
@@ -308,6 +311,9 @@ class _Maker:
         if recipe.neuron_order is NeuronOrder.FILE:
             assert self.options.neuron_orders is not None
             return self.options.neuron_orders.of_layer(layer, recipe.expansion)
+        if recipe.neuron_order is NeuronOrder.CLUSTERED:
+            # The same for all: a shard then is of the same neurons in each, and its copies copies.
+            return [self.found_orders[layer]] * recipe.expansion
         orders: list[Order | None] = [None] * recipe.expansion
         if recipe.neuron_order is NeuronOrder.SHUFFLED:
             # One group stays as it is: what compares experts with the dense model finds it again.

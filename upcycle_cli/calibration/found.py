@@ -51,6 +51,8 @@ class LayerFound:
     """The mean magnitude of what each neuron gives to the down matrix (I,)."""
     rows: bytes
     """The router's rows in the dtype that they are stored in, one for each group."""
+    order: bytes | None = None
+    """The order of the neurons (I,) as 32-bit integers, where it was asked for."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,6 +92,8 @@ class Calibration:
             tensors[f"layers.{number}.input_square"] = layer.input_square
             tensors[f"layers.{number}.activity"] = layer.activity
             tensors[f"layers.{number}.rows"] = np.frombuffer(layer.rows, "u1")
+            if layer.order is not None:
+                tensors[f"layers.{number}.order"] = np.frombuffer(layer.order, "u1")
         statistics = [asdict(layer.statistics) for layer in self.layers.values()]
         found = json.dumps({"tokens": self.tokens, "layers": statistics})
         return save(tensors, {"calibration": found})
@@ -109,11 +113,13 @@ class Calibration:
         layers = {}
         for each in found["layers"]:
             prefix = f"layers.{each['layer']}."
+            order = tensors.get(f"{prefix}order")
             layers[each["layer"]] = LayerFound(
                 statistics=RouterStatistics(**each),
                 input_mean=tensors[f"{prefix}input_mean"],
                 input_square=tensors[f"{prefix}input_square"],
                 activity=tensors[f"{prefix}activity"],
                 rows=tensors[f"{prefix}rows"].tobytes(),
+                order=None if order is None else order.tobytes(),
             )
         return cls(tokens=found["tokens"], layers=layers)

@@ -13,6 +13,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import read_open
 from upcycle_cli.hooks import Watch
 from upcycle_cli.plan import Plan, calibrated
+from upcycle_cli.recipe import NeuronOrder
 from upcycle_cli.team import Team
 from upcycle_cli.tensors import Role
 from upcycle_cli.workspace import CALIBRATION, Workspace
@@ -51,7 +52,10 @@ def _kept(plan: Plan, workspace: Workspace) -> Calibration | None:
             data = read_open(file, workspace.folder.path / CALIBRATION, _MOST_BYTES)
         found = Calibration.from_bytes(data)
         each = plan.recipe.num_experts // plan.recipe.router_rows
-        sizes = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
-        if {layer: len(of.rows) for layer, of in found.layers.items()} == sizes:
+        rows = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
+        clustered = plan.recipe.neuron_order is NeuronOrder.CLUSTERED
+        order = 4 * plan.family.dense.intermediate_size if clustered else 0
+        held = {layer: (len(of.rows), len(of.order or b"")) for layer, of in found.layers.items()}
+        if held == {layer: (size, order) for layer, size in rows.items()}:
             return found
     return None

@@ -21,8 +21,9 @@ from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
+from upcycle_cli.order_file import order_name
 from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import RouterInit
+from upcycle_cli.recipe import NeuronOrder, RouterInit
 from upcycle_cli.running.models import (
     Model,
     TransformersError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle_cli.calibration.rows import Array
+    from upcycle_cli.calibration.shards import Floats
 
 TOKENS = 2048
 """Of text, at most: SmolLM2-135M takes about ten seconds for them on two cores."""
@@ -74,8 +76,8 @@ def _rows_of(source: Checkpoint, text: CalibrationText) -> tuple[torch.Tensor, i
     if not texts:
         raise UpcycleError(
             f"a calibration needs text as tokens: {reason}.",
-            "Put the model's tokenizer beside it, or use --router-init normal without "
-            "--calibration.",
+            "Put the model's tokenizer beside it, or use --router-init normal and --neuron-order "
+            "sliced without --calibration.",
         )
     tokens = [token for share in shares(texts, TOKENS) for token in share]
     if len(tokens) < _FEWEST:
@@ -122,7 +124,7 @@ def _run(
                 run.steps.advance()
             inputs_PH = run.mlp_input.flatten(0, -2)[:count]
             fitted = _Fitting(plan, reader, routers[layer], layer)
-            yield fitted.found(inputs_PH.double().numpy(), activity.mean.numpy())
+            yield fitted.found(inputs_PH.double().numpy(), activity.magnitudes)
             watch.checked(layer + 1, dense.num_layers, "layers")
 
 
@@ -132,7 +134,8 @@ class _Activity:
 
     module: Model
     count: int
-    mean: torch.Tensor = field(init=False)
+    magnitudes: torch.Tensor = field(init=False)
+    """Of each neuron at each position, (P, I)."""
     _handle: Any = None
 
     def __enter__(self) -> Self:
@@ -143,7 +146,7 @@ class _Activity:
         self._handle.remove()
 
     def _note(self, _module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.mean = inputs[0].flatten(0, -2)[: self.count].abs().mean(0)
+        self.magnitudes = inputs[0].flatten(0, -2)[: self.count].abs()
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class _Fitting:
     router: OutputTensor
     layer: int
 
-    def found(self, inputs_PH: Array, activity_I: Any) -> LayerFound:  # noqa: ANN401 - of float32
+    def found(self, inputs_PH: Array, activity_PI: torch.Tensor) -> LayerFound:
         """Return all that is to be known of the layer."""
         import numpy as np
 
@@ -182,9 +185,23 @@ class _Fitting:
             statistics=statistics,
             input_mean=mean_H.astype(np.float32),
             input_square=square_H.astype(np.float32),
-            activity=activity_I,
+            activity=activity_PI.mean(0).numpy(),
             rows=rows,
+            order=self._order(inputs_PH, activity_PI.numpy()),
         )
+
+    def _order(self, inputs_PH: Array, activity_PI: Floats) -> bytes | None:
+        """Return the order of the neurons, where the recipe wants one to be found."""
+        from upcycle_cli.arithmetic import standard_normal
+        from upcycle_cli.calibration.shards import clustered_order
+
+        recipe = self.plan.recipe
+        if recipe.neuron_order is not NeuronOrder.CLUSTERED:
+            return None
+        draw = partial(standard_normal, recipe.seed)
+        stream = order_name(self.layer)
+        order = clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
+        return order.astype("<u4").tobytes()
 
     def _rows(self, inputs_PH: Array) -> bytes:
         """Return the rows as they are to be stored; UpcycleError where they cannot be."""

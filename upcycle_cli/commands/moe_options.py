@@ -128,7 +128,8 @@ class MoeOptions:
             metavar="NAME|FILE",
             help="Which neurons of the dense MLP each expert gets: sliced takes them as they come, "
             "shuffled in an order of its own for each virtual group, so that all experts differ, "
-            "a safetensors file gives the orders. All are exact.",
+            "clustered puts those together that are active together in a calibration, a "
+            "safetensors file gives the orders. All are exact.",
         ),
     ] = "sliced"
     router_init: Annotated[
@@ -145,7 +146,7 @@ class MoeOptions:
         for_weights(
             metavar="TEXT",
             help="Run the dense model once on a text: a file, JSON Lines, or builtin, which "
-            "balanced, centroids and measured take unless given.",
+            "balanced, centroids, measured and clustered take unless given.",
         ),
     ] = None
     router_logit_std: Annotated[

@@ -18,6 +18,7 @@ from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.recipes import (
+    CLUSTERED,
     FITTED,
     NORMAL,
     SHUFFLED,
@@ -122,15 +123,19 @@ def _factor_failures(facts: Facts) -> Iterator[str]:
 def _order_failures(facts: Facts, factors: Mapping[str, float]) -> Iterator[str]:
     """Compare the recorded order of neurons with that of each group; only where one is recorded."""
     recorded = facts.recipe.neuron_order
-    if facts.record.recipe is None or recorded not in {SLICED, SHUFFLED}:
+    if facts.record.recipe is None or recorded not in {SLICED, SHUFFLED, CLUSTERED}:
         return
     by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         neurons = Neurons(facts, dense, moe, by_part)
         for layer in facts.layers:
             found = neurons.orders(layer, lambda _: True)
-            meant = 0 if recorded == SLICED else facts.expansion - 1
-            if len(found) != meant:
+            is_other = {
+                SLICED: bool(found),
+                SHUFFLED: len(found) != facts.expansion - 1,
+                CLUSTERED: layer in neurons.uneven,  # one for all may be the dense MLP's own
+            }
+            if is_other[recorded]:
                 yield (
                     f"{RECORD_NAME}: recipe.neuron_order is {recorded}, and in layer {layer} "
                     f"{len(found)} of {facts.expansion} groups have an order of their own"
@@ -186,7 +191,7 @@ def _calibration_failures(facts: Facts) -> Iterator[str]:
     """Say where the record of a calibration is missing, or is not what its recipe asks for."""
     found, recipe = facts.record.data.get("calibration"), facts.record.recipe
     fitted = recipe is not None and recipe.router_init in FITTED
-    if found is None and not fitted:
+    if found is None and not fitted and (recipe is None or recipe.neuron_order != CLUSTERED):
         return
     held = found if isinstance(found, dict) else {}
     for key in ("text_sha256", "sha256"):

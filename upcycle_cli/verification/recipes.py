@@ -20,9 +20,9 @@ from upcycle_cli.errors import UpcycleError, shown
 SOFTMAX_TOPK = "softmax-topk"
 ROUTINGS = (SOFTMAX_TOPK, "topk-softmax", "sigmoid-topk")
 """All but the first have gates that sum to 1."""
-SLICED, SHUFFLED = "sliced", "shuffled"
-"""Whether groups have the dense MLP's neurons as they come, or all but the first in an order of
-their own; a third one is "file"."""
+SLICED, SHUFFLED, CLUSTERED = "sliced", "shuffled", "clustered"
+"""Whether groups have the dense MLP's neurons as they come, all but the first in an order of their
+own, or all in one that a calibration found; a fourth is "file"."""
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits, gates that are nearly equal are not."""
 
@@ -269,7 +269,7 @@ _RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "scaling": lambda value: value in ("exact", "paper", "none") or is_positive(value),
     "scale_split": lambda value: value in ("config", "balanced", "down"),
     "virtual_groups": lambda value: type(value) is bool,
-    "neuron_order": lambda value: value in (SLICED, SHUFFLED, "file"),
+    "neuron_order": lambda value: value in (SLICED, SHUFFLED, CLUSTERED, "file"),
     "router_init": lambda value: value in (NORMAL, FILE, *FITTED),
     "router_logit_std": lambda value: value is None or is_positive(value),
 }
