@@ -274,13 +274,13 @@ def test_space_for_the_download(
     assert checkpoint.tensors == here.tensors
     needed = sum((llama / name).stat().st_size for name in checkpoint.files)
     assert checkpoint.missing_bytes == needed
-    assert check_space_for(checkpoint, beside=tmp_path / "out") == needed
+    assert check_space_for([checkpoint], beside=tmp_path / "out") == needed
     # On another file system it does not count there, and must fit where it goes.
-    assert check_space_for(checkpoint, beside=Path("/proc/out")) == 0
+    assert check_space_for([checkpoint], beside=Path("/proc/out")) == 0
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UpcycleError, match="not enough disk space to download") as caught:
-        check_space_for(checkpoint, beside=Path("/proc/out"))
+        check_space_for([checkpoint], beside=Path("/proc/out"))
     assert "HF_HOME" in str(caught.value)
 
 

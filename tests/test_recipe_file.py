@@ -13,7 +13,7 @@ import pytest
 from conftest import RunCli, clone, contents
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.recipe_file import Value, load_config, save_config
+from upcycle_cli.recipe_file import Kind, Value, load_config, save_config
 
 HANG_SECONDS = 60
 KNOWN = ["source", "output", "recipe", "target", "routing", "seed"]
@@ -81,7 +81,7 @@ def test_a_recipe_file_takes_the_place_of_one(tmp_path: Path, name: str) -> None
     first = path.read_text()
     save_config(path, VALUES | {"seed": 8}, KNOWN, keep_out_of=())
     assert path.read_text() == first.replace("7", "8")
-    assert load_config(path, dict.fromkeys(KNOWN, False))["seed"] == "8"
+    assert load_config(path, dict.fromkeys(KNOWN, Kind.VALUE))["seed"] == "8"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection import inspect as inspect
     from upcycle_cli.plan import build_plan as build_plan
     from upcycle_cli.recipe import Recipe as Recipe
+    from upcycle_cli.request import MergeRequest as MergeRequest
     from upcycle_cli.request import convert as convert
     from upcycle_cli.tensors import Options as Options
     from upcycle_cli.verification import verify as verify
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Destination": "hub.pushing",
+    "MergeRequest": "request",
     "Options": "tensors",
     "Recipe": "recipe",
     "UpcycleError": "errors",

@@ -10,6 +10,7 @@ from typing import assert_never
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
+from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import (
     TIE_LOGIT_STD,
@@ -156,6 +157,22 @@ def factors_text(plan: Plan, times: str = "") -> str:
     return ", ".join(parts)
 
 
+def merged_text(plan: Plan) -> tuple[str, str]:
+    """Say which virtual groups are of which model, and whose all else is; of several models."""
+    assert plan.merge is not None
+    groups = plan.merge.of_groups(plan.recipe.expansion)
+    words = [
+        f"{', '.join(str(g) for g, of in enumerate(groups) if of == number)} of {source.name}"
+        for number, source in enumerate(plan.sources)
+        if number in groups
+    ]
+    mean = plan.merge.rest is Rest.MEAN
+    return (
+        f"groups {'; '.join(words)}",
+        f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s",
+    )
+
+
 def order_text(recipe: Recipe) -> str:
     """Say which neurons the experts of a group get."""
     match recipe.neuron_order:
@@ -174,6 +191,8 @@ def order_text(recipe: Recipe) -> str:
 def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     """Say in words why a plan promises nothing."""
     recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
+    if plan.merge is not None:
+        return "its experts are those of several models"
     if not recipe.picks_whole_groups:
         return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
     if not recipe.virtual_groups and recipe.granularity > 1:
@@ -204,7 +223,7 @@ def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
     shares = {
         key: share
         for key, count in lost.items()
-        if (share := count / plan.source.tensors[key[0]].num_elements) >= _NOTABLE_SHARE
+        if (share := count / plan.entry(key[0]).num_elements) >= _NOTABLE_SHARE
     }
     if not shares:
         return None

@@ -23,6 +23,7 @@ from upcycle_cli.expr import (
     Expr,
     Given,
     Halves,
+    Mean,
     Normal,
     Order,
     Repeat,
@@ -32,6 +33,7 @@ from upcycle_cli.expr import (
     Stack,
     Take,
     Zeros,
+    describe,
     stretch_of,
     type_of,
 )
@@ -120,6 +122,10 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
     match expr:
         case Source(name, dtype, shape):
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], read(name))
+        case Mean(parts, dtype):
+            rows = [(np.atleast_1d(_value(each, read, vanished)), each.dtype) for each in parts]
+            mean = _converted(_Averaged(rows), "F32", dtype, 1.0, vanished)
+            return mean.reshape(parts[0].shape)
         case Slice(of, dim, start, stop):
             return _value(of, read, vanished)[(slice(None),) * dim + (slice(start, stop),)]
         case Take(of):
@@ -197,6 +203,28 @@ class _Taken:
         return out
 
 
+@dataclass(frozen=True)
+class _Averaged:
+    """Rows of a Mean in float32, computed as they are asked for."""
+
+    parts: Sequence[tuple[NDArray[Any], str]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0][0].shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        first, *others = (to_float32(values[rows], dtype) for values, dtype in self.parts)
+        total = first.copy()
+        for each in others:
+            total += each
+        total /= np.float32(len(self.parts))
+        return total
+
+
 def _permutation(order: Order) -> NDArray[np.intp]:
     """Return an order's indices."""
     if order.seed is not None:
@@ -216,7 +244,7 @@ def _drawn_permutation(order: Order) -> NDArray[np.intp]:
 
 
 def _converted(
-    rows: NDArray[Any] | _Taken,
+    rows: NDArray[Any] | _Taken | _Averaged,
     before: str,
     after: str,
     factor: float,
@@ -283,11 +311,11 @@ def _multiply(
 def _draw(expr: Normal, read: Read) -> NDArray[Any]:
     norm = math.sqrt(expr.shape[-1])
     if expr.norm is not None:
-        stored_H = np.frombuffer(read(expr.norm.name), _NUMPY_DTYPES[expr.norm.dtype])
+        stored_H = np.frombuffer(evaluate(expr.norm, read), _NUMPY_DTYPES[expr.norm.dtype])
         norm = _length(to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
         if not (math.isfinite(norm) and norm > 0):
             raise UpcycleError(
-                f"{expr.norm.name} is zero or not finite, so no router can be scaled to it."
+                f"{describe(expr.norm)} is zero or not finite, so no router can be scaled to it."
             )
     drawn = _normal(expr, expr.logit_std / norm, expr.dtype)
     check_rows(to_float32(drawn, expr.dtype), expr.dtype, expr.logit_std, expr.stream)

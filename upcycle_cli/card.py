@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import (
     factors_text,
+    merged_text,
     no_promise,
     order_text,
     router_text,
     training_notes,
 )
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.engines import Support
 from upcycle_cli.families.layers import listed
@@ -64,12 +66,17 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
     ships_code, wrapped = plan.family.target.ships_code, plan.family.target.inside is not None
     pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
-    verify_again = ("upcycle", "verify", plan.source.repo or "DENSE", place, *pinned)
+    verify_again = ["upcycle", "verify", plan.source.repo or "DENSE", place, *pinned]
+    if plan.merge is not None:
+        for other in plan.merge.others:
+            verify_again += ["--experts-from", other.name if other.repo is None else other.place]
+        verify_again.append("--allow-inexact")
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
     card = Template((files("upcycle_cli") / "card.md").read_text(encoding="utf-8")).substitute(
         front_matter=_front_matter(plan),
         title=f"{_markdown(plan.source.name.split('/')[-1])} {plan.recipe.name}",
-        origin=_origin(plan),
+        origin=_origins(plan),
+        whose="its" if plan.merge is None else "their",
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
         experts=_experts(plan),
@@ -138,7 +145,10 @@ def _front_matter(plan: Plan) -> str:
     import yaml  # type: ignore[import-untyped]
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
-    base = {"base_model": plan.source.name} if "/" in plan.source.name else {}
+    named = [source.name for source in plan.sources if "/" in source.name]
+    base: dict[str, object] = {"base_model": named[0]} if named else {}
+    if len(named) > 1:
+        base = {"base_model": named, "base_model_relation": "merge"}
     tags = ["moe", "mixture-of-experts", "upcycling", plan.family.target.outer_type]
     values: dict[str, object] = {**base, **plan.carried.values}
     task = "text-generation" if plan.family.target.inside is None else "image-text-to-text"
@@ -161,8 +171,13 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def _origin(plan: Plan) -> str:
-    name, commit = plan.source.name, plan.source.revision
+def _origins(plan: Plan) -> str:
+    *others, last = map(_origin, plan.sources)
+    return f"{' '.join(others)} and {last}" if others else last
+
+
+def _origin(source: Checkpoint) -> str:
+    name, commit = source.name, source.revision
     if commit is None:
         return _code(name)
     url = f"https://huggingface.co/{name}"  # of these, both have nothing to quote
@@ -179,6 +194,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
         "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
         f"intermediate size {plan.expert_size}",
+        **_merged(plan),
         "neurons": order_text(recipe),
         "routing": f"{recipe.routing}",
         "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
@@ -187,6 +203,13 @@ def _facts(plan: Plan) -> dict[str, str]:
         f"(dense: {_billions(plan.dense_parameters)})",
         "scale factors": f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})",
     }
+
+
+def _merged(plan: Plan) -> dict[str, str]:
+    if plan.merge is None:
+        return {}
+    groups, rest = map(_markdown, merged_text(plan))
+    return {"experts from": groups, "attention, norms, embeddings": rest}
 
 
 def _promise(plan: Plan) -> str:
@@ -200,6 +223,8 @@ def _promise(plan: Plan) -> str:
 
 def _experts(plan: Plan) -> str:
     """Say how far experts differ from the beginning."""
+    if plan.merge is not None:
+        return "its routers learn which model's experts a token needs"
     copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
     if copies or plan.recipe.granularity == 1:
         return "its experts are copies and differentiate"

@@ -110,6 +110,11 @@ class Checkpoint:
         return folder.removeprefix("models--").replace("--", "/")
 
     @property
+    def place(self) -> str:
+        """The directory, or the repo and its commit where it is a snapshot in the Hub cache."""
+        return str(self.path) if self.repo is None else f"{self.repo}@{self.revision}"
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
@@ -123,6 +128,21 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that were read, or will be."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another one of the same shapes; of a commit on the Hub, the commit."""
+        pinned = self.revision is not None
+        return {
+            "source_name": self.name,
+            "source_config": self.config_digest,
+            "source_revision": self.revision,
+            "source": [
+                {"name": file.name, "size": file.size, "digest": file.digest}
+                | {"mtime_ns": 0 if pinned else file.mtime_ns}
+                for file in self.shards + self.companions
+            ],
+        }
 
     def tensor_digest(self, name: str) -> str:
         """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""

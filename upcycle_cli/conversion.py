@@ -66,10 +66,11 @@ def check_before(
     plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team
 ) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
-    check_output(output, plan.source, overwrite=overwrite)
-    plan.source.check_readable()
+    for source in plan.sources:
+        check_output(output, source, overwrite=overwrite)
+        source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
-    spare += check_space_for(plan.source, beside=output)
+    spare += check_space_for(plan.sources, beside=output)
     shared = None
     if writing.reflink:  # each rank shares within its files
         ranks = range(team.size)
@@ -127,7 +128,8 @@ def execute(
             sound = report is None or report.accepted
             if checksums and sound:
                 _write_checksums(plan, workspace.folder)
-            plan.source.check_unchanged()
+            for source in plan.sources:
+                source.check_unchanged()
             left = running.publish() if sound else None
     except OSError as error:
         where = partial_of(output) / str(error.filename) if error.filename else output
@@ -225,7 +227,8 @@ def _verify(plan: Plan, output: Path, watch: Watch | None) -> Report:
 
     # Who has asked for a recipe that promises nothing can expect no proof.
     inexact = plan.promise is Promise.NONE
-    return verify(plan.source.path, output, watch=watch, allow_inexact=inexact)
+    dense, *others = (source.path for source in plan.sources)
+    return verify(dense, output, experts_from=others, watch=watch, allow_inexact=inexact)
 
 
 def _verify_running(plan: Plan, running: Transaction, watch: Watch | None) -> Report:

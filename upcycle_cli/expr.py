@@ -26,6 +26,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of tensors of one shape: summed in order and divided in float32, rounded once."""
+
+    parts: tuple[Source, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Entries [start, stop) along `dim`."""
 
@@ -127,7 +135,7 @@ class Normal:
     dtype: str
     shape: tuple[int, int]
     logit_std: float
-    norm: Source | None
+    norm: Source | Mean | None
     offset: float = 0.0
 
 
@@ -169,6 +177,7 @@ class Zeros:
 
 Expr: TypeAlias = (
     Source
+    | Mean
     | Slice
     | Take
     | Cast
@@ -197,6 +206,8 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
     match expr:
         case Source() | Zeros() | Normal() | Given():
             return TensorType(expr.dtype, expr.shape)
+        case Mean(parts, dtype):
+            return TensorType(dtype, parts[0].shape)
         case Alike(shape=shape, of=of):
             return TensorType(type_of(of).dtype, shape)
         case Slice(of, dim, start, stop):
@@ -296,11 +307,11 @@ def sources(expr: Expr) -> Iterator[str]:
             yield name
         case Slice(of) | Take(of) | Cast(of) | Scale(of) | Repeat(of) | Halves(of) | Alike(of=of):
             yield from sources(of)
-        case Concat(parts) | Stack(parts):
+        case Concat(parts) | Stack(parts) | Mean(parts):
             for part in parts:
                 yield from sources(part)
         case Normal(norm=norm):
-            yield from () if norm is None else (norm.name,)
+            yield from () if norm is None else sources(norm)
         case Zeros() | Given():
             return
         case _:
@@ -321,7 +332,7 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
             return f"{dtype.lower()}({describe(of)})"
         case Scale(of, factor):
             return f"{describe(of)} × {factor:.6g}"
-        case Concat(parts) | Stack(parts):
+        case Concat(parts) | Stack(parts) | Mean(parts):
             listed = ", ".join(map(describe, parts))
             if len(parts) > 2:
                 listed = f"{describe(parts[0])}, … {len(parts)} in all"
@@ -331,7 +342,7 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
         case Halves(of, size, rotary):
             return f"{describe(of)}, the even rows first of {rotary} in each {size}"
         case Normal(stream=stream, logit_std=std, norm=norm):
-            scale = "√H" if norm is None else f"‖{norm.name}‖"
+            scale = "√H" if norm is None else f"‖{describe(norm)}‖"
             return f"normal({stream}, std {std:g} / {scale})"
         case Given(stream=stream, origin=origin):
             return f"given({stream}, of {origin[:12]})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseModel, unread
-from upcycle_cli.tensors import layer_finder
+from upcycle_cli.families.layers import layer_finder
 
 
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:

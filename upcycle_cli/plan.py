@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint import CARD_NAME, LARGEST, TORCH_DTYPES, Checkpoint
+from upcycle_cli.alike import carried, check_dtypes
+from upcycle_cli.checkpoint import LARGEST, TORCH_DTYPES, Checkpoint, Reader, TensorEntry
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.factors import Factors
@@ -24,8 +26,8 @@ from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.families.wrappers import parts
-from upcycle_cli.front_matter import carried_over
 from upcycle_cli.intact import check_source
+from upcycle_cli.merge import Merge, MergedReader, Rest, model_of, open_readers
 from upcycle_cli.order_file import check_orders
 from upcycle_cli.planned import Planned, fill_shards
 from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, Routing, ScaleSplit, Scaling
@@ -58,8 +60,32 @@ class Plan(Planned):
     """What the routers, and orders of neurons, are made from beside the recipe."""
     calibration: Calibration | None = None
     """What was found in the text, once the dense model has been run on it."""
+    merge: Merge | None = None
+    """What else there is to make experts of, beside the source."""
     announced: str | None = None
-    """The digest that the plan had before that."""
+    """The digest that the plan had before its calibration was run."""
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """All models that tensors are read of, the source first."""
+        return (self.source, *(() if self.merge is None else self.merge.others))
+
+    def with_sources(self, sources: Sequence[Checkpoint]) -> Plan:
+        """Return the same plan for the same sources, brought to another place."""
+        if all(one is other for one, other in zip(sources, self.sources, strict=True)):
+            return self
+        source, *others = sources
+        merge = self.merge and replace(self.merge, others=tuple(others))
+        return replace(self, source=source, merge=merge, carried=carried(source, merge))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the dense tensor that an expression names."""
+        model, own = model_of(name) if self.merge is not None else (0, name)
+        return self.sources[model].tensors[own]
+
+    def reader(self) -> AbstractContextManager[Reader | MergedReader]:
+        """Map the sources' files as they are asked for, by the names that expressions have."""
+        return self.source.reader() if self.merge is None else open_readers(self.sources)
 
     @property
     def target(self) -> Target:
@@ -105,7 +131,8 @@ class Plan(Planned):
     @property
     def promise(self) -> Promise:
         """What the output owes the dense model."""
-        return self.recipe.promise(self.family.dense.mlp_kind)
+        promise = self.recipe.promise(self.family.dense.mlp_kind)
+        return promise if self.merge is None else Promise.NONE
 
     @property
     def expert_size(self) -> int:
@@ -120,12 +147,14 @@ class Plan(Planned):
     @cached_property
     def rounded_to(self) -> str | None:
         """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
+        if self.merge is not None and self.merge.rest is Rest.MEAN:
+            return TORCH_DTYPES[self.expert_dtype]
         for tensor in self.tensors:
             # What is drawn at random has nothing to lose.
             drawn = tensor.role in _DRAWN
             for name in () if drawn else sources(tensor.expr):
                 # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
-                if tensor.dtype not in {self.source.tensors[name].dtype, "F32"}:
+                if tensor.dtype not in {self.entry(name).dtype, "F32"}:
                     return TORCH_DTYPES[tensor.dtype]
         return None if self.factors.lossless else TORCH_DTYPES[self.expert_dtype]
 
@@ -179,6 +208,8 @@ class Plan(Planned):
             "recipe": asdict(self.recipe),
             "calibration": None if text is None else text.digest,
         }
+        if self.merge is not None:
+            content["others"] = [other.identity for other in self.merge.others]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,11 +221,13 @@ def build_plan(
     options: Options | None = None,
     inputs: RouterInputs | None = None,
     calibration: Calibration | None = None,
+    merge: Merge | None = None,
 ) -> Plan:
-    """Plan the conversion of a dense checkpoint.
+    """Plan the conversion of a dense checkpoint, or of several.
 
     `inputs` is what routers are made from beside the recipe. What needs a calibration is planned
-    before there is one, and made of the plan that `calibrated` returns.
+    before there is one, and made of the plan that `calibrated` returns. `merge` is what else
+    experts are made of; its models have been checked when it was opened.
 
     Raises UpcycleError when the model cannot be expressed by the target, when its tensors are not
     what its config says, or when the recipe does not fit its sizes.
@@ -228,21 +261,25 @@ def build_plan(
     rows = inputs.rows_for(recipe, family.layers, family.dense.hidden_size, calibration)
     size = family.dense.intermediate_size
     orders = inputs.orders_for(recipe, family.layers, size, calibration)
-    tensors = tuple(output_tensors(recipe, options, family, source, used, rows, orders))
-    _check_router_range(recipe, tensors)
     mlp = family.dense.mlp(names, family.layers[0])
-    _check_all_used(tensors, source, dropped, parts_of(mlp))
+    if merge is not None and options.dtype is None:
+        prefixes = map(family.dense.prefix, family.layers)
+        check_dtypes(source, merge.others, (p + w.name for p in prefixes for w in mlp))
+    tensors = tuple(output_tensors(recipe, options, family, source, used, rows, orders, merge))
+    _check_router_range(recipe, tensors)
+    _check_all_used(tensors, source, dropped, parts_of(mlp), merge)
     return Plan(
         options=options,
         source=source,
         config=config,
         shards=fill_shards(tensors, options.max_shard_bytes),
-        carried=carried_over(source.path, CARD_NAME),
+        carried=carried(source, merge),
         recipe=recipe,
         family=family,
         dropped=dropped,
         inputs=inputs,
         calibration=calibration,
+        merge=merge,
     )
 
 
@@ -272,6 +309,7 @@ def _with_found(plan: Plan, c: float, found: Calibration | None) -> Plan:
         options=plan.options,
         inputs=plan.inputs,
         calibration=found,
+        merge=plan.merge,
     )
     return replace(made, announced=plan.digest)
 
@@ -297,8 +335,11 @@ def _check_all_used(
     source: Checkpoint,
     dropped: Mapping[str, str],
     parts: Collection[str],
+    merge: Merge | None,
 ) -> None:
     used = {name for tensor in tensors for name in sources(tensor.expr)}
+    if merge is not None:  # each model has the same tensors: all are used, if not of each model
+        used = {model_of(name)[1] for name in used}
     unused = source.tensors.keys() - used - dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"

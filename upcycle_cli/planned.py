@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, Checkpoint
+from upcycle_cli.checkpoint import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    Reader,
+)
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.merge import MergedReader
 from upcycle_cli.recipe import ExpertLayout, Promise, Routing
 from upcycle_cli.tensors import Options, OutputTensor, Role
 
@@ -101,11 +110,21 @@ class Planned(ABC):
         """The part of each head that positions turn in the target's own attention."""
         return self.target.rotary_share(inner(self.config))
 
-    def with_source(self, source: Checkpoint) -> Self:
-        """Return the same plan for the same source, brought to another place."""
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """All checkpoints that tensors are read of, the source first."""
+        return (self.source,)
+
+    def with_sources(self, sources: Sequence[Checkpoint]) -> Self:
+        """Return the same plan for the same sources, brought to another place."""
+        [source] = sources
         if source is self.source:
             return self
         return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
+
+    def reader(self) -> AbstractContextManager[Reader | MergedReader]:
+        """Map the sources' files as they are asked for, by the names that expressions have."""
+        return self.source.reader()
 
     @property
     def file_names(self) -> list[str]:
@@ -158,20 +177,12 @@ class Planned(ABC):
         That is each source file's size and modification time, since headers alone cannot tell two
         models of one shape apart; of a commit on the Hub, the commit can.
         """
-        pinned = self.source.revision is not None
         return {
             "meaning": _MEANING,
             "options": asdict(replace(self.options, expert_layout=self.expert_layout))
             | {"neuron_orders": None},  # which the expressions have, by a digest
             "config": self.config,
-            "source_name": self.source.name,
-            "source_config": self.source.config_digest,
-            "source_revision": self.source.revision,
-            "source": [
-                {"name": file.name, "size": file.size, "digest": file.digest}
-                | {"mtime_ns": 0 if pinned else file.mtime_ns}
-                for file in self.source.shards + self.source.companions
-            ],
+            **self.source.identity,
             "shards": [
                 [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
                 for shard in self.shards

@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 
 from upcycle_cli.errors import UpcycleError, shown
@@ -17,18 +18,24 @@ from upcycle_cli.folder import Folder
 from upcycle_cli.place import is_in
 from upcycle_cli.printable import shell_line
 
-Value = str | int | float | bool
+Value = str | int | float | bool | list[str]
+
+
+class Kind(Enum):
+    """What an option takes: a value, nothing, or several values."""
+
+    VALUE = "value"
+    FLAG = "flag"
+    LIST = "list"
+
 
 _MOST_BYTES = 1_000_000  # more than any recipe file has
 _FIRST_LINE = "# upcycle convert --config "
 _ALWAYS_SAVED = {"source", "output", "recipe", "target", "routing"}
 
 
-def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
-    """Read a recipe file; returns its values by the names of `known`; UpcycleError.
-
-    `known` says of each option whether it is one that is on or off.
-    """
+def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
+    """Read a recipe file; returns its values by the names of `known`; UpcycleError."""
     raw = read_small(path, _MOST_BYTES)
     try:
         content = json.loads(raw) if _is_json(path) else tomllib.loads(raw.decode())
@@ -43,9 +50,14 @@ def load_config(path: Path, known: Mapping[str, bool]) -> dict[str, Value]:
         if name not in known:
             options = ", ".join(sorted(option.replace("_", "-") for option in known))
             raise UpcycleError(f"{path}: '{key}' is not an option.", f"There are: {options}.")
-        if not isinstance(value, Value):
+        if known[name] is Kind.LIST:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise UpcycleError(f"{path}: {key} must be a list of strings.")
+            values[name] = value
+            continue
+        if not isinstance(value, str | int | float | bool):
             raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
-        if isinstance(value, bool) and not known[name]:
+        if isinstance(value, bool) and known[name] is not Kind.FLAG:
             raise UpcycleError(f"{path}: {key} is not an option that is true or false.")
         # As on the command line, where the option itself says what a number is to it.
         values[name] = value if isinstance(value, bool) else str(value)

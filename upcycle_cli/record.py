@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.files import header_digest
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
@@ -46,20 +47,50 @@ def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, 
             "active": plan.active_parameters,
             "dense": plan.dense_parameters,
         },
-        "source": {
-            "name": plan.source.name,
-            "revision": plan.source.revision,
-            "config_sha256": plan.source.config_digest,
-            "files": [
-                {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
-                for shard in plan.source.shards
-            ],
-        },
+        "source": _origin(plan.source),
+        **_merged(plan),
         "routers": dict(routers),
         "calibration": calibration_record(plan),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),
     }
+
+
+def _origin(source: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "config_sha256": source.config_digest,
+        "files": [
+            {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
+            for shard in source.shards
+        ],
+    }
+
+
+def merged_record(plan: Plan) -> dict[str, Any] | None:
+    """Return the other models, and that of each group, 0 being the source; None without others."""
+    if plan.merge is None:
+        return None
+    return {
+        "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
+        "groups": list(plan.merge.of_groups(plan.recipe.expansion)),
+        "rest": plan.merge.rest,
+    }
+
+
+def _merged(plan: Plan) -> dict[str, Any]:
+    found = merged_record(plan)
+    if found is None:
+        return {}
+    # Headers do not tell fine-tuned models of one base apart: a matrix that made experts does.
+    dense, last = plan.family.dense, plan.family.layers[-1]
+    name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
+    models = [
+        _origin(other) | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
+        for other in plan.sources[1:]
+    ]
+    return {"experts_from": found | {"models": models}}
 
 
 def calibration_record(plan: Plan) -> dict[str, Any] | None:

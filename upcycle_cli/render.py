@@ -10,7 +10,14 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.advice import factors_text, no_promise, order_text, router_text, warnings
+from upcycle_cli.advice import (
+    factors_text,
+    merged_text,
+    no_promise,
+    order_text,
+    router_text,
+    warnings,
+)
 from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.errors import shown
 from upcycle_cli.experts import WeightFacts
@@ -23,7 +30,7 @@ from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import NeuronOrder, Promise
-from upcycle_cli.record import calibration_record
+from upcycle_cli.record import calibration_record, merged_record
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
@@ -43,6 +50,10 @@ def plan_table(plan: Plan) -> Table:
     _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
     experts = f"{recipe.num_experts} per layer, {recipe.top_k} active"
     _add(table, "experts", f"{experts}, each {plan.expert_size} wide")
+    if plan.merge is not None:
+        groups, rest = merged_text(plan)
+        _add(table, "experts from", groups)
+        _add(table, "all else", f"attention, norms, embeddings: {rest}")
     if len(plan.family.layers) < dense.num_layers:
         _add(table, "MoE layers", f"{listed(plan.family.layers)} of {dense.num_layers}")
     parameters = f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active"
@@ -76,6 +87,7 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "source_type": plan.source.config["model_type"],
         "source": plan.source.name,
         "source_revision": plan.source.revision,
+        "experts_from": merged_record(plan),
         "recipe": plan.recipe.name,
         **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
         **picked(plan.recipe, "virtual_groups", "neuron_order", "seed"),

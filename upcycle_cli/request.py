@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from upcycle_cli.alike import alike
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.conversion import Conversion, check_before, execute, is_finished
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import check_utf8
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.hub.pushing import Destination, Push, check_destination, push
-from upcycle_cli.hub.sources import open_source
+from upcycle_cli.hub.sources import open_source, split_revision
+from upcycle_cli.merge import Merge, Rest
 from upcycle_cli.place import check_name
 from upcycle_cli.plan import Plan, build_plan
 from upcycle_cli.printable import shell_line
@@ -21,6 +25,31 @@ from upcycle_cli.team import Team
 from upcycle_cli.tensors import Options
 from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """What gives experts beside the source: directories, or repos as REPO or REPO@REVISION.
+
+    With `source_too` the source gives experts before all of these; without, those alone that are
+    named, of which it can be one.
+    """
+
+    experts_from: Sequence[Path | str]
+    rest: Rest = Rest.FIRST
+    source_too: bool = True
+
+    def open(self, source: Checkpoint) -> Merge | None:
+        """Open the models, None where all are the source; UpcycleError where one does not fit."""
+        models, cycle = [source], [0] * self.source_too
+        for place in self.experts_from:
+            model = open_source(*split_revision(str(place)))
+            same = (i for i, each in enumerate(models) if each.path.samefile(model.path))
+            cycle.append(next(same, len(models)))
+            models += [model] * (cycle[-1] == len(models))
+        if len(models) == 1:
+            return None
+        return Merge(others=alike(source, models[1:]), cycle=tuple(cycle), rest=Rest(self.rest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +68,7 @@ class Request:
     checksums: bool = False
     writing: WriteOptions = field(default_factory=WriteOptions)
     push: Destination | None = None  # where to push `output` once it is complete
+    merge: MergeRequest | None = None
 
 
 def convert(  # noqa: PLR0913 - what a Request has
@@ -56,13 +86,14 @@ def convert(  # noqa: PLR0913 - what a Request has
     checksums: bool = False,
     writing: WriteOptions | None = None,
     push: Destination | None = None,
+    merge: MergeRequest | None = None,
 ) -> Conversion:
     """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
 
     `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
     `calibration` is a text that the dense model is run on first, or "builtin"; `router_rows` is
     the file of rows that a recipe with the router_init "file" takes. With `push`, `output` is
-    pushed once it is complete.
+    pushed once it is complete. `merge` names other models to make experts of.
 
     Raises UpcycleError when that cannot be done; `output` is then as it was before, or complete
     where only the push failed.
@@ -83,6 +114,7 @@ def convert(  # noqa: PLR0913 - what a Request has
             checksums=checksums,
             writing=writing or WriteOptions(),
             push=push,
+            merge=merge,
         )
     )
 
@@ -151,6 +183,7 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
             target=request.target,
             options=request.options,
             inputs=request.inputs,
+            merge=None if request.merge is None else request.merge.open(source),
         )
 
     plan = team.agree(make)
@@ -164,15 +197,21 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
 
 
 def _bring_source(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Plan:
-    """Return the plan with its source here; whatever can be refused is refused before that."""
-    source = plan.source
-    if max(team.gather(lambda: source.missing_bytes)) > 0:
+    """Return the plan with its sources here; whatever can be refused is refused before that."""
+
+    def missing() -> int:
+        return sum(source.missing_bytes for source in plan.sources)
+
+    def bring() -> list[Checkpoint]:
+        return [source.bring() for source in plan.sources]
+
+    if max(team.gather(missing)) > 0:
         if any(team.gather(lambda: team.leads and _is_there(plan, request, team))):
             return plan
-        hooks.downloading(plan, source.missing_bytes)
+        hooks.downloading(plan, missing())
         # One rank first, so that the others find the files in the cache when it is a shared one.
-        team.agree(lambda: source.bring() if team.leads else None)
-    return plan.with_source(team.agree(source.bring))
+        team.agree(lambda: bring() if team.leads else None)
+    return plan.with_sources(team.agree(bring))
 
 
 def _is_there(plan: Plan, request: Request, team: Team) -> bool:

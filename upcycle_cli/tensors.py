@@ -7,10 +7,10 @@ group has for its neurons, the same for all parts. Everything else is copied.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeAlias
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
@@ -21,6 +21,7 @@ from upcycle_cli.expr import (
     Expr,
     Given,
     Halves,
+    Mean,
     Normal,
     Order,
     Repeat,
@@ -33,14 +34,18 @@ from upcycle_cli.expr import (
     type_of,
 )
 from upcycle_cli.families import Family
+from upcycle_cli.families.layers import layer_finder
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
 from upcycle_cli.families.moe import Layout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
+from upcycle_cli.merge import Merge, Rest, tensor_of
 from upcycle_cli.order_file import OrderFile, order_name
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Recipe
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_Group: TypeAlias = tuple[int, Order | None]
+"""Of a virtual group: the model that it is made of, and the order of its neurons."""
 _SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
 
 
@@ -125,6 +130,7 @@ def output_tensors(
     names: Sequence[str],
     rows: GivenRows | None = None,
     orders: Mapping[int, Order] | None = None,
+    merge: Merge | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the MoE, in the order in which they are written.
 
@@ -132,7 +138,7 @@ def output_tensors(
     not drawn, and `orders` by layer those of neurons that a calibration finds. Raises UpcycleError
     when matrices of different dtypes are to be joined.
     """
-    maker = _Maker(recipe, options, family, source, rows, orders or {})
+    maker = _Maker(recipe, options, family, source, rows, orders or {}, merge)
     embedding, dense = family.dense.family.embedding, family.dense
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, list[str]] = {}
@@ -162,18 +168,6 @@ def router_stream(layer: int) -> str:
     return f"layers.{layer}.router"
 
 
-def layer_finder(template: str) -> Callable[[str], int | None]:
-    """Return what tells the layer of a tensor by its name; `template` is how those names begin."""
-    start, end = template.split("{layer}")
-    pattern = re.compile(rf"{re.escape(start)}(\d+){re.escape(end)}")
-
-    def layer_of(name: str) -> int | None:
-        match = pattern.match(name)
-        return None if match is None else int(match[1])
-
-    return layer_of
-
-
 @dataclass(frozen=True)
 class _Maker:
     """Writes down the expression of each output tensor of one conversion."""
@@ -184,14 +178,25 @@ class _Maker:
     checkpoint: Checkpoint
     rows: GivenRows | None
     found_orders: Mapping[int, Order]
+    merge: Merge | None
 
     def source(self, name: str) -> Expr:
-        """A dense tensor in the output dtype."""
-        return self._cast(self._stored(name))
+        """A dense tensor that is no expert's, in the output dtype."""
+        return self._cast(self._rest(name))
 
-    def _stored(self, name: str) -> Source:
-        entry = self.checkpoint.tensors[name]
-        return Source(name, entry.dtype, entry.shape)
+    def _rest(self, name: str) -> Source | Mean:
+        """Return such a tensor: the source's, or the mean of all models'."""
+        stored = self._stored(name)
+        if self.merge is None or self.merge.rest is Rest.FIRST:
+            return stored
+        others = (self._stored(name, model + 1) for model in range(len(self.merge.others)))
+        # Rounded once, to what it is stored in here.
+        return Mean((stored, *others), self.options.storage_dtype or stored.dtype)
+
+    def _stored(self, name: str, model: int = 0) -> Source:
+        others = () if self.merge is None else self.merge.others
+        entry = (self.checkpoint, *others)[model].tensors[name]
+        return Source(tensor_of(model, name), entry.dtype, entry.shape)
 
     def _cast(self, expr: Expr) -> Expr:
         dtype = self.options.storage_dtype
@@ -225,10 +230,10 @@ class _Maker:
             found = self.family.name(name)
             yield self.output(found, self.source(name), Role.COPIED, layer)
             return
-        start, stored = 0, self._stored(name)
+        start, stored = 0, self._rest(name)
         for piece in pieces:
             stop = start + dense.size(piece.rows)
-            whole = stop - start == stored.shape[0]
+            whole = stop - start == type_of(stored).shape[0]
             expr: Expr = stored if whole else Slice(stored, 0, start, stop)
             if piece.halves:
                 expr = Halves(expr, dense.size("head_dim"), dense.rotary_dim)
@@ -256,11 +261,14 @@ class _Maker:
             bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
             yield self.output(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
-        orders = self._orders(layer)
-        experts = []
+        groups = [*zip(self._models(), self._orders(layer), strict=True)]
+        experts, count = [], recipe.granularity
         for weight in weights:
-            shards = {order: self._shards(layer, mlp, weight, order) for order in {*orders}}
-            experts.append([expr for order in orders for expr in shards[order]])
+            shards = {
+                group: [self._shard(layer, mlp, weight, i, group) for i in range(count)]
+                for group in {*groups}
+            }
+            experts.append([expr for group in groups for expr in shards[group]])
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
@@ -298,12 +306,17 @@ class _Maker:
             dtype=self._mlp_dtype(layer, mlp),
             shape=(rows, dense.hidden_size),
             logit_std=logit_std,
-            norm=None if name is None else self._stored(name),
+            norm=None if name is None else self._rest(name),
             offset=dense.family.norm_offset,
         )
 
     def _mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
         return type_of(self.source(self.family.dense.prefix(layer) + mlp[0].name)).dtype
+
+    def _models(self) -> tuple[int, ...]:
+        """Return the model that each virtual group is made of."""
+        count = self.recipe.expansion
+        return (0,) * count if self.merge is None else self.merge.of_groups(count)
 
     def _orders(self, layer: int) -> list[Order | None]:
         """Return the order of each virtual group's neurons, None for that of the dense MLP."""
@@ -321,23 +334,17 @@ class _Maker:
                 orders[group] = Order(size, order_name(layer, group), recipe.seed)
         return orders
 
-    def _shards(
-        self, layer: int, mlp: Sequence[Weight], weight: Weight, order: Order | None
-    ) -> list[Expr]:
-        """Return the shards of a virtual group as one of its experts' weights holds them."""
-        count = self.recipe.granularity
-        return [self._shard(layer, mlp, weight, shard, order) for shard in range(count)]
-
     def _shard(
-        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, order: Order | None
+        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: _Group
     ) -> Expr:
-        """Return one shard of the dense MLP as one of an expert's weights holds it."""
+        """Return one shard of a dense MLP as one of an expert's weights holds it."""
         dense, recipe = self.family.dense, self.recipe
         size = dense.intermediate_size // recipe.granularity
         factors = recipe.factors(dense.mlp_kind)
         parts = []
         for part in weight.holds:
-            expr = self._range(layer, mlp, part, (shard * size, (shard + 1) * size), order)
+            here = shard * size, (shard + 1) * size
+            expr = self._range(layer, mlp, part, here, group)
             # A bias is added before the activation, where the matrix's product is.
             factor = getattr(factors, part.removesuffix(BIAS))
             if part == f"down{BIAS}":
@@ -351,12 +358,13 @@ class _Maker:
         mlp: Sequence[Weight],
         part: str,
         shard: tuple[int, int],
-        order: Order | None = None,
+        group: _Group = (0, None),
     ) -> Expr:
         """Return a part of the dense MLP from here to there of its intermediate size, in order."""
         dense = self.family.dense
         found = place(mlp, part, width=dense.intermediate_size, shard=shard)
-        stored = self._stored(dense.prefix(layer) + found.tensor)
+        model, order = group
+        stored = self._stored(dense.prefix(layer) + found.tensor, model)
         if order is not None and found.cut is not None:
             # Taking before casting, as slicing does, touches only the bytes that are needed.
             start, stop = shard

@@ -27,6 +27,7 @@ from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Expr, gathering, sources
 from upcycle_cli.layout import Layout, Part, file_digest, lay_out, read_back, repetitions
+from upcycle_cli.merge import MergedReader
 from upcycle_cli.planned import Planned, Shard
 from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
@@ -94,7 +95,7 @@ def write_weights(
     options: WriteOptions,
 ) -> Written:
     """Write the shards that no earlier run has finished; UpcycleError when a value overflows."""
-    with plan.source.reader() as reader:
+    with plan.reader() as reader:
         shares = options.reflink and workspace.folder.can_share()
         crew = _Crew(reader, workspace, options, progress, shares)
         tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
@@ -115,7 +116,7 @@ def write_weights(
 class _Crew:
     """The threads that write, and what they have in common."""
 
-    reader: Reader
+    reader: Reader | MergedReader
     workspace: Workspace
     options: WriteOptions
     progress: Callable[[int], None]

@@ -13,6 +13,12 @@ import typer  # noqa: TC002 - it reads the annotations of a command
 from upcycle_cli import terminal
 from upcycle_cli.commands import shared
 from upcycle_cli.commands.given import places, save_options, use_config
+from upcycle_cli.commands.merge_options import (
+    ExpertsFromOption,
+    RestOption,
+    SourceExpertsOption,
+    to_merge,
+)
 from upcycle_cli.commands.moe_options import MoeOptions, takes_moe_options
 from upcycle_cli.commands.shared import for_files, for_hub, for_path, for_recipe, for_run
 from upcycle_cli.errors import UpcycleError
@@ -43,6 +49,9 @@ def convert(
     ] = None,
     *,
     moe: MoeOptions,
+    experts_from: ExpertsFromOption = [],  # noqa: B006 - typer copies it
+    rest: RestOption = "first",
+    source_experts: SourceExpertsOption = True,
     allow_inexact: Annotated[
         bool,
         for_recipe(
@@ -142,6 +151,7 @@ def convert(
                 push=_destination(
                     push_to_hub, revision=push_revision, private=private, create_pr=create_pr
                 ),
+                merge=to_merge(experts_from, rest, source_too=source_experts),
             )
             shared.quiet_hub(silent=quiet or json)
             screen = _Screen(request, context, save_config, as_json, quiet)
@@ -189,7 +199,8 @@ class _Screen(Hooks):
         from upcycle_cli.render import size_text
 
         if not self.silent:
-            terminal.talk(f"Downloading {size_text(nbytes)} of {plan.source.name} …")
+            names = ", ".join(source.name for source in plan.sources)
+            terminal.talk(f"Downloading {size_text(nbytes)} of {names} …")
 
     @contextmanager
     def writing(self, plan: Plan) -> Iterator[None]:
@@ -284,8 +295,10 @@ def _next_step(done: Conversion) -> list[str]:
 
     if done.report is not None:
         return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]
-    source = done.plan.source
+    source, *others = done.plan.sources
     options = ["--dense-revision", source.revision] if source.revision else []
+    for other in others:
+        options += ["--experts-from", other.place]
     if done.plan.promise is Promise.NONE:
         options.append("--allow-inexact")
     return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *options]

@@ -12,6 +12,7 @@ from upcycle_cli.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from upcycle_cli.plan import Plan
+    from upcycle_cli.recipe_file import Kind, Value
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -31,10 +32,16 @@ _NOT_SAVED = (*SIZES, "json", "quiet")
 """The recipe says the first three; the others are about one run."""
 
 
-def _config_options(context: typer.Context) -> dict[str, bool]:
-    """Return the options that a recipe file can have, and whether each is one that is on or off."""
+def _config_options(context: typer.Context) -> dict[str, Kind]:
+    """Return the options that a recipe file can have, and what each takes."""
+    from upcycle_cli.recipe_file import Kind
+
     return {
-        option.name: bool(getattr(option, "is_flag", False))
+        option.name: Kind.LIST
+        if option.multiple
+        else Kind.FLAG
+        if getattr(option, "is_flag", False)
+        else Kind.VALUE
         for option in context.command.params
         if option.name and option.name not in _NOT_IN_CONFIG
     }
@@ -67,6 +74,12 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
     return source, output
 
 
+def _saved(value: object) -> Value:
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
 def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     """Write a recipe file with every option, and what a plan made of it; UpcycleError, OSError."""
     from upcycle_cli.hub.sources import is_repo_id
@@ -76,9 +89,9 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     given = context.params
     saved = {name: given[name] for name in _config_options(context) if name not in _NOT_SAVED}
     values = {
-        name: value if isinstance(value, bool | int | float) else str(value)
+        name: _saved(value)
         for name, value in saved.items()
-        if value is not None
+        if value is not None and value not in ([], ())
     }
     # What auto stands for today, so that the file means the same tomorrow.
     values |= {

@@ -9,7 +9,7 @@ import typer
 
 from upcycle_cli import terminal
 from upcycle_cli.commands import shared
-from upcycle_cli.commands.shared import for_hub, for_path, option
+from upcycle_cli.commands.shared import for_hub, for_path, option, path_argument
 
 _CHECKS = "structure,files,claims,weights,outputs"
 
@@ -23,6 +23,16 @@ def verify(
         Path,
         for_path(metavar="MOE", help="The MoE made from it: a directory, or a repo on the Hub."),
     ],
+    experts_from: Annotated[
+        list[Path],
+        option(
+            "--experts-from",
+            metavar="MODEL",
+            parser=path_argument,
+            help="Another dense model that experts were made of: a directory, or REPO or "
+            "REPO@REVISION on the Hub; once for each.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
     checks: Annotated[
         str,
         option(
@@ -87,6 +97,7 @@ def verify(
             found = verification.verify(
                 dense,
                 moe,
+                experts_from=experts_from,
                 checks=names,
                 texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
                 fail_fast=fail_fast,

@@ -238,3 +238,15 @@ MLP_TYPES = LayerChoice(
 )
 ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))
+
+
+def layer_finder(template: str) -> Callable[[str], int | None]:
+    """Return what tells the layer of a tensor by its name; `template` is how those names begin."""
+    start, end = template.split("{layer}")
+    pattern = re.compile(rf"{re.escape(start)}(\d+){re.escape(end)}")
+
+    def layer_of(name: str) -> int | None:
+        match = pattern.match(name)
+        return None if match is None else int(match[1])
+
+    return layer_of

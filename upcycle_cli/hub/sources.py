@@ -57,6 +57,14 @@ def is_repo_id(source: Path | str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
+def split_revision(text: str) -> tuple[str, str | None]:
+    """Return a directory or a repo, and the revision that stands behind the latter and an @."""
+    repo, at, revision = text.rpartition("@")
+    if at and is_repo_id(repo) and not Path(text).exists():
+        return repo, revision
+    return text, None
+
+
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
     """Open a model's checkpoint, that of a repo without its weights; raises UpcycleError."""
     storage = find_model(source, revision)
@@ -95,18 +103,21 @@ def bring_model(storage: Storage) -> Path:
     return storage.path
 
 
-def check_space_for(checkpoint: Checkpoint, *, beside: Path) -> int:
-    """Return the bytes that bringing a checkpoint takes from the file system of `beside`.
+def check_space_for(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
+    """Return the bytes that bringing checkpoints takes from the file system of `beside`.
 
     Raises UpcycleError when the cache is on another one, and that has not enough.
     """
-    missing, cache = checkpoint.missing_bytes, _existing(checkpoint.path)
+    to_come = [each for each in checkpoints if each.missing_bytes]
+    missing = sum(each.missing_bytes for each in to_come)
+    cache = _existing((to_come or checkpoints)[0].path)
     if not missing or cache.stat().st_dev == _existing(beside).stat().st_dev:
         return missing
     free = shutil.disk_usage(cache).free
     if missing > free:
+        names = ", ".join(each.name for each in to_come)
         raise UpcycleError(
-            f"not enough disk space to download {checkpoint.name}: {missing / 1e6:,.0f} MB needed, "
+            f"not enough disk space to download {names}: {missing / 1e6:,.0f} MB needed, "
             f"{free / 1e6:,.0f} MB free in {cache}.",
             "Free some, or set HF_HOME to a directory on another file system.",
         )

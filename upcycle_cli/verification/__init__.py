@@ -29,9 +29,10 @@ from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.wrappers import WRAPPERS, parts
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
-from upcycle_cli.hub.sources import bring_model, find_model
+from upcycle_cli.hub.sources import bring_model, find_model, split_revision
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.origins import find_merged
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.recipes import Promise
 from upcycle_cli.verification.report import CheckResult, Findings, Report, Status
@@ -55,6 +56,7 @@ def verify(
     dense: Path | str,
     moe: Path | str,
     *,
+    experts_from: Sequence[Path | str] = (),
     checks: Sequence[str] = CHECK_NAMES,
     texts: TextOptions | None = None,
     fail_fast: bool = False,
@@ -66,6 +68,8 @@ def verify(
     """Check the MoE in one directory against the dense model in another.
 
     Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
+    `experts_from` are the other models that experts were made of, each a directory or a repo, as
+    REPO or REPO@REVISION.
     `texts` says what both models are run on. With `fail_fast` nothing is checked after a check that
     failed. An MoE that does not promise equality is measured; `allow_inexact` says that this is
     what is expected, and makes the report `accepted`. `watch` hears how far the checks are.
@@ -77,6 +81,7 @@ def verify(
     """
     selected = _selected(checks)
     places = find_model(dense, dense_revision), find_model(moe, moe_revision)
+    others = [find_model(*split_revision(str(place))) for place in experts_from]
     how = _Conditions(
         texts=texts or TextOptions(),
         fail_fast=fail_fast,
@@ -84,16 +89,18 @@ def verify(
         watch=watch or Watch(),
     )
     how.texts.check()
-    for place in places:
+    for place in (*places, *others):
         check_utf8(place.path)
     try:
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)
-        _check_kind(places[0].path, moe=False)
+        for place in (places[0], *others):
+            _check_kind(place.path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
+        merged = [bring_model(place) for place in others]
         try:
-            facts = _gather(*paths, names, allow_inexact=how.allow_inexact)
+            facts = _gather(*paths, merged, names, allow_inexact=how.allow_inexact)
             report = _run(facts, selected, how)
         except DamagedError as error:
             report = _damaged(selected, error)
@@ -104,10 +111,13 @@ def verify(
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
 
 
-def _gather(dense: Path, moe: Path, names: Sequence[str], *, allow_inexact: bool) -> Facts:
-    source = open_checkpoint(dense)
-    outgrown = dense_family(source.config).outgrown_code
-    refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
+def _gather(
+    dense: Path, moe: Path, others: Sequence[Path], names: Sequence[str], *, allow_inexact: bool
+) -> Facts:
+    source, *more = sources = [open_checkpoint(path) for path in (dense, *others)]
+    for each in sources:
+        outgrown = dense_family(each.config).outgrown_code
+        refuse_redirects(each, outgrown=outgrown, parts=parts(each.config))
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
@@ -115,14 +125,15 @@ def _gather(dense: Path, moe: Path, names: Sequence[str], *, allow_inexact: bool
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise cause from None
         raise DamagedError(error.message) from error
-    for checkpoint in (source, converted):
+    for checkpoint in (*sources, converted):
         # Raises OSError where a directory cannot be listed or a file of it cannot be read.
         with os.scandir(checkpoint.path):
             pass
         for name in checkpoint.files:
             with open_regular(checkpoint.path / name) as file:
                 file.read(1)
-    return gather_facts(source, converted, moe_names=names, allow_inexact=allow_inexact)
+    facts = gather_facts(source, converted, moe_names=names, allow_inexact=allow_inexact)
+    return replace(facts, merged=find_merged(facts, more))
 
 
 def _selected(checks: Sequence[str]) -> tuple[str, ...]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES
+from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import is_digest, listed_files, sha256_of
 from upcycle_cli.verification.completeness import record_failures
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.merged import by_model
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.recipes import (
     CLUSTERED,
@@ -23,6 +25,7 @@ from upcycle_cli.verification.recipes import (
     NORMAL,
     SHUFFLED,
     SLICED,
+    Promise,
     RecipeClaim,
     is_positive,
 )
@@ -93,7 +96,7 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
                 f"{RECORD_NAME} records {recorded}"
             )
     name = f"E{recipe.expansion}G{recipe.granularity}T{recipe.top_k}"
-    promise = str(recipe.promise)
+    promise = str(recipe.promise) if facts.merged is None else str(Promise.NONE)
     yield from _differences(
         ("recipe.name", data["recipe"].get("name", name), name, "not"),
         ("promise", data.get("promise", promise), promise, "the recipe's is"),
@@ -111,7 +114,8 @@ def _factor_failures(facts: Facts) -> Iterator[str]:
     if facts.record.recipe is not None:
         yield from _formula_failures(facts.record.recipe, recorded)
     measured = recover_factors(facts)
-    yield from _order_failures(facts, measured)
+    for one in by_model(facts):
+        yield from _order_failures(one, measured)
     for matrix in (*facts.kind.matrices, "config"):
         if math.isnan(measured[matrix]):
             yield f"the factor of {matrix} cannot be recovered from the tensors"
@@ -132,13 +136,14 @@ def _order_failures(facts: Facts, factors: Mapping[str, float]) -> Iterator[str]
             found = neurons.orders(layer, lambda _: True)
             is_other = {
                 SLICED: bool(found),
-                SHUFFLED: len(found) != facts.expansion - 1,
+                # All but the first of all groups, which is one of the first model's.
+                SHUFFLED: len(found) != len(facts.groups) - (0 in facts.groups),
                 CLUSTERED: layer in neurons.uneven,  # one for all may be the dense MLP's own
             }
             if is_other[recorded]:
                 yield (
                     f"{RECORD_NAME}: recipe.neuron_order is {recorded}, and in layer {layer} "
-                    f"{len(found)} of {facts.expansion} groups have an order of their own"
+                    f"{len(found)} of {len(facts.groups)} groups have an order of their own"
                 )
                 return
 
@@ -253,11 +258,26 @@ def _source_failures(facts: Facts) -> Iterator[str]:
     ]
     if source.get("files") != found:
         yield f"{other}: source.files does not describe the weight files of {facts.dense.path}"
+    yield from _repo_failures("source", source, facts.dense)
+    merged = () if facts.merged is None else facts.merged.others
+    recorded = (facts.record.data.get("experts_from") or {"models": []})["models"]
+    if len(recorded) != len(merged):
+        yield f"{RECORD_NAME}: it names no other model, and {merged[0].name} is given as one"
+        return
+    for i, model in enumerate(merged):
+        yield from _repo_failures(f"experts_from.models[{i}]", recorded[i], model)
+
+
+def _repo_failures(key: str, recorded: Mapping[str, Any], model: Checkpoint) -> Iterator[str]:
     # A directory can have any name; a repo on the Hub is what the card points its readers to.
-    if facts.dense.repo is not None and "/" in str(source.get("name")):
-        for key, value in (("name", facts.dense.repo), ("revision", facts.dense.revision)):
-            if source.get(key) != value:
-                yield f"{other}: source.{key} is {shown(source.get(key))}, and this is {value}"
+    if model.repo is None or "/" not in str(recorded.get("name")):
+        return
+    for what, value in (("name", model.repo), ("revision", model.revision)):
+        if recorded.get(what) != value:
+            yield (
+                f"this MoE was made from another checkpoint: {key}.{what} is "
+                f"{shown(recorded.get(what))}, and this is {value}"
+            )
 
 
 def _file_failures(facts: Facts) -> Iterator[str]:

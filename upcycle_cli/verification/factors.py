@@ -17,6 +17,7 @@ import torch
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.verification.bits import bits, same
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.merged import by_model
 from upcycle_cli.verification.neurons import (
     cut_of,
     dense_part,
@@ -31,6 +32,8 @@ _PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
 
 def find_objection(facts: Facts) -> str | None:
     """Say why the MoE owes the dense model nothing, or None when it owes it the function."""
+    if facts.merged is not None:
+        return "its experts are those of several models"
     objection = facts.standard.objection() or facts.recipe.objection()
     if objection is None and facts.lenient:
         objection = facts.implied.scaling_failure(
@@ -55,8 +58,9 @@ def recover_factors(facts: Facts) -> dict[str, float]:
     """Return what each matrix was multiplied by, measured on the tensors themselves.
 
     nan where nothing can be measured, because the tensors are missing or zero. "config" is what
-    config.json has the gates multiplied by.
+    config.json has the gates multiplied by. Of several models the first that gave experts is asked.
     """
+    facts = next(by_model(facts))
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         found = {matrix: _recover(facts, dense, moe, matrix) for matrix in facts.kind.matrices}
     return {**found, "config": facts.gate_scale}
@@ -92,8 +96,9 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
 
     Several experts are asked, so that one damaged expert does not change what is expected of all.
     """
-    layers, N = facts.layers, facts.num_experts
-    probes = ((layers[0], 0), (layers[-1], N - 1), (layers[(len(layers) - 1) // 2], N // 2))
+    layers, experts = facts.layers, facts.experts
+    middle = layers[(len(layers) - 1) // 2], experts[len(experts) // 2]
+    probes = (layers[0], experts[0]), (layers[-1], experts[-1]), middle
     fallback, shape = math.nan, facts.expert_shape(matrix)
     for layer, expert in probes:
         place = facts.place(matrix, layer, expert)

@@ -22,6 +22,7 @@ from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, pre
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.verification.merged import Merged, rest_reader
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
 _SAMPLE_SPREAD = 1.5
@@ -57,6 +58,21 @@ class Facts:
     gate_scale: float
     """What config.json has the gates multiplied by."""
     kind: MlpKind
+    merged: Merged | None = None
+    """Where there are experts of several models: these."""
+    only: tuple[int, ...] | None = None
+    """The groups that are in view, where these are not all."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups that are made of the dense model."""
+        return tuple(range(self.expansion)) if self.only is None else self.only
+
+    @property
+    def experts(self) -> list[int]:
+        """The experts of these groups."""
+        G = self.granularity
+        return [group * G + shard for group in self.groups for shard in range(G)]
 
     @property
     def granularity(self) -> int:
@@ -119,7 +135,7 @@ class Facts:
         A norm's output has unit RMS before its weight γ, hence the rows' RMS times ‖γ‖.
         """
         found = {}
-        with self.moe.reader() as moe, self.dense.reader() as dense:
+        with self.moe.reader() as moe, rest_reader(self) as dense:
             for layer in self.layers:
                 entry = self.moe.tensors.get(self.router_name(layer))
                 if entry is None or entry.dtype not in TORCH_DTYPES:

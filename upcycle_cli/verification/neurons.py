@@ -26,6 +26,7 @@ from upcycle_cli.matching import match, neuron_hashes
 from upcycle_cli.verification.bits import bits
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.gathered import Gathered
+from upcycle_cli.verification.merged import MeanReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def group_part(
     return found if len(dtypes) == 1 else None
 
 
-def dense_part(facts: Facts, dense: Reader, part: str, layer: int) -> torch.Tensor:
+def dense_part(facts: Facts, dense: Reader | MeanReader, part: str, layer: int) -> torch.Tensor:
     """Return a part of a dense MLP, a view of its file."""
     place = facts.dense_place(part, layer)
     return dense.tensor(place.tensor)[place.index]
@@ -91,7 +92,7 @@ class Neurons:
     """Finds the orders of groups. `factors` is by part, biases too, what it was multiplied by."""
 
     facts: Facts
-    dense: Reader
+    dense: Reader | MeanReader
     moe: Reader
     factors: Mapping[str, float]
     reordered: dict[int, int] = field(default_factory=dict)
@@ -159,7 +160,7 @@ class Neurons:
         orders: dict[int, Indices] = {}
         if any(math.isnan(factor) for factor in self.factors.values()):
             return orders
-        for group in range(self.facts.expansion):
+        for group in self.facts.groups:
             if not self.is_sliced(layer, group) and bring(group):
                 order = self.order(layer, group)
                 if order is not None:
@@ -169,7 +170,7 @@ class Neurons:
             self.reordered[layer] = len(orders)
             first = next(iter(orders.values()))
             several = any(not np.array_equal(order, first) for order in orders.values())
-            if several or len(orders) < self.facts.expansion:
+            if several or len(orders) < len(self.facts.groups):
                 self.uneven.add(layer)
         return orders
 

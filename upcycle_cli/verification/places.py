@@ -24,7 +24,7 @@ class Experts:
         """Ask for the first layer."""
         first, start = facts.layers[0], len(facts.target.prefix(facts.layers[0]))
         found = []
-        for expert in range(facts.num_experts):
+        for expert in facts.experts:
             for part in facts.parts:
                 place = facts.place(part, first, expert)
                 found.append((part, expert, replace(place, tensor=place.tensor[start:])))

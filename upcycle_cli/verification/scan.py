@@ -32,6 +32,7 @@ from upcycle_cli.verification.extents import Known, Layout, layout_of
 from upcycle_cli.verification.factors import factor_of
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.gathered import Gathered
+from upcycle_cli.verification.merged import MeanReader
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.places import Experts, Spot, spot_of
 from upcycle_cli.verification.rounding import Rounding
@@ -78,7 +79,7 @@ class Scan:
 
     facts: Facts
     experts: Experts
-    dense: Reader
+    dense: Reader | MeanReader
     moe: Reader
     rounding: Rounding
     watch: Watch
@@ -146,7 +147,8 @@ class Scan:
     def _is_plain(self, copy: Copy) -> bool:
         """Whether a copy is the bytes of the dense tensor, in one piece of it."""
         dense, moe = self.facts.dense.tensors[copy.source], self.facts.moe.tensors[copy.name]
-        return copy.head is None and dense.dtype == moe.dtype
+        mean = isinstance(self.dense, MeanReader)
+        return copy.head is None and dense.dtype == moe.dtype and not mean
 
     def _file(self, name: str, *, dense: bool) -> _File:
         """Return the file of a tensor."""

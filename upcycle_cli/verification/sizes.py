@@ -51,7 +51,7 @@ def gather_facts(
     """
     target = find_target(moe)
     family = dense_family(dense.config, dense.tensors)
-    layers, dense_size, hidden_size = _dense_sizes(dense, family)
+    layers, dense_size, hidden_size = dense_sizes(dense, family)
     key = family.activation or ""
     activation = inner(dense.config).get(key, defaults_of(family.model_type).get(key))
     kind = mlp_kind(parts_of(family.mlp), activation)
@@ -150,7 +150,7 @@ def _num_layers(moe: Checkpoint, target: Target) -> int:
     return target.count(config, "num_hidden_layers") if count is None else count
 
 
-def _dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
+def dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
     """Return the layers that have an MLP, I and H, from the tensors themselves."""
     tensors = read_tensors(dense)
     for name, entry in tensors.items():

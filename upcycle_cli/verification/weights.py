@@ -12,8 +12,9 @@ holds shard s of group g.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -26,6 +27,7 @@ from upcycle_cli.verification.disorder import order_failures
 from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
 from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.merged import MeanReader, by_model, rest_reader
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.places import Experts
 from upcycle_cli.verification.recipes import DRAWN
@@ -54,43 +56,28 @@ class _Wanted:
 
 
 def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[int]]:
-    """Check every tensor of the MoE against the dense model.
+    """Check every tensor of the MoE against the dense model, or each group against its own.
 
     Returns the layers, too, whose experts are bit for bit what they should be: there the copies of
     a shard are the same bytes.
     """
-    findings = Findings()
-    placed = Experts.of(facts)
-    wanted = _wanted(facts, placed)
-    sound = set(_sound(facts, wanted, findings))
-    with facts.dense.reader() as dense, facts.moe.reader() as moe:
-        with one_thread():
-            factors = recover_factors(facts)
-        by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
-        neurons = Neurons(facts, dense, moe, by_part)
-        comparison = _Comparison(facts, dense, moe, findings, neurons)
-        comparison.factors(factors)
-        copies = {name: item.copy for name, item in wanted.items() if item.copy is not None}
-        scan = Scan(facts, placed, dense, moe, comparison.rounding, watch, neurons)
-        comparison.differing |= scan.run(
-            sound, {name: copies[name] for name in copies if name in sound}, factors
-        )
-        copied = set()
-        for layer in facts.layers:
-            before = len(findings)
-            for part in facts.parts:
-                if (part, layer) in comparison.differing:
-                    comparison.experts(part, layer, by_part[part], sound)
-            alike = layer not in neurons.uneven and placed.names(layer).keys() <= sound
-            if len(findings) == before and alike:
-                copied.add(layer)
-            if facts.router_name(layer) in sound:
-                with one_thread():
-                    comparison.router(layer)
-        for name, item in wanted.items():
-            if name in sound:
-                comparison.other(name, item)
-    rounding = comparison.rounding
+    findings, rounding = Findings(), Rounding()
+    wanted = _wanted(facts, Experts.of(facts))
+    sound = {name: wanted[name] for name in _sound(facts, wanted, findings)}
+    reordered = 0
+    with facts.moe.reader() as moe:
+        for one in by_model(facts):
+            with one.dense.reader() as dense:
+                comparison = _Comparison.of(one, dense, moe, findings, rounding)
+                factors, rest = comparison.factors, None if facts.merged else sound
+                copied = comparison.run(sound, watch, rest=rest)
+            reordered += sum(comparison.neurons.reordered.values())
+        if facts.merged is not None:
+            copied = set()  # no expert is another one's copy
+            with rest_reader(facts) as dense:
+                no_groups = replace(facts, only=())
+                comparison = _Comparison.of(no_groups, dense, moe, findings, rounding, factors)
+                comparison.run(sound, watch, rest=sound)
     for failure in (*dtype_failures(facts), *rounding.failures()):
         findings.add(failure)
     matrices = facts.kind.matrices
@@ -102,13 +89,13 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
         "gates_factor": factors["config"],
         "c": facts.implied.needed_c,
         "groups_checked": facts.expansion * len(facts.layers),
-        "reordered_groups": sum(neurons.reordered.values()),
+        "reordered_groups": reordered,
         "tensors_compared": len(sound),
         "lossless": lossless,
         "rounding_error": rounding.error,
         "zeroed_share": rounding.zeroed,
     }
-    detail = _passed_detail(facts, factors, lossless=lossless, reordered=bool(neurons.reordered))
+    detail = _passed_detail(facts, factors, lossless=lossless, reordered=bool(reordered))
     return findings.result(NAME, detail, metrics), frozenset(copied)
 
 
@@ -128,13 +115,13 @@ def _passed_detail(
         if facts.recipe.virtual_groups
         else "All router rows differ"
     )
-    experts = "Every expert is its shard of the dense MLP"
+    of = "the dense MLP" if facts.merged is None else "its own model's MLP"
+    experts = f"Every expert is its shard of {of}"
     if reordered:
-        experts = "The experts of each virtual group have every neuron of the dense MLP once"
-    return (
-        f"{experts}, bit for bit ({shown}; {end}). {routers}. "
-        "All other tensors equal the dense model's."
-    )
+        experts = f"The experts of each virtual group have every neuron of {of} once"
+    mean = facts.merged is not None and facts.merged.mean
+    rest = "are the mean of all models'" if mean else "equal the dense model's"
+    return f"{experts}, bit for bit ({shown}; {end}). {routers}. All other tensors {rest}."
 
 
 def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
@@ -202,16 +189,66 @@ class _Comparison:
     """Compares tensors and notes what it finds."""
 
     facts: Facts
-    dense: Reader
+    dense: Reader | MeanReader
     moe: Reader
     findings: Findings
+    rounding: Rounding
+    factors: Mapping[str, float]
     neurons: Neurons
-    rounding: Rounding = field(default_factory=Rounding)
     differing: set[Key] = field(default_factory=set)
     """What holds other bytes than the dense model, and is to be put in words."""
 
-    def factors(self, factors: Mapping[str, float]) -> None:
+    @classmethod
+    def of(
+        cls,
+        facts: Facts,
+        dense: Reader | MeanReader,
+        moe: Reader,
+        findings: Findings,
+        rounding: Rounding,
+        factors: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Begin with the factors on the experts, which are recovered unless they are known."""
+        if factors is None:
+            with one_thread():
+                factors = recover_factors(facts)
+        by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
+        neurons = Neurons(facts, dense, moe, by_part)
+        return cls(facts, dense, moe, findings, rounding, factors, neurons)
+
+    def run(
+        self, sound: Collection[str], watch: Watch, *, rest: Mapping[str, _Wanted] | None
+    ) -> set[int]:
+        """Compare the experts of the groups in view, and `rest`, which experts are no part of.
+
+        Returns the layers whose experts are what they should be, and alike.
+        """
+        facts, neurons, copied = self.facts, self.neurons, set[int]()
+        if facts.groups:
+            self.check_factors()
+        items = {} if rest is None else rest
+        copies = {name: item.copy for name, item in items.items() if item.copy is not None}
+        placed = Experts.of(facts)
+        scan = Scan(facts, placed, self.dense, self.moe, self.rounding, watch, neurons)
+        self.differing |= scan.run({*sound}, copies, self.factors)
+        for layer in facts.layers:
+            before = len(self.findings)
+            for part in facts.parts:
+                if (part, layer) in self.differing:
+                    self.experts(part, layer, neurons.factors[part], sound)
+            alike = layer not in neurons.uneven and placed.names(layer).keys() <= {*sound}
+            if len(self.findings) == before and alike:
+                copied.add(layer)
+            if facts.router_name(layer) in items:
+                with one_thread():
+                    self.router(layer)
+        for name, item in items.items():
+            self.other(name, item)
+        return copied
+
+    def check_factors(self) -> None:
         """Hold the recovered factors against config.json and the rule of the scaling."""
+        factors = self.factors
         unknown = [matrix for matrix, factor in factors.items() if math.isnan(factor)]
         if unknown:
             self.findings.add(f"the factor of {' and '.join(unknown)} cannot be recovered")
@@ -223,7 +260,7 @@ class _Comparison:
         if failure is not None:
             self.findings.add(failure)
 
-    def experts(self, part: str, layer: int, factor: float, sound: set[str]) -> None:
+    def experts(self, part: str, layer: int, factor: float, sound: Collection[str]) -> None:
         """Compare one part of all experts of a layer with the dense model's shards.
 
         A group that is not made of them may have its neurons in an order of its own.
@@ -235,7 +272,8 @@ class _Comparison:
         # once, which makes comparing its E copies several times faster for the columns of down.
         scaled: dict[torch.dtype, list[torch.Tensor]] = {}
         reordered: dict[int, list[str] | None] = {}
-        for expert in range(facts.num_experts):
+        origin = "" if facts.only is None else f", of {facts.dense.name}"
+        for expert in facts.experts:
             place = facts.place(part, layer, expert)
             if place.tensor not in sound:
                 continue
@@ -255,7 +293,9 @@ class _Comparison:
                 for failure in reordered[group] or ():
                     self.findings.add(failure)
             if reordered[group] is None:
-                self.findings.add(lambda: _expert_failure(place, held, shards, own))  # noqa: B023
+                self.findings.add(
+                    lambda: _expert_failure(place, held, shards, own) + origin  # noqa: B023
+                )
 
     def router(self, layer: int) -> None:
         """Check that rows are finite, equal inside a group and different between groups."""

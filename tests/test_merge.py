@@ -1,0 +1,533 @@
+"""Several dense models in one mixture of experts: whose each group is, and who is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+from conftest import (
+    LAYOUTS,
+    REMOVED,
+    MakeDense,
+    RunCli,
+    RunOnHub,
+    clone,
+    contents,
+    read_json,
+    read_tensors,
+    snapshot,
+    validate_json,
+    write_json,
+)
+from safetensors.torch import load_file, save_file
+
+from upcycle_cli import (
+    MergeRequest,
+    Options,
+    Recipe,
+    UpcycleError,
+    WriteOptions,
+    convert,
+    open_checkpoint,
+    verify,
+)
+from upcycle_cli.arithmetic import evaluate
+from upcycle_cli.conversion import execute
+from upcycle_cli.expr import Mean, Source
+from upcycle_cli.merge import Rest
+from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.recipe import ExpertLayout, Routing
+from upcycle_cli.verification import CheckResult
+
+if TYPE_CHECKING:
+    from hub.server import Hub
+
+Tensors = dict[str, torch.Tensor]
+INTERMEDIATE = 48
+EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+DENSE_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def edit(path: Path, change: Callable[[Tensors], object]) -> Path:
+    """Change the tensors of a checkpoint of one file."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return path
+
+
+def reseed(seed: int) -> Callable[[Tensors], None]:
+    """Give every tensor other values of about the same size."""
+
+    def change(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in tensors.items():
+            noise = torch.randn(tensor.shape, generator=generator) * 0.1
+            tensors[name] = (tensor.float() * (1 + noise) + noise * 0.1).to(tensor.dtype)
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def models(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three models of one shape. Read only."""
+    first = make_dense("llama", dtype="bfloat16")
+    path = tmp_path_factory.mktemp("models")
+    return [first, *(edit(clone(first, path / name), reseed(i)) for i, name in enumerate("bc"))]
+
+
+@pytest.fixture(scope="module")
+def mixed(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six groups of two experts, of three models. Read only."""
+    path = tmp_path_factory.mktemp("mixed") / "moe"
+    recipe = Recipe(expansion=6, granularity=2, top_k=4)
+    convert(models[0], path, recipe, merge=MergeRequest(experts_from=models[1:]))
+    return path
+
+
+def weights_of(models: Sequence[Path], moe: Path, **options: Any) -> CheckResult:  # noqa: ANN401
+    first, *others = models
+    report = verify(first, moe, experts_from=others, checks=["weights"], **options)
+    return report.checks[0]
+
+
+def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = tensors[0].float()
+    for tensor in tensors[1:]:
+        total = total + tensor.float()
+    return total / len(tensors)
+
+
+# What is made ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rest", Rest)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_group_is_of_its_model(
+    models: list[Path], tmp_path: Path, layout: ExpertLayout, rest: Rest
+) -> None:
+    before = [snapshot(model) for model in models]
+    convert(
+        models[0],
+        tmp_path / "moe",
+        Recipe(expansion=6, granularity=2, top_k=2),
+        options=Options(expert_layout=layout),
+        merge=MergeRequest(experts_from=models[1:], rest=rest),
+    )
+    assert [snapshot(model) for model in models] == before
+    dense, moe = [read_tensors(model) for model in models], read_tensors(tmp_path / "moe")
+    half = INTERMEDIATE // 2
+    for layer in range(2):
+        for expert in range(12):
+            group, shard = divmod(expert, 2)
+            of, rows = dense[group % 3], slice(shard * half, (shard + 1) * half)
+            prefix = f"model.layers.{layer}.mlp."
+            gate, up = (of[f"{prefix}{n}_proj.weight"][rows] for n in ("gate", "up"))
+            down = of[f"{prefix}down_proj.weight"][:, rows]
+            if layout is ExpertLayout.FUSED:
+                experts = f"model.layers.{layer}.mlp.experts."
+                joined = torch.cat([gate, up * 2])
+                assert torch.equal(moe[f"{experts}gate_up_proj"][expert], joined)
+                assert torch.equal(moe[f"{experts}down_proj"][expert], down)
+            else:
+                for name, wanted in {"w1": gate, "w3": up * 2, "w2": down}.items():
+                    assert torch.equal(moe[EXPERT.format(layer, expert, name)], wanted)
+    for name in dense[0].keys() & moe.keys():
+        wanted = dense[0][name]
+        if rest is Rest.MEAN:
+            wanted = mean_of([each[name] for each in dense]).to(torch.bfloat16)
+            assert not torch.equal(wanted, dense[0][name])
+        assert torch.equal(moe[name], wanted)
+    assert weights_of(models, tmp_path / "moe").status == "passed"
+
+
+def test_a_mean_is_rounded_once(models: list[Path], tmp_path: Path) -> None:
+    convert(
+        models[0],
+        tmp_path / "moe",
+        Recipe(expansion=3, granularity=1, top_k=2),
+        options=Options(dtype="float32"),
+        merge=MergeRequest(experts_from=models[1:], rest=Rest.MEAN),
+    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wanted = mean_of([read_tensors(model)[name] for model in models])
+    assert torch.equal(read_tensors(tmp_path / "moe")[name], wanted)
+    assert weights_of(models, tmp_path / "moe").status == "passed"
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("shape", [(), (5,), (70_000, 3)])
+def test_means_are_those_of_torch(dtype: str, shape: tuple[int, ...]) -> None:
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(kinds["BF16"]) for _ in range(3)]
+    parts = tuple(Source(str(i), "BF16", shape) for i in range(3))
+    raw = [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    value = evaluate(Mean(parts, dtype), lambda name: memoryview(raw[int(name)]))
+    wanted = mean_of(tensors).to(kinds[dtype]).reshape(-1).view(torch.uint8)
+    assert bytes(value) == wanted.numpy().tobytes()
+
+
+def test_the_source_need_not_give_experts(models: list[Path], tmp_path: Path) -> None:
+    named = [models[2], models[1], models[2]]
+    merge = MergeRequest(experts_from=named, source_too=False)
+    convert(models[0], tmp_path / "moe", Recipe(expansion=3, granularity=1, top_k=2), merge=merge)
+    moe = read_tensors(tmp_path / "moe")
+    for expert, model in enumerate(named):
+        up = read_tensors(model)["model.layers.1.mlp.up_proj.weight"]
+        assert torch.equal(moe[EXPERT.format(1, expert, "w3")], up)
+    assert read_json(tmp_path / "moe" / "upcycle.json")["experts_from"]["groups"] == [1, 2, 1]
+    assert weights_of(models, tmp_path / "moe").status == "passed"
+
+
+def test_one_model_by_other_names_is_one_model(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(models[0])
+    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    merge = MergeRequest(experts_from=[tmp_path / "link", models[0]])
+    done = convert(models[0], tmp_path / "merged", recipe, merge=merge)
+    assert done.plan.merge is None
+    assert done.plan.promise == "exact"
+    convert(models[0], tmp_path / "plain", recipe)
+    assert contents(tmp_path / "merged") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sliced"])
+@pytest.mark.parametrize("target", ["qwen2_moe", "upcycled"])
+def test_all_checks_agree(
+    models: list[Path],
+    tmp_path: Path,
+    target: str,
+    order: Any,  # noqa: ANN401
+) -> None:
+    recipe = Recipe(
+        expansion=6, granularity=2, top_k=4, routing=Routing.SOFTMAX_TOPK, neuron_order=order
+    )
+    merge = MergeRequest(experts_from=models[1:], rest=Rest.MEAN)
+    done = convert(models[0], tmp_path / "moe", recipe, target=target, merge=merge, verify=True)
+    assert done.report is not None
+    assert done.report.status == "measured"
+    assert done.published
+    by_name = {check.name: check.status for check in done.report.checks}
+    assert by_name.pop("outputs") == "measured"
+    assert {*by_name.values()} == {"passed"}
+
+
+# What is verified --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [[0, 1, 2], [0, 2, 1]], ids=str)
+def test_models_are_known_whatever_their_order(
+    models: list[Path], mixed: Path, given: list[int]
+) -> None:
+    assert weights_of([models[i] for i in given], mixed).status == "passed"
+
+
+@pytest.mark.parametrize("group", range(6))
+def test_damage_to_any_group_is_found(
+    models: list[Path], mixed: Path, tmp_path: Path, group: int
+) -> None:
+    moe = clone(mixed, tmp_path / "moe")
+    name = EXPERT.format(1, 2 * group + 1, ("w1", "w2", "w3")[group % 3])
+
+    def damage(tensors: Tensors) -> None:
+        tensors[name][3, 3] += 1
+
+    edit(moe, damage)
+    found = weights_of(models, moe)
+    assert found.status == "failed"
+    [failure] = found.failures
+    assert name in failure
+    assert failure.endswith(f"of {models[group % 3].name}")
+
+
+def test_groups_in_one_anothers_place_are_found(
+    models: list[Path], mixed: Path, tmp_path: Path
+) -> None:
+    def swap(tensors: Tensors) -> None:
+        for part in DENSE_PARTS:
+            for shard in range(2):
+                one, other = (EXPERT.format(0, 2 * group + shard, part) for group in (1, 2))
+                tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    found = weights_of(models, edit(clone(mixed, tmp_path / "moe"), swap))
+    assert found.status == "failed"
+
+
+@pytest.mark.parametrize("rest", Rest)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_damage_to_the_rest_is_found(
+    models: list[Path], tmp_path: Path, rest: Rest, name: str
+) -> None:
+    merge = MergeRequest(experts_from=models[1:], rest=rest)
+    recipe = Recipe(expansion=3, granularity=1, top_k=2)
+    convert(models[0], tmp_path / "moe", recipe, merge=merge)
+    of_b = read_tensors(models[1])[name]
+    edit(tmp_path / "moe", lambda tensors: tensors.update({name: of_b}))
+    found = weights_of(models, tmp_path / "moe")
+    assert found.status == "failed"
+    assert name in found.failures[0]
+
+
+def test_without_a_record_groups_take_turns(
+    models: list[Path], mixed: Path, tmp_path: Path
+) -> None:
+    moe = clone(mixed, tmp_path / "moe")
+    (moe / "upcycle.json").unlink()
+    assert weights_of(models, moe, allow_inexact=True).status == "passed"
+    wrong = [models[0], models[2], models[1]]
+    assert weights_of(wrong, moe, allow_inexact=True).status == "failed"
+
+
+def test_other_models_than_the_recorded_are_refused(
+    models: list[Path], mixed: Path, tmp_path: Path
+) -> None:
+    other = edit(clone(models[1], tmp_path / "d"), reseed(9))
+    for given, words in (
+        ([], "only"),
+        ([models[1]], "none of the models that are given is 'c'"),
+        ([other, models[2]], "none of the models that are given is 'b'"),
+        ([*models[1:], other], f"no expert is of {other}"),
+    ):
+        with pytest.raises(UpcycleError, match=words):
+            verify(models[0], mixed, experts_from=given)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(None, [], {}, {"groups": [0, 1, 2, 3, 0, 1]}, {"groups": [0, 1]}, {"rest": "last"}),
+        *({"models": "b"}, {"models": []}, {"groups": [0, 1, 2, -1, 0, 1]}),
+    ],
+    ids=str,
+)
+def test_a_record_that_makes_no_sense_is_damage(
+    models: list[Path],
+    mixed: Path,
+    tmp_path: Path,
+    record: Any,  # noqa: ANN401
+) -> None:
+    moe = clone(mixed, tmp_path / "moe")
+    held = read_json(moe / "upcycle.json")
+    sound = held["experts_from"]
+    held["experts_from"] = sound | record if isinstance(record, dict) and record else record
+    write_json(moe / "upcycle.json", held)
+    report = verify(models[0], moe, experts_from=models[1:], checks=["claims"])
+    assert report.status == "failed"
+
+
+def test_a_claim_of_equality_is_found(models: list[Path], mixed: Path, tmp_path: Path) -> None:
+    moe = clone(mixed, tmp_path / "moe")
+    write_json(moe / "upcycle.json", read_json(moe / "upcycle.json") | {"promise": "exact"})
+    report = verify(models[0], moe, experts_from=models[1:], checks=["claims"])
+    assert any("promise is 'exact'" in failure for failure in report.checks[0].failures)
+
+
+# Who is refused ----------------------------------------------------------------------------------
+
+
+def _tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        content = read_json(path / "tokenizer.json")
+        change(content)
+        write_json(path / "tokenizer.json", content)
+
+    return spoil
+
+
+def _config(**changes: object) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        write_json(path / "config.json", read_json(path / "config.json") | changes)
+
+    return spoil
+
+
+def _swap_tokens(content: dict[str, Any]) -> None:
+    vocab = content["model"]["vocab"]
+    one, other = [*vocab][-2:]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "family": (_config(model_type="mistral"), ("is a mistral, and", "one family")),
+    "rope": (_config(rope_parameters={"rope_theta": 5e5}), ("rope_theta is 500000.0", "10000.0")),
+    "norm": (_config(rms_norm_eps=1e-3), ("rms_norm_eps is 0.001",)),
+    "heads": (_config(num_key_value_heads=4), ("shape",)),
+    "tokens": (_tokenizer(_swap_tokens), ("tokenizer of", "here")),
+    "more tokens": (
+        _tokenizer(lambda content: content["model"]["vocab"].update({"zz": 999})),
+        ("it has 1 tokens more, such as 'zz'",),
+    ),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("no tokenizer",)),
+    "dtype": (
+        lambda p: edit(p, lambda t: t.update({n: x.float() for n, x in t.items()})),
+        ("is F32 in", "BF16", "--dtype"),
+    ),
+    "lacks": (lambda p: edit(p, lambda t: t.pop("model.norm.weight")), ("lacks model.norm",)),
+    "moe": (_config(model_type="mixtral", num_local_experts=4), ("mixture of experts already",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_kind_of_model_is_refused(models: list[Path], tmp_path: Path, case: str) -> None:
+    spoil, words = REFUSED[case]
+    other = clone(models[1], tmp_path / "other")
+    spoil(other)
+    merge = MergeRequest(experts_from=[other])
+    with pytest.raises(UpcycleError) as caught:
+        convert(
+            models[0], tmp_path / "moe", Recipe(expansion=2, granularity=1, top_k=1), merge=merge
+        )
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(tmp_path.glob("moe*"))
+
+
+def test_what_no_forward_pass_reads_may_differ(models: list[Path], tmp_path: Path) -> None:
+    other = clone(
+        models[1],
+        tmp_path / "other",
+        eos_token_id=7,
+        max_position_embeddings=999,
+        use_cache=REMOVED,
+    )
+    merge = MergeRequest(experts_from=[other])
+    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    assert convert(models[0], tmp_path / "moe", recipe, merge=merge).published
+
+
+def test_an_expansion_that_does_not_fit_is_refused(models: list[Path], tmp_path: Path) -> None:
+    merge = MergeRequest(experts_from=models[1:])
+    with pytest.raises(UpcycleError, match="4 is not a multiple of the 3 models") as caught:
+        convert(models[0], tmp_path / "m", Recipe(expansion=4, granularity=1, top_k=2), merge=merge)
+    assert "3 or 6" in str(caught.value)
+
+
+def test_no_source_is_written_into(models: list[Path], tmp_path: Path) -> None:
+    other = clone(models[1], tmp_path / "other")
+    merge = MergeRequest(experts_from=[other])
+    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    for output in (other, other / "moe", tmp_path):
+        before = snapshot(other)
+        with pytest.raises(UpcycleError, match="source"):
+            convert(models[0], output, recipe, merge=merge, overwrite=True)
+        assert snapshot(other) == before
+
+
+# Safety ------------------------------------------------------------------------------------------
+
+
+def plan_of(models: Sequence[Path], expansion: int = 2) -> Plan:
+    first, *others = models
+    source = open_checkpoint(first)
+    merge = MergeRequest(experts_from=others).open(source)
+    recipe, options = (
+        Recipe(expansion=expansion, granularity=1, top_k=1),
+        Options(max_shard_bytes=20_000),
+    )
+    return build_plan(recipe, source, options=options, merge=merge)
+
+
+def test_the_digest_is_of_every_source(models: list[Path], tmp_path: Path) -> None:
+    other = clone(models[1], tmp_path / "other")
+    shutil.copystat(models[1] / "model.safetensors", other / "model.safetensors")
+    first = plan_of([models[0], other]).digest
+    assert plan_of([models[0], other]).digest == first
+    os.utime(other / "model.safetensors", ns=(1, 1))
+    assert plan_of([models[0], other]).digest != first
+    assert plan_of([models[0], models[1]]).digest != plan_of([models[0], models[2]]).digest
+
+
+def test_a_model_that_changes_meanwhile_is_refused(models: list[Path], tmp_path: Path) -> None:
+    other = clone(models[1], tmp_path / "other")
+    plan = plan_of([models[0], other])
+    os.utime(other / "model.safetensors", ns=(1, 1))
+    with pytest.raises(UpcycleError, match="changed"):
+        execute(plan, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_conversion_that_was_stopped_goes_on(models: list[Path], tmp_path: Path) -> None:
+    told = 0
+
+    def stop(nbytes: int) -> None:
+        nonlocal told
+        told += nbytes
+        if told > 60_000:
+            raise KeyboardInterrupt
+
+    plan, one = plan_of(models[:2]), WriteOptions(workers=1)
+    execute(plan, tmp_path / "reference")
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "moe", writing=one, progress=stop)
+    assert not (tmp_path / "moe").exists()
+    done = execute(plan_of(models[:2]), tmp_path / "moe", writing=one)
+    assert 0 < done.reused_bytes < plan.nbytes
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+    assert execute(plan, tmp_path / "moe").already_done
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def test_on_the_command_line(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
+    first, *others = models
+    given = [each for other in others for each in ("--experts-from", other)]
+    options = ["--recipe", "E3G1T2", "--rest", "mean", *given, "--save-config", "u.toml"]
+    done = run_cli("convert", first, "moe", *options, "--json", cwd=tmp_path)
+    found = validate_json("convert", done.stdout)
+    assert found["promise"] == "none"
+    assert found["experts_from"]["groups"] == [0, 1, 2]
+    assert found["experts_from"]["rest"] == "mean"
+    assert [model["name"] for model in found["experts_from"]["models"]] == ["b", "c"]
+    again = run_cli("convert", "--config", "u.toml", "other", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["plan_sha256"] == found["plan_sha256"]
+    verified = run_cli("verify", first, "moe", *given, "--checks", "weights,claims", cwd=tmp_path)
+    assert verified.returncode == 1  # nothing is promised
+    assert "failed" not in verified.stdout
+    accepted = run_cli(
+        "verify", first, "moe", *given, "--checks", "weights", "--allow-inexact", cwd=tmp_path
+    )
+    assert accepted.returncode == 0
+
+
+@pytest.mark.parametrize("options", [("--rest", "mean"), ("--no-source-experts",)])
+def test_options_for_several_models_need_some(
+    models: list[Path], tmp_path: Path, run_cli: RunCli, options: Sequence[str]
+) -> None:
+    done = run_cli("convert", models[0], tmp_path / "moe", "-r", "E2G1T1", *options)
+    assert done.returncode == 2
+    assert "--experts-from" in done.stderr
+
+
+def test_models_on_the_hub(hub: Hub, run: RunOnHub, models: list[Path], tmp_path: Path) -> None:
+    commits = [hub.store.upload(f"acme/{name}", m) for name, m in zip("abc", models, strict=True)]
+    others = ["--experts-from", f"acme/b@{commits[1]}", "--experts-from", "acme/c"]
+    said = run("convert", "acme/a", "out", "-r", "E3G1T2", *others).stderr
+    assert "acme/a, acme/b, acme/c" in " ".join(said.split())
+    assert f"--experts-from acme/c@{commits[2]}" in " ".join(said.split())
+    recorded = read_json(tmp_path / "out" / "upcycle.json")["experts_from"]["models"]
+    assert [each["revision"] for each in recorded] == commits[1:]
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == ["acme/a", "acme/b", "acme/c"]
+    assert front["base_model_relation"] == "merge"
+    run("verify", "acme/a", "out", *others, "--checks", "weights,claims", "--allow-inexact")
+
+
+def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: Path) -> None:
+    other = clone(models[1], tmp_path / "other")
+    (other / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    done = convert(models[0], tmp_path / "moe", recipe, merge=MergeRequest(experts_from=[other]))
+    assert "license" not in yaml.safe_load((tmp_path / "moe/README.md").read_text().split("---")[1])
+    assert any("cc-by-nc-4.0" in note for note in done.plan.carried.notes)
+    same = convert(models[0], tmp_path / "s", recipe, merge=MergeRequest(experts_from=models[1:2]))
+    assert same.plan.carried.values["license"] == "apache-2.0"
