@@ -981,6 +981,19 @@ def test_fused_experts_are_not_for_everyone(target: str) -> None:
     )
 
 
+def test_what_leaves_out_the_factor_on_gates_is_right_where_experts_hold_it() -> None:
+    facts: Any = {"tied": True, "fused": False, "plain_attention": True}
+    routing = Routing.SIGMOID_TOPK
+    by_config = engines("lfm2_moe", routing, **facts)
+    by_experts = engines("lfm2_moe", routing, **facts, scaled=False)
+    assert Engine("llama.cpp", Support.BALANCED_OR_WRONG) in by_config
+    assert Engine("llama.cpp", RUNS) in by_experts
+    assert Engine("vLLM", WRONG) in by_experts
+    # Of other attention only transformers was tried.
+    odd = engines("lfm2_moe", routing, **{**facts, "plain_attention": False})
+    assert [engine.name for engine in odd] == ["transformers", "transformers 4"]
+
+
 def test_no_layout_helps_where_the_routing_is_another() -> None:
     wrong = engines("qwen2_moe", Routing.TOPK_SOFTMAX, tied=True, fused=True, plain_attention=True)
     assert {Engine("llama.cpp", WRONG), Engine("MLX", WRONG)} <= set(wrong)

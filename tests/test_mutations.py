@@ -98,6 +98,12 @@ EQUIVALENT: Mapping[str, str] = {
     rf"({'|'.join(SIGMOID)}) settings: without norm_topk_prob": "its routing says it as well",
     r"granitemoe_swa settings: without .*": "the source has the key, or the default is the same",
     r"hy_v3 settings: without num_shared_experts": "it is the default",
+    r"(hy_v3|solar_open|deepseek_v3) settings: without "
+    r"(qk_norm|route_norm|first_k_dense_replace|partial_rotary_factor|topk_method|scoring_func)": (
+        "it is for engines, which say themselves that they need it"
+    ),
+    r"hy_v3 keys: expert_size_too: None": "it is for one of them",
+    r"hy_v3 layers: MLP_TYPES": "it lacks but what is for one of them",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"dots1 settings: without .*": "the source has the key, with the same meaning",
     r"cohere2_moe keys: routing: .*": "gates sum to 1 in either way",
@@ -490,6 +496,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "expert_size": lambda value, _: _others(
             value, "intermediate_size", "moe_intermediate_size", f"{value}_x"
         ),
+        "expert_size_too": lambda value, _: _others(value, None, "moe_size"),
         "dense_size": lambda value, _: iter([("another", f"{value}_x")]),
         "routing": lambda value, _: _routing_key(value),
         "scale": lambda value, _: _others(value, None, "routed_scaling_factor", "scale"),

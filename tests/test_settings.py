@@ -26,9 +26,10 @@ from conftest import (
     write_json,
 )
 
-from upcycle_cli import Options, Recipe, convert, inspect
+from upcycle_cli import Options, Recipe, convert, inspect, verify
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import Routing, parse_recipe_name
+from upcycle_cli.verification import Status
 
 ROUNDING = 1e-5
 EXACT_PAIRS = [("llama", "mixtral"), ("qwen2", "qwen2_moe")]
@@ -545,3 +546,53 @@ def test_a_record_of_the_conversion_is_enough_to_repeat_it(
     one, two = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+FOR_ENGINES = (
+    ("youtu", "deepseek_v3", {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    (
+        "qwen3",
+        "hy_v3",
+        {"first_k_dense_replace": 1, "expert_hidden_dim": 24, "qk_norm": True, "route_norm": True},
+    ),
+    ("llama", "solar_open", {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}),
+)
+"""Keys that no class of transformers reads, and an engine asks for."""
+OTHER_VALUES: dict[str, Any] = {
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "first_k_dense_replace": 2,
+    "expert_hidden_dim": 48,
+    "qk_norm": False,
+    "route_norm": False,
+    "partial_rotary_factor": 0.5,
+}
+
+
+@pytest.mark.parametrize(("model_type", "target", "keys"), FOR_ENGINES, ids=str)
+def test_what_engines_ask_for(
+    make_dense: MakeDense, tmp_path: Path, model_type: str, target: str, keys: dict[str, Any]
+) -> None:
+    """It is said, transformers does not mind, and saying something else is found."""
+    dense, moe = make_dense(model_type), tmp_path / "moe"
+    layers = "1-" if target == "hy_v3" else None
+    convert(dense, moe, recipe("E2G2T2", Routing.SIGMOID_TOPK, layers=layers), target=target)
+    written = read_json(moe / "config.json")
+    assert written.items() >= keys.items()
+    assert verify(dense, moe).passed
+    for key in keys:
+        write_json(moe / "config.json", written | {key: OTHER_VALUES[key]})
+        report = verify(dense, moe, checks=("structure",))
+        assert report.checks[0].status is Status.FAILED, (key, report)
+
+
+def test_a_dense_layer_behind_experts_is_not_said_to_be_the_first(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense, moe = make_dense("qwen3"), tmp_path / "moe"
+    convert(dense, moe, recipe("E2G2T2", Routing.SIGMOID_TOPK, layers="0"), target="hy_v3")
+    written = read_json(moe / "config.json")
+    assert "first_k_dense_replace" not in written
+    write_json(moe / "config.json", written | {"first_k_dense_replace": 1})
+    report = verify(dense, moe, checks=("structure",))
+    assert report.checks[0].status is Status.FAILED

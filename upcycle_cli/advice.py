@@ -52,6 +52,11 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"{engine.name} loads {plan.family.target.model_type} with a head that shares the "
                 "embedding but computes something else; --untie-embeddings writes the head."
             )
+        if engine.support is Support.BALANCED_OR_WRONG:
+            yield (
+                f"{engine.name} leaves out the factor on gates of {plan.family.target.model_type}, "
+                "and computes something else; --scale-split balanced has the experts hold it."
+            )
         if engine.support is Support.WRONG:
             yield (
                 f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "

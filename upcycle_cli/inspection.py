@@ -152,6 +152,7 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
             fused=fused,
             plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
             every_layer=experts.every_layer,
+            scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
             wrapped=target.inside is not None,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),

@@ -168,6 +168,7 @@ class Planned(ABC):
             fused=self.expert_layout is ExpertLayout.FUSED,
             plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
             every_layer=self.every_layer,
+            scaled=config.get(self.target.keys.scale or "", 1.0) != 1.0,
             wrapped=self.target.inside is not None,
         )
 

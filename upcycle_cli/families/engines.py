@@ -29,6 +29,7 @@ class Support(StrEnum):
     PER_EXPERT_OR_WRONG = "computes something else without --expert-layout per-expert"
     UNTIED_ONLY = "needs --untie-embeddings"
     UNTIED_OR_WRONG = "computes something else without --untie-embeddings"
+    BALANCED_OR_WRONG = "computes something else without --scale-split balanced"
     WRONG = "loads, computes something else"
     REFUSES = "does not load it"
 
@@ -63,6 +64,10 @@ _OTHERWISE: Mapping[str, Support] = {
 }
 
 
+_LEAVES_OUT_SCALE = {("lfm2_moe", "llama.cpp")}
+"""Where a config's factor on gates is ignored, and nothing else is wrong."""
+
+
 def engines(
     target: str,
     routing: Routing,
@@ -71,6 +76,7 @@ def engines(
     fused: bool,
     plain_attention: bool,
     every_layer: bool = True,
+    scaled: bool = True,
     wrapped: bool = False,
 ) -> tuple[Engine, ...]:
     """Return what is known of each engine; one that is not listed was not tried.
@@ -78,9 +84,9 @@ def engines(
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
     embeddings turn all of a head, not stretched: of anything else, only transformers was tried.
-    `every_layer` says that no dense MLP is left. Of a text model inside of another (`wrapped`),
-    too, only transformers was tried. "transformers" is its version 5, which runs all;
-    "transformers 4" is listed where it differs.
+    `every_layer` says that no dense MLP is left, `scaled` that c is in the config. Of a text model
+    inside of another (`wrapped`), too, only transformers was tried. "transformers" is its version
+    5, which runs all; "transformers 4" is listed where it differs.
     """
     # Shipped code has one layout.
     fused = fused and not target.startswith(UPCYCLED_PREFIX)
@@ -88,6 +94,11 @@ def engines(
     found = [Engine("transformers", Support.RUNS)]
     for name in () if wrapped else ENGINES:
         known = {TIED: SAME, **_verdicts(target, name)}
+        if (target, name) in _LEAVES_OUT_SCALE:
+            if scaled and plain_attention:
+                found.append(Engine(name, Support.BALANCED_OR_WRONG))
+                continue
+            known[str(routing)] = SAME
         met = [(part, known.get(part)) for part, applies in parts.items() if applies]
         wrong = [
             _MEANS.get((part, verdict), _OTHERWISE[verdict])

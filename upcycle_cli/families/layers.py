@@ -105,6 +105,10 @@ def _only_all(layers: Sequence[int], count: int) -> str | None:
     return "all its layers are mixtures of experts" if len(layers) < count else None
 
 
+def _are_last(layers: Sequence[int], count: int) -> bool:
+    return list(layers) == list(range(count - len(layers), count))
+
+
 def _first_dense(key: str) -> LayerChoice:
     """Return the choice of configs that say how many of the first layers are dense."""
 
@@ -115,7 +119,7 @@ def _first_dense(key: str) -> LayerChoice:
         return tuple(range(first, count))
 
     def objection(layers: Sequence[int], count: int) -> str | None:
-        if list(layers) == list(range(count - len(layers), count)):
+        if _are_last(layers, count):
             return None
         return f"its dense layers can only be the first ones ({key})"
 
@@ -235,6 +239,14 @@ MLP_TYPES = LayerChoice(
     },
     _sparse,
     ("mlp_layer_types",),
+)
+MLP_TYPES_TOO = replace(
+    MLP_TYPES,
+    write=lambda layers, kinds: {
+        **MLP_TYPES.write(layers, kinds),
+        # What vLLM reads, where it can be said.
+        **(FIRST_K_DENSE.write(layers, kinds) if _are_last(layers, len(kinds)) else {}),
+    },
 )
 ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

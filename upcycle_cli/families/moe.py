@@ -54,6 +54,8 @@ class Keys:
     """Other names of the same, which some version of transformers writes."""
     top_k: str = "num_experts_per_tok"
     expert_size: str = "moe_intermediate_size"
+    expert_size_too: str | None = None
+    """Another name of the same, which some engine reads."""
     dense_size: str = "intermediate_size"
     """Of layers that stay dense, where that is not the same key."""
     routing: tuple[str, Mapping[Any, Routing]] | None = None

@@ -16,6 +16,7 @@ from upcycle_cli.families.layers import (
     FIRST_K_DENSE,
     MLP_ONLY_LAYERS,
     MLP_TYPES,
+    MLP_TYPES_TOO,
     MOE_LAYERS,
     MOE_RANGE,
     NUM_DENSE_LAYERS,
@@ -168,16 +169,18 @@ _ROWS: Sequence[Target] = (
         keys=Keys(
             num_experts="num_experts",
             aliases=("num_local_experts",),
+            expert_size_too="expert_hidden_dim",
             scale="router_scaling_factor",
         ),
-        layers=MLP_TYPES,
+        layers=MLP_TYPES_TOO,
         correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
         shared=SharedExpert(
             weights=without_biases(swiglu("mlp.shared_mlp")),
             fused=without_biases(swiglu("mlp.shared_experts")),
         ),
         refusal=no_windows,
-        settings=lambda _: {"num_shared_experts": 1},
+        # The last two are for vLLM.
+        settings=lambda _: {"num_shared_experts": 1, "qk_norm": True, "route_norm": True},
     ),
     Target(
         model_type="solar_open",
@@ -185,7 +188,12 @@ _ROWS: Sequence[Target] = (
         **_DEEPSEEK,
         layers=ALL,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        settings=lambda _: dict(DEEPSEEK_SETTINGS),
+        # The last two are for MLX.
+        settings=lambda _: {
+            **DEEPSEEK_SETTINGS,
+            "first_k_dense_replace": 0,
+            "partial_rotary_factor": 1.0,
+        },
     ),
     Target(
         model_type="deepseek_v3",

@@ -69,9 +69,15 @@ def glm4_moe_settings(dense: DenseModel) -> dict[str, Any]:
 
 def deepseek_v3_settings(dense: DenseModel) -> dict[str, Any]:
     """State a size that its own config class derives, and others mostly do from other sizes."""
-    # Its head_dim is that of the rotary part, whatever the sizes of queries and values.
-    rotary = dense.values["qk_rope_head_dim"]
-    return {**DEEPSEEK_SETTINGS, "head_dim": rotary, "num_nextn_predict_layers": 0}
+    return {
+        **DEEPSEEK_SETTINGS,
+        # That of the rotary part, whatever the sizes of queries and values.
+        "head_dim": dense.values["qk_rope_head_dim"],
+        "num_nextn_predict_layers": 0,
+        # vLLM has no correction bias without the one, and a softmax without the other.
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    }
 
 
 def hybrid_settings(dense: DenseModel) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def _choices(
         keys.expert_size: dense.intermediate_size // recipe.granularity,
         **target.layers.write(layers, dense.kinds),
     }
+    if keys.expert_size_too is not None:
+        found[keys.expert_size_too] = found[keys.expert_size]
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)

@@ -42,6 +42,23 @@ _JUDGED_BY_OTHERS = frozenset(
 )
 
 
+def _num_first(facts: Facts) -> object:
+    """Return how many layers are dense where these are the first ones."""
+    first, *_ = facts.layers
+    return first if facts.layers == (*range(first, facts.num_layers),) else _ABSENT
+
+
+_FOR_ENGINES: Mapping[str, Callable[[Facts], object]] = {
+    "expert_hidden_dim": lambda facts: facts.expert_size,
+    "first_k_dense_replace": _num_first,
+    "qk_norm": lambda _: True,
+    "route_norm": lambda _: True,
+    "scoring_func": lambda _: "sigmoid",
+    "topk_method": lambda _: "noaux_tc",
+}
+"""Keys that transformers' class of an MoE may lack, and what they must say to who reads them."""
+
+
 def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> Iterator[str]:
     """Name what config.json says of the MoE alone, and must not.
 
@@ -101,6 +118,11 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     # training there is `_value_failures`.
     own_keys = {*vars(type(moe)()), *type(moe).attribute_map}
     judged |= {key for key in own_keys if not hasattr(dense, key)}
+    for key in sorted(_FOR_ENGINES.keys() & facts.moe_config.keys() - own_keys - judged):
+        value = facts.moe_config[key]
+        if not _same(value, _FOR_ENGINES[key](facts)):
+            yield f"{CONFIG_NAME}: {key} is {shown(value)}, and engines that read it go wrong"
+        judged.add(key)
     for key in {**dense.to_dict(), **facts.dense_config, **facts.moe_config}:
         if key not in judged:
             yield from _key_failures(facts, key, dense, moe)

@@ -228,7 +228,7 @@ _SPECIAL: Sequence[Case] = (
     Case("mistral", "qwen2_moe", "E8G8T8", PLAIN),
     Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
     Case("llama", "qwen2_moe", REAL_RECIPE, PLAIN, _UNTIED),
-    Case("llama", "glm4_moe", REAL_RECIPE, SIGMOID, _UNTIED),
+    *(Case("llama", name, REAL_RECIPE, SIGMOID, _UNTIED) for name in ("glm4_moe", "solar_open")),
     *(
         Case(dense, target, TINY_RECIPE, routing, _FUSED)
         for dense, target, routing in (
