@@ -1,0 +1,1 @@
+"""The parts of the experiment on training: its arms, what is measured of each, what follows."""

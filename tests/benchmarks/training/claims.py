@@ -1,0 +1,179 @@
+"""What is compared: the paper's claims, and upcycle's choices; and whether it is decided.
+
+Arms of one seed see the same tokens in the same order, so that differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from training.arms import DENSE, DENSE_LONGER
+
+ENOUGH = 3
+"""The seeds below which whatever is found is a hint."""
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t at 97.5 %, by degrees of freedom."""
+
+Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""What was measured of each arm, by seed."""
+Verdict = Literal["yes", "no", "not decided", "a hint", "not run"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether the first arm ends lower than the second."""
+
+    first: str
+    second: str
+    measure: str = "loss"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and the comparisons that bear on it."""
+
+    text: str
+    comparisons: tuple[Comparison, ...]
+
+
+def _all(*pairs: tuple[str, str], measure: str = "loss") -> tuple[Comparison, ...]:
+    return tuple(Comparison(first, second, measure) for first, second in pairs)
+
+
+PAPER = (
+    Claim(
+        "upcycled beats continued dense, at equal tokens",
+        _all(*((recipe, DENSE) for recipe in ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16"))),
+    ),
+    Claim("upcycled beats continued dense, at equal FLOPs", _all(("E8G1T2", DENSE_LONGER))),
+    Claim(
+        "weight scaling helps",
+        _all(
+            ("E4G4T8, softmax-topk τ=1 paper", "E4G4T8, softmax-topk τ=1 none"),
+            ("E4G4T8, paper", "E4G4T8, none"),
+        ),
+    ),
+    Claim(
+        "softmax-then-topk beats topk-then-softmax",
+        _all(
+            *(
+                (f"{recipe}, softmax-topk τ=1 paper", recipe)
+                for recipe in ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
+            )
+        ),
+    ),
+    Claim("finer experts are better, as many parameters being active", _all(("E8G8T16", "E8G1T2"))),
+    Claim("a higher T is better, and costs more", _all(("E8G8T16", "E8G8T8"))),
+    Claim("virtual groups help", _all(("E4G4T8", "E4G4T8, no virtual groups"))),
+    Claim(
+        "an aux loss helps; without one, experts die",
+        (
+            *_all(("E8G1T2", "E8G1T2, no aux loss")),
+            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="load_cv"),
+            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="idle_experts"),
+        ),
+    ),
+    Claim(
+        "the learning rate is to be reset to its peak",
+        _all(
+            ("E8G1T2", "E8G1T2, learning rate not reset"),
+            (DENSE, "dense, learning rate not reset"),
+        ),
+    ),
+)
+CHOICES = _all(
+    ("E8G1T2, softmax-topk τ=1", "E8G1T2, softmax-topk τ=0.001"),
+    ("E8G1T2", "E8G1T2, softmax-topk τ=1"),
+    ("E8G1T2", "E8G1T2, softmax-topk τ=0.001"),
+    ("E8G1T2, softmax-topk τ=1 measured", "E8G1T2, softmax-topk τ=1"),
+    ("E8G1T2", "E8G1T2, sigmoid-topk"),
+    ("E8G1T2", "E8G1T2, τ=0.1"),
+    ("E8G1T2, balanced", "E8G1T2"),
+    ("E8G1T2, centroids", "E8G1T2"),
+    ("E8G1T2, centroids", "E8G1T2, balanced"),
+    ("E8G1T2", "E8G1T2, aux loss pooled"),
+    ("E4G4T8", "E4G4T8, paper"),
+    ("E4G4T8, softmax-topk τ=1", "E4G4T8, softmax-topk τ=1 paper"),
+    ("E4G4T8, tied", "E4G4T8"),
+    ("E4G4T8, softmax-topk τ=0.001 tied", "E4G4T8, softmax-topk τ=0.001"),
+    ("E4G4T8", "E4G4T8, softmax-topk τ=0.001"),
+    ("E4G4T8", "E4G4T8, sigmoid-topk"),
+    ("E4G4T8, shuffled", "E4G4T8"),
+    ("E4G4T8, clustered", "E4G4T8"),
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; nan for one value."""
+        count = len(self.values)
+        if count < 2:
+            return math.nan
+        squares = sum((value - self.mean) ** 2 for value in self.values)
+        return math.sqrt(squares / (count - 1) / count)
+
+    @property
+    def margin(self) -> float:
+        """Half the 95 % interval of the mean, by Student's t."""
+        return _T.get(len(self.values) - 1, 1.96) * self.standard_error
+
+
+def runs_of(results: Mapping[str, Any]) -> Runs:
+    """Return the runs by arm and seed."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        found.setdefault(run["arm"], {})[run["seed"]] = run
+    return found
+
+
+def ends(runs: Runs, arm: str, measure: str = "loss") -> Spread:
+    """Return what an arm ends with."""
+    return Spread(tuple(run["curve"][-1][measure] for run in runs[arm].values()))
+
+
+def difference(runs: Runs, comparison: Comparison) -> Spread | None:
+    """Return the second arm's end minus the first's, by seed; None where a seed has not both."""
+    first, second = (runs.get(arm, {}) for arm in (comparison.first, comparison.second))
+    seeds = sorted(first.keys() & second.keys())
+
+    def end(arm: Mapping[int, Mapping[str, Any]], seed: int) -> float:
+        return float(arm[seed]["curve"][-1][comparison.measure])
+
+    return Spread(tuple(end(second, s) - end(first, s) for s in seeds)) if seeds else None
+
+
+def verdict(spread: Spread | None) -> Verdict:
+    """Say whether the second arm's end is higher: 95 %, without a correction for many questions."""
+    if spread is None:
+        return "not run"
+    if len(spread.values) < ENOUGH:
+        return "a hint"
+    if abs(spread.mean) <= spread.margin:
+        return "not decided"
+    return "yes" if spread.mean > 0 else "no"
+
+
+def verdict_of_all(verdicts: Sequence[Verdict]) -> str:
+    """Say what several comparisons say of a claim."""
+    kinds = {*verdicts}
+    if len(kinds) == 1:
+        return {"yes": "agrees", "no": "disagrees"}.get(verdicts[0], verdicts[0])
+    if kinds <= {"yes", "not decided"}:
+        return "agrees in part"
+    if kinds <= {"no", "not decided"}:
+        return "disagrees in part"
+    return "mixed"

@@ -1,0 +1,204 @@
+"""The experiment on training: its arms can be made, it measures what it says, its tables follow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+from conftest import MakeDense  # noqa: TC002 - pytest reads it
+from shapes import tiny_config, write_hollow
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+from training.arms import ARMS, DENSE, Arm  # noqa: E402
+from training.claims import (  # noqa: E402
+    CHOICES,
+    PAPER,
+    Comparison,
+    Spread,
+    difference,
+    runs_of,
+    verdict,
+    verdict_of_all,
+)
+from training.figures import draw  # noqa: E402
+from training.measure import Distances, Load, Routers, watching  # noqa: E402
+from training.page import BEGIN, END, tables, with_tables  # noqa: E402
+from training.run import cosine  # noqa: E402
+from training.text import rows_of  # noqa: E402
+
+from upcycle_cli import build_plan, convert, open_checkpoint  # noqa: E402
+
+WIDTH: Mapping[str, Any] = {"intermediate_size": 64}
+COMPARED = (*(each for claim in PAPER for each in claim.comparisons), *CHOICES)
+
+
+@pytest.mark.parametrize(
+    "arm", [arm for arm in ARMS.values() if arm.recipe], ids=lambda arm: arm.name
+)
+def test_an_arm_can_be_converted(arm: Arm, tmp_path: Path) -> None:
+    source = open_checkpoint(write_hollow(tmp_path / "dense", tiny_config("qwen3", **WIDTH)))
+    plan = build_plan(arm.to_recipe(seed=1), source, target=arm.target)
+    assert plan.recipe.name == arm.recipe
+    assert (plan.inputs.text is not None) == arm.calibrated
+
+
+def test_what_is_compared_is_run() -> None:
+    assert {name for each in COMPARED for name in (each.first, each.second)} <= ARMS.keys()
+
+
+def _results(seeds: int, gains: Mapping[str, float]) -> dict[str, Any]:
+    """Return results in which an arm ends lower than the others by its gain."""
+    runs = []
+    for seed in range(seeds):
+        for arm in ARMS.values():
+            end = 3.0 + 0.01 * seed - gains.get(arm.name, 0.0) * (1 + 0.1 * seed)
+            experts = {"load_cv": 0.5, "idle_experts": 0, "experts": 8}
+            experts |= {"split_share": 0.0, "apart": 0.1, "moved": 0.1}
+            curve = [
+                {"tokens": tokens, "flops": 1e6 * tokens, "loss": loss}
+                | (experts if arm.recipe else {})
+                for tokens, loss in ((0, 4.0), (1000, end))
+            ]
+            runs.append({"arm": arm.name, "seed": seed, "flops_per_token": 1e6, "curve": curve})
+    return {
+        "commit": "0123456789ab",
+        "date": "2026-11-27",
+        "machine": dict.fromkeys(("device", "threads", "python", "torch", "transformers"), "?"),
+        "scale": {
+            "dense": None,
+            "continued": 1000,
+            "context": 10,
+            "rows": 10,
+            "pretraining": 0,
+            "peak": 0.001,
+        },
+        "text": {
+            "package": "a-package",
+            "files": 2,
+            "bytes": 10,
+            "held_out_files": 1,
+            "held_out_tokens": 5,
+        },
+        "dense": {"parameters": 10, "loss": 4.0},
+        "runs": runs,
+    }
+
+
+def test_a_claim_is_decided_by_the_interval_of_three_seeds() -> None:
+    spread = Spread((0.1, 0.2, 0.3))
+    assert spread.mean == pytest.approx(0.2)
+    assert spread.standard_error == pytest.approx(0.1 / 3**0.5)
+    assert spread.margin == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert verdict(spread) == "not decided"
+    assert verdict(Spread((0.19, 0.2, 0.21))) == "yes"
+    assert verdict(Spread((-0.19, -0.2, -0.21))) == "no"
+    assert verdict(Spread((0.2, 0.2))) == "a hint"
+    assert verdict(None) == "not run"
+    assert verdict_of_all(["yes", "yes"]) == "agrees"
+    assert verdict_of_all(["no"]) == "disagrees"
+    assert verdict_of_all(["yes", "not decided"]) == "agrees in part"
+    assert verdict_of_all(["no", "yes"]) == "mixed"
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    runs = runs_of(_results(3, {"E8G1T2": 0.1}))
+    spread = difference(runs, Comparison("E8G1T2", DENSE))
+    assert spread is not None
+    assert spread.values == pytest.approx((0.1, 0.11, 0.12))
+    one_less = {**runs, "E8G1T2": {seed: runs["E8G1T2"][seed] for seed in (0, 2)}}
+    spread = difference(one_less, Comparison("E8G1T2", DENSE))
+    assert spread is not None
+    assert len(spread.values) == 2
+
+
+def test_tables_follow_from_results() -> None:
+    gains = dict.fromkeys(("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16"), 0.1)
+    text = tables(_results(3, gains))
+    assert "| E8G1T2 against dense | 0.1100 ± 0.0248 | **agrees**: yes |" in text
+    assert "| E4G4T8 against E4G4T8, no virtual groups | 0.1100 ± 0.0248 | **agrees** |" in text
+    assert "| E8G8T16 against E8G1T2 | 0.0000 ± 0.0000 | **not decided** |" in text
+    assert "**a hint**" in tables(_results(2, gains))
+    page = with_tables(f"above\n{BEGIN}\nold\n{END}\nbelow\n", _results(3, {}))
+    assert page.startswith("above\n")
+    assert page.endswith("\nbelow\n")
+    assert "old" not in page
+
+
+def test_figures_are_svg_that_depends_on_results_alone(tmp_path: Path) -> None:
+    runs = runs_of(_results(3, {"E8G1T2": 0.1}))
+    for folder in ("a", "b"):
+        draw(runs, tmp_path / folder)
+    drawn = sorted((tmp_path / "a").iterdir())
+    assert len(drawn) == 5
+    for file in drawn:
+        assert ET.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"  # noqa: S314
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+def test_balancing_loss_is_top_k_when_balanced_and_more_when_not(*, is_sigmoid: bool) -> None:
+    chosen_TK = torch.tensor([[0, 1], [2, 3]])
+    even = Routers(is_sigmoid, [(torch.zeros(2, 4), chosen_TK)] * 2)
+    assert float(even.balancing_loss()) == pytest.approx(2.0)
+    likes_the_first = (torch.tensor([[5.0, 4.0, 0.0, 0.0]] * 2), torch.tensor([[0, 1]] * 2))
+    likes_the_last = (likes_the_first[0].flip(1), torch.tensor([[3, 2]] * 2))
+    uneven = Routers(is_sigmoid, [likes_the_first, likes_the_last])
+    assert float(uneven.balancing_loss()) > 2.2
+    assert float(uneven.balancing_loss(pooled=True)) == pytest.approx(2.0)  # opposites cancel
+
+
+def test_load_counts_choices_and_groups_that_are_split() -> None:
+    load, routers = Load(granularity=2), Routers(is_sigmoid=False)
+    for chosen in ([[0, 1], [0, 1]], [[0, 1], [1, 2]]):
+        routers.records.append((torch.zeros(2, 4), torch.tensor(chosen)))
+        load.add(routers)
+    facts = load.facts()
+    assert facts["split_share"] == 0.25
+    assert facts["idle_experts"] == 1
+    assert facts["load_cv"] == pytest.approx(torch.tensor([3.0, 4, 1, 0]).std(correction=0) / 2)
+
+
+@pytest.mark.parametrize("name", ["E4G4T8", "E4G4T8, shuffled", "E4G4T8, sigmoid-topk"])
+def test_groups_are_copies_at_first_in_whatever_order(
+    make_dense: MakeDense, tmp_path: Path, name: str
+) -> None:
+    arm = ARMS[name]
+    dense = make_dense("qwen3", **WIDTH)
+    convert(dense, tmp_path / "moe", arm.to_recipe(seed=1), target=arm.target)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moe", dtype=torch.float32, trust_remote_code=True
+    )
+    ordered = arm.convert.get("neuron_order") != "shuffled"
+    distances = Distances(model, arm.granularity, ordered=ordered)
+    assert len(distances.layers) == model.config.num_hidden_layers
+    assert distances.facts() == pytest.approx({"apart": 0.0, "moved": 0.0}, abs=1e-9)
+    with torch.no_grad():
+        distances.layers[0].down_proj[0].mul_(2.0)
+    assert distances.facts()["apart"] > 1e-4
+    with watching(model, is_sigmoid=False) as routers:
+        model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+    assert [chosen_TK.shape for _, chosen_TK in routers.records] == [(5, 8)] * 2
+
+
+def test_learning_rate_rises_and_falls_to_a_tenth() -> None:
+    rates = [cosine(step / 100, 1.0) for step in range(101)]
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[0] < 0.1
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_seeds_change_the_order_of_rows_and_nothing_else() -> None:
+    tokens = torch.arange(100).numpy()
+    first, second = (rows_of(tokens, 10, seed=seed, count=10) for seed in (0, 1))
+    assert (first != second).any()
+    assert sorted(first.tolist()) == sorted(second.tolist())
+    with pytest.raises(SystemExit, match="10 rows of 10 tokens, not 11"):
+        rows_of(tokens, 10, seed=0, count=11)
