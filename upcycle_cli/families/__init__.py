@@ -16,7 +16,7 @@ from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
 from upcycle_cli.families.moe_rows import NATIVE, shipped
 from upcycle_cli.families.pieces import Pieces
-from upcycle_cli.families.refused import REFUSED
+from upcycle_cli.families.refused import NO_TARGETS, REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.wrappers import (
     INSIDE,
@@ -181,9 +181,10 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        known = target in {*NATIVE, *INSIDE, SHIPPED}
+        known = target in {*NATIVE, *INSIDE, *NO_TARGETS, SHIPPED}
+        why = NO_TARGETS.get(target) if family.model_type == target else None
         raise UpcycleError(
-            f"{family.title} cannot become {target}."
+            f"{family.title} cannot become {target}{f': {why}' if why else ''}."
             if known
             else f"--target '{target}' is not a target.",
             f"{'It' if known else family.title} can become {' or '.join(options)}.",
