@@ -27,12 +27,12 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli.families import dense_rows as families
-from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.moe_rows import FURTHER, NATIVE
 from upcycle_cli.families.wrappers import INSIDE, WRAPPERS
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
 
-DENSE, MOE = tuple(families.DENSE), tuple(NATIVE)
+DENSE, MOE = tuple(families.DENSE), (*NATIVE, *FURTHER)
 TEXTS = {*INSIDE, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
 """Text models that are inside of others alone."""
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}

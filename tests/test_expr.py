@@ -24,6 +24,7 @@ from upcycle_cli.expr import (
     Expr,
     Halves,
     Normal,
+    Pick,
     Repeat,
     Scale,
     Slice,
@@ -44,6 +45,7 @@ A = Source("a", "BF16", (4, 6))
 B = Source("b", "BF16", (4, 6))
 WIDE = Source("wide", "F32", (3, 6))
 VECTOR = Source("vector", "F16", (6,))
+STACK = Source("stack", "BF16", (2, 4, 3))
 NORM = Source("norm", "F32", (HIDDEN,))
 
 
@@ -64,7 +66,7 @@ def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {
         source.name: random_bits(source.shape, TORCH[source.dtype], generator)
-        for source in (A, B, WIDE, VECTOR)
+        for source in (A, B, WIDE, VECTOR, STACK)
     }
     return made | {"norm": torch.linspace(0.5, 2, HIDDEN)}
 
@@ -86,6 +88,10 @@ CUBE = Source("cube", "BF16", (1, 4, 6))
         (Slice(A, 0, 4, 4), ("a", 48, 48)),
         (Slice(Slice(A, 0, 2, 2), 0, 0, 0), ("a", 24, 24)),
         (Slice(VECTOR, 0, 2, 5), ("vector", 4, 10)),
+        (Pick(STACK, 1), ("stack", 24, 48)),
+        (Slice(Pick(STACK, 1), 0, 1, 3), ("stack", 30, 42)),
+        (Slice(Pick(STACK, 1), 1, 0, 1), None),
+        (Pick(Slice(STACK, 1, 0, 1), 0), None),
         (Slice(A, 1, 0, 3), None),
         (Slice(CUBE, 2, 0, 3), None),
         (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
@@ -103,7 +109,7 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
     assert stretch_of(expr) == stretch
     if stretch is not None:
         name, begin, end = stretch
-        source = {item.name: item for item in (A, VECTOR, CUBE)}[name]
+        source = {item.name: item for item in (A, VECTOR, CUBE, STACK)}[name]
         generator = torch.Generator().manual_seed(0)
         tensor = random_bits(source.shape, TORCH[source.dtype], generator)
         value = evaluate(expr, lambda _: raw_bytes(tensor))
@@ -121,6 +127,8 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Slice(A, 0, 1, 3), "BF16", (2, 6)),
         (Slice(A, 1, 2, 6), "BF16", (4, 4)),
         (Slice(A, 1, 3, 3), "BF16", (4, 0)),
+        (Pick(A, 3), "BF16", (6,)),
+        (Pick(Stack((A, B)), 1), "BF16", (4, 6)),
         (Cast(A, "F32"), "F32", (4, 6)),
         (Scale(VECTOR, 3.0), "F16", (6,)),
         (Concat((A, B, A)), "BF16", (12, 6)),
@@ -150,6 +158,9 @@ def test_the_type_is_that_of_the_value(
         Slice(A, 0, 0, 5),
         Slice(A, 0, -1, 2),
         Slice(A, 1, 3, 2),
+        Pick(A, 4),
+        Pick(A, -1),
+        Pick(Pick(A, 0), 6),
         Concat((A, WIDE)),  # dtypes differ
         Concat((A, Slice(A, 1, 0, 3))),  # rows differ in length
         Stack((A, Slice(A, 0, 0, 3))),
@@ -163,7 +174,9 @@ def test_the_type_is_that_of_the_value(
     ids=describe,
 )
 def test_parts_that_do_not_fit_have_no_type(expr: Expr) -> None:
-    with pytest.raises(ValueError, match=r"not inside|cannot concatenate|cannot stack|no heads"):
+    with pytest.raises(
+        ValueError, match=r"not inside|no entry|cannot concatenate|cannot stack|no heads"
+    ):
         type_of(expr)
 
 
@@ -196,6 +209,8 @@ def test_equal_expressions_are_one_key() -> None:
         ),
         (Concat((A, B)), lambda t: torch.cat([t["a"], t["b"]])),
         (Stack((A, B, A)), lambda t: torch.stack([t["a"], t["b"], t["a"]])),
+        (Pick(A, 2), lambda t: t["a"][2]),
+        (Cast(Slice(Pick(STACK, 1), 1, 0, 2), "F32"), lambda t: t["stack"][1, :, :2].float()),
         (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
         (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
         (Halves(A, 2, 2), lambda t: t["a"]),
@@ -551,6 +566,7 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Concat((A, B)), "concat(a, b)"),
         (Stack((A, B, A)), "stack(a, … 3 in all)"),
         (Repeat(A, 8), "a, each row × 8"),
+        (Slice(Pick(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
         (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),
         (Zeros("F32", (1,)), "zeros"),

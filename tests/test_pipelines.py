@@ -101,8 +101,9 @@ def test_the_schema_notices_what_it_should() -> None:
 
 def test_what_the_plan_has_every_schema_has() -> None:
     schema = json.loads((ROOT / "docs" / "schema.json").read_text())
-    plan = schema["$defs"]["plan"]
-    assert sorted(plan["required"]) == sorted(plan["properties"])
+    for kind in ("plan", "growth_plan"):
+        plan = schema["$defs"][kind]
+        assert sorted(plan["required"]) == sorted(plan["properties"])
 
 
 def test_talk_without_a_terminal_is_plain_lines(

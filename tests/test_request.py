@@ -15,6 +15,7 @@ from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.conversion import Conversion
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.request import Request, carry_out, foresee
 from upcycle_cli.writer import WriteOptions
 
@@ -29,11 +30,12 @@ class Listener(Hooks):
         self.heard: list[str] = []
         self.nbytes = 0
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: Planned) -> None:
+        assert isinstance(plan, Plan)
         self.heard.append(f"planned {plan.recipe.name}")
 
     @contextmanager
-    def writing(self, plan: Plan) -> Iterator[None]:
+    def writing(self, plan: Planned) -> Iterator[None]:
         assert plan.nbytes
         self.heard.append("writing")
         yield
@@ -62,8 +64,8 @@ def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -
 
 def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
     class Refusing(Hooks):
-        def planned(self, plan: Plan) -> None:
-            raise UpcycleError(f"not {plan.recipe.name}")
+        def planned(self, plan: Planned) -> None:
+            raise UpcycleError(f"not {plan.how['recipe']['name']}")
 
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
     with pytest.raises(UpcycleError, match="not E2G2T2"):
@@ -74,7 +76,7 @@ def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path)
 def test_what_is_foreseen_is_not_done(llama: Path, tmp_path: Path) -> None:
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
     plan, warnings = foresee(request)
-    assert (plan.recipe.name, warnings) == ("E2G2T2", [])
+    assert (plan.how["recipe"]["name"], warnings) == ("E2G2T2", [])
     assert list(tmp_path.iterdir()) == []
     carry_out(request)
     before = snapshot(tmp_path)

@@ -10,8 +10,10 @@ from typing import assert_never
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
+from upcycle_cli.growth import GrowthPlan
 from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.recipe import (
     TIE_LOGIT_STD,
     NeuronOrder,
@@ -28,8 +30,34 @@ _NOTABLE_SHARE = 1e-3
 when they vanish."""
 
 
-def warnings(plan: Plan) -> Iterator[str]:
+def warnings(plan: Planned) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
+    if isinstance(plan, Plan):
+        yield from _upcycling_warnings(plan)
+    if isinstance(plan, GrowthPlan):
+        yield from growth_notes(plan)
+    yield from plan.carried.notes
+
+
+def growth_notes(plan: GrowthPlan) -> Iterator[str]:
+    """Yield what whoever grows an MoE, and trains the result, should know."""
+    if plan.promise is Promise.NONE:
+        yield f"this promises no equality with the source: {no_growth_promise(plan)}."
+        return
+    yield (
+        "copies of an expert are chosen together and get equal gradients, so training leaves them "
+        "equal until something tells them apart: noise on their rows or weights, or a top-k that "
+        "takes some of them only."
+    )
+
+
+def no_growth_promise(plan: GrowthPlan) -> str:
+    """Say in words why a grown MoE is not the same."""
+    k, before = plan.growth.expand, plan.experts.top_k
+    return f"top-k {plan.top_k} is not {k} times the source's {before}"
+
+
+def _upcycling_warnings(plan: Plan) -> Iterator[str]:
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     if plan.promise is Promise.NONE:
         yield f"{recipe.name} promises no equality with the dense model here: {no_promise(plan)}."
@@ -67,7 +95,6 @@ def warnings(plan: Plan) -> Iterator[str]:
             "the code that the model carries (auto_map) is left out: transformers has "
             f"{plan.family.dense.model_type} itself."
         )
-    yield from plan.carried.notes
 
 
 def training_notes(plan: Plan) -> Iterator[str]:
@@ -216,7 +243,7 @@ def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
 
 
-def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
+def vanished_weights(plan: Planned, counts: Mapping[Expr, int]) -> str | None:
     """Say that weights became zero because the output dtype has nothing as small, if many did.
 
     `counts` has, by the part of an output in which they were, how many did.

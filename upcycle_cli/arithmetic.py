@@ -26,6 +26,7 @@ from upcycle_cli.expr import (
     Mean,
     Normal,
     Order,
+    Pick,
     Repeat,
     Scale,
     Slice,
@@ -128,6 +129,8 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return mean.reshape(parts[0].shape)
         case Slice(of, dim, start, stop):
             return _value(of, read, vanished)[(slice(None),) * dim + (slice(start, stop),)]
+        case Pick(of, index):
+            return _value(of, read, vanished)[index, ...]
         case Take(of):
             return _Taken.of(expr, _value(of, read, vanished)).all()
         case Cast(of, dtype):

@@ -30,7 +30,9 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
+from upcycle_cli.growth import GrowthPlan
 from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.printable import printable, shell_line
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Promise, Routing
 from upcycle_cli.storage import REPORT_NAME
@@ -58,11 +60,22 @@ _CHECK = re.compile(
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
-def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
+def model_card(plan: Planned, report: Report | None, repo: str | None = None) -> str:
     """Return the card's whole text; `report` is what verify found, `repo` where the model will be.
 
     The licence and languages are carried over from the source's own card.
     """
+    if isinstance(plan, GrowthPlan):
+        from upcycle_cli.growth_card import growth_card
+
+        text = growth_card(plan, report, repo)
+    else:
+        assert isinstance(plan, Plan)
+        text = _upcycled(plan, report, repo)
+    return f"{text}\n{_seal(text.strip())}\n"
+
+
+def _upcycled(plan: Plan, report: Report | None, repo: str | None) -> str:
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
     ships_code, wrapped = plan.family.target.ships_code, plan.family.target.inside is not None
     pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
@@ -72,15 +85,15 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
             verify_again += ["--experts-from", other.name if other.repo is None else other.place]
         verify_again.append("--allow-inexact")
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
-    card = Template((files("upcycle_cli") / "card.md").read_text(encoding="utf-8")).substitute(
-        front_matter=_front_matter(plan),
-        title=f"{_markdown(plan.source.name.split('/')[-1])} {plan.recipe.name}",
-        origin=_origins(plan),
+    return Template((files("upcycle_cli") / "card.md").read_text(encoding="utf-8")).substitute(
+        front_matter=front_matter(plan),
+        title=f"{markdown(plan.source.name.split('/')[-1])} {plan.recipe.name}",
+        origin=origins(plan),
         whose="its" if plan.merge is None else "their",
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
         experts=_experts(plan),
-        found=_found(report),
+        found=found_text(report),
         verify_again=shell_line(verify_again),
         place=json.dumps(place),
         options=", trust_remote_code=True" if ships_code else "",
@@ -89,13 +102,12 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         reads="processor" if wrapped else "tokenizer",
         code=_about_code(plan) if ships_code else "",
         trainers=_trainers(plan),
-        parallel=_any_of(expert_parallel_sizes(plan.recipe.num_experts)),
+        parallel=any_of(expert_parallel_sizes(plan.recipe.num_experts)),
         score=_score(plan),
         top_k=plan.recipe.top_k,
         notes=f"\n\n{notes}" if notes else "",
-        engines=_engines(plan, place),
+        engines=engines_text(plan, place),
     )
-    return f"{card}\n{_seal(card.strip())}\n"
 
 
 def repo_name(text: str, suffix: str = "") -> str:
@@ -141,7 +153,8 @@ def _seal(card: str) -> str:
     return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
 
 
-def _front_matter(plan: Plan) -> str:
+def front_matter(plan: Planned) -> str:
+    """Return the card's metadata as YAML."""
     import yaml  # type: ignore[import-untyped]
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
@@ -149,15 +162,15 @@ def _front_matter(plan: Plan) -> str:
     base: dict[str, object] = {"base_model": named[0]} if named else {}
     if len(named) > 1:
         base = {"base_model": named, "base_model_relation": "merge"}
-    tags = ["moe", "mixture-of-experts", "upcycling", plan.family.target.outer_type]
+    tags = ["moe", "mixture-of-experts", "upcycling", plan.target.outer_type]
     values: dict[str, object] = {**base, **plan.carried.values}
-    task = "text-generation" if plan.family.target.inside is None else "image-text-to-text"
+    task = "text-generation" if plan.target.inside is None else "image-text-to-text"
     values |= {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """Return a text as markdown that shows it."""
     text = re.sub(r"([\\`*{}\[\]|~$]|\b_|_\b)", r"\\\1", printable(text))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -171,7 +184,8 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def _origins(plan: Plan) -> str:
+def origins(plan: Planned) -> str:
+    """Return the names of the sources, and their commits where they are known."""
     *others, last = map(_origin, plan.sources)
     return f"{' '.join(others)} and {last}" if others else last
 
@@ -197,10 +211,10 @@ def _facts(plan: Plan) -> dict[str, str]:
         **_merged(plan),
         "neurons": order_text(recipe),
         "routing": f"{recipe.routing}",
-        "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
-        "parameters": f"{_billions(plan.total_parameters)} in all, "
-        f"{_billions(plan.active_parameters)} active per token "
-        f"(dense: {_billions(plan.dense_parameters)})",
+        "routers": markdown(f"{router_text(plan)}, seed {recipe.seed}"),
+        "parameters": f"{billions(plan.total_parameters)} in all, "
+        f"{billions(plan.active_parameters)} active per token "
+        f"(dense: {billions(plan.dense_parameters)})",
         "scale factors": f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})",
     }
 
@@ -208,7 +222,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 def _merged(plan: Plan) -> dict[str, str]:
     if plan.merge is None:
         return {}
-    groups, rest = map(_markdown, merged_text(plan))
+    groups, rest = map(markdown, merged_text(plan))
     return {"experts from": groups, "attention, norms, embeddings": rest}
 
 
@@ -231,14 +245,15 @@ def _experts(plan: Plan) -> str:
     return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
 
 
-def _found(report: Report | None) -> str:
+def found_text(report: Report | None) -> str:
+    """Return what verify found as a table."""
     if report is None:
         return "Not verified when it was made."
     found = (
         "What `upcycle verify` found on these files:\n\n| check | result | detail |\n|---|---|---|"
     )
     for check in report.checks:
-        detail = _markdown(" ".join(check.detail.split()))
+        detail = markdown(" ".join(check.detail.split()))
         found += f"\n| {check.name} | {check.status} | {detail} |"
     return found
 
@@ -283,7 +298,8 @@ def _trainers(plan: Plan) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in words.items())
 
 
-def _any_of(sizes: Sequence[int]) -> str:
+def any_of(sizes: Sequence[int]) -> str:
+    """Return numbers as a choice."""
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -313,15 +329,17 @@ def _balancing(plan: Plan) -> str:
     return f"{switch}, or the auxiliary loss is not applied; {weight}"
 
 
-def _engines(plan: Plan, place: str) -> str:
+def engines_text(plan: Planned, place: str) -> str:
+    """Return what is known of each engine as rows of a table, and how to serve the model."""
     text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
-            trust = " --trust-remote-code" if plan.family.target.ships_code else ""
+            trust = " --trust-remote-code" if plan.target.ships_code else ""
             lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]) + trust)
             text += f"\n\nTo serve it with {engine.name}:\n\n```sh\n{lines}\n```"
     return text
 
 
-def _billions(count: int) -> str:
+def billions(count: int) -> str:
+    """Return a number of parameters in words."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

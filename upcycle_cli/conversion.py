@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.advice import vanished_weights
 from upcycle_cli.calibration.kept import with_calibration
@@ -24,6 +24,7 @@ from upcycle_cli.hub.sources import check_space_for
 from upcycle_cli.layout import unique_bytes
 from upcycle_cli.place import check_output, check_space
 from upcycle_cli.plan import Plan, as_recorded
+from upcycle_cli.planned import Planned
 from upcycle_cli.publish import Transaction, joined, recover, transaction
 from upcycle_cli.recipe import Promise
 from upcycle_cli.team import Team
@@ -43,7 +44,8 @@ _WRITE, _NOTHING = "write", "nothing"
 class Conversion:
     """What a conversion did."""
 
-    plan: Plan
+    plan: Any
+    """What was carried out, a Planned: of an upcycling a Plan."""
     output: Path
     seconds: float
     report: Report | None
@@ -63,7 +65,7 @@ class Conversion:
 
 
 def check_before(
-    plan: Plan, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team
+    plan: Planned, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team
 ) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
     for source in plan.sources:
@@ -79,7 +81,7 @@ def check_before(
 
 
 def execute(
-    plan: Plan,
+    plan: Planned,
     output: Path,
     *,
     overwrite: bool = False,
@@ -151,7 +153,7 @@ def execute(
     )
 
 
-def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conversion:
+def _assist(plan: Planned, output: Path, writing: WriteOptions, team: Team) -> Conversion:
     """Write this rank's share of the shards; rank 0 does everything else."""
     if team.exchange(_NOTHING)[0] == _WRITE:
         workspace = joined(output, plan, durable=writing.fsync)
@@ -167,7 +169,7 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> Conv
 
 
 def _write(
-    plan: Plan,
+    plan: Planned,
     entered: AbstractContextManager[Workspace],
     writing: WriteOptions,
     team: Team,
@@ -188,7 +190,7 @@ def _write(
     return replace(total, routers={name: total.routers[name] for name in names})
 
 
-def is_finished(plan: Plan, output: Path) -> bool:
+def is_finished(plan: Planned, output: Path) -> bool:
     """Whether `output` is the complete result of this very plan."""
     if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
         return False
@@ -203,13 +205,13 @@ def is_finished(plan: Plan, output: Path) -> bool:
     return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}
 
 
-def _complete(plan: Plan, folder: Folder, written: Written) -> None:
+def _complete(plan: Planned, folder: Folder, written: Written) -> None:
     """Add everything but the weights and the card."""
     from upcycle_cli.record import record, write_index, write_json
 
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)
-    if plan.family.target.ships_code:
+    if isinstance(plan, Plan) and plan.target.ships_code:
         row = plan.family.dense.family
         code = modeling_code(row.class_names, wrapped=row.inside is not None)
         folder.write(CODE_NAME, code.encode())
@@ -222,7 +224,7 @@ def _complete(plan: Plan, folder: Folder, written: Written) -> None:
     write_json(folder, RECORD_NAME, record(plan, written.routers, folder))
 
 
-def _verify(plan: Plan, output: Path, watch: Watch | None) -> Report:
+def _verify(plan: Planned, output: Path, watch: Watch | None) -> Report:
     from upcycle_cli.verification import verify
 
     # Who has asked for a recipe that promises nothing can expect no proof.
@@ -231,7 +233,7 @@ def _verify(plan: Plan, output: Path, watch: Watch | None) -> Report:
     return verify(dense, output, experts_from=others, watch=watch, allow_inexact=inexact)
 
 
-def _verify_running(plan: Plan, running: Transaction, watch: Watch | None) -> Report:
+def _verify_running(plan: Planned, running: Transaction, watch: Watch | None) -> Report:
     try:
         # It goes by the name, and so it must be the directory's before and after.
         running.check_place()
@@ -246,7 +248,7 @@ def _verify_running(plan: Plan, running: Transaction, watch: Watch | None) -> Re
     return report
 
 
-def _write_checksums(plan: Plan, folder: Folder) -> None:
+def _write_checksums(plan: Planned, folder: Folder) -> None:
     """Write SHA256SUMS, without the card: it is edited, and names its repo once it is pushed."""
     digests = {}
     for name in (*plan.file_names, RECORD_NAME):

@@ -44,6 +44,14 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Pick:
+    """Entry `index` of the first dimension, without that dimension: one of a stack."""
+
+    of: Expr
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """A permutation of `size` neurons: drawn, a pure function of (seed, stream), or given.
 
@@ -179,6 +187,7 @@ Expr: TypeAlias = (
     Source
     | Mean
     | Slice
+    | Pick
     | Take
     | Cast
     | Scale
@@ -216,6 +225,11 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
                 raise ValueError(f"{start}:{stop} of dimension {dim} is not inside {inner}")
             shape = (*inner.shape[:dim], stop - start, *inner.shape[dim + 1 :])
             return TensorType(inner.dtype, shape)
+        case Pick(of, index):
+            inner = type_of(of)
+            if not (inner.shape and 0 <= index < inner.shape[0]):
+                raise ValueError(f"there is no entry {index} in {inner}")
+            return TensorType(inner.dtype, inner.shape[1:])
         case Take(of, dim, order, start, stop, offset):
             inner = type_of(of)
             inside = dim < len(inner.shape) <= 2 and offset + order.size <= inner.shape[dim]
@@ -271,6 +285,12 @@ def stretch_of(expr: Expr) -> tuple[str, int, int] | None:
             name, begin, _ = whole
             begin += start * ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
             return name, begin, begin + num_bytes(expr)
+        case Pick(of, index):
+            whole = stretch_of(of)
+            if whole is None:
+                return None
+            begin = whole[1] + index * num_bytes(expr)
+            return whole[0], begin, begin + num_bytes(expr)
         case _:
             return None
 
@@ -305,7 +325,9 @@ def sources(expr: Expr) -> Iterator[str]:
     match expr:
         case Source(name):
             yield name
-        case Slice(of) | Take(of) | Cast(of) | Scale(of) | Repeat(of) | Halves(of) | Alike(of=of):
+        case Slice(of) | Pick(of) | Take(of) | Cast(of) | Scale(of):
+            yield from sources(of)
+        case Repeat(of) | Halves(of) | Alike(of=of):
             yield from sources(of)
         case Concat(parts) | Stack(parts) | Mean(parts):
             for part in parts:
@@ -325,6 +347,8 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
             return name
         case Slice(of, dim, start, stop):
             return f"{describe(of)}[{':, ' * dim}{start}:{stop}]"
+        case Pick(of, index):
+            return f"{describe(of)}[{index}]"
         case Take(of, dim, order, start, stop, offset):
             places = f"{describe(of)}[{':, ' * dim}{order.stream}[{start}:{stop}]"
             return f"{places} + {offset}]" if offset else f"{places}]"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
-    from upcycle_cli.plan import Plan
+    from upcycle_cli.planned import Planned
 
 
 class Watch:
@@ -36,13 +36,13 @@ class Progress(Watch):
 class Hooks(Progress):
     """Hears how a conversion goes on, on the rank that leads; what is raised here ends it."""
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: Planned) -> None:
         """Hear what is going to be made."""
 
-    def downloading(self, plan: Plan, nbytes: int) -> None:
+    def downloading(self, plan: Planned, nbytes: int) -> None:
         """Hear how many bytes of the source are to be downloaded."""
 
-    def writing(self, plan: Plan) -> AbstractContextManager[object]:  # noqa: ARG002
+    def writing(self, plan: Planned) -> AbstractContextManager[object]:  # noqa: ARG002
         """Return what is entered while OUTPUT is written and verified."""
         return nullcontext()
 

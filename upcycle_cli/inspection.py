@@ -7,7 +7,7 @@ are whole groups, and, against the dense model, what they were multiplied by.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from upcycle_cli.families.overview import TargetFacts, becomes
 from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.growth import Growth, build_growth
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
-from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.plan import build_plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.recipe import ExpertLayout, Recipe
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `inspect` found; `plan` is there when a recipe was given for a dense model."""
+    """What `inspect` found; `plan` is there when a recipe was given, or a growth for an MoE."""
 
     checkpoint: Checkpoint
     kind: str
@@ -53,13 +55,13 @@ class Inspection:
     engines: tuple[Engine, ...] = ()
     trainers: tuple[Trainer, ...] = ()
     record: Mapping[str, Any] | None = None
-    plan: Plan | None = None
+    plan: Planned | None = None
     weights: WeightFacts | None = None
 
 
 def inspect(
     path: Path | str,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Growth | None = None,
     *,
     revision: str | None = None,
     target: str = "auto",
@@ -69,6 +71,8 @@ def inspect(
     dense: Path | str | None = None,
 ) -> Inspection:
     """Describe a checkpoint; with a recipe, describe what converting a dense one would give.
+
+    With a growth, describe what an MoE would become.
 
     `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
@@ -80,6 +84,9 @@ def inspect(
     checkpoint = open_source(path, revision)
     if weights:
         checkpoint = checkpoint.bring()
+    if isinstance(recipe, Growth):
+        plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
+        return replace(_inspect_moe(checkpoint, weights=weights, dense=dense), plan=plan)
     if is_target(checkpoint.config):
         if recipe is not None:
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
@@ -89,10 +96,10 @@ def inspect(
         raise UpcycleError(
             f"{path} is a dense model: there are no experts to look at.", "Leave out --weights."
         )
-    plan = None
+    made = None
     if recipe is not None:
-        plan = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
-    total = checkpoint.num_parameters if plan is None else plan.dense_parameters
+        made = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
+    total = checkpoint.num_parameters if made is None else made.dense_parameters
     return Inspection(
         checkpoint=checkpoint,
         kind="dense",
@@ -102,7 +109,7 @@ def inspect(
         total_parameters=total,
         active_parameters=total,
         dense_parameters=total,
-        plan=plan,
+        plan=made,
     )
 
 

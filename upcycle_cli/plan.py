@@ -135,6 +135,29 @@ class Plan(Planned):
         return promise if self.merge is None else Promise.NONE
 
     @property
+    def how(self) -> dict[str, Any]:
+        """The recipe, the factors, and what was found in a calibration."""
+        return {
+            "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
+            "factors": asdict(self.factors),
+            "calibration": self.calibration_record,
+        }
+
+    @property
+    def calibration_record(self) -> dict[str, Any] | None:
+        """What the dense model was run on, and what was found; None where it was not run."""
+        text, found = self.inputs.text, self.calibration
+        if text is None or found is None:
+            return None
+        return {
+            "text": text.name,
+            "text_sha256": text.digest,
+            "tokens": found.tokens,
+            "sha256": found.digest,
+            "layers": list(found.summary()),
+        }
+
+    @property
     def expert_size(self) -> int:
         """I/G, the intermediate size of an expert."""
         return self.family.dense.intermediate_size // self.recipe.granularity
@@ -288,8 +311,10 @@ def calibrated(plan: Plan, found: Calibration) -> Plan:
     return _with_found(plan, plan.recipe.granularity / found.gates, found)
 
 
-def as_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
+def as_recorded(plan: Planned, record: Mapping[str, Any]) -> Planned:
     """Return the plan of an output that is there, with what was measured when it was made."""
+    if not isinstance(plan, Plan):
+        return plan
     recipe = record.get("recipe")
     c = recipe.get("scaling") if isinstance(recipe, dict) else None
     if plan.recipe.scaling is not Scaling.MEASURED or not isinstance(c, float):

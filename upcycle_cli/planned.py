@@ -16,6 +16,7 @@ from upcycle_cli.checkpoint import (
     WEIGHTS_NAME,
     Checkpoint,
     Reader,
+    TensorEntry,
 )
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import Target
@@ -102,6 +103,11 @@ class Planned(ABC):
 
     @property
     @abstractmethod
+    def how(self) -> dict[str, Any]:
+        """What the record says of how it was made, as JSON values."""
+
+    @property
+    @abstractmethod
     def dense_parameters(self) -> int:
         """Parameters of the source, without what is dropped."""
 
@@ -121,6 +127,10 @@ class Planned(ABC):
         if source is self.source:
             return self
         return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the tensor that an expression names."""
+        return self.source.tensors[name]
 
     def reader(self) -> AbstractContextManager[Reader | MergedReader]:
         """Map the sources' files as they are asked for, by the names that expressions have."""

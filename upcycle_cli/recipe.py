@@ -46,7 +46,7 @@ _CHOICES = {
     "router_init": RouterInit,
 }
 
-_MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
+MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
 
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this nominal logit standard deviation softmax-topk is too far from the dense model to
@@ -109,10 +109,10 @@ class Recipe:
         ):
             if value < 1:
                 raise UpcycleError(f"{label} must be at least 1, not {value}.")
-        if self.num_experts > _MAX_EXPERTS:
+        if self.num_experts > MAX_EXPERTS:
             raise UpcycleError(
                 f"{self.name} makes {self.num_experts} experts per layer (E·G).",
-                f"At most {_MAX_EXPERTS} can be made.",
+                f"At most {MAX_EXPERTS} can be made.",
             )
         if self.top_k > self.num_experts:
             raise UpcycleError(

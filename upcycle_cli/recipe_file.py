@@ -31,7 +31,11 @@ class Kind(Enum):
 
 _MOST_BYTES = 1_000_000  # more than any recipe file has
 _FIRST_LINE = "# upcycle convert --config "
-_ALWAYS_SAVED = {"source", "output", "recipe", "target", "routing"}
+_ALWAYS_SAVED = (
+    {"source", "output", "recipe", "target", "routing"},
+    {"source", "output", "expand", "top_k", "expert_layout"},
+)
+"""Of an upcycling, and of a growth."""
 
 
 def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
@@ -112,7 +116,7 @@ def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
             return raw.startswith(_FIRST_LINE.encode())
         content = json.loads(raw)
         names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
-        return _ALWAYS_SAVED <= names <= set(known)
+        return any(always <= names <= set(known) for always in _ALWAYS_SAVED)
     return False
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -18,39 +17,41 @@ from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.files import header_digest
 from upcycle_cli.folder import Folder
 from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.storage import INDEX_NAME
 
 FORMAT = 1
 
 
-def record(plan: Plan, routers: Mapping[str, str], folder: Folder) -> dict[str, Any]:
+def record(plan: Planned, routers: Mapping[str, str], folder: Folder) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
 
     `folder` holds the output but for the record, the card and the checksums. Raises OSError or
     UpcycleError when one of its files is not there, or is not of our making.
     """
+    how = plan.how
     return {
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
         "numpy": version("numpy"),
         "source_type": plan.source.config["model_type"],
-        "target_type": plan.family.target.outer_type,
-        "recipe": {"name": plan.recipe.name, **asdict(plan.recipe)},
-        "moe_layers": list(plan.family.layers),
+        "target_type": plan.target.outer_type,
+        **_picked(how, "recipe", "growth"),
+        "moe_layers": list(plan.layers),
         "expert_layout": plan.expert_layout,
         "dtype": plan.options.dtype,
         "untie_embeddings": plan.options.untie_embeddings,
-        "factors": asdict(plan.factors),
+        **_picked(how, "factors"),
         "promise": plan.promise,
         "parameters": {
             "total": plan.total_parameters,
             "active": plan.active_parameters,
-            "dense": plan.dense_parameters,
+            "source" if "growth" in how else "dense": plan.dense_parameters,
         },
         "source": _origin(plan.source),
         **_merged(plan),
         "routers": dict(routers),
-        "calibration": calibration_record(plan),
+        **_picked(how, "calibration"),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),
     }
@@ -68,9 +69,9 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def merged_record(plan: Plan) -> dict[str, Any] | None:
+def merged_record(plan: Planned) -> dict[str, Any] | None:
     """Return the other models, and that of each group, 0 being the source; None without others."""
-    if plan.merge is None:
+    if not isinstance(plan, Plan) or plan.merge is None:
         return None
     return {
         "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
@@ -79,9 +80,9 @@ def merged_record(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def _merged(plan: Plan) -> dict[str, Any]:
+def _merged(plan: Planned) -> dict[str, Any]:
     found = merged_record(plan)
-    if found is None:
+    if not isinstance(plan, Plan) or found is None:
         return {}
     # Headers do not tell fine-tuned models of one base apart: a matrix that made experts does.
     dense, last = plan.family.dense, plan.family.layers[-1]
@@ -93,21 +94,11 @@ def _merged(plan: Plan) -> dict[str, Any]:
     return {"experts_from": found | {"models": models}}
 
 
-def calibration_record(plan: Plan) -> dict[str, Any] | None:
-    """Return what the dense model was run on, and what was found; None where it was not run."""
-    text, found = plan.inputs.text, plan.calibration
-    if text is None or found is None:
-        return None
-    return {
-        "text": text.name,
-        "text_sha256": text.digest,
-        "tokens": found.tokens,
-        "sha256": found.digest,
-        "layers": list(found.summary()),
-    }
+def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: how[key] for key in keys if key in how}
 
 
-def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
+def _listed(plan: Planned, folder: Folder) -> Iterator[dict[str, Any]]:
     for name in sorted(plan.file_names):
         with folder.read_own(name) as file:
             entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
@@ -117,7 +108,7 @@ def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
                 yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def write_index(plan: Plan, folder: Folder) -> None:
+def write_index(plan: Planned, folder: Folder) -> None:
     """Write the index that says which file holds which tensor, when there are several."""
     if len(plan.shards) == 1:
         return

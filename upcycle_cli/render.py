@@ -20,7 +20,6 @@ from upcycle_cli.advice import (
 )
 from upcycle_cli.checkpoint import TensorEntry
 from upcycle_cli.errors import shown
-from upcycle_cli.experts import WeightFacts
 from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
@@ -28,22 +27,30 @@ from upcycle_cli.families.overview import TargetFacts
 from upcycle_cli.families.trainers import Trainer
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.plan import Plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import NeuronOrder, Promise
-from upcycle_cli.record import calibration_record, merged_record
+from upcycle_cli.record import merged_record
+from upcycle_cli.render_weights import weight_rows
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
     from upcycle_cli.hub.pushing import Push
-    from upcycle_cli.movement import LayerMovement
     from upcycle_cli.verification import Report
 
 _STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", "skipped": "yellow"}
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Planned) -> Table:
     """Return the summary of a plan, one property a row."""
+    if not isinstance(plan, Plan):
+        from upcycle_cli.render_growth import growth_rows
+
+        table = _properties()
+        for label, lines in growth_rows(plan):
+            _add(table, label, *lines)
+        return table
     recipe, dense = plan.recipe, plan.family.dense
     table = _properties()
     _add(table, "model", f"{dense.family.title} → {plan.family.target.title}")
@@ -71,7 +78,7 @@ def plan_table(plan: Plan) -> Table:
     if plan.dropped:
         reasons = "; ".join(sorted({*plan.dropped.values()}))
         _add(table, "left out", f"{counted(len(plan.dropped), 'tensor')}: {reasons}")
-    _add(table, "engines", *_engines(plan.engines))
+    _add(table, "engines", *engine_lines(plan.engines))
     return table
 
 
@@ -80,8 +87,12 @@ def picked(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
 
 
-def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
+def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
     """Return a plan as a JSON object; `told` is what there is to warn of besides the plan."""
+    if not isinstance(plan, Plan):
+        from upcycle_cli.render_growth import growth_json
+
+        return growth_json(plan, told)
     return {
         "model_type": plan.family.target.outer_type,
         "source_type": plan.source.config["model_type"],
@@ -98,9 +109,9 @@ def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "factors": asdict(plan.factors),
-        "calibration": calibration_record(plan),
+        "calibration": plan.calibration_record,
         **picked(plan, "lossless", "promise"),
-        "engines": _engines_json(plan.engines),
+        "engines": engines_json(plan.engines),
         "dropped": dict(plan.dropped),
         "warnings": [*warnings(plan), *told],
         "plan_sha256": plan.digest,
@@ -179,11 +190,11 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
         yield "can become", [_becomes(target) for target in inspection.becomes]
     if inspection.kind == "moe":
         yield "upcycle.json", [_claims(inspection.record)]
-        yield "engines", _engines(inspection.engines)
+        yield "engines", engine_lines(inspection.engines)
         if inspection.trainers:
-            yield "trainers", _engines(inspection.trainers)
+            yield "trainers", engine_lines(inspection.trainers)
     if inspection.weights is not None:
-        yield from _weight_rows(inspection.weights, inspection.num_experts)
+        yield from weight_rows(inspection.weights, inspection.num_experts)
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -199,7 +210,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         **picked(inspection, "total_parameters", "active_parameters", "dense_parameters"),
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
-        "engines": _engines_json(inspection.engines),
+        "engines": engines_json(inspection.engines),
         "trainers": {
             trainer.name: picked(trainer, "support", "settings") for trainer in inspection.trainers
         },
@@ -327,7 +338,8 @@ def _promise(plan: Plan) -> str:
             return f"none: {no_promise(plan)}"
 
 
-def _engines(found: Iterable[Engine | Trainer]) -> list[str]:
+def engine_lines(found: Iterable[Engine | Trainer]) -> list[str]:
+    """Return what is known of engines or trainers, those of one kind in a line."""
     lines: dict[Support, list[str]] = {}
     for engine in found:
         lines.setdefault(engine.support, []).append(engine.name)
@@ -337,7 +349,8 @@ def _engines(found: Iterable[Engine | Trainer]) -> list[str]:
     ]
 
 
-def _engines_json(found: Iterable[Engine]) -> dict[str, str]:
+def engines_json(found: Iterable[Engine]) -> dict[str, str]:
+    """Return what is known of engines as a JSON object."""
     return {engine.name: engine.support for engine in found}
 
 
@@ -345,6 +358,10 @@ def _claims(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "none: nothing says how it was made"
     recipe, source = record.get("recipe"), record.get("source")
+    growth = record.get("growth")
+    if isinstance(growth, dict) and isinstance(source, dict):
+        expand, name = (_claimed(value) for value in (growth.get("expand"), source.get("name")))
+        return f"grown: each expert {expand} times, from {name}"
     if not isinstance(recipe, dict) or not isinstance(source, dict):
         return "not in a form that this version reads"
     keys = ("name", "expansion", "granularity", "scaling", "seed")
@@ -360,39 +377,3 @@ def _claimed(value: object) -> str:
     """Return a value of a record, which can be any, as words."""
     text = value if isinstance(value, str) else shown(value)
     return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}…"
-
-
-def _weight_rows(
-    weights: WeightFacts, num_experts: int | None
-) -> Iterator[tuple[str, Sequence[str]]]:
-    distinct = counted(weights.distinct_experts, "different expert")
-    per_group = f"{weights.granularity} per group by their router rows"
-    yield "weights", [f"{distinct} of {num_experts}, {per_group}"]
-    whole = "yes, in every layer" if weights.whole_groups else "no:"
-    if weights.whole_groups and weights.reordered_groups:
-        whole += f"; {weights.reordered_groups:,} have their neurons in another order"
-    yield "whole groups", [whole, *weights.differing]
-    if weights.factors is not None:
-        measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
-        yield "scale factors", [f"{measured} (measured against the dense model)"]
-    if weights.movement is not None:
-        yield from _movement_rows(weights.movement)
-
-
-def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Say in a few words how far experts have come, and where most."""
-    moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
-    most, layer, expert = max(moved)
-    mean = sum(distance for distance, _, _ in moved) / len(moved)
-    apart = sum(each.apart for each in layers) / len(layers)
-    if most:
-        yield (
-            "moved",
-            [f"{mean:.2%} on average, {most:.2%} (layer {layer}, expert {expert}) at most"],
-        )
-        yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
-    else:
-        yield "moved", ["not at all"]
-    split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
-    where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
-    yield "split groups", [f"{split:,} of {num_groups:,}{where}"]

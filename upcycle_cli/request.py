@@ -11,12 +11,14 @@ from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.conversion import Conversion, check_before, execute, is_finished
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import check_utf8
+from upcycle_cli.growth import Growth, build_growth
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.hub.pushing import Destination, Push, check_destination, push
 from upcycle_cli.hub.sources import open_source, split_revision
 from upcycle_cli.merge import Merge, Rest
 from upcycle_cli.place import check_name
-from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.plan import build_plan
+from upcycle_cli.planned import Planned
 from upcycle_cli.printable import shell_line
 from upcycle_cli.publish import recover
 from upcycle_cli.recipe import Recipe
@@ -58,7 +60,7 @@ class Request:
 
     source: Path | str  # a directory, or a repo on the Hub
     output: Path
-    recipe: Recipe
+    recipe: Recipe | Growth  # of a dense model, or of a mixture of experts
     target: str = "auto"
     revision: str | None = None  # a branch, tag or commit of a repo
     options: Options | None = None
@@ -74,7 +76,7 @@ class Request:
 def convert(  # noqa: PLR0913 - what a Request has
     source: Path | str,
     output: Path | str,
-    recipe: Recipe,
+    recipe: Recipe | Growth,
     *,
     target: str = "auto",
     revision: str | None = None,
@@ -88,7 +90,9 @@ def convert(  # noqa: PLR0913 - what a Request has
     push: Destination | None = None,
     merge: MergeRequest | None = None,
 ) -> Conversion:
-    """Convert the dense checkpoint in `source` into a mixture of experts in `output`.
+    """Convert the checkpoint in `source` into a mixture of experts in `output`.
+
+    It is dense and upcycled by a `Recipe`, or a mixture of experts and grown by a `Growth`.
 
     `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
     `calibration` is a text that the dense model is run on first, or "builtin"; `router_rows` is
@@ -151,7 +155,7 @@ def carry_out(
 
 def foresee(
     request: Request, *, hooks: Hooks | None = None, team: Team | None = None
-) -> tuple[Plan, list[str]]:
+) -> tuple[Planned, list[str]]:
     """Return what `carry_out` would make, and find at OUTPUT; UpcycleError if there is no plan."""
     team = team or Team()
     plan = _plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
@@ -169,14 +173,21 @@ def foresee(
     return plan, [f"{partial_of(output)} is there: what it has of this conversion is used."]
 
 
-def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
+def _plan(request: Request, hooks: Hooks, team: Team) -> Planned:
     """Make the plan on every rank, and see that all have made the same; UpcycleError if not."""
     check_name(request.output)
     for path in (Path(request.source), request.output.absolute()) if request.verify else ():
         check_utf8(path)
 
-    def make() -> Plan:
+    def make() -> Planned:
         source = open_source(request.source, request.revision)
+        if isinstance(request.recipe, Growth):
+            if request.merge is not None:
+                raise UpcycleError(
+                    "--expand copies the experts that an MoE has, and takes no other models'.",
+                    "Leave out --experts-from.",
+                )
+            return build_growth(request.recipe, source, request.options)
         return build_plan(
             request.recipe,
             source,
@@ -196,7 +207,7 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Plan:
     return plan
 
 
-def _bring_source(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Plan:
+def _bring_source(plan: Planned, request: Request, hooks: Hooks, team: Team) -> Planned:
     """Return the plan with its sources here; whatever can be refused is refused before that."""
 
     def missing() -> int:
@@ -214,7 +225,7 @@ def _bring_source(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Pla
     return plan.with_sources(team.agree(bring))
 
 
-def _is_there(plan: Plan, request: Request, team: Team) -> bool:
+def _is_there(plan: Planned, request: Request, team: Team) -> bool:
     """Whether the output is there, and needs no source; UpcycleError when it cannot be made."""
     output, overwrite = request.output.absolute(), request.overwrite
     recover(output)

@@ -13,6 +13,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import read_open
 from upcycle_cli.hooks import Watch
 from upcycle_cli.plan import Plan, calibrated
+from upcycle_cli.planned import Planned
 from upcycle_cli.recipe import NeuronOrder
 from upcycle_cli.team import Team
 from upcycle_cli.tensors import Role
@@ -21,12 +22,14 @@ from upcycle_cli.workspace import CALIBRATION, Workspace
 _MOST_BYTES = 4_000_000_000
 
 
-def with_calibration(plan: Plan, workspace: Workspace | None, team: Team, watch: Watch) -> Plan:
+def with_calibration(
+    plan: Planned, workspace: Workspace | None, team: Team, watch: Watch
+) -> Planned:
     """Return the plan with what its text shows, on every rank; rank 0 has the `workspace`.
 
     Raises UpcycleError when there can be no calibration.
     """
-    if plan.inputs.text is None:
+    if not isinstance(plan, Plan) or plan.inputs.text is None:
         return plan
 
     def find() -> Calibration | None:

@@ -29,7 +29,7 @@ from upcycle_cli.recipe import Promise
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
     from upcycle_cli.hub.pushing import Destination
-    from upcycle_cli.plan import Plan
+    from upcycle_cli.planned import Planned
     from upcycle_cli.request import Request
 
 
@@ -40,7 +40,8 @@ def convert(
         Path | None,
         for_path(
             metavar="SOURCE",
-            help="The dense checkpoint, never modified: a directory, or a repo on the Hub.",
+            help="The dense checkpoint, or with --expand an MoE, never modified: a directory, or a "
+            "repo on the Hub.",
         ),
     ] = None,
     output: Annotated[
@@ -191,11 +192,11 @@ class _Screen(Hooks):
     def silent(self) -> bool:
         return self.quiet or self.as_json
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: Planned) -> None:
         if self.save_config is not None:
             save_options(self.save_config, self.context, plan)
 
-    def downloading(self, plan: Plan, nbytes: int) -> None:
+    def downloading(self, plan: Planned, nbytes: int) -> None:
         from upcycle_cli.render import size_text
 
         if not self.silent:
@@ -203,7 +204,7 @@ class _Screen(Hooks):
             terminal.talk(f"Downloading {size_text(nbytes)} of {names} …")
 
     @contextmanager
-    def writing(self, plan: Plan) -> Iterator[None]:
+    def writing(self, plan: Planned) -> Iterator[None]:
         from upcycle_cli.progress import progress_bar
 
         with progress_bar(
@@ -238,7 +239,7 @@ class _Screen(Hooks):
         assert self.request.push is not None
         shared.announce_push(self.request.push.repo, files, nbytes, silent=self.silent)
 
-    def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
+    def show_forecast(self, plan: Planned, warnings: list[str]) -> None:
         from upcycle_cli.render import plan_json
 
         if self.as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
@@ -12,6 +12,7 @@ from upcycle_cli.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from upcycle_cli.plan import Plan
+    from upcycle_cli.planned import Planned
     from upcycle_cli.recipe_file import Kind, Value
 
 
@@ -80,9 +81,10 @@ def _saved(value: object) -> Value:
     return value if isinstance(value, bool | int | float) else str(value)
 
 
-def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
+def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
     """Write a recipe file with every option, and what a plan made of it; UpcycleError, OSError."""
     from upcycle_cli.hub.sources import is_repo_id
+    from upcycle_cli.plan import Plan
     from upcycle_cli.recipe_file import save_config
     from upcycle_cli.workspace import partial_of
 
@@ -93,20 +95,29 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         for name, value in saved.items()
         if value is not None and value not in ([], ())
     }
-    # What auto stands for today, so that the file means the same tomorrow.
-    values |= {
-        "recipe": plan.recipe.name,
-        "target": SHIPPED if plan.family.target.ships_code else plan.family.target.model_type,
-        "routing": str(plan.recipe.routing),
-        "scale_split": str(plan.recipe.scale_split),
-        "expert_layout": str(plan.expert_layout),
-    }
-    if plan.recipe.router_logit_std is not None:
-        values["router_logit_std"] = plan.recipe.router_logit_std
-    if plan.inputs.text is not None:
-        values.setdefault("calibration", plan.inputs.text.name)
+    if isinstance(plan, Plan):
+        values |= _resolved(plan)
+        if plan.inputs.text is not None:
+            values.setdefault("calibration", plan.inputs.text.name)
+    else:
+        values = {name: value for name, value in values.items() if is_given(context, name)}
+        values["top_k"] = plan.top_k
+    values["expert_layout"] = str(plan.expert_layout)
     if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
     output = given["output"]
     keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
     save_config(path, values, _config_options(context), keep_out_of=keep_out_of)
+
+
+def _resolved(plan: Plan) -> dict[str, Any]:
+    """Return what auto stands for today, so that the file means the same tomorrow."""
+    values: dict[str, Any] = {
+        "recipe": plan.recipe.name,
+        "target": SHIPPED if plan.family.target.ships_code else plan.family.target.model_type,
+        "routing": str(plan.recipe.routing),
+        "scale_split": str(plan.recipe.scale_split),
+    }
+    if plan.recipe.router_logit_std is not None:
+        values["router_logit_std"] = plan.recipe.router_logit_std
+    return values

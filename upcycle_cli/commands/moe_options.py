@@ -29,12 +29,15 @@ from upcycle_cli.recipe import (
 )
 
 if TYPE_CHECKING:
+    from upcycle_cli.growth import Growth
     from upcycle_cli.router_inputs import RouterInputs
     from upcycle_cli.tensors import Options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
+_OF_GROWTH = (*("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings"),)
+"""The options that an MoE that is grown has a use for."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -69,6 +72,13 @@ class MoeOptions:
     ] = None
     top_k: Annotated[
         int | None, for_recipe("--top-k", "-T", help="Experts that each token uses.")
+    ] = None
+    expand: Annotated[
+        int | None,
+        for_recipe(
+            help="Grow a source that is an MoE already: each expert becomes so many copies, and "
+            "top-k as many times what it is, which is exact. Takes no recipe.",
+        ),
     ] = None
     target: Annotated[
         str,
@@ -185,8 +195,10 @@ class MoeOptions:
         ),
     ] = False
 
-    def to_recipe(self, context: typer.Context, *, allow_inexact: bool) -> Recipe:
+    def to_recipe(self, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
         """Return the recipe; UpcycleError when there is none, or more than one."""
+        if self.expand is not None:
+            return self._to_growth(context, allow_inexact=allow_inexact)
         return Recipe(
             **_recipe_sizes(context),
             routing=None if self.routing == "auto" else Routing(self.routing),
@@ -200,6 +212,19 @@ class MoeOptions:
             seed=self.seed,
             allow_inexact=allow_inexact,
         )
+
+    def _to_growth(self, context: typer.Context, *, allow_inexact: bool) -> Growth:
+        from upcycle_cli.growth import Growth
+
+        odd = [each.name for each in fields(self) if each.name not in _OF_GROWTH]
+        given = [f"--{name.replace('_', '-')}" for name in odd if is_given(context, name)]
+        if given:
+            raise UpcycleError(
+                f"--expand copies the experts that an MoE has, and takes no {', no '.join(given)}.",
+                "Leave that out; with --expand go --top-k, --dtype, --expert-layout, "
+                "--max-shard-size and --untie-embeddings.",
+            )
+        return Growth(expand=self.expand or 0, top_k=self.top_k, allow_inexact=allow_inexact)
 
     def to_inputs(self) -> RouterInputs:
         """Return what routers are made from; UpcycleError for a text or a file that is none."""
@@ -251,10 +276,11 @@ def takes_moe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def asks_for_moe(context: typer.Context) -> bool:
     """Whether a recipe is given; UpcycleError when there are only options for one."""
-    asks = is_given(context, "recipe", *SIZES)
+    asks = is_given(context, "recipe", "expand", *SIZES)
     if not asks and is_given(context, *(each.name for each in fields(MoeOptions))):
         raise UpcycleError(
-            "these options say how to convert, and no --recipe does.", "Add --recipe E8G1T2."
+            "these options say how to convert, and no --recipe does.",
+            "Add --recipe E8G1T2, or --expand 2 for an MoE.",
         )
     return asks
 
@@ -279,7 +305,7 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
         raise UpcycleError(
             f"{' and '.join(missing)} missing." if found else "no recipe.",
             "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
-            "--top-k.",
+            "--top-k; for a source that is an MoE already, --expand 2.",
         )
     return found
 

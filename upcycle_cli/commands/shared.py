@@ -15,7 +15,7 @@ from upcycle_cli.terminal import show, stdout, talk, warn
 
 if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
-    from upcycle_cli.plan import Plan
+    from upcycle_cli.planned import Planned
     from upcycle_cli.report_page.target import ReportFile
 
 DEMO = "demo"  # the object of a context whose command is run by the demo
@@ -91,7 +91,7 @@ def command_line() -> str:
     return shell_line(["upcycle", *sys.argv[1:]])
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Planned) -> None:
     """Print what is, or would be, made, and warn of what is to be known of it."""
     from upcycle_cli import render
     from upcycle_cli.advice import warnings

@@ -17,7 +17,11 @@ _CHECKS = "structure,files,claims,weights,outputs"
 def verify(
     dense: Annotated[
         Path,
-        for_path(metavar="DENSE", help="The dense checkpoint: a directory, or a repo on the Hub."),
+        for_path(
+            metavar="DENSE",
+            help="The dense checkpoint, or the MoE that MOE grew from: a directory, or a repo on "
+            "the Hub.",
+        ),
     ],
     moe: Annotated[
         Path,

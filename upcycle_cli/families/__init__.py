@@ -14,7 +14,7 @@ from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
-from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.moe_rows import FURTHER, NATIVE, shipped
 from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.refused import NO_TARGETS, REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
@@ -82,7 +82,8 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
-            "Only a dense model can be upcycled; see what this one holds with `upcycle inspect`.",
+            "Only a dense model can be upcycled. --expand 2, without a recipe, doubles the experts "
+            "of this one; `upcycle inspect` shows what it holds.",
         )
     is_wrapper = wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
@@ -119,8 +120,10 @@ def is_moe(config: Mapping[str, Any]) -> bool:
 
 
 def is_target(config: Mapping[str, Any]) -> bool:
-    """Whether an MoE's config is of a type that upcycle makes."""
+    """Whether an MoE's config is of a type that upcycle makes, or grows."""
     model_type = str(config.get("model_type"))
+    if model_type in FURTHER:
+        return True
     wrapper = wrapper_of(config)
     if wrapper is not None:
         text_type = inner(config)["model_type"]
@@ -143,8 +146,8 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     wrapper = wrapper_of(config)
     if wrapper is not None and model_type != wrapper.upcycled:
         return native_target(inner(config)["model_type"], Inside(wrapper, wrapper.form(names)))
-    if model_type in NATIVE:
-        released = NATIVE[model_type]
+    released = {**NATIVE, **FURTHER}.get(model_type)
+    if released is not None:
         # Where there are both, it is the released names, and the others are surplus.
         kinds = released, replace(released, layer=IN_MEMORY)
         held = (row for row in kinds if any(name.startswith(row.root) for name in names))

@@ -343,6 +343,22 @@ _ROWS: Sequence[Target] = (
     ),
 )
 NATIVE: Mapping[str, Target] = {row.model_type: row for row in _ROWS}
+FURTHER: Mapping[str, Target] = {
+    "olmoe": Target(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        routings=(Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX),
+        layouts=QWEN_LAYOUTS,
+        keys=Keys(
+            num_experts="num_experts",
+            aliases=("num_local_experts",),
+            expert_size="intermediate_size",
+            routing=_BY_NORM,
+        ),
+        layers=ALL,
+    ),
+}
+"""Those that no dense model becomes, and whose models can be grown."""
 
 
 def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:

@@ -55,11 +55,15 @@ def moe_config(
         result["auto_map"] = auto_map(wrapped=target.inside is not None)
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
-    # A local path of the person who saved it belongs to nobody.
     for held in (result, *(result[part] for part in parts(result))):
-        if str(held.get("_name_or_path", "")).startswith(("/", "~")):
-            del held["_name_or_path"]
+        forget_place(held)
     return result
+
+
+def forget_place(config: dict[str, Any]) -> None:
+    """Take out the local path of the person who saved it, which belongs to nobody."""
+    if str(config.get("_name_or_path", "")).startswith(("/", "~")):
+        del config["_name_or_path"]
 
 
 def _text_config(

@@ -16,17 +16,19 @@ def recipe_section(record: Mapping[str, Any], found: Mapping[str, object]) -> Se
     `found` goes by the names of the metrics of the check `weights`.
     """
     recipe, factors = _part(record, "recipe"), _part(record, "factors")
+    growth = _part(record, "growth")
     rows = []
     for label, metric, claimed in (
         ("recipe", "", recipe.get("name")),
         ("expansion (copies of the MLP)", "expansion", recipe.get("expansion")),
         ("granularity (experts per copy)", "granularity", recipe.get("granularity")),
-        ("experts per token", "top_k", recipe.get("top_k")),
-        ("routing", "", recipe.get("routing")),
+        ("copies of each expert of the source", "copies", growth.get("expand")),
+        ("experts per token", "top_k", recipe.get("top_k", growth.get("top_k"))),
+        ("routing", "", recipe.get("routing", growth.get("routing"))),
         ("virtual groups", "", recipe.get("virtual_groups")),
         ("order of the neurons", "", recipe.get("neuron_order")),
         ("groups with an order of their own, of all layers", "reordered_groups", None),
-        ("router rows", "", recipe.get("router_init", "normal")),
+        ("router rows", "", recipe.get("router_init", "normal") if recipe else None),
         ("router logits, standard deviation", "", recipe.get("router_logit_std")),
         ("scaling", "", recipe.get("scaling")),
         ("what the gates lack (c)", "c", factors.get("c")),

@@ -98,9 +98,10 @@ def verification_page(verified: Verified) -> Page:
     """Return the page of a verification, whatever its outcome."""
     report = verified.report
     name = Path(verified.moe).name or verified.moe
+    origin = _origin_of(report)
     return Page(
         title=f"{name}: {report.status} (upcycle verify)",
-        kind="Verification of a Mixture of Experts against the dense model it was made from",
+        kind=f"Verification of a Mixture of Experts against the {origin} it was made from",
         heading=name,
         status=str(report.status),
         verdict=_verdict(report),
@@ -109,8 +110,13 @@ def verification_page(verified: Verified) -> Page:
     )
 
 
+def _origin_of(report: Report) -> str:
+    return "smaller one" if report.grown else "dense model"
+
+
 def _verdict(report: Report) -> str:
     words = _VERDICTS.get(report.status) or _PASSED[report.promise or "exact"]
+    words = words.replace("dense model", _origin_of(report))
     if report.status is Status.FAILED:
         failed = [check.name for check in report.checks if check.status is Status.FAILED]
         words += f": {counted(len(failed), 'check')} failed ({', '.join(failed)})"
@@ -141,16 +147,16 @@ def _recipe(verified: Verified) -> Section:
 
 
 def _origin(verified: Verified) -> Section:
-    paths = verified.paths
+    paths, origin = verified.paths, _origin_of(verified.report)
     digests = {
         f"{name} of the {who}": _digest(path, name)
         for who, path, name in (
-            ("dense model", paths[0], CONFIG_NAME),
+            (origin, paths[0], CONFIG_NAME),
             ("MoE", paths[1], CONFIG_NAME),
             ("MoE", paths[1], RECORD_NAME),
         )
     }
-    models = {"dense model": verified.dense, "MoE": verified.moe}
+    models = {origin: verified.dense, "MoE": verified.moe}
     return origin_section(models, digests, verified.record, verified.command)
 
 

@@ -16,17 +16,17 @@ itself; what promises less is measured.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, Storage, open_checkpoint, read_json
+from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, Storage, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, is_known, is_moe, is_target
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.wrappers import WRAPPERS, parts
+from upcycle_cli.families.wrappers import WRAPPERS, parts, wrapper_of
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, split_revision
@@ -65,7 +65,7 @@ def verify(
     allow_inexact: bool = False,
     watch: Watch | None = None,
 ) -> Report:
-    """Check the MoE in one directory against the dense model in another.
+    """Check the MoE in one directory against the dense model in another, or that it grew from.
 
     Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
     `experts_from` are the other models that experts were made of, each a directory or a repo, as
@@ -94,14 +94,26 @@ def verify(
     try:
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)
-        for place in (places[0], *others):
+        grown = _is_moe(places[0].path)
+        if grown and others:
+            raise UpcycleError(
+                "an MoE grows from one model, and experts of others are given.",
+                "Leave out --experts-from.",
+            )
+        for place in () if grown else (places[0], *others):
             _check_kind(place.path, moe=False)
         names = places[1].names()
         paths = bring_model(places[0]), bring_model(places[1])
         merged = [bring_model(place) for place in others]
         try:
-            facts = _gather(*paths, merged, names, allow_inexact=how.allow_inexact)
-            report = _run(facts, selected, how)
+            source, converted, *more = _opened(*paths, *merged)
+            if grown:
+                report = _run_grown(source, converted, names, selected, how)
+            else:
+                facts = gather_facts(
+                    source, converted, moe_names=names, allow_inexact=how.allow_inexact
+                )
+                report = _run(replace(facts, merged=find_merged(facts, more)), selected, how)
         except DamagedError as error:
             report = _damaged(selected, error)
         return replace(report, paths=paths)
@@ -111,12 +123,20 @@ def verify(
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
 
 
-def _gather(
-    dense: Path, moe: Path, others: Sequence[Path], names: Sequence[str], *, allow_inexact: bool
-) -> Facts:
+def _is_moe(path: Path) -> bool:
+    """Whether the first of the two models is an MoE already, which the second was grown from."""
+    directory = Storage(path)
+    if not path.is_dir() or not directory.has(CONFIG_NAME):
+        return False
+    config = read_json(directory.local(CONFIG_NAME))
+    return is_target(config) and is_moe(config) and wrapper_of(config) is None
+
+
+def _opened(dense: Path, moe: Path, *others: Path) -> list[Checkpoint]:
+    """Open the source, the MoE and the other models that it was made of."""
     source, *more = sources = [open_checkpoint(path) for path in (dense, *others)]
     for each in sources:
-        outgrown = dense_family(each.config).outgrown_code
+        outgrown = not is_target(each.config) and dense_family(each.config).outgrown_code
         refuse_redirects(each, outgrown=outgrown, parts=parts(each.config))
     try:
         converted = open_checkpoint(moe)
@@ -132,8 +152,7 @@ def _gather(
         for name in checkpoint.files:
             with open_regular(checkpoint.path / name) as file:
                 file.read(1)
-    facts = gather_facts(source, converted, moe_names=names, allow_inexact=allow_inexact)
-    return replace(facts, merged=find_merged(facts, more))
+    return [source, converted, *more]
 
 
 def _selected(checks: Sequence[str]) -> tuple[str, ...]:
@@ -207,6 +226,47 @@ def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
             facts, how.texts, objection, by_header(), copied=copied, watch=how.watch
         ),
     }
+    results = _results(run, selected, how)
+    exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
+    return Report(
+        checks=results,
+        promise=str(exact if objection is None else Promise.NONE),
+        allow_inexact=how.allow_inexact,
+    )
+
+
+def _run_grown(
+    source: Checkpoint,
+    moe: Checkpoint,
+    names: Sequence[str],
+    selected: tuple[str, ...],
+    how: _Conditions,
+) -> Report:
+    from upcycle_cli.verification import grown_checks
+    from upcycle_cli.verification.grown import gather_grown
+    from upcycle_cli.verification.grown_outputs import check_grown_outputs
+    from upcycle_cli.verification.grown_weights import check_grown_weights
+
+    facts = gather_grown(source, moe, names)
+    by_header = cache(lambda: grown_checks.headers_of_grown(facts))
+    run: dict[str, Callable[[], CheckResult]] = {
+        "structure": lambda: grown_checks.check_grown_structure(facts, by_header()),
+        "files": lambda: grown_checks.check_grown_files(facts),
+        "claims": lambda: grown_checks.check_grown_claims(facts),
+        "weights": lambda: check_grown_weights(facts, how.watch),
+        "outputs": lambda: check_grown_outputs(facts, how.texts, by_header(), how.watch),
+    }
+    return Report(
+        checks=_results(run, selected, how),
+        promise=str(Promise.EXACT if facts.objection is None else Promise.NONE),
+        grown=True,
+        allow_inexact=how.allow_inexact,
+    )
+
+
+def _results(
+    run: Mapping[str, Callable[[], CheckResult]], selected: tuple[str, ...], how: _Conditions
+) -> tuple[CheckResult, ...]:
     results: list[CheckResult] = []
     for name in selected:
         failed = next((check for check in results if check.status is Status.FAILED), None)
@@ -216,9 +276,4 @@ def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
             continue
         how.watch.checking(name)
         results.append(run[name]())
-    exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
-    return Report(
-        checks=tuple(results),
-        promise=str(exact if objection is None else Promise.NONE),
-        allow_inexact=how.allow_inexact,
-    )
+    return tuple(results)

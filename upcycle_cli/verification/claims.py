@@ -7,7 +7,7 @@ top-k or another random router computes the same function.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES, Checkpoint
@@ -16,7 +16,7 @@ from upcycle_cli.files import is_digest, listed_files, sha256_of
 from upcycle_cli.verification.completeness import record_failures
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import factor_of, recover_factors
-from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.facts import Facts, Pair
 from upcycle_cli.verification.merged import by_model
 from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.recipes import (
@@ -48,12 +48,12 @@ def check_claims(facts: Facts) -> CheckResult:
         *record_failures(facts.moe, facts.record.data),
         *_recipe_failures(facts),
         *_factor_failures(facts),
-        *_router_failures(facts),
+        *router_failures(facts),
         *_logit_std_failures(facts),
         *_calibration_failures(facts),
         *_option_failures(facts),
-        *_source_failures(facts),
-        *_file_failures(facts),
+        *source_failures(facts),
+        *file_failures(facts),
         *_parameter_failures(facts),
     )
     passed = (
@@ -69,7 +69,7 @@ def check_claims(facts: Facts) -> CheckResult:
     )
 
 
-def _differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
+def differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
     """Compare a key's recorded value with the one found; words on the latter end the row."""
     for key, recorded, found, who in rows:
         if recorded != found:
@@ -79,7 +79,7 @@ def _differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
 def _recipe_failures(facts: Facts) -> Iterator[str]:
     data, recipe = facts.record.data, facts.record.recipe
     source_type, says = facts.dense.config["model_type"], f"{CONFIG_NAME} says"
-    yield from _differences(("source_type", data.get("source_type"), source_type, says))
+    yield from differences(("source_type", data.get("source_type"), source_type, says))
     if recipe is None:
         return
     keys = facts.target.keys
@@ -97,7 +97,7 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
             )
     name = f"E{recipe.expansion}G{recipe.granularity}T{recipe.top_k}"
     promise = str(recipe.promise) if facts.merged is None else str(Promise.NONE)
-    yield from _differences(
+    yield from differences(
         ("recipe.name", data["recipe"].get("name", name), name, "not"),
         ("promise", data.get("promise", promise), promise, "the recipe's is"),
     )
@@ -166,7 +166,8 @@ def _formula_failures(recipe: RecipeClaim, recorded: dict[str, float]) -> Iterat
             yield f"{RECORD_NAME}: scale_split is {split}, but {factor}"
 
 
-def _router_failures(facts: Facts) -> Iterator[str]:
+def router_failures(facts: Pair) -> Iterator[str]:
+    """Name the routers that are recorded or there, and not both."""
     digests = facts.record.data.get("routers")
     if not isinstance(digests, dict):
         return  # which has been said
@@ -229,7 +230,7 @@ def _option_failures(facts: Facts) -> Iterator[str]:
         yield f"{RECORD_NAME}: untie_embeddings is {untied}, and so is tie_word_embeddings"
     named = (str(name) for name, row in facts.target.layouts.items() if row == facts.layout)
     layers, layout = [*facts.layers], next(named)
-    yield from _differences(
+    yield from differences(
         ("moe_layers", data.get("moe_layers", layers), layers, f"{CONFIG_NAME} has"),
         ("expert_layout", data.get("expert_layout"), layout, "the tensors are"),
     )
@@ -244,7 +245,8 @@ def _option_failures(facts: Facts) -> Iterator[str]:
         yield f"{RECORD_NAME}: dtype {shown(dtype)} is unknown"
 
 
-def _source_failures(facts: Facts) -> Iterator[str]:
+def source_failures(facts: Pair) -> Iterator[str]:
+    """Say where the recorded source is another than this one."""
     source = facts.record.data.get("source")
     if not isinstance(source, dict):
         yield f"{RECORD_NAME}: source is missing"
@@ -259,7 +261,9 @@ def _source_failures(facts: Facts) -> Iterator[str]:
     if source.get("files") != found:
         yield f"{other}: source.files does not describe the weight files of {facts.dense.path}"
     yield from _repo_failures("source", source, facts.dense)
-    merged = () if facts.merged is None else facts.merged.others
+    merged: Sequence[Checkpoint] = () if facts.merged is None else facts.merged.others
+    if not merged:
+        return
     recorded = (facts.record.data.get("experts_from") or {"models": []})["models"]
     if len(recorded) != len(merged):
         yield f"{RECORD_NAME}: it names no other model, and {merged[0].name} is given as one"
@@ -280,7 +284,8 @@ def _repo_failures(key: str, recorded: Mapping[str, Any], model: Checkpoint) -> 
             )
 
 
-def _file_failures(facts: Facts) -> Iterator[str]:
+def file_failures(facts: Pair) -> Iterator[str]:
+    """Name the files that are not as they were recorded."""
     try:
         listed = listed_files(facts.record.data)
     except UpcycleError as error:
@@ -323,4 +328,4 @@ def _parameter_failures(facts: Facts) -> Iterator[str]:
     dense = sum(entry.num_elements for entry in read_tensors(facts.dense).values())
     words = f"{CONFIG_NAME} and the tensors make it"
     for key, found in (("total", total), ("active", total - idle), ("dense", dense)):
-        yield from _differences((f"parameters.{key}", recorded.get(key), found, words))
+        yield from differences((f"parameters.{key}", recorded.get(key), found, words))

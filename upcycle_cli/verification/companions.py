@@ -13,7 +13,7 @@ from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import CHECKSUMS_NAME, read_checksums, sha256_of
 from upcycle_cli.running.models import tokenizer_files
-from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.facts import Pair
 from upcycle_cli.verification.listing import foreign_files
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.tokenizers import compare_tokenizers, contents, file_failures
@@ -22,7 +22,7 @@ NAME = "files"
 _MOST_NAMED = 5
 
 
-def check_files(facts: Facts) -> CheckResult:
+def check_files(facts: Pair) -> CheckResult:
     """Compare the files beside the weights with the dense model's."""
     failures, notes = compare_tokenizers(facts.dense, facts.moe)
     failures += file_failures(facts.dense, facts.moe, GENERATION_NAME, notes)
@@ -36,7 +36,7 @@ def check_files(facts: Facts) -> CheckResult:
     return Findings(failures).result(NAME, passed, {"foreign_files": len(foreign)}, " ".join(notes))
 
 
-def _licence_notes(facts: Facts) -> Iterator[str]:
+def _licence_notes(facts: Pair) -> Iterator[str]:
     """Somebody may have added or amended a licence file, which no engine reads."""
     others = {GENERATION_NAME, *tokenizer_files(facts.dense)}
     for name in (file.name for file in facts.dense.companions if file.name not in others):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.running.models import load_config
 from upcycle_cli.running.texts import ROW_TOKENS, builtin_texts, read_texts, shares, tokenized
-from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.facts import Pair
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Prompt:
         return targets_BS.flatten()
 
 
-def make_prompt(facts: Facts, options: TextOptions) -> Prompt:
+def make_prompt(facts: Pair, options: TextOptions) -> Prompt:
     """Return text, where there is a tokenizer for it, and random tokens of the whole vocabulary.
 
     Text shows little of what a model does: a router can be made to fit the built-in one alone.
@@ -116,7 +116,7 @@ def make_prompt(facts: Facts, options: TextOptions) -> Prompt:
     return Prompt(torch.tensor(filled), words, origin, decode)
 
 
-def _generator(facts: Facts) -> torch.Generator:
+def _generator(facts: Pair) -> torch.Generator:
     import torch
 
     digest = hashlib.sha256()

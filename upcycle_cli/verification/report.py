@@ -90,6 +90,7 @@ class Report:
     # What the MoE was held to: exact, approximate or none; None when it could not be told.
     promise: str | None = None
     allow_inexact: bool = False  # a measurement of an MoE that promises nothing is enough
+    grown: bool = False  # what it was held against is no dense model, but an MoE that it grew from
     paths: tuple[Path, Path] | None = None  # where both models were read: the dense one, the MoE
 
     @property

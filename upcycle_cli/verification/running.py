@@ -10,7 +10,7 @@ Legend: B texts, S positions, H hidden size, P positions that are not padding, K
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.running.models import Model, TransformersError, decoder_layers
 from upcycle_cli.running.stored import Stack, Stored, finder, stored_model
-from upcycle_cli.verification.facts import Facts
+from upcycle_cli.verification.facts import Facts, Moe
 
 
 def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model:
@@ -56,29 +56,36 @@ def rounds(facts: Facts) -> bool:
 
 
 def moe_model(
-    facts: Facts,
+    facts: Moe,
     reader: Reader,
     dtype: torch.dtype = torch.float32,
     copied: Collection[int] = (),
+    rounded: Mapping[str, torch.dtype] | None = None,
 ) -> Model:
     """Return the MoE, to be run in a dtype; raises TransformersError.
+
+    `rounded` has the dtypes that tensors are rounded to first, by their names on disk.
 
     `copied` are the layers in which the experts of a shard were found to be the same bytes: each of
     them is run once for a token, with the sum of its copies' gates.
     """
     find = finder(facts.moe, facts.target.inside, facts.target.root)
 
-    def stored(*pieces: torch.Tensor) -> Stored:
-        return Stored(pieces, lambda held: held.to(dtype), dtype)
+    def stored(name: str, *pieces: torch.Tensor) -> Stored:
+        narrow = (rounded or {}).get(name)
+        if narrow is None:
+            return Stored(pieces, lambda held: held.to(dtype), dtype)
+        return Stored(pieces, lambda held: held.to(narrow).to(dtype), dtype)
 
     def tensor(name: str) -> Stored | None:
         found = find(name)
-        return None if found is None else stored(reader.tensor(found))
+        return None if found is None else stored(found, reader.tensor(found))
 
     def stack(layer: int, parts: Sequence[str]) -> Stack:
         def expert(number: int) -> Stored:
             spots = [facts.place(part, layer, number) for part in parts]
-            return stored(*(reader.tensor(spot.tensor)[spot.index] for spot in spots))
+            pieces = (reader.tensor(spot.tensor)[spot.index] for spot in spots)
+            return stored(spots[0].tensor, *pieces)
 
         return Stack(expert, dtype)
 

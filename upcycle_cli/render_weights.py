@@ -1,0 +1,50 @@
+"""What expert weights say of themselves, as rows of a table; no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from upcycle_cli.experts import WeightFacts
+from upcycle_cli.families.layers import listed
+from upcycle_cli.printable import counted
+
+if TYPE_CHECKING:
+    from upcycle_cli.movement import LayerMovement
+
+
+def weight_rows(
+    weights: WeightFacts, num_experts: int | None
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what was found in the experts: a property and the lines that say it."""
+    distinct = counted(weights.distinct_experts, "different expert")
+    per_group = f"{weights.granularity} per group by their router rows"
+    yield "weights", [f"{distinct} of {num_experts}, {per_group}"]
+    whole = "yes, in every layer" if weights.whole_groups else "no:"
+    if weights.whole_groups and weights.reordered_groups:
+        whole += f"; {weights.reordered_groups:,} have their neurons in another order"
+    yield "whole groups", [whole, *weights.differing]
+    if weights.factors is not None:
+        measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
+        yield "scale factors", [f"{measured} (measured against the dense model)"]
+    if weights.movement is not None:
+        yield from _movement_rows(weights.movement)
+
+
+def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Say in a few words how far experts have come, and where most."""
+    moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
+    most, layer, expert = max(moved)
+    mean = sum(distance for distance, _, _ in moved) / len(moved)
+    apart = sum(each.apart for each in layers) / len(layers)
+    if most:
+        yield (
+            "moved",
+            [f"{mean:.2%} on average, {most:.2%} (layer {layer}, expert {expert}) at most"],
+        )
+        yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
+    else:
+        yield "moved", ["not at all"]
+    split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
+    where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
+    yield "split groups", [f"{split:,} of {num_groups:,}{where}"]

@@ -1,0 +1,139 @@
+"""Outputs of a grown MoE: do it and its source, run by transformers' own code, predict the same?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.hooks import Watch
+from upcycle_cli.running.models import Model, TransformersError, transformers_says
+from upcycle_cli.running.runs import started
+from upcycle_cli.verification.distributions import Comparison, Ending, compare
+from upcycle_cli.verification.grown import Grown
+from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
+from upcycle_cli.verification.report import CheckResult, Findings, Status
+from upcycle_cli.verification.running import moe_model
+from upcycle_cli.verification.sidebyside import ending_of
+
+_EXACT_KL = 1e-8
+_EXACT_TOP1 = 0.999
+_MOST_ROUNDING_KL = 1e-2
+
+
+def check_grown_outputs(
+    facts: Grown, options: TextOptions, by_header: Sequence[str], watch: Watch
+) -> CheckResult:
+    """Compare the predictions of both; `by_header` is what headers show to be wrong.
+
+    Raises UpcycleError when the source cannot run, and for options that no model can follow.
+    """
+    findings = Findings(by_header)
+    note = "The outputs could not be compared."
+    if findings:
+        return findings.result("outputs", "", note=note)
+    prompt = make_prompt(facts, options)
+    with facts.dense.reader() as source, facts.moe.reader() as moe:
+        try:
+            comparison = _compared(facts, source, moe, prompt, watch)
+        except TransformersError as error:
+            findings.add(f"transformers could not run the MoE: {error}")
+            return findings.result("outputs", "", note=note)
+    bad = comparison.moe.not_finite
+    if bad:
+        findings.add(f"{bad} of {comparison.moe.shown} logits of the MoE are not finite")
+        return findings.result("outputs", "", note=note)
+    metrics = _metrics(comparison, prompt)
+    measured = (
+        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
+        f"{metrics['top1_agreement']:.2%}, NLL of the text {metrics['moe_nll']:.4f} against "
+        f"{metrics['dense_nll']:.4f} for the source."
+    )
+    if facts.objection is not None:
+        detail = f"Measured only, since this MoE does not promise equality: {facts.objection}."
+        result = findings.result("outputs", f"{detail} {measured}", metrics)
+        return replace(result, status=Status.MEASURED)
+    for failure in _failures(metrics):
+        findings.add(failure)
+    return findings.result(
+        "outputs", f"The same function. {measured}", metrics, measured if findings else ""
+    )
+
+
+def _compared(
+    facts: Grown, source: Reader, moe: Reader, prompt: Prompt, watch: Watch
+) -> Comparison:
+    narrow, layers = _narrowed(facts), len(facts.layers)
+    try:
+        models = [moe_model(facts.source, source)]
+        if narrow:
+            models.append(moe_model(facts.source, source, rounded=narrow))
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {facts.dense.path}: {error}") from error
+    models.append(moe_model(facts.grown, moe))
+    endings = []
+    with ExitStack() as stack:
+        for index, model in enumerate(models):
+            endings.append(_ending(model, prompt, stack))
+            watch.checked((index + 1) * layers, len(models) * layers, "layers")
+        with transformers_says():
+            return compare(endings[0], endings[1] if narrow else None, endings[-1], prompt.targets)
+
+
+def _ending(model: Model, prompt: Prompt, stack: ExitStack) -> Ending:
+    run = stack.enter_context(started(model, prompt.ids, ()))
+    with transformers_says():
+        while run.output is None:
+            run.steps.advance()
+        return ending_of(run)
+
+
+def _narrowed(facts: Grown) -> Mapping[str, torch.dtype]:
+    """Return the dtypes that weights were rounded to, by their names in the source."""
+    found = {}
+    for name, became in facts.became.items():
+        dtype = facts.moe.tensors[became].dtype if became in facts.moe.tensors else "F32"
+        if dtype not in {"F32", facts.dense.tensors[name].dtype}:
+            found[name] = getattr(torch, TORCH_DTYPES[dtype])
+    return found
+
+
+def _metrics(comparison: Comparison, prompt: Prompt) -> dict[str, float]:
+    """Return the metrics: KL(source ‖ MoE) in nats per token, NLL of the text alone, and others."""
+    p, r, q = comparison.published, comparison.rounded, comparison.moe
+    follows_P = prompt.targets >= 0
+    return {
+        "kl_mean": float(comparison.kl.mean()),
+        "kl_max": float(comparison.kl.max()),
+        "kl_mean_rounding": float(comparison.rounding.mean()),
+        "kl_mean_conversion": float(comparison.conversion.mean()),
+        "max_abs_logit_diff": comparison.max_abs_logit_diff,
+        "top1_agreement": float((p.best == q.best).double().mean()),
+        "top1_agreement_conversion": float((r.best == q.best).double().mean()),
+        "dense_nll": float(p.nll[follows_P].mean()),
+        "moe_nll": float(q.nll[follows_P].mean()),
+        "tokens": prompt.ids.numel(),
+        "text_tokens": sum(map(len, prompt.words)),
+    }
+
+
+def _failures(metrics: Mapping[str, float]) -> list[str]:
+    failures = []
+    kl, top1 = metrics["kl_mean_conversion"], metrics["top1_agreement_conversion"]
+    if not kl < _EXACT_KL:
+        failures.append(f"kl_mean_conversion is {kl:.3g}, and less than {_EXACT_KL:g} is promised")
+    # Among few tokens a single near-tie must not decide.
+    if top1 < _EXACT_TOP1 and round((1 - top1) * metrics["tokens"]) > 1:
+        least = f"at least {_EXACT_TOP1:.1%} is promised"
+        failures.append(f"top1_agreement_conversion is {top1:.4%}, and {least}")
+    cost = metrics["kl_mean_rounding"]
+    if not cost <= _MOST_ROUNDING_KL:
+        failures.append(
+            f"kl_mean_rounding is {cost:.3g}: rounding the source's weights costs more than "
+            f"{_MOST_ROUNDING_KL:g}; convert to another dtype"
+        )
+    return failures
