@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYOUTS
+from conftest import LAYOUTS, MakeDense
 from shapes import (
     BIG,
     PAIRS,
@@ -373,6 +373,13 @@ def test_one_group_costs_what_the_dense_model_costs(open_big: OpenBig) -> None:
     twice = build_plan(make_recipe("E8G1T2"), open_big("llama-3.1-70b"))
     products = LLAMA_70B - 128256 * 8192
     assert twice.flops_ratio == (products + 80 * (LLAMA_70B_MLP + 8 * 8192)) / products
+
+
+def test_looking_up_a_second_embedding_costs_nothing_either(make_dense: MakeDense) -> None:
+    source = open_checkpoint(make_dense("gemma4_text"))
+    plan = build_plan(source, Recipe(expansion=2, granularity=2, top_k=2))
+    table = source.tensors["model.embed_tokens_per_layer.weight"].num_elements
+    assert plan.multiplied == (plan.active_parameters - table, plan.dense_parameters - table)
 
 
 # Shards ------------------------------------------------------------------------------------------

@@ -213,8 +213,11 @@ class Plan(Planned):
         # Looking up an embedding costs nothing; a tied one is used once more, as the head.
         row, tensors = self.family.dense.family, self.source.tensors
         lookup, untied = tensors[row.embedding].num_elements, row.head in tensors
-        # What sees pictures has nothing to do with a token of text.
-        around = sum(t.num_elements for t in tensors.values() if not row.has(t.name))
+        # What sees pictures has nothing to do with a token of text, and some have a second table.
+        by_layer = f"{row.embedding.removesuffix('.weight')}_per_layer.weight"
+        around = sum(
+            t.num_elements for t in tensors.values() if not row.has(t.name) or t.name == by_layer
+        )
         moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings) - around
         return moe, self.dense_parameters - lookup * untied - around
 
