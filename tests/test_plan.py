@@ -377,7 +377,7 @@ def test_one_group_costs_what_the_dense_model_costs(open_big: OpenBig) -> None:
 
 def test_looking_up_a_second_embedding_costs_nothing_either(make_dense: MakeDense) -> None:
     source = open_checkpoint(make_dense("gemma4_text"))
-    plan = build_plan(source, Recipe(expansion=2, granularity=2, top_k=2))
+    plan = build_plan(Recipe(expansion=2, granularity=2, top_k=2), source)
     table = source.tensors["model.embed_tokens_per_layer.weight"].num_elements
     assert plan.multiplied == (plan.active_parameters - table, plan.dense_parameters - table)
 
