@@ -42,8 +42,9 @@ from upcycle_cli.arithmetic import evaluate
 from upcycle_cli.conversion import execute
 from upcycle_cli.expr import Mean, Source
 from upcycle_cli.merge import Rest
+from upcycle_cli.mergekit import read_mergekit
 from upcycle_cli.plan import Plan, build_plan
-from upcycle_cli.recipe import ExpertLayout, Routing
+from upcycle_cli.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification import CheckResult
 
 if TYPE_CHECKING:
@@ -531,3 +532,220 @@ def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: P
     assert any("cc-by-nc-4.0" in note for note in done.plan.carried.notes)
     same = convert(models[0], tmp_path / "s", recipe, merge=MergeRequest(experts_from=models[1:2]))
     assert same.plan.carried.values["license"] == "apache-2.0"
+
+
+# Prompts -----------------------------------------------------------------------------------------
+
+PROMPTS = (
+    ["Once upon a time there was a king.", "She walked along the river, slowly."],
+    ["def f(x): return x + 1", "for (int i = 0; i < n; i++) {}"],
+    ["1 + 2 = 3, and 4 * 5 = 20", "7 - 3 = 4"],
+)
+
+
+def save_prompts(path: Path, models: Sequence[Path], **changes: Any) -> Path:  # noqa: ANN401
+    said = dict(zip((model.name for model in models), PROMPTS, strict=True)) | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in said.items() if value}))
+    return path
+
+
+def test_rows_are_what_prompts_look_like(models: list[Path], tmp_path: Path) -> None:
+    """Each row is what transformers' own run shows of a model's prompts, but for what all share."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = save_prompts(tmp_path / "prompts.yml", models)
+    dense = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    seen: list[torch.Tensor] = []
+    dense.model.layers[1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    means, every = [], []
+    for prompts in PROMPTS:
+        seen.clear()
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                dense(ids)
+        means.append(torch.stack([each.mean(0) for each in seen]).mean(0))
+        every += seen
+    inputs_PH, rows_EH = torch.cat(every).double(), torch.stack(means).double()
+    rows_EH = rows_EH - rows_EH.mean(0)
+    common_H = inputs_PH.mean(0) / inputs_PH.mean(0).norm()
+    rows_EH = rows_EH - (rows_EH @ common_H)[:, None] * common_H
+    rows_EH = rows_EH / (inputs_PH @ rows_EH.T).std(0, correction=0)[:, None]
+    done = convert(
+        models[0],
+        tmp_path / "moe",
+        Recipe(expansion=3, granularity=2, top_k=2, router_init=RouterInit.PROMPTS),
+        options=Options(dtype="float32"),
+        merge=MergeRequest(experts_from=models[1:]),
+        positive_prompts=file,
+        verify=True,
+    )
+    assert done.published
+    router = read_tensors(tmp_path / "moe")["model.layers.1.block_sparse_moe.gate.weight"]
+    assert torch.equal(router[::2], router[1::2])
+    assert torch.allclose(router[::2].double(), rows_EH, rtol=1e-3, atol=1e-4)
+
+
+def test_two_models_can_be_told_apart(models: list[Path], tmp_path: Path) -> None:
+    """Their rows are opposites, which is no fault."""
+    file = save_prompts(tmp_path / "p.yml", models, c=None)
+    recipe = Recipe(expansion=2, granularity=1, top_k=1, router_init=RouterInit.PROMPTS)
+    merge = MergeRequest(experts_from=models[1:2])
+    convert(models[0], tmp_path / "moe", recipe, merge=merge, positive_prompts=file)
+    assert weights_of(models[:2], tmp_path / "moe").status == "passed"
+
+
+def test_negative_prompts_count(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
+    digests = set()
+    given = [each for other in models[1:] for each in ("--experts-from", other)]
+    for negative in ([], ["a poem"], ["a song"]):
+        held = {"positive_prompts": PROMPTS[1], "negative_prompts": negative}
+        file = save_prompts(tmp_path / "p.json", models, b=held)
+        options = ("--positive-prompts", file, "--json", "--dry-run")
+        done = run_cli("convert", models[0], tmp_path / "moe", "-r", "E3G1T2", *given, *options)
+        found = validate_json("convert", done.stdout)
+        assert found["router_init"] == "prompts"
+        digests.add(found["plan_sha256"])
+    assert len(digests) == 3
+
+
+REFUSED_PROMPTS: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
+    "no yaml": ("[", (), ("no YAML",)),
+    "a list": (["a"], (), ("no prompts of models",)),
+    "unnamed": ({"b": None}, (), ("no prompts for b",)),
+    "unknown": ({"zzz": ["x"]}, (), ("prompts for zzz",)),
+    "no texts": ({"b": [1]}, (), ("positive_prompts of b must be a list of texts",)),
+    "empty": ({"b": {"negative_prompts": ["x"]}}, (), ("b has no positive prompts",)),
+    "key": ({"b": {"positive": ["x"]}}, (), ("'positive'",)),
+    "groups": ({}, ("-r", "E6G1T2"), ("6 router rows", "expansion of 3")),
+    "rows": ({}, ("--router-init", "balanced"), ("--router-init is balanced",)),
+    "text": ({}, ("--calibration", "builtin"), ("two texts",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PROMPTS)
+def test_prompts_that_are_none_are_refused(
+    models: list[Path], tmp_path: Path, run_cli: RunCli, case: str
+) -> None:
+    changes, options, words = REFUSED_PROMPTS[case]
+    file = save_prompts(tmp_path / "p.yml", models, **changes if isinstance(changes, dict) else {})
+    if not isinstance(changes, dict):
+        file.write_text(changes if isinstance(changes, str) else yaml.safe_dump(changes))
+    given = [each for other in models[1:] for each in ("--experts-from", other)]
+    recipe = () if "-r" in options else ("-r", "E3G1T2")
+    done = run_cli(
+        "convert", models[0], "moe", *recipe, *given, "--positive-prompts", file, *options,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    for word in words:
+        assert word in " ".join(done.stderr.split())
+
+
+def test_prompts_need_several_models(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
+    file = save_prompts(tmp_path / "p.yml", models)
+    for options, words in (
+        (("--positive-prompts", file), "tell models apart"),
+        (("--router-init", "prompts"), "--positive-prompts FILE"),
+    ):
+        done = run_cli("convert", models[0], "moe", "-r", "E2G1T1", *options, cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
+
+
+# mergekit ----------------------------------------------------------------------------------------
+
+
+def mergekit_file(path: Path, models: Sequence[Path], **changes: Any) -> Path:  # noqa: ANN401
+    experts = [
+        {"source_model": str(model), "positive_prompts": prompts}
+        for model, prompts in zip(models, PROMPTS, strict=False)
+    ]
+    content = {"base_model": str(models[0]), "experts": experts, "dtype": "bfloat16"} | changes
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not REMOVED}))
+    return path
+
+
+def test_a_file_of_mergekits_is_read(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
+    file = mergekit_file(tmp_path / "moe.yml", models, gate_mode="random", experts_per_token=1)
+    done = run_cli("convert", "moe", "--from-mergekit", file, "--json", cwd=tmp_path)
+    found = validate_json("convert", done.stdout)
+    assert (found["recipe"], found["router_init"]) == ("E3G1T1", "normal")
+    convert(
+        models[0],
+        tmp_path / "same",
+        Recipe(expansion=3, granularity=1, top_k=1),
+        options=Options(dtype="bfloat16"),
+        merge=MergeRequest(experts_from=models, source_too=False),
+    )
+    assert contents(tmp_path / "moe") == contents(tmp_path / "same")
+
+
+def test_its_prompts_and_its_order_are_read(
+    models: list[Path], tmp_path: Path, run_cli: RunCli
+) -> None:
+    file = mergekit_file(tmp_path / "m.yml", [models[1], models[2]], base_model=str(models[0]))
+    options = ("--from-mergekit", file, "--seed", "3", "--save-config", "u.toml", "--json")
+    found = json.loads(run_cli("convert", "moe", *options, cwd=tmp_path).stdout)
+    assert (found["router_init"], found["seed"]) == ("prompts", 3)
+    assert found["experts_from"]["groups"] == [1, 2]
+    again = run_cli("convert", "--config", "u.toml", "moe", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["status"] == "already done"
+
+
+def test_options_go_before_what_it_says(
+    models: list[Path], tmp_path: Path, run_cli: RunCli
+) -> None:
+    file = mergekit_file(tmp_path / "m.yml", models, gate_mode="uniform_random")
+    options = ("--from-mergekit", file, "--dtype", "float32", "-T", "3", "--dry-run", "--json")
+    found = json.loads(run_cli("convert", models[0], "moe", *options, cwd=tmp_path).stdout)
+    assert found["recipe"] == "E3G1T3"
+    assert found["router_logit_std"] == pytest.approx(3**-0.5, rel=1e-5)
+
+
+def _experts(**changes: object) -> dict[str, Any]:
+    return {"experts": [{"source_model": "b", "positive_prompts": ["x"]} | changes]}
+
+
+NOT_READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "cheap_embed": ({"gate_mode": "cheap_embed"}, ("gate_mode", "'cheap_embed'")),
+    "shared": ({"shared_experts": [{"source_model": "b"}]}, ("shared_experts",)),
+    "qwen": ({"architecture": "qwen"}, ("architecture", "'qwen'")),
+    "dtype": ({"dtype": "int8"}, ("dtype", "'int8'")),
+    "unknown": ({"merge_method": "slerp"}, ("merge_method",)),
+    "top-k": ({"experts_per_token": 0}, ("experts_per_token",)),
+    "none": ({"experts": []}, ("experts must be",)),
+    "base": ({"base_model": REMOVED}, ("base_model",)),
+    "noise": (_experts(noise_scale=0.1), ("experts[0].noise_scale",)),
+    "residual": (_experts(residual_scale=0.5), ("experts[0].residual_scale",)),
+    "adapter": (_experts(source_model="b+lora"), ("experts[0].source_model", "adapter")),
+    "lora": (
+        _experts(source_model={"model": {"path": "b"}, "lora": {"path": "c"}}),
+        ("experts[0].source_model.lora",),
+    ),
+    "odd": (_experts(weight=1), ("experts[0].weight",)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_READ)
+def test_what_mergekit_means_otherwise_is_refused(
+    models: list[Path], tmp_path: Path, run_cli: RunCli, case: str
+) -> None:
+    changes, words = NOT_READ[case]
+    file = mergekit_file(tmp_path / "m.yml", models, **changes)
+    done = run_cli("convert", "moe", "--from-mergekit", file, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    for word in words:
+        assert word in " ".join(done.stderr.split())
+    assert not (tmp_path / "moe").exists()
+
+
+def test_its_models_have_revisions(tmp_path: Path) -> None:
+    held = {"model": {"path": "org/c", "revision": "v1"}, "lora": None}
+    content: dict[str, Any] = {"base_model": "org/a@main", "gate_mode": "random"}
+    content["experts"] = [{"source_model": name} for name in ("org/b@v2", held)]
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(content))
+    found = read_mergekit(tmp_path / "m.yml")
+    assert (found["source"], found["revision"]) == ("org/a", "main")
+    assert found["experts_from"] == ["org/b@v2", "org/c@v1"]

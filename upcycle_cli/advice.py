@@ -167,7 +167,8 @@ def router_text(plan: Plan) -> str:
     if recipe.router_init is RouterInit.FILE:
         words = "rows of a file"
     else:
-        words = f"{recipe.router_init} rows, logit std {recipe.router_logit_std:g}"
+        kind = "rows from prompts" if recipe.router_init is RouterInit.PROMPTS else None
+        words = f"{kind or f'{recipe.router_init} rows'}, logit std {recipe.router_logit_std:g}"
     if text is None:
         return words
     words += f", calibrated on {text.name}"

@@ -53,6 +53,8 @@ class RouterInit(StrEnum):
     """Drawn at random, and fitted to a calibration such that the experts are chosen evenly."""
     CENTROIDS = "centroids"
     """The centres of clusters of what a calibration has seen."""
+    PROMPTS = "prompts"
+    """What the prompts of each of several models look like."""
     FILE = "file"
     """Given by the user."""
 

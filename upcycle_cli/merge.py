@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,18 @@ class Merge:
     others: tuple[Checkpoint, ...]
     cycle: tuple[int, ...]
     rest: Rest = Rest.FIRST
+
+    def check_prompts(self, recipe: Recipe) -> None:
+        """Raise UpcycleError where a model has several groups, which its prompts cannot tell apart.
+
+        And where experts of a group have rows of their own.
+        """
+        if recipe.expansion != len(self.cycle) or recipe.router_rows != recipe.expansion:
+            raise UpcycleError(
+                f"{recipe.router_rows} router rows cannot be made of the prompts of "
+                f"{len(self.cycle)} models.",
+                f"Use an expansion of {len(self.cycle)}, and virtual groups.",
+            )
 
     def of_groups(self, expansion: int) -> tuple[int, ...]:
         """Return the model of each virtual group; UpcycleError for a number that does not fit."""

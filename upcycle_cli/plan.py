@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.alike import carried, check_dtypes
+from upcycle_cli.calibration.prompts import Prompts
 from upcycle_cli.checkpoint import LARGEST, TORCH_DTYPES, Checkpoint, Reader, TensorEntry
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
@@ -284,6 +285,8 @@ def build_plan(
     )
     used = [name for name in names if name not in dropped]
     inputs = (inputs or RouterInputs()).for_recipe(recipe)
+    if isinstance(inputs.text, Prompts):
+        _check_prompts(inputs.text, recipe, source, merge)
     rows = inputs.rows_for(recipe, family.layers, family.dense.hidden_size, calibration)
     size = family.dense.intermediate_size
     orders = inputs.orders_for(recipe, family.layers, size, calibration)
@@ -307,6 +310,17 @@ def build_plan(
         calibration=calibration,
         merge=merge,
     )
+
+
+def _check_prompts(
+    prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
+) -> None:
+    """Raise UpcycleError for prompts that are not those of each group's model."""
+    if merge is None:
+        raise UpcycleError("prompts tell models apart, and there is one.", "Add --experts-from.")
+    merge.check_prompts(recipe)
+    models = (source, *merge.others)
+    prompts.of_groups([models[number] for number in merge.cycle])
 
 
 def calibrated(plan: Plan, found: Calibration) -> Plan:

@@ -280,7 +280,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether this (resolved) recipe cannot be carried out without a calibration."""
-        fitted = self.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
+        fitted = self.router_init not in (RouterInit.NORMAL, RouterInit.FILE)
         clustered = self.neuron_order is NeuronOrder.CLUSTERED
         return fitted or clustered or self.scaling is Scaling.MEASURED
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from upcycle_cli.alike import alike
+from upcycle_cli.calibration.prompts import Prompts
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.conversion import Conversion, check_before, execute, is_finished
 from upcycle_cli.errors import UpcycleError
@@ -89,6 +90,7 @@ def convert(  # noqa: PLR0913 - what a Request has
     writing: WriteOptions | None = None,
     push: Destination | None = None,
     merge: MergeRequest | None = None,
+    positive_prompts: Path | str | None = None,
 ) -> Conversion:
     """Convert the checkpoint in `source` into a mixture of experts in `output`.
 
@@ -97,7 +99,8 @@ def convert(  # noqa: PLR0913 - what a Request has
     `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
     `calibration` is a text that the dense model is run on first, or "builtin"; `router_rows` is
     the file of rows that a recipe with the router_init "file" takes. With `push`, `output` is
-    pushed once it is complete. `merge` names other models to make experts of.
+    pushed once it is complete. `merge` names other models to make experts of, and
+    `positive_prompts` a file of what each is for, with the router_init "prompts".
 
     Raises UpcycleError when that cannot be done; `output` is then as it was before, or complete
     where only the push failed.
@@ -111,7 +114,9 @@ def convert(  # noqa: PLR0913 - what a Request has
             revision=revision,
             options=options,
             inputs=RouterInputs.read(
-                calibration=calibration, rows=None if router_rows is None else Path(router_rows)
+                calibration=calibration,
+                rows=None if router_rows is None else Path(router_rows),
+                prompts=None if positive_prompts is None else Path(positive_prompts),
             ),
             overwrite=overwrite,
             verify=verify,
@@ -182,7 +187,8 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Planned:
     def make() -> Planned:
         source = open_source(request.source, request.revision)
         if isinstance(request.recipe, Growth):
-            if request.merge is not None:
+            prompts = request.inputs is not None and isinstance(request.inputs.text, Prompts)
+            if request.merge is not None or prompts:
                 raise UpcycleError(
                     "--expand copies the experts that an MoE has, and takes no other models'.",
                     "Leave out --experts-from.",

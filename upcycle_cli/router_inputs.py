@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from upcycle_cli.calibration.prompts import Prompts, read_prompts
 from upcycle_cli.calibration.text import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Order
@@ -26,17 +27,28 @@ if TYPE_CHECKING:
 class RouterInputs:
     """What is there to make routers from; `for_recipe` adds what a recipe cannot do without."""
 
-    text: CalibrationText | None = None
+    text: CalibrationText | Prompts | None = None
     rows: RouterFile | None = None
 
     @classmethod
-    def read(cls, *, calibration: Path | str | None, rows: Path | None) -> Self:
-        """Read a text (a file, or `builtin`) and a file of rows; UpcycleError when they are none.
+    def read(
+        cls, *, calibration: Path | str | None, rows: Path | None, prompts: Path | None = None
+    ) -> Self:
+        """Read a text (a file, or `builtin`), prompts and rows; UpcycleError when they are none.
 
         Nothing is imported that a conversion without them does not need.
         """
+        text: CalibrationText | Prompts | None = None
+        if calibration is not None:
+            text = calibration_text(calibration)
+        if prompts is not None:
+            if text is not None:
+                raise UpcycleError(
+                    "prompts and a text for a calibration are two texts.", "Leave one out."
+                )
+            text = read_prompts(prompts)
         return cls(
-            text=None if calibration is None else calibration_text(calibration),
+            text=text,
             rows=None if rows is None else read_router_file(rows),
         )
 
@@ -50,6 +62,13 @@ class RouterInputs:
                 "Give the file itself: --router-init ROWS.safetensors.",
             )
         text = self.text
+        if isinstance(text, Prompts) != (recipe.router_init is RouterInit.PROMPTS):
+            raise UpcycleError(
+                f"prompts are given, and --router-init is {recipe.router_init}."
+                if isinstance(text, Prompts)
+                else "rows are to be made of prompts, and there are none.",
+                "Give both, or neither: --router-init prompts and --positive-prompts FILE.",
+            )
         if text is None and recipe.calibrates:
             text = calibration_text(BUILTIN)
         return RouterInputs(text=text, rows=self.rows)

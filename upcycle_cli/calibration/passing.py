@@ -16,11 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from upcycle_cli.calibration.found import Calibration, LayerFound, RouterStatistics
+from upcycle_cli.calibration.prompts import Prompts
 from upcycle_cli.calibration.text import CalibrationText
 from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
+from upcycle_cli.merge import MergedReader
 from upcycle_cli.order_file import order_name
 from upcycle_cli.plan import Plan
 from upcycle_cli.recipe import NeuronOrder, RouterInit
@@ -37,7 +39,7 @@ from upcycle_cli.tensors import OutputTensor, Role, router_stream
 if TYPE_CHECKING:
     import torch
 
-    from upcycle_cli.calibration.rows import Array
+    from upcycle_cli.calibration.rows import Array, Fit
     from upcycle_cli.calibration.shards import Floats
 
 TOKENS = 2048
@@ -55,20 +57,59 @@ def calibrate(plan: Plan, watch: Watch) -> Calibration:
     source, text = plan.source, plan.inputs.text
     assert text is not None
     try:
-        ids_BS, count = _rows_of(source, text)
+        rows = _prompts_of(plan, text) if isinstance(text, Prompts) else _rows_of(source, text)
         watch.calibrating()
-        with source.reader() as reader:
-            layers = {
-                layer.statistics.layer: layer for layer in _run(plan, reader, ids_BS, count, watch)
-            }
+        with plan.reader() as reader:
+            layers = {layer.statistics.layer: layer for layer in _run(plan, reader, rows, watch)}
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {source.path}: {error}") from error
     watch.calibrated()
-    return Calibration(tokens=count, layers=layers)
+    return Calibration(tokens=len(rows.positions), layers=layers)
 
 
-def _rows_of(source: Checkpoint, text: CalibrationText) -> tuple[torch.Tensor, int]:
-    """Return rows of tokens (B, S), and how many of these are text; the rest comes last."""
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of tokens, (B, S), and where in them text is, (P,)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    weights: Array | None = None
+    """Of prompts: what share each position has in what a row of a router is made of, (E, P)."""
+
+
+def _prompts_of(plan: Plan, prompts: Prompts) -> _Rows:
+    """Return a row for each prompt, padded behind it; UpcycleError for one of no tokens."""
+    import numpy as np
+    import torch
+
+    assert plan.merge is not None
+    of_groups = prompts.of_groups([plan.sources[number] for number in plan.merge.cycle])
+    config = load_config(plan.source.path).get_text_config()
+    longest = min(ROW_TOKENS, getattr(config, "max_position_embeddings", None) or ROW_TOKENS)
+    texts: list[list[int]] = []
+    shares: list[tuple[int, float]] = []
+    for group, of in enumerate(of_groups):
+        for several, sign in ((of.positive, 1.0), (of.negative, -1.0)):
+            tokens, _, reason = tokenized(plan.source, several, config.vocab_size)
+            if len(tokens) < len(several):
+                raise UpcycleError(f"a prompt of {of.model} cannot be made tokens: {reason}.")
+            texts += [each[:longest] for each in tokens]
+            shares += [(group, sign / len(several)) for _ in several]
+    length = max(map(len, texts))
+    ids_BS = torch.tensor([each + each[:1] * (length - len(each)) for each in texts])
+    # A token that begins all of them tells nothing, and weighs more where a prompt is short.
+    skipped = len({each[0] for each in texts}) == 1 and min(map(len, texts)) > 1
+    held = [(b, s) for b, each in enumerate(texts) for s in range(skipped, len(each))]
+    weights_EP = np.zeros((len(of_groups), len(held)))
+    for position, (b, _) in enumerate(held):
+        group, share = shares[b]
+        weights_EP[group, position] = share / (len(texts[b]) - skipped)
+    positions_P = torch.tensor([b * length + s for b, s in held])
+    return _Rows(ids_BS, positions_P, weights_EP)
+
+
+def _rows_of(source: Checkpoint, text: CalibrationText) -> _Rows:
+    """Return rows of tokens, in which what is no text comes last; raises UpcycleError."""
     import torch
 
     config = load_config(source.path).get_text_config()
@@ -88,11 +129,12 @@ def _rows_of(source: Checkpoint, text: CalibrationText) -> tuple[torch.Tensor, i
     longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
     length = min(ROW_TOKENS, longest)
     padding = [tokens[0]] * (-len(tokens) % length)
-    return torch.tensor(tokens + padding).reshape(-1, length), len(tokens)
+    ids_BS = torch.tensor(tokens + padding).reshape(-1, length)
+    return _Rows(ids_BS, torch.arange(len(tokens)))
 
 
 def _run(
-    plan: Plan, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Watch
+    plan: Plan, reader: Reader | MergedReader, rows: _Rows, watch: Watch
 ) -> Iterator[LayerFound]:
     """Yield what is found in each layer that becomes a mixture of experts; TransformersError."""
     import torch
@@ -115,15 +157,15 @@ def _run(
     mlp, down = parts[0].name.split(".")[0], holder(parts, "down").name.removesuffix(".weight")
     with ExitStack() as stack, transformers_says():
         modules = [layers[layer].get_submodule(mlp) for layer in plan.family.layers]
-        run = stack.enter_context(started(model, ids_BS, modules))
+        run = stack.enter_context(started(model, rows.ids, modules))
         for layer in range(dense.num_layers):
             if layer not in plan.family.layers:
                 run.steps.advance()
                 continue
-            with _Activity(layers[layer].get_submodule(down), count) as activity:
+            with _Activity(layers[layer].get_submodule(down), rows.positions) as activity:
                 run.steps.advance()
-            inputs_PH = run.mlp_input.flatten(0, -2)[:count]
-            fitted = _Fitting(plan, reader, routers[layer], layer)
+            inputs_PH = run.mlp_input.flatten(0, -2)[rows.positions]
+            fitted = _Fitting(plan, reader, routers[layer], layer, rows.weights)
             yield fitted.found(inputs_PH.double().numpy(), activity.magnitudes)
             watch.checked(layer + 1, dense.num_layers, "layers")
 
@@ -133,7 +175,7 @@ class _Activity:
     """Notes what is given to a down matrix, as long as it is entered."""
 
     module: Model
-    count: int
+    positions: torch.Tensor
     magnitudes: torch.Tensor = field(init=False)
     """Of each neuron at each position, (P, I)."""
     _handle: Any = None
@@ -146,7 +188,7 @@ class _Activity:
         self._handle.remove()
 
     def _note(self, _module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.magnitudes = inputs[0].flatten(0, -2)[: self.count].abs()
+        self.magnitudes = inputs[0].flatten(0, -2)[self.positions].abs()
 
 
 @dataclass(frozen=True)
@@ -154,9 +196,10 @@ class _Fitting:
     """Makes the rows of one layer's router, and measures what they make of its inputs."""
 
     plan: Plan
-    reader: Reader
+    reader: Reader | MergedReader
     router: OutputTensor
     layer: int
+    weights: Array | None = None
 
     def found(self, inputs_PH: Array, activity_PI: torch.Tensor) -> LayerFound:
         """Return all that is to be known of the layer."""
@@ -214,12 +257,15 @@ class _Fitting:
             standard_normal,
             to_float32,
         )
-        from upcycle_cli.calibration.rows import Wanted, balanced, centroids
+        from upcycle_cli.calibration.rows import Wanted, balanced, centroids, prompted
 
         recipe, dtype = self.plan.recipe, self.router.dtype
-        fit = {RouterInit.BALANCED: balanced, RouterInit.CENTROIDS: centroids}.get(
-            recipe.router_init
-        )
+        fits: dict[RouterInit, Fit] = {
+            RouterInit.BALANCED: balanced,
+            RouterInit.CENTROIDS: centroids,
+            RouterInit.PROMPTS: partial(prompted, self.weights),
+        }
+        fit = fits.get(recipe.router_init)
         if fit is None:
             data = evaluate(self.router.expr, self.reader.mapped)
             step = len(data) // self.plan.recipe.num_experts

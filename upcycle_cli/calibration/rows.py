@@ -21,6 +21,9 @@ Array: TypeAlias = "NDArray[np.float64]"
 Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
 """Gives standard normal values by the name of their stream."""
 
+Fit: TypeAlias = "Callable[[Array, Wanted, Draw], Array]"
+"""Makes rows of a layer's inputs."""
+
 _DIRECTIONS = 3
 """Principal directions that are taken out with the mean, at most."""
 _DIMENSIONS_EACH = 8
@@ -93,6 +96,24 @@ def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
         kept = lengths_E > 0  # an empty cluster stays where it is
         centres_EH[kept] = sums_EH[kept] / lengths_E[kept, None]
     return _scaled(centres_EH, inputs_PH, wanted)
+
+
+def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: Wanted, _: Draw) -> Array:
+    """Return what the inputs of each row's prompts are on average, without what all share.
+
+    `weights_EP` has the share of each position in a row's mean, negative for what the row is not to
+    look like. The mean over the rows would shift every token's logits by one amount; along the
+    mean of all inputs, one row would win for every token. Both are taken out, and each row is
+    scaled as those are that are fitted to a text.
+    """
+    assert weights_EP is not None
+    rows_EH = weights_EP @ inputs_PH
+    rows_EH = rows_EH - rows_EH.mean(0)
+    mean_H = inputs_PH.mean(0)
+    length = np.linalg.norm(mean_H)
+    if length > 0:
+        rows_EH = _without(rows_EH, mean_H[:, None] / length)
+    return _scaled(rows_EH, inputs_PH, wanted)
 
 
 def loads(logits_PE: Array, chosen: int) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,8 @@ from upcycle_cli.commands import shared
 from upcycle_cli.commands.given import places, save_options, use_config
 from upcycle_cli.commands.merge_options import (
     ExpertsFromOption,
+    FromMergekitOption,
+    PositivePromptsOption,
     RestOption,
     SourceExpertsOption,
     to_merge,
@@ -24,7 +26,7 @@ from upcycle_cli.commands.shared import for_files, for_hub, for_path, for_recipe
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.hooks import Hooks, Progress
 from upcycle_cli.printable import shell_line
-from upcycle_cli.recipe import Promise
+from upcycle_cli.recipe import Promise, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.conversion import Conversion
@@ -53,6 +55,8 @@ def convert(
     experts_from: ExpertsFromOption = [],  # noqa: B006 - typer copies it
     rest: RestOption = "first",
     source_experts: SourceExpertsOption = True,
+    positive_prompts: PositivePromptsOption = None,
+    from_mergekit: FromMergekitOption = None,  # noqa: ARG001 - its callback has read it
     allow_inexact: Annotated[
         bool,
         for_recipe(
@@ -137,6 +141,8 @@ def convert(
         joined = Team() if context.obj == shared.DEMO else Team.launched()
         with joined as team, terminal.errors_to_exit_codes(as_json=json, silent=not team.leads):
             as_json, quiet = json and team.leads, quiet or not team.leads
+            if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
+                moe = replace(moe, router_init=RouterInit.PROMPTS)
             request = Request(
                 source=source,
                 output=output,
@@ -144,7 +150,7 @@ def convert(
                 target=moe.target,
                 revision=revision,
                 options=moe.to_options(),
-                inputs=moe.to_inputs(),
+                inputs=moe.to_inputs(positive_prompts),
                 overwrite=overwrite,
                 verify=verify,
                 checksums=checksums,

@@ -27,8 +27,18 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def use_mergekit(context: typer.Context, path: Path | None) -> Path | None:
+    """Make what mergekit's file says the defaults of all options that are parsed after it."""
+    if path is None or context.resilient_parsing:
+        return path
+    from upcycle_cli.mergekit import read_mergekit
+
+    context.default_map = {**(context.default_map or {}), **read_mergekit(path)}
+    return path
+
+
 SIZES = ("expansion", "granularity", "top_k")
-_NOT_IN_CONFIG = ("config", "save_config", "dry_run", "help")
+_NOT_IN_CONFIG = ("config", "from_mergekit", "save_config", "dry_run", "help")
 _NOT_SAVED = (*SIZES, "json", "quiet")
 """The recipe says the first three; the others are about one run."""
 
@@ -97,7 +107,7 @@ def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
     }
     if isinstance(plan, Plan):
         values |= _resolved(plan)
-        if plan.inputs.text is not None:
+        if plan.inputs.text is not None and "positive_prompts" not in values:
             values.setdefault("calibration", plan.inputs.text.name)
     else:
         values = {name: value for name, value in values.items() if is_given(context, name)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from upcycle_cli.commands.given import use_mergekit
 from upcycle_cli.commands.shared import for_merge, path_argument
 from upcycle_cli.errors import UpcycleError
 
@@ -37,6 +38,26 @@ SourceExpertsOption = Annotated[
         help="Make experts of none but the models that --experts-from names, of which SOURCE can "
         "be one.",
         show_default=False,
+    ),
+]
+PositivePromptsOption = Annotated[
+    Path | None,
+    for_merge(
+        "--positive-prompts",
+        metavar="FILE",
+        help="Make router rows of what prompts of each model look like to SOURCE: a file of YAML "
+        "or JSON, from each model to its prompts.",
+    ),
+]
+FromMergekitOption = Annotated[
+    Path | None,
+    for_merge(
+        "--from-mergekit",
+        metavar="FILE",
+        help="Take models, routers and dtype from a file of mergekit-moe's; options given here go "
+        "first. A single argument is OUTPUT.",
+        callback=use_mergekit,
+        is_eager=True,
     ),
 ]
 

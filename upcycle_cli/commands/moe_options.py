@@ -226,11 +226,13 @@ class MoeOptions:
             )
         return Growth(expand=self.expand or 0, top_k=self.top_k, allow_inexact=allow_inexact)
 
-    def to_inputs(self) -> RouterInputs:
+    def to_inputs(self, prompts: Path | None = None) -> RouterInputs:
         """Return what routers are made from; UpcycleError for a text or a file that is none."""
         from upcycle_cli.router_inputs import RouterInputs
 
-        return RouterInputs.read(calibration=self.calibration, rows=self._router_file)
+        return RouterInputs.read(
+            calibration=self.calibration, rows=self._router_file, prompts=prompts
+        )
 
     @property
     def _router_file(self) -> Path | None:

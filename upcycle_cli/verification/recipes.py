@@ -29,7 +29,8 @@ APPROXIMATE_LOGIT_STD = 0.05
 FITTED_LOGIT_STD = 0.01
 """The same where rows were fitted to their input: the recorded deviation is a measured one."""
 NORMAL, FILE = "normal", "file"
-FITTED = ("balanced", "centroids")
+PROMPTS = "prompts"
+FITTED = ("balanced", "centroids", PROMPTS)
 """Where router rows come from: drawn, given by the user, or fitted to a calibration."""
 DRAWN = (NORMAL, "balanced")
 """Those that are random rows, or what is left of them without a few directions."""

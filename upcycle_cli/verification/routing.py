@@ -19,7 +19,7 @@ import torch
 from upcycle_cli.checkpoint import TORCH_DTYPES
 from upcycle_cli.running.models import Model, decoder_layers, transformers_says
 from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.recipes import FITTED, NORMAL
+from upcycle_cli.verification.recipes import FITTED, NORMAL, PROMPTS
 
 _HONEST_DRAWS = 4
 _MOST_TIMES_HONEST = 3.0
@@ -150,7 +150,8 @@ class _Watch:
         """Say where rows that were not drawn do not do here what they are said to do."""
         facts, label = self.facts, self.facts.router_name(self.layer)
         recipe, std = facts.recipe, facts.recipe.router_logit_std
-        if recipe.router_init == NORMAL or facts.expansion == 1:
+        # Prompts are of one kind each, and say nothing of what other text is given to whom.
+        if recipe.router_init in (NORMAL, PROMPTS) or facts.expansion == 1:
             return
         if recipe.router_init in FITTED and std is not None:
             here = float(logits_SE.double().std(0).mean())
