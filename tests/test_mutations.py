@@ -78,6 +78,7 @@ EQUIVALENT: Mapping[str, str] = {
     r".* shared: (weights|fused): \[.\] cut=None": "a matrix cut nowhere has the shape of down",
     r".* shared: (weights|fused): \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
+    r".* shared: count_key: n_shared_experts": "nothing reads that key of them",
     rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
     rf"({'|'.join(REFUSE_NONE)}|shipped) refusal: none": "it has none",
     r"flex_olmo keys: (routing|scale): .*": "the norm behind the experts takes every factor out",
@@ -125,6 +126,7 @@ EQUIVALENT: Mapping[str, str] = {
 """By a pattern of their names, mutations that make a model that is as good, or the same."""
 UNAVOIDABLE: Mapping[str, str] = {
     r".* layouts: per-expert\.experts: \[[01]\] left out": "a part of the MLP has no place",
+    r".* shared: (weights|fused): \[.\] left out": "nor has a part of what is shared",
     r".* shared: size: None": "the key of its width would say null",
     r"hunyuan_v1_moe shared: size_key: .*": "as before",
     r".* mlp: \[0\] cut=None": "a matrix has two dimensions, and its row must name one",
@@ -227,6 +229,19 @@ def native_scenarios(target: str) -> tuple[Scenario, ...]:
     found.append(Scenario(model_type, target, {}, {}, routing | {"layers": some}))
     found += REFUSED.get(target, ())
     return tuple(found)
+
+
+def sharing_scenarios(target: str) -> tuple[Scenario, ...]:
+    """The same with some of four shards for every token, which no default says by chance."""
+    shared = NATIVE[target].shared
+    if shared is None:
+        return ()
+    first, fused, *_ = native_scenarios(target)
+    count = 2 if shared.objection(2) is None else 1
+    sharing = {"granularity": 2 + count, "shared_experts": count}
+    return tuple(
+        replace(each, recipe={**each.recipe, "top_k": 2} | sharing) for each in (first, fused)
+    )
 
 
 REFUSED: Mapping[str, tuple[Scenario, ...]] = {
@@ -519,6 +534,9 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "router": lambda value, _: _others(value, None, "mlp.shared_gate.weight"),
         "size_key": lambda value, _: _others(value, None, "moe_intermediate_size"),
         "size": lambda value, _: _others(value, None, 128),
+        "count_key": lambda value, _: _others(value, None, "n_shared_experts"),
+        "insisted_on": lambda value, _: _others(value, False, True),
+        "settings": lambda value, _: _mapping(value),
     },
 }
 """By field, the other values that are tried."""
@@ -750,10 +768,13 @@ def test_a_changed_row_of_a_target(
     name: str,
     changed: Target,
 ) -> None:
+    scenarios = native_scenarios(name)
+    if label.startswith(f"{name} shared"):
+        scenarios += sharing_scenarios(name)
     judged(
         judge,
         label,
-        native_scenarios(name),
+        scenarios,
         tmp_path,
         lambda: monkeypatch.setitem(NATIVE, name, changed),
     )

@@ -18,7 +18,7 @@ from upcycle_cli.recipe import Routing
 TARGETS = [
     name
     for i, (name, row) in enumerate(NATIVE.items())
-    if row.shared is not None
+    if row.shared is not None and row.shared.insisted_on
     # What several rows are made of is tried in the first of them.
     if not any(row.shared is other.shared for other in list(NATIVE.values())[:i])
 ]

@@ -74,6 +74,24 @@ def test_experts_that_differ_are_exact(dense: Path, tmp_path: Path) -> None:
     assert float(checks["outputs"].metrics["kl_mean"]) < 1e-9
 
 
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+def test_shards_that_every_token_meets(dense: Path, tmp_path: Path, target: str) -> None:
+    routing = Routing.TOPK_SOFTMAX if target == "qwen2_moe" else None
+    order = NeuronOrder.SHUFFLED if target == "qwen2_moe" else NeuronOrder.SLICED
+    recipe = Recipe(
+        expansion=4,
+        granularity=4,
+        shared_experts=2,
+        top_k=4,
+        routing=routing,
+        neuron_order=order,
+    )
+    moe = _convert(dense, tmp_path, recipe, target=target).output
+    checks = _checks(dense, moe)
+    assert {check.status for check in checks.values()} == {Status.PASSED}
+    assert float(checks["outputs"].metrics["kl_mean"]) < 1e-9
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("granularity", [1, 8])
 def test_softmax_topk_is_close(dense: Path, tmp_path: Path, granularity: int, seed: int) -> None:

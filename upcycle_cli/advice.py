@@ -62,7 +62,7 @@ def _upcycling_warnings(plan: Plan) -> Iterator[str]:
     if plan.promise is Promise.NONE:
         yield f"{recipe.name} promises no equality with the dense model here: {no_promise(plan)}."
     yield from training_notes(plan)
-    tie_matters = plan.promise is Promise.APPROXIMATE and recipe.granularity > 1
+    tie_matters = plan.promise is Promise.APPROXIMATE and recipe.group_size > 1
     if tie_matters and std < TIE_LOGIT_STD and recipe.expansion > 1:
         yield (
             f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
@@ -101,22 +101,24 @@ def training_notes(plan: Plan) -> Iterator[str]:
     """Yield what whoever trains the model should know about its router."""
     recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
     # Without virtual groups the gates of the chosen differ, unless one alone is chosen.
-    grouped = recipe.virtual_groups or recipe.granularity == 1
+    grouped = recipe.virtual_groups or recipe.group_size == 1
+    size = "G - K" if recipe.shared_experts else "G"
     sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
-    if grouped and sums_to_1 and recipe.top_k == recipe.granularity:
-        between = " between groups" if recipe.granularity > 1 else ""
+    if grouped and sums_to_1 and recipe.top_k == recipe.group_size:
+        between = " between groups" if recipe.group_size > 1 else ""
         yield (
-            "top-k equals G, so the gates of a token's one group sum to 1 and the language-model "
-            f"loss gives the router no gradient{between}: only balancing trains it. With a top-k "
-            f"of {2 * recipe.granularity} or more it gets one as copies move apart, with "
-            "softmax-topk from the start."
+            f"top-k equals {size}, so the gates of a token's one group sum to 1 and the "
+            f"language-model loss gives the router no gradient{between}: only balancing trains it. "
+            f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart, "
+            "with softmax-topk from the start."
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )
-    if recipe.neuron_order is not NeuronOrder.SLICED and recipe.granularity == 1:
+    if recipe.neuron_order is not NeuronOrder.SLICED and recipe.group_size == 1:
+        routed = "routed " if recipe.shared_experts else ""
         yield (
-            "with G = 1 every expert has all neurons of the dense MLP: their order changes what is "
-            "stored, and neither what experts compute nor how they train."
+            f"with {size} = 1 every expert has all {routed}neurons of the dense MLP: their order "
+            "changes what is stored, and neither what experts compute nor how they train."
         )
     if recipe.splits_soon and not plan.family.target.ships_code:
         yield (
@@ -159,6 +161,21 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
             f"router weights of about {row_std:.0e} lose precision in float16; "
             "use bfloat16 or a larger --router-logit-std."
         )
+    shared = plan.family.target.shared
+    if router_dtype == "F16" and plan.recipe.shared_experts and shared and shared.router:
+        yield (
+            "float16 has nothing as small as the row of the shared expert's gate, which becomes 0: "
+            "exact, but llama.cpp divides by its logit. Use bfloat16 for that."
+        )
+
+
+def experts_text(plan: Plan) -> str:
+    """Say how many experts there are, how wide, and which of them every token meets."""
+    recipe, size = plan.recipe, plan.expert_size
+    text = f"{recipe.num_experts} per layer, {recipe.top_k} active, each {size} wide"
+    if recipe.shared_experts:
+        text += f", beside a shared one {recipe.shared_experts * size} wide"
+    return text
 
 
 def router_text(plan: Plan) -> str:
@@ -187,6 +204,9 @@ def factors_text(plan: Plan, times: str = "") -> str:
     parts = [f"{matrix} {times}{getattr(factors, matrix):g}" for matrix in matrices]
     if factors.config != 1.0:
         parts.append(f"gates {times}{factors.config:g} ({plan.family.target.keys.scale})")
+    shared = plan.family.target.shared
+    if plan.recipe.shared_experts and shared and shared.down_factor != 1.0:
+        parts.append(f"down of the shared expert {times}{shared.down_factor:g}")
     return ", ".join(parts)
 
 
@@ -227,8 +247,9 @@ def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     if plan.merge is not None:
         return "its experts are those of several models"
     if not recipe.picks_whole_groups:
-        return f"top-k {recipe.top_k} is not a multiple of G = {recipe.granularity}"
-    if not recipe.virtual_groups and recipe.granularity > 1:
+        size = "G - K" if recipe.shared_experts else "G"
+        return f"top-k {recipe.top_k} is not a multiple of {size} = {recipe.group_size}"
+    if not recipe.virtual_groups and recipe.group_size > 1:
         return "without virtual groups a token does not get every shard of the dense MLP"
     if factors.gate != 1.0:
         return f"the gate is scaled (× {factors.gate:.4g}), and a gated MLP is not linear in it"

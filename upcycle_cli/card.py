@@ -15,6 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import (
+    experts_text,
     factors_text,
     merged_text,
     no_promise,
@@ -206,8 +207,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         f"{recipe.granularity}, top-k {recipe.top_k}",
         "architecture": f"{plan.family.target.architecture}, from {dense.family.title}",
         "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
-        "experts": f"{recipe.num_experts} per layer, {recipe.top_k} active, "
-        f"intermediate size {plan.expert_size}",
+        "experts": experts_text(plan),
         **_merged(plan),
         "neurons": order_text(recipe),
         "routing": f"{recipe.routing}",
@@ -240,7 +240,7 @@ def _experts(plan: Plan) -> str:
     if plan.merge is not None:
         return "its routers learn which model's experts a token needs"
     copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
-    if copies or plan.recipe.granularity == 1:
+    if copies or plan.recipe.group_size == 1:
         return "its experts are copies and differentiate"
     return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
 
@@ -277,6 +277,9 @@ def _score(plan: Plan) -> str:
     }[plan.recipe.routing or Routing.TOPK_SOFTMAX]
     if plan.factors.config != 1.0:
         score += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
+    if plan.recipe.shared_experts:
+        width = plan.recipe.shared_experts * plan.expert_size
+        score += f", `--moe-shared-expert-intermediate-size {width}`"
     return score
 
 

@@ -45,6 +45,12 @@ class WeightFacts:
     differing: tuple[str, ...] = ()
     """Experts that are no copy of their place in the first group, where it is no matter of order;
     how many, where many are."""
+    shared_width: int = 0
+    """How wide the shared expert is; 0 where there is none."""
+    shared_works: bool = False
+    """Whether it does anything, in some layer."""
+    shared_neurons: int | None = None
+    """Measured against the dense model: how many of its neurons are shared."""
     factors: Mapping[str, float] | None = None
     """Measured against the dense model: what each matrix was multiplied by."""
     movement: tuple[LayerMovement, ...] | None = None
@@ -114,6 +120,27 @@ class Experts:
         found = place(self._weights(layer), part, width=self.expert_size, expert=expert)
         count = None if found.row is None else self.num_experts
         return _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
+
+    @property
+    def shared_width(self) -> int:
+        """The intermediate size of the shared expert by the config; 0 where there is none."""
+        shared, config = self.target.shared, inner(self.moe.config)
+        if shared is None:
+            return 0
+        key = shared.size_key or shared.count_key
+        found = self.target.value(config, key) if key else 1
+        if type(found) is not int:
+            return 0
+        return found if shared.size_key else found * self.expert_size
+
+    def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
+        """Return one part of the shared expert, None where it is not there."""
+        weights = self.target.shared_weights(self.target.layouts[self.layout])
+        if part not in parts_of(weights):
+            return None
+        found = place(weights, part, width=self.shared_width)
+        name = self.name(layer, found.tensor)
+        return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
 
     def cut(self, layer: int, part: str) -> int | None:
         """Return the dimension of a part that counts neurons; None where none does."""
@@ -200,14 +227,18 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
                     for shard, (one, other) in enumerate(zip(first, others, strict=True))
                     if one != other
                 ]
-        factors = movement = None
+        shared = experts.shared_width
+        downs = (experts.shared_part(reader, layer, "down") for layer in experts.layers)
+        works = shared > 0 and any(down is not None and bool(down.any()) for down in downs)
+        factors = movement = num_shared = None
         if dense is not None:
             model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))
             with dense.reader() as dense_reader:
                 source = dense, model, dense_reader
-                factors = _measure(experts, reader, source)
-                from upcycle_cli.movement import movements
+                from upcycle_cli.movement import movements, shared_neurons
 
+                num_shared = len(shared_neurons(experts, reader, source, experts.layers[0]))
+                factors = _measure(experts, reader, source, num_shared)
                 movement = tuple(movements(experts, reader, source, factors))
     if len(differing) > _MAX_DIFFERING:
         every = experts.num_experts * len(experts.layers)
@@ -218,6 +249,9 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         whole_groups=not differing,
         reordered_groups=reordered,
         differing=tuple(differing),
+        shared_width=shared,
+        shared_works=works,
+        shared_neurons=num_shared,
         factors=factors,
         movement=movement,
     )
@@ -242,14 +276,17 @@ def _read(
 
 
 def _measure(
-    experts: Experts, reader: Reader, source: tuple[Checkpoint, DenseModel, Reader]
+    experts: Experts, reader: Reader, source: tuple[Checkpoint, DenseModel, Reader], shared: int
 ) -> dict[str, float]:
-    """Return the least-squares ratio of the first expert to its dense shard, by part."""
+    """Return the least-squares ratio of the first expert to its dense shard, by part.
+
+    It is the one behind the `shared` first neurons.
+    """
     (dense, model, dense_reader), layer = source, experts.layers[0]
     factors = {}
     mlp = model.mlp(dense.tensors, layer)
     for part, held in experts.parts(reader, layer, 0):
-        span = (0, experts.expert_size)
+        span = (shared, shared + experts.expert_size)
         found = place(mlp, part, width=model.intermediate_size, shard=span)
         shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
         if shard.shape != held.shape:

@@ -70,6 +70,22 @@ def match(
     return order
 
 
+def match_some(held: Hashes, wanted: Hashes) -> Indices | None:
+    """Return by held neuron one of the wanted that has its hash, each once at most; None for none.
+
+    Of neurons with equal hashes any is as good as another.
+    """
+    by_held, by_wanted = np.argsort(held, kind="stable"), np.argsort(wanted, kind="stable")
+    ours, theirs = held[by_held], wanted[by_wanted]
+    nth = np.arange(len(ours)) - np.searchsorted(ours, ours)
+    found = np.searchsorted(theirs, ours) + nth
+    if found.max(initial=0) >= len(theirs) or not np.array_equal(theirs[found], ours):
+        return None
+    order = np.empty(len(held), np.intp)
+    order[by_held] = by_wanted[found]
+    return order
+
+
 def nearest(held: NDArray[np.float32], wanted: NDArray[np.float32]) -> Indices | None:
     """Return by held neuron the wanted one whose direction is the nearest; (I, K) entries of each.
 

@@ -4,7 +4,7 @@ Distances are relative Frobenius norms over all parts of an expert, each of whic
 its dense part times the factor that conversion multiplied it by. A group that has the neurons in an
 order of its own is compared neuron by neuron: training moves them by less than they are apart.
 Legend: N experts, G shards, I dense intermediate size; expert e = g·G + s started as shard s of
-virtual group g.
+virtual group g. What is shared is left out: then G counts the shards that are routed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _SKETCHED = 32
 """Entries of a neuron's part."""
+_ALIKE = 0.7
+"""The cosine of neurons of which one was made of the other; of others it is small."""
+_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +58,74 @@ def movements(
     One part of one expert is in memory at a time, and the sum of its copies; of a group that has an
     order of its own, one part of all. Raises UpcycleError when the dense model has other sizes.
     """
-    checkpoint, model, reader = dense
-    size = experts.expert_size
-    granularity, rest = divmod(model.intermediate_size, size)
-    if rest or not granularity or experts.num_experts % granularity:
+    checkpoint, model, _ = dense
+    size, first = experts.expert_size, experts.layers[0]
+    shared = shared_neurons(experts, moe, dense, first)
+    routed = model.intermediate_size - len(shared)
+    group_size, rest = divmod(routed, size)
+    if rest or not group_size or experts.num_experts % group_size:
         raise UpcycleError(
             f"{checkpoint.path} has MLPs {model.intermediate_size} wide, of which experts {size} "
             "wide are no shards: it is not the source."
         )
     for layer in experts.layers:
-        mlp, prefix = model.mlp(checkpoint.tensors, layer), model.prefix(layer)
-        whole = {}
-        for part in factors:
-            found = place(mlp, part, width=model.intermediate_size)
-            whole[part] = reader.tensor(prefix + found.tensor)[found.index]
-        yield _Layer(experts, moe, layer, granularity, whole, factors).movement()
+        whole = {part: _dense_part(dense, layer, part) for part in factors}
+        if len(shared):
+            own = shared_neurons(experts, moe, dense, layer)
+            kept = _others(own if len(own) else shared, model.intermediate_size)
+            for part, matrix in whole.items():
+                cut = experts.cut(layer, part)
+                whole[part] = matrix if cut is None else matrix.index_select(cut, kept)
+        yield _Layer(experts, moe, layer, group_size, whole, factors).movement()
+
+
+def shared_neurons(
+    experts: Experts, moe: Reader, dense: tuple[Checkpoint, DenseModel, Reader], layer: int
+) -> torch.Tensor:
+    """Return by place the dense neurons that a layer's shared expert was made of; none of others.
+
+    A neuron is told by some of its entries, which training moves by less than neurons are apart.
+    """
+    import torch
+
+    none, width = torch.zeros(0, dtype=torch.int64), experts.shared_width
+    if not 0 < width < dense[1].intermediate_size:
+        return none
+    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for part in ("gate", "up", "down"):
+        held = experts.shared_part(moe, layer, part)
+        if held is not None:
+            cut = experts.cut(layer, part)
+            assert cut is not None
+            for side, matrix in zip(sides, (held, _dense_part(dense, layer, part)), strict=True):
+                rows = _sketch(matrix, cut)
+                side.append(rows / (rows.norm(dim=1, keepdim=True) + 1e-30))
+    if not sides[0]:
+        return none
+    ours, theirs = (torch.cat(side, 1) / len(side) ** 0.5 for side in sides)
+    if float((ours * theirs[:width]).sum(1).median()) > _ALIKE:
+        return torch.arange(width)
+    best = [(ours[i : i + _ROWS] @ theirs.T).max(1) for i in range(0, width, _ROWS)]
+    found = torch.cat([each.indices for each in best])
+    alike = float(torch.cat([each.values for each in best]).median()) > _ALIKE
+    return found if alike and len({*found.tolist()}) == width else none
+
+
+def _dense_part(
+    dense: tuple[Checkpoint, DenseModel, Reader], layer: int, part: str
+) -> torch.Tensor:
+    checkpoint, model, reader = dense
+    mlp = model.mlp(checkpoint.tensors, layer)
+    found = place(mlp, part, width=model.intermediate_size)
+    return reader.tensor(model.prefix(layer) + found.tensor)[found.index]
+
+
+def _others(neurons: torch.Tensor, count: int) -> torch.Tensor:
+    import torch
+
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[neurons] = False
+    return kept.nonzero().flatten()
 
 
 @dataclass
@@ -79,7 +135,7 @@ class _Layer:
     experts: Experts
     moe: Reader
     layer: int
-    granularity: int
+    group_size: int
     whole: Mapping[str, torch.Tensor]
     """The parts of the dense MLP."""
     factors: Mapping[str, float]
@@ -88,11 +144,11 @@ class _Layer:
         import torch
 
         count, size = self.experts.num_experts, self.experts.expert_size
-        orders = [self._order(group) for group in range(count // self.granularity)]
+        orders = [self._order(group) for group in range(count // self.group_size)]
         squares, lengths = torch.zeros(2, count, dtype=torch.float64)
         apart = 0.0
         for part, cut in self._cuts.items():
-            for shard in range(self.granularity):
+            for shard in range(self.group_size):
                 wanted = self.whole[part]
                 if cut is not None:
                     wanted = wanted.narrow(cut, shard * size, size)
@@ -109,7 +165,7 @@ class _Layer:
                     total += difference
                 apart += max(0.0, sum_of_squares - float(total.square().sum()) / len(orders))
         rows = self.experts.router(self.moe, self.layer)
-        routers = rows.reshape(-1, self.granularity, rows.shape[-1])
+        routers = rows.reshape(-1, self.group_size, rows.shape[-1])
         return LayerMovement(
             layer=self.layer,
             moved=tuple(map(_ratio, squares.tolist(), lengths.tolist())),
@@ -129,7 +185,7 @@ class _Layer:
         """Return a group's part of a shard, in the dense MLP's order, and whose each neuron is."""
         import torch
 
-        size, start, cut = self.experts.expert_size, group * self.granularity, self._cuts[part]
+        size, start, cut = self.experts.expert_size, group * self.group_size, self._cuts[part]
         if order is None or cut is None:
             expert = start + shard
             return self.experts.part(self.moe, self.layer, expert, part), torch.tensor([expert])
@@ -139,7 +195,7 @@ class _Layer:
         )
 
     def _group(self, part: str, group: int) -> list[torch.Tensor]:
-        experts = range(group * self.granularity, (group + 1) * self.granularity)
+        experts = range(group * self.group_size, (group + 1) * self.group_size)
         return [self.experts.part(self.moe, self.layer, expert, part) for expert in experts]
 
     def _order(self, group: int) -> torch.Tensor | None:

@@ -61,6 +61,17 @@ class OrderFile:
                     "virtual group."
                 )
 
+    def check_shared(self, width: int) -> None:
+        """Raise UpcycleError unless all groups begin with the same `width` neurons."""
+        for name, (*groups, size) in self.shapes.items():
+            starts = [4 * size * group for group in range(groups[0] if groups else 1)]
+            if len({self.data[name][start : start + 4 * width] for start in starts}) > 1:
+                raise UpcycleError(
+                    f"{self.path}: the orders of {name} differ in their first {width} places, and "
+                    "those are the shared expert's.",
+                    "Begin the orders of all groups alike, or leave out --shared-experts.",
+                )
+
     def of_layer(self, layer: int, expansion: int) -> list[Order | None]:
         """Return the order of each group; those that one tensor gives to all are equal."""
         name = order_name(layer)
@@ -112,6 +123,7 @@ def check_orders(
         )
     if given is not None:
         given.check(layers, recipe.expansion, size)
+        given.check_shared(size // recipe.granularity * recipe.shared_experts)
 
 
 def _read(storage: Storage, path: Path, entry: TensorEntry) -> bytes:

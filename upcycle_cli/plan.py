@@ -139,7 +139,7 @@ class Plan(Planned):
     def how(self) -> dict[str, Any]:
         """The recipe, the factors, and what was found in a calibration."""
         return {
-            "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
+            "recipe": {"name": self.recipe.name, **self.recipe.stated()},
             "factors": asdict(self.factors),
             "calibration": self.calibration_record,
         }
@@ -232,7 +232,7 @@ class Plan(Planned):
             return self.announced
         text = self.inputs.text
         content = self.identity() | {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.stated(),
             "calibration": None if text is None else text.digest,
         }
         if self.merge is not None:
@@ -260,7 +260,14 @@ def build_plan(
     what its config says, or when the recipe does not fit its sizes.
     """
     options, names = options or Options(), source.tensors
-    family = choose(source.config, target, recipe.routing, layers=recipe.layers, names=names)
+    family = choose(
+        source.config,
+        target,
+        recipe.routing,
+        layers=recipe.layers,
+        names=names,
+        shared_experts=recipe.shared_experts,
+    )
     outgrown = family.dense.family.outgrown_code
     refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
     row = family.target
@@ -291,6 +298,12 @@ def build_plan(
     size = family.dense.intermediate_size
     orders = inputs.orders_for(recipe, family.layers, size, calibration)
     mlp = family.dense.mlp(names, family.layers[0])
+    if merge is not None and recipe.shared_experts:
+        raise UpcycleError(
+            "what is shared is the same for all groups, and those of several models have nothing "
+            "in common.",
+            "Leave out --shared-experts, or --experts-from.",
+        )
     if merge is not None and options.dtype is None:
         prefixes = map(family.dense.prefix, family.layers)
         check_dtypes(source, merge.others, (p + w.name for p in prefixes for w in mlp))
@@ -325,7 +338,7 @@ def _check_prompts(
 
 def calibrated(plan: Plan, found: Calibration) -> Plan:
     """Return a plan with what a calibration has found: rows, and c where it is measured."""
-    return _with_found(plan, plan.recipe.granularity / found.gates, found)
+    return _with_found(plan, plan.recipe.group_size / found.gates, found)
 
 
 def as_recorded(plan: Planned, record: Mapping[str, Any]) -> Planned:

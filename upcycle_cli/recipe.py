@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from upcycle_cli.choices import (
     SHIPPED,
@@ -75,6 +76,8 @@ class Recipe:
     expansion: int
     granularity: int
     top_k: int
+    shared_experts: int = 0
+    """K: how many of the G shards are an expert for every token, beside the routed ones."""
     routing: Routing | None = None
     scaling: Scaling | float = Scaling.EXACT
     scale_split: ScaleSplit | None = None
@@ -109,23 +112,32 @@ class Recipe:
         ):
             if value < 1:
                 raise UpcycleError(f"{label} must be at least 1, not {value}.")
+        if not 0 <= self.shared_experts < self.granularity:
+            raise UpcycleError(
+                f"of {self.granularity} shards (G) there cannot be {self.shared_experts} shared.",
+                "Shared experts are fewer than G: some shards are routed.",
+            )
         if self.num_experts > MAX_EXPERTS:
             raise UpcycleError(
-                f"{self.name} makes {self.num_experts} experts per layer (E·G).",
+                f"{self.name} makes {self.num_experts} experts per layer ({self._product}).",
                 f"At most {MAX_EXPERTS} can be made.",
             )
         if self.top_k > self.num_experts:
             raise UpcycleError(
                 f"top-k {self.top_k} is more than the {self.num_experts} experts "
-                f"that {self.name} makes (E·G).",
+                f"that {self.name} makes ({self._product}).",
                 f"Use a top-k of at most {self.num_experts}.",
             )
         if not self.picks_whole_groups and not self.allow_inexact:
-            below = self.top_k // self.granularity * self.granularity
-            near = [k for k in (below, below + self.granularity) if 0 < k <= self.num_experts]
+            size = self.group_size
+            below = self.top_k // size * size
+            near = [k for k in (below, below + size) if 0 < k <= self.num_experts]
+            words = f"granularity {self.granularity}"
+            if self.shared_experts:
+                words = f"{size}, the routed shards of {words}"
             raise UpcycleError(
-                f"top-k {self.top_k} is not a multiple of granularity {self.granularity}: "
-                "a token would miss some shards of the dense MLP, so the outputs would differ.",
+                f"top-k {self.top_k} is not a multiple of {words}: a token would miss "
+                "some shards of the dense MLP, so the outputs would differ.",
                 f"Use a top-k of {' or '.join(map(str, near))}, "
                 "or pass --allow-inexact to convert all the same.",
             )
@@ -149,9 +161,18 @@ class Recipe:
             raise UpcycleError(f"the seed must be between 0 and 2^63 - 1, not {self.seed}.")
 
     @property
+    def group_size(self) -> int:
+        """G − K, the routed experts of a virtual group."""
+        return self.granularity - self.shared_experts
+
+    @property
     def num_experts(self) -> int:
-        """N = E·G, the experts of one layer."""
-        return self.expansion * self.granularity
+        """N = E·(G − K), the routed experts of one layer."""
+        return self.expansion * self.group_size
+
+    @property
+    def _product(self) -> str:
+        return "E·(G − K)" if self.shared_experts else "E·G"
 
     @property
     def router_rows(self) -> int:
@@ -161,7 +182,7 @@ class Recipe:
     @property
     def rows_chosen(self) -> int:
         """How many of these a token chooses."""
-        return -(-self.top_k // self.granularity) if self.virtual_groups else self.top_k
+        return -(-self.top_k // self.group_size) if self.virtual_groups else self.top_k
 
     @property
     def name(self) -> str:
@@ -171,7 +192,7 @@ class Recipe:
     @property
     def picks_whole_groups(self) -> bool:
         """Whether top-k can hold whole virtual groups only."""
-        return self.top_k % self.granularity == 0
+        return self.top_k % self.group_size == 0
 
     def check_width(self, intermediate_size: int) -> None:
         """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
@@ -193,8 +214,13 @@ class Recipe:
         Gates that do not sum to 1 weigh a whole layer, so that each row has a gradient of its own,
         large beside rows that are small to be nearly uniform.
         """
-        some = self.top_k < self.num_experts and self.virtual_groups and self.granularity > 1
+        some = self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
         return some and self.routing is Routing.SOFTMAX_TOPK
+
+    def stated(self) -> dict[str, Any]:
+        """Return its fields; what came later only where it says something."""
+        later = {} if self.shared_experts else {"shared_experts"}
+        return {key: value for key, value in asdict(self).items() if key not in later}
 
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
         """Return the recipe with what it left to the target filled in.
@@ -225,9 +251,10 @@ class Recipe:
     def factors(self, kind: MlpKind = GATED) -> Factors:
         """Return the factors for an MLP of a kind; the recipe must be resolved.
 
-        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2). The paper and
-        Megatron-LM multiply every matrix by ∛c, or by √c where the activation is neither gated nor
-        a squared ReLU.
+        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2), with G − K in
+        the place of G where experts are shared, which need none of it. The paper and Megatron-LM
+        multiply every matrix by ∛c, or by √c where the activation is neither gated nor a squared
+        ReLU.
         """
         c = float(self.scaling) if isinstance(self.scaling, float) else self._compensation()
         gate = up = down = config = 1.0
@@ -252,7 +279,7 @@ class Recipe:
         """
         if self.scaling is Scaling.NONE:
             return 1.0
-        return self._compensation() / self.granularity / self.factors(kind).config
+        return self._compensation() / self.group_size / self.factors(kind).config
 
     def promise(self, kind: MlpKind = GATED) -> Promise:
         """Return what a model converted by this (resolved) recipe owes the dense one."""
@@ -263,7 +290,7 @@ class Recipe:
         # What is approximate anyway stays that with a c that is off by as much as the gates are.
         slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
         scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
-        whole = self.picks_whole_groups and (self.virtual_groups or self.granularity == 1)
+        whole = self.picks_whole_groups and (self.virtual_groups or self.group_size == 1)
         if not (scaled_right and whole):
             return Promise.NONE
         if uniform:
@@ -288,8 +315,8 @@ class Recipe:
         if self.routing is None:
             raise ValueError("resolve the recipe first")
         if self.routing is Routing.SOFTMAX_TOPK:
-            return self.expansion * self.granularity**2 / self.top_k
-        return float(self.granularity)
+            return self.expansion * self.group_size**2 / self.top_k
+        return float(self.group_size)
 
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle_cli.advice import (
+    experts_text,
     factors_text,
     merged_text,
     no_promise,
@@ -55,8 +56,7 @@ def plan_table(plan: Planned) -> Table:
     table = _properties()
     _add(table, "model", f"{dense.family.title} → {plan.family.target.title}")
     _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
-    experts = f"{recipe.num_experts} per layer, {recipe.top_k} active"
-    _add(table, "experts", f"{experts}, each {plan.expert_size} wide")
+    _add(table, "experts", experts_text(plan))
     if plan.merge is not None:
         groups, rest = merged_text(plan)
         _add(table, "experts from", groups)
@@ -69,7 +69,7 @@ def plan_table(plan: Planned) -> Table:
     _add(table, "size", f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}")
     lossless = "lossless" if plan.lossless else "rounded"
     _add(table, "scale factors", f"{factors_text(plan, '×')} ({lossless})")
-    groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.granularity}"
+    groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
     rows = groups if recipe.virtual_groups else "a row of its own per expert"
     if recipe.neuron_order is not NeuronOrder.SLICED:
         _add(table, "neurons", order_text(recipe))
@@ -102,7 +102,7 @@ def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
         **picked(plan.recipe, "virtual_groups", "neuron_order", "seed"),
-        **picked(plan.recipe, "num_experts", "top_k"),
+        **picked(plan.recipe, "num_experts", "shared_experts", "top_k"),
         "expert_layout": plan.expert_layout,
         "moe_layers": list(plan.family.layers),
         **picked(plan, "total_parameters", "active_parameters", "dense_parameters", "flops_ratio"),
@@ -292,7 +292,7 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
         "layers": target.layers,
         "engines": {name: list(routings) for name, routings in target.engines.items()},
         "trainers": {name: list(routings) for name, routings in target.trainers.items()},
-        **picked(target, "balanced", "refusal"),
+        **picked(target, "balanced", "shared_experts", "refusal"),
     }
 
 
@@ -369,6 +369,8 @@ def _claims(record: Mapping[str, Any] | None) -> str:
     # An earlier version drew all rows.
     rows = _claimed(recipe.get("router_init", "normal"))
     groups = f"{expansion} group{'' if expansion == '1' else 's'} of {granularity}"
+    if recipe.get("shared_experts"):
+        groups += f" shards, {_claimed(recipe['shared_experts'])} of them shared"
     made = f"{name} ({groups}), {scaling} scaling, {rows} rows, seed {seed}"
     return f"{made}, from {_claimed(source.get('name'))}"
 

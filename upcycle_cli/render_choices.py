@@ -68,11 +68,11 @@ def overview_tables(found: Overview) -> Iterator[Table]:
         runs = "\n".join(names_of(target.engines, target))
         table.add_row(target.name, "\n".join(target.routings), target.layers, runs)
     yield table
-    table = _headed("target", "trains in", "balanced by")
+    table = _headed("target", "trains in", "balanced by", "shared experts")
     table.columns[0].no_wrap = True
     for target in found.targets:
         trains = ", ".join(names_of(target.trainers, target))
-        table.add_row(target.name, trains, target.balanced)
+        table.add_row(target.name, trains, target.balanced, target.shared_experts)
     yield table
     table = _headed("cannot be upcycled", "because")
     reasons: dict[str, list[str]] = {}

@@ -24,6 +24,11 @@ def weight_rows(
     if weights.whole_groups and weights.reordered_groups:
         whole += f"; {weights.reordered_groups:,} have their neurons in another order"
     yield "whole groups", [whole, *weights.differing]
+    if weights.shared_width:
+        made = "it does something" if weights.shared_works else "it does nothing yet"
+        if weights.shared_neurons:
+            made = f"{weights.shared_neurons:,} neurons of the dense MLP"
+        yield "shared expert", [f"{weights.shared_width:,} wide: {made}"]
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
         yield "scale factors", [f"{measured} (measured against the dense model)"]

@@ -2,7 +2,9 @@
 
 Expert e = g·G + s holds shard s of virtual group g: of each part of the dense MLP the entries
 [s·I/G, (s+1)·I/G) along the dimension that counts the intermediate size, in the order that the
-group has for its neurons, the same for all parts. Everything else is copied.
+group has for its neurons, the same for all parts. With K shared experts the first K shards are one
+expert for every token, the same for all groups, and e = g·(G − K) + s − K. Everything else is
+copied.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import TypeAlias
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
-    Alike,
     Cast,
     Concat,
     Expr,
@@ -36,17 +37,16 @@ from upcycle_cli.expr import (
 from upcycle_cli.families import Family
 from upcycle_cli.families.layers import layer_finder
 from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
-from upcycle_cli.families.moe import Layout, SharedExpert
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.merge import Merge, Rest, tensor_of
 from upcycle_cli.order_file import OrderFile, order_name
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Recipe
+from upcycle_cli.shared_expert import shared_expert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _Group: TypeAlias = tuple[int, Order | None]
 """Of a virtual group: the model that it is made of, and the order of its neurons."""
-_SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
 
 
 class Role(StrEnum):
@@ -262,10 +262,10 @@ class _Maker:
             yield self.output(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
         groups = [*zip(self._models(), self._orders(layer), strict=True)]
-        experts, count = [], recipe.granularity
+        experts, routed = [], range(recipe.shared_experts, recipe.granularity)
         for weight in weights:
             shards = {
-                group: [self._shard(layer, mlp, weight, i, group) for i in range(count)]
+                group: [self._shard(layer, mlp, weight, i, group) for i in routed]
                 for group in {*groups}
             }
             experts.append([expr for group in groups for expr in shards[group]])
@@ -277,25 +277,25 @@ class _Maker:
                     Stack((*exprs,)) if e is None else exprs[e],
                 )
                 yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
-        if target.shared is not None:
-            yield from self._shared_expert(layer, mlp, target.shared, layout)
+        for name, expr in shared_expert(self, layer, mlp, layout, groups[0]):
+            yield self.output(prefix + name, expr, Role.SHARED_EXPERT, layer)
 
     def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
         expr: Expr
         recipe, given = self.recipe, self.rows
         if given is None:
             std = recipe.router_logit_std or 1.0
-            expr = self._normal(layer, mlp, "router", recipe.router_rows, std)
+            expr = self.normal(layer, mlp, "router", recipe.router_rows, std)
         else:
-            stored = self._mlp_dtype(layer, mlp)
+            stored = self.mlp_dtype(layer, mlp)
             dtype, stream = given.dtype or stored, router_stream(layer)
             shape = recipe.router_rows, self.family.dense.hidden_size
             expr = Given(stream, dtype, shape, given.origin, given.by_layer.get(layer))
             expr = expr if dtype == stored else Cast(expr, stored)
-        repeated = recipe.virtual_groups and recipe.granularity > 1
-        return Repeat(expr, recipe.granularity) if repeated else expr
+        repeated = recipe.virtual_groups and recipe.group_size > 1
+        return Repeat(expr, recipe.group_size) if repeated else expr
 
-    def _normal(
+    def normal(
         self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
     ) -> Expr:
         dense = self.family.dense
@@ -303,14 +303,14 @@ class _Maker:
         return Normal(
             seed=self.recipe.seed,
             stream=f"layers.{layer}.{purpose}",
-            dtype=self._mlp_dtype(layer, mlp),
+            dtype=self.mlp_dtype(layer, mlp),
             shape=(rows, dense.hidden_size),
             logit_std=logit_std,
             norm=None if name is None else self._rest(name),
             offset=dense.family.norm_offset,
         )
 
-    def _mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
+    def mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
         return type_of(self.source(self.family.dense.prefix(layer) + mlp[0].name)).dtype
 
     def _models(self) -> tuple[int, ...]:
@@ -321,6 +321,8 @@ class _Maker:
     def _orders(self, layer: int) -> list[Order | None]:
         """Return the order of each virtual group's neurons, None for that of the dense MLP."""
         recipe, size = self.recipe, self.family.dense.intermediate_size
+        # What is shared is the same for all groups.
+        routed = size // recipe.granularity * recipe.group_size
         if recipe.neuron_order is NeuronOrder.FILE:
             assert self.options.neuron_orders is not None
             return self.options.neuron_orders.of_layer(layer, recipe.expansion)
@@ -331,7 +333,7 @@ class _Maker:
         if recipe.neuron_order is NeuronOrder.SHUFFLED:
             # One group stays as it is: what compares experts with the dense model finds it again.
             for group in range(1, recipe.expansion):
-                orders[group] = Order(size, order_name(layer, group), recipe.seed)
+                orders[group] = Order(routed, order_name(layer, group), recipe.seed)
         return orders
 
     def _shard(
@@ -344,7 +346,7 @@ class _Maker:
         parts = []
         for part in weight.holds:
             here = shard * size, (shard + 1) * size
-            expr = self._range(layer, mlp, part, here, group)
+            expr = self.part_range(layer, mlp, part, here, group)
             # A bias is added before the activation, where the matrix's product is.
             factor = getattr(factors, part.removesuffix(BIAS))
             if part == f"down{BIAS}":
@@ -352,7 +354,7 @@ class _Maker:
             parts.append(expr if factor == 1.0 else Scale(expr, factor))
         return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
-    def _range(
+    def part_range(
         self,
         layer: int,
         mlp: Sequence[Weight],
@@ -360,14 +362,18 @@ class _Maker:
         shard: tuple[int, int],
         group: _Group = (0, None),
     ) -> Expr:
-        """Return a part of the dense MLP from here to there of its intermediate size, in order."""
+        """Return a part of the dense MLP from here to there of its intermediate size, in order.
+
+        An order of fewer neurons is one of the last.
+        """
         dense = self.family.dense
         found = place(mlp, part, width=dense.intermediate_size, shard=shard)
         model, order = group
         stored = self._stored(dense.prefix(layer) + found.tensor, model)
         if order is not None and found.cut is not None:
             # Taking before casting, as slicing does, touches only the bytes that are needed.
-            start, stop = shard
+            before = dense.intermediate_size - order.size
+            start, stop = (place - before for place in shard)
             return self._cast(
                 Take(stored, found.cut, order, start, stop, offset=found.start - start)
             )
@@ -375,25 +381,3 @@ class _Maker:
             return self._cast(stored)
         # Slicing before casting touches only the bytes that are needed.
         return self._cast(Slice(stored, found.cut, found.start, found.stop))
-
-    def _shared_expert(
-        self, layer: int, mlp: Sequence[Weight], shared: SharedExpert, layout: Layout
-    ) -> Iterator[OutputTensor]:
-        """Make an expert that does nothing yet, and can learn: only its down matrix is zero."""
-        dense, prefix = self.family.dense, self.family.target.prefix(layer)
-        size = shared.size or dense.intermediate_size // self.recipe.granularity
-        hidden, rows = dense.hidden_size, min(_SAMPLE_ROWS, dense.intermediate_size)
-        for weight in self.family.target.shared_weights(layout):
-            drawn: list[Expr] = []
-            for part in weight.holds:
-                if part == "down":
-                    drawn.append(Zeros(self._mlp_dtype(layer, mlp), (hidden, size)))
-                    continue
-                stream = f"layers.{layer}.shared_expert.{part}"
-                sample = self._range(layer, mlp, part, (0, rows))
-                drawn.append(Alike(self.recipe.seed, stream, (size, hidden), sample))
-            expr = Concat(tuple(drawn)) if len(drawn) > 1 else drawn[0]
-            yield self.output(prefix + weight.name, expr, Role.SHARED_EXPERT, layer)
-        if shared.router is not None:
-            row = self._normal(layer, mlp, "shared_expert_gate", 1, 1.0)
-            yield self.output(prefix + shared.router, row, Role.SHARED_EXPERT, layer)

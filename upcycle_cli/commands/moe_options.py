@@ -132,6 +132,14 @@ class MoeOptions:
             show_default=False,
         ),
     ] = True
+    shared_experts: Annotated[
+        int,
+        for_weights(
+            metavar="K",
+            help="How many of the G shards are one expert for every token, where the target has "
+            "one; the others are routed in groups of G - K, of which --top-k is a multiple.",
+        ),
+    ] = 0
     neuron_order: Annotated[
         str,
         for_weights(
@@ -201,6 +209,7 @@ class MoeOptions:
             return self._to_growth(context, allow_inexact=allow_inexact)
         return Recipe(
             **_recipe_sizes(context),
+            shared_experts=self.shared_experts,
             routing=None if self.routing == "auto" else Routing(self.routing),
             layers=self.layers,
             scaling=_parse_scaling(self.scaling),

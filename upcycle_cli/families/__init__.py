@@ -171,11 +171,12 @@ def choose(
     *,
     layers: str | None = None,
     names: Collection[str] = (),
+    shared_experts: int = 0,
 ) -> Family:
     """Return the family for a source config; `target` may be "auto".
 
-    Auto takes the first target that can express the model, the routing and the choice of layers
-    that are asked for. `names` are those of the source's tensors.
+    Auto takes the first target that can express the model, the routing, the choice of layers and
+    the shared experts that are asked for. `names` are those of the source's tensors.
 
     Raises UpcycleError when none can, saying why of each.
     """
@@ -201,6 +202,7 @@ def choose(
         else:
             row = native_target(name, family.inside)
         reason = _objection(row, dense, routing, chosen, biased=biased)
+        reason = reason or _shared_objection(row, shared_experts)
         if reason is not None:
             reasons[name] = reason
         elif target in ("auto", name):
@@ -231,3 +233,9 @@ def _objection(
         if dense.has(name):
             return reason.format(model_type=dense.model_type)
     return target.refusal(dense) or target.layers.objection(layers, dense.num_layers)
+
+
+def _shared_objection(target: Target, count: int) -> str | None:
+    if not count:
+        return None
+    return "it has no shared expert" if target.shared is None else target.shared.objection(count)

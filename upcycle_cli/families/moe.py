@@ -66,16 +66,43 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpert:
-    """An expert for every token that the architecture insists on; its output is made zero."""
+    """An expert for every token; where the architecture insists on one, its output is made zero."""
 
     weights: tuple[Weight, ...]
     fused: tuple[Weight, ...] = ()
     """The same in the fused layout, where their names are others."""
     router: str | None = None
+    """A gate of its own, the sigmoid of one row: 1/2 where that is zero."""
     size_key: str | None = None
-    """The key of its intermediate size; None where it is that of an expert."""
+    """The key of its intermediate size; None where it follows from that of an expert."""
     size: int | None = None
-    """What that key is to say."""
+    """What that key is to say where it does nothing."""
+    count_key: str | None = None
+    """The key of how many experts wide it is; with neither key it is as wide as one."""
+    insisted_on: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The config keys that it needs where it does something."""
+
+    @property
+    def down_factor(self) -> float:
+        """What its down matrix is multiplied by to make up for its gate."""
+        return 1.0 if self.router is None else 2.0
+
+    def choices(self, count: int, expert_size: int) -> dict[str, Any]:
+        """Return the config keys of one that is `count` experts wide."""
+        found = {self.size_key: count * expert_size, self.count_key: count}
+        return {key: value for key, value in found.items() if key} | dict(self.settings)
+
+    @property
+    def words(self) -> str:
+        """How many experts wide it can be: "any", or "1"."""
+        return "1" if self.objection(2) else "any"
+
+    def objection(self, count: int) -> str | None:
+        """Say why it cannot be `count` experts wide, or None when it can."""
+        if count == 1 or self.size_key or self.count_key:
+            return None
+        return f"its shared expert is as wide as one expert, not {count}"
 
 
 @dataclass(frozen=True, kw_only=True)

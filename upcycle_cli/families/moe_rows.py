@@ -55,6 +55,10 @@ _GATED = SharedExpert(
     size_key="shared_expert_intermediate_size",
     size=64,
 )
+_GRANITE_SHARED = (
+    Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
+    Weight("shared_mlp.output_linear.weight", ("down",), 1),
+)
 _NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
 _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
 _QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
@@ -70,7 +74,9 @@ _DEEPSEEK: Any = {
         scale="routed_scaling_factor",
     ),
     "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
-    "shared": SharedExpert(weights=without_biases(swiglu("mlp.shared_experts"))),
+    "shared": SharedExpert(
+        weights=without_biases(swiglu("mlp.shared_experts")), count_key="n_shared_experts"
+    ),
 }
 """What DeepSeek's mixture of experts has, and those that are made after it."""
 
@@ -177,6 +183,7 @@ _ROWS: Sequence[Target] = (
         shared=SharedExpert(
             weights=without_biases(swiglu("mlp.shared_mlp")),
             fused=without_biases(swiglu("mlp.shared_experts")),
+            count_key="num_shared_experts",
         ),
         refusal=no_windows,
         # The last two are for vLLM.
@@ -214,6 +221,11 @@ _ROWS: Sequence[Target] = (
             fused="mlp.gate.moe_statics.e_score_correction_bias",
             routing=Routing.TOPK_SOFTMAX,
             rows=1,
+        ),
+        shared=SharedExpert(
+            weights=without_biases(swiglu("mlp.shared_experts")),
+            count_key="moe_num_shared_experts",
+            insisted_on=False,
         ),
         settings=lambda _: {"moe_num_shared_experts": 0},
     ),
@@ -260,6 +272,13 @@ _ROWS: Sequence[Target] = (
             ),
         ),
         layers=MLP_TYPES,
+        shared=SharedExpert(
+            weights=without_biases(swiglu("mlp.shared_experts")),
+            count_key="num_shared_experts",
+            insisted_on=False,
+            # The other one, which is the default, halves the sum.
+            settings={"shared_expert_combination_strategy": "sum"},
+        ),
         settings=cohere2_moe_settings,
     ),
     Target(
@@ -287,6 +306,9 @@ _ROWS: Sequence[Target] = (
         layouts={ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]},
         keys=_GRANITE_KEYS,
         layers=ALL,
+        shared=SharedExpert(
+            weights=_GRANITE_SHARED, size_key="shared_intermediate_size", insisted_on=False
+        ),
         refusal=odd_thetas,
         settings=granitemoe_swa_settings,
     ),
@@ -298,14 +320,7 @@ _ROWS: Sequence[Target] = (
         layouts=GRANITE_LAYOUTS,
         keys=_GRANITE_KEYS,
         layers=ALL_OR_NONE,
-        shared=SharedExpert(
-            weights=(
-                Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
-                Weight("shared_mlp.output_linear.weight", ("down",), 1),
-            ),
-            size_key="shared_intermediate_size",
-            size=64,
-        ),
+        shared=SharedExpert(weights=_GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
         settings=hybrid_settings,
     ),
     Target(

@@ -35,6 +35,8 @@ class TargetFacts:
     """The trainers that were seen to take it, and with which routings."""
     balanced: str
     """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
+    shared_experts: str
+    """How many shards can be an expert for every token: any, 1, none."""
     refusal: str | None = None
     """Why a model cannot become it; None where it can, and where no model is asked about."""
 
@@ -85,7 +87,15 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     try:
         family = choose(config, name, None, names=names)
     except UpcycleError as error:
-        none = TargetFacts(name=name, routings=(), layers="", engines={}, trainers={}, balanced="")
+        none = TargetFacts(
+            name=name,
+            routings=(),
+            layers="",
+            engines={},
+            trainers={},
+            balanced="",
+            shared_experts="",
+        )
         return replace(none, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
     plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
@@ -122,4 +132,5 @@ def _facts(
         engines=runs,
         trainers=trains,
         balanced=balanced,
+        shared_experts="none" if row.shared is None else row.shared.words,
     )

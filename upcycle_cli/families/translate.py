@@ -137,10 +137,13 @@ def _choices(
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
     if target.ships_code and recipe.splits_soon:
-        found["virtual_group_size"] = recipe.granularity
+        found["virtual_group_size"] = recipe.group_size
     if keys.scale is not None:
         found[keys.scale] = recipe.factors(dense.mlp_kind).config
-    if target.shared is not None and target.shared.size_key is not None:
+    if target.shared is not None and recipe.shared_experts:
+        found |= target.shared.choices(recipe.shared_experts, found[keys.expert_size])
+    elif target.shared is not None and target.shared.size is not None:
+        assert target.shared.size_key is not None
         found[target.shared.size_key] = target.shared.size
     return found
 

@@ -22,6 +22,7 @@ def recipe_section(record: Mapping[str, Any], found: Mapping[str, object]) -> Se
         ("recipe", "", recipe.get("name")),
         ("expansion (copies of the MLP)", "expansion", recipe.get("expansion")),
         ("granularity (experts per copy)", "granularity", recipe.get("granularity")),
+        ("shards that every token meets", "shared_experts", recipe.get("shared_experts")),
         ("copies of each expert of the source", "copies", growth.get("expand")),
         ("experts per token", "top_k", recipe.get("top_k", growth.get("top_k"))),
         ("routing", "", recipe.get("routing", growth.get("routing"))),

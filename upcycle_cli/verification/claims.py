@@ -85,8 +85,9 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
     keys = facts.target.keys
     routing_key = "routing" if keys.routing is None else keys.routing[0]
     for label, key, recorded, configured in (
-        ("expansion x granularity", keys.num_experts, recipe.num_experts, facts.num_experts),
+        ("number of experts", keys.num_experts, recipe.num_experts, facts.num_experts),
         ("granularity", keys.expert_size, recipe.granularity, facts.granularity),
+        ("shared experts", _shared_key(facts), recipe.shared_experts, facts.shared_experts),
         ("top-k", keys.top_k, recipe.top_k, facts.top_k),
         ("routing", routing_key, recipe.routing, facts.routing),
     ):
@@ -101,6 +102,11 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
         ("recipe.name", data["recipe"].get("name", name), name, "not"),
         ("promise", data.get("promise", promise), promise, "the recipe's is"),
     )
+
+
+def _shared_key(facts: Facts) -> str:
+    shared = facts.target.shared
+    return (shared and (shared.size_key or shared.count_key)) or facts.target.keys.expert_size
 
 
 def _factor_failures(facts: Facts) -> Iterator[str]:

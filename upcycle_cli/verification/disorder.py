@@ -35,12 +35,12 @@ def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[
     if order is None:
         seems = neurons.by_parts(layer, group)
         likely = most_likely(seems) if len(seems) == len(neurons.cuts) else np.array([-1])
-        in_place = np.mean(likely == np.arange(len(likely)))
+        in_place = np.mean(likely == neurons.facts.shared_width + np.arange(len(likely)))
         if in_place > _MOST or np.mean(likely >= 0) <= _MOST:
             return None
         if part == next(iter(neurons.cuts)):
             failures += _twice(neurons, layer, group, likely)
-        order, found = _completed(likely), seems[part]
+        order, found = _completed(likely, neurons.routed(layer)), seems[part]
     else:
         neurons.uneven.add(layer)
         found = order
@@ -52,13 +52,13 @@ def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[
 
 def _twice(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
     """Say which neurons of the dense MLP a group has twice, and which it lacks for that."""
-    counts = np.bincount(likely[likely >= 0], minlength=len(likely))
+    counts = np.bincount(likely[likely >= 0], minlength=neurons.facts.dense_size)
     doubled = np.flatnonzero(counts > 1)
     if not len(doubled):
         return
-    missing = np.flatnonzero(counts == 0)
+    missing = np.setdiff1d(neurons.routed(layer), likely)
     first, second = np.flatnonzero(likely == doubled[0])[:2]
-    size, start = neurons.facts.expert_size, group * neurons.facts.granularity
+    size, start = neurons.facts.expert_size, group * neurons.facts.group_size
     more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
     yield (
         f"layer {layer}: virtual group {group} has neuron {doubled[0]}{more} of the dense MLP "
@@ -67,10 +67,10 @@ def _twice(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterato
     )
 
 
-def _completed(likely: Indices) -> Indices:
+def _completed(likely: Indices, routed: Indices) -> Indices:
     """Return an order in which places of no known neuron have those that are nowhere."""
     order, unknown = likely.copy(), np.flatnonzero(likely < 0)
-    nowhere = np.setdiff1d(np.arange(len(likely)), likely)
+    nowhere = np.setdiff1d(routed, likely)
     order[unknown] = nowhere[: len(unknown)]
     return order
 
@@ -84,7 +84,7 @@ def _differences(
         wanted = gathered.wanted(shard)
         if same(held, wanted):
             continue
-        label = facts.place(part, layer, group * facts.granularity + shard).label
+        label = facts.place(part, layer, group * facts.group_size + shard).label
         differs = unequal(held, wanted).movedim(gathered.cut, 0).flatten(1).any(1).numpy()
         start = shard * facts.expert_size
         others = [

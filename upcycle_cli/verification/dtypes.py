@@ -40,17 +40,20 @@ def counterparts(facts: Facts) -> dict[str, str]:
 def shared_tensors(
     facts: Facts, layer: int, layout: Layout | None = None
 ) -> Iterator[tuple[str, Weight | None, str]]:
-    """Yield the shared expert of a layer, if its architecture insists on one: weights, then router.
+    """Yield the shared expert of a layer, if there is one: its weights, then its router.
 
-    Each with its row, None for the router, and the dense tensor at whose scale it is drawn, if any;
-    by the names that it has in a layout, in that of the MoE unless given.
+    Each with its row, None for the router, and the dense tensor that it is made of, or at whose
+    scale it is drawn, if any; by the names that it has in a layout, in the MoE's unless given.
     """
     shared, prefix = facts.target.shared, facts.target.prefix(layer)
+    if shared is None or not (shared.insisted_on or facts.shared_experts):
+        return
     for weight in facts.target.shared_weights(layout or facts.layout):
         part = weight.holds[0]
-        source = "" if part == "down" else facts.dense_place(part, layer).tensor
+        inert = part == "down" and not facts.shared_experts
+        source = "" if inert else facts.dense_place(part, layer).tensor
         yield prefix + weight.name, weight, source
-    if shared is not None and shared.router is not None:
+    if shared.router is not None:
         yield prefix + shared.router, None, ""
 
 

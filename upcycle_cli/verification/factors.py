@@ -24,6 +24,7 @@ from upcycle_cli.verification.neurons import (
     first_entries,
     group_part,
     hashes_of,
+    routed_neurons,
 )
 
 _SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
@@ -46,9 +47,9 @@ def _ungrouped(facts: Facts) -> str | None:
     with facts.moe.reader() as moe:
         for layer in facts.layers:
             name = facts.router_name(layer)
-            if facts.granularity > 1 and name in facts.moe.tensors:
+            if facts.group_size > 1 and name in facts.moe.tensors:
                 _, rows = torch.unique(bits(moe.tensor(name)), dim=0, return_inverse=True)
-                groups = rows.reshape(-1, facts.granularity)
+                groups = rows.reshape(-1, facts.group_size)
                 if bool((groups != groups[:, :1]).any()):
                     return f"the router rows of {name} differ inside virtual groups"
     return None
@@ -106,7 +107,7 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != shape:
             continue
         held = moe.tensor(place.tensor)[place.index]
-        source = facts.dense_place(matrix, layer, expert % facts.granularity)
+        source = facts.dense_place(matrix, layer, facts.shard_of(expert))
         base = dense.tensor(source.tensor)[source.index].to(held.dtype)
         measured = ratio(held, base)
         near = _near_candidates(facts, matrix, measured)
@@ -116,7 +117,7 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
         if math.isnan(fallback):
             fallback = near[0] if near else measured
     for layer, expert in probes:
-        found = _recover_reordered(facts, dense, moe, matrix, layer, expert // facts.granularity)
+        found = _recover_reordered(facts, dense, moe, matrix, layer, expert // facts.group_size)
         if found is not None:
             return found
     return fallback
@@ -134,6 +135,7 @@ def _recover_reordered(
         return None
     ours = torch.cat([first_entries(each, cut) for each in held], cut)
     base = first_entries(dense_part(facts, dense, matrix, layer), cut).to(ours.dtype)
+    base = base.index_select(cut, torch.from_numpy(routed_neurons(facts, dense, moe, layer)))
     length = float(base.double().norm())
     measured = float(ours.double().norm()) / length if length else math.nan
     wanted = np.sort(hashes_of(ours, cut, matrix))

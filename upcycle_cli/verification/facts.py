@@ -3,8 +3,8 @@
 Sizes come from the dense model's tensors and the MoE's config.json, the recipe from `upcycle.json`
 where there is one. Of the families only their names are used.
 
-Legend: N experts, E expansion (groups), G granularity (shards), T top-k, H hidden size, I dense
-intermediate size, N = E·G.
+Legend: N experts, E expansion (groups), G granularity (shards), K of them shared, T top-k, H hidden
+size, I dense intermediate size, N = E·(G − K).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Moe(Protocol):
         """The parts of an expert."""
 
     @property
-    def granularity(self) -> int:
-        """The shards whose copies may be run as one."""
+    def group_size(self) -> int:
+        """The experts of a group, whose copies in others may be run as one."""
 
     def place(self, part: str, layer: int, expert: int) -> Place:
         """Return where one part of one expert lies on disk, with the tensor's whole name."""
@@ -111,6 +111,8 @@ class Facts:
     expert_size: int
     """I/G."""
     num_experts: int
+    shared_experts: int
+    """K, the shards that are an expert for every token."""
     top_k: int
     routing: str
     gate_scale: float
@@ -129,7 +131,7 @@ class Facts:
     @property
     def experts(self) -> list[int]:
         """The experts of these groups."""
-        G = self.granularity
+        G = self.group_size
         return [group * G + shard for group in self.groups for shard in range(G)]
 
     @property
@@ -140,7 +142,21 @@ class Facts:
     @property
     def expansion(self) -> int:
         """E, the virtual groups of a layer."""
-        return self.num_experts // self.granularity
+        return self.num_experts // self.group_size
+
+    @property
+    def group_size(self) -> int:
+        """G − K, the routed experts of a group."""
+        return self.granularity - self.shared_experts
+
+    @property
+    def shared_width(self) -> int:
+        """How many neurons of the dense MLP are shared."""
+        return self.shared_experts * self.expert_size
+
+    def shard_of(self, expert: int) -> int:
+        """Return which shard an expert holds; the first ones are shared."""
+        return self.shared_experts + expert % self.group_size
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -160,7 +176,12 @@ class Facts:
         """The recipe that config.json implies, assuming exact scaling."""
         E, G, T = self.expansion, self.granularity, self.top_k
         return RecipeClaim(
-            expansion=E, granularity=G, top_k=T, routing=self.routing, kind=self.kind
+            expansion=E,
+            granularity=G,
+            shared_experts=self.shared_experts,
+            top_k=T,
+            routing=self.routing,
+            kind=self.kind,
         )
 
     @property

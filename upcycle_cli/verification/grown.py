@@ -34,7 +34,7 @@ class Side:
     layers: tuple[int, ...]
     """Those that are mixtures of experts by the config."""
 
-    granularity = 1
+    group_size = 1
     """No two experts are run as one."""
 
     @cached_property

@@ -6,7 +6,8 @@ and by all of its weights where those are not enough. What is found is a candida
 compares all of it, bit for bit.
 
 Legend: N experts, G shards, I dense intermediate size, K the first entries of a neuron; expert
-e = g·G + s holds shard s of virtual group g.
+e = g·G + s holds shard s of virtual group g. Where some shards are shared, they are the same for
+all groups, and a group has the neurons that are left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
-from upcycle_cli.matching import match, neuron_hashes
+from upcycle_cli.families.mlp import holder, place
+from upcycle_cli.matching import match, match_some, neuron_hashes
 from upcycle_cli.verification.bits import bits
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.gathered import Gathered
@@ -57,7 +59,7 @@ def group_part(
     They are views of the files.
     """
     found, wanted, dtypes = [], facts.expert_shape(part), set()
-    for expert in range(group * facts.granularity, (group + 1) * facts.granularity):
+    for expert in range(group * facts.group_size, (group + 1) * facts.group_size):
         place = facts.place(part, layer, expert)
         entry = facts.moe.tensors.get(place.tensor)
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != wanted:
@@ -71,6 +73,50 @@ def dense_part(facts: Facts, dense: Reader | MeanReader, part: str, layer: int) 
     """Return a part of a dense MLP, a view of its file."""
     place = facts.dense_place(part, layer)
     return dense.tensor(place.tensor)[place.index]
+
+
+def shared_part(facts: Facts, moe: Reader, part: str, layer: int) -> torch.Tensor | None:
+    """Return a part of a layer's shared expert, a view of its file; None where it is not there."""
+    weights, prefix = facts.target.shared_weights(facts.layout), facts.target.prefix(layer)
+    row, width = holder(weights, part), facts.shared_width
+    entry = facts.moe.tensors.get(prefix + row.name)
+    wanted = row.shape(width, facts.hidden_size)
+    if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != wanted:
+        return None
+    return moe.tensor(entry.name)[place(weights, part, width=width).index]
+
+
+def shared_factor(facts: Facts, part: str) -> float:
+    """Return what a part of the shared expert is multiplied by: a gate of 1/2 is made up for."""
+    gated = facts.target.shared is not None and facts.target.shared.router is not None
+    return 2.0 if gated and part == "down" else 1.0
+
+
+def shared_neurons(facts: Facts, dense: Reader | MeanReader, moe: Reader, layer: int) -> Indices:
+    """Return by place the dense neurons that are shared: the first ones, if nothing tells others.
+
+    They are told by all of their weights, and what is found is a candidate.
+    """
+    width = facts.shared_width
+    ours, wanted = np.zeros(width, np.uint64), np.zeros(facts.dense_size, np.uint64)
+    for part in facts.parts if width else ():
+        held, cut = shared_part(facts, moe, part, layer), cut_of(facts, part)
+        if held is None or cut is None:
+            return np.arange(width)
+        whole = dense_part(facts, dense, part, layer)
+        first = whole.narrow(cut, 0, min(_SAMPLE, width)).to(held.dtype)
+        sample = held.narrow(cut, 0, min(_SAMPLE, width))
+        if np.array_equal(as_bits(sample), as_bits(first * shared_factor(facts, part))):
+            return np.arange(width)
+        ours += hashes_of(held, cut, part)
+        wanted += hashes_of(whole.to(held.dtype) * shared_factor(facts, part), cut, part)
+    found = match_some(ours, wanted)
+    return np.arange(width) if found is None else found
+
+
+def routed_neurons(facts: Facts, dense: Reader | MeanReader, moe: Reader, layer: int) -> Indices:
+    """Return the dense neurons that are not shared, in order."""
+    return np.delete(np.arange(facts.dense_size), shared_neurons(facts, dense, moe, layer))
 
 
 def as_bits(tensor: torch.Tensor) -> NDArray[Any]:
@@ -101,6 +147,8 @@ class Neurons:
     """Layers whose groups have several orders, so that their experts are no copies."""
     _wanted: dict[tuple[int, str, torch.dtype], Hashes] = field(default_factory=dict)
     """By layer, part and dtype: only of the layer that was asked for last."""
+    _routed: dict[int, Indices] = field(default_factory=dict)
+    """The same by layer."""
 
     @cached_property
     def cuts(self) -> dict[str, int]:
@@ -108,12 +156,18 @@ class Neurons:
         cuts = {part: cut_of(self.facts, part) for part in self.facts.parts}
         return {part: cut for part, cut in cuts.items() if cut is not None}
 
+    def routed(self, layer: int) -> Indices:
+        """Return the dense neurons of a layer that are not shared, in order."""
+        if layer not in self._routed:
+            self._routed = {layer: routed_neurons(self.facts, self.dense, self.moe, layer)}
+        return self._routed[layer]
+
     def is_sliced(self, layer: int, group: int) -> bool:
         """Whether a group's experts begin as the slices of the dense MLP do, in any of their parts.
 
         A group that is not all there counts as sliced, which is what it is held to then.
         """
-        size = self.facts.expert_size
+        size, first = self.facts.expert_size, self.facts.shared_width
         for part, cut in self.cuts.items():
             held = group_part(self.facts, self.moe, part, layer, group)
             if held is None:
@@ -121,7 +175,8 @@ class Neurons:
             whole = first_entries(dense_part(self.facts, self.dense, part, layer), cut)
             starts = [first_entries(each, cut).narrow(cut, 0, min(_SAMPLE, size)) for each in held]
             wanted = [
-                whole.narrow(cut, shard * size, min(_SAMPLE, size)) for shard in range(len(held))
+                whole.narrow(cut, first + shard * size, min(_SAMPLE, size))
+                for shard in range(len(held))
             ]
             one, other = torch.cat(starts, cut), torch.cat(wanted, cut)
             if np.array_equal(as_bits(one), as_bits(self._made(other, part, one.dtype))):
@@ -138,18 +193,20 @@ class Neurons:
             held[part] = found
         every = [self._hashes(layer, part, found) for part, found in held.items()]
         ours, wanted = (np.sum(side, axis=0) for side in zip(*every, strict=True))
+        routed = self.routed(layer)
 
         def finer(some: Indices, others: Indices) -> tuple[Hashes, Hashes]:
             left, right = np.zeros(len(some), np.uint64), np.zeros(len(others), np.uint64)
             for part, cut in self.cuts.items():
                 whole = torch.cat(held[part], cut).index_select(cut, torch.from_numpy(some))
                 dense = dense_part(self.facts, self.dense, part, layer)
-                dense = dense.index_select(cut, torch.from_numpy(others))
+                dense = dense.index_select(cut, torch.from_numpy(routed[others]))
                 left += hashes_of(whole, cut, part)
                 right += hashes_of(self._made(dense, part, whole.dtype), cut, part)
             return left, right
 
-        return match(ours, wanted, finer)
+        order = match(ours, wanted[routed], finer)
+        return None if order is None else routed[order]
 
     def orders(self, layer: int, bring: Callable[[int], bool]) -> dict[int, Indices]:
         """Return the orders of those of a layer's groups that have one of their own.
@@ -209,7 +266,7 @@ class Neurons:
             by_hash = np.argsort(wanted, kind="stable")
             place = np.searchsorted(wanted, ours, sorter=by_hash).clip(max=len(wanted) - 1)
             neurons = by_hash[place]
-            here = np.arange(len(ours))
+            here = self.facts.shared_width + np.arange(len(ours))
             # A neuron that has a twin may be either; where it stands is the likelier one.
             neurons = np.where(wanted[here] == ours, here, neurons)
             found[part] = np.where(wanted[neurons] == ours, neurons, -1)
@@ -239,8 +296,8 @@ def most_likely(by_parts: Mapping[str, Indices]) -> Indices:
     likely = np.full(columns.shape[1], -1)
     same = (columns == columns[:1]).all(0)
     likely[same] = columns[0, same]
-    for place in np.flatnonzero(~same):
-        counts = Counter(columns[:, place][columns[:, place] >= 0].tolist()).most_common(2)
+    for spot in np.flatnonzero(~same):
+        counts = Counter(columns[:, spot][columns[:, spot] >= 0].tolist()).most_common(2)
         clear = counts and (len(counts) == 1 or counts[0][1] > counts[1][1])
-        likely[place] = counts[0][0] if clear else -1
+        likely[spot] = counts[0][0] if clear else -1
     return likely

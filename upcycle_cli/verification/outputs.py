@@ -232,7 +232,7 @@ def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
     if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
         least = f"at least {_EXACT_TOP1:.1%} is promised"
         failures.append(f"top1_agreement_conversion is {top1:.4%}, and {least}")
-    if facts.granularity > 1:
+    if facts.group_size > 1:
         failures += _split_failures(metrics, _MOST_SPLIT_EXACT)
     rounding = "" if lossless else " up to the rounding of the scaled weights"
     return f"The same function{rounding}.", failures

@@ -3,7 +3,8 @@
 The formulas repeat the method's few lines of arithmetic instead of importing the converter's, so
 that an error there is seen here.
 
-Legend: N experts, E expansion (groups), G granularity (shards), T top-k, N = E·G.
+Legend: N experts, E expansion (groups), G granularity (shards), K of them shared, T top-k,
+N = E·(G − K).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class RecipeClaim:
     expansion: int
     granularity: int
     top_k: int
+    shared_experts: int = 0
     routing: str
     kind: MlpKind
     scaling: str | float = "exact"
@@ -86,15 +88,20 @@ class RecipeClaim:
 
     @property
     def num_experts(self) -> int:
-        """N = E·G."""
-        return self.expansion * self.granularity
+        """N = E·(G − K), the routed ones."""
+        return self.expansion * self.group_size
+
+    @property
+    def group_size(self) -> int:
+        """G − K, the routed experts of a virtual group."""
+        return self.granularity - self.shared_experts
 
     @property
     def needed_c(self) -> float:
         """The factor that the gates take away, and the experts must give back."""
         if self.routing == SOFTMAX_TOPK:
-            return self.expansion * self.granularity**2 / self.top_k
-        return float(self.granularity)
+            return self.expansion * self.group_size**2 / self.top_k
+        return float(self.group_size)
 
     @property
     def claimed_c(self) -> float:
@@ -104,12 +111,13 @@ class RecipeClaim:
     def objection(self) -> str | None:  # noqa: PLR0911 - a table of reasons
         """Say why this recipe promises no equality, or None when it promises some."""
         c = self.needed_c
-        if self.top_k % self.granularity:
+        if self.top_k % self.group_size:
+            of = "the routed shards," if self.shared_experts else "granularity"
             return (
-                f"top-k {self.top_k} is not a multiple of granularity {self.granularity}, "
+                f"top-k {self.top_k} is not a multiple of {of} {self.group_size}, "
                 "so every token misses some shards of the dense MLP"
             )
-        if not self.virtual_groups and self.granularity > 1:
+        if not self.virtual_groups and self.group_size > 1:
             return (
                 "without virtual groups the chosen experts need not hold every shard of the "
                 "dense MLP"
@@ -194,7 +202,7 @@ class RecipeClaim:
     @property
     def down_bias_factor(self) -> float:
         """What a down bias is multiplied by, before the gates' own factor is taken off."""
-        return 1.0 if self.scaling == "none" else self.needed_c / self.granularity
+        return 1.0 if self.scaling == "none" else self.needed_c / self.group_size
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(recipe, dict):
         raise ValueError("recipe is missing")  # noqa: TRY004 - the file's fault, not a caller's
     # An earlier version had no other order, and drew all rows.
-    recipe = dict[str, Any](neuron_order=SLICED, router_init=NORMAL) | recipe
+    recipe = dict[str, Any](neuron_order=SLICED, router_init=NORMAL, shared_experts=0) | recipe
     wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
     if (recipe.get("router_logit_std") is None) != (recipe["router_init"] == FILE):
         wrong.append("recipe.router_logit_std")
@@ -248,8 +256,10 @@ def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(fields["scaling"], str):
         fields["scaling"] = float(fields["scaling"])
     claim = RecipeClaim(kind=kind, **fields)
+    if claim.group_size < 1:
+        raise ValueError("recipe.shared_experts is not less than granularity")
     if claim.top_k > claim.num_experts:
-        raise ValueError("recipe.top_k is more than expansion x granularity")
+        raise ValueError("recipe.top_k is more than the routed experts")
     return claim
 
 
@@ -266,6 +276,7 @@ _RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "expansion": _is_count,
     "granularity": _is_count,
     "top_k": _is_count,
+    "shared_experts": lambda value: value == 0 or _is_count(value),
     "routing": lambda value: value in ROUTINGS,
     "scaling": lambda value: value in ("exact", "paper", "none") or is_positive(value),
     "scale_split": lambda value: value in ("config", "balanced", "down"),

@@ -130,13 +130,13 @@ class _Watch:
         # What else it is given is a bias, zero as yet.
         run = partial(self._split, router, inputs[1:])
         load_N = torch.bincount(experts_ST.flatten(), minlength=facts.num_experts)
-        logits_SE = states_SH.float() @ weight_NH[:: facts.granularity].float().T
+        logits_SE = states_SH.float() @ weight_NH[:: facts.group_size].float().T
         found.failures.extend(self._made_failures(logits_SE, load_N))
         split = {
             name: self._run_in(name, run, weight_NH, states_SH)
             for name in {TORCH_DTYPES[stored]: 0, "bfloat16": 0}
         }
-        groups_SE = logits_SN[:, :: facts.granularity].float().softmax(-1)
+        groups_SE = logits_SN[:, :: facts.group_size].float().softmax(-1)
         best_S2 = groups_SE.topk(min(2, groups_SE.shape[1])).values
         found.layers[self.layer] = LayerRouting(
             whole=self._whole(gates_ST, experts_ST),
@@ -160,7 +160,7 @@ class _Watch:
                     f"{label}: its logits have a standard deviation of {here:.3g} here, and are "
                     f"said to have been fitted to {std:g}"
                 )
-        idle = int((load_N.reshape(-1, facts.granularity).sum(-1) == 0).sum())
+        idle = int((load_N.reshape(-1, facts.group_size).sum(-1) == 0).sum())
         enough = len(logits_SE) >= _TOKENS_EACH * facts.expansion
         if enough and idle > facts.expansion / 2:
             yield f"{label}: {idle} of its {facts.expansion} groups are chosen by no token"
@@ -196,7 +196,7 @@ class _Watch:
         """Return random rows (N, H), equal inside each group."""
         generator = torch.Generator().manual_seed(seed)
         rows_EH = torch.randn(self.facts.expansion, self.facts.hidden_size, generator=generator)
-        return rows_EH.repeat_interleave(self.facts.granularity, 0)
+        return rows_EH.repeat_interleave(self.facts.group_size, 0)
 
     def _split(
         self,
@@ -225,8 +225,8 @@ class _Watch:
         facts, S = self.facts, len(experts_ST)
         picked_SN = torch.zeros(S, facts.num_experts)
         picked_SN.scatter_(1, experts_ST, (gates_ST != 0).float())
-        per_group = picked_SN.reshape(S, facts.expansion, facts.granularity).sum(-1)
-        return ((per_group == 0) | (per_group == facts.granularity)).all(-1)
+        per_group = picked_SN.reshape(S, facts.expansion, facts.group_size).sum(-1)
+        return ((per_group == 0) | (per_group == facts.group_size)).all(-1)
 
 
 def _mean(values: list[float]) -> float:

@@ -100,18 +100,18 @@ def moe_model(
     module = layout.experts[0].name.rpartition(".")[0]
     for layer in {*copied} & {*facts.layers}:
         experts = decoder_layers(model)[layer].get_submodule(module)
-        experts.register_forward_pre_hook(partial(_merge_copies, facts.granularity))
+        experts.register_forward_pre_hook(partial(_merge_copies, facts.group_size))
     return model
 
 
 def _merge_copies(
-    granularity: int, _experts: Model, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    group_size: int, _experts: Model, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Send each token once to the first copy of a shard, with the gates of all copies."""
     states_SH, experts_ST, gates_ST = inputs
-    gates_SG = gates_ST.new_zeros(len(gates_ST), granularity)
-    gates_SG.scatter_add_(1, experts_ST % granularity, gates_ST)
-    chosen_SG = torch.zeros_like(gates_SG).scatter_(1, experts_ST % granularity, 1.0)
+    gates_SG = gates_ST.new_zeros(len(gates_ST), group_size)
+    gates_SG.scatter_add_(1, experts_ST % group_size, gates_ST)
+    chosen_SG = torch.zeros_like(gates_SG).scatter_(1, experts_ST % group_size, 1.0)
     # Where a token chose fewer shards than another, what fills the row up has a gate of 0.
     most = int(chosen_SG.sum(-1).max())
     shards_ST = chosen_SG.topk(most).indices

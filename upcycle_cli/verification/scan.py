@@ -182,20 +182,21 @@ class Scan:
         orders = self.neurons.orders(layer, lambda group: self._bring(pool, layer, group, sound))
         for part, expert, place in self.experts.places:
             name = prefix + place.tensor
-            if name not in sound or (part in cuts and expert // facts.granularity in orders):
+            if name not in sound or (part in cuts and expert // facts.group_size in orders):
                 continue
             entry = facts.moe.tensors[name]
             spot = spot_of(entry, place)
             if spot is None or math.isnan(factor_of(facts, factors, part)):
                 self.differing.add((part, layer))
             elif spot.nbytes:
-                found.append((spot, name, part, entry.dtype, expert % facts.granularity))
+                found.append((spot, name, part, entry.dtype, facts.shard_of(expert)))
         found.sort(key=lambda item: (self._turns[item[0].shard], item[0].start))
         wanted: dict[tuple[str, str, int], _Wanted] = {}
         scaling: list[Callable[[], None]] = []
         for part, dtype in sorted({(part, dtype) for _, _, part, dtype, _ in found}):
             factor = factor_of(facts, factors, part)
-            for shard, value in enumerate(self._make(part, layer, dtype, factor, scaling)):
+            made = self._make(part, layer, dtype, factor, scaling)
+            for shard, value in enumerate(made, facts.shared_experts):
                 wanted[part, dtype, shard] = value
         ranges = [
             piece
@@ -217,7 +218,7 @@ class Scan:
         """Have a group read by several threads before one looks at it; False if it is not whole."""
         facts, prefix, ranges = self.facts, self.facts.target.prefix(layer), list[_Range]()
         for _, expert, place in self.experts.places:
-            if expert // facts.granularity != group:
+            if expert // facts.group_size != group:
                 continue
             if prefix + place.tensor not in sound:
                 return False
@@ -260,13 +261,13 @@ class Scan:
     def _make(
         self, part: str, layer: int, dtype: str, factor: float, scaling: list[Callable[[], None]]
     ) -> Iterator[_Wanted]:
-        """Yield each shard of a part of a dense MLP as an expert must hold it in a dtype.
+        """Yield each routed shard of a part of a dense MLP as an expert must hold it in a dtype.
 
         What is still to be multiplied for that is added to `scaling`.
         """
         name = self.facts.dense_place(part, layer).tensor
         entry, source = self.facts.dense.tensors[name], self._cast(name, _torch_dtype(dtype))
-        for shard in range(self.facts.granularity):
+        for shard in range(self.facts.shared_experts, self.facts.granularity):
             view = source[self.facts.dense_place(part, layer, shard).index]
             wanted = _Wanted(view)
             if factor != 1.0 or not view.is_contiguous():

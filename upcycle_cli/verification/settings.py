@@ -102,8 +102,8 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     keys, shared = facts.target.keys, facts.target.shared
     judged: set[str | None] = {*_JUDGED_BY_OTHERS, *REDIRECTS, *BLOCK_KEYS}
     size = getattr(moe, "virtual_group_size", 1)
-    if size not in (1, facts.granularity):
-        yield f"virtual_group_size is {size}, and there are {facts.granularity} experts in a group"
+    if size not in (1, facts.group_size):
+        yield f"virtual_group_size is {size}, and there are {facts.group_size} experts in a group"
     judged |= {"virtual_group_size"} if facts.target.ships_code else set()
     judged |= {*keys.aliases, keys.num_experts, keys.top_k, keys.expert_size, keys.scale}
     judged |= {*(keys.routing or ())[:1], *facts.target.layers.keys}
@@ -113,7 +113,7 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
         if "intermediate_size" not in judged and size != facts.dense_size:
             yield _difference("intermediate_size", size, facts.dense_size)
         judged.add("intermediate_size")
-    judged.add(shared.size_key if shared else None)
+    judged |= {shared.size_key, shared.count_key, *shared.settings} if shared else set()
     # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes; for
     # training there is `_value_failures`.
     own_keys = {*vars(type(moe)()), *type(moe).attribute_map}

@@ -218,5 +218,6 @@ def _orders(facts: Facts, layer: int, factors: Mapping[str, float]) -> list[torc
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         orders = Neurons(facts, dense, moe, by_part).orders(layer, lambda _: True)
     found = [torch.from_numpy(order) for order in orders.values()]
-    own = [torch.arange(facts.dense_size)] if len(found) < facts.expansion else []
-    return own + found
+    if len(found) < facts.expansion:
+        found.append(torch.arange(facts.shared_width, facts.dense_size))
+    return found

@@ -14,13 +14,16 @@ from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Tensor
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseFamily, unread
-from upcycle_cli.families.mlp import parts_of, present
+from upcycle_cli.families.mlp import holder, parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.running.shipped import code_failure
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
+
+_SAMPLE_ROWS = 64
+_MOSTLY = 0.5
 
 
 class DamagedError(UpcycleError):
@@ -55,7 +58,7 @@ def gather_facts(
     key = family.activation or ""
     activation = inner(dense.config).get(key, defaults_of(family.model_type).get(key))
     kind = mlp_kind(parts_of(family.mlp), activation)
-    keys, config = target.keys, inner(moe.config)
+    keys, config, layout = target.keys, inner(moe.config), find_layout(moe, target)
     with _reading_config():
         num_experts, top_k, expert_size = (
             target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
@@ -65,10 +68,19 @@ def gather_facts(
             raise ValueError(
                 f"{size} does not divide the dense model's intermediate size {dense_size}"
             )
-        if num_experts % (dense_size // expert_size):
+        granularity = dense_size // expert_size
+        shared = _shared_experts(moe, target, layout, expert_size)
+        no_shards = shared >= granularity or num_experts % (granularity - shared) != 0
+        if no_shards and num_experts % granularity == 0:
+            shared = 0  # it is to do nothing, and does: the weights show it
+        elif shared >= granularity:
+            raise ValueError(f"{size} and {shared} shared experts leave no shards to route")
+        routed = granularity - shared
+        if num_experts % routed:
+            shards = f"the {routed} routed shards" if shared else f"the granularity {routed}"
             raise ValueError(
-                f"{keys.num_experts} {num_experts} is not a multiple of the granularity "
-                f"{dense_size // expert_size}, which {size} stands for"
+                f"{keys.num_experts} {num_experts} is not a multiple of {shards}, which "
+                f"{size} stands for"
             )
         num_layers = _num_layers(moe, target)
         moe_layers = target.moe_layers(config, num_layers)
@@ -81,7 +93,7 @@ def gather_facts(
         moe_names=tuple(moe_names),
         family=family,
         target=target,
-        layout=find_layout(moe, target),
+        layout=layout,
         record=read_record(moe, kind),
         allow_inexact=allow_inexact,
         layers=moe_layers,
@@ -90,6 +102,7 @@ def gather_facts(
         dense_size=dense_size,
         expert_size=expert_size,
         num_experts=num_experts,
+        shared_experts=shared,
         top_k=top_k,
         routing=routing,
         gate_scale=gate_scale,
@@ -142,6 +155,33 @@ def _check_sizes(moe: Checkpoint, target: Target) -> None:
     ):
         if count > most:
             raise ValueError(f"{key} {shown(count)} is more than there are tensors of")
+
+
+def _shared_experts(moe: Checkpoint, target: Target, layout: Layout, expert_size: int) -> int:
+    """Return K, how many experts wide the shared expert is; 0 where it does nothing, or is not."""
+    shared, config = target.shared, inner(moe.config)
+    if shared is None:
+        return 0
+    key = shared.size_key or shared.count_key
+    width = target.value(config, key) if key else expert_size
+    if type(width) is not int or width < 0:
+        raise ValueError(f"{key} must be an integer, not {shown(width)}")
+    width *= 1 if shared.size_key or not key else expert_size
+    inert = width % expert_size or (shared.insisted_on and _is_inert(moe, target, layout))
+    return 0 if inert else width // expert_size
+
+
+def _is_inert(moe: Checkpoint, target: Target, layout: Layout) -> bool:
+    """Whether the down matrix of the shared expert is zero, by and large, in the first layer."""
+    down = holder(target.shared_weights(layout), "down").name
+    before, after = (target.layer + down).split("{layer}")
+    entries = moe.tensors.values()
+    names = (entry.name for entry in entries if entry.dtype in TORCH_DTYPES and entry.num_elements)
+    found = next((n for n in names if n.startswith(before) and n.endswith(after)), None)
+    if found is None:
+        return True
+    with moe.reader() as reader:
+        return float((reader.tensor(found)[:_SAMPLE_ROWS] != 0).double().mean()) < _MOSTLY
 
 
 def _num_layers(moe: Checkpoint, target: Target) -> int:

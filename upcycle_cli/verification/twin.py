@@ -257,9 +257,9 @@ def _share_experts(
             found = place(layout.experts, part, width=width, expert=expert)
             made.add(prefix + found.tensor)
             own[prefix + found.tensor][found.index] = whole / scale
-    for name, weight, like in shared_tensors(facts, layer, layout):
+    for name, weight, _ in shared_tensors(facts, layer, layout):
         made.add(name)
-        if weight is not None and not like:
+        if weight is not None and weight.holds == ("down",):
             own[name].zero_()
     return made
 

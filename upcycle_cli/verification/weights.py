@@ -35,6 +35,7 @@ from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import given_failures, row_failures, size_failures
 from upcycle_cli.verification.scan import Key, Scan
+from upcycle_cli.verification.shared import shared_failures
 
 NAME = "weights"
 _MOST_TIMES = 4.0
@@ -45,7 +46,7 @@ class _Wanted:
     """A tensor that the MoE must have: its shape, and how its values are judged.
 
     `role` is copied (a `copy` of dense rows), expert, router, zero, shared (of the size that the
-    dense tensor `source` has), shared_router.
+    dense tensor `source` has), shared_router; made, of which another judges.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +86,7 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
     metrics = {
         "expansion": facts.expansion,
         "granularity": facts.granularity,
+        **({"shared_experts": facts.shared_experts} if facts.shared_experts else {}),
         **{f"{matrix}_factor": factors[matrix] for matrix in matrices},
         "gates_factor": factors["config"],
         "c": facts.implied.needed_c,
@@ -119,6 +121,8 @@ def _passed_detail(
     experts = f"Every expert is its shard of {of}"
     if reordered:
         experts = f"The experts of each virtual group have every neuron of {of} once"
+    if facts.shared_experts:
+        experts += f", {facts.shared_width:,} of them in the shared expert"
     mean = facts.merged is not None and facts.merged.mean
     rest = "are the mean of all models'" if mean else "equal the dense model's"
     return f"{experts}, bit for bit ({shown}; {end}). {routers}. All other tensors {rest}."
@@ -158,12 +162,14 @@ def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
 
 
 def _wanted_shared(facts: Facts, layer: int) -> Iterator[tuple[str, _Wanted]]:
-    """Yield the shared expert that the architecture insists on, and that must not do anything."""
+    """Yield the shared expert: shards of the dense MLP, or one that must not do anything."""
     key = None if facts.target.shared is None else facts.target.shared.size_key
     size = facts.expert_size if key is None else facts.target.value(facts.moe_config, key)
+    size = facts.shared_width or size
     for name, weight, source in shared_tensors(facts, layer):
         shape = (1, facts.hidden_size) if weight is None else weight.shape(size, facts.hidden_size)
         role = "shared_router" if weight is None else "shared" if source else "zero"
+        role = "made" if facts.shared_experts else role
         yield name, _Wanted(shape, role, source, layer)
 
 
@@ -239,6 +245,8 @@ class _Comparison:
             alike = layer not in neurons.uneven and placed.names(layer).keys() <= {*sound}
             if len(self.findings) == before and alike:
                 copied.add(layer)
+            for failure in shared_failures(neurons, layer) if items else ():
+                self.findings.add(failure)
             if facts.router_name(layer) in items:
                 with one_thread():
                     self.router(layer)
@@ -284,10 +292,10 @@ class _Comparison:
                     whole[facts.dense_place(part, layer, shard).index].contiguous()
                     for shard in range(facts.granularity)
                 ]
-            shards, own = scaled[held.dtype], expert % facts.granularity
+            shards, own = scaled[held.dtype], facts.shard_of(expert)
             if same(held, shards[own]):
                 continue
-            group = expert // facts.granularity
+            group = expert // facts.group_size
             if group not in reordered:
                 reordered[group] = order_failures(self.neurons, part, layer, group)
                 for failure in reordered[group] or ():
@@ -307,7 +315,7 @@ class _Comparison:
             self.findings.add(f"{name}: row {row} holds values that are not finite")
         # One integer per row says which rows are equal.
         _, identity = torch.unique(bits(router_NH), dim=0, return_inverse=True)
-        size = facts.granularity if facts.recipe.virtual_groups else 1
+        size = facts.group_size if facts.recipe.virtual_groups else 1
         groups = identity.reshape(-1, size)
         odd = (groups != groups[:, :1]).nonzero()
         if len(odd) and not facts.lenient:
@@ -345,7 +353,7 @@ class _Comparison:
 
     def other(self, name: str, item: _Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
-        if item.role in ("expert", "router"):
+        if item.role in ("expert", "router", "made"):
             return
         copy = item.copy
         if copy is not None and name not in self.differing:
