@@ -31,10 +31,18 @@ from conftest import (
 )
 from safetensors.torch import save_file
 
-from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
+from upcycle_cli import (
+    Growth,
+    Options,
+    Recipe,
+    UpcycleError,
+    WriteOptions,
+    convert,
+    inspect,
+    verify,
+)
 from upcycle_cli.choices import ExpertLayout
 from upcycle_cli.families.growable import GROWABLE
-from upcycle_cli.growth import Growth
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.hub.manifest import read_manifest
 from upcycle_cli.request import Request, carry_out

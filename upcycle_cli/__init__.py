@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from upcycle_cli.checkpoint import open_checkpoint as open_checkpoint
     from upcycle_cli.errors import UpcycleError as UpcycleError
+    from upcycle_cli.growth import Growth as Growth
     from upcycle_cli.hub.pushing import Destination as Destination
     from upcycle_cli.inspection import inspect as inspect
     from upcycle_cli.plan import build_plan as build_plan
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "Destination": "hub.pushing",
     "MergeRequest": "request",
+    "Growth": "growth",
     "Options": "tensors",
     "Recipe": "recipe",
     "UpcycleError": "errors",

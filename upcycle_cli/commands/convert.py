@@ -60,7 +60,9 @@ def convert(
     allow_inexact: Annotated[
         bool,
         for_recipe(
-            "--allow-inexact", help="Allow a top-k that is not a multiple of the granularity."
+            "--allow-inexact",
+            help="Allow a top-k that is not a multiple of the granularity, or with --expand "
+            "another than that which is exact.",
         ),
     ] = False,
     checksums: Annotated[bool, for_files("--checksums", help="Write SHA256SUMS too.")] = False,
