@@ -11,7 +11,17 @@ import torch
 from conftest import MakeDense, logits, random_ids, read_json, read_tensors, write_json
 from safetensors.torch import save_file
 
-from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
+from upcycle_cli import (
+    MergeRequest,
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    inspect,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.order_file import read_order_file
@@ -217,6 +227,38 @@ def test_orders_that_do_not_agree_on_what_is_shared(llama: Path, tmp_path: Path)
         build_plan(recipe, open_checkpoint(llama), target="glm4_moe", options=options)
 
 
+def test_several_models_share_nothing(make_dense: MakeDense, llama: Path, tmp_path: Path) -> None:
+    merge = MergeRequest(experts_from=[make_dense("llama", dtype="bfloat16")])
+    with pytest.raises(UpcycleError, match="those of several models have nothing in common"):
+        convert(llama, tmp_path / "moe", shared(), target="glm4_moe", merge=merge)
+
+
 def test_auto_takes_the_first_target_that_has_one(llama: Path) -> None:
     plan = build_plan(shared(), open_checkpoint(llama))
     assert plan.family.target.model_type == "qwen2_moe"
+
+
+@pytest.mark.parametrize("order", [NeuronOrder.SLICED, NeuronOrder.FILE])
+def test_inspect_tells_what_is_shared_and_how_far_the_rest_has_come(
+    llama: Path, tmp_path: Path, order: NeuronOrder
+) -> None:
+    options = Options()
+    if order is NeuronOrder.FILE:
+        file = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+        options = Options(neuron_orders=file)
+    recipe = shared(2, neuron_order=order)
+    moe = convert(llama, tmp_path / "moe", recipe, target="glm4_moe", options=options).output
+    found = inspect(moe, weights=True, dense=llama).weights
+    assert found is not None
+    assert (found.shared_width, found.shared_works, found.shared_neurons) == (32, True, 32)
+    if order is NeuronOrder.SLICED:
+        assert found.movement is not None
+        assert not any(any(layer.moved) for layer in found.movement)
+        assert found.factors == {"gate": 1.0, "up": 1.0, "down": 1.0}
+
+
+def test_inspect_tells_one_that_does_nothing(llama: Path, tmp_path: Path) -> None:
+    moe = convert(llama, tmp_path / "moe", shared(0), target="glm4_moe").output
+    found = inspect(moe, weights=True, dense=llama).weights
+    assert found is not None
+    assert (found.shared_width, found.shared_works, found.shared_neurons) == (16, False, 0)
