@@ -530,6 +530,9 @@ def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: P
     done = convert(models[0], tmp_path / "moe", recipe, merge=MergeRequest(experts_from=[other]))
     assert "license" not in yaml.safe_load((tmp_path / "moe/README.md").read_text().split("---")[1])
     assert any("cc-by-nc-4.0" in note for note in done.plan.carried.notes)
+    card = (tmp_path / "moe/README.md").read_text()
+    assert f"made from `{models[0].name}` and `other` by copying their MLPs" in card
+    assert f"| experts from | groups of {models[0].name}: 0; of other: 1 |" in card
     same = convert(models[0], tmp_path / "s", recipe, merge=MergeRequest(experts_from=models[1:2]))
     assert same.plan.carried.values["license"] == "apache-2.0"
 

@@ -215,7 +215,7 @@ def merged_text(plan: Plan) -> tuple[str, str]:
     assert plan.merge is not None
     groups = plan.merge.of_groups(plan.recipe.expansion)
     words = [
-        f"{', '.join(str(g) for g, of in enumerate(groups) if of == number)} of {source.name}"
+        f"of {source.name}: {', '.join(str(g) for g, of in enumerate(groups) if of == number)}"
         for number, source in enumerate(plan.sources)
         if number in groups
     ]

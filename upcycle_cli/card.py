@@ -188,7 +188,8 @@ def _code(text: str) -> str:
 def origins(plan: Planned) -> str:
     """Return the names of the sources, and their commits where they are known."""
     *others, last = map(_origin, plan.sources)
-    return f"{' '.join(others)} and {last}" if others else last
+    listed = ", ".join(other.removesuffix(",") for other in others)
+    return f"{listed} and {last}" if others else last
 
 
 def _origin(source: Checkpoint) -> str:
