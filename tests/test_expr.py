@@ -258,7 +258,7 @@ def test_every_value_times_a_factor(
 ) -> None:
     values = all_values(dtype)
     values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
-    monkeypatch.setattr(arithmetic, "_PIECE_ITEMS", values.shape[1])  # a row at a time
+    monkeypatch.setattr(arithmetic, "PIECE_ITEMS", values.shape[1])  # a row at a time
     wanted = (values.float() * factor).to(TORCH[dtype])
     fits = wanted.isfinite().all(dim=1)
     source = Source("x", dtype, tuple(values[fits].shape))
@@ -286,7 +286,7 @@ def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.M
         return real(piece, *arguments)
 
     monkeypatch.setattr(arithmetic, "_multiply", multiply)
-    monkeypatch.setattr(arithmetic, "_PIECE_ITEMS", 64)
+    monkeypatch.setattr(arithmetic, "PIECE_ITEMS", 64)
     values = torch.full((8, 64), 0.02, dtype=TORCH[dtype])
     values[1, 7] = 0
     values[3, 5] = 2.0 ** -{"F16": 20, "BF16": 130}[dtype]

@@ -38,6 +38,7 @@ from upcycle_cli.expr import (
     stretch_of,
     type_of,
 )
+from upcycle_cli.gather import PIECE_ITEMS, WORD_BYTES, Packed, Taken
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,10 +52,8 @@ _SMALLEST_EXPONENT = {"F32": -149, "F16": -24, "BF16": -133}
 """Of the smallest value above zero, as a power of two."""
 _INFINITE = {"F32": 0xFF << 24, "F16": 0x1F << 11, "BF16": 0xFF << 8}
 """The bits of infinity, without the sign and shifted to the left by one."""
-_PIECE_ITEMS = 1 << 16
-"""Few enough that what is computed from them on the way stays in a processor's cache."""
 _TOGETHER_ITEMS = 1 << 18
-"""Of all the shards that columns are gathered for at once."""
+"""Of the rows that columns are gathered from at once."""
 
 
 class OverflowInCastError(ArithmeticError):
@@ -80,20 +79,21 @@ def evaluate(
 
 def evaluate_together(
     exprs: Sequence[Expr], read: Read, vanished: Callable[[int], None]
-) -> Iterator[list[memoryview]]:
-    """Yield the bytes of a few rows of each expression after another; all gather the same rows.
+) -> Iterator[tuple[int, memoryview]]:
+    """Yield the bytes of a few rows of each expression, by its place in `exprs`, and so on.
 
-    See `expr.gathering`; `read`, `vanished` and errors are as those of `evaluate`.
+    All gather columns of the same rows, which are read, cast and scaled once for all: see
+    `expr.gathering`. `read`, `vanished` and errors are as those of `evaluate`.
     """
     takes = [_take_of(expr) for expr in exprs]
-    values = _value(takes[0].of, read, vanished)
-    indices = [_Taken.of(take, values).indices for take in takes]
-    every, stops = np.concatenate(indices), np.cumsum([len(each) for each in indices])[:-1]
-    step = max(1, _TOGETHER_ITEMS // max(1, len(every)))
+    offset, width = takes[0].offset, takes[0].order.size
+    values = _value(takes[0].of, read, vanished)[:, offset : offset + width]
+    columns = [_permutation(take.order)[take.start : take.stop] for take in takes]
+    step = max(1, _TOGETHER_ITEMS // (WORD_BYTES * max(1, width))) * WORD_BYTES
     for start in range(0, len(values), step):
-        taken = values[start : start + step].take(every, axis=1)
-        made = _applied(exprs[0], taken, vanished)
-        yield [_bytes(np.ascontiguousarray(part)) for part in np.split(made, stops, axis=1)]
+        rows = Packed.of(_applied(exprs[0], values[start : start + step], vanished))
+        for number, each in enumerate(columns):
+            yield number, _bytes(rows.take(each))
 
 
 def _take_of(expr: Expr) -> Take:
@@ -103,11 +103,11 @@ def _take_of(expr: Expr) -> Take:
     return expr
 
 
-def _applied(expr: Expr, taken: NDArray[Any], vanished: Callable[[int], None]) -> NDArray[Any]:
-    """Return what an expression makes of values that its Take has given."""
+def _applied(expr: Expr, rows: NDArray[Any], vanished: Callable[[int], None]) -> NDArray[Any]:
+    """Return what an expression makes of rows before its Take, which takes what it is given."""
     if not isinstance(expr, Cast | Scale):
-        return taken
-    values, held = _applied(expr.of, taken, vanished), type_of(expr.of).dtype
+        return rows
+    values, held = _applied(expr.of, rows, vanished), type_of(expr.of).dtype
     factor = expr.factor if isinstance(expr, Scale) else 1.0
     return _converted(values, held, type_of(expr).dtype, factor, vanished)
 
@@ -132,7 +132,7 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
         case Pick(of, index):
             return _value(of, read, vanished)[index, ...]
         case Take(of):
-            return _Taken.of(expr, _value(of, read, vanished)).all()
+            return _taken(expr, read, vanished).all()
         case Cast(of, dtype):
             values, held = _rows(of, read, vanished), type_of(of).dtype
             return _converted(values, held, dtype, 1.0, vanished)
@@ -164,46 +164,17 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             assert_never(expr)
 
 
-def _rows(expr: Expr, read: Read, vanished: Callable[[int], None]) -> NDArray[Any] | _Taken:
+def _rows(expr: Expr, read: Read, vanished: Callable[[int], None]) -> NDArray[Any] | Taken:
     """Return what gives an expression's rows: of a Take a piece at a time, never all of it."""
     if isinstance(expr, Take):
-        return _Taken.of(expr, _value(expr.of, read, vanished))
+        return _taken(expr, read, vanished)
     return np.atleast_1d(_value(expr, read, vanished))
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """Rows of a Take, gathered as they are asked for."""
-
-    values: NDArray[Any]
-    dim: int
-    indices: NDArray[np.intp]
-
-    @classmethod
-    def of(cls, expr: Take, values: NDArray[Any]) -> _Taken:
-        indices = _permutation(expr.order)[expr.start : expr.stop]
-        return cls(values, expr.dim, indices + expr.offset if expr.offset else indices)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.values.shape
-        return (*shape[: self.dim], len(self.indices), *shape[self.dim + 1 :])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        if self.dim:
-            return self.values[rows].take(self.indices, axis=1)
-        return self.values.take(self.indices[rows], axis=0)
-
-    def all(self) -> NDArray[Any]:
-        out = np.empty(self.shape, self.values.dtype)
-        # Few rows at a time: what is gathered from columns then comes from a processor's cache.
-        step = max(1, _PIECE_ITEMS * len(self.values) // max(1, self.values.size))
-        for start in range(0, len(out), step):
-            out[start : start + step] = self[start : start + step]
-        return out
+def _taken(expr: Take, read: Read, vanished: Callable[[int], None]) -> Taken:
+    indices = _permutation(expr.order)[expr.start : expr.stop]
+    indices = indices + expr.offset if expr.offset else indices
+    return Taken(_value(expr.of, read, vanished), expr.dim, indices)
 
 
 @dataclass(frozen=True)
@@ -247,7 +218,7 @@ def _drawn_permutation(order: Order) -> NDArray[np.intp]:
 
 
 def _converted(
-    rows: NDArray[Any] | _Taken | _Averaged,
+    rows: NDArray[Any] | Taken | _Averaged,
     before: str,
     after: str,
     factor: float,
@@ -257,10 +228,14 @@ def _converted(
     out = np.empty(rows.shape, _NUMPY_DTYPES[after])
     if not out.size:
         return out
-    step = max(1, _PIECE_ITEMS * len(rows) // out.size)
-    lost = 0
+    step = max(1, PIECE_ITEMS * len(rows) // out.size)
+    lost, direct = 0, before == after and after in _MANTISSA_BITS
     for start in range(0, len(rows), step):
-        piece, place = rows[start : start + step], out[start : start + step]
+        piece = place = out[start : start + step]
+        if direct and isinstance(rows, Taken):
+            rows.into(place, start)
+        else:
+            piece = rows[start : start + step]
         if before != after or not _shift_exponents(piece, after, factor, place):
             lost += _multiply(piece, before, after, factor, place)
     if lost:
@@ -277,19 +252,34 @@ def _shift_exponents(piece: NDArray[Any], dtype: str, factor: float, out: NDArra
     if dtype not in _MANTISSA_BITS or mantissa != 0.5:
         return False
     steps, bits = exponent - 1, _MANTISSA_BITS[dtype]
-    one, most = 1 << (bits + 1), (1 << (15 - bits)) - 1
+    one, most = 1 << bits, (1 << (15 - bits)) - 1
     words, target = piece.view("<u2"), out.view("<u2")
-    magnitudes = words << 1
-    smallest, largest = int(magnitudes.min()), int(magnitudes.max())
-    with_zeros = smallest == 0
-    if with_zeros:
-        smallest = int((magnitudes - 1).min()) + 1  # a zero becomes the largest of all
+    smallest, largest = _magnitudes(words)
+    zeros = (words & 0x7FFF) == 0 if smallest == 0 else None
+    if zeros is not None:
+        # A zero becomes the largest of all.
+        smallest = int(((words & 0x7FFF) - np.uint16(1)).min()) + 1
     if smallest < one * max(1, 1 - steps) or largest >= one * (most - max(0, steps)):
         return False
+    kept = None if zeros is None else words[zeros]
     np.add(words, np.uint16((steps << bits) & 0xFFFF), out=target)
-    if with_zeros:
-        np.copyto(target, words, where=magnitudes == 0)
+    if zeros is not None:
+        target[zeros] = kept
     return True
+
+
+def _magnitudes(words: NDArray[Any]) -> tuple[int, int]:
+    """Return the smallest and the largest of 16-bit floats without their signs, as integers.
+
+    Four reductions and nothing that takes memory: read with a sign and without one, the values of
+    either sign are at an end each.
+    """
+    signed = words.view("<i2")
+    least, most = int(words.min()), int(words.max())
+    most_negative, most_positive = int(signed.min()), int(signed.max())
+    found = [least, most_positive] if most_positive >= 0 else []
+    found += [most_negative + 0x8000, most - 0x8000] if most_negative < 0 else []
+    return min(found), max(found)
 
 
 def _multiply(
@@ -314,7 +304,7 @@ def _multiply(
 def _draw(expr: Normal, read: Read) -> NDArray[Any]:
     norm = math.sqrt(expr.shape[-1])
     if expr.norm is not None:
-        stored_H = np.frombuffer(evaluate(expr.norm, read), _NUMPY_DTYPES[expr.norm.dtype])
+        stored_H = _value(expr.norm, read, lambda _: None)
         norm = _length(to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
         if not (math.isfinite(norm) and norm > 0):
             raise UpcycleError(

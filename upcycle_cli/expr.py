@@ -306,13 +306,14 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 
 
 def gathering(expr: Expr) -> Expr | None:
-    """Return what tells which rows an expression gathers columns from, None where it does not.
+    """Return what an expression gathers columns from, cast and scaled; None where it does not.
 
-    Expressions of which that is equal are made together: each row is then read once for all.
+    Expressions of which that is equal are made together, in whatever order each has its columns: a
+    row is then read, cast and scaled once for all.
     """
     match expr:
-        case Take(dim=1):
-            return replace(expr, start=0, stop=0)
+        case Take(of, 1, order, _, _, offset):
+            return Slice(of, 1, offset, offset + order.size)
         case Cast(of) | Scale(of):
             inner = gathering(of)
             return None if inner is None else replace(expr, of=inner)

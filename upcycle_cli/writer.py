@@ -236,9 +236,11 @@ class _Task:
 
     def _bundles(self) -> list[list[Part]]:
         """Return the parts, those together that gather their columns from the same rows."""
-        bundles: dict[Expr, list[Part]] = {}
+        bundles: dict[tuple[Expr, bool], list[Part]] = {}
         for part in self.layout.parts:
-            bundles.setdefault(gathering(part.expr) or part.expr, []).append(part)
+            rows = gathering(part.expr)
+            # What is gathered from may be a part of its own.
+            bundles.setdefault((rows or part.expr, rows is None), []).append(part)
         return [*bundles.values()]
 
     def _write_parts(self, parts: Sequence[Part], descriptor: int) -> None:
@@ -249,15 +251,15 @@ class _Task:
             self._write_part(parts[0], descriptor)
             return
         written = {part: offsets for part in parts if (offsets := self._own_offsets(part))}
-        digests, done = [xxh3_128() for _ in written], [0] * len(written)
-        for pieces in self._pieces([*written]) if written else ():
+        places, done = [*written.values()], [0] * len(written)
+        digests = [xxh3_128() for _ in written]
+        for i, piece in self._pieces([*written]) if written else ():
+            digests[i].update(piece)
             with self.turn:
-                for i, (offsets, piece) in enumerate(zip(written.values(), pieces, strict=True)):
-                    digests[i].update(piece)
-                    for offset in offsets:
-                        _write_at(descriptor, piece, offset + done[i])
-                        self._advance(len(piece))
-                    done[i] += len(piece)
+                for offset in places[i]:
+                    _write_at(descriptor, piece, offset + done[i])
+                    self._advance(len(piece))
+            done[i] += len(piece)
         for part, digest in zip(written, digests, strict=True):
             self.crew.digests[part.expr] = digest.digest()
 
@@ -302,8 +304,8 @@ class _Task:
             self.written.vanished[part.expr] = sum(vanished)
         return data
 
-    def _pieces(self, parts: Sequence[Part]) -> Iterator[list[memoryview]]:
-        """Yield a few rows of each part after another; what vanishes is noted of the first."""
+    def _pieces(self, parts: Sequence[Part]) -> Iterator[tuple[int, memoryview]]:
+        """Yield a few rows of a part, and which it is; what vanishes is noted of the first."""
         from upcycle_cli.arithmetic import evaluate_together
 
         vanished: list[int] = []
