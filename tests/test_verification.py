@@ -1158,6 +1158,7 @@ def test_independence() -> None:
         "upcycle_cli.hub.sources",
         "upcycle_cli.matching",
         "upcycle_cli.redirects",
+        "upcycle_cli.running.mixtures",
         "upcycle_cli.running.models",
         "upcycle_cli.running.runs",
         "upcycle_cli.running.shipped",

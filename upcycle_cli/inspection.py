@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.calibration.text import CalibrationText, calibration_text
 from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.experts import WeightFacts, examine, find_experts
@@ -21,6 +22,7 @@ from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.growth import Growth, build_growth
+from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
 from upcycle_cli.plan import build_plan
 from upcycle_cli.planned import Planned
@@ -30,6 +32,7 @@ from upcycle_cli.tensors import Options
 
 if TYPE_CHECKING:
     from upcycle_cli.budget import Budget, Fit
+    from upcycle_cli.load import Load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Inspection:
     record: Mapping[str, Any] | None = None
     plan: Planned | None = None
     weights: WeightFacts | None = None
+    load: Load | None = None
+    """Which experts a text chooses, where it was asked for."""
 
 
 def inspect(
@@ -69,32 +74,42 @@ def inspect(
     inputs: RouterInputs | None = None,
     weights: bool = False,
     dense: Path | str | None = None,
+    load: Path | str | None = None,
+    watch: Watch | None = None,
 ) -> Inspection:
     """Describe a checkpoint; with a recipe, describe what converting a dense one would give.
 
     With a growth, describe what an MoE would become.
 
     `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
+    `load` is a text, a file or `builtin`, that an MoE is run on to see which experts it chooses.
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
-    `weights` are asked for.
+    `weights` or a `load` are asked for.
 
     Raises UpcycleError when there is no readable checkpoint, or when it is not of the kind that
     was asked about.
     """
+    text = None if load is None else calibration_text(load, "the text")
     checkpoint = open_source(path, revision)
-    if weights:
+    if weights or text is not None:
         checkpoint = checkpoint.bring()
-    if isinstance(recipe, Growth):
-        plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        return replace(_inspect_moe(checkpoint, weights=weights, dense=dense), plan=plan)
-    if is_target(checkpoint.config):
-        if recipe is not None:
+    if isinstance(recipe, Growth) or is_target(checkpoint.config):
+        plan = None
+        if isinstance(recipe, Growth):
+            plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
+        elif recipe is not None:
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
-        return _inspect_moe(checkpoint, weights=weights, dense=dense)
+        source = None if dense is None else open_checkpoint(bring_model(find_model(dense)))
+        found = _inspect_moe(checkpoint, weights, source, text, watch or Watch())
+        return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
     if weights:
         raise UpcycleError(
             f"{path} is a dense model: there are no experts to look at.", "Leave out --weights."
+        )
+    if text is not None:
+        raise UpcycleError(
+            f"{path} is a dense model: there are no experts to choose.", "Leave out --load."
         )
     made = None
     if recipe is not None:
@@ -122,7 +137,13 @@ def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fi
     return fitting(found.checkpoint, budget, target=target)
 
 
-def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | None) -> Inspection:
+def _inspect_moe(
+    checkpoint: Checkpoint,
+    weights: bool,  # noqa: FBT001 - as everything else here
+    dense: Checkpoint | None,
+    text: CalibrationText | None,
+    watch: Watch,
+) -> Inspection:
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
     config = inner(checkpoint.config)
@@ -137,8 +158,12 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
     parameters = (record or {}).get("parameters")
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
-        source = None if dense is None else open_checkpoint(bring_model(find_model(dense)))
-        facts = examine(experts, source)
+        facts = examine(experts, dense)
+    found = None
+    if text is not None:
+        from upcycle_cli.load import measure_load
+
+        found = measure_load(experts, text, dense, watch)
     return Inspection(
         checkpoint=checkpoint,
         kind="moe",
@@ -165,4 +190,5 @@ def _inspect_moe(checkpoint: Checkpoint, *, weights: bool, dense: Path | str | N
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
         record=record,
         weights=facts,
+        load=found,
     )

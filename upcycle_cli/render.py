@@ -32,7 +32,7 @@ from upcycle_cli.planned import Planned
 from upcycle_cli.printable import counted, printable
 from upcycle_cli.recipe import NeuronOrder, Promise
 from upcycle_cli.record import merged_record
-from upcycle_cli.render_weights import weight_rows
+from upcycle_cli.render_weights import load_rows, weight_rows
 from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
             yield "trainers", engine_lines(inspection.trainers)
     if inspection.weights is not None:
         yield from weight_rows(inspection.weights, inspection.num_experts)
+    if inspection.load is not None:
+        yield from load_rows(inspection.load)
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         },
         "claims": inspection.record,
         "weights": None if weights is None else asdict(weights),
+        "load": None if inspection.load is None else asdict(inspection.load),
         "plan": None if inspection.plan is None else plan_json(inspection.plan),
     }
 

@@ -1,4 +1,4 @@
-"""What expert weights say of themselves, as rows of a table; no logic."""
+"""What experts say of themselves, and which a text chooses, as rows of a table; no logic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from upcycle_cli.families.layers import listed
 from upcycle_cli.printable import counted
 
 if TYPE_CHECKING:
+    from upcycle_cli.load import Load
     from upcycle_cli.movement import LayerMovement
+
+_MOST_LAYERS = 8
+"""That are named one by one; --json and --report have all."""
 
 
 def weight_rows(
@@ -53,3 +57,23 @@ def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Seque
     split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
     where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
     yield "split groups", [f"{split:,} of {num_groups:,}{where}"]
+
+
+def load_rows(found: Load) -> Iterator[tuple[str, Sequence[str]]]:
+    """Say which experts a text chooses, and how evenly."""
+    layers = found.layers
+    worst = max(layers, key=lambda each: each.load_cv)
+    mean = sum(each.load_cv for each in layers) / len(layers)
+    yield (
+        "load",
+        [
+            f"varies by {mean:.2f} on average, {worst.load_cv:.2f} in layer {worst.layer} "
+            f"({found.tokens:,} tokens of {found.text})"
+        ],
+    )
+    idle = [(each.layer, listed(each.idle)) for each in layers if each.idle]
+    number, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)
+    lines = [f"layer {layer}: {experts}" for layer, experts in idle[:_MOST_LAYERS]]
+    if len(idle) > _MOST_LAYERS:
+        lines.append(f"and in {counted(len(idle) - _MOST_LAYERS, 'more layer')}")
+    yield "never chosen", [f"{number:,} of {counted(every, 'expert')}", *lines]

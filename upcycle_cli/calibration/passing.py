@@ -33,7 +33,7 @@ from upcycle_cli.running.models import (
     load_config,
     transformers_says,
 )
-from upcycle_cli.running.texts import ROW_TOKENS, shares, tokenized
+from upcycle_cli.running.texts import ROW_TOKENS, as_rows, shares, tokenized
 from upcycle_cli.tensors import OutputTensor, Role, router_stream
 
 if TYPE_CHECKING:
@@ -126,11 +126,7 @@ def _rows_of(source: Checkpoint, text: CalibrationText) -> _Rows:
             f"the calibration text {text.name} is too short: it has {len(tokens)} tokens.",
             f"Give at least {_FEWEST}; up to {TOKENS} are used.",
         )
-    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
-    length = min(ROW_TOKENS, longest)
-    padding = [tokens[0]] * (-len(tokens) % length)
-    ids_BS = torch.tensor(tokens + padding).reshape(-1, length)
-    return _Rows(ids_BS, torch.arange(len(tokens)))
+    return _Rows(as_rows(tokens, config), torch.arange(len(tokens)))
 
 
 def _run(

@@ -27,13 +27,13 @@ class CalibrationText:
         return hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()
 
 
-def calibration_text(place: str | Path) -> CalibrationText:
-    """Return the text that comes with upcycle, or a file's.
+def calibration_text(place: str | Path, what: str = "the calibration text") -> CalibrationText:
+    """Return the text that comes with upcycle, or a file's; errors call it by `what` it is.
 
     Raises UpcycleError for a file that cannot be read, is no text, or has none in it.
     """
     if str(place) == BUILTIN:
         return CalibrationText(BUILTIN, tuple(builtin_texts()))
     path = Path(place)
-    texts = read_texts(path, "the calibration text")
+    texts = read_texts(path, what)
     return CalibrationText(printable(path.name), tuple(texts))

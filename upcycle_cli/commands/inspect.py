@@ -17,7 +17,7 @@ from upcycle_cli.commands.budget_options import (
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
 from upcycle_cli.commands.shared import for_path, for_run, warn_all
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stdout
+from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stderr, stdout
 
 
 @takes_moe_options
@@ -45,6 +45,14 @@ def inspect(
             help="With --weights: the dense checkpoint, to measure factors and what training moved."
         ),
     ] = None,
+    load: Annotated[
+        str | None,
+        for_run(
+            metavar="TEXT",
+            help="Run an MoE on a text, a file, JSON Lines, or builtin: which experts no token "
+            "chooses, and how even their load is.",
+        ),
+    ] = None,
     max_params: MaxParamsOption = None,
     max_active: MaxActiveOption = None,
     gpu_memory: GpuMemoryOption = None,
@@ -59,6 +67,7 @@ def inspect(
     with errors_to_exit_codes(as_json=json):
         page = shared.report_file(report, dense)
         from upcycle_cli import inspection, render, render_choices, report_page
+        from upcycle_cli.progress import progress_bar
 
         budget = to_budget(max_params, max_active, gpu_memory)
         if budget is not None and asks_for_moe(context):
@@ -66,21 +75,24 @@ def inspect(
                 "--recipe asks for one recipe, and a budget for all that fit it.",
                 "Leave out the one or the other.",
             )
-        if dense is not None and not weights:
+        if dense is not None and not weights and load is None:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
         options, inputs = moe.to_options(), moe.to_inputs()
         wanted = moe.to_recipe(context, allow_inexact=True) if asks_for_moe(context) else None
-        shared.quiet_hub(silent=json or not weights)
-        found = inspection.inspect(
-            path,
-            wanted,
-            revision=revision,
-            target=moe.target,
-            options=options,
-            inputs=inputs,
-            weights=weights,
-            dense=dense,
-        )
+        shared.quiet_hub(silent=json or not (weights or load))
+        with progress_bar(stderr(), total=0, silent=json) as watch:
+            found = inspection.inspect(
+                path,
+                wanted,
+                revision=revision,
+                target=moe.target,
+                options=options,
+                inputs=inputs,
+                weights=weights,
+                dense=dense,
+                load=load,
+                watch=watch,
+            )
         if page is not None:
             if found.kind != "moe":
                 raise UpcycleError(

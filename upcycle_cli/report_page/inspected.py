@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from upcycle_cli.checkpoint import CONFIG_NAME
 from upcycle_cli.experts import WeightFacts
 from upcycle_cli.inspection import Inspection
+from upcycle_cli.load import Load
 from upcycle_cli.render import count, inspection_rows, size_text
 from upcycle_cli.report_page.figures import Series, draw_bars, draw_lines
+from upcycle_cli.report_page.layers import load_section
 from upcycle_cli.report_page.origin import FOOTER, origin_section
 from upcycle_cli.report_page.page import Figure, Page, Section, Table
 from upcycle_cli.report_page.recipe import recipe_section
@@ -36,6 +38,7 @@ def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
             Section(key="facts", title="Checkpoint", tables=[facts]),
             recipe_section(inspection.record or {}, _found(inspection.weights)),
             *_movement(inspection.weights),
+            *_load(inspection.load),
             _parameters(inspection),
             origin_section({"MoE": name}, digests, inspection.record or {}, command),
         ],
@@ -72,6 +75,13 @@ def _movement(weights: WeightFacts | None) -> Iterator[Section]:
         f"relative to the shards' norm. {split:,} of {groups:,} virtual groups are split.",
     )
     yield Section(key="movement", title="Training", figures=[figure])
+
+
+def _load(load: Load | None) -> Iterator[Section]:
+    """Draw which experts a text chooses, where it was asked for."""
+    found = None if load is None else load_section(load.layers)
+    if found is not None:
+        yield found
 
 
 def _parameters(inspection: Inspection) -> Section:

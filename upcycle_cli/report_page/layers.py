@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from upcycle_cli.printable import counted
 from upcycle_cli.report_page.figures import Series, draw_heat_map, draw_lines
@@ -115,7 +116,23 @@ def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
     return Section(key="routing", title="Routing", figures=[routers, groups], tables=[table])
 
 
-def load_section(layers: Sequence[LayerMeasure]) -> Section | None:
+class LoadedLayer(Protocol):
+    """How many tokens chose each expert of a layer, and how many experts none did."""
+
+    @property
+    def layer(self) -> int:
+        """Its number."""
+
+    @property
+    def load(self) -> Sequence[int]:
+        """By expert."""
+
+    @property
+    def idle_experts(self) -> int:
+        """How many have none."""
+
+
+def load_section(layers: Sequence[LoadedLayer]) -> Section | None:
     """Return how many tokens chose each expert, None where nothing was measured."""
     layers = [layer for layer in layers if layer.load]
     if not layers:

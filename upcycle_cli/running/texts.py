@@ -7,17 +7,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import open_regular
 from upcycle_cli.running.models import (
+    Config,
     TransformersError,
     load_tokenizer,
     tokenizer_files,
     transformers_says,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 ROW_TOKENS = 512
 """Of a row, unless the model takes fewer."""
@@ -114,3 +118,13 @@ def shares(texts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
         share = text[: -(-tokens // left)]
         tokens -= len(share)
         yield share
+
+
+def as_rows(tokens: Sequence[int], config: Config) -> torch.Tensor:
+    """Return tokens in rows that a model of this config takes; padding, any tokens, comes last."""
+    import torch
+
+    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
+    length = min(ROW_TOKENS, longest)
+    padding = [tokens[0]] * (-len(tokens) % length)
+    return torch.tensor([*tokens, *padding]).reshape(-1, length)

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES
-from upcycle_cli.running.models import Model, decoder_layers, transformers_says
+from upcycle_cli.running.mixtures import routers_of
+from upcycle_cli.running.models import Model
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import FITTED, NORMAL, PROMPTS
 
@@ -87,15 +88,11 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     """
     found = Routing(tokens)
     *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
-    gate = f"{layout.block}.{layout.gate}"
-    linear = layout.router.removeprefix(gate).removesuffix("weight").strip(".")
-    with transformers_says():
-        routers = {
-            layer: decoder_layers(model)[layer].get_submodule(gate) for layer in facts.layers
-        }
+    linear = layout.router.removeprefix(f"{layout.block}.{layout.gate}")
+    linear = linear.removesuffix("weight").strip(".")
     handles = [
         router.register_forward_hook(_Watch(facts, layer, linear, found))
-        for layer, router in routers.items()
+        for layer, router in routers_of(model, facts.target, facts.layers).items()
     ]
     try:
         yield found

@@ -17,8 +17,9 @@ import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.running.mixtures import stored_mixture
 from upcycle_cli.running.models import Model, TransformersError, decoder_layers
-from upcycle_cli.running.stored import Stack, Stored, finder, stored_model
+from upcycle_cli.running.stored import Stored, finder, stored_model
 from upcycle_cli.verification.facts import Facts, Moe
 
 
@@ -81,26 +82,17 @@ def moe_model(
         found = find(name)
         return None if found is None else stored(found, reader.tensor(found))
 
-    def stack(layer: int, parts: Sequence[str]) -> Stack:
-        def expert(number: int) -> Stored:
-            spots = [facts.place(part, layer, number) for part in parts]
-            pieces = (reader.tensor(spot.tensor)[spot.index] for spot in spots)
-            return stored(spots[0].tensor, *pieces)
+    def expert(layer: int, parts: Sequence[str], number: int) -> Stored:
+        spots = [facts.place(part, layer, number) for part in parts]
+        return stored(spots[0].tensor, *(reader.tensor(spot.tensor)[spot.index] for spot in spots))
 
-        return Stack(expert, dtype)
-
+    experts = facts.layers, facts.parts, expert
+    model = stored_mixture(facts.moe.path, facts.target, tensor, experts, dtype)
     *_, layout = facts.target.layouts.values()  # in memory, experts are as fused ones
-    stacks = {
-        (layer, weight.name): stack(layer, weight.holds)
-        for layer in facts.layers
-        for weight in layout.experts
-        if set(weight.holds) <= {*facts.parts}
-    }
-    model = stored_model(facts.moe.path, tensor, stacks, dtype)
     module = layout.experts[0].name.rpartition(".")[0]
     for layer in {*copied} & {*facts.layers}:
-        experts = decoder_layers(model)[layer].get_submodule(module)
-        experts.register_forward_pre_hook(partial(_merge_copies, facts.group_size))
+        held = decoder_layers(model)[layer].get_submodule(module)
+        held.register_forward_pre_hook(partial(_merge_copies, facts.group_size))
     return model
 
 

@@ -1,0 +1,55 @@
+"""A mixture of experts with its weights left on disk, and where its routers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.running.models import Model, decoder_layers, transformers_says
+from upcycle_cli.running.stored import Stack, Stored, stored_model
+
+Expert: TypeAlias = Callable[[int, Sequence[str], int], Stored]
+"""Gives some parts of an expert, one below the other, by its layer, their names and its number."""
+
+
+def stored_mixture(
+    path: Path,
+    target: Target,
+    tensor: Callable[[str], Stored | None],
+    experts: tuple[Sequence[int], Collection[str], Expert],
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Return an MoE to be run in a dtype; raises TransformersError.
+
+    `tensor` gives one that is no expert's by the name that transformers saves it under. `experts`
+    are the layers that have some, the parts of each, and what gives them.
+    """
+    layers, parts, expert = experts
+    stacks = {
+        (layer, weight.name): Stack(partial(expert, layer, weight.holds), dtype)
+        for layer in layers
+        for weight in _in_memory(target).experts
+        if {*weight.holds} <= {*parts}
+    }
+    return stored_model(path, tensor, stacks, dtype)
+
+
+def routers_of(model: Model, target: Target, layers: Sequence[int]) -> dict[int, Model]:
+    """Return by layer the modules that return logits, gates and the experts that are chosen.
+
+    TransformersError where there are none.
+    """
+    layout = _in_memory(target)
+    gate = f"{layout.block}.{layout.gate}"
+    with transformers_says():
+        return {layer: decoder_layers(model)[layer].get_submodule(gate) for layer in layers}
+
+
+def _in_memory(target: Target) -> Layout:
+    *_, fused = target.layouts.values()  # as transformers holds them, whatever is on disk
+    return fused
