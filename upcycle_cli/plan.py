@@ -300,8 +300,7 @@ def build_plan(
     mlp = family.dense.mlp(names, family.layers[0])
     if merge is not None and recipe.shared_experts:
         raise UpcycleError(
-            "what is shared is the same for all groups, and those of several models have nothing "
-            "in common.",
+            "what is shared is one for all groups, and several models have nothing in common.",
             "Leave out --shared-experts, or --experts-from.",
         )
     if merge is not None and options.dtype is None:

@@ -1,11 +1,11 @@
-"""How the tensors of experts and routers are named, where several MoE architectures share it."""
+"""How experts, shared ones and routers are named, where several MoE architectures share it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from upcycle_cli.families.mlp import Weight, separate, stacked, without_biases
-from upcycle_cli.families.moe import Layout
+from upcycle_cli.families.moe import Layout, SharedExpert
 from upcycle_cli.recipe import ExpertLayout
 
 
@@ -41,3 +41,13 @@ GRANITE_LAYOUTS = {
         router="block_sparse_moe.router.weight",
     ),
 }
+GRANITE_SHARED = (
+    Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
+    Weight("shared_mlp.output_linear.weight", ("down",), 1),
+)
+GATED_SHARED = SharedExpert(
+    weights=without_biases(swiglu("mlp.shared_expert")),
+    router="mlp.shared_expert_gate.weight",
+    size_key="shared_expert_intermediate_size",
+    size=64,
+)

@@ -21,9 +21,16 @@ from upcycle_cli.families.layers import (
     MOE_RANGE,
     NUM_DENSE_LAYERS,
 )
-from upcycle_cli.families.mlp import Weight, parts_of, separate, stacked, without_biases
+from upcycle_cli.families.mlp import parts_of, separate, stacked, without_biases
 from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target, in_memory
-from upcycle_cli.families.moe_layouts import GRANITE_LAYOUTS, QWEN_LAYOUTS, layouts, swiglu
+from upcycle_cli.families.moe_layouts import (
+    GATED_SHARED,
+    GRANITE_LAYOUTS,
+    GRANITE_SHARED,
+    QWEN_LAYOUTS,
+    layouts,
+    swiglu,
+)
 from upcycle_cli.families.moe_settings import (
     DEEPSEEK_SETTINGS,
     cohere2_moe_settings,
@@ -48,16 +55,6 @@ _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
 
 _GRANITE_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
-)
-_GATED = SharedExpert(
-    weights=without_biases(swiglu("mlp.shared_expert")),
-    router="mlp.shared_expert_gate.weight",
-    size_key="shared_expert_intermediate_size",
-    size=64,
-)
-_GRANITE_SHARED = (
-    Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
-    Weight("shared_mlp.output_linear.weight", ("down",), 1),
 )
 _NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
 _NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
@@ -114,7 +111,7 @@ _ROWS: Sequence[Target] = (
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
         layers=MLP_ONLY_LAYERS,
-        shared=_GATED,
+        shared=GATED_SHARED,
         zero_biases=_QKV,
         lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
         settings=lambda dense: window_settings(dense) | {"qkv_bias": True},
@@ -288,7 +285,7 @@ _ROWS: Sequence[Target] = (
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts"),
         layers=ALL,
-        shared=_GATED,
+        shared=GATED_SHARED,
         settings=qwen3_5_moe_settings,
     ),
     Target(
@@ -307,7 +304,7 @@ _ROWS: Sequence[Target] = (
         keys=_GRANITE_KEYS,
         layers=ALL,
         shared=SharedExpert(
-            weights=_GRANITE_SHARED, size_key="shared_intermediate_size", insisted_on=False
+            weights=GRANITE_SHARED, size_key="shared_intermediate_size", insisted_on=False
         ),
         refusal=odd_thetas,
         settings=granitemoe_swa_settings,
@@ -320,7 +317,7 @@ _ROWS: Sequence[Target] = (
         layouts=GRANITE_LAYOUTS,
         keys=_GRANITE_KEYS,
         layers=ALL_OR_NONE,
-        shared=SharedExpert(weights=_GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
+        shared=SharedExpert(weights=GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
         settings=hybrid_settings,
     ),
     Target(
