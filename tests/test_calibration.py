@@ -17,11 +17,11 @@ from test_bad_input import assert_refused, invoke
 from test_wrappers import ROWS, save_wrapper, targets
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify
-from upcycle_cli.arithmetic import standard_normal
 from upcycle_cli.calibration import passing
 from upcycle_cli.calibration.found import Calibration
 from upcycle_cli.calibration.passing import TOKENS, calibrate
 from upcycle_cli.calibration.rows import Wanted, balanced, centroids, loads
+from upcycle_cli.draws import standard_normal
 from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.hooks import Hooks, Watch

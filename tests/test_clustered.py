@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from test_bad_input import invoke
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, inspect, verify
-from upcycle_cli.arithmetic import standard_normal
 from upcycle_cli.calibration import passing
 from upcycle_cli.calibration.found import Calibration
 from upcycle_cli.calibration.shards import clustered_order
+from upcycle_cli.draws import standard_normal
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.request import Request, carry_out
 from upcycle_cli.verification import Status, TextOptions

@@ -18,6 +18,7 @@ from shapes import TORCH, random_bits, same_bits, value_of
 from upcycle_cli import arithmetic
 from upcycle_cli.arithmetic import OverflowInCastError, evaluate
 from upcycle_cli.checkpoint import raw_bytes
+from upcycle_cli.description import describe
 from upcycle_cli.expr import (
     Cast,
     Concat,
@@ -32,7 +33,6 @@ from upcycle_cli.expr import (
     Stack,
     TensorType,
     Zeros,
-    describe,
     leaves,
     num_bytes,
     sources,

@@ -264,9 +264,9 @@ class Watch:
         self.most_alive = 0
         self._results: list[weakref.ref[memoryview]] = []
 
-    def evaluate(self, expr: Expr, read: Read, vanished: Callable[[int], None]) -> memoryview:
+    def evaluate(self, expr: Expr, read: Read, *_: object) -> memoryview:
         alive = sum(result() is not None for result in self._results)
-        value = evaluate(expr, read, vanished)
+        value = evaluate(expr, read)
         if stretch_of(expr) is None:
             self.computed.append(expr)
             self.most_alive = max(self.most_alive, alive)

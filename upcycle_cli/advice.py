@@ -25,6 +25,8 @@ from upcycle_cli.recipe import (
 from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
+_LEAST_NOISE = {"BF16": 1e-3, "F16": 1e-4}
+"""Of a matrix' standard deviation: a quarter of what rounding a weight of that size can cost."""
 _NOTABLE_SHARE = 1e-3
 """Of a tensor. A few of its weights always are smaller than the rest by so much that it is nothing
 when they vanish."""
@@ -148,6 +150,11 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
             "dense MLP's before the gate, can exceed 65504 and become NaN. Use bfloat16 where the "
             "hardware has it, and --verify, which measures it."
         )
+    if 0 < plan.recipe.noise < _LEAST_NOISE.get(plan.expert_dtype, 0.0):
+        yield (
+            f"noise of {plan.recipe.noise:g} is less than {TORCH_DTYPES[plan.expert_dtype]} can "
+            "tell of most weights, and rounds most of it away; use more, or --dtype float32."
+        )
     itemsize, size = ITEM_BYTES[plan.expert_dtype], plan.expert_size
     if itemsize == 2 and size * itemsize % 16:
         yield (
@@ -241,11 +248,22 @@ def order_text(recipe: Recipe) -> str:
             assert_never(recipe.neuron_order)
 
 
+def perturbed_text(plan: Plan) -> str:
+    """Say what every expert draws for itself."""
+    recipe = plan.recipe
+    if recipe.noise:
+        return f"noise of {recipe.noise:g} × the standard deviation of each matrix"
+    count = recipe.redrawn(plan.expert_size)
+    return f"{count} of {plan.expert_size} neurons drawn anew in each"
+
+
 def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     """Say in words why a plan promises nothing."""
     recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
     if plan.merge is not None:
         return "its experts are those of several models"
+    if recipe.perturbed:
+        return f"the experts differ from the dense MLP, {perturbed_text(plan)}"
     if not recipe.picks_whole_groups:
         size = "G - K" if recipe.shared_experts else "G"
         return f"top-k {recipe.top_k} is not a multiple of {size} = {recipe.group_size}"

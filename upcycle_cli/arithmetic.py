@@ -6,15 +6,15 @@ every 16-bit value against its arithmetic. Only what computes imports this, for 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 import numpy as np
 
+from upcycle_cli.description import describe
+from upcycle_cli.draws import permutation, standard_normal
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
     Alike,
@@ -24,9 +24,10 @@ from upcycle_cli.expr import (
     Given,
     Halves,
     Mean,
+    Noisy,
     Normal,
-    Order,
     Pick,
+    Redrawn,
     Repeat,
     Scale,
     Slice,
@@ -34,7 +35,6 @@ from upcycle_cli.expr import (
     Stack,
     Take,
     Zeros,
-    describe,
     stretch_of,
     type_of,
 )
@@ -42,6 +42,8 @@ from upcycle_cli.gather import PIECE_ITEMS, WORD_BYTES, Packed, Taken
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from upcycle_cli.moments import Moments
 
 Read: TypeAlias = Callable[[str], memoryview]
 """Gives the bytes of a dense tensor by name."""
@@ -61,11 +63,15 @@ class OverflowInCastError(ArithmeticError):
 
 
 def evaluate(
-    expr: Expr, read: Read, vanished: Callable[[int], None] = lambda _: None
+    expr: Expr,
+    read: Read,
+    vanished: Callable[[int], None] = lambda _: None,
+    drawn: Callable[[str, Moments], None] = lambda *_: None,
 ) -> memoryview:
     """Return the bytes of an expression's value; `read` gives a dense tensor's bytes by name.
 
     `vanished` hears how many values became zero that were not: too small for the output dtype.
+    `drawn` hears what the draws of a stream went by, where they are upon another value.
 
     The result may alias what `read` returned. Raises OverflowInCastError when a finite value does
     not fit the output dtype, UpcycleError when a router cannot be drawn.
@@ -74,6 +80,10 @@ def evaluate(
     if stretch is not None:
         name, begin, end = stretch
         return read(name)[begin:end]
+    if isinstance(expr, Noisy | Redrawn):
+        made, moments = _draw_upon(expr, read, vanished)
+        drawn(expr.stream, moments)
+        return _bytes(made)
     return _bytes(np.ascontiguousarray(_value(expr, read, vanished)))
 
 
@@ -88,7 +98,7 @@ def evaluate_together(
     takes = [_take_of(expr) for expr in exprs]
     offset, width = takes[0].offset, takes[0].order.size
     values = _value(takes[0].of, read, vanished)[:, offset : offset + width]
-    columns = [_permutation(take.order)[take.start : take.stop] for take in takes]
+    columns = [permutation(take.order)[take.start : take.stop] for take in takes]
     step = max(1, _TOGETHER_ITEMS // (WORD_BYTES * max(1, width))) * WORD_BYTES
     for start in range(0, len(values), step):
         rows = Packed.of(_applied(exprs[0], values[start : start + step], vanished))
@@ -158,10 +168,20 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], data)
         case Alike(of=of):
             return _draw_alike(expr, _value(of, read, vanished))
+        case Noisy() | Redrawn():
+            return _draw_upon(expr, read, vanished)[0]
         case Zeros(dtype, shape):
             return np.zeros(shape, _NUMPY_DTYPES[dtype])
         case _:
             assert_never(expr)
+
+
+def _draw_upon(
+    expr: Noisy | Redrawn, read: Read, vanished: Callable[[int], None]
+) -> tuple[NDArray[Any], Moments]:
+    from upcycle_cli.drawing import drawn_on
+
+    return drawn_on(expr, _value(expr.of, read, vanished))
 
 
 def _rows(expr: Expr, read: Read, vanished: Callable[[int], None]) -> NDArray[Any] | Taken:
@@ -172,7 +192,7 @@ def _rows(expr: Expr, read: Read, vanished: Callable[[int], None]) -> NDArray[An
 
 
 def _taken(expr: Take, read: Read, vanished: Callable[[int], None]) -> Taken:
-    indices = _permutation(expr.order)[expr.start : expr.stop]
+    indices = permutation(expr.order)[expr.start : expr.stop]
     indices = indices + expr.offset if expr.offset else indices
     return Taken(_value(expr.of, read, vanished), expr.dim, indices)
 
@@ -197,24 +217,6 @@ class _Averaged:
             total += each
         total /= np.float32(len(self.parts))
         return total
-
-
-def _permutation(order: Order) -> NDArray[np.intp]:
-    """Return an order's indices."""
-    if order.seed is not None:
-        return _drawn_permutation(order)
-    if order.indices is None:
-        raise ValueError(f"{order.stream} is to be given, and was not")
-    # Not remembered: orders that a calibration finds can be equal, and of two models.
-    return np.frombuffer(order.indices, "<u4").astype(np.intp)
-
-
-@lru_cache(maxsize=64)
-def _drawn_permutation(order: Order) -> NDArray[np.intp]:
-    """Draw an order; draws are float64, as in `_normal`, and a sort of them is one."""
-    assert order.seed is not None
-    drawn = _generator(order.seed, order.stream).random_sample(order.size)
-    return np.argsort(drawn, kind="stable")
 
 
 def _converted(
@@ -340,17 +342,6 @@ def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
     """Draw an expression's values."""
     with np.errstate(over="ignore"):
         return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
-
-
-def standard_normal(seed: int, stream: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Draw normal values; float64 draws agree between CPUs where float32 ones do not."""
-    return _generator(seed, stream).standard_normal(shape)
-
-
-def _generator(seed: int, stream: str) -> np.random.RandomState:
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    # The one generator of which numpy promises that it will never draw anything else.
-    return np.random.RandomState(np.frombuffer(digest, "<u4"))
 
 
 def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from upcycle_cli.advice import (
     merged_text,
     no_promise,
     order_text,
+    perturbed_text,
     router_text,
     training_notes,
 )
@@ -211,12 +212,13 @@ def _facts(plan: Plan) -> dict[str, str]:
         "experts": experts_text(plan),
         **_merged(plan),
         "neurons": order_text(recipe),
+        **({"experts differ": perturbed_text(plan)} if recipe.perturbed else {}),
         "routing": f"{recipe.routing}",
         "routers": markdown(f"{router_text(plan)}, seed {recipe.seed}"),
         "parameters": f"{billions(plan.total_parameters)} in all, "
         f"{billions(plan.active_parameters)} active per token "
         f"(dense: {billions(plan.dense_parameters)})",
-        "scale factors": f"{factors_text(plan)} ({'lossless' if plan.lossless else 'rounded'})",
+        "scale factors": f"{factors_text(plan)} ({'rounded' if plan.rounded_to else 'lossless'})",
     }
 
 
@@ -240,6 +242,8 @@ def _experts(plan: Plan) -> str:
     """Say how far experts differ from the beginning."""
     if plan.merge is not None:
         return "its routers learn which model's experts a token needs"
+    if plan.recipe.perturbed:
+        return "its experts differ a little already, and differentiate further"
     copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
     if copies or plan.recipe.group_size == 1:
         return "its experts are copies and differentiate"

@@ -221,7 +221,7 @@ def _complete(plan: Planned, folder: Folder, written: Written) -> None:
             open(folder.create(file.name), "wb") as copy,  # noqa: PTH123 - a descriptor
         ):
             shutil.copyfileobj(original, copy)
-    write_json(folder, RECORD_NAME, record(plan, written.routers, folder))
+    write_json(folder, RECORD_NAME, record(plan, written.routers, folder, written.moments))
 
 
 def _verify(plan: Planned, output: Path, watch: Watch | None) -> Report:

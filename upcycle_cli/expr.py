@@ -176,6 +176,35 @@ class Alike:
 
 
 @dataclass(frozen=True, slots=True)
+class Noisy:
+    """Each value plus a normal one; of these the standard deviation is `std` times that of all.
+
+    A pure function of (seed, stream) and the values.
+    """
+
+    of: Expr
+    std: float
+    seed: int
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawn:
+    """The first `count` entries of an order along `dim` drawn anew, all others as they are.
+
+    What is new is normal, of the mean and the standard deviation of what it replaces, and a pure
+    function of (seed, stream) and that.
+    """
+
+    of: Expr
+    dim: int
+    order: Order
+    count: int
+    seed: int
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
 class Zeros:
     """All zeros."""
 
@@ -198,6 +227,8 @@ Expr: TypeAlias = (
     | Normal
     | Given
     | Alike
+    | Noisy
+    | Redrawn
     | Zeros
 )
 
@@ -239,8 +270,13 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             return TensorType(inner.dtype, shape)
         case Cast(of, dtype):
             return TensorType(dtype, type_of(of).shape)
-        case Scale(of):
+        case Scale(of) | Noisy(of):
             return type_of(of)
+        case Redrawn(of, dim, order, count):
+            inner = type_of(of)
+            if not (dim < len(inner.shape) <= 2 and order.size == inner.shape[dim] >= count):
+                raise ValueError(f"{count} of {order.size} of dimension {dim} are not in {inner}")
+            return inner
         case Concat(parts):
             types = [type_of(part) for part in parts]
             if len({(item.dtype, item.shape[1:]) for item in types}) != 1:
@@ -330,6 +366,8 @@ def sources(expr: Expr) -> Iterator[str]:
             yield from sources(of)
         case Repeat(of) | Halves(of) | Alike(of=of):
             yield from sources(of)
+        case Noisy(of) | Redrawn(of):
+            yield from sources(of)
         case Concat(parts) | Stack(parts) | Mean(parts):
             for part in parts:
                 yield from sources(part)
@@ -337,43 +375,5 @@ def sources(expr: Expr) -> Iterator[str]:
             yield from () if norm is None else sources(norm)
         case Zeros() | Given():
             return
-        case _:
-            assert_never(expr)
-
-
-def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per kind
-    """Return an expression as a person would write it down."""
-    match expr:
-        case Source(name):
-            return name
-        case Slice(of, dim, start, stop):
-            return f"{describe(of)}[{':, ' * dim}{start}:{stop}]"
-        case Pick(of, index):
-            return f"{describe(of)}[{index}]"
-        case Take(of, dim, order, start, stop, offset):
-            places = f"{describe(of)}[{':, ' * dim}{order.stream}[{start}:{stop}]"
-            return f"{places} + {offset}]" if offset else f"{places}]"
-        case Cast(of, dtype):
-            return f"{dtype.lower()}({describe(of)})"
-        case Scale(of, factor):
-            return f"{describe(of)} × {factor:.6g}"
-        case Concat(parts) | Stack(parts) | Mean(parts):
-            listed = ", ".join(map(describe, parts))
-            if len(parts) > 2:
-                listed = f"{describe(parts[0])}, … {len(parts)} in all"
-            return f"{type(expr).__name__.lower()}({listed})"
-        case Repeat(of, times):
-            return f"{describe(of)}, each row × {times}"
-        case Halves(of, size, rotary):
-            return f"{describe(of)}, the even rows first of {rotary} in each {size}"
-        case Normal(stream=stream, logit_std=std, norm=norm):
-            scale = "√H" if norm is None else f"‖{describe(norm)}‖"
-            return f"normal({stream}, std {std:g} / {scale})"
-        case Given(stream=stream, origin=origin):
-            return f"given({stream}, of {origin[:12]})"
-        case Alike(stream=stream, of=of):
-            return f"normal({stream}, rms of {describe(of)})"
-        case Zeros():
-            return "zeros"
         case _:
             assert_never(expr)

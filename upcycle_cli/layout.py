@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 from xxhash import xxh3_128
 
-from upcycle_cli.expr import Expr, leaves, num_bytes
+from upcycle_cli.expr import Expr, Noisy, Redrawn, leaves, num_bytes
 from upcycle_cli.planned import Shard
 from upcycle_cli.system import BLOCK_BYTES
 from upcycle_cli.tensors import OutputTensor, Role
@@ -48,6 +48,12 @@ class Layout:
     header: bytes
     parts: tuple[Part, ...]
     nbytes: int
+
+    @property
+    def drawn(self) -> list[str]:
+        """The streams of what experts draw for themselves."""
+        exprs = (part.expr for part in self.parts)
+        return [expr.stream for expr in exprs if isinstance(expr, Noisy | Redrawn)]
 
 
 def lay_out(shard: Shard) -> Layout:

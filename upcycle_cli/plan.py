@@ -185,7 +185,7 @@ class Plan(Planned):
     @property
     def lossless(self) -> bool:
         """Whether the dense weights can be recovered bit for bit."""
-        return self.rounded_to is None
+        return self.rounded_to is None and not self.recipe.perturbed
 
     @property
     def expert_dtype(self) -> str:
@@ -302,6 +302,10 @@ def build_plan(
         raise UpcycleError(
             "what is shared is one for all groups, and several models have nothing in common.",
             "Leave out --shared-experts, or --experts-from.",
+        )
+    if merge is not None and recipe.perturbed:
+        raise UpcycleError(
+            "experts of several models differ already.", "Leave out --noise and --reinit."
         )
     if merge is not None and options.dtype is None:
         prefixes = map(family.dense.prefix, family.layers)

@@ -60,6 +60,10 @@ measured: nominally they are larger, on SmolLM2-135M up to 2.3 times, elsewhere 
 _OFF_BY_STD = 4.0
 """The best of a thousand normal logits are so many standard deviations above their mean."""
 
+_LEAST_NOISE = 1e-6
+"""Less than any dtype can tell of most weights."""
+_NEW = ("shared_experts", "noise", "reinit")
+
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 
 
@@ -91,6 +95,10 @@ class Recipe:
     None for rows of a file, which are taken as they are."""
     seed: int = 0
     allow_inexact: bool = False
+    noise: float = 0.0
+    """Of what is added to each expert's matrices: its standard deviation, relative to theirs."""
+    reinit: float = 0.0
+    """The share of each expert's neurons that are drawn anew."""
 
     def __post_init__(self) -> None:
         if isinstance(self.scaling, int):
@@ -159,6 +167,44 @@ class Recipe:
             )
         if not 0 <= self.seed < 2**63:
             raise UpcycleError(f"the seed must be between 0 and 2^63 - 1, not {self.seed}.")
+        if self.noise != 0 and not _LEAST_NOISE <= self.noise <= 1:
+            raise UpcycleError(
+                f"noise must be 0, or between {_LEAST_NOISE:g} and 1 times the standard deviation "
+                f"of each matrix, not {self.noise}."
+            )
+        if not 0 <= self.reinit <= 1:
+            raise UpcycleError(
+                f"reinit must be between 0 and 1, the share of neurons to draw anew, not "
+                f"{self.reinit}."
+            )
+        if self.noise and self.reinit:
+            raise UpcycleError(
+                "with noise on all of them nothing shows which neurons were drawn anew.",
+                "Give --noise or --reinit.",
+            )
+
+        if self.perturbed and self.shared_experts:
+            raise UpcycleError(
+                "a shared expert cannot be perturbed, nor what stands beside one.",
+                "Leave out --shared-experts, or --noise and --reinit.",
+            )
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether no expert is made of the dense model's weights alone."""
+        return bool(self.noise or self.reinit)
+
+    def redrawn(self, expert_size: int) -> int:
+        """Return how many of an expert's neurons are drawn anew."""
+        return math.floor(self.reinit * expert_size + 0.5)
+
+    def stated(self) -> dict[str, Any]:
+        """Return its fields; what is new says nothing unless it is asked for.
+
+        So that what earlier versions made has the same digest, and is known again.
+        """
+        unused = {name for name in _NEW if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @property
     def group_size(self) -> int:
@@ -198,6 +244,12 @@ class Recipe:
         """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
         granularity = self.granularity
         if intermediate_size % granularity == 0:
+            size = intermediate_size // granularity
+            if self.reinit and not self.redrawn(size):
+                raise UpcycleError(
+                    f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
+                    f"Use a --reinit of at least {0.5 / size:.3g}.",
+                )
             return
         divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
         near = [d for d in divisors if d < granularity][-1:]
@@ -216,11 +268,6 @@ class Recipe:
         """
         some = self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
         return some and self.routing is Routing.SOFTMAX_TOPK
-
-    def stated(self) -> dict[str, Any]:
-        """Return its fields; what came later only where it says something."""
-        later = {} if self.shared_experts else {"shared_experts"}
-        return {key: value for key, value in asdict(self).items() if key not in later}
 
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
         """Return the recipe with what it left to the target filled in.
@@ -291,7 +338,7 @@ class Recipe:
         slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
         scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
         whole = self.picks_whole_groups and (self.virtual_groups or self.group_size == 1)
-        if not (scaled_right and whole):
+        if self.perturbed or not (scaled_right and whole):
             return Promise.NONE
         if uniform:
             return Promise.EXACT

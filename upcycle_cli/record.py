@@ -16,6 +16,8 @@ from typing import Any
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.files import header_digest
 from upcycle_cli.folder import Folder
+from upcycle_cli.moments import Moments
+from upcycle_cli.perturbation import perturbation_record
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
 from upcycle_cli.storage import INDEX_NAME
@@ -23,8 +25,15 @@ from upcycle_cli.storage import INDEX_NAME
 FORMAT = 1
 
 
-def record(plan: Planned, routers: Mapping[str, str], folder: Folder) -> dict[str, Any]:
+def record(
+    plan: Planned,
+    routers: Mapping[str, str],
+    folder: Folder,
+    drawn: Mapping[str, Moments] | None = None,
+) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
+
+    `drawn` is what the draws of experts went by, by stream.
 
     `folder` holds the output but for the record, the card and the checksums. Raises OSError or
     UpcycleError when one of its files is not there, or is not of our making.
@@ -52,6 +61,7 @@ def record(plan: Planned, routers: Mapping[str, str], folder: Folder) -> dict[st
         **_merged(plan),
         "routers": dict(routers),
         **_picked(how, "calibration"),
+        **({"perturbation": perturbation_record(drawn)} if drawn else {}),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),
     }

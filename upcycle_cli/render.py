@@ -20,8 +20,8 @@ from upcycle_cli.advice import (
     warnings,
 )
 from upcycle_cli.checkpoint import TensorEntry
+from upcycle_cli.description import describe
 from upcycle_cli.errors import shown
-from upcycle_cli.expr import describe
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
 from upcycle_cli.families.overview import TargetFacts
@@ -67,7 +67,7 @@ def plan_table(plan: Planned) -> Table:
     _add(table, "parameters", f"{parameters} (dense {count(plan.dense_parameters)})")
     _add(table, "FLOPs per token", f"{plan.flops_ratio:.2f} × dense, attention scores left out")
     _add(table, "size", f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}")
-    lossless = "lossless" if plan.lossless else "rounded"
+    lossless = "rounded" if plan.rounded_to else "lossless"
     _add(table, "scale factors", f"{factors_text(plan, '×')} ({lossless})")
     groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
     rows = groups if recipe.virtual_groups else "a row of its own per expert"
@@ -101,7 +101,7 @@ def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
         "experts_from": merged_record(plan),
         "recipe": plan.recipe.name,
         **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
-        **picked(plan.recipe, "virtual_groups", "neuron_order", "seed"),
+        **picked(plan.recipe, "virtual_groups", "neuron_order", "noise", "reinit", "seed"),
         **picked(plan.recipe, "num_experts", "shared_experts", "top_k"),
         "expert_layout": plan.expert_layout,
         "moe_layers": list(plan.family.layers),

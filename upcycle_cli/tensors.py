@@ -41,6 +41,7 @@ from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.merge import Merge, Rest, tensor_of
 from upcycle_cli.order_file import OrderFile, order_name
+from upcycle_cli.perturbation import perturbed
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Recipe
 from upcycle_cli.shared_expert import shared_expert
 
@@ -268,7 +269,8 @@ class _Maker:
                 group: [self._shard(layer, mlp, weight, i, group) for i in routed]
                 for group in {*groups}
             }
-            experts.append([expr for group in groups for expr in shards[group]])
+            plain = (expr for group in groups for expr in shards[group])
+            experts.append(perturbed(recipe, weight, layer, plain))
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
@@ -379,5 +381,4 @@ class _Maker:
             )
         if found.cut is None or stored.shape[found.cut] == found.stop - found.start:
             return self._cast(stored)
-        # Slicing before casting touches only the bytes that are needed.
         return self._cast(Slice(stored, found.cut, found.start, found.stop))

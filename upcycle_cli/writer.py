@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from threading import Event, Lock
 
@@ -28,6 +28,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import Expr, gathering, sources
 from upcycle_cli.layout import Layout, Part, file_digest, lay_out, read_back, repetitions
 from upcycle_cli.merge import MergedReader
+from upcycle_cli.moments import Moments, noted_moments
 from upcycle_cli.planned import Planned, Shard
 from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
@@ -69,6 +70,8 @@ class Written:
     """Each router's SHA-256 by tensor name."""
     vanished: dict[Expr, int] = field(default_factory=dict)
     """Of the parts in which values became zero that were not: how many did."""
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """What the draws of experts went by, by their stream."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0
@@ -78,6 +81,7 @@ class Written:
         """Add what was written elsewhere."""
         self.routers |= other.routers
         self.vanished |= other.vanished
+        self.moments |= other.moments
         self.shared_bytes += other.shared_bytes
         self.reused_bytes += other.reused_bytes
 
@@ -184,8 +188,10 @@ class _Task:
                 found = read_back(file, self.layout, self._advance_checking)
         except (OSError, UpcycleError):
             return  # what cannot be read is written again
-        if found is None or file_digest(self.layout, found[0]) != noted.get("xxh3_128"):
+        held = noted_moments(noted.get("moments"), self.layout.drawn)
+        if not found or held is None or noted.get("xxh3_128") != file_digest(self.layout, found[0]):
             return
+        self.written.moments = held
         digests, self.written.routers = found
         shared, vanished = noted.get("shared_bytes"), noted.get("vanished")
         if type(shared) is int and 0 <= shared <= self.layout.nbytes:
@@ -205,6 +211,7 @@ class _Task:
             "xxh3_128": file_digest(self.layout, self.crew.digests),
             "shared_bytes": self.written.shared_bytes,
             "vanished": {str(index): count for index, count in enumerate(counts) if count},
+            "moments": {name: astuple(each) for name, each in self.written.moments.items()},
         }
 
     def write(self) -> None:
@@ -297,9 +304,9 @@ class _Task:
         # Not before something is to be computed: this imports numpy.
         from upcycle_cli.arithmetic import evaluate
 
-        vanished: list[int] = []
+        vanished, drawn = list[int](), self.written.moments.__setitem__
         with _overflow_told(part):
-            data = evaluate(part.expr, self.crew.reader.mapped, vanished.append)
+            data = evaluate(part.expr, self.crew.reader.mapped, vanished.append, drawn)
         if vanished:
             self.written.vanished[part.expr] = sum(vanished)
         return data

@@ -231,8 +231,8 @@ class _Fitting:
 
     def _order(self, inputs_PH: Array, activity_PI: Floats) -> bytes | None:
         """Return the order of the neurons, where the recipe wants one to be found."""
-        from upcycle_cli.arithmetic import standard_normal
         from upcycle_cli.calibration.shards import clustered_order
+        from upcycle_cli.draws import standard_normal
 
         recipe = self.plan.recipe
         if recipe.neuron_order is not NeuronOrder.CLUSTERED:
@@ -250,10 +250,10 @@ class _Fitting:
             check_rows,
             evaluate,
             rounded,
-            standard_normal,
             to_float32,
         )
         from upcycle_cli.calibration.rows import Wanted, balanced, centroids, prompted
+        from upcycle_cli.draws import standard_normal
 
         recipe, dtype = self.plan.recipe, self.router.dtype
         fits: dict[RouterInit, Fit] = {

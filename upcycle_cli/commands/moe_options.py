@@ -150,6 +150,24 @@ class MoeOptions:
             "safetensors file gives the orders. All are exact.",
         ),
     ] = "sliced"
+    noise: Annotated[
+        float,
+        for_weights(
+            metavar="STD",
+            help="Add noise of its own to each expert's matrices, of this part of their standard "
+            "deviation; 0.01 is a little. The outputs then differ.",
+            show_default=False,
+        ),
+    ] = 0.0
+    reinit: Annotated[
+        float,
+        for_weights(
+            metavar="SHARE",
+            help="Draw this share of each expert's neurons anew, like those that they replace "
+            "(Drop-Upcycling, which takes 0.5). The outputs then differ.",
+            show_default=False,
+        ),
+    ] = 0.0
     router_init: Annotated[
         str,
         for_weights(
@@ -174,7 +192,9 @@ class MoeOptions:
             "rows are fitted to one; 0.001 for softmax-topk and 1 for the others unless given."
         ),
     ] = None
-    seed: Annotated[int, for_weights(help="Seed of the routers, and of shuffled neurons.")] = 0
+    seed: Annotated[
+        int, for_weights(help="Seed of routers, shuffled neurons, noise, new neurons.")
+    ] = 0
     dtype: Annotated[
         Dtype,
         for_files(
@@ -218,6 +238,8 @@ class MoeOptions:
             neuron_order=NeuronOrder.FILE if self._order_file else NeuronOrder(self.neuron_order),
             router_init=RouterInit.FILE if self._router_file else RouterInit(self.router_init),
             router_logit_std=self.router_logit_std,
+            noise=self.noise,
+            reinit=self.reinit,
             seed=self.seed,
             allow_inexact=allow_inexact,
         )

@@ -29,6 +29,8 @@ def recipe_section(record: Mapping[str, Any], found: Mapping[str, object]) -> Se
         ("virtual groups", "", recipe.get("virtual_groups")),
         ("order of the neurons", "", recipe.get("neuron_order")),
         ("groups with an order of their own, of all layers", "reordered_groups", None),
+        ("noise on experts, of each matrix' deviation", "noise", recipe.get("noise")),
+        ("neurons of experts drawn anew", "redrawn_share", recipe.get("reinit")),
         ("router rows", "", recipe.get("router_init", "normal") if recipe else None),
         ("router logits, standard deviation", "", recipe.get("router_logit_std")),
         ("scaling", "", recipe.get("scaling")),

@@ -19,6 +19,7 @@ from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts, Pair
 from upcycle_cli.verification.merged import by_model
 from upcycle_cli.verification.neurons import Neurons
+from upcycle_cli.verification.perturbed import claimed_moments, perturbed_parts
 from upcycle_cli.verification.recipes import (
     CLUSTERED,
     FITTED,
@@ -51,6 +52,7 @@ def check_claims(facts: Facts) -> CheckResult:
         *router_failures(facts),
         *_logit_std_failures(facts),
         *_calibration_failures(facts),
+        *_perturbation_failures(facts),
         *_option_failures(facts),
         *source_failures(facts),
         *file_failures(facts),
@@ -135,6 +137,8 @@ def _order_failures(facts: Facts, factors: Mapping[str, float]) -> Iterator[str]
     recorded = facts.recipe.neuron_order
     if facts.record.recipe is None or recorded not in {SLICED, SHUFFLED, CLUSTERED}:
         return
+    if facts.recipe.perturbed:
+        return  # only the check of all weights can tell
     by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
     with facts.dense.reader() as dense, facts.moe.reader() as moe:
         neurons = Neurons(facts, dense, moe, by_part)
@@ -226,6 +230,23 @@ def _calibration_failures(facts: Facts) -> Iterator[str]:
                 f"{RECORD_NAME}: rows were fitted to logits of standard deviation {meant:g}, and "
                 f"the calibration found {shown(std)} in layer {each['layer']}"
             )
+
+
+def _perturbation_failures(facts: Facts) -> Iterator[str]:
+    """Say where there is no record of what draws went by; `weights` says whether it is true."""
+    found = facts.record.data.get("perturbation")
+    if not facts.recipe.perturbed:
+        if found is not None:
+            yield f"{RECORD_NAME}: perturbation is there, and its recipe perturbs nothing"
+        return
+    if facts.merged is not None:
+        yield f"{RECORD_NAME}: experts of several models are not perturbed, and its recipe says so"
+        return
+    for layer in facts.layers:
+        for part in perturbed_parts(facts):
+            if claimed_moments(facts.record, layer, part) is None:
+                yield f"{RECORD_NAME}: perturbation lacks the mean and std of {part}, layer {layer}"
+                return
 
 
 def _option_failures(facts: Facts) -> Iterator[str]:

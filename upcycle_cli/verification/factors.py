@@ -28,6 +28,7 @@ from upcycle_cli.verification.neurons import (
 )
 
 _SNAP = 0.01  # relative; a measured factor is this close to the one that was meant
+_MOST_DEVIATIONS = 6.0
 _PROBE_ELEMENTS = 1 << 20  # enough for a median, and a bound on its memory
 
 
@@ -97,6 +98,8 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
 
     Several experts are asked, so that one damaged expert does not change what is expected of all.
     """
+    if facts.recipe.perturbed:
+        return _recover_perturbed(facts, dense, moe, matrix)
     layers, experts = facts.layers, facts.experts
     middle = layers[(len(layers) - 1) // 2], experts[len(experts) // 2]
     probes = (layers[0], experts[0]), (layers[-1], experts[-1]), middle
@@ -121,6 +124,27 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
         if found is not None:
             return found
     return fallback
+
+
+def _recover_perturbed(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
+    """Return the recorded factor if it explains how large a group's matrices are, else what does.
+
+    Draws of the mean and standard deviation of what they replace leave the norm what it was, and
+    noise adds its own; both but for what chance makes of so many values.
+    """
+    layer, claimed = facts.layers[0], facts.record.factor(matrix)
+    held = group_part(facts, moe, matrix, layer, 0)
+    if held is None:
+        return math.nan
+    base = dense_part(facts, dense, matrix, layer).to(held[0].dtype)
+    length = float(base.double().norm())
+    if not length:
+        return math.nan
+    norms = (float(each.double().norm()) for each in held)
+    measured = math.hypot(*norms) / length / math.hypot(1.0, facts.recipe.noise)
+    slack = _SNAP + _MOST_DEVIATIONS / math.sqrt(2 * base.numel())
+    fits = claimed is not None and math.isclose(measured, claimed, rel_tol=slack)
+    return claimed if claimed is not None and fits else measured
 
 
 def _recover_reordered(

@@ -85,6 +85,19 @@ class RecipeClaim:
     router_init: str = NORMAL
     router_logit_std: float | None = None
     """None when nothing says it: then it is measured."""
+    noise: float = 0.0
+    """On each expert's matrices, relative to their standard deviation."""
+    reinit: float = 0.0
+    """The share of each expert's neurons that were drawn anew."""
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether no expert is made of the dense model's weights alone."""
+        return self.noise > 0 or self.reinit > 0
+
+    def redrawn(self, expert_size: int) -> int:
+        """Return how many neurons of an expert were drawn anew: the nearest number to the share."""
+        return math.floor(self.reinit * expert_size + 0.5)
 
     @property
     def num_experts(self) -> int:
@@ -108,9 +121,13 @@ class RecipeClaim:
         """The factor that the scaling sets out to make."""
         return float(self.scaling) if isinstance(self.scaling, float) else self.needed_c
 
-    def objection(self) -> str | None:  # noqa: PLR0911 - a table of reasons
+    def objection(self) -> str | None:  # noqa: C901, PLR0911 - a table of reasons
         """Say why this recipe promises no equality, or None when it promises some."""
         c = self.needed_c
+        if self.noise:
+            return f"noise of {self.noise:g} × their standard deviation is on the experts' matrices"
+        if self.reinit:
+            return f"{self.reinit:.4g} of each expert's neurons were drawn anew"
         if self.top_k % self.group_size:
             of = "the routed shards," if self.shared_experts else "granularity"
             return (
@@ -245,11 +262,16 @@ def read_record(moe: Checkpoint, kind: MlpKind) -> Record:
 def _read_recipe(recipe: object, kind: MlpKind) -> RecipeClaim:
     if not isinstance(recipe, dict):
         raise ValueError("recipe is missing")  # noqa: TRY004 - the file's fault, not a caller's
-    # An earlier version had no other order, and drew all rows.
-    recipe = dict[str, Any](neuron_order=SLICED, router_init=NORMAL, shared_experts=0) | recipe
+    # An earlier version had no other order, drew all rows, and no more than rows.
+    usual = dict[str, Any](neuron_order=SLICED, router_init=NORMAL, shared_experts=0)
+    recipe = usual | {"noise": 0.0, "reinit": 0.0} | recipe
     wrong = [f"recipe.{key}" for key, valid in _RECIPE_FIELDS.items() if not valid(recipe.get(key))]
     if (recipe.get("router_logit_std") is None) != (recipe["router_init"] == FILE):
         wrong.append("recipe.router_logit_std")
+    if not wrong and (recipe["noise"] and (recipe["reinit"] or recipe["shared_experts"])):
+        wrong.append("recipe.noise")
+    if not wrong and recipe["reinit"] and recipe["shared_experts"]:
+        wrong.append("recipe.reinit")
     if wrong:
         raise ValueError(f"{', '.join(wrong)} missing or invalid")
     fields = {key: recipe[key] for key in _RECIPE_FIELDS}
@@ -268,6 +290,10 @@ def is_positive(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
@@ -284,5 +310,7 @@ _RECIPE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "neuron_order": lambda value: value in (SLICED, SHUFFLED, CLUSTERED, "file"),
     "router_init": lambda value: value in (NORMAL, FILE, *FITTED),
     "router_logit_std": lambda value: value is None or is_positive(value),
+    "noise": _is_share,
+    "reinit": _is_share,
 }
 """The fields of a recorded recipe that verification reads, and what each may hold."""

@@ -103,10 +103,13 @@ class Scan:
     def run(
         self, sound: set[str], copied: Mapping[str, Copy], factors: Mapping[str, float]
     ) -> set[Key]:
-        """Return what differs of the tensors that are sound; `copied` are all copies, by name."""
+        """Return what differs of the tensors that are sound; `copied` are all copies, by name.
+
+        Experts that were perturbed are not looked at: none holds the dense model's bytes.
+        """
         tensors = self.facts.moe.tensors
         units: dict[int | str, list[str]] = {name: [name] for name in copied}
-        for layer in self.facts.layers:
+        for layer in () if self.facts.recipe.perturbed else self.facts.layers:
             units[layer] = [name for name in self.experts.names(layer) if name in sound]
         self._total = sum(tensors[name].nbytes for names in units.values() for name in names)
 

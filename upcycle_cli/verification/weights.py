@@ -29,6 +29,7 @@ from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, 
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.merged import MeanReader, by_model, rest_reader
 from upcycle_cli.verification.neurons import Neurons
+from upcycle_cli.verification.perturbed import Perturbed
 from upcycle_cli.verification.places import Experts
 from upcycle_cli.verification.recipes import DRAWN
 from upcycle_cli.verification.report import CheckResult, Findings
@@ -72,6 +73,7 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
                 comparison = _Comparison.of(one, dense, moe, findings, rounding)
                 factors, rest = comparison.factors, None if facts.merged else sound
                 copied = comparison.run(sound, watch, rest=rest)
+                perturbed = comparison.perturbed
             reordered += sum(comparison.neurons.reordered.values())
         if facts.merged is not None:
             copied = set()  # no expert is another one's copy
@@ -82,7 +84,8 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
     for failure in (*dtype_failures(facts), *rounding.failures()):
         findings.add(failure)
     matrices = facts.kind.matrices
-    lossless = rounding.lossless and all(is_power_of_two(factors[matrix]) for matrix in matrices)
+    exact = rounding.lossless and all(is_power_of_two(factors[matrix]) for matrix in matrices)
+    lossless = exact and not facts.recipe.perturbed
     metrics = {
         "expansion": facts.expansion,
         "granularity": facts.granularity,
@@ -97,35 +100,42 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
         "rounding_error": rounding.error,
         "zeroed_share": rounding.zeroed,
     }
-    detail = _passed_detail(facts, factors, lossless=lossless, reordered=bool(reordered))
+    metrics |= perturbed.metrics()
+    drawn = perturbed.in_words() if perturbed.samples else None
+    detail = _passed_detail(facts, factors, drawn, lossless=lossless, reordered=bool(reordered))
     return findings.result(NAME, detail, metrics), frozenset(copied)
 
 
 def _passed_detail(
-    facts: Facts, factors: Mapping[str, float], *, lossless: bool, reordered: bool
+    facts: Facts,
+    factors: Mapping[str, float],
+    drawn: str | None,
+    *,
+    lossless: bool,
+    reordered: bool,
 ) -> str:
     shown = ", ".join(f"{matrix} × {factors[matrix]:.6g}" for matrix in facts.kind.matrices)
     if factors["config"] != 1.0:
         shown += f", gates × {factors['config']:.6g} by {CONFIG_NAME}"
-    end = (
-        "the dense weights can be recovered bit for bit"
-        if lossless
-        else "rounded to the output dtype, so the dense weights cannot be recovered exactly"
-    )
+    end = "rounded to the output dtype, so the dense weights cannot be recovered exactly"
+    if lossless:
+        end = "the dense weights can be recovered bit for bit"
+    elif facts.recipe.perturbed:
+        end = "the dense weights cannot be recovered"
     routers = (
         "Router rows are equal inside each virtual group and differ between groups"
         if facts.recipe.virtual_groups
         else "All router rows differ"
     )
     of = "the dense MLP" if facts.merged is None else "its own model's MLP"
-    experts = f"Every expert is its shard of {of}"
+    experts = f"Every expert is its shard of {of}, bit for bit"
     if reordered:
-        experts = f"The experts of each virtual group have every neuron of {of} once"
+        experts = f"The experts of each virtual group have every neuron of {of} once, bit for bit"
     if facts.shared_experts:
         experts += f", {facts.shared_width:,} of them in the shared expert"
     mean = facts.merged is not None and facts.merged.mean
     rest = "are the mean of all models'" if mean else "equal the dense model's"
-    return f"{experts}, bit for bit ({shown}; {end}). {routers}. All other tensors {rest}."
+    return f"{drawn or experts} ({shown}; {end}). {routers}. All other tensors {rest}."
 
 
 def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
@@ -201,6 +211,7 @@ class _Comparison:
     rounding: Rounding
     factors: Mapping[str, float]
     neurons: Neurons
+    perturbed: Perturbed
     differing: set[Key] = field(default_factory=set)
     """What holds other bytes than the dense model, and is to be put in words."""
 
@@ -220,9 +231,10 @@ class _Comparison:
                 factors = recover_factors(facts)
         by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
         neurons = Neurons(facts, dense, moe, by_part)
-        return cls(facts, dense, moe, findings, rounding, factors, neurons)
+        perturbed = Perturbed(facts, neurons, rounding)
+        return cls(facts, dense, moe, findings, rounding, factors, neurons, perturbed)
 
-    def run(
+    def run(  # noqa: C901 - the order in which things are compared
         self, sound: Collection[str], watch: Watch, *, rest: Mapping[str, _Wanted] | None
     ) -> set[int]:
         """Compare the experts of the groups in view, and `rest`, which experts are no part of.
@@ -237,12 +249,17 @@ class _Comparison:
         placed = Experts.of(facts)
         scan = Scan(facts, placed, self.dense, self.moe, self.rounding, watch, neurons)
         self.differing |= scan.run({*sound}, copies, self.factors)
+        if facts.recipe.perturbed:
+            whole = [layer for layer in facts.layers if placed.names(layer).keys() <= {*sound}]
+            for failure in self.perturbed.failures(whole, watch):
+                self.findings.add(failure)
         for layer in facts.layers:
             before = len(self.findings)
             for part in facts.parts:
                 if (part, layer) in self.differing:
                     self.experts(part, layer, neurons.factors[part], sound)
-            alike = layer not in neurons.uneven and placed.names(layer).keys() <= {*sound}
+            alike = layer not in neurons.uneven and not facts.recipe.perturbed
+            alike = alike and placed.names(layer).keys() <= {*sound}
             if len(self.findings) == before and alike:
                 copied.add(layer)
             for failure in shared_failures(neurons, layer) if items else ():
