@@ -34,12 +34,14 @@ class Arm:
     tied: bool = False
     """Whether the router rows of a group are trained as one."""
     flops_of: str | None = None
-    """The recipe whose FLOPs it is trained for; for the tokens of the scale otherwise."""
+    """The arm whose FLOPs it is trained for; for the tokens of the scale otherwise."""
 
     @property
     def granularity(self) -> int:
-        """G."""
-        return 1 if self.recipe is None else parse_recipe_name(self.recipe)[1]
+        """The experts of a virtual group: G, less those that are shared."""
+        if self.recipe is None:
+            return 1
+        return parse_recipe_name(self.recipe)[1] - int(self.convert.get("shared_experts", 0))
 
     def to_recipe(self, seed: int) -> Recipe:
         """Return the whole recipe."""
@@ -93,6 +95,12 @@ _ROWS = (
     _of("E4G4T8", "softmax-topk τ=1 paper", convert=_PAPER),
     _of("E4G4T8", "softmax-topk τ=1 none", convert={**_SOFTMAX, "scaling": "none"}),
     _of("E4G4T8", "sigmoid-topk", **_SIGMOID),
+    _of(
+        "E4G4T6",
+        "sigmoid-topk 1 shared",
+        convert={"routing": "sigmoid-topk", "shared_experts": 1},
+        target="glm4_moe",
+    ),
     _of("E4G4T8", "paper", convert={"scaling": "paper"}),
     _of("E4G4T8", "none", convert={"scaling": "none"}),
     _of("E4G4T8", "no virtual groups", convert={"virtual_groups": False}),

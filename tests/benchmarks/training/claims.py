@@ -68,12 +68,12 @@ PAPER = (
     Claim("finer experts are better, as many parameters being active", _all(("E8G8T16", "E8G1T2"))),
     Claim("a higher T is better, and costs more", _all(("E8G8T16", "E8G8T8"))),
     Claim("virtual groups help", _all(("E4G4T8", "E4G4T8, no virtual groups"))),
+    Claim("an aux loss helps", _all(("E8G1T2", "E8G1T2, no aux loss"))),
     Claim(
-        "an aux loss helps; without one, experts die",
+        "without an aux loss experts die",
         (
-            *_all(("E8G1T2", "E8G1T2, no aux loss")),
-            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="load_cv"),
             *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="idle_experts"),
+            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="load_cv"),
         ),
     ),
     Claim(
@@ -101,6 +101,7 @@ CHOICES = _all(
     ("E4G4T8, softmax-topk τ=0.001 tied", "E4G4T8, softmax-topk τ=0.001"),
     ("E4G4T8", "E4G4T8, softmax-topk τ=0.001"),
     ("E4G4T8", "E4G4T8, sigmoid-topk"),
+    ("E4G4T6, sigmoid-topk 1 shared", "E4G4T8, sigmoid-topk"),
     ("E4G4T8, shuffled", "E4G4T8"),
     ("E4G4T8, clustered", "E4G4T8"),
 )

@@ -123,6 +123,8 @@ def _intervals(runs: Runs, path: Path) -> None:
             color = "#0072b2" if spread.mean > 0 else "#d55e00"
             color = color if decided else "#777777"
             axes.errorbar(spread.mean, place, xerr=margin, color=color, marker="o", capsize=2)
+        # Experts that are not scaled lose a hundred times as much as most choices differ by.
+        axes.set_xscale("symlog", linthresh=0.02)
         axes.axvline(0, color="#222222", linewidth=0.8)
         names = [f"{each.first}  |  {each.second}" for each, _ in reversed(drawn)]
         axes.set_yticks(range(len(drawn)), names, fontsize=7)

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.arms import Arm
+from training.arms import ARMS, Arm
 from training.measure import Distances, Load, Routers, watching
 from training.scales import Scale
 from training.text import Tokens, rows_of
-from upcycle_cli import Recipe, build_plan, convert, open_checkpoint
-from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli import build_plan, convert, open_checkpoint
 from upcycle_cli.training import tie_virtual_groups
 
 LOWEST = 0.1  # of the peak, where a cosine ends
@@ -42,16 +41,16 @@ class Bench:
     scratch: Path
     device: str
 
-    def flops(self, recipe: str | None) -> float:
+    def flops(self, arm: Arm) -> float:
         """Return the FLOPs of training on a token, forward and back, by upcycle's own count.
 
         Two for a multiplication and an addition, and twice that again in the backward pass;
         attention scores are left out.
         """
-        expansion, granularity, top_k = parse_recipe_name(recipe or "E2G1T1")
-        sizes = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
-        moe, dense = build_plan(sizes, open_checkpoint(self.dense)).multiplied
-        return 6.0 * (dense if recipe is None else moe)
+        upcycled = arm if arm.recipe else Arm(name="any", recipe="E2G1T1")
+        source = open_checkpoint(self.dense)
+        moe, dense = build_plan(upcycled.to_recipe(0), source, target=upcycled.target).multiplied
+        return 6.0 * (moe if arm.recipe else dense)
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> dict[str, Any]:
@@ -61,8 +60,8 @@ def run(bench: Bench, arm: Arm, seed: int) -> dict[str, Any]:
     model = _model(bench, arm, seed)
     if arm.tied:
         tie_virtual_groups(model)
-    flops = bench.flops(arm.recipe)
-    longer = 1.0 if arm.flops_of is None else bench.flops(arm.flops_of) / flops
+    flops = bench.flops(arm)
+    longer = 1.0 if arm.flops_of is None else bench.flops(ARMS[arm.flops_of]) / flops
     steps = round(bench.scale.continued * longer / bench.scale.step)
     rows = rows_of(
         bench.tokens, bench.scale.context, seed=seed, count=steps * bench.scale.rows

@@ -53,7 +53,7 @@ SCALES: Mapping[str, Scale] = {
             rows=8,
             pretraining=1_000_000,
             pretraining_peak=2e-3,
-            continued=163_840,
+            continued=131_072,
             peak=2e-3,
             held_out=12_288,
         ),
@@ -65,7 +65,7 @@ SCALES: Mapping[str, Scale] = {
             pretraining=0,
             pretraining_peak=0.0,
             continued=1_000_000,
-            peak=1e-4,
+            peak=3e-4,
             held_out=65_536,
         ),
     )
