@@ -87,6 +87,11 @@ _ROWS = (
     _of("E8G1T2", "no aux loss", balancing=0.0),
     _of("E8G1T2", "aux loss pooled", pooled=True),
     _of("E8G1T2", "learning rate not reset", reset=False),
+    *(
+        _of("E8G1T2", f"{way} {size:g}", convert={way: size})
+        for way, sizes in {"noise": (0.01, 0.1), "reinit": (0.25, 0.5)}.items()
+        for size in sizes
+    ),
     Arm(name="E4G4T8", recipe="E4G4T8"),
     _of("E4G4T8", "tied", tied=True),
     _of("E4G4T8", "softmax-topk τ=0.001", convert=_NEARLY_UNIFORM),

@@ -95,6 +95,8 @@ CHOICES = _all(
     ("E8G1T2, centroids", "E8G1T2"),
     ("E8G1T2, centroids", "E8G1T2, balanced"),
     ("E8G1T2", "E8G1T2, aux loss pooled"),
+    *((f"E8G1T2, {way}", "E8G1T2") for way in ("noise 0.01", "noise 0.1")),
+    *((f"E8G1T2, {way}", "E8G1T2") for way in ("reinit 0.25", "reinit 0.5")),
     ("E4G4T8", "E4G4T8, paper"),
     ("E4G4T8, softmax-topk τ=1", "E4G4T8, softmax-topk τ=1 paper"),
     ("E4G4T8, tied", "E4G4T8"),
