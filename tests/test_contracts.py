@@ -36,7 +36,8 @@ from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import SHIPPED, Routing, parse_recipe_name
 from upcycle_cli.tensors import OutputTensor, Role

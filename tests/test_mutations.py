@@ -25,8 +25,9 @@ from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target
-from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
+from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside
 from upcycle_cli.recipe import SHIPPED, Routing

@@ -25,7 +25,8 @@ from interop.trained import (  # noqa: E402
 
 from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.families.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
-from upcycle_cli.families.moe_rows import NATIVE, shipped  # noqa: E402
+from upcycle_cli.families.moe_rows import NATIVE  # noqa: E402
+from upcycle_cli.families.shipped_row import shipped  # noqa: E402
 from upcycle_cli.families.trainers import (  # noqa: E402
     Trainer,
     expert_parallel_sizes,

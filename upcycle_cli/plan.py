@@ -34,12 +34,7 @@ from upcycle_cli.planned import Planned, fill_shards
 from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, Routing, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.router_inputs import RouterInputs
-from upcycle_cli.tensors import (
-    Options,
-    OutputTensor,
-    Role,
-    output_tensors,
-)
+from upcycle_cli.tensors import Options, OutputTensor, Role, output_tensors
 
 if TYPE_CHECKING:
     from upcycle_cli.calibration.found import Calibration
@@ -375,9 +370,7 @@ def _with_found(plan: Plan, c: float, found: Calibration | None) -> Plan:
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
     """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
     std = recipe.router_logit_std or 0.0
-    for tensor in tensors:
-        if tensor.role is not Role.ROUTER:
-            continue
+    for tensor in (each for each in tensors if each.role is Role.ROUTER):
         # What leaves the norm has a length of √H: no token has a larger logit than this.
         most = LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
         if std > most:

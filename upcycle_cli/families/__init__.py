@@ -14,10 +14,11 @@ from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
-from upcycle_cli.families.moe_rows import FURTHER, NATIVE, shipped
+from upcycle_cli.families.moe_rows import FURTHER, NATIVE
 from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.refused import NO_TARGETS, REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
+from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.wrappers import (
     INSIDE,
     Inside,

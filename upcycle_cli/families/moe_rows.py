@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.layers import (
     ALL,
     ALL_OR_NONE,
@@ -17,12 +16,11 @@ from upcycle_cli.families.layers import (
     MLP_ONLY_LAYERS,
     MLP_TYPES,
     MLP_TYPES_TOO,
-    MOE_LAYERS,
     MOE_RANGE,
     NUM_DENSE_LAYERS,
 )
-from upcycle_cli.families.mlp import parts_of, separate, stacked, without_biases
-from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target, in_memory
+from upcycle_cli.families.mlp import separate, without_biases
+from upcycle_cli.families.moe import CorrectionBias, Keys, SharedExpert, Target
 from upcycle_cli.families.moe_layouts import (
     GATED_SHARED,
     GRANITE_LAYOUTS,
@@ -46,7 +44,6 @@ from upcycle_cli.families.moe_settings import (
     qwen3_5_moe_settings,
     window_settings,
 )
-from upcycle_cli.families.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.recipe import ExpertLayout, Routing
 
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
@@ -371,36 +368,3 @@ FURTHER: Mapping[str, Target] = {
     ),
 }
 """Those that no dense model becomes, and whose models can be grown."""
-
-
-def shipped(family: DenseFamily, activation: str, *, biased: bool) -> Target:
-    """Return the target whose code is shipped with the model; `biased` says that MLPs have biases.
-
-    vLLM replaces a child named `experts` by its own fused SwiGLU, whatever the module computes.
-    """
-    gated = "gate" in parts_of(family.mlp)
-    swiglu = gated and activation in ("silu", "swish") and not biased
-    module = family.mlp[0].name.split(".")[0]
-    prefix = f"{module}.{'experts' if swiglu else 'expert_mlps'}"
-    layout = Layout(
-        experts=stacked(prefix, gated=gated, biases=biased, transposed=family.mlp[0].cut == 1),
-        router=f"{module}.gate.weight",
-    )
-    return Target(
-        model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
-        architecture=ARCHITECTURE if family.inside is None else WRAPPED_ARCHITECTURE,
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
-        layouts={ExpertLayout.FUSED: layout},
-        keys=Keys(
-            num_experts="num_experts",
-            usual=family.keys,
-            routing=("routing", {str(routing): routing for routing in Routing}),
-            scale="routed_scaling_factor",
-        ),
-        layers=MOE_LAYERS,
-        layer=family.layer,
-        renamed=family.renamed,
-        head=in_memory(family.head, family.renamed),
-        correction_bias=CorrectionBias(name=f"{module}.gate.e_score_correction_bias"),
-        inside=family.inside,
-    )

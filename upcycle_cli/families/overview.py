@@ -11,8 +11,9 @@ from upcycle_cli.families import choose, dense_family, targets_of
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import Support, engines
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.refused import REFUSED
+from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.trainers import trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import INSIDE, WRAPPERS, inner, wrapped_family

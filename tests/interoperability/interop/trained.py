@@ -12,7 +12,8 @@ from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import DIFFERS, SAME, Support
-from upcycle_cli.families.moe_rows import NATIVE, shipped
+from upcycle_cli.families.moe_rows import NATIVE
+from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.trainers import Trainer, trainers
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
