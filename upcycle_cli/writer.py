@@ -5,8 +5,7 @@ first where the file system can (`FICLONERANGE`), and are written where it canno
 the dense model's go from its pages to the file; everything else is computed, once. A few threads do
 this side by side, each in a file of its own while there are enough, so that reading, arithmetic,
 writing and waiting for the disk overlap; each holds one part at a time. A file is written under a
-temporary name, made durable, and renamed, so a file that has its name is complete. Nothing is
-decided here.
+temporary name, made durable, and renamed, so a file that has its name is complete.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class WriteOptions:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads to use."""
-        # One more, because one of them usually waits for the disk.
+        """The number of threads to use: one more, as one of them usually waits for the disk."""
         return self.workers or min(4, num_processors() + 1)
 
 

@@ -22,9 +22,8 @@ from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
 from upcycle_cli.families.mlp import Place
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import bits, difference, one_thread, same
-from upcycle_cli.verification.copies import Copy, copies_of
 from upcycle_cli.verification.disorder import order_failures
-from upcycle_cli.verification.dtypes import correction_biases, dtype_failures, shared_tensors
+from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import factor_of, is_power_of_two, ratio, recover_factors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.merged import MeanReader, by_model, rest_reader
@@ -37,24 +36,10 @@ from upcycle_cli.verification.rounding import Rounding
 from upcycle_cli.verification.rows import given_failures, row_failures, size_failures
 from upcycle_cli.verification.scan import Key, Scan
 from upcycle_cli.verification.shared import shared_failures
+from upcycle_cli.verification.wanted import Wanted, wanted_tensors
 
 NAME = "weights"
 _MOST_TIMES = 4.0
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A tensor that the MoE must have: its shape, and how its values are judged.
-
-    `role` is copied (a `copy` of dense rows), expert, router, zero, shared (of the size that the
-    dense tensor `source` has), shared_router; made, of which another judges.
-    """
-
-    shape: tuple[int, ...]
-    role: str
-    source: str = ""
-    layer: int = 0
-    copy: Copy | None = None
 
 
 def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[int]]:
@@ -64,7 +49,7 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
     a shard are the same bytes.
     """
     findings, rounding = Findings(), Rounding()
-    wanted = _wanted(facts, Experts.of(facts))
+    wanted = wanted_tensors(facts, Experts.of(facts))
     sound = {name: wanted[name] for name in _sound(facts, wanted, findings)}
     reordered = 0
     with facts.moe.reader() as moe:
@@ -138,52 +123,7 @@ def _passed_detail(
     return f"{drawn or experts} ({shown}; {end}). {routers}. All other tensors {rest}."
 
 
-def _wanted(facts: Facts, experts: Experts) -> dict[str, _Wanted]:
-    """Return every tensor that the MoE must have, derived from the dense model's tensors."""
-    wanted: dict[str, _Wanted] = {}
-    for copy in copies_of(facts):
-        shape = copy.shape(facts.dense.tensors[copy.source].shape)
-        wanted[copy.name] = _Wanted(shape, "copied", copy=copy)
-    # A tied model may carry its head all the same, and an untied MoE must.
-    needs_head = not facts.moe_config.get("tie_word_embeddings", False)
-    embedding = facts.family.embedding
-    head = facts.target.head
-    if head not in wanted and (needs_head or head in facts.moe.tensors):
-        shape = facts.dense.tensors[embedding].shape
-        wanted[head] = _Wanted(shape, "copied", copy=Copy(head, embedding))
-    for linear in facts.target.zero_biases:
-        for layer in range(facts.num_layers):
-            name = f"{facts.target.prefix(layer)}{linear}"
-            weight = facts.dense.tensors.get(f"{name}.weight")
-            if weight is not None and f"{name}.bias" not in wanted:
-                wanted[f"{name}.bias"] = _Wanted(weight.shape[:1], "zero")
-    bias = facts.target.correction_bias
-    if bias is not None:
-        zero = _Wanted(bias.shape(facts.num_experts), "zero")
-        wanted |= dict.fromkeys(correction_biases(facts), zero)
-    N, H = facts.num_experts, facts.hidden_size
-    by_part = {part: _Wanted(facts.expert_shape(part), "expert") for part in facts.parts}
-    for layer in facts.layers:
-        wanted[facts.router_name(layer)] = _Wanted((N, H), "router")
-        for name, part in experts.names(layer).items():
-            wanted[name] = by_part[part]
-        wanted |= _wanted_shared(facts, layer)
-    return wanted
-
-
-def _wanted_shared(facts: Facts, layer: int) -> Iterator[tuple[str, _Wanted]]:
-    """Yield the shared expert: shards of the dense MLP, or one that must not do anything."""
-    key = None if facts.target.shared is None else facts.target.shared.size_key
-    size = facts.expert_size if key is None else facts.target.value(facts.moe_config, key)
-    size = facts.shared_width or size
-    for name, weight, source in shared_tensors(facts, layer):
-        shape = (1, facts.hidden_size) if weight is None else weight.shape(size, facts.hidden_size)
-        role = "shared_router" if weight is None else "shared" if source else "zero"
-        role = "made" if facts.shared_experts else role
-        yield name, _Wanted(shape, role, source, layer)
-
-
-def _sound(facts: Facts, wanted: Mapping[str, _Wanted], findings: Findings) -> Iterator[str]:
+def _sound(facts: Facts, wanted: Mapping[str, Wanted], findings: Findings) -> Iterator[str]:
     """Yield the names that can be compared; note the missing, the misshapen and the surplus."""
     for name, item in wanted.items():
         entry = facts.moe.tensors.get(name)
@@ -235,7 +175,7 @@ class _Comparison:
         return cls(facts, dense, moe, findings, rounding, factors, neurons, perturbed)
 
     def run(  # noqa: C901 - the order in which things are compared
-        self, sound: Collection[str], watch: Watch, *, rest: Mapping[str, _Wanted] | None
+        self, sound: Collection[str], watch: Watch, *, rest: Mapping[str, Wanted] | None
     ) -> set[int]:
         """Compare the experts of the groups in view, and `rest`, which experts are no part of.
 
@@ -355,7 +295,7 @@ class _Comparison:
             return torch.ones(self.facts.hidden_size)
         return self.dense.tensor(name).float() + self.facts.family.norm_offset
 
-    def _shared(self, name: str, item: _Wanted, held: torch.Tensor) -> None:
+    def _shared(self, name: str, item: Wanted, held: torch.Tensor) -> None:
         """Check that what works on the input is of the dense model's size, or all zero."""
         if not bool(torch.isfinite(held).all()):
             self.findings.add(f"{name} holds values that are not finite")
@@ -368,7 +308,7 @@ class _Comparison:
                 f"{usual:.3g}: what it computes can overflow, or be lost"
             )
 
-    def other(self, name: str, item: _Wanted) -> None:
+    def other(self, name: str, item: Wanted) -> None:
         """Compare a tensor that is neither an expert nor a router."""
         if item.role in ("expert", "router", "made"):
             return
