@@ -95,6 +95,11 @@ def verify(
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)
         grown = _is_moe(places[0].path)
+        if grown and places[0].path.resolve() == places[1].path.resolve():
+            raise UpcycleError(
+                f"{places[0].path} is given twice.",
+                "The dense model comes first, or the MoE that another one was grown from.",
+            )
         if grown and others:
             raise UpcycleError(
                 "an MoE grows from one model, and experts of others are given.",
