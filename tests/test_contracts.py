@@ -534,7 +534,7 @@ def roles_of(model_type: str, target: str) -> set[Role]:
     roles = {Role.COPIED, Role.ROUTER, Role.EXPERT, Role.HEAD}
     if row.correction_bias is not None:
         roles.add(Role.CORRECTION_BIAS)
-    if row.shared is not None:
+    if row.shared is not None and row.shared.insisted_on:
         roles.add(Role.SHARED_EXPERT)
     if row.zero_biases and model_type != "qwen2":  # which has them all
         roles.add(Role.ZERO_BIAS)
