@@ -70,7 +70,7 @@ PAPER = (
     Claim("virtual groups help", _all(("E4G4T8", "E4G4T8, no virtual groups"))),
     Claim("an aux loss helps", _all(("E8G1T2", "E8G1T2, no aux loss"))),
     Claim(
-        "without an aux loss experts die",
+        "without an aux loss the load is uneven, and experts die",
         (
             *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="idle_experts"),
             *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="load_cv"),
@@ -175,6 +175,8 @@ def verdict_of_all(verdicts: Sequence[Verdict]) -> str:
     kinds = {*verdicts}
     if len(kinds) == 1:
         return {"yes": "agrees", "no": "disagrees"}.get(verdicts[0], verdicts[0])
+    if "a hint" in kinds:
+        return "a hint"
     if kinds <= {"yes", "not decided"}:
         return "agrees in part"
     if kinds <= {"no", "not decided"}:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def _make_tokenizer(scale: Scale, path: Path, text: Text) -> Any:  # noqa: ANN40
 
 def _make_dense(scale: Scale, path: Path, tokens: dict[str, Tokens], device: str) -> dict[str, Any]:
     """Write the dense model; return what pretraining came to."""
-    seconds = 0.0
     if scale.dense is None:
         model = load_dense(path, device)
     else:
@@ -83,17 +81,14 @@ def _make_dense(scale: Scale, path: Path, tokens: dict[str, Tokens], device: str
             seed=0,
             count=steps * scale.rows,
         )
-        started = time.monotonic()
         train(
             model,
             rows.reshape(steps, scale.rows, -1),
             rate=lambda done: cosine(done, scale.pretraining_peak),
             device=device,
         )
-        seconds = time.monotonic() - started
         model.save_pretrained(path)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "loss": held_out_loss(model, _held_out(tokens["held_out"], scale), device),
-        "pretraining_seconds": round(seconds, 1),
     }

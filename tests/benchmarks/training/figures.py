@@ -14,7 +14,16 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 from training.arms import DENSE, DENSE_LONGER
-from training.claims import CHOICES, PAPER, Comparison, Runs, Spread, difference
+from training.claims import (
+    CHOICES,
+    ENOUGH,
+    PAPER,
+    Comparison,
+    Runs,
+    Spread,
+    difference,
+    verdict,
+)
 
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -38,6 +47,7 @@ _LINES = (
 )
 """Okabe and Ito's colours, which can be told apart by whoever sees few, and markers."""
 
+_DECIDED = {"yes": "#0072b2", "no": "#d55e00"}
 _SIZES = (DENSE, DENSE_LONGER, "E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
 _BALANCE = (
     "E8G1T2",
@@ -118,11 +128,13 @@ def _intervals(runs: Runs, path: Path) -> None:
     label = "how much lower the first ends, nats (95 % interval over seeds)"
     with _figure(path, label, "", (8.6, height)) as axes:
         for place, (_, spread) in enumerate(reversed(drawn)):
-            margin = 0.0 if math.isnan(spread.margin) else spread.margin
-            decided = abs(spread.mean) > margin
-            color = "#0072b2" if spread.mean > 0 else "#d55e00"
-            color = color if decided else "#777777"
-            axes.errorbar(spread.mean, place, xerr=margin, color=color, marker="o", capsize=2)
+            color = _DECIDED.get(verdict(spread), "#777777")
+            enough = len(spread.values) >= ENOUGH
+            margin = spread.margin if enough else 0.0
+            face = color if enough else "white"  # a hint is hollow
+            axes.errorbar(
+                spread.mean, place, xerr=margin, color=color, marker="o", mfc=face, capsize=2
+            )
         # Experts that are not scaled lose a hundred times as much as most choices differ by.
         axes.set_xscale("symlog", linthresh=0.02)
         axes.axvline(0, color="#222222", linewidth=0.8)

@@ -27,6 +27,7 @@ BEGIN = "<!-- Written by `python tests/benchmarks/training --report`. -->"
 END = "<!-- So far. -->"
 _UNITS = {"loss": "", "load_cv": " CV of load", "idle_experts": " experts never chosen"}
 _WORDS = {"yes": "first", "no": "second"}
+_WHETHER = {"yes": "yes", "no": "no, higher"}
 
 
 def write_page(results: Mapping[str, Any], docs: Path) -> None:
@@ -89,11 +90,13 @@ def _paper(runs: Runs) -> Iterator[str]:
     yield "|---|---|---|---|"
     for claim in PAPER:
         found = [difference(runs, each) for each in claim.comparisons]
-        said = verdict_of_all([verdict(each) for each in found])
+        verdicts = [verdict(each) for each in found]
+        alike = len({*verdicts}) == 1
         for row, (comparison, spread) in enumerate(zip(claim.comparisons, found, strict=True)):
-            each = {"yes": "yes", "no": "no, higher"}.get(verdict(spread), verdict(spread))
-            words = claim.text if not row else ""
-            last = f"**{said}**" if len(found) == 1 else each if row else f"**{said}**: {each}"
+            each = _WHETHER.get(verdicts[row], verdicts[row])
+            said = "" if row else f"**{verdict_of_all(verdicts)}**"
+            last = said if alike else each if row else f"{said}: {each}"
+            words = "" if row else claim.text
             yield f"| {words} | {_pair(comparison)} | {_text(spread)} | {last} |"
 
 
