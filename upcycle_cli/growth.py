@@ -25,7 +25,6 @@ from upcycle_cli.checkpoint import CARD_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.experts import Experts, find_experts
 from upcycle_cli.expr import (
-    Cast,
     Concat,
     Expr,
     Pick,
@@ -254,13 +253,13 @@ class _Grower:
             taken = {} if layer is None else self._taken(layer, names)
             for name in names:
                 if name not in taken:
-                    yield self._output(name, self._source(name), Role.COPIED, layer)
+                    yield OutputTensor.made(name, self._source(name), Role.COPIED, layer)
             if layer is not None and taken:
                 self._check(names, taken)
                 yield from self._grown(layer)
         self._check_alike(rest)
         if self.options.untie_embeddings and target.head not in source.tensors:
-            yield self._output(target.head, self._source(_EMBEDDING), Role.HEAD)
+            yield OutputTensor.made(target.head, self._source(_EMBEDDING), Role.HEAD)
 
     @property
     def _held(self) -> Layout:
@@ -328,24 +327,24 @@ class _Grower:
         prefix, held = target.prefix(layer), self._held
         made = target.layouts[self.layout]
         rows = Repeat(self._source(prefix + held.router), k)
-        yield self._output(prefix + made.router, rows, Role.ROUTER, layer)
+        yield OutputTensor.made(prefix + made.router, rows, Role.ROUTER, layer)
         bias, renamed = (target.corrects(at, experts.routing) for at in (held, made))
         if bias is not None:
             # In its own dtype whatever the rest is in: it moves by steps that others lose.
             grown = Repeat(self._stored(prefix + bias), k)
-            yield self._output(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
+            yield OutputTensor.made(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
         for weight in made.experts:
             each = [self._expert(layer, weight, e) for e in range(experts.num_experts)]
             copies = [expr for expr in each for _ in range(k)]
             if "{expert}" not in weight.name:
                 stack = Stack((*copies,))
-                yield self._output(
+                yield OutputTensor.made(
                     prefix + weight.name, stack, Role.EXPERT, layer, None, weight.holds
                 )
                 continue
             for e, expr in enumerate(copies):
                 name = prefix + weight.name.format(expert=e)
-                yield self._output(name, expr, Role.EXPERT, layer, e, weight.holds)
+                yield OutputTensor.made(name, expr, Role.EXPERT, layer, e, weight.holds)
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
         """Return one expert of the source as one of the output's weights holds it."""
@@ -359,33 +358,11 @@ class _Grower:
             whole = Pick(whole, found.row)
         if found.cut is not None and type_of(whole).shape[found.cut] != found.stop - found.start:
             whole = Slice(whole, found.cut, found.start, found.stop)
-        return self._cast(whole)
-
-    def _output(
-        self,
-        name: str,
-        expr: Expr,
-        role: Role,
-        layer: int | None = None,
-        expert: int | None = None,
-        holds: tuple[str, ...] = (),
-    ) -> OutputTensor:
-        try:
-            kind = type_of(expr)
-        except ValueError as error:
-            raise UpcycleError(
-                f"{name} would join matrices of different dtypes.",
-                "Choose one with --dtype, or write --expert-layout per-expert.",
-            ) from error
-        return OutputTensor(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
+        return self.options.cast(whole)
 
     def _stored(self, name: str) -> Source:
         entry = self.experts.moe.tensors[name]
         return Source(name, entry.dtype, entry.shape)
 
     def _source(self, name: str) -> Expr:
-        return self._cast(self._stored(name))
-
-    def _cast(self, expr: Expr) -> Expr:
-        dtype = self.options.storage_dtype
-        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)
+        return self.options.cast(self._stored(name))

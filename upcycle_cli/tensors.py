@@ -73,6 +73,26 @@ class OutputTensor(Tensor):
     holds: tuple[str, ...] = ()
     """The parts of the dense MLP that it has of an expert, or of all of them."""
 
+    @classmethod
+    def made(
+        cls,
+        name: str,
+        expr: Expr,
+        role: Role,
+        layer: int | None = None,
+        expert: int | None = None,
+        holds: tuple[str, ...] = (),
+    ) -> OutputTensor:
+        """Return the tensor that an expression makes; UpcycleError where it joins dtypes."""
+        try:
+            kind = type_of(expr)
+        except ValueError as error:
+            raise UpcycleError(
+                f"{name} would join matrices of different dtypes.",
+                "Choose one with --dtype, or write --expert-layout per-expert.",
+            ) from error
+        return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -110,6 +130,11 @@ class Options:
         """The dtype in safetensors' notation, or None to keep each tensor's own."""
         names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
         return None if self.dtype is None else names[self.dtype]
+
+    def cast(self, expr: Expr) -> Expr:
+        """Return an expression in the dtype that is wanted."""
+        dtype = self.storage_dtype
+        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +186,7 @@ def output_tensors(
             yield from maker.copied(name)
     head = family.target.head
     if options.untie_embeddings and head not in map(family.name, source.tensors):
-        yield maker.output(head, maker.source(embedding), Role.HEAD)
+        yield OutputTensor.made(head, maker.source(embedding), Role.HEAD)
 
 
 def router_stream(layer: int) -> str:
@@ -183,7 +208,7 @@ class _Maker:
 
     def source(self, name: str) -> Expr:
         """A dense tensor that is no expert's, in the output dtype."""
-        return self._cast(self._rest(name))
+        return self.options.cast(self._rest(name))
 
     def _rest(self, name: str) -> Source | Mean:
         """Return such a tensor: the source's, or the mean of all models'."""
@@ -199,28 +224,6 @@ class _Maker:
         entry = (self.checkpoint, *others)[model].tensors[name]
         return Source(tensor_of(model, name), entry.dtype, entry.shape)
 
-    def _cast(self, expr: Expr) -> Expr:
-        dtype = self.options.storage_dtype
-        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)
-
-    def output(
-        self,
-        name: str,
-        expr: Expr,
-        role: Role,
-        layer: int | None = None,
-        expert: int | None = None,
-        holds: tuple[str, ...] = (),
-    ) -> OutputTensor:
-        try:
-            kind = type_of(expr)
-        except ValueError as error:
-            raise UpcycleError(
-                f"{name} would join matrices of different dtypes.",
-                "Choose one with --dtype, or write --expert-layout per-expert.",
-            ) from error
-        return OutputTensor(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
-
     def copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
         """A tensor that stays what it is, or several that hold its rows."""
         dense, target = self.family.dense, self.family.target
@@ -229,7 +232,7 @@ class _Maker:
             pieces = self.family.pieces.get(name.removeprefix(dense.prefix(layer)), ())
         if layer is None or not pieces:
             found = self.family.name(name)
-            yield self.output(found, self.source(name), Role.COPIED, layer)
+            yield OutputTensor.made(found, self.source(name), Role.COPIED, layer)
             return
         start, stored = 0, self._rest(name)
         for piece in pieces:
@@ -239,7 +242,7 @@ class _Maker:
             if piece.halves:
                 expr = Halves(expr, dense.size("head_dim"), dense.rotary_dim)
             found = target.prefix(layer) + piece.name
-            yield self.output(found, self._cast(expr), Role.COPIED, layer)
+            yield OutputTensor.made(found, self.options.cast(expr), Role.COPIED, layer)
             start = stop
 
     def zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
@@ -249,18 +252,20 @@ class _Maker:
             if f"{prefix}{linear}.bias" not in names:
                 weight = type_of(self.source(f"{prefix}{linear}.weight"))
                 bias = Zeros(weight.dtype, weight.shape[:1])
-                yield self.output(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
+                yield OutputTensor.made(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
 
     def experts(self, layer: int, mlp: Sequence[Weight]) -> Iterator[OutputTensor]:
         """Everything that a dense MLP becomes: router, experts, and what goes with them."""
         target, recipe = self.family.target, self.recipe
         layout = target.layouts[target.layout(self.options.expert_layout)]
         prefix = target.prefix(layer)
-        yield self.output(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
+        yield OutputTensor.made(
+            prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer
+        )
         name = target.corrects(layout, str(recipe.routing))
         if target.correction_bias is not None and name is not None:
             bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
-            yield self.output(prefix + name, bias, Role.CORRECTION_BIAS, layer)
+            yield OutputTensor.made(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
         groups = [*zip(self._models(), self._orders(layer), strict=True)]
         experts, routed = [], range(recipe.shared_experts, recipe.granularity)
@@ -278,9 +283,9 @@ class _Maker:
                     weight.name.format(expert=e),
                     Stack((*exprs,)) if e is None else exprs[e],
                 )
-                yield self.output(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
+                yield OutputTensor.made(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         for name, expr in shared_expert(self, layer, mlp, layout, groups[0]):
-            yield self.output(prefix + name, expr, Role.SHARED_EXPERT, layer)
+            yield OutputTensor.made(prefix + name, expr, Role.SHARED_EXPERT, layer)
 
     def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
         expr: Expr
@@ -376,9 +381,9 @@ class _Maker:
             # Taking before casting, as slicing does, touches only the bytes that are needed.
             before = dense.intermediate_size - order.size
             start, stop = (place - before for place in shard)
-            return self._cast(
+            return self.options.cast(
                 Take(stored, found.cut, order, start, stop, offset=found.start - start)
             )
         if found.cut is None or stored.shape[found.cut] == found.stop - found.start:
-            return self._cast(stored)
-        return self._cast(Slice(stored, found.cut, found.start, found.stop))
+            return self.options.cast(stored)
+        return self.options.cast(Slice(stored, found.cut, found.start, found.stop))

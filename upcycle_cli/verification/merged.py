@@ -51,10 +51,6 @@ class MeanReader:
             total += each.tensor(name).float()
         return total.div_(len(self.readers))
 
-    def mapped(self, name: str) -> memoryview:
-        """Fail: no file has a mean."""
-        raise NotImplementedError(name)
-
 
 @contextmanager
 def rest_reader(facts: Facts) -> Iterator[Reader | MeanReader]:

@@ -159,6 +159,7 @@ class Scan:
         entry = checkpoint.tensors[name]
         key = dense, entry.shard
         if key not in self._files:
+            assert isinstance(reader, Reader)  # a mean is in no file
             start = torch.frombuffer(reader.mapped(name), dtype=torch.uint8).data_ptr()
             self._files[key] = _File(start - entry.offset, _layout(checkpoint, entry.shard))
         return self._files[key]
