@@ -176,7 +176,7 @@ def test_nothing_that_a_model_started_is_left() -> None:
 
 
 def test_the_reason_is_the_last_line_that_names_an_error() -> None:
-    said = "KeyError: 'a'\nValueError: no file: /x/moe/config.json\nDone.\n"
+    said = "KeyError: 'a'\nValueError: no file: /scratch/upcycle-x/moe/config.json\nDone.\n"
     assert reason(said) == "ValueError: no file"
     assert reason("one\n\ntwo\n") == "two"
 
