@@ -109,6 +109,7 @@ def test_a_claim_is_decided_by_the_interval_of_three_seeds() -> None:
     assert verdict_of_all(["yes", "not decided"]) == "agrees in part"
     assert verdict_of_all(["no", "yes"]) == "mixed"
     assert verdict_of_all(["yes", "a hint"]) == "a hint"
+    assert verdict_of_all(["no", "not run", "a hint"]) == "not run"
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

@@ -56,64 +56,84 @@ class Arm:
         return asdict(self)
 
 
-def _of(recipe: str, more: str, **row: Any) -> Arm:  # noqa: ANN401 - an Arm's fields
-    return Arm(name=f"{recipe}, {more}", recipe=recipe, **row)
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What is changed of an arm, at each size or at some."""
 
+    name: str
+    at: tuple[str, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the Arm."""
+
+
+SIZES = ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
+GROUPED = SIZES[1:]
 
 _NEARLY_UNIFORM = {"routing": "softmax-topk"}
 _SOFTMAX = {**_NEARLY_UNIFORM, "router_logit_std": 1.0}
-_PAPER = {**_SOFTMAX, "scaling": "paper"}
 # Without a sibling of qwen3 that has a sigmoid and no shared expert: the code that is shipped.
-_SIGMOID: Mapping[str, Any] = {"convert": {"routing": "sigmoid-topk"}, "target": "upcycled"}
+_SIGMOID = {"convert": {"routing": "sigmoid-topk"}, "target": "upcycled"}
+
+
+def _way(name: str, at: tuple[str, ...] = SIZES, /, **convert: Any) -> Way:  # noqa: ANN401
+    return Way(name=name, at=at, changes={"convert": convert})
+
+
+def _fitted(name: str, at: tuple[str, ...] = SIZES, /, **convert: Any) -> Way:  # noqa: ANN401
+    return Way(name=name, at=at, changes={"convert": convert, "calibrated": True})
+
+
+_WAYS = (
+    _way("softmax-topk τ=0.001", **_NEARLY_UNIFORM),
+    _way("softmax-topk τ=1", **_SOFTMAX),
+    _way("softmax-topk τ=1 paper", **_SOFTMAX, scaling="paper"),
+    _way("softmax-topk τ=1 none", **_SOFTMAX, scaling="none"),
+    _fitted("softmax-topk τ=1 measured", **_SOFTMAX, scaling="measured"),
+    Way(name="sigmoid-topk", at=SIZES, changes=_SIGMOID),
+    _way("τ=0.1", router_logit_std=0.1),
+    _fitted("balanced", router_init="balanced"),
+    _fitted("centroids", router_init="centroids"),
+    Way(name="no aux loss", at=SIZES, changes={"balancing": 0.0}),
+    Way(name="aux loss pooled", at=SIZES, changes={"pooled": True}),
+    Way(name="learning rate not reset", at=SIZES, changes={"reset": False}),
+    *(
+        _way(f"{way} {size:g}", **{way: size})
+        for way, sizes in {"noise": (0.01, 0.1), "reinit": (0.25, 0.5)}.items()
+        for size in sizes
+    ),
+    Way(name="tied", at=GROUPED, changes={"tied": True}),
+    Way(
+        name="softmax-topk τ=0.001 tied",
+        at=GROUPED,
+        changes={"convert": _NEARLY_UNIFORM, "tied": True},
+    ),
+    _way("paper", GROUPED, scaling="paper"),
+    _way("none", GROUPED, scaling="none"),
+    _way("no virtual groups", GROUPED, virtual_groups=False),
+    _way("shuffled", GROUPED, neuron_order="shuffled"),
+    _fitted("clustered", GROUPED, neuron_order="clustered"),
+)
+SHARED = {"E4G4T8": "E4G4T6", "E8G8T8": "E8G8T7", "E8G8T16": "E8G8T14"}
+"""The size at which one shard of each group is shared, and as many groups are chosen."""
 
 _ROWS = (
     Arm(name=DENSE),
     Arm(name="dense, learning rate not reset", reset=False),
     Arm(name=DENSE_LONGER, flops_of="E8G1T2"),
-    Arm(name="E8G1T2", recipe="E8G1T2"),
-    _of("E8G1T2", "softmax-topk τ=0.001", convert=_NEARLY_UNIFORM),
-    _of("E8G1T2", "softmax-topk τ=1", convert=_SOFTMAX),
-    _of("E8G1T2", "softmax-topk τ=1 paper", convert=_PAPER),
-    _of(
-        "E8G1T2",
-        "softmax-topk τ=1 measured",
-        convert={**_SOFTMAX, "scaling": "measured"},
-        calibrated=True,
-    ),
-    _of("E8G1T2", "sigmoid-topk", **_SIGMOID),
-    _of("E8G1T2", "τ=0.1", convert={"router_logit_std": 0.1}),
-    _of("E8G1T2", "balanced", convert={"router_init": "balanced"}, calibrated=True),
-    _of("E8G1T2", "centroids", convert={"router_init": "centroids"}, calibrated=True),
-    _of("E8G1T2", "no aux loss", balancing=0.0),
-    _of("E8G1T2", "aux loss pooled", pooled=True),
-    _of("E8G1T2", "learning rate not reset", reset=False),
+    *(Arm(name=size, recipe=size) for size in SIZES),
     *(
-        _of("E8G1T2", f"{way} {size:g}", convert={way: size})
-        for way, sizes in {"noise": (0.01, 0.1), "reinit": (0.25, 0.5)}.items()
-        for size in sizes
+        Arm(name=f"{size}, {way.name}", recipe=size, **way.changes)
+        for way in _WAYS
+        for size in way.at
     ),
-    Arm(name="E4G4T8", recipe="E4G4T8"),
-    _of("E4G4T8", "tied", tied=True),
-    _of("E4G4T8", "softmax-topk τ=0.001", convert=_NEARLY_UNIFORM),
-    _of("E4G4T8", "softmax-topk τ=0.001 tied", convert=_NEARLY_UNIFORM, tied=True),
-    _of("E4G4T8", "softmax-topk τ=1", convert=_SOFTMAX),
-    _of("E4G4T8", "softmax-topk τ=1 paper", convert=_PAPER),
-    _of("E4G4T8", "softmax-topk τ=1 none", convert={**_SOFTMAX, "scaling": "none"}),
-    _of("E4G4T8", "sigmoid-topk", **_SIGMOID),
-    _of(
-        "E4G4T6",
-        "sigmoid-topk 1 shared",
-        convert={"routing": "sigmoid-topk", "shared_experts": 1},
-        target="glm4_moe",
+    *(
+        Arm(
+            name=f"{size}, sigmoid-topk 1 shared",
+            recipe=size,
+            convert={"routing": "sigmoid-topk", "shared_experts": 1},
+            target="glm4_moe",
+        )
+        for size in SHARED.values()
     ),
-    _of("E4G4T8", "paper", convert={"scaling": "paper"}),
-    _of("E4G4T8", "none", convert={"scaling": "none"}),
-    _of("E4G4T8", "no virtual groups", convert={"virtual_groups": False}),
-    _of("E4G4T8", "shuffled", convert={"neuron_order": "shuffled"}),
-    _of("E4G4T8", "clustered", convert={"neuron_order": "clustered"}, calibrated=True),
-    Arm(name="E8G8T8", recipe="E8G8T8"),
-    _of("E8G8T8", "softmax-topk τ=1 paper", convert=_PAPER),
-    Arm(name="E8G8T16", recipe="E8G8T16"),
-    _of("E8G8T16", "softmax-topk τ=1 paper", convert=_PAPER),
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ROWS}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.arms import DENSE, DENSE_LONGER
+from training.arms import DENSE, DENSE_LONGER, GROUPED, SHARED, SIZES
 
 ENOUGH = 3
 """The seeds below which whatever is found is a hint."""
@@ -43,69 +43,72 @@ def _all(*pairs: tuple[str, str], measure: str = "loss") -> tuple[Comparison, ..
     return tuple(Comparison(first, second, measure) for first, second in pairs)
 
 
+def _each(first: str, second: str, sizes: Sequence[str] = SIZES) -> tuple[Comparison, ...]:
+    """Return a comparison at each size; the names of the arms are what is said after that of it."""
+    return _all(*((_arm(size, first), _arm(size, second)) for size in sizes))
+
+
+def _arm(size: str, way: str) -> str:
+    return f"{size}, {way}" if way else size
+
+
 PAPER = (
     Claim(
-        "upcycled beats continued dense, at equal tokens",
-        _all(*((recipe, DENSE) for recipe in ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16"))),
+        "upcycled beats continued dense, at equal tokens", _all(*((size, DENSE) for size in SIZES))
     ),
     Claim("upcycled beats continued dense, at equal FLOPs", _all(("E8G1T2", DENSE_LONGER))),
     Claim(
         "weight scaling helps",
-        _all(
-            ("E4G4T8, softmax-topk τ=1 paper", "E4G4T8, softmax-topk τ=1 none"),
-            ("E4G4T8, paper", "E4G4T8, none"),
+        (
+            *_each("softmax-topk τ=1 paper", "softmax-topk τ=1 none"),
+            *_each("paper", "none", GROUPED),
         ),
     ),
-    Claim(
-        "softmax-then-topk beats topk-then-softmax",
-        _all(
-            *(
-                (f"{recipe}, softmax-topk τ=1 paper", recipe)
-                for recipe in ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
-            )
-        ),
-    ),
+    Claim("softmax-then-topk beats topk-then-softmax", _each("softmax-topk τ=1 paper", "")),
     Claim("finer experts are better, as many parameters being active", _all(("E8G8T16", "E8G1T2"))),
     Claim("a higher T is better, and costs more", _all(("E8G8T16", "E8G8T8"))),
-    Claim("virtual groups help", _all(("E4G4T8", "E4G4T8, no virtual groups"))),
-    Claim("an aux loss helps", _all(("E8G1T2", "E8G1T2, no aux loss"))),
+    Claim("virtual groups help", _each("", "no virtual groups", GROUPED)),
+    Claim("an aux loss helps", _each("", "no aux loss")),
     Claim(
         "without an aux loss the load is uneven, and experts die",
-        (
-            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="idle_experts"),
-            *_all(("E8G1T2", "E8G1T2, no aux loss"), measure="load_cv"),
+        tuple(
+            Comparison(each.first, each.second, measure)
+            for measure in ("idle_experts", "load_cv")
+            for each in _each("", "no aux loss")
         ),
     ),
     Claim(
         "the learning rate is to be reset to its peak",
-        _all(
-            ("E8G1T2", "E8G1T2, learning rate not reset"),
-            (DENSE, "dense, learning rate not reset"),
-        ),
+        (*_each("", "learning rate not reset"), *_all((DENSE, "dense, learning rate not reset"))),
     ),
 )
-CHOICES = _all(
-    ("E8G1T2, softmax-topk τ=1", "E8G1T2, softmax-topk τ=0.001"),
-    ("E8G1T2", "E8G1T2, softmax-topk τ=1"),
-    ("E8G1T2", "E8G1T2, softmax-topk τ=0.001"),
-    ("E8G1T2, softmax-topk τ=1 measured", "E8G1T2, softmax-topk τ=1"),
-    ("E8G1T2", "E8G1T2, sigmoid-topk"),
-    ("E8G1T2", "E8G1T2, τ=0.1"),
-    ("E8G1T2, balanced", "E8G1T2"),
-    ("E8G1T2, centroids", "E8G1T2"),
-    ("E8G1T2, centroids", "E8G1T2, balanced"),
-    ("E8G1T2", "E8G1T2, aux loss pooled"),
-    *((f"E8G1T2, {way}", "E8G1T2") for way in ("noise 0.01", "noise 0.1")),
-    *((f"E8G1T2, {way}", "E8G1T2") for way in ("reinit 0.25", "reinit 0.5")),
-    ("E4G4T8", "E4G4T8, paper"),
-    ("E4G4T8, softmax-topk τ=1", "E4G4T8, softmax-topk τ=1 paper"),
-    ("E4G4T8, tied", "E4G4T8"),
-    ("E4G4T8, softmax-topk τ=0.001 tied", "E4G4T8, softmax-topk τ=0.001"),
-    ("E4G4T8", "E4G4T8, softmax-topk τ=0.001"),
-    ("E4G4T8", "E4G4T8, sigmoid-topk"),
-    ("E4G4T6, sigmoid-topk 1 shared", "E4G4T8, sigmoid-topk"),
-    ("E4G4T8, shuffled", "E4G4T8"),
-    ("E4G4T8, clustered", "E4G4T8"),
+CHOICES = (
+    *_each("softmax-topk τ=1", "softmax-topk τ=0.001"),
+    *_each("", "softmax-topk τ=1"),
+    *_each("", "softmax-topk τ=0.001"),
+    *_each("softmax-topk τ=1 measured", "softmax-topk τ=1"),
+    *_each("softmax-topk τ=1", "softmax-topk τ=1 paper"),
+    *_each("", "sigmoid-topk"),
+    *_each("", "τ=0.1"),
+    *_each("balanced", ""),
+    *_each("centroids", ""),
+    *_each("centroids", "balanced"),
+    *_each("", "aux loss pooled"),
+    *_each("noise 0.01", ""),
+    *_each("noise 0.1", ""),
+    *_each("reinit 0.25", ""),
+    *_each("reinit 0.5", ""),
+    *_each("", "paper", GROUPED),
+    *_each("tied", "", GROUPED),
+    *_each("softmax-topk τ=0.001 tied", "softmax-topk τ=0.001", GROUPED),
+    *_each("shuffled", "", GROUPED),
+    *_each("clustered", "", GROUPED),
+    *_all(
+        *(
+            (f"{shared}, sigmoid-topk 1 shared", f"{size}, sigmoid-topk")
+            for size, shared in SHARED.items()
+        )
+    ),
 )
 
 
@@ -175,8 +178,9 @@ def verdict_of_all(verdicts: Sequence[Verdict]) -> str:
     kinds = {*verdicts}
     if len(kinds) == 1:
         return {"yes": "agrees", "no": "disagrees"}.get(verdicts[0], verdicts[0])
-    if "a hint" in kinds:
-        return "a hint"
+    for short in ("not run", "a hint"):
+        if short in kinds:
+            return short
     if kinds <= {"yes", "not decided"}:
         return "agrees in part"
     if kinds <= {"no", "not decided"}:
