@@ -13,7 +13,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from training.arms import DENSE, DENSE_LONGER
+from training.arms import DENSE, DENSE_LONGER, SHARED, SIZES
 from training.claims import (
     CHOICES,
     ENOUGH,
@@ -22,7 +22,6 @@ from training.claims import (
     Runs,
     Spread,
     difference,
-    verdict,
 )
 
 _STYLE: Mapping[str, Any] = {
@@ -47,8 +46,9 @@ _LINES = (
 )
 """Okabe and Ito's colours, which can be told apart by whoever sees few, and markers."""
 
-_DECIDED = {"yes": "#0072b2", "no": "#d55e00"}
-_SIZES = (DENSE, DENSE_LONGER, "E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
+_SIZES = (DENSE, *SIZES)
+_CURVES = (DENSE, DENSE_LONGER, *SIZES)
+_NOT_SHARED = {shared: size for size, shared in SHARED.items()}
 _BALANCE = (
     "E8G1T2",
     "E8G1T2, no aux loss",
@@ -70,9 +70,9 @@ def draw(runs: Runs, folder: Path) -> None:
     """Write every figure to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with _figure(folder / "tokens.svg", "million tokens", "held-out loss, nats") as axes:
-        _lines(axes, runs, _SIZES, lambda point: point["tokens"] / 1e6, "loss")
+        _lines(axes, runs, _CURVES, lambda point: point["tokens"] / 1e6, "loss")
     with _figure(folder / "flops.svg", "TFLOP of training", "held-out loss, nats") as axes:
-        _lines(axes, runs, _SIZES, lambda point: point["flops"] / 1e12, "loss")
+        _lines(axes, runs, _CURVES, lambda point: point["flops"] / 1e12, "loss")
     with _figure(folder / "load.svg", "million tokens", "CV of experts' load") as axes:
         _lines(axes, runs, _BALANCE, lambda point: point["tokens"] / 1e6, "load_cv")
     with _figure(folder / "apart.svg", "million tokens", "cosine distance of groups") as axes:
@@ -89,8 +89,13 @@ def _figure(
         yield axes
         axes.set_xlabel(across)
         axes.set_ylabel(up)
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+        by_label = {
+            label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if by_label:
+            figure.legend(
+                by_label.values(), by_label, loc="outside upper left", ncols=3, fontsize=8
+            )
         figure.savefig(path, format="svg", metadata={"Date": None})
         plt.close(figure)
 
@@ -120,23 +125,53 @@ def _lines(
 
 
 def _intervals(runs: Runs, path: Path) -> None:
-    """Draw each difference of losses with its 95 % interval."""
+    """Draw each difference of losses with its 95 % interval, those of one question together."""
     asked = [c for claim in PAPER for c in claim.comparisons if c.measure == "loss"]
-    found = [(each, difference(runs, each)) for each in (*asked, *CHOICES)]
-    drawn: list[tuple[Comparison, Spread]] = [(c, s) for c, s in found if s is not None]
-    height = 0.8 + 0.24 * len(drawn)
+    questions: dict[str, list[tuple[str, Spread]]] = {}
+    for each in (*asked, *CHOICES):
+        spread = difference(runs, each)
+        if spread is not None:
+            questions.setdefault(_question(each), []).append((_size(each.first), spread))
     label = "how much lower the first ends, nats (95 % interval over seeds)"
-    with _figure(path, label, "", (8.6, height)) as axes:
-        for place, (_, spread) in enumerate(reversed(drawn)):
-            color = _DECIDED.get(verdict(spread), "#777777")
-            enough = len(spread.values) >= ENOUGH
-            margin = spread.margin if enough else 0.0
-            face = color if enough else "white"  # a hint is hollow
-            axes.errorbar(
-                spread.mean, place, xerr=margin, color=color, marker="o", mfc=face, capsize=2
-            )
+    with _figure(path, label, "", (8.6, 1.2 + 0.34 * len(questions))) as axes:
+        for place, found in enumerate(reversed(questions.values())):
+            for number, (size, spread) in enumerate(found):
+                enough = len(spread.values) >= ENOUGH
+                color, marker, _ = _LINES[_SIZES.index(size)]
+                axes.errorbar(
+                    spread.mean,
+                    place + 0.18 * ((len(found) - 1) / 2 - number),
+                    xerr=spread.margin if enough else 0.0,
+                    color=color,
+                    marker=marker,
+                    mfc=color if enough else "white",  # a hint is hollow
+                    markersize=3,
+                    linewidth=0.9,
+                    capsize=1.5,
+                    label=size,
+                )
         # Experts that are not scaled lose a hundred times as much as most choices differ by.
         axes.set_xscale("symlog", linthresh=0.02)
         axes.axvline(0, color="#222222", linewidth=0.8)
-        names = [f"{each.first}  |  {each.second}" for each, _ in reversed(drawn)]
-        axes.set_yticks(range(len(drawn)), names, fontsize=7)
+        axes.set_yticks(range(len(questions)), reversed(questions), fontsize=7)
+        axes.set_ylim(-0.6, len(questions) - 0.4)
+
+
+def _question(asked: Comparison) -> str:
+    """Return the two arms' names, without their size where they have one in common."""
+    arms = (asked.first, asked.second)
+    sizes = {_size(arm) for arm in arms}
+    return "  |  ".join(_way(arm, sizes) for arm in arms)
+
+
+def _size(arm: str) -> str:
+    """Return the size that an arm belongs to: E4G4T8 of one with a shared expert, too."""
+    recipe = arm.partition(", ")[0]
+    return _NOT_SHARED.get(recipe, recipe)
+
+
+def _way(arm: str, sizes: set[str]) -> str:
+    recipe, _, way = arm.partition(", ")
+    if recipe == DENSE or len(sizes - {DENSE}) > 1:
+        return arm
+    return way or "by default"
