@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import (
     REMOVED,
+    SPECIAL,
     TINY,
     MakeDense,
     RunCli,
@@ -40,7 +41,7 @@ from upcycle_cli.verification.prompts import make_prompt
 from upcycle_cli.verification.running import dense_model
 from upcycle_cli.verification.sizes import gather_facts
 
-IMAGE = 250
+IMAGE, SOUND = 250, 252
 _TEXT: Mapping[str, Any] = {
     **TINY,
     "bos_token_id": 0,
@@ -84,6 +85,31 @@ AROUND: Mapping[str, dict[str, Any]] = {
         "eoi_token_index": 252,
         "mm_tokens_per_image": 4,
     },
+    "gemma4": {
+        "vision_config": {
+            **_SEES,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "use_clipped_linears": True,
+            "standardize": True,
+        },
+        "audio_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": 24,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 251,
+        "audio_token_id": SOUND,
+        "boi_token_id": 253,
+        "eoi_token_id": 254,
+        "boa_token_id": 255,
+        "eoa_token_index": 256,
+    },
     "llava": {
         "vision_config": {**_SEES, "model_type": "clip_vision_model"},
         "image_token_index": IMAGE,
@@ -109,6 +135,7 @@ AROUND: Mapping[str, dict[str, Any]] = {
 # What text models need said beside their sizes.
 TEXTS: Mapping[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "gemma4_text": {**SPECIAL["gemma4_text"], "sliding_window": 8, "pad_token_id": 0},
     "mistral": {"sliding_window": 8},
     "ministral3": {"max_position_embeddings": 1 << 18},
     "qwen2_5_vl_text": {"rope_parameters": _ROPE},
@@ -244,6 +271,10 @@ def picture_and_text(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
     if "image_grid_thw" in known:
         pixels, grid = torch.randn(16, 96, generator=generator), torch.tensor([[1, 4, 4]])
         inputs = {"pixel_values": pixels, "image_grid_thw": grid}
+    elif "image_position_ids" in known:
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        pixels = torch.randn(1, 16, 48, generator=generator)
+        inputs = {"pixel_values": pixels, "image_position_ids": places}
     else:
         inputs = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
         if vision.model_type == "pixtral":
@@ -282,6 +313,30 @@ def test_a_picture_and_a_text_give_what_they_gave(make_moe: MakeMoe, row: Row) -
     assert difference(logits(after, inputs), wanted) < SAME
     how = {**inputs, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(after.generate(**how), before.generate(**how))
+    assert failures(dense, moe) == []
+
+
+GEMMA4: Row = ("gemma4", "gemma4_text", SHIPPED)
+
+
+def test_a_sound_and_a_text_give_what_they_gave(make_moe: MakeMoe) -> None:
+    before, after = map(load, make_moe(GEMMA4))
+    generator = torch.Generator().manual_seed(6)
+    words = torch.randint(2, IMAGE, (1, 14), generator=generator)
+    ids = torch.cat([words[:, :4], torch.full((1, 2), SOUND), words[:, 4:]], dim=1)
+    heard = torch.randn(1, 8, 8, generator=generator)  # 8 moments, of which 4 make a token
+    inputs = {"input_ids": ids, "input_features": heard}
+    inputs["input_features_mask"] = torch.ones(1, 8, dtype=torch.bool)
+    wanted = logits(before, inputs)
+    assert difference(logits(before, {**inputs, "input_features": -heard}), wanted) > 1e-2
+    assert difference(logits(after, inputs), wanted) < SAME
+
+
+def test_it_can_be_around_a_text_model_alone(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
+    dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
+    moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output
+    inputs = {"input_ids": torch.arange(2, 40)[None]}
+    assert difference(logits(load(moe), inputs), logits(load(dense), inputs)) < SAME
     assert failures(dense, moe) == []
 
 
@@ -417,6 +472,14 @@ DAMAGED: tuple[tuple[Row, str], ...] = (
             "model.language_model.layers.1.self_attn.q_proj.weight",
             "model.language_model.layers.1.mlp.gate.weight",
             "model.language_model.layers.1.mlp.expert_mlps.down_proj",
+        )
+    ),
+    *(
+        (GEMMA4, name)
+        for name in (
+            "model.audio_tower.layers.0.self_attn.q_proj.input_max",
+            "model.embed_audio.embedding_projection.weight",
+            "model.language_model.layers.3.layer_scalar",
         )
     ),
     *(

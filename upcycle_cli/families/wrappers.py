@@ -22,8 +22,6 @@ from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import ExpertLayout, Routing
 
-PARTS = ("text_config", "vision_config")
-"""The keys under which a wrapper's config has the configs of its models."""
 _ROOT = IN_MEMORY.partition("layers.")[0]
 
 
@@ -65,6 +63,8 @@ class Wrapper:
     """Whether its config may have the text model's settings among its own."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of released names with what they are in memory."""
+    parts: tuple[str, ...] = ("text_config", "vision_config")
+    """The keys under which its config has the configs of its models."""
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -211,6 +211,14 @@ _ROWS: Sequence[Wrapper] = (
         released=LOADED,
         natives={"qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")},
     ),
+    Wrapper(
+        model_type="gemma4",
+        texts={"gemma4_text": DENSE["gemma4_text"]},
+        classes=("Gemma4Config", "Gemma4Model", "Gemma4ForConditionalGeneration"),
+        released=LOADED,
+        tied=True,
+        parts=("text_config", "vision_config", "audio_config"),
+    ),
 )
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in _ROWS}
 _BY_TYPE = {name: row for row in _ROWS for name in row.types}
@@ -262,9 +270,9 @@ def with_inner(
     text["tie_word_embeddings"] = tied if wrapper.ties_by_text or not tied else said
     if text["tie_word_embeddings"] is None:
         del text["tie_word_embeddings"]
-    if native is not None and "model_type" in result["vision_config"]:
+    vision = result.get("vision_config")
+    if native is not None and vision and "model_type" in vision:
         # Where the types differ, each has a vision tower by a name of its own.
-        vision = result["vision_config"]
         vision["model_type"] = vision["model_type"].replace(config["model_type"], native)
     return result | {"text_config": text}
 
@@ -276,8 +284,9 @@ def _flat_keys(wrapper: Wrapper) -> set[str]:
 
 def parts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys under which a config has the configs of the models that it wraps."""
-    if wrapper_of(config) is not None:
-        yield from (key for key in PARTS if isinstance(config.get(key), Mapping))
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        yield from (key for key in wrapper.parts if isinstance(config.get(key), Mapping))
 
 
 def wrapped_family(config: Mapping[str, Any], names: Collection[str]) -> DenseFamily:

@@ -25,6 +25,8 @@ _BEFORE, _AFTER = 4, 12
 """Tokens of text; those after the picture are compared, and the last of the picture."""
 _SIDE = 2
 """Of a picture of any size, how many of its merged patches make up a side."""
+_CHANNELS = 3
+"""Of pictures where no config says it."""
 
 
 def picture_metrics(facts: Facts, dense: Reader, moe: Reader) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def picture_metrics(facts: Facts, dense: Reader, moe: Reader) -> dict[str, Any]:
     if facts.family.inside is None:
         return {}
     published = dense_model(facts, dense, rounded=rounds(facts))
+    if published.config.vision_config is None:
+        return {}
     try:
         with transformers_says(), torch.no_grad():
             inputs = _inputs(published)
@@ -83,7 +87,13 @@ def _inputs(model: Model) -> dict[str, torch.Tensor]:
 def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Draw a picture in the form in which the model takes it: patches, or pixels of one size."""
     base, vision = model.base_model, model.config.vision_config
-    if "image_grid_thw" in signature(type(base).forward).parameters:
+    known = signature(type(base).forward).parameters
+    if "image_position_ids" in known:
+        side = _SIDE * vision.pooling_kernel_size
+        patches = torch.rand(1, side**2, _CHANNELS * vision.patch_size**2, generator=generator)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None]
+        return {"pixel_values": patches, "image_position_ids": places}
+    if "image_grid_thw" in known:
         side = _SIDE * vision.spatial_merge_size
         size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.randn(side**2, size, generator=generator)
