@@ -340,6 +340,22 @@ def test_it_can_be_around_a_text_model_alone(make_wrapper: MakeWrapper, tmp_path
     assert failures(dense, moe) == []
 
 
+def test_keys_and_values_that_no_layer_reads_are_left_out(
+    make_wrapper: MakeWrapper, tmp_path: Path
+) -> None:
+    """Layers that take those of earlier ones may have their own all the same, as trained."""
+    dense = clone(make_wrapper(*GEMMA4[:2]), tmp_path / "dense")
+    tensors, prefix = read_tensors(dense), "model.language_model.layers"
+    names = [f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+    added = {f"{prefix}.2.{name}": tensors[f"{prefix}.0.{name}"].clone() for name in names}
+    assert not added.keys() & tensors.keys()
+    save_file(tensors | added, dense / "model.safetensors", metadata={"format": "pt"})
+    plan = build_plan(recipe(GEMMA4), open_checkpoint(dense), target=SHIPPED)
+    assert plan.dropped.keys() == added.keys()
+    moe = convert(dense, tmp_path / "kept", recipe(GEMMA4), target=SHIPPED).output
+    assert failures(dense, moe) == []
+
+
 def renamed(source: Path, target: Path, *changes: tuple[str, str], **config: Any) -> Path:  # noqa: ANN401
     """A copy of a checkpoint with other beginnings of names."""
     tensors = {}

@@ -17,7 +17,7 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
-        if why := unread(name):
+        if why := unread(name, dense.family, dense.values):
             dropped[name] = why
         elif entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(

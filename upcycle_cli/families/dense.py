@@ -35,9 +35,21 @@ _UNREAD: Sequence[tuple[re.Pattern[str], str]] = (
 )
 
 
-def unread(name: str) -> str | None:
-    """Return why no model of transformers reads a tensor of a checkpoint, None if one does."""
-    return next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
+_KEYS_OR_VALUES = re.compile(r"(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
+
+
+def unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str | None:
+    """Return why no model of transformers reads a tensor of a checkpoint, None if one does.
+
+    `values` are settings, those that are absent from a config among them.
+    """
+    found = next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
+    before, _ = family.layer.split("{layer}")
+    own = _KEYS_OR_VALUES.fullmatch(name.removeprefix(before)) if name.startswith(before) else None
+    layers, sharing = (values.get(key) for key in ("num_hidden_layers", "num_kv_shared_layers"))
+    if own and type(layers) is int and type(sharing) is int and int(own[1]) >= layers - sharing:
+        return "its layer takes the keys and values of an earlier one (num_kv_shared_layers)"
+    return found
 
 
 Windows = tuple[int | None, ...]

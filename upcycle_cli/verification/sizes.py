@@ -41,7 +41,11 @@ def _reading_config() -> Iterator[None]:
 
 def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
     """Return the tensors of a dense checkpoint but those that no model reads."""
-    return {name: entry for name, entry in dense.tensors.items() if not unread(name)}
+    family = dense_family(dense.config, dense.tensors)
+    values = {**defaults_of(family.model_type), **inner(dense.config)}
+    return {
+        name: entry for name, entry in dense.tensors.items() if not unread(name, family, values)
+    }
 
 
 def gather_facts(
