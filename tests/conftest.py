@@ -21,6 +21,8 @@ from hypothesis import settings
 
 from upcycle_cli.recipe import ExpertLayout
 
+pytest_plugins = ("refusals", "verified")
+
 # Before the first import of transformers: nothing here may look for a network, nor draw bars.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

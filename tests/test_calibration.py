@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeDense, clone, contents, read_json, read_tensors, write_json
+from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from test_bad_input import assert_refused, invoke
 from test_wrappers import ROWS, save_wrapper, targets
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify

@@ -1,6 +1,6 @@
 """Reading a checkpoint: headers, values on demand, and proof that nothing changed meanwhile.
 
-What a damaged file is answered is in test_bad_input.py.
+What a damaged file is answered is in test_bad_weights.py.
 """
 
 from __future__ import annotations

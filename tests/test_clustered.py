@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeDense, contents, logits, random_ids, read_json, read_tensors, write_json
+from refusals import invoke
 from safetensors.torch import save_file
-from test_bad_input import invoke
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.calibration import passing

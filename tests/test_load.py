@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeDense, clone, read_tensors, validate_json
+from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from test_bad_input import assert_refused, invoke
 from test_report import parsed
 from test_saved_again import saved
 

@@ -1,0 +1,62 @@
+"""Configs of dense models, and of what becomes of them, by transformers and by upcycle_cli."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from upcycle_cli.families import choose, dense_family
+from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families.translate import moe_config
+from upcycle_cli.recipe import Recipe
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+SIZES = {
+    "vocab_size": 11,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - transformers is untyped
+    from transformers import CONFIG_MAPPING
+
+    # transformers writes into the rope settings that it is given.
+    return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+
+
+def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of transformers' own model, without those that are only another's alias."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = transformers_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if theirs.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def dense_model(config: Mapping[str, Any]) -> DenseModel:
+    return read_dense(dense_family(config), config)
+
+
+def converted(
+    config: Mapping[str, Any],
+    target: str,
+    recipe: Recipe,
+    **settings: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    family = choose(config, target, recipe.routing, layers=recipe.layers)
+    row = family.target
+    options = {"untie_embeddings": False, "dtype": None} | settings
+    resolved = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
+    return moe_config(config, family.dense, row, resolved, family.layers, **options)

@@ -1,0 +1,75 @@
+"""Bad input: one clear message, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import snapshot
+from typer.testing import CliRunner, Result
+
+from upcycle_cli.cli import app
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, *words: str) -> str:
+    """One message of the tool's own with all of `words` in it, and no traceback."""
+    # Anything but SystemExit is an exception that a shell would show as a traceback.
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("error: ") == 1
+    assert "\x1b" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    return result.stderr
+
+
+def save_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+
+
+class Refuses:
+    """Converts, and checks that this is refused and leaves no trace on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(
+        self,
+        source: Path,
+        *words: str,
+        arguments: tuple[str | Path, ...] = ("--recipe", "E2G2T2"),
+        output: Path | None = None,
+    ) -> str:
+        before = snapshot(self.directory)
+        tree = sorted(self.directory.rglob("*"))
+        source_before = snapshot(source) if os.path.isdir(source) else {}  # noqa: PTH112 - a name may be too long
+        result = invoke("convert", source, output or self.directory / "moe", *arguments)
+        message = assert_refused(result, *words)
+        assert snapshot(self.directory) == before
+        assert sorted(self.directory.rglob("*")) == tree
+        assert not source_before or snapshot(source) == source_before
+        return message
+
+
+@pytest.fixture
+def refuses(tmp_path: Path) -> Refuses:
+    return Refuses(tmp_path)

@@ -1,0 +1,185 @@
+"""Small conversions to verify, ways to damage them, and what a report must say.
+
+Both this and refusals.py are plugins in conftest.py, for their fixtures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from upcycle_cli import Options, Recipe, convert, open_checkpoint
+from upcycle_cli.hooks import Watch
+from upcycle_cli.recipe import Routing
+from upcycle_cli.verification import CheckResult, Report, Status
+
+Tensors = dict[str, torch.Tensor]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 600,
+    "initializer_range": 0.3,  # large enough for damage to show in the logits
+}
+MIXTRAL_EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
+EXPERT = MIXTRAL_EXPERT.format(1, 2, "w1")
+ATTENTION = "model.layers.0.self_attn.o_proj.weight"
+
+
+def save_dense(
+    config: Any,  # noqa: ANN401 - transformers has no types to name
+    model_class: Any,  # noqa: ANN401
+    path: Path,
+    *,
+    seed: int = 0,
+) -> Path:
+    torch.manual_seed(seed)
+    model_class(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """Save a tokenizer that has a token for each byte and two special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0]['content'] }}",
+    ).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("dense") / "llama"
+    save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixtral(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "mixtral"
+    convert(dense, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen2_moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "qwen2_moe"
+    recipe = Recipe(expansion=4, granularity=2, top_k=2, routing=Routing.SOFTMAX_TOPK)
+    convert(dense, path, recipe, target="qwen2_moe")
+    return path
+
+
+@pytest.fixture
+def moe(mixtral: Path, tmp_path: Path) -> Path:
+    """A copy of the mixtral to damage."""
+    return Path(shutil.copytree(mixtral, tmp_path / "moe"))
+
+
+@pytest.fixture
+def qwen(qwen2_moe: Path, tmp_path: Path) -> Path:
+    """A copy of the qwen2_moe to damage."""
+    return Path(shutil.copytree(qwen2_moe, tmp_path / "qwen"))
+
+
+def edit_tensors(path: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def flip_byte(path: Path, name: str) -> None:
+    """Flip the lowest bit of a byte in the middle of a tensor."""
+    entry = open_checkpoint(path).tensors[name]
+    with (path / entry.shard).open("r+b") as file:
+        position = entry.offset + entry.nbytes // 4 * 2
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+def result(report: Report, check: str) -> tuple[Status, str]:
+    """Return a check's status and all its text."""
+    found = next(item for item in report.checks if item.name == check)
+    return found.status, "\n".join((found.detail, *found.failures))
+
+
+def assert_fails(report: Report, check: str, *words: str) -> None:
+    status, text = result(report, check)
+    assert status is Status.FAILED, text
+    assert report.status is Status.FAILED
+    for word in words:
+        assert word in text
+
+
+def assert_passes(report: Report, *names: str) -> None:
+    """All checks passed, or those that are named."""
+    for check in report.checks:
+        if not names or check.name in names:
+            assert check.status is Status.PASSED, (check.name, check.detail, check.failures)
+
+
+def assert_measured(report: Report) -> None:
+    """Nothing is wrong, and nothing is proven."""
+    for check in report.checks:
+        wanted = Status.MEASURED if check.name == "outputs" else Status.PASSED
+        assert check.status is wanted, (check.name, check.detail, check.failures)
+    assert report.status is Status.MEASURED
+    assert not report.passed
+
+
+def check(report: Report, name: str) -> CheckResult:
+    return next(item for item in report.checks if item.name == name)
+
+
+class Heard(Watch):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.done: dict[str, list[tuple[int, int, str]]] = {}
+
+    def checking(self, name: str) -> None:
+        self.names.append(name)
+
+    def checked(self, done: int, total: int, unit: str) -> None:
+        self.done.setdefault(self.names[-1], []).append((done, total, unit))
+
+
+@pytest.fixture
+def sharded(dense: Path, tmp_path: Path) -> Path:
+    convert(
+        dense,
+        tmp_path / "sharded",
+        Recipe(expansion=2, granularity=2, top_k=2),
+        options=Options(max_shard_bytes=20_000),
+    )
+    return tmp_path / "sharded"
