@@ -149,7 +149,7 @@ def test_revisions(
     assert json.loads(result.stdout)["model_type"] == "mistral"
 
 
-def test_repos_that_cannot_be_read(hub: Hub, run: RunOnHub, llama: Path) -> None:
+def test_repos_that_cannot_be_read(hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path) -> None:
     hub.store.upload(REPO, llama)
     hub.store.upload("acme/hidden", llama)
     hub.store.repos["acme/hidden"].private = True
@@ -164,6 +164,12 @@ def test_repos_that_cannot_be_read(hub: Hub, run: RunOnHub, llama: Path) -> None
     gated = run("inspect", "acme/gated", token=None, expect=2)
     assert_says(gated, "you are not signed in", "hf auth login")
     assert_says(run("inspect", "acme/empty", expect=2), "acme/empty has no config.json")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    hub.store.upload("acme/lora", tmp_path / "lora")
+    assert_says(
+        run("inspect", "acme/lora", expect=2), "acme/lora is an adapter", "merge_and_unload"
+    )
     wrong = run("inspect", REPO, "--revision", "absent", expect=2)
     assert_says(wrong, f"{REPO} has no revision 'absent'")
     assert_says(run("inspect", REPO, token="hf_wrong", expect=2), "refuses the token", "HF_TOKEN")

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, random_ids, read_json, write_json
+from conftest import MakeDense, random_ids, read_json, read_tensors, write_json
+from safetensors.torch import save_file
+from test_bad_input import assert_refused, invoke
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.families.dense_rows import DENSE
@@ -195,3 +197,65 @@ def test_another_dense_model_is_no_source(make_dense: MakeDense, load: Any, tmp_
     load("qwen3_moe", granularity=3)  # experts 16 wide
     with pytest.raises(UpcycleError, match="MLPs 40 wide, of which experts 16 wide are no shards"):
         inspect(tmp_path / "moe", weights=True, dense=make_dense("qwen3", intermediate_size=40))
+
+
+WRITTEN = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "output_router_logits": True,
+    "use_cache": False,
+}
+"""What TRL's SFTTrainer 1.16 leaves in a config; it, and peft 0.21, save what transformers does."""
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen3_moe", SHIPPED])
+def test_what_trl_saves_is_inspected(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
+    dense = make_dense("qwen3" if target == "qwen3_moe" else "llama")
+    moe = convert(
+        dense, tmp_path / "moe", Recipe(expansion=4, granularity=2, top_k=4), target=target
+    ).output
+    (moe / "upcycle.json").unlink()
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        (moe / name).write_bytes(b"a pickle, which nothing reads")
+    write_json(moe / "trainer_state.json", {"global_step": 3})
+    config = read_json(moe / "config.json") | WRITTEN
+    config |= {"virtual_group_size": 1} if target == SHIPPED else {}
+    older = ("rope_theta", "rope_scaling")
+    write_json(moe / "config.json", {k: v for k, v in config.items() if k not in older})
+    tensors = read_tensors(moe)
+    router = next(name for name in tensors if re.search(r"\.1\..*gate\.weight", name))
+    tensors[router][5] *= 1.5
+    for name, held in tensors.items():
+        if ".layers.1." in name and re.search(r"experts\.(5\.w2|5\.down|down)", name):
+            (held[5] if held.dim() == 3 else held).mul_(1.5)
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    found = inspect(moe, weights=True, dense=dense, load="builtin")
+    assert found.weights is not None
+    assert found.load is not None
+    assert found.weights.movement is not None
+    moved = [distance for layer in found.weights.movement for distance in layer.moved]
+    assert [i for i, distance in enumerate(moved) if distance] == [13]
+    assert 0.1 < moved[13] < 0.5
+    assert [layer.split_groups for layer in found.weights.movement] == [0, 1]
+    assert [sum(layer.load) for layer in found.load.layers] == [4 * found.load.tokens] * 2
+
+
+def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "it's mine"
+    adapter.mkdir()
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors"
+    )
+    words = [f"{adapter} is an adapter", "merge_and_unload()"]
+    for held, base in (({"base_model_name_or_path": "org/moe"}, '"org/moe"'), ({}, '"MODEL"')):
+        write_json(adapter / "adapter_config.json", {"peft_type": "LORA", **held})
+        for command in (
+            ("inspect", adapter, "--weights"),
+            ("verify", llama, adapter),
+            ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
+        ):
+            assert_refused(invoke(*command), *words, base)
+    write_json(adapter / "config.json", {"model_type": "llama"})
+    (adapter / "training_args.bin").write_bytes(b"")
+    assert_refused(invoke("inspect", adapter), *words)

@@ -50,6 +50,7 @@ from upcycle_cli.storage import (
     WEIGHTS_NAME,
     FileStamp,
     Storage,
+    adapter_in,
     changed,
     companions_of,
     is_weight_file,
@@ -64,7 +65,8 @@ __all__ = [
     "CARD_NAME", "COMPANIONS", "CONFIG_NAME", "GENERATION_NAME", "INDEX_NAME", "ITEM_BYTES",
     "LARGEST", "MAX_HEADER_BYTES", "RECORD_NAME", "REPORT_NAME", "TOKENIZER_CONFIG_NAME",
     "TORCH_DTYPES", "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "FileStamp", "Reader",
-    "Storage", "TensorEntry", "is_weight_file", "open_checkpoint", "open_storage", "parse_header",
+    "Storage", "TensorEntry", "adapter_in", "is_weight_file", "open_checkpoint",
+    "open_storage", "parse_header",
     "raw_bytes", "read_json", "shortened_file",
 ]  # fmt: skip
 
@@ -279,7 +281,7 @@ def open_storage(storage: Storage) -> Checkpoint:
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
-        raise UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
+        raise adapter_in(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
     config = json_object(raw_config, path / CONFIG_NAME)
     weight_map = _weight_map(storage, config)
@@ -331,7 +333,7 @@ def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] |
     if storage.has(WEIGHTS_NAME):
         return None
     if not storage.has(INDEX_NAME):
-        raise _missing_weights(storage, config)
+        raise adapter_in(storage) or _missing_weights(storage, config)
     index_path = storage.local(INDEX_NAME)
     weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -23,6 +23,7 @@ from upcycle_cli.files import (
     open_regular,
     read_small,
 )
+from upcycle_cli.printable import shell_line
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -33,6 +34,8 @@ REPORT_NAME = "verification.html"
 """Of the page that `upcycle verify --report` writes, when it lies beside the model."""
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
+ADAPTER_NAME = "adapter_config.json"
+"""Of what peft saves."""
 
 COMPANIONS = (
     GENERATION_NAME,
@@ -194,6 +197,28 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{shown(twice)} appears twice")
     return result
+
+
+def adapter_in(storage: Storage) -> UpcycleError | None:
+    """Return what to raise where there is an adapter, and no model; None where there is none."""
+    if not storage.has(ADAPTER_NAME):
+        return None
+    base = read_json(storage.local(ADAPTER_NAME)).get("base_model_name_or_path")
+    return adapter(str(storage.path), base if isinstance(base, str) and base else "MODEL")
+
+
+def adapter(place: str, base: str = "MODEL") -> UpcycleError:
+    """Return what to raise where an adapter is given for a model, that to the model `base`."""
+    model, own, merged = map(json.dumps, (base, place, f"{place}-merged"))
+    code = (
+        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
+        f'P.from_pretrained(M.from_pretrained({model}, dtype="auto"), {own})'
+        f".merge_and_unload().save_pretrained({merged})"
+    )
+    return UpcycleError(
+        f"{place} is an adapter, and no model without the one that it was trained on.",
+        f"Merge it into that, and give the result:\n  {shell_line(['python', '-c', code])}",
+    )
 
 
 def changed(path: Path) -> UpcycleError:

@@ -4,10 +4,10 @@
 
 converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
 prints Markdown: whether the loss of the first step is the dense model's on the same batch, and what
-the trainer saves or exports again has the same tensors; and below, what balancing adds to the loss,
-which correction bias a step moves, and what adapters reach. Conversions with `--scaling none` are
-wrong on purpose. Each trainer is installed into a virtual environment of its own under
-~/.cache/upcycle-interoperability on first use.
+the trainer saves or exports again has the same tensors, which `upcycle inspect` reads as such; and
+below, what balancing adds to the loss, which correction bias a step moves, and what adapters reach.
+Conversions with `--scaling none` are wrong on purpose. Each trainer is installed into a virtual
+environment of its own under ~/.cache/upcycle-interoperability on first use.
 
 The exit code is 1 when something contradicts what `upcycle_cli/families/trainers.py` says.
 """
@@ -18,9 +18,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class _Run:
                 if not software.tries(case):
                     continue
                 answer = worker.ask({"model": str(moe), "rows": rows})
+                self.contradictions += _misread(moe.with_name("saved"), dense, software.name)
                 cell = answer if isinstance(answer, Cell) else judge(answer, wanted, case)
                 if not isinstance(answer, Cell):
                     self.answers[case][software.name] = answer
@@ -133,6 +135,17 @@ class _Run:
             return
         self.workers[software] = Worker(software, python, self.scratch)
         self.versions[software.name] = f"{software.package} {version(python, software.package)}"
+
+
+def _misread(saved: Path, dense: Path, name: str) -> Iterator[str]:
+    """Say what upcycle reads in what a trainer has saved and not moved, if it does save models."""
+    if not saved.exists():
+        return
+    weights = inspect(saved, weights=True, dense=dense).weights
+    assert weights is not None
+    if any(distance for layer in weights.movement or () for distance in layer.moved):
+        yield f"{name}: by upcycle inspect the experts have moved, in a step of no size"
+    shutil.rmtree(saved)
 
 
 def _rows(dense: Path) -> list[list[int]]:

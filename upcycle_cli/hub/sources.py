@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from upcycle_cli.checkpoint import (
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
 from upcycle_cli.hub.requests import explained, fetch, interruptibly, not_cached, one_bar, patiently
+from upcycle_cli.storage import ADAPTER_NAME, adapter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # asked for at once: the headers of most files are smaller
@@ -268,7 +269,7 @@ def _find(repo: str, revision: str | None) -> RepoStorage:
             found = read_repo(patiently(ask), sized=True)
             commit, sizes = found.commit, dict(found.sizes)
             if CONFIG_NAME not in sizes:
-                raise _no_model(repo)
+                raise _no_model(repo, sizes)
             _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
             with at_most(sizes[CONFIG_NAME]):
                 path = _config_path(repo, revision, commit).parent
@@ -293,7 +294,9 @@ def _config_path(repo: str, revision: str | None, commit: str) -> Path:
         raise _no_model(repo) from error
 
 
-def _no_model(repo: str) -> UpcycleError:
+def _no_model(repo: str, files: Collection[str] = ()) -> UpcycleError:
+    if ADAPTER_NAME in files:
+        return adapter(repo)
     return UpcycleError(f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model.")
 
 

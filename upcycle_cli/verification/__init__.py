@@ -21,7 +21,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from upcycle_cli.checkpoint import CONFIG_NAME, Checkpoint, Storage, open_checkpoint, read_json
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    Storage,
+    adapter_in,
+    open_checkpoint,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, is_known, is_moe, is_target
 from upcycle_cli.families.dense_rows import DENSE
@@ -173,7 +180,8 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     directory = Storage(path)
     if not path.is_dir() or not directory.has(CONFIG_NAME):
         hint = f"Give that of {'the MoE' if moe else 'the dense model'}."
-        raise UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
+        no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
+        raise adapter_in(directory) or no_model
     config = read_json(directory.local(CONFIG_NAME))
     model_type = config.get("model_type")
     known = is_known(config)

@@ -21,6 +21,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "engines"))
 
 from worker import answer_all
 
+SAVED = "saved"
+"""The directory beside a model, of what a trainer made of it by a step of no size."""
 Rows = list[list[int]]
 Measure = Callable[[Path, Rows], tuple[float, list[str], dict[str, Any]]]
 """From a model and a batch to the first loss, the tensors that changed, and other measurements."""
@@ -63,6 +65,13 @@ def changed(folder: Path, found: dict[str, torch.Tensor]) -> list[str]:
                     wrong.append(name)
                 names.discard(name)
     return sorted([*wrong, *names])
+
+
+def saved_otherwise(folder: Path, model: Any) -> list[str]:
+    """Return the tensors of a checkpoint that `model` does not save again, beside it."""
+    saved = folder.with_name(SAVED)
+    model.save_pretrained(saved)
+    return changed(folder, tensors(saved))
 
 
 def next_token_loss(logits_BTV: torch.Tensor, rows: list[list[int]]) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answer import Rows, changed, serve, tensors
+from answer import Rows, saved_otherwise, serve
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 
@@ -17,8 +17,7 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     with tempfile.TemporaryDirectory(prefix="upcycle-trainer-") as name:
         scratch = Path(name)
         losses = {"as written": first_loss(model, rows, scratch)}
-        model.save_pretrained(scratch / "saved")
-        wrong = changed(folder, tensors(scratch / "saved"))
+        wrong = saved_otherwise(folder, model)
         model.config.output_router_logits = True
         losses["output_router_logits"] = first_loss(model, rows, scratch)
         losses["output_router_logits, in 4 parts"] = first_loss(model, rows, scratch, parts=4)

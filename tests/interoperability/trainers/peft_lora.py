@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from answer import Rows, changed, serve, tensors
+from answer import Rows, saved_otherwise, serve
 from hf_trainer import load
 from peft import LoraConfig, get_peft_model
 
@@ -71,13 +70,6 @@ def part_of(name: str) -> str:
         if word in name:
             return part
     return "router" if re.search(r"\.(gate|router)\b", name) else "others"
-
-
-def saved_otherwise(folder: Path, model: Any) -> list[str]:
-    """Return the tensors of a checkpoint that `model` does not save again."""
-    with tempfile.TemporaryDirectory(prefix="upcycle-trainer-") as name:
-        model.save_pretrained(name)
-        return changed(folder, tensors(Path(name)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answer import Rows, changed, serve, tensors
+from answer import Rows, saved_otherwise, serve
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,8 +22,7 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     with tempfile.TemporaryDirectory(prefix="upcycle-trainer-") as name:
         scratch = Path(name)
         model, loss = one_step(folder, rows, scratch, router_aux_loss_coef=0.0)
-        model.save_pretrained(scratch / "saved")
-        wrong = changed(folder, tensors(scratch / "saved"))
+        wrong = saved_otherwise(folder, model)
         keys: dict[str, int] = {}
         try:
             one_step(folder, rows, scratch)
