@@ -302,7 +302,7 @@ def write_minimal_config(path: Path) -> None:
     hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
     own = (
         *("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm"),
-        *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text"),
+        *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "gemma4_text"),
     )
     derives = config["model_type"] not in own
     derived = minimal.get("qk_rope_head_dim", hidden_size // num_heads)

@@ -87,12 +87,13 @@ def test_gemma4_with_mlps_of_two_sizes(make_dense: MakeDense, refuses: Refuses) 
     refuses(make_dense("gemma4_text", **settings), "use_double_wide_mlp", "one size")
 
 
-def test_gemma4_with_experts_of_its_own_class(make_dense: MakeDense, refuses: Refuses) -> None:
-    arguments = ("--recipe", "E2G2T2", "--target", "gemma4_text")
-    words = ("cannot become gemma4_text: its experts lie beside", "can become upcycled")
-    refuses(make_dense("gemma4_text"), *words, arguments=arguments)
-    # Of others it says nothing.
-    refuses(make_dense("lfm2"), "lfm2 cannot become gemma4_text.", arguments=arguments)
+def test_what_gemma4_text_cannot_express(make_dense: MakeDense, refuses: Refuses) -> None:
+    arguments = ("--target", "gemma4_text", "--recipe")
+    alike, dense = (*arguments, "E2G2T2"), make_dense("gemma4_text")
+    refuses(make_dense("lfm2"), "lfm2 cannot become gemma4_text.", arguments=alike)
+    refuses(dense, "all its layers are", arguments=(*alike, "--layers", "1"))
+    sharing = (*arguments, "E2G3T2", "--shared-experts", "1")
+    refuses(dense, "norms of their own", arguments=sharing)
 
 
 def test_qwen2_to_mixtral(make_dense: MakeDense, refuses: Refuses) -> None:

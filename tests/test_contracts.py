@@ -31,7 +31,7 @@ from upcycle_cli import (
     verify,
 )
 from upcycle_cli.checkpoint import Checkpoint, TensorEntry
-from upcycle_cli.expr import Halves, Source
+from upcycle_cli.expr import Halves, Source, Zeros
 from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.dense_rows import DENSE
@@ -476,6 +476,8 @@ def one_of_each(tensors: Iterator[OutputTensor]) -> dict[str, OutputTensor]:
         part = "+".join(tensor.holds)
         if tensor.role is Role.SHARED_EXPERT:
             part = tensor.name.rpartition(".shared_expert")[2]
+        if tensor.role is Role.ADDED:
+            part = tensor.name.partition(".3.")[2]
         found[f"{tensor.role} {part}"] = tensor
     return found
 
@@ -499,7 +501,7 @@ def read_header(content: bytearray) -> dict[str, Any]:
 
 def flip_in(checkpoint: Checkpoint, tensor: OutputTensor) -> None:
     """Spoil one element: its lowest bit, or where values are free its exponent."""
-    free = tensor.role in DRAWN and not tensor.name.endswith("down_proj.weight")
+    free = tensor.role in DRAWN and not isinstance(tensor.expr, Zeros)
     offset, bits = (-1, 0x40) if free else (-4, 0x01)
     flip(checkpoint.path / "model.safetensors", checkpoint.tensors[tensor.name], offset, bits)
 
@@ -538,6 +540,8 @@ def roles_of(model_type: str, target: str) -> set[Role]:
         roles.add(Role.SHARED_EXPERT)
     if row.zero_biases and model_type != "qwen2":  # which has them all
         roles.add(Role.ZERO_BIAS)
+    if row.added:
+        roles.add(Role.ADDED)
     return roles
 
 

@@ -23,6 +23,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Filled,
     Halves,
     Normal,
     Pick,
@@ -139,6 +140,7 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Halves(A, 2, 2), "BF16", (4, 6)),
         (normal(), "F32", (4, HIDDEN)),
         (Zeros("F16", (2, 3, 4)), "F16", (2, 3, 4)),
+        (Filled("BF16", (5,), 0.001), "BF16", (5,)),
         (Stack((Concat((A, B)), Concat((B, A)))), "BF16", (2, 8, 6)),
     ],
     ids=lambda value: type(value).__name__,
@@ -223,6 +225,8 @@ def test_equal_expressions_are_one_key() -> None:
             ],
         ),
         (Zeros("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
+        (Filled("BF16", (5,), 0.001), lambda _: torch.full((5,), 0.001, dtype=torch.bfloat16)),
+        (Filled("F16", (2, 3), 0.1), lambda _: torch.full((2, 3), 0.1, dtype=torch.float16)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -570,6 +574,7 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),
         (Zeros("F32", (1,)), "zeros"),
+        (Filled("F32", (1,), 0.001), "0.001 everywhere"),
     ],
 )
 def test_expressions_in_words(expr: Expr, words: str) -> None:

@@ -249,7 +249,7 @@ def test_the_recipe_is_in_the_config(target: str) -> None:
         # Infinity as transformers writes it, which it reads from a file only.
         theirs = transformers_config({k: v for k, v in moe.items() if k != "time_step_limit"})
         assert getattr(theirs, row.keys.num_experts) == 12
-        assert theirs.num_experts_per_tok == 6
+        assert getattr(theirs, row.keys.top_k) == 6
         assert getattr(theirs, row.keys.expert_size) == 48 // 3
         assert row.routing(moe) is routing
         if row.keys.scale is not None:

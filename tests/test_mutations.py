@@ -24,7 +24,15 @@ from upcycle_cli.families import layers, targets_of
 from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.mlp import Weight
-from upcycle_cli.families.moe import CorrectionBias, Keys, Layout, SharedExpert, Target
+from upcycle_cli.families.moe import (
+    Added,
+    Beside,
+    CorrectionBias,
+    Keys,
+    Layout,
+    SharedExpert,
+    Target,
+)
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.pieces import QKV, Piece, Pieces
 from upcycle_cli.families.shipped_row import shipped
@@ -82,7 +90,22 @@ EQUIVALENT: Mapping[str, str] = {
     r".* shared: count_key: n_shared_experts": "nothing reads that key of them",
     rf"({'|'.join(SOFTMAX_ONLY)}) correction_bias: .*": "only sigmoid routing has one",
     rf"({'|'.join(REFUSE_NONE)}|shipped) refusal: none": "it has none",
-    r"flex_olmo keys: (routing|scale): .*": "the norm behind the experts takes every factor out",
+    r"(flex_olmo|gemma4_text) keys: (routing|scale): .*": (
+        "the norm behind the experts takes every factor out"
+    ),
+    r"gemma4_text added: post_feedforward_layernorm_2\.weight (factor: 0\.5|root: hidden_size)": (
+        "as does the norm behind this one"
+    ),
+    r"gemma4_text added: post_feedforward_layernorm_1\.weight (root|of): .*": (
+        "what is nothing is so whatever it is a multiple of"
+    ),
+    r"gemma4_text added: router\.scale (factor|root|of): .*": "any router does",
+    r"gemma4_text added: router\.per_expert_scale (factor: 0\.5|root: .*)": (
+        "MLPs here put out far more than what it is for"
+    ),
+    r"gemma4_text shared: norm: None": "its down matrix is zero then",
+    r".* on_request: .*": "here it is requested",
+    r".* added: .* frozen: .*": "it is about training",
     r"mixtral refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
     rf"({'|'.join(ONE_ROUTING)}) keys: routing: norm_topk_prob": "nothing reads that key of them",
@@ -273,6 +296,7 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
         Scenario("qwen3", "glm4_moe", {"attention_bias": False}),
         Scenario("qwen2", "glm4_moe"),
     ),
+    "gemma4_text": (Scenario("gemma4_text", "gemma4_text", {"rms_norm_eps": 0.0}),),
     "dots1": (Scenario("qwen3", "dots1", SLIDING["qwen2"]),),
     "hy_v3": (Scenario("qwen3", "hy_v3", SLIDING["qwen2"]),),
     "granitemoe_swa": (Scenario("granite_swa", "granitemoe_swa", {"layer_rope_theta": [99.0]}),),
@@ -310,6 +334,7 @@ ALL_LAYERS = {
     "MOE_RANGE": layers.MOE_RANGE,
     "MLP_TYPES": layers.MLP_TYPES,
     "MOE_LAYERS": layers.MOE_LAYERS,
+    "ENABLED": layers.ENABLED,
 }
 
 
@@ -492,10 +517,24 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
                 ("q", ("self_attn.q_proj",)),
             ]
         ),
+        "added": lambda value, _: _added(value),
+        "beside": lambda value, _: iter(()) if value is None else _beside(value),
+        "on_request": lambda value, _: _others(value, False, True),
         "lacks": lambda value, _: _mapping(value),
         "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
         "settings": _settings,
         "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
+    },
+    Added: {
+        "name": lambda value, _: iter([("another", f"{value}_x")]),
+        "factor": lambda value, _: _others(value, 0.0, 0.5, 1.0),
+        "root": lambda value, _: _others(value, None, "hidden_size", "rms_norm_eps"),
+        "of": lambda value, _: _others(value, None, "input_layernorm.weight"),
+        "per_expert": lambda value, _: _others(value, False, True),
+        "frozen": lambda value, _: _others(value, False, True),
+    },
+    Beside: {
+        member.name: lambda value, _: iter([("another", f"{value}_x")]) for member in fields(Beside)
     },
     Piece: {
         "name": lambda value, _: iter([("another name", f"{value}_x")]),
@@ -537,6 +576,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "size": lambda value, _: _others(value, None, 128),
         "count_key": lambda value, _: _others(value, None, "n_shared_experts"),
         "insisted_on": lambda value, _: _others(value, False, True),
+        "norm": lambda value, _: _others(value, None),
         "settings": lambda value, _: _mapping(value),
     },
 }
@@ -547,6 +587,20 @@ def _correction(value: CorrectionBias | None) -> Iterator[Variant]:
     if value is None:
         yield "one", NATIVE["glm4_moe"].correction_bias
         return
+    yield "none", None
+    yield from variants(value, value)
+
+
+def _added(value: tuple[Added, ...]) -> Iterator[Variant]:
+    if not value:
+        yield "one", (Added(name="mlp.norm.weight"),)
+    for i, row in enumerate(value):
+        yield f"{row.name} left out", value[:i] + value[i + 1 :]
+        for label, changed in variants(row, row):
+            yield f"{row.name} {label}", (*value[:i], changed, *value[i + 1 :])
+
+
+def _beside(value: Beside) -> Iterator[Variant]:
     yield "none", None
     yield from variants(value, value)
 

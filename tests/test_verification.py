@@ -510,7 +510,7 @@ def test_independence() -> None:
     }
     # Rows and what reads their names; no plan, no expression, no recipe, no config that is written.
     names = {
-        *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place"),
+        *("DENSE", "NATIVE", "DenseFamily", "Target", "Layout", "Weight", "Place", "Added"),
         *("is_moe", "is_target", "target_of", "holder", "parts_of", "place", "present"),
         *("BLOCK_KEYS", "OLD_BLOCKS", "unread", "block_types", "defaults_of"),
         *("Piece", "pieces_of"),

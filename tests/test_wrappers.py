@@ -332,6 +332,16 @@ def test_a_sound_and_a_text_give_what_they_gave(make_moe: MakeMoe) -> None:
     assert difference(logits(after, inputs), wanted) < SAME
 
 
+def test_a_wrapper_that_has_one_type_before_and_after(make_moe: MakeMoe, tmp_path: Path) -> None:
+    dense, moe = make_moe((*GEMMA4[:2], "gemma4_text"))
+    types = [read_json(path / "config.json")["model_type"] for path in (dense, moe)]
+    assert types == ["gemma4", "gemma4"]
+    assert inspect(dense).targets == (SHIPPED, "gemma4_text")
+    assert inspect(moe).moe_layers == (0, 1, 2, 3)
+    with pytest.raises(UpcycleError, match="a mixture of experts already"):
+        convert(moe, tmp_path / "again", recipe(GEMMA4))
+
+
 def test_it_can_be_around_a_text_model_alone(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
     dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
     moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output

@@ -128,6 +128,12 @@ def training_notes(plan: Plan) -> Iterator[str]:
             "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
         )
     target = plan.family.target
+    frozen = [row.name for row in target.added if row.frozen]
+    if frozen:
+        yield (
+            f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): a usual step is "
+            "so large a part of it that a few lead far from the dense model."
+        )
     if target.inside is not None and not target.balances:
         yield (
             f"transformers' {target.outer_type} adds no load-balancing loss in training, whatever "

@@ -21,6 +21,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Filled,
     Given,
     Halves,
     Mean,
@@ -172,6 +173,8 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return _draw_upon(expr, read, vanished)[0]
         case Zeros(dtype, shape):
             return np.zeros(shape, _NUMPY_DTYPES[dtype])
+        case Filled(dtype, shape, value):
+            return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
         case _:
             assert_never(expr)
 

@@ -123,6 +123,8 @@ class _Sizes:
         shared = plan.family.target.shared
         cut = by_role[Role.SHARED_EXPERT] if shared and shared.size is None else 0
         of_experts = by_role[Role.ROUTER] + by_role[Role.CORRECTION_BIAS] + biases
+        each = sum(added.per_expert for added in plan.target.added)
+        of_experts += each * len(plan.layers) * plan.num_experts
         per_group = by_role[Role.EXPERT] - biases
         multiplied, dense = plan.multiplied
         return cls(

@@ -9,6 +9,7 @@ from upcycle_cli.expr import (
     Cast,
     Concat,
     Expr,
+    Filled,
     Given,
     Halves,
     Mean,
@@ -64,5 +65,7 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
             return f"{describe(of)}, {count} of {order.size} {('rows', 'columns')[dim]} drawn anew"
         case Zeros():
             return "zeros"
+        case Filled(value=value):
+            return f"{value:g} everywhere"
         case _:
             assert_never(expr)

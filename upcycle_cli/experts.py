@@ -142,6 +142,14 @@ class Experts:
         name = self.name(layer, found.tensor)
         return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
 
+    def shared_works(self, reader: Reader, layer: int) -> bool:
+        """Whether the shared expert of a layer puts out anything."""
+        norm = None if self.target.shared is None else self.target.shared.norm
+        if norm is not None:
+            return bool(_read(self.moe, reader, self.name(layer, norm)).any())
+        down = self.shared_part(reader, layer, "down")
+        return down is not None and bool(down.any())
+
     def cut(self, layer: int, part: str) -> int | None:
         """Return the dimension of a part that counts neurons; None where none does."""
         return place(self._weights(layer), part, width=self.expert_size).cut
@@ -228,8 +236,7 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
                     if one != other
                 ]
         shared = experts.shared_width
-        downs = (experts.shared_part(reader, layer, "down") for layer in experts.layers)
-        works = shared > 0 and any(down is not None and bool(down.any()) for down in downs)
+        works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
         factors = movement = num_shared = None
         if dense is not None:
             model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))

@@ -212,6 +212,15 @@ class Zeros:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """One value everywhere, rounded to float32 and then to the dtype."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    value: float
+
+
 Expr: TypeAlias = (
     Source
     | Mean
@@ -230,6 +239,7 @@ Expr: TypeAlias = (
     | Noisy
     | Redrawn
     | Zeros
+    | Filled
 )
 
 
@@ -244,7 +254,7 @@ class TensorType:
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
-        case Source() | Zeros() | Normal() | Given():
+        case Source() | Zeros() | Filled() | Normal() | Given():
             return TensorType(expr.dtype, expr.shape)
         case Mean(parts, dtype):
             return TensorType(dtype, parts[0].shape)
@@ -373,7 +383,7 @@ def sources(expr: Expr) -> Iterator[str]:
                 yield from sources(part)
         case Normal(norm=norm):
             yield from () if norm is None else sources(norm)
-        case Zeros() | Given():
+        case Zeros() | Filled() | Given():
             return
         case _:
             assert_never(expr)

@@ -39,7 +39,7 @@ from upcycle_cli.tensors import Options, OutputTensor, Role, output_tensors
 if TYPE_CHECKING:
     from upcycle_cli.calibration.found import Calibration
 
-_DRAWN = (Role.ROUTER, Role.CORRECTION_BIAS, Role.SHARED_EXPERT)
+_DRAWN = (Role.ROUTER, Role.CORRECTION_BIAS, Role.SHARED_EXPERT, Role.ADDED)
 _LONGEST_ROW = 2
 """Times what a row's length is on average."""
 

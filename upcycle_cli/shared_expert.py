@@ -80,11 +80,16 @@ def shared_expert(
 
 
 def _inert(parts: Parts, layer: int, mlp: Sequence[Weight], part: str, size: int) -> Expr:
-    """Make a part of one that does nothing yet, and can learn: only its down matrix is zero."""
+    """Make a part of one that does nothing yet, and can learn.
+
+    Its down matrix is zero, or the weight of a norm behind it.
+    """
     hidden = parts.family.dense.hidden_size
-    if part == "down":
+    shared = parts.family.target.shared
+    if part == "down" and shared is not None and shared.norm is None:
         return Zeros(parts.mlp_dtype(layer, mlp), (hidden, size))
     rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
     sample = parts.part_range(layer, mlp, part, (0, rows))
     stream = f"layers.{layer}.shared_expert.{part}"
-    return Alike(parts.recipe.seed, stream, (size, hidden), sample)
+    shape = (hidden, size) if part == "down" else (size, hidden)
+    return Alike(parts.recipe.seed, stream, shape, sample)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
+from upcycle_cli.added import added_tensors
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import (
@@ -56,6 +57,7 @@ class Role(StrEnum):
     COPIED = "copied"
     ROUTER = "router"
     CORRECTION_BIAS = "correction_bias"
+    ADDED = "added"
     EXPERT = "expert"
     SHARED_EXPERT = "shared_expert"
     ZERO_BIAS = "zero_bias"
@@ -286,6 +288,11 @@ class _Maker:
                 yield OutputTensor.made(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         for name, expr in shared_expert(self, layer, mlp, layout, groups[0]):
             yield OutputTensor.made(prefix + name, expr, Role.SHARED_EXPERT, layer)
+        dtype, count = self.mlp_dtype(layer, mlp), recipe.num_experts
+        for name, expr in added_tensors(
+            self.family, layer, num_experts=count, dtype=dtype, source=self.source
+        ):
+            yield OutputTensor.made(prefix + name, expr, Role.ADDED, layer)
 
     def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
         expr: Expr

@@ -16,7 +16,7 @@ from upcycle_cli.families.layers import parse_layers
 from upcycle_cli.families.moe import IN_MEMORY, Target
 from upcycle_cli.families.moe_rows import FURTHER, NATIVE
 from upcycle_cli.families.pieces import Pieces
-from upcycle_cli.families.refused import NO_TARGETS, REFUSED
+from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.wrappers import (
@@ -67,7 +67,8 @@ def pieces_of(family: DenseFamily, target: Target) -> Pieces:
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
     """Return the names of what a family can become; that which most software loads comes first."""
-    return family.targets + ((SHIPPED,) if family.classes else ())
+    names = [*family.targets, *((SHIPPED,) if family.classes else ())]
+    return tuple(sorted(names, key=lambda name: name in NATIVE and NATIVE[name].on_request))
 
 
 def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
@@ -130,7 +131,8 @@ def is_target(config: Mapping[str, Any]) -> bool:
         text_type = inner(config)["model_type"]
         if model_type == wrapper.upcycled:
             return text_type in wrapper.texts
-        return text_type in wrapper.natives and wrapper.natives[text_type][0] == model_type
+        native, _ = wrapper.natives.get(text_type, (None, None))
+        return native == model_type and (text_type not in wrapper.texts or is_moe(config))
     if model_type in NATIVE:
         return model_type not in DENSE or is_moe(config)
     name = model_type.removeprefix(UPCYCLED_PREFIX)
@@ -186,10 +188,9 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        known = target in {*NATIVE, *INSIDE, *NO_TARGETS, SHIPPED}
-        why = NO_TARGETS.get(target) if family.model_type == target else None
+        known = target in {*NATIVE, *INSIDE, SHIPPED}
         raise UpcycleError(
-            f"{family.title} cannot become {target}{f': {why}' if why else ''}."
+            f"{family.title} cannot become {target}."
             if known
             else f"--target '{target}' is not a target.",
             f"{'It' if known else family.title} can become {' or '.join(options)}.",

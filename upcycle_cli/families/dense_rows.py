@@ -166,6 +166,7 @@ _ROWS: Sequence[DenseFamily] = (
         activation="hidden_activation",
         width=_one_width,
         mixed=True,  # in the heads, and in whose keys they take
+        targets=("gemma4_text",),
         classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),
     DenseFamily(

@@ -97,6 +97,14 @@ def _all_if_any(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     return tuple(range(count if experts else 0))
 
 
+def _enabled(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    """Of an architecture that says so by a switch."""
+    value = config["enable_moe_block"]
+    if type(value) is not bool:
+        raise ValueError(f"enable_moe_block is {shown(value)}")
+    return tuple(range(count if value else 0))
+
+
 def _rest(layers: Sequence[int], count: int) -> list[int]:
     return [layer for layer in range(count) if layer not in layers]
 
@@ -247,6 +255,9 @@ MLP_TYPES_TOO = replace(
         # What vLLM reads, where it can be said.
         **(FIRST_K_DENSE.write(layers, kinds) if _are_last(layers, len(kinds)) else {}),
     },
+)
+ENABLED = LayerChoice(
+    lambda *_: {"enable_moe_block": True}, _enabled, ("enable_moe_block",), objection=_only_all
 )
 ALL_OR_NONE = replace(ALL, read=_all_if_any)
 MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _named, ("moe_layers",))

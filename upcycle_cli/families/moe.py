@@ -6,6 +6,7 @@ small function each, what its config needs said and why it cannot take a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,19 @@ class Layout:
 
     @property
     def block(self) -> str:
-        """The module that has both, in the layout that transformers has in memory."""
-        return self.experts[0].name.rsplit(".", 2)[0]
+        """The module that has both, as it is in memory; empty where that is the layer."""
+        return self.module.rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """The module that has the experts of a layer."""
+        return self.experts[0].name.rpartition(".")[0]
 
     @property
     def gate(self) -> str:
-        """The module within the block that routes, whose own or whose part's the router is."""
-        return self.router.removeprefix(f"{self.block}.").partition(".")[0]
+        """The module that routes, whose own or whose part's the router is."""
+        block = f"{self.block}." if self.block else ""
+        return block + self.router.removeprefix(block).partition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,8 @@ class SharedExpert:
     count_key: str | None = None
     """The key of how many experts wide it is; with neither key it is as wide as one."""
     insisted_on: bool = True
+    norm: str | None = None
+    """The weight of a norm of its own, which is zero where it does nothing; None without one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The config keys that it needs where it does something."""
 
@@ -95,11 +104,15 @@ class SharedExpert:
 
     @property
     def words(self) -> str:
-        """How many experts wide it can be: "any", or "1"."""
+        """How many experts wide it can be: "any", "1", or "none"."""
+        if self.objection(1):
+            return "none"
         return "1" if self.objection(2) else "any"
 
     def objection(self, count: int) -> str | None:
         """Say why it cannot be `count` experts wide, or None when it can."""
+        if self.norm is not None:
+            return "its shared expert and the others go through norms of their own"
         if count == 1 or self.size_key or self.count_key:
             return None
         return f"its shared expert is as wide as one expert, not {count}"
@@ -123,6 +136,44 @@ class CorrectionBias:
     def shape(self, num_experts: int) -> tuple[int, ...]:
         """Return its shape."""
         return (num_experts,) if self.rows is None else (self.rows, num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """A tensor of a layer with experts that a dense layer has not: one value, or a tensor times it.
+
+    The value is `factor`, times the square root of a setting where `root` names one.
+    """
+
+    name: str
+    """Within its layer."""
+    factor: float = 1.0
+    root: str | None = None
+    of: str | None = None
+    """The tensor of the dense layer; without one it is (H,), or (N,) if it is `per_expert`."""
+    per_expert: bool = False
+    frozen: bool = False
+    """Whether training is to leave it: a usual step is much of what it is."""
+
+    def value(self, settings: Mapping[str, Any]) -> float:
+        """Return the value, from a dense model's settings."""
+        return self.factor * (1.0 if self.root is None else math.sqrt(settings[self.root]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Where experts lie beside an MLP, and not in its place: the modules of a layer around both.
+
+    The layer adds last(mlp_after(mlp(mlp_before(x))) + after(experts(before(x)))) to x, which the
+    router reads as well; the dense layer last(mlp(mlp_before(x))).
+    """
+
+    mlp: str
+    mlp_before: str
+    mlp_after: str
+    before: str
+    after: str
+    last: str
 
 
 def in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
@@ -152,6 +203,11 @@ class Target:
     """Parts of the names of copied tensors, with what becomes of them."""
     correction_bias: CorrectionBias | None = None
     shared: SharedExpert | None = None
+    added: tuple[Added, ...] = ()
+    beside: Beside | None = None
+    """None where experts are in the place of the MLP."""
+    on_request: bool = False
+    """Whether shipped code comes first where no target is asked for."""
     zero_biases: tuple[str, ...] = ()
     """Linear layers that must have a bias tensor even where the source has none."""
     lacks: Mapping[str, str] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle_cli.families.gemma4_row import GEMMA4_TEXT
 from upcycle_cli.families.layers import (
     ALL,
     ALL_OR_NONE,
@@ -285,6 +286,7 @@ _ROWS: Sequence[Target] = (
         shared=GATED_SHARED,
         settings=qwen3_5_moe_settings,
     ),
+    GEMMA4_TEXT,
     Target(
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",

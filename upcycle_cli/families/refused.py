@@ -34,10 +34,3 @@ REFUSED: Mapping[str, str] = {
     ),
 }
 """Dense decoders that cannot be taken, and why: the end of "X cannot be upcycled: …"."""
-NO_TARGETS: Mapping[str, str] = {
-    "gemma4_text": (
-        "its experts lie beside its dense MLP, behind a router and norms of their own, which "
-        "upcycle does not make"
-    )
-}
-"""Dense types whose own class can have experts and is no row: the end of "X cannot become X: …"."""

@@ -216,6 +216,7 @@ _ROWS: Sequence[Wrapper] = (
         texts={"gemma4_text": DENSE["gemma4_text"]},
         classes=("Gemma4Config", "Gemma4Model", "Gemma4ForConditionalGeneration"),
         released=LOADED,
+        natives={"gemma4_text": ("gemma4", "Gemma4ForConditionalGeneration")},
         tied=True,
         parts=("text_config", "vision_config", "audio_config"),
     ),

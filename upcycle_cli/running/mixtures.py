@@ -11,6 +11,7 @@ import torch
 
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.running.models import Model, decoder_layers, transformers_says
+from upcycle_cli.running.runs import Span
 from upcycle_cli.running.stored import Stack, Stored, stored_model
 
 Expert: TypeAlias = Callable[[int, Sequence[str], int], Stored]
@@ -45,9 +46,29 @@ def routers_of(model: Model, target: Target, layers: Sequence[int]) -> dict[int,
     TransformersError where there are none.
     """
     layout = _in_memory(target)
-    gate = f"{layout.block}.{layout.gate}"
     with transformers_says():
-        return {layer: decoder_layers(model)[layer].get_submodule(gate) for layer in layers}
+        return {layer: decoder_layers(model)[layer].get_submodule(layout.gate) for layer in layers}
+
+
+def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
+    """Return what a layer adds by its MLP, and by the experts that lie beside it if it has some."""
+    names = target.beside
+    assert names is not None
+    module = layer.get_submodule
+
+    def whole(x_PH: torch.Tensor) -> torch.Tensor:
+        # Not by calling them, which would call hooks.
+        made: torch.Tensor = module(names.mlp).forward(module(names.mlp_before).forward(x_PH))
+        if is_moe:
+            layout = _in_memory(target)
+            _, gates_PT, chosen_PT = module(layout.gate).forward(x_PH)
+            states_PH = module(names.before).forward(x_PH)
+            routed_PH = module(layout.module).forward(states_PH, chosen_PT, gates_PT)
+            made = module(names.mlp_after).forward(made) + module(names.after).forward(routed_PH)
+        last: torch.Tensor = module(names.last).forward(made)
+        return last
+
+    return Span(module(names.mlp_before), module(names.last), whole)
 
 
 def _in_memory(target: Target) -> Layout:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from upcycle_cli.running.models import Model, decoder_layers
 from upcycle_cli.running.steps import Steps
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass
@@ -32,11 +35,22 @@ class Run:
     """What the base model returned in the end."""
 
 
+class Span(NamedTuple):
+    """A part of a layer that is no module: one takes its input, another makes its output.
+
+    `whole` computes it of further inputs (P, H), of which no hook is to hear.
+    """
+
+    first: Model
+    last: Model
+    whole: Callable[[torch.Tensor], torch.Tensor]
+
+
 @contextmanager
-def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model]) -> Iterator[Run]:
+def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) -> Iterator[Run]:
     """Run a model on text, to be taken from layer to layer by `steps.advance()`.
 
-    `mlps` are the modules, one a layer at most, whose input and output are wanted.
+    `mlps` are the modules or parts, one a layer at most, whose input and output are wanted.
     """
 
     def work(pause: Callable[[], None]) -> None:
@@ -53,6 +67,19 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model]) -> Iterat
         finally:
             for handle in handles:
                 handle.remove()
+
+    with Steps(work) as steps:
+        run = Run(model, steps)
+        handles = [handle for mlp in mlps for handle in _watched(run, mlp)]
+        try:
+            yield run
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _watched(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
+    """Have a run note what an MLP takes and makes, and compute what is wanted further."""
 
     def enter(_module: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         run.mlp_input = inputs[0]
@@ -71,18 +98,20 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model]) -> Iterat
         run.mlp_output = made[0, :count].reshape(run.mlp_input.shape)
         return (run.mlp_output, *output[1:]) if isinstance(output, tuple) else run.mlp_output
 
-    with Steps(work) as steps:
-        run = Run(model, steps)
-        handles = [
-            handle
-            for mlp in mlps
-            for handle in (mlp.register_forward_pre_hook(enter), mlp.register_forward_hook(leave))
-        ]
-        try:
-            yield run
-        finally:
-            for handle in handles:
-                handle.remove()
+    def begin(_module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
+        run.mlp_input = inputs[0]
+        if run.extra is not None:
+            run.extra = mlp.whole(run.extra.to(inputs[0]))
+
+    def end(_module: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
+        run.mlp_output = _first(output)
+
+    if isinstance(mlp, Span):
+        yield mlp.first.register_forward_pre_hook(begin)
+        yield mlp.last.register_forward_hook(end)
+    else:
+        yield mlp.register_forward_pre_hook(enter)
+        yield mlp.register_forward_hook(leave)
 
 
 def _first(output: Any) -> torch.Tensor:  # noqa: ANN401

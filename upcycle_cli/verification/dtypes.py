@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.families.mlp import Weight
-from upcycle_cli.families.moe import Layout
+from upcycle_cli.families.moe import Added, Layout
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.sizes import read_tensors
 
@@ -29,6 +29,7 @@ def counterparts(facts: Facts) -> dict[str, str]:
         first = facts.dense_place(facts.parts[0], layer).tensor
         found[facts.router_name(layer)] = first
         found |= {name: source or first for name, _, source in shared_tensors(facts, layer)}
+        found |= {name: source or first for name, _, source, _ in added_tensors(facts, layer)}
         for expert in range(facts.num_experts):
             for part in facts.parts:
                 # Fused gate_up holds both, and takes the gate's, which comes first.
@@ -50,11 +51,22 @@ def shared_tensors(
         return
     for weight in facts.target.shared_weights(layout or facts.layout):
         part = weight.holds[0]
-        inert = part == "down" and not facts.shared_experts
+        inert = part == "down" and not facts.shared_experts and shared.norm is None
         source = "" if inert else facts.dense_place(part, layer).tensor
         yield prefix + weight.name, weight, source
     if shared.router is not None:
         yield prefix + shared.router, None, ""
+
+
+def added_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, Added]]:
+    """Yield what a layer has beside its experts: its name, its shape, the dense tensor, its row.
+
+    The dense tensor is empty where it is of one value.
+    """
+    for row in facts.target.added:
+        size = facts.num_experts if row.per_expert else facts.hidden_size
+        source = "" if row.of is None else facts.family.layer.format(layer=layer) + row.of
+        yield facts.target.prefix(layer) + row.name, (size,), source, row
 
 
 def correction_biases(facts: Facts) -> set[str]:

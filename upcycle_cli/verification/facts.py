@@ -21,6 +21,7 @@ from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.pieces import Piece
+from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.verification.merged import Merged, rest_reader
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
@@ -232,6 +233,10 @@ class Facts:
     def origin(self) -> str:
         """What c follows from, for messages."""
         return f"{CONFIG_NAME} ({self.routing}, N={self.num_experts}, top-k {self.top_k})"
+
+    def setting(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
+        """Return what the dense model's config says, or means when it is silent."""
+        return {**defaults_of(self.family.model_type), **self.dense_config}[key]
 
     def router_name(self, layer: int) -> str:
         """Return the name of a layer's router on disk."""

@@ -9,7 +9,7 @@ Legend: S positions, H hidden size, E groups, G shards, N = E·G experts, T top-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,12 +88,14 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     """
     found = Routing(tokens)
     *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
-    linear = layout.router.removeprefix(f"{layout.block}.{layout.gate}")
+    linear = layout.router.removeprefix(layout.gate)
     linear = linear.removesuffix("weight").strip(".")
-    handles = [
-        router.register_forward_hook(_Watch(facts, layer, linear, found))
-        for layer, router in routers_of(model, facts.target, facts.layers).items()
-    ]
+    others = [row.name.removeprefix(f"{layout.gate}.") for row in facts.target.added]
+    handles = []
+    for layer, router in routers_of(model, facts.target, facts.layers).items():
+        watch = _Watch(facts, layer, linear, others, found)
+        handles.append(router.register_forward_hook(watch))
+        handles.append(router.get_submodule(linear).register_forward_hook(watch.note_logits))
     try:
         yield found
     finally:
@@ -109,7 +111,15 @@ class _Watch:
     layer: int
     linear: str
     """The module within the router that has its rows; empty where the router itself has them."""
+    others: Sequence[str]
+    """What a router may have beside its rows."""
     found: Routing
+    logits: torch.Tensor | None = None
+    """(S, N), of the module that has the rows: what the router returns may be probabilities."""
+
+    def note_logits(self, _linear: Model, _inputs: object, output: object) -> None:
+        """Keep what a linear layer put out."""
+        self.logits = output if isinstance(output, torch.Tensor) else None
 
     def __call__(
         self, router: Model, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
@@ -128,6 +138,9 @@ class _Watch:
         run = partial(self._split, router, inputs[1:])
         load_N = torch.bincount(experts_ST.flatten(), minlength=facts.num_experts)
         logits_SE = states_SH.float() @ weight_NH[:: facts.group_size].float().T
+        if self.logits is not None:
+            logits_SN = self.logits[: found.tokens]
+            logits_SE = logits_SN[:, :: facts.group_size].float()
         found.failures.extend(self._made_failures(logits_SE, load_N))
         split = {
             name: self._run_in(name, run, weight_NH, states_SH)
@@ -205,14 +218,18 @@ class _Watch:
         """Return the share of tokens that get parts of groups, and the logits beyond the dtype."""
         # What is on disk is no parameter.
         slots = router.get_submodule(self.linear)._parameters  # noqa: SLF001
+        own = router._parameters  # noqa: SLF001
+        beside = {name: own[name] for name in self.others if name in own}
         held = slots["weight"]
         try:
             slots["weight"] = weight_NH
+            own |= {name: tensor.to(weight_NH.dtype) for name, tensor in beside.items()}
             with torch.no_grad():
                 # Not by calling it, which would call this hook again.
                 logits_SN, gates_ST, experts_ST = router.forward(states_SH, *others)
         finally:
             slots["weight"] = held
+            own |= beside
         not_finite = int((~logits_SN.isfinite()).sum())
         whole_S = self._whole(gates_ST, experts_ST)
         return 1 - float(whole_S.double().mean()), not_finite

@@ -89,9 +89,8 @@ def moe_model(
     experts = facts.layers, facts.parts, expert
     model = stored_mixture(facts.moe.path, facts.target, tensor, experts, dtype)
     *_, layout = facts.target.layouts.values()  # in memory, experts are as fused ones
-    module = layout.experts[0].name.rpartition(".")[0]
     for layer in {*copied} & {*facts.layers}:
-        held = decoder_layers(model)[layer].get_submodule(module)
+        held = decoder_layers(model)[layer].get_submodule(layout.module)
         held.register_forward_pre_hook(partial(_merge_copies, facts.group_size))
     return model
 

@@ -110,7 +110,8 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     if not facts.target.ships_code:
         # The size of layers that stay dense, which the dense model may derive from what it says.
         size = getattr(moe, "intermediate_size", facts.dense_size)
-        if "intermediate_size" not in judged and size != facts.dense_size:
+        of_shared = shared is not None and shared.size_key == "intermediate_size"
+        if "intermediate_size" not in judged and not of_shared and size != facts.dense_size:
             yield _difference("intermediate_size", size, facts.dense_size)
         judged.add("intermediate_size")
     judged |= {shared.size_key, shared.count_key, *shared.settings} if shared else set()

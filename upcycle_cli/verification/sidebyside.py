@@ -17,13 +17,14 @@ from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
+from upcycle_cli.running.mixtures import beside_mlp
 from upcycle_cli.running.models import (
     Model,
     TransformersError,
     decoder_layers,
     transformers_says,
 )
-from upcycle_cli.running.runs import Run, started
+from upcycle_cli.running.runs import Run, Span, started
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.factors import factor_of, recover_factors
 from upcycle_cli.verification.facts import Facts
@@ -67,24 +68,21 @@ def run_side_by_side(
     """Run the models side by side; raises TransformersError for the MoE, else UpcycleError."""
     P = prompt.ids.numel()
     sample = torch.arange(0, P, max(1, P // _SAMPLED))[:_SAMPLED]
-    dense_mlp = facts.family.mlp[0].name.split(".")[0]
-    *_, layout = facts.target.layouts.values()
-    moe_mlp = layout.block
     moe_net = moe_model(facts, moe, copied=copied)
     published = dense_model(facts, dense)
     with ExitStack() as stack:
 
-        def start(model: Model, mlp: str) -> Run:
+        def start(model: Model, *, is_moe: bool) -> Run:
             with transformers_says():
                 layers = decoder_layers(model)
-                mlps = [layers[layer].get_submodule(mlp) for layer in facts.layers]
+                mlps = [_mlp(facts, layers[layer], is_moe=is_moe) for layer in facts.layers]
             return stack.enter_context(started(model, prompt.ids, mlps))
 
         largest = stack.enter_context(_watched_experts(facts, published))
-        denses = [start(published, dense_mlp)]
+        denses = [start(published, is_moe=False)]
         if rounds(facts):
-            denses.append(start(dense_model(facts, dense, rounded=True), dense_mlp))
-        run = start(moe_net, moe_mlp)
+            denses.append(start(dense_model(facts, dense, rounded=True), is_moe=False))
+        run = start(moe_net, is_moe=True)
         # The hooks see what the model really chose, ties in its own arithmetic included.
         routing = stack.enter_context(watched_routers(facts, moe_net, P))
         measures = []
@@ -111,6 +109,14 @@ def run_side_by_side(
         continuation = _continuation(facts, prompt, published, moe_net)
     found = float(torch.stack(largest).max()) if largest else None
     return Found(comparison, tuple(measures), routing, found, len(denses) > 1, continuation)
+
+
+def _mlp(facts: Facts, layer: Model, *, is_moe: bool) -> Model | Span:
+    """Return what is to be compared of a layer: an MLP, or what has experts in its place."""
+    if facts.target.beside is not None:
+        return beside_mlp(layer, facts.target, is_moe=is_moe)
+    *_, layout = facts.target.layouts.values()
+    return layer.get_submodule(layout.block if is_moe else facts.family.mlp[0].name.split(".")[0])
 
 
 def _continuation(facts: Facts, prompt: Prompt, dense: Model, moe: Model) -> Continuation | None:

@@ -171,7 +171,11 @@ def _shared_experts(moe: Checkpoint, target: Target, layout: Layout, expert_size
     if type(width) is not int or width < 0:
         raise ValueError(f"{key} must be an integer, not {shown(width)}")
     width *= 1 if shared.size_key or not key else expert_size
-    inert = width % expert_size or (shared.insisted_on and _is_inert(moe, target, layout))
+    inert = (
+        width % expert_size
+        or shared.norm is not None
+        or (shared.insisted_on and _is_inert(moe, target, layout))
+    )
     return 0 if inert else width // expert_size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from upcycle_cli.verification.copies import Copy, copies_of
-from upcycle_cli.verification.dtypes import correction_biases, shared_tensors
+from upcycle_cli.verification.dtypes import added_tensors, correction_biases, shared_tensors
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.places import Experts
 
@@ -16,7 +16,8 @@ class Wanted:
     """A tensor that the MoE must have: its shape, and how its values are judged.
 
     `role` is copied (a `copy` of dense rows), expert, router, zero, shared (of the size that the
-    dense tensor `source` has), shared_router; made, of which another judges.
+    dense tensor `source` has), shared_router; added, of one value, or `source` times it; made, of
+    which another judges.
     """
 
     shape: tuple[int, ...]
@@ -24,6 +25,8 @@ class Wanted:
     source: str = ""
     layer: int = 0
     copy: Copy | None = None
+    value: float = 1.0
+    """What fills it, or what the dense tensor is multiplied by."""
 
 
 def wanted_tensors(facts: Facts, experts: Experts) -> dict[str, Wanted]:
@@ -56,6 +59,9 @@ def wanted_tensors(facts: Facts, experts: Experts) -> dict[str, Wanted]:
         for name, part in experts.names(layer).items():
             wanted[name] = by_part[part]
         wanted |= _wanted_shared(facts, layer)
+        for name, shape, source, row in added_tensors(facts, layer):
+            root = 1.0 if row.root is None else float(facts.setting(row.root)) ** 0.5
+            wanted[name] = Wanted(shape, "added", source, layer, value=root * row.factor)
     return wanted
 
 

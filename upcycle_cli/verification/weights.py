@@ -120,6 +120,8 @@ def _passed_detail(
         experts += f", {facts.shared_width:,} of them in the shared expert"
     mean = facts.merged is not None and facts.merged.mean
     rest = "are the mean of all models'" if mean else "equal the dense model's"
+    if facts.target.added:
+        rest += ", or are what its architecture adds"
     return f"{drawn or experts} ({shown}; {end}). {routers}. All other tensors {rest}."
 
 
@@ -316,9 +318,8 @@ class _Comparison:
         if copy is not None and name not in self.differing:
             return
         held = self.moe.tensor(name)
-        if copy is not None:
-            source = copy.of(self.dense.tensor(copy.source))
-            wanted = self.rounding.cast(copy.source, source, held.dtype)
+        wanted = self._wanted(item, held.dtype)
+        if wanted is not None:
             if not same(held, wanted):
                 self.findings.add(lambda: f"{name} {difference(held, wanted)}")
         elif item.role == "zero":
@@ -332,6 +333,18 @@ class _Comparison:
             dtype = self.facts.moe.tensors[name].dtype
             for failure in size_failures(held, self._gamma(item.layer), dtype):
                 self.findings.add(f"{name}: {failure}")
+
+    def _wanted(self, item: Wanted, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what a tensor must hold that is copied or added; None for what is drawn."""
+        if item.copy is not None:
+            source = item.copy.of(self.dense.tensor(item.copy.source))
+            return self.rounding.cast(item.copy.source, source, dtype)
+        if item.role != "added":
+            return None
+        if not item.source:
+            return torch.full(item.shape, item.value, dtype=dtype)
+        source = self.dense.tensor(item.source)
+        return self.rounding.cast(item.source, source, dtype) * item.value
 
 
 def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
