@@ -10,7 +10,6 @@ from typing import assert_never
 from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
-from upcycle_cli.growth import GrowthPlan
 from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
@@ -36,27 +35,15 @@ def warnings(plan: Planned) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
     if isinstance(plan, Plan):
         yield from _upcycling_warnings(plan)
-    if isinstance(plan, GrowthPlan):
-        yield from growth_notes(plan)
+    elif plan.promise is Promise.NONE:
+        yield f"this promises no equality with the source: {no_promise(plan)}."
+    else:
+        yield (
+            "copies of an expert are chosen together and get equal gradients, so training leaves "
+            "them equal until something tells them apart: noise on their rows or weights, or a "
+            "top-k that takes some of them only."
+        )
     yield from plan.carried.notes
-
-
-def growth_notes(plan: GrowthPlan) -> Iterator[str]:
-    """Yield what whoever grows an MoE, and trains the result, should know."""
-    if plan.promise is Promise.NONE:
-        yield f"this promises no equality with the source: {no_growth_promise(plan)}."
-        return
-    yield (
-        "copies of an expert are chosen together and get equal gradients, so training leaves them "
-        "equal until something tells them apart: noise on their rows or weights, or a top-k that "
-        "takes some of them only."
-    )
-
-
-def no_growth_promise(plan: GrowthPlan) -> str:
-    """Say in words why a grown MoE is not the same."""
-    k, before = plan.growth.expand, plan.experts.top_k
-    return f"top-k {plan.top_k} is not {k} times the source's {before}"
 
 
 def _upcycling_warnings(plan: Plan) -> Iterator[str]:
@@ -264,8 +251,11 @@ def perturbed_text(plan: Plan) -> str:
     return f"{count} of {plan.expert_size} neurons drawn anew in each"
 
 
-def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
+def no_promise(plan: Planned) -> str:  # noqa: PLR0911 - a reason each
     """Say in words why a plan promises nothing."""
+    if not isinstance(plan, Plan):
+        made, source = (plan.how["growth"][key] for key in ("expand", "source_top_k"))
+        return f"top-k {plan.top_k} is not {made} times the source's {source}"
     recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
     if plan.merge is not None:
         return "its experts are those of several models"

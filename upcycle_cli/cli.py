@@ -6,20 +6,16 @@ import functools
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from upcycle_cli import terminal
-from upcycle_cli.commands.clean import clean
-from upcycle_cli.commands.convert import convert
-from upcycle_cli.commands.demo import demo
-from upcycle_cli.commands.families import families
-from upcycle_cli.commands.inspect import inspect
-from upcycle_cli.commands.push import push
 from upcycle_cli.commands.shared import option
-from upcycle_cli.commands.verify import verify
+
+_COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
 
 # Typer's own or click's, depending on its version.
 _UsageError: Any = next(
@@ -29,6 +25,18 @@ _UsageError: Any = next(
 
 class Commands(TyperGroup):
     """The commands; each ends the process with its exit code, and a library does not."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - as typer has them
+        commands: Any = dict.fromkeys(_COMMANDS)
+        super().__init__(**options | {"commands": commands})
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as typer has them
+        """Return a command, imported with its options when it is asked for."""
+        if cmd_name in self.commands and not self.commands[cmd_name]:
+            alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+            alone.command()(getattr(import_module(f"upcycle_cli.commands.{cmd_name}"), cmd_name))
+            self.commands[cmd_name] = typer.main.get_command(alone)
+        return super().get_command(ctx, cmd_name)
 
     def main(  # type: ignore[override]
         self,
@@ -88,10 +96,6 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is not None:
         terminal.check_current_directory()
-
-
-for command in (convert, inspect, verify, push, families, clean, demo):
-    app.command()(command)
 
 
 def main() -> None:

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.advice import vanished_weights
 from upcycle_cli.calibration.kept import with_calibration
 from upcycle_cli.card import model_card
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME, open_checkpoint, read_json
+from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.errors import ResumableError, UpcycleError
 from upcycle_cli.families.shipped import CODE_NAME, modeling_code
 from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
 from upcycle_cli.folder import Folder
 from upcycle_cli.hooks import Watch
-from upcycle_cli.hub.sources import check_space_for
-from upcycle_cli.layout import unique_bytes
-from upcycle_cli.place import check_output, check_space
+from upcycle_cli.place import check_before, is_finished
 from upcycle_cli.plan import Plan, as_recorded
 from upcycle_cli.planned import Planned
 from upcycle_cli.publish import Transaction, joined, recover, transaction
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from upcycle_cli.hub.pushing import Push
     from upcycle_cli.verification import Report
 
-_SPARE_BYTES = 4_000_000  # headers, config, card, record
 _WRITE, _NOTHING = "write", "nothing"
 """What rank 0 tells the others to do next."""
 
@@ -62,22 +59,6 @@ class Conversion:
     """What turned out while it was made: weights that vanished, something that was left over."""
     pushed: Push | None = None
     """What a push did, when one was asked for."""
-
-
-def check_before(
-    plan: Planned, output: Path, *, overwrite: bool, writing: WriteOptions, team: Team
-) -> None:
-    """Raise UpcycleError for what can be seen before anything is downloaded or written."""
-    for source in plan.sources:
-        check_output(output, source, overwrite=overwrite)
-        source.check_readable()
-    spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
-    spare += check_space_for(plan.sources, beside=output)
-    shared = None
-    if writing.reflink:  # each rank shares within its files
-        ranks = range(team.size)
-        shared = spare + sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in ranks)
-    check_space(output, plan.nbytes + spare, shared=shared)
 
 
 def execute(
@@ -118,7 +99,7 @@ def execute(
             report = _verify(plan, output, watch) if verify else None
             sound, told = report is None or report.accepted, tuple(filter(None, [recovered]))
             return Conversion(plan, output, 0.0, report, sound, already_done=True, warnings=told)
-        check_before(plan, output, overwrite=overwrite, writing=writing, team=team)
+        check_before(plan, output, overwrite=overwrite, reflink=writing.reflink, team=team)
         with transaction(output, plan, overwrite=overwrite, durable=writing.fsync) as running:
             team.exchange(_WRITE)
             workspace = running.workspace
@@ -188,21 +169,6 @@ def _write(
     # By layer, not by rank, so that the record does not depend on how many ranks there were.
     names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]
     return replace(total, routers={name: total.routers[name] for name in names})
-
-
-def is_finished(plan: Planned, output: Path) -> bool:
-    """Whether `output` is the complete result of this very plan."""
-    if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
-        return False
-    try:
-        if read_json(locate(output, RECORD_NAME)).get("plan_sha256") != plan.digest:
-            return False
-        found = open_checkpoint(output)
-    except UpcycleError:
-        # Damaged since: not the result any more, and check_output decides what to do with it.
-        return False
-    sizes = {name: entry.nbytes for name, entry in found.tensors.items()}
-    return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}
 
 
 def _complete(plan: Planned, folder: Folder, written: Written) -> None:

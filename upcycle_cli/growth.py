@@ -32,17 +32,16 @@ from upcycle_cli.expr import (
     Slice,
     Source,
     Stack,
-    sources,
     type_of,
 )
 from upcycle_cli.families.growable import growable
 from upcycle_cli.families.layers import layer_finder
 from upcycle_cli.families.mlp import Weight, place
-from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.families.moe import Layout
 from upcycle_cli.families.translate import forget_place
 from upcycle_cli.front_matter import carried_over
 from upcycle_cli.planned import Planned, fill_shards
-from upcycle_cli.recipe import MAX_EXPERTS, ExpertLayout, Promise, Routing
+from upcycle_cli.recipe import MAX_EXPERTS, ExpertLayout, Promise
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.tensors import Options, OutputTensor, Role
 
@@ -80,59 +79,10 @@ class GrowthPlan(Planned):
     """Those of the source."""
 
     @property
-    def target(self) -> Target:
-        """The architecture, which stays."""
-        return self.experts.target
-
-    @property
-    def num_experts(self) -> int:
-        """k·N."""
-        return self.growth.expand * self.experts.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """T, as asked or k times the source's."""
-        return self.growth.top_k or self.growth.expand * self.experts.top_k
-
-    @property
-    def routing(self) -> Routing:
-        """That of the source."""
-        return self.experts.routing
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that are mixtures of experts in the source."""
-        return self.experts.layers
-
-    @property
-    def every_layer(self) -> bool:
-        """Whether the source has no dense MLP."""
-        return self.experts.every_layer
-
-    @property
     def promise(self) -> Promise:
         """Exact where T grows as N does, else nothing."""
         exact = self.top_k == self.growth.expand * self.experts.top_k
         return Promise.EXACT if exact else Promise.NONE
-
-    @property
-    def expert_layout(self) -> ExpertLayout:
-        """As asked, or the source's."""
-        return self.target.layout(self.options.expert_layout or self.experts.layout)
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters of the source."""
-        return self.source.num_parameters
-
-    @cached_property
-    def rounded_to(self) -> str | None:
-        """The dtype that weights are rounded to, or None when no bit of them is lost."""
-        for tensor in self.tensors:
-            for name in sources(tensor.expr):
-                if tensor.dtype not in {self.source.tensors[name].dtype, "F32"}:
-                    return TORCH_DTYPES[tensor.dtype]
-        return None
 
     @property
     def how(self) -> dict[str, Any]:
@@ -176,6 +126,13 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         config=_config(growth, experts, options),
         shards=fill_shards(tensors, options.max_shard_bytes),
         carried=carried_over(source.path, CARD_NAME),
+        target=target,
+        num_experts=growth.expand * experts.num_experts,
+        top_k=growth.top_k or growth.expand * experts.top_k,
+        routing=experts.routing,
+        layers=experts.layers,
+        every_layer=experts.every_layer,
+        expert_layout=layout,
         growth=growth,
         experts=experts,
     )

@@ -8,7 +8,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from upcycle_cli import card
-from upcycle_cli.advice import no_growth_promise
+from upcycle_cli.advice import no_promise
 from upcycle_cli.families.layers import listed
 from upcycle_cli.families.trainers import expert_parallel_sizes
 from upcycle_cli.growth import GrowthPlan
@@ -59,6 +59,6 @@ def _facts(plan: GrowthPlan) -> dict[str, str]:
 
 def _promise(plan: GrowthPlan) -> str:
     if plan.promise is Promise.NONE:
-        return f"It does not compute what the source computes: {no_growth_promise(plan)}."
+        return f"It does not compute what the source computes: {no_promise(plan)}."
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     return f"It computes what the source computes{rounding}, until it is trained further."

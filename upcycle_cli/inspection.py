@@ -11,28 +11,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.calibration.text import CalibrationText, calibration_text
 from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.experts import WeightFacts, examine, find_experts
 from upcycle_cli.families import dense_family, is_target, targets_of
 from upcycle_cli.families.engines import Engine, engines
-from upcycle_cli.families.overview import TargetFacts, becomes
 from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
-from upcycle_cli.growth import Growth, build_growth
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, open_source
-from upcycle_cli.plan import build_plan
-from upcycle_cli.planned import Planned
 from upcycle_cli.recipe import ExpertLayout, Recipe
-from upcycle_cli.router_inputs import RouterInputs
-from upcycle_cli.tensors import Options
 
 if TYPE_CHECKING:
     from upcycle_cli.budget import Budget, Fit
+    from upcycle_cli.calibration.text import CalibrationText
+    from upcycle_cli.experts import WeightFacts
+    from upcycle_cli.families.overview import TargetFacts
+    from upcycle_cli.growth import Growth
     from upcycle_cli.load import Load
+    from upcycle_cli.planned import Planned
+    from upcycle_cli.router_inputs import RouterInputs
+    from upcycle_cli.tensors import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +88,23 @@ def inspect(
     Raises UpcycleError when there is no readable checkpoint, or when it is not of the kind that
     was asked about.
     """
-    text = None if load is None else calibration_text(load, "the text")
+    text = None
+    if load is not None:
+        from upcycle_cli.calibration.text import calibration_text
+
+        text = calibration_text(load, "the text")
     checkpoint = open_source(path, revision)
     if weights or text is not None:
         checkpoint = checkpoint.bring()
-    if isinstance(recipe, Growth) or is_target(checkpoint.config):
+    grows = recipe is not None and not isinstance(recipe, Recipe)
+    if grows or is_target(checkpoint.config):
         plan = None
-        if isinstance(recipe, Growth):
-            plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        elif recipe is not None:
+        if isinstance(recipe, Recipe):
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
+        elif recipe is not None:
+            from upcycle_cli.growth import build_growth
+
+            plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
         source = None if dense is None else open_checkpoint(bring_model(find_model(dense)))
         found = _inspect_moe(checkpoint, weights, source, text, watch or Watch())
         return replace(found, plan=plan)
@@ -111,8 +117,12 @@ def inspect(
         raise UpcycleError(
             f"{path} is a dense model: there are no experts to choose.", "Leave out --load."
         )
+    from upcycle_cli.families.overview import becomes
+
     made = None
-    if recipe is not None:
+    if isinstance(recipe, Recipe):
+        from upcycle_cli.plan import build_plan
+
         made = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
     total = checkpoint.num_parameters if made is None else made.dense_parameters
     return Inspection(
@@ -144,6 +154,8 @@ def _inspect_moe(
     text: CalibrationText | None,
     watch: Watch,
 ) -> Inspection:
+    from upcycle_cli.experts import examine, find_experts
+
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
     config = inner(checkpoint.config)

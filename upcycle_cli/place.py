@@ -6,13 +6,27 @@ import os
 import shutil
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.files import locate
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import take_inventory
 from upcycle_cli.swap import ASIDE
 from upcycle_cli.workspace import SUFFIX, partial_of
+
+if TYPE_CHECKING:
+    from upcycle_cli.planned import Planned
+    from upcycle_cli.team import Team
+
+_SPARE_BYTES = 4_000_000  # headers, config, card, record
 
 
 def check_name(output: Path) -> None:
@@ -123,3 +137,37 @@ def _parent(output: Path) -> Path:
     """Return the directory above OUTPUT that is there."""
     above = output.absolute().parents
     return next((parent for parent in above if parent.exists()), output)
+
+
+def check_before(
+    plan: Planned, output: Path, *, overwrite: bool, reflink: bool, team: Team
+) -> None:
+    """Raise UpcycleError for what can be seen before anything is downloaded or written."""
+    from upcycle_cli.hub.sources import check_space_for
+    from upcycle_cli.layout import unique_bytes
+
+    for source in plan.sources:
+        check_output(output, source, overwrite=overwrite)
+        source.check_readable()
+    spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
+    spare += check_space_for(plan.sources, beside=output)
+    shared = None
+    if reflink:  # each rank shares within its files
+        ranks = range(team.size)
+        shared = spare + sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in ranks)
+    check_space(output, plan.nbytes + spare, shared=shared)
+
+
+def is_finished(plan: Planned, output: Path) -> bool:
+    """Whether `output` is the complete result of this very plan."""
+    if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
+        return False
+    try:
+        if read_json(locate(output, RECORD_NAME)).get("plan_sha256") != plan.digest:
+            return False
+        found = open_checkpoint(output)
+    except UpcycleError:
+        # Damaged since: not the result any more, and check_output decides what to do with it.
+        return False
+    sizes = {name: entry.nbytes for name, entry in found.tensors.items()}
+    return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}

@@ -24,14 +24,13 @@ from upcycle_cli.expr import sources
 from upcycle_cli.factors import Factors
 from upcycle_cli.families import Family, choose
 from upcycle_cli.families.mlp import parts_of
-from upcycle_cli.families.moe import Target
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.families.wrappers import parts
 from upcycle_cli.intact import check_source
 from upcycle_cli.merge import Merge, MergedReader, Rest, model_of, open_readers
 from upcycle_cli.order_file import check_orders
 from upcycle_cli.planned import Planned, fill_shards
-from upcycle_cli.recipe import SHIPPED, ExpertLayout, Promise, Recipe, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe import SHIPPED, Promise, Recipe, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options, OutputTensor, Role, output_tensors
@@ -84,37 +83,6 @@ class Plan(Planned):
         return self.source.reader() if self.merge is None else open_readers(self.sources)
 
     @property
-    def target(self) -> Target:
-        """The architecture that the dense model becomes."""
-        return self.family.target
-
-    @property
-    def num_experts(self) -> int:
-        """N = E·G."""
-        return self.recipe.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """T."""
-        return self.recipe.top_k
-
-    @property
-    def routing(self) -> Routing:
-        """That of the recipe, which is resolved."""
-        assert self.recipe.routing is not None
-        return self.recipe.routing
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that become mixtures of experts."""
-        return self.family.layers
-
-    @property
-    def every_layer(self) -> bool:
-        """Whether all that have an MLP do."""
-        return self.family.layers == self.family.dense.mlp_layers
-
-    @property
     def rotary_share(self) -> float:
         """As the family has it."""
         return self.family.rotary_share
@@ -158,24 +126,14 @@ class Plan(Planned):
         """I/G, the intermediate size of an expert."""
         return self.family.dense.intermediate_size // self.recipe.granularity
 
-    @property
-    def expert_layout(self) -> ExpertLayout:
-        """How the experts are named on disk."""
-        return self.family.target.layout(self.options.expert_layout)
-
     @cached_property
     def rounded_to(self) -> str | None:
         """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
         if self.merge is not None and self.merge.rest is Rest.MEAN:
             return TORCH_DTYPES[self.expert_dtype]
-        for tensor in self.tensors:
-            # What is drawn at random has nothing to lose.
-            drawn = tensor.role in _DRAWN
-            for name in () if drawn else sources(tensor.expr):
-                # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
-                if tensor.dtype not in {self.entry(name).dtype, "F32"}:
-                    return TORCH_DTYPES[tensor.dtype]
-        return None if self.factors.lossless else TORCH_DTYPES[self.expert_dtype]
+        # What is drawn at random has nothing to lose.
+        narrowed = self.narrowed(_DRAWN)
+        return narrowed if self.factors.lossless else narrowed or TORCH_DTYPES[self.expert_dtype]
 
     @property
     def lossless(self) -> bool:
@@ -267,12 +225,13 @@ def build_plan(
     refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
     row = family.target
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
+    assert recipe.routing is not None
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
         raise UpcycleError(
             f"{row.model_type} has no factor on its gates in its config.",
             "Use --scale-split balanced or down.",
         )
-    row.layout(options.expert_layout)  # raises
+    layout = row.layout(options.expert_layout)
     dropped = check_source(source, family.dense)
     recipe.check_width(family.dense.intermediate_size)
     check_orders(options.neuron_orders, recipe, family.layers, family.dense.intermediate_size)
@@ -314,6 +273,13 @@ def build_plan(
         config=config,
         shards=fill_shards(tensors, options.max_shard_bytes),
         carried=carried(source, merge),
+        target=row,
+        num_experts=recipe.num_experts,
+        top_k=recipe.top_k,
+        routing=recipe.routing,
+        layers=family.layers,
+        every_layer=family.layers == family.dense.mlp_layers,
+        expert_layout=layout,
         recipe=recipe,
         family=family,
         dropped=dropped,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,11 +13,13 @@ from upcycle_cli.checkpoint import (
     CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
+    TORCH_DTYPES,
     WEIGHTS_NAME,
     Checkpoint,
     Reader,
     TensorEntry,
 )
+from upcycle_cli.expr import sources
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import CODE_NAME
@@ -55,46 +57,25 @@ class Planned(ABC):
     shards: tuple[Shard, ...]
     carried: Carried
     """What the source's card says that the new one takes over."""
-
-    @property
-    @abstractmethod
-    def target(self) -> Target:
-        """The architecture of the output."""
-
-    @property
-    @abstractmethod
-    def num_experts(self) -> int:
-        """N, the experts of one layer."""
-
-    @property
-    @abstractmethod
-    def top_k(self) -> int:
-        """T, the experts that a token uses."""
-
-    @property
-    @abstractmethod
-    def routing(self) -> Routing:
-        """How gates come from logits."""
-
-    @property
-    @abstractmethod
-    def layers(self) -> tuple[int, ...]:
-        """Those that are mixtures of experts."""
-
-    @property
-    @abstractmethod
-    def every_layer(self) -> bool:
-        """Whether no dense MLP is left."""
+    target: Target
+    """The architecture of the output."""
+    num_experts: int
+    """N, the experts of one layer."""
+    top_k: int
+    """T, the experts that a token uses."""
+    routing: Routing
+    """How gates come from logits."""
+    layers: tuple[int, ...]
+    """Those that are mixtures of experts."""
+    every_layer: bool
+    """Whether no dense MLP is left."""
+    expert_layout: ExpertLayout
+    """How the experts are named on disk."""
 
     @property
     @abstractmethod
     def promise(self) -> Promise:
         """What the output owes its source."""
-
-    @property
-    @abstractmethod
-    def expert_layout(self) -> ExpertLayout:
-        """How the experts are named on disk."""
 
     @property
     @abstractmethod
@@ -107,9 +88,23 @@ class Planned(ABC):
         """What the record says of how it was made, as JSON values."""
 
     @property
-    @abstractmethod
     def dense_parameters(self) -> int:
         """Parameters of the source, without what is dropped."""
+        return self.source.num_parameters
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The dtype that weights are rounded to, or None when no bit of them is lost."""
+        return self.narrowed()
+
+    def narrowed(self, drawn: Collection[Role] = ()) -> str | None:
+        """Return a dtype that lacks values of a source's, None without; not of what is `drawn`."""
+        for tensor in self.tensors:
+            for name in () if tensor.role in drawn else sources(tensor.expr):
+                # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
+                if tensor.dtype not in {self.entry(name).dtype, "F32"}:
+                    return TORCH_DTYPES[tensor.dtype]
+        return None
 
     @property
     def rotary_share(self) -> float:

@@ -1,4 +1,4 @@
-"""Plans, inspections, conversions and reports as rich tables or as JSON; no logic."""
+"""Inspections, reports and pushes as rich tables or as JSON; no logic."""
 
 from __future__ import annotations
 
@@ -10,76 +10,21 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.advice import (
-    experts_text,
-    factors_text,
-    merged_text,
-    no_promise,
-    order_text,
-    router_text,
-    warnings,
-)
-from upcycle_cli.checkpoint import TensorEntry
-from upcycle_cli.description import describe
 from upcycle_cli.errors import shown
 from upcycle_cli.families.engines import Engine, Support
 from upcycle_cli.families.layers import listed
-from upcycle_cli.families.overview import TargetFacts
-from upcycle_cli.families.trainers import Trainer
-from upcycle_cli.inspection import Inspection
-from upcycle_cli.plan import Plan
-from upcycle_cli.planned import Planned
 from upcycle_cli.printable import counted, printable
-from upcycle_cli.recipe import NeuronOrder, Promise
-from upcycle_cli.record import merged_record
-from upcycle_cli.render_weights import load_rows, weight_rows
-from upcycle_cli.tensors import OutputTensor
 
 if TYPE_CHECKING:
-    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.checkpoint import TensorEntry
+    from upcycle_cli.families.overview import TargetFacts
+    from upcycle_cli.families.trainers import Trainer
     from upcycle_cli.hub.pushing import Push
+    from upcycle_cli.inspection import Inspection
+    from upcycle_cli.tensors import OutputTensor
     from upcycle_cli.verification import Report
 
 _STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", "skipped": "yellow"}
-
-
-def plan_table(plan: Planned) -> Table:
-    """Return the summary of a plan, one property a row."""
-    if not isinstance(plan, Plan):
-        from upcycle_cli.render_growth import growth_rows
-
-        table = _properties()
-        for label, lines in growth_rows(plan):
-            _add(table, label, *lines)
-        return table
-    recipe, dense = plan.recipe, plan.family.dense
-    table = _properties()
-    _add(table, "model", f"{dense.family.title} → {plan.family.target.title}")
-    _add(table, "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}")
-    _add(table, "experts", experts_text(plan))
-    if plan.merge is not None:
-        groups, rest = merged_text(plan)
-        _add(table, "experts from", groups)
-        _add(table, "all else", f"attention, norms, embeddings: {rest}")
-    if len(plan.family.layers) < dense.num_layers:
-        _add(table, "MoE layers", f"{listed(plan.family.layers)} of {dense.num_layers}")
-    parameters = f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active"
-    _add(table, "parameters", f"{parameters} (dense {count(plan.dense_parameters)})")
-    _add(table, "FLOPs per token", f"{plan.flops_ratio:.2f} × dense, attention scores left out")
-    _add(table, "size", f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}")
-    lossless = "rounded" if plan.rounded_to else "lossless"
-    _add(table, "scale factors", f"{factors_text(plan, '×')} ({lossless})")
-    groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
-    rows = groups if recipe.virtual_groups else "a row of its own per expert"
-    if recipe.neuron_order is not NeuronOrder.SLICED:
-        _add(table, "neurons", order_text(recipe))
-    _add(table, "router", f"{router_text(plan)}, {rows}")
-    _add(table, "promise", _promise(plan))
-    if plan.dropped:
-        reasons = "; ".join(sorted({*plan.dropped.values()}))
-        _add(table, "left out", f"{counted(len(plan.dropped), 'tensor')}: {reasons}")
-    _add(table, "engines", *engine_lines(plan.engines))
-    return table
 
 
 def picked(source: object, *names: str) -> dict[str, Any]:
@@ -87,67 +32,24 @@ def picked(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
 
 
-def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a plan as a JSON object; `told` is what there is to warn of besides the plan."""
-    if not isinstance(plan, Plan):
-        from upcycle_cli.render_growth import growth_json
-
-        return growth_json(plan, told)
-    return {
-        "model_type": plan.family.target.outer_type,
-        "source_type": plan.source.config["model_type"],
-        "source": plan.source.name,
-        "source_revision": plan.source.revision,
-        "experts_from": merged_record(plan),
-        "recipe": plan.recipe.name,
-        **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
-        **picked(plan.recipe, "virtual_groups", "neuron_order", "noise", "reinit", "seed"),
-        **picked(plan.recipe, "num_experts", "shared_experts", "top_k"),
-        "expert_layout": plan.expert_layout,
-        "moe_layers": list(plan.family.layers),
-        **picked(plan, "total_parameters", "active_parameters", "dense_parameters", "flops_ratio"),
-        "bytes": plan.nbytes,
-        "shards": len(plan.shards),
-        "factors": asdict(plan.factors),
-        "calibration": plan.calibration_record,
-        **picked(plan, "lossless", "promise"),
-        "engines": engines_json(plan.engines),
-        "dropped": dict(plan.dropped),
-        "warnings": [*warnings(plan), *told],
-        "plan_sha256": plan.digest,
-    }
-
-
-def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
-    """Return what a conversion, and the push after it, did as a JSON object."""
-    status = "converted" if conversion.published else "verification failed"
-    return {
-        "status": "already done" if conversion.already_done and conversion.published else status,
-        "output": str(conversion.output),
-        **plan_json(conversion.plan, conversion.warnings),
-        "seconds": round(conversion.seconds, 3),
-        **picked(conversion, "shared_bytes", "reused_bytes"),
-        "verification": None if conversion.report is None else conversion.report.to_json(),
-        "push": None if push is None else push_json(push),
-    }
-
-
 def push_table(push: Push) -> Table:
     """Return what a push did, one property a row."""
-    table = _properties()
-    _add(table, "repo", push.url)
-    _add(table, "commit", push.commit)
+    return rows_table(_push_rows(push))
+
+
+def _push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
+    yield "repo", [push.url]
+    yield "commit", [push.commit]
     if push.pull_request is not None:
-        _add(table, "pull request", push.pull_request)
+        yield "pull request", [push.pull_request]
     what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
-    _add(table, "uploaded", what if push.changed else f"nothing: all {what}, were there already")
+    yield "uploaded", [what if push.changed else f"nothing: all {what}, were there already"]
     if push.card_kept:
-        _add(table, "card", "README.md was edited there and is kept (--replace-card replaces it)")
+        yield "card", ["README.md was edited there and is kept (--replace-card replaces it)"]
     for label, names in (("removed there", push.removed), ("left out", push.left_out)):
         if names:
             more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
-            _add(table, label, *names[:8], *more)
-    return table
+            yield label, [*names[:8], *more]
 
 
 def push_json(push: Push) -> dict[str, Any]:
@@ -162,10 +64,7 @@ def push_json(push: Push) -> dict[str, Any]:
 
 def inspection_table(inspection: Inspection) -> Table:
     """Return what is known of a checkpoint, one property a row."""
-    table = _properties()
-    for label, lines in inspection_rows(inspection):
-        _add(table, label, *lines)
-    return table
+    return rows_table(inspection_rows(inspection))
 
 
 def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]]]:
@@ -194,14 +93,23 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
         if inspection.trainers:
             yield "trainers", engine_lines(inspection.trainers)
     if inspection.weights is not None:
+        from upcycle_cli.render_weights import weight_rows
+
         yield from weight_rows(inspection.weights, inspection.num_experts)
     if inspection.load is not None:
+        from upcycle_cli.render_weights import load_rows
+
         yield from load_rows(inspection.load)
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
     """Return an inspection as a JSON object; a planned conversion is under `plan`."""
-    weights, claimed = inspection.weights, (inspection.record or {}).get("recipe")
+    plan, weights = None, inspection.weights
+    if inspection.plan is not None:
+        from upcycle_cli.render_plan import plan_json
+
+        plan = plan_json(inspection.plan)
+    claimed = (inspection.record or {}).get("recipe")
     name = claimed.get("name") if isinstance(claimed, dict) else None
     return {
         "status": "inspected",
@@ -219,7 +127,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "claims": inspection.record,
         "weights": None if weights is None else asdict(weights),
         "load": None if inspection.load is None else asdict(inspection.load),
-        "plan": None if inspection.plan is None else plan_json(inspection.plan),
+        "plan": plan,
     }
 
 
@@ -246,6 +154,8 @@ def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
     if inspection.plan is None:
         held = inspection.checkpoint.tensors.values()
         return [_tensor_json(entry, entry.shard) for entry in held]
+    from upcycle_cli.description import describe
+
     return [
         _tensor_json(tensor, shard.name)
         | {"role": "_".join(tensor.holds) or tensor.role, "made_from": describe(tensor.expr)}
@@ -315,6 +225,14 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def rows_table(rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
+    """Return a table of properties and the lines that say them, which may hold anything."""
+    table = _properties()
+    for label, lines in rows:
+        table.add_row(label, Text("\n".join(map(printable, lines))))
+    return table
+
+
 def _properties(between: int = 0) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -322,23 +240,6 @@ def _properties(between: int = 0) -> Table:
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _add(table: Table, label: str, *lines: str) -> None:
-    """Add a property, whose lines may hold anything."""
-    table.add_row(label, Text("\n".join(map(printable, lines))))
-
-
-def _promise(plan: Plan) -> str:
-    match plan.promise:
-        case Promise.EXACT:
-            rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
-            return f"exact: the function of the dense model{rounding}"
-        case Promise.APPROXIMATE:
-            std = plan.recipe.router_logit_std
-            return f"approximate: equal up to the router logits (std {std:g})"
-        case Promise.NONE:
-            return f"none: {no_promise(plan)}"
 
 
 def engine_lines(found: Iterable[Engine | Trainer]) -> list[str]:

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from upcycle_cli.alike import alike
-from upcycle_cli.calibration.prompts import Prompts
 from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.conversion import Conversion, check_before, execute, is_finished
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import check_utf8
-from upcycle_cli.growth import Growth, build_growth
 from upcycle_cli.hooks import Hooks
-from upcycle_cli.hub.pushing import Destination, Push, check_destination, push
 from upcycle_cli.hub.sources import open_source, split_revision
 from upcycle_cli.merge import Merge, Rest
-from upcycle_cli.place import check_name
+from upcycle_cli.place import check_before, check_name, is_finished
 from upcycle_cli.plan import build_plan
 from upcycle_cli.planned import Planned
 from upcycle_cli.printable import shell_line
-from upcycle_cli.publish import recover
 from upcycle_cli.recipe import Recipe
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.team import Team
 from upcycle_cli.tensors import Options
 from upcycle_cli.workspace import partial_of
 from upcycle_cli.writer import WriteOptions
+
+if TYPE_CHECKING:
+    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.growth import Growth
+    from upcycle_cli.hub.pushing import Destination, Push
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class MergeRequest:
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
             return None
+        from upcycle_cli.alike import alike
+
         return Merge(others=alike(source, models[1:]), cycle=tuple(cycle), rest=Rest(self.rest))
 
 
@@ -132,10 +134,14 @@ def carry_out(
     request: Request, *, hooks: Hooks | None = None, team: Team | None = None
 ) -> Conversion:
     """Do what is asked for, with the other ranks of a team; UpcycleError as in `convert`."""
+    from upcycle_cli.conversion import execute
+
     team = team or Team()
     hooks = hooks if hooks is not None and team.leads else Hooks()
     plan, destination = _plan(request, hooks, team), request.push
     if destination is not None:
+        from upcycle_cli.hub.pushing import check_destination
+
         # Now, and not after hours of work, it is found out that the Hub would refuse.
         team.agree(lambda: check_destination(destination) if team.leads else None)
     plan = _bring_source(plan, request, hooks, team)
@@ -168,9 +174,8 @@ def foresee(
     try:
         if not request.overwrite and is_finished(plan, output):
             return plan, [f"{output} is already what this command makes."]
-        check_before(
-            plan, output, overwrite=request.overwrite, writing=request.writing, team=Team()
-        )
+        reflink = request.writing.reflink
+        check_before(plan, output, overwrite=request.overwrite, reflink=reflink, team=Team())
     except UpcycleError as error:
         return plan, [f"without --dry-run this is refused: {' '.join(str(error).split())}"]
     if not partial_of(output).exists():
@@ -186,7 +191,10 @@ def _plan(request: Request, hooks: Hooks, team: Team) -> Planned:
 
     def make() -> Planned:
         source = open_source(request.source, request.revision)
-        if isinstance(request.recipe, Growth):
+        if not isinstance(request.recipe, Recipe):
+            from upcycle_cli.calibration.prompts import Prompts
+            from upcycle_cli.growth import build_growth
+
             prompts = request.inputs is not None and isinstance(request.inputs.text, Prompts)
             if request.merge is not None or prompts:
                 raise UpcycleError(
@@ -233,15 +241,20 @@ def _bring_source(plan: Planned, request: Request, hooks: Hooks, team: Team) -> 
 
 def _is_there(plan: Planned, request: Request, team: Team) -> bool:
     """Whether the output is there, and needs no source; UpcycleError when it cannot be made."""
+    from upcycle_cli.publish import recover
+
     output, overwrite = request.output.absolute(), request.overwrite
     recover(output)
     if not overwrite and not request.verify and is_finished(plan, output):
         return True
-    check_before(plan, output, overwrite=overwrite, writing=request.writing, team=team)
+    reflink = request.writing.reflink
+    check_before(plan, output, overwrite=overwrite, reflink=reflink, team=team)
     return False
 
 
 def _push(done: Conversion, destination: Destination, hooks: Hooks) -> Push:
+    from upcycle_cli.hub.pushing import push
+
     try:
         return push(done.output, destination, on_start=hooks.pushing)
     except UpcycleError as error:

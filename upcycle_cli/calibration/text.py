@@ -6,9 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle_cli.printable import printable
-from upcycle_cli.running.texts import Text, builtin_texts, read_texts
+
+if TYPE_CHECKING:
+    from upcycle_cli.running.texts import Text
 
 BUILTIN = "builtin"
 
@@ -32,6 +35,8 @@ def calibration_text(place: str | Path, what: str = "the calibration text") -> C
 
     Raises UpcycleError for a file that cannot be read, is no text, or has none in it.
     """
+    from upcycle_cli.running.texts import builtin_texts, read_texts
+
     if str(place) == BUILTIN:
         return CalibrationText(BUILTIN, tuple(builtin_texts()))
     path = Path(place)

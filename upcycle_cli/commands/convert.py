@@ -162,7 +162,8 @@ def convert(
                 ),
                 merge=to_merge(experts_from, rest, source_too=source_experts),
             )
-            shared.quiet_hub(silent=quiet or json)
+            read = (source, *experts_from) if dry_run else ()
+            shared.quiet_hub(*read, silent=quiet or json)
             screen = _Screen(request, context, save_config, as_json, quiet)
             if dry_run:
                 screen.show_forecast(*foresee(request, hooks=screen, team=team))
@@ -173,9 +174,9 @@ def convert(
 def _destination(
     repo: str | None, *, revision: str | None, private: bool, create_pr: bool
 ) -> Destination | None:
-    from upcycle_cli.hub.pushing import Destination
-
     if repo is not None:
+        from upcycle_cli.hub.pushing import Destination
+
         return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
     if private or create_pr or revision is not None:
         raise UpcycleError(
@@ -248,7 +249,7 @@ class _Screen(Hooks):
         shared.announce_push(self.request.push.repo, files, nbytes, silent=self.silent)
 
     def show_forecast(self, plan: Planned, warnings: list[str]) -> None:
-        from upcycle_cli.render import plan_json
+        from upcycle_cli.render_plan import plan_json
 
         if self.as_json:
             status = {"status": "planned", "output": str(self.request.output)}
@@ -267,7 +268,9 @@ class _Screen(Hooks):
             if not self.silent:
                 shared.show_push(done.pushed)
         if self.as_json:
-            terminal.print_json(render.conversion_json(done, done.pushed))
+            from upcycle_cli.render_plan import conversion_json
+
+            terminal.print_json(conversion_json(done, done.pushed))
         if done.published:
             return
         if self.quiet and done.report is not None:

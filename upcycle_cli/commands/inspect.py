@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
@@ -17,7 +18,11 @@ from upcycle_cli.commands.budget_options import (
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
 from upcycle_cli.commands.shared import for_path, for_run, warn_all
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.hooks import Watch
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stderr, stdout
+
+if TYPE_CHECKING:
+    from upcycle_cli.inspection import Inspection
 
 
 @takes_moe_options
@@ -66,8 +71,7 @@ def inspect(
     """
     with errors_to_exit_codes(as_json=json):
         page = shared.report_file(report, dense)
-        from upcycle_cli import inspection, render, render_choices, report_page
-        from upcycle_cli.progress import progress_bar
+        from upcycle_cli import inspection, render
 
         budget = to_budget(max_params, max_active, gpu_memory)
         if budget is not None and asks_for_moe(context):
@@ -77,10 +81,13 @@ def inspect(
             )
         if dense is not None and not weights and load is None:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
-        options, inputs = moe.to_options(), moe.to_inputs()
-        wanted = moe.to_recipe(context, allow_inexact=True) if asks_for_moe(context) else None
-        shared.quiet_hub(silent=json or not (weights or load))
-        with progress_bar(stderr(), total=0, silent=json) as watch:
+        wanted = options = inputs = None
+        if asks_for_moe(context):
+            options, inputs = moe.to_options(), moe.to_inputs()
+            wanted = moe.to_recipe(context, allow_inexact=True)
+        takes_time = bool(weights or load)
+        shared.quiet_hub(path, dense, silent=json or not takes_time)
+        with _progress(silent=json or not takes_time) as watch:
             found = inspection.inspect(
                 path,
                 wanted,
@@ -94,28 +101,43 @@ def inspect(
                 watch=watch,
             )
         if page is not None:
-            if found.kind != "moe":
-                raise UpcycleError(
-                    f"{path} is a dense model, and --report shows an MoE.", "Leave out --report."
-                )
-            command = shared.command_line()
-            page.write(report_page.inspection_html(found, name=str(path), command=command))
-        fits = () if budget is None else inspection.fits(found, budget, target=moe.target)
+            page.write(_html(found, path))
+        if budget is not None:
+            from upcycle_cli import render_choices
+
+            fits = inspection.fits(found, budget, target=moe.target)
         if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
             listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
             print_json(render.inspection_json(found) | listed)
             return
         show(render.inspection_table(found))
-        if fits:
+        if budget is not None:
             stdout().print()
             show(render_choices.fits_table(fits))
             warn_all(render_choices.FITS_NOTES)
         if found.plan is not None:
             stdout().print()
             shared.show_plan(found.plan)
-        if page is not None:
-            shared.announce_report(page, silent=False)
+        shared.announce_report(page, silent=False)
         if tensors:
             # A list is for grep: one line a tensor, however wide the screen is.
             stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
+
+
+def _progress(*, silent: bool) -> AbstractContextManager[Watch]:
+    if silent:
+        return nullcontext(Watch())
+    from upcycle_cli.progress import progress_bar
+
+    return progress_bar(stderr(), total=0, silent=False)
+
+
+def _html(found: Inspection, path: Path) -> str:
+    from upcycle_cli.report_page import inspection_html
+
+    if found.kind != "moe":
+        raise UpcycleError(
+            f"{path} is a dense model, and --report shows an MoE.", "Leave out --report."
+        )
+    return inspection_html(found, name=str(path), command=shared.command_line())

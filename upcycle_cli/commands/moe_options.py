@@ -272,15 +272,19 @@ class MoeOptions:
 
     def to_options(self) -> Options:
         """Return what is wanted of the files."""
-        from upcycle_cli.order_file import read_order_file
         from upcycle_cli.tensors import Options
 
+        orders = None
+        if self._order_file is not None:
+            from upcycle_cli.order_file import read_order_file
+
+            orders = read_order_file(self._order_file)
         return Options(
             dtype=None if self.dtype == "auto" else self.dtype,
             expert_layout=self.expert_layout,
             max_shard_bytes=parse_size(self.max_shard_size),
             untie_embeddings=self.untie_embeddings,
-            neuron_orders=None if self._order_file is None else read_order_file(self._order_file),
+            neuron_orders=orders,
         )
 
     @property

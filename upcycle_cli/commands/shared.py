@@ -53,8 +53,13 @@ def path_argument(text: str) -> Path:
 for_path = functools.partial(typer.Argument, parser=path_argument)
 
 
-def quiet_hub(*, silent: bool) -> None:
-    """Let huggingface_hub show its bars only where somebody looks."""
+def quiet_hub(*places: Path | None, silent: bool) -> None:
+    """Let huggingface_hub show its bars only where somebody looks.
+
+    Where these places are given and all here, it is not needed, nor the time to import it taken.
+    """
+    if places and all(place is None or place.exists() for place in places):
+        return
     from upcycle_cli.hub.requests import be_quiet
 
     be_quiet(bars=not silent and sys.stderr.isatty())
@@ -80,9 +85,9 @@ def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
     return file
 
 
-def announce_report(file: ReportFile, *, silent: bool) -> None:
-    """Say that a page has been written."""
-    if not silent:
+def announce_report(file: ReportFile | None, *, silent: bool) -> None:
+    """Say that a page has been written, if it was."""
+    if file is not None and not silent:
         talk(f"Wrote {file.path}.")
 
 
@@ -93,10 +98,10 @@ def command_line() -> str:
 
 def show_plan(plan: Planned) -> None:
     """Print what is, or would be, made, and warn of what is to be known of it."""
-    from upcycle_cli import render
     from upcycle_cli.advice import warnings
+    from upcycle_cli.render_plan import plan_table
 
-    show(render.plan_table(plan))
+    show(plan_table(plan))
     warn_all(warnings(plan))
 
 

@@ -91,7 +91,7 @@ def verify(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         page = shared.report_file(report, dense)
-        from upcycle_cli import render, report_page, verification
+        from upcycle_cli import render, verification
         from upcycle_cli.progress import progress_bar
         from upcycle_cli.verification import TextOptions
 
@@ -116,11 +116,13 @@ def verify(
         elif not json and not found.accepted:
             terminal.show(render.report_table(found), terminal.stderr())
         if page is not None:
+            from upcycle_cli import report_page
+
             html = report_page.verification_html(
                 found, dense=str(dense), moe=str(moe), command=shared.command_line()
             )
             page.write(html)
-            shared.announce_report(page, silent=quiet or json)
+        shared.announce_report(page, silent=quiet or json)
         if json:
             terminal.print_json(found.to_json())
         if found.status == "skipped":

@@ -217,27 +217,32 @@ def _run(facts: Facts, selected: tuple[str, ...], how: _Conditions) -> Report:
     from upcycle_cli.verification.companions import check_files
     from upcycle_cli.verification.factors import find_objection
     from upcycle_cli.verification.headers import header_failures
-    from upcycle_cli.verification.outputs import check_outputs
     from upcycle_cli.verification.structure import check_structure
-    from upcycle_cli.verification.weights import check_weights
 
     objection = find_objection(facts)
     by_header = cache(lambda: tuple(header_failures(facts.moe, facts.target)))
     copied: frozenset[int] = frozenset()
 
     def weights() -> CheckResult:
+        from upcycle_cli.verification.weights import check_weights
+
         nonlocal copied
         result, copied = check_weights(facts, how.watch)
         return result
+
+    def outputs() -> CheckResult:
+        from upcycle_cli.verification.outputs import check_outputs
+
+        return check_outputs(
+            facts, how.texts, objection, by_header(), copied=copied, watch=how.watch
+        )
 
     run: dict[str, Callable[[], CheckResult]] = {
         "structure": lambda: check_structure(facts, by_header()),
         "files": lambda: check_files(facts),
         "claims": lambda: check_claims(facts),
         "weights": weights,
-        "outputs": lambda: check_outputs(
-            facts, how.texts, objection, by_header(), copied=copied, watch=how.watch
-        ),
+        "outputs": outputs,
     }
     results = _results(run, selected, how)
     exact = Promise.EXACT if facts.standard.uniform else Promise.APPROXIMATE
