@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
@@ -32,7 +32,6 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
-from upcycle_cli.growth import GrowthPlan
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
 from upcycle_cli.printable import printable, shell_line
@@ -67,49 +66,58 @@ def model_card(plan: Planned, report: Report | None, repo: str | None = None) ->
 
     The licence and languages are carried over from the source's own card.
     """
-    if isinstance(plan, GrowthPlan):
-        from upcycle_cli.growth_card import growth_card
-
-        text = growth_card(plan, report, repo)
+    if isinstance(plan, Plan):
+        template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
+        facts, own = _facts(plan), _upcycled(plan)
     else:
-        assert isinstance(plan, Plan)
-        text = _upcycled(plan, report, repo)
+        k = plan.how["growth"]["expand"]
+        template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
+        facts, own = _grown_facts(plan), {"expand": k}
+    place = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
+    text = Template((files("upcycle_cli") / template).read_text(encoding="utf-8")).substitute(
+        own,
+        front_matter=_front_matter(plan),
+        title=_markdown(plan.source.name.split("/")[-1]) + title,
+        origin=_origins(plan),
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        promise=_promise(plan),
+        found=_found_text(report),
+        verify_again=shell_line(_verify_again(plan, place)),
+        place=json.dumps(place),
+        parallel=_any_of(expert_parallel_sizes(plan.num_experts)),
+        engines=_engines_text(plan, place),
+    )
     return f"{text}\n{_seal(text.strip())}\n"
 
 
-def _upcycled(plan: Plan, report: Report | None, repo: str | None) -> str:
-    place = repo or f"my-org/{repo_name(plan.source.name, f'-{plan.recipe.name}')}"
-    ships_code, wrapped = plan.family.target.ships_code, plan.family.target.inside is not None
-    pinned = ("--dense-revision", plan.source.revision) if plan.source.revision else ()
-    verify_again = ["upcycle", "verify", plan.source.repo or "DENSE", place, *pinned]
-    if plan.merge is not None:
-        for other in plan.merge.others:
-            verify_again += ["--experts-from", other.name if other.repo is None else other.place]
-        verify_again.append("--allow-inexact")
+def _upcycled(plan: Plan) -> dict[str, object]:
+    """Return what the card of an upcycled model says, and that of a grown one does not."""
+    ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
-    return Template((files("upcycle_cli") / "card.md").read_text(encoding="utf-8")).substitute(
-        front_matter=front_matter(plan),
-        title=f"{markdown(plan.source.name.split('/')[-1])} {plan.recipe.name}",
-        origin=origins(plan),
-        whose="its" if plan.merge is None else "their",
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
-        promise=_promise(plan),
-        experts=_experts(plan),
-        found=found_text(report),
-        verify_again=shell_line(verify_again),
-        place=json.dumps(place),
-        options=", trust_remote_code=True" if ships_code else "",
-        model_class=f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
-        reader="AutoProcessor" if wrapped else "AutoTokenizer",
-        reads="processor" if wrapped else "tokenizer",
-        code=_about_code(plan) if ships_code else "",
-        trainers=_trainers(plan),
-        parallel=any_of(expert_parallel_sizes(plan.recipe.num_experts)),
-        score=_score(plan),
-        top_k=plan.recipe.top_k,
-        notes=f"\n\n{notes}" if notes else "",
-        engines=engines_text(plan, place),
-    )
+    return {
+        "whose": "its" if plan.merge is None else "their",
+        "experts": _experts(plan),
+        "options": ", trust_remote_code=True" if ships_code else "",
+        "model_class": f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
+        "reader": "AutoProcessor" if wrapped else "AutoTokenizer",
+        "reads": "processor" if wrapped else "tokenizer",
+        "code": _about_code(plan) if ships_code else "",
+        "trainers": _trainers(plan),
+        "score": _score(plan),
+        "top_k": plan.top_k,
+        "notes": f"\n\n{notes}" if notes else "",
+    }
+
+
+def _verify_again(plan: Planned, place: str) -> Iterator[str]:
+    unnamed = "DENSE" if isinstance(plan, Plan) else "SOURCE"
+    yield from ("upcycle", "verify", plan.source.repo or unnamed, place)
+    if plan.source.revision:
+        yield from ("--dense-revision", plan.source.revision)
+    if isinstance(plan, Plan) and plan.merge is not None:
+        for other in plan.merge.others:
+            yield from ("--experts-from", other.name if other.repo is None else other.place)
+        yield "--allow-inexact"
 
 
 def repo_name(text: str, suffix: str = "") -> str:
@@ -155,7 +163,7 @@ def _seal(card: str) -> str:
     return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
 
 
-def front_matter(plan: Planned) -> str:
+def _front_matter(plan: Planned) -> str:
     """Return the card's metadata as YAML."""
     import yaml  # type: ignore[import-untyped]
 
@@ -172,7 +180,7 @@ def front_matter(plan: Planned) -> str:
     return text
 
 
-def markdown(text: str) -> str:
+def _markdown(text: str) -> str:
     """Return a text as markdown that shows it."""
     text = re.sub(r"([\\`*{}\[\]|~$]|\b_|_\b)", r"\\\1", printable(text))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -186,7 +194,7 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def origins(plan: Planned) -> str:
+def _origins(plan: Planned) -> str:
     """Return the names of the sources, and their commits where they are known."""
     *others, last = map(_origin, plan.sources)
     listed = ", ".join(other.removesuffix(",") for other in others)
@@ -214,10 +222,8 @@ def _facts(plan: Plan) -> dict[str, str]:
         "neurons": order_text(recipe),
         **({"experts differ": perturbed_text(plan)} if recipe.perturbed else {}),
         "routing": f"{recipe.routing}",
-        "routers": markdown(f"{router_text(plan)}, seed {recipe.seed}"),
-        "parameters": f"{billions(plan.total_parameters)} in all, "
-        f"{billions(plan.active_parameters)} active per token "
-        f"(dense: {billions(plan.dense_parameters)})",
+        "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
+        "parameters": f"{_parameters(plan)} (dense: {_billions(plan.dense_parameters)})",
         "scale factors": f"{factors_text(plan)} ({'rounded' if plan.rounded_to else 'lossless'})",
     }
 
@@ -225,17 +231,39 @@ def _facts(plan: Plan) -> dict[str, str]:
 def _merged(plan: Plan) -> dict[str, str]:
     if plan.merge is None:
         return {}
-    groups, rest = map(markdown, merged_text(plan))
+    groups, rest = map(_markdown, merged_text(plan))
     return {"experts from": groups, "attention, norms, embeddings": rest}
 
 
-def _promise(plan: Plan) -> str:
+def _grown_facts(plan: Planned) -> dict[str, str]:
+    from upcycle_cli.growth import GrowthPlan
+
+    assert isinstance(plan, GrowthPlan)
+    before = plan.experts
+    every = len(plan.layers) == before.num_layers
+    return {
+        "architecture": plan.target.architecture,
+        "MoE layers": "all" if every else f"{listed(plan.layers)} of {before.num_layers}",
+        "experts": f"{plan.num_experts} per layer, {plan.top_k} active (source: "
+        f"{before.num_experts}, {before.top_k} active), intermediate size {before.expert_size}",
+        "routing": f"{plan.routing}",
+        "parameters": f"{_parameters(plan)} (source: {_billions(plan.dense_parameters)} in all)",
+    }
+
+
+def _parameters(plan: Planned) -> str:
+    total, active = _billions(plan.total_parameters), _billions(plan.active_parameters)
+    return f"{total} in all, {active} active per token"
+
+
+def _promise(plan: Planned) -> str:
+    origin = "dense model" if isinstance(plan, Plan) else "source"
     if plan.promise is Promise.NONE:
-        return f"It does not compute what the dense model computes: {no_promise(plan)}."
+        return f"It does not compute what the {origin} computes: {no_promise(plan)}."
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     if plan.promise is Promise.APPROXIMATE:
         rounding = " up to an error of the order of the router's logits"
-    return f"It computes what the dense model computes{rounding}, until it is trained further."
+    return f"It computes what the {origin} computes{rounding}, until it is trained further."
 
 
 def _experts(plan: Plan) -> str:
@@ -250,7 +278,7 @@ def _experts(plan: Plan) -> str:
     return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
 
 
-def found_text(report: Report | None) -> str:
+def _found_text(report: Report | None) -> str:
     """Return what verify found as a table."""
     if report is None:
         return "Not verified when it was made."
@@ -258,7 +286,7 @@ def found_text(report: Report | None) -> str:
         "What `upcycle verify` found on these files:\n\n| check | result | detail |\n|---|---|---|"
     )
     for check in report.checks:
-        detail = markdown(" ".join(check.detail.split()))
+        detail = _markdown(" ".join(check.detail.split()))
         found += f"\n| {check.name} | {check.status} | {detail} |"
     return found
 
@@ -306,7 +334,7 @@ def _trainers(plan: Plan) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in words.items())
 
 
-def any_of(sizes: Sequence[int]) -> str:
+def _any_of(sizes: Sequence[int]) -> str:
     """Return numbers as a choice."""
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
@@ -337,7 +365,7 @@ def _balancing(plan: Plan) -> str:
     return f"{switch}, or the auxiliary loss is not applied; {weight}"
 
 
-def engines_text(plan: Planned, place: str) -> str:
+def _engines_text(plan: Planned, place: str) -> str:
     """Return what is known of each engine as rows of a table, and how to serve the model."""
     text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:
@@ -348,6 +376,6 @@ def engines_text(plan: Planned, place: str) -> str:
     return text
 
 
-def billions(count: int) -> str:
+def _billions(count: int) -> str:
     """Return a number of parameters in words."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

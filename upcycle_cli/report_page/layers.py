@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from upcycle_cli.printable import counted
 from upcycle_cli.report_page.figures import Series, draw_heat_map, draw_lines
 from upcycle_cli.report_page.page import Figure, Section, Table, scientific, spread
 from upcycle_cli.verification.report import LayerMeasure
+
+if TYPE_CHECKING:
+    from upcycle_cli.load import LayerLoad
 
 
 def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
@@ -116,23 +119,7 @@ def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
     return Section(key="routing", title="Routing", figures=[routers, groups], tables=[table])
 
 
-class LoadedLayer(Protocol):
-    """How many tokens chose each expert of a layer, and how many experts none did."""
-
-    @property
-    def layer(self) -> int:
-        """Its number."""
-
-    @property
-    def load(self) -> Sequence[int]:
-        """By expert."""
-
-    @property
-    def idle_experts(self) -> int:
-        """How many have none."""
-
-
-def load_section(layers: Sequence[LoadedLayer]) -> Section | None:
+def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
     """Return how many tokens chose each expert, None where nothing was measured."""
     layers = [layer for layer in layers if layer.load]
     if not layers:

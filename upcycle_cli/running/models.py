@@ -19,9 +19,6 @@ from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import auto_map
 from upcycle_cli.running.shipped import known
 
-MOST_TOKENS = 1024
-"""The longest sequence that both models are run on."""
-
 Shapes = dict[str, tuple[int, ...]]
 Config: TypeAlias = Any
 Model: TypeAlias = Any
@@ -193,19 +190,6 @@ def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
-
-
-def load_model(path: Path, dtype: object, **how: object) -> tuple[Model, Mapping[str, Any]]:
-    """Return the model in evaluation mode, and what transformers reports about loading it.
-
-    `how` is passed on to transformers. Raises TransformersError.
-    """
-    _, auto_model, _ = _transformers()
-    with transformers_says(), known(_model_type(path)):
-        model, info = auto_model.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_OFFLINE, **how
-        )
-        return model.eval(), info
 
 
 def load_tokenizer(path: Path) -> Any:  # noqa: ANN401

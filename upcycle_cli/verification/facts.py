@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.families import pieces_of
@@ -26,66 +26,15 @@ from upcycle_cli.families.wrappers import inner
 from upcycle_cli.verification.merged import Merged, rest_reader
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
+if TYPE_CHECKING:
+    from upcycle_cli.verification.grown import Grown, Side
+
+Pair: TypeAlias = "Facts | Grown"
+"""An MoE and what it was made of, whichever way: what checks ask that compare files."""
+Moe: TypeAlias = "Facts | Side"
+"""An MoE that is to be run, with its weights left on disk."""
 _SAMPLE_SPREAD = 1.5
 """The deviation of a small sample can be this much larger than that it was drawn with."""
-
-
-class Pair(Protocol):
-    """An MoE and what it was made of, whichever way: what checks ask that compare files."""
-
-    @property
-    def dense(self) -> Checkpoint:
-        """What it was made of."""
-
-    @property
-    def moe(self) -> Checkpoint:
-        """The MoE."""
-
-    @property
-    def moe_names(self) -> tuple[str, ...]:
-        """All files beside the MoE."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that are mixtures of experts."""
-
-    @property
-    def record(self) -> Record:
-        """What `upcycle.json` says."""
-
-    @property
-    def merged(self) -> Merged | None:
-        """The models, where it was made of several."""
-
-    def router_name(self, layer: int) -> str:
-        """Return the name of a layer's router on disk."""
-
-
-class Moe(Protocol):
-    """An MoE that is to be run, with its weights left on disk."""
-
-    @property
-    def moe(self) -> Checkpoint:
-        """Its files."""
-
-    @property
-    def target(self) -> Target:
-        """Its architecture."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that are mixtures of experts."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of an expert."""
-
-    @property
-    def group_size(self) -> int:
-        """The experts of a group, whose copies in others may be run as one."""
-
-    def place(self, part: str, layer: int, expert: int) -> Place:
-        """Return where one part of one expert lies on disk, with the tensor's whole name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,11 @@ from upcycle_cli.running.models import Model, TransformersError, transformers_sa
 from upcycle_cli.running.runs import started
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.grown import Grown
+from upcycle_cli.verification.outputs import exact_failures, rounding_failures, text_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.running import moe_model
 from upcycle_cli.verification.sidebyside import ending_of
-
-_EXACT_KL = 1e-8
-_EXACT_TOP1 = 0.999
-_MOST_ROUNDING_KL = 1e-2
 
 
 def check_grown_outputs(
@@ -47,7 +44,7 @@ def check_grown_outputs(
     if bad:
         findings.add(f"{bad} of {comparison.moe.shown} logits of the MoE are not finite")
         return findings.result("outputs", "", note=note)
-    metrics = _metrics(comparison, prompt)
+    metrics = text_metrics(comparison, prompt)
     measured = (
         f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
         f"{metrics['top1_agreement']:.2%}, NLL of the text {metrics['moe_nll']:.4f} against "
@@ -57,8 +54,7 @@ def check_grown_outputs(
         detail = f"Measured only, since this MoE does not promise equality: {facts.objection}."
         result = findings.result("outputs", f"{detail} {measured}", metrics)
         return replace(result, status=Status.MEASURED)
-    for failure in _failures(metrics):
-        findings.add(failure)
+    findings.add(*exact_failures(metrics), *rounding_failures(metrics, "source's"))
     return findings.result(
         "outputs", f"The same function. {measured}", metrics, measured if findings else ""
     )
@@ -100,40 +96,3 @@ def _narrowed(facts: Grown) -> Mapping[str, torch.dtype]:
         if dtype not in {"F32", facts.dense.tensors[name].dtype}:
             found[name] = getattr(torch, TORCH_DTYPES[dtype])
     return found
-
-
-def _metrics(comparison: Comparison, prompt: Prompt) -> dict[str, float]:
-    """Return the metrics: KL(source ‖ MoE) in nats per token, NLL of the text alone, and others."""
-    p, r, q = comparison.published, comparison.rounded, comparison.moe
-    follows_P = prompt.targets >= 0
-    return {
-        "kl_mean": float(comparison.kl.mean()),
-        "kl_max": float(comparison.kl.max()),
-        "kl_mean_rounding": float(comparison.rounding.mean()),
-        "kl_mean_conversion": float(comparison.conversion.mean()),
-        "max_abs_logit_diff": comparison.max_abs_logit_diff,
-        "top1_agreement": float((p.best == q.best).double().mean()),
-        "top1_agreement_conversion": float((r.best == q.best).double().mean()),
-        "dense_nll": float(p.nll[follows_P].mean()),
-        "moe_nll": float(q.nll[follows_P].mean()),
-        "tokens": prompt.ids.numel(),
-        "text_tokens": sum(map(len, prompt.words)),
-    }
-
-
-def _failures(metrics: Mapping[str, float]) -> list[str]:
-    failures = []
-    kl, top1 = metrics["kl_mean_conversion"], metrics["top1_agreement_conversion"]
-    if not kl < _EXACT_KL:
-        failures.append(f"kl_mean_conversion is {kl:.3g}, and less than {_EXACT_KL:g} is promised")
-    # Among few tokens a single near-tie must not decide.
-    if top1 < _EXACT_TOP1 and round((1 - top1) * metrics["tokens"]) > 1:
-        least = f"at least {_EXACT_TOP1:.1%} is promised"
-        failures.append(f"top1_agreement_conversion is {top1:.4%}, and {least}")
-    cost = metrics["kl_mean_rounding"]
-    if not cost <= _MOST_ROUNDING_KL:
-        failures.append(
-            f"kl_mean_rounding is {cost:.3g}: rounding the source's weights costs more than "
-            f"{_MOST_ROUNDING_KL:g}; convert to another dtype"
-        )
-    return failures

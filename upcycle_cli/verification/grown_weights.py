@@ -37,8 +37,7 @@ def check_grown_weights(facts: Grown, watch: Watch) -> CheckResult:
             done += held[name].nbytes if name in held else 0
             watch.checked(done, facts.moe.nbytes, "bytes")
         for layer in sorted({*facts.source.routed, *facts.grown.routed}):
-            for failure in _layer_failures(facts, source, moe, layer):
-                findings.add(failure)
+            findings.add(*_layer_failures(facts, source, moe, layer))
             names = {*facts.grown.of_choice(layer), *facts.grown.of_experts(layer)}
             done += sum(held[name].nbytes for name in names & held.keys())
             watch.checked(done, facts.moe.nbytes, "bytes")

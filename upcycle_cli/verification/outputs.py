@@ -63,11 +63,10 @@ def check_outputs(
     Raises UpcycleError when the dense model cannot run, and for options that no model can follow.
     """
     findings, note = Findings(), "The outputs could not be compared."
-    odd = [entry for entry in facts.moe.tensors.values() if entry.dtype not in TORCH_DTYPES]
-    for entry in odd:
-        findings.add(f"{entry.name} is {entry.dtype}, which no weight is")
-    for failure in by_header:
-        findings.add(failure)
+    for entry in facts.moe.tensors.values():
+        if entry.dtype not in TORCH_DTYPES:
+            findings.add(f"{entry.name} is {entry.dtype}, which no weight is")
+    findings.add(*by_header)
     if findings:
         return findings.result(NAME, "", note=note)
     prompt = make_prompt(facts, options)
@@ -81,8 +80,7 @@ def check_outputs(
             return findings.result(NAME, "", note=note)
     not_finite = list(_not_finite(found.comparison))
     by_router = found.routing.failures if not_finite else []
-    for failure in (*not_finite, *by_router, *overflows, *_overflows(found.largest)):
-        findings.add(failure)
+    findings.add(*not_finite, *by_router, *overflows, *_overflows(found.largest))
     if not_finite:
         return findings.result(NAME, "", {"tokens": prompt.ids.numel()})
     metrics = _metrics(found, prompt) | found.routing.metrics | picture
@@ -92,8 +90,7 @@ def check_outputs(
     detail = f"Measured only, since this MoE does not promise equality: {objection}."
     if objection is None:
         detail, failures = _judged(facts, metrics)
-        for failure in (*failures, *found.routing.failures):
-            findings.add(failure)
+        findings.add(*failures, *found.routing.failures)
     note = measured if findings else ""
     result = findings.result(NAME, f"{detail} {measured}", metrics, note)
     only_measured = objection is not None and not findings
@@ -156,29 +153,39 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
     what is between the two dense ones is the price of the dtype, and the rest the conversion's.
     """
     comparison, whole_P = found.comparison, found.routing.whole_everywhere
-    p, r, q = comparison.published, comparison.rounded, comparison.moe
-    kl_P, conversion_P = comparison.kl, comparison.conversion
-    follows_P = prompt.targets >= 0
-    quantiles = torch.quantile(kl_P, torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)).tolist()
+    points = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
+    whole_kl_P = comparison.conversion[whole_P]
     return {
-        "kl_mean": float(kl_P.mean()),
-        **dict(zip(("kl_median", "kl_p90", "kl_p99"), quantiles, strict=True)),
-        "kl_max": float(kl_P.max()),
+        "kl_mean": float(comparison.kl.mean()),
+        **dict(
+            zip(
+                ("kl_median", "kl_p90", "kl_p99"),
+                torch.quantile(comparison.kl, points).tolist(),
+                strict=True,
+            )
+        ),
+        "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
+        **text_metrics(comparison, prompt),
+    }
+
+
+def text_metrics(comparison: Comparison, prompt: Prompt) -> dict[str, float]:
+    """Return what is measured of any two models, whatever the second was made by."""
+    p, r, q = comparison.published, comparison.rounded, comparison.moe
+    follows_P = prompt.targets >= 0
+    return {
+        "kl_mean": float(comparison.kl.mean()),
+        "kl_max": float(comparison.kl.max()),
         "kl_mean_rounding": float(comparison.rounding.mean()),
-        "kl_mean_conversion": float(conversion_P.mean()),
-        "kl_mean_whole": float(conversion_P[whole_P].mean()) if bool(whole_P.any()) else math.nan,
+        "kl_mean_conversion": float(comparison.conversion.mean()),
         "max_abs_logit_diff": comparison.max_abs_logit_diff,
-        "top1_agreement": _share(p.best == q.best),
-        "top1_agreement_conversion": _share(r.best == q.best),
+        "top1_agreement": float((p.best == q.best).double().mean()),
+        "top1_agreement_conversion": float((r.best == q.best).double().mean()),
         "dense_nll": float(p.nll[follows_P].mean()),
         "moe_nll": float(q.nll[follows_P].mean()),
         "tokens": prompt.ids.numel(),
         "text_tokens": sum(map(len, prompt.words)),
     }
-
-
-def _share(marked: torch.Tensor) -> float:
-    return float(marked.double().mean())
 
 
 def _in_words(prompt: Prompt, metrics: Mapping[str, float], found: Found) -> str:
@@ -206,13 +213,17 @@ def _in_words(prompt: Prompt, metrics: Mapping[str, float], found: Found) -> str
 def _judged(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
     """Hold what was measured against what the MoE owes: what that is, and what fails."""
     owed, failures = (_exact if facts.standard.uniform else _approximate)(facts, metrics)
+    return owed, [*failures, *rounding_failures(metrics, "dense")]
+
+
+def rounding_failures(metrics: Mapping[str, float], whose: str) -> Iterator[str]:
+    """Say where the dtype costs more than a conversion may."""
     cost = metrics["kl_mean_rounding"]
     if not cost <= _MOST_ROUNDING_KL:
-        failures.append(
-            f"kl_mean_rounding is {cost:.3g}: rounding the dense weights to the MoE's dtypes "
+        yield (
+            f"kl_mean_rounding is {cost:.3g}: rounding the {whose} weights to the MoE's dtypes "
             f"costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
         )
-    return owed, failures
 
 
 def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
@@ -220,22 +231,25 @@ def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
     lossless = all(is_power_of_two(factors[matrix]) for matrix in facts.kind.matrices)
     names = {facts.place(part, layer, 0).tensor for layer in facts.layers for part in facts.parts}
     rounded = max(_ROUNDED_KL[facts.moe.tensors[name].dtype] for name in names)
-    bound = _EXACT_KL if lossless else rounded
-    top1 = metrics["top1_agreement_conversion"]
-    failures = [
-        f"{key} is {metrics[key]:.3g}, and less than {bound:g} is promised"
-        for key in ("kl_mean_conversion", "kl_mean_picture")
-        if key in metrics and not metrics[key] < bound
-    ]
-    # Among few tokens a single near-tie must not decide.
-    disagreeing = round((1 - top1) * metrics["tokens"])
-    if lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
-        least = f"at least {_EXACT_TOP1:.1%} is promised"
-        failures.append(f"top1_agreement_conversion is {top1:.4%}, and {least}")
+    failures = [*exact_failures(metrics, None if lossless else rounded)]
     if facts.group_size > 1:
         failures += _split_failures(metrics, _MOST_SPLIT_EXACT)
     rounding = "" if lossless else " up to the rounding of the scaled weights"
     return f"The same function{rounding}.", failures
+
+
+def exact_failures(metrics: Mapping[str, float], rounded: float | None = None) -> Iterator[str]:
+    """Say where two models do not compute the same; `rounded` is what KL rounding can make."""
+    bound = _EXACT_KL if rounded is None else rounded
+    for key in ("kl_mean_conversion", "kl_mean_picture"):
+        if key in metrics and not metrics[key] < bound:
+            yield f"{key} is {metrics[key]:.3g}, and less than {bound:g} is promised"
+    top1 = metrics["top1_agreement_conversion"]
+    # Among few tokens a single near-tie must not decide.
+    disagreeing = round((1 - top1) * metrics["tokens"])
+    if rounded is None and top1 < _EXACT_TOP1 and disagreeing > 1:
+        least = f"at least {_EXACT_TOP1:.1%} is promised"
+        yield f"top1_agreement_conversion is {top1:.4%}, and {least}"
 
 
 def _approximate(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:

@@ -144,13 +144,12 @@ class Findings:
     def __init__(self, failures: Iterable[str] = ()) -> None:
         self._shown: list[str] = []
         self._count = 0
-        for failure in failures:
-            self.add(failure)
+        self.add(*failures)
 
-    def add(self, finding: str | Callable[[], str]) -> None:
-        """Note a failure; a callable is asked for its words only when they will be shown."""
-        self._count += 1
-        if len(self._shown) < _MOST_SHOWN:
+    def add(self, *findings: str | Callable[[], str]) -> None:
+        """Note failures; a callable is asked for its words only when they will be shown."""
+        self._count += len(findings)
+        for finding in findings[: _MOST_SHOWN - len(self._shown)]:
             self._shown.append(finding if isinstance(finding, str) else finding())
 
     def __len__(self) -> int:
