@@ -1,14 +1,18 @@
 """What a licence asks of whoever publishes a model that was made from another.
 
 Only the licences that rule names or cards: a reminder for the person who publishes, not legal
-advice. Sources: llama.com/llama3/license, llama.com/llama3_1/license and the later ones (section
-1.b), ai.meta.com/llama/license (Llama 2, section 1.b), ai.google.dev/gemma/terms (section 3.1).
+advice. `licences.json` has a rule for each. Sources: llama.com/llama3/license,
+llama.com/llama3_1/license and the later ones (section 1.b), ai.meta.com/llama/license (Llama 2,
+section 1.b), ai.google.dev/gemma/terms (section 3.1).
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 
@@ -22,36 +26,10 @@ class _Rule(NamedTuple):
     phrase: str = ""  # what the card must say
 
 
-_META = "Meta Platforms, Inc. All Rights Reserved."
-_RULES = (
-    _Rule(
-        licence="Llama 2 Community License",
-        pattern=r"llama-?2\b.*",
-        notice=f"Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) {_META}",
-    ),
-    _Rule(
-        licence="Meta Llama 3 Community License",
-        pattern=r"llama-?3",
-        prefix="Llama 3",
-        phrase="Built with Meta Llama 3",
-        notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © "
-        + _META,
-    ),
-    _Rule(
-        licence="Llama Community License",
-        pattern=r"llama-?(3\.\d|4)\b.*",
-        prefix="Llama",
-        phrase="Built with Llama",
-        notice="Llama 3.1 (or the version at hand) is licensed under the Llama 3.1 Community "
-        f"License, Copyright © {_META}",
-    ),
-    _Rule(
-        licence="Gemma Terms of Use",
-        pattern=r"gemma.*",
-        notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms",
-    ),
-)
+@cache
+def _rules() -> Sequence[_Rule]:
+    text = (files("upcycle_cli.hub") / "licences.json").read_text("utf-8")
+    return [_Rule(**rule) for rule in json.loads(text)]
 
 
 def reminders(
@@ -60,7 +38,7 @@ def reminders(
     """Return what the licence in a card's metadata asks for and card, repo and files lack."""
     named = (metadata.get("license_name"), metadata.get("license"))
     names = [name.lower() for name in named if isinstance(name, str)]
-    for rule in _RULES:
+    for rule in _rules():
         if any(re.fullmatch(rule.pattern, name) for name in names):
             return tuple(_missing(rule, card, repo, files))
     return ()

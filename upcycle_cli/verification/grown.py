@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES, Checkpoint, read_json
+from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import Place, parts_of, place
 from upcycle_cli.families.moe import Layout, Target
-from upcycle_cli.verification.recipes import Record
+from upcycle_cli.verification.recipes import Record, read_record
 from upcycle_cli.verification.sizes import DamagedError, find_layout, find_target
 
 
@@ -177,7 +177,7 @@ def gather_grown(source: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> G
             f"source's {before.num_experts}."
         )
     return Grown(
-        source=before, grown=after, moe_names=tuple(names), record=_record(moe), copies=copies
+        source=before, grown=after, moe_names=tuple(names), record=read_record(moe), copies=copies
     )
 
 
@@ -205,12 +205,3 @@ def _side(moe: Checkpoint) -> Side:
         routing=routing,
         layers=layers,
     )
-
-
-def _record(moe: Checkpoint) -> Record:
-    if not moe.storage.has(RECORD_NAME):
-        return Record()
-    try:
-        return Record(read_json(moe.storage.local(RECORD_NAME)))
-    except UpcycleError as error:
-        return Record(problems=(error.message,))

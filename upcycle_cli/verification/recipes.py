@@ -241,14 +241,19 @@ class Record:
         return float(value) if is_positive(value) else None
 
 
-def read_record(moe: Checkpoint, kind: MlpKind) -> Record:
-    """Return what `upcycle.json` says, nothing when there is none; `kind` is the dense MLP's."""
+def read_record(moe: Checkpoint, kind: MlpKind | None = None) -> Record:
+    """Return what `upcycle.json` says, nothing when there is none.
+
+    `kind` is the dense MLP's; without one there is no recipe to be read.
+    """
     if not moe.storage.has(RECORD_NAME):
         return Record()
     try:
         data = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
         return Record(problems=(error.message,))
+    if kind is None:
+        return Record(data)
     recipe, problems, found = None, [], data.get("format")
     if found != 1:
         problems.append(f"{RECORD_NAME}: format is {shown(found)}, and only 1 is known")
