@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeDense, random_ids, read_json, read_tensors, write_json
+from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from test_bad_input import assert_refused, invoke
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.families.dense_rows import DENSE
