@@ -232,6 +232,17 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_words() -> Iterator[None]:
+    """Let both models of a verification go on for two tokens: each of sixteen would take a pass.
+
+    The command line, which runs in a process of its own, is left as it is.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("upcycle_cli.verification.sidebyside._CONTINUED", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama(make_dense: MakeDense) -> Path:
     """The dense checkpoint for tests that do not care which it is. Read only: it is shared."""

@@ -41,7 +41,7 @@ from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.recipe import SHIPPED, Routing, parse_recipe_name
 from upcycle_cli.tensors import OutputTensor, Role
-from upcycle_cli.verification import CHECK_NAMES, Report, Status
+from upcycle_cli.verification import CHECK_NAMES, Report, Status, TextOptions
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.headers import geometry_failures
 from upcycle_cli.verification.sizes import gather_facts
@@ -63,6 +63,8 @@ NATIVE_OTHERS = [
     if (name, target) not in ROWS
 ]
 RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
+FEW = TextOptions(tokens=64)
+UNRECORDED = ("structure", "weights", "outputs")
 SINGLE = 1e-5
 DOUBLE = 1e-12
 
@@ -236,7 +238,7 @@ def test_a_family_by_its_row(
     dense, moe = make_moe((model_type, SHIPPED))
     wanted = dense_logits(dense, torch.float32)
     assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
-    report = verify(dense, moe)
+    report = verify(dense, moe, texts=FEW)
     assert_passed(report)
     row = DENSE[model_type]
     for changed in others_of(row):
@@ -310,7 +312,7 @@ def test_other_kinds_of_a_family(make_moe: MakeMoe, row: Row, config: dict[str, 
     # They are another kind indeed.
     usual = logits(make_moe(row)[0], ids, torch.float32)
     assert difference(usual, wanted) > 1e-3
-    report = verify(dense, moe)
+    report = verify(dense, moe, texts=FEW)
     assert_passed(report)
 
 
@@ -329,7 +331,7 @@ def test_a_native_target_by_its_row(
         dense, moe = make_moe(row, "E2G2T2", routing, **config)
         wanted = dense_logits(dense, torch.float32)
         assert difference(logits(moe, random_ids(), torch.float32), wanted) < SINGLE
-        assert_passed(verify(dense, moe))
+        assert_passed(verify(dense, moe, texts=FEW))
 
 
 PIECED = [row for row in NATIVE_OTHERS if DENSE[row[0]].pieces]
@@ -347,10 +349,10 @@ def test_tensors_that_a_target_holds_in_another_form(
     wanted = recipe("E2G2T2", layers="1" if some else None)
     options = Options(dtype="bfloat16", max_shard_bytes=20_000)
     moe = convert(dense, tmp_path / "moe", wanted, target=target, options=options).output
-    report = verify(dense, moe)
+    report = verify(dense, moe, texts=FEW)
     assert report.passed, report
     AutoModelForCausalLM.from_pretrained(moe, dtype="auto").save_pretrained(tmp_path / "again")
-    report = verify(dense, tmp_path / "again", checks=["structure", "weights", "outputs"])
+    report = verify(dense, tmp_path / "again", checks=UNRECORDED, texts=FEW)
     assert report.passed, report
 
 
@@ -516,8 +518,7 @@ def test_one_byte_of_any_kind_of_tensor_is_noticed(
     options = Options(untie_embeddings=True)
     plan = build_plan(wanted, open_checkpoint(dense), target=target, options=options)
     moe = convert(dense, tmp_path / "moe", wanted, target=target, options=options).output
-    checks = ["structure", "weights"]
-    assert verify(dense, moe, checks=checks).accepted
+    assert verify(dense, moe, checks=["structure", "weights"]).accepted
     kinds = one_of_each(plan.tensors)
     head = "lm_head.weight" not in open_checkpoint(dense).tensors  # nemotron_h ties nothing
     wanted_roles = roles_of(*row) - (set() if head else {Role.HEAD})
@@ -525,9 +526,9 @@ def test_one_byte_of_any_kind_of_tensor_is_noticed(
     checkpoint = open_checkpoint(moe)
     for kind, tensor in kinds.items():
         flip_in(checkpoint, tensor)
-        assert not verify(dense, moe, checks=checks).accepted, kind
+        assert not verify(dense, moe, checks=["weights"]).accepted, kind
         flip_in(checkpoint, tensor)  # and back
-    assert verify(dense, moe, checks=checks).accepted
+    assert verify(dense, moe, checks=["weights"]).accepted
 
 
 def roles_of(model_type: str, target: str) -> set[Role]:
@@ -560,12 +561,12 @@ def test_verify_passes_and_again_when_transformers_has_saved_it(
     with as_a_stranger():
         model = AutoModelForCausalLM.from_pretrained(moe, trust_remote_code=code)
         model.save_pretrained(again)
-    report = verify(dense, moe)
+    report = verify(dense, moe, texts=FEW)
     assert_passed(report)
     found, before = inspect(again), inspect(moe)
     for name in ("model_type", "num_experts", "top_k", "routing", "moe_layers", "num_layers"):
         assert getattr(found, name) == getattr(before, name), name
-    report = verify(dense, again, checks=["structure", "weights", "outputs"])
+    report = verify(dense, again, checks=UNRECORDED, texts=FEW)
     assert report.passed, report
 
 
@@ -577,5 +578,5 @@ def test_a_copy_that_nothing_was_done_to_is_as_good(
     dense, moe = make_moe(row)
     bare = clone(moe, tmp_path / "bare")
     (bare / "upcycle.json").unlink()
-    report = verify(dense, bare, checks=["structure", "weights", "outputs"])
+    report = verify(dense, bare, checks=UNRECORDED, texts=FEW)
     assert report.passed, report

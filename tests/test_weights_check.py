@@ -208,17 +208,20 @@ def test_what_ends_it_ends_its_threads(
             if done:
                 raise StoppedError
 
+    compared: list[int] = []
+
     def slow(left: int, right: int, nbytes: int) -> bool:
+        compared.append(nbytes)
         time.sleep(0.05)
         return same_bytes(left, right, nbytes)
 
     monkeypatch.setattr(scan, "same_bytes", slow)
     monkeypatch.setattr(scan, "_STEP_BYTES", 1 << 12)
     before, threads = threading.active_count(), torch.get_num_threads()
-    started = time.monotonic()
     with pytest.raises(StoppedError):
         check(dense, made, Stopping())
-    assert time.monotonic() - started < 2
+    # Of thousands of steps a busy machine may do a few hundred before its threads are told.
+    assert sum(compared) < open_checkpoint(made).nbytes / 2
     assert threading.active_count() == before
     assert torch.get_num_threads() == threads
 
