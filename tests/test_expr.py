@@ -33,6 +33,7 @@ from upcycle_cli.expr import (
     Source,
     Stack,
     TensorType,
+    Turned,
     Zeros,
     leaves,
     num_bytes,
@@ -99,6 +100,7 @@ CUBE = Source("cube", "BF16", (1, 4, 6))
         (Cast(A, "F32"), None),
         (Scale(A, 2.0), None),
         (Repeat(A, 1), None),
+        (Turned(A), None),
         (Halves(A, 4, 2), None),
         (Concat((A, B)), None),
         (Stack((A,)), None),
@@ -137,6 +139,7 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Concat((VECTOR, VECTOR)), "F16", (12,)),
         (Stack((A, B, A)), "BF16", (3, 4, 6)),
         (Repeat(A, 3), "BF16", (12, 6)),
+        (Turned(Concat((A, B))), "BF16", (6, 8)),
         (Halves(A, 2, 2), "BF16", (4, 6)),
         (normal(), "F32", (4, HIDDEN)),
         (Zeros("F16", (2, 3, 4)), "F16", (2, 3, 4)),
@@ -169,6 +172,8 @@ def test_the_type_is_that_of_the_value(
         Stack((A, Cast(A, "F32"))),
         Scale(Concat((A, WIDE)), 2.0),  # wherever it is inside
         Repeat(Stack((A, Repeat(A, 2))), 2),
+        Turned(VECTOR),
+        Turned(STACK),
         Halves(A, 3, 2),
         Halves(A, 4, 3),
         Halves(A, 2, 4),
@@ -177,7 +182,7 @@ def test_the_type_is_that_of_the_value(
 )
 def test_parts_that_do_not_fit_have_no_type(expr: Expr) -> None:
     with pytest.raises(
-        ValueError, match=r"not inside|no entry|cannot concatenate|cannot stack|no heads"
+        ValueError, match=r"not inside|no entry|cannot concatenate|cannot stack|no heads|no matrix"
     ):
         type_of(expr)
 
@@ -213,6 +218,9 @@ def test_equal_expressions_are_one_key() -> None:
         (Stack((A, B, A)), lambda t: torch.stack([t["a"], t["b"], t["a"]])),
         (Pick(A, 2), lambda t: t["a"][2]),
         (Cast(Slice(Pick(STACK, 1), 1, 0, 2), "F32"), lambda t: t["stack"][1, :, :2].float()),
+        (Turned(WIDE), lambda t: t["wide"].T),
+        (Turned(Concat((A, Scale(B, 3.0)))), lambda t: torch.cat([t["a"], t["b"].mul(3.0)]).T),
+        (Slice(Turned(A), 0, 1, 3), lambda t: t["a"].T[1:3]),
         (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
         (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
         (Halves(A, 2, 2), lambda t: t["a"]),
@@ -570,6 +578,7 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Concat((A, B)), "concat(a, b)"),
         (Stack((A, B, A)), "stack(a, … 3 in all)"),
         (Repeat(A, 8), "a, each row × 8"),
+        (Turned(Slice(A, 0, 1, 3)), "turned(a[1:3])"),
         (Slice(Pick(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
         (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),

@@ -35,11 +35,14 @@ from upcycle_cli.expr import (
     Source,
     Stack,
     Take,
+    Turned,
     Zeros,
+    leaves,
     stretch_of,
     type_of,
 )
-from upcycle_cli.gather import PIECE_ITEMS, WORD_BYTES, Packed, Taken
+from upcycle_cli.gather import PIECE_ITEMS, WORD_BYTES, Packed, Taken, turned
+from upcycle_cli.turning import pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,11 +84,17 @@ def evaluate(
     if stretch is not None:
         name, begin, end = stretch
         return read(name)[begin:end]
-    if isinstance(expr, Noisy | Redrawn):
-        made, moments = _draw_upon(expr, read, vanished)
+
+    def made(expr: Expr) -> NDArray[Any]:
+        if isinstance(expr, Turned):
+            return turned(map(made, leaves(expr.of)), type_of(expr).shape)
+        if not isinstance(expr, Noisy | Redrawn):
+            return _value(expr, read, vanished)
+        value, moments = _draw_upon(expr, read, vanished)
         drawn(expr.stream, moments)
-        return _bytes(made)
-    return _bytes(np.ascontiguousarray(_value(expr, read, vanished)))
+        return value
+
+    return _bytes(np.ascontiguousarray(made(expr)))
 
 
 def evaluate_together(
@@ -94,8 +103,13 @@ def evaluate_together(
     """Yield the bytes of a few rows of each expression, by its place in `exprs`, and so on.
 
     All gather columns of the same rows, which are read, cast and scaled once for all: see
-    `expr.gathering`. `read`, `vanished` and errors are as those of `evaluate`.
+    `expr.gathering`. Or there is but one, which is turned: see `turning.in_pieces`. `read`,
+    `vanished` and errors are as those of `evaluate`.
     """
+    if isinstance(exprs[0], Turned):
+        for piece in pieces(exprs[0]):
+            yield 0, _bytes(_value(Turned(piece), read, vanished))
+        return
     takes = [_take_of(expr) for expr in exprs]
     offset, width = takes[0].offset, takes[0].order.size
     values = _value(takes[0].of, read, vanished)[:, offset : offset + width]
@@ -154,6 +168,9 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return np.concatenate([_value(part, read, vanished) for part in parts])
         case Stack(parts):
             return np.stack([_value(part, read, vanished) for part in parts])
+        case Turned(of):
+            matrices = (_value(leaf, read, vanished) for leaf in leaves(of))
+            return turned(matrices, type_of(expr).shape)
         case Repeat(of, times):
             return _value(of, read, vanished).repeat(times, axis=0)
         case Halves(of, size, rotary):

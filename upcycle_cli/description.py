@@ -23,6 +23,7 @@ from upcycle_cli.expr import (
     Source,
     Stack,
     Take,
+    Turned,
     Zeros,
 )
 
@@ -48,6 +49,8 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
             if len(parts) > 2:
                 listed = f"{describe(parts[0])}, … {len(parts)} in all"
             return f"{type(expr).__name__.lower()}({listed})"
+        case Turned(of):
+            return f"turned({describe(of)})"
         case Repeat(of, times):
             return f"{describe(of)}, each row × {times}"
         case Halves(of, size, rotary):

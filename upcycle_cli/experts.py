@@ -17,7 +17,7 @@ from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseModel, read_dense
-from upcycle_cli.families.mlp import Weight, parts_of, place, present
+from upcycle_cli.families.mlp import Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.recipe import ExpertLayout, Routing
@@ -80,11 +80,7 @@ class Experts:
     @cached_property
     def layout(self) -> ExpertLayout:
         """How they are named on disk."""
-        for layout, rows in self.target.layouts.items():
-            stacked = (w.name for w in rows.experts if "{expert}" not in w.name)
-            if any(self.name(self.layers[0], name) in self.moe.tensors for name in stacked):
-                return layout
-        return next(iter(self.target.layouts))
+        return self.target.stored_layout(self.moe.tensors, inner(self.moe.config))
 
     @property
     def num_parameters(self) -> int:
@@ -119,7 +115,8 @@ class Experts:
         """Return one part of one expert."""
         found = place(self._weights(layer), part, width=self.expert_size, expert=expert)
         count = None if found.row is None else self.num_experts
-        return _read(self.moe, reader, self.name(layer, found.tensor), count)[found.index]
+        held = _read(self.moe, reader, self.name(layer, found.tensor), count)
+        return found.of(held, self.cut(part))
 
     @property
     def shared_width(self) -> int:
@@ -150,9 +147,12 @@ class Experts:
         down = self.shared_part(reader, layer, "down")
         return down is not None and bool(down.any())
 
-    def cut(self, layer: int, part: str) -> int | None:
-        """Return the dimension of a part that counts neurons; None where none does."""
-        return place(self._weights(layer), part, width=self.expert_size).cut
+    def cut(self, part: str) -> int | None:
+        """Return the dimension of a part that counts neurons; None where none does.
+
+        That is so in memory, whichever way matrices lie in the files.
+        """
+        return holder(self.target.in_memory.experts, part).cut
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
         rows = self.target.layouts[self.layout].experts
@@ -175,7 +175,7 @@ class Experts:
         for expert in group:
             total = np.zeros(self.expert_size, np.uint64)
             for part, tensor in self.parts(reader, layer, expert):
-                cut = self.cut(layer, part)
+                cut = self.cut(part)
                 if cut is None:
                     rest.append(bytes(raw_bytes(tensor)))
                     continue

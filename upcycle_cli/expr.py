@@ -113,6 +113,13 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Turned:
+    """A matrix with its rows as columns: (R, C) becomes (C, R)."""
+
+    of: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Repeat:
     """Each row `times` times in a row: (R, …) becomes (R·times, …)."""
 
@@ -231,6 +238,7 @@ Expr: TypeAlias = (
     | Scale
     | Concat
     | Stack
+    | Turned
     | Repeat
     | Halves
     | Normal
@@ -298,6 +306,11 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             if len(set(types)) != 1:
                 raise ValueError(f"cannot stack {types}")
             return TensorType(types[0].dtype, (len(parts), *types[0].shape))
+        case Turned(of):
+            inner = type_of(of)
+            if len(inner.shape) != 2:
+                raise ValueError(f"{inner} is no matrix")
+            return TensorType(inner.dtype, inner.shape[::-1])
         case Repeat(of, times):
             inner = type_of(of)
             return TensorType(inner.dtype, (inner.shape[0] * times, *inner.shape[1:]))
@@ -372,11 +385,9 @@ def sources(expr: Expr) -> Iterator[str]:
     match expr:
         case Source(name):
             yield name
-        case Slice(of) | Pick(of) | Take(of) | Cast(of) | Scale(of):
+        case Slice(of) | Pick(of) | Take(of) | Cast(of) | Scale(of) | Noisy(of):
             yield from sources(of)
-        case Repeat(of) | Halves(of) | Alike(of=of):
-            yield from sources(of)
-        case Noisy(of) | Redrawn(of):
+        case Turned(of) | Repeat(of) | Halves(of) | Alike(of=of) | Redrawn(of):
             yield from sources(of)
         case Concat(parts) | Stack(parts) | Mean(parts):
             for part in parts:

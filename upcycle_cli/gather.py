@@ -1,14 +1,17 @@
-"""Gathers rows and columns of a matrix in another order, a few at a time.
+"""Gathers rows and columns of a matrix in another order, a few at a time, and turns matrices.
 
 Legend: R rows, I columns, L values of a row to a word.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
+from upcycle_cli.turning import TILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,3 +95,33 @@ class Taken:
         for start in range(0, len(out), step):
             self.into(out[start : start + step], start)
         return out
+
+
+def turned(parts: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return matrices, one below the other, turned; `shape` is that of the result."""
+    out, start = None, 0
+    for part in parts:
+        if out is None:
+            out = np.empty(shape, part.dtype)
+        stop = start + len(part)
+        _turn(part, out[:, start:stop])
+        start = stop
+    assert out is not None
+    return out
+
+
+def _turn(values: NDArray[Any], out: NDArray[Any]) -> None:
+    lanes = WORD_BYTES // values.itemsize
+    for row in range(0, len(values), TILE):
+        rows = values[row : row + TILE]
+        for column in range(0, rows.shape[1], TILE):
+            tile = rows[:, column : column + TILE]
+            place = out[column : column + TILE, row : row + TILE]
+            if tile.shape[1] % lanes or tile.strides[1] != tile.itemsize:
+                place[...] = tile.T
+                continue
+            # Values of neighbouring columns move as one word, and part where they are close by.
+            words = np.ascontiguousarray(tile.view("<u8").T)
+            held = words.view(tile.dtype).reshape(*words.shape, lanes)
+            for lane in range(lanes):
+                place[lane::lanes] = held[..., lane]

@@ -22,10 +22,11 @@ from typing import Generic, TypeVar
 
 from xxhash import xxh3_128
 
-from upcycle_cli.expr import Expr, Noisy, Redrawn, leaves, num_bytes
+from upcycle_cli.expr import Expr, leaves, num_bytes
 from upcycle_cli.planned import Shard
 from upcycle_cli.system import BLOCK_BYTES
 from upcycle_cli.tensors import OutputTensor, Role
+from upcycle_cli.turning import draws
 
 _Origin = TypeVar("_Origin")
 _PIECE_BYTES = 1 << 20
@@ -52,8 +53,7 @@ class Layout:
     @property
     def drawn(self) -> list[str]:
         """The streams of what experts draw for themselves."""
-        exprs = (part.expr for part in self.parts)
-        return [expr.stream for expr in exprs if isinstance(expr, Noisy | Redrawn)]
+        return [stream for part in self.parts for stream in draws(part.expr)]
 
 
 def lay_out(shard: Shard) -> Layout:

@@ -74,7 +74,7 @@ def movements(
             own = shared_neurons(experts, moe, dense, layer)
             kept = _others(own if len(own) else shared, model.intermediate_size)
             for part, matrix in whole.items():
-                cut = experts.cut(layer, part)
+                cut = experts.cut(part)
                 whole[part] = matrix if cut is None else matrix.index_select(cut, kept)
         yield _Layer(experts, moe, layer, group_size, whole, factors).movement()
 
@@ -95,7 +95,7 @@ def shared_neurons(
     for part in ("gate", "up", "down"):
         held = experts.shared_part(moe, layer, part)
         if held is not None:
-            cut = experts.cut(layer, part)
+            cut = experts.cut(part)
             assert cut is not None
             for side, matrix in zip(sides, (held, _dense_part(dense, layer, part)), strict=True):
                 rows = _sketch(matrix, cut)
@@ -177,7 +177,7 @@ class _Layer:
     @cached_property
     def _cuts(self) -> dict[str, int | None]:
         """By part, the dimension that counts neurons; None where none does."""
-        return {part: self.experts.cut(self.layer, part) for part in self.factors}
+        return {part: self.experts.cut(part) for part in self.factors}
 
     def _held(
         self, part: str, group: int, shard: int, order: torch.Tensor | None

@@ -231,10 +231,11 @@ def build_plan(
             f"{row.model_type} has no factor on its gates in its config.",
             "Use --scale-split balanced or down.",
         )
-    layout = row.layout(options.expert_layout)
     dropped = check_source(source, family.dense)
-    recipe.check_width(family.dense.intermediate_size)
-    check_orders(options.neuron_orders, recipe, family.layers, family.dense.intermediate_size)
+    size, hidden_size = family.dense.intermediate_size, family.dense.hidden_size
+    recipe.check_width(size)
+    layout = row.check_layout(options.expert_layout, size // recipe.granularity, hidden_size)
+    check_orders(options.neuron_orders, recipe, family.layers, size)
     config = moe_config(
         source.config,
         family.dense,
@@ -248,8 +249,7 @@ def build_plan(
     inputs = (inputs or RouterInputs()).for_recipe(recipe)
     if isinstance(inputs.text, Prompts):
         _check_prompts(inputs.text, recipe, source, merge)
-    rows = inputs.rows_for(recipe, family.layers, family.dense.hidden_size, calibration)
-    size = family.dense.intermediate_size
+    rows = inputs.rows_for(recipe, family.layers, hidden_size, calibration)
     orders = inputs.orders_for(recipe, family.layers, size, calibration)
     mlp = family.dense.mlp(names, family.layers[0])
     if merge is not None and recipe.shared_experts:

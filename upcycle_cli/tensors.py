@@ -10,7 +10,7 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -32,12 +32,13 @@ from upcycle_cli.expr import (
     Source,
     Stack,
     Take,
+    Turned,
     Zeros,
     type_of,
 )
 from upcycle_cli.families import Family
 from upcycle_cli.families.layers import layer_finder
-from upcycle_cli.families.mlp import BIAS, Weight, parts_of, place
+from upcycle_cli.families.mlp import BIAS, Weight, holder, parts_of, place
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.header import TORCH_DTYPES, Tensor
 from upcycle_cli.merge import Merge, Rest, tensor_of
@@ -277,7 +278,10 @@ class _Maker:
                 for group in {*groups}
             }
             plain = (expr for group in groups for expr in shards[group])
-            experts.append(perturbed(recipe, weight, layer, plain))
+            # Made, and drawn upon, the way that the dense matrices lie.
+            cut = holder(mlp, weight.holds[0]).cut
+            made = perturbed(recipe, replace(weight, cut=cut), layer, plain)
+            experts.append(made if {cut, weight.cut} != {0, 1} else [Turned(e) for e in made])
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):

@@ -31,6 +31,7 @@ from upcycle_cli.moments import Moments, noted_moments
 from upcycle_cli.planned import Planned, Shard
 from upcycle_cli.system import make_durable, num_processors, share, start_writeback
 from upcycle_cli.tensors import Role
+from upcycle_cli.turning import in_pieces
 from upcycle_cli.workspace import TEMPORARY_SUFFIX, Workspace
 
 # Much less than a huge page: docs/decisions.md says why.
@@ -252,7 +253,7 @@ class _Task:
         """Write parts to all their places, or to those that the others will share."""
         if self.crew.stopping.is_set():
             raise _StoppedError
-        if len(parts) == 1:
+        if len(parts) == 1 and not in_pieces(parts[0].expr):
             self._write_part(parts[0], descriptor)
             return
         written = {part: offsets for part in parts if (offsets := self._own_offsets(part))}
@@ -313,8 +314,7 @@ class _Task:
         """Yield a few rows of a part, and which it is; what vanishes is noted of the first."""
         from upcycle_cli.arithmetic import evaluate_together
 
-        vanished: list[int] = []
-        exprs = [part.expr for part in parts]
+        vanished, exprs = list[int](), [part.expr for part in parts]
         with _overflow_told(parts[0]):
             yield from evaluate_together(exprs, self.crew.reader.mapped, vanished.append)
         if vanished:

@@ -208,7 +208,7 @@ class MoeOptions:
             metavar="NAME",
             help="per-expert writes a tensor per expert, which every engine reads, and is the "
             "default where the target has it; stacked one per matrix and layer, as granitemoe's "
-            "releases do; fused one per layer, as transformers 5 holds them.",
+            "and qwen3_vl_moe's releases do; fused one per layer, as transformers 5 holds them.",
         ),
     ] = None
     max_shard_size: Annotated[

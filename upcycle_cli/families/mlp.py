@@ -12,7 +12,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import Protocol, Self, TypeAlias, TypeVar
 
+Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
+
+
+class _Array(Protocol):
+    """What numpy and torch have in common."""
+
+    def __getitem__(self, index: Index, /) -> Self: ...
+    def swapaxes(self, one: int, other: int, /) -> Self: ...
+
+
+_Matrix = TypeVar("_Matrix", bound=_Array)
 BIAS = "_bias"
 """How the name of a part ends that is a bias: gate_bias, up_bias, down_bias."""
 
@@ -41,6 +53,12 @@ class Weight:
             return (hidden_size,) if self.cut is None else (wide,)
         return (wide, hidden_size) if self.cut == 0 else (hidden_size, wide)
 
+    def fits(self, shape: Sequence[int], hidden_size: int) -> bool:
+        """Whether the matrices of a stack of this shape can lie as they do here."""
+        if self.is_bias or self.cut is None:
+            return True
+        return len(shape) == 3 and shape[2 - self.cut] == hidden_size
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -57,12 +75,17 @@ class Place:
     """The entries along `cut`."""
 
     @property
-    def index(self) -> tuple[int | slice | EllipsisType, ...]:
+    def index(self) -> Index:
         """What to select of the tensor, for numpy and torch."""
         stack = () if self.row is None else (self.row,)
         if self.cut is None:
             return (*stack, ...)
         return (*stack, *(slice(None),) * self.cut, slice(self.start, self.stop))
+
+    def of(self, tensor: _Matrix, cut: int | None) -> _Matrix:
+        """Return the part of its tensor, of numpy or torch, turned if `cut` is to count I there."""
+        found = tensor[self.index]
+        return found.swapaxes(0, 1) if {cut, self.cut} == {0, 1} else found
 
     @property
     def dimension(self) -> int | None:

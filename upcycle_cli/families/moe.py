@@ -17,6 +17,7 @@ from upcycle_cli.families.layers import LayerChoice
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
 from upcycle_cli.families.values import defaults_of
+from upcycle_cli.header import Tensor
 from upcycle_cli.recipe import ExpertLayout, Routing
 
 if TYPE_CHECKING:
@@ -270,6 +271,57 @@ class Target:
                 f"Leave it out, or pass --expert-layout {next(iter(self.layouts))}.",
             )
         return wanted
+
+    def check_layout(
+        self, wanted: ExpertLayout | None, expert_size: int, hidden_size: int
+    ) -> ExpertLayout:
+        """Return `layout`; raises UpcycleError for one that readers would mistake, too."""
+        found = self.layout(wanted)
+        for weight in self.turned(self.layouts[found]):
+            rows, columns = weight.shape(expert_size, hidden_size)
+            if rows == columns:
+                raise UpcycleError(
+                    f"with experts {expert_size} wide, the matrices of {weight.name} would be "
+                    f"square, {rows} by {columns}: readers tell by the shape which way they lie.",
+                    "Use another --granularity, or --expert-layout fused, which transformers 5 "
+                    "alone reads.",
+                )
+        return found
+
+    @property
+    def in_memory(self) -> Layout:
+        """The layout that transformers 5 has in memory, whatever is on disk."""
+        *_, found = self.layouts.values()
+        return found
+
+    def stored_layout(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> ExpertLayout:
+        """Return how the experts of an MoE are stored, by its tensors' names.
+
+        Where two layouts have the same names, the hidden size tells which way matrices lie.
+        """
+        hidden_size, named = self.value(config, "hidden_size"), list[ExpertLayout]()
+        for layout, rows in self.layouts.items():
+            fits = []
+            for weight in rows.experts:
+                before, after = (self.layer + weight.name).split("{layer}")
+                held = (n for n in tensors if n.startswith(before) and n.endswith(after))
+                name = None if "{expert}" in after else next(held, None)
+                if name is not None:
+                    fits.append(weight.fits(tensors[name].shape, hidden_size))
+            if fits and all(fits):
+                return layout
+            named += [layout] if fits else []
+        return named[0] if named else next(iter(self.layouts))
+
+    def turned(self, layout: Layout) -> tuple[Weight, ...]:
+        """Return the weights of a layout whose matrices lie the other way in memory.
+
+        Readers tell that by their shapes, and take square ones as they are.
+        """
+        memory = {weight.name: weight.cut for weight in self.in_memory.experts}
+        return tuple(w for w in layout.experts if memory.get(w.name, w.cut) != w.cut)
 
     def corrects(self, layout: Layout, routing: str) -> str | None:
         """Return the name of the correction bias within a layer; None where there is none."""

@@ -143,9 +143,13 @@ INSIDE: Mapping[str, Target] = {
         architecture="Qwen3VLMoeForConditionalGeneration",
         routings=(Routing.TOPK_SOFTMAX,),
         layouts={
+            ExpertLayout.STACKED: Layout(
+                experts=stacked("mlp.experts", gated=True, transposed=True),
+                router="mlp.gate.weight",
+            ),
             ExpertLayout.FUSED: Layout(
                 experts=stacked("mlp.experts", gated=True), router="mlp.gate.weight"
-            )
+            ),
         },
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",)),
         layers=MLP_ONLY_LAYERS,

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.families.moe import Target
 from upcycle_cli.running.models import Model, decoder_layers, transformers_says
 from upcycle_cli.running.runs import Span
 from upcycle_cli.running.stored import Stack, Stored, stored_model
@@ -34,7 +34,7 @@ def stored_mixture(
     stacks = {
         (layer, weight.name): Stack(partial(expert, layer, weight.holds), dtype)
         for layer in layers
-        for weight in _in_memory(target).experts
+        for weight in target.in_memory.experts
         if {*weight.holds} <= {*parts}
     }
     return stored_model(path, tensor, stacks, dtype)
@@ -45,7 +45,7 @@ def routers_of(model: Model, target: Target, layers: Sequence[int]) -> dict[int,
 
     TransformersError where there are none.
     """
-    layout = _in_memory(target)
+    layout = target.in_memory
     with transformers_says():
         return {layer: decoder_layers(model)[layer].get_submodule(layout.gate) for layer in layers}
 
@@ -60,7 +60,7 @@ def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
         # Not by calling them, which would call hooks.
         made: torch.Tensor = module(names.mlp).forward(module(names.mlp_before).forward(x_PH))
         if is_moe:
-            layout = _in_memory(target)
+            layout = target.in_memory
             _, gates_PT, chosen_PT = module(layout.gate).forward(x_PH)
             states_PH = module(names.before).forward(x_PH)
             routed_PH = module(layout.module).forward(states_PH, chosen_PT, gates_PT)
@@ -69,8 +69,3 @@ def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
         return last
 
     return Span(module(names.mlp_before), module(names.last), whole)
-
-
-def _in_memory(target: Target) -> Layout:
-    *_, fused = target.layouts.values()  # as transformers holds them, whatever is on disk
-    return fused

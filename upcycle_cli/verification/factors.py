@@ -109,8 +109,8 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
         entry = facts.moe.tensors.get(place.tensor)
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != shape:
             continue
-        held = moe.tensor(place.tensor)[place.index]
         source = facts.dense_place(matrix, layer, facts.shard_of(expert))
+        held = place.of(moe.tensor(place.tensor), source.cut)
         base = dense.tensor(source.tensor)[source.index].to(held.dtype)
         measured = ratio(held, base)
         near = _near_candidates(facts, matrix, measured)

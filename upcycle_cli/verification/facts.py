@@ -209,6 +209,11 @@ class Facts:
         found = place(self.dense_mlp, part, width=self.dense_size, shard=cut)
         return replace(found, tensor=self._prefix(layer) + found.tensor)
 
+    def side_by_side(self, part: str) -> tuple[str, ...]:
+        """Return the parts that have a share of each row of its tensor, itself too."""
+        weight = holder(self.layout.experts, part)
+        return weight.holds if weight.cut == 1 else (part,)
+
     def expert_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of the tensor that holds a part of an expert, or of all experts."""
         weight = holder(self.layout.experts, part)

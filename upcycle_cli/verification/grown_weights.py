@@ -133,5 +133,6 @@ def _pieces(side: Side, reader: Reader, layer: int, expert: int, *, like: Side) 
         note(theirs, reader.tensor(name)[expert], theirs)
     for part in sorted(side.parts):
         spot = side.place(part, layer, expert)
-        note(part, reader.tensor(spot.tensor)[spot.index], like.place(part, layer, 0).tensor)
+        other = like.place(part, layer, 0)
+        note(part, spot.of(reader.tensor(spot.tensor), other.cut), other.tensor)
     return found

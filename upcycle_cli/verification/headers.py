@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.families.moe import Target
+from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.wrappers import LOADED, Inside, inner
 from upcycle_cli.running.models import Shapes, TransformersError, empty_shapes
 from upcycle_cli.verification.facts import Facts
@@ -22,6 +22,7 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
     except TransformersError as error:
         yield f"transformers cannot make a model from config.json: {error}"
         return
+    turned = _turned(target, find_layout(moe, target))
     for name, shape in wanted.items():
         entry = moe.tensors.get(name)
         if entry is None:
@@ -30,6 +31,8 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
+        elif name.endswith(turned) and shape[-1] == shape[-2]:
+            yield f"{name} has square matrices, which transformers takes as they are, not turned"
     for name in moe.tensors:
         if name not in wanted:
             yield f"{name} is not a tensor of the model that config.json describes"
@@ -41,8 +44,12 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
     `layers` and `sizes` are as for `empty_shapes`. Raises TransformersError.
     """
     in_memory, written = empty_shapes(moe.path, layers=layers, **sizes)
-    *_, fused = target.layouts.values()
-    is_fused, inside = find_layout(moe, target) == fused, target.inside
+    layout, inside = find_layout(moe, target), target.inside
+    is_fused, turned = layout == target.in_memory, _turned(target, layout)
+    # transformers writes matrices as it has them, whichever way it has read them.
+    for name in [name for name in written if name.endswith(turned)]:
+        *first, rows, columns = written[name]
+        written[name] = (*first, columns, rows)
     if inside is not None:
         shapes, form = (in_memory, LOADED) if is_fused else (written, inside.wrapper.released)
         held = {inside.loaded(name): name for name in moe.tensors}
@@ -56,6 +63,11 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
         disk + name.removeprefix(memory) if name.startswith(memory) else name: shape
         for name, shape in in_memory.items()
     }
+
+
+def _turned(target: Target, layout: Layout) -> tuple[str, ...]:
+    """Return how the names of the tensors end whose matrices lie the other way in memory."""
+    return tuple(f".{weight.name}" for weight in target.turned(layout))
 
 
 def _released(facts: Facts, layers: int, **sizes: int) -> Shapes:

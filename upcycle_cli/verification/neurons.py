@@ -42,8 +42,8 @@ _SAMPLE = 8
 
 
 def cut_of(facts: Facts, part: str) -> int | None:
-    """Return the dimension of a part's matrix that counts neurons; None where none does."""
-    return facts.place(part, facts.layers[0], 0).cut
+    """Return the dimension of a part's dense matrix that counts neurons; None where none does."""
+    return facts.dense_place(part, facts.layers[0]).cut
 
 
 def first_entries(matrix: torch.Tensor, cut: int) -> torch.Tensor:
@@ -56,16 +56,17 @@ def group_part(
 ) -> list[torch.Tensor] | None:
     """Return a part of each expert of a group, None where one is not there, or not like the rest.
 
-    They are views of the files.
+    They are views of the files, and lie as the dense matrix does.
     """
     found, wanted, dtypes = [], facts.expert_shape(part), set()
+    cut = cut_of(facts, part)
     for expert in range(group * facts.group_size, (group + 1) * facts.group_size):
         place = facts.place(part, layer, expert)
         entry = facts.moe.tensors.get(place.tensor)
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != wanted:
             return None
         dtypes.add(entry.dtype)
-        found.append(moe.tensor(place.tensor)[place.index])
+        found.append(place.of(moe.tensor(place.tensor), cut))
     return found if len(dtypes) == 1 else None
 
 

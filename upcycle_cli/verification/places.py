@@ -44,13 +44,16 @@ class Spot(NamedTuple):
     nbytes: int
 
 
-def spot_of(entry: TensorEntry, place: Place) -> Spot | None:
-    """Return where a place lies, None when its bytes are not in one piece."""
+def spot_of(entry: TensorEntry, place: Place, *, whole: bool = False) -> Spot | None:
+    """Return where a place lies, None when its bytes are not in one piece.
+
+    With `whole` that of all that is beside it, the matrix of an expert.
+    """
     shape, start = entry.shape, 0
     if place.row is not None:
         shape = shape[1:]
         start = place.row * math.prod(shape)
-    if place.cut is not None and place.stop - place.start != shape[place.cut]:
+    if not whole and place.cut is not None and place.stop - place.start != shape[place.cut]:
         if place.cut:
             return None
         shape = (place.stop - place.start, *shape[1:])

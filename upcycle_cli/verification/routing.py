@@ -87,7 +87,7 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     The first `tokens` of those that they see count.
     """
     found = Routing(tokens)
-    *_, layout = facts.target.layouts.values()  # in memory, routers are where fused ones have them
+    layout = facts.target.in_memory
     linear = layout.router.removeprefix(layout.gate)
     linear = linear.removesuffix("weight").strip(".")
     others = [row.name.removeprefix(f"{layout.gate}.") for row in facts.target.added]

@@ -17,6 +17,7 @@ import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.families.mlp import holder
 from upcycle_cli.running.mixtures import stored_mixture
 from upcycle_cli.running.models import Model, TransformersError, decoder_layers
 from upcycle_cli.running.stored import Stored, finder, stored_model
@@ -71,6 +72,7 @@ def moe_model(
     them is run once for a token, with the sum of its copies' gates.
     """
     find = finder(facts.moe, facts.target.inside, facts.target.root)
+    in_memory = facts.target.in_memory.experts
 
     def stored(name: str, *pieces: torch.Tensor) -> Stored:
         narrow = (rounded or {}).get(name)
@@ -84,13 +86,15 @@ def moe_model(
 
     def expert(layer: int, parts: Sequence[str], number: int) -> Stored:
         spots = [facts.place(part, layer, number) for part in parts]
-        return stored(spots[0].tensor, *(reader.tensor(spot.tensor)[spot.index] for spot in spots))
+        cut = holder(in_memory, parts[0]).cut
+        pieces = (spot.of(reader.tensor(spot.tensor), cut) for spot in spots)
+        return stored(spots[0].tensor, *pieces)
 
     experts = facts.layers, facts.parts, expert
     model = stored_mixture(facts.moe.path, facts.target, tensor, experts, dtype)
-    *_, layout = facts.target.layouts.values()  # in memory, experts are as fused ones
+    module = facts.target.in_memory.module
     for layer in {*copied} & {*facts.layers}:
-        held = decoder_layers(model)[layer].get_submodule(layout.module)
+        held = decoder_layers(model)[layer].get_submodule(module)
         held.register_forward_pre_hook(partial(_merge_copies, facts.group_size))
     return model
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,6 +145,8 @@ class Scan:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
         self.watch.checked(self._total, self._total, "bytes")
+        for part, layer in [key for key in self.differing if not isinstance(key, str)]:
+            self.differing |= {(each, layer) for each in self.facts.side_by_side(part)}
         return self.differing
 
     def _is_plain(self, copy: Copy) -> bool:
@@ -185,12 +187,14 @@ class Scan:
         prefix, cuts = facts.target.prefix(layer), self.neurons.cuts
         orders = self.neurons.orders(layer, lambda group: self._bring(pool, layer, group, sound))
         for part, expert, place in self.experts.places:
-            name = prefix + place.tensor
+            name, beside = prefix + place.tensor, facts.side_by_side(part)
             if name not in sound or (part in cuts and expert // facts.group_size in orders):
                 continue
+            if part != beside[0]:
+                continue  # what lies beside another is compared with it
             entry = facts.moe.tensors[name]
-            spot = spot_of(entry, place)
-            if spot is None or math.isnan(factor_of(facts, factors, part)):
+            spot = spot_of(entry, place, whole=len(beside) > 1)
+            if spot is None or any(math.isnan(factor_of(facts, factors, p)) for p in beside):
                 self.differing.add((part, layer))
             elif spot.nbytes:
                 found.append((spot, name, part, entry.dtype, facts.shard_of(expert)))
@@ -198,8 +202,7 @@ class Scan:
         wanted: dict[tuple[str, str, int], _Wanted] = {}
         scaling: list[Callable[[], None]] = []
         for part, dtype in sorted({(part, dtype) for _, _, part, dtype, _ in found}):
-            factor = factor_of(facts, factors, part)
-            made = self._make(part, layer, dtype, factor, scaling)
+            made = self._make(part, layer, dtype, factors, scaling)
             for shard, value in enumerate(made, facts.shared_experts):
                 wanted[part, dtype, shard] = value
         ranges = [
@@ -209,7 +212,7 @@ class Scan:
         ]
         # Read by several threads first: one that touches page by page is slower than the disk.
         read = dict.fromkeys(key[0] for key, _, _, _ in ranges if key is not None)
-        source = (self._dense_range(part, layer) for part in read)
+        source = (self._dense_range(p, layer) for part in read for p in facts.side_by_side(part))
         self._do(pool, map(self._reading, _tasks(source)))
         self._do(pool, scaling)
         for group, order in orders.items():
@@ -263,31 +266,43 @@ class Scan:
         return _Range(None, address, address, entry.nbytes)
 
     def _make(
-        self, part: str, layer: int, dtype: str, factor: float, scaling: list[Callable[[], None]]
+        self,
+        part: str,
+        layer: int,
+        dtype: str,
+        factors: Mapping[str, float],
+        scaling: list[Callable[[], None]],
     ) -> Iterator[_Wanted]:
         """Yield each routed shard of a part of a dense MLP as an expert must hold it in a dtype.
 
-        What is still to be multiplied for that is added to `scaling`.
+        With those beside it. What is still to be multiplied for that is added to `scaling`.
         """
-        name = self.facts.dense_place(part, layer).tensor
-        entry, source = self.facts.dense.tensors[name], self._cast(name, _torch_dtype(dtype))
-        for shard in range(self.facts.shared_experts, self.facts.granularity):
-            view = source[self.facts.dense_place(part, layer, shard).index]
-            wanted = _Wanted(view)
-            if factor != 1.0 or not view.is_contiguous():
-                wanted.value = self._memory((part, dtype, shard), view)
-                scaling += _scaling(view, factor, wanted.value)
+        facts, beside = self.facts, self.facts.side_by_side(part)
+        cut = facts.place(part, layer, 0).cut
+        for shard in range(facts.shared_experts, facts.granularity):
+            spots = [facts.dense_place(each, layer, shard) for each in beside]
+            views = [s.of(self._cast(s.tensor, _torch_dtype(dtype)), cut) for s in spots]
+            wanted, name = _Wanted(views[0]), spots[0].tensor
+            own = [factor_of(facts, factors, each) for each in beside]
+            if own != [1.0] or not views[0].is_contiguous():
+                wanted.value = self._memory((part, dtype, shard), views)
+                start = 0
+                for view, factor in zip(views, own, strict=True):
+                    stop = start + view.shape[-1]
+                    scaling += _scaling(view, factor, wanted.value[..., start:stop])
+                    start = stop
             else:
-                self._alive.append(view)
-                if entry.dtype == dtype:
+                self._alive.append(views[0])
+                if facts.dense.tensors[name].dtype == dtype:
                     self._know(wanted, name)
             yield wanted
 
-    def _memory(self, key: tuple[str, str, int], like: torch.Tensor) -> torch.Tensor:
-        """Return a contiguous tensor of the same shape and dtype, of any contents."""
+    def _memory(self, key: tuple[str, str, int], like: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return a contiguous tensor for some values side by side, of any contents."""
+        shape = (*like[0].shape[:-1], sum(each.shape[-1] for each in like))
         found = self._scaled.get(key)
-        if found is None or found.shape != like.shape:
-            found = self._scaled[key] = torch.empty(like.shape, dtype=like.dtype)
+        if found is None or found.shape != shape:
+            found = self._scaled[key] = torch.empty(shape, dtype=like[0].dtype)
         return found
 
     def _know(self, wanted: _Wanted, source: str) -> None:

@@ -115,7 +115,7 @@ def _mlp(facts: Facts, layer: Model, *, is_moe: bool) -> Model | Span:
     """Return what is to be compared of a layer: an MLP, or what has experts in its place."""
     if facts.target.beside is not None:
         return beside_mlp(layer, facts.target, is_moe=is_moe)
-    *_, layout = facts.target.layouts.values()
+    layout = facts.target.in_memory
     return layer.get_submodule(layout.block if is_moe else facts.family.mlp[0].name.split(".")[0])
 
 

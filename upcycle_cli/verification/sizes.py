@@ -130,14 +130,7 @@ def find_target(moe: Checkpoint) -> Target:
 
 def find_layout(moe: Checkpoint, target: Target) -> Layout:
     """Return how the experts of an MoE are named."""
-    for layout in target.layouts.values():
-        for weight in layout.experts:
-            before, after = (target.layer + weight.name).split("{layer}")
-            if "{expert}" not in after and any(
-                name.startswith(before) and name.endswith(after) for name in moe.tensors
-            ):
-                return layout
-    return next(iter(target.layouts.values()))
+    return target.layouts[target.stored_layout(moe.tensors, inner(moe.config))]
 
 
 def _check_sizes(moe: Checkpoint, target: Target) -> None:

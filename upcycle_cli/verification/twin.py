@@ -32,6 +32,8 @@ from upcycle_cli.verification.dtypes import shared_tensors
 from upcycle_cli.verification.facts import Facts
 
 _WIDTH = 32
+_EXPERT_WIDTH = 24
+"""Of experts where it must tell which way a matrix lies."""
 _VOCAB = 64
 _TOKENS = 48
 _FIRST_WINDOW = 8
@@ -61,21 +63,25 @@ def twin_failures(facts: Facts) -> Iterator[str]:
 
 def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     """Say where transformers takes a part of an expert from another place than the rows say."""
-    *_, in_memory = facts.target.layouts.values()
+    in_memory = facts.target.in_memory
     if facts.layout == in_memory:
         return  # the one tensor of a layer is taken as it is
     layer, text = facts.layers[0], config.get_text_config()
-    _shrink_experts(facts, text)
+    _shrink_experts(facts, text, _EXPERT_WIDTH)
     shorten(text, layer + 1)
     model = empty_model(text, "cpu")
     _fill(model)
-    written, module = _written(facts.target.inside, config, model), decoder_layers(model)[layer]
+    module = decoder_layers(model)[layer]
+    turned = tuple(weight.name for weight in facts.target.turned(facts.layout))
+    written = _written(facts.target.inside, config, model, turned)
     for part in facts.parts:
         for expert in range(2):
             found, spot = (
-                place(weights, part, width=_WIDTH, expert=expert)
+                place(weights, part, width=_EXPERT_WIDTH, expert=expert)
                 for weights in (in_memory.experts, facts.layout.experts)
             )
+            # What lies the other way comes back as transformers takes it.
+            spot = found if spot.tensor in turned else spot
             name = facts.target.prefix(layer) + spot.tensor
             held = written.get(name)
             wanted = module.get_parameter(found.tensor)[found.index]
@@ -132,15 +138,20 @@ def _shrink_but_heads(facts: Facts, config: Config) -> None:
     setattr(config, facts.family.key("intermediate_size"), _WIDTH)
 
 
-def _written(inside: Inside | None, config: Config, text: Model) -> dict[str, Any]:
+def _written(
+    inside: Inside | None, config: Config, text: Model, turned: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return the tensors of a text model by the names that they have in a checkpoint.
 
-    `config` is of the whole, which may say more of their names than the text model by itself.
+    `config` is of the whole, which may say more of their names than the text model by itself. Those
+    whose names end with one of `turned` are given to transformers the other way.
     """
+    state = text.state_dict()
+    state |= {name: held.mT.contiguous() for name, held in state.items() if name.endswith(turned)}
     if inside is None:
-        return names_on_disk(text, text.state_dict())
+        return names_on_disk(text, state)
     loaded, released = (Inside(inside.wrapper, form) for form in (LOADED, inside.wrapper.released))
-    held = {loaded.place(name): tensor for name, tensor in text.state_dict().items()}
+    held = {loaded.place(name): tensor for name, tensor in state.items()}
     written = names_on_disk(empty_model(config, "meta"), held)
     return {released.moved(name, inside): tensor for name, tensor in written.items()}
 
@@ -247,7 +258,7 @@ def _share_experts(
 ) -> set[str]:
     """Make each expert the dense MLP; return the names of what belongs to a layer's experts."""
     target, prefix = facts.target, facts.target.prefix(layer)
-    *_, layout = target.layouts.values()
+    layout = target.in_memory
     made = {prefix + layout.router}
     for part in facts.kind.matrices:
         source = place(facts.dense_mlp, part, width=width)

@@ -247,10 +247,8 @@ class _Comparison:
             held = self.moe.tensor(place.tensor)[place.index]
             if held.dtype not in scaled:
                 whole = self.rounding.cast(spot.tensor, source, held.dtype) * factor
-                scaled[held.dtype] = [
-                    whole[facts.dense_place(part, layer, shard).index].contiguous()
-                    for shard in range(facts.granularity)
-                ]
+                spots = (facts.dense_place(part, layer, s) for s in range(facts.granularity))
+                scaled[held.dtype] = [s.of(whole, place.cut).contiguous() for s in spots]
             shards, own = scaled[held.dtype], facts.shard_of(expert)
             if same(held, shards[own]):
                 continue
