@@ -109,10 +109,14 @@ def training_notes(plan: Plan) -> Iterator[str]:
             f"with {size} = 1 every expert has all {routed}neurons of the dense MLP: their order "
             "changes what is stored, and neither what experts compute nor how they train."
         )
-    if recipe.splits_soon and not plan.family.target.ships_code:
+    if recipe.trains_tied and not plan.family.target.ships_code:
         yield (
             "the first steps of training split virtual groups, and the dense model's function is "
             "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
+            if recipe.splits_soon
+            else "with one group for each token, models trained better with virtual groups tied, "
+            "at a tiny scale: call upcycle_cli.training.tie_virtual_groups(model) before the first "
+            "step."
         )
     target = plan.family.target
     frozen = [row.name for row in target.added if row.frozen]
@@ -130,8 +134,8 @@ def training_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"softmax-topk equals the dense model only up to the router's logits (std {std:g}). "
             "topk-softmax with a top-k of 2G or more is exact, and trained better where both were "
-            "measured, at a tiny scale; whether --router-logit-std 1 does, at the price of "
-            "equality, was not decided there."
+            "measured, at a tiny scale; with granularity, so did --router-logit-std 1, at the "
+            "price of equality."
         )
 
 

@@ -136,7 +136,7 @@ def _choices(
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
-    if target.ships_code and recipe.splits_soon:
+    if target.ships_code and recipe.trains_tied:
         found["virtual_group_size"] = recipe.group_size
     if keys.scale is not None:
         found[keys.scale] = recipe.factors(dense.mlp_kind).config
