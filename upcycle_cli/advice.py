@@ -95,11 +95,17 @@ def training_notes(plan: Plan) -> Iterator[str]:
     sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
     if grouped and sums_to_1 and recipe.top_k == recipe.group_size:
         between = " between groups" if recipe.group_size > 1 else ""
+        tied = (
+            " Tie virtual groups (upcycle_cli.training.tie_virtual_groups), with which models "
+            "trained better, at a tiny scale."
+            if recipe.trains_tied and not plan.family.target.ships_code
+            else ""
+        )
         yield (
             f"top-k equals {size}, so the gates of a token's one group sum to 1 and the "
             f"language-model loss gives the router no gradient{between}: only balancing trains it. "
             f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart, "
-            "with softmax-topk from the start."
+            f"with softmax-topk from the start.{tied}"
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )
@@ -109,14 +115,10 @@ def training_notes(plan: Plan) -> Iterator[str]:
             f"with {size} = 1 every expert has all {routed}neurons of the dense MLP: their order "
             "changes what is stored, and neither what experts compute nor how they train."
         )
-    if recipe.trains_tied and not plan.family.target.ships_code:
+    if recipe.splits_soon and not plan.family.target.ships_code:
         yield (
             "the first steps of training split virtual groups, and the dense model's function is "
             "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
-            if recipe.splits_soon
-            else "with one group for each token, models trained better with virtual groups tied, "
-            "at a tiny scale: call upcycle_cli.training.tie_virtual_groups(model) before the first "
-            "step."
         )
     target = plan.family.target
     frozen = [row.name for row in target.added if row.frozen]
