@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
-from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families.dense import read_dense
 from upcycle_cli.families.mlp import Weight, parts_of, place, present
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner
@@ -53,6 +54,8 @@ class WeightFacts:
     """Measured against the dense model: how many of its neurons are shared."""
     factors: Mapping[str, float] | None = None
     """Measured against the dense model: what each matrix was multiplied by."""
+    sources: tuple[str, ...] = ()
+    """The dense models of that measurement, by their names."""
     movement: tuple[LayerMovement, ...] | None = None
     """Measured against the dense model: how far the experts of each layer have come."""
 
@@ -207,8 +210,8 @@ def find_experts(moe: Checkpoint) -> Experts:
     return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
 
 
-def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
-    """Read an MoE's experts and routers; with a dense model, measure the scale factors too.
+def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts:
+    """Read an MoE's experts and routers; with its dense models, measure the scale factors too.
 
     Raises UpcycleError when tensors are missing or the dense model has other sizes.
     """
@@ -238,15 +241,19 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         shared = experts.shared_width
         works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
         factors = movement = num_shared = None
-        if dense is not None:
-            model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))
-            with dense.reader() as dense_reader:
-                source = dense, model, dense_reader
-                from upcycle_cli.movement import movements, shared_neurons
+        if sources:
+            from upcycle_cli.movement import measured
 
-                num_shared = len(shared_neurons(experts, reader, source, experts.layers[0]))
-                factors = _measure(experts, reader, source, num_shared)
-                movement = tuple(movements(experts, reader, source, factors))
+            with ExitStack() as stack:
+                dense = [
+                    (
+                        each,
+                        read_dense(dense_family(each.config, each.tensors), inner(each.config)),
+                        stack.enter_context(each.reader()),
+                    )
+                    for each in sources
+                ]
+                factors, movement, num_shared = measured(experts, reader, dense)
     if len(differing) > _MAX_DIFFERING:
         every = experts.num_experts * len(experts.layers)
         differing = [f"{len(differing):,} of {every:,} experts are no copies"]
@@ -260,6 +267,7 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         shared_works=works,
         shared_neurons=num_shared,
         factors=factors,
+        sources=tuple(each.name for each in sources),
         movement=movement,
     )
 
@@ -280,26 +288,3 @@ def _read(
             f"implies {num_experts} experts."
         )
     return tensor
-
-
-def _measure(
-    experts: Experts, reader: Reader, source: tuple[Checkpoint, DenseModel, Reader], shared: int
-) -> dict[str, float]:
-    """Return the least-squares ratio of the first expert to its dense shard, by part.
-
-    It is the one behind the `shared` first neurons.
-    """
-    (dense, model, dense_reader), layer = source, experts.layers[0]
-    factors = {}
-    mlp = model.mlp(dense.tensors, layer)
-    for part, held in experts.parts(reader, layer, 0):
-        span = (shared, shared + experts.expert_size)
-        found = place(mlp, part, width=model.intermediate_size, shard=span)
-        shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
-        if shard.shape != held.shape:
-            raise UpcycleError(
-                f"{dense.path} is smaller than one expert, or of other sizes: not its source."
-            )
-        shard = shard.double()
-        factors[part] = float((held.double() * shard).sum() / (shard * shard).sum())
-    return factors
