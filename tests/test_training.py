@@ -59,7 +59,7 @@ def train(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|gate\.wg|router)\.weight")
+    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|gate\.wg|router|router\.proj)\.weight")
     rows = {n: p.detach() for n, p in model.named_parameters() if name.fullmatch(n)}
     assert rows
     return rows
