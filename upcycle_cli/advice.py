@@ -66,17 +66,17 @@ def _upcycling_warnings(plan: Plan) -> Iterator[str]:
     for engine in plan.engines:
         if engine.support is Support.UNTIED_OR_WRONG:
             yield (
-                f"{engine.name} loads {plan.family.target.model_type} with a head that shares the "
+                f"{engine.name} loads {plan.family.target.title} with a head that shares the "
                 "embedding but computes something else; --untie-embeddings writes the head."
             )
         if engine.support is Support.BALANCED_OR_WRONG:
             yield (
-                f"{engine.name} leaves out the factor on gates of {plan.family.target.model_type}, "
+                f"{engine.name} leaves out the factor on gates of {plan.family.target.title}, "
                 "and computes something else; --scale-split balanced has the experts hold it."
             )
         if engine.support is Support.WRONG:
             yield (
-                f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
+                f"{engine.name} loads {plan.family.target.title} with {recipe.routing} "
                 "but computes something else."
             )
     if plan.source.config.get("auto_map"):

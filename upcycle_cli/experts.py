@@ -14,7 +14,15 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader, raw_bytes
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    TORCH_DTYPES,
+    Checkpoint,
+    Reader,
+    raw_bytes,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import read_dense
@@ -135,6 +143,19 @@ class Experts:
         if type(found) is not int:
             return 0
         return found if shared.size_key else found * self.expert_size
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether a shared expert computes something, as the recipe says that made the model.
+
+        Where none is recorded, one that is there does.
+        """
+        storage = self.moe.storage
+        record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
+        recipe = record.get("recipe")
+        if isinstance(recipe, dict):
+            return bool(recipe.get("shared_experts"))
+        return self.shared_width > 0
 
     def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
         """Return one part of the shared expert, None where it is not there."""

@@ -194,14 +194,16 @@ def _inspect_moe(
         active_parameters=total - idle,
         dense_parameters=recorded if type(recorded) is int else None,
         engines=engines(
-            target.model_type,
+            target.title,
             experts.routing,
             tied=tied,
             fused=fused,
-            plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
+            plain_attention=has_plain_attention(
+                config, rotary_share=target.rotary_share(config), inside=target.inside
+            ),
             every_layer=experts.every_layer,
             scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
-            wrapped=target.inside is not None,
+            shared=experts.shares,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
         record=record,
