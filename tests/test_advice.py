@@ -22,7 +22,7 @@ NO_PROMISE = "promises no equality with the dense model"
 NO_GRADIENT = "gives the router no gradient"
 NOTHING_TO_ROUTE = "there is nothing to route between"
 APPROXIMATE = "equals the dense model only up to the router's logits"
-SPLITS = "tie_virtual_groups"
+SPLITS = "training split virtual groups"
 TIES = "the softmax rounds different groups to the same value"
 FLOAT16 = "lose precision in float16"
 ENGINE = "but computes something else"
@@ -116,6 +116,22 @@ def test_scaling_that_the_routing_does_not_need_is_kept_promise(advise: Advise) 
 @pytest.mark.parametrize("recipe", ["E8G1T1", "E4G4T4"])
 def test_one_group_gives_the_router_no_gradient(advise: Advise, recipe: str) -> None:
     assert advise(recipe) == [NO_GRADIENT]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "tied"),
+    [
+        ("E8G1T1", "auto", False),
+        ("E4G4T4", "auto", True),
+        ("E4G4T8", "auto", False),
+        ("E4G4T4", "upcycled", False),
+    ],
+)
+def test_tying_is_advised_where_it_was_measured_to_help(
+    plan: Callable[..., Plan], recipe: str, target: str, *, tied: bool
+) -> None:
+    text = " ".join(warnings(plan(recipe, target=target)))
+    assert ("Tie virtual groups" in text) is tied
 
 
 def test_the_remedy_for_no_gradient_is_twice_the_granularity(plan: Callable[..., Plan]) -> None:

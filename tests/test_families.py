@@ -433,3 +433,11 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     # Heads that do not make up the hidden size were run in transformers alone.
     odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
     assert {engine for target in odd for engine in target.engines} == {"transformers"}
+
+
+def test_a_base_of_rotary_embeddings_where_each_kind_of_layer_has_its_own() -> None:
+    """Some released configs have the older key alone, which nothing else goes with."""
+    config = {"model_type": "gemma3_text", **sizes_of("gemma3_text"), "rope_theta": 1e6}
+    moe = converted(config, "upcycled", make_recipe("E2G2T2"))
+    assert moe["rope_theta"] == 1e6
+    assert "rope_scaling" not in moe

@@ -96,8 +96,8 @@ def test_fused_experts_are_not_for_everyone(target: str) -> None:
 def test_what_leaves_out_the_factor_on_gates_is_right_where_experts_hold_it() -> None:
     facts: Any = {"tied": True, "fused": False, "plain_attention": True}
     routing = Routing.SIGMOID_TOPK
-    by_config = engines("lfm2_moe", routing, **facts)
-    by_experts = engines("lfm2_moe", routing, **facts, scaled=False)
+    by_config = engines("lfm2_moe", routing, **facts, scaled=True)
+    by_experts = engines("lfm2_moe", routing, **facts)
     assert Engine("llama.cpp", Support.BALANCED_OR_WRONG) in by_config
     assert Engine("llama.cpp", RUNS) in by_experts
     assert Engine("vLLM", WRONG) in by_experts

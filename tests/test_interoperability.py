@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "interoperability"), str(HERE / "interoperability" / "engines")]
 
-from interop.models import EXACT, UPCYCLED, Case, cases  # noqa: E402
+from interop.conversions import EXACT, PLAIN, SIGMOID, UPCYCLED, Case, cases  # noqa: E402
 from interop.results import (  # noqa: E402
     NOT_TRIED,
     Cell,
@@ -34,6 +34,8 @@ from upcycle_cli.families.engines import (  # noqa: E402
     FAILS,
     FUSED,
     SAME,
+    SCALED,
+    SHARED,
     SOME_LAYERS,
     TIED,
     Engine,
@@ -205,6 +207,39 @@ def test_the_table_tells_what_an_engine_does_not_understand(
     assert found == ({"mixtral": {"MLX": says}} if says else {})
 
 
+BALANCED_CASE = Case("lfm2", "lfm2_moe", "E4G2T4", SIGMOID, ("--scale-split balanced",))
+UNSHARED_CASE = Case("mistral", "qwen2_moe", "E4G2T4", PLAIN)
+SHARED_CASE = replace(UNSHARED_CASE, recipe="E4G4T6", options=("--shared-experts 1",))
+LLAVA_CASE = Case("llava (mistral)", "mixtral", "E4G2T4", EXACT)
+
+
+@pytest.mark.parametrize(
+    ("rows", "target", "says"),
+    [
+        (
+            {BALANCED_CASE: SAME, replace(BALANCED_CASE, options=()): DIFFERS},
+            "lfm2_moe",
+            {SIGMOID: SAME, TIED: SAME, SCALED: DIFFERS},
+        ),
+        (
+            {SHARED_CASE: DIFFERS, UNSHARED_CASE: SAME},
+            "qwen2_moe",
+            {PLAIN: SAME, SHARED: DIFFERS},
+        ),
+        # Inside of another, an engine's code is not that for the text model alone.
+        ({LLAVA_CASE: FAILS}, "llava around mixtral", {EXACT: FAILS}),
+        ({replace(LLAVA_CASE, target=UPCYCLED): FAILS}, "upcycled", {EXACT: FAILS}),
+    ],
+)
+def test_the_table_tells_what_it_is_in_a_model(
+    rows: dict[Case, str], target: str, says: dict[str, str]
+) -> None:
+    found = measured({case: {"MLX": verdict} for case, verdict in rows.items()})
+    assert {name: dict(engines) for name, engines in found.items() if engines} == {
+        target: {"MLX": says}
+    }
+
+
 def test_rows_of_one_target_that_disagree_are_not_put_together() -> None:
     other = Case("iquestcoder", "mixtral", "E4G2T4", EXACT)
     with pytest.raises(ValueError, match="MLX, mixtral, topk-softmax: fails, against other rows"):
@@ -218,7 +253,7 @@ def test_what_refuses_all_shipped_code_refuses_that_of_any_family() -> None:
     }
     assert measured(rows) == {
         "upcycled": {"MLX": {EXACT: FAILS}},
-        "upcycled_olmo2": {"vLLM": {EXACT: SAME}},
+        "upcycled_olmo2": {"vLLM": {EXACT: SAME, SCALED: SAME}},
         "upcycled_gpt2": {"vLLM": {EXACT: FAILS}},
     }
 
@@ -231,6 +266,8 @@ def said_of(case: Case) -> tuple[Engine, ...]:
         fused=FUSED in parts_of(case),
         plain_attention=True,
         every_layer=SOME_LAYERS not in parts_of(case),
+        scaled=SCALED in parts_of(case),
+        shared=SHARED in parts_of(case),
     )
 
 

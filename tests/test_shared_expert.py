@@ -19,6 +19,8 @@ TARGETS = [
     name
     for i, (name, row) in enumerate(NATIVE.items())
     if row.shared is not None and row.shared.insisted_on
+    # One that goes through a norm of its own is silent by that.
+    if row.shared.norm is None
     # What several rows are made of is tried in the first of them.
     if not any(row.shared is other.shared for other in list(NATIVE.values())[:i])
 ]

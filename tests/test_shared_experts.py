@@ -251,10 +251,9 @@ def test_inspect_tells_what_is_shared_and_how_far_the_rest_has_come(
     found = inspect(moe, weights=True, dense=llama).weights
     assert found is not None
     assert (found.shared_width, found.shared_works, found.shared_neurons) == (32, True, 32)
-    if order is NeuronOrder.SLICED:
-        assert found.movement is not None
-        assert not any(any(layer.moved) for layer in found.movement)
-        assert found.factors == {"gate": 1.0, "up": 1.0, "down": 1.0}
+    assert found.movement is not None
+    assert not any(any(layer.moved) for layer in found.movement)
+    assert found.factors == {"gate": 1.0, "up": 1.0, "down": 1.0}
 
 
 def test_inspect_tells_one_that_does_nothing(llama: Path, tmp_path: Path) -> None:

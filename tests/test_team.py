@@ -83,6 +83,26 @@ def test_a_team_writes_from_one_calibration(llama: Path, tmp_path: Path) -> None
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--noise", "0.1", "--allow-inexact"),
+        ("--reinit", "0.5", "--allow-inexact"),
+        ("--experts-from", "other", "--allow-inexact"),
+    ],
+)
+def test_a_team_makes_experts_that_differ(
+    dense: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    other = shutil.copytree(dense, tmp_path / "other")
+    set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    options = [str(other) if option == "other" else option for option in how]
+    for output, launch in (("one", list), ("two", lambda line: torchrun_command(2, line))):
+        done = run(launch(command(dense, tmp_path / output, *options)))
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_more_ranks_than_shards(dense: Path, tmp_path: Path) -> None:
     whole = convert_command(dense, tmp_path / "moe", recipe="E4G2T4")
     done = run(torchrun_command(3, whole))

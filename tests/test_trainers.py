@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "interoperability"))
 
-from interop.models import Case  # noqa: E402
+from interop.conversions import Case  # noqa: E402
 from interop.results import NOT_TRIED, Cell  # noqa: E402
 from interop.trained import (  # noqa: E402
     contradiction,

@@ -59,7 +59,7 @@ def train(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|gate\.wg|router)\.weight")
+    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|gate\.wg|router|router\.proj)\.weight")
     rows = {n: p.detach() for n, p in model.named_parameters() if name.fullmatch(n)}
     assert rows
     return rows
@@ -90,17 +90,20 @@ def test_shipped_code_ties_them_by_its_config(load: Any) -> None:  # noqa: ANN40
     assert all(whole(weight) for weight in train(model).values())
 
 
-def test_only_what_soon_splits_is_tied_unasked(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_only_what_was_measured_to_train_better_is_tied_unasked(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense = make_dense("olmo2")
-    for routing, granularity, size in (
-        ("softmax-topk", 1, None),
-        ("topk-softmax", 2, None),
-        ("softmax-topk", 2, 2),
+    for routing, granularity, top_k, size in (
+        ("softmax-topk", 1, 1, None),
+        ("topk-softmax", 1, 1, None),
+        ("topk-softmax", 2, 2, 2),
+        ("topk-softmax", 2, 4, None),
+        ("sigmoid-topk", 2, 2, None),
+        ("softmax-topk", 2, 4, 2),
     ):
-        moe = tmp_path / f"{routing}{granularity}"
-        recipe = Recipe(
-            expansion=4, granularity=granularity, top_k=granularity, routing=Routing(routing)
-        )
+        moe = tmp_path / f"{routing}{granularity}{top_k}"
+        recipe = Recipe(expansion=4, granularity=granularity, top_k=top_k, routing=Routing(routing))
         convert(dense, moe, recipe, target=SHIPPED)
         assert read_json(moe / "config.json").get("virtual_group_size") == size
 

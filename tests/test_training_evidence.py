@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from training.arms import ARMS, DENSE, Arm  # noqa: E402
 from training.claims import (  # noqa: E402
     CHOICES,
+    OVER_TIME,
     PAPER,
     Comparison,
     Spread,
@@ -39,7 +40,7 @@ from training.text import rows_of  # noqa: E402
 from upcycle_cli import build_plan, convert, open_checkpoint  # noqa: E402
 
 WIDTH: Mapping[str, Any] = {"intermediate_size": 64}
-COMPARED = (*(each for claim in PAPER for each in claim.comparisons), *CHOICES)
+COMPARED = (*(each for claim in PAPER for each in claim.comparisons), *CHOICES, *OVER_TIME)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def _results(seeds: int, gains: Mapping[str, float]) -> dict[str, Any]:
             "rows": 10,
             "pretraining": 0,
             "peak": 0.001,
+            "evaluations": [0.0, 1.0],
         },
         "text": {
             "package": "a-package",
@@ -129,6 +131,8 @@ def test_tables_follow_from_results() -> None:
     assert "| E8G1T2 against dense | 0.1100 ± 0.0248 | **agrees** |" in text
     assert "| E4G4T8 against E4G4T8, no virtual groups | 0.1100 ± 0.0248 | **agrees** |" in text
     assert "| E8G8T16 against E8G1T2 | 0.0000 ± 0.0000 | **not decided** |" in text
+    assert "| first is lower by, after | 100% |" in text
+    assert "| E8G1T2 against E8G1T2, learning rate not reset | 0.1100 ± 0.0248 |" in text
     assert "**a hint**" in tables(_results(2, gains))
     page = with_tables(f"above\n{BEGIN}\nold\n{END}\nbelow\n", _results(3, {}))
     assert page.startswith("above\n")

@@ -66,17 +66,17 @@ def _upcycling_warnings(plan: Plan) -> Iterator[str]:
     for engine in plan.engines:
         if engine.support is Support.UNTIED_OR_WRONG:
             yield (
-                f"{engine.name} loads {plan.family.target.model_type} with a head that shares the "
+                f"{engine.name} loads {plan.family.target.title} with a head that shares the "
                 "embedding but computes something else; --untie-embeddings writes the head."
             )
         if engine.support is Support.BALANCED_OR_WRONG:
             yield (
-                f"{engine.name} leaves out the factor on gates of {plan.family.target.model_type}, "
+                f"{engine.name} leaves out the factor on gates of {plan.family.target.title}, "
                 "and computes something else; --scale-split balanced has the experts hold it."
             )
         if engine.support is Support.WRONG:
             yield (
-                f"{engine.name} loads {plan.family.target.model_type} with {recipe.routing} "
+                f"{engine.name} loads {plan.family.target.title} with {recipe.routing} "
                 "but computes something else."
             )
     if plan.source.config.get("auto_map"):
@@ -95,11 +95,17 @@ def training_notes(plan: Plan) -> Iterator[str]:
     sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
     if grouped and sums_to_1 and recipe.top_k == recipe.group_size:
         between = " between groups" if recipe.group_size > 1 else ""
+        tied = (
+            " Tie virtual groups (upcycle_cli.training.tie_virtual_groups), with which models "
+            "trained better, at a tiny scale."
+            if recipe.trains_tied and not plan.family.target.ships_code
+            else ""
+        )
         yield (
             f"top-k equals {size}, so the gates of a token's one group sum to 1 and the "
             f"language-model loss gives the router no gradient{between}: only balancing trains it. "
             f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart, "
-            "with softmax-topk from the start."
+            f"with softmax-topk from the start.{tied}"
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )
@@ -130,8 +136,8 @@ def training_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"softmax-topk equals the dense model only up to the router's logits (std {std:g}). "
             "topk-softmax with a top-k of 2G or more is exact, and trained better where both were "
-            "measured, at a tiny scale; whether --router-logit-std 1 does, at the price of "
-            "equality, was not decided there."
+            "measured, at a tiny scale; with granularity, so did --router-logit-std 1, at the "
+            "price of equality."
         )
 
 

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, Reader, raw_bytes
+from upcycle_cli.checkpoint import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    TORCH_DTYPES,
+    Checkpoint,
+    Reader,
+    raw_bytes,
+    read_json,
+)
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseModel, read_dense
@@ -53,6 +62,8 @@ class WeightFacts:
     """Measured against the dense model: how many of its neurons are shared."""
     factors: Mapping[str, float] | None = None
     """Measured against the dense model: what each matrix was multiplied by."""
+    sources: tuple[str, ...] = ()
+    """The dense models of that measurement, by their names."""
     movement: tuple[LayerMovement, ...] | None = None
     """Measured against the dense model: how far the experts of each layer have come."""
 
@@ -129,6 +140,19 @@ class Experts:
         if type(found) is not int:
             return 0
         return found if shared.size_key else found * self.expert_size
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether a shared expert computes something, as the recipe says that made the model.
+
+        Where none is recorded, one that is there does.
+        """
+        storage = self.moe.storage
+        record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
+        recipe = record.get("recipe")
+        if isinstance(recipe, dict):
+            return bool(recipe.get("shared_experts"))
+        return self.shared_width > 0
 
     def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
         """Return one part of the shared expert, None where it is not there."""
@@ -207,8 +231,8 @@ def find_experts(moe: Checkpoint) -> Experts:
     return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
 
 
-def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
-    """Read an MoE's experts and routers; with a dense model, measure the scale factors too.
+def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts:
+    """Read an MoE's experts and routers; with its dense models, measure the scale factors too.
 
     Raises UpcycleError when tensors are missing or the dense model has other sizes.
     """
@@ -238,15 +262,19 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         shared = experts.shared_width
         works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
         factors = movement = num_shared = None
-        if dense is not None:
-            model = read_dense(dense_family(dense.config, dense.tensors), inner(dense.config))
-            with dense.reader() as dense_reader:
-                source = dense, model, dense_reader
-                from upcycle_cli.movement import movements, shared_neurons
+        if sources:
+            from upcycle_cli.movement import measured
 
-                num_shared = len(shared_neurons(experts, reader, source, experts.layers[0]))
-                factors = _measure(experts, reader, source, num_shared)
-                movement = tuple(movements(experts, reader, source, factors))
+            with ExitStack() as stack:
+                dense = [
+                    (
+                        each,
+                        read_dense(dense_family(each.config, each.tensors), inner(each.config)),
+                        stack.enter_context(each.reader()),
+                    )
+                    for each in sources
+                ]
+                factors, movement, num_shared = measured(experts, reader, dense)
     if len(differing) > _MAX_DIFFERING:
         every = experts.num_experts * len(experts.layers)
         differing = [f"{len(differing):,} of {every:,} experts are no copies"]
@@ -260,6 +288,7 @@ def examine(experts: Experts, dense: Checkpoint | None) -> WeightFacts:
         shared_works=works,
         shared_neurons=num_shared,
         factors=factors,
+        sources=tuple(each.name for each in sources),
         movement=movement,
     )
 
@@ -280,26 +309,3 @@ def _read(
             f"implies {num_experts} experts."
         )
     return tensor
-
-
-def _measure(
-    experts: Experts, reader: Reader, source: tuple[Checkpoint, DenseModel, Reader], shared: int
-) -> dict[str, float]:
-    """Return the least-squares ratio of the first expert to its dense shard, by part.
-
-    It is the one behind the `shared` first neurons.
-    """
-    (dense, model, dense_reader), layer = source, experts.layers[0]
-    factors = {}
-    mlp = model.mlp(dense.tensors, layer)
-    for part, held in experts.parts(reader, layer, 0):
-        span = (shared, shared + experts.expert_size)
-        found = place(mlp, part, width=model.intermediate_size, shard=span)
-        shard = _read(dense, dense_reader, model.prefix(layer) + found.tensor)[found.index]
-        if shard.shape != held.shape:
-            raise UpcycleError(
-                f"{dense.path} is smaller than one expert, or of other sizes: not its source."
-            )
-        shard = shard.double()
-        factors[part] = float((held.double() * shard).sum() / (shard * shard).sum())
-    return factors

@@ -132,6 +132,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         routing=experts.routing,
         layers=experts.layers,
         every_layer=experts.every_layer,
+        shares=experts.shares,
         expert_layout=layout,
         growth=growth,
         experts=experts,

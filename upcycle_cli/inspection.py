@@ -6,7 +6,7 @@ are whole groups, and, against the dense model, what they were multiplied by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from upcycle_cli.families.trainers import Trainer, trainers
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hooks import Watch
-from upcycle_cli.hub.sources import bring_model, find_model, open_source
+from upcycle_cli.hub.sources import bring_model, find_model, open_source, split_revision
 from upcycle_cli.recipe import ExpertLayout, Recipe
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def inspect(
     options: Options | None = None,
     inputs: RouterInputs | None = None,
     weights: bool = False,
-    dense: Path | str | None = None,
+    dense: Path | str | Sequence[Path | str] | None = None,
     load: Path | str | None = None,
     watch: Watch | None = None,
 ) -> Inspection:
@@ -81,6 +81,7 @@ def inspect(
     With a growth, describe what an MoE would become.
 
     `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
+    `dense` is what an MoE was made of, one model or several, which weights are measured against.
     `load` is a text, a file or `builtin`, that an MoE is run on to see which experts it chooses.
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
     `weights` or a `load` are asked for.
@@ -105,8 +106,10 @@ def inspect(
             from upcycle_cli.growth import build_growth
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        source = None if dense is None else open_checkpoint(bring_model(find_model(dense)))
-        found = _inspect_moe(checkpoint, weights, source, text, watch or Watch())
+        several = [dense] if isinstance(dense, Path | str) else dense or ()
+        places = [find_model(*split_revision(str(place))) for place in several]
+        sources = [open_checkpoint(bring_model(place)) for place in places]
+        found = _inspect_moe(checkpoint, weights, sources, text, watch or Watch())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
     if weights:
@@ -150,7 +153,7 @@ def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fi
 def _inspect_moe(
     checkpoint: Checkpoint,
     weights: bool,  # noqa: FBT001 - as everything else here
-    dense: Checkpoint | None,
+    sources: Sequence[Checkpoint],
     text: CalibrationText | None,
     watch: Watch,
 ) -> Inspection:
@@ -170,12 +173,13 @@ def _inspect_moe(
     parameters = (record or {}).get("parameters")
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
-        facts = examine(experts, dense)
+        _check_all_named(checkpoint, record or {}, sources)
+        facts = examine(experts, sources)
     found = None
     if text is not None:
         from upcycle_cli.load import measure_load
 
-        found = measure_load(experts, text, dense, watch)
+        found = measure_load(experts, text, sources[0] if sources else None, watch)
     return Inspection(
         checkpoint=checkpoint,
         kind="moe",
@@ -190,17 +194,32 @@ def _inspect_moe(
         active_parameters=total - idle,
         dense_parameters=recorded if type(recorded) is int else None,
         engines=engines(
-            target.model_type,
+            target.title,
             experts.routing,
             tied=tied,
             fused=fused,
-            plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
+            plain_attention=has_plain_attention(
+                config, rotary_share=target.rotary_share(config), inside=target.inside
+            ),
             every_layer=experts.every_layer,
             scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
-            wrapped=target.inside is not None,
+            shared=experts.shares,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
         record=record,
         weights=facts,
         load=found,
     )
+
+
+def _check_all_named(
+    moe: Checkpoint, record: Mapping[str, Any], sources: Sequence[Checkpoint]
+) -> None:
+    """Raise UpcycleError where one dense model is given for an MoE that says it is of several."""
+    merged = record.get("experts_from")
+    if len(sources) == 1 and isinstance(merged, dict):
+        raise UpcycleError(
+            f"{moe.path} has experts of several models, says its {RECORD_NAME}, and only "
+            f"{sources[0].path} is given.",
+            "Name the others with --experts-from, once for each.",
+        )

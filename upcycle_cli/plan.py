@@ -279,6 +279,7 @@ def build_plan(
         routing=recipe.routing,
         layers=family.layers,
         every_layer=family.layers == family.dense.mlp_layers,
+        shares=recipe.shared_experts > 0,
         expert_layout=layout,
         recipe=recipe,
         family=family,

@@ -69,6 +69,8 @@ class Planned(ABC):
     """Those that are mixtures of experts."""
     every_layer: bool
     """Whether no dense MLP is left."""
+    shares: bool
+    """Whether a shared expert computes something."""
     expert_layout: ExpertLayout
     """How the experts are named on disk."""
 
@@ -167,14 +169,16 @@ class Planned(ABC):
         """What is known of each inference engine and this output."""
         config = inner(self.config)
         return engines(
-            self.target.model_type,
+            self.target.title,
             self.routing,
             tied=bool(config.get("tie_word_embeddings", False)),
             fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
+            plain_attention=has_plain_attention(
+                config, rotary_share=self.rotary_share, inside=self.target.inside
+            ),
             every_layer=self.every_layer,
             scaled=config.get(self.target.keys.scale or "", 1.0) != 1.0,
-            wrapped=self.target.inside is not None,
+            shared=self.shares,
         )
 
     def identity(self) -> dict[str, Any]:

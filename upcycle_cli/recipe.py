@@ -266,8 +266,21 @@ class Recipe:
         Gates that do not sum to 1 weigh a whole layer, so that each row has a gradient of its own,
         large beside rows that are small to be nearly uniform.
         """
-        some = self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
-        return some and self.routing is Routing.SOFTMAX_TOPK
+        return self._has_groups and self.routing is Routing.SOFTMAX_TOPK
+
+    @property
+    def trains_tied(self) -> bool:
+        """Whether models were measured to train better with the rows of a group tied.
+
+        Those whose groups split soon, and of topk-softmax one group for each token, which has no
+        other to fall back on (docs/training.md).
+        """
+        alone = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
+        return self.splits_soon or (self._has_groups and alone)
+
+    @property
+    def _has_groups(self) -> bool:
+        return self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
 
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
         """Return the recipe with what it left to the target filled in.

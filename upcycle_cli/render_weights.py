@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,12 @@ def weight_rows(
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
         yield "scale factors", [f"{measured} (measured against the dense model)"]
     if weights.movement is not None:
+        if len(weights.sources) > 1:
+            of = Counter(model for each in weights.movement for model in each.models)
+            lines = [
+                f"{counted(of[i], 'group')} of {name}" for i, name in enumerate(weights.sources)
+            ]
+            yield "most like", lines
         yield from _movement_rows(weights.movement)
 
 
@@ -45,6 +52,7 @@ def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Seque
     moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
     most, layer, expert = max(moved)
     mean = sum(distance for distance, _, _ in moved) / len(moved)
+    unlike = sum(each.unlike for each in layers) / len(layers)
     apart = sum(each.apart for each in layers) / len(layers)
     if most:
         yield (
@@ -54,6 +62,8 @@ def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Seque
         yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
     else:
         yield "moved", ["not at all"]
+    if unlike:
+        yield "new neurons", [f"{unlike:.2%}, like none of the dense model's; left out above"]
     split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
     where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
     yield "split groups", [f"{split:,} of {num_groups:,}{where}"]

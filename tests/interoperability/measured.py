@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from interop.models import cases
+from interop.conversions import cases
 from interop.results import Verdicts, measured
 
 REPOSITORY = Path(__file__).resolve().parents[2]

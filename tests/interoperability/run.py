@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -34,16 +35,8 @@ from threading import Lock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from interop.models import (
-    PLAIN,
-    REWRITTEN,
-    Case,
-    cases,
-    convert,
-    make_dense,
-    margin,
-    quick_cases,
-)
+from interop.conversions import PLAIN, Case, cases, quick_cases
+from interop.models import REWRITTEN, convert, make_dense, margin
 from interop.results import Cell, Output, compare, contradiction, table
 from interop.software import (
     SOFTWARE,
@@ -54,6 +47,7 @@ from interop.software import (
     install_beside,
     version,
 )
+from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import make_smollm2, missing
 
 from upcycle_cli import inspect
@@ -65,6 +59,7 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea,",
 )
+PICTURE = "Here is PICTURE a picture of"
 REFERENCE = "transformers 5"
 QUICK = ("transformers 4", "transformers 5")
 NOTHING_WRONG: Output = [[]]
@@ -77,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="upcycle-interoperability-") as name:
         run = _Run(Path(name), arguments.smollm2, wanted, quick=arguments.quick)
         for case in quick_cases() if arguments.quick else cases():
-            if arguments.only in case.name:
+            if any(words in case.name for words in arguments.only):
                 run.convert_and_try(case)
         run.close()
     print(run.report())
@@ -189,14 +184,15 @@ class _Run:
             self.versions[software.name] = f"{software.package} {version(python, software.package)}"
 
     def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
-        found = self.workers[software].output(moe, PROMPTS, TOKENS)
+        found = self._output(software, case.dense, moe)
         if isinstance(found, Cell):
             return found
         cell = Cell(FAILS, "there is no dense model to compare it with")
         for reference in self._references(software, case.dense):
             if isinstance(reference, Cell):
                 continue
-            cell = self._compare(case, dense, found, reference)
+            seen = reference if software.sees else reference[: len(PROMPTS)]
+            cell = self._compare(case, dense, found, seen)
             if cell.verdict == SAME:
                 break
         return cell
@@ -215,14 +211,26 @@ class _Run:
         key = (software.name, same_as_llama)
         if key not in self.references:
             path = make_dense(same_as_llama, self.scratch, self.smollm2)
-            self.references[key] = self.workers[software].output(path, PROMPTS, TOKENS)
+            self.references[key] = self._output(software, same_as_llama, path)
         return self.references[key]
+
+    def _output(self, software: Software, dense: str, model: Path) -> Output | Cell:
+        """Return what a software makes of a model that is that dense one, or made of it."""
+        picture = None
+        if dense in WRAPPED and software.sees:
+            picture = {
+                "file": str(draw_picture(self.scratch / "picture.png")),
+                "text": PICTURE.replace("PICTURE", WRAPPED[dense].asked),
+            }
+        return self.workers[software].output(model, PROMPTS, TOKENS, picture)
 
     def _compare(self, case: Case, dense: Path, found: Output, reference: Output) -> Cell:
         if case.routing != PLAIN:
             return compare(found, reference)
 
         def margin_at(index: int, position: int) -> float:
+            if index == len(PROMPTS):
+                return math.inf  # of a picture: it has to be the same
             text = [int(token) for token in reference[index]]
             with self.alone:
                 return margin(dense, PROMPTS[index], text, position)
@@ -243,7 +251,9 @@ def _arguments() -> argparse.Namespace:
     names = [software.name for software in SOFTWARE]
     parser.add_argument("--quick", action="store_true", help="what CI runs")
     parser.add_argument("--software", nargs="+", choices=names, default=names)
-    parser.add_argument("--only", default="", help="conversions whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORDS", help="conversions that are named so"
+    )
     parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
     parser.add_argument("--json", type=Path, help="also write what was found here")
     return parser.parse_args()

@@ -24,11 +24,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from interop.models import Case, convert
+from interop.models import convert
 from interop.results import Cell, table
 from interop.software import NotInstalledError, Worker, install, version
 from interop.trained import (
@@ -44,6 +44,9 @@ from interop.trained import (
 )
 
 from upcycle_cli import inspect
+
+if TYPE_CHECKING:
+    from interop.conversions import Case
 
 ROWS, TOKENS, SEED = 4, 64, 0
 

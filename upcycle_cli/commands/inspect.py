@@ -16,7 +16,7 @@ from upcycle_cli.commands.budget_options import (
     to_budget,
 )
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
-from upcycle_cli.commands.shared import for_path, for_run, warn_all
+from upcycle_cli.commands.shared import for_path, for_run, path_argument, warn_all
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.hooks import Watch
 from upcycle_cli.terminal import errors_to_exit_codes, print_json, show, stderr, stdout
@@ -50,6 +50,15 @@ def inspect(
             help="With --weights: the dense checkpoint, to measure factors and what training moved."
         ),
     ] = None,
+    experts_from: Annotated[
+        list[Path],
+        for_run(
+            "--experts-from",
+            metavar="MODEL",
+            parser=path_argument,
+            help="With --dense: another dense model that experts were made of; once for each.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
     load: Annotated[
         str | None,
         for_run(
@@ -81,6 +90,7 @@ def inspect(
             )
         if dense is not None and not weights and load is None:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
+        several = _several(dense, experts_from, weights=weights)
         wanted = options = inputs = None
         if asks_for_moe(context):
             options, inputs = moe.to_options(), moe.to_inputs()
@@ -96,7 +106,7 @@ def inspect(
                 options=options,
                 inputs=inputs,
                 weights=weights,
-                dense=dense,
+                dense=several,
                 load=load,
                 watch=watch,
             )
@@ -141,3 +151,13 @@ def _html(found: Inspection, path: Path) -> str:
             f"{path} is a dense model, and --report shows an MoE.", "Leave out --report."
         )
     return inspection_html(found, name=str(path), command=shared.command_line())
+
+
+def _several(dense: Path | None, experts_from: list[Path], *, weights: bool) -> list[Path]:
+    """Return the dense models; UpcycleError where further ones are of no use."""
+    if experts_from and (dense is None or not weights):
+        raise UpcycleError(
+            "--experts-from says what else to compare weights with.",
+            "Add --weights, and --dense for the first of the models.",
+        )
+    return [] if dense is None else [dense, *experts_from]

@@ -47,8 +47,10 @@ ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 SAME, DIFFERS, FAILS = "same", "differs", "fails"
 """What the table says of a model in an engine: the dense model's text, another, or none."""
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
+SCALED, SHARED = "scaled", "shared"
 """What a model can have beside its routing that an engine may not understand: the experts of a
-layer in one tensor, a head that is the embedding, layers that keep their dense MLP."""
+layer in one tensor, a head that is the embedding, layers that keep their dense MLP, a factor on
+gates in the config, a shared expert that computes something."""
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type whose code comes with the model."""
 _MEANS: Mapping[tuple[str, str], Support] = {
@@ -56,16 +58,13 @@ _MEANS: Mapping[tuple[str, str], Support] = {
     (FUSED, DIFFERS): Support.PER_EXPERT_OR_WRONG,
     (TIED, FAILS): Support.UNTIED_ONLY,
     (TIED, DIFFERS): Support.UNTIED_OR_WRONG,
+    (SCALED, DIFFERS): Support.BALANCED_OR_WRONG,
 }
 _OTHERWISE: Mapping[str, Support] = {
     SAME: Support.RUNS,
     DIFFERS: Support.WRONG,
     FAILS: Support.REFUSES,
 }
-
-
-_LEAVES_OUT_SCALE = {("lfm2_moe", "llama.cpp")}
-"""Where a config's factor on gates is ignored, and nothing else is wrong."""
 
 
 def engines(
@@ -76,30 +75,33 @@ def engines(
     fused: bool,
     plain_attention: bool,
     every_layer: bool = True,
-    scaled: bool = True,
-    wrapped: bool = False,
+    scaled: bool = False,
+    shared: bool = False,
 ) -> tuple[Engine, ...]:
     """Return what is known of each engine; one that is not listed was not tried.
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
     embeddings turn all of a head, not stretched: of anything else, only transformers was tried.
-    `every_layer` says that no dense MLP is left, `scaled` that c is in the config. Of a text model
-    inside of another (`wrapped`), too, only transformers was tried. "transformers" is its version
-    5, which runs all; "transformers 4" is listed where it differs.
+    `every_layer` says that no dense MLP is left, `scaled` that c is in the config, `shared` that
+    there is a shared expert that computes something. "transformers" is its version 5, which runs
+    all; "transformers 4" is listed where it differs.
     """
     # Shipped code has one layout.
     fused = fused and not target.startswith(UPCYCLED_PREFIX)
-    parts = {SOME_LAYERS: not every_layer, str(routing): True, FUSED: fused, TIED: tied}
+    has = {
+        SOME_LAYERS: not every_layer,
+        str(routing): True,
+        FUSED: fused,
+        TIED: tied,
+        SCALED: scaled,
+        SHARED: shared,
+    }
+    parts = [part for part, applies in has.items() if applies]
     found = [Engine("transformers", Support.RUNS)]
-    for name in () if wrapped else ENGINES:
+    for name in ENGINES:
         known = {TIED: SAME, **_verdicts(target, name)}
-        if (target, name) in _LEAVES_OUT_SCALE:
-            if scaled and plain_attention:
-                found.append(Engine(name, Support.BALANCED_OR_WRONG))
-                continue
-            known[str(routing)] = SAME
-        met = [(part, known.get(part)) for part, applies in parts.items() if applies]
+        met = [(part, known.get(part)) for part in parts]
         wrong = [
             _MEANS.get((part, verdict), _OTHERWISE[verdict])
             for part, verdict in met

@@ -99,7 +99,9 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
         )
         return replace(none, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
+    plain = has_plain_attention(
+        inner(config), rotary_share=family.rotary_share, inside=family.target.inside
+    )
     return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 
@@ -111,12 +113,12 @@ def _facts(
     fused = row.layout(None) is ExpertLayout.FUSED
     for routing in row.routings:
         for engine in engines(
-            row.model_type,
+            row.title,
             routing,
             tied=tied,
             fused=fused,
             plain_attention=plain_attention,
-            wrapped=row.inside is not None,
+            scaled=row.keys.scale is not None,
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)

@@ -13,7 +13,7 @@ from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import auto_map
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.families.wrappers import inner, parts, with_inner
+from upcycle_cli.families.wrappers import Inside, inner, parts, with_inner
 from upcycle_cli.recipe import Recipe
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -106,8 +106,8 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
 
     transformers 5 reads the older keys as well.
     """
-    if "rope_theta" not in dense.values:
-        return {}
+    if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
+        return {}  # a type that has one for each kind of layer, whatever its config says besides
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
     if "partial_rotary_factor" in dense.values:
@@ -136,7 +136,7 @@ def _choices(
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
-    if target.ships_code and recipe.splits_soon:
+    if target.ships_code and recipe.trains_tied:
         found["virtual_group_size"] = recipe.group_size
     if keys.scale is not None:
         found[keys.scale] = recipe.factors(dense.mlp_kind).config
@@ -148,12 +148,17 @@ def _choices(
     return found
 
 
-def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0) -> bool:
+def has_plain_attention(
+    config: Mapping[str, Any], *, rotary_share: float = 1.0, inside: Inside | None = None
+) -> bool:
     """Whether a config's heads make up the hidden size, no layer slides, and rope is plain.
 
     `rotary_share` is the part of each head that positions turn, 1 for the code that is shipped,
-    whose attention is the dense model's own.
+    whose attention is the dense model's own. What all text models of a wrapper have counts as plain
+    inside of it.
     """
+    if inside is not None and inside.wrapper.own_attention:
+        return True
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (
         type(heads) is int

@@ -63,6 +63,8 @@ class Wrapper:
     """Whether its config may have the text model's settings among its own."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of released names with what they are in memory."""
+    own_attention: bool = False
+    """Whether all its text models attend in one way of their own, with which engines were tried."""
     parts: tuple[str, ...] = ("text_config", "vision_config")
     """The keys under which its config has the configs of its models."""
 
@@ -153,6 +155,7 @@ INSIDE: Mapping[str, Target] = {
         },
         keys=Keys(num_experts="num_experts", aliases=("num_local_experts",)),
         layers=MLP_ONLY_LAYERS,
+        settings=lambda _: {"norm_topk_prob": True},  # for vLLM
     ),
 }
 """The targets that are text models inside of wrappers alone."""
@@ -192,6 +195,7 @@ _ROWS: Sequence[Wrapper] = (
         classes=("Gemma3Config", "Gemma3Model", "Gemma3ForConditionalGeneration"),
         **_AS_LLAVA,
         tied=True,
+        own_attention=True,
     ),
     Wrapper(
         model_type="qwen2_5_vl",

@@ -51,6 +51,7 @@ def _num_first(facts: Facts) -> object:
 _FOR_ENGINES: Mapping[str, Callable[[Facts], object]] = {
     "expert_hidden_dim": lambda facts: facts.expert_size,
     "first_k_dense_replace": _num_first,
+    "norm_topk_prob": lambda facts: facts.routing != "softmax-topk",
     "qk_norm": lambda _: True,
     "route_norm": lambda _: True,
     "scoring_func": lambda _: "sigmoid",

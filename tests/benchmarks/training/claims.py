@@ -111,6 +111,13 @@ CHOICES = (
     ),
 )
 
+OVER_TIME = (
+    *_each("tied", "", GROUPED),
+    *_each("softmax-topk τ=0.001 tied", "softmax-topk τ=0.001", GROUPED),
+    *_each("", "learning rate not reset"),
+)
+"""What may help for some of the time."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -151,13 +158,16 @@ def ends(runs: Runs, arm: str, measure: str = "loss") -> Spread:
     return Spread(tuple(run["curve"][-1][measure] for run in runs[arm].values()))
 
 
-def difference(runs: Runs, comparison: Comparison) -> Spread | None:
-    """Return the second arm's end minus the first's, by seed; None where a seed has not both."""
+def difference(runs: Runs, comparison: Comparison, when: int = -1) -> Spread | None:
+    """Return the second arm's measure minus the first's, by seed; None where a seed has not both.
+
+    `when` is the place on the curve: the end, if it is not given.
+    """
     first, second = (runs.get(arm, {}) for arm in (comparison.first, comparison.second))
     seeds = sorted(first.keys() & second.keys())
 
     def end(arm: Mapping[int, Mapping[str, Any]], seed: int) -> float:
-        return float(arm[seed]["curve"][-1][comparison.measure])
+        return float(arm[seed]["curve"][when][comparison.measure])
 
     return Spread(tuple(end(second, s) - end(first, s) for s in seeds)) if seeds else None
 

@@ -11,6 +11,7 @@ from training.arms import ARMS, DENSE
 from training.claims import (
     CHOICES,
     ENOUGH,
+    OVER_TIME,
     PAPER,
     Comparison,
     Runs,
@@ -49,7 +50,14 @@ def with_tables(page: str, results: Mapping[str, Any]) -> str:
 def tables(results: Mapping[str, Any]) -> str:
     """Return what was run, what it says of the paper's claims and of choices, and every arm."""
     runs = runs_of(results)
-    parts = (_about(results, runs), _paper(runs), _choices(runs), _arms(runs))
+    shares = results["scale"]["evaluations"]
+    parts = (
+        _about(results, runs),
+        _paper(runs),
+        _choices(runs),
+        _over_time(runs, shares),
+        _arms(runs),
+    )
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -108,6 +116,14 @@ def _choices(runs: Runs) -> Iterator[str]:
         if spread is not None:
             said = _WORDS.get(verdict(spread), verdict(spread))
             yield f"| {each.first} | {each.second} | {_text(spread)} | {said} |"
+
+
+def _over_time(runs: Runs, shares: Sequence[float]) -> Iterator[str]:
+    yield f"| first is lower by, after | {' | '.join(f'{share:.0%}' for share in shares[1:])} |"
+    yield f"|---{'|---' * len(shares[1:])}|"
+    for each in OVER_TIME:
+        found = [difference(runs, each, when) for when in range(1, len(shares))]
+        yield f"| {' | '.join([_pair(each), *map(_text, found)])} |"
 
 
 def _arms(runs: Runs) -> Iterator[str]:

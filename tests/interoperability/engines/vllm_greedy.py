@@ -14,15 +14,26 @@ def run(job: Job) -> list[list[int]]:
     """Return the token ids of each continuation."""
     # The tokenizer that is chosen by the model type is not that of these models.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
+    picture = job["picture"]
     prompts = [{"prompt_token_ids": tokenizer(prompt).input_ids} for prompt in job["prompts"]]
+    if picture:
+        from PIL import Image
+
+        prompts.append(
+            {
+                "prompt_token_ids": tokenizer(picture["text"]).input_ids,
+                "multi_modal_data": {"image": Image.open(picture["file"])},
+            }
+        )
     model = LLM(
         job["model"],
         model_impl=(sys.argv[1:] or ["auto"])[0],
         dtype="float32",
         max_model_len=256,
         enforce_eager=True,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not picture,
         trust_remote_code=True,
+        **({"limit_mm_per_prompt": {"image": 1, "video": 0}} if picture else {}),
     )
     greedy = SamplingParams(
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False

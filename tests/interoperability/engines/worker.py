@@ -1,7 +1,7 @@
 """One process for a whole run of a software: it is imported once, and forked for each model.
 
-Each line of stdin is a job, {"model", "prompts", "tokens", "limit_s"}; each line of stdout its
-answer, {"output"} or {"error"}. What is printed meanwhile goes to stderr.
+Each line of stdin is a job, {"model", "prompts", "tokens", "picture", "limit_s"}; each line of
+stdout its answer, {"output"} or {"error"}. What is printed meanwhile goes to stderr.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _answer(run: Run, job: Job, said: IO[str], answer: IO[str]) -> None:
 def reason(said: str) -> str:
     """Return the line that says what went wrong: often not the last one."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line]
+    telling = [line for line in lines if "Error" in line or line.startswith("Value error,")]
     text = (telling or lines or [""])[-1]
     # The files are gone with the run, and different models failed for one reason.
     text = re.sub(r":? /\S*/upcycle-\S*", "", text)

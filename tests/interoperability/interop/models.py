@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import Routing
+from interop.wrapped import WRAPPED, save_wrapped
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from interop.conversions import Case
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -120,171 +121,32 @@ LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}  # of HYBR
 BLOCKS = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
 ONLY_WITH_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")
 
-EXACT, PLAIN, SIGMOID = (
-    str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)
-)
-UPCYCLED = "upcycled"
-TINY_RECIPE, REAL_RECIPE = "E4G2T4", "E2G2T2"
-PAIRS: Sequence[tuple[str, str]] = (
-    ("llama", "mixtral"),
-    ("llama", "qwen2_moe"),
-    ("llama", "glm4_moe"),
-    ("mistral", "mixtral"),
-    ("mistral", "qwen2_moe"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen2", "glm4_moe"),
-    ("qwen3", "qwen3_moe"),
-    ("qwen3", "glm4_moe"),
-    ("granite", "granitemoe"),
-    ("granite", "granitemoehybrid"),
-    ("granitemoehybrid", "granitemoehybrid"),
-    ("olmo2", "flex_olmo"),
-    ("phi3", "mixtral"),
-    ("ernie4_5", "ernie4_5_moe"),
-    ("hunyuan_v1_dense", "hunyuan_v1_moe"),
-    ("lfm2", "lfm2_moe"),
-    ("cohere2", "cohere2_moe"),
-    ("qwen3_5_text", "qwen3_5_moe_text"),
-    ("granite_swa", "granitemoe_swa"),
-    ("qwen3", "dots1"),
-    ("qwen3", "hy_v3"),
-    ("llama", "solar_open"),
-    ("youtu", "deepseek_v3"),
-    ("glm", "glm4_moe"),
-    ("iquestcoder", "mixtral"),
-    ("iquestcoder", "qwen2_moe"),
-    ("iquestcoder", "glm4_moe"),
-    ("ministral", "qwen2_moe"),
-    ("seed_oss", "qwen2_moe"),
-    ("nemotron_h", "nemotron_h"),
-)
-"""Each with the routing that the released models of its target use."""
-SHIPPED = (
-    *("olmo2", "nemotron", "phi3", "gemma2", "gpt_neox"),
-    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon"),
-)
-"""Families as shipped code."""
+TWIN = "TWIN"
+"""Stands for a model that computes the same, the neurons of each of its MLPs in another order."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A conversion: one row of the table."""
-
-    dense: str
-    target: str
-    recipe: str
-    routing: str
-    options: tuple[str, ...] = ()
-    control: bool = False
-    """Whether it is made to compute something else, so that all who run it must disagree."""
-
-    @property
-    def name(self) -> str:
-        """Identify it in the table."""
-        parts = [f"{self.dense} → {self.target}", self.recipe, self.routing, *self.options]
-        return ", ".join(parts)
-
-
-def routings(target: str) -> tuple[str, ...]:
-    """Return what a target can express; first what its released models use."""
-    if target == UPCYCLED:
-        return (EXACT, SIGMOID, PLAIN)
-    return tuple(str(routing) for routing in NATIVE[target].routings)
+def is_real(dense: str) -> bool:
+    """Whether a dense model is SmolLM2, and none with random weights."""
+    return dense not in RANDOM and dense not in WRAPPED
 
 
 def is_tied(dense: str) -> bool:
     """Whether the head of a dense model shares the embedding."""
+    if dense in WRAPPED:
+        return dense == "gemma3"
     if dense in RANDOM:
         return bool(RANDOM[dense].get("tie_word_embeddings", dense == "gpt2"))
     return bool(REWRITTEN.get(dense, {}).get("tie_word_embeddings", True))
 
 
-def _plain() -> list[Case]:
-    """Return every pair with its usual routing, and every routing of a target on a tiny model."""
-    pairs = [*PAIRS, *((dense, UPCYCLED) for dense in SHIPPED)]
-    tiny = {target: dense for dense, target in reversed(pairs) if dense in RANDOM}
-    return [
-        Case(dense, target, TINY_RECIPE if dense in RANDOM else REAL_RECIPE, routing)
-        for dense, target in pairs
-        for index, routing in enumerate(routings(target))
-        if index == 0 or tiny.get(target) == dense
-    ]
-
-
-def first_of_each(found: Sequence[Case]) -> set[Case]:
-    """Return of each target the first conversion of a tiny model, or of any."""
-    first: dict[str, Case] = {}
-    for case in sorted(found, key=lambda case: case.dense not in RANDOM):
-        first.setdefault(case.target, case)
-    return {*first.values()}
-
-
-# What differs from the plain conversions of `PAIRS`: experts as wide as the MLP or an eighth of
-# it, a head of its own, experts in one tensor, some layers only, and what has to be wrong.
-_UNTIED, _FUSED = ("--untie-embeddings",), ("--expert-layout fused",)
-_UNSCALED, _ONE_LAYER = ("--scaling none",), ("--layers 1",)
-_SPECIAL: Sequence[Case] = (
-    Case("mistral", "mixtral", "E8G1T2", EXACT),
-    Case("mistral", "qwen2_moe", "E8G8T8", PLAIN),
-    Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
-    Case("llama", "qwen2_moe", REAL_RECIPE, PLAIN, _UNTIED),
-    *(Case("llama", name, REAL_RECIPE, SIGMOID, _UNTIED) for name in ("glm4_moe", "solar_open")),
-    *(
-        Case(dense, target, TINY_RECIPE, routing, _FUSED)
-        for dense, target, routing in (
-            ("mistral", "mixtral", EXACT),
-            ("mistral", "qwen2_moe", PLAIN),
-            ("qwen3", "qwen3_moe", EXACT),
-            ("qwen3", "glm4_moe", SIGMOID),
-            ("nemotron_h", "nemotron_h", SIGMOID),
-        )
-    ),
-    *(
-        Case(dense, target, TINY_RECIPE, routing, _ONE_LAYER)
-        for dense, target, routing in (
-            ("mistral", "qwen2_moe", PLAIN),
-            ("qwen3", "qwen3_moe", EXACT),
-            ("qwen3", "glm4_moe", SIGMOID),
-            ("nemotron_h", "nemotron_h", SIGMOID),
-            ("nemotron", UPCYCLED, EXACT),
-        )
-    ),
-    *(
-        Case(dense, target, TINY_RECIPE, routing, _UNSCALED, control=True)
-        for dense, target, routing in (
-            ("qwen3", "qwen3_moe", EXACT),
-            ("nemotron_h", "nemotron_h", SIGMOID),
-            ("nemotron", UPCYCLED, EXACT),
-        )
-    ),
-    # A norm behind the MLP takes every factor out: only other experts make a difference.
-    Case("olmo2", UPCYCLED, "E4G2T3", EXACT, ("--allow-inexact",), control=True),
-)
-
-
-def cases() -> list[Case]:
-    """Return all that is tried."""
-    return [*_plain(), *_SPECIAL]
-
-
-def quick_cases() -> list[Case]:
-    """Return what CI has the time for: whole and split experts, and one that must differ."""
-    return [
-        Case("mistral", "mixtral", "E8G1T2", EXACT),
-        Case("mistral", "qwen2_moe", "E8G8T8", EXACT),
-        Case("qwen3", "qwen3_moe", "E8G8T8", EXACT),
-        Case("qwen3", "qwen3_moe", TINY_RECIPE, EXACT, _UNSCALED, control=True),
-        Case("qwen3", "glm4_moe", TINY_RECIPE, SIGMOID),
-        Case("nemotron", UPCYCLED, TINY_RECIPE, SIGMOID),
-        Case("olmo2", UPCYCLED, TINY_RECIPE, EXACT),
-    ]
-
-
 def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
     """Return a dense checkpoint of this type, made when it is not there yet."""
-    path = directory / model_type
+    path = directory / re.sub(r"\W+", "-", model_type).strip("-")
     if not path.exists():
-        if model_type in RANDOM:
+        if model_type in WRAPPED:
+            _copy_tokenizer(path, smollm2)
+            save_wrapped(path, model_type, _tokens(smollm2))
+        elif model_type in RANDOM:
             _save_random(path, model_type, smollm2)
         elif model_type in REWRITTEN:
             _rewrite(path, model_type, smollm2)
@@ -304,6 +166,13 @@ def _write_for_all(path: Path) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         changes["config.json"]["rope_theta"] = rope["rope_theta"]
+    if text := config.get("text_config"):
+        inside = dict(text["rope_parameters"])
+        if "rope_theta" in inside:
+            text["rope_theta"] = inside.pop("rope_theta")
+        if "mrope_section" in inside:
+            text["rope_scaling"] = inside
+        changes["config.json"]["text_config"] = text
     if blocks := config.get("layers_block_type"):
         changes["config.json"]["num_hidden_layers"] = len(blocks)
         changes["config.json"]["hybrid_override_pattern"] = "".join(BLOCKS[kind] for kind in blocks)
@@ -376,7 +245,12 @@ def _tokens(smollm2: Path) -> dict[str, Any]:
 
 
 def _save(model: PreTrainedModel, path: Path, smollm2: Path) -> None:
+    _copy_tokenizer(path, smollm2)
     model.save_pretrained(path)
+
+
+def _copy_tokenizer(path: Path, smollm2: Path) -> None:
+    path.mkdir()
     for name in TOKENIZER_FILES:
         if (smollm2 / name).is_file():
             shutil.copy(smollm2 / name, path)
@@ -385,10 +259,17 @@ def _save(model: PreTrainedModel, path: Path, smollm2: Path) -> None:
 def margin(dense: Path, prompt: str, text: Sequence[int], position: int) -> float:
     """Return by how many nats the dense model prefers a token of a text to the next best."""
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PreTrainedTokenizerFast,
+    )
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(dense)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    wraps = hasattr(AutoConfig.from_pretrained(dense), "vision_config")
+    auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+    model = auto.from_pretrained(dense, dtype=torch.float32).eval()
     ids = torch.tensor([[*tokenizer(prompt).input_ids, *text[:position]]])
     with torch.no_grad():
         logits_V = model(ids).logits[0, -1]
@@ -397,14 +278,48 @@ def margin(dense: Path, prompt: str, text: Sequence[int], position: int) -> floa
     return float(token - logits_V.max().item())
 
 
+def make_twin(dense: Path) -> Path:
+    """Return a model that computes the same with its neurons in another order, made if need be."""
+    path = dense.with_name(f"{dense.name}-{TWIN}")
+    if not path.exists():
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(dense, path)
+        (path / "model.safetensors").unlink()
+        tensors = load_file(dense / "model.safetensors")
+        generator = torch.Generator().manual_seed(1)
+        for name in [name for name in tensors if name.endswith(".mlp.down_proj.weight")]:
+            order = torch.randperm(tensors[name].shape[1], generator=generator)
+            tensors[name] = tensors[name][:, order].contiguous()
+            for matrix in ("gate_proj", "up_proj"):
+                other = name.replace("down_proj", matrix)
+                tensors[other] = tensors[other][order]
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
     """Convert by the command line, or raise CalledProcessError; returns what `--json` printed."""
-    options = [word for option in case.options for word in option.split()]
-    command = [
-        *(sys.executable, "-m", "upcycle_cli", "convert", str(dense), str(output), "--json"),
-        *("--recipe", case.recipe, "--target", case.target, "--routing", case.routing),
-        *("--no-fsync", *options),
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    growth = [option for option in case.options if option.startswith("--expand")]
+    before = output.with_name("before") if growth else output
+    words = [word for option in case.options if option not in growth for word in option.split()]
+    options = [str(make_twin(dense)) if word == TWIN else word for word in words]
+    recipe = ("--recipe", case.recipe, "--target", case.target, "--routing", case.routing)
+    found = _convert(dense, before, *recipe, *options)
+    for option in growth:
+        found = _convert(before, output, *option.split())
+    return found
+
+
+def _convert(source: Path, output: Path, *options: str) -> dict[str, Any]:
+    command = (sys.executable, "-m", "upcycle_cli", "convert", str(source), str(output), "--json")
+    done = subprocess.run(
+        [*command, "--no-fsync", *options],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found

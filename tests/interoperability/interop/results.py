@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from interop.models import UPCYCLED, Case, is_tied
+from interop.conversions import UPCYCLED, Case, has_scale
+from interop.models import is_tied
 from upcycle_cli.families.engines import (
     ALL_SHIPPED,
     DIFFERS,
@@ -15,12 +16,15 @@ from upcycle_cli.families.engines import (
     FAILS,
     FUSED,
     SAME,
+    SCALED,
+    SHARED,
     SOME_LAYERS,
     TIED,
     Engine,
     Support,
 )
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
+from upcycle_cli.families.wrappers import WRAPPERS
 
 Output = Sequence[Sequence[float]]
 """Token ids of each continuation; or scores; or names of tensors that are wrong."""
@@ -128,6 +132,7 @@ Measured = dict[str, dict[str, dict[str, str]]]
 NOT_OF_THE_MODEL = {
     ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
     ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
+    ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
     ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
 }
@@ -151,16 +156,20 @@ def measured(verdicts: Verdicts) -> Measured:
     for engine in ENGINES:
         every = {verdict for value in shipped for verdict in value.get(engine, {}).values()}
         if every == {FAILS}:
-            common = {part: FAILS for value in shipped for part in value[engine]}
+            common = {part: FAILS for value in shipped for part in value.get(engine, {})}
             result.setdefault(ALL_SHIPPED, {})[engine] = common
             for value in shipped:
-                del value[engine]
+                value.pop(engine, None)
     return result
 
 
 def target_of(case: Case) -> str:
-    """Return the model type that comes out."""
-    return f"{UPCYCLED_PREFIX}{case.dense}" if case.target == UPCYCLED else case.target
+    """Return what comes out, as upcycle calls it."""
+    if case.target == UPCYCLED:
+        return f"{UPCYCLED_PREFIX}{case.wrapper or case.dense}"
+    if not case.wrapper:
+        return case.target
+    return f"{WRAPPERS[case.wrapper].natives[case.target][0]} around {case.target}"
 
 
 def parts_of(case: Case) -> list[str]:
@@ -168,6 +177,9 @@ def parts_of(case: Case) -> list[str]:
     tied = is_tied(case.dense) and "--untie-embeddings" not in case.options
     options = {"--expert-layout fused": FUSED, "--layers 1": SOME_LAYERS}
     parts = [options[option] for option in case.options if option in options]
+    in_config = has_scale(case.target) and "--scale-split balanced" not in case.options
+    parts += [SCALED] if in_config else []
+    parts += [SHARED for option in case.options if option.startswith("--shared-experts")]
     return [case.routing, *parts, *([TIED] if tied else [])]
 
 

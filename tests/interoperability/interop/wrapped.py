@@ -1,0 +1,274 @@
+"""Tiny models that take pictures as well: what is around their text models, and what is asked.
+
+What prepares pictures is written by hand, as released checkpoints have it, for engines insist on
+that even where they are asked about a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SIDE, PATCH = 32, 8
+"""Of a picture, in pixels."""
+MARKS = (
+    *("<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+)
+"""Tokens that stand for pictures, added to a tokenizer: each wrapper has some of them."""
+_NESTED = ("clip_vision_model", "siglip_vision_model")
+"""Vision towers whose tensors have longer names in releases than transformers 5 gives them."""
+SPARE = 16  # rows of the embedding for these
+TOKENIZER, PICTURES = "tokenizer_config.json", "preprocessor_config.json"
+
+_SEES: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+_SEES_PATCHES: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "patch_size": PATCH,
+}
+_NORMAL: Mapping[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_SQUARE: Mapping[str, Any] = {"size": {"height": SIDE, "width": SIDE}, **_NORMAL}
+_ROPE: Mapping[str, Any] = {
+    "rope_type": "default",
+    "mrope_section": [4, 6, 6],
+    "rope_theta": 10000.0,
+}
+_TINY: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "sliding_window": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped:
+    """A wrapper around a tiny text model."""
+
+    text: Mapping[str, Any]
+    sees: Mapping[str, Any]
+    """Of its vision tower."""
+    tokens: Mapping[str, str]
+    """Which token a key of its config says the number of."""
+    asked: str
+    """What stands for a picture in a text that it is given with one."""
+    files: Mapping[str, Mapping[str, Any]]
+    """What prepares pictures and text, by the name of its file."""
+    around: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of its config."""
+
+
+_QWEN: Mapping[str, Any] = {
+    "tokens": {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+    "asked": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+
+
+def _qwen_files(processor: str, video: str) -> dict[str, dict[str, Any]]:
+    sizes = {
+        **_NORMAL,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2 * 4},
+    }
+    return {
+        PICTURES: {
+            **sizes,
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": processor,
+        },
+        "video_preprocessor_config.json": {
+            **sizes,
+            "video_processor_type": video,
+            "processor_class": processor,
+        },
+    }
+
+
+def _llava(text: str) -> Wrapped:
+    return Wrapped(
+        text={**_TINY, "model_type": text},
+        sees={**_SEES, "model_type": "clip_vision_model"},
+        tokens={"image_token_index": "<image>"},
+        asked="<image>",
+        files={
+            PICTURES: {
+                **_NORMAL,
+                "image_processor_type": "CLIPImageProcessor",
+                "processor_class": "LlavaProcessor",
+                "size": {"shortest_edge": SIDE},
+                "crop_size": {"height": SIDE, "width": SIDE},
+            },
+            "processor_config.json": {
+                "processor_class": "LlavaProcessor",
+                "image_token": "<image>",
+                "patch_size": PATCH,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,
+            },
+        },
+    )
+
+
+def _mistral3(text: str) -> Wrapped:
+    return Wrapped(
+        text={**_TINY, "model_type": text},
+        sees={**_SEES, "model_type": "pixtral", "head_dim": 32},
+        tokens={"image_token_index": "[IMG]"},
+        asked="[IMG]",
+        files={
+            PICTURES: {
+                **_NORMAL,
+                "image_processor_type": "PixtralImageProcessor",
+                "processor_class": "PixtralProcessor",
+                "patch_size": PATCH,
+                "size": {"longest_edge": SIDE},
+            },
+            "processor_config.json": {
+                "processor_class": "PixtralProcessor",
+                "patch_size": PATCH,
+                "spatial_merge_size": 2,
+                "image_token": "[IMG]",
+                "image_break_token": "[IMG_BREAK]",
+                "image_end_token": "[IMG_END]",
+            },
+        },
+        around={"tie_word_embeddings": False, "spatial_merge_size": 2},
+    )
+
+
+WRAPPED: Mapping[str, Wrapped] = {
+    "gemma3": Wrapped(
+        text={
+            **_TINY,
+            "model_type": "gemma3_text",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 256,
+            "query_pre_attn_scalar": 32,
+        },
+        sees={**_SEES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        tokens={
+            "image_token_index": "<image_soft_token>",
+            "boi_token_index": "<start_of_image>",
+            "eoi_token_index": "<end_of_image>",
+        },
+        asked="<start_of_image>",
+        files={
+            PICTURES: {
+                **_SQUARE,
+                "image_processor_type": "Gemma3ImageProcessor",
+                "processor_class": "Gemma3Processor",
+                "do_pan_and_scan": False,
+            },
+            "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+            TOKENIZER: {
+                "extra_special_tokens": {
+                    "image_token": "<image_soft_token>",
+                    "boi_token": "<start_of_image>",
+                    "eoi_token": "<end_of_image>",
+                },
+            },
+        },
+        around={"mm_tokens_per_image": 4},
+    ),
+    "llava (mistral)": _llava("mistral"),
+    "llava (qwen2)": _llava("qwen2"),
+    "llava (qwen3)": _llava("qwen3"),
+    "mistral3 (mistral)": _mistral3("mistral"),
+    "qwen2_5_vl": Wrapped(
+        text={**_TINY, "model_type": "qwen2_5_vl_text", "rope_parameters": _ROPE},
+        sees={**_SEES_PATCHES, "window_size": 32, "fullatt_block_indexes": [0]},
+        files=_qwen_files("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+        **_QWEN,
+    ),
+    "qwen3_vl": Wrapped(
+        text={**_TINY, "model_type": "qwen3_vl_text", "rope_parameters": _ROPE},
+        sees={**_SEES_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        files=_qwen_files("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+        around={"tie_word_embeddings": False},
+        **_QWEN,
+    ),
+}
+"""By name, which begins with the type."""
+
+
+def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
+    """Write a dense model with random weights; `tokens` are settings that go with the tokenizer.
+
+    The files of the tokenizer have to be there.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    row = WRAPPED[name]
+    marks = {mark: tokens["vocab_size"] + index for index, mark in enumerate(MARKS)}
+    text = {**row.text, **tokens, "vocab_size": tokens["vocab_size"] + SPARE}
+    config = CONFIG_MAPPING[name.split(maxsplit=1)[0]](
+        text_config=text,
+        vision_config=dict(row.sees),
+        **{key: marks[mark] for key, mark in row.tokens.items()},
+        **row.around,
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale, mean = (0.2, 1.0) if "norm" in parameter_name else (0.15, 0.0)
+        if "embed_tokens" in parameter_name:
+            scale = 0.02  # or a tied head repeats the last token, whatever the layers do
+        parameter.data = mean + scale * noise
+    model.save_pretrained(path)
+    if row.sees.get("model_type") in _NESTED:
+        weights = path / "model.safetensors"
+        tensors = {
+            key.replace("vision_tower.", "vision_tower.vision_model."): tensor.clone()
+            for key, tensor in load_file(weights).items()
+        }
+        weights.unlink()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] += [
+        {"id": number, "content": mark, **plain, "special": True} for mark, number in marks.items()
+    ]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for file, content in row.files.items():
+        before = json.loads((path / file).read_text()) if (path / file).exists() else {}
+        (path / file).write_text(json.dumps({**before, **content}, indent=2))
+
+
+def draw_picture(path: Path) -> Path:
+    """Write a picture of nothing in particular, made when it is not there yet."""
+    if not path.exists():
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return path

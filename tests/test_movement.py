@@ -1,0 +1,135 @@
+"""What inspect measures against dense models, by each way to make experts differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import clone, validate_json
+from refusals import assert_refused, invoke
+from safetensors.torch import load_file, save_file
+from test_shared_experts import write_orders
+
+from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
+from upcycle_cli.experts import WeightFacts
+from upcycle_cli.order_file import read_order_file
+from upcycle_cli.recipe import NeuronOrder
+
+SIZES: Mapping[str, Any] = {"expansion": 2, "granularity": 3, "top_k": 3, "allow_inexact": True}
+STEP = 0.01
+"""How far training is to have moved each matrix, relative to its norm."""
+
+
+def trained(path: Path, size: float, only: str) -> Path:
+    """Move the tensors whose names have `only` in them."""
+    generator, tensors = torch.Generator().manual_seed(5), load_file(path / "model.safetensors")
+    for name, held in tensors.items():
+        if only in name:
+            noise = torch.randn(held.shape, generator=generator)
+            tensors[name] = (held + size * held.float().norm() * noise / noise.norm()).to(
+                held.dtype
+            )
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three fine-tuned models of one base. Read only."""
+    path = tmp_path_factory.mktemp("models")
+    return [
+        llama,
+        *(trained(clone(llama, path / name), s, "mlp") for name, s in (("b", 0.1), ("c", 0.2))),
+    ]
+
+
+def measured(moe: Path, sources: Sequence[Path]) -> WeightFacts:
+    found = inspect(moe, weights=True, dense=sources).weights
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "others", "moved", "unlike"),
+    [
+        ({}, 0, 0, 0),
+        ({"_dtype": "bfloat16"}, 0, 0, 0),  # c = 3 is rounded
+        ({"neuron_order": NeuronOrder.SHUFFLED}, 0, 0, 0),
+        ({"neuron_order": NeuronOrder.CLUSTERED}, 0, 0, 0),
+        ({"neuron_order": NeuronOrder.FILE}, 0, 0, 0),
+        ({"shared_experts": 1, "top_k": 2}, 0, 0, 0),
+        ({"shared_experts": 1, "top_k": 2, "neuron_order": NeuronOrder.CLUSTERED}, 0, 0, 0),
+        ({"shared_experts": 2, "top_k": 1, "neuron_order": NeuronOrder.FILE}, 0, 0, 0),
+        ({"expansion": 3}, 2, 0, 0),
+        ({"expansion": 3, "neuron_order": NeuronOrder.SHUFFLED}, 2, 0, 0),
+        ({"noise": 0.05}, 0, 0.05, 0),
+        ({"noise": 0.05, "neuron_order": NeuronOrder.SHUFFLED}, 0, 0.05, 0),
+        ({"reinit": 0.5}, 0, 0, 0.5),
+        ({"reinit": 0.5, "neuron_order": NeuronOrder.SHUFFLED}, 0, 0, 0.5),
+        ({"reinit": 1.0}, 0, 1.4, 1),
+    ],
+    ids=str,
+)
+def test_factors_and_movement(
+    models: list[Path],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    others: int,
+    moved: float,
+    unlike: float,
+) -> None:
+    made = {**SIZES, **settings}
+    orders = None
+    if made.get("neuron_order") is NeuronOrder.FILE:
+        orders = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+    options = Options(dtype=made.pop("_dtype", None), neuron_orders=orders)
+    done = convert(
+        models[0],
+        tmp_path / "moe",
+        Recipe(**made),
+        target="qwen2_moe" if "shared_experts" in made else "mixtral",
+        options=options,
+        merge=MergeRequest(experts_from=models[1:]) if others else None,
+    )
+    sources = models[: 1 + others]
+    found = measured(done.output, sources)
+    assert found.factors is not None
+    for part, factor in found.factors.items():
+        assert factor == pytest.approx(getattr(done.plan.factors, part), rel=0.1 if moved else 1e-9)
+    assert found.movement is not None
+    for layer in found.movement:
+        assert layer.unlike == unlike
+        assert layer.models == tuple(g % len(sources) for g in range(made["expansion"]))
+        assert layer.moved == pytest.approx([moved] * len(layer.moved), rel=0.15)
+        assert bool(layer.apart) == bool(moved)
+    if moved:
+        return
+    trained(done.output, STEP, "experts.")
+    after = measured(done.output, sources).movement
+    assert after is not None
+    for layer in after:
+        assert layer.unlike == unlike
+        assert layer.moved == pytest.approx([STEP] * len(layer.moved), rel=0.5)
+        # Each of several models gave one group, which has no copies.
+        assert (layer.apart > STEP / 10) == (not others)
+        assert layer.apart < 2 * STEP
+
+
+def test_several_models_have_to_be_named(models: list[Path], tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    convert(models[0], moe, Recipe(**SIZES), merge=MergeRequest(experts_from=models[1:2]))
+    look = ("inspect", moe, "--weights", "--dense", models[0])
+    assert_refused(invoke(*look), "experts of several models", "--experts-from")
+    assert_refused(
+        invoke("inspect", moe, "--experts-from", models[1]), "Add --weights, and --dense"
+    )
+    shown = invoke(*look, "--experts-from", models[1])
+    assert shown.exit_code == 0, shown.stderr
+    assert "2 groups of b" in shown.stdout
+    told = invoke(*look, "--experts-from", models[1], "--json")
+    weights = validate_json("inspect", told.stdout)["weights"]
+    assert weights["sources"] == [models[0].name, "b"]
+    assert [layer["models"] for layer in weights["movement"]] == [[0, 1]] * 2
