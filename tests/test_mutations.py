@@ -60,7 +60,7 @@ SIGMOID = [name for name, row in NATIVE.items() if row.keys.routing and row.corr
 SOFTMAX_ONLY = [name for name, row in NATIVE.items() if Routing.SIGMOID_TOPK not in row.routings]
 ONE_ROUTING = [name for name, row in NATIVE.items() if row.keys.routing is None]
 REFUSE_NONE = [name for name, row in NATIVE.items() if row.refusal is Target.refusal]
-ALL_LAYERS = [name for name, row in NATIVE.items() if row.layers.objection is layers.ALL.objection]
+TAKES_ALL = [name for name, row in NATIVE.items() if row.layers.objection is layers.ALL.objection]
 NO_BIASES = ("mistral", "qwen2", "qwen3", "olmo2")
 EQUIVALENT: Mapping[str, str] = {
     # dense families
@@ -140,7 +140,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"cohere2_moe settings: another prefix_dense_sliding_window_pattern": "any but 1 does",
     r"qwen3_5_moe_text settings: without layer_types": "the source has it",
     r"lfm2_moe settings: without .*": "the source has it, or it is the default",
-    rf"({'|'.join(ALL_LAYERS)}) layers: ENABLED": "so it takes all layers, too, and adds a key",
+    rf"({'|'.join(TAKES_ALL)}) layers: ENABLED": "so it takes all layers, too, and adds a key",
     r"granitemoehybrid layers: ALL": "what has experts has them in all layers",
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
     r"granitemoehybrid settings: .* mamba_(n_groups|d_state|d_conv|expand)": "nor for these",
