@@ -25,7 +25,7 @@ from upcycle_cli.checkpoint import (
 )
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
-from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families.dense import read_dense
 from upcycle_cli.families.mlp import Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner

@@ -270,13 +270,9 @@ class Recipe:
 
     @property
     def trains_tied(self) -> bool:
-        """Whether models were measured to train better with the rows of a group tied.
-
-        Those whose groups split soon, and of topk-softmax one group for each token, which has no
-        other to fall back on (docs/training.md).
-        """
-        alone = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
-        return self.splits_soon or (self._has_groups and alone)
+        """Whether models were measured to train better with the rows of a group tied."""
+        one_group = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
+        return self.splits_soon or (self._has_groups and one_group)
 
     @property
     def _has_groups(self) -> bool:
