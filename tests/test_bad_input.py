@@ -234,7 +234,7 @@ def test_inspecting_against_another_dense_model(
     moe: Path, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     smaller = make_dense("llama", hidden_size=16, intermediate_size=16)
-    assert_refused(invoke("inspect", moe, "--weights", "--dense", smaller), "smaller")
+    assert_refused(invoke("inspect", moe, "--weights", "--dense", smaller), "is not the source")
     one_layer = clone(make_dense("llama"), tmp_path / "dense")
     save_tensors(one_layer, lambda tensors: tensors.pop("model.layers.0.mlp.gate_proj.weight"))
     assert_refused(invoke("inspect", moe, "--weights", "--dense", one_layer), "lacks")
