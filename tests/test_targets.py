@@ -72,6 +72,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "hy_v3": Routing.SIGMOID_TOPK,
         "solar_open": Routing.SIGMOID_TOPK,
         "deepseek_v3": Routing.SIGMOID_TOPK,
+        "gemma4_text": Routing.TOPK_SOFTMAX,
         "granitemoe": Routing.TOPK_SOFTMAX,
         "granitemoe_swa": Routing.TOPK_SOFTMAX,
         "granitemoehybrid": Routing.TOPK_SOFTMAX,

@@ -201,7 +201,7 @@ def test_nothing_follows_a_line(run_cli: RunCli, llama: Path, extra: tuple[str, 
 def test_a_log_has_whole_lines(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
     done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, COLUMNS="40")
     (note,) = (line for line in done.stderr.splitlines() if line.startswith("note:"))
-    assert note.endswith("softmax-topk from the start.")
+    assert note.endswith("trained better, at a tiny scale.")
 
 
 # Streams ------------------------------------------------------------------------------------------

@@ -131,7 +131,10 @@ def _dense_part(dense: Source, layer: int, part: str) -> torch.Tensor:
     checkpoint, model, reader = dense
     mlp = model.mlp(checkpoint.tensors, layer)
     found = place(mlp, part, width=model.intermediate_size)
-    return reader.tensor(model.prefix(layer) + found.tensor)[found.index]
+    name = model.prefix(layer) + found.tensor
+    if name not in checkpoint.tensors:
+        raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
+    return reader.tensor(name)[found.index]
 
 
 def _others(neurons: torch.Tensor, count: int) -> torch.Tensor:

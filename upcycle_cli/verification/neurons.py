@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
-from upcycle_cli.families.mlp import holder, place
+from upcycle_cli.families.mlp import holder, parts_of, place
 from upcycle_cli.matching import match, match_some, neuron_hashes
 from upcycle_cli.verification.bits import bits
 from upcycle_cli.verification.facts import Facts
@@ -42,8 +42,12 @@ _SAMPLE = 8
 
 
 def cut_of(facts: Facts, part: str) -> int | None:
-    """Return the dimension of a part's dense matrix that counts neurons; None where none does."""
-    return facts.dense_place(part, facts.layers[0]).cut
+    """Return the dimension of a part's dense matrix that counts neurons; None where none does.
+
+    Of a part that the dense MLP lacks, which is found elsewhere, that of the experts.
+    """
+    held = facts.dense_mlp
+    return holder(held if part in parts_of(held) else facts.layout.experts, part).cut
 
 
 def first_entries(matrix: torch.Tensor, cut: int) -> torch.Tensor:
