@@ -199,7 +199,9 @@ def test_dense_without_tokenizer(tmp_path: Path) -> None:
     convert(source, tmp_path / "moe", Recipe(expansion=2, granularity=2, top_k=2))
     report = verify(source, tmp_path / "moe")
     assert_passes(report)
-    assert "512 random tokens" in check(report, "outputs").detail
+    detail = check(report, "outputs").detail
+    assert "512 random tokens" in detail
+    assert "NLL" not in detail
     assert "Neither model has a tokenizer" in check(report, "files").detail
 
 

@@ -95,6 +95,8 @@ def training_notes(plan: Plan) -> Iterator[str]:
     sums_to_1 = recipe.routing is not Routing.SOFTMAX_TOPK
     if grouped and sums_to_1 and recipe.top_k == recipe.group_size:
         between = " between groups" if recipe.group_size > 1 else ""
+        able = Routing.SOFTMAX_TOPK in plan.family.target.routings
+        other = ", with softmax-topk from the start" if able else ""
         tied = (
             " Tie virtual groups (upcycle_cli.training.tie_virtual_groups), with which models "
             "trained better, at a tiny scale."
@@ -104,8 +106,8 @@ def training_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"top-k equals {size}, so the gates of a token's one group sum to 1 and the "
             f"language-model loss gives the router no gradient{between}: only balancing trains it. "
-            f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart, "
-            f"with softmax-topk from the start.{tied}"
+            f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart"
+            f"{other}.{tied}"
             if recipe.expansion > 1
             else "with one group there is nothing to route between."
         )

@@ -15,7 +15,12 @@ from upcycle_cli.running.models import Model, TransformersError, transformers_sa
 from upcycle_cli.running.runs import started
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.grown import Grown
-from upcycle_cli.verification.outputs import exact_failures, rounding_failures, text_metrics
+from upcycle_cli.verification.outputs import (
+    exact_failures,
+    rounding_failures,
+    text_metrics,
+    text_words,
+)
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.report import CheckResult, Findings, Status
 from upcycle_cli.verification.running import moe_model
@@ -45,11 +50,7 @@ def check_grown_outputs(
         findings.add(f"{bad} of {comparison.moe.shown} logits of the MoE are not finite")
         return findings.result("outputs", "", note=note)
     metrics = text_metrics(comparison, prompt)
-    measured = (
-        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
-        f"{metrics['top1_agreement']:.2%}, NLL of the text {metrics['moe_nll']:.4f} against "
-        f"{metrics['dense_nll']:.4f} for the source."
-    )
+    measured = text_words(metrics, prompt, "source")
     if facts.objection is not None:
         detail = f"Measured only, since this MoE does not promise equality: {facts.objection}."
         result = findings.result("outputs", f"{detail} {measured}", metrics)

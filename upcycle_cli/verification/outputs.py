@@ -188,6 +188,20 @@ def text_metrics(comparison: Comparison, prompt: Prompt) -> dict[str, float]:
     }
 
 
+def text_words(metrics: Mapping[str, float], prompt: Prompt, first: str) -> str:
+    """Return what is said of those; random tokens are no text that a model could know."""
+    measured = [
+        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}",
+        f"top-1 agreement {metrics['top1_agreement']:.2%}",
+    ]
+    if metrics["text_tokens"]:
+        measured.append(
+            f"NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the "
+            f"{first}"
+        )
+    return f"{', '.join(measured)}."
+
+
 def _in_words(prompt: Prompt, metrics: Mapping[str, float], found: Found) -> str:
     cost = metrics["kl_mean_rounding"]
     picture = ""
@@ -199,10 +213,8 @@ def _in_words(prompt: Prompt, metrics: Mapping[str, float], found: Found) -> str
     rounding = f"Rounding its weights alone costs a mean KL of {cost:.2g}. "
     worst = max(found.layers, key=lambda layer: layer.added_rms)
     return (
-        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, "
-        f"top-1 agreement {metrics['top1_agreement']:.2%}, "
-        f"NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for the "
-        f"dense model. {rounding if found.has_rounded else ''}{picture}"
+        f"{text_words(metrics, prompt, 'dense model')} "
+        f"{rounding if found.has_rounded else ''}{picture}"
         f"The experts of a layer add an error of at most {worst.added_rms:.2g} (layer "
         f"{worst.layer}), relative to the dense MLP. "
         f"Groups stayed whole in {1 - metrics['split_token_layers']:.2%} of tokens and layers; "
