@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import stops_after
 from engine_fixtures import contents, make_dense, plan_of
 
 from upcycle_cli import UpcycleError
@@ -57,14 +58,7 @@ def victim(tmp_path: Path) -> Path:
 
 def interrupt(plan: Plan, output: Path, num_shards: int = 3) -> Path:
     """Leave the partial of a run that ended after so many shards; return it."""
-    left = sum(shard.nbytes for shard in plan.shards[:num_shards])
-
-    def stop(num_bytes: int) -> None:
-        nonlocal left
-        left -= num_bytes
-        if left < 0:
-            raise OSError(5, "stopped by the test")
-
+    stop = stops_after(sum(shard.nbytes for shard in plan.shards[:num_shards]))
     with pytest.raises(ResumableError, match="stopped by the test"):
         execute(plan, output, progress=stop, writing=WriteOptions(workers=1))
     return partial_of(output)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import stops_after
 from engine_fixtures import (
     CannotMountError,
     contents,
@@ -142,11 +143,7 @@ def test_a_resume_shares_with_what_was_there(
     plan = plan_of(dense, max_shard_bytes=4 * MIB)
     empty = used_bytes(disk.path)
 
-    def stop(num_bytes: int, *, done: list[int] = [0]) -> None:  # noqa: B006 - counts the calls
-        done[0] += num_bytes
-        if done[0] > plan.nbytes // 2:
-            raise OSError(5, "stopped by the test")
-
+    stop = stops_after(plan.nbytes // 2)
     with pytest.raises(UpcycleError, match="stopped by the test"):
         execute(plan, output, progress=stop)
     done = execute(plan, output)

@@ -15,15 +15,8 @@ from typing import Any
 
 import forked
 import pytest
-from conftest import (
-    MakeDense,
-    RunCli,
-    clone,
-    contents,
-    snapshot,
-    validate_json,
-)
-from test_conversion import others, spoil
+from conftest import MakeDense, RunCli, clone, contents, snapshot, stops_after, validate_json
+from test_conversion import RECIPE, TWICE, others, spoil
 
 from upcycle_cli import (
     Options,
@@ -39,9 +32,6 @@ from upcycle_cli.recipe import parse_recipe_name
 from upcycle_cli.verification import Report
 from upcycle_cli.workspace import MARKER
 from upcycle_cli.writer import WriteOptions
-
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
-TWICE = Recipe(expansion=4, granularity=2, top_k=4)
 
 
 @pytest.fixture
@@ -399,14 +389,7 @@ def test_weights_that_vanished_in_a_run_that_was_cut_short_are_told_of(
 ) -> None:
     options = Options(dtype="float16", max_shard_bytes=20_000)
     plan = build_plan(RECIPE, open_checkpoint(faint), options=options)
-    left = plan.nbytes - plan.shards[-1].nbytes
-
-    def stop(num_bytes: int) -> None:
-        nonlocal left
-        left -= num_bytes
-        if left < 0:
-            raise OSError(5, "stopped by the test")
-
+    stop = stops_after(plan.nbytes - plan.shards[-1].nbytes)
     with pytest.raises(UpcycleError, match="stopped by the test"):
         execute(plan, tmp_path / "moe", progress=stop, writing=WriteOptions(workers=1))
     done = execute(plan, tmp_path / "moe")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeDense, RunCli, contents, validate_json
+from conftest import MakeDense, RunCli, contents, stops_after, validate_json
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli import (
@@ -174,14 +174,7 @@ def test_it_depends_on_nothing_but_the_seed(
     assert not torch.equal(other[name], whole[name])
 
     plan = build_plan(wanted, open_checkpoint(dense), options=options)
-    left = plan.nbytes - plan.shards[-1].nbytes
-
-    def stop(num_bytes: int) -> None:
-        nonlocal left
-        left -= num_bytes
-        if left < 0:
-            raise OSError(5, "stopped by the test")
-
+    stop = stops_after(plan.nbytes - plan.shards[-1].nbytes)
     with pytest.raises(UpcycleError, match="stopped by the test"):
         execute(plan, tmp_path / "c", progress=stop, writing=QUICKLY)
     done = execute(plan, tmp_path / "c")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from upcycle_cli.errors import UpcycleError
@@ -94,8 +95,11 @@ def measured(
                 wholes.append(whole)
             yield _Layer(experts, moe, layer, group_size, wholes)
 
-    factors = next(layers()).factors()
-    return factors, tuple(layer.movement(factors) for layer in layers()), len(shared)
+    made = layers()
+    first = next(made)  # what its neurons are is found once, for its factors and its movement
+    factors = first.factors()
+    found = tuple(layer.movement(factors) for layer in chain((first,), made))
+    return factors, found, len(shared)
 
 
 def shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> torch.Tensor:

@@ -154,18 +154,12 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
     """
     comparison, whole_P = found.comparison, found.routing.whole_everywhere
     points = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
+    quantiles = torch.quantile(comparison.kl, points).tolist()
     whole_kl_P = comparison.conversion[whole_P]
     return {
-        "kl_mean": float(comparison.kl.mean()),
-        **dict(
-            zip(
-                ("kl_median", "kl_p90", "kl_p99"),
-                torch.quantile(comparison.kl, points).tolist(),
-                strict=True,
-            )
-        ),
-        "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
         **text_metrics(comparison, prompt),
+        **dict(zip(("kl_median", "kl_p90", "kl_p99"), quantiles, strict=True)),
+        "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
     }
 
 
