@@ -30,7 +30,7 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.checkpoint import Checkpoint, TensorEntry
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.expr import Halves, Source, Zeros
 from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense import DenseFamily
@@ -39,6 +39,7 @@ from upcycle_cli.families.moe import Target
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.values import defaults_of
+from upcycle_cli.header import TensorEntry
 from upcycle_cli.recipe import SHIPPED, Routing, parse_recipe_name
 from upcycle_cli.tensors import OutputTensor, Role
 from upcycle_cli.verification import CHECK_NAMES, Report, Status, TextOptions

@@ -26,11 +26,11 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError, swap
-from upcycle_cli.checkpoint import parse_header
 from upcycle_cli.conversion import execute
 from upcycle_cli.errors import ResumableError
 from upcycle_cli.files import read_header
 from upcycle_cli.folder import Folder
+from upcycle_cli.header import parse_header
 from upcycle_cli.plan import Plan
 from upcycle_cli.publish import clean
 from upcycle_cli.workspace import SEAL, partial_of

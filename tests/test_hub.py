@@ -21,10 +21,11 @@ from shapes import big_config, write_hollow
 
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.card import for_repo, is_edited
-from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint, open_storage
+from upcycle_cli.checkpoint import open_checkpoint, open_storage
 from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.sources import RepoStorage, check_space_for, is_repo_id, open_source
 from upcycle_cli.report_page.target import ReportFile
+from upcycle_cli.storage import RECORD_NAME
 
 REPO = "acme/tiny"
 MOE = "acme/tiny-E4G1T2"

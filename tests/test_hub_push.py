@@ -21,10 +21,11 @@ import pytest
 from conftest import RunOnHub, clone, read_json
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.checkpoint import RECORD_NAME, open_checkpoint
+from upcycle_cli.checkpoint import open_checkpoint
 from upcycle_cli.hub.manifest import read_manifest
 from upcycle_cli.hub.pushing import Destination, push
 from upcycle_cli.hub.requests import one_bar
+from upcycle_cli.storage import RECORD_NAME
 
 if TYPE_CHECKING:
     from hub.server import Hub

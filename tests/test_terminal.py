@@ -18,7 +18,7 @@ import pytest
 from conftest import RunCli, clone, contents, read_json, validate_json, write_json
 
 from upcycle_cli import Recipe, convert
-from upcycle_cli.checkpoint import RECORD_NAME
+from upcycle_cli.storage import RECORD_NAME
 
 RECIPE = ("--recipe", "E2G2T2")
 WEIGHTS = "model.safetensors"

@@ -7,20 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import assert_never
 
-from upcycle_cli.checkpoint import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
+from upcycle_cli.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
-from upcycle_cli.recipe import (
-    TIE_LOGIT_STD,
-    NeuronOrder,
-    Promise,
-    Recipe,
-    RouterInit,
-    Routing,
-)
+from upcycle_cli.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Recipe, RouterInit, Routing
 from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14

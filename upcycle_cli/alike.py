@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family
 from upcycle_cli.families.dense import DenseModel, read_dense
@@ -16,6 +16,7 @@ from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.intact import check_source
 from upcycle_cli.merge import Merge, model_of
 from upcycle_cli.redirects import refuse_redirects
+from upcycle_cli.storage import CARD_NAME, CONFIG_NAME
 
 _UNREAD = (
     *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "resid_pdrop"),

@@ -27,48 +27,25 @@ from upcycle_cli.files import (
     open_regular,
     read_small,
 )
-from upcycle_cli.header import (
-    ITEM_BYTES,
-    LARGEST,
-    MAX_HEADER_BYTES,
-    TORCH_DTYPES,
-    TensorEntry,
-    parse_header,
-    read_shard_header,
-)
+from upcycle_cli.header import ITEM_BYTES, TORCH_DTYPES, TensorEntry, read_shard_header
 from upcycle_cli.printable import printable, shell_line
 from upcycle_cli.storage import (
     CARD_NAME,
-    COMPANIONS,
     CONFIG_NAME,
-    GENERATION_NAME,
     INDEX_NAME,
-    RECORD_NAME,
-    REPORT_NAME,
     TOKENIZER_CONFIG_NAME,
-    WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
     FileStamp,
     Storage,
     adapter_in,
     changed,
     companions_of,
-    is_weight_file,
     json_object,
     read_json,
 )
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "CARD_NAME", "COMPANIONS", "CONFIG_NAME", "GENERATION_NAME", "INDEX_NAME", "ITEM_BYTES",
-    "LARGEST", "MAX_HEADER_BYTES", "RECORD_NAME", "REPORT_NAME", "TOKENIZER_CONFIG_NAME",
-    "TORCH_DTYPES", "WEIGHTS_NAME", "WEIGHT_SUFFIXES", "Checkpoint", "FileStamp", "Reader",
-    "Storage", "TensorEntry", "adapter_in", "is_weight_file", "open_checkpoint",
-    "open_storage", "parse_header",
-    "raw_bytes", "read_json", "shortened_file",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.advice import vanished_weights
 from upcycle_cli.calibration.kept import with_calibration
 from upcycle_cli.card import model_card
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.errors import ResumableError, UpcycleError
 from upcycle_cli.families.shipped import CODE_NAME, modeling_code
 from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
@@ -25,6 +24,7 @@ from upcycle_cli.plan import Plan, as_recorded
 from upcycle_cli.planned import Planned
 from upcycle_cli.publish import Transaction, joined, recover, transaction
 from upcycle_cli.recipe import Promise
+from upcycle_cli.storage import CARD_NAME, CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.team import Team
 from upcycle_cli.workspace import Workspace, partial_of
 from upcycle_cli.writer import WriteOptions, Written, write_weights

@@ -14,22 +14,16 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import (
-    CONFIG_NAME,
-    RECORD_NAME,
-    TORCH_DTYPES,
-    Checkpoint,
-    Reader,
-    raw_bytes,
-    read_json,
-)
+from upcycle_cli.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import read_dense
 from upcycle_cli.families.mlp import Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.recipe import ExpertLayout, Routing
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME, read_json
 
 if TYPE_CHECKING:
     import torch

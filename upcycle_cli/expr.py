@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
-from upcycle_cli.checkpoint import ITEM_BYTES
+from upcycle_cli.header import ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True)

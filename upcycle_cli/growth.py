@@ -21,28 +21,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from upcycle_cli.checkpoint import CARD_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.experts import Experts, find_experts
-from upcycle_cli.expr import (
-    Concat,
-    Expr,
-    Pick,
-    Repeat,
-    Slice,
-    Source,
-    Stack,
-    type_of,
-)
+from upcycle_cli.expr import Concat, Expr, Pick, Repeat, Slice, Source, Stack, type_of
 from upcycle_cli.families.growable import growable
 from upcycle_cli.families.layers import layer_finder
 from upcycle_cli.families.mlp import Weight, place
 from upcycle_cli.families.moe import Layout
 from upcycle_cli.families.translate import forget_place
 from upcycle_cli.front_matter import carried_over
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.planned import Planned, fill_shards
 from upcycle_cli.recipe import MAX_EXPERTS, ExpertLayout, Promise
 from upcycle_cli.redirects import refuse_redirects
+from upcycle_cli.storage import CARD_NAME
 from upcycle_cli.tensors import Options, OutputTensor, Role
 
 _EMBEDDING = "model.embed_tokens.weight"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint, read_json
+from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families import dense_family, is_target, targets_of
 from upcycle_cli.families.engines import Engine, engines
@@ -21,6 +21,7 @@ from upcycle_cli.families.wrappers import inner
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, open_source, split_revision
 from upcycle_cli.recipe import ExpertLayout, Recipe
+from upcycle_cli.storage import RECORD_NAME, read_json
 
 if TYPE_CHECKING:
     from upcycle_cli.budget import Budget, Fit

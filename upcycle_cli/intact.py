@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseModel, unread
 from upcycle_cli.families.layers import layer_finder
+from upcycle_cli.header import TORCH_DTYPES
 
 
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:

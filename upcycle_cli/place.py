@@ -8,17 +8,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import (
-    CONFIG_NAME,
-    RECORD_NAME,
-    Checkpoint,
-    open_checkpoint,
-    read_json,
-)
+from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import locate
 from upcycle_cli.folder import Folder
 from upcycle_cli.inventory import take_inventory
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.swap import ASIDE
 from upcycle_cli.workspace import SUFFIX, partial_of
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.alike import carried, check_dtypes
 from upcycle_cli.calibration.prompts import Prompts
-from upcycle_cli.checkpoint import LARGEST, TORCH_DTYPES, Checkpoint, Reader, TensorEntry
+from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.expr import sources
 from upcycle_cli.factors import Factors
@@ -26,6 +26,7 @@ from upcycle_cli.families import Family, choose
 from upcycle_cli.families.mlp import parts_of
 from upcycle_cli.families.translate import moe_config
 from upcycle_cli.families.wrappers import parts
+from upcycle_cli.header import LARGEST, TORCH_DTYPES, TensorEntry
 from upcycle_cli.intact import check_source
 from upcycle_cli.merge import Merge, MergedReader, Rest, model_of, open_readers
 from upcycle_cli.order_file import check_orders

@@ -9,16 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    CONFIG_NAME,
-    INDEX_NAME,
-    TORCH_DTYPES,
-    WEIGHTS_NAME,
-    Checkpoint,
-    Reader,
-    TensorEntry,
-)
+from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.expr import sources
 from upcycle_cli.families.engines import Engine, engines
 from upcycle_cli.families.moe import Target
@@ -26,8 +17,10 @@ from upcycle_cli.families.shipped import CODE_NAME
 from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import Carried, carried_over
+from upcycle_cli.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.merge import MergedReader
 from upcycle_cli.recipe import ExpertLayout, Promise, Routing
+from upcycle_cli.storage import CARD_NAME, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from upcycle_cli.tensors import Options, OutputTensor, Role
 
 _MEANING = 2

@@ -16,9 +16,9 @@ from upcycle_cli.families.layers import listed
 from upcycle_cli.printable import counted, printable
 
 if TYPE_CHECKING:
-    from upcycle_cli.checkpoint import TensorEntry
     from upcycle_cli.families.overview import TargetFacts
     from upcycle_cli.families.trainers import Trainer
+    from upcycle_cli.header import TensorEntry
     from upcycle_cli.hub.pushing import Push
     from upcycle_cli.inspection import Inspection
     from upcycle_cli.tensors import OutputTensor

@@ -246,12 +246,7 @@ class _Fitting:
         """Return the rows as they are to be stored; UpcycleError where they cannot be."""
         import numpy as np
 
-        from upcycle_cli.arithmetic import (
-            check_rows,
-            evaluate,
-            rounded,
-            to_float32,
-        )
+        from upcycle_cli.arithmetic import check_rows, evaluate, rounded, to_float32
         from upcycle_cli.calibration.rows import Wanted, balanced, centroids, prompted
         from upcycle_cli.draws import standard_normal
 

@@ -12,14 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_cli.checkpoint import (
-    CARD_NAME,
-    RECORD_NAME,
-    REPORT_NAME,
-    Checkpoint,
-    is_weight_file,
-    read_json,
-)
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import (
     CHECKSUMS_NAME,
@@ -32,6 +25,7 @@ from upcycle_cli.files import (
     read_small,
     sha256_of,
 )
+from upcycle_cli.storage import CARD_NAME, RECORD_NAME, REPORT_NAME, is_weight_file, read_json
 from upcycle_cli.verification.listing import belongs
 from upcycle_cli.workspace import is_note
 

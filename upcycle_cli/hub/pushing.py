@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.card import for_repo, is_edited
-from upcycle_cli.checkpoint import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.front_matter import read_front_matter
@@ -24,6 +23,7 @@ from upcycle_cli.hub.licences import reminders
 from upcycle_cli.hub.requests import SIGN_IN, explained, fetch, interruptibly, patiently, words_of
 from upcycle_cli.hub.sources import refuse_empty
 from upcycle_cli.printable import printable
+from upcycle_cli.storage import CARD_NAME, CONFIG_NAME, INDEX_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.workspace import MARKER
 
 if TYPE_CHECKING:

@@ -18,25 +18,24 @@ from glob import escape
 from pathlib import Path
 
 from upcycle_cli import files
-from upcycle_cli.checkpoint import (
+from upcycle_cli.checkpoint import Checkpoint, open_checkpoint, open_storage
+from upcycle_cli.errors import UpcycleError
+from upcycle_cli.header import MAX_HEADER_BYTES
+from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
+from upcycle_cli.hub.requests import explained, fetch, interruptibly, not_cached, one_bar, patiently
+from upcycle_cli.storage import (
+    ADAPTER_NAME,
     CARD_NAME,
     COMPANIONS,
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
-    MAX_HEADER_BYTES,
     RECORD_NAME,
-    Checkpoint,
     FileStamp,
     Storage,
+    adapter,
     is_weight_file,
-    open_checkpoint,
-    open_storage,
 )
-from upcycle_cli.errors import UpcycleError
-from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
-from upcycle_cli.hub.requests import explained, fetch, interruptibly, not_cached, one_bar, patiently
-from upcycle_cli.storage import ADAPTER_NAME, adapter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # asked for at once: the headers of most files are smaller

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from upcycle_cli.checkpoint import CONFIG_NAME
 from upcycle_cli.experts import WeightFacts
 from upcycle_cli.inspection import Inspection
 from upcycle_cli.load import Load
@@ -16,6 +15,7 @@ from upcycle_cli.report_page.layers import load_section
 from upcycle_cli.report_page.origin import FOOTER, origin_section
 from upcycle_cli.report_page.page import Figure, Page, Section, Table
 from upcycle_cli.report_page.recipe import recipe_section
+from upcycle_cli.storage import CONFIG_NAME
 
 _MOST_KINDS = 200
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from upcycle_cli.checkpoint import RECORD_NAME
 from upcycle_cli.errors import shown
 from upcycle_cli.report_page.page import Section, Table, number, properties
+from upcycle_cli.storage import RECORD_NAME
 
 FOOTER = "Made by upcycle. This page is one file: it loads nothing, and runs no script."
 _PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")

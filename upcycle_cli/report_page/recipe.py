@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.errors import shown
 from upcycle_cli.report_page.page import Section, Table, number
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME
 
 
 def recipe_section(record: Mapping[str, Any], found: Mapping[str, object]) -> Section:

@@ -12,20 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import MOST_JSON_BYTES, locate, read_small
 from upcycle_cli.printable import counted
 from upcycle_cli.report_page.layers import errors_section, load_section, routing_section
 from upcycle_cli.report_page.origin import FOOTER, origin_section
-from upcycle_cli.report_page.page import (
-    Check,
-    Page,
-    Section,
-    properties,
-)
+from upcycle_cli.report_page.page import Check, Page, Section, properties
 from upcycle_cli.report_page.recipe import recipe_section
 from upcycle_cli.report_page.texts import texts_section
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.verification import CHECK_NAMES
 from upcycle_cli.verification.report import (
     CheckResult,

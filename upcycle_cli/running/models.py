@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from upcycle_cli.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint, read_json
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, lack_in_words
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import auto_map
 from upcycle_cli.running.shipped import known
+from upcycle_cli.storage import CONFIG_NAME, GENERATION_NAME, read_json
 
 Shapes = dict[str, tuple[int, ...]]
 Config: TypeAlias = Any

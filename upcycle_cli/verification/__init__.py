@@ -21,14 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from upcycle_cli.checkpoint import (
-    CONFIG_NAME,
-    Checkpoint,
-    Storage,
-    adapter_in,
-    open_checkpoint,
-    read_json,
-)
+from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, is_known, is_moe, is_target
 from upcycle_cli.families.dense_rows import DENSE
@@ -38,6 +31,7 @@ from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, split_revision
 from upcycle_cli.redirects import refuse_redirects
+from upcycle_cli.storage import CONFIG_NAME, Storage, adapter_in, read_json
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.origins import find_merged
 from upcycle_cli.verification.prompts import TextOptions

@@ -10,9 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import is_digest, listed_files, sha256_of
+from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.verification.completeness import record_failures
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.factors import factor_of, recover_factors

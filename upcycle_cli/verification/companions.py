@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from upcycle_cli.checkpoint import GENERATION_NAME, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.files import CHECKSUMS_NAME, read_checksums, sha256_of
 from upcycle_cli.running.models import tokenizer_files
+from upcycle_cli.storage import GENERATION_NAME
 from upcycle_cli.verification.facts import Pair
 from upcycle_cli.verification.listing import foreign_files
 from upcycle_cli.verification.report import CheckResult, Findings

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint, open_checkpoint, read_json
+from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import is_target
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.verification.sizes import DamagedError, find_target
 from upcycle_cli.verification.structure import own_failures
 

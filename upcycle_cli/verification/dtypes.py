@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from upcycle_cli.checkpoint import RECORD_NAME, TORCH_DTYPES
 from upcycle_cli.families.mlp import Weight
 from upcycle_cli.families.moe import Added, Layout
+from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.storage import RECORD_NAME
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.sizes import read_tensors
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.verification.bits import bits, same
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.merged import by_model

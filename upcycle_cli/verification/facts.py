@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.families import pieces_of
 from upcycle_cli.families.dense import DenseFamily
 from upcycle_cli.families.mlp import Place, Weight, holder, parts_of, place, present
@@ -23,6 +23,8 @@ from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.pieces import Piece
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.storage import CONFIG_NAME
 from upcycle_cli.verification.merged import Merged, rest_reader
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import Place, parts_of, place
 from upcycle_cli.families.moe import Layout, Target
+from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.storage import CONFIG_NAME
 from upcycle_cli.verification.recipes import Record, read_record
 from upcycle_cli.verification.sizes import DamagedError, find_layout, find_target
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, RECORD_NAME, TORCH_DTYPES, TensorEntry
 from upcycle_cli.errors import shown
+from upcycle_cli.header import TORCH_DTYPES, TensorEntry
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.verification.claims import (
     differences,
     file_failures,

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.hooks import Watch
 from upcycle_cli.running.models import Model, TransformersError, transformers_says
 from upcycle_cli.running.runs import started

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader, raw_bytes
+from upcycle_cli.checkpoint import Reader, raw_bytes
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.grown import Grown, Side
 from upcycle_cli.verification.report import CheckResult, Findings

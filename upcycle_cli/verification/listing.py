@@ -9,7 +9,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from upcycle_cli.checkpoint import (
+from upcycle_cli.checkpoint import Checkpoint
+from upcycle_cli.errors import shown
+from upcycle_cli.families.shipped import CODE_NAME, UPCYCLED_PREFIX
+from upcycle_cli.files import CHECKSUMS_NAME, matches
+from upcycle_cli.redirects import file_redirects
+from upcycle_cli.storage import (
     CARD_NAME,
     COMPANIONS,
     CONFIG_NAME,
@@ -18,13 +23,8 @@ from upcycle_cli.checkpoint import (
     REPORT_NAME,
     WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
-    Checkpoint,
     is_weight_file,
 )
-from upcycle_cli.errors import shown
-from upcycle_cli.families.shipped import CODE_NAME, UPCYCLED_PREFIX
-from upcycle_cli.files import CHECKSUMS_NAME, matches
-from upcycle_cli.redirects import file_redirects
 from upcycle_cli.workspace import is_note
 
 _OWN = (

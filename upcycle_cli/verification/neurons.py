@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
 from upcycle_cli.families.mlp import holder, parts_of, place
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.matching import match, match_some, neuron_hashes
 from upcycle_cli.verification.bits import bits
 from upcycle_cli.verification.facts import Facts

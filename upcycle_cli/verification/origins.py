@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.storage import RECORD_NAME
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.merged import Merged
 from upcycle_cli.verification.sizes import DamagedError, dense_sizes, read_tensors

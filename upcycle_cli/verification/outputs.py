@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.hooks import Watch
 from upcycle_cli.running.models import TransformersError, transformers_says
 from upcycle_cli.running.runs import started
@@ -26,12 +27,7 @@ from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD
-from upcycle_cli.verification.report import (
-    CheckResult,
-    Findings,
-    Status,
-    TextMeasure,
-)
+from upcycle_cli.verification.report import CheckResult, Findings, Status, TextMeasure
 from upcycle_cli.verification.running import moe_model
 from upcycle_cli.verification.sidebyside import Found, ending_of, run_side_by_side
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle_cli.checkpoint import RECORD_NAME
 from upcycle_cli.hooks import Watch
+from upcycle_cli.storage import RECORD_NAME
 from upcycle_cli.verification.bits import same, unequal
 from upcycle_cli.verification.kept import order_of
 from upcycle_cli.verification.neurons import Neurons, group_part

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from upcycle_cli.checkpoint import ITEM_BYTES, TensorEntry
 from upcycle_cli.families.mlp import Place
+from upcycle_cli.header import ITEM_BYTES, TensorEntry
 from upcycle_cli.verification.facts import Facts
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeGuard
 
-from upcycle_cli.checkpoint import RECORD_NAME, Checkpoint, read_json
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
+from upcycle_cli.storage import RECORD_NAME, read_json
 
 SOFTMAX_TOPK = "softmax-topk"
 ROUTINGS = (SOFTMAX_TOPK, "topk-softmax", "sigmoid-topk")

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.running.mixtures import routers_of
 from upcycle_cli.running.models import Model
 from upcycle_cli.verification.facts import Facts

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
-from upcycle_cli.checkpoint import LARGEST
+from upcycle_cli.header import LARGEST
 
 _SMALLEST_DISTANCE = 0.1
 """Relative: random rows are √2 apart, and bfloat16 rounds each of their values by up to 0.004."""

@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.running.mixtures import stored_mixture
 from upcycle_cli.running.models import Model, TransformersError, decoder_layers
 from upcycle_cli.running.stored import Stored, finder, stored_model

@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle_cli.checkpoint import TORCH_DTYPES, Checkpoint, Reader
+from upcycle_cli.checkpoint import Checkpoint, Reader
 from upcycle_cli.files import locate, open_regular
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.hooks import Watch
 from upcycle_cli.verification.bits import expect_bytes, same_bytes
 from upcycle_cli.verification.copies import Copy

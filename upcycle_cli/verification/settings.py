@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from upcycle_cli.checkpoint import CONFIG_NAME, ITEM_BYTES, TORCH_DTYPES, Checkpoint
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import shown
 from upcycle_cli.families.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner, parts
+from upcycle_cli.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.redirects import REDIRECTS, config_redirects
-from upcycle_cli.running.models import (
-    Config,
-    TransformersError,
-    load_config,
-    transformers_says,
-)
+from upcycle_cli.running.models import Config, TransformersError, load_config, transformers_says
+from upcycle_cli.storage import CONFIG_NAME
 from upcycle_cli.verification.dtypes import kept_wide
 from upcycle_cli.verification.facts import Facts
 

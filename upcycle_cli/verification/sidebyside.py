@@ -18,12 +18,7 @@ from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.mlp import holder
 from upcycle_cli.hooks import Watch
 from upcycle_cli.running.mixtures import beside_mlp
-from upcycle_cli.running.models import (
-    Model,
-    TransformersError,
-    decoder_layers,
-    transformers_says,
-)
+from upcycle_cli.running.models import Model, TransformersError, decoder_layers, transformers_says
 from upcycle_cli.running.runs import Run, Span, started
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.factors import factor_of, recover_factors

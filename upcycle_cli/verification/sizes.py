@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Checkpoint, TensorEntry
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families import dense_family, target_of
 from upcycle_cli.families.dense import DenseFamily, unread
@@ -18,7 +18,9 @@ from upcycle_cli.families.mlp import holder, parts_of, present
 from upcycle_cli.families.moe import Layout, Target
 from upcycle_cli.families.values import defaults_of
 from upcycle_cli.families.wrappers import inner
+from upcycle_cli.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.running.shipped import code_failure
+from upcycle_cli.storage import CONFIG_NAME
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.recipes import is_positive, mlp_kind, read_record
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from upcycle_cli.checkpoint import INDEX_NAME, TORCH_DTYPES, WEIGHTS_NAME, Checkpoint, read_json
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.families.moe import Target
 from upcycle_cli.files import MOST_LISTING_BYTES
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.running.models import class_of
+from upcycle_cli.storage import INDEX_NAME, WEIGHTS_NAME, read_json
 from upcycle_cli.verification.dtypes import dtype_failures
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.headers import geometry_failures

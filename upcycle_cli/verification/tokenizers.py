@@ -14,13 +14,7 @@ from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint import (
-    CONFIG_NAME,
-    GENERATION_NAME,
-    TOKENIZER_CONFIG_NAME,
-    Checkpoint,
-    read_json,
-)
+from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
 from upcycle_cli.files import MOST_COMPANION_BYTES, matches, read_small
 from upcycle_cli.running.models import (
@@ -29,6 +23,7 @@ from upcycle_cli.running.models import (
     tokenizer_files,
     transformers_says,
 )
+from upcycle_cli.storage import CONFIG_NAME, GENERATION_NAME, TOKENIZER_CONFIG_NAME, read_json
 
 TOKENIZER_NAME = "tokenizer.json"
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*")

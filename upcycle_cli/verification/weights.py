@@ -18,9 +18,11 @@ from typing import Self
 
 import torch
 
-from upcycle_cli.checkpoint import CONFIG_NAME, TORCH_DTYPES, Reader
+from upcycle_cli.checkpoint import Reader
 from upcycle_cli.families.mlp import Place
+from upcycle_cli.header import TORCH_DTYPES
 from upcycle_cli.hooks import Watch
+from upcycle_cli.storage import CONFIG_NAME
 from upcycle_cli.verification.bits import bits, difference, one_thread, same
 from upcycle_cli.verification.disorder import order_failures
 from upcycle_cli.verification.dtypes import dtype_failures
