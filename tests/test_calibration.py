@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -341,10 +342,66 @@ def test_rows_of_a_file_are_taken_as_they_are(
         wanted = wanted.repeat_interleave(2, 0) if grouped else wanted
         assert torch.equal(made[ROUTER.format(layer)], wanted)
     assert verify(dense, output, texts=FEW, allow_inexact=not grouped).accepted
+    held = verify(dense, output, router_init=file, texts=FEW, allow_inexact=not grouped)
+    assert held.accepted, held.to_json()
     # Another file is another output.
     other = rows(dense, tmp_path / "other.safetensors", (4, 32), torch.Generator().manual_seed(4))
     refused = invoke("convert", dense, output, "--recipe", "E4G2T4", "--router-init", other)
     assert_refused(refused, str(output))
+    claims, weights = verify(dense, output, checks=["claims", "weights"], router_init=other).checks
+    assert "rows were given in 'rows.safetensors', and those of" in claims.failures[0]
+    assert f"row 0 is not that of layers.0.router in {other}" in weights.failures[0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_are_held_to_their_file(
+    llama: Path,
+    tmp_path: Path,
+    told: bool,  # noqa: FBT001 - a case
+) -> None:
+    """Rows of which one has the other sign do as well as these; that they are these can be seen."""
+    file, moe = rows(llama, tmp_path / "rows.safetensors", (4, 32)), tmp_path / "moe"
+    assert invoke("convert", llama, moe, "-r", "E4G2T4", "--router-init", file).exit_code == 0
+    record, tensors = read_json(moe / "upcycle.json"), read_tensors(moe)
+    assert record["router_file"].keys() == {"name", "sha256"}
+    note = "have rows of 'rows.safetensors', and were not held to it"
+    if not told:  # as an earlier version has written it
+        del record["router_file"]
+        write_json(moe / "upcycle.json", record)
+        note = "a file that it does not name"
+    (claims,) = verify(llama, moe, checks=["claims"]).checks
+    assert claims.status is Status.PASSED
+    assert note in claims.detail
+    name = ROUTER.format(1)
+    before = tensors[name].numpy().tobytes()
+    tensors[name][2:4] *= -1
+    after, weights_file = tensors[name].numpy().tobytes(), moe / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes().replace(before, after))
+    (claims,) = verify(llama, moe, checks=["claims"]).checks
+    assert any("SHA-256 differs" in failure for failure in claims.failures)
+    # Whoever writes to the record as well is found by the file.
+    record["routers"][name] = hashlib.sha256(after).hexdigest()
+    write_json(moe / "upcycle.json", record)
+    assert verify(llama, moe, checks=["claims", "weights"]).passed
+    (weights,) = verify(llama, moe, checks=["weights"], router_init=file).checks
+    wanted = f"{name}: row 2 is the opposite of that of layers.1.router in {file}"
+    assert weights.failures == (wanted,)
+
+
+def test_a_file_of_other_layers_or_sizes_is_not_that_of_a_router(
+    balanced_moe: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dense, moe = balanced_moe
+    file = tmp_path / "rows.safetensors"
+    save_file({"layers.0.router": torch.eye(3, 32)}, file)
+    (weights,) = verify(dense, moe, checks=["weights"], router_init=file).checks
+    assert "of shape [3, 32], which is not for this router" in weights.failures[0]
+    assert f"{file} has no layers.1.router" in weights.failures[1]
+    (claims,) = verify(dense, moe, checks=["claims"]).checks
+    assert "rows that were fitted to 'builtin', which was not run again" in claims.detail
+    refused = invoke("verify", dense, moe, "--router-init", tmp_path / "none")
+    assert_refused(refused, "there is no file")
+    assert_refused(invoke("verify", moe, moe.parent, "--router-init", file), "config.json")
 
 
 NO_MORE: Mapping[str, torch.Tensor] = {}
@@ -454,8 +511,6 @@ def _claim(init: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
     """Other rows, which are said to be what they are not."""
 
     def damage(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        import hashlib
-
         record["recipe"]["router_init"] = init
         if init == "file":
             record["recipe"]["router_logit_std"] = None
@@ -487,6 +542,12 @@ def _close_rows(rows_EH: torch.Tensor) -> torch.Tensor:
     [
         (lambda record, _: record.update(calibration=None), "claims", "calibration"),
         (_record(text_sha256="x"), "claims", "text_sha256"),
+        (lambda record, _: record.update(router_file={}), "claims", "router_file.sha256"),
+        (
+            lambda record, _: record.update(router_file={"sha256": "0" * 64}),
+            "claims",
+            "rows of no file",
+        ),
         (_record(tokens=0), "claims", "tokens"),
         (_record(layers=[]), "claims", "layers"),
         (

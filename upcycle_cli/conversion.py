@@ -196,7 +196,15 @@ def _verify(plan: Planned, output: Path, watch: Watch | None) -> Report:
     # Who has asked for a recipe that promises nothing can expect no proof.
     inexact = plan.promise is Promise.NONE
     dense, *others = (source.path for source in plan.sources)
-    return verify(dense, output, experts_from=others, watch=watch, allow_inexact=inexact)
+    rows = plan.inputs.rows if isinstance(plan, Plan) else None
+    return verify(
+        dense,
+        output,
+        experts_from=others,
+        router_init=None if rows is None else rows.path,
+        watch=watch,
+        allow_inexact=inexact,
+    )
 
 
 def _verify_running(plan: Planned, running: Transaction, watch: Watch | None) -> Report:

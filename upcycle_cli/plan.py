@@ -101,11 +101,13 @@ class Plan(Planned):
 
     @property
     def how(self) -> dict[str, Any]:
-        """The recipe, the factors, and what was found in a calibration."""
+        """The recipe, the factors, what was found in a calibration, and whose rows routers have."""
+        rows = self.inputs.rows
         return {
             "recipe": {"name": self.recipe.name, **self.recipe.stated()},
             "factors": asdict(self.factors),
             "calibration": self.calibration_record,
+            **({} if rows is None else {"router_file": rows.record}),
         }
 
     @property

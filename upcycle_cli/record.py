@@ -60,7 +60,7 @@ def record(
         "source": _origin(plan.source),
         **_merged(plan),
         "routers": dict(routers),
-        **_picked(how, "calibration"),
+        **_picked(how, "calibration", "router_file"),
         **({"perturbation": perturbation_record(drawn)} if drawn else {}),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.header import TORCH_DTYPES, Tensor, read_shard_header
-from upcycle_cli.printable import counted
+from upcycle_cli.printable import counted, printable
 from upcycle_cli.storage import Storage
 from upcycle_cli.tensors import GivenRows, router_stream
 
@@ -28,6 +28,11 @@ class RouterFile:
     tensors: Mapping[str, Tensor]
     data: Mapping[str, bytes]
     digest: str
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What `upcycle.json` says of it: its name, and the SHA-256 of the rows in it."""
+        return {"name": printable(self.path.name), "sha256": self.digest}
 
     def given(self, layers: Collection[int], shape: tuple[int, int]) -> GivenRows:
         """Return the rows of these layers; UpcycleError unless they are there in this shape."""

@@ -37,6 +37,14 @@ def verify(
             "REPO@REVISION on the Hub; once for each.",
         ),
     ] = [],  # noqa: B006 - typer copies it
+    router_init: Annotated[
+        Path | None,
+        option(
+            "--router-init",
+            metavar="FILE",
+            help="The file that the rows of the routers were given in: they must be those.",
+        ),
+    ] = None,
     checks: Annotated[
         str,
         option(
@@ -102,6 +110,7 @@ def verify(
                 dense,
                 moe,
                 experts_from=experts_from,
+                router_init=router_init,
                 checks=names,
                 texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
                 fail_fast=fail_fast,

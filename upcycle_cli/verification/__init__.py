@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError, shown
@@ -39,6 +40,9 @@ from upcycle_cli.verification.recipes import Promise
 from upcycle_cli.verification.report import CheckResult, Findings, Report, Status
 from upcycle_cli.verification.sizes import DamagedError, gather_facts
 
+if TYPE_CHECKING:
+    from upcycle_cli.router_file import RouterFile
+
 __all__ = ["CHECK_NAMES", "CheckResult", "Report", "Status", "TextOptions", "verify"]
 
 CHECK_NAMES = ("structure", "files", "claims", "weights", "outputs")
@@ -53,11 +57,12 @@ class _Conditions:
     watch: Watch
 
 
-def verify(
+def verify(  # noqa: PLR0913 - options, by name
     dense: Path | str,
     moe: Path | str,
     *,
     experts_from: Sequence[Path | str] = (),
+    router_init: Path | str | None = None,
     checks: Sequence[str] = CHECK_NAMES,
     texts: TextOptions | None = None,
     fail_fast: bool = False,
@@ -70,7 +75,7 @@ def verify(
 
     Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
     `experts_from` are the other models that experts were made of, each a directory or a repo, as
-    REPO or REPO@REVISION.
+    REPO or REPO@REVISION. `router_init` is the file that the rows of routers were given in.
     `texts` says what both models are run on. With `fail_fast` nothing is checked after a check that
     failed. An MoE that does not promise equality is measured; `allow_inexact` says that this is
     what is expected, and makes the report `accepted`. `watch` hears how far the checks are.
@@ -90,6 +95,7 @@ def verify(
         watch=watch or Watch(),
     )
     how.texts.check()
+    rows = _read_rows(router_init)
     for place in (*places, *others):
         check_utf8(place.path)
     try:
@@ -101,11 +107,12 @@ def verify(
                 f"{places[0].path} is given twice.",
                 "The dense model comes first, or the MoE that another one was grown from.",
             )
-        if grown and others:
-            raise UpcycleError(
-                "an MoE grows from one model, and experts of others are given.",
-                "Leave out --experts-from.",
-            )
+        for odd, words in ((others, "--experts-from"), (router_init, "--router-init")):
+            if grown and odd:
+                raise UpcycleError(
+                    f"an MoE grows from one model, with the routers of that: it takes no {words}.",
+                    f"Leave out {words}.",
+                )
         for place in () if grown else (places[0], *others):
             _check_kind(place.path, moe=False)
         names = places[1].names()
@@ -119,7 +126,8 @@ def verify(
                 facts = gather_facts(
                     source, converted, moe_names=names, allow_inexact=how.allow_inexact
                 )
-                report = _run(replace(facts, merged=find_merged(facts, more)), selected, how)
+                facts = replace(facts, merged=find_merged(facts, more), rows=rows)
+                report = _run(facts, selected, how)
         except DamagedError as error:
             report = _damaged(selected, error)
         return replace(report, paths=paths)
@@ -127,6 +135,14 @@ def verify(
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
+
+
+def _read_rows(router_init: Path | str | None) -> RouterFile | None:
+    if router_init is None:
+        return None
+    from upcycle_cli.router_file import read_router_file
+
+    return read_router_file(Path(router_init))
 
 
 def _is_moe(path: Path) -> bool:

@@ -24,6 +24,7 @@ from upcycle_cli.verification.neurons import Neurons
 from upcycle_cli.verification.perturbed import claimed_moments, perturbed_parts
 from upcycle_cli.verification.recipes import (
     CLUSTERED,
+    FILE,
     FITTED,
     NORMAL,
     SHUFFLED,
@@ -54,6 +55,7 @@ def check_claims(facts: Facts) -> CheckResult:
         *router_failures(facts),
         *_logit_std_failures(facts),
         *_calibration_failures(facts),
+        *_file_of_rows_failures(facts),
         *_perturbation_failures(facts),
         *_option_failures(facts),
         *source_failures(facts),
@@ -67,10 +69,9 @@ def check_claims(facts: Facts) -> CheckResult:
     source = facts.record.data.get("source")
     name = source.get("name") if isinstance(source, dict) else None
     note = f"It names {shown(name)} as its source; the dense model here is {facts.dense.name}."
+    notes = (*([] if name == facts.dense.name else [note]), *_not_held(facts))
     metrics = {"routers": len(facts.layers)}
-    return Findings(failures).result(
-        NAME, passed, metrics, "" if name == facts.dense.name else note
-    )
+    return Findings(failures).result(NAME, passed, metrics, " ".join(notes))
 
 
 def differences(*rows: tuple[str, object, object, str]) -> Iterator[str]:
@@ -232,6 +233,35 @@ def _calibration_failures(facts: Facts) -> Iterator[str]:
                 f"{RECORD_NAME}: rows were fitted to logits of standard deviation {meant:g}, and "
                 f"the calibration found {shown(std)} in layer {each['layer']}"
             )
+
+
+def _file_of_rows_failures(facts: Facts) -> Iterator[str]:
+    """Say where the record of a file of rows is none, or of another than the one that is given."""
+    found = facts.record.data.get("router_file")
+    if found is None:
+        return  # an earlier version recorded none
+    if not isinstance(found, dict) or not is_digest(found.get("sha256")):
+        yield f"{RECORD_NAME}: router_file.sha256 is missing or no SHA-256"
+    elif facts.recipe.router_init != FILE:
+        yield f"{RECORD_NAME}: router_file is there, and its recipe has rows of no file"
+    elif facts.rows is not None and facts.rows.digest != found["sha256"]:
+        yield (
+            f"{RECORD_NAME}: rows were given in {shown(found.get('name'))}, and those of "
+            f"{facts.rows.path} are others (SHA-256 differs)"
+        )
+
+
+def _not_held(facts: Facts) -> Iterator[str]:
+    """Say what of the routers' rows rests on their recorded digests alone."""
+    init, said = facts.recipe.router_init, facts.record.data
+    if init == FILE and facts.rows is None:
+        held = said.get("router_file")
+        name = shown(held.get("name")) if isinstance(held, dict) else "a file that it does not name"
+        yield f"Routers have rows of {name}, and were not held to it: give --router-init FILE."
+    elif init in FITTED:
+        held = said.get("calibration")
+        text = shown(held.get("text")) if isinstance(held, dict) else "a text"
+        yield f"Routers have rows that were fitted to {text}, which was not run again."
 
 
 def _perturbation_failures(facts: Facts) -> Iterator[str]:

@@ -29,6 +29,7 @@ from upcycle_cli.verification.merged import Merged, rest_reader
 from upcycle_cli.verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
 if TYPE_CHECKING:
+    from upcycle_cli.router_file import RouterFile
     from upcycle_cli.verification.grown import Grown, Side
 
 Pair: TypeAlias = "Facts | Grown"
@@ -74,6 +75,8 @@ class Facts:
     """Where there are experts of several models: these."""
     only: tuple[int, ...] | None = None
     """The groups that are in view, where these are not all."""
+    rows: RouterFile | None = None
+    """The file that routers are said to have their rows from, where it is given."""
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ rows of their shape have, as the MLP's norm lets them see its input: behind the 
 
 Rows that are not drawn (centres of clusters, a user's own) may hang on some dimensions and have
 much in common. They are held to what keeps groups apart on any text, and to what they do where they
-are run: `routing.py`.
+are run: `routing.py`. Other rows could do that as well, or the same ones with another sign; where
+the file that they are said to be from is given, they are held to that, bit for bit.
 
 Legend: E rows (one a group), H hidden size.
 """
@@ -15,10 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle_cli.header import LARGEST
+from upcycle_cli.header import LARGEST, TORCH_DTYPES
+from upcycle_cli.verification.bits import bits
+
+if TYPE_CHECKING:
+    from upcycle_cli.router_file import RouterFile
 
 _SMALLEST_DISTANCE = 0.1
 """Relative: random rows are √2 apart, and bfloat16 rounds each of their values by up to 0.004."""
@@ -68,6 +74,26 @@ def given_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> 
     sizes_E = seen.norm(dim=1)
     if float(sizes_E.max()) > _LARGEST_RATIO * float(sizes_E.min()):
         yield "its largest row is more than a hundred times the smallest, and outweighs it always"
+
+
+def other_rows(router_NH: torch.Tensor, file: RouterFile, layer: int) -> Iterator[str]:
+    """Say which row of a layer's router is not the file's, rounded to the router's dtype."""
+    stream = f"layers.{layer}.router"
+    if stream not in file.tensors:
+        yield f"{file.path} has no {stream}"
+        return
+    entry, data = file.tensors[stream], bytearray(file.data[stream])
+    rows_EH = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+    rows_EH = rows_EH.reshape(entry.shape).to(router_NH.dtype)
+    (count, width), (rows, hidden) = rows_EH.shape, router_NH.shape
+    if rows % count or width != hidden:
+        yield f"{stream} of {file.path} is of shape {[count, width]}, which is not for this router"
+        return
+    wanted_NH = rows_EH.repeat_interleave(rows // count, 0)
+    odd = (bits(router_NH) != bits(wanted_NH)).any(dim=1).nonzero().flatten().tolist()
+    for row in odd[:1]:
+        turned = "the opposite of " if bool((router_NH[row] == -wanted_NH[row]).all()) else "not "
+        yield f"row {row} is {turned}that of {stream} in {file.path}"
 
 
 def _close_failures(seen: torch.Tensor) -> Iterator[str]:
