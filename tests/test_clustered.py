@@ -146,6 +146,47 @@ def test_all_groups_have_the_order_that_was_found(llama: Path, tmp_path: Path) -
     assert inspect(done.output, weights=True).weights.distinct_experts == 4  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("target", "shared", "routing", "words"),
+    [
+        # Its shared expert has other factors, so that no neuron of it is one of theirs.
+        ("qwen2_moe", "mlp.shared_expert", "topk-softmax", "differs in"),
+        ("glm4_moe", "mlp.shared_experts", "sigmoid-topk", "which the shared expert has"),
+    ],
+)
+def test_the_most_active_shards_are_shared(
+    llama: Path, tmp_path: Path, target: str, shared: str, routing: str, words: str
+) -> None:
+    wanted = recipe(top_k=4, shared_experts=2, routing=routing)
+    done = convert(llama, tmp_path / "moe", wanted, target=target)
+    found, moe = done.plan.calibration, done.output
+    assert found is not None
+    dense, made = read_tensors(llama), read_tensors(moe)
+    for layer, of in found.layers.items():
+        assert of.order is not None
+        order = np.frombuffer(of.order, "<u4").astype(np.int64)
+        activity_G = of.activity[order].reshape(4, -1).mean(1)
+        assert activity_G[:2].min() >= activity_G[2:].max()
+        gate = dense[f"model.layers.{layer}.mlp.gate_proj.weight"][order[:24]]
+        assert torch.equal(made[f"model.layers.{layer}.{shared}.gate_proj.weight"], gate)
+    ids = random_ids()
+    torch.testing.assert_close(logits(moe, ids), logits(llama, ids), atol=1e-5, rtol=1e-5)
+    report = verify(llama, moe, texts=FEW)
+    assert report.passed, report.to_json()
+    # One neuron of the shared expert for one of a routed expert, in all matrices.
+    for part in ("gate", "up", "down"):
+        one, other = (
+            made[f"model.layers.1.mlp.{holder}.{part}_proj.weight"]
+            for holder in (shared.removeprefix("mlp."), "experts.0")
+        )
+        rows = (one.T, other.T) if part == "down" else (one, other)
+        rows[0][3], rows[1][5] = rows[1][5].clone(), rows[0][3].clone()
+    save_file(made, moe / "model.safetensors", {"format": "pt"})
+    (weights,) = verify(llama, moe, checks=["weights"]).checks
+    assert all("layer 1" in text or "layers.1" in text for text in weights.failures)
+    assert any(words in text for text in weights.failures), weights.failures
+
+
 def test_it_is_a_function_of_model_and_text(llama: Path, tmp_path: Path) -> None:
     """Two models in one process, one after the other, have orders of their own."""
     other = Path(shutil.copytree(llama, tmp_path / "dense"))

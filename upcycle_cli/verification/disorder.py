@@ -38,8 +38,10 @@ def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[
         in_place = np.mean(likely == neurons.facts.shared_width + np.arange(len(likely)))
         if in_place > _MOST or np.mean(likely >= 0) <= _MOST:
             return None
-        if part == next(iter(neurons.cuts)):
+        if (layer, group) not in neurons.told:  # of the first of its parts that differs
+            neurons.told.add((layer, group))
             failures += _twice(neurons, layer, group, likely)
+            failures += _shared(neurons, layer, group, likely)
         order, found = _completed(likely, neurons.routed(layer)), seems[part]
     else:
         neurons.uneven.add(layer)
@@ -64,6 +66,21 @@ def _twice(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterato
         f"layer {layer}: virtual group {group} has neuron {doubled[0]}{more} of the dense MLP "
         f"twice, in expert {start + first // size} at {first % size} and in expert "
         f"{start + second // size} at {second % size}; it lacks neuron {missing[0]}"
+    )
+
+
+def _shared(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
+    """Say which neurons a group has that the shared expert has too, and what it lacks for that."""
+    routed = neurons.routed(layer)
+    places = np.flatnonzero((likely >= 0) & ~np.isin(likely, routed))
+    if not len(places):
+        return
+    size, start = neurons.facts.expert_size, group * neurons.facts.group_size
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    yield (
+        f"layer {layer}: virtual group {group} has neuron {likely[places[0]]}{more} of the dense "
+        f"MLP, which the shared expert has, in expert {start + places[0] // size} at "
+        f"{places[0] % size}; it lacks neuron {np.setdiff1d(routed, likely)[0]}"
     )
 
 

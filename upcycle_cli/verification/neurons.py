@@ -151,6 +151,8 @@ class Neurons:
     """By layer, how many groups were found to have an order of their own."""
     uneven: set[int] = field(default_factory=set)
     """Layers whose groups have several orders, so that their experts are no copies."""
+    told: set[tuple[int, int]] = field(default_factory=set)
+    """Layers and groups of which it was said which neurons they have twice, or lack."""
     _wanted: dict[tuple[int, str, torch.dtype], Hashes] = field(default_factory=dict)
     """By layer, part and dtype: only of the layer that was asked for last."""
     _routed: dict[int, Indices] = field(default_factory=dict)
