@@ -29,6 +29,7 @@ from conftest import (
     validate_json,
     write_json,
 )
+from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
 from upcycle_cli import (
@@ -41,7 +42,7 @@ from upcycle_cli import (
     inspect,
     verify,
 )
-from upcycle_cli.choices import ExpertLayout
+from upcycle_cli.choices import ExpertLayout, Routing
 from upcycle_cli.families.growable import GROWABLE
 from upcycle_cli.hooks import Hooks
 from upcycle_cli.hub.manifest import read_manifest
@@ -264,6 +265,46 @@ def test_an_moe_of_upcycle_s_own_keeps_its_groups_whole(
     record = read_json(made / "upcycle.json")
     assert "recipe" not in record
     assert record["growth"]["expand"] == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "routing"),
+    [
+        ("qwen2_moe", "mlp.shared_expert", Routing.TOPK_SOFTMAX),
+        ("glm4_moe", "mlp.shared_experts", Routing.SIGMOID_TOPK),
+    ],
+)
+def test_shards_that_are_shared_stay_one_expert(
+    llama: Path, tmp_path: Path, target: str, shared: str, routing: Routing
+) -> None:
+    recipe = Recipe(expansion=2, granularity=4, top_k=2, shared_experts=2, routing=routing)
+    first = convert(llama, tmp_path / "moe", recipe, target=target).output
+    made, ids = convert(first, tmp_path / "grown", Growth(expand=2)).output, random_ids(length=48)
+    before, after = read_tensors(first), read_tensors(made)
+    held = [name for name in before if shared in name and "expert_gate" not in name]
+    assert len(held) == 3 * 2
+    assert all(torch.equal(after[name], before[name]) for name in held)
+    assert difference(logits(made, ids), logits(llama, ids)) < 1e-5
+    report = verify(first, made, texts=FEW)
+    assert (report.status, report.promise) == ("passed", "exact"), report
+    found, source = (inspect(path, load="builtin", weights=True) for path in (made, first))
+    assert found.weights is not None
+    assert found.weights.distinct_experts == 2
+    assert found.load is not None
+    assert source.load is not None
+    for grown, of in zip(found.load.layers, source.load.layers, strict=True):
+        assert [*grown.load] == [load for load in of.load for _ in range(2)]
+    spoil(made, held[0])
+    assert verify(first, made, checks=["weights"]).status == "failed"
+
+
+def test_a_dense_model_is_told_what_lies_between(llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(expansion=2, granularity=2, top_k=2)
+    first = convert(llama, tmp_path / "first", recipe).output
+    made = convert(first, tmp_path / "so grown", Growth(expand=2)).output
+    result = invoke("verify", llama, made)
+    steps = f"upcycle verify {llama} first && upcycle verify first '{made}'"
+    assert_refused(result, "has grown from the MoE first", steps)
 
 
 def test_layers_that_predict_further_tokens_grow_too(make_moe: MakeMoe, tmp_path: Path) -> None:

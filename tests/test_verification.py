@@ -501,6 +501,7 @@ def test_independence() -> None:
         "upcycle_cli.hooks",
         "upcycle_cli.hub.sources",
         "upcycle_cli.matching",
+        "upcycle_cli.printable",
         "upcycle_cli.redirects",
         "upcycle_cli.router_file",  # reads what a user gives
         "upcycle_cli.running.mixtures",

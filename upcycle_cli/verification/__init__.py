@@ -16,6 +16,7 @@ itself; what promises less is measured.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,12 +32,13 @@ from upcycle_cli.families.wrappers import WRAPPERS, parts, wrapper_of
 from upcycle_cli.files import check_utf8, open_regular
 from upcycle_cli.hooks import Watch
 from upcycle_cli.hub.sources import bring_model, find_model, split_revision
+from upcycle_cli.printable import printable
 from upcycle_cli.redirects import refuse_redirects
-from upcycle_cli.storage import CONFIG_NAME, Storage, adapter_in, read_json
+from upcycle_cli.storage import CONFIG_NAME, RECORD_NAME, Storage, adapter_in, read_json
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.origins import find_merged
 from upcycle_cli.verification.prompts import TextOptions
-from upcycle_cli.verification.recipes import Promise
+from upcycle_cli.verification.recipes import Promise, read_record
 from upcycle_cli.verification.report import CheckResult, Findings, Report, Status
 from upcycle_cli.verification.sizes import DamagedError, gather_facts
 
@@ -120,6 +122,8 @@ def verify(  # noqa: PLR0913 - options, by name
         merged = [bring_model(place) for place in others]
         try:
             source, converted, *more = _opened(*paths, *merged)
+            if not grown:
+                _refuse_grown(source, converted)
             if grown:
                 report = _run_grown(source, converted, names, selected, how)
             else:
@@ -135,6 +139,23 @@ def verify(  # noqa: PLR0913 - options, by name
         # What the system does not let one read is neither damage nor a bug.
         reason = error.strerror or str(error)
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
+
+
+def _refuse_grown(dense: Checkpoint, moe: Checkpoint) -> None:
+    """Raise UpcycleError where an MoE has grown from another: two steps lie between these two."""
+    record = read_record(moe).data
+    if "growth" not in record:
+        return
+    source = record.get("source")
+    name = source.get("name") if isinstance(source, dict) else None
+    between = printable(name) if isinstance(name, str) and name else "SOURCE"
+    here, there, grown = (shlex.quote(str(word)) for word in (dense.path, between, moe.path))
+    raise UpcycleError(
+        f"{moe.path} was not made from a dense model: it has grown from the MoE {between}, says "
+        f"its {RECORD_NAME}.",
+        "Each step is proven by itself, with that MoE's directory: "
+        f"upcycle verify {here} {there} && upcycle verify {there} {grown}",
+    )
 
 
 def _read_rows(router_init: Path | str | None) -> RouterFile | None:
