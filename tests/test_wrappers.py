@@ -441,6 +441,21 @@ def test_settings_that_are_not_in_a_config_of_their_own(
     assert failures(flat, moe) == []
 
 
+@pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if row[1] in ("qwen2_5_vl_text", "qwen3_vl_text")],
+    ids="-".join,
+)
+def test_older_readers_are_told_how_heads_are_turned(make_moe: MakeMoe, row: Row) -> None:
+    """transformers 5 saves it by a key that transformers 4 does not know."""
+    dense, moe = (read_json(path / "config.json")["text_config"] for path in make_moe(row))
+    assert dense["rope_parameters"] == _ROPE
+    assert not {"rope_theta", "rope_scaling"} & dense.keys()
+    scaling = {key: value for key, value in _ROPE.items() if key != "rope_theta"}
+    assert moe["rope_parameters"] == _ROPE
+    assert (moe["rope_theta"], moe["rope_scaling"]) == (_ROPE["rope_theta"], scaling)
+
+
 def test_layers_that_predict_further_tokens_are_left_out(
     make_wrapper: MakeWrapper, tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     transformers 5 reads the older keys as well.
     """
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
-        return {}  # a type that has one for each kind of layer, whatever its config says besides
+        return _older_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
     if "partial_rotary_factor" in dense.values:
@@ -115,6 +115,19 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     if "rope_parameters" in config and not target.ships_code:
         found["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     return found
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by older keys what stays as the source has it, and has by the newest one alone.
+
+    That is how text models inside of others are turned by several positions. Where each kind of
+    layer has settings of its own, no older key stands for them.
+    """
+    rope = config.get("rope_parameters")
+    if config.get("rope_scaling") or not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _choices(
