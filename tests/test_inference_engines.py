@@ -12,7 +12,7 @@ from shapes import make_recipe
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import SHIPPED, Routing
 
 RUNS, WRONG = Support.RUNS, Support.WRONG
 ENGINE_TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -77,6 +77,16 @@ def test_heads_that_turn_in_part_were_tried_in_transformers_alone() -> None:
     assert NATIVE["mixtral"].rotary_share(saved) == 1.0
     shipped, *_ = becomes({"model_type": "nemotron", **sizes_of("nemotron")}, ())
     assert "vLLM" in shipped.engines
+
+
+def test_attention_that_all_models_of_a_type_have_was_tried() -> None:
+    """Half of the layers have a window, in the models that were tried as well."""
+    of_gemma4 = becomes({"model_type": "gemma4_text", **sizes_of("gemma4_text")}, ())
+    engines_of = {row.name: {*row.engines} for row in of_gemma4}
+    assert engines_of == {
+        SHIPPED: {"transformers", "vLLM"},
+        "gemma4_text": {"transformers", "vLLM", "MLX"},
+    }
 
 
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "qwen3_moe"])

@@ -199,9 +199,7 @@ def _inspect_moe(
             experts.routing,
             tied=tied,
             fused=fused,
-            plain_attention=has_plain_attention(
-                config, rotary_share=target.rotary_share(config), inside=target.inside
-            ),
+            plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
             every_layer=experts.every_layer,
             scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
             shared=experts.shares,

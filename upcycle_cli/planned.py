@@ -166,9 +166,7 @@ class Planned(ABC):
             self.routing,
             tied=bool(config.get("tie_word_embeddings", False)),
             fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(
-                config, rotary_share=self.rotary_share, inside=self.target.inside
-            ),
+            plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
             every_layer=self.every_layer,
             scaled=config.get(self.target.keys.scale or "", 1.0) != 1.0,
             shared=self.shares,

@@ -99,9 +99,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
         )
         return replace(none, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    plain = has_plain_attention(
-        inner(config), rotary_share=family.rotary_share, inside=family.target.inside
-    )
+    plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
     return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 

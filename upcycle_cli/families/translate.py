@@ -11,15 +11,17 @@ from typing import Any
 
 from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.shipped import auto_map
+from upcycle_cli.families.shipped import UPCYCLED_PREFIX, auto_map
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.families.wrappers import Inside, inner, parts, with_inner
+from upcycle_cli.families.wrappers import inner, parts, with_inner
 from upcycle_cli.recipe import Recipe
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _ELSEWHERE = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 """Keys that a target's own settings say."""
 _ALIASED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
+_OWN_ATTENTION = ("gemma3_text", "gemma4_text")
+"""Types that attend in one way of their own, with which engines were tried."""
 _IN_TRAINING = ("use_cache", "initializer_range", "pretraining_tp")
 """Keys that no forward pass reads: they stay as the source has them, or absent."""
 
@@ -161,16 +163,14 @@ def _choices(
     return found
 
 
-def has_plain_attention(
-    config: Mapping[str, Any], *, rotary_share: float = 1.0, inside: Inside | None = None
-) -> bool:
+def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0) -> bool:
     """Whether a config's heads make up the hidden size, no layer slides, and rope is plain.
 
     `rotary_share` is the part of each head that positions turn, 1 for the code that is shipped,
-    whose attention is the dense model's own. What all text models of a wrapper have counts as plain
-    inside of it.
+    whose attention is the dense model's own. What all models of a type have counts as plain where
+    engines were tried with it.
     """
-    if inside is not None and inside.wrapper.own_attention:
+    if str(config.get("model_type")).removeprefix(UPCYCLED_PREFIX) in _OWN_ATTENTION:
         return True
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (

@@ -63,8 +63,6 @@ class Wrapper:
     """Whether its config may have the text model's settings among its own."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of released names with what they are in memory."""
-    own_attention: bool = False
-    """Whether all its text models attend in one way of their own, with which engines were tried."""
     parts: tuple[str, ...] = ("text_config", "vision_config")
     """The keys under which its config has the configs of its models."""
 
@@ -195,7 +193,6 @@ _ROWS: Sequence[Wrapper] = (
         classes=("Gemma3Config", "Gemma3Model", "Gemma3ForConditionalGeneration"),
         **_AS_LLAVA,
         tied=True,
-        own_attention=True,
     ),
     Wrapper(
         model_type="qwen2_5_vl",

@@ -10,7 +10,7 @@ from interop.wrapped import WRAPPED
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.wrappers import INSIDE
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe import ExpertLayout, Routing
 
 EXACT, PLAIN, SIGMOID = (
     str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)
@@ -37,6 +37,7 @@ PAIRS: Sequence[tuple[str, str]] = (
     ("lfm2", "lfm2_moe"),
     ("cohere2", "cohere2_moe"),
     ("qwen3_5_text", "qwen3_5_moe_text"),
+    ("gemma4_text", "gemma4_text"),
     ("granite_swa", "granitemoe_swa"),
     ("qwen3", "dots1"),
     ("qwen3", "hy_v3"),
@@ -62,11 +63,15 @@ _INSIDE: Sequence[tuple[str, str]] = (
     ("qwen2_5_vl", UPCYCLED),
     ("qwen3_vl", "qwen3_vl_moe_text"),
     ("qwen3_vl", UPCYCLED),
+    ("qwen3_5", "qwen3_5_moe_text"),
+    ("qwen3_5", UPCYCLED),
+    ("gemma4", "gemma4_text"),
+    ("gemma4", UPCYCLED),
 )
 """Text models inside of others, likewise."""
 SHIPPED = (
     *("olmo2", "nemotron", "phi3", "gemma2", "gpt_neox"),
-    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon"),
+    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon", "gemma4_text"),
 )
 """Families as shipped code."""
 
@@ -105,6 +110,11 @@ def routings(target: str) -> tuple[str, ...]:
 def has_scale(target: str) -> bool:
     """Whether its config takes a factor on gates."""
     return target == UPCYCLED or _row(target).keys.scale is not None
+
+
+def is_fused(target: str) -> bool:
+    """Whether the experts of a layer are one tensor, without being asked for."""
+    return target != UPCYCLED and _row(target).layout(None) is ExpertLayout.FUSED
 
 
 def _row(target: str) -> Target:

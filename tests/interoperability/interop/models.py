@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interop.wrapped import WRAPPED, save_wrapped
+from interop.wrapped import GEMMA4, LINEAR, WRAPPED, save_wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
         "bias": True,
     },
     "gemma2": {**TINY, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
+    "gemma4_text": {**TINY, **GEMMA4, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_neox": TINY,
     "granite_swa": {**TINY, "sliding_window": 256, "attention_multiplier": HEAD_DIM**-0.5},
@@ -78,14 +79,7 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
     "olmo2": TINY,
     "olmo3": {**TINY, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": TINY,
-    "qwen3_5_text": {
-        **TINY,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": HEAD_DIM,
-        "linear_value_head_dim": HEAD_DIM,
-    },
+    "qwen3_5_text": {**TINY, **LINEAR},
     "starcoder2": {**TINY, "tie_word_embeddings": True},
     "youtu": {
         **{key: value for key, value in TINY.items() if key != "head_dim"},
@@ -133,7 +127,7 @@ def is_real(dense: str) -> bool:
 def is_tied(dense: str) -> bool:
     """Whether the head of a dense model shares the embedding."""
     if dense in WRAPPED:
-        return dense == "gemma3"
+        return dense in ("gemma3", "gemma4")
     if dense in RANDOM:
         return bool(RANDOM[dense].get("tie_word_embeddings", dense == "gpt2"))
     return bool(REWRITTEN.get(dense, {}).get("tie_word_embeddings", True))
@@ -158,32 +152,32 @@ def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
 
 def _write_for_all(path: Path) -> None:
     """Say what a released model says, and transformers 5 does not write for older readers."""
-    changes: dict[str, dict[str, Any]] = {
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
-        "config.json": {},
-    }
     config = json.loads((path / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        changes["config.json"]["rope_theta"] = rope["rope_theta"]
-    if text := config.get("text_config"):
-        inside = dict(text["rope_parameters"])
-        if "rope_theta" in inside:
-            text["rope_theta"] = inside.pop("rope_theta")
-        if "mrope_section" in inside:
-            text["rope_scaling"] = inside
-        changes["config.json"]["text_config"] = text
+    # transformers writes settings of experts for a model that has none.
+    config = {key: value for key, value in config.items() if key not in ONLY_WITH_EXPERTS}
+    for held in (config, config.get("text_config") or {}):
+        _write_older(held)
     if blocks := config.get("layers_block_type"):
-        changes["config.json"]["num_hidden_layers"] = len(blocks)
-        changes["config.json"]["hybrid_override_pattern"] = "".join(BLOCKS[kind] for kind in blocks)
+        config["num_hidden_layers"] = len(blocks)
+        config["hybrid_override_pattern"] = "".join(BLOCKS[kind] for kind in blocks)
     if config["model_type"] == HYBRID:
-        changes["config.json"]["layer_types"] = [LAYERS[kind] for kind in config["layer_types"]]
-    for name, change in changes.items():
-        content = json.loads((path / name).read_text()) | change
-        # transformers writes settings of experts for a model that has none.
-        content = {key: value for key, value in content.items() if key not in ONLY_WITH_EXPERTS}
+        config["layer_types"] = [LAYERS[kind] for kind in config["layer_types"]]
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (path / name).unlink()
         (path / name).write_text(json.dumps(content, indent=2))
+
+
+def _write_older(config: dict[str, Any]) -> None:
+    """Say of a text model by older keys what its config says by newer ones."""
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if "mrope_section" in rope:
+        config["rope_scaling"] = rope
+    if heads := config.pop("per_layer_config", None):
+        (config["global_head_dim"],) = {each["head_dim"] for each in heads.values()}
 
 
 def _save_random(path: Path, model_type: str, smollm2: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from interop.conversions import UPCYCLED, Case, has_scale
+from interop.conversions import UPCYCLED, Case, has_scale, is_fused
 from interop.models import is_tied
 from upcycle_cli.families.engines import (
     ALL_SHIPPED,
@@ -132,9 +132,12 @@ Measured = dict[str, dict[str, dict[str, str]]]
 NOT_OF_THE_MODEL = {
     ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
     ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
+    ("qwen3_5_moe around qwen3_5_moe_text", "vLLM"): "likewise",
     ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
     ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
 }
 """What fails for a reason that other machines and models do not have: nothing is said of it."""
 
@@ -177,6 +180,7 @@ def parts_of(case: Case) -> list[str]:
     tied = is_tied(case.dense) and "--untie-embeddings" not in case.options
     options = {"--expert-layout fused": FUSED, "--layers 1": SOME_LAYERS}
     parts = [options[option] for option in case.options if option in options]
+    parts += [FUSED] if is_fused(case.target) else []
     in_config = has_scale(case.target) and "--scale-split balanced" not in case.options
     parts += [SCALED] if in_config else []
     parts += [SHARED for option in case.options if option.startswith("--shared-experts")]

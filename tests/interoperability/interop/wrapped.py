@@ -18,11 +18,13 @@ MARKS = (
     *("<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|video|>"),
+    *("<|audio>", "<|audio|>", "<audio|>"),
 )
 """Tokens that stand for pictures, added to a tokenizer: each wrapper has some of them."""
 _NESTED = ("clip_vision_model", "siglip_vision_model")
 """Vision towers whose tensors have longer names in releases than transformers 5 gives them."""
-SPARE = 16  # rows of the embedding for these
+SPARE = 32  # rows of the embedding for these
 TOKENIZER, PICTURES = "tokenizer_config.json", "preprocessor_config.json"
 
 _SEES: Mapping[str, Any] = {
@@ -48,6 +50,7 @@ _ROPE: Mapping[str, Any] = {
     "mrope_section": [4, 6, 6],
     "rope_theta": 10000.0,
 }
+_TURNS: Mapping[str, Any] = {**_ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
 _TINY: Mapping[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -57,6 +60,26 @@ _TINY: Mapping[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
     "sliding_window": None,
+}
+LINEAR: Mapping[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+"""What a tiny text model of Qwen3.5 needs said."""
+GEMMA4: Mapping[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 256,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 0,  # as all of its own mixtures
+}
+"""What a tiny text model of Gemma 4 needs said."""
+_SOFT: Mapping[str, Any] = {
+    "patch_size": PATCH,
+    "pooling_kernel_size": 2,
+    "max_soft_tokens": 70,  # the fewest that there can be
 }
 
 
@@ -75,6 +98,8 @@ class Wrapped:
     """What prepares pictures and text, by the name of its file."""
     around: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of its config."""
+    repeats: tuple[str, ...] = ()
+    """Keys of its text model that its config has as well."""
 
 
 _QWEN: Mapping[str, Any] = {
@@ -207,11 +232,64 @@ WRAPPED: Mapping[str, Wrapped] = {
         **_QWEN,
     ),
     "qwen3_vl": Wrapped(
-        text={**_TINY, "model_type": "qwen3_vl_text", "rope_parameters": _ROPE},
+        text={**_TINY, "model_type": "qwen3_vl_text", "rope_parameters": _TURNS},
         sees={**_SEES_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         files=_qwen_files("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
         around={"tie_word_embeddings": False},
         **_QWEN,
+    ),
+    "qwen3_5": Wrapped(
+        text={
+            **_TINY,
+            **LINEAR,
+            "model_type": "qwen3_5_text",
+            "rope_parameters": {**_TURNS, "partial_rotary_factor": 1.0},
+        },
+        sees={**_SEES_PATCHES, "num_position_embeddings": 16},
+        files=_qwen_files("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+        around={"tie_word_embeddings": False},
+        **_QWEN,
+    ),
+    "gemma4": Wrapped(
+        text={**_TINY, **GEMMA4, "model_type": "gemma4_text", "pad_token_id": 0},
+        sees={
+            **_SEES,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+            "default_output_length": _SOFT["max_soft_tokens"],
+        },
+        tokens={
+            "image_token_id": "<|image|>",
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+            "video_token_id": "<|video|>",
+        },
+        asked="<|image|>",
+        files={
+            "processor_config.json": {
+                "processor_class": "Gemma4Processor",
+                "image_processor": {
+                    "image_processor_type": "Gemma4ImageProcessor",
+                    **_SOFT,
+                },
+                "video_processor": {"video_processor_type": "Gemma4VideoProcessor", **_SOFT},
+                "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+            },
+            TOKENIZER: {
+                "extra_special_tokens": {
+                    "image_token": "<|image|>",
+                    "boi_token": "<|image>",
+                    "eoi_token": "<image|>",
+                    "audio_token": "<|audio|>",
+                    "boa_token": "<|audio>",
+                    "eoa_token": "<audio|>",
+                },
+            },
+        },
+        around={"audio_config": None},
+        repeats=("vocab_size",),  # MLX looks for it there
     ),
 }
 """By name, which begins with the type."""
@@ -228,11 +306,12 @@ def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
 
     row = WRAPPED[name]
     marks = {mark: tokens["vocab_size"] + index for index, mark in enumerate(MARKS)}
-    text = {**row.text, **tokens, "vocab_size": tokens["vocab_size"] + SPARE}
+    text = {**tokens, **row.text, "vocab_size": tokens["vocab_size"] + SPARE}
     config = CONFIG_MAPPING[name.split(maxsplit=1)[0]](
         text_config=text,
         vision_config=dict(row.sees),
         **{key: marks[mark] for key, mark in row.tokens.items()},
+        **{key: text[key] for key in row.repeats},
         **row.around,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
