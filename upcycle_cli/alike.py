@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.families import dense_family
-from upcycle_cli.families.dense import DenseModel, read_dense
+from upcycle_cli.families import dense_model
+from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.values import defaults_of
-from upcycle_cli.families.wrappers import inner, parts
+from upcycle_cli.families.wrappers import parts
 from upcycle_cli.files import MOST_COMPANION_BYTES, read_small
 from upcycle_cli.front_matter import Carried, carried_over
 from upcycle_cli.intact import check_source
@@ -52,7 +52,7 @@ def _licence_notes(source: Checkpoint, others: Sequence[Checkpoint]) -> Iterator
 
 def alike(source: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
     """Return the other models; UpcycleError for one that cannot give experts beside the source."""
-    dense = _dense(source)
+    dense = dense_model(source.config, source.tensors)
     wanted = source.tensors.keys() - check_source(source, dense).keys()
     for other in others:
         _check_alike(source, dense, sorted(wanted), other)
@@ -67,7 +67,7 @@ def _check_alike(
     It must be of the same family, with the same tensors, compute alike but for its weights, and
     have the same tokens.
     """
-    found = _dense(other)
+    found = dense_model(other.config, other.tensors)
     if found.family.title != dense.family.title:
         raise UpcycleError(
             f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
@@ -107,10 +107,6 @@ def check_dtypes(source: Checkpoint, others: Sequence[Checkpoint], names: Iterab
                     f"{name} is {two} in {other.path}, and {one} in {source.path}.",
                     "Choose one with --dtype.",
                 )
-
-
-def _dense(model: Checkpoint) -> DenseModel:
-    return read_dense(dense_family(model.config, model.tensors), inner(model.config))
 
 
 def _check_settings(

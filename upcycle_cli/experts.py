@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families import dense_family, target_of
-from upcycle_cli.families.dense import read_dense
+from upcycle_cli.families import dense_model, target_of
 from upcycle_cli.families.mlp import Weight, holder, parts_of, place, present
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.wrappers import inner
@@ -137,10 +136,7 @@ class Experts:
 
     @cached_property
     def shares(self) -> bool:
-        """Whether a shared expert computes something, as the recipe says that made the model.
-
-        Where none is recorded, one that is there does.
-        """
+        """Whether a shared expert does something: by the recorded recipe, else if there is one."""
         storage = self.moe.storage
         record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
         recipe = record.get("recipe")
@@ -166,10 +162,7 @@ class Experts:
         return down is not None and bool(down.any())
 
     def cut(self, part: str) -> int | None:
-        """Return the dimension of a part that counts neurons; None where none does.
-
-        That is so in memory, whichever way matrices lie in the files.
-        """
+        """Return the dimension of a part that counts neurons in memory; None where none does."""
         return holder(self.target.in_memory.experts, part).cut
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
@@ -206,12 +199,9 @@ class Experts:
 def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
     config, target = inner(moe.config), target_of(moe.config, moe.tensors)
-    keys = target.keys
     try:
-        num_experts, top_k, expert_size = (
-            target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
-        )
-        num_layers = target.layers.count(config) or target.count(config, "num_hidden_layers")
+        num_experts, top_k, expert_size = target.sizes(config)
+        num_layers = target.num_layers(config)
         if num_layers > len(moe.tensors):
             words = f"num_hidden_layers {num_layers} is more than there are tensors of"
             raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
@@ -220,7 +210,7 @@ def find_experts(moe: Checkpoint) -> Experts:
     except ValueError as error:
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
     if top_k > num_experts:
-        words = f"{keys.top_k} is {top_k}, more than the {num_experts} experts"
+        words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
     return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
 
@@ -260,14 +250,9 @@ def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts
             from upcycle_cli.movement import measured
 
             with ExitStack() as stack:
-                dense = [
-                    (
-                        each,
-                        read_dense(dense_family(each.config, each.tensors), inner(each.config)),
-                        stack.enter_context(each.reader()),
-                    )
-                    for each in sources
-                ]
+                models = [dense_model(each.config, each.tensors) for each in sources]
+                readers = [stack.enter_context(each.reader()) for each in sources]
+                dense = [*zip(sources, models, readers, strict=True)]
                 factors, movement, num_shared = measured(experts, reader, dense)
     if len(differing) > _MAX_DIFFERING:
         every = experts.num_experts * len(experts.layers)

@@ -75,7 +75,6 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     """Return the family of a dense config, of a wrapper that of its text model.
 
     Inside of a wrapper, how names begin is taken from `names`, those of the source's tensors.
-
     Raises UpcycleError for an MoE, a quantised model, or a model type that is not supported.
     """
     model_type = config.get("model_type")
@@ -99,6 +98,11 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
             "Convert the bf16 or fp16 release of the model, and quantise the result.",
         )
     return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
+
+
+def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
+    """Return what a dense config means; `names` and errors are as for `dense_family`."""
+    return read_dense(dense_family(config, names), inner(config))
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -176,15 +180,13 @@ def choose(
     names: Collection[str] = (),
     shared_experts: int = 0,
 ) -> Family:
-    """Return the family for a source config; `target` may be "auto".
+    """Return the family for a source config; `target` may be "auto": the first that can express it.
 
-    Auto takes the first target that can express the model, the routing, the choice of layers and
-    the shared experts that are asked for. `names` are those of the source's tensors.
-
-    Raises UpcycleError when none can, saying why of each.
+    With the routing, the choice of layers and the shared experts that are asked for. `names` are
+    those of the source's tensors. Raises UpcycleError when none can, saying why of each.
     """
-    family = dense_family(config, names)
-    dense = read_dense(family, inner(config))
+    dense = dense_model(config, names)
+    family = dense.family
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
@@ -203,8 +205,9 @@ def choose(
             row = shipped(as_loaded(family), dense.activation, biased=biased)
         else:
             row = native_target(name, family.inside)
-        reason = _objection(row, dense, routing, chosen, biased=biased)
-        reason = reason or _shared_objection(row, shared_experts)
+        reason = _objection(
+            row, dense, routing, chosen, biased=biased, shared_experts=shared_experts
+        )
         if reason is not None:
             reasons[name] = reason
         elif target in ("auto", name):
@@ -224,6 +227,7 @@ def _objection(
     layers: Sequence[int],
     *,
     biased: bool,
+    shared_experts: int,
 ) -> str | None:
     if routing is not None and routing not in target.routings:
         return f"it has no {routing} routing"
@@ -234,10 +238,8 @@ def _objection(
     for name, reason in target.lacks.items():
         if dense.has(name):
             return reason.format(model_type=dense.model_type)
-    return target.refusal(dense) or target.layers.objection(layers, dense.num_layers)
-
-
-def _shared_objection(target: Target, count: int) -> str | None:
-    if not count:
-        return None
-    return "it has no shared expert" if target.shared is None else target.shared.objection(count)
+    found = target.refusal(dense) or target.layers.objection(layers, dense.num_layers)
+    if found is not None or not shared_experts:
+        return found
+    shared = target.shared
+    return "it has no shared expert" if shared is None else shared.objection(shared_experts)

@@ -39,10 +39,7 @@ _KEYS_OR_VALUES = re.compile(r"(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
 
 
 def unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str | None:
-    """Return why no model of transformers reads a tensor of a checkpoint, None if one does.
-
-    `values` are settings, those that are absent from a config among them.
-    """
+    """Return why transformers reads no such tensor, None if it does; `values` are in effect."""
     found = next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
     before, _ = family.layer.split("{layer}")
     own = _KEYS_OR_VALUES.fullmatch(name.removeprefix(before)) if name.startswith(before) else None
@@ -227,10 +224,7 @@ class DenseModel:
 
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
-    """Return what a config means, of a wrapper that of its text model alone.
-
-    Raises UpcycleError where it makes no sense.
-    """
+    """Return what a config means, of a wrapper that of its text model alone; UpcycleError."""
     config = family.current(config)
     values = Values(config, family.model_type, family.keys)
     if family.blocks is None:

@@ -10,14 +10,12 @@ refuses all that were tried goes for every family.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
-from importlib.resources import files
 
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX
+from upcycle_cli.families.values import table
 from upcycle_cli.recipe import Routing
 
 
@@ -118,13 +116,6 @@ def engines(
 def _verdicts(target: str, engine: str) -> Mapping[str, str]:
     """Return what was found, by routing and by what else a model can have."""
     every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
-    found = _measured().get(target, {}).get(engine)
-    return found if found is not None else _measured().get(every, {}).get(engine, {})
-
-
-@cache
-def _measured() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
-    """Return the verdicts by target, engine, and routing or what else a model can have."""
-    text = (files("upcycle_cli.families") / "measured.json").read_text("utf-8")
-    result: dict[str, dict[str, dict[str, str]]] = json.loads(text)
-    return result
+    own, usual = (table("measured").get(name, {}).get(engine) for name in (target, every))
+    found: Mapping[str, str] = own if own is not None else usual or {}
+    return found

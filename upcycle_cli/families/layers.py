@@ -21,9 +21,8 @@ def parse_layers(text: str | None, having: Sequence[int], num_layers: int) -> tu
     """Return the layers that a choice names, of those that have an MLP; None is all of them.
 
     `4-31` and `4-` are ranges, several choices have commas between, and `every:2` is every second
-    of the layers that have an MLP, from the first one on.
-
-    Raises UpcycleError for a text of another form, and for a layer that has no MLP or is not there.
+    of the layers that have an MLP, from the first one on. Raises UpcycleError for a text of another
+    form, and for a layer that has no MLP or is not there.
     """
     if text is None:
         return tuple(having)
@@ -89,20 +88,31 @@ class LayerChoice:
         return "the last ones" if self.objection((2, 3), 4) is None else "all"
 
 
+def _said(config: Mapping[str, Any], key: str, is_sound: Callable[[Any], bool]) -> Any:  # noqa: ANN401
+    """Return what a config says under a key; ValueError where that makes no sense."""
+    value = config.get(key)
+    if not is_sound(value):
+        raise ValueError(f"{key} is {shown(value)}")
+    return value
+
+
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _are_layers(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
 def _all_if_any(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     """Of an architecture whose model is dense where it has no experts."""
-    experts = config["num_local_experts"]
-    if type(experts) is not int or experts < 0:
-        raise ValueError(f"num_local_experts is {shown(experts)}")
-    return tuple(range(count if experts else 0))
+    return tuple(range(count if _said(config, "num_local_experts", _at_least(0)) else 0))
 
 
 def _enabled(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     """Of an architecture that says so by a switch."""
-    value = config["enable_moe_block"]
-    if type(value) is not bool:
-        raise ValueError(f"enable_moe_block is {shown(value)}")
-    return tuple(range(count if value else 0))
+    enabled = _said(config, "enable_moe_block", lambda value: type(value) is bool)
+    return tuple(range(count if enabled else 0))
 
 
 def _rest(layers: Sequence[int], count: int) -> list[int]:
@@ -121,9 +131,7 @@ def _first_dense(key: str) -> LayerChoice:
     """Return the choice of configs that say how many of the first layers are dense."""
 
     def read(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-        first = config[key]
-        if type(first) is not int or not 0 <= first < count:
-            raise ValueError(f"{key} is {shown(first)}")
+        first = _said(config, key, lambda value: type(value) is int and 0 <= value < count)
         return tuple(range(first, count))
 
     def objection(layers: Sequence[int], count: int) -> str | None:
@@ -137,11 +145,9 @@ def _first_dense(key: str) -> LayerChoice:
 
 
 def _without(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    dense, step = config["mlp_only_layers"] or [], config["decoder_sparse_step"]
-    if type(step) is not int or step < 1:
-        raise ValueError(f"decoder_sparse_step is {shown(step)}")
-    sparse = _rest(_layers("mlp_only_layers", dense), count)
-    return tuple(layer for layer in sparse if (layer + 1) % step == 0)
+    step = _said(config, "decoder_sparse_step", _at_least(1))
+    dense = _said(config, "mlp_only_layers", lambda value: not value or _are_layers(value))
+    return tuple(layer for layer in _rest(dense or [], count) if (layer + 1) % step == 0)
 
 
 _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
@@ -153,10 +159,8 @@ def _spaced(layers: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _in_range(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    first, last, interval = (config[key] for key in _RANGE_KEYS)
-    for key, value, least in zip(_RANGE_KEYS, (first, last, interval), (0, -1, 1), strict=True):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{key} is {shown(value)}")
+    ends = zip(_RANGE_KEYS, (0, -1, 1), strict=True)
+    first, last, interval = (_said(config, key, _at_least(least)) for key, least in ends)
     last = count - 1 if last == -1 else min(last, count - 1)
     return tuple(layer for layer in range(first, last + 1) if (layer + 1) % interval == 0)
 
@@ -168,23 +172,18 @@ def _only_range(layers: Sequence[int], count: int) -> str | None:
     return "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it"
 
 
-def _layers(key: str, value: object) -> list[int]:
-    if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise ValueError(f"{key} is {shown(value)}")
-    return value
-
-
 def _named(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    layers = _layers("moe_layers", config.get("moe_layers"))
-    if not layers or sorted({*layers} & {*range(count)}) != layers:
-        raise ValueError(f"moe_layers is {shown(layers)}")
-    return tuple(layers)
+    def are_some(value: Any) -> bool:  # noqa: ANN401
+        return _are_layers(value) and value and sorted({*value} & {*range(count)}) == value
+
+    return tuple(_said(config, "moe_layers", are_some))
 
 
 def _sparse(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    kinds = config["mlp_layer_types"]
-    if not isinstance(kinds, list) or len(kinds) != count or not {*kinds} <= {"sparse", "dense"}:
-        raise ValueError(f"mlp_layer_types is {shown(kinds)}")
+    def are_kinds(value: Any) -> bool:  # noqa: ANN401
+        return isinstance(value, list) and len(value) == count and {*value} <= {"sparse", "dense"}
+
+    kinds = _said(config, "mlp_layer_types", are_kinds)
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
 
 

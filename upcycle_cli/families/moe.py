@@ -364,6 +364,16 @@ class Target:
             raise ValueError(f"{key} must be a positive integer, not {shown(value)}")
         return value
 
+    def sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return N, T and the intermediate size of an expert; ValueError for no such numbers."""
+        keys = self.keys.num_experts, self.keys.top_k, self.keys.expert_size
+        num_experts, top_k, expert_size = (self.count(config, key) for key in keys)
+        return num_experts, top_k, expert_size
+
+    def num_layers(self, config: Mapping[str, Any]) -> int:
+        """Return how many layers there are, of whatever kind; ValueError for no such number."""
+        return self.layers.count(config) or self.count(config, "num_hidden_layers")
+
     def routing(self, config: Mapping[str, Any]) -> Routing:
         """Return the routing that an MoE's config stands for; ValueError when for none."""
         if self.keys.routing is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_cli.errors import UpcycleError
@@ -26,17 +26,17 @@ class TargetFacts:
 
     name: str
     """As --target has it."""
-    routings: tuple[Routing, ...]
+    routings: tuple[Routing, ...] = ()
     """That which convert takes first."""
-    layers: str
+    layers: str = ""
     """Which layers can be mixtures of experts: any, a range, the last ones, all."""
-    engines: Mapping[str, tuple[Routing, ...]]
+    engines: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The engines that were seen to run it, and with which routings."""
-    trainers: Mapping[str, tuple[Routing, ...]]
+    trainers: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The trainers that were seen to take it, and with which routings."""
-    balanced: str
+    balanced: str = ""
     """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
-    shared_experts: str
+    shared_experts: str = ""
     """How many shards can be an expert for every token: any, 1, none."""
     refusal: str | None = None
     """Why a model cannot become it; None where it can, and where no model is asked about."""
@@ -88,16 +88,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     try:
         family = choose(config, name, None, names=names)
     except UpcycleError as error:
-        none = TargetFacts(
-            name=name,
-            routings=(),
-            layers="",
-            engines={},
-            trainers={},
-            balanced="",
-            shared_experts="",
-        )
-        return replace(none, refusal=error.message)
+        return TargetFacts(name=name, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
     plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
     return _facts(name, family.target, tied=tied, plain_attention=plain)

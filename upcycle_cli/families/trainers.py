@@ -14,28 +14,16 @@ tests/interoperability/trainers.py, docs/training.md. A trainer that is not list
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from string import Template
-from typing import Any
 
 from upcycle_cli.families.engines import ALL_SHIPPED, Support
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.values import defaults_of
+from upcycle_cli.families.values import defaults_of, table
 from upcycle_cli.recipe import ExpertLayout, Routing
 
 _LOSS, _NO_LOSS = "loss", "no loss"
 """Whether transformers has a balancing loss for an architecture."""
-
-
-@cache
-def _known() -> Mapping[str, Mapping[str, Any]]:
-    result: dict[str, dict[str, Any]]
-    result = json.loads((files("upcycle_cli.families") / "trainers.json").read_text("utf-8"))
-    return result
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ def trainers(
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor.
     """
-    kind, known = ALL_SHIPPED if target.ships_code else target.model_type, _known()
+    kind, known = ALL_SHIPPED if target.ships_code else target.model_type, table("trainers")
     found = []
     # Of text models inside of others, none was tried.
     for name in () if target.inside else known["tried"].get(kind, ()):
@@ -85,9 +73,10 @@ def expert_parallel_sizes(num_experts: int) -> tuple[int, ...]:
 
 def _words(name: str, kind: str, routing: Routing) -> str:
     has_loss = "router_aux_loss_coef" in defaults_of(kind)
-    settings = _known()["settings"][name]
+    known = table("trainers")
+    settings = known["settings"][name]
     words: str = settings.get(kind) or settings[_LOSS if has_loss else _NO_LOSS]
-    more = _known()["by_routing"].get(name, {}).get(routing)
+    more = known["by_routing"].get(name, {}).get(routing)
     return f"{words}; {more}" if more else words
 
 
@@ -95,7 +84,7 @@ def _lora(kind: str, target: Target) -> str:
     # The fused layout is that of memory.
     held = target.layouts[ExpertLayout.FUSED].experts
     parameters = ", ".join(f'"{weight.name}"' for weight in held if not weight.is_bias)
-    reached = _known()["all_linear"].get(kind, "attention, and no expert")
+    reached = table("trainers")["all_linear"].get(kind, "attention, and no expert")
     return (
         f"`target_parameters=[{parameters}]` for the experts; "
         f'`target_modules="all-linear"` reaches {reached}'

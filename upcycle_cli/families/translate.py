@@ -41,12 +41,11 @@ def moe_config(
     `dtype` is torch's name for the output dtype, or None to leave what the source says.
     """
     current = dense.family.current(inner(config))
-    text = _text_config(current, dense, target, recipe, layers)
+    result = _text_config(current, dense, target, recipe, layers)
     tied = dense.values.get("tie_word_embeddings", False) and not untie_embeddings
-    result = text
     if target.inside is not None:
         native = None if target.ships_code else target.outer_type
-        result = with_inner(config, text, native, tied=tied)
+        result = with_inner(config, result, native, tied=tied)
     result |= {
         "architectures": [target.architecture],
         "model_type": target.outer_type,
@@ -77,13 +76,11 @@ def _text_config(
 ) -> dict[str, Any]:
     """Return what the MoE's config says of its text model, which mostly is the whole."""
     result = dict(config)
-    if not target.ships_code:
-        result["model_type"] = target.model_type
     # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
     for key in (*_ALIASED, *target.keys.aliases):
         result.pop(key, None)
     if not target.ships_code:
-        result |= _effective(dense, target)
+        result |= {"model_type": target.model_type} | _effective(dense, target)
     result |= _rope(config, dense, target)
     balancing = {
         "router_aux_loss_coef": 0.01,  # the paper's load-balancing coefficient
@@ -104,10 +101,7 @@ def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
-    """State rotary embeddings as older readers want them, and as newer ones where the source does.
-
-    transformers 5 reads the older keys as well.
-    """
+    """State rotary embeddings in the older keys, which all read, and the source's newer ones."""
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
         return _older_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]

@@ -24,9 +24,9 @@ LAYER = "layer"
 
 
 @cache
-def _read() -> Mapping[str, Any]:
-    text = (files("upcycle_cli.families") / "defaults.json").read_text("utf-8")
-    result: dict[str, Any] = json.loads(text)
+def table(name: str) -> Mapping[str, Any]:
+    """Return what a JSON file beside this module holds, such as `defaults`."""
+    result: dict[str, Any] = json.loads((files(__package__) / f"{name}.json").read_text("utf-8"))
     return result
 
 
@@ -37,12 +37,12 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
     the latter is listed only where it is not 1. Neither is there for a model type without rope.
     Nothing for a model type that the table lacks.
     """
-    return MappingProxyType(_read()["defaults"].get(model_type, {}))
+    return MappingProxyType(table("defaults")["defaults"].get(model_type, {}))
 
 
 def known_names(of: str) -> Sequence[str]:
     """Return the "activations" without weights, or the "rope_kinds", that transformers knows."""
-    names: Sequence[str] = _read()[of]
+    names: Sequence[str] = table("defaults")[of]
     return names
 
 
@@ -56,14 +56,14 @@ def tensor_shapes(
     layers follow in order, then the last norm and the head. A tied head is not listed. Nothing for
     a model type that the table lacks.
     """
-    table = _read()["tensors"].get(model_type)
-    if table is None:
+    rows = table("defaults")["tensors"].get(model_type)
+    if rows is None:
         return {}
-    embedding, *rest = _sized(table["outside"], values).items()
-    layers = {kind: _sized(table["layers"][kind], values) for kind in set(kinds)}
+    embedding, *rest = _sized(rows["outside"], values).items()
+    layers = {kind: _sized(rows["layers"][kind], values) for kind in set(kinds)}
     found = dict([embedding])
     for layer, kind in enumerate(kinds):
-        prefix = table["prefix"].format(layer=layer)
+        prefix = rows["prefix"].format(layer=layer)
         found |= {prefix + name: shape for name, shape in layers[kind].items()}
     return found | dict(rest)
 

@@ -185,13 +185,11 @@ def gather_grown(source: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> G
 
 def _side(moe: Checkpoint) -> Side:
     target = find_target(moe)
-    keys, config = target.keys, moe.config
+    config = moe.config
     try:
-        num_experts, top_k, size = (
-            target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
-        )
+        num_experts, top_k, expert_size = target.sizes(config)
         routing = str(target.routing(config))
-        layers = target.moe_layers(config, target.count(config, "num_hidden_layers"))
+        layers = target.moe_layers(config, target.num_layers(config))
     except ValueError as error:
         raise DamagedError(f"{CONFIG_NAME}: {error}.") from error
     for name, entry in moe.tensors.items():
@@ -203,7 +201,7 @@ def _side(moe: Checkpoint) -> Side:
         layout=find_layout(moe, target),
         num_experts=num_experts,
         top_k=top_k,
-        expert_size=size,
+        expert_size=expert_size,
         routing=routing,
         layers=layers,
     )

@@ -66,9 +66,7 @@ def gather_facts(
     kind = mlp_kind(parts_of(family.mlp), activation)
     keys, config, layout = target.keys, inner(moe.config), find_layout(moe, target)
     with _reading_config():
-        num_experts, top_k, expert_size = (
-            target.count(config, key) for key in (keys.num_experts, keys.top_k, keys.expert_size)
-        )
+        num_experts, top_k, expert_size = target.sizes(config)
         size = f"{keys.expert_size} {expert_size}"
         if dense_size % expert_size:
             raise ValueError(
@@ -88,7 +86,7 @@ def gather_facts(
                 f"{keys.num_experts} {num_experts} is not a multiple of {shards}, which "
                 f"{size} stands for"
             )
-        num_layers = _num_layers(moe, target)
+        num_layers = target.num_layers(config)
         moe_layers = target.moe_layers(config, num_layers)
         _check_layers(moe_layers, layers)
         routing = str(target.routing(config))
@@ -137,10 +135,8 @@ def find_layout(moe: Checkpoint, target: Target) -> Layout:
 
 def _check_sizes(moe: Checkpoint, target: Target) -> None:
     """Raise ValueError for sizes that no model of these tensors has, and that take forever."""
-    keys = target.keys
-    num_experts, top_k = (
-        target.count(inner(moe.config), key) for key in (keys.num_experts, keys.top_k)
-    )
+    keys, config = target.keys, inner(moe.config)
+    num_experts, top_k, _ = target.sizes(config)
     if top_k > num_experts:
         raise ValueError(f"{keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}")
     layer = re.compile(re.escape(target.layer).replace(r"\{layer\}", r"(\d+)"))
@@ -150,7 +146,7 @@ def _check_sizes(moe: Checkpoint, target: Target) -> None:
     fused = (entry.shape[0] for entry in entries if len(entry.shape) == 3 and entry.num_elements)
     for key, count, most in (
         (keys.num_experts, num_experts, max(len(entries), *fused, 0)),
-        ("num_hidden_layers", _num_layers(moe, target), len(layers)),
+        ("num_hidden_layers", target.num_layers(config), len(layers)),
     ):
         if count > most:
             raise ValueError(f"{key} {shown(count)} is more than there are tensors of")
@@ -185,12 +181,6 @@ def _is_inert(moe: Checkpoint, target: Target, layout: Layout) -> bool:
         return True
     with moe.reader() as reader:
         return float((reader.tensor(found)[:_SAMPLE_ROWS] != 0).double().mean()) < _MOSTLY
-
-
-def _num_layers(moe: Checkpoint, target: Target) -> int:
-    config = inner(moe.config)
-    count = target.layers.count(config)
-    return target.count(config, "num_hidden_layers") if count is None else count
 
 
 def dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...], int, int]:
