@@ -44,8 +44,8 @@ class Listener(Hooks):
     def advance(self, num_bytes: int) -> None:
         self.nbytes += num_bytes
 
-    def checking(self, name: str) -> None:
-        self.heard.append(f"checking {name}")
+    def begins(self, what: str) -> None:
+        self.heard.append(what)
 
     def finished(self, done: Conversion) -> None:
         self.heard.append(f"finished {done.output.name}")

@@ -167,8 +167,8 @@ class Heard(Watch):
         self.names: list[str] = []
         self.done: dict[str, list[tuple[int, int, str]]] = {}
 
-    def checking(self, name: str) -> None:
-        self.names.append(name)
+    def begins(self, what: str) -> None:
+        self.names.append(what.removeprefix("checking "))
 
     def checked(self, done: int, total: int, unit: str) -> None:
         self.done.setdefault(self.names[-1], []).append((done, total, unit))

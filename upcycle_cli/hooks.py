@@ -13,17 +13,14 @@ if TYPE_CHECKING:
 class Watch:
     """What is told of the progress of a model that is run; this one shows nothing."""
 
-    def calibrating(self) -> None:
-        """Hear that the dense model is about to be run on a calibration's text."""
+    def begins(self, what: str) -> None:
+        """Hear what begins: `calibrating`, or `checking` and the name of the check."""
 
     def calibrated(self) -> None:
-        """Hear that this is done."""
-
-    def checking(self, name: str) -> None:
-        """Hear that a check has started."""
+        """Hear that the dense model has been run on a calibration's text."""
 
     def checked(self, done: int, total: int, unit: str) -> None:
-        """Hear how far the check is, in `bytes` or `layers`."""
+        """Hear how far that is, in `bytes` or `layers`."""
 
 
 class Progress(Watch):

@@ -63,7 +63,7 @@ def measure_load(
     from upcycle_cli.running.models import TransformersError, load_config
     from upcycle_cli.running.texts import as_rows, shares, tokenized
 
-    watch.checking("load")
+    watch.begins("checking load")
     moe = experts.moe
     try:
         config = load_config(moe.path).get_text_config()

@@ -31,17 +31,11 @@ class _Bar(Progress):
     def advance(self, num_bytes: int) -> None:
         self._progress.advance(self._task, num_bytes)
 
-    def calibrating(self) -> None:
-        self._begin("calibrating")
-
     def calibrated(self) -> None:
         self._progress.remove_task(self._task)
         self._task = self._writing()
 
-    def checking(self, name: str) -> None:
-        self._begin(f"checking {name}")
-
-    def _begin(self, what: str) -> None:
+    def begins(self, what: str) -> None:
         # What is left of one thing says nothing of the next.
         self._progress.remove_task(self._task)
         self._task = self._progress.add_task(what, total=None, unit="")
@@ -77,27 +71,18 @@ class _Lines(Progress):
 
     def advance(self, num_bytes: int) -> None:
         self.done += num_bytes
-        self._show(self.done, self.total, "bytes")
-
-    def calibrating(self) -> None:
-        self._begin("calibrating")
-        self.console.print(self.name)
+        self.checked(self.done, self.total, "bytes")
 
     def calibrated(self) -> None:
-        self._begin("writing")
-
-    def checking(self, name: str) -> None:
-        self._begin(f"checking {name}")
-        self.console.print(self.name)
-
-    def _begin(self, what: str) -> None:
-        self.name = what
+        self.name = "writing"
         self.started = self.last = time.monotonic()
 
-    def checked(self, done: int, total: int, unit: str) -> None:
-        self._show(done, total, unit)
+    def begins(self, what: str) -> None:
+        self.name = what
+        self.started = self.last = time.monotonic()
+        self.console.print(what)
 
-    def _show(self, done: int, total: int, unit: str) -> None:
+    def checked(self, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         if now - self.last < _SECONDS_BETWEEN_LINES:
             return

@@ -10,10 +10,10 @@ size, E rows of a router.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from upcycle_cli.calibration.found import Calibration, LayerFound, RouterStatistics
 from upcycle_cli.calibration.prompts import Prompts
@@ -58,7 +58,7 @@ def calibrate(plan: Plan, watch: Watch) -> Calibration:
     assert text is not None
     try:
         rows = _prompts_of(plan, text) if isinstance(text, Prompts) else _rows_of(source, text)
-        watch.calibrating()
+        watch.begins("calibrating")
         with plan.reader() as reader:
             layers = {layer.statistics.layer: layer for layer in _run(plan, reader, rows, watch)}
     except TransformersError as error:
@@ -158,33 +158,27 @@ def _run(
             if layer not in plan.family.layers:
                 run.steps.advance()
                 continue
-            with _Activity(layers[layer].get_submodule(down), rows.positions) as activity:
+            with _activity(layers[layer].get_submodule(down), rows.positions) as magnitudes:
                 run.steps.advance()
             inputs_PH = run.mlp_input.flatten(0, -2)[rows.positions]
             fitted = _Fitting(plan, reader, routers[layer], layer, rows.weights)
-            yield fitted.found(inputs_PH.double().numpy(), activity.magnitudes)
+            yield fitted.found(inputs_PH.double().numpy(), magnitudes.pop())
             watch.checked(layer + 1, dense.num_layers, "layers")
 
 
-@dataclass
-class _Activity:
-    """Notes what is given to a down matrix, as long as it is entered."""
+@contextmanager
+def _activity(down: Model, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Note the magnitude of what each neuron gives to a down matrix at each position, (P, I)."""
+    found: list[torch.Tensor] = []
 
-    module: Model
-    positions: torch.Tensor
-    magnitudes: torch.Tensor = field(init=False)
-    """Of each neuron at each position, (P, I)."""
-    _handle: Any = None
+    def note(_module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
+        found.append(inputs[0].flatten(0, -2)[positions_P].abs())
 
-    def __enter__(self) -> Self:
-        self._handle = self.module.register_forward_pre_hook(self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _note(self, _module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.magnitudes = inputs[0].flatten(0, -2)[self.positions].abs()
+    handle = down.register_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

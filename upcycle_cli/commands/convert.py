@@ -225,16 +225,12 @@ class _Screen(Hooks):
         terminal.raise_signal()
         self.progress.advance(num_bytes)
 
-    def calibrating(self) -> None:
+    def begins(self, what: str) -> None:
         terminal.raise_signal()
-        self.progress.calibrating()
+        self.progress.begins(what)
 
     def calibrated(self) -> None:
         self.progress.calibrated()
-
-    def checking(self, name: str) -> None:
-        terminal.raise_signal()
-        self.progress.checking(name)
 
     def checked(self, done: int, total: int, unit: str) -> None:
         terminal.raise_signal()

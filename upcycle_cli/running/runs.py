@@ -6,7 +6,7 @@ Legend: B texts, S positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,24 +58,18 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
             run.hidden = _first(output)
             pause()
 
-        handles = [layer.register_forward_hook(end_layer) for layer in decoder_layers(model)]
-        try:
-            with torch.no_grad():
-                # Padding comes last, where causal attention keeps it from what counts, and
-                # positions are counted from the first token.
-                run.output = model.base_model(input_ids=ids_BS, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in decoder_layers(model):
+                hooks.callback(layer.register_forward_hook(end_layer).remove)
+            # Padding comes last, where causal attention keeps it from what counts, and positions
+            # are counted from the first token.
+            run.output = model.base_model(input_ids=ids_BS, use_cache=False)
 
-    with Steps(work) as steps:
+    with Steps(work) as steps, ExitStack() as hooks:
         run = Run(model, steps)
-        handles = [handle for mlp in mlps for handle in _watched(run, mlp)]
-        try:
-            yield run
-        finally:
-            for handle in handles:
-                handle.remove()
+        for handle in (handle for mlp in mlps for handle in _watched(run, mlp)):
+            hooks.callback(handle.remove)
+        yield run
 
 
 def _watched(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:

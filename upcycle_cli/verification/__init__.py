@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.errors import UpcycleError, shown
@@ -82,10 +82,8 @@ def verify(  # noqa: PLR0913 - options, by name
     failed. An MoE that does not promise equality is measured; `allow_inexact` says that this is
     what is expected, and makes the report `accepted`. `watch` hears how far the checks are.
 
-    Raises UpcycleError when the check cannot be made: an unknown check, a directory that is not
-    there or not of the right kind, a file that may not be read, a dense model that is not sound,
-    prompts that cannot be used, a broken transformers. Damage to the MoE is a finding, not an
-    error.
+    Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
+    file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
     """
     selected = _selected(checks)
     places = find_model(dense, dense_revision), find_model(moe, moe_revision)
@@ -103,7 +101,8 @@ def verify(  # noqa: PLR0913 - options, by name
     try:
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)
-        grown = _is_moe(places[0].path)
+        first = _config(places[0].path) or {}
+        grown = is_target(first) and is_moe(first) and wrapper_of(first) is None
         if grown and places[0].path.resolve() == places[1].path.resolve():
             raise UpcycleError(
                 f"{places[0].path} is given twice.",
@@ -166,13 +165,11 @@ def _read_rows(router_init: Path | str | None) -> RouterFile | None:
     return read_router_file(Path(router_init))
 
 
-def _is_moe(path: Path) -> bool:
-    """Whether the first of the two models is an MoE already, which the second was grown from."""
+def _config(path: Path) -> dict[str, Any] | None:
+    """Return what a model's config.json says, None where there is none; UpcycleError."""
     directory = Storage(path)
-    if not path.is_dir() or not directory.has(CONFIG_NAME):
-        return False
-    config = read_json(directory.local(CONFIG_NAME))
-    return is_target(config) and is_moe(config) and wrapper_of(config) is None
+    there = path.is_dir() and directory.has(CONFIG_NAME)
+    return read_json(directory.local(CONFIG_NAME)) if there else None
 
 
 def _opened(dense: Path, moe: Path, *others: Path) -> list[Checkpoint]:
@@ -208,13 +205,11 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
 
 def _check_kind(path: Path, *, moe: bool) -> None:
     """Raise UpcycleError when a directory is not the MoE, or not the dense model."""
-    directory = Storage(path)
-    if not path.is_dir() or not directory.has(CONFIG_NAME):
+    config = _config(path)
+    if config is None:
         hint = f"Give that of {'the MoE' if moe else 'the dense model'}."
         no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
-        raise adapter_in(directory) or no_model
-    config = read_json(directory.local(CONFIG_NAME))
-    model_type = config.get("model_type")
+        raise adapter_in(Storage(path)) or no_model
     known = is_known(config)
     if is_target(config) if moe else known and not is_moe(config):
         return
@@ -225,16 +220,13 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     swapped = known if moe else is_target(config)
     raise UpcycleError(
         f"{path} is not such {'an MoE' if moe else 'a model'}: its model type is "
-        f"{shown(model_type)}.",
+        f"{shown(config.get('model_type'))}.",
         f"{types}.{' The dense model comes first: upcycle verify DENSE MOE.' if swapped else ''}",
     )
 
 
 def _damaged(selected: tuple[str, ...], error: UpcycleError) -> Report:
-    """Return the report on an MoE that cannot be opened.
-
-    The first check that was asked for fails, so that no selection of checks passes.
-    """
+    """Return the report on an MoE that cannot be opened: whichever check comes first fails."""
     first, *others = selected
     reason = f"Not run: the MoE cannot be read (see {first})."
     failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
@@ -323,6 +315,6 @@ def _results(
             reason = f"Not run: {failed.name} failed."
             results.append(CheckResult(name=name, status=Status.SKIPPED, detail=reason))
             continue
-        how.watch.checking(name)
+        how.watch.begins(f"checking {name}")
         results.append(run[name]())
     return tuple(results)

@@ -16,7 +16,7 @@ import torch
 
 from upcycle_cli.checkpoint import Reader
 from upcycle_cli.header import TORCH_DTYPES
-from upcycle_cli.verification.bits import bits, same
+from upcycle_cli.verification.bits import bits, one_thread, same
 from upcycle_cli.verification.facts import Facts
 from upcycle_cli.verification.merged import by_model
 from upcycle_cli.verification.neurons import (
@@ -64,7 +64,7 @@ def recover_factors(facts: Facts) -> dict[str, float]:
     config.json has the gates multiplied by. Of several models the first that gave experts is asked.
     """
     facts = next(by_model(facts))
-    with facts.dense.reader() as dense, facts.moe.reader() as moe:
+    with one_thread(), facts.dense.reader() as dense, facts.moe.reader() as moe:
         found = {matrix: _recover(facts, dense, moe, matrix) for matrix in facts.kind.matrices}
     return {**found, "config": facts.gate_scale}
 
@@ -151,10 +151,7 @@ def _recover_perturbed(facts: Facts, dense: Reader, moe: Reader, matrix: str) ->
 def _recover_reordered(
     facts: Facts, dense: Reader, moe: Reader, matrix: str, layer: int, group: int
 ) -> float | None:
-    """Return the candidate that explains a group whose neurons are in another order, if one does.
-
-    Of each neuron only the first entries are looked at.
-    """
+    """Return the candidate that explains the first entries of a group in another order, if any."""
     held, cut = group_part(facts, moe, matrix, layer, group), cut_of(facts, matrix)
     if held is None or cut is None:
         return None

@@ -10,7 +10,7 @@ Legend: S positions, H hidden size, E groups, G shards, N = E·G experts, T top-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -82,25 +82,17 @@ class Routing:
 
 @contextmanager
 def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing]:
-    """Note what the routers of a running model choose, ties in its own arithmetic included.
-
-    The first `tokens` of those that they see count.
-    """
+    """Note what a running model's routers choose, ties and all, for the first `tokens` they see."""
     found = Routing(tokens)
     layout = facts.target.in_memory
-    linear = layout.router.removeprefix(layout.gate)
-    linear = linear.removesuffix("weight").strip(".")
+    linear = layout.router.removeprefix(layout.gate).removesuffix("weight").strip(".")
     others = [row.name.removeprefix(f"{layout.gate}.") for row in facts.target.added]
-    handles = []
-    for layer, router in routers_of(model, facts.target, facts.layers).items():
-        watch = _Watch(facts, layer, linear, others, found)
-        handles.append(router.register_forward_hook(watch))
-        handles.append(router.get_submodule(linear).register_forward_hook(watch.note_logits))
-    try:
+    with ExitStack() as stack:
+        for layer, router in routers_of(model, facts.target, facts.layers).items():
+            watch, rows = _Watch(facts, layer, linear, others, found), router.get_submodule(linear)
+            stack.callback(router.register_forward_hook(watch).remove)
+            stack.callback(rows.register_forward_hook(watch.note_logits).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass

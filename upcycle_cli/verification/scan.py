@@ -201,7 +201,7 @@ class Scan:
                 found.append((spot, name, part, entry.dtype, facts.shard_of(expert)))
         found.sort(key=lambda item: (self._turns[item[0].shard], item[0].start))
         wanted: dict[tuple[str, str, int], _Wanted] = {}
-        scaling: list[Callable[[], None]] = []
+        scaling: list[Callable[[], object]] = []
         for part, dtype in sorted({(part, dtype) for _, _, part, dtype, _ in found}):
             made = self._make(part, layer, dtype, factors, scaling)
             for shard, value in enumerate(made, facts.shared_experts):
@@ -272,7 +272,7 @@ class Scan:
         layer: int,
         dtype: str,
         factors: Mapping[str, float],
-        scaling: list[Callable[[], None]],
+        scaling: list[Callable[[], object]],
     ) -> Iterator[_Wanted]:
         """Yield each routed shard of a part of a dense MLP as an expert must hold it in a dtype.
 
@@ -323,7 +323,7 @@ class Scan:
     def _reading(self, task: Iterable[_Range]) -> Callable[[], None]:
         return partial(self._read, task)
 
-    def _do(self, pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]]) -> None:
+    def _do(self, pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> None:
         """Have everything done, and tell how far it is; raises what a thread raises."""
         waiting = {pool.submit(task) for task in tasks}
         while waiting:
@@ -375,16 +375,12 @@ def _tasks(ranges: Iterable[_Range]) -> Iterator[list[_Range]]:
 
 def _scaling(
     source: torch.Tensor, factor: float, target: torch.Tensor
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[[], object]]:
     """Yield what multiplies a tensor into another, in pieces that are soon done."""
     rows = max(1, _SCALED_ELEMENTS // max(1, math.prod(source.shape[1:])))
     for start in range(0, len(source), rows):
         piece = slice(start, start + rows)
-        yield partial(_scale, source[piece], factor, target[piece])
-
-
-def _scale(source: torch.Tensor, factor: float, target: torch.Tensor) -> None:
-    torch.mul(source, factor, out=target)
+        yield partial(torch.mul, source[piece], factor, out=target[piece])
 
 
 def _layout(checkpoint: Checkpoint, shard: str) -> Layout:
@@ -393,6 +389,5 @@ def _layout(checkpoint: Checkpoint, shard: str) -> Layout:
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:
-    found = getattr(torch, TORCH_DTYPES[dtype])
-    assert isinstance(found, torch.dtype)
+    found: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
     return found

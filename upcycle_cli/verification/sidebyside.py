@@ -201,16 +201,12 @@ def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]
             largest.append(output_PH.abs().max() * scale)
 
     down = holder(facts.dense_mlp, "down").name.removesuffix(".weight")
-    modules = {layer: decoder_layers(model)[layer].get_submodule(down) for layer in float16}
-    handles = [
-        module.register_forward_hook(partial(note, _orders(facts, layer, factors)))
-        for layer, module in modules.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer in float16:
+            module = decoder_layers(model)[layer].get_submodule(down)
+            hook = partial(note, _orders(facts, layer, factors))
+            stack.callback(module.register_forward_hook(hook).remove)
         yield largest
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _orders(facts: Facts, layer: int, factors: Mapping[str, float]) -> list[torch.Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import torch
 
@@ -62,8 +61,8 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
     with facts.moe.reader() as moe:
         for one in by_model(facts):
             with one.dense.reader() as dense:
-                comparison = _Comparison.of(one, dense, moe, findings, rounding)
-                factors, rest = comparison.factors, None if facts.merged else sound
+                factors, rest = recover_factors(one), None if facts.merged else sound
+                comparison = _Comparison(one, dense, moe, findings, rounding, factors)
                 copied = comparison.run(sound, watch, rest=rest)
                 perturbed = comparison.perturbed
             reordered += sum(comparison.neurons.reordered.values())
@@ -71,10 +70,9 @@ def check_weights(facts: Facts, watch: Watch) -> tuple[CheckResult, frozenset[in
             copied = set()  # no expert is another one's copy
             with rest_reader(facts) as dense:
                 no_groups = replace(facts, only=())
-                comparison = _Comparison.of(no_groups, dense, moe, findings, rounding, factors)
+                comparison = _Comparison(no_groups, dense, moe, findings, rounding, factors)
                 comparison.run(sound, watch, rest=sound)
-    for failure in (*dtype_failures(facts), *rounding.failures()):
-        findings.add(failure)
+    findings.add(*dtype_failures(facts), *rounding.failures())
     matrices = facts.kind.matrices
     exact = rounding.lossless and all(is_power_of_two(factors[matrix]) for matrix in matrices)
     lossless = exact and not facts.recipe.perturbed
@@ -159,31 +157,17 @@ class _Comparison:
     findings: Findings
     rounding: Rounding
     factors: Mapping[str, float]
-    neurons: Neurons
-    perturbed: Perturbed
+    neurons: Neurons = field(init=False)
+    perturbed: Perturbed = field(init=False)
     differing: set[Key] = field(default_factory=set)
     """What holds other bytes than the dense model, and is to be put in words."""
 
-    @classmethod
-    def of(
-        cls,
-        facts: Facts,
-        dense: Reader | MeanReader,
-        moe: Reader,
-        findings: Findings,
-        rounding: Rounding,
-        factors: Mapping[str, float] | None = None,
-    ) -> Self:
-        """Begin with the factors on the experts, which are recovered unless they are known."""
-        if factors is None:
-            with one_thread():
-                factors = recover_factors(facts)
-        by_part = {part: factor_of(facts, factors, part) for part in facts.parts}
-        neurons = Neurons(facts, dense, moe, by_part)
-        perturbed = Perturbed(facts, neurons, rounding)
-        return cls(facts, dense, moe, findings, rounding, factors, neurons, perturbed)
+    def __post_init__(self) -> None:
+        by_part = {part: factor_of(self.facts, self.factors, part) for part in self.facts.parts}
+        self.neurons = Neurons(self.facts, self.dense, self.moe, by_part)
+        self.perturbed = Perturbed(self.facts, self.neurons, self.rounding)
 
-    def run(  # noqa: C901 - the order in which things are compared
+    def run(
         self, sound: Collection[str], watch: Watch, *, rest: Mapping[str, Wanted] | None
     ) -> set[int]:
         """Compare the experts of the groups in view, and `rest`, which experts are no part of.
@@ -200,8 +184,7 @@ class _Comparison:
         self.differing |= scan.run({*sound}, copies, self.factors)
         if facts.recipe.perturbed:
             whole = [layer for layer in facts.layers if placed.names(layer).keys() <= {*sound}]
-            for failure in self.perturbed.failures(whole, watch):
-                self.findings.add(failure)
+            self.findings.add(*self.perturbed.failures(whole, watch))
         for layer in facts.layers:
             before = len(self.findings)
             for part in facts.parts:
@@ -211,8 +194,8 @@ class _Comparison:
             alike = alike and placed.names(layer).keys() <= {*sound}
             if len(self.findings) == before and alike:
                 copied.add(layer)
-            for failure in shared_failures(neurons, layer) if items else ():
-                self.findings.add(failure)
+            if items:
+                self.findings.add(*shared_failures(neurons, layer))
             if facts.router_name(layer) in items:
                 with one_thread():
                     self.router(layer)
@@ -235,10 +218,7 @@ class _Comparison:
             self.findings.add(failure)
 
     def experts(self, part: str, layer: int, factor: float, sound: Collection[str]) -> None:
-        """Compare one part of all experts of a layer with the dense model's shards.
-
-        A group that is not made of them may have its neurons in an order of its own.
-        """
+        """Compare a part of a layer's experts with the dense shards, or in a group's own order."""
         facts = self.facts
         spot = facts.dense_place(part, layer)
         source = self.dense.tensor(spot.tensor)
@@ -262,8 +242,7 @@ class _Comparison:
             group = expert // facts.group_size
             if group not in reordered:
                 reordered[group] = order_failures(self.neurons, part, layer, group)
-                for failure in reordered[group] or ():
-                    self.findings.add(failure)
+                self.findings.add(*(reordered[group] or ()))
             if reordered[group] is None:
                 self.findings.add(
                     lambda: _expert_failure(place, held, shards, own) + origin  # noqa: B023
@@ -295,8 +274,8 @@ class _Comparison:
             dtype = facts.moe.tensors[name].dtype
             drawn = facts.recipe.router_init in DRAWN
             check = row_failures if drawn else given_failures
-            for failure in check(router_NH[::size], self._gamma(layer), dtype):
-                self.findings.add(f"{name}: {failure}")
+            found = check(router_NH[::size], self._gamma(layer), dtype)
+            self.findings.add(*(f"{name}: {failure}" for failure in found))
 
     def _gamma(self, layer: int) -> torch.Tensor:
         """Return the effective weight of the norm that feeds a layer's MLP, ones without one."""
@@ -339,8 +318,8 @@ class _Comparison:
             self.findings.add(f"{name} must be finite and not all zero")
         else:
             dtype = self.facts.moe.tensors[name].dtype
-            for failure in size_failures(held, self._gamma(item.layer), dtype):
-                self.findings.add(f"{name}: {failure}")
+            found = size_failures(held, self._gamma(item.layer), dtype)
+            self.findings.add(*(f"{name}: {failure}" for failure in found))
 
     def _wanted(self, item: Wanted, dtype: torch.dtype) -> torch.Tensor | None:
         """Return what a tensor must hold that is copied or added; None for what is drawn."""
