@@ -171,10 +171,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Random values of the same root mean square as those of another tensor.
-
-    A pure function of (seed, stream) and that tensor.
-    """
+    """Random values as large as another tensor's: a pure function of (seed, stream) and that."""
 
     seed: int
     stream: str
@@ -184,10 +181,7 @@ class Alike:
 
 @dataclass(frozen=True, slots=True)
 class Noisy:
-    """Each value plus a normal one; of these the standard deviation is `std` times that of all.
-
-    A pure function of (seed, stream) and the values.
-    """
+    """Each value plus a normal one of `std` times their deviation, by (seed, stream) and them."""
 
     of: Expr
     std: float
@@ -330,10 +324,7 @@ def num_bytes(expr: Expr) -> int:
 
 
 def stretch_of(expr: Expr) -> tuple[str, int, int] | None:
-    """Return the dense tensor that holds an expression's bytes, and from where to where.
-
-    None where they are not consecutive, or must be computed.
-    """
+    """Return the dense tensor that has an expression's bytes in one piece, from where to where."""
     match expr:
         case Source(name):
             return name, 0, num_bytes(expr)
@@ -345,11 +336,7 @@ def stretch_of(expr: Expr) -> tuple[str, int, int] | None:
             begin += start * ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
             return name, begin, begin + num_bytes(expr)
         case Pick(of, index):
-            whole = stretch_of(of)
-            if whole is None:
-                return None
-            begin = whole[1] + index * num_bytes(expr)
-            return whole[0], begin, begin + num_bytes(expr)
+            return stretch_of(Slice(of, 0, index, index + 1))
         case _:
             return None
 

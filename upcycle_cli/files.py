@@ -56,11 +56,12 @@ def locate(directory: Path, name: str) -> Path:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading.
+    """Open a regular file for reading; UpcycleError for what is none, at once, or OSError."""
+    return regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
 
-    Raises UpcycleError for what is none, without waiting for it, OSError when the system refuses.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+def regular(descriptor: int, path: Path) -> BufferedReader:
+    """Return an open regular file; one that is none is closed, and UpcycleError raised."""
     try:
         check_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from upcycle_cli.errors import ResumableError
-from upcycle_cli.files import check_regular, read_open
+from upcycle_cli.files import read_open, regular
 from upcycle_cli.system import BLOCK_BYTES, make_durable, share
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -50,10 +50,7 @@ class Folder:
         return cls(os.open(path, _DIRECTORY), path)
 
     def inner(self, name: str, opened: ExitStack) -> Folder | None:
-        """Open a directory in it until the stack is closed; None where there is no such directory.
-
-        A link is none.
-        """
+        """Open a directory in it until the stack is closed; None where there is none, or a link."""
         try:
             descriptor = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.descriptor)
         except OSError as error:
@@ -152,13 +149,7 @@ class Folder:
     def read(self, name: str) -> BufferedReader:
         """Open a file for reading, which is no link; UpcycleError for what is no regular file."""
         with self._at(name) as (directory, base):
-            descriptor = os.open(base, _READ, dir_fd=directory)
-        try:
-            check_regular(self.path / name, os.fstat(descriptor))
-            return os.fdopen(descriptor, "rb")
-        except BaseException:
-            os.close(descriptor)
-            raise
+            return regular(os.open(base, _READ, dir_fd=directory), self.path / name)
 
     def read_own(self, name: str) -> BufferedReader:
         """Open a file that the directory's owner has made in it; ResumableError for another's."""

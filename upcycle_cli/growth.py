@@ -31,7 +31,7 @@ from upcycle_cli.families.mlp import Weight, place
 from upcycle_cli.families.moe import Layout
 from upcycle_cli.families.translate import forget_place
 from upcycle_cli.front_matter import carried_over
-from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.intact import check_dtype
 from upcycle_cli.planned import Planned, fill_shards
 from upcycle_cli.recipe import MAX_EXPERTS, ExpertLayout, Promise
 from upcycle_cli.redirects import refuse_redirects
@@ -187,12 +187,7 @@ class _Grower:
         layer_of = layer_finder(target.layer)
         rest: dict[int | None, list[str]] = {}
         for name, entry in source.tensors.items():
-            if entry.dtype not in TORCH_DTYPES:
-                raise UpcycleError(
-                    f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "
-                    "or of a dtype that no model is trained in.",
-                    f"Only {', '.join(TORCH_DTYPES)} can be converted.",
-                )
+            check_dtype(source, entry)
             rest.setdefault(layer_of(name), []).append(name)
         tied = bool(target.value(source.config, "tie_word_embeddings"))
         always = (*_ALWAYS, *(() if tied else (target.head,)))

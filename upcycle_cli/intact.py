@@ -8,7 +8,7 @@ from upcycle_cli.checkpoint import Checkpoint
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseModel, unread
 from upcycle_cli.families.layers import layer_finder
-from upcycle_cli.header import TORCH_DTYPES
+from upcycle_cli.header import TORCH_DTYPES, TensorEntry
 
 
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
@@ -20,12 +20,8 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     for name, entry in source.tensors.items():
         if why := unread(name, dense.family, dense.values):
             dropped[name] = why
-        elif entry.dtype not in TORCH_DTYPES:
-            raise UpcycleError(
-                f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, "
-                "or of a dtype that no model is trained in.",
-                f"Only {', '.join(TORCH_DTYPES)} can be converted.",
-            )
+        else:
+            check_dtype(source, entry)
     held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
     shapes = dict(dense.shapes) or _regular(source, dense, held)
     head = dense.family.head
@@ -54,6 +50,16 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
                 f"but config.json implies {list(shapes[name])}."
             )
     return dropped
+
+
+def check_dtype(source: Checkpoint, entry: TensorEntry) -> None:
+    """Raise UpcycleError for a tensor whose dtype is no weight's."""
+    if entry.dtype not in TORCH_DTYPES:
+        raise UpcycleError(
+            f"{source.path}: {entry.name} is stored as {entry.dtype}; the weights are quantised, "
+            "or of a dtype that no model is trained in.",
+            f"Only {', '.join(TORCH_DTYPES)} can be converted.",
+        )
 
 
 def _regular(

@@ -8,7 +8,7 @@ one for each group, of 32- or 64-bit integers. Shard s of a group holds the neur
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,20 +39,7 @@ class OrderFile:
 
     def check(self, layers: Collection[int], expansion: int, size: int) -> None:
         """Raise UpcycleError unless these layers, and no others, have orders of `size` neurons."""
-        names = {order_name(layer) for layer in layers}
-        missing, unknown = names - self.shapes.keys(), self.shapes.keys() - names
-        if missing:
-            held = ", ".join(list(self.shapes)[:3]) or "nothing"
-            raise UpcycleError(
-                f"{self.path} lacks {min(missing)}{_more(len(missing))}.",
-                f"It holds {held}. Each layer that becomes a mixture of experts needs an order.",
-            )
-        if unknown:
-            raise UpcycleError(
-                f"{self.path}: {min(unknown)}{_more(len(unknown))} belongs to no layer that "
-                f"becomes a mixture of experts ({counted(len(names), 'layer')}).",
-                "Take it out, or choose other --layers.",
-            )
+        check_names(self.path, self.shapes, [*map(order_name, layers)], "an order")
         for name, shape in self.shapes.items():
             if shape not in ((size,), (expansion, size)):
                 raise UpcycleError(
@@ -92,22 +79,55 @@ class OrderFile:
 
 def read_order_file(path: Path) -> OrderFile:
     """Read a file of neuron orders; UpcycleError when it cannot be, or holds no permutations."""
+    takes = "sliced, shuffled, clustered, or a safetensors file of permutations"
+    storage, entries = open_given(path, f"--neuron-order takes {takes}.", "orders")
+    data = {entry.name: _read(storage, path, entry) for entry in entries}
+    return OrderFile(path, {entry.name: entry.shape for entry in entries}, data, digest_of(data))
+
+
+def open_given(path: Path, hint: str, what: str) -> tuple[Storage, list[TensorEntry]]:
+    """Return where a safetensors file of a user's lies, and its tensors; raises UpcycleError.
+
+    `hint` says what may be given in its place, and `what` it holds.
+    """
     if not path.is_file():
-        raise UpcycleError(
-            f"there is no file {path}.",
-            "--neuron-order takes sliced, shuffled, clustered, or a safetensors file of "
-            "permutations.",
-        )
+        raise UpcycleError(f"there is no file {path}.", hint)
     storage = Storage(path.parent)
     stamp, entries = read_shard_header(storage, path.name)
     if stamp.size > _MOST_BYTES:
-        raise UpcycleError(f"{path} has {stamp.size:,} bytes, and orders are smaller than that.")
-    data = {entry.name: _read(storage, path, entry) for entry in entries}
+        raise UpcycleError(f"{path} has {stamp.size:,} bytes, and {what} are smaller than that.")
+    return storage, entries
+
+
+def digest_of(data: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 of tensors and their names, whatever order they come in."""
     digest = hashlib.sha256()
     for name in sorted(data):
         digest.update(f"{name} {len(data[name])}\n".encode() + data[name])
-    shapes = {entry.name: entry.shape for entry in entries}
-    return OrderFile(path, shapes, data, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def check_names(path: Path, held: Collection[str], wanted: Sequence[str], needed: str) -> None:
+    """Raise UpcycleError unless a file has the tensors of all layers with experts, and no others.
+
+    `needed` is what each of these layers needs, in words.
+    """
+
+    def some(names: Sequence[str]) -> str:
+        return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+    if missing := [name for name in wanted if name not in held]:
+        raise UpcycleError(
+            f"{path} lacks {some(missing)}.",
+            f"It holds {', '.join([*held][:3]) or 'nothing'}. Each layer that becomes a mixture of "
+            f"experts needs {needed}.",
+        )
+    if unknown := [name for name in held if name not in wanted]:
+        raise UpcycleError(
+            f"{path}: {some(unknown)} belongs to no layer that becomes a mixture of experts "
+            f"({counted(len(wanted), 'layer')}).",
+            "Take it out, or choose other --layers.",
+        )
 
 
 def check_orders(
@@ -147,7 +167,3 @@ def _read(storage: Storage, path: Path, entry: TensorEntry) -> bytes:
                 f"{len(order_I) - 1} once."
             )
     return orders_EI.astype("<u4").tobytes()
-
-
-def _more(count: int) -> str:
-    return f" and {count - 1} more" if count > 1 else ""

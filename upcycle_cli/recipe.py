@@ -182,7 +182,6 @@ class Recipe:
                 "with noise on all of them nothing shows which neurons were drawn anew.",
                 "Give --noise or --reinit.",
             )
-
         if self.perturbed and self.shared_experts:
             raise UpcycleError(
                 "a shared expert cannot be perturbed, nor what stands beside one.",
@@ -199,10 +198,7 @@ class Recipe:
         return math.floor(self.reinit * expert_size + 0.5)
 
     def stated(self) -> dict[str, Any]:
-        """Return its fields; what is new says nothing unless it is asked for.
-
-        So that what earlier versions made has the same digest, and is known again.
-        """
+        """Return its fields but unused new ones: what earlier versions made keeps its digest."""
         unused = {name for name in _NEW if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
@@ -242,22 +238,21 @@ class Recipe:
 
     def check_width(self, intermediate_size: int) -> None:
         """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
-        granularity = self.granularity
-        if intermediate_size % granularity == 0:
-            size = intermediate_size // granularity
-            if self.reinit and not self.redrawn(size):
-                raise UpcycleError(
-                    f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
-                    f"Use a --reinit of at least {0.5 / size:.3g}.",
-                )
-            return
-        divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
-        near = [d for d in divisors if d < granularity][-1:]
-        near += [d for d in divisors if d > granularity][:1]
-        raise UpcycleError(
-            f"intermediate size {intermediate_size} is not divisible by granularity {granularity}.",
-            f"Try {' or '.join(map(str, near))}.",
-        )
+        size, rest = divmod(intermediate_size, self.granularity)
+        if rest:
+            divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
+            near = [d for d in divisors if d < self.granularity][-1:]
+            near += [d for d in divisors if d > self.granularity][:1]
+            raise UpcycleError(
+                f"intermediate size {intermediate_size} is not divisible by granularity "
+                f"{self.granularity}.",
+                f"Try {' or '.join(map(str, near))}.",
+            )
+        if self.reinit and not self.redrawn(size):
+            raise UpcycleError(
+                f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
+                f"Use a --reinit of at least {0.5 / size:.3g}.",
+            )
 
     @property
     def splits_soon(self) -> bool:
@@ -376,10 +371,7 @@ class Recipe:
 
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:
-    """Parse the paper's notation: "E8G8T8" gives (8, 8, 8).
-
-    Raises UpcycleError when the text has another form.
-    """
+    """Parse the paper's notation: "E8G8T8" gives (8, 8, 8); UpcycleError for another form."""
     match = _RECIPE.fullmatch(text.strip())
     if match is None:
         raise UpcycleError(

@@ -6,18 +6,15 @@ bfloat16 or float16. Layers are counted from 0, and those that stay dense have n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.errors import UpcycleError
-from upcycle_cli.header import TORCH_DTYPES, Tensor, read_shard_header
-from upcycle_cli.printable import counted, printable
-from upcycle_cli.storage import Storage
+from upcycle_cli.header import TORCH_DTYPES, Tensor
+from upcycle_cli.order_file import check_names, digest_of, open_given
+from upcycle_cli.printable import printable
 from upcycle_cli.tensors import GivenRows, router_stream
-
-_MOST_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +34,8 @@ class RouterFile:
     def given(self, layers: Collection[int], shape: tuple[int, int]) -> GivenRows:
         """Return the rows of these layers; UpcycleError unless they are there in this shape."""
         names = {router_stream(layer): layer for layer in layers}
-        missing = [name for name in names if name not in self.tensors]
-        if missing:
-            held = ", ".join(list(self.tensors)[:3]) or "nothing"
-            raise UpcycleError(
-                f"{self.path} lacks {missing[0]}{_more(len(missing))}.",
-                f"It holds {held}. Each layer that becomes a mixture of experts needs rows of "
-                f"shape {list(shape)}, named as {missing[0]}.",
-            )
-        unknown = [name for name in self.tensors if name not in names]
-        if unknown:
-            raise UpcycleError(
-                f"{self.path}: {unknown[0]}{_more(len(unknown))} belongs to no layer that becomes "
-                f"a mixture of experts ({counted(len(names), 'layer')}).",
-                "Take it out, or choose other --layers.",
-            )
+        needed = f"rows of shape {list(shape)}, named as {next(iter(names))}"
+        check_names(self.path, self.tensors, [*names], needed)
         for name in names:
             found = self.tensors[name].shape
             if found != shape:
@@ -68,15 +52,8 @@ class RouterFile:
 
 def read_router_file(path: Path) -> RouterFile:
     """Read a file of router rows; UpcycleError when it cannot be, or holds no usable rows."""
-    storage = Storage(path.parent)
-    if not path.is_file():
-        raise UpcycleError(
-            f"there is no file {path}.",
-            "--router-init takes normal, balanced, centroids, or a safetensors file of rows.",
-        )
-    stamp, entries = read_shard_header(storage, path.name)
-    if stamp.size > _MOST_BYTES:
-        raise UpcycleError(f"{path} has {stamp.size:,} bytes, and routers are smaller than that.")
+    hint = "--router-init takes normal, balanced, centroids, or a safetensors file of rows."
+    storage, entries = open_given(path, hint, "routers")
     data = {}
     for entry in entries:
         if entry.dtype not in TORCH_DTYPES or len(entry.shape) != 2:
@@ -86,10 +63,7 @@ def read_router_file(path: Path) -> RouterFile:
             )
         data[entry.name] = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)
         _check_rows(path, entry, data[entry.name])
-    digest = hashlib.sha256()
-    for name in sorted(data):
-        digest.update(f"{name} {len(data[name])}\n".encode() + data[name])
-    return RouterFile(path, {entry.name: entry for entry in entries}, data, digest.hexdigest())
+    return RouterFile(path, {entry.name: entry for entry in entries}, data, digest_of(data))
 
 
 def _check_rows(path: Path, entry: Tensor, data: bytes) -> None:
@@ -109,7 +83,3 @@ def _check_rows(path: Path, entry: Tensor, data: bytes) -> None:
             f"{where} has equal rows: their experts would be chosen together, or one by chance.",
             "Give one row for each virtual group; they are repeated for its experts.",
         )
-
-
-def _more(count: int) -> str:
-    return f" and {count - 1} more" if count > 1 else ""

@@ -48,7 +48,7 @@ from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Recipe
 from upcycle_cli.shared_expert import shared_expert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_Group: TypeAlias = tuple[int, Order | None]
+Group: TypeAlias = tuple[int, Order | None]
 """Of a virtual group: the model that it is made of, and the order of its neurons."""
 
 
@@ -124,9 +124,9 @@ class Options:
                 f"'{self.dtype}' is not a dtype for weights.",
                 f"Use one of {', '.join(TORCH_DTYPES.values())}.",
             )
-        most = self.max_shard_bytes
-        if most < 1:
-            raise UpcycleError(f"the largest shard size must be positive, not {most}.")
+        if self.max_shard_bytes < 1:
+            size = self.max_shard_bytes
+            raise UpcycleError(f"the largest shard size must be positive, not {size}.")
 
     @property
     def storage_dtype(self) -> str | None:
@@ -167,7 +167,7 @@ def output_tensors(
     not drawn, and `orders` by layer those of neurons that a calibration finds. Raises UpcycleError
     when matrices of different dtypes are to be joined.
     """
-    maker = _Maker(recipe, options, family, source, rows, orders or {}, merge)
+    maker = Maker(recipe, options, family, source, rows, orders or {}, merge)
     embedding, dense = family.dense.family.embedding, family.dense
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, list[str]] = {}
@@ -198,7 +198,7 @@ def router_stream(layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Maker:
+class Maker:
     """Writes down the expression of each output tensor of one conversion."""
 
     recipe: Recipe
@@ -285,10 +285,8 @@ class _Maker:
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
-                name, expr = (
-                    weight.name.format(expert=e),
-                    Stack((*exprs,)) if e is None else exprs[e],
-                )
+                name = weight.name.format(expert=e)
+                expr = Stack((*exprs,)) if e is None else exprs[e]
                 yield OutputTensor.made(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
         for name, expr in shared_expert(self, layer, mlp, layout, groups[0]):
             yield OutputTensor.made(prefix + name, expr, Role.SHARED_EXPERT, layer)
@@ -316,6 +314,7 @@ class _Maker:
     def normal(
         self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
     ) -> Expr:
+        """Random rows that give logits of this standard deviation; `purpose` names the stream."""
         dense = self.family.dense
         name = dense.norm(self.checkpoint.tensors, layer)
         return Normal(
@@ -329,6 +328,7 @@ class _Maker:
         )
 
     def mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
+        """The dtype of a layer's MLP in the output."""
         return type_of(self.source(self.family.dense.prefix(layer) + mlp[0].name)).dtype
 
     def _models(self) -> tuple[int, ...]:
@@ -355,7 +355,7 @@ class _Maker:
         return orders
 
     def _shard(
-        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: _Group
+        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: Group
     ) -> Expr:
         """Return one shard of a dense MLP as one of an expert's weights holds it."""
         dense, recipe = self.family.dense, self.recipe
@@ -378,7 +378,7 @@ class _Maker:
         mlp: Sequence[Weight],
         part: str,
         shard: tuple[int, int],
-        group: _Group = (0, None),
+        group: Group = (0, None),
     ) -> Expr:
         """Return a part of the dense MLP from here to there of its intermediate size, in order.
 
