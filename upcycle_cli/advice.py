@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import assert_never
 
 from upcycle_cli.expr import Expr, sources, type_of
 from upcycle_cli.families.engines import Support
@@ -13,7 +12,7 @@ from upcycle_cli.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
-from upcycle_cli.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Recipe, RouterInit, Routing
+from upcycle_cli.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, RouterInit, Routing
 from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -228,19 +227,14 @@ def merged_text(plan: Plan) -> tuple[str, str]:
     )
 
 
-def order_text(recipe: Recipe) -> str:
-    """Say which neurons the experts of a group get."""
-    match recipe.neuron_order:
-        case NeuronOrder.SLICED:
-            return "as the dense MLP has them, the same in each virtual group"
-        case NeuronOrder.SHUFFLED:
-            return "in an order of its own in each virtual group but the first, all exact"
-        case NeuronOrder.CLUSTERED:
-            return "those together that are active together, the same in each virtual group, exact"
-        case NeuronOrder.FILE:
-            return "in the orders of a file, all exact"
-        case _:
-            assert_never(recipe.neuron_order)
+ORDER_TEXTS = {
+    NeuronOrder.SLICED: "as the dense MLP has them, the same in each virtual group",
+    NeuronOrder.SHUFFLED: "in an order of its own in each virtual group but the first, all exact",
+    NeuronOrder.CLUSTERED: "those together that are active together, the same in each virtual "
+    "group, exact",
+    NeuronOrder.FILE: "in the orders of a file, all exact",
+}
+"""Which neurons the experts of a group get, in words."""
 
 
 def perturbed_text(plan: Plan) -> str:
@@ -282,10 +276,7 @@ def no_promise(plan: Planned) -> str:  # noqa: PLR0911 - a reason each
 
 
 def vanished_weights(plan: Planned, counts: Mapping[Expr, int]) -> str | None:
-    """Say that weights became zero because the output dtype has nothing as small, if many did.
-
-    `counts` has, by the part of an output in which they were, how many did.
-    """
+    """Say that many weights became zero in the output's dtype; `counts` has how many, by part."""
     lost: Counter[tuple[str, str]] = Counter()
     for expr, count in counts.items():
         for name in sources(expr):

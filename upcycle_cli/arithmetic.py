@@ -144,7 +144,6 @@ def _bytes(values: NDArray[Any]) -> memoryview:
 def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
     expr: Expr, read: Read, vanished: Callable[[int], None]
 ) -> NDArray[Any]:
-    """Compute an expression as numpy holds it."""
     match expr:
         case Source(name, dtype, shape):
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], read(name))
@@ -185,7 +184,9 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
                 raise ValueError(f"{stream} is to be given, and was not")
             return np.ndarray(shape, _NUMPY_DTYPES[dtype], data)
         case Alike(of=of):
-            return _draw_alike(expr, _value(of, read, vanished))
+            dtype = type_of(of).dtype
+            values = to_float32(_value(of, read, vanished), dtype).astype(np.float64).reshape(-1)
+            return _normal(expr, _length(values) / math.sqrt(max(1, values.size)), dtype)
         case Noisy() | Redrawn():
             return _draw_upon(expr, read, vanished)[0]
         case Zeros(dtype, shape):
@@ -347,19 +348,12 @@ def check_rows(rows: NDArray[np.float32], dtype: str, logit_std: float, stream: 
         )
 
 
-def _draw_alike(expr: Alike, like: NDArray[Any]) -> NDArray[Any]:
-    dtype = type_of(expr.of).dtype
-    values = to_float32(like, dtype).astype(np.float64).reshape(-1)
-    return _normal(expr, _length(values) / math.sqrt(max(1, values.size)), dtype)
-
-
 def _length(values: NDArray[np.float64]) -> float:
     # fsum is exactly rounded, so that it does not depend on the order of summation.
     return math.sqrt(math.fsum((values * values).tolist()))
 
 
 def _normal(expr: Normal | Alike, std: float, dtype: str) -> NDArray[Any]:
-    """Draw an expression's values."""
     with np.errstate(over="ignore"):
         return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
 

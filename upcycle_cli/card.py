@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
 from upcycle_cli.advice import (
+    ORDER_TEXTS,
     experts_text,
     factors_text,
     merged_text,
     no_promise,
-    order_text,
     perturbed_text,
     router_text,
     training_notes,
@@ -34,7 +34,7 @@ from upcycle_cli.families.wrappers import inner
 from upcycle_cli.front_matter import body, read_front_matter
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
-from upcycle_cli.printable import printable, shell_line
+from upcycle_cli.printable import any_of, printable, shell_line
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Promise, Routing
 from upcycle_cli.storage import REPORT_NAME
 
@@ -62,10 +62,7 @@ _LONGEST_NAME = 96  # of a repo on the Hub
 
 
 def model_card(plan: Planned, report: Report | None, repo: str | None = None) -> str:
-    """Return the card's whole text; `report` is what verify found, `repo` where the model will be.
-
-    The licence and languages are carried over from the source's own card.
-    """
+    """Return the card's text; `report` is what verify found, `repo` where the model will be."""
     if isinstance(plan, Plan):
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
         facts, own = _facts(plan), _upcycled(plan)
@@ -84,7 +81,7 @@ def model_card(plan: Planned, report: Report | None, repo: str | None = None) ->
         found=_found_text(report),
         verify_again=shell_line(_verify_again(plan, place)),
         place=json.dumps(place),
-        parallel=_any_of(expert_parallel_sizes(plan.num_experts)),
+        parallel=any_of(expert_parallel_sizes(plan.num_experts)),
         engines=_engines_text(plan, place),
     )
     return f"{text}\n{_seal(text.strip())}\n"
@@ -164,7 +161,6 @@ def _seal(card: str) -> str:
 
 
 def _front_matter(plan: Planned) -> str:
-    """Return the card's metadata as YAML."""
     import yaml  # type: ignore[import-untyped]
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
@@ -219,7 +215,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
         "experts": experts_text(plan),
         **_merged(plan),
-        "neurons": order_text(recipe),
+        "neurons": ORDER_TEXTS[recipe.neuron_order],
         **({"experts differ": perturbed_text(plan)} if recipe.perturbed else {}),
         "routing": f"{recipe.routing}",
         "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
@@ -279,7 +275,6 @@ def _experts(plan: Plan) -> str:
 
 
 def _found_text(report: Report | None) -> str:
-    """Return what verify found as a table."""
     if report is None:
         return "Not verified when it was made."
     found = (
@@ -334,12 +329,6 @@ def _trainers(plan: Plan) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in words.items())
 
 
-def _any_of(sizes: Sequence[int]) -> str:
-    """Return numbers as a choice."""
-    *others, last = map(str, sizes)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
 def _balancing(plan: Plan) -> str:
     """Say how transformers balances the experts' load, if it does; for what was not trained."""
     weight = "its weight is `router_aux_loss_coef`, 0.01 here."
@@ -377,5 +366,4 @@ def _engines_text(plan: Planned, place: str) -> str:
 
 
 def _billions(count: int) -> str:
-    """Return a number of parameters in words."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

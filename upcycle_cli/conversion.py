@@ -76,10 +76,8 @@ def execute(
 ) -> Conversion:
     """Write what the plan says and publish it as `output`.
 
-    `repo` is where it will be pushed, for the card. `progress` hears the bytes written,
-    `watch` how far the verification is.
-
-    Raises UpcycleError when that cannot be done; `output` is then as it was before.
+    `repo` is where it will be pushed, for the card. `progress` hears the bytes written, `watch` how
+    far the verification is. Raises UpcycleError, with `output` as it was before.
     """
     started = time.monotonic()
     output = output.absolute()

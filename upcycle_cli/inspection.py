@@ -77,9 +77,7 @@ def inspect(
     load: Path | str | None = None,
     watch: Watch | None = None,
 ) -> Inspection:
-    """Describe a checkpoint; with a recipe, describe what converting a dense one would give.
-
-    With a growth, describe what an MoE would become.
+    """Describe a checkpoint; with a recipe or a growth, describe what it would become.
 
     `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
     `dense` is what an MoE was made of, one model or several, which weights are measured against.
@@ -87,8 +85,7 @@ def inspect(
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
     `weights` or a `load` are asked for.
 
-    Raises UpcycleError when there is no readable checkpoint, or when it is not of the kind that
-    was asked about.
+    Raises UpcycleError when there is no readable checkpoint of the kind that was asked about.
     """
     text = None
     if load is not None:

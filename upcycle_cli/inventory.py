@@ -69,10 +69,7 @@ def take_inventory(folder: Folder) -> Inventory:
 
 
 def remove_all(folder: Folder, inventory: Inventory) -> None:
-    """Remove the files of an inventory, and last the record, by which one knows what is left.
-
-    Raises UpcycleError when something has come or changed since, which stays.
-    """
+    """Remove the files of an inventory, the record last; UpcycleError for what came or changed."""
 
     def unchanged(name: str) -> bool:
         return _identity(folder, name) == inventory.files.get(name)

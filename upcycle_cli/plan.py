@@ -210,10 +210,9 @@ def build_plan(
 
     `inputs` is what routers are made from beside the recipe. What needs a calibration is planned
     before there is one, and made of the plan that `calibrated` returns. `merge` is what else
-    experts are made of; its models have been checked when it was opened.
-
-    Raises UpcycleError when the model cannot be expressed by the target, when its tensors are not
-    what its config says, or when the recipe does not fit its sizes.
+    experts are made of; its models have been checked when it was opened. Raises UpcycleError when
+    the target cannot express the model, when tensors are not what the config says, or when the
+    recipe does not fit.
     """
     options, names = options or Options(), source.tensors
     family = choose(

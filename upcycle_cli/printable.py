@@ -38,6 +38,12 @@ def _shell_word(word: str) -> str:
     return f"$'{quoted}'"
 
 
+def any_of(names: Iterable[object]) -> str:
+    """Return a choice as one says it: 1, 2 or 4."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number of things: 1 shard, 12 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -33,10 +33,9 @@ def record(
 ) -> dict[str, Any]:
     """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
 
-    `drawn` is what the draws of experts went by, by stream.
-
-    `folder` holds the output but for the record, the card and the checksums. Raises OSError or
-    UpcycleError when one of its files is not there, or is not of our making.
+    `drawn` is what the draws of experts went by, by stream; `folder` holds the output but for the
+    record, the card and the checksums. Raises OSError or UpcycleError when one of its files is not
+    there, or is not of our making.
     """
     how = plan.how
     return {

@@ -50,10 +50,7 @@ _FILES: Mapping[str, str] = {
 
 
 def config_redirects(config: Mapping[str, Any], parts: Collection[str] = ()) -> Iterator[str]:
-    """Name each key of a `config.json` that sends a loader elsewhere, and what it does.
-
-    `parts` are the keys under which it has the configs of the models that it wraps.
-    """
+    """Name the keys that send a loader elsewhere; `parts` are those of configs inside of this."""
     for part in parts:
         yield from (f"{part}: {failure}" for failure in config_redirects(config[part]))
     keys = {**_CONFIG_KEYS}

@@ -32,12 +32,8 @@ def picked(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
 
 
-def push_table(push: Push) -> Table:
-    """Return what a push did, one property a row."""
-    return rows_table(_push_rows(push))
-
-
-def _push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
+def push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what a push did: a property and the lines that say it."""
     yield "repo", [push.url]
     yield "commit", [push.commit]
     if push.pull_request is not None:
@@ -60,11 +56,6 @@ def push_json(push: Push) -> dict[str, Any]:
         "bytes": push.nbytes,
         **picked(push, "card_kept", "left_out", "removed", "reminders"),
     }
-
-
-def inspection_table(inspection: Inspection) -> Table:
-    """Return what is known of a checkpoint, one property a row."""
-    return rows_table(inspection_rows(inspection))
 
 
 def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]]]:

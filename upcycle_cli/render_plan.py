@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.advice import (
+    ORDER_TEXTS,
     experts_text,
     factors_text,
     merged_text,
     no_promise,
-    order_text,
     router_text,
     warnings,
 )
@@ -62,7 +62,7 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
     groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
     rows = groups if recipe.virtual_groups else "a row of its own per expert"
     if recipe.neuron_order is not NeuronOrder.SLICED:
-        yield "neurons", [order_text(recipe)]
+        yield "neurons", [ORDER_TEXTS[recipe.neuron_order]]
     yield "router", [f"{router_text(plan)}, {rows}"]
     yield "promise", [_promise(plan, "dense model")]
     if plan.dropped:

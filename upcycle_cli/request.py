@@ -94,9 +94,7 @@ def convert(  # noqa: PLR0913 - what a Request has
     merge: MergeRequest | None = None,
     positive_prompts: Path | str | None = None,
 ) -> Conversion:
-    """Convert the checkpoint in `source` into a mixture of experts in `output`.
-
-    It is dense and upcycled by a `Recipe`, or a mixture of experts and grown by a `Growth`.
+    """Convert a checkpoint: upcycle a dense one by a `Recipe`, or grow an MoE by a `Growth`.
 
     `source` is a directory, or a repo on the Hub at `revision`: a branch, tag or commit.
     `calibration` is a text that the dense model is run on first, or "builtin"; `router_rows` is

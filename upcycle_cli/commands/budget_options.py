@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 from upcycle_cli.commands.moe_options import parse_size
-from upcycle_cli.commands.shared import option
+from upcycle_cli.commands.shared import for_budget
 from upcycle_cli.errors import UpcycleError
 
 if TYPE_CHECKING:
@@ -14,32 +14,28 @@ if TYPE_CHECKING:
 
 _COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMBT]?)", re.IGNORECASE)
 _TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
-_PANEL = "Recipes that fit"
 
 MaxParamsOption = Annotated[
     str | None,
-    option(
+    for_budget(
         "--max-params",
         metavar="COUNT",
-        rich_help_panel=_PANEL,
         help="List the recipes with at most so many parameters, such as 50B.",
     ),
 ]
 MaxActiveOption = Annotated[
     str | None,
-    option(
+    for_budget(
         "--max-active",
         metavar="COUNT",
-        rich_help_panel=_PANEL,
         help="With at most so many active per token, such as 15B.",
     ),
 ]
 GpuMemoryOption = Annotated[
     str | None,
-    option(
+    for_budget(
         "--gpu-memory",
         metavar="SIZE",
-        rich_help_panel=_PANEL,
         help="With weights that fit this memory in bfloat16, such as 80GB×8 (or 80GBx8).",
     ),
 ]

@@ -121,7 +121,7 @@ def inspect(
             listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
             print_json(render.inspection_json(found) | listed)
             return
-        show(render.inspection_table(found))
+        show(render.rows_table(render.inspection_rows(found)))
         if budget is not None:
             stdout().print()
             show(render_choices.fits_table(fits))

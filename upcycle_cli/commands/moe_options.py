@@ -16,6 +16,7 @@ import typer  # noqa: TC002 - for readers; every command has imported it
 from upcycle_cli.commands.given import SIZES, is_given, source_of
 from upcycle_cli.commands.shared import for_files, for_groups, for_recipe, for_weights
 from upcycle_cli.errors import UpcycleError
+from upcycle_cli.printable import any_of
 from upcycle_cli.recipe import (
     SHIPPED,
     ExpertLayout,
@@ -39,12 +40,6 @@ RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
 _OF_GROWTH = (*("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings"),)
 """The options that an MoE that is grown has a use for."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _choices(names: object) -> str:
-    """Say what can be chosen, in words: between them a line of --help may end."""
-    *others, last = get_args(names)
-    return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +88,8 @@ class MoeOptions:
         RoutingName,
         for_recipe(
             metavar="NAME",
-            help=f"How gates come from router logits: {_choices(RoutingName)}; auto does as the "
-            "target's released models.",
+            help=f"How gates come from router logits: {any_of(get_args(RoutingName))}; auto does "
+            "as the target's released models.",
         ),
     ] = "auto"
     layers: Annotated[
@@ -199,7 +194,7 @@ class MoeOptions:
         Dtype,
         for_files(
             metavar="DTYPE",
-            help=f"Dtype of every tensor: {_choices(Dtype)}; auto keeps each one's own.",
+            help=f"Dtype of every tensor: {any_of(get_args(Dtype))}; auto keeps each one's own.",
         ),
     ] = "auto"
     expert_layout: Annotated[
@@ -323,10 +318,7 @@ def asks_for_moe(context: typer.Context) -> bool:
 
 
 def _recipe_sizes(context: typer.Context) -> dict[str, int]:
-    """Return E, G and T from what a file, variables and the command line say, each over the former.
-
-    UpcycleError when one gives the recipe and its parts, or when something is missing in the end.
-    """
+    """Return E, G and T of file, variables and command line, each over the former; UpcycleError."""
     found: dict[str, int] = {}
     for source in ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE"):
         names = [name for name in ("recipe", *SIZES) if source_of(context, name) == source]
@@ -348,7 +340,6 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
 
 
 def _parse_scaling(text: str) -> Scaling | float:
-    """Read a named scaling, or c itself as a number."""
     if text in set(Scaling):
         return Scaling(text)
     try:

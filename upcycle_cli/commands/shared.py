@@ -28,6 +28,7 @@ for_recipe = functools.partial(option, rich_help_panel="Recipe")
 for_weights = functools.partial(option, rich_help_panel="Routers and scaling")
 for_groups = functools.partial(option, rich_help_panel="Virtual groups")
 for_merge = functools.partial(option, rich_help_panel="Several models")
+for_budget = functools.partial(option, rich_help_panel="Recipes that fit")
 for_files = functools.partial(option, rich_help_panel="Output files")
 for_hub = functools.partial(option, rich_help_panel="Hugging Face Hub")
 for_run = functools.partial(option, rich_help_panel="Run")
@@ -121,8 +122,8 @@ def announce_push(repo: str, files: int, nbytes: int, *, silent: bool) -> None:
 
 def show_push(done: Push) -> None:
     """Print what a push did, and what the licence asks for."""
-    from upcycle_cli.render import push_table
+    from upcycle_cli.render import push_rows, rows_table
 
     # Where no terminal folds lines, an address stays in one piece.
-    show(push_table(done), stdout(None if sys.stdout.isatty() else 200))
+    show(rows_table(push_rows(done)), stdout(None if sys.stdout.isatty() else 200))
     warn_all(done.reminders)

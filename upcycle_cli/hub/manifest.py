@@ -43,10 +43,7 @@ class Manifest:
 
 
 def read_manifest(moe: Checkpoint) -> Manifest:
-    """Return what of an upcycled checkpoint is published; weights are read for checksums only.
-
-    Raises UpcycleError when its record lists no files.
-    """
+    """Return what of a checkpoint is published; UpcycleError when its record lists no files."""
     try:
         listed = listed_files(read_json(moe.storage.local(RECORD_NAME)))
     except UpcycleError as error:

@@ -88,14 +88,8 @@ def _parameters(inspection: Inspection) -> Section:
     dense = inspection.dense_parameters
     found = {} if dense is None else {"dense model": dense}
     found |= {"active": inspection.active_parameters, "all": inspection.total_parameters}
-    unit, name = next(
-        (
-            (size, name)
-            for size, name in ((1e9, "billions"), (1e6, "millions"))
-            if found["all"] > size
-        ),
-        (1.0, ""),
-    )
+    units = ((1e9, "billions"), (1e6, "millions"), (1.0, ""))
+    unit, name = next(each for each in units if found["all"] > each[0])
     figure = Figure(
         svg=draw_bars(
             "parameters",

@@ -154,10 +154,10 @@ def spread(values: Iterable[float], layers: Sequence[int]) -> str:
     return f"{found[low]:.3g} (layer {low}) to {found[high]:.3g} (layer {high})"
 
 
-def properties(caption: str, values: Mapping[str, object], folded: str = "") -> Table:
+def properties(caption: str, values: Mapping[str, object]) -> Table:
     """Return a table of two columns."""
     rows = [(name, number(value)) for name, value in values.items()]
-    return Table(caption=caption, rows=rows, folded=folded)
+    return Table(caption=caption, rows=rows)
 
 
 def _shown(text: str) -> str:

@@ -35,10 +35,7 @@ class TransformersError(Exception):
 
 
 def _transformers() -> tuple[Any, Any, Any]:
-    """Return AutoConfig, AutoModelForCausalLM and AutoTokenizer.
-
-    Raises UpcycleError when they cannot be imported, which says nothing about a checkpoint.
-    """
+    """Return AutoConfig, AutoModelForCausalLM and AutoTokenizer; UpcycleError for no import."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except Exception as error:

@@ -87,12 +87,13 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
     yield from differences(("source_type", data.get("source_type"), source_type, says))
     if recipe is None:
         return
-    keys = facts.target.keys
+    keys, shared = facts.target.keys, facts.target.shared
     routing_key = "routing" if keys.routing is None else keys.routing[0]
+    shared_key = (shared and (shared.size_key or shared.count_key)) or keys.expert_size
     for label, key, recorded, configured in (
         ("number of experts", keys.num_experts, recipe.num_experts, facts.num_experts),
         ("granularity", keys.expert_size, recipe.granularity, facts.granularity),
-        ("shared experts", _shared_key(facts), recipe.shared_experts, facts.shared_experts),
+        ("shared experts", shared_key, recipe.shared_experts, facts.shared_experts),
         ("top-k", keys.top_k, recipe.top_k, facts.top_k),
         ("routing", routing_key, recipe.routing, facts.routing),
     ):
@@ -107,11 +108,6 @@ def _recipe_failures(facts: Facts) -> Iterator[str]:
         ("recipe.name", data["recipe"].get("name", name), name, "not"),
         ("promise", data.get("promise", promise), promise, "the recipe's is"),
     )
-
-
-def _shared_key(facts: Facts) -> str:
-    shared = facts.target.shared
-    return (shared and (shared.size_key or shared.count_key)) or facts.target.keys.expert_size
 
 
 def _factor_failures(facts: Facts) -> Iterator[str]:

@@ -20,10 +20,7 @@ from upcycle_cli.verification.structure import own_failures
 
 
 def open_upcycled(directory: Path) -> Checkpoint:
-    """Open the MoE in a directory.
-
-    Raises UpcycleError when it is no checkpoint at all, or one that upcycle did not make.
-    """
+    """Open the MoE in a directory; UpcycleError for no checkpoint, or one that is not upcycle's."""
     if directory.is_dir() and not (directory / RECORD_NAME).is_file():
         raise UpcycleError(
             f"{directory} was not made by upcycle (no {RECORD_NAME}).",

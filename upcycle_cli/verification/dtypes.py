@@ -60,10 +60,7 @@ def shared_tensors(
 
 
 def added_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, Added]]:
-    """Yield what a layer has beside its experts: its name, its shape, the dense tensor, its row.
-
-    The dense tensor is empty where it is of one value.
-    """
+    """Yield what a layer has beside its experts: name, shape, dense tensor or "", and row."""
     for row in facts.target.added:
         size = facts.num_experts if row.per_expert else facts.hidden_size
         source = "" if row.of is None else facts.family.layer.format(layer=layer) + row.of

@@ -129,12 +129,11 @@ class Facts:
     @property
     def implied(self) -> RecipeClaim:
         """The recipe that config.json implies, assuming exact scaling."""
-        E, G, T = self.expansion, self.granularity, self.top_k
         return RecipeClaim(
-            expansion=E,
-            granularity=G,
+            expansion=self.expansion,
+            granularity=self.granularity,
             shared_experts=self.shared_experts,
-            top_k=T,
+            top_k=self.top_k,
             routing=self.routing,
             kind=self.kind,
         )

@@ -52,11 +52,9 @@ def check_outputs(
 ) -> CheckResult:
     """Compare the predictions of both models; `objection` says why nothing is promised, if so.
 
-    `by_header` is what headers show to be wrong: then there is no model to run.
-
-    `copied` are the layers whose experts are known to be copies of as many as there are shards.
-
-    Raises UpcycleError when the dense model cannot run, and for options that no model can follow.
+    `by_header` is what headers show to be wrong: then there is no model to run. `copied` are the
+    layers whose experts are known to be copies of as many as there are shards. Raises UpcycleError
+    when the dense model cannot run, and for options that no model can follow.
     """
     findings, note = Findings(), "The outputs could not be compared."
     for entry in facts.moe.tensors.values():
@@ -85,8 +83,9 @@ def check_outputs(
     measured = _in_words(prompt, metrics, found)
     detail = f"Measured only, since this MoE does not promise equality: {objection}."
     if objection is None:
-        detail, failures = _judged(facts, metrics)
-        findings.add(*failures, *found.routing.failures)
+        judge = _exact if facts.standard.uniform else _approximate
+        detail, failures = judge(facts, metrics)
+        findings.add(*failures, *rounding_failures(metrics, "dense"), *found.routing.failures)
     note = measured if findings else ""
     result = findings.result(NAME, f"{detail} {measured}", metrics, note)
     only_measured = objection is not None and not findings
@@ -212,12 +211,6 @@ def _in_words(prompt: Prompt, metrics: Mapping[str, float], found: Found) -> str
     )
 
 
-def _judged(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
-    """Hold what was measured against what the MoE owes: what that is, and what fails."""
-    owed, failures = (_exact if facts.standard.uniform else _approximate)(facts, metrics)
-    return owed, [*failures, *rounding_failures(metrics, "dense")]
-
-
 def rounding_failures(metrics: Mapping[str, float], whose: str) -> Iterator[str]:
     """Say where the dtype costs more than a conversion may."""
     cost = metrics["kl_mean_rounding"]
@@ -229,6 +222,7 @@ def rounding_failures(metrics: Mapping[str, float], whose: str) -> Iterator[str]
 
 
 def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    """Say what the MoE owes, and where what was measured is not that."""
     factors = recover_factors(facts)
     lossless = all(is_power_of_two(factors[matrix]) for matrix in facts.kind.matrices)
     names = {facts.place(part, layer, 0).tensor for layer in facts.layers for part in facts.parts}

@@ -69,10 +69,8 @@ def make_prompt(facts: Pair, options: TextOptions) -> Prompt:
     """Return text, where there is a tokenizer for it, and random tokens of the whole vocabulary.
 
     Text shows little of what a model does: a router can be made to fit the built-in one alone.
-    Which tokens are drawn depends on the routers, so that these cannot be made to fit them.
-
-    Raises UpcycleError for prompts that cannot be used and a context that no row can have, and
-    TransformersError for a config that cannot be read.
+    Which tokens are drawn depends on the routers, so that these cannot be made to fit them. Raises
+    UpcycleError for prompts and contexts that cannot be used, TransformersError for a config.
     """
     import torch
 

@@ -184,10 +184,7 @@ class RecipeClaim:
         return Promise.EXACT if self.uniform else Promise.APPROXIMATE
 
     def scaling_failure(self, factors: Mapping[str, float], c: float, origin: str) -> str | None:
-        """Say what is wrong with the factors of the matrices, and of the gates, or None.
-
-        `c` is the factor that is needed, and `origin` says what needs it.
-        """
+        """Say what is wrong with factors of which `origin` needs `c`, or None."""
         wanted, need = c, f"{origin} needs c ="
         if isinstance(self.scaling, float):
             wanted, need = self.scaling, "the recorded scale is"
@@ -243,10 +240,7 @@ class Record:
 
 
 def read_record(moe: Checkpoint, kind: MlpKind | None = None) -> Record:
-    """Return what `upcycle.json` says, nothing when there is none.
-
-    `kind` is the dense MLP's; without one there is no recipe to be read.
-    """
+    """Return what `upcycle.json` says, if it is there; a recipe where an MLP's `kind` is given."""
     if not moe.storage.has(RECORD_NAME):
         return Record()
     try:

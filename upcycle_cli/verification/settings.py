@@ -58,10 +58,7 @@ _FOR_ENGINES: Mapping[str, Callable[[Facts], object]] = {
 
 
 def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> Iterator[str]:
-    """Name what config.json says of the MoE alone, and must not.
-
-    `architecture` is the class that it must name.
-    """
+    """Name what config.json must not say of any MoE; `architecture` is the class it must name."""
     own = {"auto_map"} if target.ships_code else set()
     wanted, architectures = [architecture], moe.config.get("architectures")
     if architectures != wanted:

@@ -51,10 +51,7 @@ def check_structure(facts: Facts, by_header: Sequence[str]) -> CheckResult:
 def own_failures(
     moe: Checkpoint, target: Target, names: Sequence[str], architecture: str
 ) -> Iterator[str]:
-    """Name what is wrong with an MoE that can be seen without the dense model, but for its headers.
-
-    `names` are those of all files beside it.
-    """
+    """Name what shows without the dense model and headers; `names` are all files beside the MoE."""
     for name, entry in moe.tensors.items():
         if entry.dtype not in TORCH_DTYPES:
             yield f"{name} is {entry.dtype}, and weights are {', '.join(TORCH_DTYPES)}"

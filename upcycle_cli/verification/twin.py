@@ -156,12 +156,6 @@ def _written(
     return {released.moved(name, inside): tensor for name, tensor in written.items()}
 
 
-def _held(inside: Inside | None, model: Model) -> dict[str, Any]:
-    """Return the tensors of a text model as it has them in memory, by names as of a checkpoint."""
-    state: dict[str, Any] = model.state_dict()
-    return state if inside is None else {inside.place(name): t for name, t in state.items()}
-
-
 def _compare(facts: Facts, dense_outer: Config, moe_outer: Config) -> Iterator[str]:
     dense_config, moe_config = (outer.get_text_config() for outer in (dense_outer, moe_outer))
     for outer in (dense_outer, moe_outer):
@@ -177,7 +171,10 @@ def _compare(facts: Facts, dense_outer: Config, moe_outer: Config) -> Iterator[s
     _fill(dense)
     _fill(moe)
     held = _written(facts.family.inside, dense_outer, dense)
-    lacking = _share_weights(facts, held, _held(facts.target.inside, moe), dense)
+    inside, own = facts.target.inside, moe.state_dict()
+    if inside is not None:
+        own = {inside.place(name): tensor for name, tensor in own.items()}
+    lacking = _share_weights(facts, held, own, dense)
     if lacking is not None:
         yield f"by its settings the MoE has another {lacking} than the dense model"
         return
@@ -224,10 +221,7 @@ def _fill(model: Model) -> None:
 def _share_weights(
     facts: Facts, held: dict[str, Any], own: dict[str, Any], dense: Model
 ) -> str | None:
-    """Give the MoE's tensors the dense model's values; return the name of one that does not fit.
-
-    `held` and `own` are those of the models, by names as of their checkpoints.
-    """
+    """Give the MoE's tensors (`own`) the dense model's (`held`); return the name of a misfit."""
     width = _width(facts, dense)
     copied: dict[str, Any] = {}
     for name, copies in changed_form(facts, held, dense.config).items():
