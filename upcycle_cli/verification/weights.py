@@ -34,12 +34,7 @@ from upcycle_cli.verification.places import Experts
 from upcycle_cli.verification.recipes import DRAWN
 from upcycle_cli.verification.report import CheckResult, Findings
 from upcycle_cli.verification.rounding import Rounding
-from upcycle_cli.verification.rows import (
-    given_failures,
-    other_rows,
-    row_failures,
-    size_failures,
-)
+from upcycle_cli.verification.rows import given_failures, other_rows, row_failures, size_failures
 from upcycle_cli.verification.scan import Key, Scan
 from upcycle_cli.verification.shared import shared_failures
 from upcycle_cli.verification.wanted import Wanted, wanted_tensors
@@ -268,8 +263,8 @@ class _Comparison:
                 f"its virtual group {group}"
             )
         if facts.rows is not None:
-            for failure in other_rows(router_NH, facts.rows, layer):
-                self.findings.add(f"{name}: {failure}")
+            found = other_rows(router_NH, facts.rows, layer)
+            self.findings.add(*(f"{name}: {failure}" for failure in found))
         if bool(finite_N.all()):
             dtype = facts.moe.tensors[name].dtype
             drawn = facts.recipe.router_init in DRAWN
