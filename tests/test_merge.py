@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from conftest import (
     validate_json,
     write_json,
 )
+from refusals import invoke
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli import (
@@ -98,6 +101,31 @@ def weights_of(models: Sequence[Path], moe: Path, **options: Any) -> CheckResult
     first, *others = models
     report = verify(first, moe, experts_from=others, checks=["weights"], **options)
     return report.checks[0]
+
+
+def test_a_report_lists_all_models(models: list[Path], mixed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    page = tmp_path / "page.html"
+    others = [word for model in models[1:] for word in ("--experts-from", str(model))]
+    checked = ["--checks", "claims", "--allow-inexact", "--report", str(page)]
+    done = invoke("verify", models[0], mixed, *others, *checked)
+    assert done.exit_code == 0, done.stderr
+    html = page.read_text()
+    for number, model in enumerate(models, 1):
+        assert f'<th scope="row">dense model{f" {number}" if number > 1 else ""}<' in html
+        assert f">{model}<" in html
+    page.unlink()
+    assert invoke("inspect", mixed, "--report", page).exit_code == 0
+    for text in (html, page.read_text()):
+        for number, model in enumerate(models, 1):
+            config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
+            for name, value in (
+                ("", model.name),
+                (": virtual groups", f"{number - 1}, {number + 2}"),
+                (": config.json", config),
+            ):
+                row = rf">source {number}{name}</th>\s*<td[^>]*>{re.escape(value)}<"
+                assert re.search(row, text), row
 
 
 def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -128,7 +128,11 @@ def verify(
             from upcycle_cli import report_page
 
             html = report_page.verification_html(
-                found, dense=str(dense), moe=str(moe), command=shared.command_line()
+                found,
+                dense=str(dense),
+                moe=str(moe),
+                command=shared.command_line(),
+                experts_from=[str(model) for model in experts_from],
             )
             page.write(html)
         shared.announce_report(page, silent=quiet or json)

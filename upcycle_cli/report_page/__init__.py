@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,12 +21,19 @@ if TYPE_CHECKING:
     from upcycle_cli.verification import Report
 
 
-def verification_html(report: Report, *, dense: str, moe: str, command: str) -> str:
-    """Return the page of a verification of `moe` against `dense`, which `command` has made."""
+def verification_html(
+    report: Report, *, dense: str, moe: str, command: str, experts_from: Sequence[str] = ()
+) -> str:
+    """Return the page of a verification of `moe` against `dense`, which `command` has made.
+
+    `experts_from` are the other models that it was held against.
+    """
     from upcycle_cli.report_page.page import render
     from upcycle_cli.report_page.verified import Verified, verification_page
 
-    verified = Verified(report=report, dense=dense, moe=moe, command=command)
+    verified = Verified(
+        report=report, dense=dense, moe=moe, command=command, experts_from=experts_from
+    )
     return render(verification_page(verified))
 
 

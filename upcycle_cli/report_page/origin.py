@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -44,24 +44,36 @@ def origin_section(
 
 def _recorded(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a record, which can hold anything, says of versions and digests."""
-    source, tool = record.get("source"), record.get("tool")
-    source = source if isinstance(source, dict) else {}
-    tool = tool if isinstance(tool, dict) else {}
-    rows = [
-        ("upcycle", tool.get("version")),
-        ("numpy", record.get("numpy")),
-        ("source", source.get("name")),
-        ("source revision", source.get("revision")),
-        ("config.json of the source", source.get("config_sha256")),
-        ("plan", record.get("plan_sha256")),
-    ]
-    for whose, listed in (("source", source.get("files")), ("MoE", record.get("files"))):
-        for file in listed if isinstance(listed, list) else ():
-            if isinstance(file, dict):
-                digest = file.get("sha256") or file.get("header_sha256")
-                kind = "" if file.get("sha256") else " (header)"
-                rows.append((f"{whose}: {_text(file.get('name'))}{kind}", digest))
+    rows = [("upcycle", _dict(record.get("tool")).get("version")), ("numpy", record.get("numpy"))]
+    merged = _dict(record.get("experts_from"))
+    models = [_dict(each) for each in (record.get("source"), *_list(merged.get("models")))]
+    for i, model in enumerate(models):
+        whose = f"source {i + 1}" if len(models) > 1 else "source"
+        groups = [str(g) for g, of in enumerate(_list(merged.get("groups"))) if of == i]
+        rows += [
+            (whose, model.get("name")),
+            (f"{whose}: revision", model.get("revision")),
+            (f"{whose}: virtual groups", ", ".join(groups) or None),
+            (f"{whose}: config.json", model.get("config_sha256")),
+            *_files(whose, model),
+        ]
+    rows += [("plan", record.get("plan_sha256")), *_files("MoE", record)]
     return [(name, _text(value)) for name, value in rows if value is not None]
+
+
+def _files(whose: str, of: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for file in map(_dict, _list(of.get("files"))):
+        digest = file.get("sha256") or file.get("header_sha256")
+        kind = "" if file.get("sha256") else " (header)"
+        yield f"{whose}: {_text(file.get('name'))}{kind}", digest
+
+
+def _dict(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: object) -> str:

@@ -53,6 +53,8 @@ class Verified:
     dense: str
     moe: str
     command: str
+    experts_from: Sequence[str] = ()
+    """The other models that experts are of."""
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -151,7 +153,8 @@ def _origin(verified: Verified) -> Section:
             ("MoE", paths[1], RECORD_NAME),
         )
     }
-    models = {origin: verified.dense, "MoE": verified.moe}
+    others = {f"{origin} {i}": model for i, model in enumerate(verified.experts_from, 2)}
+    models = {origin: verified.dense, **others, "MoE": verified.moe}
     return origin_section(models, digests, verified.record, verified.command)
 
 
