@@ -244,6 +244,27 @@ def test_what_trl_saves_is_inspected(make_dense: MakeDense, tmp_path: Path, targ
     assert [sum(layer.load) for layer in found.load.layers] == [4 * found.load.tokens] * 2
 
 
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_to_shipped_code_is_merged_by_that_code(
+    llama: Path, tmp_path: Path, task: str | None
+) -> None:
+    """peft names the class of the base where it was given no task, else nothing but its path."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    wanted = Recipe(expansion=2, granularity=1, top_k=1)
+    convert(llama, base, wanted, target="upcycled")
+    adapter.mkdir()
+    library = "transformers_modules.base.cbb8e9bf.modeling_upcycled"
+    mapping = None if task else {"parent_library": library}
+    where = str(base) if task else "org/base"
+    held = {"peft_type": "LORA", "task_type": task, "auto_mapping": mapping}
+    write_json(adapter / "adapter_config.json", held | {"base_model_name_or_path": where})
+    told = assert_refused(invoke("inspect", adapter), f"the code that {where} ships")
+    assert f'M.from_pretrained("{where}", dtype="auto", trust_remote_code=True)' in told
+    held["auto_mapping"] = {"parent_library": "transformers.models.mixtral.modeling_mixtral"}
+    write_json(adapter / "adapter_config.json", held | {"base_model_name_or_path": where})
+    assert "trust_remote_code" not in invoke("inspect", adapter).stderr
+
+
 def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "it's mine"
     adapter.mkdir()
@@ -259,6 +280,7 @@ def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
             ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
         ):
             assert_refused(invoke(*command), *words, base)
+    assert "add trust_remote_code=True after dtype" in invoke("inspect", adapter).stderr
     write_json(adapter / "config.json", {"model_type": "llama"})
     (adapter / "training_args.bin").write_bytes(b"")
     assert_refused(invoke("inspect", adapter), *words)

@@ -36,6 +36,8 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
 """Of what peft saves."""
+_DYNAMIC_MODULES = "transformers_modules"
+"""The package of transformers' that classes of shipped code are in."""
 
 COMPANIONS = (
     GENERATION_NAME,
@@ -203,21 +205,40 @@ def adapter_in(storage: Storage) -> UpcycleError | None:
     """Return what to raise where there is an adapter, and no model; None where there is none."""
     if not storage.has(ADAPTER_NAME):
         return None
-    base = read_json(storage.local(ADAPTER_NAME)).get("base_model_name_or_path")
-    return adapter(str(storage.path), base if isinstance(base, str) and base else "MODEL")
+    held = read_json(storage.local(ADAPTER_NAME))
+    base = held.get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else "MODEL"
+    return adapter(str(storage.path), base, ships_code=_ships_code(base, held.get("auto_mapping")))
 
 
-def adapter(place: str, base: str = "MODEL") -> UpcycleError:
+def _ships_code(base: str, mapping: object) -> bool | None:
+    """Whether the base of an adapter is run by code of its own; None where nothing says it."""
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if isinstance(library, str):  # of the class that was trained; there is none for known tasks
+        return library.startswith(_DYNAMIC_MODULES)
+    directory = Storage(Path(base))
+    if not directory.path.is_dir() or not directory.has(CONFIG_NAME):
+        return None
+    return "auto_map" in read_json(directory.local(CONFIG_NAME))
+
+
+def adapter(place: str, base: str = "MODEL", *, ships_code: bool | None = None) -> UpcycleError:
     """Return what to raise where an adapter is given for a model, that to the model `base`."""
     model, own, merged = map(json.dumps, (base, place, f"{place}-merged"))
+    trust, words = "trust_remote_code=True", "Merge it into that, and give the result"
+    if ships_code:
+        words += f" (this runs the code that {base} ships)"
+    elif ships_code is None:
+        words += f" (where the model ships code of its own, add {trust} after dtype)"
+    how = f'dtype="auto", {trust}' if ships_code else 'dtype="auto"'
     code = (
         "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f'P.from_pretrained(M.from_pretrained({model}, dtype="auto"), {own})'
+        f"P.from_pretrained(M.from_pretrained({model}, {how}), {own})"
         f".merge_and_unload().save_pretrained({merged})"
     )
     return UpcycleError(
         f"{place} is an adapter, and no model without the one that it was trained on.",
-        f"Merge it into that, and give the result:\n  {shell_line(['python', '-c', code])}",
+        f"{words}:\n  {shell_line(['python', '-c', code])}",
     )
 
 
