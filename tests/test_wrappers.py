@@ -342,6 +342,14 @@ def test_a_wrapper_that_has_one_type_before_and_after(make_moe: MakeMoe, tmp_pat
         convert(moe, tmp_path / "again", recipe(GEMMA4))
 
 
+def test_a_shipped_config_can_be_made_of_nothing(make_moe: MakeMoe) -> None:
+    """transformers compares with such a one; the text model's own class says null of experts."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(make_moe(GEMMA4)[1], trust_remote_code=True)
+    assert type(config)().get_text_config().num_experts == 8
+
+
 def test_it_can_be_around_a_text_model_alone(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
     dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
     moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output

@@ -75,7 +75,7 @@ class UpcycledConfig(DenseConfig):  # type: ignore[misc]
             "output_router_logits": output_router_logits,
         }
         for key, value in settings.items():
-            if text is self or not hasattr(text, key):
+            if text is self or getattr(text, key, None) is None:
                 setattr(text, key, value)
         size, num_experts = text.virtual_group_size, text.num_experts
         if size < 1 or num_experts % size:
