@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,12 @@ from upcycle_cli.families.trainers import (  # noqa: E402
     expert_parallel_sizes,
     trainers,
 )
-from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside  # noqa: E402
+from upcycle_cli.families.wrappers import (  # noqa: E402
+    LOADED,
+    WRAPPERS,
+    Inside,
+    native_target,
+)
 from upcycle_cli.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
@@ -87,14 +91,33 @@ def test_the_tables_have_what_was_measured() -> None:
     assert not any(CONTROL.name in line for line in lines)
 
 
-def test_of_models_inside_of_others_nothing_is_said() -> None:
-    alone = NATIVE["qwen3_moe"]
-    inside = replace(alone, inside=Inside(next(iter(WRAPPERS.values())), LOADED))
-    found = [
-        trainers(row, Routing.TOPK_SOFTMAX, tied=False, fused=False) for row in (alone, inside)
+def test_what_is_said_of_a_model_is_not_said_of_it_inside_of_another() -> None:
+    """Most around llava is as without it, but what balances is not, and mistral3 was not tried."""
+    rows = [
+        native_target("qwen2_moe", inside("llava")),
+        native_target("qwen2_moe", inside("mistral3")),
     ]
-    assert found[0]
-    assert found[1] == ()
+    alone, in_llava, in_mistral3 = (
+        {
+            trainer.name: trainer.settings
+            for trainer in trainers(row, Routing.SOFTMAX_TOPK, tied=False, fused=False)
+        }
+        for row in (NATIVE["qwen2_moe"], *rows)
+    )
+    assert "the balancing loss is applied" in alone["TRL"]
+    assert "or it stops" in in_llava["TRL"]
+    assert in_mistral3 == {}
+
+
+def test_experts_in_one_tensor_that_have_no_other_layout() -> None:
+    target = native_target("qwen3_vl_moe_text", inside("qwen3_vl"))
+    for fused, support in ((False, Support.RUNS), (True, Support.REFUSES)):
+        said = trainers(target, Routing.TOPK_SOFTMAX, tied=False, fused=fused)
+        assert {trainer.name: trainer.support for trainer in said}["NeMo AutoModel"] is support
+
+
+def inside(wrapper: str) -> Inside:
+    return Inside(WRAPPERS[wrapper], LOADED)
 
 
 def test_experts_divide_among_ranks() -> None:
@@ -114,8 +137,10 @@ def measured() -> dict[str, dict[str, str]]:
 
 
 def said_of(case: Case) -> tuple[Trainer, ...]:
-    code = shipped(DENSE[case.dense.split(maxsplit=1)[0]], "relu2", biased=False)
-    target = code if case.target == "upcycled" else NATIVE[case.target]
+    if case.target == "upcycled":
+        target = shipped(DENSE["nemotron"], "relu2", biased=False)
+    else:
+        target = native_target(case.target, inside(case.wrapper) if case.wrapper else None)
     fused = target.ships_code or "--expert-layout fused" in case.options
     return trainers(target, Routing(case.routing), tied="(tied)" in case.dense, fused=fused)
 

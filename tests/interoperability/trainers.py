@@ -34,6 +34,7 @@ from interop.software import NotInstalledError, Worker, install, version
 from interop.trained import (
     STOPPED,
     TRAINERS,
+    VOCABULARY,
     TrainerSoftware,
     contradiction,
     judge,
@@ -90,7 +91,7 @@ class _Run:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             moe = Path(folder) / "moe"
             convert(dense, moe, case)
-            rows = _rows(dense)
+            rows = _rows()
             wanted, said = _dense_loss(dense, rows), inspect(moe).trainers
             for software, worker in self.workers.items():
                 if not software.tries(case):
@@ -151,21 +152,22 @@ def _misread(saved: Path, dense: Path, name: str) -> Iterator[str]:
     shutil.rmtree(saved)
 
 
-def _rows(dense: Path) -> list[list[int]]:
-    """Return a batch of token ids, drawn at random."""
+def _rows() -> list[list[int]]:
+    """Return a batch of token ids, drawn at random; none stands for a picture."""
     import torch
 
-    vocab_size = json.loads((dense / "config.json").read_text())["vocab_size"]
-    generator = torch.Generator().manual_seed(SEED)
-    rows: list[list[int]] = torch.randint(vocab_size, (ROWS, TOKENS), generator=generator).tolist()
+    generator, shape = torch.Generator().manual_seed(SEED), (ROWS, TOKENS)
+    rows: list[list[int]] = torch.randint(VOCABULARY, shape, generator=generator).tolist()
     return rows
 
 
 def _dense_loss(dense: Path, rows: list[list[int]]) -> float:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    wraps = "text_config" in json.loads((dense / "config.json").read_text())
+    auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+    model = auto.from_pretrained(dense, dtype=torch.float32).eval()
     ids = torch.tensor(rows)
     with torch.no_grad():
         return float(model(ids, labels=ids).loss)

@@ -19,7 +19,7 @@ from string import Template
 
 from upcycle_cli.families.engines import ALL_SHIPPED, Support
 from upcycle_cli.families.moe import Target
-from upcycle_cli.families.values import defaults_of, table
+from upcycle_cli.families.values import table
 from upcycle_cli.recipe import ExpertLayout, Routing
 
 _LOSS, _NO_LOSS = "loss", "no loss"
@@ -49,16 +49,16 @@ def trainers(
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor.
     """
-    kind, known = ALL_SHIPPED if target.ships_code else target.model_type, table("trainers")
+    kind, known = ALL_SHIPPED if target.ships_code else target.title, table("trainers")
     found = []
-    # Of text models inside of others, none was tried.
-    for name in () if target.inside else known["tried"].get(kind, ()):
+    for name in known["tried"].get(kind, ()):
         support = Support.RUNS
         if fused and name in known["own_code"].get(kind, ()):
-            support = Support.PER_EXPERT_ONLY
+            per_expert = ExpertLayout.PER_EXPERT in target.layouts
+            support = Support.PER_EXPERT_ONLY if per_expert else Support.REFUSES
         elif tied and name in known["own_head"].get(kind, ()):
             support = Support.UNTIED_ONLY
-        words = _lora(kind, target) if name == "peft" else _words(name, kind, routing)
+        words = _lora(kind, target) if name == "peft" else _words(name, kind, target, routing)
         if tied and name in known["where_tied"]:
             words += f"; {known['where_tied'][name]}"
         number = "N" if num_experts is None else str(num_experts)
@@ -71,11 +71,10 @@ def expert_parallel_sizes(num_experts: int) -> tuple[int, ...]:
     return tuple(size for size in range(1, num_experts + 1) if num_experts % size == 0)
 
 
-def _words(name: str, kind: str, routing: Routing) -> str:
-    has_loss = "router_aux_loss_coef" in defaults_of(kind)
+def _words(name: str, kind: str, target: Target, routing: Routing) -> str:
     known = table("trainers")
     settings = known["settings"][name]
-    words: str = settings.get(kind) or settings[_LOSS if has_loss else _NO_LOSS]
+    words: str = settings.get(kind) or settings[_LOSS if target.balances else _NO_LOSS]
     more = known["by_routing"].get(name, {}).get(routing)
     return f"{words}; {more}" if more else words
 

@@ -52,7 +52,7 @@ PAIRS: Sequence[tuple[str, str]] = (
     ("nemotron_h", "nemotron_h"),
 )
 """Each with the routing that the released models of its target use."""
-_INSIDE: Sequence[tuple[str, str]] = (
+WITHIN: Sequence[tuple[str, str]] = (
     ("gemma3", UPCYCLED),
     ("llava (mistral)", "mixtral"),
     ("llava (qwen2)", "qwen2_moe"),
@@ -123,7 +123,7 @@ def _row(target: str) -> Target:
 
 def _plain() -> list[Case]:
     """Return every pair with its usual routing, and every routing of a target on a tiny model."""
-    pairs = [*PAIRS, *((dense, UPCYCLED) for dense in SHIPPED), *_INSIDE]
+    pairs = [*PAIRS, *((dense, UPCYCLED) for dense in SHIPPED), *WITHIN]
     tiny = {target: dense for dense, target in reversed(pairs) if dense in RANDOM}
     return [
         Case(dense, target, REAL_RECIPE if is_real(dense) else TINY_RECIPE, routing)

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interop.conversions import EXACT, PLAIN, SIGMOID, Case
+from interop.conversions import EXACT, PLAIN, SIGMOID, WITHIN, Case, routings
 from interop.models import HEAD_DIM, TINY
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
+from interop.wrapped import GEMMA4, WRAPPED, make_wrapped
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import DIFFERS, SAME, Support
+from upcycle_cli.families.moe import Target
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.trainers import Trainer, trainers
+from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside, native_target
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
@@ -23,6 +26,7 @@ RECIPE = "E4G2T4"
 RANDOM: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "granite", "olmo2", "nemotron"), TINY),
     **dict.fromkeys(("ernie4_5", "granite_swa", "hunyuan_v1_dense"), TINY),
+    "gemma4_text": {**TINY, **GEMMA4, "tie_word_embeddings": True},
     "lfm2": {
         **TINY,
         "layer_types": ["conv", "full_attention"],
@@ -49,8 +53,9 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Tiny models by name, which begins with the type."""
+VOCABULARY = 1024
 TOKENS: Mapping[str, Any] = {
-    "vocab_size": 1024,
+    "vocab_size": VOCABULARY,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
 }
 _TRANSFORMERS = ("transformers>=5", "torch", "accelerate")
@@ -65,7 +70,7 @@ class TrainerSoftware(Software):
 
     def tries(self, case: Case) -> bool:
         """Whether it has to take this conversion."""
-        return not self.targets or case.target in self.targets
+        return not self.targets or (case.target in self.targets and not case.wrapper)
 
 
 TRAINERS = (
@@ -125,11 +130,13 @@ def training_cases() -> list[Case]:
         ("olmo2", "flex_olmo", EXACT),
         ("olmo2", "flex_olmo", PLAIN),
         ("nemotron_h", "nemotron_h", SIGMOID),
+        ("gemma4_text", "gemma4_text", EXACT),
         ("nemotron", "upcycled", EXACT),
         ("nemotron", "upcycled", PLAIN),
         ("nemotron", "upcycled", SIGMOID),
     )
-    found = [Case(dense, target, RECIPE, routing) for dense, target, routing in pairs]
+    inside = [(dense, target, routings(target)[0]) for dense, target in WITHIN]
+    found = [Case(dense, target, RECIPE, routing) for dense, target, routing in (*pairs, *inside)]
     mistral, qwen3 = ("mistral", "mixtral", EXACT), ("qwen3", "qwen3_moe", EXACT)
     fused = (mistral, qwen3, ("qwen3", "glm4_moe", SIGMOID))
     wrong = (mistral, qwen3, ("nemotron", "upcycled", EXACT))
@@ -149,6 +156,9 @@ def make_dense(name: str, directory: Path) -> Path:
 
     path = directory / name.replace(" ", "-")
     if path.exists():
+        return path
+    if name in WRAPPED:
+        make_wrapped(name, TOKENS).save_pretrained(path)
         return path
     config = AutoConfig.for_model(name.split(maxsplit=1)[0], **RANDOM[name], **TOKENS)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -188,15 +198,16 @@ def contradiction(case: Case, name: str, cell: Cell, said: Iterable[Trainer]) ->
 def settings_table() -> list[str]:
     """Return what upcycle says is to be set, as lines of Markdown: a row for each thing to say."""
     anyone = shipped(DENSE["nemotron"], "relu2", biased=False)
-    routings = {target.model_type: target.routings for target in (*NATIVE.values(), anyone)}
+    targets = (*NATIVE.values(), *_inside(), anyone)
+    routings = {target.title: target.routings for target in targets}
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for target in (*NATIVE.values(), anyone):
+    for target in targets:
         for routing in target.routings:
             for trainer in trainers(target, routing, tied=False, fused=False):
                 if trainer.name == "peft" and target.ships_code:
                     continue  # the names of its experts are the family's
                 row = rows.setdefault((trainer.name, trainer.settings), {})
-                row.setdefault(target.model_type, []).append(routing)
+                row.setdefault(target.title, []).append(routing)
     lines = ["| trainer | architecture | what to set |", "|---|---|---|"]
     order = [software.name for software in TRAINERS]
     for (name, settings), models in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
@@ -206,6 +217,14 @@ def settings_table() -> list[str]:
         ]
         lines.append(f"| {name} | {', '.join(shown)} | {settings} |")
     return [line.replace(anyone.model_type, "upcycled") for line in lines]
+
+
+def _inside() -> list[Target]:
+    return [
+        native_target(name, Inside(wrapper, LOADED))
+        for wrapper in WRAPPERS.values()
+        for name in wrapper.natives
+    ]
 
 
 Answers = Mapping[Case, Mapping[str, Mapping[str, Any]]]
@@ -250,7 +269,9 @@ def _table(
     ]
     for case, row in answers.items():
         cells = [
-            shown(row[name]["measured"][key][column]) if name in row else NOT_TRIED
+            shown(row[name]["measured"][key][column])
+            if name in row and column in row[name]["measured"][key]
+            else NOT_TRIED
             for name, column in columns
         ]
         lines.append(f"| {case.name} | {' | '.join(cells)} |")

@@ -10,7 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SIDE, PATCH = 32, 8
 """Of a picture, in pixels."""
@@ -295,17 +298,12 @@ WRAPPED: Mapping[str, Wrapped] = {
 """By name, which begins with the type."""
 
 
-def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
-    """Write a dense model with random weights; `tokens` are settings that go with the tokenizer.
-
-    The files of the tokenizer have to be there.
-    """
+def make_wrapped(name: str, tokens: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a dense model with random weights; `tokens` are settings that go with a tokenizer."""
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-    row = WRAPPED[name]
-    marks = {mark: tokens["vocab_size"] + index for index, mark in enumerate(MARKS)}
+    row, marks = WRAPPED[name], _marks(tokens)
     text = {**tokens, **row.text, "vocab_size": tokens["vocab_size"] + SPARE}
     config = CONFIG_MAPPING[name.split(maxsplit=1)[0]](
         text_config=text,
@@ -314,7 +312,7 @@ def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
         **{key: text[key] for key in row.repeats},
         **row.around,
     )
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -322,7 +320,22 @@ def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
         if "embed_tokens" in parameter_name:
             scale = 0.02  # or a tied head repeats the last token, whatever the layers do
         parameter.data = mean + scale * noise
-    model.save_pretrained(path)
+    return model
+
+
+def _marks(tokens: Mapping[str, Any]) -> dict[str, int]:
+    return {mark: tokens["vocab_size"] + index for index, mark in enumerate(MARKS)}
+
+
+def save_wrapped(path: Path, name: str, tokens: Mapping[str, Any]) -> None:
+    """Write a dense model with random weights, and what prepares pictures for it.
+
+    The files of the tokenizer have to be there.
+    """
+    from safetensors.torch import load_file, save_file
+
+    row, marks = WRAPPED[name], _marks(tokens)
+    make_wrapped(name, tokens).save_pretrained(path)
     if row.sees.get("model_type") in _NESTED:
         weights = path / "model.safetensors"
         tensors = {

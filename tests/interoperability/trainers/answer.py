@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def serve(measure: Measure) -> None:
     answer_all(run)
 
 
+def load(folder: Path) -> Any:
+    """Return the model in float32, with its vision tower where it has one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wraps = "text_config" in config(folder)
+    auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+
+
+def no_picture(model: Any, length: int) -> dict[str, list[int]]:
+    """Return what a model wants to know of which tokens are pictures: none is."""
+    wanted = signature(model.forward).parameters
+    return {key: [0] * length for key in ("token_type_ids", "mm_token_type_ids") if key in wanted}
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint by its name."""
     found: dict[str, torch.Tensor] = {}
@@ -60,11 +76,17 @@ def changed(folder: Path, found: dict[str, torch.Tensor]) -> list[str]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 mine, its = found.get(name), file.get_tensor(name)
-                # What was read into float32 gives back every narrower number.
-                if mine is None or not torch.equal(mine.to(its.dtype), its):
+                if mine is None or not is_same(mine, its):
                     wrong.append(name)
                 names.discard(name)
     return sorted([*wrong, *names])
+
+
+def is_same(mine: torch.Tensor, its: torch.Tensor) -> bool:
+    """Whether a tensor came back; stacks of matrices may be turned, as they are in memory."""
+    # What was read into float32 gives back every narrower number.
+    ways = [mine] if mine.ndim < 3 else [mine, mine.mT]
+    return any(torch.equal(each.to(its.dtype), its) for each in ways)
 
 
 def saved_otherwise(folder: Path, model: Any) -> list[str]:

@@ -14,8 +14,8 @@ import torch
 
 torch.cuda.current_device = lambda: 0
 
-from answer import Rows, changed, next_token_loss, serve, tensors
-from nemo_automodel import NeMoAutoModelForCausalLM
+from answer import Rows, changed, config, next_token_loss, no_picture, serve, tensors
+from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers import auto_model
 from nemo_automodel.components.models.glm4_moe.model import Glm4MoeForCausalLM
 from nemo_automodel.components.models.gpt_oss import rope_utils
@@ -48,14 +48,18 @@ auto_model.apply_model_infrastructure = load_on_cpu
 
 def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]:
     """Say the loss, what its adapter gives back, and whether and how it balances."""
-    model: Any = NeMoAutoModelForCausalLM.from_pretrained(
+    wraps = "text_config" in config(folder)
+    auto = NeMoAutoModelForImageTextToText if wraps else NeMoAutoModelForCausalLM
+    model: Any = auto.from_pretrained(
         str(folder), torch_dtype=torch.float32, use_liger_kernel=False, trust_remote_code=True
     )
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.device = CPU
     with torch.no_grad():
-        output = model.train()(torch.tensor(rows))
+        kinds = no_picture(model, len(rows[0]))
+        known = {key: torch.tensor([zeros] * len(rows)) for key, zeros in kinds.items()}
+        output = model.train()(torch.tensor(rows), **known)
     loss = next_token_loss(getattr(output, "logits", output), rows)
     adapter = getattr(model, "state_dict_adapter", None)
     if adapter is not None:

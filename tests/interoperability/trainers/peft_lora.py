@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answer import Rows, saved_otherwise, serve
-from hf_trainer import load
+from answer import Rows, load, no_picture, saved_otherwise, serve
 from peft import LoraConfig, get_peft_model
 
 RANK = 4
@@ -33,7 +32,7 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     for name, way in ways.items():
         base = load(folder)
         # Shipped code applies its balancing loss in training.
-        base.config.router_aux_loss_coef = 0.0
+        base.config.get_text_config().router_aux_loss_coef = 0.0
         try:
             model = get_peft_model(base, LoraConfig(r=RANK, **way))
         except ValueError as error:  # no such module, or one that it cannot adapt
@@ -53,8 +52,11 @@ def inner_name(name: str) -> str:
 def learns(model: Any, rows: Rows) -> tuple[float, dict[str, list[int]]]:
     """Return the loss, and by parts of the model how many adapters it has and how many learn."""
     ids_BT = torch.tensor(rows)
-    loss = model.train()(input_ids=ids_BT, labels=ids_BT, output_router_logits=False).loss
-    loss.backward()
+    kinds = no_picture(model.get_base_model(), ids_BT.shape[1])
+    known = {key: torch.tensor([zeros] * len(rows)) for key, zeros in kinds.items()}
+    loss = model.train()(input_ids=ids_BT, labels=ids_BT, output_router_logits=False, **known).loss
+    if loss.requires_grad:  # or all adapters are on what sees pictures
+        loss.backward()
     all_of, moved = Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
