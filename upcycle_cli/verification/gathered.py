@@ -53,7 +53,8 @@ class Gathered:
         """Whether these rows are what they must be; one nan is as good as another."""
         size = self.held[0].shape[self.cut]
         if shard is not None:
-            wanted = self._made(self.source, self.order[shard * size :][rows], axis=0)
+            own = self.order[shard * size : (shard + 1) * size]
+            wanted = self._made(self.source, own[rows], axis=0)
             return _equal(self.held[shard][rows], wanted)
         wanted = self._made(self.source[rows], self.order, axis=1)
         return all(
