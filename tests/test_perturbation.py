@@ -38,6 +38,7 @@ from upcycle_cli.order_file import read_order_file
 from upcycle_cli.plan import build_plan
 from upcycle_cli.recipe import ExpertLayout, Promise
 from upcycle_cli.verification.report import CheckResult, Report, Status
+from upcycle_cli.verification.statistics import Sample
 
 QUICKLY = WriteOptions(workers=1, fsync=False)
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -570,6 +571,27 @@ def test_the_record_is_held_to_the_weights(
     report = verify(dense, moe, checks=["claims", "weights"], allow_inexact=True)
     assert report.status is Status.FAILED
     assert said in words(report)
+
+
+@pytest.mark.parametrize("kind", ["noise", "reinit"])
+def test_small_experts_are_compared_in_one_thread(
+    dense: Path, made: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Several would wait for one another at each of many steps, at many times the cost."""
+    before, threads, add = torch.get_num_threads(), set[int](), Sample.add
+
+    def counted(*arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        threads.add(torch.get_num_threads())
+        return add(*arguments)
+
+    monkeypatch.setattr(Sample, "add", counted)
+    torch.set_num_threads(2)
+    try:
+        verify(dense, made[kind], checks=["weights"], allow_inexact=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
 
 
 def test_the_record_says_what_it_went_by(dense: Path, made: Mapping[str, Path]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import torch
 
 from upcycle_cli.hooks import Watch
 from upcycle_cli.storage import RECORD_NAME
-from upcycle_cli.verification.bits import same, unequal
+from upcycle_cli.verification.bits import one_thread, same, unequal
 from upcycle_cli.verification.kept import order_of
 from upcycle_cli.verification.neurons import Neurons, group_part
 from upcycle_cli.verification.recipes import SHUFFLED, SLICED, Record, is_positive
@@ -38,6 +39,8 @@ _EXACT = 1e-6
 """Relative: what double precision makes of the same sums in another order is less."""
 _DISTINCT = 1e12
 """Of so many choices of neurons no two experts have the same by chance."""
+_FOR_ONE_THREAD = 1 << 19
+"""Of matrices with fewer elements, several threads wait for one another at each of many steps."""
 
 Parts = dict[str, torch.Tensor]
 
@@ -92,8 +95,11 @@ class Perturbed:
 
     def failures(self, layers: Sequence[int], watch: Watch) -> Iterator[str]:
         """Say what is wrong with the experts of layers, all of whose tensors have their shapes."""
+        small = self.facts.expert_size * self.facts.hidden_size < _FOR_ONE_THREAD
         for done, layer in enumerate(layers, start=1):
-            yield from _Layer(self, layer).failures()
+            with one_thread() if small else nullcontext():
+                found = [*_Layer(self, layer).failures()]
+            yield from found
             watch.checked(done, len(layers), "layers")
         # Of all layers together there are more values, which say more.
         for part, sample in self.samples.items():
