@@ -72,6 +72,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nemotron", "upcycled", {"router_init": "balanced", "routing": "sigmoid-topk"}),
         ("olmo2", "upcycled", {"router_init": "balanced"}),  # no norm before the MLP
         ("llama", "qwen2_moe", {"router_init": "balanced", "layers": "1"}),
+        # Of two clusters the centres lie in one direction.
+        ("llama", "mixtral", {"name": (2, 2, 2), "router_init": "centroids"}),
+        ("qwen3", "glm4_moe", {"name": (2, 2, 2), "router_init": "centroids"}),
     ],
     ids=str,
 )

@@ -35,8 +35,6 @@ _MOST_SHARED = 1.5
 _HONEST_DRAWS = 3
 _MOST_IN_ONE = 0.9
 """Of the squares of given rows: so much may be in one dimension, or in one direction."""
-_OPPOSITE = 0.05
-"""Relative: the size of the mean of rows that are opposites."""
 _LARGEST_RATIO = 100.0
 """Of the sizes of given rows."""
 
@@ -64,8 +62,9 @@ def given_failures(rows_EH: torch.Tensor, gamma_H: torch.Tensor, dtype: str) -> 
     squares_H = seen.square().sum(0)
     if len(seen) > 1 and float(squares_H.max() / squares_H.sum()) > _MOST_IN_ONE:
         yield "its rows are all but one of their dimensions nothing"
-    # Rows that are one another's opposite have one direction, and no common part in it.
-    apart = float(seen.mean(0).norm()) < _OPPOSITE * float(seen.norm(dim=1).max())
+    # The centres of two clusters lie on the two sides of what all have in common, the nearer one
+    # that of the larger cluster: no direction is strong for both.
+    apart = len(seen) == 2 and float(seen[0] @ seen[1]) < 0
     if len(seen) > 1 and _shared(seen) > _MOST_IN_ONE and not apart:
         yield (
             f"its rows have {_shared(seen):.0%} of their size in one direction: text in which that "
