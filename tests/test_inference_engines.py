@@ -111,9 +111,11 @@ def test_what_leaves_out_the_factor_on_gates_is_right_where_experts_hold_it() ->
     assert Engine("llama.cpp", Support.BALANCED_OR_WRONG) in by_config
     assert Engine("llama.cpp", RUNS) in by_experts
     assert Engine("vLLM", WRONG) in by_experts
-    # Of other attention only transformers was tried.
+    # With other attention only transformers was tried; what is wrong without it is so with it.
     odd = engines("lfm2_moe", routing, **{**facts, "plain_attention": False})
-    assert [engine.name for engine in odd] == ["transformers", "transformers 4"]
+    assert {engine.name for engine in odd if engine.support is RUNS} == {"transformers"}
+    assert {engine for engine in by_experts if engine.support is not RUNS} < set(odd)
+    assert Engine("vLLM", WRONG) in odd
 
 
 def test_no_layout_helps_where_the_routing_is_another() -> None:

@@ -80,7 +80,7 @@ def engines(
 
     `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
     one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
-    embeddings turn all of a head, not stretched: of anything else, only transformers was tried.
+    embeddings turn all of a head, not stretched: that anything else runs, only transformers showed.
     `every_layer` says that no dense MLP is left, `scaled` that c is in the config, `shared` that
     there is a shared expert that computes something. "transformers" is its version 5, which runs
     all; "transformers 4" is listed where it differs.
@@ -105,10 +105,9 @@ def engines(
             for part, verdict in met
             if verdict not in (SAME, None)
         ]
-        older = name == "transformers 4"
-        if wrong and (plain_attention or older):
+        if wrong:  # with whatever attention
             found.append(Engine(name, wrong[0]))
-        elif plain_attention and not older and all(verdict for _, verdict in met):
+        elif plain_attention and name != "transformers 4" and all(verdict for _, verdict in met):
             found.append(Engine(name, Support.RUNS))
     return tuple(found)
 
