@@ -20,6 +20,7 @@ from hub.server import TOKEN, Hub
 from hypothesis import settings
 
 from upcycle_cli.recipe import ExpertLayout
+from upcycle_cli.running.models import Shapes, empty_shapes
 
 pytest_plugins = ("refusals", "verified")
 
@@ -233,14 +234,36 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_words() -> Iterator[None]:
-    """Let both models of a verification go on for two tokens: each of sixteen would take a pass.
+def _quickly() -> Iterator[None]:
+    """Spare tests what takes most of their time, and what none of them is about.
 
     The command line, which runs in a process of its own, is left as it is.
     """
+    from transformers.utils import logging as transformers_logging
+
+    # Else it is set and set back thousands of times, each of them a walk over all loggers.
+    transformers_logging.set_verbosity(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch:
+        # Both models of a verification go on for two tokens: each of sixteen would take a pass.
         patch.setattr("upcycle_cli.verification.sidebyside._CONTINUED", 2)
+        # Of what is written here nothing has to survive a loss of power.
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr("upcycle_cli.verification.headers.empty_shapes", _shapes_once(empty_shapes))
         yield
+
+
+def _shapes_once(asked: Callable[..., tuple[Shapes, Shapes]]) -> Callable[..., Any]:
+    """Ask transformers once for the shapes that a config implies: thousands of tests have a few."""
+    known: dict[tuple[Any, ...], tuple[Shapes, Shapes]] = {}
+
+    def shapes(path: Path, **sizes: int | None) -> tuple[Shapes, ...]:
+        config = (path / "config.json").read_bytes()
+        key = (config, *sorted(sizes.items()))
+        if b"auto_map" in config or key not in known:  # the code that is shipped may be another
+            known[key] = asked(path, **sizes)
+        return tuple(dict(held) for held in known[key])
+
+    return shapes
 
 
 @pytest.fixture(scope="session")
@@ -378,6 +401,7 @@ def logits(path: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float64) ->
     logger.warning_once.cache_clear()
     collect = _Collect()
     logger.addHandler(collect)
+    transformers_logging.set_verbosity(logging.WARNING)
     try:
         # The experts' other implementations do not know float64.
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -390,6 +414,7 @@ def logits(path: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float64) ->
         with torch.no_grad():
             result: torch.Tensor = model.eval()(ids).logits
     finally:
+        transformers_logging.set_verbosity(logging.CRITICAL)
         logger.removeHandler(collect)
     problems = {kind: found for kind, found in info.items() if found}
     assert not problems

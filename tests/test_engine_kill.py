@@ -220,9 +220,7 @@ def finish(
 
 
 @pytest.fixture
-def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # In this process only: what is asserted does not depend on it, and a busy disk takes long.
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def output(tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 

@@ -43,8 +43,7 @@ def reference(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture
-def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here depends on it
+def output(tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 

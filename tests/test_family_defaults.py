@@ -220,7 +220,7 @@ def test_a_wrong_entry_is_noticed(
     else:
         place[name] = entry
     assert damaged != fresh
-    monkeypatch.setattr(values, "_read", lambda: damaged)
+    monkeypatch.setattr(values, "table", lambda _: damaged)
     with pytest.raises(AssertionError):
         check(path[1])
 
@@ -228,6 +228,6 @@ def test_a_wrong_entry_is_noticed(
 def test_an_unknown_condition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = copy.deepcopy(FILE)
     damaged["tensors"]["llama"]["outside"]["model.norm.weight"] = "hidden_size when attention_bias"
-    monkeypatch.setattr(values, "_read", lambda: damaged)
+    monkeypatch.setattr(values, "table", lambda _: damaged)
     with pytest.raises(ValueError, match="no condition: when attention_bias"):
         tensor_shapes("llama", tiny_config("llama").to_dict(), (LAYER, LAYER))

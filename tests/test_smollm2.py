@@ -14,9 +14,10 @@ from upcycle_cli.conversion import Conversion
 from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
 from upcycle_cli.verification import CheckResult, Status, TextOptions
 
-pytestmark = pytest.mark.skipif(
-    bool(missing()), reason=f"needs {', '.join(missing())}: see tests/smollm2.py"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missing())}: tests/smollm2.py"),
+]
 
 FEW = TextOptions(tokens=256)
 """For what does not depend on how much text there is, which is most of the time it takes."""
@@ -62,10 +63,17 @@ def _greedy(path: Path, dtype: str) -> list[int]:
     return output
 
 
-@pytest.mark.parametrize(("sizes", "texts"), [((8, 1, 2), FEW), ((4, 8, 8), TextOptions())])
+@pytest.mark.parametrize(
+    ("model", "sizes", "texts"), [("short", (8, 1, 2), FEW), ("dense", (4, 8, 8), TextOptions())]
+)
 def test_topk_softmax_is_exact(
-    dense: Path, tmp_path: Path, sizes: tuple[int, int, int], texts: TextOptions
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    model: str,
+    sizes: tuple[int, int, int],
+    texts: TextOptions,
 ) -> None:
+    dense: Path = request.getfixturevalue(model)
     expansion, granularity, top_k = sizes
     recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
     moe = _convert(dense, tmp_path, recipe).output
@@ -105,9 +113,12 @@ def test_shards_that_every_token_meets(short: Path, tmp_path: Path, target: str)
     assert float(checks["outputs"].metrics["kl_mean"]) < 1e-9
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("model", "seed"), [("dense", 0), ("short", 1)])
 @pytest.mark.parametrize("granularity", [1, 8])
-def test_softmax_topk_is_close(dense: Path, tmp_path: Path, granularity: int, seed: int) -> None:
+def test_softmax_topk_is_close(
+    request: pytest.FixtureRequest, tmp_path: Path, granularity: int, model: str, seed: int
+) -> None:
+    dense: Path = request.getfixturevalue(model)
     recipe = Recipe(
         expansion=8,
         granularity=granularity,

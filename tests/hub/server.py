@@ -154,8 +154,9 @@ class Hub:
         self._server.server_close()
 
     def vanish(self) -> None:
-        """Answer nobody any more; for a handler, which cannot wait for the server to stop."""
+        """Answer nobody any more; for a handler, which has a thread of its own."""
         self.gone = True
+        self._server.shutdown()
         self._server.socket.close()
 
     @property

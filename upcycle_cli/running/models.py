@@ -58,7 +58,7 @@ def transformers_says() -> Iterator[None]:
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     offline = constants.HF_HUB_OFFLINE
-    logging.set_verbosity(logging.CRITICAL)
+    _let_say(logging.CRITICAL)
     logging.disable_progress_bar()
     # A checkpoint can name repos in more places than there are options to forbid it.
     constants.HF_HUB_OFFLINE = True
@@ -84,9 +84,16 @@ def transformers_says() -> Iterator[None]:
         raise TransformersError(f"{type(error).__name__}: {words[:300]}") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
-        logging.set_verbosity(verbosity)
+        _let_say(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _let_say(verbosity: int) -> None:
+    from transformers.utils import logging
+
+    if logging.get_verbosity() != verbosity:  # since to set it is to visit every logger there is
+        logging.set_verbosity(verbosity)
 
 
 def load_config(path: Path) -> Config:

@@ -112,7 +112,8 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
     judged |= {shared.size_key, shared.count_key, *shared.settings} if shared else set()
     # What the MoE's architecture alone reads shows in the shapes, or in what its twin computes; for
     # training there is `_value_failures`.
-    own_keys = {*vars(type(moe)()), *type(moe).attribute_map}
+    usual = type(moe)()
+    own_keys = {*vars(usual), *type(moe).attribute_map}
     judged |= {key for key in own_keys if not hasattr(dense, key)}
     for key in sorted(_FOR_ENGINES.keys() & facts.moe_config.keys() - own_keys - judged):
         value = facts.moe_config[key]
@@ -121,7 +122,7 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
         judged.add(key)
     for key in {**dense.to_dict(), **facts.dense_config, **facts.moe_config}:
         if key not in judged:
-            yield from _key_failures(facts, key, dense, moe)
+            yield from _key_failures(facts, key, dense, moe, usual)
 
 
 def _outer_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
@@ -276,8 +277,9 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
         "max_window_layers": sliding[0] if sliding else len(windows),
         "layer_types": kinds,
     }
+    usual = type(moe)()
     for key, value in implied.items():
-        by_moe = hasattr(type(moe)(), key)
+        by_moe = hasattr(usual, key)
         # Where there are windows, every key is needed: each has a default of its own.
         written = facts.moe_config.get(key, None if sliding and by_moe else value)
         if key == "sliding_window":
@@ -292,14 +294,16 @@ def _window_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
             yield f"{CONFIG_NAME}: {key} is {shown(written)}, {made}"
 
 
-def _key_failures(facts: Facts, key: str, dense: Config, moe: Config) -> Iterator[str]:
-    """Judge one key; `dense` and `moe` are transformers' configs."""
+def _key_failures(
+    facts: Facts, key: str, dense: Config, moe: Config, usual: Config
+) -> Iterator[str]:
+    """Judge one key by transformers' configs; `usual` is what the MoE's type has by itself."""
     written, original = (held.get(key, _ABSENT) for held in (facts.moe_config, facts.dense_config))
-    ours, theirs, usual = (getattr(config, key, _ABSENT) for config in (moe, dense, type(moe)()))
+    ours, theirs, default = (getattr(config, key, _ABSENT) for config in (moe, dense, usual))
     if theirs is not _ABSENT and ours is not _ABSENT:
         if not _same(ours, theirs):
             yield _difference(key, ours, theirs)
-    elif written is not _ABSENT and not _same(written, original) and not _same(written, usual):
+    elif written is not _ABSENT and not _same(written, original) and not _same(written, default):
         # Not even what transformers adds by itself when it saves such a model again.
         yield (
             f"{CONFIG_NAME}: {key} is {shown(written)}, and the dense model has no such setting: "
