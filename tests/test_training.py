@@ -17,7 +17,6 @@ from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.recipe import SHIPPED, Routing
-from upcycle_cli.render import inspection_rows
 from upcycle_cli.report_page import inspection_html
 from upcycle_cli.training import tie_virtual_groups
 
@@ -158,7 +157,13 @@ def test_the_example_trains_from_the_dense_models_loss(
     losses = re.search(r"first loss ([\d.]+), of the dense model ([\d.]+)", said)
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-4)
-    assert len(re.findall("load_cv", said)) == 3
+    spreads = [re.findall(rf"'load_cv/{layer}': '?([\d.]+)", said) for layer in range(3)]
+    assert [len(each) for each in spreads] == [3, 3, 0]  # of each layer, at each step
+    assert spreads[0] != spreads[1]
+    said = " ".join(said.split())
+    assert "12 of 16 experts are no copies" in said  # as inspect has it
+    assert re.search(r"moved [\d.]+% on average", said)
+    assert "split groups 0 of 8" in said
 
     # What transformers saved says what became of the experts, without upcycle.json.
     assert not (out / "trained" / "upcycle.json").exists()
@@ -171,9 +176,6 @@ def test_the_example_trains_from_the_dense_models_loss(
         assert 0 < layer.apart < max(layer.moved)
         assert (layer.num_groups, layer.split_groups) == (4, 0)
     assert not weights.whole_groups
-    said = " ".join(str(list(inspection_rows(trained))).split())
-    assert "12 of 16 experts are no copies" in said
-    assert "0 of 8" in said
     assert "How far experts have come" in inspection_html(trained, name="trained", command="")
     untrained = inspect(out / "moe", weights=True, dense=dense).weights
     assert untrained is not None

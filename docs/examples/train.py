@@ -3,8 +3,9 @@
     python docs/examples/train.py DENSE TEXT OUT [--recipe E4G2T4] [--steps 20] [--lr 2e-5]
 
 OUT/moe is what upcycle converts, OUT/trained what the steps on TEXT (a file) make of it. Every step
-logs the language-model loss and, of the layer that is balanced worst, the coefficient of variation
-of the experts' load.
+logs the language-model loss and, for each layer that has a router, the coefficient of variation of
+its experts' load. At the end comes what `upcycle inspect OUT/trained --weights --dense DENSE` says:
+how far experts have moved, and whether virtual groups are whole.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import rich
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from upcycle_cli import Recipe, convert
+from upcycle_cli import Recipe, convert, inspect
 from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli.render import inspection_rows, rows_table
 from upcycle_cli.training import tie_virtual_groups
 
 LENGTH = 128
 
 
 def main() -> None:
-    """Convert, train, save."""
+    """Convert, train, save, look at what came of it."""
     arguments = _arguments()
     moe = arguments.out / "moe"
     expansion, granularity, top_k = parse_recipe_name(arguments.recipe)
@@ -43,7 +46,6 @@ def main() -> None:
             output_dir=str(arguments.out / "checkpoints"),
             max_steps=arguments.steps,
             per_device_train_batch_size=2,
-            # The paper: the peak of pretraining again, and a cosine from there.
             learning_rate=arguments.lr,
             lr_scheduler_type="cosine",
             optim="adamw_torch",
@@ -57,11 +59,14 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model(str(arguments.out / "trained"))
+    trained = arguments.out / "trained"
+    trainer.save_model(str(trained))
     dense = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = float(dense(**trainer.first_batch).loss)
     print(f"first loss {trainer.first_loss:.5f}, of the dense model {wanted:.5f}")
+    found = inspect(trained, weights=True, dense=arguments.dense)
+    rich.print(rows_table(inspection_rows(found)))
 
 
 class LoggedTrainer(Trainer):  # type: ignore[misc]
@@ -89,10 +94,9 @@ class LoggedTrainer(Trainer):  # type: ignore[misc]
             self.first_loss = language
             self.first_batch = {key: inputs[key].cpu() for key in ("input_ids", "labels")}
         logged = {"language_model_loss": round(language, 5)}
-        if getattr(outputs, "router_logits", None):
-            top_k = config.num_experts_per_tok
-            spread = max(_spread(logits, top_k) for logits in outputs.router_logits)
-            logged["load_cv"] = round(spread, 3)
+        for layer, logits_TN in enumerate(getattr(outputs, "router_logits", None) or ()):
+            spread = _spread(logits_TN, config.num_experts_per_tok)
+            logged[f"load_cv/{layer}"] = round(spread, 3)
         self.log(logged)
         return (loss, outputs) if return_outputs else loss
 
@@ -118,7 +122,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipe", default="E4G2T4")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=2e-5,
+        help="peak of the cosine. The paper resets it to the peak of DENSE's pretraining, which no "
+        "checkpoint says and which is meant for batches of millions of tokens; give it for such a "
+        "run. %(default)s is small since a batch here has 256 tokens",
+    )
     return parser.parse_args()
 
 
