@@ -37,7 +37,8 @@ SIZES = {
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     for model_type in sys.argv[1:] or sorted({*dense_decoders()} - {*DENSE}):
-        print(f"{model_type}: {REFUSED.get(model_type, 'no row, and no reason why not')}")
+        known = "it has a row" if model_type in DENSE else "no row, and no reason why not"
+        print(f"{model_type}: {REFUSED.get(model_type, known)}")
         for name, shape in layer_of(model_type):
             print(f"    {name} {shape}")
 

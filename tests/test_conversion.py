@@ -207,6 +207,7 @@ def test_the_model_card_is_one_that_the_hub_accepts(llama: Path, tmp_path: Path)
     assert data["library_name"] == "transformers"
     assert {"moe", "mixtral"} <= set(data["tags"])
     assert "E2G2T2" in card.text
+    assert "Keep master weights in float32" in card.text
     assert str(tmp_path) not in card.content
 
 
