@@ -40,8 +40,7 @@ def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[
             return None
         if (layer, group) not in neurons.told:  # of the first of its parts that differs
             neurons.told.add((layer, group))
-            failures += _twice(neurons, layer, group, likely)
-            failures += _shared(neurons, layer, group, likely)
+            failures += _misplaced(neurons, layer, group, likely)
         order, found = _completed(likely, neurons.routed(layer)), seems[part]
     else:
         neurons.uneven.add(layer)
@@ -52,36 +51,22 @@ def order_failures(neurons: Neurons, part: str, layer: int, group: int) -> list[
     return failures
 
 
-def _twice(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
-    """Say which neurons of the dense MLP a group has twice, and which it lacks for that."""
-    counts = np.bincount(likely[likely >= 0], minlength=neurons.facts.dense_size)
-    doubled = np.flatnonzero(counts > 1)
-    if not len(doubled):
-        return
-    missing = np.setdiff1d(neurons.routed(layer), likely)
-    first, second = np.flatnonzero(likely == doubled[0])[:2]
-    size, start = neurons.facts.expert_size, group * neurons.facts.group_size
-    more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
-    yield (
-        f"layer {layer}: virtual group {group} has neuron {doubled[0]}{more} of the dense MLP "
-        f"twice, in expert {start + first // size} at {first % size} and in expert "
-        f"{start + second // size} at {second % size}; it lacks neuron {missing[0]}"
-    )
-
-
-def _shared(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
-    """Say which neurons a group has that the shared expert has too, and what it lacks for that."""
-    routed = neurons.routed(layer)
-    places = np.flatnonzero((likely >= 0) & ~np.isin(likely, routed))
-    if not len(places):
-        return
-    size, start = neurons.facts.expert_size, group * neurons.facts.group_size
-    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    yield (
-        f"layer {layer}: virtual group {group} has neuron {likely[places[0]]}{more} of the dense "
-        f"MLP, which the shared expert has, in expert {start + places[0] // size} at "
-        f"{places[0] % size}; it lacks neuron {np.setdiff1d(routed, likely)[0]}"
-    )
+def _misplaced(neurons: Neurons, layer: int, group: int, likely: Indices) -> Iterator[str]:
+    """Say which neurons a group has twice, or shares with all groups, and which it lacks for it."""
+    routed, held = neurons.routed(layer), likely[likely >= 0]
+    size, first = neurons.facts.expert_size, group * neurons.facts.group_size
+    twice = np.flatnonzero(np.bincount(held) > 1)
+    shared = np.setdiff1d(held, routed)
+    for odd, words in ((twice, " twice"), (shared, ", which the shared expert has")):
+        if not len(odd):
+            continue
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        places = np.flatnonzero(likely == odd[0])[:2]
+        where = " and ".join(f"in expert {first + at // size} at {at % size}" for at in places)
+        yield (
+            f"layer {layer}: virtual group {group} has neuron {odd[0]}{more} of the dense MLP"
+            f"{words}, {where}; it lacks neuron {np.setdiff1d(routed, likely)[0]}"
+        )
 
 
 def _completed(likely: Indices, routed: Indices) -> Indices:
