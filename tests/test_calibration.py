@@ -403,7 +403,7 @@ def test_a_file_of_other_layers_or_sizes_is_not_that_of_a_router(
     (claims,) = verify(dense, moe, checks=["claims"]).checks
     assert "rows that were fitted to 'builtin', which was not run again" in claims.detail
     refused = invoke("verify", dense, moe, "--router-init", tmp_path / "none")
-    assert_refused(refused, "there is no file")
+    assert_refused(refused, "there is no file", "--router-init takes a safetensors file")
     assert_refused(invoke("verify", moe, moe.parent, "--router-init", file), "config.json")
 
 

@@ -50,9 +50,12 @@ class RouterFile:
         return GivenRows(origin=self.digest, dtype=dtypes.pop(), by_layer=by_layer)
 
 
-def read_router_file(path: Path) -> RouterFile:
-    """Read a file of router rows; UpcycleError when it cannot be, or holds no usable rows."""
-    hint = "--router-init takes normal, balanced, centroids, or a safetensors file of rows."
+def read_router_file(path: Path, *, others: str = "") -> RouterFile:
+    """Read a file of router rows; UpcycleError when it cannot be, or holds no usable rows.
+
+    `others` are the words that could have been given in its place.
+    """
+    hint = f"--router-init takes {others}a safetensors file of rows."
     storage, entries = open_given(path, hint, "routers")
     data = {}
     for entry in entries:

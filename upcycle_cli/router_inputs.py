@@ -47,10 +47,8 @@ class RouterInputs:
                     "prompts and a text for a calibration are two texts.", "Leave one out."
                 )
             text = read_prompts(prompts)
-        return cls(
-            text=text,
-            rows=None if rows is None else read_router_file(rows),
-        )
+        others = "normal, balanced, centroids, or "
+        return cls(text=text, rows=None if rows is None else read_router_file(rows, others=others))
 
     def for_recipe(self, recipe: Recipe) -> RouterInputs:
         """Return what a resolved recipe needs of this; UpcycleError where they do not agree."""
