@@ -118,7 +118,7 @@ def unique_bytes(shards: Iterable[Shard]) -> int:
     unshared = 0
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         for leaf in leaves(tensor.expr):
-            nbytes = num_bytes(leaf)
+            nbytes = tensor.nbytes if leaf is tensor.expr else num_bytes(leaf)
             if tensor.nbytes % BLOCK_BYTES == 0 and nbytes % BLOCK_BYTES == 0:
                 shared[leaf] = nbytes
             else:

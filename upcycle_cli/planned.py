@@ -94,7 +94,8 @@ class Planned(ABC):
 
     def narrowed(self, drawn: Collection[Role] = ()) -> str | None:
         """Return a dtype that lacks values of a source's, None without; not of what is `drawn`."""
-        for tensor in self.tensors:
+        # Copies have the expression of the first, which is looked at once.
+        for tensor in {id(tensor.expr): tensor for tensor in self.tensors}.values():
             for name in () if tensor.role in drawn else sources(tensor.expr):
                 # bf16 and fp16 each hold values that the other does not; fp32 holds all of both.
                 if tensor.dtype not in {self.entry(name).dtype, "F32"}:
