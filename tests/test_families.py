@@ -7,7 +7,10 @@ of the tables is in test_contracts.py; here is what a grid of settings shows of 
 
 from __future__ import annotations
 
+import ast
+import inspect
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from find_families import dense_decoders
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.families import choose, dense_family, is_moe, is_target, targets_of
+from upcycle_cli.families import choose, dense_family, dense_rows, is_moe, is_target, targets_of
 from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe_rows import NATIVE
@@ -388,6 +391,15 @@ def test_one_type_is_dense_or_not_by_its_number_of_experts() -> None:
     assert dense_model(dense).intermediate_size == 48
     with pytest.raises(UpcycleError, match="a mixture of experts already"):
         dense_family(moe)
+
+
+def test_most_rows_of_dense_models_are_one_line() -> None:
+    """What is usual is said by `DenseFamily`, once."""
+    tree = ast.parse(inspect.getsource(dense_rows))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    rows = [node for node in calls if ast.unparse(node.func) == "DenseFamily"]
+    assert len(rows) == len(DENSE)
+    assert median((row.end_lineno or 0) - row.lineno + 1 for row in rows) == 1
 
 
 # What transformers has ---------------------------------------------------------------------------

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.factors import MlpKind
 from upcycle_cli.families.layers import block_types
-from upcycle_cli.families.mlp import Weight, degree, parts_of, present
+from upcycle_cli.families.mlp import Weight, degree, parts_of, present, swiglu
 from upcycle_cli.families.pieces import Pieces
 from upcycle_cli.families.settings import Values
 from upcycle_cli.families.values import defaults_of, dimension, tensor_shapes
@@ -53,12 +53,13 @@ Windows = tuple[int | None, ...]
 """By layer, the tokens that it sees; None where it sees all."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DenseFamily:
-    """A dense model type that can be upcycled: a row of `DENSE`."""
+    """A dense model type that can be upcycled: a row of `DENSE`, which says what is not usual."""
 
     model_type: str
-    mlp: tuple[Weight, ...]
+    _: KW_ONLY
+    mlp: tuple[Weight, ...] = swiglu("mlp")
     """The tensors of a layer's MLP."""
     norm: str | tuple[str, ...] | None = "post_attention_layernorm.weight"
     """The weight of the norm before the MLP, of several names the first that a layer has; None

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle_cli.errors import UpcycleError
 from upcycle_cli.families.dense import DenseFamily
-from upcycle_cli.families.mlp import Weight, separate
+from upcycle_cli.families.mlp import Weight, separate, swiglu
 from upcycle_cli.families.pieces import GATE_UP, INTERLEAVED, QKV
 from upcycle_cli.families.windows import (
     all_but_each_fourth,
@@ -40,7 +40,6 @@ def _one_width(values: Mapping[str, Any]) -> int:
     return int(values["intermediate_size"])
 
 
-_SWIGLU = separate("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _UP_DOWN = separate("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = (
     Weight("mlp.gate_up_proj.weight", ("gate", "up"), 0),
@@ -48,6 +47,7 @@ _GATE_UP = (
 )
 _H_TO_4H = separate("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _C_FC = separate("", "mlp.c_fc", "mlp.c_proj")
+_FC1_FC2 = separate("", "mlp.fc1", "mlp.fc2")
 _FC_IN_OUT = separate("", "mlp.fc_in", "mlp.fc_out")
 _W123 = separate("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 _OLD_LAYER = "transformer.h.{layer}."
@@ -55,17 +55,21 @@ _GPT: Any = {
     "layer": _OLD_LAYER,
     "embedding": "transformer.wte.weight",
     "activation": "activation_function",
+    "keys": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
 }
-_N_KEYS: Any = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+_GPT_NEO_KEYS = {
+    "intermediate_size": "intermediate_size",  # null is 4·H to it, too
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
 }
 _MIXED: Any = {"mixed": True, "activation": None}
 _SHARED = "input_layernorm.weight"  # attention and MLP run side by side
 _GEMMA: Any = {
-    "mlp": _SWIGLU,
     "norm": "pre_feedforward_layernorm.weight",
     "norm_offset": 1.0,
     "activation": "hidden_activation",
@@ -74,76 +78,47 @@ _LLAMA = ("LlamaModel", "LlamaForCausalLM")  # as the last two classes
 
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
-        model_type="llama",
-        mlp=_SWIGLU,
-        targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open"),
-        classes="Llama",
+        "llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open"), classes="Llama"
     ),
+    DenseFamily("mistral", windows=all_slide, targets=("mixtral", "qwen2_moe"), classes="Mistral"),
+    DenseFamily("qwen2", windows=some_slide, targets=("qwen2_moe", "glm4_moe"), classes="Qwen2"),
     DenseFamily(
-        model_type="mistral",
-        mlp=_SWIGLU,
-        windows=all_slide,
-        targets=("mixtral", "qwen2_moe"),
-        classes="Mistral",
-    ),
-    DenseFamily(
-        model_type="qwen2",
-        mlp=_SWIGLU,
-        windows=some_slide,
-        targets=("qwen2_moe", "glm4_moe"),
-        classes="Qwen2",
-    ),
-    DenseFamily(
-        model_type="qwen3",
-        mlp=_SWIGLU,
+        "qwen3",
         windows=some_slide,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3"),
         classes="Qwen3",
     ),
+    DenseFamily("apertus", mlp=_UP_DOWN, norm="feedforward_layernorm.weight", classes="Apertus"),
     DenseFamily(
-        model_type="apertus",
-        mlp=_UP_DOWN,
-        norm="feedforward_layernorm.weight",
-        classes="Apertus",
-    ),
-    DenseFamily(
-        model_type="apertus1p5_text",
+        "apertus1p5_text",
         mlp=_UP_DOWN,
         norm="feedforward_layernorm.weight",
         classes="Apertus1p5Text",
     ),
-    DenseFamily(model_type="arcee", mlp=_UP_DOWN, classes="Arcee"),
+    DenseFamily("arcee", mlp=_UP_DOWN, classes="Arcee"),
     DenseFamily(
-        model_type="bamba",
-        mlp=separate("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+        "bamba",
+        mlp=swiglu("feed_forward"),
         norm="pre_ff_layernorm.weight",
         mixed=True,
         classes="Bamba",
     ),
+    DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="CodeGen"),
+    DenseFamily("cohere", norm=_SHARED, classes="Cohere"),
     DenseFamily(
-        model_type="codegen",
-        mlp=_FC_IN_OUT,
-        norm="ln_1.weight",
-        **_GPT,
-        keys=_N_KEYS,
-        classes="CodeGen",
-    ),
-    DenseFamily(model_type="cohere", mlp=_SWIGLU, norm=_SHARED, classes="Cohere"),
-    DenseFamily(
-        model_type="cohere2",
-        mlp=_SWIGLU,
+        "cohere2",
         norm=_SHARED,
         windows=all_but_each_fourth,
         targets=("cohere2_moe",),
         classes="Cohere2",
     ),
-    DenseFamily(model_type="cwm", mlp=_SWIGLU, classes="Cwm"),
-    DenseFamily(model_type="diffllama", mlp=_SWIGLU, classes="DiffLlama"),
-    DenseFamily(model_type="doge", mlp=_SWIGLU, classes="Doge"),
-    DenseFamily(model_type="ernie4_5", mlp=_SWIGLU, targets=("ernie4_5_moe",), classes="Ernie4_5"),
-    DenseFamily(model_type="exaone4", mlp=_SWIGLU, norm=None, classes="Exaone4"),
+    DenseFamily("cwm", classes="Cwm"),
+    DenseFamily("diffllama", classes="DiffLlama"),
+    DenseFamily("doge", classes="Doge"),
+    DenseFamily("ernie4_5", targets=("ernie4_5_moe",), classes="Ernie4_5"),
+    DenseFamily("exaone4", norm=None, classes="Exaone4"),
     DenseFamily(
-        model_type="falcon",
+        "falcon",
         mlp=_H_TO_4H,
         norm=("ln_mlp.weight", "post_attention_layernorm.weight", "input_layernorm.weight"),
         layer=_OLD_LAYER,
@@ -152,16 +127,15 @@ _ROWS: Sequence[DenseFamily] = (
         keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
         classes="Falcon",
     ),
-    DenseFamily(model_type="gemma", mlp=_SWIGLU, norm_offset=1.0, classes="Gemma"),
-    DenseFamily(model_type="gemma2", **_GEMMA, classes="Gemma2"),
+    DenseFamily("gemma", norm_offset=1.0, classes="Gemma"),
+    DenseFamily("gemma2", **_GEMMA, classes="Gemma2"),
     DenseFamily(
-        model_type="gemma3_text",
+        "gemma3_text",
         **_GEMMA,
         classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
     ),
     DenseFamily(
-        model_type="gemma4_text",
-        mlp=_SWIGLU,
+        "gemma4_text",
         norm="pre_feedforward_layernorm.weight",
         activation="hidden_activation",
         width=_one_width,
@@ -170,43 +144,26 @@ _ROWS: Sequence[DenseFamily] = (
         classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),
     DenseFamily(
-        model_type="glm",
-        mlp=_GATE_UP,
-        pieces={**INTERLEAVED, **GATE_UP},
-        targets=("glm4_moe",),
-        classes="Glm",
+        "glm", mlp=_GATE_UP, pieces={**INTERLEAVED, **GATE_UP}, targets=("glm4_moe",), classes="Glm"
     ),
-    DenseFamily(model_type="glm4", mlp=_GATE_UP, classes="Glm4"),
+    DenseFamily("glm4", mlp=_GATE_UP, classes="Glm4"),
     DenseFamily(
-        model_type="gpt2",
+        "gpt2",
         mlp=separate("", "mlp.c_fc", "mlp.c_proj", transposed=True),
         norm="ln_2.weight",
         **_GPT,
-        keys=_N_KEYS,
         classes=("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
     ),
+    DenseFamily("gpt_bigcode", mlp=_C_FC, norm="ln_2.weight", **_GPT, classes="GPTBigCode"),
     DenseFamily(
-        model_type="gpt_bigcode",
+        "gpt_neo",
         mlp=_C_FC,
         norm="ln_2.weight",
-        **_GPT,
-        keys=_N_KEYS,
-        classes="GPTBigCode",
-    ),
-    DenseFamily(
-        model_type="gpt_neo",
-        mlp=_C_FC,
-        norm="ln_2.weight",
-        **_GPT,
-        keys={
-            "intermediate_size": "intermediate_size",  # null is 4·H to it, too
-            "num_attention_heads": "num_heads",
-            "num_hidden_layers": "num_layers",
-        },
+        **_GPT | {"keys": _GPT_NEO_KEYS},
         classes="GPTNeo",
     ),
     DenseFamily(
-        model_type="gpt_neox",
+        "gpt_neox",
         mlp=_H_TO_4H,
         layer="gpt_neox.layers.{layer}.",
         embedding="gpt_neox.embed_in.weight",
@@ -215,7 +172,7 @@ _ROWS: Sequence[DenseFamily] = (
         classes="GPTNeoX",
     ),
     DenseFamily(
-        model_type="gpt_neox_japanese",
+        "gpt_neox_japanese",
         mlp=_H_TO_4H,
         layer="gpt_neox_japanese.layers.{layer}.",
         embedding="gpt_neox_japanese.embed_in.weight",
@@ -225,29 +182,13 @@ _ROWS: Sequence[DenseFamily] = (
         mixed=True,  # attention in the last layer has a bias
         classes="GPTNeoXJapanese",
     ),
+    DenseFamily("gptj", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="GPTJ"),
+    DenseFamily("granite", targets=("granitemoe", "granitemoehybrid"), classes="Granite"),
     DenseFamily(
-        model_type="gptj",
-        mlp=_FC_IN_OUT,
-        norm="ln_1.weight",
-        **_GPT,
-        keys=_N_KEYS,
-        classes="GPTJ",
+        "granite_swa", windows=three_of_four, targets=("granitemoe_swa",), classes="GraniteSWA"
     ),
     DenseFamily(
-        model_type="granite",
-        mlp=_SWIGLU,
-        targets=("granitemoe", "granitemoehybrid"),
-        classes="Granite",
-    ),
-    DenseFamily(
-        model_type="granite_swa",
-        mlp=_SWIGLU,
-        windows=three_of_four,
-        targets=("granitemoe_swa",),
-        classes="GraniteSWA",
-    ),
-    DenseFamily(
-        model_type="granitemoehybrid",
+        "granitemoehybrid",
         mlp=(
             Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
             Weight("shared_mlp.output_linear.weight", ("down",), 1),
@@ -256,24 +197,18 @@ _ROWS: Sequence[DenseFamily] = (
         mixed=True,
         targets=("granitemoehybrid",),
     ),
-    DenseFamily(model_type="helium", mlp=_SWIGLU, classes="Helium"),
+    DenseFamily("helium", classes="Helium"),
+    DenseFamily("hunyuan_v1_dense", targets=("hunyuan_v1_moe",), classes="HunYuanDenseV1"),
+    DenseFamily("hyperclovax", classes="HyperCLOVAX"),
+    DenseFamily("internlm3", classes=("InternLM3Config", *_LLAMA)),
     DenseFamily(
-        model_type="hunyuan_v1_dense",
-        mlp=_SWIGLU,
-        targets=("hunyuan_v1_moe",),
-        classes="HunYuanDenseV1",
-    ),
-    DenseFamily(model_type="hyperclovax", mlp=_SWIGLU, classes="HyperCLOVAX"),
-    DenseFamily(model_type="internlm3", mlp=_SWIGLU, classes=("InternLM3Config", *_LLAMA)),
-    DenseFamily(
-        model_type="iquestcoder",
-        mlp=_SWIGLU,
+        "iquestcoder",
         targets=("mixtral", "qwen2_moe", "glm4_moe"),
         classes=("IQuestCoderConfig", *_LLAMA),
     ),
-    DenseFamily(model_type="jais2", mlp=_UP_DOWN, classes="Jais2"),
+    DenseFamily("jais2", mlp=_UP_DOWN, classes="Jais2"),
     DenseFamily(
-        model_type="lfm2",
+        "lfm2",
         mlp=_W123,
         norm="ffn_norm.weight",
         **_MIXED,
@@ -283,24 +218,18 @@ _ROWS: Sequence[DenseFamily] = (
         classes="Lfm2",
     ),
     DenseFamily(
-        model_type="lfm3",
+        "lfm3",
         mlp=_W123,
         norm="ffn_norm.weight",
         **_MIXED,
         renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
         classes="Lfm3",
     ),
-    DenseFamily(model_type="minicpm3", mlp=_SWIGLU, classes="MiniCPM3"),
+    DenseFamily("minicpm3", classes="MiniCPM3"),
+    DenseFamily("ministral", windows=by_kinds, targets=("qwen2_moe",), classes="Ministral"),
+    DenseFamily("ministral3", classes="Ministral3"),
     DenseFamily(
-        model_type="ministral",
-        mlp=_SWIGLU,
-        windows=by_kinds,
-        targets=("qwen2_moe",),
-        classes="Ministral",
-    ),
-    DenseFamily(model_type="ministral3", mlp=_SWIGLU, classes="Ministral3"),
-    DenseFamily(
-        model_type="modernbert-decoder",
+        "modernbert-decoder",
         mlp=(
             Weight("mlp.Wi.weight", ("gate", "up"), 0),
             Weight("mlp.Wo.weight", ("down",), 1),
@@ -314,48 +243,35 @@ _ROWS: Sequence[DenseFamily] = (
         mixed=True,  # the first layer has no norm before its attention
         classes="ModernBertDecoder",
     ),
+    DenseFamily("nanochat", mlp=_FC1_FC2, norm=None, classes="NanoChat"),
+    DenseFamily("olmo", norm=None, classes="Olmo"),
+    DenseFamily("olmo2", norm=None, targets=("flex_olmo",), classes="Olmo2"),
+    DenseFamily("olmo3", norm=None, classes="Olmo3"),
+    DenseFamily("persimmon", mlp=_H_TO_4H, classes="Persimmon"),
+    DenseFamily("phi", mlp=_FC1_FC2, norm=_SHARED, classes="Phi"),
     DenseFamily(
-        model_type="nanochat", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=None, classes="NanoChat"
-    ),
-    DenseFamily(model_type="olmo", mlp=_SWIGLU, norm=None, classes="Olmo"),
-    DenseFamily(
-        model_type="olmo2", mlp=_SWIGLU, norm=None, targets=("flex_olmo",), classes="Olmo2"
-    ),
-    DenseFamily(model_type="olmo3", mlp=_SWIGLU, norm=None, classes="Olmo3"),
-    DenseFamily(model_type="persimmon", mlp=_H_TO_4H, classes="Persimmon"),
-    DenseFamily(
-        model_type="phi", mlp=separate("", "mlp.fc1", "mlp.fc2"), norm=_SHARED, classes="Phi"
+        "phi3", mlp=_GATE_UP, windows=all_slide, pieces=QKV, targets=("mixtral",), classes="Phi3"
     ),
     DenseFamily(
-        model_type="phi3",
-        mlp=_GATE_UP,
-        windows=all_slide,
-        pieces=QKV,
-        targets=("mixtral",),
-        classes="Phi3",
-    ),
-    DenseFamily(
-        model_type="qwen3_5_text",
-        mlp=_SWIGLU,
+        "qwen3_5_text",
         norm_offset=1.0,
         mixed=True,
         targets=("qwen3_5_moe_text",),
         classes=("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
     ),
-    DenseFamily(model_type="seed_oss", mlp=_SWIGLU, targets=("qwen2_moe",), classes="SeedOss"),
-    DenseFamily(model_type="smollm3", mlp=_SWIGLU, classes="SmolLM3"),
+    DenseFamily("seed_oss", targets=("qwen2_moe",), classes="SeedOss"),
+    DenseFamily("smollm3", classes="SmolLM3"),
     DenseFamily(
-        model_type="stablelm",
-        mlp=_SWIGLU,
+        "stablelm",
         norm=("post_attention_layernorm.weight", "input_layernorm.weight"),
         classes="StableLm",
     ),
-    DenseFamily(model_type="starcoder2", mlp=_C_FC, classes="Starcoder2"),
-    DenseFamily(model_type="vaultgemma", **_GEMMA, classes="VaultGemma"),
-    DenseFamily(model_type="youtu", mlp=_SWIGLU, targets=("deepseek_v3",), classes="Youtu"),
-    DenseFamily(model_type="nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
+    DenseFamily("starcoder2", mlp=_C_FC, classes="Starcoder2"),
+    DenseFamily("vaultgemma", **_GEMMA, classes="VaultGemma"),
+    DenseFamily("youtu", targets=("deepseek_v3",), classes="Youtu"),
+    DenseFamily("nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
     DenseFamily(
-        model_type="nemotron_h",
+        "nemotron_h",
         mlp=separate("", "mixer.up_proj", "mixer.down_proj"),
         norm="norm.weight",
         layer="backbone.layers.{layer}.",

@@ -9,9 +9,8 @@ dense MLP's: docs/decisions.md has the derivation.
 from __future__ import annotations
 
 from upcycle_cli.families.layers import ENABLED
-from upcycle_cli.families.mlp import stacked, without_biases
+from upcycle_cli.families.mlp import stacked, swiglu, without_biases
 from upcycle_cli.families.moe import Added, Beside, Keys, Layout, SharedExpert, Target
-from upcycle_cli.families.moe_layouts import swiglu
 from upcycle_cli.recipe import ExpertLayout, Routing
 
 _BEFORE_MLP = "pre_feedforward_layernorm.weight"

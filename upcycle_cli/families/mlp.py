@@ -168,6 +168,11 @@ def separate(gate: str, up: str, down: str, *, transposed: bool = False) -> tupl
     return (*matrices, *biases)
 
 
+def swiglu(prefix: str) -> tuple[Weight, ...]:
+    """Return the rows of an MLP whose linear layers have the usual names."""
+    return separate(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
+
+
 def stacked(
     prefix: str, *, gated: bool, biases: bool = False, transposed: bool = False
 ) -> tuple[Weight, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from upcycle_cli.families.mlp import Weight, separate, stacked, without_biases
+from upcycle_cli.families.mlp import Weight, stacked, swiglu, without_biases
 from upcycle_cli.families.moe import Layout, SharedExpert
 from upcycle_cli.recipe import ExpertLayout
 
@@ -20,11 +20,6 @@ def layouts(
             experts=stacked(fused, gated=gated), router=fused_router or router
         ),
     }
-
-
-def swiglu(prefix: str) -> tuple[Weight, ...]:
-    """Return the rows of an MLP whose linear layers have the usual names."""
-    return separate(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
 
 
 QWEN_LAYOUTS = layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")

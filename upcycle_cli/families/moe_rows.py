@@ -20,7 +20,7 @@ from upcycle_cli.families.layers import (
     MOE_RANGE,
     NUM_DENSE_LAYERS,
 )
-from upcycle_cli.families.mlp import separate, without_biases
+from upcycle_cli.families.mlp import separate, swiglu, without_biases
 from upcycle_cli.families.moe import CorrectionBias, Keys, SharedExpert, Target
 from upcycle_cli.families.moe_layouts import (
     GATED_SHARED,
@@ -28,7 +28,6 @@ from upcycle_cli.families.moe_layouts import (
     GRANITE_SHARED,
     QWEN_LAYOUTS,
     layouts,
-    swiglu,
 )
 from upcycle_cli.families.moe_settings import (
     DEEPSEEK_SETTINGS,

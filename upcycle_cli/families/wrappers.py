@@ -134,9 +134,7 @@ def _moved(name: str, before: Form, after: Form) -> str:
 
 
 _QWEN2_5_VL_TEXT = replace(DENSE["qwen2"], model_type="qwen2_5_vl_text", targets=())
-_QWEN3_VL_TEXT = DenseFamily(
-    model_type="qwen3_vl_text", mlp=DENSE["qwen3"].mlp, targets=("qwen3_vl_moe_text",)
-)
+_QWEN3_VL_TEXT = DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",))
 INSIDE: Mapping[str, Target] = {
     "qwen3_vl_moe_text": Target(
         model_type="qwen3_vl_moe_text",
