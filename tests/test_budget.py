@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,50 @@ import pytest
 from conftest import SIZES, MakeDense, RunCli
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.budget import Budget, Fit, fitting
+from upcycle_cli.budget import Budget, Fit, Wanted, fitting, notable
 from upcycle_cli.commands.budget_options import to_budget
 from upcycle_cli.families import targets_of
 from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.recipe import SHIPPED, parse_recipe_name
+from upcycle_cli.recipe import SHIPPED
 
-ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    *((name, target, {}) for name in SIZES for target in targets_of(DENSE[name])),
-    ("llama", "mixtral", {"tie_word_embeddings": True}),
-    ("llama", SHIPPED, {"mlp_bias": True}),
+UNTIED = Options(untie_embeddings=True)
+ROWS: list[tuple[str, Wanted, dict[str, Any]]] = [
+    *((name, Wanted(target=target), {}) for name in SIZES for target in targets_of(DENSE[name])),
+    ("llama", Wanted(target="mixtral", options=UNTIED), {"tie_word_embeddings": True}),
+    ("llama", Wanted(target=SHIPPED, recipe={"layers": "1"}), {"mlp_bias": True}),
+    ("llama", Wanted(target="qwen2_moe", recipe={"shared_experts": 2}), {}),
 ]
 
 
-@pytest.mark.parametrize(("name", "target", "config"), ROWS, ids=str)
+@pytest.mark.parametrize(("name", "wanted", "config"), ROWS)
 def test_sizes_are_those_of_the_plan(
-    make_dense: MakeDense, name: str, target: str, config: dict[str, Any]
+    make_dense: MakeDense, name: str, wanted: Wanted, config: dict[str, Any]
 ) -> None:
     source = open_checkpoint(make_dense(name, **config))
-    fits = fitting(source, Budget(max_params=10**6), target=target)
-    assert len(fits) > 6
-    for fit in fits:
-        expansion, granularity, top_k = parse_recipe_name(fit.name)
-        recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
-        plan = build_plan(recipe, source, target=target, options=Options())
+    fits = fitting(source, Budget(max_params=300_000), wanted)
+    assert {fit.recipe.granularity for fit in fits[::5]} > {4, 8}
+    for fit in fits[::5]:
+        sizes = {name: getattr(fit.recipe, name) for name in ("expansion", "granularity", "top_k")}
+        recipe = Recipe(**sizes, **wanted.recipe)
+        plan = build_plan(recipe, source, target=wanted.target, options=wanted.options)
         found = (plan.total_parameters, plan.active_parameters)
-        assert (fit.total_parameters, fit.active_parameters) == found, fit.name
+        assert (fit.total_parameters, fit.active_parameters) == found, recipe.name
+        assert fit.flops_per_token == plan.flops_per_token
         assert fit.flops_ratio == pytest.approx(plan.flops_ratio, rel=1e-12)
+        assert fit.target == wanted.target
 
 
-def test_the_largest_that_fits(llama: Path) -> None:
+def test_all_that_fit(llama: Path) -> None:
     source = open_checkpoint(llama)
 
     def fits(**budget: int) -> dict[str, Fit]:
-        return {fit.name: fit for fit in fitting(source, Budget(**budget))}
+        return {fit.recipe.name: fit for fit in fitting(source, Budget(**budget))}
 
     everything = fits()
+    assert {fit.recipe.expansion for fit in everything.values()} == {2, 4, 8, 16, 32, 64}
+    shown = {fit.recipe.name for fit in notable([*everything.values()])}
+    assert {"E64G4T16", "E32G8T8", "E8G8T8", "E8G1T2"} <= shown
+    assert not {"E32G4T16", "E16G8T8", "E4G8T8", "E8G1T1"} & shown
     assert {"E64G1T1", "E64G1T2", "E32G8T8"} <= everything.keys()
     limit = everything["E64G1T1"].total_parameters
     assert "E64G1T1" in fits(max_params=limit)
@@ -87,7 +96,9 @@ def test_how_budgets_are_written(
         (("--gpu-memory", "80"), "no recipe fits"),
         (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0' is none at all"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
-        (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe asks for one recipe"),
+        (("--max-params", "1M", "--recipe", "E2G2T2"), "takes no --recipe."),
+        (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "takes no --top-k, no --noise."),
+        (("--max-params", "1M", "--target", "dots1"), "llama cannot become dots1"),
     ],
 )
 def test_what_is_no_budget(
@@ -104,3 +115,18 @@ def test_an_moe_has_no_budget(run_cli: RunCli, llama: Path, tmp_path: Path) -> N
     done = run_cli("inspect", tmp_path / "moe", "--max-params", "1M")
     assert done.returncode == 2
     assert "mixture of experts already" in done.stderr
+
+
+def test_what_is_shown(run_cli: RunCli, llama: Path) -> None:
+    budget = ("inspect", llama, "--max-params", "1M", "--target", "qwen2_moe", "--layers", "1")
+    done = run_cli(*budget, COLUMNS="80")
+    found = json.loads(run_cli(*budget, "--json").stdout)["fits"]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("E")]
+    assert len(rows) < len(found)
+    assert f"note: {len(found) - len(rows)} more fit" in done.stderr
+    assert {name for name, *_ in rows} < {fit["recipe"] for fit in found}
+    assert {fit["target"] for fit in found} == {"qwen2_moe"}
+    assert "E8G8T8, E8G8T16, E8G8T32: 64 experts at G = 8" in " ".join(done.stdout.split())
+    said = {fit["recipe"]: fit["paper"] for fit in found}
+    assert said["E2G1T1"] == []
+    assert len(said["E8G8T16"]) == 2

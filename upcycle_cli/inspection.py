@@ -24,7 +24,7 @@ from upcycle_cli.recipe import ExpertLayout, Recipe
 from upcycle_cli.storage import RECORD_NAME, read_json
 
 if TYPE_CHECKING:
-    from upcycle_cli.budget import Budget, Fit
+    from upcycle_cli.budget import Budget, Fit, Wanted
     from upcycle_cli.calibration.text import CalibrationText
     from upcycle_cli.experts import WeightFacts
     from upcycle_cli.families.overview import TargetFacts
@@ -139,13 +139,13 @@ def inspect(
     )
 
 
-def fits(found: Inspection, budget: Budget, *, target: str = "auto") -> tuple[Fit, ...]:
+def fits(found: Inspection, budget: Budget, wanted: Wanted | None = None) -> tuple[Fit, ...]:
     """Return the recipes for an inspected model within a budget; UpcycleError when none is."""
     if found.kind == "moe":
         dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled
     from upcycle_cli.budget import fitting
 
-    return fitting(found.checkpoint, budget, target=target)
+    return fitting(found.checkpoint, budget, wanted)
 
 
 def _inspect_moe(

@@ -31,7 +31,7 @@ from upcycle_cli.intact import check_source
 from upcycle_cli.merge import Merge, MergedReader, Rest, model_of, open_readers
 from upcycle_cli.order_file import check_orders
 from upcycle_cli.planned import Planned, fill_shards
-from upcycle_cli.recipe import SHIPPED, Promise, Recipe, ScaleSplit, Scaling
+from upcycle_cli.recipe import Promise, Recipe, ScaleSplit, Scaling
 from upcycle_cli.redirects import refuse_redirects
 from upcycle_cli.router_inputs import RouterInputs
 from upcycle_cli.tensors import Options, OutputTensor, Role, output_tensors
@@ -156,11 +156,17 @@ class Plan(Planned):
         )
 
     @property
-    def flops_ratio(self) -> float:
-        """FLOPs per token of the MoE's matrix products, as a multiple of the dense model's.
+    def flops_per_token(self) -> int:
+        """FLOPs of the MoE's matrix products on a token, forward.
 
-        Attention scores, which depend on the context length, are left out of both.
+        A multiplication and an addition a parameter (2N of Kaplan et al., arXiv 2001.08361, section
+        2.1). Attention scores, which depend on the context length, are left out.
         """
+        return 2 * self.multiplied[0]
+
+    @property
+    def flops_ratio(self) -> float:
+        """The same as a multiple of the dense model's."""
         moe, dense = self.multiplied
         return moe / dense
 
@@ -323,11 +329,10 @@ def _with_found(plan: Plan, c: float, found: Calibration | None) -> Plan:
     recipe = plan.recipe
     if recipe.scaling is Scaling.MEASURED:
         recipe = replace(recipe, scaling=c)
-    target = SHIPPED if plan.family.target.ships_code else plan.family.target.model_type
     made = build_plan(
         recipe,
         plan.source,
-        target=target,
+        target=plan.family.choice,
         options=plan.options,
         inputs=plan.inputs,
         calibration=found,

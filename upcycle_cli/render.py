@@ -200,12 +200,12 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
     }
 
 
-def count(parameters: int) -> str:
-    """Return a number of parameters as people say it: 8.03B, 134.5M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= limit:
-            return f"{parameters / limit:.{1 if unit in 'MK' else 2}f}{unit}"
-    return str(parameters)
+def count(number: int, billion: str = "B") -> str:
+    """Return a number of parameters as people say it: 8.03B, 134.5M; of FLOPs with `billion` G."""
+    for limit, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.{1 if unit in 'MK' else 2}f}{unit}"
+    return str(number)
 
 
 def size_text(num_bytes: float) -> str:

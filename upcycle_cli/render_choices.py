@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,37 +13,57 @@ from upcycle_cli.render import count, names_of, picked, size_text, target_json
 if TYPE_CHECKING:
     from upcycle_cli.budget import Fit
 
-FITS_NOTES = (
-    "Sizes are those of the parameters: in bfloat16, and in training with AdamW (bfloat16 weights "
-    "and gradients, float32 master weights and moments, 16 bytes each). A KV cache and activations "
-    "come on top.",
-    "The paper (arXiv 2410.07524) found 64 experts (G = 8) to be the sweet spot, and a higher T to "
-    "help at the price of compute.",
+_SIZES_NOTE = (
+    "FLOPs are those of matrix products forward, attention scores left out, and × says how many "
+    "times the dense model's. Sizes are those of the parameters: in bfloat16, and in training with "
+    "AdamW (bfloat16 weights and gradients, float32 master weights and moments, 16 bytes each). A "
+    "KV cache and activations come on top."
 )
 
 
 def fits_table(fits: Iterable[Fit]) -> Table:
-    """Return the recipes that fit a budget, one a row."""
-    table = _headed("recipe", "parameters", "active", "FLOPs", "weights", "training")
+    """Return recipes that fit a budget, one a row."""
+    table = _headed("recipe", "parameters", "active", "FLOPs per token", "weights", "training")
+    table.columns[0].no_wrap = True  # somebody copies it
     for fit in fits:
         training = size_text(fit.training_bytes)
         table.add_row(
-            fit.name,
+            fit.recipe.name,
             count(fit.total_parameters),
             count(fit.active_parameters),
-            f"{fit.flops_ratio:.2f} × dense",
+            f"{count(fit.flops_per_token, 'G')} ({fit.flops_ratio:.2f} ×)",
             size_text(fit.weight_bytes),
-            f"{training}, does not fit" if fit.trains is False else training,
+            f"{training}, too large" if fit.trains is False else training,
         )
     return table
+
+
+def fits_rows(fits: Sequence[Fit]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what the recipes in a table of those that fit are of, and what the paper says."""
+    yield "sizes of", [fits[0].target]
+    found: dict[str, list[str]] = {}
+    for fit in fits:
+        for words in fit.paper:
+            found.setdefault(words, []).append(fit.recipe.name)
+    if found:
+        # What goes for many of them says for which.
+        names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in found.values())
+        yield "arXiv 2410.07524", [who + words for who, words in zip(names, found, strict=True)]
+
+
+def fits_notes(fits: Sequence[Fit], shown: Sequence[Fit]) -> Iterator[str]:
+    """Yield what is to be known of recipes that fit, of which some are shown."""
+    yield _SIZES_NOTE
+    if more := len(fits) - len(shown):
+        yield f"{more} more fit, with a smaller E than of the same G and T here: --json lists all."
 
 
 def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
     """Return the recipes that fit a budget as JSON objects."""
     return [
-        {"recipe": fit.name}
-        | picked(fit, "total_parameters", "active_parameters", "flops_ratio")
-        | picked(fit, "weight_bytes", "training_bytes", "trains")
+        {"recipe": fit.recipe.name, "target": fit.target}
+        | picked(fit, "total_parameters", "active_parameters", "flops_per_token", "flops_ratio")
+        | picked(fit, "weight_bytes", "training_bytes", "trains", "paper")
         for fit in fits
     ]
 

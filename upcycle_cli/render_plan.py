@@ -55,7 +55,8 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
     if len(plan.family.layers) < dense.num_layers:
         yield "MoE layers", [f"{listed(plan.family.layers)} of {dense.num_layers}"]
     yield "parameters", [f"{_parameters(plan)} (dense {count(plan.dense_parameters)})"]
-    yield "FLOPs per token", [f"{plan.flops_ratio:.2f} × dense, attention scores left out"]
+    flops = f"{count(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
+    yield "FLOPs per token", [f"{flops}, attention scores left out"]
     yield "size", [_size(plan)]
     lossless = "rounded" if plan.rounded_to else "lossless"
     yield "scale factors", [f"{factors_text(plan, '×')} ({lossless})"]
@@ -134,7 +135,7 @@ def _upcycling_json(plan: Plan) -> dict[str, Any]:
         **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
         **picked(plan.recipe, "virtual_groups", "neuron_order", "noise", "reinit", "seed"),
         **picked(plan.recipe, "num_experts", "shared_experts", "top_k"),
-        **picked(plan, "dense_parameters", "flops_ratio", "lossless"),
+        **picked(plan, "dense_parameters", "flops_per_token", "flops_ratio", "lossless"),
         "factors": asdict(plan.factors),
         "calibration": plan.calibration_record,
         "dropped": dict(plan.dropped),

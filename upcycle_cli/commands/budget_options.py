@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
-from upcycle_cli.commands.moe_options import parse_size
+from upcycle_cli.commands.moe_options import MoeOptions, parse_size, refuse_all_but
 from upcycle_cli.commands.shared import for_budget
 from upcycle_cli.errors import UpcycleError
 
 if TYPE_CHECKING:
-    from upcycle_cli.budget import Budget
+    import typer
 
+    from upcycle_cli.budget import Budget, Wanted
+
+_HONOURED = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
+"""The options for one recipe that say something of all."""
 _COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMBT]?)", re.IGNORECASE)
 _TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
 
@@ -51,6 +55,22 @@ def to_budget(max_params: str | None, max_active: str | None, memory: str | None
         max_params=None if max_params is None else _count("--max-params", max_params),
         max_active=None if max_active is None else _count("--max-active", max_active),
         gpu_bytes=None if memory is None else _memory(memory),
+    )
+
+
+def to_wanted(context: typer.Context, moe: MoeOptions) -> Wanted:
+    """Return what is wanted beside a budget; UpcycleError for options that only a recipe has."""
+    from upcycle_cli.budget import Wanted
+
+    refuse_all_but(context, _HONOURED, "a budget is for all recipes that fit it, and takes")
+    return Wanted(
+        target=moe.target,
+        options=moe.to_options(),
+        recipe={
+            "routing": moe.to_routing(),
+            "layers": moe.layers,
+            "shared_experts": moe.shared_experts,
+        },
     )
 
 

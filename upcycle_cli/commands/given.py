@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.commands.shared import path_argument
-from upcycle_cli.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from upcycle_cli.plan import Plan
@@ -124,7 +123,7 @@ def _resolved(plan: Plan) -> dict[str, Any]:
     """Return what auto stands for today, so that the file means the same tomorrow."""
     values: dict[str, Any] = {
         "recipe": plan.recipe.name,
-        "target": SHIPPED if plan.family.target.ships_code else plan.family.target.model_type,
+        "target": plan.family.choice,
         "routing": str(plan.recipe.routing),
         "scale_split": str(plan.recipe.scale_split),
     }

@@ -14,6 +14,7 @@ from upcycle_cli.commands.budget_options import (
     MaxActiveOption,
     MaxParamsOption,
     to_budget,
+    to_wanted,
 )
 from upcycle_cli.commands.moe_options import MoeOptions, asks_for_moe, takes_moe_options
 from upcycle_cli.commands.shared import for_path, for_run, path_argument, warn_all
@@ -83,16 +84,12 @@ def inspect(
         from upcycle_cli import inspection, render
 
         budget = to_budget(max_params, max_active, gpu_memory)
-        if budget is not None and asks_for_moe(context):
-            raise UpcycleError(
-                "--recipe asks for one recipe, and a budget for all that fit it.",
-                "Leave out the one or the other.",
-            )
+        of_all = None if budget is None else to_wanted(context, moe)
         if dense is not None and not weights and load is None:
             raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
         several = _several(dense, experts_from, weights=weights)
         wanted = options = inputs = None
-        if asks_for_moe(context):
+        if budget is None and asks_for_moe(context):
             options, inputs = moe.to_options(), moe.to_inputs()
             wanted = moe.to_recipe(context, allow_inexact=True)
         takes_time = bool(weights or load)
@@ -114,8 +111,9 @@ def inspect(
             page.write(_html(found, path))
         if budget is not None:
             from upcycle_cli import render_choices
+            from upcycle_cli.budget import notable
 
-            fits = inspection.fits(found, budget, target=moe.target)
+            fits = inspection.fits(found, budget, of_all)
         if json:
             listed = {"tensors": render.tensors_json(found)} if tensors else {}
             listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
@@ -124,8 +122,11 @@ def inspect(
         show(render.rows_table(render.inspection_rows(found)))
         if budget is not None:
             stdout().print()
-            show(render_choices.fits_table(fits))
-            warn_all(render_choices.FITS_NOTES)
+            shown = notable(fits)
+            show(render_choices.fits_table(shown))
+            stdout().print()
+            show(render.rows_table(render_choices.fits_rows(shown)))
+            warn_all(render_choices.fits_notes(fits, shown))
         if found.plan is not None:
             stdout().print()
             shared.show_plan(found.plan)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -225,7 +225,7 @@ class MoeOptions:
         return Recipe(
             **_recipe_sizes(context),
             shared_experts=self.shared_experts,
-            routing=None if self.routing == "auto" else Routing(self.routing),
+            routing=self.to_routing(),
             layers=self.layers,
             scaling=_parse_scaling(self.scaling),
             scale_split=self.scale_split,
@@ -242,15 +242,12 @@ class MoeOptions:
     def _to_growth(self, context: typer.Context, *, allow_inexact: bool) -> Growth:
         from upcycle_cli.growth import Growth
 
-        odd = [each.name for each in fields(self) if each.name not in _OF_GROWTH]
-        given = [f"--{name.replace('_', '-')}" for name in odd if is_given(context, name)]
-        if given:
-            raise UpcycleError(
-                f"--expand copies the experts that an MoE has, and takes no {', no '.join(given)}.",
-                "Leave that out; with --expand go --top-k, --dtype, --expert-layout, "
-                "--max-shard-size and --untie-embeddings.",
-            )
+        refuse_all_but(context, _OF_GROWTH, "--expand copies experts that are there, and takes")
         return Growth(expand=self.expand or 0, top_k=self.top_k, allow_inexact=allow_inexact)
+
+    def to_routing(self) -> Routing | None:
+        """Return the routing, None for what the target does."""
+        return None if self.routing == "auto" else Routing(self.routing)
 
     def to_inputs(self, prompts: Path | None = None) -> RouterInputs:
         """Return what routers are made from; UpcycleError for a text or a file that is none."""
@@ -306,6 +303,22 @@ def takes_moe_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def refuse_all_but(context: typer.Context, names: Sequence[str], words: str) -> None:
+    """Raise UpcycleError, which begins with `words`, for options that go with a recipe only."""
+    odd = [each.name for each in fields(MoeOptions) if each.name not in names]
+    given = [_flag(name) for name in odd if is_given(context, name)]
+    if given:
+        taken = [_flag(name) for name in names if name != "expand"]
+        raise UpcycleError(
+            f"{words} no {', no '.join(given)}.",
+            f"Leave that out; what can be given is {', '.join(taken[:-1])} and {taken[-1]}.",
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def asks_for_moe(context: typer.Context) -> bool:
     """Whether a recipe is given; UpcycleError when there are only options for one."""
     asks = is_given(context, "recipe", "expand", *SIZES)
@@ -329,7 +342,7 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
                 raise UpcycleError(words, "Use one or the other.")
             given = dict(zip(SIZES, parse_recipe_name(given["recipe"]), strict=True))
         found |= given
-    missing = [f"--{name.replace('_', '-')}" for name in SIZES if name not in found]
+    missing = [_flag(name) for name in SIZES if name not in found]
     if missing:
         raise UpcycleError(
             f"{' and '.join(missing)} missing." if found else "no recipe.",

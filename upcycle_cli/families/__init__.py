@@ -43,6 +43,11 @@ class Family:
     """Those that become mixtures of experts."""
 
     @property
+    def choice(self) -> str:
+        """The target as --target has it."""
+        return SHIPPED if self.target.ships_code else self.target.model_type
+
+    @property
     def rotary_share(self) -> float:
         """The part of each head that positions turn in the target's own attention."""
         return 1.0 if self.target.ships_code else self.dense.rotary_share
