@@ -144,7 +144,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 16,
         "layer_types": ["conv", "full_attention"],
     },
-    "lfm3": {**TINY, "head_dim": 8, "layer_types": ["conv", "full_attention"]},
+    "lfm3": {
+        **TINY,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+    },
     "minicpm3": _LATENT,
     "modernbert-decoder": {**TINY, "cls_token_id": 0, "sep_token_id": 0},
     "qwen3_5_text": {

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from conftest import SIZES, MakeDense, clone, random_ids, read_json, read_tensors
+from conftest import SIZES, MakeDense, clone, random_ids, read_json, read_tensors, sizes_of
 from conftest import logits as logits_of
 from safetensors.torch import save_file
 
@@ -63,6 +63,7 @@ NATIVE_OTHERS = [
     for target in row.targets
     if (name, target) not in ROWS
 ]
+WINDOW_KEYS = ("sliding_window", "window_size", "keep_window_size", "local_attention")
 RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
 FEW = TextOptions(tokens=64)
 UNRECORDED = ("structure", "weights", "outputs")
@@ -248,9 +249,12 @@ def test_a_family_by_its_row(
             assert is_refused(dense, moe), changed
 
 
+SLIDES: dict[str, Any] = {"sliding_window": 8, "use_sliding_window": True}
 KINDS: Sequence[tuple[str, dict[str, Any]]] = (
     ("arcee", {"mlp_bias": True}),
     ("cohere", {"use_qk_norm": True, "logit_scale": 0.5}),
+    ("doge", {"keep_window_size": 8}),
+    ("doge", {"sliding_window": 8}),
     ("exaone4", {"layer_types": ["sliding_attention", "full_attention"]}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True}),
@@ -265,14 +269,18 @@ KINDS: Sequence[tuple[str, dict[str, Any]]] = (
     ("hyperclovax", {"attention_multiplier": 0.3, "residual_multiplier": 0.5}),
     ("lfm2", {"block_auto_adjust_ff_dim": False}),
     ("minicpm3", {"scale_emb": 3, "scale_depth": 1.4}),
+    ("ministral3", {"sliding_window": 8}),
     ("modernbert-decoder", {"mlp_bias": True, "attention_bias": True, "norm_bias": True}),
     ("olmo", {"clip_qkv": 0.5}),
     ("phi", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
     ("phi3", {"partial_rotary_factor": 0.5}),
+    ("phi3", {"sliding_window": 8}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
+    ("smollm3", {**SLIDES, "layer_types": ["sliding_attention", "full_attention"]}),
     ("stablelm", {"use_parallel_residual": True}),
     ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
     ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    ("starcoder2", {"sliding_window": 8}),
     ("vaultgemma", {"attn_logit_softcapping": 2.0, "tie_word_embeddings": False}),
 )
 """Other kinds of a type, by their configs: another block, a cap, a multiplier, other positions."""
@@ -410,8 +418,8 @@ def others_of(row: DenseFamily) -> Iterator[DenseFamily]:
 
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
-    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen2": {**SLIDES, "max_window_layers": 1},
+    "qwen3": {**SLIDES, "max_window_layers": 0},
 }
 WINDOWED = [row for row in ROWS if row[0] in WINDOWS and row[1] not in ("glm4_moe", "hy_v3")]
 
@@ -427,8 +435,11 @@ def test_a_text_longer_than_the_windows(make_moe: MakeMoe, row: Row) -> None:
 
 
 def test_every_row_with_windows_is_tried() -> None:
-    values = {name for name in SIZES if "sliding_window" in defaults_of(name)}
-    assert values - {"nemotron_h"} == WINDOWS.keys()  # whose window no layer of transformers reads
+    """Texts are longer than 8 tokens, which are the window of tiny models whose type has one."""
+    windowed = {name for name in DENSE if defaults_of(name).keys() & {*WINDOW_KEYS}}
+    tried = {name for name, config in (*KINDS, *WINDOWS.items()) if config.keys() & {*WINDOW_KEYS}}
+    tried |= {name for name in OTHERS if sizes_of(name).keys() & {*WINDOW_KEYS}}
+    assert windowed - tried == {"nemotron_h"}  # whose window no layer of transformers reads
 
 
 # The table ---------------------------------------------------------------------------------------

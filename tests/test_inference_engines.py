@@ -9,9 +9,11 @@ from configs import converted
 from conftest import sizes_of
 from shapes import make_recipe
 
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import Engine, Support, engines
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes
+from upcycle_cli.families.translate import has_plain_attention
 from upcycle_cli.recipe import SHIPPED, Routing
 
 RUNS, WRONG = Support.RUNS, Support.WRONG
@@ -56,6 +58,12 @@ def test_what_is_known_of_engines(
     found = engines(target, routing, tied=False, fused=False, plain_attention=True)
     assert {engine.name: engine.support for engine in found} == verdicts
     assert len(found) == len(verdicts)
+
+
+def test_attention_of_its_own_is_plain_where_all_models_of_a_type_have_it() -> None:
+    own = {name for name in DENSE if has_plain_attention({"model_type": name, "sliding_window": 8})}
+    assert own == {"gemma3_text", "gemma4_text"}
+    assert has_plain_attention({"model_type": "upcycled_gemma3_text", "sliding_window": 8})
 
 
 def test_what_was_tried_was_plain_attention() -> None:

@@ -76,6 +76,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"nemotron_h keys: usual: .*": "its layers are counted by their kinds",
     r".* pieces: of a stranger": "it has no such tensor",
     r".* older: .*": "no source here has such a key; what has is tested elsewhere",
+    r".* own_attention: .*": "it says of which engines there is word, and nothing of the model",
     r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
@@ -494,6 +495,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
             (name, (name,)) for name in NATIVE if name not in value and name not in DENSE
         ),
         "pieces": lambda value, _: _pieces(value),
+        "own_attention": lambda value, _: _others(value, False, True),
         "outgrown_code": lambda value, _: _others(value, False, True),
         "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
         "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),

@@ -92,6 +92,8 @@ class DenseFamily:
     classes: str | tuple[str, str, str] | None = None
     """How the names of its classes in transformers begin, or the names of its config, its model and
     its causal LM there, for the shipped code; None without."""
+    own_attention: bool = False
+    """Whether all its models attend in one way of their own, with which engines were tried."""
     outgrown_code: bool = False
     """Whether released models carry code that transformers has had itself since."""
     inside: Inside | None = None

@@ -132,6 +132,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "gemma3_text",
         **_GEMMA,
+        own_attention=True,
         classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
     ),
     DenseFamily(
@@ -140,6 +141,7 @@ _ROWS: Sequence[DenseFamily] = (
         activation="hidden_activation",
         width=_one_width,
         mixed=True,  # in the heads, and in whose keys they take
+        own_attention=True,
         targets=("gemma4_text",),
         classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle_cli.families.dense import DenseModel
+from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.moe import Target
 from upcycle_cli.families.shipped import UPCYCLED_PREFIX, auto_map
 from upcycle_cli.families.values import defaults_of
@@ -20,8 +21,6 @@ _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _ELSEWHERE = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 """Keys that a target's own settings say."""
 _ALIASED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
-_OWN_ATTENTION = ("gemma3_text", "gemma4_text")
-"""Types that attend in one way of their own, with which engines were tried."""
 _IN_TRAINING = ("use_cache", "initializer_range", "pretraining_tp")
 """Keys that no forward pass reads: they stay as the source has them, or absent."""
 
@@ -164,7 +163,8 @@ def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0)
     whose attention is the dense model's own. What all models of a type have counts as plain where
     engines were tried with it.
     """
-    if str(config.get("model_type")).removeprefix(UPCYCLED_PREFIX) in _OWN_ATTENTION:
+    family = DENSE.get(str(config.get("model_type")).removeprefix(UPCYCLED_PREFIX))
+    if family is not None and family.own_attention:
         return True
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (
