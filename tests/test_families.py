@@ -419,6 +419,10 @@ def test_every_dense_decoder_is_a_row_or_refused_with_a_reason() -> None:
     assert {name for targets in (*listed.dense.values(), *inside) for name in targets} == {
         target.name for target in listed.targets
     }
+    # Each was run in something besides transformers, or it is said why not.
+    assert [target.name for target in listed.targets if not target.trainers] == []
+    alone = {target.name for target in listed.targets if set(target.engines) == {"transformers"}}
+    assert alone == {"qwen3_5_moe_text", SHIPPED}
     for model_type, reason in REFUSED.items():
         with pytest.raises(UpcycleError, match=f"{model_type}' cannot be upcycled: {reason}"):
             dense_family({"model_type": model_type})
@@ -439,6 +443,8 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     ]
     assert (found["glm4_moe"].balanced, found["glm4_moe"].layers) == ("bias", "the last ones")
     assert found[SHIPPED].balanced == "auxiliary loss of each layer"
+    assert found["mixtral"].scaled_by == ("weights",)
+    assert found["solar_open"].scaled_by == ("routed_scaling_factor", "weights")
     biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())
     assert [target.name for target in biased if target.refusal is None] == [SHIPPED]
     assert "the MLPs have biases" in str(biased[0].refusal)

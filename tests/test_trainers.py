@@ -157,5 +157,19 @@ def test_the_documentation_agrees_with_what_upcycle_says(case: Case) -> None:
     assert all(row[trainer.name] != NOT_TRIED for trainer in said_of(case))
 
 
+def test_what_a_head_that_shares_the_embedding_changes_is_said() -> None:
+    changed = {
+        tuple(line.strip("| ").split(" | ")[:2])
+        for line in settings_table()
+        if "where the head shares the embedding" in line
+    }
+    assert changed == {
+        ("torchtitan", "qwen3_moe with topk-softmax"),
+        ("torchtitan", "qwen3_moe with softmax-topk"),
+        ("NeMo AutoModel", "qwen3_moe"),
+        ("NeMo AutoModel", "glm4_moe"),
+    }
+
+
 def test_the_documentation_says_what_is_to_be_set() -> None:
     assert "\n".join(settings_table()) in DOCS.read_text(encoding="utf-8")

@@ -182,11 +182,17 @@ def _becomes(target: TargetFacts) -> str:
     if target.refusal is not None:
         return f"not {target.name}: {target.refusal}"
     engines, trainers = names_of(target.engines, target), names_of(target.trainers, target)
-    runs = f"runs in {', '.join(engines)}" if engines else "run in no engine yet"
-    if trainers:
-        runs += f"; trains in {', '.join(trainers)}"
     words = {"bias": "a bias", "nothing": "nothing"}.get(target.balanced, f"an {target.balanced}")
-    return f"{target.name}: {runs}; balanced by {words}"
+    facts = [
+        " or ".join(target.routings),
+        f"MoE layers: {target.layers}",
+        f"shared experts: {target.shared_experts}",
+        f"scaled by {' or '.join(target.scaled_by)}",
+        f"runs in {', '.join(engines)}" if engines else "run in no engine yet",
+        *([f"trains in {', '.join(trainers)}"] if trainers else []),
+        f"balanced by {words}",
+    ]
+    return f"{target.name}: {'; '.join(facts)}"
 
 
 def target_json(target: TargetFacts) -> dict[str, Any]:
@@ -194,6 +200,7 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
     return {
         "routings": list(target.routings),
         "layers": target.layers,
+        "scaled_by": list(target.scaled_by),
         "engines": {name: list(routings) for name, routings in target.engines.items()},
         "trainers": {name: list(routings) for name, routings in target.trainers.items()},
         **picked(target, "balanced", "shared_experts", "refusal"),

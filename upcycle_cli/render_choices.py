@@ -69,7 +69,7 @@ def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:
-    """Yield what becomes what, the targets, who trains them, and what cannot be upcycled."""
+    """Yield what becomes what, the targets, who runs them, and what cannot be upcycled."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, targets in found.dense.items():
         groups.setdefault(targets, []).append(name)
@@ -82,17 +82,18 @@ def overview_tables(found: Overview) -> Iterator[Table]:
         for text_type, targets in texts.items():
             table.add_row(text_type, wrapper, ", ".join(targets))
     yield table
-    table = _headed("target", "routings", "MoE layers", "runs in")
+    table = _headed("target", "routings", "MoE layers", "shared\nexperts", "scaled by")
     table.columns[0].no_wrap = True  # somebody copies it
     for target in found.targets:
-        runs = "\n".join(names_of(target.engines, target))
-        table.add_row(target.name, "\n".join(target.routings), target.layers, runs)
+        lists = ("\n".join(target.routings), "\n".join(target.scaled_by))
+        table.add_row(target.name, lists[0], target.layers, target.shared_experts, lists[1])
     yield table
-    table = _headed("target", "trains in", "balanced by", "shared experts")
+    table = _headed("target", "runs in", "trains in", "balanced by")
     table.columns[0].no_wrap = True
     for target in found.targets:
+        runs = "\n".join(names_of(target.engines, target))
         trains = ", ".join(names_of(target.trainers, target))
-        table.add_row(target.name, trains, target.balanced, target.shared_experts)
+        table.add_row(target.name, runs, trains, target.balanced)
     yield table
     table = _headed("cannot be upcycled", "because")
     reasons: dict[str, list[str]] = {}

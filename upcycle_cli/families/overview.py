@@ -16,7 +16,15 @@ from upcycle_cli.families.refused import REFUSED
 from upcycle_cli.families.shipped_row import shipped
 from upcycle_cli.families.trainers import trainers
 from upcycle_cli.families.translate import has_plain_attention
-from upcycle_cli.families.wrappers import INSIDE, WRAPPERS, inner, wrapped_family
+from upcycle_cli.families.wrappers import (
+    INSIDE,
+    LOADED,
+    WRAPPERS,
+    Inside,
+    inner,
+    native_target,
+    wrapped_family,
+)
 from upcycle_cli.recipe import SHIPPED, ExpertLayout, Routing
 
 
@@ -38,6 +46,9 @@ class TargetFacts:
     """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
     shared_experts: str = ""
     """How many shards can be an expert for every token: any, 1, none."""
+    scaled_by: tuple[str, ...] = ()
+    """What can make up for the gates: a key of its config, its weights. That which convert takes
+    first."""
     refusal: str | None = None
     """Why a model cannot become it; None where it can, and where no model is asked about."""
 
@@ -61,7 +72,11 @@ def overview() -> Overview:
     # Of any family, since not each was run in every engine.
     anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
     code = shipped(DENSE[anyone], "silu", biased=False)
-    rows = {**NATIVE, **INSIDE, SHIPPED: code}
+    around = {
+        name: Inside(wrapper, LOADED) for wrapper in WRAPPERS.values() for name in wrapper.natives
+    }
+    inside = {name: native_target(name, around[name]) for name in INSIDE}
+    rows = {**NATIVE, **inside, SHIPPED: code}
     targets = tuple(_facts(name, row) for name, row in rows.items())
     refused = dict(sorted(REFUSED.items()))
     return Overview(dense=dense, wrappers=_wrappers(), targets=targets, refused=refused)
@@ -125,4 +140,5 @@ def _facts(
         trainers=trains,
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.words,
+        scaled_by=("weights",) if row.keys.scale is None else (row.keys.scale, "weights"),
     )

@@ -11,7 +11,7 @@ from interop.conversions import EXACT, PLAIN, SIGMOID, WITHIN, Case, routings
 from interop.models import HEAD_DIM, TINY
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
-from interop.wrapped import GEMMA4, WRAPPED, make_wrapped
+from interop.wrapped import GEMMA4, LINEAR, WRAPPED, make_wrapped
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.engines import DIFFERS, SAME, Support
 from upcycle_cli.families.moe import Target
@@ -41,6 +41,8 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
         "qk_nope_head_dim": 16,
         "v_head_dim": 32,
     },
+    "cohere2 (tied)": {**TINY, "tie_word_embeddings": True, "logit_scale": 1.0},
+    "qwen3_5_text": {**TINY, **LINEAR},
     "llama (tied)": {**TINY, "tie_word_embeddings": True},
     "qwen3 (tied)": {**TINY, "tie_word_embeddings": True},
     "nemotron_h": {
@@ -131,6 +133,9 @@ def training_cases() -> list[Case]:
         ("olmo2", "flex_olmo", PLAIN),
         ("nemotron_h", "nemotron_h", SIGMOID),
         ("gemma4_text", "gemma4_text", EXACT),
+        ("cohere2 (tied)", "cohere2_moe", EXACT),
+        ("cohere2 (tied)", "cohere2_moe", SIGMOID),
+        ("qwen3_5_text", "qwen3_5_moe_text", EXACT),
         ("nemotron", "upcycled", EXACT),
         ("nemotron", "upcycled", PLAIN),
         ("nemotron", "upcycled", SIGMOID),
@@ -203,10 +208,16 @@ def settings_table() -> list[str]:
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for target in targets:
         for routing in target.routings:
-            for trainer in trainers(target, routing, tied=False, fused=False):
+            own, tied = (
+                trainers(target, routing, tied=tied, fused=False) for tied in (False, True)
+            )
+            for trainer, with_tied in zip(own, tied, strict=True):
                 if trainer.name == "peft" and target.ships_code:
                     continue  # the names of its experts are the family's
-                row = rows.setdefault((trainer.name, trainer.settings), {})
+                settings = with_tied.settings  # all of the other's, and what else there is
+                if with_tied.support is not trainer.support:
+                    settings += f"; where the head shares the embedding: {with_tied.support}"
+                row = rows.setdefault((trainer.name, settings), {})
                 row.setdefault(target.title, []).append(routing)
     lines = ["| trainer | architecture | what to set |", "|---|---|---|"]
     order = [software.name for software in TRAINERS]
