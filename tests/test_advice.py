@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYOUTS
+from conftest import LAYOUTS, MakeDense
 from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, build_plan, open_checkpoint
@@ -269,6 +269,21 @@ def test_engines_that_compute_something_else(
     assert [text for text in warnings(made) if ENGINE in text] == [
         f"{name} loads {target} with {routing} but computes something else." for name in engines
     ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("youtu", "vLLM loads deepseek_v3 with sigmoid-topk but computes something else on a CPU"),
+        ("nemotron_h", "mergekit gives back nemotron_h with other tensors"),
+    ],
+)
+def test_what_goes_wrong_of_whoever_made_the_model_is_said(
+    make_dense: MakeDense, model_type: str, words: str
+) -> None:
+    made = build_plan(make_recipe("E4G2T4"), open_checkpoint(make_dense(model_type)))
+    (found,) = (text for text in warnings(made) if words in text)
+    assert found.endswith(".")
 
 
 def test_the_most_important_comes_first(advise: Advise) -> None:

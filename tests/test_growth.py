@@ -661,6 +661,15 @@ def test_the_command_line_grows_verifies_and_tells(
     assert "| weights | passed |" in card
 
 
+def test_an_engine_that_takes_what_grew_for_something_else_is_warned_of(
+    make_moe: MakeMoe, run_cli: RunCli, tmp_path: Path
+) -> None:
+    source = make_moe("qwen3_moe", norm_topk_prob=False)
+    done = run_cli("convert", source, tmp_path / "moe", "--expand", "2", "--dry-run")
+    words = "llama.cpp loads qwen3_moe with softmax-topk but computes something else"
+    assert words in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize("model_type", ["olmoe", "mixtral"])
 def test_what_grew_is_complete_to_a_push(
     make_moe: MakeMoe, tmp_path: Path, model_type: str

@@ -29,10 +29,14 @@ from interop.results import (  # noqa: E402
 from measured import TARGET, documented, text, verdicts  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
+from upcycle_cli.advice import WRONG_WORDS  # noqa: E402
 from upcycle_cli.families.engines import (  # noqa: E402
+    CHANGED,
     DIFFERS,
+    DIFFERS_ON_CPU,
     FAILS,
     FUSED,
+    OTHERS,
     SAME,
     SCALED,
     SHARED,
@@ -210,6 +214,7 @@ def test_the_table_tells_what_an_engine_does_not_understand(
 BALANCED_CASE = Case("lfm2", "lfm2_moe", "E4G2T4", SIGMOID, ("--scale-split balanced",))
 UNSHARED_CASE = Case("mistral", "qwen2_moe", "E4G2T4", PLAIN)
 SHARED_CASE = replace(UNSHARED_CASE, recipe="E4G4T6", options=("--shared-experts 1",))
+DEEPSEEK_CASE = Case("youtu", "deepseek_v3", "E4G2T4", SIGMOID)
 LLAVA_CASE = Case("llava (mistral)", "mixtral", "E4G2T4", EXACT)
 
 
@@ -237,6 +242,20 @@ def test_the_table_tells_what_it_is_in_a_model(
     found = measured({case: {"MLX": verdict} for case, verdict in rows.items()})
     assert {name: dict(engines) for name, engines in found.items() if engines} == {
         target: {"MLX": says}
+    }
+
+
+def test_what_goes_wrong_elsewhere_or_with_any_such_model_is_told_apart() -> None:
+    rows = {
+        DEEPSEEK_CASE: {"vLLM": DIFFERS, "mergekit": DIFFERS, "lm-eval": SAME},
+        PLAIN_CASE: {"mergekit": FAILS, "vLLM by transformers": DIFFERS},
+    }
+    assert measured(rows) == {
+        "deepseek_v3": {
+            "vLLM": {SIGMOID: DIFFERS_ON_CPU},
+            "mergekit": {SIGMOID: CHANGED},
+        },
+        "mixtral": {"vLLM by transformers": {EXACT: DIFFERS}},
     }
 
 
@@ -294,6 +313,31 @@ def test_nothing_is_said_of_an_engine_that_was_not_measured(case: Case) -> None:
     # A head of its own is what every engine has a place for: it may have been run with a tied one.
     options = tuple(option for option in case.options if option != "--untie-embeddings")
     rows = [TABLE[case], TABLE.get(replace(case, options=options), {})]
+    # What is run once for each pair goes wrong with whatever else a model of it has.
+    pair = [row for each, row in TABLE.items() if target_of(each) == target_of(case)]
     for engine in said_of(case):
         column = "transformers 5" if engine.name == "transformers" else engine.name
-        assert {row.get(column, NOT_TRIED) for row in rows} != {NOT_TRIED}, engine.name
+        tried = {row.get(column, NOT_TRIED) for row in (pair if column in OTHERS else rows)}
+        assert tried != {NOT_TRIED}, engine.name
+
+
+def test_who_computes_something_else_is_warned_of() -> None:
+    wrong = {
+        (case, software)
+        for case, row in TABLE.items()
+        for software, verdict in row.items()
+        if verdict == DIFFERS and not case.control
+    }
+    assert {(case.target, software) for case, software in wrong} >= {
+        ("deepseek_v3", "vLLM"),
+        ("nemotron_h", "mergekit"),
+        ("glm4_moe", "vLLM"),
+    }
+    for case, software in wrong:
+        said = {engine.name: engine.support for engine in said_of(case)}
+        assert said[software] in WRONG_WORDS, f"{software}, {case.name}"
+
+
+def test_what_goes_wrong_without_a_word_is_said_in_words() -> None:
+    silent = {each for each in Support if each.name.endswith("WRONG") or "_ON_CPU" in each.name}
+    assert WRONG_WORDS.keys() == {*silent, Support.CHANGES}

@@ -21,6 +21,7 @@ from hub.server import Hub
 from jsonschema.exceptions import ValidationError
 
 from upcycle_cli import Recipe, convert
+from upcycle_cli.families.engines import Support
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -99,8 +100,9 @@ def test_the_schema_notices_what_it_should() -> None:
             validate_json("push", json.dumps(wrong))
 
 
-def test_what_the_plan_has_every_schema_has() -> None:
+def test_what_can_be_said_every_schema_has() -> None:
     schema = json.loads((ROOT / "docs" / "schema.json").read_text())
+    assert sorted(schema["$defs"]["support"]["enum"]) == sorted(Support)
     for kind in ("plan", "growth_plan"):
         plan = schema["$defs"][kind]
         assert sorted(plan["required"]) == sorted(plan["properties"])

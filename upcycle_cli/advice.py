@@ -35,6 +35,7 @@ def warnings(plan: Planned) -> Iterator[str]:
             "them equal until something tells them apart: noise on their rows or weights, or a "
             "top-k that takes some of them only."
         )
+    yield from _engine_warnings(plan)
     yield from plan.carried.notes
 
 
@@ -55,27 +56,42 @@ def _upcycling_warnings(plan: Plan) -> Iterator[str]:
             "some layers have a window and some have none: transformers 4 gives every layer of "
             f"{plan.family.target.model_type} the same, and computes something else."
         )
-    for engine in plan.engines:
-        if engine.support is Support.UNTIED_OR_WRONG:
-            yield (
-                f"{engine.name} loads {plan.family.target.title} with a head that shares the "
-                "embedding but computes something else; --untie-embeddings writes the head."
-            )
-        if engine.support is Support.BALANCED_OR_WRONG:
-            yield (
-                f"{engine.name} leaves out the factor on gates of {plan.family.target.title}, "
-                "and computes something else; --scale-split balanced has the experts hold it."
-            )
-        if engine.support is Support.WRONG:
-            yield (
-                f"{engine.name} loads {plan.family.target.title} with {recipe.routing} "
-                "but computes something else."
-            )
     if plan.source.config.get("auto_map"):
         yield (
             "the code that the model carries (auto_map) is left out: transformers has "
             f"{plan.family.dense.model_type} itself."
         )
+
+
+WRONG_WORDS = {
+    Support.UNTIED_OR_WRONG: (
+        "loads {target} with a head that shares the embedding but computes something else; "
+        "--untie-embeddings writes the head."
+    ),
+    Support.BALANCED_OR_WRONG: (
+        "leaves out the factor on gates of {target}, and computes something else; upcycled with "
+        "--scale-split balanced the experts hold it."
+    ),
+    Support.PER_EXPERT_OR_WRONG: (
+        "loads {target} with experts in one tensor but computes something else; --expert-layout "
+        "per-expert writes them one by one."
+    ),
+    Support.WRONG: "loads {target} with {routing} but computes something else.",
+    Support.WRONG_ON_CPU: (
+        "loads {target} with {routing} but computes something else on a CPU, as it does with any "
+        "{target}; it was run on no other device."
+    ),
+    Support.CHANGES: "gives back {target} with other tensors than it was given.",
+}
+"""How it is said that an engine goes wrong without a word; its name comes before."""
+
+
+def _engine_warnings(plan: Planned) -> Iterator[str]:
+    """Yield which engines make something else of a model in silence."""
+    for engine in plan.engines:
+        if engine.support in WRONG_WORDS:
+            words = WRONG_WORDS[engine.support]
+            yield f"{engine.name} {words.format(target=plan.target.title, routing=plan.routing)}"
 
 
 def training_notes(plan: Plan) -> Iterator[str]:

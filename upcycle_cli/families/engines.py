@@ -29,6 +29,8 @@ class Support(StrEnum):
     UNTIED_OR_WRONG = "computes something else without --untie-embeddings"
     BALANCED_OR_WRONG = "computes something else without --scale-split balanced"
     WRONG = "loads, computes something else"
+    WRONG_ON_CPU = "loads, computes something else on a CPU"
+    CHANGES = "gives back other tensors"
     REFUSES = "does not load it"
 
 
@@ -42,8 +44,12 @@ class Engine:
 
 ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 """In the order in which they are listed, after transformers itself."""
+OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
+"""What runs models in another engine's way, or runs none: listed only where it goes wrong."""
 SAME, DIFFERS, FAILS = "same", "differs", "fails"
 """What the table says of a model in an engine: the dense model's text, another, or none."""
+DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
+"""What is made of the second where the engine does so with any such model, or runs none."""
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
 """What a model can have beside its routing that an engine may not understand: the experts of a
@@ -61,6 +67,8 @@ _MEANS: Mapping[tuple[str, str], Support] = {
 _OTHERWISE: Mapping[str, Support] = {
     SAME: Support.RUNS,
     DIFFERS: Support.WRONG,
+    DIFFERS_ON_CPU: Support.WRONG_ON_CPU,
+    CHANGED: Support.CHANGES,
     FAILS: Support.REFUSES,
 }
 
@@ -97,7 +105,7 @@ def engines(
     }
     parts = [part for part, applies in has.items() if applies]
     found = [Engine("transformers", Support.RUNS)]
-    for name in ENGINES:
+    for name in (*ENGINES, *OTHERS):
         known = {TIED: SAME, **_verdicts(target, name)}
         met = [(part, known.get(part)) for part in parts]
         wrong = [
@@ -105,9 +113,10 @@ def engines(
             for part, verdict in met
             if verdict not in (SAME, None)
         ]
+        listed = name != "transformers 4" and name not in OTHERS
         if wrong:  # with whatever attention
             found.append(Engine(name, wrong[0]))
-        elif plain_attention and name != "transformers 4" and all(verdict for _, verdict in met):
+        elif plain_attention and listed and all(verdict for _, verdict in met):
             found.append(Engine(name, Support.RUNS))
     return tuple(found)
 

@@ -11,10 +11,13 @@ from interop.conversions import UPCYCLED, Case, has_scale, is_fused
 from interop.models import is_tied
 from upcycle_cli.families.engines import (
     ALL_SHIPPED,
+    CHANGED,
     DIFFERS,
+    DIFFERS_ON_CPU,
     ENGINES,
     FAILS,
     FUSED,
+    OTHERS,
     SAME,
     SCALED,
     SHARED,
@@ -129,17 +132,21 @@ Measured = dict[str, dict[str, dict[str, str]]]
 """By target, engine, and what a model has: its routing, fused experts, a tied head, …"""
 
 
+_MERGES = "mergekit"
 NOT_OF_THE_MODEL = {
     ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
     ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
     ("qwen3_5_moe around qwen3_5_moe_text", "vLLM"): "likewise",
-    ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
     ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
 }
 """What fails for a reason that other machines and models do not have: nothing is said of it."""
+ON_CPU = {
+    ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
+}
+"""What computes something else for such a reason: that is said, since it goes without a word."""
 
 
 def measured(verdicts: Verdicts) -> Measured:
@@ -148,13 +155,15 @@ def measured(verdicts: Verdicts) -> Measured:
     plain = {case: row for case, row in verdicts.items() if not case.control}
     # What one part does is told from what the others do by a model that has no more of them.
     for case, row in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
-        for engine in ENGINES:
+        for engine in (*ENGINES, *OTHERS):
             verdict = row.get(engine, NOT_TRIED)
             if verdict != NOT_TRIED and (target_of(case), engine) not in NOT_OF_THE_MODEL:
                 _take(found, target_of(case), engine, parts_of(case), verdict)
     result: Measured = {}
     for (target, engine, part), verdict in found.items():
-        result.setdefault(target, {}).setdefault(engine, {})[part] = verdict
+        if engine not in OTHERS or verdict == DIFFERS:
+            said = _said(target, engine, verdict)
+            result.setdefault(target, {}).setdefault(engine, {})[part] = said
     shipped = [value for target, value in result.items() if target.startswith(UPCYCLED_PREFIX)]
     for engine in ENGINES:
         every = {verdict for value in shipped for verdict in value.get(engine, {}).values()}
@@ -164,6 +173,14 @@ def measured(verdicts: Verdicts) -> Measured:
             for value in shipped:
                 value.pop(engine, None)
     return result
+
+
+def _said(target: str, engine: str, verdict: str) -> str:
+    if verdict != DIFFERS:
+        return verdict
+    if engine == _MERGES:
+        return CHANGED
+    return DIFFERS_ON_CPU if (target, engine) in ON_CPU else DIFFERS
 
 
 def target_of(case: Case) -> str:
