@@ -1,33 +1,39 @@
-"""Finds the dense decoders of the transformers that is installed, and what a row of one would say.
+"""Finds the dense decoders of the transformers that is installed, and proposes a row for each.
 
     python tests/find_families.py [TYPE ...]
 
-walks its causal language models and prints each that is a dense decoder and no row, with its layers
-as a tiny model has them: the names and shapes that `mlp` and `norm` are to say.
+walks its causal language models and prints each that is a dense decoder and no row: why it cannot
+be one, or the row that a tiny model of it has, with what no model shows. Of a TYPE it prints that
+whatever it is, and the tensors of a layer that has an MLP.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING
+from proposed_rows import UNMADE, UntoldError, made, proposed, tiny
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from upcycle_cli.families.dense_rows import DENSE
 from upcycle_cli.families.refused import REFUSED
 
-MIXED_IN = ("expert", "moe_")
-"""Parts of the keys of a mixture of experts."""
+EXPERTS = "Experts"
+"""How the name of a class ends that holds experts."""
+LAYERS = 4
+"""More than the first ones that some mixtures of experts keep dense."""
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
@@ -36,11 +42,38 @@ SIZES = {
 
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
-    for model_type in sys.argv[1:] or sorted({*dense_decoders()} - {*DENSE}):
-        known = "it has a row" if model_type in DENSE else "no row, and no reason why not"
-        print(f"{model_type}: {REFUSED.get(model_type, known)}")
-        for name, shape in layer_of(model_type):
+    transformers.utils.logging.disable_progress_bar()
+    if types := sys.argv[1:]:
+        for model_type in types:
+            describe(model_type, in_full=True)
+        return
+    without = sorted({*dense_decoders()} - {*DENSE})
+    for model_type in without:
+        describe(model_type, in_full=False)
+    new = sum(model_type not in REFUSED for model_type in without)
+    print(f"Dense decoders without a row: {len(without)}; without a reason for that: {new}.")
+
+
+def describe(model_type: str, *, in_full: bool) -> None:
+    """Print what is known of a type, and its row where nothing is, or in full."""
+    known = "it has a row" if model_type in DENSE else "it has no row"
+    say(f"{model_type}: {REFUSED.get(model_type, known)}", before="")
+    if model_type in REFUSED and not in_full:
+        return
+    try:
+        found = proposed(model_type)
+    except UntoldError as error:
+        say(f"no row to propose: {error}")
+        return
+    print(textwrap.indent(str(found), "    "))
+    say(f"look at: {'; '.join(found.look_at)}")
+    if in_full:
+        for name, shape in found.layer.items():
             print(f"    {name} {shape}")
+
+
+def say(text: str, *, before: str = "    ") -> None:
+    print(textwrap.fill(text, 80, initial_indent=before, subsequent_indent="    "))
 
 
 def dense_decoders() -> Iterator[str]:
@@ -51,38 +84,69 @@ def dense_decoders() -> Iterator[str]:
             config = kind()
         except StrictDataclassError:
             continue  # it is a part of another model, and has no sizes of its own
-        keys = {*vars(config), *kind.attribute_map}
-        is_other = (
-            model_type != config.model_type  # another name for a type that is there, too
-            or (kind.sub_configs and model_type not in DENSE.keys() | REFUSED.keys())
-            or getattr(config, "is_encoder_decoder", False)
-            or is_encoder(config)
-            or any(
-                key.startswith(MIXED_IN) or "_expert" in key[1:] for key in keys if key[0] != "_"
-            )
-        )
-        if not is_other or model_type in DENSE:
+        if model_type != config.model_type:
+            continue  # another name for a type that is there, too
+        if any(part is AutoConfig or part.model_type for part in kind.sub_configs.values()):
+            continue  # a model around others
+        if config.is_encoder_decoder or (hasattr(config, "is_decoder") and sees_ahead(model_type)):
+            continue  # made to see all of a text, and a decoder only when it is told to be one
+        if not is_mixture(model_type):
             yield model_type
 
 
-def is_encoder(config: Any) -> bool:  # noqa: ANN401 - transformers is untyped
-    """Whether a model is made to see all of a text, and decodes only when it is told to."""
-    return not getattr(config, "is_decoder", True) or config.model_type in {"xlm", "xlnet", "trocr"}
-
-
-def layer_of(model_type: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the names and shapes of the first layer; nothing where no tiny model can be made."""
+def is_mixture(model_type: str) -> bool:
+    """Whether a model has experts, and something else in their place where it is given none."""
     kind = CONFIG_MAPPING[model_type]
+    classes = vars(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__])
+    if not any(name.endswith(EXPERTS) for name in classes):
+        return False
+    known = {*kind().to_dict(), *kind.attribute_map}
+    for sizes in ({key: value for key, value in SIZES.items() if key in known}, {}):
+        try:
+            model = on_meta(model_type, sizes)
+        except UNMADE:
+            continue
+        return has_experts(model) and not can_be_dense(model, sizes)
+    return True
+
+
+def on_meta(model_type: str, sizes: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    return made(CONFIG_MAPPING[model_type](**sizes), "meta")
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any(type(module).__name__.endswith(EXPERTS) for module in model.modules())
+
+
+def can_be_dense(model: Any, sizes: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    """Whether experts are layers of their own, or can be left out while all else stays."""
+    said = model.config.to_dict()
+    none = {key: 0 for key, value in said.items() if key.endswith("experts") and value}
+    kinds = getattr(model.config, "layer_types", None) or []
+    others = [kind for kind in kinds if kind != "moe"]
+    if others != kinds:
+        return True
     try:
-        config = kind(**{k: v for k, v in SIZES.items() if hasattr(kind(), k)})
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except (AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
-        print(f"    no tiny model: {str(error).splitlines()[0]}")
-        return []
-    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    first = next(lists, [None])[0]
-    return [] if first is None else [(n, tuple(p.shape)) for n, p in first.named_parameters()]
+        left = on_meta(model.config.model_type, {**sizes, **none})
+    except UNMADE:
+        return False
+    return not has_experts(left) and {*left.state_dict()} < {*model.state_dict()}
+
+
+def sees_ahead(model_type: str) -> bool:
+    """Whether what is predicted of a token hangs on those behind it, as in encoders."""
+    ids = torch.arange(2, 10)[None]
+    changed = torch.cat((ids[:, :4], ids[:, :4]), dim=1)
+    try:
+        model = tiny(model_type, pad_token_id=0)
+    except UntoldError:
+        return False  # a person will see
+    try:
+        with torch.no_grad():
+            first, other = (model(given).logits[:, :4] for given in (ids, changed))
+    except UNMADE:
+        return True  # it wants to be told more than a text
+    return not torch.equal(first, other)
 
 
 if __name__ == "__main__":

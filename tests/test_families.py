@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import find_families
 import pytest
 from configs import FULL, SIZES, SLIDING, converted, dense_model, model_shapes, transformers_config
 from conftest import sizes_of
-from find_families import dense_decoders
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError
@@ -406,9 +406,15 @@ def test_most_rows_of_dense_models_are_one_line() -> None:
 
 
 def test_every_dense_decoder_is_a_row_or_refused_with_a_reason() -> None:
-    """`python tests/find_families.py` prints what a row of the others would say."""
+    """`python tests/find_families.py` prints what a row of the others would say.
+
+    They are found without a look at the tables, so that each name which is taken out is missed.
+    """
     known = DENSE.keys() | REFUSED.keys()
-    assert {*dense_decoders()} <= known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find_families, "DENSE", {})
+        patch.setattr(find_families, "REFUSED", {})
+        assert {*find_families.dense_decoders()} == known
     assert not DENSE.keys() & REFUSED.keys()
     readme = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
     assert f"can be upcycled, {len(DENSE)} of them" in readme

@@ -14,7 +14,7 @@ _CONVERTED = (
 REFUSED: Mapping[str, str] = {
     "bitnet": "its MLP normalises over all of its neurons, which no part of it can",
     **dict.fromkeys(("bloom", "mpt"), _ADDS_RESIDUAL),
-    **dict.fromkeys(("biogpt", "opt", "xglm"), _IN_LAYER),
+    **dict.fromkeys(("biogpt", "opt", "trocr", "xglm"), _IN_LAYER),
     "dory": "its MLP scales its neurons by tensors of their own",
     **dict.fromkeys(("exaone", "olmo_hybrid"), _CONVERTED),
     "falcon_h1": "its base model computes a buffer that shipped code is not given",
@@ -23,6 +23,7 @@ REFUSED: Mapping[str, str] = {
         "its layers have embeddings of their own, which were not tried",
     ),
     "openai-gpt": "its config does not say how wide its MLP is",
+    **dict.fromkeys(("xlm", "xlnet"), "it sees the tokens on both sides of one that it predicts"),
     "hrm_text": "it runs its layers several times over",
     **dict.fromkeys(
         ("cohere_compass_text", "cpmant", "ctrl", "recurrent_gemma", "zamba", "zamba2"),

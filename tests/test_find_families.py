@@ -1,0 +1,64 @@
+"""What a tiny model of a type shows is what its row says."""
+
+from __future__ import annotations
+
+import sys
+
+import find_families
+import pytest
+from proposed_rows import UntoldError, proposed
+
+from upcycle_cli.families import dense_rows
+from upcycle_cli.families.dense_rows import DENSE
+
+MEASURED = (
+    *("mlp", "norm", "norm_offset", "layer", "embedding", "head", "activation", "keys"),
+    *("mixed", "classes"),
+)
+OTHERWISE = {
+    ("falcon", "keys"): "num_kv_heads is nothing but its own name to transformers",
+    ("falcon", "norm"): "its config says which of three norms there is",
+    ("gpt_neo", "keys"): "it has the usual key, by which null is 4·H",
+    ("stablelm", "norm"): "its config says whether there is one norm or two",
+}
+"""What a row says that no one model shows."""
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in DENSE.items() if row.classes])
+def test_the_row_of_a_type_is_found_without_it(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = DENSE[model_type]
+    monkeypatch.delitem(DENSE, model_type)
+    found = proposed(model_type)
+    others = {name for name in MEASURED if getattr(found.row, name) != getattr(row, name)}
+    assert others == {name for held, name in OTHERWISE if held == model_type}
+    assert eval(str(found), vars(dense_rows)) == found.row  # noqa: S307 - it can be pasted
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("zamba", "no tiny model can be made: ValueError: `num_hidden_layers`"),
+        ("dory", "a tiny model does not run: The size of tensor"),
+        ("opt", "its layers hold the MLP's matrices themselves"),
+        ("bloom", "no key of its config is the width of MLPs alone"),
+        ("mamba", "its MLP has 5 matrices"),
+        ("rwkv", "its MLP puts out more than a tensor"),
+    ],
+)
+def test_why_there_is_no_row_to_propose(model_type: str, reason: str) -> None:
+    with pytest.raises(UntoldError, match=reason):
+        proposed(model_type)
+
+
+def test_what_is_printed_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["find_families.py", "olmo3", "gpt2", "lfm2", "zamba"])
+    find_families.main()
+    printed = capsys.readouterr().out
+    assert '    DenseFamily("olmo3", norm=None, classes="Olmo3")\n    look at: ' in printed
+    assert "width (48, where intermediate_size is 72)" in printed
+    assert "zamba: its layers are of a kind that was not tried\n    no row to propose: " in printed
+    assert max(map(len, printed.splitlines())) <= 80
