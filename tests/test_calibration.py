@@ -153,6 +153,23 @@ def test_what_is_found_is_what_transformers_computes(
         assert of.statistics.load_cv == pytest.approx(load_E.std() / load_E.mean(), abs=1e-3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_no_layer_keeps_the_pages_that_were_read_of_the_model(llama: Path) -> None:
+    class Pages(Watch):
+        held: tuple[str, ...] = ()
+
+        def checked(self, done: int, total: int, unit: str) -> None:
+            _, *maps = Path("/proc/self/smaps").read_text().split(str(llama / "model.safetensors"))
+            assert maps
+            self.held += tuple(of.split("Rss:")[1].split()[0] for of in maps)
+            assert len(self.held) == done
+            assert (total, unit) == (2, "layers")
+
+    watch, plan = Pages(), build_plan(recipe(router_init="balanced"), open_checkpoint(llama))
+    calibrate(plan, watch)
+    assert watch.held == ("0", "0"), "kilobytes"
+
+
 def test_a_calibration_alone_changes_no_byte(llama: Path, text: Path, tmp_path: Path) -> None:
     plain = convert(llama, tmp_path / "plain", recipe())
     done = convert(llama, tmp_path / "moe", recipe(), calibration=text)

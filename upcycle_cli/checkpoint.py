@@ -226,6 +226,11 @@ class Reader:
             data = bytearray(data)
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
+    def release(self) -> None:
+        """Let go of the pages that were read so far; those that are needed again are read again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:
             path = self._checkpoint.path

@@ -99,6 +99,11 @@ class MergedReader:
         model, own = model_of(name)
         return self._readers[model].tensor(own)
 
+    def release(self) -> None:
+        """Let go of pages, as `Reader.release` does."""
+        for reader in self._readers:
+            reader.release()
+
 
 @contextmanager
 def open_readers(sources: Sequence[Checkpoint]) -> Iterator[MergedReader]:

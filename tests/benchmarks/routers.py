@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,17 +116,32 @@ def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
     return build_plan(recipe, open_checkpoint(path))
 
 
-def _measure_alone(path: Path) -> None:
-    """Print what one calibration takes; resident memory has the mapped weights in it, too."""
-    started = time.monotonic()
-    found = calibrate(plan_for(path, "E8G1T2", RouterInit.BALANCED), Watch())
-    seconds, cpu = time.monotonic() - started, time.process_time()
+def _resident(what: str) -> float:
+    """Return what /proc says of this process' memory, in GB."""
     # Not by getrusage, which knows of the process that this one was forked from.
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
+    return int(status.split(f"{what}:")[1].split()[0]) / 1e6
+
+
+def _measure_alone(path: Path) -> None:
+    """Print what one calibration takes; resident memory has pages of mapped files in it, too."""
+    before = _resident("VmHWM")
+    started, anonymous, ended = time.monotonic(), [0.0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.1):
+            anonymous.append(_resident("RssAnon"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    found = calibrate(plan_for(path, "E8G1T2", RouterInit.BALANCED), Watch())
+    ended.set()
+    sampler.join()
+    seconds, cpu, peak = time.monotonic() - started, time.process_time(), _resident("VmHWM")
     print(
         f"\n{found.tokens} tokens, {torch.get_num_threads()} threads: {seconds:.1f} s, {cpu:.1f} s "
-        f"of processors (imports included), {peak:.2f} GB of resident memory at most"
+        f"of processors (imports included), {peak:.2f} GB of resident memory at most "
+        f"(after this script's imports {before:.2f}), {max(anonymous):.2f} GB of anonymous memory"
     )
 
 

@@ -163,6 +163,7 @@ def _run(
             inputs_PH = run.mlp_input.flatten(0, -2)[rows.positions]
             fitted = _Fitting(plan, reader, routers[layer], layer, rows.weights)
             yield fitted.found(inputs_PH.double().numpy(), magnitudes.pop())
+            reader.release()
             watch.checked(layer + 1, dense.num_layers, "layers")
 
 
