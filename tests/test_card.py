@@ -98,5 +98,7 @@ def test_it_says_what_to_set_in_each_trainer(llama: Path, tmp_path: Path) -> Non
     said = trainers(NATIVE["mixtral"], Routing.TOPK_SOFTMAX, tied=False, fused=False, num_experts=4)
     assert said
     for trainer in said:
-        assert f"- {trainer.name}: {trainer.settings}.\n" in section
+        assert trainer.precision
+        words = f"{trainer.settings}. Master weights: {trainer.precision}."
+        assert f"- {trainer.name}: {words}\n" in section
     assert "divide among 1, 2 or 4 ranks" in section

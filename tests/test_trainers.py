@@ -67,7 +67,7 @@ def test_the_first_loss_and_the_tensors_have_to_be_the_same() -> None:
     ],
 )
 def test_what_is_found_is_held_against_what_is_said(support: Support, agreeing: set[str]) -> None:
-    said = [Trainer("TRL", support, "")]
+    said = [Trainer("TRL", support, "", "")]
     for verdict in (SAME, DIFFERS, FAILS):
         found = contradiction(CASE, "TRL", Cell(verdict), said)
         assert (found is None) == (verdict in agreeing)

@@ -323,7 +323,9 @@ def _trainers(plan: Plan) -> str:
         num_experts=plan.recipe.num_experts,
     )
     words = {
-        trainer.name: f"{trainer.settings}." if trainer.support is Support.RUNS else trainer.support
+        trainer.name: f"{trainer.settings}. Master weights: {trainer.precision}."
+        if trainer.support is Support.RUNS
+        else trainer.support
         for trainer in found
     } or {"transformers": _balancing(plan)}
     return "\n".join(f"- {name}: {text}" for name, text in words.items())

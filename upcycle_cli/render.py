@@ -113,7 +113,8 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "shards": len(inspection.checkpoint.shards),
         "engines": engines_json(inspection.engines),
         "trainers": {
-            trainer.name: picked(trainer, "support", "settings") for trainer in inspection.trainers
+            trainer.name: picked(trainer, "support", "settings", "precision")
+            for trainer in inspection.trainers
         },
         "claims": inspection.record,
         "weights": None if weights is None else asdict(weights),

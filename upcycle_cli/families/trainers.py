@@ -9,6 +9,7 @@ tests/interoperability/trainers.py, docs/training.md. A trainer that is not list
 - own_head    those that refuse a head that shares the embedding
 - settings    by trainer and target, or how the target is balanced (loss, no loss), what to set
 - by_routing  by trainer and routing, what else; where_tied: by trainer, with a tied head
+- precision   by trainer, where master weights in float32 come from
 - all_linear  what peft's `target_modules="all-linear"` reaches; attention alone unless it is here
 """
 
@@ -34,6 +35,8 @@ class Trainer:
     support: Support
     settings: str
     """What to set, in words; the end of the sentence that begins with the trainer's name."""
+    precision: str
+    """Whether it keeps master weights in float32, and what to set for it, in words."""
 
 
 def trainers(
@@ -62,7 +65,8 @@ def trainers(
         if tied and name in known["where_tied"]:
             words += f"; {known['where_tied'][name]}"
         number = "N" if num_experts is None else str(num_experts)
-        found.append(Trainer(name, support, Template(words).substitute(num_experts=number)))
+        settings = Template(words).substitute(num_experts=number)
+        found.append(Trainer(name, support, settings, known["precision"][name]))
     return tuple(found)
 
 

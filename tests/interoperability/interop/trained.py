@@ -206,12 +206,14 @@ def settings_table() -> list[str]:
     targets = (*NATIVE.values(), *_inside(), anyone)
     routings = {target.title: target.routings for target in targets}
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    precision = {}
     for target in targets:
         for routing in target.routings:
             own, tied = (
                 trainers(target, routing, tied=tied, fused=False) for tied in (False, True)
             )
             for trainer, with_tied in zip(own, tied, strict=True):
+                precision[trainer.name] = trainer.precision
                 if trainer.name == "peft" and target.ships_code:
                     continue  # the names of its experts are the family's
                 settings = with_tied.settings  # all of the other's, and what else there is
@@ -227,6 +229,8 @@ def settings_table() -> list[str]:
             for model, found in models.items()
         ]
         lines.append(f"| {name} | {', '.join(shown)} | {settings} |")
+    lines += ["", "| trainer | master weights in float32 |", "|---|---|"]
+    lines += [f"| {name} | {precision[name]} |" for name in order if name in precision]
     return [line.replace(anyone.model_type, "upcycled") for line in lines]
 
 
