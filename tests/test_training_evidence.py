@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
-from training.arms import ARMS, DENSE, Arm  # noqa: E402
+from training.arms import ARMS, DENSE, DENSE_AS_LONG, DENSE_LONGER, Arm  # noqa: E402
 from training.claims import (  # noqa: E402
     CHOICES,
     OVER_TIME,
@@ -54,12 +54,14 @@ def test_an_arm_can_be_converted(arm: Arm, tmp_path: Path) -> None:
 
 
 def test_what_is_compared_is_run() -> None:
-    assert {name for each in COMPARED for name in (each.first, each.second)} <= ARMS.keys()
+    compared = {name for each in COMPARED for name in (each.first, each.second)}
+    assert compared - {DENSE_AS_LONG} <= ARMS.keys()
 
 
 def _results(seeds: int, gains: Mapping[str, float]) -> dict[str, Any]:
     """Return results in which an arm ends lower than the others by its gain."""
-    runs = []
+    runs: list[dict[str, Any]] = []
+    times = {DENSE_LONGER: 2.0, "E8G1T2": 2**0.5, "E8G8T16": 4.0}
     for seed in range(seeds):
         for arm in ARMS.values():
             end = 3.0 + 0.01 * seed - gains.get(arm.name, 0.0) * (1 + 0.1 * seed)
@@ -70,6 +72,7 @@ def _results(seeds: int, gains: Mapping[str, float]) -> dict[str, Any]:
                 | (experts if arm.recipe else {})
                 for tokens, loss in ((0, 4.0), (1000, end))
             ]
+            curve[-1]["flops"] *= times.get(arm.name, 1.0)
             runs.append({"arm": arm.name, "seed": seed, "flops_per_token": 1e6, "curve": curve})
     return {
         "commit": "0123456789ab",
@@ -123,6 +126,18 @@ def test_differences_are_taken_seed_by_seed() -> None:
     spread = difference(one_less, Comparison("E8G1T2", DENSE))
     assert spread is not None
     assert len(spread.values) == 2
+
+
+def test_dense_training_of_as_many_flops_lies_between_two_runs() -> None:
+    runs = runs_of(_results(3, {DENSE_LONGER: 0.2, "E8G8T16": 0.5}))
+    for arm, wanted in (("E8G1T2", -0.1), (DENSE, 0.0), (DENSE_LONGER, 0.0), ("E8G8T16", 0.1)):
+        spread = difference(runs, Comparison(arm, DENSE_AS_LONG))
+        assert spread is not None
+        assert spread.values == pytest.approx([wanted * (1 + 0.1 * seed) for seed in range(3)])
+    text = tables(_results(3, {DENSE_LONGER: 0.2, "E8G8T16": 0.5}))
+    assert "| E8G8T16 against dense, as many FLOPs | 0.1100 ± 0.0248 | yes |" in text
+    assert "At equal FLOPs 1 of 92 ways to convert and train ended lower" in text
+    assert difference({DENSE: runs[DENSE]}, Comparison(DENSE, DENSE_AS_LONG)) is None
 
 
 def test_tables_follow_from_results() -> None:

@@ -11,6 +11,8 @@ from upcycle_cli.recipe import parse_recipe_name
 
 BALANCING = 0.01
 DENSE, DENSE_LONGER = "dense", "dense, as many FLOPs as E8G1T2"
+DENSE_AS_LONG = "dense, as many FLOPs"
+"""No arm: the dense model with the FLOPs of what it is compared with, between those two."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.arms import DENSE, DENSE_LONGER, GROUPED, SHARED, SIZES
+from training.arms import DENSE, DENSE_AS_LONG, DENSE_LONGER, GROUPED, SHARED, SIZES
 
 ENOUGH = 3
 """The seeds below which whatever is found is a hint."""
@@ -56,7 +56,10 @@ PAPER = (
     Claim(
         "upcycled beats continued dense, at equal tokens", _all(*((size, DENSE) for size in SIZES))
     ),
-    Claim("upcycled beats continued dense, at equal FLOPs", _all(("E8G1T2", DENSE_LONGER))),
+    Claim(
+        "upcycled beats continued dense, at equal FLOPs",
+        _all(*((size, DENSE_AS_LONG) for size in SIZES)),
+    ),
     Claim(
         "weight scaling helps",
         (
@@ -163,6 +166,8 @@ def difference(runs: Runs, comparison: Comparison, when: int = -1) -> Spread | N
 
     `when` is the place on the curve: the end, if it is not given.
     """
+    if comparison.second == DENSE_AS_LONG:
+        return _at_equal_flops(runs, comparison.first)
     first, second = (runs.get(arm, {}) for arm in (comparison.first, comparison.second))
     seeds = sorted(first.keys() & second.keys())
 
@@ -170,6 +175,21 @@ def difference(runs: Runs, comparison: Comparison, when: int = -1) -> Spread | N
         return float(arm[seed]["curve"][when][comparison.measure])
 
     return Spread(tuple(end(second, s) - end(first, s) for s in seeds)) if seeds else None
+
+
+def _at_equal_flops(runs: Runs, arm: str) -> Spread | None:
+    """Return by how much an arm ends lower than the dense model would with as many FLOPs.
+
+    That is taken from the ends of two dense runs, each with a schedule of its own: between them the
+    loss is taken for linear in the logarithm of the FLOPs, and a little beyond the longer one.
+    """
+    of = [runs.get(name, {}) for name in (arm, DENSE, DENSE_LONGER)]
+    values = []
+    for seed in sorted(of[0].keys() & of[1].keys() & of[2].keys()):
+        own, short, long = (each[seed]["curve"][-1] for each in of)
+        share = math.log(own["flops"] / short["flops"]) / math.log(long["flops"] / short["flops"])
+        values.append(short["loss"] + share * (long["loss"] - short["loss"]) - own["loss"])
+    return Spread(tuple(values)) if values else None
 
 
 def verdict(spread: Spread | None) -> Verdict:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.arms import ARMS, DENSE
+from training.arms import ARMS, DENSE, DENSE_AS_LONG, DENSE_LONGER
 from training.claims import (
     CHOICES,
     ENOUGH,
@@ -128,11 +128,12 @@ def _over_time(runs: Runs, shares: Sequence[float]) -> Iterator[str]:
 
 def _arms(runs: Runs) -> Iterator[str]:
     yield (
-        "| arm | FLOPs | loss at first | at the end | lower than dense by | load: CV | never "
-        "chosen | split groups | apart |"
+        "| arm | FLOPs | loss at first | at the end | lower than dense by | at equal FLOPs by | "
+        "load: CV | never chosen | split groups | apart |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     flops = next(iter(runs[DENSE].values()))["flops_per_token"]
+    defining = DENSE, DENSE_LONGER
     for arm in (name for name in ARMS if name in runs):
         run = next(iter(runs[arm].values()))
         first = Spread(tuple(each["curve"][0]["loss"] for each in runs[arm].values()))
@@ -143,9 +144,26 @@ def _arms(runs: Runs) -> Iterator[str]:
             f"{first.mean:.4f}",
             _mean(ends(runs, arm)),
             "–" if arm == DENSE else _text(difference(runs, Comparison(arm, DENSE))),
+            _text(None if arm in defining else difference(runs, Comparison(arm, DENSE_AS_LONG))),
             *_experts(runs, arm, last),
         ]
         yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield _equal_flops({arm: runs[arm] for arm in ARMS if arm in runs})
+
+
+def _equal_flops(runs: Runs) -> str:
+    """Say of all recipes together what came of as many FLOPs of dense training."""
+    said: dict[str, list[str]] = {}
+    for arm in (name for name in runs if ARMS[name].recipe):
+        found = verdict(difference(runs, Comparison(arm, DENSE_AS_LONG)))
+        said.setdefault(found, []).append(arm)
+    lower, higher, hints = (len(said.get(found, ())) for found in ("yes", "no", "a hint"))
+    return (
+        f"At equal FLOPs {lower} of {sum(map(len, said.values()))} ways to convert and train ended "
+        f"lower than the dense model and {higher} higher{f', {hints} are hints' if hints else ''}. "
+        f"Not decided: {'; '.join(said.get('not decided', ('none',)))}."
+    )
 
 
 def _experts(runs: Runs, arm: str, last: Mapping[str, Any]) -> Sequence[str]:
