@@ -26,10 +26,12 @@ from interop.results import (  # noqa: E402
     table,
     target_of,
 )
+from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, documented, text, verdicts  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
 from upcycle_cli.advice import WRONG_WORDS  # noqa: E402
+from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.families.engines import (  # noqa: E402
     CHANGED,
     DIFFERS,
@@ -295,6 +297,15 @@ TABLE = verdicts()
 
 def test_the_documentation_has_every_conversion() -> None:
     assert set(documented()) == {case.name for case in cases()}
+
+
+def test_every_pair_and_many_families_were_run_in_everything() -> None:
+    pairs = {(name, target) for name, row in DENSE.items() for target in row.targets}
+    assert pairs <= {(case.dense, case.target) for case in TABLE}
+    assert len({case.dense for case in TABLE if case.target == UPCYCLED and not case.wrapper}) > 6
+    for case, row in TABLE.items():
+        tried = {name for name, verdict in row.items() if verdict != NOT_TRIED}
+        assert tried == {each.name for each in SOFTWARE if each.tries(case)}, case.name
 
 
 def test_what_upcycle_says_of_engines_is_made_of_the_table() -> None:

@@ -71,7 +71,7 @@ WITHIN: Sequence[tuple[str, str]] = (
 """Text models inside of others, likewise."""
 SHIPPED = (
     *("olmo2", "nemotron", "phi3", "gemma2", "gpt_neox"),
-    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon", "gemma4_text"),
+    *("starcoder2", "cohere2", "olmo3", "gpt2", "falcon", "gemma4_text", "lfm2"),
 )
 """Families as shipped code."""
 
@@ -134,10 +134,10 @@ def _plain() -> list[Case]:
 
 
 def first_of_each(found: Sequence[Case]) -> set[Case]:
-    """Return of each target the first conversion of a tiny model, or of any."""
+    """Return of each pair of a dense type and a target the first conversion."""
     first: dict[tuple[str, str], Case] = {}
-    for case in sorted(found, key=lambda case: is_real(case.dense)):
-        first.setdefault((case.wrapper, case.target), case)
+    for case in found:
+        first.setdefault((case.dense, case.target), case)
     return {*first.values()}
 
 

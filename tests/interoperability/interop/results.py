@@ -157,7 +157,9 @@ def measured(verdicts: Verdicts) -> Measured:
     for case, row in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
         for engine in (*ENGINES, *OTHERS):
             verdict = row.get(engine, NOT_TRIED)
-            if verdict != NOT_TRIED and (target_of(case), engine) not in NOT_OF_THE_MODEL:
+            # Of the others a failure is not said, and it may be one family's alone.
+            nothing = (NOT_TRIED, FAILS) if engine in OTHERS else (NOT_TRIED,)
+            if verdict not in nothing and (target_of(case), engine) not in NOT_OF_THE_MODEL:
                 _take(found, target_of(case), engine, parts_of(case), verdict)
     result: Measured = {}
     for (target, engine, part), verdict in found.items():

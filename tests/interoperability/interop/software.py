@@ -51,7 +51,7 @@ class Software:
     scores: bool = False
     """Whether it gives log likelihoods, and not text."""
     once: bool = False
-    """Whether one conversion of each architecture is enough: the engine's own code is elsewhere."""
+    """Whether one conversion of each pair is enough: the engine's own code is elsewhere."""
     sees: bool = False
     """Whether it is shown a picture, too, where a model takes pictures."""
     shipped: bool = True
