@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +24,13 @@ from upcycle_cli import UpcycleError
 from upcycle_cli.families import choose, dense_family, dense_rows, is_moe, is_target, targets_of
 from upcycle_cli.families.dense import DenseModel
 from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.families.engines import Support, engines
 from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.families.overview import becomes, overview
 from upcycle_cli.families.refused import REFUSED
-from upcycle_cli.recipe import SHIPPED, Routing
+from upcycle_cli.families.shipped_row import shipped
+from upcycle_cli.families.trainers import trainers
+from upcycle_cli.recipe import SHIPPED, ExpertLayout, Routing
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -457,6 +461,30 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     # Heads that do not make up the hidden size were run in transformers alone.
     odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
     assert {engine for target in odd for engine in target.engines} == {"transformers"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in DENSE.items() if row.targets])
+def test_the_default_runs_in_most_engines_and_is_accounted_for(name: str) -> None:
+    family = DENSE[name]
+    text = Path(__file__).parent.parent.joinpath("docs", "families.md").read_text("utf-8")
+    section = text.split("## Which target is the default")[1].split("\n## ")[0]
+    reasons = [reason.partition(":") for reason in section.split("\n- ")]
+    (why,) = (why for who, _, why in reasons if name in re.findall(r"\w+", who))
+    assert family.targets[0] in why or family.targets == (name,)
+
+    def counted(target: str) -> tuple[int, bool, int]:
+        row = NATIVE[target] if target in NATIVE else shipped(family, "silu", biased=False)
+        fused, scaled = row.layout(None) is ExpertLayout.FUSED, row.keys.scale is not None
+        facts: Any = {"tied": False, "fused": fused}
+        runs = engines(row.title, row.routings[0], plain_attention=True, scaled=scaled, **facts)
+        trains = trainers(row, row.routings[0], **facts)
+        run, trained = (
+            sum(each.support is Support.RUNS for each in found) for found in (runs, trains)
+        )
+        return run, target != SHIPPED, trained
+
+    targets = targets_of(family)
+    assert counted(targets[0]) == max(map(counted, targets))
 
 
 def test_a_base_of_rotary_embeddings_where_each_kind_of_layer_has_its_own() -> None:

@@ -106,7 +106,6 @@ EQUIVALENT: Mapping[str, str] = {
         "MLPs here put out far more than what it is for"
     ),
     r"gemma4_text shared: norm: None": "its down matrix is zero then",
-    r".* on_request: .*": "here it is requested",
     r".* added: .* frozen: .*": "it is about training",
     r"mixtral refusal: none": "none is ever met",
     r"mixtral lacks: without .*": "what has the one has the other",
@@ -523,7 +522,6 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         ),
         "added": lambda value, _: _added(value),
         "beside": lambda value, _: iter(()) if value is None else _beside(value),
-        "on_request": lambda value, _: _others(value, False, True),
         "lacks": lambda value, _: _mapping(value),
         "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
         "settings": _settings,

@@ -337,7 +337,7 @@ def test_a_wrapper_that_has_one_type_before_and_after(make_moe: MakeMoe, tmp_pat
     dense, moe = make_moe((*GEMMA4[:2], "gemma4_text"))
     types = [read_json(path / "config.json")["model_type"] for path in (dense, moe)]
     assert types == ["gemma4", "gemma4"]
-    assert inspect(dense).targets == (SHIPPED, "gemma4_text")
+    assert inspect(dense).targets == ("gemma4_text", SHIPPED)
     assert inspect(moe).moe_layers == (0, 1, 2, 3)
     with pytest.raises(UpcycleError, match="a mixture of experts already"):
         convert(moe, tmp_path / "again", recipe(GEMMA4))

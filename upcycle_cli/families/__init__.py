@@ -72,8 +72,7 @@ def pieces_of(family: DenseFamily, target: Target) -> Pieces:
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
     """Return the names of what a family can become; that which most software loads comes first."""
-    names = [*family.targets, *((SHIPPED,) if family.classes else ())]
-    return tuple(sorted(names, key=lambda name: name in NATIVE and NATIVE[name].on_request))
+    return (*family.targets, *((SHIPPED,) if family.classes else ()))
 
 
 def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:

@@ -47,7 +47,6 @@ GEMMA4_TEXT = Target(
         after="post_feedforward_layernorm_2",
         last="post_feedforward_layernorm",
     ),
-    on_request=True,
     refusal=lambda dense: (
         None
         if dense.values["rms_norm_eps"]

@@ -207,8 +207,6 @@ class Target:
     added: tuple[Added, ...] = ()
     beside: Beside | None = None
     """None where experts are in the place of the MLP."""
-    on_request: bool = False
-    """Whether shipped code comes first where no target is asked for."""
     zero_biases: tuple[str, ...] = ()
     """Linear layers that must have a bias tensor even where the source has none."""
     lacks: Mapping[str, str] = field(default_factory=dict)
