@@ -78,7 +78,7 @@ _NAMED: tuple[tuple[Callable[[Recipe], bool], str], ...] = (
     ),
     (
         lambda recipe: recipe.name == "E8G1T2",
-        "of Nemotron-4 15B it had MMLU 67.6 after 1T tokens, the dense model 65.3",
+        "of Nemotron-4 15B: MMLU 67.6 after 1T more tokens, the dense model 65.3 after as many",
     ),
 )
 
