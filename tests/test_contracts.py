@@ -300,6 +300,7 @@ NATIVE_KINDS: Sequence[tuple[Row, dict[str, Any]]] = (
     (("granite_swa", "granitemoe_swa"), {"layer_rope_theta": [0, 99.0]}),
     (("phi3", "mixtral"), {"sliding_window": 8, "num_key_value_heads": 4}),
     (("qwen3", "dots1"), {"attention_bias": True}),
+    (("qwen3", "mellum"), {"attention_bias": True, "rope_parameters": YARN, **SLIDES}),
     (
         ("youtu", "deepseek_v3"),
         {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True},

@@ -123,7 +123,7 @@ def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
     match theirs.model_type:
         case "llama" | "glm4_moe" | "solar_open" | "hy_v3":
             window = None
-        case "qwen2" | "qwen3" | "qwen2_moe" | "dots1":
+        case "qwen2" | "qwen3" | "qwen2_moe" | "dots1" | "mellum":
             window = theirs.sliding_window if theirs.layer_types[layer] == SLIDING else None
         case "mistral" | "mixtral" | "qwen3_moe":
             window = theirs.sliding_window
@@ -135,6 +135,9 @@ def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
 def meaning(theirs: Any) -> dict[str, Any]:  # noqa: ANN401
     """What a forward pass reads, from transformers' own config object."""
     rope = dict(theirs.rope_parameters)
+    if FULL in rope:  # by kinds of layers, of which all have the same
+        rope, other = dict(rope[FULL]), rope[SLIDING]
+        assert rope == other
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") == 1.0:  # all of it, as where nothing is said
@@ -261,7 +264,7 @@ def test_the_recipe_is_in_the_config(target: str) -> None:
         assert row.routing(moe) is routing
         if row.keys.scale is not None:
             assert getattr(theirs, row.keys.scale) == 3.0
-        if target in ("qwen2_moe", "qwen3_moe"):
+        if target in ("qwen2_moe", "qwen3_moe", "mellum"):
             assert theirs.norm_topk_prob == (routing is Routing.TOPK_SOFTMAX)
         # What generation and serving expect, and the paper's coefficient for whoever trains.
         assert getattr(theirs, "output_router_logits", False) is False

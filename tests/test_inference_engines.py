@@ -64,6 +64,9 @@ def test_attention_of_its_own_is_plain_where_all_models_of_a_type_have_it() -> N
     own = {name for name in DENSE if has_plain_attention({"model_type": name, "sliding_window": 8})}
     assert own == {"gemma3_text", "gemma4_text"}
     assert has_plain_attention({"model_type": "upcycled_gemma3_text", "sliding_window": 8})
+    for kind, plain in (("default", True), ("yarn", False)):
+        rope = {"full_attention": {"rope_type": kind, "rope_theta": 5.0}}
+        assert has_plain_attention({"model_type": "mellum", "rope_parameters": rope}) is plain
 
 
 def test_what_was_tried_was_plain_attention() -> None:

@@ -131,7 +131,9 @@ EQUIVALENT: Mapping[str, str] = {
     r"hy_v3 keys: expert_size_too: None": "it is for one of them",
     r"hy_v3 layers: MLP_TYPES": "it lacks but what is for one of them",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
-    r"dots1 settings: without .*": "the source has the key, with the same meaning",
+    r"(dots1|qwen3_moe) settings: without .*": "the source has the key, with the same meaning",
+    r"mellum keys: routing: (another key|none)": "its default is what the scenarios ask for",
+    r"mellum settings: without (layer_types|sliding_window)": "the source has it",
     r"cohere2_moe keys: routing: .*": "gates sum to 1 in either way",
     r"cohere2_moe settings: without (layer_types|sliding_window)": "the source has it",
     r"cohere2_moe settings: without (num_shared_experts|norm_topk_prob|rms_norm_eps)": (
@@ -145,7 +147,6 @@ EQUIVALENT: Mapping[str, str] = {
     r"granitemoehybrid settings: another mamba_n_heads": "there is no such layer",
     r"granitemoehybrid settings: .* mamba_(n_groups|d_state|d_conv|expand)": "nor for these",
     r"nemotron_h settings: without .*": "the source has the key, or means the same without",
-    r"qwen3_moe settings: without .*": "the source has the key, with the same meaning",
     # the arithmetic
     r"degree 0 of .*": "all of c goes into down, which is right for any MLP",
 }
@@ -301,6 +302,7 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
     "gemma4_text": (Scenario("gemma4_text", "gemma4_text", {"rms_norm_eps": 0.0}),),
     "dots1": (Scenario("qwen3", "dots1", SLIDING["qwen2"]),),
     "hy_v3": (Scenario("qwen3", "hy_v3", SLIDING["qwen2"]),),
+    "mellum": (Scenario("qwen3", "mellum", SLIDING["qwen2"], {}, SUM_TO_ONE),),
     "granitemoe_swa": (Scenario("granite_swa", "granitemoe_swa", {"layer_rope_theta": [99.0]}),),
     "solar_open": (Scenario("llama", "solar_open", {"attention_bias": True}),),
     "deepseek_v3": (Scenario("youtu", "deepseek_v3", {"minimal": True}),),

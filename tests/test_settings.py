@@ -245,6 +245,25 @@ def test_llama3_rope_in_old_and_new_keys(
         assert config["rope_parameters"].items() >= (LLAMA3_ROPE | {"rope_theta": 500.0}).items()
 
 
+def test_rotary_embeddings_that_are_said_by_kinds_of_layers(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Of an architecture whose kinds may differ, all have those of the dense model."""
+    dense = make_dense("qwen3")
+    convert(dense, tmp_path / "moe", recipe("E2G2T2"), target="mellum")
+    config = read_json(tmp_path / "moe" / "config.json")
+    kinds, other = config["rope_parameters"], {"rope_type": "default", "rope_theta": 5.0}
+    assert kinds["full_attention"] == kinds["sliding_attention"]
+    for name, change in {
+        "nothing": {},
+        "one kind": {"rope_parameters": kinds | {"full_attention": other}},
+        "all kinds": {"rope_parameters": dict.fromkeys(kinds, other)},
+        "the older key": {"rope_theta": 5.0},
+    }.items():
+        changed = clone(tmp_path / "moe", tmp_path / name, **change)
+        assert verify(dense, changed, checks=["structure"]).accepted is (not change), name
+
+
 @pytest.mark.parametrize(("model_type", "target"), EXACT_PAIRS)
 def test_only_an_old_rope_theta(
     make_dense: MakeDense, tmp_path: Path, model_type: str, target: str

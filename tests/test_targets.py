@@ -70,6 +70,7 @@ def test_the_default_routing_is_that_of_the_released_models() -> None:
         "glm4_moe": Routing.SIGMOID_TOPK,
         "dots1": Routing.SIGMOID_TOPK,
         "hy_v3": Routing.SIGMOID_TOPK,
+        "mellum": Routing.TOPK_SOFTMAX,
         "solar_open": Routing.SIGMOID_TOPK,
         "deepseek_v3": Routing.SIGMOID_TOPK,
         "gemma4_text": Routing.TOPK_SOFTMAX,
@@ -163,7 +164,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             None,
             "qwen3_moe cannot express this model: only some layers slide (layer_types), and its "
             "layers all attend alike.",
-            "dots1 or upcycled can: pass --target dots1.",
+            "dots1 or mellum or upcycled can: pass --target dots1.",
         ),
         *(
             (
@@ -193,7 +194,7 @@ MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
             None,
             "glm4_moe cannot express this model: some layers have a window, and its layers see "
             "all.",
-            "dots1 or upcycled can: pass --target dots1.",
+            "dots1 or mellum or upcycled can: pass --target dots1.",
         ),
     ],
 )

@@ -85,7 +85,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "qwen3",
         windows=some_slide,
-        targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3"),
+        targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
         classes="Qwen3",
     ),
     DenseFamily("apertus", mlp=_UP_DOWN, norm="feedforward_layernorm.weight", classes="Apertus"),

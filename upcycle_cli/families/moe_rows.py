@@ -37,6 +37,7 @@ from upcycle_cli.families.moe_settings import (
     granitemoe_swa_settings,
     hybrid_settings,
     lfm2_moe_settings,
+    mellum_settings,
     mixtral_refusal,
     no_mixed_windows,
     no_windows,
@@ -155,6 +156,15 @@ _ROWS: Sequence[Target] = (
         **_DEEPSEEK,
         layers=FIRST_K_DENSE,
         settings=lambda dense: {**DEEPSEEK_SETTINGS, **window_settings(dense)},
+    ),
+    Target(
+        model_type="mellum",
+        architecture="MellumForCausalLM",
+        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
+        layouts=QWEN_LAYOUTS,
+        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
+        layers=MLP_TYPES,
+        settings=mellum_settings,
     ),
     Target(
         model_type="hy_v3",

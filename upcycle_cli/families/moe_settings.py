@@ -133,6 +133,18 @@ def odd_thetas(dense: DenseModel) -> str | None:
     return f"layer_rope_theta is {shown(thetas)}, and there are {dense.num_layers} layers"
 
 
+def mellum_settings(dense: DenseModel) -> dict[str, Any]:
+    """State windows and rotary embeddings by kinds of layers, which all have the same ones."""
+    windows = window_settings(dense)
+    rope = {"rope_type": "default", **(dense.values["rope_scaling"] or {})}
+    rope["rope_theta"] = dense.values["rope_theta"]
+    return {
+        "layer_types": windows["layer_types"],
+        "sliding_window": windows["sliding_window"],
+        "rope_parameters": {kind: dict(rope) for kind in (FULL, SLIDING)},
+    }
+
+
 def cohere2_moe_settings(dense: DenseModel) -> dict[str, Any]:
     """State the windows, and that a dense layer without one sees no positions either.
 

@@ -87,7 +87,10 @@ def _text_config(
     }
     known = balancing if target.ships_code else defaults_of(target.model_type)
     result |= {key: value for key, value in balancing.items() if key in known}
-    return result | target.settings(dense) | _choices(dense, target, recipe, layers)
+    settings = target.settings(dense)
+    if "rope_parameters" in settings:  # by kinds of layers, which the older key would undo
+        result.pop("rope_scaling", None)
+    return result | settings | _choices(dense, target, recipe, layers)
 
 
 def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
@@ -174,5 +177,6 @@ def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0)
     )
     slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
     ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    ropes += [kind for rope in ropes if isinstance(rope, dict) for kind in rope.values()]
     kinds = {rope.get("rope_type", "default") for rope in ropes if isinstance(rope, dict)}
     return whole and not slides and kinds <= {"default"} and rotary_share == 1.0

@@ -169,7 +169,7 @@ def setting_notes(facts: Facts) -> Iterator[str]:
 def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
     """Whichever of the keys a reader takes, it must read the same."""
     written = {key: config[key] for key in ("rope_parameters", "rope_scaling") if key in config}
-    inner = {key: value for key, value in written.items() if isinstance(value, dict)}
+    inner = {key: _of_all(value) for key, value in written.items() if isinstance(value, dict)}
     for key, settings in inner.items():
         kind, old_kind = (settings.get(name) for name in ("rope_type", "type"))
         if None not in (kind, old_kind) and kind != old_kind:
@@ -185,6 +185,12 @@ def _rope_failures(config: Mapping[str, Any]) -> Iterator[str]:
     if inner and len(written) == 2 and len(kinds) > 1:
         scaling, parameters = written["rope_scaling"], written["rope_parameters"]
         yield f"rope_scaling is {shown(scaling)}, but rope_parameters is {shown(parameters)}"
+
+
+def _of_all(rope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what kinds of layers with settings of their own all have; else what there is."""
+    first, *others = rope.values() or [None]
+    return first if isinstance(first, dict) and all(other == first for other in others) else rope
 
 
 def _scaling(value: object) -> dict[str, Any]:
@@ -237,7 +243,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 def _in_effect(config: Config) -> dict[str, Any]:
     """Return the settings that each architecture writes down, or derives, its own way."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _of_all(getattr(config, "rope_parameters", None) or {})
     head_dim = getattr(config, "head_dim", None)
     return {
         "head_dim": head_dim or config.hidden_size // config.num_attention_heads,

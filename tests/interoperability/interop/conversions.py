@@ -41,6 +41,7 @@ PAIRS: Sequence[tuple[str, str]] = (
     ("granite_swa", "granitemoe_swa"),
     ("qwen3", "dots1"),
     ("qwen3", "hy_v3"),
+    ("qwen3", "mellum"),
     ("llama", "solar_open"),
     ("youtu", "deepseek_v3"),
     ("glm", "glm4_moe"),

@@ -127,6 +127,7 @@ def training_cases() -> list[Case]:
         ("lfm2", "lfm2_moe", SIGMOID),
         ("qwen3", "dots1", SIGMOID),
         ("qwen3", "hy_v3", SIGMOID),
+        ("qwen3", "mellum", EXACT),
         ("llama (tied)", "solar_open", SIGMOID),
         ("youtu", "deepseek_v3", SIGMOID),
         ("olmo2", "flex_olmo", EXACT),
