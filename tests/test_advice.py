@@ -28,7 +28,9 @@ FLOAT16 = "lose precision in float16"
 ENGINE = "but computes something else"
 OVERFLOW = "can exceed 65504"
 NARROW_ROWS = "needs multiples of 16"
+ROUNDED_C = "is no power of two"
 ALL = (
+    ROUNDED_C,
     OVERFLOW,
     NARROW_ROWS,
     NO_PROMISE,
@@ -135,8 +137,8 @@ def test_tying_is_advised_where_it_was_measured_to_help(
 
 
 def test_the_remedy_for_no_gradient_is_twice_the_granularity(plan: Callable[..., Plan]) -> None:
-    (text,) = warnings(plan("E8G3T3"))
-    assert "With a top-k of 6 or more" in text
+    (text,) = warnings(plan("E8G4T4"))
+    assert "With a top-k of 8 or more" in text
 
 
 @pytest.mark.parametrize(("target", "able"), [("qwen2_moe", True), ("mixtral", False)])
@@ -192,10 +194,33 @@ def test_scaled_experts_in_float16_can_overflow(advise: Advise) -> None:
     assert advise("E8G2T4", options=Options(dtype="float32")) == []
 
 
+@pytest.mark.parametrize(
+    ("how", "remedy"),
+    [
+        ({}, "and the config of glm4_moe, solar_open or upcycled holds c itself"),
+        ({"target": "qwen2_moe", "shared_experts": 3, "recipe": "E2G6T6"}, "of glm4_moe or solar"),
+        ({"target": "glm4_moe", "scale_split": ScaleSplit.BALANCED}, "--scale-split config"),
+        ({"target": "glm4_moe"}, None),
+        ({"options": Options(dtype="float32")}, None),
+        ({"target": "qwen2_moe", "shared_experts": 1, "recipe": "E2G3T4"}, None),
+    ],
+    ids=str,
+)
+def test_a_factor_that_rounds_the_experts(
+    plan: Callable[..., Plan], how: dict[str, Any], remedy: str | None
+) -> None:
+    settings = {"recipe": "E2G3T6"} | how
+    routing = None if settings.get("target") == "glm4_moe" else TOPK_SOFTMAX
+    found = [text for text in warnings(plan(routing=routing, **settings)) if ROUNDED_C in text]
+    assert len(found) == (remedy is not None)
+    assert all("c = 3 " in text and "--dtype float32" in text for text in found)
+    assert all(str(remedy) in text for text in found)
+
+
 def test_rows_that_the_grouped_product_refuses(advise: Advise) -> None:
-    assert advise("E2G24T48") == [NARROW_ROWS]
-    assert advise("E2G12T24") == []  # 8 wide: 16 bytes in bfloat16
-    assert advise("E2G24T48", options=Options(dtype="float32")) == []
+    assert advise("E2G16T32") == [NARROW_ROWS]
+    assert advise("E2G4T8") == []  # 24 wide: 48 bytes in bfloat16
+    assert advise("E2G16T32", options=Options(dtype="float32")) == []
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from upcycle_cli.expr import Expr, sources, type_of
+from upcycle_cli.families import targets_of
 from upcycle_cli.families.engines import Support
+from upcycle_cli.families.moe_rows import NATIVE
 from upcycle_cli.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.merge import Rest
 from upcycle_cli.plan import Plan
 from upcycle_cli.planned import Planned
-from upcycle_cli.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, RouterInit, Routing
+from upcycle_cli.printable import any_of
+from upcycle_cli.recipe import SHIPPED, TIE_LOGIT_STD, NeuronOrder, Promise, RouterInit, Routing
 from upcycle_cli.tensors import Role
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -184,6 +187,24 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
             "float16 has nothing as small as the row of the shared expert's gate, which becomes 0: "
             "exact, but llama.cpp divides by its logit. Use bfloat16 for that."
         )
+    if plan.promise is Promise.EXACT and not plan.factors.lossless and plan.expert_dtype != "F32":
+        yield (
+            f"c = {plan.factors.c:g} is no power of two: {TORCH_DTYPES[plan.expert_dtype]} rounds "
+            "the experts that hold it, and the outputs differ by that. --dtype float32 keeps them "
+            f"as they are{_in_config(plan)}."
+        )
+
+
+def _in_config(plan: Plan) -> str:
+    """Say what else keeps c out of the experts: a config that holds it, where there is one."""
+    if plan.family.target.keys.scale is not None:
+        return ", --scale-split config has c in the config"
+    shared = plan.recipe.shared_experts
+    rows = [NATIVE[name] for name in targets_of(plan.family.dense.family) if name in NATIVE]
+    able = [row.model_type for row in rows if row.keys.scale and (row.shared or not shared)]
+    if plan.family.dense.family.classes and not shared:
+        able.append(SHIPPED)
+    return f", and the config of {any_of(able)} holds c itself (--target)" if able else ""
 
 
 def experts_text(plan: Plan) -> str:
