@@ -103,11 +103,27 @@ def is_mixture(model_type: str) -> bool:
     known = {*kind().to_dict(), *kind.attribute_map}
     for sizes in ({key: value for key, value in SIZES.items() if key in known}, {}):
         try:
-            model = on_meta(model_type, sizes)
+            return is_mixture_of(model_type, sizes)
         except UNMADE:
             continue
-        return has_experts(model) and not can_be_dense(model, sizes)
     return True
+
+
+def is_mixture_of(model_type: str, sizes: Mapping[str, Any]) -> bool:
+    """The same of certain sizes; one of UNMADE where there is no such model."""
+    config = CONFIG_MAPPING[model_type](**sizes)
+    if "moe" in (getattr(config, "layer_types", None) or ()):
+        return False  # experts are layers of their own, which need not be there
+    none = {key: 0 for key, held in config.to_dict().items() if key.endswith("experts") and held}
+    try:
+        left = on_meta(model_type, {**sizes, **none})
+    except UNMADE:
+        left = None
+    if left is not None and has_experts(left):
+        return True
+    whole = on_meta(model_type, sizes)
+    stays = left is not None and {*left.state_dict()} < {*whole.state_dict()}
+    return has_experts(whole) and not stays
 
 
 def on_meta(model_type: str, sizes: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -116,21 +132,6 @@ def on_meta(model_type: str, sizes: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 def has_experts(model: nn.Module) -> bool:
     return any(type(module).__name__.endswith(EXPERTS) for module in model.modules())
-
-
-def can_be_dense(model: Any, sizes: Mapping[str, Any]) -> bool:  # noqa: ANN401
-    """Whether experts are layers of their own, or can be left out while all else stays."""
-    said = model.config.to_dict()
-    none = {key: 0 for key, value in said.items() if key.endswith("experts") and value}
-    kinds = getattr(model.config, "layer_types", None) or []
-    others = [kind for kind in kinds if kind != "moe"]
-    if others != kinds:
-        return True
-    try:
-        left = on_meta(model.config.model_type, {**sizes, **none})
-    except UNMADE:
-        return False
-    return not has_experts(left) and {*left.state_dict()} < {*model.state_dict()}
 
 
 def sees_ahead(model_type: str) -> bool:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,8 @@ def proposed(model_type: str) -> Proposal:
     inner = {n: names[before + n].partition(f".{index}.")[2] for n, _ in layer.named_parameters()}
     cut = {n.removeprefix(f"{inside}."): dimension for n, dimension in changed.items()}
     named = {n: inner[f"{inside}.{n}"] for n, _ in mlp.named_parameters()}
-    biases = biases_of(model_type, f"{before}{inside}.")
-    weights, width, notes = mlp_of(mlp, run, cut, named, biases)
+    asked = partial(biases_of, config, f"{before}{inside}.")
+    weights, width, notes = mlp_of(mlp, run, cut, named, asked)
     norm, offset = norm_of(layer, run.before)
     keys = {usual: config.attribute_map.get(usual, usual) for usual in USUAL}
     keys["intermediate_size"] = config.attribute_map.get(width_key, width_key)
@@ -240,7 +241,7 @@ def proposed(model_type: str) -> Proposal:
         layer=f"{prefix}.{{layer}}.",
         embedding=embedding,
         head=head,
-        activation=activation_of(model_type, f"{before}{inside}", mlp, run),
+        activation=activation_of(config, f"{before}{inside}", mlp, run),
         keys={usual: key for usual, key in sorted(keys.items()) if usual != key},
         mixed=len(kinds) > 1,
         classes=classes_of(model),
@@ -292,20 +293,25 @@ def width_of(model_type: str, model: nn.Module, path: str) -> tuple[str, dict[in
     raise UntoldError("no key of its config is the width of MLPs alone")
 
 
-def biases_of(model_type: str, before: str) -> set[str]:
+def biases_of(config: Any, before: str) -> set[str]:  # noqa: ANN401
     """Return which biases an MLP can have, by flipping what says so; `before` begins its names."""
-    said = tiny(model_type, "meta").config.to_dict()
+    said = config.to_dict()
     flipped = {key: True for key, value in said.items() if value is False and "bias" in key}
-    names = (name for name, _ in tiny(model_type, "meta", **flipped).named_parameters())
+    names = (name for name, _ in tiny(config.model_type, "meta", **flipped).named_parameters())
     return {n.removeprefix(before) for n in names if n.startswith(before) and n.endswith("bias")}
 
 
 def mlp_of(
-    mlp: nn.Module, run: Run, cut: Mapping[str, int], named: Mapping[str, str], biases: set[str]
+    mlp: nn.Module,
+    run: Run,
+    cut: Mapping[str, int],
+    named: Mapping[str, str],
+    biases: Callable[[], set[str]],
 ) -> tuple[tuple[Weight, ...], int, list[str]]:
     """Return an MLP's weights, how wide it is, and what of it is no matrix and no bias.
 
-    `cut` has the dimensions that count the intermediate size, and `named` the names in files.
+    `cut` has the dimensions that count the intermediate size, and `named` the names in files;
+    `biases` says which biases there can be.
     """
     matrices = {name: d for name, d in cut.items() if mlp.get_parameter(name).ndim == 2}
     if len(matrices) not in (2, 3):
@@ -332,9 +338,10 @@ def mlp_of(
         raise UntoldError(f"which of {', '.join(entering)} is gate or up was not seen")
     holds = dict(sorted(holds.items(), key=lambda item: item[1])) | {down: ("down",)}
     weights = [Weight(named[name], held, matrices[name]) for name, held in holds.items()]
-    fused = len(holds) == 2 and len(found) == 2
+    # Layers of their own are said to have biases whether they can or not.
+    possible = biases() if len(holds) == 2 and len(found) == 2 else None
     for name, held in holds.items():
-        if not fused or f"{name.removesuffix('weight')}bias" in biases:  # others may have them
+        if possible is None or f"{name.removesuffix('weight')}bias" in possible:
             bias = f"{named[name].removesuffix('weight')}bias"
             parts = tuple(part + BIAS for part in held)
             weights.append(Weight(bias, parts, None if name == down else 0))
@@ -391,12 +398,12 @@ def norm_of(layer: nn.Module, name: str | None) -> tuple[str | None, float]:
     return f"{name}.weight", round(float((without * plain).sum() / (plain * plain).sum()), 2)
 
 
-def activation_of(model_type: str, path: str, mlp: nn.Module, run: Run) -> str | None:
+def activation_of(config: Any, path: str, mlp: nn.Module, run: Run) -> str | None:  # noqa: ANN401
     """Return the key that changes what an MLP puts out; None where no name of one does."""
-    usual, config = answering(mlp, run)(), tiny(model_type, "meta").config
+    usual = answering(mlp, run)()
     for key, value in config.to_dict().items():
         if isinstance(value, str) and value in ACT2CLS:
-            other = tiny(model_type, "meta", **{key: "tanh" if value != "tanh" else "relu"})
+            other = tiny(config.model_type, "meta", **{key: "tanh" if value != "tanh" else "relu"})
             changed = other.get_submodule(path).to_empty(device="cpu")
             changed.load_state_dict(mlp.state_dict(), strict=False)
             if not torch.allclose(answering(changed, run)(), usual):

@@ -302,7 +302,6 @@ REFUSED: Mapping[str, tuple[Scenario, ...]] = {
     "gemma4_text": (Scenario("gemma4_text", "gemma4_text", {"rms_norm_eps": 0.0}),),
     "dots1": (Scenario("qwen3", "dots1", SLIDING["qwen2"]),),
     "hy_v3": (Scenario("qwen3", "hy_v3", SLIDING["qwen2"]),),
-    "mellum": (Scenario("qwen3", "mellum", SLIDING["qwen2"], {}, SUM_TO_ONE),),
     "granitemoe_swa": (Scenario("granite_swa", "granitemoe_swa", {"layer_rope_theta": [99.0]}),),
     "solar_open": (Scenario("llama", "solar_open", {"attention_bias": True}),),
     "deepseek_v3": (Scenario("youtu", "deepseek_v3", {"minimal": True}),),
