@@ -90,6 +90,18 @@ PHI3 = {"model_type": "phi3", **SIZES}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
+def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
+    config = tiny_config("qwen3", **MIXED)
+    wanted = {
+        None: "dots1",
+        Routing.SIGMOID_TOPK: "dots1",
+        Routing.TOPK_SOFTMAX: "mellum",
+        Routing.SOFTMAX_TOPK: "mellum",
+    }
+    found = {routing: choose(config, "auto", routing).target.model_type for routing in wanted}
+    assert found == wanted
+
+
 @pytest.mark.parametrize(
     ("config", "target", "routing", "message", "hint"),
     [
