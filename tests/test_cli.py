@@ -243,6 +243,15 @@ def test_inspect_json(llama: Path, moe: Path) -> None:
     assert_facts(found, moe, llama)
 
 
+def test_inspect_says_what_a_model_can_become(make_dense: MakeDense) -> None:
+    text = succeed("inspect", make_dense("llama", mlp_bias=True)).stdout
+    assert "can become  upcycled\nbut not     mixtral cannot express this model: " in text
+    tables = text.split("\n\n")[1:]
+    assert "upcycled  topk-softmax" in tables[0]
+    assert "upcycled  transformers" in tables[1]
+    assert "mixtral" not in "".join(tables)
+
+
 def test_inspect_json_with_a_recipe(llama: Path, moe: Path) -> None:
     result = succeed("inspect", llama, *RECIPE, "--json")
     assert result.stderr == ""

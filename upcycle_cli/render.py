@@ -77,7 +77,10 @@ def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
     if inspection.becomes:
-        yield "can become", [_becomes(target) for target in inspection.becomes]
+        able = [target.name for target in inspection.becomes if target.refusal is None]
+        yield "can become", [", ".join(able) or "nothing"]
+        if refused := [target.refusal for target in inspection.becomes if target.refusal]:
+            yield "but not", refused
     if inspection.kind == "moe":
         yield "upcycle.json", [_claims(inspection.record)]
         yield "engines", engine_lines(inspection.engines)
@@ -169,31 +172,6 @@ def report_table(report: Report) -> Table:
             detail.append(f"\n- {printable(failure)}", style="red")
         table.add_row(check.name, Text(check.status, style=_STATUS_STYLE[check.status]), detail)
     return table
-
-
-def names_of(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
-    """Return the software that takes a target, each with its routings where they are not all."""
-    return [
-        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
-        for name, routings in found.items()
-    ]
-
-
-def _becomes(target: TargetFacts) -> str:
-    if target.refusal is not None:
-        return f"not {target.name}: {target.refusal}"
-    engines, trainers = names_of(target.engines, target), names_of(target.trainers, target)
-    words = {"bias": "a bias", "nothing": "nothing"}.get(target.balanced, f"an {target.balanced}")
-    facts = [
-        " or ".join(target.routings),
-        f"MoE layers: {target.layers}",
-        f"shared experts: {target.shared_experts}",
-        f"scaled by {' or '.join(target.scaled_by)}",
-        f"runs in {', '.join(engines)}" if engines else "run in no engine yet",
-        *([f"trains in {', '.join(trainers)}"] if trainers else []),
-        f"balanced by {words}",
-    ]
-    return f"{target.name}: {'; '.join(facts)}"
 
 
 def target_json(target: TargetFacts) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from upcycle_cli.families.overview import Overview
-from upcycle_cli.render import count, names_of, picked, size_text, target_json
+from upcycle_cli.render import count, picked, size_text, target_json
 
 if TYPE_CHECKING:
     from upcycle_cli.budget import Fit
+    from upcycle_cli.families.overview import Overview, TargetFacts
 
 _SIZES_NOTE = (
     "FLOPs are those of matrix products forward, attention scores left out, and × says how many "
@@ -82,25 +82,33 @@ def overview_tables(found: Overview) -> Iterator[Table]:
         for text_type, targets in texts.items():
             table.add_row(text_type, wrapper, ", ".join(targets))
     yield table
-    table = _headed("target", "routings", "MoE layers", "shared\nexperts", "scaled by")
-    table.columns[0].no_wrap = True  # somebody copies it
-    for target in found.targets:
-        lists = ("\n".join(target.routings), "\n".join(target.scaled_by))
-        table.add_row(target.name, lists[0], target.layers, target.shared_experts, lists[1])
-    yield table
-    table = _headed("target", "runs in", "trains in", "balanced by")
-    table.columns[0].no_wrap = True
-    for target in found.targets:
-        runs = "\n".join(names_of(target.engines, target))
-        trains = ", ".join(names_of(target.trainers, target))
-        table.add_row(target.name, runs, trains, target.balanced)
-    yield table
+    yield from target_tables(found.targets)
     table = _headed("cannot be upcycled", "because")
     reasons: dict[str, list[str]] = {}
     for name, reason in found.refused.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         table.add_row(", ".join(names), reason)
+    yield table
+
+
+def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
+    """Yield what targets can express, and what runs and trains them; nothing of refused ones."""
+    targets = [target for target in targets if target.refusal is None]
+    if not targets:
+        return
+    table = _headed("target", "routings", "MoE layers", "shared\nexperts", "scaled by")
+    table.columns[0].no_wrap = True  # somebody copies it
+    for target in targets:
+        lists = ("\n".join(target.routings), "\n".join(target.scaled_by))
+        table.add_row(target.name, lists[0], target.layers, target.shared_experts, lists[1])
+    yield table
+    table = _headed("target", "runs in", "trains in", "balanced by")
+    table.columns[0].no_wrap = True
+    for target in targets:
+        runs = "\n".join(_names(target.engines, target))
+        trains = ", ".join(_names(target.trainers, target))
+        table.add_row(target.name, runs, trains, target.balanced)
     yield table
 
 
@@ -123,3 +131,11 @@ def _headed(*names: str) -> Table:
     for name in names:
         table.add_column(name, overflow="fold")
     return table
+
+
+def _names(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
+    """Return the software that takes a target, each with its routings where they are not all."""
+    return [
+        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
+        for name, routings in found.items()
+    ]

@@ -81,7 +81,7 @@ def inspect(
     """
     with errors_to_exit_codes(as_json=json):
         page = shared.report_file(report, dense)
-        from upcycle_cli import inspection, render
+        from upcycle_cli import inspection, render, render_choices
 
         budget = to_budget(max_params, max_active, gpu_memory)
         of_all = None if budget is None else to_wanted(context, moe)
@@ -110,7 +110,6 @@ def inspect(
         if page is not None:
             page.write(_html(found, path))
         if budget is not None:
-            from upcycle_cli import render_choices
             from upcycle_cli.budget import notable
 
             fits = inspection.fits(found, budget, of_all)
@@ -120,6 +119,9 @@ def inspect(
             print_json(render.inspection_json(found) | listed)
             return
         show(render.rows_table(render.inspection_rows(found)))
+        for table in render_choices.target_tables(found.becomes):
+            stdout().print()
+            show(table)
         if budget is not None:
             stdout().print()
             shown = notable(fits)
