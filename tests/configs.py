@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.families import choose, dense_family
-from upcycle_cli.families.dense import DenseModel, read_dense
-from upcycle_cli.families.translate import moe_config
-from upcycle_cli.recipe import Recipe
+from upcycle_cli.models import choose, dense_family
+from upcycle_cli.models.dense import DenseModel, read_dense
+from upcycle_cli.models.moe_config import moe_config
+from upcycle_cli.recipe.recipe import Recipe
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

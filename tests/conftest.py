@@ -19,8 +19,8 @@ import torch
 from hub.server import TOKEN, Hub
 from hypothesis import settings
 
-from upcycle_cli.recipe import ExpertLayout
-from upcycle_cli.running.models import Shapes, empty_shapes
+from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.run.models import Shapes, empty_shapes
 
 pytest_plugins = ("refusals", "verified")
 
@@ -250,10 +250,12 @@ def _quickly() -> Iterator[None]:
     transformers_logging.set_verbosity(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch:
         # Both models of a verification go on for two tokens: each of sixteen would take a pass.
-        patch.setattr("upcycle_cli.verification.sidebyside._CONTINUED", 2)
+        patch.setattr("upcycle_cli.old_verification.sidebyside._CONTINUED", 2)
         # Of what is written here nothing has to survive a loss of power.
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr("upcycle_cli.verification.headers.empty_shapes", _shapes_once(empty_shapes))
+        patch.setattr(
+            "upcycle_cli.old_verification.headers.empty_shapes", _shapes_once(empty_shapes)
+        )
         yield
 
 

@@ -25,10 +25,10 @@ import numpy as np
 
 import upcycle_cli
 from upcycle_cli import Options, build_plan, open_checkpoint
-from upcycle_cli.folder import Folder
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Recipe, parse_recipe_name
-from upcycle_cli.workspace import Workspace
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
+from upcycle_cli.write.staging import Workspace
 
 ROOT = Path(upcycle_cli.__file__).parents[1]
 PYTHON = sys.executable

@@ -1,4 +1,4 @@
-"""Reads out of transformers what `upcycle_cli/families/defaults.json` says.
+"""Reads out of transformers what `upcycle_cli/models/knowledge/defaults.json` says.
 
     python tests/family_defaults.py [--write]
 
@@ -26,11 +26,11 @@ from safetensors import safe_open
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from upcycle_cli.families import dense_rows as families
-from upcycle_cli.families.moe_rows import FURTHER, NATIVE
-from upcycle_cli.families.wrappers import INSIDE, WRAPPERS
+from upcycle_cli.models import dense_rows as families
+from upcycle_cli.models.moe_rows import FURTHER, NATIVE
+from upcycle_cli.models.wrappers import INSIDE, WRAPPERS
 
-TARGET = Path(__file__).parent.parent / "upcycle_cli" / "families" / "defaults.json"
+TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" / "defaults.json"
 
 DENSE, MOE = tuple(families.DENSE), (*NATIVE, *FURTHER)
 TEXTS = {*INSIDE, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}

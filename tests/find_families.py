@@ -22,8 +22,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.refused import REFUSED
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.refused import REFUSED
 
 EXPERTS = "Experts"
 """How the name of a class ends that holds experts."""

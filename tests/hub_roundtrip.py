@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hub.server import Hub
 
-from upcycle_cli.card import for_repo
+from upcycle_cli.publish.card import for_repo
 
 SOURCE, RESULT = "acme/dense", "acme/moe"
 

@@ -19,10 +19,10 @@ from typing import cast
 
 from engine_fixtures import contents, plan_of
 
-from upcycle_cli import swap
 from upcycle_cli.conversion import execute
-from upcycle_cli.publish import clean
-from upcycle_cli.workspace import partial_of
+from upcycle_cli.write import swap
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.transaction import clean
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"}
 

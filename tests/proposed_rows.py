@@ -24,9 +24,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import ACT2CLS
 
-from upcycle_cli.families import dense_rows
-from upcycle_cli.families.dense import DenseFamily
-from upcycle_cli.families.mlp import BIAS, Weight, separate, swiglu
+from upcycle_cli.models import dense_rows
+from upcycle_cli.models.dense import DenseFamily
+from upcycle_cli.models.mlp import BIAS, Weight, separate, swiglu
 
 UNMADE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),

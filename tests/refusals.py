@@ -11,7 +11,7 @@ import pytest
 from conftest import snapshot
 from typer.testing import CliRunner, Result
 
-from upcycle_cli.cli import app
+from upcycle_cli.cli.app import app
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.arithmetic import evaluate
-from upcycle_cli.checkpoint import raw_bytes
-from upcycle_cli.expr import Expr, type_of
-from upcycle_cli.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
+from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.plan.expressions import Expr, type_of
+from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
+from upcycle_cli.write.evaluate import evaluate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAIRS = {

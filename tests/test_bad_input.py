@@ -16,7 +16,7 @@ from conftest import LAYOUTS, MakeDense, clone, contents, read_json
 from refusals import Refuses, assert_refused, invoke, save_tensors
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert
-from upcycle_cli.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 
 # Where the source is ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from conftest import clone, read_json
 from refusals import Refuses, assert_refused, invoke
 from typer.testing import CliRunner
 
-from upcycle_cli.cli import app
+from upcycle_cli.cli.app import app
 
 
 def test_the_output_exists(llama: Path, tmp_path: Path, refuses: Refuses) -> None:

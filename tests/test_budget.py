@@ -10,11 +10,11 @@ import pytest
 from conftest import SIZES, MakeDense, RunCli
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.budget import Budget, Fit, Wanted, fitting, notable
-from upcycle_cli.commands.budget_options import to_budget
-from upcycle_cli.families import targets_of
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.recipe import SHIPPED
+from upcycle_cli.cli.budget_options import to_budget
+from upcycle_cli.models import targets_of
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.plan.budget import Budget, Fit, Wanted, fitting, notable
+from upcycle_cli.recipe.recipe import SHIPPED
 
 UNTIED = Options(untie_embeddings=True)
 ROWS: list[tuple[str, Wanted, dict[str, Any]]] = [

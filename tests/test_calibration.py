@@ -18,18 +18,18 @@ from safetensors.torch import save_file
 from test_wrappers import ROWS, save_wrapper, targets
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify
-from upcycle_cli.calibration import passing
-from upcycle_cli.calibration.found import Calibration
-from upcycle_cli.calibration.passing import TOKENS, calibrate
-from upcycle_cli.calibration.rows import Wanted, balanced, centroids, loads
-from upcycle_cli.draws import standard_normal
-from upcycle_cli.families import targets_of
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.hooks import Hooks, Watch
-from upcycle_cli.recipe import Promise, RouterInit, Scaling
-from upcycle_cli.request import Request, carry_out
-from upcycle_cli.router_inputs import RouterInputs
-from upcycle_cli.verification import Status, TextOptions
+from upcycle_cli.api import Request, carry_out
+from upcycle_cli.calibrate import collect as passing
+from upcycle_cli.calibrate.collect import TOKENS, calibrate
+from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, loads
+from upcycle_cli.core.callbacks import Hooks, Watch
+from upcycle_cli.models import targets_of
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.old_verification import Status, TextOptions
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
+from upcycle_cli.write.rng import standard_normal
 
 FEW = TextOptions(tokens=512)
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from shapes import TORCH, same_bits, tiny_config, write_hollow, write_model
 
 from upcycle_cli import UpcycleError, open_checkpoint
-from upcycle_cli.checkpoint import Checkpoint, raw_bytes
-from upcycle_cli.header import ITEM_BYTES, TensorEntry
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, raw_bytes
+from upcycle_cli.checkpoint.header import ITEM_BYTES, TensorEntry
 
 WEIGHTS = "model.safetensors"
 CONFIG = tiny_config("llama")

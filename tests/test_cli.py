@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from upcycle_cli import Options, Recipe, convert
-from upcycle_cli.cli import app
-from upcycle_cli.recipe import ExpertLayout
+from upcycle_cli.cli.app import app
+from upcycle_cli.recipe.recipe import ExpertLayout
 
 RECIPE = ("--recipe", "E2G2T2")
 EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
@@ -453,7 +453,8 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     program = """
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from upcycle_cli import cli, terminal
+from upcycle_cli.cli.app import app as cli
+from upcycle_cli.cli import terminal
 def app(**_):
     print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
     print(signal.getsignal(signal.SIGTERM) is terminal.on_signal)

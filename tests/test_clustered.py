@@ -18,13 +18,13 @@ from refusals import invoke
 from safetensors.torch import save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, inspect, verify
-from upcycle_cli.calibration import passing
-from upcycle_cli.calibration.found import Calibration
-from upcycle_cli.calibration.shards import clustered_order
-from upcycle_cli.draws import standard_normal
-from upcycle_cli.hooks import Hooks
-from upcycle_cli.request import Request, carry_out
-from upcycle_cli.verification import Status, TextOptions
+from upcycle_cli.api import Request, carry_out
+from upcycle_cli.calibrate import collect as passing
+from upcycle_cli.calibrate.neuron_clusters import clustered_order
+from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.old_verification import Status, TextOptions
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.write.rng import standard_normal
 
 Array = np.ndarray[Any, Any]
 FEW = TextOptions(tokens=512)
@@ -206,10 +206,10 @@ def test_it_is_a_function_of_model_and_text(llama: Path, tmp_path: Path) -> None
 
 def test_nothing_is_imported_for_it_where_it_is_not_asked_for(llama: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from upcycle_cli.cli import app\n"
+        "import sys; from upcycle_cli.cli.app import app\n"
         f"try: app(['convert', {str(llama)!r}, {str(tmp_path / 'moe')!r}, '-r', 'E4G2T4', '-q'])\n"
         "except SystemExit as done: assert not done.code\n"
-        "unwanted = [f'upcycle_cli.calibration.{name}' for name in ('shards', 'passing')]\n"
+        "unwanted = [f'upcycle_cli.calibrate.{name}' for name in ('neuron_clusters', 'collect')]\n"
         "print({'torch', *unwanted} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

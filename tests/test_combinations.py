@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from upcycle_cli import Options, Recipe, convert, verify
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.order_file import read_order_file
-from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
 
 TARGETS = ("mixtral", "qwen2_moe", "glm4_moe")
 """Of the same model, they have all routings among them, and two a shared expert."""

@@ -30,22 +30,22 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.expr import Halves, Source, Zeros
-from upcycle_cli.families import targets_of
-from upcycle_cli.families.dense import DenseFamily
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe import Target
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.shipped_row import shipped
-from upcycle_cli.families.values import defaults_of
-from upcycle_cli.header import TensorEntry
-from upcycle_cli.recipe import SHIPPED, Routing, parse_recipe_name
-from upcycle_cli.tensors import OutputTensor, Role
-from upcycle_cli.verification import CHECK_NAMES, Report, Status, TextOptions
-from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.headers import geometry_failures
-from upcycle_cli.verification.sizes import gather_facts
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import TensorEntry
+from upcycle_cli.models import targets_of
+from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.dense import DenseFamily
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.shipped_row import shipped
+from upcycle_cli.old_verification import CHECK_NAMES, Report, Status, TextOptions
+from upcycle_cli.old_verification.facts import Facts
+from upcycle_cli.old_verification.headers import geometry_failures
+from upcycle_cli.old_verification.sizes import gather_facts
+from upcycle_cli.plan.expressions import Halves, Source, Zeros
+from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.recipe.recipe import SHIPPED, Routing, parse_recipe_name
 
 Row = tuple[str, str]
 ROWS: list[Row] = [(name, target) for name in SIZES for target in targets_of(DENSE[name])]

@@ -30,19 +30,12 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from upcycle_cli import (
-    Options,
-    Recipe,
-    UpcycleError,
-    build_plan,
-    convert,
-    open_checkpoint,
-)
-from upcycle_cli.card import for_repo
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
 from upcycle_cli.conversion import execute
-from upcycle_cli.families.engines import Support
-from upcycle_cli.recipe import ExpertLayout, Routing
-from upcycle_cli.workspace import MARKER
+from upcycle_cli.models.engines import Support
+from upcycle_cli.publish.card import for_repo
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.write.staging import MARKER
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 TWICE = Recipe(expansion=4, granularity=2, top_k=4)

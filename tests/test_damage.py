@@ -32,8 +32,8 @@ from verified import (
 )
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
-from upcycle_cli.recipe import Scaling
-from upcycle_cli.verification import CHECK_NAMES, Status, verify
+from upcycle_cli.old_verification import CHECK_NAMES, Status, verify
+from upcycle_cli.recipe.recipe import Scaling
 
 # Damaged values
 

@@ -37,11 +37,12 @@ from engine_fixtures import (
     wait_until,
 )
 
-from upcycle_cli import UpcycleError, swap
+from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import Conversion, execute
-from upcycle_cli.publish import clean
-from upcycle_cli.workspace import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.write import swap
+from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
+from upcycle_cli.write.transaction import clean
+from upcycle_cli.write.writer import WriteOptions
 
 KILLS = int(os.environ.get("UPCYCLE_KILLS", "6"))
 NUM_SHARDS = 24

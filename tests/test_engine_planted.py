@@ -16,11 +16,11 @@ from engine_fixtures import contents, make_dense, plan_of
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import Conversion, execute
-from upcycle_cli.errors import ResumableError
-from upcycle_cli.plan import Plan
-from upcycle_cli.publish import clean
-from upcycle_cli.workspace import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.core.errors import ResumableError
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
+from upcycle_cli.write.transaction import clean
+from upcycle_cli.write.writer import WriteOptions
 
 SECRET = b"somebody's secret"
 

@@ -28,12 +28,12 @@ from engine_fixtures import (
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import Conversion, execute
-from upcycle_cli.folder import Folder
-from upcycle_cli.layout import unique_bytes
-from upcycle_cli.plan import Plan
-from upcycle_cli.system import BLOCK_BYTES, share
-from upcycle_cli.workspace import partial_of
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.platform import BLOCK_BYTES, share
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.file_layout import unique_bytes
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.writer import WriteOptions
 
 KINDS = ["xfs", "btrfs"]
 IMAGE_BYTES = 400 << 20  # XFS wants 300 MiB at least

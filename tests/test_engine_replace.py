@@ -25,15 +25,16 @@ from engine_fixtures import (
     system,
 )
 
-from upcycle_cli import UpcycleError, swap
+from upcycle_cli import UpcycleError
+from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.conversion import execute
-from upcycle_cli.errors import ResumableError
-from upcycle_cli.files import read_header
-from upcycle_cli.folder import Folder
-from upcycle_cli.header import parse_header
-from upcycle_cli.plan import Plan
-from upcycle_cli.publish import clean
-from upcycle_cli.workspace import SEAL, partial_of
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.errors import ResumableError
+from upcycle_cli.core.safe_files import read_header
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write import swap
+from upcycle_cli.write.staging import SEAL, partial_of
+from upcycle_cli.write.transaction import clean
 
 SHARDS = 40_000
 
@@ -258,7 +259,7 @@ def test_what_is_in_the_way_of_two_renames_is_left_alone(
 
 KILLED = """
 import os, signal, sys
-from upcycle_cli import swap
+from upcycle_cli.write import swap
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -23,11 +23,11 @@ from engine_fixtures import (
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.conversion import execute
-from upcycle_cli.errors import ResumableError
-from upcycle_cli.folder import Folder
-from upcycle_cli.place import check_space
-from upcycle_cli.workspace import partial_of
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.errors import ResumableError
+from upcycle_cli.write.preflight import check_space
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.writer import WriteOptions
 
 LEVELS = 20
 MIB = 1 << 20
@@ -128,7 +128,7 @@ def test_the_command_ends_in_one_message(
             # A program that believes that there is room, as when another fills the disk meanwhile.
             lie = "import shutil, collections; U = collections.namedtuple('U', 'free'); "
             lie += "shutil.disk_usage = lambda _: U(1 << 60); "
-            lie += "from upcycle_cli.cli import main; main()"
+            lie += "from upcycle_cli.cli.app import main; main()"
             command = convert_command(dense, output, "--max-shard-size", "1MiB", "--json")
             done = run([command[0], "-c", lie, *command[3:]])
             assert done.returncode == 2

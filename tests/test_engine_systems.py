@@ -15,9 +15,9 @@ import forked
 import pytest
 from engine_fixtures import contents, convert_command, environment, make_dense, plan_of
 
-from upcycle_cli import system
 from upcycle_cli.conversion import execute
-from upcycle_cli.workspace import NOTE_SUFFIX, partial_of
+from upcycle_cli.core import platform as system
+from upcycle_cli.write.staging import NOTE_SUFFIX, partial_of
 
 HIDE = {
     "nothing": "",
@@ -31,7 +31,7 @@ HIDE = {
         hide_from_libc("renameat2", renameatx_np=ctypes.CDLL(None).renameat2)
     """,
     "an exchange that a file system refuses": """
-        from upcycle_cli import swap
+        from upcycle_cli.write import swap
         swap.exchange = lambda *_: False
     """,
     "FICLONERANGE": "fcntl.ioctl = refuse(errno.ENOTTY)",

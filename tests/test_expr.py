@@ -15,25 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import TORCH, random_bits, same_bits, value_of
 
-from upcycle_cli import arithmetic
-from upcycle_cli.arithmetic import OverflowInCastError, evaluate
-from upcycle_cli.checkpoint import raw_bytes
-from upcycle_cli.description import describe
-from upcycle_cli.expr import (
+from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.plan.describe import describe
+from upcycle_cli.plan.expressions import (
     Cast,
     Concat,
     Expr,
-    Filled,
+    Full,
     Halves,
     Normal,
-    Pick,
     Repeat,
     Scale,
+    Select,
     Slice,
     Source,
     Stack,
     TensorType,
-    Turned,
+    Transpose,
     Zeros,
     leaves,
     num_bytes,
@@ -41,6 +39,8 @@ from upcycle_cli.expr import (
     stretch_of,
     type_of,
 )
+from upcycle_cli.write import evaluate as arithmetic
+from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 
 HIDDEN = 16
 A = Source("a", "BF16", (4, 6))
@@ -90,17 +90,17 @@ CUBE = Source("cube", "BF16", (1, 4, 6))
         (Slice(A, 0, 4, 4), ("a", 48, 48)),
         (Slice(Slice(A, 0, 2, 2), 0, 0, 0), ("a", 24, 24)),
         (Slice(VECTOR, 0, 2, 5), ("vector", 4, 10)),
-        (Pick(STACK, 1), ("stack", 24, 48)),
-        (Slice(Pick(STACK, 1), 0, 1, 3), ("stack", 30, 42)),
-        (Slice(Pick(STACK, 1), 1, 0, 1), None),
-        (Pick(Slice(STACK, 1, 0, 1), 0), None),
+        (Select(STACK, 1), ("stack", 24, 48)),
+        (Slice(Select(STACK, 1), 0, 1, 3), ("stack", 30, 42)),
+        (Slice(Select(STACK, 1), 1, 0, 1), None),
+        (Select(Slice(STACK, 1, 0, 1), 0), None),
         (Slice(A, 1, 0, 3), None),
         (Slice(CUBE, 2, 0, 3), None),
         (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
         (Cast(A, "F32"), None),
         (Scale(A, 2.0), None),
         (Repeat(A, 1), None),
-        (Turned(A), None),
+        (Transpose(A), None),
         (Halves(A, 4, 2), None),
         (Concat((A, B)), None),
         (Stack((A,)), None),
@@ -130,8 +130,8 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Slice(A, 0, 1, 3), "BF16", (2, 6)),
         (Slice(A, 1, 2, 6), "BF16", (4, 4)),
         (Slice(A, 1, 3, 3), "BF16", (4, 0)),
-        (Pick(A, 3), "BF16", (6,)),
-        (Pick(Stack((A, B)), 1), "BF16", (4, 6)),
+        (Select(A, 3), "BF16", (6,)),
+        (Select(Stack((A, B)), 1), "BF16", (4, 6)),
         (Cast(A, "F32"), "F32", (4, 6)),
         (Scale(VECTOR, 3.0), "F16", (6,)),
         (Concat((A, B, A)), "BF16", (12, 6)),
@@ -139,11 +139,11 @@ def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
         (Concat((VECTOR, VECTOR)), "F16", (12,)),
         (Stack((A, B, A)), "BF16", (3, 4, 6)),
         (Repeat(A, 3), "BF16", (12, 6)),
-        (Turned(Concat((A, B))), "BF16", (6, 8)),
+        (Transpose(Concat((A, B))), "BF16", (6, 8)),
         (Halves(A, 2, 2), "BF16", (4, 6)),
         (normal(), "F32", (4, HIDDEN)),
         (Zeros("F16", (2, 3, 4)), "F16", (2, 3, 4)),
-        (Filled("BF16", (5,), 0.001), "BF16", (5,)),
+        (Full("BF16", (5,), 0.001), "BF16", (5,)),
         (Stack((Concat((A, B)), Concat((B, A)))), "BF16", (2, 8, 6)),
     ],
     ids=lambda value: type(value).__name__,
@@ -163,17 +163,17 @@ def test_the_type_is_that_of_the_value(
         Slice(A, 0, 0, 5),
         Slice(A, 0, -1, 2),
         Slice(A, 1, 3, 2),
-        Pick(A, 4),
-        Pick(A, -1),
-        Pick(Pick(A, 0), 6),
+        Select(A, 4),
+        Select(A, -1),
+        Select(Select(A, 0), 6),
         Concat((A, WIDE)),  # dtypes differ
         Concat((A, Slice(A, 1, 0, 3))),  # rows differ in length
         Stack((A, Slice(A, 0, 0, 3))),
         Stack((A, Cast(A, "F32"))),
         Scale(Concat((A, WIDE)), 2.0),  # wherever it is inside
         Repeat(Stack((A, Repeat(A, 2))), 2),
-        Turned(VECTOR),
-        Turned(STACK),
+        Transpose(VECTOR),
+        Transpose(STACK),
         Halves(A, 3, 2),
         Halves(A, 4, 3),
         Halves(A, 2, 4),
@@ -216,11 +216,11 @@ def test_equal_expressions_are_one_key() -> None:
         ),
         (Concat((A, B)), lambda t: torch.cat([t["a"], t["b"]])),
         (Stack((A, B, A)), lambda t: torch.stack([t["a"], t["b"], t["a"]])),
-        (Pick(A, 2), lambda t: t["a"][2]),
-        (Cast(Slice(Pick(STACK, 1), 1, 0, 2), "F32"), lambda t: t["stack"][1, :, :2].float()),
-        (Turned(WIDE), lambda t: t["wide"].T),
-        (Turned(Concat((A, Scale(B, 3.0)))), lambda t: torch.cat([t["a"], t["b"].mul(3.0)]).T),
-        (Slice(Turned(A), 0, 1, 3), lambda t: t["a"].T[1:3]),
+        (Select(A, 2), lambda t: t["a"][2]),
+        (Cast(Slice(Select(STACK, 1), 1, 0, 2), "F32"), lambda t: t["stack"][1, :, :2].float()),
+        (Transpose(WIDE), lambda t: t["wide"].T),
+        (Transpose(Concat((A, Scale(B, 3.0)))), lambda t: torch.cat([t["a"], t["b"].mul(3.0)]).T),
+        (Slice(Transpose(A), 0, 1, 3), lambda t: t["a"].T[1:3]),
         (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
         (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
         (Halves(A, 2, 2), lambda t: t["a"]),
@@ -233,8 +233,8 @@ def test_equal_expressions_are_one_key() -> None:
             ],
         ),
         (Zeros("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
-        (Filled("BF16", (5,), 0.001), lambda _: torch.full((5,), 0.001, dtype=torch.bfloat16)),
-        (Filled("F16", (2, 3), 0.1), lambda _: torch.full((2, 3), 0.1, dtype=torch.float16)),
+        (Full("BF16", (5,), 0.001), lambda _: torch.full((5,), 0.001, dtype=torch.bfloat16)),
+        (Full("F16", (2, 3), 0.1), lambda _: torch.full((2, 3), 0.1, dtype=torch.float16)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -578,12 +578,12 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Concat((A, B)), "concat(a, b)"),
         (Stack((A, B, A)), "stack(a, … 3 in all)"),
         (Repeat(A, 8), "a, each row × 8"),
-        (Turned(Slice(A, 0, 1, 3)), "turned(a[1:3])"),
-        (Slice(Pick(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
+        (Transpose(Slice(A, 0, 1, 3)), "turned(a[1:3])"),
+        (Slice(Select(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
         (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),
         (Zeros("F32", (1,)), "zeros"),
-        (Filled("F32", (1,), 0.001), "0.001 everywhere"),
+        (Full("F32", (1,), 0.001), "0.001 everywhere"),
     ],
 )
 def test_expressions_in_words(expr: Expr, words: str) -> None:

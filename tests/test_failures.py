@@ -18,20 +18,12 @@ import pytest
 from conftest import MakeDense, RunCli, clone, contents, snapshot, stops_after, validate_json
 from test_conversion import RECIPE, TWICE, others, spoil
 
-from upcycle_cli import (
-    Options,
-    Recipe,
-    UpcycleError,
-    build_plan,
-    convert,
-    open_checkpoint,
-    verify,
-)
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.conversion import execute
-from upcycle_cli.recipe import parse_recipe_name
-from upcycle_cli.verification import Report
-from upcycle_cli.workspace import MARKER
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.old_verification import Report
+from upcycle_cli.recipe.recipe import parse_recipe_name
+from upcycle_cli.write.staging import MARKER
+from upcycle_cli.write.writer import WriteOptions
 
 
 @pytest.fixture
@@ -42,7 +34,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
         spoil(moe / "model.safetensors")
         return verify(dense, moe, **options)
 
-    monkeypatch.setattr("upcycle_cli.verification.verify", verify_spoilt)
+    monkeypatch.setattr("upcycle_cli.old_verification.verify", verify_spoilt)
 
 
 @pytest.mark.usefixtures("spoilt")
@@ -62,7 +54,7 @@ def test_a_verification_that_cannot_run_keeps_what_was_written(
         raise UpcycleError("transformers cannot be imported.")
 
     with monkeypatch.context() as context:
-        context.setattr("upcycle_cli.verification.verify", broken)
+        context.setattr("upcycle_cli.old_verification.verify", broken)
         with pytest.raises(UpcycleError, match="The weights are kept"):
             convert(llama, tmp_path / "moe", RECIPE, verify=True)
     assert not (tmp_path / "moe").exists()

@@ -21,16 +21,16 @@ from conftest import sizes_of
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.families import choose, dense_family, dense_rows, is_moe, is_target, targets_of
-from upcycle_cli.families.dense import DenseModel
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.engines import Support, engines
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.overview import becomes, overview
-from upcycle_cli.families.refused import REFUSED
-from upcycle_cli.families.shipped_row import shipped
-from upcycle_cli.families.trainers import trainers
-from upcycle_cli.recipe import SHIPPED, ExpertLayout, Routing
+from upcycle_cli.models import choose, dense_family, dense_rows, is_moe, is_target, targets_of
+from upcycle_cli.models.dense import DenseModel
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.engines import Support, engines
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.overview import becomes, overview
+from upcycle_cli.models.refused import REFUSED
+from upcycle_cli.models.shipped_row import shipped
+from upcycle_cli.models.trainers import trainers
+from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

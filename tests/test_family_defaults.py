@@ -23,10 +23,10 @@ from family_defaults import (
     tiny_config,
 )
 
-from upcycle_cli.families import dense_rows as families
-from upcycle_cli.families import values
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.values import LAYER, defaults_of, tensor_shapes
+from upcycle_cli.models import defaults as values
+from upcycle_cli.models import dense_rows as families
+from upcycle_cli.models.defaults import LAYER, defaults_of, tensor_shapes
+from upcycle_cli.models.moe_rows import NATIVE
 
 FILE: dict[str, Any] = json.loads(TARGET.read_text("utf-8"))
 DENSE = tuple(FILE["tensors"])

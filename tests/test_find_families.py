@@ -8,8 +8,8 @@ import find_families
 import pytest
 from proposed_rows import UntoldError, proposed
 
-from upcycle_cli.families import dense_rows
-from upcycle_cli.families.dense_rows import DENSE
+from upcycle_cli.models import dense_rows
+from upcycle_cli.models.dense_rows import DENSE
 
 MEASURED = (
     *("mlp", "norm", "norm_offset", "layer", "embedding", "head", "activation", "keys"),

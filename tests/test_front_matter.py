@@ -9,8 +9,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from conftest import RunCli, clone, read_json
 
-from upcycle_cli.card import is_edited
-from upcycle_cli.front_matter import carried_over
+from upcycle_cli.checkpoint.card_metadata import carried_over
+from upcycle_cli.publish.card import is_edited
 
 KEPT = {"license": "mit", "language": ["en"]}
 LAUGHS = "a: &a [x, x]\n" + "".join(

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
 from upcycle_cli.conversion import execute
-from upcycle_cli.workspace import partial_of
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.writer import WriteOptions
 
 EXAMPLES = int(os.environ.get("UPCYCLE_FUZZ", "60"))
 HANG_SECONDS = 30

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from golden import CHOICES, PAIRS, Sources, cases, digest, read_fixture, run
 
-from upcycle_cli.factors import Factors, MlpKind
-from upcycle_cli.recipe import Recipe
+from upcycle_cli.recipe.recipe import Recipe
+from upcycle_cli.recipe.scaling import Factors, MlpKind
 
 CASES = cases()
 DIGESTS = read_fixture()

@@ -42,14 +42,14 @@ from upcycle_cli import (
     inspect,
     verify,
 )
-from upcycle_cli.choices import ExpertLayout, Routing
-from upcycle_cli.families.growable import GROWABLE
-from upcycle_cli.hooks import Hooks
-from upcycle_cli.hub.manifest import read_manifest
-from upcycle_cli.request import Request, carry_out
+from upcycle_cli.api import Request, carry_out
+from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.models.growable import GROWABLE
+from upcycle_cli.old_verification import TextOptions
+from upcycle_cli.old_verification.completeness import find_incomplete, open_upcycled
+from upcycle_cli.publish.manifest import read_manifest
+from upcycle_cli.recipe.options import ExpertLayout, Routing
 from upcycle_cli.training import tie_virtual_groups
-from upcycle_cli.verification import TextOptions
-from upcycle_cli.verification.completeness import find_incomplete, open_upcycled
 
 N, T = 4, 2
 _SIGMOID: Mapping[str, Any] = {

@@ -20,12 +20,12 @@ from hub.server import TOKEN, Hub
 from shapes import big_config, write_hollow
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.card import for_repo, is_edited
-from upcycle_cli.checkpoint import open_checkpoint, open_storage
-from upcycle_cli.hub.licences import reminders
-from upcycle_cli.hub.sources import RepoStorage, check_space_for, is_repo_id, open_source
-from upcycle_cli.report_page.target import ReportFile
-from upcycle_cli.storage import RECORD_NAME
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint, open_storage
+from upcycle_cli.checkpoint.storage import RECORD_NAME
+from upcycle_cli.hub.remote_checkpoint import RepoStorage, check_space_for, is_repo_id, open_source
+from upcycle_cli.publish.card import for_repo, is_edited
+from upcycle_cli.publish.licences import reminders
+from upcycle_cli.report.target import ReportFile
 
 REPO = "acme/tiny"
 MOE = "acme/tiny-E4G1T2"
@@ -461,7 +461,7 @@ def test_what_is_not_complete_is_not_pushed(
         return path
 
     def set_bytes(path: Path, tensor: str) -> None:
-        from upcycle_cli.checkpoint import open_checkpoint
+        from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 
         entry = open_checkpoint(path).tensors[tensor]
         with (path / entry.shard).open("r+b") as file:

@@ -11,7 +11,7 @@ import pytest
 from conftest import clone
 from hub.server import TOKEN, Hub
 
-from upcycle_cli.secrets import blotted
+from upcycle_cli.core.secrets import blotted
 
 REPO = "acme/tiny"
 INFO = r"/api/models/acme/tiny(/revision/\w+)?(\?|$)"
@@ -25,10 +25,11 @@ def refused(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
 
     def run(*arguments: str | Path, limits: str = "", expect: int = 2, **variables: str) -> str:
         code = f"""
-from upcycle_cli.hub import answers, requests
+from upcycle_cli.hub import answers
+from upcycle_cli.hub import requests
 requests._WAITS = ()
 {limits}
-from upcycle_cli.cli import main
+from upcycle_cli.cli.app import main
 main()
 """
         done = forked.run(
@@ -297,7 +298,8 @@ def test_passwords_are_blotted_out(
 
 def test_no_password_in_a_traceback(hub: Hub, llama: Path, tmp_path: Path) -> None:
     code = """
-from upcycle_cli import cli, inspection
+from upcycle_cli.cli.app import app as cli
+from upcycle_cli.inspection import summary as inspection
 def broken(*_, **__): raise KeyError(__import__("os").environ["HTTPS_PROXY"])
 inspection.inspect_checkpoint = inspection.inspect = broken
 cli.check_current_directory = broken

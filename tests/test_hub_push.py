@@ -21,11 +21,11 @@ import pytest
 from conftest import RunOnHub, clone, read_json
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.hub.manifest import read_manifest
-from upcycle_cli.hub.pushing import Destination, push
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.hub.requests import one_bar
-from upcycle_cli.storage import RECORD_NAME
+from upcycle_cli.publish.manifest import read_manifest
+from upcycle_cli.publish.push import Destination, push
 
 if TYPE_CHECKING:
     from hub.server import Hub
@@ -45,7 +45,7 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def welcome(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever pushes may."""
-    monkeypatch.setattr("upcycle_cli.hub.pushing.check_destination", lambda _: None)
+    monkeypatch.setattr("upcycle_cli.publish.push.check_destination", lambda _: None)
 
 
 def _append(name: str, data: bytes = b" ") -> Callable[[Path], object]:

@@ -9,12 +9,12 @@ from configs import converted
 from conftest import sizes_of
 from shapes import make_recipe
 
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.engines import Engine, Support, engines
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.overview import becomes
-from upcycle_cli.families.translate import has_plain_attention
-from upcycle_cli.recipe import SHIPPED, Routing
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.engines import Engine, Support, engines
+from upcycle_cli.models.moe_config import has_plain_attention
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.overview import becomes
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 RUNS, WRONG = Support.RUNS, Support.WRONG
 ENGINE_TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe")

@@ -30,9 +30,8 @@ from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, documented, text, verdicts  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
-from upcycle_cli.advice import WRONG_WORDS  # noqa: E402
-from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.families.engines import (  # noqa: E402
+from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
+from upcycle_cli.models.engines import (  # noqa: E402
     CHANGED,
     DIFFERS,
     DIFFERS_ON_CPU,
@@ -48,7 +47,8 @@ from upcycle_cli.families.engines import (  # noqa: E402
     Support,
     engines,
 )
-from upcycle_cli.recipe import Routing  # noqa: E402
+from upcycle_cli.plan.warnings import WRONG_WORDS  # noqa: E402
+from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
 CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",), control=True)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from shapes import PAIRS, TORCH, moe_shapes, same_bits, tiny_config, write_model
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
-from upcycle_cli.factors import Factors
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Routing, ScaleSplit, Scaling
-from upcycle_cli.writer import WriteOptions, write_weights
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe.scaling import Factors
+from upcycle_cli.write.writer import WriteOptions, write_weights
 
 Tensors = dict[str, torch.Tensor]
 INNER = 12  # tiny_config's intermediate size

@@ -13,10 +13,10 @@ from conftest import MakeDense, difference, logits, random_ids, read_json, sizes
 from shapes import make_recipe, tiny_config
 
 from upcycle_cli import UpcycleError, convert, inspect, verify
-from upcycle_cli.families import choose, dense_family, is_moe, is_target
-from upcycle_cli.families.layers import listed, parse_layers
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import SHIPPED, Routing
+from upcycle_cli.models import choose, dense_family, is_moe, is_target
+from upcycle_cli.models.layers import listed, parse_layers
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from shapes import value_of
 
 from upcycle_cli.conversion import execute
-from upcycle_cli.expr import leaves
-from upcycle_cli.layout import lay_out, unique_bytes
-from upcycle_cli.system import BLOCK_BYTES
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.core.platform import BLOCK_BYTES
+from upcycle_cli.plan.expressions import leaves
+from upcycle_cli.write.file_layout import lay_out, unique_bytes
+from upcycle_cli.write.writer import WriteOptions
 
 OPTIONS = [
     {},

@@ -15,11 +15,11 @@ from test_report import parsed
 from test_saved_again import saved
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.load import TOKENS, Load
-from upcycle_cli.recipe import SHIPPED
-from upcycle_cli.report_page import inspection_html
+from upcycle_cli.inspection.expert_load import TOKENS, Load
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED
+from upcycle_cli.report import inspection_html
 
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 

@@ -41,14 +41,14 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.arithmetic import evaluate
 from upcycle_cli.conversion import execute
-from upcycle_cli.expr import Mean, Source
-from upcycle_cli.merge import Rest
-from upcycle_cli.mergekit import read_mergekit
-from upcycle_cli.plan import Plan, build_plan
-from upcycle_cli.recipe import ExpertLayout, RouterInit, Routing
-from upcycle_cli.verification import CheckResult
+from upcycle_cli.old_verification import CheckResult
+from upcycle_cli.plan.expressions import Mean, Source
+from upcycle_cli.plan.merge import Rest
+from upcycle_cli.plan.mergekit import read_mergekit
+from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
+from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
     from hub.server import Hub

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_shared_experts import write_orders
 
 from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
-from upcycle_cli.experts import WeightFacts
-from upcycle_cli.order_file import read_order_file
-from upcycle_cli.recipe import NeuronOrder
+from upcycle_cli.inspection.experts import WeightFacts
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.recipe.recipe import NeuronOrder
 
 SIZES: Mapping[str, Any] = {"expansion": 2, "granularity": 3, "top_k": 3, "allow_inexact": True}
 STEP = 0.01

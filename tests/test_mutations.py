@@ -18,13 +18,14 @@ import pytest
 import torch
 from conftest import SIZES, MakeDense, contents, logits, random_ids, sizes_of
 
-from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, families, verify
-from upcycle_cli.factors import Factors, MlpKind
-from upcycle_cli.families import layers, targets_of
-from upcycle_cli.families.dense import DenseFamily, DenseModel, read_dense
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.mlp import Weight
-from upcycle_cli.families.moe import (
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, verify
+from upcycle_cli import models as families
+from upcycle_cli.models import layers, targets_of
+from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.mlp import Weight
+from upcycle_cli.models.moe import (
     Added,
     Beside,
     CorrectionBias,
@@ -33,14 +34,14 @@ from upcycle_cli.families.moe import (
     SharedExpert,
     Target,
 )
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.pieces import QKV, Piece, Pieces
-from upcycle_cli.families.shipped_row import shipped
-from upcycle_cli.families.values import defaults_of
-from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside
-from upcycle_cli.recipe import SHIPPED, Routing
-from upcycle_cli.running.shipped import _classes
-from upcycle_cli.verification import TextOptions
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.shipped_row import shipped
+from upcycle_cli.models.tensor_pieces import QKV, Piece, Pieces
+from upcycle_cli.models.wrappers import LOADED, WRAPPERS, Inside
+from upcycle_cli.old_verification import TextOptions
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.recipe.scaling import Factors, MlpKind
+from upcycle_cli.run.shipped import _classes
 
 CHECKS = (("weights",), ("structure", "claims", "outputs"))
 """In the order in which they are tried: the fastest one first, and by itself, so that the outputs
@@ -900,7 +901,7 @@ def test_a_wrong_degree(
         label,
         (SCALED[name],),
         tmp_path,
-        lambda: monkeypatch.setattr("upcycle_cli.families.dense.degree", lambda *_: degree),
+        lambda: monkeypatch.setattr("upcycle_cli.models.dense.degree", lambda *_: degree),
     )
 
 

@@ -17,11 +17,11 @@ import torch
 from nemotron_shapes import MLP, NAMES, dense_shapes, layer_kinds, released, write_dense
 
 from upcycle_cli import Recipe, build_plan, convert, verify
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.factors import MlpKind
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import Promise, Routing, ScaleSplit, Scaling
-from upcycle_cli.tensors import Role
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import Promise, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe.scaling import MlpKind
 
 if TYPE_CHECKING:
     from conftest import MakeDense

@@ -13,21 +13,13 @@ import torch
 from conftest import MakeDense, RunCli, contents, logits, random_ids
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli import (
-    Options,
-    Recipe,
-    UpcycleError,
-    WriteOptions,
-    arithmetic,
-    convert,
-    inspect,
-    verify,
-)
-from upcycle_cli.expr import Order, Take
-from upcycle_cli.matching import match, neuron_hashes
-from upcycle_cli.order_file import read_order_file
-from upcycle_cli.recipe import NeuronOrder, Routing
-from upcycle_cli.verification.report import Report, Status
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
+from upcycle_cli.inspection.neuron_matching import match, neuron_hashes
+from upcycle_cli.old_verification.report import Report, Status
+from upcycle_cli.plan.expressions import Gather, Permutation
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.recipe.recipe import NeuronOrder, Routing
+from upcycle_cli.write import evaluate as arithmetic
 
 QUICKLY = WriteOptions(workers=1, fsync=False)
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -341,7 +333,7 @@ def test_what_has_an_order_is_compared_once(
     def nothing_differs(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("upcycle_cli.verification.weights.order_failures", nothing_differs)
+    monkeypatch.setattr("upcycle_cli.old_verification.weights.order_failures", nothing_differs)
     assert verify(dense, moe, checks=["weights"]).passed
 
 
@@ -453,8 +445,8 @@ def test_hashes_of_rows_and_columns_are_the_same() -> None:
 
 
 def test_orders_are_compared_without_their_indices() -> None:
-    one, other = (Order(4, "a", origin="b", indices=data) for data in (b"", None))
+    one, other = (Permutation(4, "a", origin="b", indices=data) for data in (b"", None))
     assert one == other
     assert repr(one) == repr(other)
-    assert one != Order(4, "a", origin="c")
-    assert Take.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert one != Permutation(4, "a", origin="c")
+    assert Gather.__dataclass_params__.frozen  # type: ignore[attr-defined]

@@ -21,13 +21,13 @@ from test_engine import assert_equal_peaks, peak_anonymous_bytes
 from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.recipe import ExpertLayout
-from upcycle_cli.running.steps import Steps
-from upcycle_cli.running.texts import read_texts
-from upcycle_cli.verification import CheckResult, Report, Status, TextOptions, verify
-from upcycle_cli.verification.prompts import Prompt, make_prompt
-from upcycle_cli.verification.sizes import gather_facts
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.old_verification import CheckResult, Report, Status, TextOptions, verify
+from upcycle_cli.old_verification.prompts import Prompt, make_prompt
+from upcycle_cli.old_verification.sizes import gather_facts
+from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.run.steps import Steps
+from upcycle_cli.run.texts import read_texts
 
 EXACT = Recipe(expansion=2, granularity=2, top_k=2)
 
@@ -103,8 +103,8 @@ def test_a_vocabulary_in_blocks(
     dense, moe = make_dense("llama"), tmp_path / "moe"
     convert(dense, moe, INEXACT)
     whole = outputs_of(dense, moe).metrics
-    monkeypatch.setattr("upcycle_cli.verification.distributions._BLOCK_LOGITS", 1 << 13)
-    monkeypatch.setattr("upcycle_cli.running.stored._BLOCK", 1000)
+    monkeypatch.setattr("upcycle_cli.old_verification.distributions._BLOCK_LOGITS", 1 << 13)
+    monkeypatch.setattr("upcycle_cli.run.lazy_weights._BLOCK", 1000)
     cut = outputs_of(dense, moe).metrics
     assert cut.keys() == whole.keys()
     for key, value in whole.items():

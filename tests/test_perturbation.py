@@ -19,26 +19,18 @@ import torch
 from conftest import MakeDense, RunCli, contents, stops_after, validate_json
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli import (
-    Options,
-    Recipe,
-    UpcycleError,
-    WriteOptions,
-    convert,
-    inspect,
-    verify,
-)
-from upcycle_cli.arithmetic import OverflowInCastError, evaluate
-from upcycle_cli.checkpoint import open_checkpoint
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.conversion import execute
-from upcycle_cli.drawing import _PIECE_ITEMS
-from upcycle_cli.expr import Noisy, Order, Redrawn, Source
-from upcycle_cli.moments import Moments, noted_moments
-from upcycle_cli.order_file import read_order_file
-from upcycle_cli.plan import build_plan
-from upcycle_cli.recipe import ExpertLayout, Promise
-from upcycle_cli.verification.report import CheckResult, Report, Status
-from upcycle_cli.verification.statistics import Sample
+from upcycle_cli.old_verification.report import CheckResult, Report, Status
+from upcycle_cli.old_verification.statistics import Sample
+from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, Source
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.upcycle import build_plan
+from upcycle_cli.recipe.recipe import ExpertLayout, Promise
+from upcycle_cli.write.drawing import _PIECE_ITEMS
+from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
+from upcycle_cli.write.running_stats import Moments, noted_moments
 
 QUICKLY = WriteOptions(workers=1, fsync=False)
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -206,13 +198,13 @@ def test_pieces_are_no_matter(dim: int, monkeypatch: pytest.MonkeyPatch) -> None
     shape = (MANY, 100) if dim == 0 else (100, MANY)
     values = np.random.RandomState(0).standard_normal(shape).astype("<f4")
     source = Source("a", "F32", shape)
-    redrawn = Redrawn(source, dim, Order(MANY, "o", 3), MANY - 5, 3, "s")
-    for expr in (Noisy(source, 0.5, 3, "s"), redrawn):
+    redrawn = Reinit(source, dim, Permutation(MANY, "o", 3), MANY - 5, 3, "s")
+    for expr in (AddNoise(source, 0.5, 3, "s"), redrawn):
         found: dict[str, Moments] = {}
         read = partial(bytes_of, values)
         made = [evaluate(expr, read, drawn=found.__setitem__)]
         with monkeypatch.context() as context:
-            context.setattr("upcycle_cli.drawing._PIECE_ITEMS", 1000)
+            context.setattr("upcycle_cli.write.drawing._PIECE_ITEMS", 1000)
             made += [evaluate(expr, read)]
         kept = np.ndarray(shape, "<f4", made[0])
         assert np.count_nonzero((kept == values).all(1 - dim)) == (5 if expr is redrawn else 0)
@@ -228,10 +220,10 @@ def test_what_is_not_finite_draws_nothing() -> None:
     large = np.full((2, 2), 65504, "<f2")
     large[0] *= -1
     with pytest.raises(OverflowInCastError):
-        evaluate(Noisy(source, 1.0, 0, "s"), partial(bytes_of, large))
+        evaluate(AddNoise(source, 1.0, 0, "s"), partial(bytes_of, large))
     large[0, 0] = np.inf
     with pytest.raises(UpcycleError, match="is not finite"):
-        evaluate(Noisy(source, 1.0, 0, "s"), partial(bytes_of, large))
+        evaluate(AddNoise(source, 1.0, 0, "s"), partial(bytes_of, large))
 
 
 def test_moments_are_read_back_or_written_again() -> None:

@@ -21,7 +21,7 @@ from hub.server import Hub
 from jsonschema.exceptions import ValidationError
 
 from upcycle_cli import Recipe, convert
-from upcycle_cli.families.engines import Support
+from upcycle_cli.models.engines import Support
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"

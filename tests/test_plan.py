@@ -27,11 +27,21 @@ from shapes import (
 )
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.checkpoint import Checkpoint
-from upcycle_cli.expr import Cast, Normal, Repeat, Scale, Slice, Source, Stack, leaves, type_of
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import ExpertLayout, Promise, Routing
-from upcycle_cli.tensors import Role
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.plan.expressions import (
+    Cast,
+    Normal,
+    Repeat,
+    Scale,
+    Slice,
+    Source,
+    Stack,
+    leaves,
+    type_of,
+)
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Routing
 
 OpenBig = Callable[[str], Checkpoint]
 Make = Callable[..., Plan]
@@ -665,7 +675,7 @@ def test_the_plan_fills_in_what_the_recipe_leaves_open(make: Make) -> None:
 
 @pytest.fixture
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle_cli.families.dense.tensor_shapes", lambda *_: {})
+    monkeypatch.setattr("upcycle_cli.models.dense.tensor_shapes", lambda *_: {})
 
 
 @pytest.mark.usefixtures("unlisted")

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from upcycle_cli.printable import counted, printable, printable_lines, shell_line
-from upcycle_cli.terminal import json_text
+from upcycle_cli.cli.terminal import json_text
+from upcycle_cli.core.text import counted, printable, printable_lines, shell_line
 
 ODDITIES = {
     "escape": ("\x1b[31m", r"\x1b[31m"),

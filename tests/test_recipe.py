@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from shapes import make_recipe
 
 from upcycle_cli import Recipe, UpcycleError
-from upcycle_cli.factors import Factors, MlpKind
-from upcycle_cli.recipe import (
+from upcycle_cli.recipe.recipe import (
     DEFAULT_LOGIT_STD,
     Promise,
     Routing,
@@ -23,6 +22,7 @@ from upcycle_cli.recipe import (
     Scaling,
     parse_recipe_name,
 )
+from upcycle_cli.recipe.scaling import Factors, MlpKind
 
 SOFTMAX_TOPK, TOPK_SOFTMAX, SIGMOID_TOPK = Routing
 RELU2 = MlpKind(gated=False, degree=2)

@@ -13,7 +13,7 @@ import pytest
 from conftest import RunCli, clone, contents
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.recipe_file import Kind, Value, load_config, save_config
+from upcycle_cli.recipe.recipe_file import Kind, Value, load_config, save_config
 
 HANG_SECONDS = 60
 KNOWN = ["source", "output", "recipe", "target", "routing", "seed"]

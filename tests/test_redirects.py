@@ -12,8 +12,8 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.advice import warnings
-from upcycle_cli.families.values import known_names
+from upcycle_cli.models.defaults import known_names
+from upcycle_cli.plan.warnings import warnings
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 NESTED = {"model_type": "qwen2", "hidden_size": 8}

@@ -17,15 +17,15 @@ import pytest
 from conftest import RunCli, clone, read_json, validate_json, write_json
 
 from upcycle_cli import Recipe, convert, verify
-from upcycle_cli.card import for_repo, is_edited
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.errors import UpcycleError
-from upcycle_cli.hub.manifest import read_manifest
-from upcycle_cli.inspection import inspect
-from upcycle_cli.report_page import inspection_html, verification_html
-from upcycle_cli.report_page.target import ReportFile
-from upcycle_cli.verification import CHECK_NAMES, CheckResult, Report, Status
-from upcycle_cli.verification.report import LayerMeasure, TextMeasure
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.inspection.summary import inspect
+from upcycle_cli.old_verification import CHECK_NAMES, CheckResult, Report, Status
+from upcycle_cli.old_verification.report import LayerMeasure, TextMeasure
+from upcycle_cli.publish.card import for_repo, is_edited
+from upcycle_cli.publish.manifest import read_manifest
+from upcycle_cli.report import inspection_html, verification_html
+from upcycle_cli.report.target import ReportFile
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

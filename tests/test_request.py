@@ -12,12 +12,12 @@ import pytest
 from conftest import snapshot
 
 from upcycle_cli import Recipe, UpcycleError
+from upcycle_cli.api import Request, carry_out, foresee
 from upcycle_cli.conversion import Conversion
-from upcycle_cli.hooks import Hooks
-from upcycle_cli.plan import Plan
-from upcycle_cli.planned import Planned
-from upcycle_cli.request import Request, carry_out, foresee
-from upcycle_cli.writer import WriteOptions
+from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
     from hub.server import Hub

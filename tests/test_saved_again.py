@@ -16,10 +16,10 @@ from conftest import MakeDense, clone, read_json, read_tensors, write_json
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, convert, inspect, verify
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.values import defaults_of
-from upcycle_cli.recipe import Routing
+from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import Routing
 
 Tensors = dict[str, torch.Tensor]
 CHECKS = ("structure", "weights", "outputs")

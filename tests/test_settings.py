@@ -27,9 +27,9 @@ from conftest import (
 )
 
 from upcycle_cli import Options, Recipe, convert, inspect, verify
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import Routing, parse_recipe_name
-from upcycle_cli.verification import Status
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.old_verification import Status
+from upcycle_cli.recipe.recipe import Routing, parse_recipe_name
 
 ROUNDING = 1e-5
 EXACT_PAIRS = [("llama", "mixtral"), ("qwen2", "qwen2_moe")]

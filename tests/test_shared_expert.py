@@ -11,9 +11,9 @@ import torch
 from conftest import MakeDense, logits, random_ids, read_tensors
 
 from upcycle_cli import Recipe, convert, verify
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import Routing
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import Routing
 
 TARGETS = [
     name

@@ -22,11 +22,11 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.order_file import read_order_file
-from upcycle_cli.recipe import NeuronOrder, Routing
-from upcycle_cli.verification import Status
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.old_verification import Status
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 
 ABLE = [name for name, row in NATIVE.items() if row.shared is not None]
 ROUTED = [(name, routing) for name in ABLE for routing in NATIVE[name].routings]

@@ -16,8 +16,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli.families import modeling_upcycled as package_module
-from upcycle_cli.families.shipped import CODE_NAME, auto_map, modeling_code
+from upcycle_cli.models import modeling_upcycled as package_module
+from upcycle_cli.models.shipped import CODE_NAME, auto_map, modeling_code
 
 # Apart from the form of their MLP: norms after it (olmo2), LayerNorm1P (nemotron), one with biases.
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

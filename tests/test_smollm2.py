@@ -11,8 +11,8 @@ from smollm2 import benchmark, make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.conversion import Conversion
-from upcycle_cli.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
-from upcycle_cli.verification import CheckResult, Status, TextOptions
+from upcycle_cli.old_verification import CheckResult, Status, TextOptions
+from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
 
 pytestmark = [
     pytest.mark.long,

@@ -17,9 +17,24 @@ atexit.register(lambda: print("IMPORTED", *sys.modules, file=sys.stderr))
 main()
 """
 RUNNING = ("torch", "transformers", "numpy", "safetensors")
-PLANNING = ("plan", "tensors", "expr", "merge", "router_inputs", "order_file", "advice")
-RESULTS = ("conversion", "publish", "card", "verification", "hub.pushing", "report_page.page")
-MOES = ("growth", "experts", "movement")
+PLANNING = (
+    "plan.upcycle",
+    "plan.tensors",
+    "plan.expressions",
+    "plan.merge",
+    "plan.router_inputs",
+    "plan.permutation_file",
+    "plan.warnings",
+)
+RESULTS = (
+    "conversion",
+    "write.transaction",
+    "publish.card",
+    "old_verification",
+    "publish.push",
+    "report.page",
+)
+MOES = ("plan.expand", "inspection.experts", "inspection.weight_drift")
 OTHERS = ("rich.progress", "huggingface_hub", "matplotlib", "jinja2", "tomli_w")
 
 
@@ -27,37 +42,47 @@ def ours(*names: str) -> set[str]:
     return {f"upcycle_cli.{name}" for name in names}
 
 
-ANSWERS = ours("checkpoint", "families", "commands.convert", "commands.moe_options")
+ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.moe_options")
 """What only a command needs."""
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "spared"),
     [
-        (("--version",), 0, ours(*PLANNING, *RESULTS, *MOES) | ANSWERS - ours("checkpoint")),
-        (("no-such-command",), 2, ours(*PLANNING) | ANSWERS - ours("checkpoint")),
-        (("--help",), 0, ours("families", "render", *PLANNING, *RESULTS, *MOES)),
-        (("verify", "--help"), 0, ours("families", "commands.convert", "commands.moe_options")),
-        (("convert",), 2, ours("families", "render", *PLANNING, *RESULTS, *MOES)),
-        (("families",), 0, ours(*PLANNING, *RESULTS, *MOES, "commands.convert")),
+        (
+            ("--version",),
+            0,
+            ours(*PLANNING, *RESULTS, *MOES) | ANSWERS - ours("checkpoint.checkpoint"),
+        ),
+        (("no-such-command",), 2, ours(*PLANNING) | ANSWERS - ours("checkpoint.checkpoint")),
+        (("--help",), 0, ours("models", "cli.render", *PLANNING, *RESULTS, *MOES)),
+        (("verify", "--help"), 0, ours("models", "cli.commands.convert", "cli.moe_options")),
+        (("convert",), 2, ours("models", "cli.render", *PLANNING, *RESULTS, *MOES)),
+        (("families",), 0, ours(*PLANNING, *RESULTS, *MOES, "cli.commands.convert")),
         (
             ("inspect", "DENSE"),
             0,
-            ours(*PLANNING, *RESULTS, *MOES, "calibration.text", "commands.convert"),
+            ours(*PLANNING, *RESULTS, *MOES, "calibrate.text", "cli.commands.convert"),
         ),
-        (("inspect", "MOE"), 0, ours(*PLANNING, *RESULTS, "growth", "families.overview")),
-        (("inspect", "MOE", "--expand", "2"), 0, ours(*RESULTS, "families.overview")),
+        (("inspect", "MOE"), 0, ours(*PLANNING, *RESULTS, "plan.expand", "models.overview")),
+        (("inspect", "MOE", "--expand", "2"), 0, ours(*RESULTS, "models.overview")),
         (("inspect", "DENSE", "--recipe", "E2G2T2"), 0, ours(*RESULTS, *MOES)),
         (
             ("convert", "DENSE", "OUTPUT", "--recipe", "E2G2T2", "--dry-run"),
             0,
-            ours(*RESULTS, *MOES, "commands.inspect", "inspection"),
+            ours(*RESULTS, *MOES, "cli.commands.inspect", "inspection.summary"),
         ),
         (
             ("verify", "DENSE", "MOE", "--checks", "files"),
             0,
-            ours("conversion", "plan", "expr", "growth", "experts")
-            | ours("verification.weights", "verification.outputs", "report_page.page"),
+            ours(
+                "conversion",
+                "plan.upcycle",
+                "plan.expressions",
+                "plan.expand",
+                "inspection.experts",
+            )
+            | ours("old_verification.weights", "old_verification.outputs", "report.page"),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -11,11 +11,11 @@ from conftest import sizes_of
 from shapes import tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.families import choose, targets_of
-from upcycle_cli.families.dense import read_dense
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import SHIPPED, Routing
+from upcycle_cli.models import choose, targets_of
+from upcycle_cli.models.dense import read_dense
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 
 @pytest.mark.parametrize(

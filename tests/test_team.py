@@ -29,10 +29,10 @@ from engine_fixtures import (
 )
 
 from upcycle_cli.conversion import execute
-from upcycle_cli.errors import ResumableError, UpcycleError
-from upcycle_cli.plan import Plan
-from upcycle_cli.team import Team
-from upcycle_cli.workspace import NOTE_SUFFIX, partial_of
+from upcycle_cli.core.errors import ResumableError, UpcycleError
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.staging import NOTE_SUFFIX, partial_of
 
 T = TypeVar("T")
 BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
@@ -289,7 +289,7 @@ def test_ranks_that_see_different_sources_are_refused(dense: Path, tmp_path: Pat
     script = tmp_path / "own_source.py"
     script.write_text(
         "import os, sys\n"
-        "from upcycle_cli.cli import main\n"
+        "from upcycle_cli.cli.app import main\n"
         f"sys.argv[2] = {str(tmp_path / 'dense')!r} + os.environ['RANK']\n"
         "main()\n"
     )
@@ -307,7 +307,7 @@ def test_ranks_that_see_different_outputs_are_refused(dense: Path, tmp_path: Pat
     script = tmp_path / "own_output.py"
     script.write_text(
         "import os, sys\n"
-        "from upcycle_cli.cli import main\n"
+        "from upcycle_cli.cli.app import main\n"
         "sys.argv[3] += os.environ['RANK']\n"
         "main()\n"
     )

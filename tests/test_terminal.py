@@ -18,7 +18,7 @@ import pytest
 from conftest import RunCli, clone, contents, read_json, validate_json, write_json
 
 from upcycle_cli import Recipe, convert
-from upcycle_cli.storage import RECORD_NAME
+from upcycle_cli.checkpoint.storage import RECORD_NAME
 
 RECIPE = ("--recipe", "E2G2T2")
 WEIGHTS = "model.safetensors"
@@ -293,7 +293,8 @@ def test_a_password_breaks_no_json(run_cli: RunCli, llama: Path, password: str) 
 
 RAISES = """
 import sys
-from upcycle_cli import arithmetic, cli
+from upcycle_cli.write import evaluate as arithmetic
+from upcycle_cli.cli.app import app as cli
 class PanicException(BaseException): __module__ = "pyo3_runtime"
 def evaluate(*_): {what}
 arithmetic.evaluate = evaluate
@@ -393,7 +394,8 @@ def test_a_directory_that_is_gone(llama: Path, moe: Path, tmp_path: Path) -> Non
 
 CUTS = """
 import os
-from upcycle_cli import checkpoint, cli
+from upcycle_cli.checkpoint.checkpoint import checkpoint
+from upcycle_cli.cli.app import app as cli
 map_file = checkpoint.Reader._map
 def cut(self, shard):
     mapped = map_file(self, shard)
@@ -452,7 +454,9 @@ main()
     ("name", "code", "word"),
     [("SIGHUP", 129, "hung up"), ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")],
 )
-@pytest.mark.parametrize("module", ["upcycle_cli.cli", "typer", "upcycle_cli.writer", "numpy"])
+@pytest.mark.parametrize(
+    "module", ["upcycle_cli.cli.app", "typer", "upcycle_cli.write.writer", "numpy"]
+)
 def test_a_signal_while_it_starts(
     llama: Path, tmp_path: Path, name: str, code: int, word: str, module: str
 ) -> None:

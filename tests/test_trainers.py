@@ -22,22 +22,22 @@ from interop.trained import (  # noqa: E402
     training_cases,
 )
 
-from upcycle_cli.families.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.families.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
-from upcycle_cli.families.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.families.shipped_row import shipped  # noqa: E402
-from upcycle_cli.families.trainers import (  # noqa: E402
+from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
+from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
+from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
+from upcycle_cli.models.shipped_row import shipped  # noqa: E402
+from upcycle_cli.models.trainers import (  # noqa: E402
     Trainer,
     expert_parallel_sizes,
     trainers,
 )
-from upcycle_cli.families.wrappers import (  # noqa: E402
+from upcycle_cli.models.wrappers import (  # noqa: E402
     LOADED,
     WRAPPERS,
     Inside,
     native_target,
 )
-from upcycle_cli.recipe import Routing  # noqa: E402
+from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
 PLAIN = Case("qwen3", "qwen3_moe", "E4G2T4", "softmax-topk")

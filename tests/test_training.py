@@ -14,10 +14,10 @@ from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.recipe import SHIPPED, Routing
-from upcycle_cli.report_page import inspection_html
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.report import inspection_html
 from upcycle_cli.training import tie_virtual_groups
 
 G = 2

@@ -20,24 +20,25 @@ from safetensors.torch import save_file
 from shapes import TORCH, random_bits, same_bits, value_of
 from test_wrappers import failures, load, save_wrapper
 
-from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, turning
-from upcycle_cli.arithmetic import evaluate, evaluate_together
-from upcycle_cli.checkpoint import raw_bytes
-from upcycle_cli.expr import (
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect
+from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.plan.expressions import (
+    AddNoise,
     Cast,
     Concat,
     Expr,
-    Noisy,
-    Order,
+    Gather,
+    Permutation,
     Scale,
     Slice,
     Source,
-    Take,
-    Turned,
+    Transpose,
     type_of,
 )
-from upcycle_cli.recipe import ExpertLayout
-from upcycle_cli.turning import in_pieces, pieces
+from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.write import transpose as turning
+from upcycle_cli.write.evaluate import evaluate, evaluate_together
+from upcycle_cli.write.transpose import in_pieces, pieces
 
 QUICKLY = WriteOptions(workers=1, fsync=False)
 EXPERTS = "model.language_model.layers.{}.mlp.experts.{}_proj"
@@ -246,12 +247,12 @@ SHAPES = ((1, 1), (3, 5), (4, 256), (300, 260), (257, 1028), (512, 8), (0, 4))
 @pytest.mark.parametrize("dtype", TORCH)
 def test_matrices_of_any_shape_are_turned(shape: tuple[int, int], dtype: str) -> None:
     held = random_bits(shape, TORCH[dtype], torch.Generator().manual_seed(1))
-    expr = Turned(Source("a", dtype, shape))
+    expr = Transpose(Source("a", dtype, shape))
     assert same_bits(value_of(expr, {"a": held}.__getitem__), held.mT)
 
 
-def order(size: int) -> Order:
-    return Order(size, "order", 0)
+def order(size: int) -> Permutation:
+    return Permutation(size, "order", 0)
 
 
 ROWS, COLUMNS = 48, 600
@@ -259,9 +260,9 @@ A, B = (Source(name, "F32", (ROWS, COLUMNS)) for name in "ab")
 STREAMED: Mapping[str, Expr] = {
     "gate and up": Concat((Slice(A, 0, 8, 24), Scale(Slice(B, 0, 8, 24), 2.0))),
     "down": Scale(Cast(Slice(A, 1, 100, 500), "BF16"), 3.0),
-    "rows in order": Concat(tuple(Take(each, 0, order(ROWS), 8, 24) for each in (A, B))),
-    "columns in order": Cast(Take(A, 1, order(500), 30, 400, 100), "F16"),
-    "turned twice": Turned(Slice(A, 1, 0, 300)),
+    "rows in order": Concat(tuple(Gather(each, 0, order(ROWS), 8, 24) for each in (A, B))),
+    "columns in order": Cast(Gather(A, 1, order(500), 30, 400, 100), "F16"),
+    "turned twice": Transpose(Slice(A, 1, 0, 300)),
 }
 
 
@@ -273,7 +274,7 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     def read(wanted: str) -> memoryview:
         return raw_bytes(tensors[wanted])
 
-    expr = Turned(STREAMED[name])
+    expr = Transpose(STREAMED[name])
     whole = bytes(evaluate(expr, read))
     rows, columns = type_of(expr).shape
     before = np.frombuffer(evaluate(expr.of, read), f"u{len(whole) // (rows * columns)}")
@@ -289,14 +290,16 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pieces_are_small() -> None:
     """Of an MLP of 30 GB that is turned, none takes more than a few megabytes."""
     whole = Source("a", "BF16", (1 << 17, 1 << 16))
-    sizes = [type_of(piece).shape for piece in pieces(Turned(Concat((whole, Scale(whole, 2.0)))))]
+    sizes = [
+        type_of(piece).shape for piece in pieces(Transpose(Concat((whole, Scale(whole, 2.0)))))
+    ]
     assert {rows for rows, _ in sizes} == {1 << 18}
     assert sum(columns for _, columns in sizes) == 1 << 16
     assert max(columns for _, columns in sizes) <= turning.TILE
 
 
 def test_draws_need_all_that_they_are_upon() -> None:
-    expr = Turned(Concat((Noisy(A, 0.1, 0, "one"), B)))
+    expr = Transpose(Concat((AddNoise(A, 0.1, 0, "one"), B)))
     assert not in_pieces(expr)
-    assert in_pieces(Turned(Concat((A, B))))
+    assert in_pieces(Transpose(Concat((A, B))))
     assert not in_pieces(A)

@@ -24,15 +24,15 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import Recipe, convert, open_checkpoint
-from upcycle_cli.hooks import Watch
-from upcycle_cli.recipe import parse_recipe_name
-from upcycle_cli.tensors import Options
-from upcycle_cli.verification import extents, scan
-from upcycle_cli.verification.bits import same_bytes
-from upcycle_cli.verification.extents import Known, Layout, layout_of
-from upcycle_cli.verification.report import CheckResult, Status
-from upcycle_cli.verification.sizes import gather_facts
-from upcycle_cli.verification.weights import check_weights
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.old_verification import extents, scan
+from upcycle_cli.old_verification.bits import same_bytes
+from upcycle_cli.old_verification.extents import Known, Layout, layout_of
+from upcycle_cli.old_verification.report import CheckResult, Status
+from upcycle_cli.old_verification.sizes import gather_facts
+from upcycle_cli.old_verification.weights import check_weights
+from upcycle_cli.plan.tensors import Options
+from upcycle_cli.recipe.recipe import parse_recipe_name
 
 IMAGE_BYTES = 400 << 20  # XFS wants 300 MiB at least
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -346,7 +346,7 @@ def test_extents_that_are_not_sure_are_none(disk: Path, monkeypatch: pytest.Monk
             for at in range(32 + 40, len(answer), 56):  # the flags of each extent
                 answer[at + flag.bit_length() // 9] |= flag >> (8 if flag > 255 else 0)
 
-        monkeypatch.setattr("upcycle_cli.verification.extents.fcntl.ioctl", flagged)
+        monkeypatch.setattr("upcycle_cli.old_verification.extents.fcntl.ioctl", flagged)
         for flag in (0, 0x2, 0x4, 0x8, 0x80, 0x100, 0x200, 0x400, 0x800):
             assert layout_of(file.fileno()) == (before if not flag else Layout(before.device))
 
@@ -360,7 +360,7 @@ def test_systems_that_cannot_tell(dense: Path, made: Path, monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise OSError(25, "ENOTTY")
 
-    monkeypatch.setattr("upcycle_cli.verification.extents.fcntl.ioctl", refuse)
+    monkeypatch.setattr("upcycle_cli.old_verification.extents.fcntl.ioctl", refuse)
     assert check(dense, made)[0].status is Status.PASSED
 
 

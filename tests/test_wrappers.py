@@ -33,14 +33,14 @@ from conftest import (
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint, verify
-from upcycle_cli.families import targets_of
-from upcycle_cli.families.wrappers import LOADED, WRAPPERS, native_target, wrapped_family
-from upcycle_cli.recipe import SHIPPED, Routing
-from upcycle_cli.verification import CHECK_NAMES, Status, TextOptions
-from upcycle_cli.verification.facts import Facts
-from upcycle_cli.verification.prompts import make_prompt
-from upcycle_cli.verification.running import dense_model
-from upcycle_cli.verification.sizes import gather_facts
+from upcycle_cli.models import targets_of
+from upcycle_cli.models.wrappers import LOADED, WRAPPERS, native_target, wrapped_family
+from upcycle_cli.old_verification import CHECK_NAMES, Status, TextOptions
+from upcycle_cli.old_verification.facts import Facts
+from upcycle_cli.old_verification.prompts import make_prompt
+from upcycle_cli.old_verification.running import dense_model
+from upcycle_cli.old_verification.sizes import gather_facts
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 IMAGE, SOUND = 250, 252
 _TEXT: Mapping[str, Any] = {

@@ -30,15 +30,17 @@ from shapes import (
     write_model,
 )
 
-from upcycle_cli import Options, UpcycleError, arithmetic, build_plan, open_checkpoint, writer
-from upcycle_cli.arithmetic import Read, evaluate
-from upcycle_cli.expr import Expr, leaves, stretch_of
-from upcycle_cli.folder import Folder
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import ExpertLayout, Routing
-from upcycle_cli.record import write_index, write_json
-from upcycle_cli.tensors import Role
-from upcycle_cli.writer import WriteOptions, write_weights
+from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.plan.expressions import Expr, leaves, stretch_of
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.write import evaluate as arithmetic
+from upcycle_cli.write import writer
+from upcycle_cli.write.evaluate import Read, evaluate
+from upcycle_cli.write.record import write_index, write_json
+from upcycle_cli.write.writer import WriteOptions, write_weights
 
 INDEX = "model.safetensors.index.json"
 SHARDED = Options(max_shard_bytes=700)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
-from upcycle_cli.hooks import Watch
-from upcycle_cli.recipe import Routing
-from upcycle_cli.verification import CheckResult, Report, Status
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.old_verification import CheckResult, Report, Status
+from upcycle_cli.recipe.recipe import Routing
 
 Tensors = dict[str, torch.Tensor]
 

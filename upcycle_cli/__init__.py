@@ -12,32 +12,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upcycle_cli.checkpoint import open_checkpoint as open_checkpoint
-    from upcycle_cli.errors import UpcycleError as UpcycleError
-    from upcycle_cli.growth import Growth as Growth
-    from upcycle_cli.hub.pushing import Destination as Destination
-    from upcycle_cli.inspection import inspect as inspect
-    from upcycle_cli.plan import build_plan as build_plan
-    from upcycle_cli.recipe import Recipe as Recipe
-    from upcycle_cli.request import MergeRequest as MergeRequest
-    from upcycle_cli.request import convert as convert
-    from upcycle_cli.tensors import Options as Options
-    from upcycle_cli.verification import verify as verify
-    from upcycle_cli.writer import WriteOptions as WriteOptions
+    from upcycle_cli.api import MergeRequest as MergeRequest
+    from upcycle_cli.api import convert as convert
+    from upcycle_cli.checkpoint.checkpoint import open_checkpoint as open_checkpoint
+    from upcycle_cli.core.errors import UpcycleError as UpcycleError
+    from upcycle_cli.inspection.summary import inspect as inspect
+    from upcycle_cli.old_verification import verify as verify
+    from upcycle_cli.plan.expand import Growth as Growth
+    from upcycle_cli.plan.tensors import Options as Options
+    from upcycle_cli.plan.upcycle import build_plan as build_plan
+    from upcycle_cli.publish.push import Destination as Destination
+    from upcycle_cli.recipe.recipe import Recipe as Recipe
+    from upcycle_cli.write.writer import WriteOptions as WriteOptions
 
 _PLACES = {
-    "Destination": "hub.pushing",
-    "MergeRequest": "request",
-    "Growth": "growth",
-    "Options": "tensors",
-    "Recipe": "recipe",
-    "UpcycleError": "errors",
-    "WriteOptions": "writer",
-    "build_plan": "plan",
-    "convert": "request",
-    "inspect": "inspection",
-    "open_checkpoint": "checkpoint",
-    "verify": "verification",
+    "Destination": "publish.push",
+    "MergeRequest": "api",
+    "Growth": "plan.expand",
+    "Options": "plan.tensors",
+    "Recipe": "recipe.recipe",
+    "UpcycleError": "core.errors",
+    "WriteOptions": "write.writer",
+    "build_plan": "plan.upcycle",
+    "convert": "api",
+    "inspect": "inspection.summary",
+    "open_checkpoint": "checkpoint.checkpoint",
+    "verify": "old_verification",
 }
 __all__ = list(_PLACES)
 

@@ -11,27 +11,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.advice import vanished_weights
-from upcycle_cli.calibration.kept import with_calibration
-from upcycle_cli.card import model_card
-from upcycle_cli.errors import ResumableError, UpcycleError
-from upcycle_cli.families.shipped import CODE_NAME, modeling_code
-from upcycle_cli.files import CHECKSUMS_NAME, checksums_text, locate, open_regular
-from upcycle_cli.folder import Folder
-from upcycle_cli.hooks import Watch
-from upcycle_cli.place import check_before, is_finished
-from upcycle_cli.plan import Plan, as_recorded
-from upcycle_cli.planned import Planned
-from upcycle_cli.publish import Transaction, joined, recover, transaction
-from upcycle_cli.recipe import Promise
-from upcycle_cli.storage import CARD_NAME, CONFIG_NAME, RECORD_NAME, read_json
-from upcycle_cli.team import Team
-from upcycle_cli.workspace import Workspace, partial_of
-from upcycle_cli.writer import WriteOptions, Written, write_weights
+from upcycle_cli.calibrate.cache import with_calibration
+from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME, RECORD_NAME, read_json
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.errors import ResumableError, UpcycleError
+from upcycle_cli.core.safe_files import CHECKSUMS_NAME, checksums_text, locate, open_regular
+from upcycle_cli.models.shipped import CODE_NAME, modeling_code
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.upcycle import Plan, as_recorded
+from upcycle_cli.plan.warnings import vanished_weights
+from upcycle_cli.publish.card import model_card
+from upcycle_cli.recipe.recipe import Promise
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.preflight import check_before, is_finished
+from upcycle_cli.write.staging import Workspace, partial_of
+from upcycle_cli.write.transaction import Transaction, joined, recover, transaction
+from upcycle_cli.write.writer import WriteOptions, Written, write_weights
 
 if TYPE_CHECKING:
-    from upcycle_cli.hub.pushing import Push
-    from upcycle_cli.verification import Report
+    from upcycle_cli.old_verification import Report
+    from upcycle_cli.publish.push import Push
 
 _WRITE, _NOTHING = "write", "nothing"
 """What rank 0 tells the others to do next."""
@@ -171,7 +171,7 @@ def _write(
 
 def _complete(plan: Planned, folder: Folder, written: Written) -> None:
     """Add everything but the weights and the card."""
-    from upcycle_cli.record import record, write_index, write_json
+    from upcycle_cli.write.record import record, write_index, write_json
 
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)
@@ -189,7 +189,7 @@ def _complete(plan: Planned, folder: Folder, written: Written) -> None:
 
 
 def _verify(plan: Planned, output: Path, watch: Watch | None) -> Report:
-    from upcycle_cli.verification import verify
+    from upcycle_cli.old_verification import verify
 
     # Who has asked for a recipe that promises nothing can expect no proof.
     inexact = plan.promise is Promise.NONE

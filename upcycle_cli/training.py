@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.errors import UpcycleError
-from upcycle_cli.families import is_target, target_of
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.models import is_target, target_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -72,9 +72,7 @@ def main() -> None:
         dense = Path(folder) / "dense"
         make_smollm2(dense)
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        text = (files("upcycle_cli") / "running" / "texts" / "english.txt").read_text(
-            encoding="utf-8"
-        )
+        text = (files("upcycle_cli") / "run" / "texts" / "english.txt").read_text(encoding="utf-8")
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
         prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
         reference = _load(dense, torch.float32)(ids).logits[0]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from smollm2 import make_smollm2
 
 from upcycle_cli import Recipe, convert, verify
-from upcycle_cli.recipe import Routing, Scaling
+from upcycle_cli.recipe.recipe import Routing, Scaling
 
 
 @dataclass(frozen=True)

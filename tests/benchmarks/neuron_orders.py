@@ -30,12 +30,12 @@ from routers import held_out
 from smollm2 import make_smollm2
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
-from upcycle_cli.calibration.passing import calibrate
-from upcycle_cli.draws import permutation
-from upcycle_cli.expr import Order
-from upcycle_cli.hooks import Watch
-from upcycle_cli.order_file import order_name
-from upcycle_cli.recipe import NeuronOrder
+from upcycle_cli.calibrate.collect import calibrate
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.plan.expressions import Permutation
+from upcycle_cli.plan.permutation_file import order_name
+from upcycle_cli.recipe.recipe import NeuronOrder
+from upcycle_cli.write.rng import permutation
 
 TOKENS, ROW, G = 1024, 512, 8
 Orders = Mapping[str, list[np.ndarray[Any, Any]]]
@@ -49,7 +49,7 @@ def orders_of(path: Path) -> Orders:
     found = calibrate(plan, Watch()).layers
     return {
         "sliced": [np.arange(size)] * len(found),
-        "shuffled": [permutation(Order(size, order_name(layer, 1), 0)) for layer in found],
+        "shuffled": [permutation(Permutation(size, order_name(layer, 1), 0)) for layer in found],
         "by mean activity": [np.argsort(-of.activity, kind="stable") for of in found.values()],
         "clustered": [np.frombuffer(of.order or b"", "<u4").astype(int) for of in found.values()],
     }

@@ -23,7 +23,7 @@ from smollm2 import make_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycle_cli import Recipe, convert
-from upcycle_cli.recipe import Routing
+from upcycle_cli.recipe.recipe import Routing
 
 TOKENS = 256
 CASES = (
@@ -62,7 +62,7 @@ def main() -> None:
         scratch = Path(name)
         make_smollm2(scratch / "dense")
         tokenizer = AutoTokenizer.from_pretrained(scratch / "dense")
-        text = files("upcycle_cli") / "running" / "texts" / "english.txt"
+        text = files("upcycle_cli") / "run" / "texts" / "english.txt"
         tokens = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")
         ids_1T = tokens.input_ids[:, :TOKENS]
         for (expansion, granularity, top_k), target, routing in CASES:

@@ -34,13 +34,13 @@ import torch
 from smollm2 import make_smollm2
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
-from upcycle_cli.arithmetic import as_float32, evaluate
-from upcycle_cli.calibration.passing import calibrate
-from upcycle_cli.calibration.rows import loads
-from upcycle_cli.hooks import Watch
-from upcycle_cli.plan import Plan
-from upcycle_cli.recipe import RouterInit, parse_recipe_name
-from upcycle_cli.tensors import Role
+from upcycle_cli.calibrate.collect import calibrate
+from upcycle_cli.calibrate.router_rows import loads
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import RouterInit, parse_recipe_name
+from upcycle_cli.write.evaluate import as_float32, evaluate
 
 TOKENS = 4096
 ROW = 512

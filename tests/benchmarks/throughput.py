@@ -54,9 +54,9 @@ from speed.measure import FailedError, disk_bytes, importing, measure
 from speed.report import Limit, Result, limits_table, sharing_limits, table, writing_limits
 
 from upcycle_cli import Recipe
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.layout import unique_bytes
-from upcycle_cli.plan import Plan, build_plan
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.write.file_layout import unique_bytes
 
 SHORT = Recipe(expansion=8, granularity=1, top_k=2)
 START_UP_COUNTS_FROM_GB = 2.4

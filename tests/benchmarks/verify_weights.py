@@ -31,8 +31,8 @@ from speed.dense import make_dense
 from speed.measure import Run, measure
 
 from upcycle_cli import Recipe, convert
-from upcycle_cli.checkpoint import open_checkpoint
-from upcycle_cli.recipe import NeuronOrder, parse_recipe_name
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.recipe.recipe import NeuronOrder, parse_recipe_name
 
 RECIPES = (("E8G1T2", "sliced"), ("E8G8T16", "sliced"), ("E8G8T16", "shuffled"))
 LIMIT = 1.5
@@ -108,10 +108,10 @@ def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds:
 
 def _check(dense: Path, moe: Path, result: Path) -> None:
     """Run the check by itself, and write how many seconds it took."""
-    from upcycle_cli.hooks import Watch
-    from upcycle_cli.verification.report import Status
-    from upcycle_cli.verification.sizes import gather_facts
-    from upcycle_cli.verification.weights import check_weights
+    from upcycle_cli.core.callbacks import Watch
+    from upcycle_cli.old_verification.report import Status
+    from upcycle_cli.old_verification.sizes import gather_facts
+    from upcycle_cli.old_verification.weights import check_weights
 
     source, converted = open_checkpoint(dense), open_checkpoint(moe)
     facts = gather_facts(source, converted, moe_names=(), allow_inexact=False)

@@ -10,7 +10,7 @@ mergekit has to give back the tensors that it read. Some conversions are wrong o
 finds those the same shows nothing. Each software is installed into a virtual environment of its own
 under ~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
 
-The exit code is 1 when something contradicts what `upcycle_cli/families/engines.py` says.
+The exit code is 1 when something contradicts what `upcycle_cli/models/engines.py` says.
 `--quick` is what CI runs: both versions of transformers, whole and split experts, on
 tiny models, the older one in an environment that is made for the run and takes PyTorch from the one
 that runs this.
@@ -51,7 +51,7 @@ from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import make_smollm2, missing
 
 from upcycle_cli import inspect
-from upcycle_cli.families.engines import FAILS, SAME
+from upcycle_cli.models.engines import FAILS, SAME
 
 TOKENS = 16
 PROMPTS = (

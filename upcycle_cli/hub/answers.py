@@ -20,8 +20,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
-from upcycle_cli.errors import UpcycleError, shown
-from upcycle_cli.files import is_inner_name
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import is_inner_name
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

@@ -13,9 +13,9 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from upcycle_cli.errors import UpcycleError
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.secrets import blotted
 from upcycle_cli.hub.answers import bad_answer, endpoint, guard, http_client
-from upcycle_cli.secrets import blotted
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

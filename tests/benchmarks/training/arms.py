@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upcycle_cli import Recipe
-from upcycle_cli.recipe import parse_recipe_name
+from upcycle_cli.recipe.recipe import parse_recipe_name
 
 BALANCING = 0.01
 DENSE, DENSE_LONGER = "dense", "dense, as many FLOPs as E8G1T2"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from interop.models import RANDOM, TWIN, is_real
 from interop.wrapped import WRAPPED
-from upcycle_cli.families.moe import Target
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.wrappers import INSIDE
-from upcycle_cli.recipe import ExpertLayout, Routing
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.wrappers import INSIDE
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 EXACT, PLAIN, SIGMOID = (
     str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from interop.conversions import UPCYCLED, Case, has_scale, is_fused
 from interop.models import is_tied
-from upcycle_cli.families.engines import (
+from upcycle_cli.models.engines import (
     ALL_SHIPPED,
     CHANGED,
     DIFFERS,
@@ -26,8 +26,8 @@ from upcycle_cli.families.engines import (
     Engine,
     Support,
 )
-from upcycle_cli.families.shipped import UPCYCLED_PREFIX
-from upcycle_cli.families.wrappers import WRAPPERS
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.wrappers import WRAPPERS
 
 Output = Sequence[Sequence[float]]
 """Token ids of each continuation; or scores; or names of tensors that are wrong."""
@@ -150,7 +150,7 @@ ON_CPU = {
 
 
 def measured(verdicts: Verdicts) -> Measured:
-    """Return what `upcycle_cli/families/measured.json` says; ValueError where it cannot say it."""
+    """Return what `upcycle_cli/models/knowledge/measured.json` says; ValueError where it cannot say it."""
     found: dict[tuple[str, str, str], str] = {}
     plain = {case: row for case, row in verdicts.items() if not case.control}
     # What one part does is told from what the others do by a model that has no more of them.

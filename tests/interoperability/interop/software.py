@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from interop.conversions import UPCYCLED, Case, cases, first_of_each
 from interop.results import Cell, Output
-from upcycle_cli.families.engines import FAILS
+from upcycle_cli.models.engines import FAILS
 
 Asked = Mapping[str, str]
 """Where a picture is ("file"), and what is asked with it ("text")."""

@@ -12,13 +12,13 @@ from interop.models import HEAD_DIM, TINY
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from interop.wrapped import GEMMA4, LINEAR, WRAPPED, make_wrapped
-from upcycle_cli.families.dense_rows import DENSE
-from upcycle_cli.families.engines import DIFFERS, SAME, Support
-from upcycle_cli.families.moe import Target
-from upcycle_cli.families.moe_rows import NATIVE
-from upcycle_cli.families.shipped_row import shipped
-from upcycle_cli.families.trainers import Trainer, trainers
-from upcycle_cli.families.wrappers import LOADED, WRAPPERS, Inside, native_target
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.engines import DIFFERS, SAME, Support
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.shipped_row import shipped
+from upcycle_cli.models.trainers import Trainer, trainers
+from upcycle_cli.models.wrappers import LOADED, WRAPPERS, Inside, native_target
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)

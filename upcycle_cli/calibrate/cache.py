@@ -1,0 +1,64 @@
+"""A calibration as a part of a conversion: run once, kept until OUTPUT is complete.
+
+A run that was cut short goes on with what it had found, so that all of an output follows from one
+calibration, on whatever machine it is completed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.safe_files import read_open
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan, calibrated
+from upcycle_cli.recipe.recipe import NeuronOrder
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.staging import CALIBRATION, Workspace
+
+_MOST_BYTES = 4_000_000_000
+
+
+def with_calibration(
+    plan: Planned, workspace: Workspace | None, team: Team, watch: Watch
+) -> Planned:
+    """Return the plan with what its text shows, on every rank; rank 0 has the `workspace`.
+
+    Raises UpcycleError when there can be no calibration.
+    """
+    if not isinstance(plan, Plan) or plan.inputs.text is None:
+        return plan
+
+    def find() -> Calibration | None:
+        if workspace is None:
+            return None
+        found = _kept(plan, workspace)
+        if found is None:
+            from upcycle_cli.calibrate.collect import calibrate
+
+            found = calibrate(plan, watch)
+            workspace.folder.write(CALIBRATION, found.to_bytes(), durable=workspace.durable)
+        return found
+
+    found = team.gather(find)[0]
+    assert found is not None
+    return calibrated(plan, found)
+
+
+def _kept(plan: Plan, workspace: Workspace) -> Calibration | None:
+    # What is damaged is found out once more.
+    with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
+        with workspace.folder.read_own(CALIBRATION) as file:
+            data = read_open(file, workspace.folder.path / CALIBRATION, _MOST_BYTES)
+        found = Calibration.from_bytes(data)
+        each = plan.recipe.num_experts // plan.recipe.router_rows
+        rows = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
+        clustered = plan.recipe.neuron_order is NeuronOrder.CLUSTERED
+        order = 4 * plan.family.dense.intermediate_size if clustered else 0
+        held = {layer: (len(of.rows), len(of.order or b"")) for layer, of in found.layers.items()}
+        if held == {layer: (size, order) for layer, size in rows.items()}:
+            return found
+    return None

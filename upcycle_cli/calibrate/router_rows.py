@@ -1,0 +1,166 @@
+"""From the inputs of a layer's MLP to the rows of its router, and to what these make of them.
+
+All in float64 and with numpy alone. Legend: P positions, H hidden size, E rows (one a group, or one
+an expert without virtual groups), K groups that a token chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from upcycle_cli.core.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[np.float64]"
+Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
+"""Gives standard normal values by the name of their stream."""
+
+Fit: TypeAlias = "Callable[[Array, Wanted, Draw], Array]"
+"""Makes rows of a layer's inputs."""
+
+_DIRECTIONS = 3
+"""Principal directions that are taken out with the mean, at most."""
+_DIMENSIONS_EACH = 8
+"""Of the input, for each of them."""
+_POWER_STEPS = 8
+_CLUSTER_STEPS = 24
+_TRIES = 4
+_FAIR = 0.25
+"""A draw is good when its least loaded row has this much of its share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What rows are to be: how many, how many a token chooses, and how large their logits."""
+
+    rows: int
+    chosen: int
+    logit_std: float
+    stream: str
+
+
+def balanced(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
+    """Return random rows that see what tells tokens apart, and nothing of what all share.
+
+    Nearly all of an MLP's input can be its mean: a row that is not orthogonal to it gives every
+    token about the same logit, whatever the token, and some group wins always. So the mean and
+    the principal directions beside it are taken out of random rows, and each is scaled so that
+    its own logits have the standard deviation that is asked for. Where a row's load on the text
+    is small all the same, others are drawn.
+    """
+    common_HC = _common(inputs_PH, draw, wanted.stream)
+    best: tuple[float, Array] | None = None
+    for attempt in range(_TRIES):
+        # The first are the rows that are drawn without a calibration, too.
+        stream = wanted.stream if attempt == 0 else f"{wanted.stream}.{attempt}"
+        rows_EH = _without(draw(stream, (wanted.rows, inputs_PH.shape[1])), common_HC)
+        rows_EH = _scaled(rows_EH, inputs_PH, wanted)
+        load_E = loads(inputs_PH @ rows_EH.T, wanted.chosen)
+        fairness = float(load_E.min() / load_E.mean())
+        if best is None or fairness > best[0]:
+            best = fairness, rows_EH
+        if fairness >= _FAIR:
+            break
+    assert best is not None
+    return best[1]
+
+
+def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
+    """Return the centres of clusters of the inputs, by k-means on the sphere.
+
+    Clustered is what `balanced` rows see: the inputs without what all share. Each row is scaled
+    as those are. UpcycleError when there are fewer positions than rows.
+    """
+    positions, rows = len(inputs_PH), wanted.rows
+    if positions < rows:
+        raise UpcycleError(
+            f"{rows} clusters of a layer's inputs need {rows} tokens, and the text has "
+            f"{positions}.",
+            "Give --calibration more text, or use --router-init balanced.",
+        )
+    seen_PH = _without(inputs_PH - inputs_PH.mean(0), _common(inputs_PH, draw, wanted.stream))
+    seen_PH /= np.maximum(np.linalg.norm(seen_PH, axis=1, keepdims=True), np.finfo(float).tiny)
+    order_P = np.argsort(draw(f"{wanted.stream}.centres", (1, positions))[0], kind="stable")
+    centres_EH = seen_PH[order_P[:rows]]
+    for _ in range(_CLUSTER_STEPS):
+        nearest_P = (seen_PH @ centres_EH.T).argmax(1)
+        sums_EH = np.zeros_like(centres_EH)
+        np.add.at(sums_EH, nearest_P, seen_PH)
+        lengths_E = np.linalg.norm(sums_EH, axis=1)
+        kept = lengths_E > 0  # an empty cluster stays where it is
+        centres_EH[kept] = sums_EH[kept] / lengths_E[kept, None]
+    return _scaled(centres_EH, inputs_PH, wanted)
+
+
+def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: Wanted, _: Draw) -> Array:
+    """Return what the inputs of each row's prompts are on average, without what all share.
+
+    `weights_EP` has the share of each position in a row's mean, negative for what the row is not to
+    look like. The mean over the rows would shift every token's logits by one amount; along the
+    mean of all inputs, one row would win for every token. Both are taken out, and each row is
+    scaled as those are that are fitted to a text.
+    """
+    assert weights_EP is not None
+    rows_EH = weights_EP @ inputs_PH
+    rows_EH = rows_EH - rows_EH.mean(0)
+    mean_H = inputs_PH.mean(0)
+    length = np.linalg.norm(mean_H)
+    if length > 0:
+        rows_EH = _without(rows_EH, mean_H[:, None] / length)
+    return _scaled(rows_EH, inputs_PH, wanted)
+
+
+def loads(logits_PE: Array, chosen: int) -> Array:
+    """Return how many positions choose each row (E,), a tie going to the first."""
+    chosen_PK = np.argsort(-logits_PE, axis=1, kind="stable")[:, :chosen]
+    return np.bincount(chosen_PK.ravel(), minlength=logits_PE.shape[1]).astype(np.float64)
+
+
+def chosen_gates(logits_PE: Array, chosen: int) -> float:
+    """Return what the largest of each position's softmax sum to, mean over positions."""
+    exponents_PE = np.exp(logits_PE - logits_PE.max(1, keepdims=True))
+    gates_PE = np.sort(exponents_PE / exponents_PE.sum(1, keepdims=True), axis=1)
+    return float(gates_PE[:, -chosen:].sum(1).mean())
+
+
+def _common(inputs_PH: Array, draw: Draw, stream: str) -> Array:
+    """Return orthonormal directions (H, C): the mean, and the strongest of what is left."""
+    mean_H = inputs_PH.mean(0)
+    length = np.linalg.norm(mean_H)
+    if not np.isfinite(length):
+        raise UpcycleError(f"the dense model's own activations are not finite ({stream}).")
+    found: list[Array] = [mean_H[:, None] / length] if length > 0 else []
+    count = min(_DIRECTIONS, inputs_PH.shape[1] // _DIMENSIONS_EACH)
+    if count:
+        left_PH = inputs_PH - mean_H
+        for common_HC in found:
+            left_PH = _without(left_PH, common_HC)
+        # Subspace iteration: a few products, where all directions would take H³.
+        directions_HC = draw(f"{stream}.directions", (inputs_PH.shape[1], count))
+        for _ in range(_POWER_STEPS):
+            directions_HC = np.linalg.qr(left_PH.T @ (left_PH @ directions_HC))[0]
+        found.append(directions_HC)
+    joined: Array = np.linalg.qr(np.concatenate(found, axis=1))[0]
+    return joined
+
+
+def _without(rows: Array, common_HC: Array) -> Array:
+    return rows - (rows @ common_HC) @ common_HC.T
+
+
+def _scaled(rows_EH: Array, inputs_PH: Array, wanted: Wanted) -> Array:
+    std_E = (inputs_PH @ rows_EH.T).std(0)
+    if not (np.isfinite(std_E).all() and (std_E > 0).all()):
+        raise UpcycleError(
+            f"the text gives every token the same input ({wanted.stream}), so no router can tell "
+            "them apart.",
+            "Give --calibration another text.",
+        )
+    scaled: Array = rows_EH * (wanted.logit_std / std_E[:, None])
+    return scaled

@@ -1,0 +1,1 @@
+"""What is there: config, safetensors headers, tensors, companion files."""

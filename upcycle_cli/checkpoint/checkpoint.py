@@ -1,0 +1,365 @@
+"""A Hugging Face checkpoint: its config, its tensors' headers, and their values on demand.
+
+Opening reads `config.json`, the index and the safetensors headers, and checks them against the
+file sizes; no weight is touched. `Checkpoint.reader` maps the files and hands out tensors that
+alias them. No policy lives here: what a model may contain is the families' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES, TensorEntry, read_shard_header
+from upcycle_cli.checkpoint.storage import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    TOKENIZER_CONFIG_NAME,
+    WEIGHTS_NAME,
+    FileStamp,
+    Storage,
+    adapter_in,
+    changed,
+    companions_of,
+    json_object,
+    read_json,
+)
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import (
+    MOST_JSON_BYTES,
+    MOST_LISTING_BYTES,
+    is_inner_name,
+    locate,
+    open_regular,
+    read_small,
+)
+from upcycle_cli.core.text import printable, shell_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and found consistent."""
+
+    storage: Storage
+    config: Mapping[str, Any]
+    config_digest: str
+    tensors: Mapping[str, TensorEntry]
+    shards: tuple[FileStamp, ...]
+    companions: tuple[FileStamp, ...]
+    """Tokenizer, chat template, generation config and licence files."""
+
+    @property
+    def path(self) -> Path:
+        """The directory in which the files are, or will be."""
+        return self.storage.path
+
+    @property
+    def name(self) -> str:
+        """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
+        # It ends up in the record and the card, which hold no half of a character.
+        return self.repo or printable(self.path.resolve().name)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit when the directory is a snapshot in the Hub cache."""
+        return None if self.repo is None else self.path.resolve().name
+
+    @property
+    def repo(self) -> str | None:
+        """The repo id when the directory is a snapshot in the Hub cache."""
+        # The cache keeps a repo as models--ORG--NAME/snapshots/COMMIT.
+        resolved = self.path.resolve()
+        folder = resolved.parent.parent.name
+        if resolved.parent.name != "snapshots" or not folder.startswith("models--"):
+            return None
+        if not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in (folder, resolved.name)):
+            return None
+        return folder.removeprefix("models--").replace("--", "/")
+
+    @property
+    def place(self) -> str:
+        """The directory, or the repo and its commit where it is a snapshot in the Hub cache."""
+        return str(self.path) if self.repo is None else f"{self.repo}@{self.revision}"
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """The elements of all tensors."""
+        return sum(entry.num_elements for entry in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that were read, or will be."""
+        return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another one of the same shapes; of a commit on the Hub, the commit."""
+        pinned = self.revision is not None
+        return {
+            "source_name": self.name,
+            "source_config": self.config_digest,
+            "source_revision": self.revision,
+            "source": [
+                {"name": file.name, "size": file.size, "digest": file.digest}
+                | {"mtime_ns": 0 if pinned else file.mtime_ns}
+                for file in self.shards + self.companions
+            ],
+        }
+
+    def tensor_digest(self, name: str) -> str:
+        """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""
+        entry = self.tensors[name]
+        with open_regular(self.storage.local(entry.shard)) as file:
+            file.seek(entry.offset)
+            return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, nothing when there is none; UpcycleError."""
+        name = TOKENIZER_CONFIG_NAME
+        return read_json(self.storage.local(name)) if self.storage.has(name) else {}
+
+    @property
+    def missing_bytes(self) -> int:
+        """The size of the files that are still to be brought here."""
+        return self.storage.missing_bytes(self.files)
+
+    def bring(self) -> Checkpoint:
+        """Return it with all its files here; UpcycleError if they do not come, or are others."""
+        if self.storage.is_here:
+            return self
+        self.storage.bring([*self.files, *self.storage.matching([CARD_NAME])])
+        here = open_checkpoint(self.path)
+        if here.tensors != self.tensors or here.config_digest != self.config_digest:
+            raise UpcycleError(f"{self.path} is not what was announced.", "Run the command again.")
+        return here
+
+    def check_unchanged(self) -> None:
+        """Raise UpcycleError when a file is not the one that was opened."""
+        self.check_files(self.shards + self.companions)
+        config = read_small(self.storage.local(CONFIG_NAME), MOST_JSON_BYTES)
+        if hashlib.sha256(config).hexdigest() != self.config_digest:
+            raise changed(self.path / CONFIG_NAME)
+
+    def check_files(self, files: Iterable[FileStamp]) -> None:
+        """Raise UpcycleError when one of these files is not the one that was opened."""
+        for file in files:
+            if not file.fits(locate(self.path, file.name).stat()):
+                raise changed(self.path / file.name)
+
+    def check_readable(self) -> None:
+        """Raise UpcycleError when a file that is here may not be read."""
+        for file in self.companions:
+            path = self.path / file.name
+            if not path.exists():
+                continue  # still on the Hub
+            try:
+                open_regular(locate(self.path, file.name)).close()
+            except OSError as error:
+                raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Map the weight files as they are asked for; let go of them when the context ends."""
+        maps: dict[str, mmap.mmap] = {}
+        try:
+            yield Reader(self, maps)
+        finally:
+            # A map goes once no tensor aliases it; closing it by force would crash a reader.
+            maps.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Hands out tensors that alias the mapped files; made by `Checkpoint.reader`."""
+
+    _checkpoint: Checkpoint
+    _maps: dict[str, mmap.mmap]
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raise UpcycleError when a tensor's file has changed, which its map would show."""
+        shards = {self._checkpoint.tensors[name].shard for name in names}
+        files = self._checkpoint.shards
+        self._checkpoint.check_files(file for file in files if file.name in shards)
+
+    def mapped(self, name: str) -> memoryview:
+        """Return a tensor's bytes, backed by the file: nothing is read until its pages are.
+
+        They must not be written to, nor used after the reader is closed. Raises UpcycleError for a
+        dtype that no model is trained in.
+        """
+        entry = self._checkpoint.tensors[name]
+        if entry.dtype not in TORCH_DTYPES:
+            raise UpcycleError(
+                f"{self._checkpoint.path}: {name} is stored as {entry.dtype}.",
+                f"Only {', '.join(TORCH_DTYPES)} can be read.",
+            )
+        return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return `mapped` as a tensor."""
+        import torch
+
+        data: memoryview | bytearray = self.mapped(name)
+        entry = self._checkpoint.tensors[name]
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        if entry.num_elements == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.offset % ITEM_BYTES[entry.dtype]:
+            # The format does not promise alignment, and torch needs it.
+            data = bytearray(data)
+        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+
+    def release(self) -> None:
+        """Let go of the pages that were read so far; those that are needed again are read again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _map(self, shard: str) -> mmap.mmap:
+        if shard not in self._maps:
+            path = self._checkpoint.path
+            stamp = next(file for file in self._checkpoint.shards if file.name == shard)
+            with open_regular(locate(path, shard)) as file:
+                if not stamp.fits(os.fstat(file.fileno())):
+                    raise changed(path / shard)
+                # A private mapping: torch wants a writable buffer, the file stays untouched.
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[shard]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in a directory; UpcycleError when there is none, or it is damaged."""
+    try:
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    if not found:
+        hint = "Give the directory of a Hugging Face checkpoint."
+        raise UpcycleError(f"{path} does not exist.", hint)
+    if not path.is_dir():
+        hint = "Give the directory that holds config.json."
+        raise UpcycleError(f"{path} is not a directory.", hint)
+    return open_storage(Storage(path))
+
+
+def open_storage(storage: Storage) -> Checkpoint:
+    """Open a checkpoint wherever its files are; UpcycleError when it is missing or damaged."""
+    path = storage.path
+    if not storage.has(CONFIG_NAME):
+        hint = "Give the directory of a Hugging Face checkpoint."
+        raise adapter_in(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
+    raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
+    config = json_object(raw_config, path / CONFIG_NAME)
+    weight_map = _weight_map(storage, config)
+    shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
+    storage.prepare(shard_names)
+    tensors: dict[str, TensorEntry] = {}
+    shards = []
+    for shard_name in shard_names:
+        shard, entries = read_shard_header(storage, shard_name)
+        shards.append(shard)
+        for entry in entries:
+            if entry.name in tensors:
+                raise UpcycleError(
+                    f"{path}: tensor {entry.name} is in both {tensors[entry.name].shard} "
+                    f"and {shard_name}."
+                )
+            tensors[entry.name] = entry
+    if weight_map:
+        _check_index(path, weight_map, tensors)
+    companions = companions_of(storage)
+    _opened.update({path / shard.name: shard.size for shard in shards})
+    digest = hashlib.sha256(raw_config).hexdigest()
+    return Checkpoint(storage, config, digest, tensors, tuple(shards), companions)
+
+
+_opened: dict[Path, int] = {}
+"""The weight files that were opened, with their sizes: somebody may have them mapped."""
+
+
+def shortened_file() -> Path | None:
+    """Return a weight file that is shorter than it was when it was opened, if there is one."""
+    for path, size in _opened.items():
+        with suppress(OSError):
+            if path.stat().st_size < size:
+                return path
+    return None
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes as they are stored, without a copy when it is contiguous."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
+
+
+def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] | None:
+    # transformers looks for the single file first, so a directory with both means that one.
+    if storage.has(WEIGHTS_NAME):
+        return None
+    if not storage.has(INDEX_NAME):
+        raise adapter_in(storage) or _missing_weights(storage, config)
+    index_path = storage.local(INDEX_NAME)
+    weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UpcycleError(f"{index_path} has no weight_map.")
+    for name, shard in weight_map.items():
+        if not is_inner_name(shard):
+            raise UpcycleError(
+                f"{index_path} places {name} in {shown(shard)}, which is not a file of this "
+                "directory."
+            )
+    return weight_map
+
+
+def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleError:
+    path = storage.path
+    pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
+    if pickles:
+        here, there = (json.dumps(f"{path}{suffix}") for suffix in ("", "-safetensors"))
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
+        )
+        return UpcycleError(
+            f"{path} holds its weights as pickle ({pickles[0]}), which can run code when opened.",
+            f"Convert it first, if you trust it:\n  {shell_line(['python', '-c', code])}",
+        )
+    if "model_type" not in config:
+        return UpcycleError(f"{path} has neither weights nor a model_type in {CONFIG_NAME}.")
+    return UpcycleError(
+        f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}.",
+        "Only safetensors checkpoints under these names can be read.",
+    )
+
+
+def _check_index(
+    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise UpcycleError(f"{path / INDEX_NAME} lists {name} in {shard}, which lacks it.")
+        if tensors[name].shard != shard:
+            raise UpcycleError(
+                f"{path / INDEX_NAME} lists {name} in {shard}, but it is in {tensors[name].shard}."
+            )
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            raise UpcycleError(f"{path / INDEX_NAME} does not list {name} of {entry.shard}.")

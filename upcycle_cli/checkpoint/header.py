@@ -1,0 +1,145 @@
+"""The header of a safetensors file: which tensors there are, and where.
+
+Format: 8-byte little-endian header length, JSON header, data; offsets are relative to the data,
+and the tensors lie end to end without holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeGuard
+
+from upcycle_cli.checkpoint.storage import FileStamp, Storage, parse_json
+from upcycle_cli.core.errors import UpcycleError, shown
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+"""Bytes per element of each safetensors dtype."""
+
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that a convertible weight can have, and torch's names for them."""
+
+LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
+"""The largest finite value of each of them."""
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_SIZE = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a checkpoint: its name, its dtype in safetensors' notation, and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry(Tensor):
+    """Where one tensor lies: `offset` is in bytes from the start of the file `shard`."""
+
+    shard: str
+    offset: int
+
+
+def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:
+    """Return what a weight file is, with its header, and its tensors; UpcycleError when damaged."""
+    file_path = storage.path / shard_name
+    stamp = storage.stamp(shard_name)
+    prefix = storage.read(shard_name, 0, 8)
+    header_bytes = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or 8 + header_bytes > stamp.size:
+        raise UpcycleError(
+            f"{file_path} is truncated: it ends at byte {stamp.size}, inside its own header.",
+            "Download or copy it again.",
+        )
+    if header_bytes > MAX_HEADER_BYTES:
+        raise UpcycleError(
+            f"{file_path} has a header of {header_bytes:,} bytes; more than {MAX_HEADER_BYTES:,} "
+            "are not read."
+        )
+    raw = storage.read(shard_name, 8, 8 + header_bytes)
+    entries, metadata = parse_header(raw, file_path, shard_name)
+    _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
+    kind = metadata.get("format") if isinstance(metadata, dict) else None
+    return replace(stamp, digest=hashlib.sha256(raw).hexdigest(), format=kind), entries
+
+
+def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[TensorEntry], object]:
+    """Return the tensors that a weight file's header describes, and its metadata; UpcycleError."""
+    header = parse_json(raw, f"{file_path} has a header that")
+    if not isinstance(header, dict):
+        raise UpcycleError(f"{file_path} has a header that is not a JSON object.")
+    metadata = header.pop("__metadata__", None)
+    entries = []
+    for name, info in header.items():
+        where = f"{file_path}: tensor {name}"
+        if not isinstance(info, dict):
+            raise UpcycleError(f"{where} is not described by a JSON object.")
+        values: list[object] = [info.get(key) for key in ("dtype", "shape", "data_offsets")]
+        dtype, shape, offsets = values
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            raise UpcycleError(f"{where} has an unknown dtype {shown(dtype)}.")
+        if not _is_size_list(shape) or math.prod(shape) > _MAX_SIZE:
+            raise UpcycleError(f"{where} has an invalid shape {shown(shape)}.")
+        if not _is_size_list(offsets) or len(offsets) != 2:
+            raise UpcycleError(f"{where} has invalid offsets {shown(offsets)}.")
+        begin, end = offsets
+        entry = TensorEntry(name, dtype, tuple(shape), shard_name, 8 + len(raw) + begin)
+        if end - begin != entry.nbytes:
+            raise UpcycleError(
+                f"{where} lies: {dtype} of shape {list(entry.shape)} takes {entry.nbytes} bytes, "
+                f"its offsets give it {end - begin}."
+            )
+        entries.append(entry)
+    return entries, metadata
+
+
+def _check_extents(
+    entries: Sequence[TensorEntry], file_path: Path, data_start: int, file_bytes: int
+) -> None:
+    position = data_start
+    previous = "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != position:
+            problem = "overlaps" if entry.offset < position else "leaves a hole after"
+            raise UpcycleError(f"{file_path}: tensor {entry.name} {problem} {previous}.")
+        position, previous = entry.offset + entry.nbytes, entry.name
+        if position > file_bytes:
+            raise UpcycleError(
+                f"{file_path} is truncated: it ends at byte {file_bytes}, "
+                f"tensor {entry.name} at byte {position}.",
+                "Download or copy it again.",
+            )
+    if position != file_bytes:
+        raise UpcycleError(
+            f"{file_path} has {file_bytes - position} bytes that belong to no tensor."
+        )
+
+
+def _is_size_list(value: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
+    )

@@ -1,0 +1,1 @@
+"""What every package builds on: errors, text for terminals, callbacks, safe files."""

@@ -1,0 +1,216 @@
+"""Files that somebody else has put there: read where they lie, and no further than they should go.
+
+A directory that was cloned, unpacked or shared can hold links to other places (somebody's files,
+the environment of this very process in /proc), pipes that nobody writes to, devices without an end,
+and gigabytes where kilobytes belong. Whatever is read from such a directory is found by `locate`
+and opened by `open_regular`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeGuard
+
+from upcycle_cli.core.errors import UpcycleError, shown
+
+MOST_JSON_BYTES = 10_000_000  # more than any config, record or tokenizer setting has
+MOST_LISTING_BYTES = 100_000_000  # more than any index has: as large as a safetensors header may be
+MOST_COMPANION_BYTES = 500_000_000  # more than any tokenizer has
+
+CHECKSUMS_NAME = "SHA256SUMS"
+_CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+# By the letters of `ls -l`.
+_KINDS = {"d": "a directory", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
+
+
+def locate(directory: Path, name: str) -> Path:
+    """Return where a regular file of a directory really is.
+
+    A link is followed inside the directory and, from a snapshot in the Hub's cache, into its blobs.
+    Raises UpcycleError.
+    """
+    path = directory / name
+    try:
+        root, real = directory.resolve(), path.resolve(strict=True)
+        status = real.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        words = f"{path} is missing or unreadable: {reason}."
+        raise UpcycleError(words, "Download or copy it again.") from error
+    if not any(real.is_relative_to(place) for place in (root, *_blobs(root))):
+        raise UpcycleError(
+            f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
+            "Put the file itself there, if it belongs there.",
+        )
+    check_regular(path, status)
+    return real
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; UpcycleError for what is none, at once, or OSError."""
+    return regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
+
+
+def regular(descriptor: int, path: Path) -> BufferedReader:
+    """Return an open regular file; one that is none is closed, and UpcycleError raised."""
+    try:
+        check_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
+    try:
+        with open_regular(path) as file:
+            return read_open(file, path, most)
+    except OSError as error:
+        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
+    """Return an open file's contents; raises UpcycleError for more than `most` bytes, OSError."""
+    size = os.fstat(file.fileno()).st_size
+    # What a sparse file or one of /proc says of its size need not be what it gives.
+    data = file.read(most + 1) if size <= most else b""
+    size = max(size, len(data))
+    if size > most:
+        words = f"it has {size:,} bytes, and no such file has more than {most:,}"
+        raise UpcycleError(f"{path} is not read: {words}.")
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file; raises UpcycleError, or OSError when unreadable."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_utf8(path: Path) -> None:
+    """Raise UpcycleError for a path that the libraries that load models cannot be given."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        words = f"{path} is not UTF-8, and the libraries that load models read no such path."
+        raise UpcycleError(words, "Rename it.") from error
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of these, folder by folder."""
+    # In a pattern, * stands for slashes too.
+    level = [pattern for pattern in patterns if name.count("/") == pattern.count("/")]
+    return any(fnmatchcase(name, pattern) for pattern in level)
+
+
+def is_inner_name(name: object) -> TypeGuard[str]:
+    """Whether this names a file of a directory: relative, without a step up or an odd character."""
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and path.parts[0] != "/" and ".." not in path.parts
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of an output as its `upcycle.json` lists it."""
+
+    name: str
+    size: int
+    sha256: str | None  # of the whole file; weight files have none
+    header_sha256: str | None  # of a weight file's header
+
+    def describes(self, file: BufferedReader) -> bool:
+        """Whether an open file is this one, as far as the list tells; OSError when unreadable."""
+        if os.fstat(file.fileno()).st_size != self.size:
+            return False
+        if self.sha256 is not None:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        return header_digest(file) == self.header_sha256
+
+
+def header_digest(file: BufferedReader) -> str:
+    """Return the SHA-256 of an open weight file's header."""
+    return hashlib.sha256(read_header(file)).hexdigest()
+
+
+def read_header(file: BufferedReader) -> bytes:
+    """Return an open weight file's header, as far as it can be one."""
+    return file.read(min(int.from_bytes(file.read(8), "little"), MOST_LISTING_BYTES))
+
+
+def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
+    """Return what a record lists: all but itself, card and checksums; raises UpcycleError."""
+    entries = record.get("files")
+    if not isinstance(entries, list) or not entries:
+        raise UpcycleError("upcycle.json lists no files.")
+    found: dict[str, ListedFile] = {}
+    for entry in entries:
+        name, size, *digests = (
+            entry.get(key) if isinstance(entry, dict) else None
+            for key in ("name", "size", "sha256", "header_sha256")
+        )
+        if not is_inner_name(name) or type(size) is not int or size < 0:
+            raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is no file.")
+        if sorted(map(is_digest, digests)) != [False, True] or None not in digests:
+            raise UpcycleError(f"upcycle.json lists {name} without a digest.")
+        found[name] = ListedFile(name, size, *digests)
+    return found
+
+
+def is_digest(value: object) -> bool:
+    """Whether this is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def checksums_text(digests: Mapping[str, str]) -> str:
+    """Return SHA256SUMS as `sha256sum` writes it, and `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def parse_checksums(data: bytes) -> dict[str, str]:
+    """Return the digests of a SHA256SUMS file by name; raises UpcycleError for an odd line."""
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{CHECKSUMS_NAME} cannot be read: {error}") from error
+    found: dict[str, str] = {}
+    for line in lines[:-1] if lines[-1] == "" else lines:
+        match = _CHECKSUM.fullmatch(line)
+        if match is None or not is_inner_name(match[2]):
+            words = f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            raise UpcycleError(words)
+        if found.setdefault(match[2], match[1]) != match[1]:
+            raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
+    return found
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return what `parse_checksums` makes of a file; raises UpcycleError."""
+    return parse_checksums(read_small(path, MOST_JSON_BYTES))
+
+
+def check_regular(path: Path, status: os.stat_result) -> None:
+    """Raise UpcycleError for what is no regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        what = _KINDS.get(stat.filemode(status.st_mode)[0], "something else")
+        raise UpcycleError(f"cannot read {path}: it is {what}, not a regular file.")
+
+
+def _blobs(root: Path) -> tuple[Path, ...]:
+    """Return where the Hub's cache keeps the files of a snapshot."""
+    repo = root.parent.parent  # models--ORG--NAME/snapshots/COMMIT
+    if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
+        return ()
+    # Its own blobs can be links to those that all repos of the cache share.
+    return repo / "blobs", repo.parent / "blobs"

@@ -1,0 +1,1 @@
+"""What a checkpoint is: summary, experts, weight drift, expert load."""

@@ -1,0 +1,134 @@
+"""Which experts the tokens of a text choose, by running the MoE on it a layer at a time.
+
+Its weights are left on disk, whoever has saved them. Legend: S positions, N experts, T top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle_cli.calibrate.text import CalibrationText
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.core.errors import UpcycleError
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle_cli.core.callbacks import Watch
+    from upcycle_cli.inspection.experts import Experts
+    from upcycle_cli.run.models import Model
+
+TOKENS = 2048
+"""Of text, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoad:
+    """How many tokens choose each expert of a layer."""
+
+    layer: int
+    load: tuple[int, ...]
+    load_cv: float
+    """The standard deviation of the loads, relative to their mean."""
+    idle: tuple[int, ...]
+    """The experts that no token chooses."""
+
+    @property
+    def idle_experts(self) -> int:
+        """How many these are."""
+        return len(self.idle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The loads of all layers that have experts."""
+
+    text: str
+    """`builtin`, or the name of the file without its directory."""
+    tokens: int
+    layers: tuple[LayerLoad, ...]
+
+
+def measure_load(
+    experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Watch
+) -> Load:
+    """Run an MoE on a text, of which up to TOKENS tokens are used.
+
+    `dense` has a tokenizer where the MoE has none that can be used. Raises UpcycleError where
+    neither has, and for a model that transformers cannot run.
+    """
+    from upcycle_cli.run.models import TransformersError, load_config
+    from upcycle_cli.run.texts import as_rows, shares, tokenized
+
+    watch.begins("checking load")
+    moe = experts.moe
+    try:
+        config = load_config(moe.path).get_text_config()
+        texts, _, reason = tokenized(moe, text.texts, config.vocab_size)
+        reason = reason.replace("the dense model", "the model")
+        if not texts and dense is not None:
+            texts, _, reason = tokenized(dense, text.texts, config.vocab_size)
+        if not texts:
+            raise UpcycleError(
+                f"the load of experts is measured on tokens: {reason}.",
+                "Put the tokenizer beside the model, or name its --dense model.",
+            )
+        tokens = [token for share in shares(texts, TOKENS) for token in share]
+        with moe.reader() as reader:
+            layers = tuple(_run(experts, reader, as_rows(tokens, config), len(tokens), watch))
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {moe.path}: {error}") from error
+    return Load(text=text.name, tokens=len(tokens), layers=layers)
+
+
+def _run(
+    experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Watch
+) -> Iterator[LayerLoad]:
+    from upcycle_cli.run.layerwise import started
+    from upcycle_cli.run.lazy_weights import Stored, finder
+    from upcycle_cli.run.mixtures import routers_of, stored_mixture
+    from upcycle_cli.run.models import transformers_says
+
+    moe, target, layers = experts.moe, experts.target, experts.layers
+    find = finder(moe, target.inside, target.root)
+
+    def stored(*pieces: torch.Tensor) -> Stored:
+        return Stored(pieces, lambda held: held.float())
+
+    def tensor(name: str) -> Stored | None:
+        found = find(name)
+        return None if found is None else stored(reader.tensor(found))
+
+    def expert(layer: int, names: Sequence[str], number: int) -> Stored:
+        return stored(*(experts.part(reader, layer, number, name) for name in names))
+
+    parts = {name for name, _ in experts.parts(reader, layers[0], 0)}
+    model = stored_mixture(moe.path, target, tensor, (layers, parts, expert))
+    chosen: list[torch.Tensor] = []
+
+    def note(_router: Model, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        chosen.append(output[2][:count])
+
+    with ExitStack() as stack, transformers_says():
+        for router in routers_of(model, target, layers).values():
+            stack.callback(router.register_forward_hook(note).remove)
+        run = stack.enter_context(started(model, ids_BS, []))
+        for layer in range(experts.num_layers):
+            run.steps.advance()
+            if layer in layers:
+                yield _load(layer, chosen.pop(), experts.num_experts)
+            watch.checked(layer + 1, experts.num_layers, "layers")
+
+
+def _load(layer: int, experts_ST: torch.Tensor, num_experts: int) -> LayerLoad:
+    load_N = experts_ST.flatten().bincount(minlength=num_experts)
+    mean = float(load_N.double().mean())
+    return LayerLoad(
+        layer=layer,
+        load=tuple(load_N.tolist()),
+        load_cv=float(load_N.double().std(correction=0)) / mean,
+        idle=tuple((load_N == 0).nonzero().flatten().tolist()),
+    )

@@ -1,0 +1,314 @@
+"""An MoE grown: each expert, and its router row, becomes several that lie side by side.
+
+Expert e of the source becomes the experts k·e to k·e + k - 1. Their logits are equal, so that a
+top-k of k·T chooses all copies of the T experts that the source chooses, and each has a k-th of
+the gate: exact for every routing whose gates sum to one, and for a softmax over all experts too,
+whose gates each shrink to a k-th. (Expert upcycling, arXiv 2604.19835.)
+
+Copies lie side by side since two experts that tie are then chosen as in the source where ties go to
+the lowest index. A virtual group of G experts becomes one of k·G that has each shard k times.
+
+`build_growth` is pure, as `build_plan` is: it reads headers and fails before the first byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from upcycle_cli.checkpoint.card_metadata import carried_over
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.storage import CARD_NAME
+from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.inspection.experts import Experts, find_experts
+from upcycle_cli.models.growable import growable
+from upcycle_cli.models.layers import layer_finder
+from upcycle_cli.models.mlp import Weight, place
+from upcycle_cli.models.moe import Layout
+from upcycle_cli.models.moe_config import forget_place
+from upcycle_cli.plan.base import Planned, fill_shards
+from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
+from upcycle_cli.plan.tensors import Options, OutputTensor, Role
+from upcycle_cli.plan.validate import check_dtype
+from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Promise
+
+_EMBEDDING = "model.embed_tokens.weight"
+_ALWAYS = (_EMBEDDING, "model.norm.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How an MoE grows: k copies of each expert, of which a token uses T.
+
+    `top_k` may be None, meaning k times the source's, which is exact. Raises UpcycleError when the
+    values make no sense.
+    """
+
+    expand: int
+    top_k: int | None = None
+    allow_inexact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.expand < 2:
+            raise UpcycleError(
+                f"--expand must be at least 2, not {self.expand}.", "2 doubles the experts."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")
+
+
+@dataclass(frozen=True)
+class GrowthPlan(Planned):
+    """Everything that growing an MoE will write."""
+
+    growth: Growth
+    experts: Experts
+    """Those of the source."""
+
+    @property
+    def promise(self) -> Promise:
+        """Exact where T grows as N does, else nothing."""
+        exact = self.top_k == self.growth.expand * self.experts.top_k
+        return Promise.EXACT if exact else Promise.NONE
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What the record says of how it was made."""
+        source = self.experts
+        return {
+            "growth": {
+                "expand": self.growth.expand,
+                "top_k": self.top_k,
+                "routing": self.routing,
+                "source_num_experts": source.num_experts,
+                "source_top_k": source.top_k,
+            }
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """Identify the output: equal digests mean equal files."""
+        content = self.identity() | self.how
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def build_growth(growth: Growth, source: Checkpoint, options: Options | None = None) -> GrowthPlan:
+    """Plan the growth of an MoE.
+
+    Raises UpcycleError when it cannot be grown, when its tensors are not what its config says, or
+    when it would not compute the same and `growth` does not allow that.
+    """
+    options, target = options or Options(), growable(source.config, source.tensors)
+    refuse_redirects(source)
+    experts = find_experts(source)
+    if not experts.layers:
+        words = f"{source.path}: by its config.json no layer is a mixture of experts."
+        raise UpcycleError(words)
+    _check_sizes(growth, experts)
+    layout = target.layout(options.expert_layout or experts.layout)
+    tensors = tuple(_Grower(growth, options, experts, layout).tensors())
+    return GrowthPlan(
+        options=options,
+        source=source,
+        config=_config(growth, experts, options),
+        shards=fill_shards(tensors, options.max_shard_bytes),
+        carried=carried_over(source.path, CARD_NAME),
+        target=target,
+        num_experts=growth.expand * experts.num_experts,
+        top_k=growth.top_k or growth.expand * experts.top_k,
+        routing=experts.routing,
+        layers=experts.layers,
+        every_layer=experts.every_layer,
+        shares=experts.shares,
+        expert_layout=layout,
+        growth=growth,
+        experts=experts,
+    )
+
+
+def _check_sizes(growth: Growth, experts: Experts) -> None:
+    num_experts, k = growth.expand * experts.num_experts, growth.expand
+    exact = k * experts.top_k
+    if num_experts > MAX_EXPERTS:
+        raise UpcycleError(
+            f"--expand {k} makes {num_experts} experts per layer of {experts.num_experts}.",
+            f"At most {MAX_EXPERTS} can be made.",
+        )
+    top_k = growth.top_k or exact
+    if top_k > num_experts:
+        raise UpcycleError(
+            f"top-k {top_k} is more than the {num_experts} experts that --expand {k} makes.",
+            f"Use a top-k of at most {num_experts}.",
+        )
+    if top_k != exact and not growth.allow_inexact:
+        raise UpcycleError(
+            f"top-k {top_k} is not {k} times the source's {experts.top_k}: a token would not get "
+            "all copies of the experts that it gets there, so the outputs would differ.",
+            f"Leave out --top-k, which then is {exact}, or pass --allow-inexact to convert all the "
+            "same.",
+        )
+
+
+def _config(growth: Growth, experts: Experts, options: Options) -> dict[str, Any]:
+    """Return the source's config with what grew: all other keys stay as they are."""
+    result, keys = dict(experts.moe.config), experts.target.keys
+    num_experts = growth.expand * experts.num_experts
+    # Aliases in transformers: one that is left behind would undo the other.
+    names = {keys.num_experts, *keys.aliases}
+    result |= dict.fromkeys(names & result.keys() or {keys.num_experts}, num_experts)
+    result[keys.top_k] = growth.top_k or growth.expand * experts.top_k
+    if options.untie_embeddings:
+        result["tie_word_embeddings"] = False
+    if options.dtype is not None:
+        result |= {"dtype": options.dtype, "torch_dtype": options.dtype}
+    forget_place(result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Grower:
+    """Writes down the expression of each output tensor."""
+
+    growth: Growth
+    options: Options
+    experts: Experts
+    layout: ExpertLayout
+    """Of the output."""
+
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Yield every tensor of the output; UpcycleError when the source's are not as expected."""
+        source, target = self.experts.moe, self.experts.target
+        layer_of = layer_finder(target.layer)
+        rest: dict[int | None, list[str]] = {}
+        for name, entry in source.tensors.items():
+            check_dtype(source, entry)
+            rest.setdefault(layer_of(name), []).append(name)
+        tied = bool(target.value(source.config, "tie_word_embeddings"))
+        always = (*_ALWAYS, *(() if tied else (target.head,)))
+        missing = [name for name in always if name not in source.tensors]
+        missing += [f"layer {i}" for i in range(self.experts.num_layers) if i not in rest]
+        if missing:
+            raise UpcycleError(f"{source.path} lacks {missing[0]}, which its config.json implies.")
+        for layer, names in rest.items():
+            taken = {} if layer is None else self._taken(layer, names)
+            for name in names:
+                if name not in taken:
+                    yield OutputTensor.made(name, self._source(name), Role.COPIED, layer)
+            if layer is not None and taken:
+                self._check(names, taken)
+                yield from self._grown(layer)
+        self._check_alike(rest)
+        if self.options.untie_embeddings and target.head not in source.tensors:
+            yield OutputTensor.made(target.head, self._source(_EMBEDDING), Role.HEAD)
+
+    @property
+    def _held(self) -> Layout:
+        return self.experts.target.layouts[self.experts.layout]
+
+    def _taken(self, layer: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of a layer that are not copied, with the shapes they must have."""
+        experts, prefix = self.experts, self.experts.target.prefix(layer)
+        router = prefix + self._held.router
+        # Layers that predict further tokens come after those that the config counts.
+        if layer not in experts.layers and router not in names:
+            return {}
+        N, hidden = experts.num_experts, experts.moe.tensors[_ALWAYS[1]].num_elements
+        found: dict[str, tuple[int, ...]] = {router: (N, hidden)}
+        bias = experts.target.corrects(self._held, experts.routing)
+        if bias is not None:
+            found[prefix + bias] = (N,)
+        for weight in self._held.experts:
+            shape = weight.shape(experts.expert_size, hidden)
+            each = range(N) if "{expert}" in weight.name else ()
+            found |= {prefix + weight.name.format(expert=e): shape for e in each}
+            if not each:
+                found[prefix + weight.name] = (N, *shape)
+        return found
+
+    def _check(self, names: Sequence[str], taken: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UpcycleError unless a layer has these tensors, and none beside them of theirs."""
+        source = self.experts.moe
+        for name, shape in taken.items():
+            if name not in source.tensors:
+                words = f"{source.path} lacks {name}, which its config.json implies."
+                raise UpcycleError(words)
+            held = source.tensors[name].shape
+            if held != shape:
+                raise UpcycleError(
+                    f"{source.path}: {name} has shape {list(held)}, but config.json implies "
+                    f"{list(shape)}."
+                )
+        modules = {re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in taken}
+        for name in names:
+            if name not in taken and name.startswith((*modules,)):
+                raise UpcycleError(
+                    f"{source.path}: unknown tensor {name} of experts or their router.",
+                    "Growing without it could change the model. If it is not needed, remove it "
+                    "from the checkpoint.",
+                )
+
+    def _check_alike(self, rest: Mapping[int | None, list[str]]) -> None:
+        """Raise UpcycleError where a layer has not the tensors of the first of its kind."""
+        experts = self.experts
+        first: dict[bool, tuple[int, set[str]]] = {}
+        for layer in range(experts.num_layers):
+            prefix = experts.target.prefix(layer)
+            own = {name.removeprefix(prefix) for name in rest[layer]}
+            other, wanted = first.setdefault(layer in experts.layers, (layer, own))
+            if own != wanted:
+                odd = min(own ^ wanted)
+                raise UpcycleError(
+                    f"{experts.moe.path}: of the layers {other} and {layer} one alone has {odd}."
+                )
+
+    def _grown(self, layer: int) -> Iterator[OutputTensor]:
+        """Yield what the router and the experts of a layer become."""
+        experts, target, k = self.experts, self.experts.target, self.growth.expand
+        prefix, held = target.prefix(layer), self._held
+        made = target.layouts[self.layout]
+        rows = Repeat(self._source(prefix + held.router), k)
+        yield OutputTensor.made(prefix + made.router, rows, Role.ROUTER, layer)
+        bias, renamed = (target.corrects(at, experts.routing) for at in (held, made))
+        if bias is not None:
+            # In its own dtype whatever the rest is in: it moves by steps that others lose.
+            grown = Repeat(self._stored(prefix + bias), k)
+            yield OutputTensor.made(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
+        for weight in made.experts:
+            each = [self._expert(layer, weight, e) for e in range(experts.num_experts)]
+            copies = [expr for expr in each for _ in range(k)]
+            if "{expert}" not in weight.name:
+                stack = Stack((*copies,))
+                yield OutputTensor.made(
+                    prefix + weight.name, stack, Role.EXPERT, layer, None, weight.holds
+                )
+                continue
+            for e, expr in enumerate(copies):
+                name = prefix + weight.name.format(expert=e)
+                yield OutputTensor.made(name, expr, Role.EXPERT, layer, e, weight.holds)
+
+    def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
+        """Return one expert of the source as one of the output's weights holds it."""
+        parts = [self._part(layer, part, expert) for part in weight.holds]
+        return Concat((*parts,)) if len(parts) > 1 else parts[0]
+
+    def _part(self, layer: int, part: str, expert: int) -> Expr:
+        found = place(self._held.experts, part, width=self.experts.expert_size, expert=expert)
+        whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
+        if found.row is not None:
+            whole = Select(whole, found.row)
+        if found.cut is not None and type_of(whole).shape[found.cut] != found.stop - found.start:
+            whole = Slice(whole, found.cut, found.start, found.stop)
+        return self.options.cast(whole)
+
+    def _stored(self, name: str) -> Source:
+        entry = self.experts.moe.tensors[name]
+        return Source(name, entry.dtype, entry.shape)
+
+    def _source(self, name: str) -> Expr:
+        return self.options.cast(self._stored(name))

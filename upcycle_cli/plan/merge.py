@@ -1,0 +1,112 @@
+"""Several dense models in one mixture of experts: whose each group is, and whose the rest.
+
+The first is the source of the conversion: it gives config and tokenizer, and all that is no expert
+unless the mean of all models does. An expression names a tensor of it by its name, and one of
+another model by `tensor_of`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
+
+
+class Rest(StrEnum):
+    """Whose attention, norms and embeddings the mixture gets."""
+
+    FIRST = "first"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What there is beside the source, and the model of each virtual group, over and over.
+
+    Models are counted from 0, which is the source.
+    """
+
+    others: tuple[Checkpoint, ...]
+    cycle: tuple[int, ...]
+    rest: Rest = Rest.FIRST
+
+    def check_prompts(self, recipe: Recipe) -> None:
+        """Raise UpcycleError where a model has several groups, which its prompts cannot tell apart.
+
+        And where experts of a group have rows of their own.
+        """
+        if recipe.expansion != len(self.cycle) or recipe.router_rows != recipe.expansion:
+            raise UpcycleError(
+                f"{recipe.router_rows} router rows cannot be made of the prompts of "
+                f"{len(self.cycle)} models.",
+                f"Use an expansion of {len(self.cycle)}, and virtual groups.",
+            )
+
+    def of_groups(self, expansion: int) -> tuple[int, ...]:
+        """Return the model of each virtual group; UpcycleError for a number that does not fit."""
+        count = len(self.cycle)
+        if expansion % count:
+            raise UpcycleError(
+                f"expansion {expansion} is not a multiple of the {count} models that give experts, "
+                "so some would give more than others.",
+                f"Use an expansion of {count} or {2 * count}.",
+            )
+        return self.cycle * (expansion // count)
+
+
+def tensor_of(model: int, name: str) -> str:
+    """Return what expressions call a tensor of a model: its own name for one of the source."""
+    return f"model {model}: {name}" if model else name
+
+
+def model_of(name: str) -> tuple[int, str]:
+    """Return the model of a tensor that an expression names, and its own name."""
+    match = _NAME.fullmatch(name)
+    return (0, name) if match is None else (int(match[1]), match[2])
+
+
+@dataclass(frozen=True, eq=False)
+class MergedReader:
+    """Hands out the tensors of several models by the names that expressions have for them."""
+
+    _readers: Sequence[Reader]
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raise UpcycleError when a tensor's file has changed."""
+        found = [model_of(name) for name in names]
+        for number, reader in enumerate(self._readers):
+            reader.check_unchanged(name for model, name in found if model == number)
+
+    def mapped(self, name: str) -> memoryview:
+        """Return a tensor's bytes, as `Reader.mapped` does."""
+        model, own = model_of(name)
+        return self._readers[model].mapped(own)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, as `Reader.tensor` does."""
+        model, own = model_of(name)
+        return self._readers[model].tensor(own)
+
+    def release(self) -> None:
+        """Let go of pages, as `Reader.release` does."""
+        for reader in self._readers:
+            reader.release()
+
+
+@contextmanager
+def open_readers(sources: Sequence[Checkpoint]) -> Iterator[MergedReader]:
+    """Map the weight files of all models as they are asked for, as `Checkpoint.reader` does."""
+    with ExitStack() as stack:
+        yield MergedReader([stack.enter_context(each.reader()) for each in sources])

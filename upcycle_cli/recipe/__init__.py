@@ -1,0 +1,1 @@
+"""What the user wants: E, G, T, routing, scaling, options, recipe files."""

@@ -1,0 +1,391 @@
+"""What the user wants: the recipe, and the arithmetic that follows from it alone.
+
+Notation is the paper's (He et al., arXiv 2410.07524): E expansion, G granularity, T top-k; a layer
+gets N = E·G experts. Nothing here reads a file or imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.options import (
+    SHIPPED,
+    ExpertLayout,
+    NeuronOrder,
+    Promise,
+    RouterInit,
+    Routing,
+    ScaleSplit,
+    Scaling,
+)
+from upcycle_cli.recipe.scaling import GATED, Factors, MlpKind, balanced_factors, cube_root
+
+__all__ = [
+    "APPROXIMATE_LOGIT_STD", "DEFAULT_LOGIT_STD", "SHIPPED", "TIE_LOGIT_STD", "ExpertLayout",
+    "NeuronOrder", "Promise", "Recipe", "RouterInit", "Routing", "ScaleSplit", "Scaling",
+    "parse_recipe_name",
+]  # fmt: skip
+
+DEFAULT_LOGIT_STD = {
+    Routing.SOFTMAX_TOPK: 0.001,
+    Routing.TOPK_SOFTMAX: 1.0,
+    Routing.SIGMOID_TOPK: 1.0,
+}
+TIE_LOGIT_STD = 0.001
+"""Below this nominal logit standard deviation float32 softmax itself ties groups."""
+
+_CHOICES = {
+    "routing": Routing,
+    "scaling": Scaling,
+    "scale_split": ScaleSplit,
+    "neuron_order": NeuronOrder,
+    "router_init": RouterInit,
+}
+
+MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
+
+APPROXIMATE_LOGIT_STD = 0.05
+"""Above this nominal logit standard deviation softmax-topk is too far from the dense model to
+promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
+
+FITTED_LOGIT_STD = 0.01
+"""The same of rows that are fitted to their input, where the standard deviation is what was
+measured: nominally they are larger, on SmolLM2-135M up to 2.3 times, elsewhere it may be more."""
+
+_OFF_BY_STD = 4.0
+"""The best of a thousand normal logits are so many standard deviations above their mean."""
+
+_LEAST_NOISE = 1e-6
+"""Less than any dtype can tell of most weights."""
+_NEW = ("shared_experts", "noise", "reinit")
+
+_RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a dense model becomes a mixture of experts; valid by construction.
+
+    `routing`, `scale_split` and `router_logit_std` may be None, meaning the target's own default;
+    `resolve` fills them in.
+
+    Raises UpcycleError when the values cannot describe any mixture of experts.
+    """
+
+    expansion: int
+    granularity: int
+    top_k: int
+    shared_experts: int = 0
+    """K: how many of the G shards are an expert for every token, beside the routed ones."""
+    routing: Routing | None = None
+    scaling: Scaling | float = Scaling.EXACT
+    scale_split: ScaleSplit | None = None
+    layers: str | None = None
+    """Which layers become mixtures of experts, as `layers.parse_layers` reads it; None for all."""
+    virtual_groups: bool = True
+    neuron_order: NeuronOrder = NeuronOrder.SLICED
+    router_init: RouterInit = RouterInit.NORMAL
+    router_logit_std: float | None = None
+    """Of the router's logits: nominal for normal rows, measured for those that are fitted, and
+    None for rows of a file, which are taken as they are."""
+    seed: int = 0
+    allow_inexact: bool = False
+    noise: float = 0.0
+    """Of what is added to each expert's matrices: its standard deviation, relative to theirs."""
+    reinit: float = 0.0
+    """The share of each expert's neurons that are drawn anew."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scaling, int):
+            object.__setattr__(self, "scaling", float(self.scaling))
+        # Python callers may write "topk-softmax"; it must not compare unequal to the member.
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            left_alone = isinstance(value, float) if name == "scaling" else value is None
+            if not left_alone:
+                object.__setattr__(self, name, _member(kind, value, name))
+        self._check_sizes()
+        self._check_numbers()
+
+    def _check_sizes(self) -> None:
+        for label, value in (
+            ("expansion (E)", self.expansion),
+            ("granularity (G)", self.granularity),
+            ("top-k (T)", self.top_k),
+        ):
+            if value < 1:
+                raise UpcycleError(f"{label} must be at least 1, not {value}.")
+        if not 0 <= self.shared_experts < self.granularity:
+            raise UpcycleError(
+                f"of {self.granularity} shards (G) there cannot be {self.shared_experts} shared.",
+                "Shared experts are fewer than G: some shards are routed.",
+            )
+        if self.num_experts > MAX_EXPERTS:
+            raise UpcycleError(
+                f"{self.name} makes {self.num_experts} experts per layer ({self._product}).",
+                f"At most {MAX_EXPERTS} can be made.",
+            )
+        if self.top_k > self.num_experts:
+            raise UpcycleError(
+                f"top-k {self.top_k} is more than the {self.num_experts} experts "
+                f"that {self.name} makes ({self._product}).",
+                f"Use a top-k of at most {self.num_experts}.",
+            )
+        if not self.picks_whole_groups and not self.allow_inexact:
+            size = self.group_size
+            below = self.top_k // size * size
+            near = [k for k in (below, below + size) if 0 < k <= self.num_experts]
+            words = f"granularity {self.granularity}"
+            if self.shared_experts:
+                words = f"{size}, the routed shards of {words}"
+            raise UpcycleError(
+                f"top-k {self.top_k} is not a multiple of {words}: a token would miss "
+                "some shards of the dense MLP, so the outputs would differ.",
+                f"Use a top-k of {' or '.join(map(str, near))}, "
+                "or pass --allow-inexact to convert all the same.",
+            )
+
+    def _check_numbers(self) -> None:
+        scale, std = self.scaling, self.router_logit_std
+        if isinstance(scale, float) and not 0 < scale < math.inf:
+            raise UpcycleError(f"the scale must be a positive number, not {scale}.")
+        if std is not None and not 0 < std < math.inf:
+            raise UpcycleError(
+                f"the router logit standard deviation must be a positive number, not {std}.",
+                "Equal logits would tie every group; 0.001 is close enough to uniform.",
+            )
+        if std is not None and self.router_init is RouterInit.FILE:
+            raise UpcycleError(
+                "a standard deviation was given for router logits, and rows of a file are taken as "
+                "they are.",
+                "Leave out --router-logit-std.",
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UpcycleError(f"the seed must be between 0 and 2^63 - 1, not {self.seed}.")
+        if self.noise != 0 and not _LEAST_NOISE <= self.noise <= 1:
+            raise UpcycleError(
+                f"noise must be 0, or between {_LEAST_NOISE:g} and 1 times the standard deviation "
+                f"of each matrix, not {self.noise}."
+            )
+        if not 0 <= self.reinit <= 1:
+            raise UpcycleError(
+                f"reinit must be between 0 and 1, the share of neurons to draw anew, not "
+                f"{self.reinit}."
+            )
+        if self.noise and self.reinit:
+            raise UpcycleError(
+                "with noise on all of them nothing shows which neurons were drawn anew.",
+                "Give --noise or --reinit.",
+            )
+        if self.perturbed and self.shared_experts:
+            raise UpcycleError(
+                "a shared expert cannot be perturbed, nor what stands beside one.",
+                "Leave out --shared-experts, or --noise and --reinit.",
+            )
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether no expert is made of the dense model's weights alone."""
+        return bool(self.noise or self.reinit)
+
+    def redrawn(self, expert_size: int) -> int:
+        """Return how many of an expert's neurons are drawn anew."""
+        return math.floor(self.reinit * expert_size + 0.5)
+
+    def stated(self) -> dict[str, Any]:
+        """Return its fields but unused new ones: what earlier versions made keeps its digest."""
+        unused = {name for name in _NEW if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
+    @property
+    def group_size(self) -> int:
+        """G − K, the routed experts of a virtual group."""
+        return self.granularity - self.shared_experts
+
+    @property
+    def num_experts(self) -> int:
+        """N = E·(G − K), the routed experts of one layer."""
+        return self.expansion * self.group_size
+
+    @property
+    def _product(self) -> str:
+        return "E·(G − K)" if self.shared_experts else "E·G"
+
+    @property
+    def router_rows(self) -> int:
+        """The rows of a router that differ: one a virtual group, or one an expert without them."""
+        return self.expansion if self.virtual_groups else self.num_experts
+
+    @property
+    def rows_chosen(self) -> int:
+        """How many of these a token chooses."""
+        return -(-self.top_k // self.group_size) if self.virtual_groups else self.top_k
+
+    @property
+    def name(self) -> str:
+        """The recipe in the paper's notation, such as E8G1T2."""
+        return f"E{self.expansion}G{self.granularity}T{self.top_k}"
+
+    @property
+    def picks_whole_groups(self) -> bool:
+        """Whether top-k can hold whole virtual groups only."""
+        return self.top_k % self.group_size == 0
+
+    def check_width(self, intermediate_size: int) -> None:
+        """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
+        size, rest = divmod(intermediate_size, self.granularity)
+        if rest:
+            divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
+            near = [d for d in divisors if d < self.granularity][-1:]
+            near += [d for d in divisors if d > self.granularity][:1]
+            raise UpcycleError(
+                f"intermediate size {intermediate_size} is not divisible by granularity "
+                f"{self.granularity}.",
+                f"Try {' or '.join(map(str, near))}.",
+            )
+        if self.reinit and not self.redrawn(size):
+            raise UpcycleError(
+                f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
+                f"Use a --reinit of at least {0.5 / size:.3g}.",
+            )
+
+    @property
+    def splits_soon(self) -> bool:
+        """Whether training splits virtual groups from its first step on.
+
+        Gates that do not sum to 1 weigh a whole layer, so that each row has a gradient of its own,
+        large beside rows that are small to be nearly uniform.
+        """
+        return self._has_groups and self.routing is Routing.SOFTMAX_TOPK
+
+    @property
+    def trains_tied(self) -> bool:
+        """Whether models were measured to train better with the rows of a group tied."""
+        one_group = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
+        return self.splits_soon or (self._has_groups and one_group)
+
+    @property
+    def _has_groups(self) -> bool:
+        return self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
+
+    def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
+        """Return the recipe with what it left to the target filled in.
+
+        `scales_in_config` says whether the target's config has a factor on the gates.
+        """
+        routing = self.routing or default_routing
+        std = self.router_logit_std or DEFAULT_LOGIT_STD[routing]
+        given = self.router_init is RouterInit.FILE
+        scaling, uniform = self.scaling, routing is not Routing.SOFTMAX_TOPK
+        if scaling is Scaling.MEASURED and (uniform or self.top_k == self.num_experts):
+            scaling = Scaling.EXACT  # whatever is measured, the gates sum to 1
+        if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
+            raise UpcycleError(
+                "a measured c goes into the experts.", "Use --scale-split balanced or down."
+            )
+        scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
+        # There, experts stay slices of the dense MLP for every G, and nothing can overflow.
+        split = self.scale_split or (ScaleSplit.CONFIG if scales_in_config else ScaleSplit.BALANCED)
+        return replace(
+            self,
+            routing=routing,
+            scaling=scaling,
+            router_logit_std=None if given else std,
+            scale_split=split,
+        )
+
+    def factors(self, kind: MlpKind = GATED) -> Factors:
+        """Return the factors for an MLP of a kind; the recipe must be resolved.
+
+        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2), with G − K in
+        the place of G where experts are shared, which need none of it. The paper and Megatron-LM
+        multiply every matrix by ∛c, or by √c where the activation is neither gated nor a squared
+        ReLU.
+        """
+        c = float(self.scaling) if isinstance(self.scaling, float) else self._compensation()
+        gate = up = down = config = 1.0
+        match self.scaling:
+            case Scaling.NONE:
+                pass
+            case Scaling.PAPER:
+                up = down = cube_root(c) if kind.gated or kind.degree == 2 else math.sqrt(c)
+                gate = up if kind.gated else 1.0
+            case _ if self.scale_split is ScaleSplit.CONFIG:
+                config = c
+            case _ if self.scale_split is ScaleSplit.DOWN:
+                down = c
+            case _:
+                up, down = balanced_factors(c, kind.degree)
+        return Factors(c=c, gate=gate, up=up, down=down, config=config)
+
+    def down_bias_factor(self, kind: MlpKind) -> float:
+        """Return what a down bias is multiplied by: it is added once per chosen expert.
+
+        Megatron-LM leaves it as it is for every routing, which is wrong for softmax-topk.
+        """
+        if self.scaling is Scaling.NONE:
+            return 1.0
+        return self._compensation() / self.group_size / self.factors(kind).config
+
+    def promise(self, kind: MlpKind = GATED) -> Promise:
+        """Return what a model converted by this (resolved) recipe owes the dense one."""
+        factors, needed = self.factors(kind), self._compensation()
+        uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
+        given = self.router_init is RouterInit.FILE
+        std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
+        # What is approximate anyway stays that with a c that is off by as much as the gates are.
+        slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
+        scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
+        whole = self.picks_whole_groups and (self.virtual_groups or self.group_size == 1)
+        if self.perturbed or not (scaled_right and whole):
+            return Promise.NONE
+        if uniform:
+            return Promise.EXACT
+        small = not given and std <= self.largest_approximate_std
+        return Promise.APPROXIMATE if small else Promise.NONE
+
+    @property
+    def largest_approximate_std(self) -> float:
+        """Up to which standard deviation of the router's logits softmax-topk promises anything."""
+        normal = self.router_init is RouterInit.NORMAL
+        return APPROXIMATE_LOGIT_STD if normal else FITTED_LOGIT_STD
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether this (resolved) recipe cannot be carried out without a calibration."""
+        fitted = self.router_init not in (RouterInit.NORMAL, RouterInit.FILE)
+        clustered = self.neuron_order is NeuronOrder.CLUSTERED
+        return fitted or clustered or self.scaling is Scaling.MEASURED
+
+    def _compensation(self) -> float:
+        if self.routing is None:
+            raise ValueError("resolve the recipe first")
+        if self.routing is Routing.SOFTMAX_TOPK:
+            return self.expansion * self.group_size**2 / self.top_k
+        return float(self.group_size)
+
+
+def parse_recipe_name(text: str) -> tuple[int, int, int]:
+    """Parse the paper's notation: "E8G8T8" gives (8, 8, 8); UpcycleError for another form."""
+    match = _RECIPE.fullmatch(text.strip())
+    if match is None:
+        raise UpcycleError(
+            f"'{text}' is not a recipe.",
+            "Write E (expansion), G (granularity) and T (top-k) with a number each, "
+            "such as E8G1T2 or E8G8T8.",
+        )
+    expansion, granularity, top_k = (int(group) for group in match.groups())
+    return expansion, granularity, top_k
+
+
+def _member(kind: type[StrEnum], value: str, label: str) -> StrEnum:
+    try:
+        return kind(value)
+    except ValueError:
+        hint = f"Choose from {', '.join(kind)}."
+        raise UpcycleError(f"{label} cannot be {value!r}.", hint) from None

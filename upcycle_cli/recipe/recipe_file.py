@@ -1,0 +1,124 @@
+"""Recipe files: the options of `convert` as TOML or JSON, to keep beside the code and run again.
+
+A file's options are defaults: the command line and the environment override them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import read_small
+from upcycle_cli.core.text import shell_line
+from upcycle_cli.write.preflight import is_in
+
+Value = str | int | float | bool | list[str]
+
+
+class Kind(Enum):
+    """What an option takes: a value, nothing, or several values."""
+
+    VALUE = "value"
+    FLAG = "flag"
+    LIST = "list"
+
+
+_MOST_BYTES = 1_000_000  # more than any recipe file has
+_FIRST_LINE = "# upcycle convert --config "
+_ALWAYS_SAVED = (
+    {"source", "output", "recipe", "target", "routing"},
+    {"source", "output", "expand", "top_k", "expert_layout"},
+)
+"""Of an upcycling, and of a growth."""
+
+
+def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
+    """Read a recipe file; returns its values by the names of `known`; UpcycleError."""
+    raw = read_small(path, _MOST_BYTES)
+    try:
+        content = json.loads(raw) if _is_json(path) else tomllib.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if _is_json(path) else "TOML"
+        raise UpcycleError(f"{path} is not valid {kind}: {error}.") from error
+    if not isinstance(content, dict):
+        raise UpcycleError(f"{path} does not hold a JSON object.")
+    values: dict[str, Value] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            options = ", ".join(sorted(option.replace("_", "-") for option in known))
+            raise UpcycleError(f"{path}: '{key}' is not an option.", f"There are: {options}.")
+        if known[name] is Kind.LIST:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise UpcycleError(f"{path}: {key} must be a list of strings.")
+            values[name] = value
+            continue
+        if not isinstance(value, str | int | float | bool):
+            raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
+        if isinstance(value, bool) and known[name] is not Kind.FLAG:
+            raise UpcycleError(f"{path}: {key} is not an option that is true or false.")
+        # As on the command line, where the option itself says what a number is to it.
+        values[name] = value if isinstance(value, bool) else str(value)
+    return values
+
+
+def save_config(
+    path: Path, values: Mapping[str, Value], known: Collection[str], *, keep_out_of: Sequence[Path]
+) -> None:
+    """Write a recipe file, as JSON where its name says so; OSError when that fails.
+
+    Raises UpcycleError where another file is than one that was written here, whose options are
+    `known`, and for a place in one of the directories `keep_out_of`.
+    """
+    named = {name.replace("_", "-"): value for name, value in values.items()}
+    if _is_json(path):
+        text = json.dumps(named, indent=2, ensure_ascii=False) + "\n"
+    else:
+        import tomli_w
+
+        command = shell_line(["upcycle", "convert", "--config", path.name])
+        text = f"# {command}\n\n{tomli_w.dumps(named)}"
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
+            "recipe files are UTF-8.",
+            "Rename it, or leave out --save-config.",
+        ) from error
+    for directory in keep_out_of:
+        if is_in(path.absolute().parent, directory):
+            raise UpcycleError(
+                f"{path} would be in {directory}, where nothing else may be written.",
+                "Save the options elsewhere.",
+            )
+    with Folder.open(path.absolute().parent) as folder:
+        if folder.status(path.name) is not None and not _is_saved(folder, path, known):
+            raise UpcycleError(
+                f"{path} is there, and is not what --save-config has written; it is left as it is.",
+                "Name another file.",
+            )
+        folder.write(path.name, encoded)
+
+
+def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
+    """Whether a file is one that `save_config` has written, whatever was changed in it since."""
+    # A link, a device and what is no such text are not.
+    with suppress(OSError, UpcycleError, ValueError, RecursionError):
+        raw = folder.read_small(path.name, _MOST_BYTES)
+        if not _is_json(path):
+            return raw.startswith(_FIRST_LINE.encode())
+        content = json.loads(raw)
+        names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
+        return any(always <= names <= set(known) for always in _ALWAYS_SAVED)
+    return False
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"

@@ -1,0 +1,1 @@
+"""How a plan becomes files: evaluate, lay out, write, publish."""

@@ -1,0 +1,92 @@
+"""Noise, and neurons that are drawn anew: computed a piece at a time, with numpy.
+
+A matrix is held once, as it is written; what is drawn never is. Sums are of additions in one fixed
+order, which no processor rounds in another way, and the draws are those of routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
+from upcycle_cli.write.evaluate import OverflowInCastError, rounded, to_float32
+from upcycle_cli.write.rng import generator, permutation
+from upcycle_cli.write.running_stats import Moments
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Index: TypeAlias = slice | NDArray[np.intp] | tuple[slice, NDArray[np.intp]]
+
+_PIECE_ITEMS = 1 << 16
+"""Few enough that all that is computed of them stays in a processor's cache."""
+
+
+def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any], Moments]:
+    """Return `values`, of what an expression is of, with its draws, and what these went by.
+
+    Raises OverflowInCastError when a value does not fit the dtype, UpcycleError when the values
+    have no mean.
+    """
+    dtype = type_of(expr).dtype
+    # What aliases a file must not be written to.
+    out = values if values.flags.owndata else values.copy()
+    target = out.reshape(-1) if isinstance(expr, AddNoise) else out
+    pieces = [*_pieces(expr, target)]
+    found = _moments(to_float32(target[piece], dtype) for piece in pieces)
+    if not math.isfinite(found.squares):
+        raise UpcycleError(
+            f"{expr.stream}: a weight of the dense model is not finite, so nothing can be drawn "
+            "that is like the others."
+        )
+    source = generator(expr.seed, expr.stream)
+    for piece in pieces:
+        held = target[piece]
+        drawn = source.standard_normal(held.shape) * found.std
+        if isinstance(expr, AddNoise):
+            drawn *= expr.std
+            drawn += to_float32(held, dtype)
+        else:
+            drawn += found.mean
+        with np.errstate(over="ignore"):
+            made = rounded(drawn, dtype)
+        if not np.isfinite(to_float32(made, dtype)).all():
+            raise OverflowInCastError
+        target[piece] = made
+    return out, found
+
+
+def _pieces(expr: AddNoise | Reinit, target: NDArray[Any]) -> Iterator[Index]:
+    """Yield what is drawn, in order: a few values, or a few rows of those to be replaced."""
+    if isinstance(expr, AddNoise):
+        for start in range(0, len(target), _PIECE_ITEMS):
+            yield slice(start, start + _PIECE_ITEMS)
+        return
+    neurons = np.sort(permutation(expr.order)[: expr.count])
+    if expr.dim == 0:
+        step = max(1, _PIECE_ITEMS // max(1, math.prod(target.shape[1:])))
+        for start in range(0, len(neurons), step):
+            yield neurons[start : start + step]
+        return
+    step = max(1, _PIECE_ITEMS // max(1, len(neurons)))
+    for start in range(0, len(target), step):
+        yield slice(start, start + step), neurons
+
+
+def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
+    """Return the moments of what comes in pieces, none larger than the first."""
+    count, sums, squares = 0, np.zeros(0), np.zeros(0)
+    for piece in pieces:
+        flat = piece.reshape(-1).astype(np.float64)
+        if not count:
+            sums, squares = np.zeros(len(flat)), np.zeros(len(flat))
+        sums[: len(flat)] += flat
+        squares[: len(flat)] += flat * flat
+        count += len(flat)
+    # fsum is exactly rounded, so that it does not depend on the order of summation.
+    return Moments(count, math.fsum(sums.tolist()), math.fsum(squares.tolist()))

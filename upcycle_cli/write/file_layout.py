@@ -1,0 +1,178 @@
+"""Where every byte of an output file goes, and the digests by which a complete one is known again.
+
+The data starts on a block boundary and tensors of whole blocks come first, so that file systems
+that can share extents between two places (XFS, Btrfs) can share the copies of a shard. The layout
+depends on the plan alone: the files are the same on every file system.
+
+Each unique part of a file is digested once, while it is written, so it costs next to nothing; the
+file's own digest is that of its parts' digests. To check a file all of it is read, each copy of a
+part too, whatever its size and time say. XXH3 is as fast as memory and finds what disks, copies and
+other programs do to bytes; it is no defence against somebody who wants to deceive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader
+from typing import Generic, TypeVar
+
+from xxhash import xxh3_128
+
+from upcycle_cli.core.platform import BLOCK_BYTES
+from upcycle_cli.plan.base import Shard
+from upcycle_cli.plan.expressions import Expr, leaves, num_bytes
+from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.write.transpose import draws
+
+_Origin = TypeVar("_Origin")
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unique expression of one file: its bytes, the tensor it is first for, and its places."""
+
+    expr: Expr
+    tensor: OutputTensor
+    nbytes: int
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A whole file: its header (length prefix included), its parts in order, and its size."""
+
+    header: bytes
+    parts: tuple[Part, ...]
+    nbytes: int
+
+    @property
+    def drawn(self) -> list[str]:
+        """The streams of what experts draw for themselves."""
+        return [stream for part in self.parts for stream in draws(part.expr)]
+
+
+def lay_out(shard: Shard) -> Layout:
+    """Return the layout of a file of the output."""
+    tensors = sorted(shard.tensors, key=lambda tensor: tensor.nbytes % BLOCK_BYTES != 0)
+    header = _header(tensors)
+    first: dict[Expr, tuple[OutputTensor, int, list[int]]] = {}
+    position = len(header)
+    for tensor in tensors:
+        for leaf in leaves(tensor.expr):
+            if leaf not in first:
+                first[leaf] = tensor, num_bytes(leaf), []
+            _, nbytes, offsets = first[leaf]
+            offsets.append(position)
+            position += nbytes
+    found = first.items()
+    parts = tuple(Part(leaf, tensor, nbytes, tuple(at)) for leaf, (tensor, nbytes, at) in found)
+    return Layout(header, parts, position)
+
+
+@dataclass(eq=False)
+class Run(Generic[_Origin]):
+    """Consecutive places whose bytes are, one after the other, at `source` in a file."""
+
+    origin: _Origin
+    source: int
+    target: int
+    nbytes: int = 0
+    places: list[tuple[Part, int]] = field(default_factory=list)
+
+    def goes_on(self, origin: _Origin, source: int, target: int, nbytes: int) -> bool:
+        """Whether a part continues this run; only whole blocks can be shared, or joined."""
+        follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
+        return origin is self.origin and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
+
+
+def repetitions(
+    layout: Layout, own: _Origin, first: Mapping[Expr, tuple[_Origin, int]]
+) -> list[Run[_Origin]]:
+    """Return the places that are not the first of their bytes, neighbours together.
+
+    `first` says of each part which file holds it first, and where; `own` is the file laid out here.
+    The copies of an expert, or of all the experts of a group, repeat its parts in their order.
+    """
+    places: list[tuple[int, Part, _Origin, int]] = []
+    for part in layout.parts:
+        origin, source = first[part.expr]
+        offsets = part.offsets[1:] if origin is own else part.offsets
+        places += [(offset, part, origin, source) for offset in offsets]
+    runs: list[Run[_Origin]] = []
+    for offset, part, origin, source in sorted(places, key=lambda place: place[0]):
+        if not (runs and runs[-1].goes_on(origin, source, offset, part.nbytes)):
+            runs.append(Run(origin, source, offset))
+        runs[-1].places.append((part, offset))
+        runs[-1].nbytes += part.nbytes
+    return runs
+
+
+def unique_bytes(shards: Iterable[Shard]) -> int:
+    """Return the bytes that files take where equal parts of whole blocks share extents."""
+    shared: dict[Expr, int] = {}
+    unshared = 0
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        for leaf in leaves(tensor.expr):
+            nbytes = tensor.nbytes if leaf is tensor.expr else num_bytes(leaf)
+            if tensor.nbytes % BLOCK_BYTES == 0 and nbytes % BLOCK_BYTES == 0:
+                shared[leaf] = nbytes
+            else:
+                unshared += nbytes
+    return unshared + sum(shared.values())
+
+
+def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
+    """Return the digest of a file's data, from those of its parts; its header is in the plan."""
+    return xxh3_128(b"".join(parts[part.expr] for part in layout.parts)).hexdigest()
+
+
+def read_back(
+    file: BufferedReader, layout: Layout, advance: Callable[[int], None]
+) -> tuple[dict[Expr, bytes], dict[str, str]] | None:
+    """Return each part's digest and each router's SHA-256; None for a file that is not laid out so.
+
+    `advance` hears of bytes as they are read. Raises OSError when the system refuses.
+    """
+    buffer = memoryview(bytearray(max(_PIECE_BYTES, len(layout.header))))
+    header = buffer[: len(layout.header)]
+    if os.fstat(file.fileno()).st_size != layout.nbytes:
+        return None
+    if file.readinto(header) < len(header) or header != layout.header:
+        return None
+    parts: dict[Expr, bytes] = {}
+    routers: dict[str, str] = {}
+    places = [(offset, part) for part in layout.parts for offset in part.offsets]
+    for _, part in sorted(places, key=lambda place: place[0]):
+        digest, router = xxh3_128(), hashlib.sha256()
+        is_router = part.tensor.role is Role.ROUTER
+        for start in range(0, part.nbytes, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, part.nbytes - start)]
+            if file.readinto(piece) < len(piece):
+                return None
+            digest.update(piece)
+            if is_router:
+                router.update(piece)
+            advance(len(piece))
+        if parts.setdefault(part.expr, digest.digest()) != digest.digest():
+            return None
+        if is_router:
+            routers[part.tensor.name] = router.hexdigest()
+    return parts, routers
+
+
+def _header(tensors: list[OutputTensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position + tensor.nbytes]
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        entries[tensor.name] = entry
+        position = offsets[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % BLOCK_BYTES)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,135 @@
+"""`upcycle.json`: what a conversion says about itself, for `verify`, `inspect` and people.
+
+And how it and the other JSON files are written. It holds no time, no duration and no absolute path:
+two runs give the same file, and nobody's home directory ends up on the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.storage import INDEX_NAME
+from upcycle_cli.core.dir_handle import Folder
+from upcycle_cli.core.safe_files import header_digest
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.perturbation import perturbation_record
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.running_stats import Moments
+
+FORMAT = 1
+
+
+def record(
+    plan: Planned,
+    routers: Mapping[str, str],
+    folder: Folder,
+    drawn: Mapping[str, Moments] | None = None,
+) -> dict[str, Any]:
+    """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
+
+    `drawn` is what the draws of experts went by, by stream; `folder` holds the output but for the
+    record, the card and the checksums. Raises OSError or UpcycleError when one of its files is not
+    there, or is not of our making.
+    """
+    how = plan.how
+    return {
+        "format": FORMAT,
+        "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
+        "numpy": version("numpy"),
+        "source_type": plan.source.config["model_type"],
+        "target_type": plan.target.outer_type,
+        **_picked(how, "recipe", "growth"),
+        "moe_layers": list(plan.layers),
+        "expert_layout": plan.expert_layout,
+        "dtype": plan.options.dtype,
+        "untie_embeddings": plan.options.untie_embeddings,
+        **_picked(how, "factors"),
+        "promise": plan.promise,
+        "parameters": {
+            "total": plan.total_parameters,
+            "active": plan.active_parameters,
+            "source" if "growth" in how else "dense": plan.dense_parameters,
+        },
+        "source": _origin(plan.source),
+        **_merged(plan),
+        "routers": dict(routers),
+        **_picked(how, "calibration", "router_file"),
+        **({"perturbation": perturbation_record(drawn)} if drawn else {}),
+        "plan_sha256": plan.digest,
+        "files": list(_listed(plan, folder)),
+    }
+
+
+def _origin(source: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "config_sha256": source.config_digest,
+        "files": [
+            {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
+            for shard in source.shards
+        ],
+    }
+
+
+def merged_record(plan: Planned) -> dict[str, Any] | None:
+    """Return the other models, and that of each group, 0 being the source; None without others."""
+    if not isinstance(plan, Plan) or plan.merge is None:
+        return None
+    return {
+        "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
+        "groups": list(plan.merge.of_groups(plan.recipe.expansion)),
+        "rest": plan.merge.rest,
+    }
+
+
+def _merged(plan: Planned) -> dict[str, Any]:
+    found = merged_record(plan)
+    if not isinstance(plan, Plan) or found is None:
+        return {}
+    # Headers do not tell fine-tuned models of one base apart: a matrix that made experts does.
+    dense, last = plan.family.dense, plan.family.layers[-1]
+    name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
+    models = [
+        _origin(other) | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
+        for other in plan.sources[1:]
+    ]
+    return {"experts_from": found | {"models": models}}
+
+
+def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: how[key] for key in keys if key in how}
+
+
+def _listed(plan: Planned, folder: Folder) -> Iterator[dict[str, Any]]:
+    for name in sorted(plan.file_names):
+        with folder.read_own(name) as file:
+            entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
+            if name.endswith(".safetensors"):
+                yield entry | {"header_sha256": header_digest(file)}
+            else:
+                yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_index(plan: Planned, folder: Folder) -> None:
+    """Write the index that says which file holds which tensor, when there are several."""
+    if len(plan.shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
+        "weight_map": {
+            tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
+        },
+    }
+    write_json(folder, INDEX_NAME, index)
+
+
+def write_json(folder: Folder, name: str, value: object) -> None:
+    """Write a value as indented JSON with a final newline."""
+    folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
