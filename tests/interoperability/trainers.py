@@ -9,7 +9,7 @@ below, what balancing adds to the loss, which correction bias a step moves, and 
 Conversions with `--scaling none` are wrong on purpose. Each trainer is installed into a virtual
 environment of its own under ~/.cache/upcycle-interoperability on first use.
 
-The exit code is 1 when something contradicts what `upcycle_cli/models/knowledge/trainers.json` says.
+The exit code is 1 when something contradicts `upcycle_cli/models/knowledge/trainers.json`.
 """
 
 from __future__ import annotations
