@@ -13,9 +13,9 @@ from conftest import clone
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.trainers import trainers
-from upcycle_cli.old_verification.report import CheckResult, Report, Status
 from upcycle_cli.publish.card import is_edited, model_card, repo_name
 from upcycle_cli.recipe.recipe import Routing
+from upcycle_cli.verification.result import CheckResult, Report, Status
 
 NAMES = [
     "plain-1.5B_v2",

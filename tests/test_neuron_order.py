@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
 from upcycle_cli.inspection.neuron_matching import match, neuron_hashes
-from upcycle_cli.old_verification.report import Report, Status
 from upcycle_cli.plan.expressions import Gather, Permutation
 from upcycle_cli.plan.permutation_file import read_order_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
+from upcycle_cli.verification.result import Report, Status
 from upcycle_cli.write import evaluate as arithmetic
 
 QUICKLY = WriteOptions(workers=1, fsync=False)

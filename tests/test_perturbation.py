@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.conversion import execute
-from upcycle_cli.old_verification.report import CheckResult, Report, Status
 from upcycle_cli.old_verification.statistics import Sample
 from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, Source
 from upcycle_cli.plan.permutation_file import read_order_file
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise
+from upcycle_cli.verification.result import CheckResult, Report, Status
 from upcycle_cli.write.drawing import _PIECE_ITEMS
 from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 from upcycle_cli.write.running_stats import Moments, noted_moments

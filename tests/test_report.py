@@ -21,11 +21,11 @@ from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.old_verification import CHECK_NAMES, CheckResult, Report, Status
-from upcycle_cli.old_verification.report import LayerMeasure, TextMeasure
 from upcycle_cli.publish.card import for_repo, is_edited
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report import inspection_html, verification_html
 from upcycle_cli.report.target import ReportFile
+from upcycle_cli.verification.result import LayerMeasure, TextMeasure
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

@@ -28,11 +28,11 @@ from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.old_verification import extents, scan
 from upcycle_cli.old_verification.bits import same_bytes
 from upcycle_cli.old_verification.extents import Known, Layout, layout_of
-from upcycle_cli.old_verification.report import CheckResult, Status
 from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.old_verification.weights import check_weights
 from upcycle_cli.plan.tensors import Options
 from upcycle_cli.recipe.recipe import parse_recipe_name
+from upcycle_cli.verification.result import CheckResult, Status
 
 IMAGE_BYTES = 400 << 20  # XFS wants 300 MiB at least
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"

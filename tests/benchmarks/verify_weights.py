@@ -109,9 +109,9 @@ def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds:
 def _check(dense: Path, moe: Path, result: Path) -> None:
     """Run the check by itself, and write how many seconds it took."""
     from upcycle_cli.core.callbacks import Watch
-    from upcycle_cli.old_verification.report import Status
     from upcycle_cli.old_verification.sizes import gather_facts
     from upcycle_cli.old_verification.weights import check_weights
+    from upcycle_cli.verification.result import Status
 
     source, converted = open_checkpoint(dense), open_checkpoint(moe)
     facts = gather_facts(source, converted, moe_names=(), allow_inexact=False)

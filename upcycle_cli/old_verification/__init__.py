@@ -39,8 +39,8 @@ from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.origins import find_merged
 from upcycle_cli.old_verification.prompts import TextOptions
 from upcycle_cli.old_verification.recipes import Promise, read_record
-from upcycle_cli.old_verification.report import CheckResult, Findings, Report, Status
 from upcycle_cli.old_verification.sizes import DamagedError, gather_facts
+from upcycle_cli.verification.result import CheckResult, Findings, Report, Status
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.router_file import RouterFile

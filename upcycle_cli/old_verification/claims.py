@@ -33,8 +33,8 @@ from upcycle_cli.old_verification.recipes import (
     RecipeClaim,
     is_positive,
 )
-from upcycle_cli.old_verification.report import CheckResult, Findings, Status
 from upcycle_cli.old_verification.sizes import read_tensors
+from upcycle_cli.verification.result import CheckResult, Findings, Status
 
 NAME = "claims"
 _FIT = 0.05

@@ -15,9 +15,9 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, read_checksums, sha256_of
 from upcycle_cli.old_verification.facts import Pair
 from upcycle_cli.old_verification.listing import foreign_files
-from upcycle_cli.old_verification.report import CheckResult, Findings
 from upcycle_cli.old_verification.tokenizers import compare_tokenizers, contents, file_failures
 from upcycle_cli.run.models import tokenizer_files
+from upcycle_cli.verification.result import CheckResult, Findings
 
 NAME = "files"
 _MOST_NAMED = 5

@@ -23,8 +23,8 @@ from upcycle_cli.old_verification.companions import check_files
 from upcycle_cli.old_verification.completeness import record_failures
 from upcycle_cli.old_verification.grown import Grown, Side
 from upcycle_cli.old_verification.headers import header_failures
-from upcycle_cli.old_verification.report import CheckResult, Findings, Status
 from upcycle_cli.old_verification.structure import own_failures
+from upcycle_cli.verification.result import CheckResult, Findings, Status
 
 _NOT_COMPARED = {"transformers_version", "_name_or_path"}
 """Who wrote a config, and where: no setting."""

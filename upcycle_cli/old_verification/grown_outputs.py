@@ -21,11 +21,11 @@ from upcycle_cli.old_verification.outputs import (
     text_words,
 )
 from upcycle_cli.old_verification.prompts import Prompt, TextOptions, make_prompt
-from upcycle_cli.old_verification.report import CheckResult, Findings, Status
 from upcycle_cli.old_verification.running import moe_model
 from upcycle_cli.old_verification.sidebyside import ending_of
 from upcycle_cli.run.layerwise import started
 from upcycle_cli.run.models import Model, TransformersError, transformers_says
+from upcycle_cli.verification.result import CheckResult, Findings, Status
 
 
 def check_grown_outputs(

@@ -16,7 +16,7 @@ from upcycle_cli.checkpoint.checkpoint import Reader, raw_bytes
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.old_verification.grown import Grown, Side
-from upcycle_cli.old_verification.report import CheckResult, Findings
+from upcycle_cli.verification.result import CheckResult, Findings
 
 if TYPE_CHECKING:
     import torch

@@ -25,11 +25,11 @@ from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.pictures import picture_metrics
 from upcycle_cli.old_verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.old_verification.recipes import APPROXIMATE_LOGIT_STD
-from upcycle_cli.old_verification.report import CheckResult, Findings, Status, TextMeasure
 from upcycle_cli.old_verification.running import moe_model
 from upcycle_cli.old_verification.sidebyside import Found, ending_of, run_side_by_side
 from upcycle_cli.run.layerwise import started
 from upcycle_cli.run.models import TransformersError, transformers_says
+from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
 
 NAME = "outputs"
 _EXACT_KL = 1e-8

@@ -22,12 +22,12 @@ from upcycle_cli.old_verification.factors import factor_of, recover_factors
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.neurons import Neurons
 from upcycle_cli.old_verification.prompts import Prompt
-from upcycle_cli.old_verification.report import Continuation, LayerMeasure
 from upcycle_cli.old_verification.routing import LayerRouting, Routing, watched_routers
 from upcycle_cli.old_verification.running import dense_model, moe_model, rounds
 from upcycle_cli.run.layerwise import Run, Span, started
 from upcycle_cli.run.mixtures import beside_mlp
 from upcycle_cli.run.models import Model, TransformersError, decoder_layers, transformers_says
+from upcycle_cli.verification.result import Continuation, LayerMeasure
 
 _SAMPLED = 256
 """Positions at which each layer's experts are held against the dense MLP on its own input."""

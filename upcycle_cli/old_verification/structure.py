@@ -19,13 +19,13 @@ from upcycle_cli.old_verification.dtypes import dtype_failures
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.headers import geometry_failures
 from upcycle_cli.old_verification.listing import listing_failures
-from upcycle_cli.old_verification.report import CheckResult, Findings
 from upcycle_cli.old_verification.settings import (
     own_setting_failures,
     setting_failures,
     setting_notes,
 )
 from upcycle_cli.run.models import class_of
+from upcycle_cli.verification.result import CheckResult, Findings
 
 NAME = "structure"
 

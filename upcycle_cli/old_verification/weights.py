@@ -32,7 +32,6 @@ from upcycle_cli.old_verification.neurons import Neurons
 from upcycle_cli.old_verification.perturbed import Perturbed
 from upcycle_cli.old_verification.places import Experts
 from upcycle_cli.old_verification.recipes import DRAWN
-from upcycle_cli.old_verification.report import CheckResult, Findings
 from upcycle_cli.old_verification.rounding import Rounding
 from upcycle_cli.old_verification.rows import (
     given_failures,
@@ -43,6 +42,7 @@ from upcycle_cli.old_verification.rows import (
 from upcycle_cli.old_verification.scan import Key, Scan
 from upcycle_cli.old_verification.shared import shared_failures
 from upcycle_cli.old_verification.wanted import Wanted, wanted_tensors
+from upcycle_cli.verification.result import CheckResult, Findings
 
 NAME = "weights"
 _MOST_TIMES = 4.0

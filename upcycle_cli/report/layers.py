@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from upcycle_cli.core.text import counted
-from upcycle_cli.old_verification.report import LayerMeasure
 from upcycle_cli.report.figures import Series, draw_heat_map, draw_lines
 from upcycle_cli.report.page import Figure, Section, Table, scientific, spread
+from upcycle_cli.verification.result import LayerMeasure
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import LayerLoad

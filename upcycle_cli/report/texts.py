@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from upcycle_cli.core.text import counted, printable
-from upcycle_cli.old_verification.report import Continuation, TextMeasure
 from upcycle_cli.report.figures import draw_histogram
 from upcycle_cli.report.page import Figure, MarkedText, Section, Table, Token, scientific
+from upcycle_cli.verification.result import Continuation, TextMeasure
 
 _LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
 """From these KL on a token is marked, and more strongly."""
