@@ -9,7 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from conftest import RunCli, clone, read_json
 
-from upcycle_cli.checkpoint.card_metadata import carried_over
+from upcycle_cli.checkpoint.card_metadata import read_card_metadata
 from upcycle_cli.publish.card import is_edited
 
 KEPT = {"license": "mit", "language": ["en"]}
@@ -77,7 +77,7 @@ def test_front_matter_of_every_kind(
     tmp_path: Path, card: bytes, kept: dict[str, object], word: str
 ) -> None:
     (tmp_path / "README.md").write_bytes(card)
-    found = carried_over(tmp_path, "README.md")
+    found = read_card_metadata(tmp_path, "README.md")
     assert found.values == kept
     assert bool(found.notes) == bool(word)
     assert word in " ".join(found.notes)
@@ -101,13 +101,13 @@ def unreadable(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link", "dangling", "loop"])
 def test_cards_that_are_no_files(tmp_path: Path, kind: str) -> None:
     unreadable(tmp_path / "README.md", kind)
-    found = carried_over(tmp_path, "README.md")
+    found = read_card_metadata(tmp_path, "README.md")
     assert not found.values
     assert "README.md" in found.notes[0]
 
 
 def test_no_card(tmp_path: Path) -> None:
-    assert carried_over(tmp_path, "README.md").notes == ()
+    assert read_card_metadata(tmp_path, "README.md").notes == ()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,12 @@ from shapes import big_config, write_hollow
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint, open_storage
 from upcycle_cli.checkpoint.storage import RECORD_NAME
-from upcycle_cli.hub.remote_checkpoint import RepoStorage, check_space_for, is_repo_id, open_source
+from upcycle_cli.hub.remote_checkpoint import (
+    RepoStorage,
+    check_download_space,
+    is_repo_id,
+    open_source,
+)
 from upcycle_cli.publish.card import for_repo, is_edited
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.report.target import ReportFile
@@ -280,14 +285,14 @@ def test_space_for_the_download(
     here = open_checkpoint(llama)
     assert checkpoint.tensors == here.tensors
     needed = sum((llama / name).stat().st_size for name in checkpoint.files)
-    assert checkpoint.missing_bytes == needed
-    assert check_space_for([checkpoint], beside=tmp_path / "out") == needed
+    assert checkpoint.bytes_to_download == needed
+    assert check_download_space([checkpoint], beside=tmp_path / "out") == needed
     # On another file system it does not count there, and must fit where it goes.
-    assert check_space_for([checkpoint], beside=Path("/proc/out")) == 0
+    assert check_download_space([checkpoint], beside=Path("/proc/out")) == 0
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UpcycleError, match="not enough disk space to download") as caught:
-        check_space_for([checkpoint], beside=Path("/proc/out"))
+        check_download_space([checkpoint], beside=Path("/proc/out"))
     assert "HF_HOME" in str(caught.value)
 
 

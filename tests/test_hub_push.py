@@ -23,7 +23,7 @@ from conftest import RunOnHub, clone, read_json
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME
-from upcycle_cli.hub.requests import one_bar
+from upcycle_cli.hub.requests import download_bar
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.publish.push import Destination, push
 
@@ -236,7 +236,7 @@ def _seen(hub: Hub, tmp_path: Path, *arguments: str | Path) -> str:
 @pytest.mark.parametrize("least", [0, 10**9])
 def test_one_bar_of_a_download(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upcycle_cli.hub.requests._LEAST_BYTES_FOR_A_BAR", least)
-    screen, bar = io.StringIO(), one_bar(4_000)
+    screen, bar = io.StringIO(), download_bar(4_000)
     library = sys.modules["huggingface_hub.utils.tqdm"]
     monkeypatch.setattr(library, "HF_HUB_DISABLE_PROGRESS_BARS", None)
     monkeypatch.setattr(library, "progress_bar_states", {})

@@ -223,10 +223,10 @@ def _bring_source(plan: Planned, request: Request, hooks: Hooks, team: Team) -> 
     """Return the plan with its sources here; whatever can be refused is refused before that."""
 
     def missing() -> int:
-        return sum(source.missing_bytes for source in plan.sources)
+        return sum(source.bytes_to_download for source in plan.sources)
 
     def bring() -> list[Checkpoint]:
-        return [source.bring() for source in plan.sources]
+        return [source.download() for source in plan.sources]
 
     if max(team.gather(missing)) > 0:
         if any(team.gather(lambda: team.leads and _is_there(plan, request, team))):

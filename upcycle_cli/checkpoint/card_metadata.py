@@ -25,33 +25,33 @@ Value = str | list[str]
 
 
 @dataclass(frozen=True)
-class Carried:
+class CardMetadata:
     """What a card takes over from the source's card."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what could not be taken over, in words
 
 
-def carried_over(directory: Path, name: str) -> Carried:
+def read_card_metadata(directory: Path, name: str) -> CardMetadata:
     """Return what the card of this name says of licence and languages; raises nothing."""
     path = directory / name
     try:
         if not path.is_symlink() and not path.exists():
-            return Carried()
+            return CardMetadata()
         text = read_small(locate(directory, name), MOST_JSON_BYTES).decode()
         found = read_front_matter(text, _CARRIED)
     except (OSError, UpcycleError, ValueError) as error:
         words = error.message if isinstance(error, UpcycleError) else str(error)
         if isinstance(error, UnicodeDecodeError):
             words = "it is not UTF-8."
-        return Carried(notes=(f"no licence or language is taken over from {path}: {words}",))
+        return CardMetadata(notes=(f"no licence or language is taken over from {path}: {words}",))
     values = {key: value for key, value in found.items() if value is not None}
     notes = tuple(
         f"{path} has a {key} that is no line of text; the new card has none."
         for key, value in found.items()
         if value is None
     )
-    return Carried(values, notes)
+    return CardMetadata(values, notes)
 
 
 def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]:

@@ -27,9 +27,9 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
     FileStamp,
     Storage,
-    adapter_in,
     changed,
     companions_of,
+    find_adapter,
     json_object,
     read_json,
 )
@@ -136,15 +136,15 @@ class Checkpoint:
         return read_json(self.storage.local(name)) if self.storage.has(name) else {}
 
     @property
-    def missing_bytes(self) -> int:
+    def bytes_to_download(self) -> int:
         """The size of the files that are still to be brought here."""
-        return self.storage.missing_bytes(self.files)
+        return self.storage.bytes_to_download(self.files)
 
-    def bring(self) -> Checkpoint:
+    def download(self) -> Checkpoint:
         """Return it with all its files here; UpcycleError if they do not come, or are others."""
-        if self.storage.is_here:
+        if self.storage.is_local:
             return self
-        self.storage.bring([*self.files, *self.storage.matching([CARD_NAME])])
+        self.storage.download([*self.files, *self.storage.matching([CARD_NAME])])
         here = open_checkpoint(self.path)
         if here.tensors != self.tensors or here.config_digest != self.config_digest:
             raise UpcycleError(f"{self.path} is not what was announced.", "Run the command again.")
@@ -263,7 +263,7 @@ def open_storage(storage: Storage) -> Checkpoint:
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
-        raise adapter_in(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
+        raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
     config = json_object(raw_config, path / CONFIG_NAME)
     weight_map = _weight_map(storage, config)
@@ -315,7 +315,7 @@ def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] |
     if storage.has(WEIGHTS_NAME):
         return None
     if not storage.has(INDEX_NAME):
-        raise adapter_in(storage) or _missing_weights(storage, config)
+        raise find_adapter(storage) or _missing_weights(storage, config)
     index_path = storage.local(INDEX_NAME)
     weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

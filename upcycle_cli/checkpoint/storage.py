@@ -89,7 +89,7 @@ class Storage:
     """
 
     path: Path
-    is_here: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
     """Whether nothing has to be brought."""
 
     def has(self, name: str) -> bool:
@@ -137,10 +137,10 @@ class Storage:
         locate(self.path, name)
         return self.path / name
 
-    def bring(self, names: Sequence[str]) -> None:
+    def download(self, names: Sequence[str]) -> None:
         """See that these files are here."""
 
-    def missing_bytes(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a repo's
+    def bytes_to_download(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a repo's
         """Return the size of those of these files that are not here."""
         return 0
 
@@ -201,7 +201,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def adapter_in(storage: Storage) -> UpcycleError | None:
+def find_adapter(storage: Storage) -> UpcycleError | None:
     """Return what to raise where there is an adapter, and no model; None where there is none."""
     if not storage.has(ADAPTER_NAME):
         return None

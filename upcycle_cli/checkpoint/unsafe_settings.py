@@ -39,7 +39,7 @@ _TOKENIZER_KEYS: Mapping[str, str] = {
     "auto_map": "names code of its own",
     "fast_tokenizer_files": "makes transformers read another tokenizer",
 }
-REDIRECTS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})  # what `config_redirects` judges
+UNSAFE_KEYS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})  # what `unsafe_config_settings` judges
 
 _FILES: Mapping[str, str] = {
     "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
@@ -49,10 +49,10 @@ _FILES: Mapping[str, str] = {
 }
 
 
-def config_redirects(config: Mapping[str, Any], parts: Collection[str] = ()) -> Iterator[str]:
+def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = ()) -> Iterator[str]:
     """Name the keys that send a loader elsewhere; `parts` are those of configs inside of this."""
     for part in parts:
-        yield from (f"{part}: {failure}" for failure in config_redirects(config[part]))
+        yield from (f"{part}: {failure}" for failure in unsafe_config_settings(config[part]))
     keys = {**_CONFIG_KEYS}
     if config.get("model_type") in _HEADS_BY_LAYER and _is_of_heads(config.get("per_layer_config")):
         del keys["per_layer_config"]
@@ -82,7 +82,7 @@ def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
             yield f"{key} is {shown(config[key])}, which {effect}"
 
 
-def file_redirects(names: Collection[str]) -> Iterator[str]:
+def unsafe_files(names: Collection[str]) -> Iterator[str]:
     """Name each file of a checkpoint that is read beside its config and weights, or run."""
     for name in sorted(names):
         for pattern, effect in _FILES.items():
@@ -91,23 +91,23 @@ def file_redirects(names: Collection[str]) -> Iterator[str]:
                 yield f"{name} {effect}"
 
 
-def refuse_redirects(
+def refuse_unsafe_settings(
     source: Checkpoint, *, outgrown: bool = False, parts: Iterable[str] = ()
 ) -> None:
     """Raise UpcycleError for a source that is not what its config and weights say.
 
     `outgrown` says that models of its type came with code of their own before transformers had the
     architecture itself, which is what runs unless somebody trusts that code. `parts` is as for
-    `config_redirects`.
+    `unsafe_config_settings`.
     """
     config, names = source.config, source.storage.names()
     if outgrown:
         config = {key: value for key, value in config.items() if key != "auto_map"}
         names = [name for name in names if not name.endswith(".py") or "/" in name]
     for origin, found in (
-        ("config.json: ", config_redirects(config, tuple(parts))),
+        ("config.json: ", unsafe_config_settings(config, tuple(parts))),
         ("tokenizer_config.json: ", _named(source.tokenizer_config(), _TOKENIZER_KEYS)),
-        ("", file_redirects(names)),
+        ("", unsafe_files(names)),
     ):
         for redirect in found:
             raise UpcycleError(

@@ -12,7 +12,7 @@ from upcycle_cli.models.layers import listed
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import Load
-    from upcycle_cli.inspection.weight_drift import LayerMovement
+    from upcycle_cli.inspection.weight_drift import LayerDrift
 
 _MOST_LAYERS = 8
 """That are named one by one; --json and --report have all."""
@@ -47,7 +47,7 @@ def weight_rows(
         yield from _movement_rows(weights.movement)
 
 
-def _movement_rows(layers: Sequence[LayerMovement]) -> Iterator[tuple[str, Sequence[str]]]:
+def _movement_rows(layers: Sequence[LayerDrift]) -> Iterator[tuple[str, Sequence[str]]]:
     """Say in a few words how far experts have come, and where most."""
     moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
     most, layer, expert = max(moved)

@@ -61,9 +61,9 @@ def quiet_hub(*places: Path | None, silent: bool) -> None:
     """
     if places and all(place is None or place.exists() for place in places):
         return
-    from upcycle_cli.hub.requests import be_quiet
+    from upcycle_cli.hub.requests import silence_library
 
-    be_quiet(bars=not silent and sys.stderr.isatty())
+    silence_library(bars=not silent and sys.stderr.isatty())
 
 
 def report_option(what: str) -> Any:  # noqa: ANN401 - typer's

@@ -35,7 +35,14 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
-from upcycle_cli.hub.requests import explained, fetch, interruptibly, not_cached, one_bar, patiently
+from upcycle_cli.hub.requests import (
+    download_bar,
+    explained,
+    fetch,
+    not_cached,
+    patiently,
+    run_interruptibly,
+)
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # asked for at once: the headers of most files are smaller
@@ -67,20 +74,20 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
     """Open a model's checkpoint, that of a repo without its weights; raises UpcycleError."""
-    storage = find_model(source, revision)
-    return open_checkpoint(storage.path) if storage.is_here else open_storage(storage)
+    storage = locate_model(source, revision)
+    return open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
 
 
-def refuse_empty(revision: str | None) -> None:
+def check_revision(revision: str | None) -> None:
     """Raise UpcycleError for a revision that is there and empty: a variable that is not set."""
     if revision is not None and not revision.strip():
         hint = "Leave it out, or name a branch, a tag or a commit."
         raise UpcycleError("the revision is empty.", hint)
 
 
-def find_model(source: Path | str, revision: str | None = None) -> Storage:
+def locate_model(source: Path | str, revision: str | None = None) -> Storage:
     """Return where a model's files are, of a repo only config.json here; raises UpcycleError."""
-    refuse_empty(revision)
+    check_revision(revision)
     if is_repo_id(source):
         return _find(str(source), revision)
     if revision is not None:
@@ -91,7 +98,7 @@ def find_model(source: Path | str, revision: str | None = None) -> Storage:
     return Storage(Path(source))
 
 
-def bring_model(storage: Storage) -> Path:
+def download_model(storage: Storage) -> Path:
     """Return a model's directory, with all here that anything reads; raises UpcycleError."""
     if isinstance(storage, RepoStorage):
         try:
@@ -99,17 +106,17 @@ def bring_model(storage: Storage) -> Path:
         except UpcycleError:
             # Whoever reads it here will find what is wrong with it, and say it their way.
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
-        storage.bring([*names, *storage.matching(_BESIDES)])
+        storage.download([*names, *storage.matching(_BESIDES)])
     return storage.path
 
 
-def check_space_for(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
+def check_download_space(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
     """Return the bytes that bringing checkpoints takes from the file system of `beside`.
 
     Raises UpcycleError when the cache is on another one, and that has not enough.
     """
-    to_come = [each for each in checkpoints if each.missing_bytes]
-    missing = sum(each.missing_bytes for each in to_come)
+    to_come = [each for each in checkpoints if each.bytes_to_download]
+    missing = sum(each.bytes_to_download for each in to_come)
     cache = _existing((to_come or checkpoints)[0].path)
     if not missing or cache.stat().st_dev == _existing(beside).stat().st_dev:
         return missing
@@ -128,7 +135,7 @@ def check_space_for(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
 class RepoStorage(Storage):
     """One commit of a repo; its files are in huggingface_hub's cache, once they are."""
 
-    is_here = False
+    is_local = False
     repo: str
     commit: str
     sizes: Mapping[str, int]  # of every file of the repo, by name
@@ -154,7 +161,7 @@ class RepoStorage(Storage):
             with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
                 self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
 
-        interruptibly(ask)
+        run_interruptibly(ask)
 
     def stamp(self, name: str) -> FileStamp:
         """Return the size of a file; a commit's files do not change."""
@@ -175,21 +182,21 @@ class RepoStorage(Storage):
 
     def local(self, name: str) -> Path:
         """Return the path of a small file in the cache, downloaded if need be."""
-        self.bring([name])
+        self.download([name])
         return self.path / name
 
-    def bring(self, names: Sequence[str]) -> None:
+    def download(self, names: Sequence[str]) -> None:
         """Download files into the cache, as far as they are not there; raises UpcycleError."""
         from huggingface_hub import snapshot_download
 
         if wanted := self._missing(names):
             for name in wanted:
                 _check_small(self.repo, name, self.sizes.get(name, 0))
-            nbytes = self.missing_bytes(wanted)
+            nbytes = self.bytes_to_download(wanted)
             download = partial(snapshot_download, self.repo, revision=self.commit)
-            patterns, bar = [escape(name) for name in wanted], one_bar(nbytes)
+            patterns, bar = [escape(name) for name in wanted], download_bar(nbytes)
             with explained(self.repo, self.commit), at_most(nbytes):
-                interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
+                run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
         if missing := self._missing(names):
             raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
         for name in names:
@@ -203,7 +210,7 @@ class RepoStorage(Storage):
     def _missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if not (self.path / name).exists()]
 
-    def missing_bytes(self, names: Sequence[str]) -> int:
+    def bytes_to_download(self, names: Sequence[str]) -> int:
         """Return the size of those of these files that are not in the cache."""
         return sum(self.sizes.get(name, 0) for name in self._missing(names))
 

@@ -50,7 +50,7 @@ def patiently(ask: Callable[[], _T]) -> _T:
     return ask()
 
 
-def interruptibly(run: Callable[[], _T]) -> _T:
+def run_interruptibly(run: Callable[[], _T]) -> _T:
     """Return or raise what `run` does, and stop waiting for it, not it, when a signal comes."""
     outcome: Future[_T] = Future()
 
@@ -177,10 +177,10 @@ def fetch(repo: str, name: str, revision: str | None) -> Path:
     """Return where a small file of a repo is in the cache; raises what huggingface_hub raises."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=one_bar(0)))
+    return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=download_bar(0)))
 
 
-def one_bar(nbytes: int) -> type[Any]:
+def download_bar(nbytes: int) -> type[Any]:
     """Return what huggingface_hub shows a download of so many bytes with: one bar, or none."""
     # Its own are up to three at once, of which one stays for every config and card.
     from huggingface_hub.utils import tqdm
@@ -210,7 +210,7 @@ def one_bar(nbytes: int) -> type[Any]:
     return OneBar
 
 
-def be_quiet(*, bars: bool) -> None:
+def silence_library(*, bars: bool) -> None:
     """Keep huggingface_hub's warnings off the screen, and its bars too; raises UpcycleError."""
     try:
         from huggingface_hub.utils import disable_progress_bars, logging

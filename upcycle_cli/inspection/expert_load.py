@@ -52,7 +52,7 @@ class Load:
     layers: tuple[LayerLoad, ...]
 
 
-def measure_load(
+def measure_expert_load(
     experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Watch
 ) -> Load:
     """Run an MoE on a text, of which up to TOKENS tokens are used.

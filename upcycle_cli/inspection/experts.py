@@ -27,7 +27,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 if TYPE_CHECKING:
     import torch
 
-    from upcycle_cli.inspection.weight_drift import LayerMovement
+    from upcycle_cli.inspection.weight_drift import LayerDrift
 
 _MAX_DIFFERING = 8
 
@@ -57,7 +57,7 @@ class WeightFacts:
     """Measured against the dense model: what each matrix was multiplied by."""
     sources: tuple[str, ...] = ()
     """The dense models of that measurement, by their names."""
-    movement: tuple[LayerMovement, ...] | None = None
+    movement: tuple[LayerDrift, ...] | None = None
     """Measured against the dense model: how far the experts of each layer have come."""
 
 

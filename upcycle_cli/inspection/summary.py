@@ -15,7 +15,12 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.hub.remote_checkpoint import bring_model, find_model, open_source, split_revision
+from upcycle_cli.hub.remote_checkpoint import (
+    download_model,
+    locate_model,
+    open_source,
+    split_revision,
+)
 from upcycle_cli.models import dense_family, is_target, targets_of
 from upcycle_cli.models.engines import Engine, engines
 from upcycle_cli.models.moe_config import has_plain_attention
@@ -94,7 +99,7 @@ def inspect(
         text = calibration_text(load, "the text")
     checkpoint = open_source(path, revision)
     if weights or text is not None:
-        checkpoint = checkpoint.bring()
+        checkpoint = checkpoint.download()
     grows = recipe is not None and not isinstance(recipe, Recipe)
     if grows or is_target(checkpoint.config):
         plan = None
@@ -105,8 +110,8 @@ def inspect(
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
         several = [dense] if isinstance(dense, Path | str) else dense or ()
-        places = [find_model(*split_revision(str(place))) for place in several]
-        sources = [open_checkpoint(bring_model(place)) for place in places]
+        places = [locate_model(*split_revision(str(place))) for place in several]
+        sources = [open_checkpoint(download_model(place)) for place in places]
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Watch())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
@@ -175,9 +180,9 @@ def _inspect_moe(
         facts = examine(experts, sources)
     found = None
     if text is not None:
-        from upcycle_cli.inspection.expert_load import measure_load
+        from upcycle_cli.inspection.expert_load import measure_expert_load
 
-        found = measure_load(experts, text, sources[0] if sources else None, watch)
+        found = measure_expert_load(experts, text, sources[0] if sources else None, watch)
     return Inspection(
         checkpoint=checkpoint,
         kind="moe",

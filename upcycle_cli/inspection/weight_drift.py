@@ -42,7 +42,7 @@ Source = tuple["Checkpoint", "DenseModel", "Reader"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMovement:
+class LayerDrift:
     """How far the experts of one layer have come."""
 
     layer: int
@@ -63,7 +63,7 @@ class LayerMovement:
 
 def measured(
     experts: Experts, moe: Reader, sources: Sequence[Source]
-) -> tuple[dict[str, float], tuple[LayerMovement, ...], int]:
+) -> tuple[dict[str, float], tuple[LayerDrift, ...], int]:
     """Return by part what it was multiplied by, the movement of each layer, and the shared neurons.
 
     The latter are how many of the first source are. `sources` are the dense models that the experts
@@ -196,7 +196,7 @@ class _Layer:
             found[part] = near if math.isclose(near, ratio, rel_tol=_ROUNDED) else ratio
         return found
 
-    def movement(self, factors: Mapping[str, float]) -> LayerMovement:
+    def movement(self, factors: Mapping[str, float]) -> LayerDrift:
         """Return how far the experts have come; `factors` is by part what they were made with."""
         import torch
 
@@ -224,7 +224,7 @@ class _Layer:
                     apart -= float(mean.sum())
         rows = self.experts.router(self.moe, self.layer)
         routers = rows.reshape(-1, self.group_size, rows.shape[-1])
-        return LayerMovement(
+        return LayerDrift(
             layer=self.layer,
             moved=tuple(map(_ratio, squares.tolist(), lengths.tolist())),
             apart=_ratio(max(0.0, apart), float(lengths.sum())),

@@ -24,13 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, Storage, adapter_in, read_json
-from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.checkpoint.storage import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    Storage,
+    find_adapter,
+    read_json,
+)
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import check_utf8, open_regular
 from upcycle_cli.core.text import printable
-from upcycle_cli.hub.remote_checkpoint import bring_model, find_model, split_revision
+from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models import dense_family, is_known, is_moe, is_target
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
@@ -86,8 +92,8 @@ def verify(  # noqa: PLR0913 - options, by name
     file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
     """
     selected = _selected(checks)
-    places = find_model(dense, dense_revision), find_model(moe, moe_revision)
-    others = [find_model(*split_revision(str(place))) for place in experts_from]
+    places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
+    others = [locate_model(*split_revision(str(place))) for place in experts_from]
     how = _Conditions(
         texts=texts or TextOptions(),
         fail_fast=fail_fast,
@@ -117,8 +123,8 @@ def verify(  # noqa: PLR0913 - options, by name
         for place in () if grown else (places[0], *others):
             _check_kind(place.path, moe=False)
         names = places[1].names()
-        paths = bring_model(places[0]), bring_model(places[1])
-        merged = [bring_model(place) for place in others]
+        paths = download_model(places[0]), download_model(places[1])
+        merged = [download_model(place) for place in others]
         try:
             source, converted, *more = _opened(*paths, *merged)
             if not grown:
@@ -177,7 +183,7 @@ def _opened(dense: Path, moe: Path, *others: Path) -> list[Checkpoint]:
     source, *more = sources = [open_checkpoint(path) for path in (dense, *others)]
     for each in sources:
         outgrown = not is_target(each.config) and dense_family(each.config).outgrown_code
-        refuse_redirects(each, outgrown=outgrown, parts=parts(each.config))
+        refuse_unsafe_settings(each, outgrown=outgrown, parts=parts(each.config))
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:
@@ -209,7 +215,7 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     if config is None:
         hint = f"Give that of {'the MoE' if moe else 'the dense model'}."
         no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
-        raise adapter_in(Storage(path)) or no_model
+        raise find_adapter(Storage(path)) or no_model
     known = is_known(config)
     if is_target(config) if moe else known and not is_moe(config):
         return

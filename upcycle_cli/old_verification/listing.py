@@ -21,7 +21,7 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
     is_weight_file,
 )
-from upcycle_cli.checkpoint.unsafe_settings import file_redirects
+from upcycle_cli.checkpoint.unsafe_settings import unsafe_files
 from upcycle_cli.core.errors import shown
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, matches
 from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX
@@ -87,7 +87,7 @@ def foreign_files(names: Sequence[str], moe: Checkpoint) -> list[str]:
 def listing_failures(names: Sequence[str], moe: Checkpoint) -> Iterator[str]:
     """Name the foreign files that some loader or engine reads, or runs, and where it looks."""
     foreign = foreign_files(names, moe)
-    yield from file_redirects(foreign)
+    yield from unsafe_files(foreign)
     for name in foreign:
         for patterns, effect in _READ_BY.items():
             if matches(_folded(name), patterns.split()) and name != INDEX_NAME:

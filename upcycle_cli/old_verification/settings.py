@@ -13,7 +13,7 @@ from typing import Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
-from upcycle_cli.checkpoint.unsafe_settings import REDIRECTS, config_redirects
+from upcycle_cli.checkpoint.unsafe_settings import UNSAFE_KEYS, unsafe_config_settings
 from upcycle_cli.core.errors import shown
 from upcycle_cli.models.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.models.moe import Target
@@ -65,7 +65,7 @@ def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> 
         yield f"{CONFIG_NAME}: architectures is {shown(architectures)}, not {wanted!r}"
     text, inside = inner(moe.config), tuple(parts(moe.config))
     for failure in (
-        *config_redirects({key: moe.config[key] for key in moe.config.keys() - own}, inside),
+        *unsafe_config_settings({key: moe.config[key] for key in moe.config.keys() - own}, inside),
         *_block_failures(text),
         *_rope_failures(text),
         *_value_failures(text),
@@ -95,7 +95,7 @@ def _setting_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]
             yield _difference(key, ours[key], value)
     yield from _window_failures(facts, dense, moe)
     keys, shared = facts.target.keys, facts.target.shared
-    judged: set[str | None] = {*_JUDGED_BY_OTHERS, *REDIRECTS, *BLOCK_KEYS}
+    judged: set[str | None] = {*_JUDGED_BY_OTHERS, *UNSAFE_KEYS, *BLOCK_KEYS}
     size = getattr(moe, "virtual_group_size", 1)
     if size not in (1, facts.group_size):
         yield f"virtual_group_size is {size}, and there are {facts.group_size} experts in a group"
@@ -129,7 +129,7 @@ def _outer_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
     """Hold what surrounds a text model against what surrounds that of the dense model."""
     if facts.target.inside is None:
         return
-    own = {*_JUDGED_BY_OTHERS, *REDIRECTS, "text_config"}
+    own = {*_JUDGED_BY_OTHERS, *UNSAFE_KEYS, "text_config"}
     # They may be among the wrapper's own settings.
     own |= set() if "text_config" in facts.dense.config else facts.dense_config.keys()
     ours, theirs = (_without_names(config.to_dict()) for config in (moe, dense))

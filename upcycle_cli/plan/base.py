@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
-from upcycle_cli.checkpoint.card_metadata import Carried, carried_over
+from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
@@ -48,7 +48,7 @@ class Planned(ABC):
     source: Checkpoint
     config: Mapping[str, Any]
     shards: tuple[Shard, ...]
-    carried: Carried
+    carried: CardMetadata
     """What the source's card says that the new one takes over."""
     target: Target
     """The architecture of the output."""
@@ -117,7 +117,7 @@ class Planned(ABC):
         [source] = sources
         if source is self.source:
             return self
-        return replace(self, source=source, carried=carried_over(source.path, CARD_NAME))
+        return replace(self, source=source, carried=read_card_metadata(source.path, CARD_NAME))
 
     def entry(self, name: str) -> TensorEntry:
         """Return the tensor that an expression names."""

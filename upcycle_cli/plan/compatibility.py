@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
-from upcycle_cli.checkpoint.card_metadata import Carried, carried_over
+from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME
-from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
 from upcycle_cli.models import dense_model
@@ -27,21 +27,21 @@ _TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 """Files that say what tokens are, where there is no tokenizer.json."""
 
 
-def carried(source: Checkpoint, merge: Merge | None) -> Carried:
+def carried(source: Checkpoint, merge: Merge | None) -> CardMetadata:
     """Return what the new card takes over: of several models no licence that is not everyone's."""
-    found = carried_over(source.path, CARD_NAME)
+    found = read_card_metadata(source.path, CARD_NAME)
     notes = () if merge is None else tuple(_licence_notes(source, merge.others))
     if not notes:
         return found
     kept = {key: value for key, value in found.values.items() if not key.startswith("license")}
-    return Carried(kept, found.notes + notes)
+    return CardMetadata(kept, found.notes + notes)
 
 
 def _licence_notes(source: Checkpoint, others: Sequence[Checkpoint]) -> Iterator[str]:
     """Say which models have another licence than the source, as far as their cards tell."""
-    first = carried_over(source.path, CARD_NAME).values.get("license")
+    first = read_card_metadata(source.path, CARD_NAME).values.get("license")
     for other in others:
-        found = carried_over(other.path, CARD_NAME).values.get("license")
+        found = read_card_metadata(other.path, CARD_NAME).values.get("license")
         if found != first:
             yield (
                 f"{other.name} is under the licence {found or 'that its card does not name'}, and "
@@ -73,7 +73,7 @@ def _check_alike(
             f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
             "Only models of one family can give experts to one mixture.",
         )
-    refuse_redirects(other, outgrown=found.family.outgrown_code, parts=parts(other.config))
+    refuse_unsafe_settings(other, outgrown=found.family.outgrown_code, parts=parts(other.config))
     dropped = check_source(other, found)
     _check_settings(source, dense, other, found)
     for name in sorted({*wanted} ^ (other.tensors.keys() - dropped.keys())):

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from upcycle_cli.checkpoint.card_metadata import carried_over
+from upcycle_cli.checkpoint.card_metadata import read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME
-from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.experts import Experts, find_experts
 from upcycle_cli.models.growable import growable
@@ -105,7 +105,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     when it would not compute the same and `growth` does not allow that.
     """
     options, target = options or Options(), growable(source.config, source.tensors)
-    refuse_redirects(source)
+    refuse_unsafe_settings(source)
     experts = find_experts(source)
     if not experts.layers:
         words = f"{source.path}: by its config.json no layer is a mixture of experts."
@@ -118,7 +118,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         source=source,
         config=_config(growth, experts, options),
         shards=fill_shards(tensors, options.max_shard_bytes),
-        carried=carried_over(source.path, CARD_NAME),
+        carried=read_card_metadata(source.path, CARD_NAME),
         target=target,
         num_experts=growth.expand * experts.num_experts,
         top_k=growth.top_k or growth.expand * experts.top_k,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, TensorEntry
-from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models import Family, choose
 from upcycle_cli.models.mlp import parts_of
@@ -230,7 +230,7 @@ def build_plan(
         shared_experts=recipe.shared_experts,
     )
     outgrown = family.dense.family.outgrown_code
-    refuse_redirects(source, outgrown=outgrown, parts=parts(source.config))
+    refuse_unsafe_settings(source, outgrown=outgrown, parts=parts(source.config))
     row = family.target
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     assert recipe.routing is not None

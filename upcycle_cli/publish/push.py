@@ -26,8 +26,15 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.answers import Repo, at_most, checked_commit, endpoint, read_repo, read_user
-from upcycle_cli.hub.remote_checkpoint import refuse_empty
-from upcycle_cli.hub.requests import SIGN_IN, explained, fetch, interruptibly, patiently, words_of
+from upcycle_cli.hub.remote_checkpoint import check_revision
+from upcycle_cli.hub.requests import (
+    SIGN_IN,
+    explained,
+    fetch,
+    patiently,
+    run_interruptibly,
+    words_of,
+)
 from upcycle_cli.publish.card import for_repo, is_edited
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.write.staging import MARKER
@@ -58,7 +65,7 @@ class Destination:
     replace_card: bool = False  # even where somebody has edited it there
 
     def __post_init__(self) -> None:
-        refuse_empty(self.revision)
+        check_revision(self.revision)
         if self.create_pr and self.revision is not None:
             raise UpcycleError(
                 "a pull request is opened against the main branch, whatever --revision says.",
@@ -151,7 +158,7 @@ def push(
         # Weight files in the repo that are not of this model.
         stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _WEIGHTS))
         with _staged(directory.resolve().name, files, card) as folder:
-            info = interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
+            info = run_interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
         checked_commit(info.oid)
     url, pull_request = f"{endpoint()}/{destination.repo}", _pull_request(destination, info)
     branch = destination.revision

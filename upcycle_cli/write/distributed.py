@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
-from upcycle_cli.hub.requests import interruptibly
+from upcycle_cli.hub.requests import run_interruptibly
 from upcycle_cli.plan.base import Shard
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Team:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            interruptibly(self._join)
+            run_interruptibly(self._join)
         return self
 
     def _join(self) -> None:

@@ -138,14 +138,14 @@ def check_before(
     plan: Planned, output: Path, *, overwrite: bool, reflink: bool, team: Team
 ) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
-    from upcycle_cli.hub.remote_checkpoint import check_space_for
+    from upcycle_cli.hub.remote_checkpoint import check_download_space
     from upcycle_cli.write.file_layout import unique_bytes
 
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
         source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
-    spare += check_space_for(plan.sources, beside=output)
+    spare += check_download_space(plan.sources, beside=output)
     shared = None
     if reflink:  # each rank shares within its files
         ranks = range(team.size)
