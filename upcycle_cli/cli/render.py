@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,13 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.core.errors import shown
-from upcycle_cli.core.text import counted, printable
-from upcycle_cli.models.engines import Engine, Support
-from upcycle_cli.models.layers import listed
+from upcycle_cli.core.text import counted, printable, size_text
+from upcycle_cli.models.engines import Engine
 
 if TYPE_CHECKING:
     from upcycle_cli.checkpoint.header import TensorEntry
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.models.trainers import Trainer
     from upcycle_cli.old_verification import Report
     from upcycle_cli.plan.tensors import OutputTensor
     from upcycle_cli.publish.push import Push
@@ -56,44 +53,6 @@ def push_json(push: Push) -> dict[str, Any]:
         "bytes": push.nbytes,
         **picked(push, "card_kept", "left_out", "removed", "reminders"),
     }
-
-
-def inspection_rows(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield what is known of a checkpoint: a property and the lines that say it."""
-    checkpoint = inspection.checkpoint
-    yield "model", [f"{inspection.model_type} ({inspection.kind})"]
-    if inspection.num_experts is not None:
-        experts = f"{inspection.num_experts} per layer, {inspection.top_k} active"
-        stored = f"{inspection.routing}, stored {inspection.expert_layout}"
-        yield "experts", [f"{experts}, {stored}"]
-        layers, num_layers = inspection.moe_layers or (), inspection.num_layers
-        if len(layers) != num_layers:
-            yield "MoE layers", [f"{listed(layers)} of {num_layers}"]
-    dense, parameters = inspection.dense_parameters, count(inspection.total_parameters)
-    if inspection.kind == "moe":
-        origin = "" if dense is None else f" (dense {count(dense)})"
-        parameters += f", {count(inspection.active_parameters)} active{origin}"
-    yield "parameters", [parameters]
-    shards = counted(len(checkpoint.shards), "shard")
-    yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
-    if inspection.becomes:
-        able = [target.name for target in inspection.becomes if target.refusal is None]
-        yield "can become", [", ".join(able) or "nothing"]
-        if refused := [target.refusal for target in inspection.becomes if target.refusal]:
-            yield "but not", refused
-    if inspection.kind == "moe":
-        yield "upcycle.json", [_claims(inspection.record)]
-        yield "engines", engine_lines(inspection.engines)
-        if inspection.trainers:
-            yield "trainers", engine_lines(inspection.trainers)
-    if inspection.weights is not None:
-        from upcycle_cli.cli.render_weights import weight_rows
-
-        yield from weight_rows(inspection.weights, inspection.num_experts)
-    if inspection.load is not None:
-        from upcycle_cli.cli.render_weights import load_rows
-
-        yield from load_rows(inspection.load)
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -186,22 +145,6 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
     }
 
 
-def count(number: int, billion: str = "B") -> str:
-    """Return a number of parameters as people say it: 8.03B, 134.5M; of FLOPs with `billion` G."""
-    for limit, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.{1 if unit in 'MK' else 2}f}{unit}"
-    return str(number)
-
-
-def size_text(num_bytes: float) -> str:
-    """Return a size in decimal units, as disks are sold."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:.2f} {unit}"
-    return f"{num_bytes:.0f} bytes"
-
-
 def rows_table(rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
     """Return a table of properties and the lines that say them, which may hold anything."""
     table = _properties()
@@ -219,44 +162,6 @@ def _properties(between: int = 0) -> Table:
     return table
 
 
-def engine_lines(found: Iterable[Engine | Trainer]) -> list[str]:
-    """Return what is known of engines or trainers, those of one kind in a line."""
-    lines: dict[Support, list[str]] = {}
-    for engine in found:
-        lines.setdefault(engine.support, []).append(engine.name)
-    return [
-        ", ".join(names) + ("" if support is Support.RUNS else f": {support}")
-        for support, names in lines.items()
-    ]
-
-
 def engines_json(found: Iterable[Engine]) -> dict[str, str]:
     """Return what is known of engines as a JSON object."""
     return {engine.name: engine.support for engine in found}
-
-
-def _claims(record: Mapping[str, Any] | None) -> str:
-    if record is None:
-        return "none: nothing says how it was made"
-    recipe, source = record.get("recipe"), record.get("source")
-    growth = record.get("growth")
-    if isinstance(growth, dict) and isinstance(source, dict):
-        expand, name = (_claimed(value) for value in (growth.get("expand"), source.get("name")))
-        return f"grown: each expert {expand} times, from {name}"
-    if not isinstance(recipe, dict) or not isinstance(source, dict):
-        return "not in a form that this version reads"
-    keys = ("name", "expansion", "granularity", "scaling", "seed")
-    name, expansion, granularity, scaling, seed = (_claimed(recipe.get(key)) for key in keys)
-    # An earlier version drew all rows.
-    rows = _claimed(recipe.get("router_init", "normal"))
-    groups = f"{expansion} group{'' if expansion == '1' else 's'} of {granularity}"
-    if recipe.get("shared_experts"):
-        groups += f" shards, {_claimed(recipe['shared_experts'])} of them shared"
-    made = f"{name} ({groups}), {scaling} scaling, {rows} rows, seed {seed}"
-    return f"{made}, from {_claimed(source.get('name'))}"
-
-
-def _claimed(value: object) -> str:
-    """Return a value of a record, which can be any, as words."""
-    text = value if isinstance(value, str) else shown(value)
-    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}…"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from upcycle_cli.cli.render import count, picked, size_text, target_json
+from upcycle_cli.cli.render import picked, target_json
+from upcycle_cli.core.text import parameter_text, size_text
 
 if TYPE_CHECKING:
     from upcycle_cli.models.overview import Overview, TargetFacts
@@ -29,9 +30,9 @@ def fits_table(fits: Iterable[Fit]) -> Table:
         training = size_text(fit.training_bytes)
         table.add_row(
             fit.recipe.name,
-            count(fit.total_parameters),
-            count(fit.active_parameters),
-            f"{count(fit.flops_per_token, 'G')} ({fit.flops_ratio:.2f} ×)",
+            parameter_text(fit.total_parameters),
+            parameter_text(fit.active_parameters),
+            f"{parameter_text(fit.flops_per_token, 'G')} ({fit.flops_ratio:.2f} ×)",
             size_text(fit.weight_bytes),
             f"{training}, too large" if fit.trains is False else training,
         )

@@ -7,15 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.cli.render import (
-    count,
-    engine_lines,
     engines_json,
     picked,
     push_json,
     rows_table,
-    size_text,
 )
-from upcycle_cli.core.text import counted
+from upcycle_cli.core.text import counted, parameter_text, size_text
+from upcycle_cli.inspection.describe import software_lines
 from upcycle_cli.models.layers import listed
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
@@ -54,8 +52,8 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
         yield "all else", [f"attention, norms, embeddings: {rest}"]
     if len(plan.family.layers) < dense.num_layers:
         yield "MoE layers", [f"{listed(plan.family.layers)} of {dense.num_layers}"]
-    yield "parameters", [f"{_parameters(plan)} (dense {count(plan.dense_parameters)})"]
-    flops = f"{count(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
+    yield "parameters", [f"{_parameters(plan)} (dense {parameter_text(plan.dense_parameters)})"]
+    flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
     yield "FLOPs per token", [f"{flops}, attention scores left out"]
     yield "size", [_size(plan)]
     lossless = "rounded" if plan.rounded_to else "lossless"
@@ -69,7 +67,7 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
     if plan.dropped:
         reasons = "; ".join(sorted({*plan.dropped.values()}))
         yield "left out", [f"{counted(len(plan.dropped), 'tensor')}: {reasons}"]
-    yield "engines", engine_lines(plan.engines)
+    yield "engines", software_lines(plan.engines)
 
 
 def _growth_rows(plan: Planned) -> Iterator[tuple[str, Sequence[str]]]:
@@ -83,14 +81,16 @@ def _growth_rows(plan: Planned) -> Iterator[tuple[str, Sequence[str]]]:
     yield "experts", [f"{experts}, {active}, each {before.expert_size} wide"]
     if len(plan.layers) < before.num_layers:
         yield "MoE layers", [f"{listed(plan.layers)} of {before.num_layers}"]
-    yield "parameters", [f"{_parameters(plan)} (source {count(plan.dense_parameters)})"]
+    yield "parameters", [f"{_parameters(plan)} (source {parameter_text(plan.dense_parameters)})"]
     yield "size", [_size(plan)]
     yield "promise", [_promise(plan, "source")]
-    yield "engines", engine_lines(plan.engines)
+    yield "engines", software_lines(plan.engines)
 
 
 def _parameters(plan: Planned) -> str:
-    return f"{count(plan.total_parameters)}, {count(plan.active_parameters)} active"
+    return (
+        f"{parameter_text(plan.total_parameters)}, {parameter_text(plan.active_parameters)} active"
+    )
 
 
 def _size(plan: Planned) -> str:

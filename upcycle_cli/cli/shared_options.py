@@ -114,7 +114,7 @@ def warn_all(texts: Iterable[str]) -> None:
 
 def announce_push(repo: str, files: int, nbytes: int, *, silent: bool) -> None:
     """Say that a push begins."""
-    from upcycle_cli.cli.render import size_text
+    from upcycle_cli.core.text import size_text
 
     if not silent:
         talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {repo} …")

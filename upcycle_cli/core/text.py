@@ -47,3 +47,19 @@ def any_of(names: Iterable[object]) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number of things: 1 shard, 12 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def parameter_text(number: int, billion: str = "B") -> str:
+    """Return a number of parameters such as 8.03B or 134.5M; `billion` is G for FLOPs."""
+    for limit, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.{1 if unit in 'MK' else 2}f}{unit}"
+    return str(number)
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a size in decimal units, such as 16.06 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -10,7 +10,7 @@ refuses all that were tried goes for every family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -127,3 +127,14 @@ def _verdicts(target: str, engine: str) -> Mapping[str, str]:
     own, usual = (table("measured").get(name, {}).get(engine) for name in (target, every))
     found: Mapping[str, str] = own if own is not None else usual or {}
     return found
+
+
+def support_lines(found: Iterable[tuple[str, Support]]) -> list[str]:
+    """Return names of engines or trainers, a line for each kind of support."""
+    lines: dict[Support, list[str]] = {}
+    for name, support in found:
+        lines.setdefault(support, []).append(name)
+    return [
+        ", ".join(names) + ("" if support is Support.RUNS else f": {support}")
+        for support, names in lines.items()
+    ]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
-from upcycle_cli.cli.render import count, inspection_rows, size_text
+from upcycle_cli.core.text import parameter_text, size_text
+from upcycle_cli.inspection.describe import inspection_rows
 from upcycle_cli.inspection.expert_load import Load
 from upcycle_cli.inspection.experts import WeightFacts
 from upcycle_cli.inspection.summary import Inspection
@@ -97,7 +98,8 @@ def _parameters(inspection: Inspection) -> Section:
             unit=f"parameters{f', {name}' if name else ''}",
         ),
         title="Parameters",
-        description="; ".join(f"{key}: {count(value)}" for key, value in found.items()) + ".",
+        description="; ".join(f"{key}: {parameter_text(value)}" for key, value in found.items())
+        + ".",
     )
     rows = sorted(_kinds(inspection), key=lambda kind: -kind.nbytes)
     total = sum(kind.nbytes for kind in rows) or 1

@@ -17,7 +17,7 @@ def clean(
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli.render import size_text
+        from upcycle_cli.core.text import size_text
         from upcycle_cli.write import transaction as publish
 
         found = publish.clean(output.absolute(), remove=yes)

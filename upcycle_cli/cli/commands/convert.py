@@ -206,7 +206,7 @@ class _Screen(Hooks):
             save_options(self.save_config, self.context, plan)
 
     def downloading(self, plan: Planned, nbytes: int) -> None:
-        from upcycle_cli.cli.render import size_text
+        from upcycle_cli.core.text import size_text
 
         if not self.silent:
             names = ", ".join(source.name for source in plan.sources)
@@ -313,7 +313,7 @@ def _next_step(done: Conversion) -> list[str]:
 
 
 def _savings(done: Conversion) -> str:
-    from upcycle_cli.cli.render import size_text
+    from upcycle_cli.core.text import size_text
 
     text = ""
     if done.shared_bytes:

@@ -83,6 +83,7 @@ def inspect(
         page = shared.report_file(report, dense)
         from upcycle_cli.cli import render, render_choices
         from upcycle_cli.inspection import summary as inspection
+        from upcycle_cli.inspection.describe import inspection_rows
 
         budget = to_budget(max_params, max_active, gpu_memory)
         of_all = None if budget is None else to_wanted(context, moe)
@@ -119,7 +120,7 @@ def inspect(
             listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
             print_json(render.inspection_json(found) | listed)
             return
-        show(render.rows_table(render.inspection_rows(found)))
+        show(render.rows_table(inspection_rows(found)))
         for table in render_choices.target_tables(found.becomes):
             stdout().print()
             show(table)
