@@ -62,7 +62,7 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
         (
             ("inspect", "DENSE"),
             0,
-            ours(*PLANNING, *RESULTS, *MOES, "calibrate.text", "cli.commands.convert"),
+            ours(*PLANNING, *RESULTS, *MOES, "plan.texts", "cli.commands.convert"),
         ),
         (("inspect", "MOE"), 0, ours(*PLANNING, *RESULTS, "plan.expand", "models.overview")),
         (("inspect", "MOE", "--expand", "2"), 0, ours(*RESULTS, "models.overview")),
@@ -80,7 +80,7 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
                 "plan.upcycle",
                 "plan.expressions",
                 "plan.expand",
-                "inspection.experts",
+                "plan.moe_experts",
             )
             | ours("old_verification.weights", "old_verification.outputs", "report.page"),
         ),

@@ -46,9 +46,9 @@ from verified import (
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.old_verification import CHECK_NAMES, Status, TextOptions, verify
 from upcycle_cli.old_verification import prompts as _prompts
+from upcycle_cli.plan.texts import read_texts
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 from upcycle_cli.run import models as _models
-from upcycle_cli.run.texts import read_texts
 
 # Good conversions
 
@@ -511,6 +511,7 @@ def test_independence() -> None:
         "upcycle_cli.run.steps",
         "upcycle_cli.run.lazy_weights",
         "upcycle_cli.run.texts",
+        "upcycle_cli.plan.texts",
         "upcycle_cli.checkpoint.storage",
         "upcycle_cli.write.staging",
     }

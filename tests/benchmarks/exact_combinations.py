@@ -32,8 +32,8 @@ from smollm2 import make_smollm2
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
 from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit, Routing, parse_recipe_name
-from upcycle_cli.run.texts import builtin_texts
 
 LAYERS, HIDDEN, WIDTH, TOKENS = range(30), 576, 1536, 256
 TOP, SOFTMAX, SIGMOID = Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK

@@ -36,11 +36,12 @@ from smollm2 import make_smollm2
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.calibrate.router_rows import loads
+from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.tensors import Role
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import RouterInit, parse_recipe_name
-from upcycle_cli.write.evaluate import as_float32, evaluate
+from upcycle_cli.write.evaluate import evaluate
 
 TOKENS = 4096
 ROW = 512

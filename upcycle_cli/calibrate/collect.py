@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from upcycle_cli.calibrate.text import CalibrationText
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
@@ -25,6 +24,7 @@ from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.prompts import Prompts
 from upcycle_cli.plan.tensors import OutputTensor, Role, router_stream
+from upcycle_cli.plan.texts import CalibrationText
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 from upcycle_cli.run.models import (
@@ -197,7 +197,7 @@ class _Fitting:
         import numpy as np
 
         from upcycle_cli.calibrate.router_rows import chosen_gates, loads
-        from upcycle_cli.write.evaluate import as_float32
+        from upcycle_cli.checkpoint.arrays import as_float32
 
         recipe = self.plan.recipe
         rows = self._rows(inputs_PH)
@@ -242,7 +242,8 @@ class _Fitting:
         import numpy as np
 
         from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, prompted
-        from upcycle_cli.write.evaluate import check_rows, evaluate, rounded, to_float32
+        from upcycle_cli.checkpoint.arrays import to_float32
+        from upcycle_cli.write.evaluate import check_rows, evaluate, rounded
         from upcycle_cli.write.rng import standard_normal
 
         recipe, dtype = self.plan.recipe, self.router.dtype

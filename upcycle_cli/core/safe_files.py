@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BufferedReader
@@ -30,6 +31,20 @@ _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 # By the letters of `ls -l`.
 _KINDS = {"d": "a directory", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one directory, which may have two names or be mounted twice."""
+    with suppress(OSError):
+        return one.samefile(other)
+    return one == other
+
+
+def is_in(path: Path, directory: Path) -> bool:
+    """Whether a path is a directory or inside it, links resolved."""
+    with suppress(OSError, RuntimeError):  # links in a circle lead nowhere
+        path, directory = path.resolve(), directory.resolve()
+    return any(is_same(place, directory) for place in (path, *path.parents))
 
 
 def locate(directory: Path, name: str) -> Path:

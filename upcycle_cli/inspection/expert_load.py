@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle_cli.calibrate.text import CalibrationText
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.plan.texts import CalibrationText
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle_cli.core.callbacks import Watch
-    from upcycle_cli.inspection.experts import Experts
+    from upcycle_cli.plan.moe_experts import Experts
     from upcycle_cli.run.models import Model
 
 TOKENS = 2048

@@ -29,7 +29,6 @@ from upcycle_cli.models.wrappers import inner
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 
 if TYPE_CHECKING:
-    from upcycle_cli.calibrate.text import CalibrationText
     from upcycle_cli.inspection.expert_load import Load
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.expand import Growth
     from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.plan.tensors import Options
+    from upcycle_cli.plan.texts import CalibrationText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def inspect(
     """
     text = None
     if load is not None:
-        from upcycle_cli.calibrate.text import calibration_text
+        from upcycle_cli.plan.texts import calibration_text
 
         text = calibration_text(load, "the text")
     checkpoint = open_source(path, revision)
@@ -160,7 +160,8 @@ def _inspect_moe(
     text: CalibrationText | None,
     watch: Watch,
 ) -> Inspection:
-    from upcycle_cli.inspection.experts import examine, find_experts
+    from upcycle_cli.inspection.experts import examine
+    from upcycle_cli.plan.moe_experts import find_experts
 
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target

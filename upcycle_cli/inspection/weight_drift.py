@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-    from upcycle_cli.inspection.experts import Experts
     from upcycle_cli.models.dense import DenseModel
+    from upcycle_cli.plan.moe_experts import Experts
 
 _SKETCHED = 32
 """Entries of a neuron's part."""

@@ -26,7 +26,6 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.inspection.experts import Experts, find_experts
 from upcycle_cli.models.growable import growable
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, place
@@ -34,6 +33,7 @@ from upcycle_cli.models.moe import Layout
 from upcycle_cli.models.moe_config import forget_place
 from upcycle_cli.plan.base import Planned, fill_shards
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
+from upcycle_cli.plan.moe_experts import Experts, find_experts
 from upcycle_cli.plan.tensors import Options, OutputTensor, Role
 from upcycle_cli.plan.validate import check_dtype
 from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Promise

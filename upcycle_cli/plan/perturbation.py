@@ -9,15 +9,11 @@ it replaces (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 from upcycle_cli.models.mlp import BIAS, Weight
 from upcycle_cli.plan.expressions import AddNoise, Concat, Expr, Permutation, Reinit, type_of
-from upcycle_cli.write.running_stats import Moments
-
-if TYPE_CHECKING:
-    from upcycle_cli.recipe.recipe import Recipe
+from upcycle_cli.recipe.recipe import Recipe
 
 
 def perturbed(recipe: Recipe, weight: Weight, layer: int, experts: Iterable[Expr]) -> list[Expr]:
@@ -49,24 +45,3 @@ def _part(recipe: Recipe, part: str, cut: int | None, stream: str, expr: Expr) -
     size = type_of(expr).shape[cut]
     order, count = Permutation(size, f"{stream}.neurons", recipe.seed), recipe.redrawn(size)
     return Reinit(expr, cut, order, count, recipe.seed, f"{stream}.{part}")
-
-
-def perturbation_record(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
-    """Return, by layer and part, the mean and the standard deviation of what draws went by.
-
-    `found` is by stream. They are those of all experts of a layer: of the matrices that noise was
-    added to, or of the neurons that were replaced.
-    """
-    layers: dict[int, dict[str, list[Moments]]] = {}
-    for stream, moments in found.items():
-        _, layer, _, _, part = stream.split(".")
-        layers.setdefault(int(layer), {}).setdefault(part, []).append(moments)
-    return [
-        {"layer": layer}
-        | {
-            part: {"mean": every.mean, "std": every.std}
-            for part in sorted(parts)
-            for every in [Moments.pooled(parts[part])]
-        }
-        for layer, parts in sorted(layers.items())
-    ]

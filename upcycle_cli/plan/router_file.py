@@ -73,7 +73,7 @@ def _check_rows(path: Path, entry: Tensor, data: bytes) -> None:
     """Raise UpcycleError for rows that are no numbers, nothing, or one another's copy."""
     import numpy as np
 
-    from upcycle_cli.write.evaluate import as_float32
+    from upcycle_cli.checkpoint.arrays import as_float32
 
     rows_EH = as_float32(data, entry.dtype, entry.shape)
     where = f"{path}: {entry.name}"

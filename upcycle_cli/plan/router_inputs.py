@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from upcycle_cli.calibrate.text import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.prompts import Prompts, read_prompts
 from upcycle_cli.plan.router_file import RouterFile, read_router_file
 from upcycle_cli.plan.tensors import GivenRows
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 
 if TYPE_CHECKING:

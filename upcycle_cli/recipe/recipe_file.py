@@ -14,9 +14,8 @@ from pathlib import Path
 
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import read_small
+from upcycle_cli.core.safe_files import is_in, read_small
 from upcycle_cli.core.text import shell_line
-from upcycle_cli.write.preflight import is_in
 
 Value = str | int | float | bool | list[str]
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from upcycle_cli.checkpoint.arrays import to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
-from upcycle_cli.write.evaluate import OverflowInCastError, rounded, to_float32
+from upcycle_cli.write.evaluate import OverflowInCastError, rounded
 from upcycle_cli.write.rng import generator, permutation
 from upcycle_cli.write.running_stats import Moments
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 import numpy as np
 
+from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.describe import describe
 from upcycle_cli.plan.expressions import (
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 
 Read: TypeAlias = Callable[[str], memoryview]
 """Gives the bytes of a dense tensor by name."""
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""How numpy holds each: bfloat16, which it does not know, as bits."""
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
 _SMALLEST_EXPONENT = {"F32": -149, "F16": -24, "BF16": -133}
 """Of the smallest value above zero, as a power of two."""
@@ -146,7 +145,7 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
 ) -> NDArray[Any]:
     match expr:
         case Source(name, dtype, shape):
-            return np.ndarray(shape, _NUMPY_DTYPES[dtype], read(name))
+            return np.ndarray(shape, NUMPY_DTYPES[dtype], read(name))
         case Mean(parts, dtype):
             rows = [(np.atleast_1d(_value(each, read, vanished)), each.dtype) for each in parts]
             mean = _converted(_Averaged(rows), "F32", dtype, 1.0, vanished)
@@ -182,7 +181,7 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
         case Constant(stream, dtype, shape, _, data):
             if data is None:
                 raise ValueError(f"{stream} is to be given, and was not")
-            return np.ndarray(shape, _NUMPY_DTYPES[dtype], data)
+            return np.ndarray(shape, NUMPY_DTYPES[dtype], data)
         case RandomLike(of=of):
             dtype = type_of(of).dtype
             values = to_float32(_value(of, read, vanished), dtype).astype(np.float64).reshape(-1)
@@ -190,7 +189,7 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
         case AddNoise() | Reinit():
             return _draw_upon(expr, read, vanished)[0]
         case Zeros(dtype, shape):
-            return np.zeros(shape, _NUMPY_DTYPES[dtype])
+            return np.zeros(shape, NUMPY_DTYPES[dtype])
         case Full(dtype, shape, value):
             return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
         case _:
@@ -248,7 +247,7 @@ def _converted(
     vanished: Callable[[int], None],
 ) -> NDArray[Any]:
     """Return the values times a factor in another dtype, or in the same."""
-    out = np.empty(rows.shape, _NUMPY_DTYPES[after])
+    out = np.empty(rows.shape, NUMPY_DTYPES[after])
     if not out.size:
         return out
     step = max(1, PIECE_ITEMS * len(rows) // out.size)
@@ -358,22 +357,10 @@ def _normal(expr: Normal | RandomLike, std: float, dtype: str) -> NDArray[Any]:
         return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
 
 
-def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the bytes of a tensor as numbers."""
-    return to_float32(np.ndarray(shape, _NUMPY_DTYPES[dtype], data), dtype)
-
-
-def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Return the values of an array as numpy holds the dtype."""
-    if dtype == "BF16":  # the upper half of a float32
-        return (values.astype("<u4") << 16).view("<f4")
-    return values.astype("<f4", copy=False)
-
-
 def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """Round as torch does, a tie to the even neighbour; what is too large becomes infinite."""
     if dtype != "BF16":
-        return values.astype(_NUMPY_DTYPES[dtype], copy=False)
+        return values.astype(NUMPY_DTYPES[dtype], copy=False)
     values = values.astype("<f4", copy=False)
     bits = values.view("<u4")
     upper: NDArray[Any] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

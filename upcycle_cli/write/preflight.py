@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import locate
+from upcycle_cli.core.safe_files import is_in, is_same, locate
 from upcycle_cli.write.ownership import take_inventory
 from upcycle_cli.write.staging import SUFFIX, partial_of
 from upcycle_cli.write.swap import ASIDE
@@ -50,7 +50,7 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise UpcycleError(f"{output} cannot be made: {reason}.") from error
     problem = None
-    if _is_same(target, origin):
+    if is_same(target, origin):
         problem = "OUTPUT is the source itself."
     elif is_in(target, origin):
         problem = f"{output} is inside the source, which is never modified."
@@ -71,20 +71,6 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     if occupied:
         with Folder.open(output) as folder:
             take_inventory(folder)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    # Two names can mean one directory: where case does not count, and where it is mounted twice.
-    with suppress(OSError):
-        return one.samefile(other)
-    return one == other
-
-
-def is_in(path: Path, directory: Path) -> bool:
-    """Whether a path is a directory or in it, by whatever names."""
-    with suppress(OSError, RuntimeError):  # links in a circle lead nowhere
-        path, directory = path.resolve(), directory.resolve()
-    return any(_is_same(place, directory) for place in (path, *path.parents))
 
 
 def check_kind(output: Path) -> None:

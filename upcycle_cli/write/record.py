@@ -18,7 +18,6 @@ from upcycle_cli.checkpoint.storage import INDEX_NAME
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.safe_files import header_digest
 from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.perturbation import perturbation_record
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.write.running_stats import Moments
 
@@ -60,7 +59,7 @@ def record(
         **_merged(plan),
         "routers": dict(routers),
         **_picked(how, "calibration", "router_file"),
-        **({"perturbation": perturbation_record(drawn)} if drawn else {}),
+        **({"perturbation": _perturbation(drawn)} if drawn else {}),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, folder)),
     }
@@ -105,6 +104,27 @@ def _merged(plan: Planned) -> dict[str, Any]:
 
 def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: how[key] for key in keys if key in how}
+
+
+def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
+    """Return the mean and standard deviation that draws followed, by layer and part.
+
+    They are taken over all experts of a layer: over the matrices that got noise, or over the
+    neurons that were replaced. `found` is by stream.
+    """
+    layers: dict[int, dict[str, list[Moments]]] = {}
+    for stream, moments in found.items():
+        _, layer, _, _, part = stream.split(".")
+        layers.setdefault(int(layer), {}).setdefault(part, []).append(moments)
+    return [
+        {"layer": layer}
+        | {
+            part: {"mean": every.mean, "std": every.std}
+            for part in sorted(parts)
+            for every in [Moments.pooled(parts[part])]
+        }
+        for layer, parts in sorted(layers.items())
+    ]
 
 
 def _listed(plan: Planned, folder: Folder) -> Iterator[dict[str, Any]]:

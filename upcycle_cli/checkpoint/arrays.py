@@ -1,0 +1,26 @@
+"""The bytes of tensors as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""The numpy dtype of each; numpy has no bfloat16, which is held as its bits."""
+
+
+def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return a tensor's bytes as float32 values."""
+    import numpy as np
+
+    return to_float32(np.ndarray(shape, NUMPY_DTYPES[dtype], data), dtype)
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return the values of an array of `NUMPY_DTYPES` as float32."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (values.astype("<u4") << 16).view("<f4")
+    return values.astype("<f4", copy=False)

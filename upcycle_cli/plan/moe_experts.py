@@ -1,0 +1,172 @@
+"""The experts of an existing MoE: their sizes by its config, and their tensors.
+
+Legend: N experts, H hidden size, I expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.models import target_of
+from upcycle_cli.models.mlp import Weight, holder, parts_of, place, present
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.wrappers import inner
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a checkpoint, by its config and its tensors' names, and how to read them."""
+
+    moe: Checkpoint
+    target: Target
+    num_experts: int
+    top_k: int
+    expert_size: int
+    routing: Routing
+    layers: tuple[int, ...]
+    """Those that are mixtures of experts."""
+    num_layers: int
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether no dense MLP is left."""
+        mlps = self.target.layers.mlps(inner(self.moe.config))
+        return len(self.layers) == (self.num_layers if mlps is None else mlps)
+
+    @cached_property
+    def layout(self) -> ExpertLayout:
+        """How they are named on disk."""
+        return self.target.stored_layout(self.moe.tensors, inner(self.moe.config))
+
+    @property
+    def num_parameters(self) -> int:
+        """The elements of all experts."""
+        rows = self.target.layouts[self.layout].experts
+        templates = (re.escape(self.target.layer + weight.name) for weight in rows)
+        any_of = "|".join(re.sub(r"\\{\w+\\}", r"\\d+", template) for template in templates)
+        entries = self.moe.tensors.values()
+        return sum(entry.num_elements for entry in entries if re.fullmatch(any_of, entry.name))
+
+    def name(self, layer: int, name: str) -> str:
+        """Return the whole name of a tensor of a layer."""
+        return self.target.prefix(layer) + name
+
+    def group_size(self, reader: Reader, layer: int) -> int:
+        """Return how many neighbouring experts share a router row; 1 when that is uneven."""
+        rows = [bytes(raw_bytes(row)) for row in self.router(reader, layer)]
+        runs = {len(list(run)) for _, run in groupby(rows)}
+        return runs.pop() if len(runs) == 1 else 1
+
+    def router(self, reader: Reader, layer: int) -> torch.Tensor:
+        """Return the router's rows, (N, H)."""
+        name = self.name(layer, self.target.layouts[self.layout].router)
+        return _read(self.moe, reader, name, self.num_experts)
+
+    def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
+        for part in parts_of(self._weights(layer)):
+            yield part, self.part(reader, layer, expert, part)
+
+    def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
+        """Return one part of one expert."""
+        found = place(self._weights(layer), part, width=self.expert_size, expert=expert)
+        count = None if found.row is None else self.num_experts
+        held = _read(self.moe, reader, self.name(layer, found.tensor), count)
+        return found.of(held, self.cut(part))
+
+    @property
+    def shared_width(self) -> int:
+        """The intermediate size of the shared expert by the config; 0 where there is none."""
+        shared, config = self.target.shared, inner(self.moe.config)
+        if shared is None:
+            return 0
+        key = shared.size_key or shared.count_key
+        found = self.target.value(config, key) if key else 1
+        if type(found) is not int:
+            return 0
+        return found if shared.size_key else found * self.expert_size
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether a shared expert does something: by the recorded recipe, else if there is one."""
+        storage = self.moe.storage
+        record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
+        recipe = record.get("recipe")
+        if isinstance(recipe, dict):
+            return bool(recipe.get("shared_experts"))
+        return self.shared_width > 0
+
+    def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
+        """Return one part of the shared expert, None where it is not there."""
+        weights = self.target.shared_weights(self.target.layouts[self.layout])
+        if part not in parts_of(weights):
+            return None
+        found = place(weights, part, width=self.shared_width)
+        name = self.name(layer, found.tensor)
+        return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
+
+    def shared_works(self, reader: Reader, layer: int) -> bool:
+        """Whether the shared expert of a layer puts out anything."""
+        norm = None if self.target.shared is None else self.target.shared.norm
+        if norm is not None:
+            return bool(_read(self.moe, reader, self.name(layer, norm)).any())
+        down = self.shared_part(reader, layer, "down")
+        return down is not None and bool(down.any())
+
+    def cut(self, part: str) -> int | None:
+        """Return the dimension of a part that counts neurons in memory; None where none does."""
+        return holder(self.target.in_memory.experts, part).cut
+
+    def _weights(self, layer: int) -> tuple[Weight, ...]:
+        rows = self.target.layouts[self.layout].experts
+        return present(rows, self.moe.tensors, self.target.prefix(layer))
+
+
+def find_experts(moe: Checkpoint) -> Experts:
+    """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
+    config, target = inner(moe.config), target_of(moe.config, moe.tensors)
+    try:
+        num_experts, top_k, expert_size = target.sizes(config)
+        num_layers = target.num_layers(config)
+        if num_layers > len(moe.tensors):
+            words = f"num_hidden_layers {num_layers} is more than there are tensors of"
+            raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
+        layers = target.moe_layers(config, num_layers)
+        routing = target.routing(config)
+    except ValueError as error:
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
+    if top_k > num_experts:
+        words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
+    return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
+
+
+def _read(
+    checkpoint: Checkpoint, reader: Reader, name: str, num_experts: int | None = None
+) -> torch.Tensor:
+    """Return a tensor, whose first dimension must count the experts where a number is given."""
+    if name not in checkpoint.tensors:
+        raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
+    dtype = checkpoint.tensors[name].dtype
+    if dtype not in TORCH_DTYPES:
+        raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which is not read.")
+    tensor = reader.tensor(name)
+    if num_experts is not None and tensor.shape[:1] != (num_experts,):
+        raise UpcycleError(
+            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, but config.json "
+            f"implies {num_experts} experts."
+        )
+    return tensor
