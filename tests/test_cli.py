@@ -454,10 +454,10 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from upcycle_cli.cli.app import app as cli
-from upcycle_cli.cli import terminal
+from upcycle_cli.cli import process
 def app(**_):
     print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
-    print(signal.getsignal(signal.SIGTERM) is terminal.on_signal)
+    print(signal.getsignal(signal.SIGTERM) is process.on_signal)
 cli.app = app
 cli.main()
 """

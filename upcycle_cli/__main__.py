@@ -1,15 +1,20 @@
 """`python -m upcycle_cli`, and the `upcycle` command."""
 
-from upcycle_cli.cli.startup import begin, give_up
+from upcycle_cli.cli import process
 
 
 def main() -> None:
     """Run the command line."""
-    begin()
     try:
+        process.start()
         from upcycle_cli.cli.app import main as run
-    except Exception as error:  # noqa: BLE001 - Python's exit code for it would be 1
-        give_up(error)
+    except process.StoppedError:
+        code, word = process.stopped()
+        process.print_error(f"{word}.")
+        process.finish(code)
+    except (ImportError, MemoryError, OSError) as error:  # Python would exit with 1
+        process.print_error(f"upcycle cannot start: {error or 'not enough memory'}.")
+        process.finish(process.EXIT_ERROR)
     run()
 
 

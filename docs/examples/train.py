@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from upcycle_cli import Recipe, convert, inspect
-from upcycle_cli.cli.render import rows_table
+from upcycle_cli.cli.terminal import rows_table
 from upcycle_cli.inspection.describe import inspection_rows
 from upcycle_cli.recipe.recipe import parse_recipe_name
 from upcycle_cli.training import tie_virtual_groups

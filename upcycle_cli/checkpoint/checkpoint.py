@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,22 +284,8 @@ def open_storage(storage: Storage) -> Checkpoint:
     if weight_map:
         _check_index(path, weight_map, tensors)
     companions = companions_of(storage)
-    _opened.update({path / shard.name: shard.size for shard in shards})
     digest = hashlib.sha256(raw_config).hexdigest()
     return Checkpoint(storage, config, digest, tensors, tuple(shards), companions)
-
-
-_opened: dict[Path, int] = {}
-"""The weight files that were opened, with their sizes: somebody may have them mapped."""
-
-
-def shortened_file() -> Path | None:
-    """Return a weight file that is shorter than it was when it was opened, if there is one."""
-    for path, size in _opened.items():
-        with suppress(OSError):
-            if path.stat().st_size < size:
-                return path
-    return None
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

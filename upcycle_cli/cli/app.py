@@ -1,4 +1,4 @@
-"""The command line: its commands in a group, and how a process that runs one ends."""
+"""The commands in a group, and the main function that ends the process with an exit code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from upcycle_cli.cli import terminal
-from upcycle_cli.cli.shared_options import option
+from upcycle_cli.cli import process, terminal
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
 
@@ -24,14 +23,14 @@ _UsageError: Any = next(
 
 
 class Commands(TyperGroup):
-    """The commands; each ends the process with its exit code, and a library does not."""
+    """The commands, each imported when it is called; errors become exit codes."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - as typer has them
         commands: Any = dict.fromkeys(_COMMANDS)
         super().__init__(**options | {"commands": commands})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as typer has them
-        """Return a command, imported with its options when it is asked for."""
+        """Import a command and its options."""
         if cmd_name in self.commands and not self.commands[cmd_name]:
             alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
             alone.command()(
@@ -47,7 +46,7 @@ class Commands(TyperGroup):
         standalone_mode: bool = True,
         **options: Any,  # noqa: ANN401 - as typer has them
     ) -> Any:  # noqa: ANN401
-        """Run a command; in standalone mode, end the process with its exit code."""
+        """Run a command; in standalone mode, exit with its code."""
         run = functools.partial(super().main, args, **options, standalone_mode=False)
         if not standalone_mode:
             return run()
@@ -58,15 +57,13 @@ class Commands(TyperGroup):
         except typer.Exit as ending:
             code = ending.exit_code
         except _UsageError as error:
-            code = terminal.EXIT_ERROR
-            if type(error).__name__ != "NoArgsIsHelpError":  # the help is there already
+            code = process.EXIT_ERROR
+            if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
                 words, context = " ".join(error.format_message().split()), error.ctx
-                hint = (
-                    context and f"{context.get_usage()}\n`{context.command_path} --help` says more."
-                )
-                terminal.say_error(words, hint)
-        except SystemExit as ending:  # of a library, whose 1 says nothing of a verification
-            code = terminal.EXIT_ERROR if ending.code else 0
+                usage = context and f"{context.get_usage()}\nSee `{context.command_path} --help`."
+                terminal.say_error(words, usage)
+        except SystemExit as ending:  # a library's 1 does not mean that a verification failed
+            code = process.EXIT_ERROR if ending.code else 0
         sys.exit(code)
 
 
@@ -83,13 +80,14 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Turn a dense Hugging Face checkpoint into a Mixture of Experts, and prove it.
 
     Start with [bold]upcycle demo[/bold], which needs no model and no network.
     """
-    # UPCYCLE_CONVERT_RECIPE and so on; not UPCYCLE_VERSION, which is likely to be somebody's own.
+    # Options can be set as UPCYCLE_CONVERT_RECIPE; UPCYCLE_VERSION is left alone, since other
+    # tools are likely to set it.
     context.auto_envvar_prefix = context.auto_envvar_prefix or "UPCYCLE"
     if version:
         from importlib.metadata import version as installed
@@ -101,24 +99,22 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line."""
-    code = terminal.EXIT_BUG  # and not 1, which would mean that a verification failed
+    """Run the command line, and end the process."""
+    code = terminal.EXIT_BUG  # not 1, which means that a verification failed
     try:
-        terminal.prepare()
+        process.start()
         app(prog_name="upcycle")
-        code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else terminal.EXIT_BUG
-    except terminal.StoppedError:  # before a command began, or while another signal was answered
-        code, word = terminal.stopped()
-        terminal.say_error(f"{word}.")
-    except BaseException as error:  # noqa: BLE001 - whatever it is
-        words = terminal.in_words(error)  # memory that was lacking for saying so, most likely
-        if words is not None:
-            code = terminal.EXIT_ERROR
-            terminal.say_last_words(words.message, words.hint or "")
+    except process.StoppedError:  # before a command began, or during another signal's message
+        code, word = process.stopped()
+        process.print_error(f"{word}.")
+    except BaseException as error:  # noqa: BLE001 - a bug, or no memory to print another error
+        if words := terminal.in_words(error):
+            code = process.EXIT_ERROR
+            process.print_error(words.message)
         else:
             terminal.talk(*traceback.format_exc().splitlines())
             terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
     finally:
-        terminal.finish(code)
+        process.finish(code)

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.table import Table
 from rich.text import Text
 
+from upcycle_cli.cli.terminal import properties_table
 from upcycle_cli.core.text import counted, printable, size_text
 from upcycle_cli.models.engines import Engine
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from upcycle_cli.checkpoint.header import TensorEntry
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.overview import TargetFacts
@@ -124,7 +126,7 @@ def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any
 
 def report_table(report: Report) -> Table:
     """Return what verify found: a row per check, its failures below its detail."""
-    table = _properties(between=1)
+    table = properties_table(columns_between=1)
     for check in report.checks:
         detail = Text(printable(check.detail))
         for failure in check.failures:
@@ -143,23 +145,6 @@ def target_json(target: TargetFacts) -> dict[str, Any]:
         "trainers": {name: list(routings) for name, routings in target.trainers.items()},
         **picked(target, "balanced", "shared_experts", "refusal"),
     }
-
-
-def rows_table(rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
-    """Return a table of properties and the lines that say them, which may hold anything."""
-    table = _properties()
-    for label, lines in rows:
-        table.add_row(label, Text("\n".join(map(printable, lines))))
-    return table
-
-
-def _properties(between: int = 0) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    for _ in range(between):
-        table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
 
 
 def engines_json(found: Iterable[Engine]) -> dict[str, str]:

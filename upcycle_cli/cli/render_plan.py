@@ -10,8 +10,8 @@ from upcycle_cli.cli.render import (
     engines_json,
     picked,
     push_json,
-    rows_table,
 )
+from upcycle_cli.cli.terminal import rows_table
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.inspection.describe import software_lines
 from upcycle_cli.models.layers import listed

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upcycle_cli.cli.terminal import show, stdout, talk, warn
+from upcycle_cli.cli.terminal import rows_table, show, stdout, talk, warn
 from upcycle_cli.core.text import counted, shell_line
 
 if TYPE_CHECKING:
@@ -103,13 +102,7 @@ def show_plan(plan: Planned) -> None:
     from upcycle_cli.plan.warnings import warnings
 
     show(plan_table(plan))
-    warn_all(warnings(plan))
-
-
-def warn_all(texts: Iterable[str]) -> None:
-    """Say each of these as a note."""
-    for text in texts:
-        warn(text)
+    warn(*warnings(plan))
 
 
 def announce_push(repo: str, files: int, nbytes: int, *, silent: bool) -> None:
@@ -122,8 +115,8 @@ def announce_push(repo: str, files: int, nbytes: int, *, silent: bool) -> None:
 
 def show_push(done: Push) -> None:
     """Print what a push did, and what the licence asks for."""
-    from upcycle_cli.cli.render import push_rows, rows_table
+    from upcycle_cli.cli.render import push_rows
 
     # Where no terminal folds lines, an address stays in one piece.
     show(rows_table(push_rows(done)), stdout(None if sys.stdout.isatty() else 200))
-    warn_all(done.reminders)
+    warn(*done.reminders)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from upcycle_cli.cli.shared_options import JsonOption, for_path, option, warn_all
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stdout, talk
+from upcycle_cli.cli.shared_options import JsonOption, for_path, option
+from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stdout, talk, warn
 from upcycle_cli.core.text import printable, shell_line
 
 
@@ -27,7 +27,7 @@ def clean(
             print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
         elif yes:
             talk(f"Removed {found.path} ({size}).")
-            warn_all(filter(None, [found.note]))
+            warn(*filter(None, [found.note]))
         else:
             line = f"{printable(str(found.path))}: {size} of {found.what}"
             stdout().print(line, markup=False, soft_wrap=True)

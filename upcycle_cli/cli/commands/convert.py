@@ -22,6 +22,7 @@ from upcycle_cli.cli.merge_options import (
 )
 from upcycle_cli.cli.moe_options import MoeOptions, takes_moe_options
 from upcycle_cli.cli.option_sources import places, save_options, use_config
+from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.shared_options import for_files, for_hub, for_path, for_recipe, for_run
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.errors import UpcycleError
@@ -222,18 +223,18 @@ class _Screen(Hooks):
             yield
 
     def advance(self, num_bytes: int) -> None:
-        terminal.raise_signal()
+        raise_signal()
         self.progress.advance(num_bytes)
 
     def begins(self, what: str) -> None:
-        terminal.raise_signal()
+        raise_signal()
         self.progress.begins(what)
 
     def calibrated(self) -> None:
         self.progress.calibrated()
 
     def checked(self, done: int, total: int, unit: str) -> None:
-        terminal.raise_signal()
+        raise_signal()
         self.progress.checked(done, total, unit)
 
     def finished(self, done: Conversion) -> None:
@@ -252,7 +253,7 @@ class _Screen(Hooks):
             terminal.print_json(status | plan_json(plan, warnings))
         elif not self.quiet:
             shared.show_plan(plan)
-            shared.warn_all(warnings)
+            terminal.warn(*warnings)
             terminal.talk("Nothing was written (--dry-run).")
 
     def end(self, done: Conversion) -> None:
@@ -260,7 +261,7 @@ class _Screen(Hooks):
         from upcycle_cli.cli import render
 
         if done.pushed is not None:
-            terminal.raise_signal()
+            raise_signal()
             if not self.silent:
                 shared.show_push(done.pushed)
         if self.as_json:
@@ -281,7 +282,7 @@ def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     from upcycle_cli.cli import render
 
     if done.already_done:
-        shared.warn_all(done.warnings)
+        terminal.warn(*done.warnings)
         if done.report is not None:
             terminal.show(render.report_table(done.report))
         if done.published:
@@ -291,7 +292,7 @@ def _print_conversion(done: Conversion, *, to_push: bool) -> None:
     if done.report is not None:
         terminal.stdout().print()
         terminal.show(render.report_table(done.report))
-    shared.warn_all(done.warnings)
+    terminal.warn(*done.warnings)
     if done.published:
         terminal.talk("", f"Wrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
         if not to_push:

@@ -17,8 +17,16 @@ from upcycle_cli.cli.budget_options import (
     to_wanted,
 )
 from upcycle_cli.cli.moe_options import MoeOptions, asks_for_moe, takes_moe_options
-from upcycle_cli.cli.shared_options import for_path, for_run, path_argument, warn_all
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show, stderr, stdout
+from upcycle_cli.cli.shared_options import for_path, for_run, path_argument
+from upcycle_cli.cli.terminal import (
+    errors_to_exit_codes,
+    print_json,
+    rows_table,
+    show,
+    stderr,
+    stdout,
+    warn,
+)
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
 
@@ -120,7 +128,7 @@ def inspect(
             listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
             print_json(render.inspection_json(found) | listed)
             return
-        show(render.rows_table(inspection_rows(found)))
+        show(rows_table(inspection_rows(found)))
         for table in render_choices.target_tables(found.becomes):
             stdout().print()
             show(table)
@@ -129,8 +137,8 @@ def inspect(
             shown = notable(fits)
             show(render_choices.fits_table(shown))
             stdout().print()
-            show(render.rows_table(render_choices.fits_rows(shown)))
-            warn_all(render_choices.fits_notes(fits, shown))
+            show(rows_table(render_choices.fits_rows(shown)))
+            warn(*render_choices.fits_notes(fits, shown))
         if found.plan is not None:
             stdout().print()
             shared.show_plan(found.plan)

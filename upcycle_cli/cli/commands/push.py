@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from upcycle_cli.cli import shared_options as shared
+from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.shared_options import for_hub, for_path
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, raise_signal
+from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json
 
 
 def push(

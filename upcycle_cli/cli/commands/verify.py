@@ -9,6 +9,7 @@ import typer
 
 from upcycle_cli.cli import shared_options as shared
 from upcycle_cli.cli import terminal
+from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
 from upcycle_cli.cli.shared_options import for_hub, for_path, option, path_argument
 
 _CHECKS = "structure,files,claims,weights,outputs"
@@ -120,7 +121,7 @@ def verify(
                 allow_inexact=allow_inexact,
                 watch=watch,
             )
-        terminal.raise_signal()
+        raise_signal()
         if not quiet and not json:
             terminal.show(render.report_table(found))
         elif not json and not found.accepted:
@@ -140,7 +141,7 @@ def verify(
         if json:
             terminal.print_json(found.to_json())
         if found.status == "skipped":
-            terminal.fail("no check could run, so nothing is proven.", terminal.EXIT_ERROR)
+            terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
         if found.status == "measured" and not allow_inexact:
             terminal.talk(
                 "Nothing is proven of an MoE that promises no equality; --allow-inexact accepts it."
