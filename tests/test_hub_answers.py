@@ -25,9 +25,8 @@ def refused(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
 
     def run(*arguments: str | Path, limits: str = "", expect: int = 2, **variables: str) -> str:
         code = f"""
-from upcycle_cli.hub import answers
-from upcycle_cli.hub import requests
-requests._WAITS = ()
+from upcycle_cli.hub import client
+client._RETRY_WAITS = ()
 {limits}
 from upcycle_cli.cli.app import main
 main()
@@ -181,7 +180,7 @@ def test_bodies_without_an_end(
     status: int | None,
 ) -> None:
     hub.alter(method, path, status=status, **how)
-    limits = "answers.MOST_ANSWER_SECONDS = 1.0; answers.MOST_ANSWER_BYTES = 9_000_000"
+    limits = "client.MAX_ANSWER_BYTES = 9_000_000"
     said = refused(limits=limits)
     # Of a range what was asked for is taken, and the connection closed: spaces are no header.
     ranged = "_cdn" in path and how == {"endless": True}

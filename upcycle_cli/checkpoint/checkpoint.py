@@ -268,7 +268,7 @@ def open_storage(storage: Storage) -> Checkpoint:
     config = json_object(raw_config, path / CONFIG_NAME)
     weight_map = _weight_map(storage, config)
     shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
-    storage.prepare(shard_names)
+    storage.prefetch_headers(shard_names)
     tensors: dict[str, TensorEntry] = {}
     shards = []
     for shard_name in shard_names:

@@ -115,7 +115,7 @@ class Storage:
             found += [(here / name).relative_to(self.path).as_posix() + "/" for name in links]
         return sorted(found)
 
-    def prepare(self, shards: Sequence[str]) -> None:
+    def prefetch_headers(self, shards: Sequence[str]) -> None:
         """Hear whose headers will be asked for next."""
 
     def stamp(self, name: str) -> FileStamp:

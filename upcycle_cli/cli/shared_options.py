@@ -60,7 +60,7 @@ def quiet_hub(*places: Path | None, silent: bool) -> None:
     """
     if places and all(place is None or place.exists() for place in places):
         return
-    from upcycle_cli.hub.requests import silence_library
+    from upcycle_cli.hub.client import silence_library
 
     silence_library(bars=not silent and sys.stderr.isatty())
 

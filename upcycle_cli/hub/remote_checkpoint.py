@@ -1,16 +1,15 @@
-"""Models on the Hub that are not here yet.
+"""Checkpoints on the Hub that are not downloaded yet.
 
-A repo's config and its weight files' headers are read first, by range requests, so that a plan, the
-disk space and every objection come before gigabytes do. Then huggingface_hub downloads the files
-that are needed into its cache. Everything is pinned to one commit from the start.
+A repo's config and the headers of its weight files are read first, by range requests, so that every
+error and the needed disk space are known before gigabytes are downloaded. huggingface_hub then
+downloads the needed files into its cache. One commit is used from beginning to end.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,6 @@ from glob import escape
 from pathlib import Path
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_storage
-from upcycle_cli.checkpoint.header import MAX_HEADER_BYTES
 from upcycle_cli.checkpoint.storage import (
     ADAPTER_NAME,
     CARD_NAME,
@@ -34,137 +32,140 @@ from upcycle_cli.checkpoint.storage import (
 )
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.hub.answers import at_most, bad_answer, longest_seconds, read_repo
-from upcycle_cli.hub.requests import (
+from upcycle_cli.hub.client import (
     download_bar,
-    explained,
+    download_limit,
     fetch,
-    not_cached,
-    patiently,
+    hub_session,
+    read_repo,
+    retry,
     run_interruptibly,
 )
+from upcycle_cli.hub.errors import not_cached
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_HEAD_BYTES = 1 << 16  # asked for at once: the headers of most files are smaller
+_HEAD_BYTES = 1 << 16  # the first request for a header: most are smaller
 _CONNECTIONS = 8
-_MOST_SKIPPED_BYTES = 1 << 20  # of a file that a server sends from its beginning, asked for a part
-# What a verification reads besides the checkpoint.
-_BESIDES = (RECORD_NAME, CARD_NAME, INDEX_NAME, files.CHECKSUMS_NAME)
-_SMALL = (CONFIG_NAME, GENERATION_NAME, RECORD_NAME, CARD_NAME, files.CHECKSUMS_NAME)
-_MOST_BYTES = {
-    **dict.fromkeys(_SMALL, files.MOST_JSON_BYTES),
+_FILES_FOR_VERIFY = (RECORD_NAME, CARD_NAME, INDEX_NAME, files.CHECKSUMS_NAME)
+_MAX_BYTES = {
+    **dict.fromkeys((CONFIG_NAME, GENERATION_NAME, RECORD_NAME, CARD_NAME), files.MOST_JSON_BYTES),
+    files.CHECKSUMS_NAME: files.MOST_JSON_BYTES,
     INDEX_NAME: files.MOST_LISTING_BYTES,
 }
-"""What is read of these files at most, so that no more of them is downloaded either."""
+"""Files that are read only up to this size, so larger ones are not downloaded either."""
 
 
 def is_repo_id(source: Path | str) -> bool:
-    """Whether this is to be looked for on the Hub: ORG/NAME, and no such file or directory."""
+    """Whether this names a repo: it looks like ORG/NAME and no such file or directory exists."""
     text = str(source)
     return _REPO_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """Return a directory or a repo, and the revision that stands behind the latter and an @."""
+    """Split REPO@REVISION; a directory and a repo without @ have no revision."""
     repo, at, revision = text.rpartition("@")
     if at and is_repo_id(repo) and not Path(text).exists():
         return repo, revision
     return text, None
 
 
-def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
-    """Open a model's checkpoint, that of a repo without its weights; raises UpcycleError."""
-    storage = locate_model(source, revision)
-    return open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
-
-
 def check_revision(revision: str | None) -> None:
-    """Raise UpcycleError for a revision that is there and empty: a variable that is not set."""
+    """Raise UpcycleError for an empty revision, which an unset shell variable gives."""
     if revision is not None and not revision.strip():
         hint = "Leave it out, or name a branch, a tag or a commit."
         raise UpcycleError("the revision is empty.", hint)
 
 
 def locate_model(source: Path | str, revision: str | None = None) -> Storage:
-    """Return where a model's files are, of a repo only config.json here; raises UpcycleError."""
+    """Return where a model's files are, with a repo's config.json in the cache; UpcycleError."""
     check_revision(revision)
     if is_repo_id(source):
-        return _find(str(source), revision)
+        return _find_repo(str(source), revision)
     if revision is not None:
-        what = "a directory here" if Path(source).exists() else "no repo id"
-        raise UpcycleError(
-            f"a revision belongs to a repo on the Hub, and {source} is {what}.", "Leave it out."
-        )
+        what = "a local directory" if Path(source).exists() else "not a repo id"
+        raise UpcycleError(f"a revision needs a repo on the Hub, and {source} is {what}.")
     return Storage(Path(source))
 
 
+def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
+    """Open a directory, or a repo without downloading its weights; raises UpcycleError."""
+    storage = locate_model(source, revision)
+    return open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
+
+
 def download_model(storage: Storage) -> Path:
-    """Return a model's directory, with all here that anything reads; raises UpcycleError."""
+    """Return a model's directory with everything that `verify` reads; raises UpcycleError."""
     if isinstance(storage, RepoStorage):
         try:
             names = open_storage(storage).files
         except UpcycleError:
-            # Whoever reads it here will find what is wrong with it, and say it their way.
+            # The reader of the directory reports what is wrong, in the words of its task.
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
-        storage.download([*names, *storage.matching(_BESIDES)])
+        storage.download([*names, *storage.matching(_FILES_FOR_VERIFY)])
     return storage.path
 
 
 def check_download_space(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
-    """Return the bytes that bringing checkpoints takes from the file system of `beside`.
+    """Return how many bytes downloads will take from the file system of `beside`.
 
-    Raises UpcycleError when the cache is on another one, and that has not enough.
+    Raises UpcycleError when the cache is on another file system that has too little space.
     """
-    to_come = [each for each in checkpoints if each.bytes_to_download]
-    missing = sum(each.bytes_to_download for each in to_come)
-    cache = _existing((to_come or checkpoints)[0].path)
-    if not missing or cache.stat().st_dev == _existing(beside).stat().st_dev:
-        return missing
+    incomplete = [checkpoint for checkpoint in checkpoints if checkpoint.bytes_to_download]
+    nbytes = sum(checkpoint.bytes_to_download for checkpoint in incomplete)
+    cache = _existing_parent((incomplete or checkpoints)[0].path)
+    if not nbytes or cache.stat().st_dev == _existing_parent(beside).stat().st_dev:
+        return nbytes
     free = shutil.disk_usage(cache).free
-    if missing > free:
-        names = ", ".join(each.name for each in to_come)
+    if nbytes > free:
+        names = ", ".join(checkpoint.name for checkpoint in incomplete)
         raise UpcycleError(
-            f"not enough disk space to download {names}: {missing / 1e6:,.0f} MB needed, "
+            f"not enough disk space to download {names}: {nbytes / 1e6:,.0f} MB needed, "
             f"{free / 1e6:,.0f} MB free in {cache}.",
             "Free some, or set HF_HOME to a directory on another file system.",
         )
     return 0
 
 
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
 @dataclass(frozen=True)
 class RepoStorage(Storage):
-    """One commit of a repo; its files are in huggingface_hub's cache, once they are."""
+    """One commit of a repo; `path` is its snapshot in huggingface_hub's cache."""
 
     is_local = False
     repo: str
     commit: str
-    sizes: Mapping[str, int]  # of every file of the repo, by name
+    sizes: Mapping[str, int]
+    """The size of every file of the repo."""
     _heads: dict[str, bytes] = field(default_factory=dict)
+    """The first bytes of weight files, at least their headers."""
 
     def has(self, name: str) -> bool:
         """Whether the repo has such a file."""
         return name in self.sizes
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names that match, as they would in a directory."""
+        """Return the names of files that match a pattern, sorted."""
         return sorted(name for name in self.sizes if files.matches(name, patterns))
 
     def names(self) -> list[str]:
-        """Return the names of all files of the repo, sorted."""
+        """Return the names of all files, sorted."""
         return sorted(self.sizes)
 
-    def prepare(self, shards: Sequence[str]) -> None:
-        """Ask for all headers side by side: there can be hundreds."""
-        wanted = [name for name in shards if name in self.sizes]
+    def prefetch_headers(self, shards: Sequence[str]) -> None:
+        """Request all headers in parallel, since there can be hundreds."""
+        wanted = [name for name in self._missing(shards) if name in self.sizes]
 
-        def ask() -> None:
+        def request_all() -> None:
             with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
                 self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
 
-        run_interruptibly(ask)
+        run_interruptibly(request_all)
 
     def stamp(self, name: str) -> FileStamp:
-        """Return the size of a file; a commit's files do not change."""
+        """Return the size of a file; the files of a commit do not change."""
         if name not in self.sizes:
             from huggingface_hub import constants
 
@@ -174,145 +175,115 @@ class RepoStorage(Storage):
         return FileStamp(name, self.sizes[name], 0)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
-        """Return a part of a weight file's beginning."""
+        """Return some of the first bytes of a weight file."""
+        if not self._missing([shard]):
+            return super().read(shard, begin, end)
         head = self._heads.get(shard, b"")
-        if end > len(head) and len(head) < self.sizes[shard]:
-            head = self._heads[shard] = head + self._request(shard, len(head), end)
+        if min(end, self.sizes[shard]) > len(head):
+            head = self._heads[shard] = self._request(shard, end)
         return head[begin:end]
 
     def local(self, name: str) -> Path:
-        """Return the path of a small file in the cache, downloaded if need be."""
+        """Return the path of a small file in the cache, after downloading it if necessary."""
         self.download([name])
         return self.path / name
 
     def download(self, names: Sequence[str]) -> None:
-        """Download files into the cache, as far as they are not there; raises UpcycleError."""
+        """Download the files that are not in the cache; raises UpcycleError."""
         from huggingface_hub import snapshot_download
 
-        if wanted := self._missing(names):
-            for name in wanted:
-                _check_small(self.repo, name, self.sizes.get(name, 0))
-            nbytes = self.bytes_to_download(wanted)
-            download = partial(snapshot_download, self.repo, revision=self.commit)
-            patterns, bar = [escape(name) for name in wanted], download_bar(nbytes)
-            with explained(self.repo, self.commit), at_most(nbytes):
-                run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
         if missing := self._missing(names):
-            raise UpcycleError(f"{self.repo}: {missing[0]} was not downloaded.", "Try again.")
+            for name in missing:
+                _check_size(self.repo, name, self.sizes.get(name, 0))
+            nbytes = self.bytes_to_download(missing)
+            download = partial(snapshot_download, self.repo, revision=self.commit)
+            patterns, bar = [escape(name) for name in missing], download_bar(nbytes)
+            with hub_session(self.repo, self.commit), download_limit(nbytes):
+                run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
         for name in names:
-            path, stated = self.path / name, self.sizes.get(name)
+            path, size = self.path / name, self.sizes.get(name, 0)
+            if not path.exists():
+                raise UpcycleError(f"{self.repo}: {name} was not downloaded.", "Try again.")
             found = files.locate(self.path, name).stat().st_size
-            if found != stated:
-                there = f"{self.repo} has one of {stated or 0:,} there."
-                hint = f"Remove it, and run the command again: rm {path}"
-                raise UpcycleError(f"{path} has {found:,} bytes, and {there}", hint)
+            if found != size:
+                raise UpcycleError(
+                    f"{path} has {found:,} bytes, and {size:,} in {self.repo}.",
+                    f"Remove it, and run the command again: rm {path}",
+                )
+
+    def bytes_to_download(self, names: Sequence[str]) -> int:
+        """Return the total size of the files that are not in the cache."""
+        return sum(self.sizes.get(name, 0) for name in self._missing(names))
 
     def _missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if not (self.path / name).exists()]
 
-    def bytes_to_download(self, names: Sequence[str]) -> int:
-        """Return the size of those of these files that are not in the cache."""
-        return sum(self.sizes.get(name, 0) for name in self._missing(names))
-
     def _head(self, name: str) -> bytes:
-        end = min(_HEAD_BYTES, self.sizes[name])
-        if (self.path / name).exists():
-            with files.open_regular(files.locate(self.path, name)) as file:
-                return file.read(end)
-        head = self._request(name, 0, end)
-        # Here, where it is done side by side, and not for one file after another.
-        end = min(8 + int.from_bytes(head[:8], "little"), self.sizes[name])
-        if len(head) < end <= MAX_HEADER_BYTES:
-            head += self._request(name, len(head), end)
+        head = self._request(name, _HEAD_BYTES)
+        header_end = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < header_end <= min(self.sizes[name], files.MOST_LISTING_BYTES):
+            head = self._request(name, header_end)
         return head
 
-    def _request(self, name: str, begin: int, end: int) -> bytes:
-        """Return bytes of a file on the Hub, and close the connection when it sends more."""
+    def _request(self, name: str, nbytes: int) -> bytes:
+        """Download the first bytes of a file; a server may ignore the range and send all of it."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        if begin >= end:
-            return b""
-        headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}"}
+        headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}"}
         url = hf_hub_url(self.repo, name, revision=self.commit)
 
-        def ask() -> bytes:
-            deadline = time.monotonic() + longest_seconds(end - begin)
+        def request() -> bytes:
             with get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=30
             ) as response:
                 hf_raise_for_status(response)
-                # A server that knows no ranges sends the file from its beginning.
-                skip = 0 if response.status_code == 206 else begin
-                if skip > _MOST_SKIPPED_BYTES:
-                    words = f"it sends {name} from its beginning, not from where it is asked"
-                    raise bad_answer(words)
                 data = bytearray()
-                for piece in response.iter_raw():
-                    data += piece
-                    if len(data) >= skip + end - begin:
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) >= nbytes:
                         break
-                    if time.monotonic() > deadline:
-                        raise bad_answer(f"the header of {name} takes it too long")
-            return bytes(data[skip : skip + end - begin])
+            return bytes(data[:nbytes])
 
-        with explained(self.repo, self.commit):
-            return patiently(ask)
+        with hub_session(self.repo, self.commit):
+            return retry(request)
 
 
-def _find(repo: str, revision: str | None) -> RepoStorage:
-    """Look a repo up: its commit and its files, from the Hub or, offline, from the cache."""
+def _find_repo(repo: str, revision: str | None) -> RepoStorage:
+    """Find a repo's commit and files, on the Hub or, offline, in the cache."""
     from huggingface_hub import HfApi, constants
 
-    with explained(repo, revision):
+    with hub_session(repo, revision):
         if constants.HF_HUB_OFFLINE:
             path = fetch(repo, CONFIG_NAME, revision).parent
-            commit = path.name
-            here = (file for file in path.rglob("*") if file.is_file())
-            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in here}
-        else:
-            ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
-            found = read_repo(patiently(ask), sized=True)
-            commit, sizes = found.commit, dict(found.sizes)
-            if CONFIG_NAME not in sizes:
-                raise _no_model(repo, sizes)
-            _check_small(repo, CONFIG_NAME, sizes[CONFIG_NAME])
-            with at_most(sizes[CONFIG_NAME]):
-                path = _config_path(repo, revision, commit).parent
-    storage = RepoStorage(path, repo, commit, sizes)
-    if constants.HF_HUB_OFFLINE and not storage.matching(["*.safetensors"]):
-        raise not_cached(repo, revision)
-    return storage
+            found = (file for file in path.rglob("*") if file.is_file())
+            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in found}
+            storage = RepoStorage(path, repo, path.name, sizes)
+            if not storage.matching(["*.safetensors"]):
+                raise not_cached(repo, revision)
+            return storage
+        ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
+        info = read_repo(retry(ask), with_sizes=True)
+        if CONFIG_NAME not in info.sizes:
+            if ADAPTER_NAME in info.sizes:
+                raise adapter(repo)
+            hint = "Give the repo of a Hugging Face model."
+            raise UpcycleError(f"{repo} has no {CONFIG_NAME}.", hint)
+        _check_size(repo, CONFIG_NAME, info.sizes[CONFIG_NAME])
+        with download_limit(info.sizes[CONFIG_NAME]):
+            # By the revision first: the cache then knows which commit it is, for offline use.
+            path = retry(lambda: fetch(repo, CONFIG_NAME, revision))
+            if path.parent.name != info.commit:
+                # The branch moved, or the Hub failed and the cache answered with an older commit.
+                path = retry(lambda: fetch(repo, CONFIG_NAME, info.commit))
+    return RepoStorage(path.parent, repo, info.commit, info.sizes)
 
 
-def _config_path(repo: str, revision: str | None, commit: str) -> Path:
-    """Return where the config.json of a commit is in the cache, downloaded if need be."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    try:
-        # Asked for by the revision, the cache remembers what that was, for when it is offline.
-        path = patiently(lambda: fetch(repo, CONFIG_NAME, revision))
-        if path.parent.name == commit:
-            return path
-        # The Hub did not answer this time, and the cache knew an older commit; or it has moved.
-        return patiently(lambda: fetch(repo, CONFIG_NAME, commit))
-    except RemoteEntryNotFoundError as error:
-        raise _no_model(repo) from error
-
-
-def _no_model(repo: str, files: Collection[str] = ()) -> UpcycleError:
-    if ADAPTER_NAME in files:
-        return adapter(repo)
-    return UpcycleError(f"{repo} has no {CONFIG_NAME}.", "Give the repo of a Hugging Face model.")
-
-
-def _check_small(repo: str, name: str, nbytes: int) -> None:
+def _check_size(repo: str, name: str, nbytes: int) -> None:
     """Raise UpcycleError for a file that is too large to be read, before it is downloaded."""
-    most = _MOST_BYTES.get(name, files.MOST_COMPANION_BYTES)
+    most = _MAX_BYTES.get(name, files.MOST_COMPANION_BYTES)
     if nbytes > most and not is_weight_file(name):
-        words = f"it has {nbytes:,} bytes, and no such file has more than {most:,}"
-        raise UpcycleError(f"{name} of {repo} is not downloaded: {words}.")
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        raise UpcycleError(
+            f"{name} of {repo} is not downloaded: it has {nbytes:,} bytes, and at most {most:,} "
+            "are allowed."
+        )

@@ -25,16 +25,19 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
-from upcycle_cli.hub.answers import Repo, at_most, checked_commit, endpoint, read_repo, read_user
-from upcycle_cli.hub.remote_checkpoint import check_revision
-from upcycle_cli.hub.requests import (
-    SIGN_IN,
-    explained,
+from upcycle_cli.hub.client import (
+    Repo,
+    checked_commit,
+    download_limit,
     fetch,
-    patiently,
+    hub_session,
+    read_repo,
+    read_user,
+    retry,
     run_interruptibly,
-    words_of,
 )
+from upcycle_cli.hub.errors import SIGN_IN, endpoint, error_text
+from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import for_repo, is_edited
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.write.staging import MARKER
@@ -99,18 +102,18 @@ def check_destination(destination: Destination) -> None:
     repo = destination.repo
     if constants.HF_HUB_OFFLINE:
         raise UpcycleError("HF_HUB_OFFLINE forbids to push.", "Unset it.")
-    with explained(repo):
+    with hub_session(repo):
         validate_repo_id(repo)
         if "/" not in repo:
             raise UpcycleError(f"'{repo}' is not a repo id.", "Write ORG/NAME or USER/NAME.")
         if get_token() is None:
             raise UpcycleError("pushing takes a token, and there is none.", SIGN_IN)
         api = HfApi()
-        owners, may_only_read = read_user(patiently(api.whoami))
+        owners, may_only_read = read_user(retry(api.whoami))
         try:
-            public = not read_repo(patiently(lambda: api.model_info(repo))).private
+            public = not read_repo(retry(lambda: api.model_info(repo))).private
             if not destination.create_pr:  # which whoever can read may open
-                patiently(lambda: api.auth_check(repo, write=True))
+                retry(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
             if may_only_read:
                 raise UpcycleError(
@@ -147,7 +150,7 @@ def push(
     files = dict(manifest.files)
     has_report = REPORT_NAME in files
     card = for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
-    with explained(destination.repo, destination.revision):
+    with hub_session(destination.repo, destination.revision):
         there = _prepare(destination)
         kept = None if destination.replace_card else _edited_card(there, card, destination)
         if kept is not None:
@@ -212,7 +215,7 @@ def _read_card(path: Path) -> str:
         text = read_small(path, MOST_JSON_BYTES).decode()
         ModelCard(text)
     except (ValueError, YAMLError) as error:
-        raise UpcycleError(f"{path} is not a valid model card: {words_of(error)}.") from error
+        raise UpcycleError(f"{path} is not a valid model card: {error_text(error)}.") from error
     return text
 
 
@@ -231,10 +234,10 @@ def _prepare(destination: Destination) -> Repo:
     api, repo, revision = HfApi(), destination.repo, destination.revision
     # None leaves it to the organization's own settings.
     private = destination.private or None
-    patiently(lambda: api.create_repo(repo, private=private, exist_ok=True))
+    retry(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
-        patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    return read_repo(patiently(lambda: api.model_info(repo, revision=revision)))
+        retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+    return read_repo(retry(lambda: api.model_info(repo, revision=revision)))
 
 
 def _edited_card(there: Repo, card: str, destination: Destination) -> str | None:
@@ -247,8 +250,8 @@ def _edited_card(there: Repo, card: str, destination: Destination) -> str | None
 
 def _download(there: Repo, name: str, destination: Destination) -> bytes:
     # By its commit, so that a cache that knew an older one is of no account.
-    with at_most(MOST_JSON_BYTES):
-        path = patiently(lambda: fetch(destination.repo, name, there.commit))
+    with download_limit(MOST_JSON_BYTES):
+        path = retry(lambda: fetch(destination.repo, name, there.commit))
     return read_small(path, MOST_JSON_BYTES)
 
 
@@ -284,7 +287,7 @@ def _upload(
         return _upload_together(folder, late, [], destination)
     in_pr = replace(destination, create_pr=False, revision=first.pr_revision)
     try:
-        with explained(destination.repo, first.pr_revision):
+        with hub_session(destination.repo, first.pr_revision):
             last = _upload_together(folder, late, [], in_pr)
     except UpcycleError as error:
         raise UpcycleError(
@@ -318,20 +321,20 @@ def _upload_together(
 
     try:
         # Trying again after an answer that was lost could open a second pull request.
-        return upload() if destination.create_pr else patiently(lambda: _outlast(upload))
+        return upload() if destination.create_pr else retry(lambda: _outlast(upload))
     except HTTPError:
         raise
     except ValueError as error:
         # The Hub's verdict on the card's metadata, before anything is uploaded.
-        words = f"the Hub refuses this: {words_of(error)}."
+        words = f"the Hub refuses this: {error_text(error)}."
         raise UpcycleError(words, f"Correct {CARD_NAME}.") from error
     except (OSError, RuntimeError) as error:
         if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error
         # Whether the Hub is there says why.
-        patiently(api.whoami)
+        retry(api.whoami)
         raise UpcycleError(
-            f"uploading to {destination.repo} failed: {words_of(error)}.",
+            f"uploading to {destination.repo} failed: {error_text(error)}.",
             "Nothing was published. The same command goes on from what was uploaded.",
         ) from error
 

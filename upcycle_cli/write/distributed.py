@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
-from upcycle_cli.hub.requests import run_interruptibly
+from upcycle_cli.hub.client import run_interruptibly
 from upcycle_cli.plan.base import Shard
 
 if TYPE_CHECKING:
