@@ -25,6 +25,7 @@ import numpy as np
 
 import upcycle_cli
 from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
@@ -120,6 +121,16 @@ def plan_of(dense: Path, recipe: str = "E8G1T2", **options: Any) -> Plan:  # noq
     expansion, granularity, top_k = parse_recipe_name(recipe)
     wanted = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
     return build_plan(wanted, open_checkpoint(dense), options=Options(**options))
+
+
+class Advance(Hooks[Any, Any]):
+    """Call a function with the bytes of each step of writing."""
+
+    def __init__(self, call: Callable[[int], object]) -> None:
+        self._call = call
+
+    def advance(self, num_bytes: int) -> None:
+        self._call(num_bytes)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import cast
 
 from engine_fixtures import contents, plan_of
 
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.write import swap
 from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.transaction import clean

@@ -205,7 +205,7 @@ class _Killed(BaseException):
     pass
 
 
-class _Kill(Hooks):
+class _Kill(Hooks[Any, Any]):
     def advance(self, num_bytes: int) -> None:
         raise _Killed(num_bytes)
 

@@ -27,11 +27,12 @@ from conftest import (
     validate_json,
     write_json,
 )
+from engine_fixtures import Advance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.models.engines import Support
 from upcycle_cli.publish.card import for_repo
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
@@ -461,7 +462,7 @@ def begun(output: Path, dense: Path) -> None:
         raise OSError(5, "stopped by the test")
 
     with pytest.raises(UpcycleError, match="stopped by the test"):
-        execute(build_plan(RECIPE, open_checkpoint(dense)), output, progress=stop)
+        execute(build_plan(RECIPE, open_checkpoint(dense)), output, hooks=Advance(stop))
 
 
 REFUSED = "without --dry-run this is refused: "
@@ -476,7 +477,7 @@ FORESEEN: list[tuple[Callable[[Path, Path], None], tuple[str, ...], str | None]]
     (made_otherwise, ("--overwrite",), None),
     (a_file, (), f"{REFUSED}.* not a directory"),
     (lambda output, dense: output.symlink_to(dense), (), f"{REFUSED}OUTPUT is the source itself"),
-    (begun, (), "moe.partial is there"),
+    (begun, (), "moe.partial exists"),
 ]
 
 

@@ -22,6 +22,7 @@ import pytest
 from engine_fixtures import (
     PYTHON,
     SUBPROCESS_SECONDS,
+    Advance,
     contents,
     convert_command,
     environment,
@@ -38,7 +39,7 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.conversion import Conversion, execute
+from upcycle_cli.api import Conversion, execute
 from upcycle_cli.write import swap
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.transaction import clean
@@ -202,7 +203,7 @@ def interrupted(dense: Path, output: Path, num_shards: int = 3, recipe: str = RE
             raise StopHereError(5, "stopped by the test")
 
     with pytest.raises(UpcycleError, match="stopped by the test"):
-        execute(plan, output, progress=stop, writing=WriteOptions(workers=1))
+        execute(plan, output, hooks=Advance(stop), writing=WriteOptions(workers=1))
     assert len(notes(output)) == num_shards
     assert not output.exists()
 
@@ -212,7 +213,7 @@ def finish(
 ) -> Conversion:
     """Run it to the end; the directory must be that of an undisturbed run."""
     plan = plan_of(dense, RECIPE, max_shard_bytes=SMALL_SHARDS)
-    done = execute(plan, output, progress=progress)
+    done = execute(plan, output, hooks=Advance(progress))
     reference = output.with_name("reference")
     execute(plan, reference)
     assert contents(output) == contents(reference)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import stops_after
-from engine_fixtures import contents, make_dense, plan_of
+from engine_fixtures import Advance, contents, make_dense, plan_of
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.conversion import Conversion, execute
+from upcycle_cli.api import Conversion, execute
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
@@ -59,7 +59,7 @@ def interrupt(plan: Plan, output: Path, num_shards: int = 3) -> Path:
     """Leave the partial of a run that ended after so many shards; return it."""
     stop = stops_after(sum(shard.nbytes for shard in plan.shards[:num_shards]))
     with pytest.raises(ResumableError, match="stopped by the test"):
-        execute(plan, output, progress=stop, writing=WriteOptions(workers=1))
+        execute(plan, output, hooks=Advance(stop), writing=WriteOptions(workers=1))
     return partial_of(output)
 
 
@@ -80,7 +80,7 @@ def run_during(
             acted = True
             act()
 
-    return execute(plan, output, overwrite=overwrite, checksums=checksums, progress=once)
+    return execute(plan, output, overwrite=overwrite, checksums=checksums, hooks=Advance(once))
 
 
 # What lies in OUTPUT.partial ---------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import stops_after
 from engine_fixtures import (
+    Advance,
     CannotMountError,
     contents,
     convert_command,
@@ -27,7 +28,7 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.conversion import Conversion, execute
+from upcycle_cli.api import Conversion, execute
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.platform import BLOCK_BYTES, share
 from upcycle_cli.plan.upcycle import Plan
@@ -145,7 +146,7 @@ def test_a_resume_shares_with_what_was_there(
 
     stop = stops_after(plan.nbytes // 2)
     with pytest.raises(UpcycleError, match="stopped by the test"):
-        execute(plan, output, progress=stop)
+        execute(plan, output, hooks=Advance(stop))
     done = execute(plan, output)
     assert done.reused_bytes > 0
     assert done.shared_bytes == plan.nbytes - unique_bytes(plan.shards)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from engine_fixtures import (
     PYTHON,
+    Advance,
     CannotMountError,
     contents,
     convert_command,
@@ -26,8 +27,8 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError
+from upcycle_cli.api import execute
 from upcycle_cli.checkpoint.header import parse_header
-from upcycle_cli.conversion import execute
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.core.safe_files import read_header
@@ -178,7 +179,7 @@ def test_what_somebody_else_wrote_stops_it_by_name(
     with monkeypatch.context() as context:
         context.setattr(swap, "_give_name", None)  # it must not come that far
         with pytest.raises(UpcycleError) as refused:
-            execute(plan, output, overwrite=True, progress=_unexpected)
+            execute(plan, output, overwrite=True, hooks=Advance(_unexpected))
     assert said in refused.value.message
     assert "left as it is" in refused.value.message
     assert contents(output) == before

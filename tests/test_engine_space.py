@@ -22,7 +22,7 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.write.preflight import check_space

@@ -15,7 +15,7 @@ import forked
 import pytest
 from engine_fixtures import contents, convert_command, environment, make_dense, plan_of
 
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.core import platform as system
 from upcycle_cli.write.staging import NOTE_SUFFIX, partial_of
 

@@ -16,10 +16,11 @@ from typing import Any
 import forked
 import pytest
 from conftest import MakeDense, RunCli, clone, contents, snapshot, stops_after, validate_json
+from engine_fixtures import Advance
 from test_conversion import RECIPE, TWICE, others, spoil
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.old_verification import Report
 from upcycle_cli.recipe.recipe import parse_recipe_name
 from upcycle_cli.write.staging import MARKER
@@ -92,7 +93,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(llama: Path, tmp_path: Path)
         os.utime(dense / "model.safetensors", ns=(0, 0))
 
     with pytest.raises(UpcycleError, match="changed while it was being read"):
-        execute(plan, tmp_path / "moe", progress=touch)
+        execute(plan, tmp_path / "moe", hooks=Advance(touch))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense"]
 
 
@@ -286,7 +287,7 @@ def test_whatever_changes_in_the_source_meanwhile_is_noticed(
         told.append(num_bytes)
 
     with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
-        execute(plan, tmp_path / "moe", progress=act_once, writing=WriteOptions(workers=1))
+        execute(plan, tmp_path / "moe", hooks=Advance(act_once), writing=WriteOptions(workers=1))
     # What was read since is not the source's: writing ends early, not at the last check.
     weights = change in (replace_weights, rewrite_weights)
     assert (sum(told) < plan.nbytes) == weights
@@ -383,7 +384,7 @@ def test_weights_that_vanished_in_a_run_that_was_cut_short_are_told_of(
     plan = build_plan(RECIPE, open_checkpoint(faint), options=options)
     stop = stops_after(plan.nbytes - plan.shards[-1].nbytes)
     with pytest.raises(UpcycleError, match="stopped by the test"):
-        execute(plan, tmp_path / "moe", progress=stop, writing=WriteOptions(workers=1))
+        execute(plan, tmp_path / "moe", hooks=Advance(stop), writing=WriteOptions(workers=1))
     done = execute(plan, tmp_path / "moe")
     assert done.reused_bytes > plan.nbytes // 2
     assert done.warnings == (SAID,)

@@ -9,8 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from conftest import RunCli, clone, read_json
 
-from upcycle_cli.checkpoint.card_metadata import read_card_metadata
-from upcycle_cli.publish.card import is_edited
+from upcycle_cli.checkpoint.card_metadata import is_edited, read_card_metadata
 
 KEPT = {"license": "mit", "language": ["en"]}
 LAUGHS = "a: &a [x, x]\n" + "".join(

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.writer import WriteOptions
 

@@ -685,7 +685,7 @@ def test_what_grew_is_complete_to_a_push(
 def test_two_runs_and_a_run_that_was_cut_short_give_the_same(
     make_moe: MakeMoe, tmp_path: Path
 ) -> None:
-    class Cutting(Hooks):
+    class Cutting(Hooks[Any, Any]):
         def advance(self, num_bytes: int) -> None:
             self.left -= num_bytes
             if self.left < 0:

@@ -20,6 +20,7 @@ from hub.server import TOKEN, Hub
 from shapes import big_config, write_hollow
 
 from upcycle_cli import Recipe, UpcycleError, convert
+from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint, open_storage
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.hub.remote_checkpoint import (
@@ -28,7 +29,7 @@ from upcycle_cli.hub.remote_checkpoint import (
     is_repo_id,
     open_source,
 )
-from upcycle_cli.publish.card import for_repo, is_edited
+from upcycle_cli.publish.card import for_repo
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.report.target import ReportFile
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import contents, make_dense, plan_of
+from engine_fixtures import Advance, contents, make_dense, plan_of
 from safetensors import safe_open
 from shapes import value_of
 
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.core.platform import BLOCK_BYTES
 from upcycle_cli.plan.expressions import leaves
 from upcycle_cli.write.file_layout import lay_out, unique_bytes
@@ -128,6 +128,6 @@ def test_how_it_is_written_does_not_change_a_byte(
     plan = plan_of(dense, "E2G4T4", **options)
     progress: list[int] = []
     execute(plan, tmp_path / "one")
-    execute(plan, tmp_path / "other", writing=writing, progress=progress.append)
+    execute(plan, tmp_path / "other", writing=writing, hooks=Advance(progress.append))
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     assert sum(progress) == plan.nbytes

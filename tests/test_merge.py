@@ -28,6 +28,7 @@ from conftest import (
     validate_json,
     write_json,
 )
+from engine_fixtures import Advance
 from refusals import invoke
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,7 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.old_verification import CheckResult
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
@@ -495,7 +496,7 @@ def test_a_conversion_that_was_stopped_goes_on(models: list[Path], tmp_path: Pat
     plan, one = plan_of(models[:2]), WriteOptions(workers=1)
     execute(plan, tmp_path / "reference")
     with pytest.raises(KeyboardInterrupt):
-        execute(plan, tmp_path / "moe", writing=one, progress=stop)
+        execute(plan, tmp_path / "moe", writing=one, hooks=Advance(stop))
     assert not (tmp_path / "moe").exists()
     done = execute(plan_of(models[:2]), tmp_path / "moe", writing=one)
     assert 0 < done.reused_bytes < plan.nbytes

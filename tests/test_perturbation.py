@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeDense, RunCli, contents, stops_after, validate_json
+from engine_fixtures import Advance
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
+from upcycle_cli.api import execute
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
-from upcycle_cli.conversion import execute
 from upcycle_cli.old_verification.statistics import Sample
 from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, Source
 from upcycle_cli.plan.permutation_file import read_order_file
@@ -169,7 +170,7 @@ def test_it_depends_on_nothing_but_the_seed(
     plan = build_plan(wanted, open_checkpoint(dense), options=options)
     stop = stops_after(plan.nbytes - plan.shards[-1].nbytes)
     with pytest.raises(UpcycleError, match="stopped by the test"):
-        execute(plan, tmp_path / "c", progress=stop, writing=QUICKLY)
+        execute(plan, tmp_path / "c", hooks=Advance(stop), writing=QUICKLY)
     done = execute(plan, tmp_path / "c")
     assert done.reused_bytes > plan.nbytes // 2
     assert contents(tmp_path / "c") == contents(tmp_path / "a")

@@ -17,11 +17,12 @@ import pytest
 from conftest import RunCli, clone, read_json, validate_json, write_json
 
 from upcycle_cli import Recipe, convert, verify
+from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.old_verification import CHECK_NAMES, CheckResult, Report, Status
-from upcycle_cli.publish.card import for_repo, is_edited
+from upcycle_cli.publish.card import for_repo
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report import inspection_html, verification_html
 from upcycle_cli.report.target import ReportFile

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import forked
 import pytest
 from conftest import snapshot
 
 from upcycle_cli import Recipe, UpcycleError
-from upcycle_cli.api import Request, carry_out, foresee
-from upcycle_cli.conversion import Conversion
+from upcycle_cli.api import Conversion, Request, carry_out, preview
 from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 
 
-class Listener(Hooks):
+class Listener(Hooks[Any, Any]):
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.nbytes = 0
@@ -35,8 +34,8 @@ class Listener(Hooks):
         self.heard.append(f"planned {plan.recipe.name}")
 
     @contextmanager
-    def writing(self, plan: Planned) -> Iterator[None]:
-        assert plan.nbytes
+    def writing(self, num_bytes: int) -> Iterator[None]:
+        assert num_bytes
         self.heard.append("writing")
         yield
         self.heard.append("written")
@@ -47,8 +46,8 @@ class Listener(Hooks):
     def begins(self, what: str) -> None:
         self.heard.append(what)
 
-    def finished(self, done: Conversion) -> None:
-        self.heard.append(f"finished {done.output.name}")
+    def finished(self, result: Conversion) -> None:
+        self.heard.append(f"finished {result.output.name}")
 
 
 def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -
 
 
 def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
-    class Refusing(Hooks):
+    class Refusing(Hooks[Any, Any]):
         def planned(self, plan: Planned) -> None:
             raise UpcycleError(f"not {plan.how['recipe']['name']}")
 
@@ -73,16 +72,16 @@ def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_foreseen_is_not_done(llama: Path, tmp_path: Path) -> None:
+def test_what_is_previewn_is_not_done(llama: Path, tmp_path: Path) -> None:
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
-    plan, warnings = foresee(request)
+    plan, warnings = preview(request)
     assert (plan.how["recipe"]["name"], warnings) == ("E2G2T2", [])
     assert list(tmp_path.iterdir()) == []
     carry_out(request)
     before = snapshot(tmp_path)
-    assert "is already what this command makes" in foresee(request)[1][0]
+    assert "is already what this command makes" in preview(request)[1][0]
     other = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, target="qwen2_moe")
-    assert "this is refused: " in foresee(other)[1][0]
+    assert "this is refused: " in preview(other)[1][0]
     assert snapshot(tmp_path) == before
 
 

@@ -27,7 +27,6 @@ PLANNING = (
     "plan.warnings",
 )
 RESULTS = (
-    "conversion",
     "write.transaction",
     "publish.card",
     "old_verification",
@@ -76,7 +75,7 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
             ("verify", "DENSE", "MOE", "--checks", "files"),
             0,
             ours(
-                "conversion",
+                "write.transaction",
                 "plan.upcycle",
                 "plan.expressions",
                 "plan.expand",

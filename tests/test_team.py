@@ -28,7 +28,7 @@ from engine_fixtures import (
     wait_until,
 )
 
-from upcycle_cli.conversion import execute
+from upcycle_cli.api import execute
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.write.distributed import Team

@@ -7,6 +7,7 @@ lines of text are taken from it, and whatever else is there is left.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,3 +102,22 @@ def _is_line(node: Any) -> bool:  # noqa: ANN401
     """Whether a node is one printable line of text of a sensible length."""
     text = node.value if node.tag == "tag:yaml.org,2002:str" else None
     return isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _LONGEST
+
+
+def card_seal(card: str) -> str:
+    """Return the comment that ends a card of ours; it tells whether the card was edited since."""
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
+
+
+def is_edited(card: str) -> bool:
+    """Whether somebody has written or changed a card since upcycle made it."""
+    text, _, seal = card.strip().rpartition("\n\n")
+    if seal == card_seal(text):
+        return False
+    try:
+        read_front_matter(card, ())
+    except UpcycleError:
+        return True  # upcycle writes no card that it cannot read
+    # The Hub makes a card of metadata only for a repo with a licence.
+    return bool(body(card).strip())

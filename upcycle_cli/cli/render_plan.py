@@ -32,7 +32,7 @@ from upcycle_cli.write.record import merged_record
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.api import Conversion
     from upcycle_cli.publish.push import Push
 
 

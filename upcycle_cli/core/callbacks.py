@@ -1,50 +1,50 @@
-"""Who hears how a conversion goes on."""
+"""Callbacks that report progress. The classes here do nothing; callers override what they need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from upcycle_cli.conversion import Conversion
-    from upcycle_cli.plan.base import Planned
+_Plan = TypeVar("_Plan")
+_Result = TypeVar("_Result")
 
 
 class Watch:
-    """What is told of the progress of a model that is run; this one shows nothing."""
+    """Receives the progress of a model that runs: a calibration or a verification."""
 
     def begins(self, what: str) -> None:
-        """Hear what begins: `calibrating`, or `checking` and the name of the check."""
+        """Receive the step that begins: `calibrating`, or `checking` and the check's name."""
 
     def calibrated(self) -> None:
-        """Hear that the dense model has been run on a calibration's text."""
+        """Receive the end of the calibration."""
 
     def checked(self, done: int, total: int, unit: str) -> None:
-        """Hear how far that is, in `bytes` or `layers`."""
+        """Receive how much of a check is done; `unit` is `bytes` or `layers`."""
 
 
 class Progress(Watch):
-    """What is told of a conversion's progress; this one shows nothing."""
+    """Receives the progress of writing, too."""
 
     def advance(self, num_bytes: int) -> None:
-        """Hear that so many bytes more are written."""
+        """Receive the number of bytes written since the last call."""
 
 
-class Hooks(Progress):
-    """Hears how a conversion goes on, on the rank that leads; what is raised here ends it."""
+class Hooks(Progress, Generic[_Plan, _Result]):
+    """Receives every step of a conversion, on rank 0. An exception raised here ends it."""
 
-    def planned(self, plan: Planned) -> None:
-        """Hear what is going to be made."""
+    def planned(self, plan: _Plan) -> None:
+        """Receive the plan."""
 
-    def downloading(self, plan: Planned, nbytes: int) -> None:
-        """Hear how many bytes of the source are to be downloaded."""
+    def downloading(self, names: Sequence[str], num_bytes: int) -> None:
+        """Receive the names of the sources and how many bytes will be downloaded."""
 
-    def writing(self, plan: Planned) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return what is entered while OUTPUT is written and verified."""
+    def writing(self, num_bytes: int) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Return a context to enter while OUTPUT, of so many bytes, is written and verified."""
         return nullcontext()
 
-    def finished(self, done: Conversion) -> None:
-        """Hear what was made, before it is pushed."""
+    def finished(self, result: _Result) -> None:
+        """Receive the result, before it is pushed."""
 
-    def pushing(self, files: int, nbytes: int) -> None:
-        """Hear how much is to be pushed."""
+    def pushing(self, num_files: int, num_bytes: int) -> None:
+        """Receive how much will be pushed."""

@@ -6,7 +6,6 @@ block of code, starts a tag or gives a shell something else to do.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint.card_metadata import body, read_front_matter
+from upcycle_cli.checkpoint.card_metadata import card_seal, is_edited
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
-from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import any_of, printable, shell_line
 from upcycle_cli.models.engines import Support
 from upcycle_cli.models.layers import listed
@@ -39,7 +37,7 @@ from upcycle_cli.plan.warnings import (
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Routing
 
 if TYPE_CHECKING:
-    from upcycle_cli.old_verification import Report
+    from upcycle_cli.verification.result import Report
 
 _PLACE = r'path = "([^"]+)"'  # where the loading code says that the model is
 _SERVING = {
@@ -84,7 +82,7 @@ def model_card(plan: Planned, report: Report | None, repo: str | None = None) ->
         parallel=any_of(expert_parallel_sizes(plan.num_experts)),
         engines=_engines_text(plan, place),
     )
-    return f"{text}\n{_seal(text.strip())}\n"
+    return f"{text}\n{card_seal(text.strip())}\n"
 
 
 def _upcycled(plan: Plan) -> dict[str, object]:
@@ -139,25 +137,7 @@ def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     text = _CHECK.sub(rf"| {link} ", text)
     if with_report:
         text = text.replace(_BEFORE_LINK, _LINK + _BEFORE_LINK, 1)
-    return f"{text}\n\n{_seal(text)}\n"
-
-
-def is_edited(card: str) -> bool:
-    """Whether somebody has written or changed a card since `model_card` made it."""
-    text, _, seal = card.strip().rpartition("\n\n")
-    if seal == _seal(text):
-        return False
-    try:
-        read_front_matter(card, ())
-    except UpcycleError:
-        return True  # what cannot be read was not written here
-    # Metadata only is what the Hub makes for a repo with a licence.
-    return bool(body(card).strip())
-
-
-def _seal(card: str) -> str:
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
+    return f"{text}\n\n{card_seal(text)}\n"
 
 
 def _front_matter(plan: Planned) -> str:

@@ -14,7 +14,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint.card_metadata import read_front_matter
+from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     CONFIG_NAME,
@@ -38,7 +38,7 @@ from upcycle_cli.hub.client import (
 )
 from upcycle_cli.hub.errors import SIGN_IN, endpoint, error_text
 from upcycle_cli.hub.remote_checkpoint import check_revision
-from upcycle_cli.publish.card import for_repo, is_edited
+from upcycle_cli.publish.card import for_repo
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.write.staging import MARKER
 

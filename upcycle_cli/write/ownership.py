@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.core.dir_handle import Folder
@@ -149,8 +150,6 @@ def _changed_router(folder: Folder, name: str, routers: Mapping[str, object]) ->
 
 
 def _is_untouched(card: bytes) -> bool:
-    from upcycle_cli.publish.card import is_edited
-
     try:
         text = card.decode()
     except ValueError:

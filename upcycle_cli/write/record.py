@@ -9,17 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import INDEX_NAME
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.core.dir_handle import Folder
-from upcycle_cli.core.safe_files import header_digest
+from upcycle_cli.core.safe_files import (
+    CHECKSUMS_NAME,
+    checksums_text,
+    header_digest,
+    locate,
+    open_regular,
+)
+from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.write.running_stats import Moments
+from upcycle_cli.write.writer import Written
 
 FORMAT = 1
 
@@ -153,3 +162,29 @@ def write_index(plan: Planned, folder: Folder) -> None:
 def write_json(folder: Folder, name: str, value: object) -> None:
     """Write a value as indented JSON with a final newline."""
     folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_metadata(plan: Planned, folder: Folder, written: Written) -> None:
+    """Write every file of the output except the weights, the card and the checksums."""
+    write_index(plan, folder)
+    write_json(folder, CONFIG_NAME, plan.config)
+    if isinstance(plan, Plan) and plan.target.ships_code:
+        row = plan.family.dense.family
+        code = modeling_code(row.class_names, wrapped=row.inside is not None)
+        folder.write(CODE_NAME, code.encode())
+    for file in plan.source.companions:
+        with (
+            open_regular(locate(plan.source.path, file.name)) as original,
+            open(folder.create(file.name), "wb") as copy,  # noqa: PTH123 - a descriptor
+        ):
+            shutil.copyfileobj(original, copy)
+    write_json(folder, RECORD_NAME, record(plan, written.routers, folder, written.moments))
+
+
+def write_checksums(plan: Planned, folder: Folder) -> None:
+    """Write SHA256SUMS without the card, which changes when it is edited or pushed."""
+    digests = {}
+    for name in (*plan.file_names, RECORD_NAME):
+        with folder.read(name) as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    folder.write(CHECKSUMS_NAME, checksums_text(digests).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,8 +30,7 @@ from upcycle_cli.core.text import shell_line
 from upcycle_cli.recipe.recipe import Promise, RouterInit
 
 if TYPE_CHECKING:
-    from upcycle_cli.api import Request
-    from upcycle_cli.conversion import Conversion
+    from upcycle_cli.api import Conversion, Request
     from upcycle_cli.plan.base import Planned
     from upcycle_cli.publish.push import Destination
 
@@ -137,7 +136,7 @@ def convert(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         source, output = places(context, source, output)  # before what takes time to import
-        from upcycle_cli.api import Request, carry_out, foresee
+        from upcycle_cli.api import Request, carry_out, preview
         from upcycle_cli.write.distributed import Team
         from upcycle_cli.write.writer import WriteOptions
 
@@ -167,7 +166,7 @@ def convert(
             shared.quiet_hub(*read, silent=quiet or json)
             screen = _Screen(request, context, save_config, as_json, quiet)
             if dry_run:
-                screen.show_forecast(*foresee(request, hooks=screen, team=team))
+                screen.show_forecast(*preview(request, hooks=screen, team=team))
             else:
                 screen.end(carry_out(request, hooks=screen, team=team))
 
@@ -188,7 +187,7 @@ def _destination(
 
 
 @dataclass
-class _Screen(Hooks):
+class _Screen(Hooks["Planned", "Conversion"]):
     """Saves the options, and shows how a conversion goes on."""
 
     request: Request
@@ -206,20 +205,18 @@ class _Screen(Hooks):
         if self.save_config is not None:
             save_options(self.save_config, self.context, plan)
 
-    def downloading(self, plan: Planned, nbytes: int) -> None:
+    def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         from upcycle_cli.core.text import size_text
 
         if not self.silent:
-            names = ", ".join(source.name for source in plan.sources)
-            terminal.talk(f"Downloading {size_text(nbytes)} of {names} …")
+            terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
 
     @contextmanager
-    def writing(self, plan: Planned) -> Iterator[None]:
+    def writing(self, num_bytes: int) -> Iterator[None]:
         from upcycle_cli.cli.progress import progress_bar
 
-        with progress_bar(
-            terminal.stderr(), total=plan.nbytes, silent=self.silent
-        ) as self.progress:
+        bar = progress_bar(terminal.stderr(), total=num_bytes, silent=self.silent)
+        with bar as self.progress:
             yield
 
     def advance(self, num_bytes: int) -> None:
@@ -237,13 +234,13 @@ class _Screen(Hooks):
         raise_signal()
         self.progress.checked(done, total, unit)
 
-    def finished(self, done: Conversion) -> None:
+    def finished(self, result: Conversion) -> None:
         if not self.silent:
-            _print_conversion(done, to_push=self.request.push is not None)
+            _print_conversion(result, to_push=self.request.push is not None)
 
-    def pushing(self, files: int, nbytes: int) -> None:
+    def pushing(self, num_files: int, num_bytes: int) -> None:
         assert self.request.push is not None
-        shared.announce_push(self.request.push.repo, files, nbytes, silent=self.silent)
+        shared.announce_push(self.request.push.repo, num_files, num_bytes, silent=self.silent)
 
     def show_forecast(self, plan: Planned, warnings: list[str]) -> None:
         from upcycle_cli.cli.render_plan import plan_json
