@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own --help: `python docs/generate_cli.py`."""
+"""Write docs/cli.md from the `--help` of every command: `python docs/generate_cli.py`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from pathlib import Path
 
 COMMANDS = ("", "convert", "inspect", "verify", "push", "families", "clean", "demo")
 PAGE = Path(__file__).parent / "cli.md"
+INTRODUCTION = """\
+# CLI reference
+
+Generated from `--help` by `python docs/generate_cli.py`; a test checks that it is current.
+
+Data goes to stdout, talk to stderr; `--json` prints one JSON object on stdout and nothing else.
+Exit codes: 0 done, 1 a verification failed, 2 bad usage, input or resource, 70 a bug in upcycle,
+129 SIGHUP, 130 SIGINT, 143 SIGTERM.
+"""
 
 
 def page() -> str:
     """Return the whole page."""
-    parts = [
-        "# CLI reference\n",
-        "Generated from `--help` by `python docs/generate_cli.py`; a test keeps it true.\n",
-        "Data goes to stdout, talk to stderr; `--json` prints one JSON object on stdout and\n"
-        "nothing else. Exit codes: 0 done, 1 a verification failed, 2 bad usage or input or a\n"
-        "resource that failed, 70 a bug in upcycle, 129 SIGHUP, 130 SIGINT, 143 SIGTERM.\n",
-    ]
-    for command in COMMANDS:
-        title = f"upcycle {command}".strip()
-        parts.append(f"## {title}\n\n```text\n{_help(command)}\n```\n")
-    return "\n".join(parts)
+    parts = (
+        f"## {f'upcycle {command}'.strip()}\n\n```text\n{_help(command)}\n```\n"
+        for command in COMMANDS
+    )
+    return "\n".join([INTRODUCTION, *parts])
 
 
 def _help(command: str) -> str:
     arguments = [sys.executable, "-m", "upcycle_cli", *command.split(), "--help"]
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
-    # Colour forced by a CI system would end up in the page.
-    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):  # a CI system may force colour
         environment.pop(name, None)
     result = subprocess.run(  # noqa: S603 - our own command line
         arguments, env=environment, capture_output=True, text=True, check=True

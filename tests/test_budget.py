@@ -10,7 +10,7 @@ import pytest
 from conftest import SIZES, MakeDense, RunCli
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.cli.budget_options import to_budget
+from upcycle_cli.cli.option_values import to_budget
 from upcycle_cli.models import targets_of
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.plan.budget import Budget, Fit, Wanted, fitting, notable

@@ -1,111 +1,82 @@
-"""What was asked for, and where: on the command line, in a variable, or in a recipe file."""
+"""Where option values come from (command line, variable, recipe file), and how they are saved."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
-from upcycle_cli.cli.shared_options import path_argument
+from upcycle_cli.cli.options import read_path
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.base import Planned
     from upcycle_cli.plan.upcycle import Plan
     from upcycle_cli.recipe.recipe_file import Kind, Value
 
+SIZES = ("expansion", "granularity", "top_k")
+_NOT_IN_FILE = ("config", "from_mergekit", "save_config", "dry_run", "help")
+_NOT_SAVED = (*SIZES, "json", "quiet")
+"""The recipe has the first three; the others belong to one run."""
+
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what a recipe file says the defaults of all options that are parsed after it."""
-    if path is None or context.resilient_parsing:
-        return path
-    from upcycle_cli.recipe.recipe_file import load_config
+    """Make the values of a recipe file the defaults of the options that are parsed after it."""
+    if path is not None and not context.resilient_parsing:
+        from upcycle_cli.recipe.recipe_file import load_config
 
-    values = load_config(path, _config_options(context))
-    context.default_map = {**(context.default_map or {}), **values}
+        values = load_config(path, _file_options(context))
+        context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
 def use_mergekit(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what mergekit's file says the defaults of all options that are parsed after it."""
-    if path is None or context.resilient_parsing:
-        return path
-    from upcycle_cli.plan.mergekit import read_mergekit
+    """Make the values of a mergekit-moe file the defaults of the options parsed after it."""
+    if path is not None and not context.resilient_parsing:
+        from upcycle_cli.plan.mergekit import read_mergekit
 
-    context.default_map = {**(context.default_map or {}), **read_mergekit(path)}
+        context.default_map = {**(context.default_map or {}), **read_mergekit(path)}
     return path
 
 
-SIZES = ("expansion", "granularity", "top_k")
-_NOT_IN_CONFIG = ("config", "from_mergekit", "save_config", "dry_run", "help")
-_NOT_SAVED = (*SIZES, "json", "quiet")
-"""The recipe says the first three; the others are about one run."""
-
-
-def _config_options(context: typer.Context) -> dict[str, Kind]:
-    """Return the options that a recipe file can have, and what each takes."""
-    from upcycle_cli.recipe.recipe_file import Kind
-
-    return {
-        option.name: Kind.LIST
-        if option.multiple
-        else Kind.FLAG
-        if getattr(option, "is_flag", False)
-        else Kind.VALUE
-        for option in context.command.params
-        if option.name and option.name not in _NOT_IN_CONFIG
-    }
-
-
 def source_of(context: typer.Context, name: str) -> str:
-    """Return who has set an option: COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (a file), DEFAULT."""
+    """Return who set an option: COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (a file) or DEFAULT."""
     source = context.get_parameter_source(name)
     return "DEFAULT" if source is None else source.name
 
 
 def is_given(context: typer.Context, *names: str) -> bool:
-    """Whether somebody has set one of these options."""
+    """Whether one of these options was set."""
     return any(source_of(context, name) != "DEFAULT" for name in names)
 
 
 def places(context: typer.Context, source: Path | None, output: Path | None) -> tuple[Path, Path]:
-    """Return SOURCE and OUTPUT, wherever they were given.
-
-    One argument alone is OUTPUT where a recipe file names the source: typer takes it for the first.
-    """
+    """Return SOURCE and OUTPUT; a single argument is OUTPUT if a recipe file names the source."""
     named = (context.default_map or {}).get("source")
     alone = [source_of(context, name) == "COMMANDLINE" for name in ("source", "output")]
     if named is not None and alone == [True, False]:
-        source, output = path_argument(named), source
+        source, output = read_path(named), source
     if source is None or output is None:
-        missing = "SOURCE" if source is None else "OUTPUT"
-        context.fail(f"Missing argument '{missing}'.")
+        context.fail(f"Missing argument '{'SOURCE' if source is None else 'OUTPUT'}'.")
     context.params |= {"source": source, "output": output}
     return source, output
 
 
-def _saved(value: object) -> Value:
-    if isinstance(value, list | tuple):
-        return [str(item) for item in value]
-    return value if isinstance(value, bool | int | float) else str(value)
-
-
 def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
-    """Write a recipe file with every option, and what a plan made of it; UpcycleError, OSError."""
+    """Write a recipe file with every option and what `auto` chose; UpcycleError, OSError."""
     from upcycle_cli.hub.remote_checkpoint import is_repo_id
     from upcycle_cli.plan.upcycle import Plan
     from upcycle_cli.recipe.recipe_file import save_config
     from upcycle_cli.write.staging import partial_of
 
-    given = context.params
-    saved = {name: given[name] for name in _config_options(context) if name not in _NOT_SAVED}
+    given, known = context.params, _file_options(context)
     values = {
-        name: _saved(value)
-        for name, value in saved.items()
-        if value is not None and value not in ([], ())
+        name: _saved_value(given[name])
+        for name in known
+        if name not in _NOT_SAVED and given[name] is not None and given[name] not in ([], ())
     }
     if isinstance(plan, Plan):
-        values |= _resolved(plan)
+        values |= _choices(plan)
         if plan.inputs.text is not None and "positive_prompts" not in values:
             values.setdefault("calibration", plan.inputs.text.name)
     else:
@@ -116,12 +87,31 @@ def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
         values["revision"] = plan.source.revision
     output = given["output"]
     keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
-    save_config(path, values, _config_options(context), keep_out_of=keep_out_of)
+    save_config(path, values, known, keep_out_of=keep_out_of)
 
 
-def _resolved(plan: Plan) -> dict[str, Any]:
-    """Return what auto stands for today, so that the file means the same tomorrow."""
-    values: dict[str, Any] = {
+def _file_options(context: typer.Context) -> dict[str, Kind]:
+    """Return the options that a recipe file can set, and the kind of value each takes."""
+    from upcycle_cli.recipe.recipe_file import Kind
+
+    def kind(option: object) -> Kind:
+        if getattr(option, "multiple", False):
+            return Kind.LIST
+        return Kind.FLAG if getattr(option, "is_flag", False) else Kind.VALUE
+
+    names = {each.name: each for each in context.command.params if each.name}
+    return {name: kind(each) for name, each in names.items() if name not in _NOT_IN_FILE}
+
+
+def _saved_value(value: object) -> Value:
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def _choices(plan: Plan) -> dict[str, Value]:
+    """Return what `auto` chose, so that a later version does the same."""
+    values: dict[str, Value] = {
         "recipe": plan.recipe.name,
         "target": plan.family.choice,
         "routing": str(plan.recipe.routing),

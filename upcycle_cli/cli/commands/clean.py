@@ -1,26 +1,24 @@
-"""`upcycle clean`: what an unfinished conversion has left."""
+"""`upcycle clean`: remove what an unfinished conversion left behind."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from upcycle_cli.cli.shared_options import JsonOption, for_path, option
+from upcycle_cli.cli.options import JSON, option, path_argument
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stdout, talk, warn
-from upcycle_cli.core.text import printable, shell_line
+from upcycle_cli.core.text import printable, shell_line, size_text
 
 
 def clean(
-    output: Annotated[Path, for_path(metavar="OUTPUT", help="Directory that was to be made.")],
-    yes: Annotated[bool, option("--yes", "-y", help="Remove it, not only show it.")] = False,
-    json: JsonOption = False,
+    output: Path = path_argument(..., metavar="OUTPUT", help="The OUTPUT of that conversion."),
+    yes: bool = option(False, "--yes", "-y", help="Remove it, instead of only showing it."),
+    json: bool = JSON,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.core.text import size_text
-        from upcycle_cli.write import transaction as publish
+        from upcycle_cli.write import transaction
 
-        found = publish.clean(output.absolute(), remove=yes)
+        found = transaction.clean(output.absolute(), remove=yes)
         size = size_text(found.nbytes)
         if json:
             status = "removed" if yes else "found"

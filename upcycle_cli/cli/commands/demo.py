@@ -9,12 +9,12 @@ from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from json import loads
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 from rich.text import Text
 
-from upcycle_cli.cli.shared_options import DEMO, JsonOption, for_path
+from upcycle_cli.cli.options import DEMO, JSON, path_argument
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import check_utf8
@@ -25,11 +25,10 @@ _RECIPE = "E8G8T8"
 
 def demo(
     context: typer.Context,
-    directory: Annotated[
-        Path | None,
-        for_path(metavar="DIR", help="Where to work; a temporary directory unless given."),
-    ] = None,
-    json: JsonOption = False,
+    directory: Path | None = path_argument(
+        None, metavar="DIR", help="Working directory. Default: a temporary one."
+    ),
+    json: bool = JSON,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
     with errors_to_exit_codes(as_json=json):

@@ -1,13 +1,13 @@
-"""`upcycle families`: what can become what, and what runs the result."""
+"""`upcycle families`: the supported model types, their targets, engines and trainers."""
 
 from __future__ import annotations
 
-from upcycle_cli.cli.shared_options import JsonOption
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show, stdout
+from upcycle_cli.cli.options import JSON
+from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show_all
 
 
-def families(*, json: JsonOption = False) -> None:
-    """Show which dense model types can become what, and what runs the result."""
+def families(*, json: bool = JSON) -> None:
+    """List the supported model types with their targets, engines and trainers."""
     with errors_to_exit_codes(as_json=json):
         from upcycle_cli.cli import render_choices
         from upcycle_cli.models.overview import overview
@@ -15,9 +15,5 @@ def families(*, json: JsonOption = False) -> None:
         found = overview()
         if json:
             print_json(render_choices.overview_json(found))
-            return
-        tables = render_choices.overview_tables(found)
-        for number, table in enumerate(tables):
-            if number:
-                stdout().print()
-            show(table)
+        else:
+            show_all(render_choices.overview_tables(found))

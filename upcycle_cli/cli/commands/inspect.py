@@ -1,30 +1,25 @@
-"""`upcycle inspect`: what a checkpoint is, or what converting it would give."""
+"""`upcycle inspect`: what a checkpoint is, or what a conversion would make of it."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import shared_options as shared
-from upcycle_cli.cli.budget_options import (
-    GpuMemoryOption,
-    MaxActiveOption,
-    MaxParamsOption,
-    to_budget,
-    to_wanted,
-)
-from upcycle_cli.cli.moe_options import MoeOptions, asks_for_moe, takes_moe_options
-from upcycle_cli.cli.shared_options import for_path, for_run, path_argument
+from upcycle_cli.cli import messages, options
+from upcycle_cli.cli import option_values as values
+from upcycle_cli.cli.options import MoeOptions, for_budget, for_run, path_argument
 from upcycle_cli.cli.terminal import (
     errors_to_exit_codes,
     print_json,
     rows_table,
     show,
+    show_all,
     stderr,
     stdout,
+    talk,
     warn,
 )
 from upcycle_cli.core.callbacks import Watch
@@ -32,120 +27,106 @@ from upcycle_cli.core.errors import UpcycleError
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
+    from upcycle_cli.plan.budget import Fit
 
 
-@takes_moe_options
+@options.takes_moe_options
 def inspect(
     context: typer.Context,
-    path: Annotated[
-        Path,
-        for_path(
-            metavar="PATH", help="A dense or an MoE checkpoint: a directory, or a repo on the Hub."
-        ),
-    ],
+    path: Path = path_argument(
+        ..., metavar="PATH", help="A dense or MoE checkpoint: a directory, or a repo on the Hub."
+    ),
     *,
     moe: MoeOptions,
-    tensors: Annotated[bool, for_run("--tensors", help="List every tensor.")] = False,
-    weights: Annotated[
-        bool,
-        for_run(
-            "--weights",
-            help="Read the experts of an MoE: which are identical, which groups are whole.",
-        ),
-    ] = False,
-    dense: Annotated[
-        Path | None,
-        for_run(
-            help="With --weights: the dense checkpoint, to measure factors and what training moved."
-        ),
-    ] = None,
-    experts_from: Annotated[
-        list[Path],
-        for_run(
-            "--experts-from",
-            metavar="MODEL",
-            parser=path_argument,
-            help="With --dense: another dense model that experts were made of; once for each.",
-        ),
-    ] = [],  # noqa: B006 - typer copies it
-    load: Annotated[
-        str | None,
-        for_run(
-            metavar="TEXT",
-            help="Run an MoE on a text, a file, JSON Lines, or builtin: which experts no token "
-            "chooses, and how even their load is.",
-        ),
-    ] = None,
-    max_params: MaxParamsOption = None,
-    max_active: MaxActiveOption = None,
-    gpu_memory: GpuMemoryOption = None,
-    report: Annotated[Path | None, shared.report_option("what is known of an MoE")] = None,
-    revision: shared.RevisionOption = None,
-    json: shared.JsonOption = False,
+    tensors: bool = for_run(False, "--tensors", help="List every tensor."),
+    weights: bool = for_run(
+        False,
+        "--weights",
+        help="Read an MoE's experts: which are identical, which form whole groups.",
+    ),
+    dense: Path | None = for_run(
+        None, help="With --weights: the dense checkpoint, to measure factors and weight drift."
+    ),
+    experts_from: list[Path] = for_run(
+        [],
+        "--experts-from",
+        metavar="MODEL",
+        parser=options.read_path,
+        help="With --dense: another dense model that experts were made from; repeatable.",
+    ),
+    load: str | None = for_run(
+        None,
+        metavar="TEXT",
+        help="Run an MoE on a text (a file, JSON Lines, or builtin) and count the tokens that "
+        "choose each expert.",
+    ),
+    max_params: str | None = for_budget(
+        None,
+        metavar="COUNT",
+        help="List the recipes with at most this many parameters, such as 50B.",
+    ),
+    max_active: str | None = for_budget(
+        None, metavar="COUNT", help="With at most this many active per token, such as 15B."
+    ),
+    gpu_memory: str | None = for_budget(
+        None,
+        metavar="SIZE",
+        help="With bfloat16 weights that fit this memory, such as 80GB×8 (or 80GBx8).",
+    ),
+    report: Path | None = options.report_option("what is known about an MoE"),
+    revision: str | None = options.REVISION,
+    json: bool = options.JSON,
 ) -> None:
-    """Show what a checkpoint is, or what converting it would give; reads headers only.
+    """Show what a checkpoint is, or what converting it would make; reads headers only.
 
     Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
     with errors_to_exit_codes(as_json=json):
-        page = shared.report_file(report, dense)
-        from upcycle_cli.cli import render, render_choices
-        from upcycle_cli.inspection import summary as inspection
-        from upcycle_cli.inspection.describe import inspection_rows
+        page = messages.report_file(report, dense)
+        from upcycle_cli.inspection import summary
 
-        budget = to_budget(max_params, max_active, gpu_memory)
-        of_all = None if budget is None else to_wanted(context, moe)
+        budget = values.to_budget(max_params, max_active, gpu_memory)
+        wanted = None if budget is None else values.to_wanted(moe, context)
         if dense is not None and not weights and load is None:
-            raise UpcycleError("--dense says what to compare weights with.", "Add --weights.")
-        several = _several(dense, experts_from, weights=weights)
-        wanted = options = inputs = None
-        if budget is None and asks_for_moe(context):
-            options, inputs = moe.to_options(), moe.to_inputs()
-            wanted = moe.to_recipe(context, allow_inexact=True)
-        takes_time = bool(weights or load)
-        shared.quiet_hub(path, dense, silent=json or not takes_time)
-        with _progress(silent=json or not takes_time) as watch:
-            found = inspection.inspect(
+            raise UpcycleError("--dense needs --weights.", "Add --weights.")
+        if experts_from and (dense is None or not weights):
+            raise UpcycleError(
+                "--experts-from needs --weights and --dense.",
+                "Add --weights, and --dense for the first of the models.",
+            )
+        recipe = files = inputs = None
+        if budget is None and values.needs_recipe(context):
+            files, inputs = values.to_options(moe), values.to_inputs(moe)
+            recipe = values.to_recipe(moe, context, allow_inexact=True)
+        silent = json or not (weights or load)
+        messages.show_hub_bars(path, dense, silent=silent)
+        with _progress(silent=silent) as watch:
+            found = summary.inspect(
                 path,
-                wanted,
+                recipe,
                 revision=revision,
                 target=moe.target,
-                options=options,
+                options=files,
                 inputs=inputs,
                 weights=weights,
-                dense=several,
+                dense=[] if dense is None else [dense, *experts_from],
                 load=load,
                 watch=watch,
             )
         if page is not None:
             page.write(_html(found, path))
-        if budget is not None:
-            from upcycle_cli.plan.budget import notable
-
-            fits = inspection.fits(found, budget, of_all)
+        fits = None if budget is None else summary.fits(found, budget, wanted)
         if json:
-            listed = {"tensors": render.tensors_json(found)} if tensors else {}
-            listed |= {"fits": render_choices.fits_json(fits)} if budget is not None else {}
-            print_json(render.inspection_json(found) | listed)
+            _print_json(found, fits, tensors=tensors)
             return
-        show(rows_table(inspection_rows(found)))
-        for table in render_choices.target_tables(found.becomes):
-            stdout().print()
-            show(table)
-        if budget is not None:
-            stdout().print()
-            shown = notable(fits)
-            show(render_choices.fits_table(shown))
-            stdout().print()
-            show(rows_table(render_choices.fits_rows(shown)))
-            warn(*render_choices.fits_notes(fits, shown))
-        if found.plan is not None:
-            stdout().print()
-            shared.show_plan(found.plan)
-        shared.announce_report(page, silent=False)
+        _print_tables(found, fits)
+        if page is not None:
+            talk(f"Wrote {page.path}.")
         if tensors:
-            # A list is for grep: one line a tensor, however wide the screen is.
-            stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
+            from upcycle_cli.cli.render import tensor_lines
+
+            # One line a tensor, whatever the width of the screen, so that grep finds it.
+            stdout().out("", *tensor_lines(found), sep="\n", highlight=False)
 
 
 def _progress(*, silent: bool) -> AbstractContextManager[Watch]:
@@ -156,21 +137,39 @@ def _progress(*, silent: bool) -> AbstractContextManager[Watch]:
     return progress_bar(stderr(), total=0, silent=False)
 
 
+def _print_json(found: Inspection, fits: tuple[Fit, ...] | None, *, tensors: bool) -> None:
+    from upcycle_cli.cli import render, render_choices
+
+    value = render.inspection_json(found)
+    if tensors:
+        value["tensors"] = render.tensors_json(found)
+    if fits is not None:
+        value["fits"] = render_choices.fits_json(fits)
+    print_json(value)
+
+
+def _print_tables(found: Inspection, fits: tuple[Fit, ...] | None) -> None:
+    from upcycle_cli.cli import render_choices
+    from upcycle_cli.inspection.describe import inspection_rows
+
+    tables = [rows_table(inspection_rows(found)), *render_choices.target_tables(found.becomes)]
+    if fits is None:
+        show_all(tables)
+    else:
+        from upcycle_cli.plan.budget import notable
+
+        shown = notable(fits)
+        rows = rows_table(render_choices.fits_rows(shown))
+        show_all([*tables, render_choices.fits_table(shown), rows])
+        warn(*render_choices.fits_notes(fits, shown))
+    if found.plan is not None:
+        show("")
+        messages.show_plan(found.plan)
+
+
 def _html(found: Inspection, path: Path) -> str:
     from upcycle_cli.report import inspection_html
 
     if found.kind != "moe":
-        raise UpcycleError(
-            f"{path} is a dense model, and --report shows an MoE.", "Leave out --report."
-        )
-    return inspection_html(found, name=str(path), command=shared.command_line())
-
-
-def _several(dense: Path | None, experts_from: list[Path], *, weights: bool) -> list[Path]:
-    """Return the dense models; UpcycleError where further ones are of no use."""
-    if experts_from and (dense is None or not weights):
-        raise UpcycleError(
-            "--experts-from says what else to compare weights with.",
-            "Add --weights, and --dense for the first of the models.",
-        )
-    return [] if dense is None else [dense, *experts_from]
+        raise UpcycleError(f"{path} is a dense model; --report needs an MoE.", "Remove --report.")
+    return inspection_html(found, name=str(path), command=messages.command_line())

@@ -1,49 +1,39 @@
-"""`upcycle push`: a finished conversion to the Hub."""
+"""`upcycle push`: upload a finished conversion to the Hub."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from upcycle_cli.cli import shared_options as shared
+from upcycle_cli.cli import messages, options
+from upcycle_cli.cli.options import for_hub, path_argument
 from upcycle_cli.cli.process import raise_signal
-from upcycle_cli.cli.shared_options import for_hub, for_path
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json
 
 
 def push(
-    directory: Annotated[Path, for_path(metavar="DIR", help="What `upcycle convert` has made.")],
-    repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hub; made if it is not there.")
-    ],
-    revision: Annotated[
-        str | None,
-        for_hub(
-            metavar="REV",
-            help="Branch to push to, made if it is not there; refs/pr/N goes on with a pull "
-            "request.",
-        ),
-    ] = None,
-    private: shared.PrivateOption = False,
-    create_pr: shared.PullRequestOption = False,
-    message: Annotated[
-        str | None, for_hub("--message", "-m", help="First line of the commit.")
-    ] = None,
-    replace_card: Annotated[
-        bool,
-        for_hub(
-            "--replace-card", help="Replace the repo's README.md even where it was edited there."
-        ),
-    ] = False,
-    json: shared.JsonOption = False,
-    quiet: shared.QuietOption = False,
+    directory: Path = path_argument(..., metavar="DIR", help="The output of `upcycle convert`."),
+    repo: str = typer.Argument(
+        ..., metavar="REPO", help="ORG/NAME on the Hub; created if it does not exist."
+    ),
+    revision: str | None = for_hub(
+        None,
+        metavar="REV",
+        help="Branch to push to, created if it does not exist; refs/pr/N adds to a pull request.",
+    ),
+    private: bool = options.PRIVATE,
+    create_pr: bool = options.CREATE_PR,
+    message: str | None = for_hub(None, "--message", "-m", help="First line of the commit."),
+    replace_card: bool = for_hub(
+        False, "--replace-card", help="Replace the repo's README.md even if it was edited there."
+    ),
+    json: bool = options.JSON,
+    quiet: bool = options.QUIET,
 ) -> None:
     """Push a finished conversion to a repo on the Hugging Face Hub.
 
-    Refuses what is not complete. Files that are there already are not sent again.
+    Refuses an incomplete one. Files that the repo already has are not sent again.
 
     Example: upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
     """
@@ -52,7 +42,8 @@ def push(
         from upcycle_cli.publish.push import Destination
         from upcycle_cli.publish.push import push as push_directory
 
-        shared.quiet_hub(silent=quiet or json)
+        silent = quiet or json
+        messages.show_hub_bars(silent=silent)
         destination = Destination(
             repo=repo,
             revision=revision,
@@ -61,10 +52,14 @@ def push(
             message=message,
             replace_card=replace_card,
         )
-        announce = functools.partial(shared.announce_push, repo, silent=quiet or json)
+
+        def announce(files: int, nbytes: int) -> None:
+            if not silent:
+                messages.announce_push(repo, files, nbytes)
+
         done = push_directory(directory, destination, on_start=announce)
         raise_signal()
         if json:
             print_json(push_json(done))
         elif not quiet:
-            shared.show_push(done)
+            messages.show_push(done)

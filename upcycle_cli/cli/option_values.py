@@ -1,0 +1,245 @@
+"""From the values of options to a recipe, file options, router inputs, a merge and a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle_cli.cli.option_sources import SIZES, is_given, source_of
+from upcycle_cli.cli.options import MoeOptions
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.recipe import (
+    NeuronOrder,
+    Recipe,
+    RouterInit,
+    Routing,
+    Scaling,
+    parse_recipe_name,
+)
+
+if TYPE_CHECKING:
+    import typer
+
+    from upcycle_cli.api import MergeRequest
+    from upcycle_cli.plan.budget import Budget, Wanted
+    from upcycle_cli.plan.expand import Growth
+    from upcycle_cli.plan.router_inputs import RouterInputs
+    from upcycle_cli.plan.tensors import Options
+    from upcycle_cli.publish.push import Destination
+
+_WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
+_WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMBT]?)", re.IGNORECASE)
+_TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
+
+
+def needs_recipe(context: typer.Context) -> bool:
+    """Whether a recipe or a growth is given; UpcycleError for options that lack one."""
+    if is_given(context, "recipe", "expand", *SIZES):
+        return True
+    if is_given(context, *(each.name for each in fields(MoeOptions))):
+        raise UpcycleError(
+            "these options need --recipe or --expand.",
+            "Add --recipe E8G1T2, or --expand 2 for an MoE.",
+        )
+    return False
+
+
+def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
+    """Return the recipe or the growth; UpcycleError when there is none, or both."""
+    if moe.expand is not None:
+        from upcycle_cli.plan.expand import Growth
+
+        _refuse_all_but(context, _WITH_EXPAND, "--expand duplicates the experts of an MoE, without")
+        return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
+    return Recipe(
+        **_recipe_sizes(context),
+        shared_experts=moe.shared_experts,
+        routing=_routing(moe),
+        layers=moe.layers,
+        scaling=_scaling(moe.scaling),
+        scale_split=moe.scale_split,
+        virtual_groups=moe.virtual_groups,
+        neuron_order=NeuronOrder.FILE if _order_file(moe) else NeuronOrder(moe.neuron_order),
+        router_init=RouterInit.FILE if _router_file(moe) else RouterInit(moe.router_init),
+        router_logit_std=moe.router_logit_std,
+        noise=moe.noise,
+        reinit=moe.reinit,
+        seed=moe.seed,
+        allow_inexact=allow_inexact,
+    )
+
+
+def to_options(moe: MoeOptions) -> Options:
+    """Return the options for the output files; UpcycleError for a bad size or file."""
+    from upcycle_cli.plan.tensors import Options
+
+    orders, file = None, _order_file(moe)
+    if file is not None:
+        from upcycle_cli.plan.permutation_file import read_order_file
+
+        orders = read_order_file(file)
+    return Options(
+        dtype=None if moe.dtype == "auto" else moe.dtype,
+        expert_layout=moe.expert_layout,
+        max_shard_bytes=_size(moe.max_shard_size, "--max-shard-size", "5GB or 500MB"),
+        untie_embeddings=moe.untie_embeddings,
+        neuron_orders=orders,
+    )
+
+
+def to_inputs(moe: MoeOptions, prompts: Path | None = None) -> RouterInputs:
+    """Return what the routers are made from; UpcycleError for a bad text or file."""
+    from upcycle_cli.plan.router_inputs import RouterInputs
+
+    return RouterInputs.read(calibration=moe.calibration, rows=_router_file(moe), prompts=prompts)
+
+
+def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
+    """Return the models to merge, None for a single one; UpcycleError for options without them."""
+    from upcycle_cli.api import MergeRequest
+    from upcycle_cli.plan.merge import Rest
+
+    if experts_from:
+        return MergeRequest(experts_from=experts_from, rest=Rest(rest), source_too=source_too)
+    if rest != Rest.FIRST or not source_too:
+        given = "--no-source-experts" if rest == Rest.FIRST else f"--rest {rest}"
+        raise UpcycleError(f"{given} needs several models.", "Add --experts-from MODEL.")
+    return None
+
+
+def to_destination(
+    repo: str | None, *, revision: str | None, private: bool, create_pr: bool
+) -> Destination | None:
+    """Return where to push, None for nowhere; UpcycleError for push options without a repo."""
+    if repo is not None:
+        from upcycle_cli.publish.push import Destination
+
+        return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
+    if private or create_pr or revision is not None:
+        raise UpcycleError(
+            "--private, --create-pr and --push-revision need --push-to-hub.",
+            "Add --push-to-hub REPO.",
+        )
+    return None
+
+
+def to_budget(max_params: str | None, max_active: str | None, memory: str | None) -> Budget | None:
+    """Return the budget, None without one; UpcycleError for a bad number."""
+    if max_params is None and max_active is None and memory is None:
+        return None
+    from upcycle_cli.plan.budget import Budget
+
+    return Budget(
+        max_params=None if max_params is None else _count("--max-params", max_params),
+        max_active=None if max_active is None else _count("--max-active", max_active),
+        gpu_bytes=None if memory is None else _memory(memory),
+    )
+
+
+def to_wanted(moe: MoeOptions, context: typer.Context) -> Wanted:
+    """Return what the recipes in a budget have in common; UpcycleError for a recipe's options."""
+    from upcycle_cli.plan.budget import Wanted
+
+    _refuse_all_but(context, _WITH_BUDGET, "a budget lists all recipes that fit, without")
+    common = {
+        "routing": _routing(moe),
+        "layers": moe.layers,
+        "shared_experts": moe.shared_experts,
+    }
+    return Wanted(target=moe.target, options=to_options(moe), recipe=common)
+
+
+def _refuse_all_but(context: typer.Context, allowed: Sequence[str], words: str) -> None:
+    names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
+    given = [_flag(name) for name in names if is_given(context, name)]
+    if given:
+        flags = [_flag(name) for name in allowed if name != "expand"]
+        raise UpcycleError(
+            f"{words} {', '.join(given)}.",
+            f"Remove that; {', '.join(flags[:-1])} and {flags[-1]} are allowed.",
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _recipe_sizes(context: typer.Context) -> dict[str, int]:
+    """Return E, G and T: the command line overrides variables, and these override a file."""
+    found: dict[str, int] = {}
+    for source in ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE"):
+        names = [name for name in ("recipe", *SIZES) if source_of(context, name) == source]
+        given = {name: context.params[name] for name in names}
+        if "recipe" in given:
+            if len(given) > 1:
+                words = "--recipe already sets expansion, granularity and top-k."
+                raise UpcycleError(words, "Use one or the other.")
+            given = dict(zip(SIZES, parse_recipe_name(given["recipe"]), strict=True))
+        found |= given
+    missing = [_flag(name) for name in SIZES if name not in found]
+    if missing:
+        raise UpcycleError(
+            f"{' and '.join(missing)} missing." if found else "no recipe.",
+            "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
+            "--top-k; to grow an MoE, --expand 2.",
+        )
+    return found
+
+
+def _routing(moe: MoeOptions) -> Routing | None:
+    return None if moe.routing == "auto" else Routing(moe.routing)
+
+
+def _router_file(moe: MoeOptions) -> Path | None:
+    return None if moe.router_init in {*RouterInit} - {RouterInit.FILE} else Path(moe.router_init)
+
+
+def _order_file(moe: MoeOptions) -> Path | None:
+    return (
+        None if moe.neuron_order in {*NeuronOrder} - {NeuronOrder.FILE} else Path(moe.neuron_order)
+    )
+
+
+def _scaling(text: str) -> Scaling | float:
+    if text in set(Scaling):
+        return Scaling(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise UpcycleError(
+            f"--scaling '{text}' is not exact, paper, none, measured or a number."
+        ) from None
+
+
+def _size(text: str, flag: str, example: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UpcycleError(f"{flag} '{text}' is not a size.", f"Write {example}.")
+    number, unit, binary = match.groups()
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if not math.isfinite(size):
+        raise UpcycleError(f"{flag} '{text[:20]}…' is too large.", f"Write {example}.")
+    return int(size)
+
+
+def _memory(text: str) -> int:
+    times = _TIMES.search(text)
+    each = text if times is None else text[: times.start()]
+    size = _size(each, "--gpu-memory", "80GB or 80GB×8") * (1 if times is None else int(times[1]))
+    if not size:
+        raise UpcycleError(f"--gpu-memory '{text}' is zero.", "Write 80GB or 80GB×8.")
+    return size
+
+
+def _count(flag: str, text: str) -> int:
+    match = _COUNT.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UpcycleError(f"{flag} '{text}' is not a number of parameters.", "Write 50B or 700M.")
+    return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
