@@ -147,7 +147,7 @@ def _run(
         found = find(name)
         return None if found is None else Stored((reader.tensor(found),), torch.Tensor.float)
 
-    model = stored_model(source.path, tensor, {})
+    model = stored_model(source.path, lambda name, _: tensor(name), {})
     layers = decoder_layers(model)
     parts = dense.mlp(held, plan.family.layers[0])
     mlp, down = parts[0].name.split(".")[0], holder(parts, "down").name.removesuffix(".weight")

@@ -44,7 +44,7 @@ def dense_model(facts: Facts, reader: Reader, *, rounded: bool = False) -> Model
         return Stored((reader.tensor(name),), lambda held: held.to(dtype).float())
 
     try:
-        return stored_model(facts.dense.path, tensor, {})
+        return stored_model(facts.dense.path, lambda name, _: tensor(name), {})
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {facts.dense.path}: {error}") from error
 

@@ -7,7 +7,7 @@ code that runs is transformers' own; only where its weights come from is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ _BLOCK = 1 << 24
 """Elements of a weight that are in memory at once: 64 MB in float32."""
 
 Cast = Callable[[torch.Tensor], torch.Tensor]
+Find = Callable[[str, str], "Stored | None"]
+"""Returns a weight by the names that it has on disk and in memory; None when there is none."""
 
 
 class _Unread:
@@ -58,11 +60,15 @@ class Stored(_Unread):
     cast: Cast
     """Takes what was read to what is computed with."""
     dtype: torch.dtype = torch.float32
+    observe: Callable[[torch.Tensor], None] | None = None
+    """Sees what the weight multiplies, and each product."""
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight."""
         first = self.pieces[0]
+        if not first.dim():
+            return first.shape
         return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
@@ -108,14 +114,26 @@ class Stored(_Unread):
         kwargs = kwargs or {}
         own = len(args) > 1 and isinstance(args[1], cls)
         if own and function is functional.linear:
-            return _linear(*args, **kwargs)
+            return _observed(args[1].observe, args[0], _linear(*args, **kwargs))
         if own and function is functional.embedding:
             ids, stored, *_ = args
             needed, place = torch.unique(ids, return_inverse=True)
             # The others are about training, or about a row that is there already.
             return functional.embedding(place, stored.cast(stored.pieces[0][needed]))
+        observers = [arg.observe for arg in args if isinstance(arg, cls)]
         args, kwargs = tree_map_only(cls, cls.whole, (args, dict(kwargs)))
-        return function(*args, **kwargs)
+        found = function(*args, **kwargs)
+        multiplies = function in (torch.addmm, torch.matmul, torch.bmm)
+        return _observed(observers[0], args[-2], found) if multiplies and observers else found
+
+
+def _observed(
+    observe: Callable[[torch.Tensor], None] | None, factor: torch.Tensor, product: torch.Tensor
+) -> torch.Tensor:
+    if observe is not None:
+        observe(factor)
+        observe(product)
+    return product
 
 
 def _linear(
@@ -165,15 +183,14 @@ def finder(checkpoint: Checkpoint, inside: Inside | None, root: str) -> Callable
 
 def stored_model(
     path: Path,
-    tensor: Callable[[str], Stored | None],
+    tensor: Find,
     stacks: Mapping[tuple[int, str], Stack],
     dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Return a model whose weights stay in their files.
 
-    `tensor` returns a weight by the name that `save_pretrained` gives it, None when there is none;
-    `stacks` are the experts' by layer and name within the layer, as they are held in memory. Raises
-    TransformersError.
+    `stacks` are the experts' weights by layer and name within the layer, as they are in memory.
+    Raises TransformersError when a weight is missing or has another shape than the config implies.
     """
     config = load_config(path)
     config._experts_implementation = "eager"  # noqa: SLF001 - the others want one tensor of all
@@ -183,7 +200,9 @@ def stored_model(
         _compute_buffers(model)
         for (layer, name), stack in stacks.items():
             module, _, leaf = name.rpartition(".")
-            decoder_layers(model)[layer].get_submodule(module)._parameters[leaf] = stack  # noqa: SLF001
+            slots = decoder_layers(model)[layer].get_submodule(module)._parameters  # noqa: SLF001
+            _check_shape(f"{name} of layer {layer}", stack[0].shape, slots[leaf].shape[1:])
+            slots[leaf] = stack
         _fill(model, tensor)
     return model
 
@@ -204,42 +223,55 @@ def _compute_buffers(model: Model) -> None:
         whole._initialize_weights(owner)  # noqa: SLF001
 
 
-def _untie(model: Model, tensor: Callable[[str], Stored | None]) -> None:
+def _check_shape(name: str, held: torch.Size, implied: torch.Size) -> None:
+    if held != implied:
+        raise TransformersError(f"{name} has shape {[*held]}, and config.json implies {[*implied]}")
+
+
+def _untie(model: Model, tensor: Find) -> None:
     """Give a head a weight of its own where files have one, as from_pretrained does."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
     name = next(name for name, module in model.named_modules() if module is head)
-    if tensor(f"{name}.weight") is not None:
+    if tensor(f"{name}.weight", f"{name}.weight") is not None:
         head._parameters["weight"] = torch.empty_like(head.weight)  # noqa: SLF001
 
 
-def _fill(model: Model, tensor: Callable[[str], Stored | None]) -> None:
-    """Put a stored weight in the place of each that files hold, experts aside.
+def _fill(model: Model, tensor: Find) -> None:
+    """Put each stored weight in its place, except those of experts.
 
-    Some have memory and random values by now: not all that makes a tensor asks which device is to
-    be used.
+    Some weights have memory and random values by now: not all code that makes a tensor asks which
+    device to use.
     """
     _untie(model, tensor)
     state = model.state_dict(keep_vars=True)
     named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {id(held): [] for held in named.values()}
-    for module in model.modules():
-        for slots in (module._parameters, module._buffers):  # noqa: SLF001
-            for leaf, held in slots.items():
-                if id(held) in places:
-                    places[id(held)].append((slots, leaf))
+    in_memory = {id(held): name for name, held in reversed(named.items())}
+    places = _places(model, in_memory)
     found: dict[int, Stored] = {}
     # A tied head is the embedding, and only one of the two names may be on disk; and some save a
     # model under the names that it has in memory.
     for name, held in (*names_on_disk(model, named).items(), *named.items()):
-        stored = None if id(held) in found else tensor(name)
+        stored = None if id(held) in found else tensor(name, in_memory.get(id(held), name))
         if stored is not None:
             found[id(held)] = stored
     for name, held in named.items():
         if id(held) not in found:
             raise TransformersError(f"{name} is in no file under its name")
         stored = found[id(held)]
+        _check_shape(name, stored.shape, held.shape)
         for slots, leaf in places[id(held)]:
-            # What is small is needed whole, and by all sorts of functions.
+            # A vector is read whole: all sorts of functions use it.
             slots[leaf] = stored if held.dim() > 1 else stored.whole()
+
+
+def _places(model: Model, wanted: Container[int]) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Return where a model keeps each of its tensors, by their ids."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):  # noqa: SLF001
+            for leaf, held in slots.items():
+                if id(held) in wanted:
+                    places.setdefault(id(held), []).append((slots, leaf))
+    return places

@@ -37,7 +37,7 @@ def stored_mixture(
         for weight in target.in_memory.experts
         if {*weight.holds} <= {*parts}
     }
-    return stored_model(path, tensor, stacks, dtype)
+    return stored_model(path, lambda name, _: tensor(name), stacks, dtype)
 
 
 def routers_of(model: Model, target: Target, layers: Sequence[int]) -> dict[int, Model]:

@@ -1,0 +1,174 @@
+"""Compare next-token distributions, one block of the vocabulary at a time.
+
+No model's logits are held whole: sums over the vocabulary are made block by block, relative to the
+largest logit so far, as in online softmax (Milakov & Gimelshein, arXiv 1805.02867).
+
+Legend: P positions, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from upcycle_cli.run.models import Model
+
+_BLOCK_LOGITS = 1 << 22
+"""Logits of one model that are in memory at once: 16 MB in float32."""
+_NEAR = 1.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The output of a model's last layer, from which its head computes logits."""
+
+    model: Model
+    output: Any
+    """The output of transformers' base model; its last hidden state is (1, P, H)."""
+
+    def logits(self, *, size: int) -> Iterator[torch.Tensor]:
+        """Yield the logits (P, at most `size`) of each block of the vocabulary in turn."""
+        model, output = self.model, self.output
+        head, base = model.get_output_embeddings(), model.base_model
+        weight, bias = head.weight, getattr(head, "bias", None)
+        ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
+        own = base.forward
+        # The causal LM itself is called, since it may cap or scale the logits.
+        base.forward = lambda *_, **__: output
+        try:
+            for begin in range(0, weight.shape[0], size):
+                end = begin + size
+                slots = head._parameters  # noqa: SLF001 - a block is no parameter
+                slots["weight"] = weight.block(begin, end)
+                if bias is not None:
+                    slots["bias"] = bias[begin:end]
+                with torch.no_grad():
+                    made = model(input_ids=ids, use_cache=False).logits[0].float()
+                yield made
+        finally:
+            base.forward = own
+            slots["weight"] = weight
+            if bias is not None:
+                slots["bias"] = bias
+
+
+class Softmax:
+    """The softmax of a model's logits at each position, over the blocks added so far.
+
+    `normalizer` (P,) is the sum of exponentials relative to the largest logit.
+    """
+
+    def __init__(self, targets_P: torch.Tensor) -> None:
+        P = len(targets_P)
+        self._targets_P = targets_P
+        self.largest = torch.full((P,), -torch.inf)
+        self.best = torch.zeros(P, dtype=torch.long)
+        self.normalizer = torch.zeros(P, dtype=torch.double)
+        self._target_logit_P = torch.full((P,), torch.nan, dtype=torch.double)
+        self.not_finite = self.count = 0
+
+    def add(self, logits_PV: torch.Tensor, begin: int) -> torch.Tensor:
+        """Add the logits from `begin` on; return the factor for earlier sums."""
+        self.count += logits_PV.numel()
+        if not math.isfinite(float(logits_PV.sum())):  # counting is slower and rarely needed
+            self.not_finite += int((~logits_PV.isfinite()).sum())
+        largest_P, best_P = logits_PV.max(-1)
+        better_P = largest_P > self.largest
+        self.best = torch.where(better_P, best_P + begin, self.best)
+        new_P = torch.maximum(largest_P, self.largest)
+        fade_P = (self.largest - new_P).double().exp()
+        self.largest = new_P
+        self.weights = (logits_PV - new_P[:, None]).exp()
+        self.normalizer = self.normalizer * fade_P + self.weights.sum(-1, dtype=torch.double)
+        place_P = self._targets_P - begin
+        here_P = (place_P >= 0) & (place_P < logits_PV.shape[1])
+        logit_P = logits_PV.gather(1, place_P.clamp(0, logits_PV.shape[1] - 1)[:, None])[:, 0]
+        self._target_logit_P = torch.where(here_P, logit_P.double(), self._target_logit_P)
+        return fade_P
+
+    @property
+    def log_sum(self) -> torch.Tensor:
+        """Return the logarithm of the sum of exponentials."""
+        return self.largest.double() + self.normalizer.log()
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """Return the negative log-likelihood of the targets; nan at positions without a target."""
+        return self.log_sum - self._target_logit_P
+
+
+class Divergence:
+    """KL(p ‖ q) in nats at each position, over the blocks added so far."""
+
+    def __init__(self, positions: int) -> None:
+        self._gap_P = torch.zeros(positions, dtype=torch.double)
+        self._curve_P = torch.zeros(positions, dtype=torch.double)
+        self.most = torch.zeros(positions)
+
+    def add(self, p: Softmax, p_PV: torch.Tensor, q_PV: torch.Tensor, fade_P: torch.Tensor) -> None:
+        """Add a block of logits; `fade_P` is what `p.add` returned for it."""
+        gap_PV = p_PV - q_PV
+        low_P, high_P = gap_PV.aminmax(dim=-1)
+        self.most = torch.maximum(self.most, torch.maximum(-low_P, high_P))
+        curve_PV = torch.expm1(-gap_PV.clamp(min=-_NEAR)).add_(gap_PV)
+        for total_P, held_PV in ((self._gap_P, gap_PV), (self._curve_P, curve_PV)):
+            added_P = held_PV.mul_(p.weights).sum(-1, dtype=torch.double)
+            total_P.mul_(fade_P).add_(added_P)
+
+    def kl(self, p: Softmax, q: Softmax) -> torch.Tensor:
+        """Return KL(p ‖ q)."""
+        # With d the difference of the logits, KL is log E[exp(-d)] + E[d]. For small d both terms
+        # nearly cancel; E[exp(-d) - 1 + d] loses no digits.
+        gap_P, curve_P = (held / p.normalizer for held in (self._gap_P, self._curve_P))
+        change_P = curve_P - gap_P
+        near_P = torch.log1p(change_P) - change_P + curve_P
+        far_P = gap_P - p.log_sum + q.log_sum
+        return torch.where(self.most < _NEAR, near_P, far_P).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The predictions of both models at each position (P,), and how far apart they are."""
+
+    published: Softmax
+    rounded: Softmax
+    moe: Softmax
+    kl: torch.Tensor
+    rounding: torch.Tensor
+    conversion: torch.Tensor
+    max_abs_logit_diff: float
+
+
+def compare(
+    published: Ending, rounded: Ending | None, moe: Ending, targets_P: torch.Tensor
+) -> Comparison:
+    """Compare the dense model, the same with rounded weights (if rounding matters), and the MoE.
+
+    `targets_P` are the tokens that follow in the text, -1 where none does.
+    """
+    P = len(targets_P)
+    size = max(1, _BLOCK_LOGITS // P)
+    p, r, q = (Softmax(targets_P) for _ in range(3))
+    whole, rounding, conversion = (Divergence(P) for _ in range(3))
+    begin = 0
+    endings = [published, moe] if rounded is None else [published, moe, rounded]
+    for logits in zip(*(ending.logits(size=size) for ending in endings), strict=True):
+        p_PV, q_PV = logits[:2]
+        fade_P = p.add(p_PV, begin)
+        whole.add(p, p_PV, q_PV, fade_P)
+        q.add(q_PV, begin)
+        if rounded is not None:
+            r_PV = logits[2]
+            rounding.add(p, p_PV, r_PV, fade_P)
+            conversion.add(r, r_PV, q_PV, r.add(r_PV, begin))
+        begin += p_PV.shape[1]
+    kl_P = whole.kl(p, q)
+    if rounded is None:
+        r, rounding_P, conversion_P = p, torch.zeros(P, dtype=torch.double), kl_P
+    else:
+        rounding_P, conversion_P = rounding.kl(p, r), conversion.kl(r, q)
+    return Comparison(p, r, q, kl_P, rounding_P, conversion_P, float(whole.most.max()))

@@ -1,0 +1,323 @@
+"""Outputs: do both models, run by transformers' own code, predict the same next tokens?
+
+Both run in float32 on the same tokens, with their weights left on disk. The difference is held to
+the promise: nothing beyond arithmetic, or an error of the order of the router's logits. Where
+nothing is promised, the difference is measured. Nothing here is shared with the planner, so this
+check finds a planner that is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.options import Promise
+from upcycle_cli.run.lazy_models import LazyModel, lazy_model
+from upcycle_cli.run.models import TransformersError
+from upcycle_cli.verification.distributions import Comparison
+from upcycle_cli.verification.pictures import picture_metrics
+from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
+from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
+from upcycle_cli.verification.side_by_side import (
+    Found,
+    continue_text,
+    rounding,
+    run_side_by_side,
+)
+
+_NAME = "outputs"
+_EXACT_KL = 1e-8
+_ROUNDED_KL = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 1e-8}
+"""The largest mean KL of an exact recipe whose factors are rounded in the dtype of the experts."""
+_EXACT_TOP1 = 0.999
+_MOST_ROUNDING_KL = 1e-2
+_MOST_SPLIT_EXACT = 1e-3
+_MOST_SPLIT = 1e-2
+_LARGEST_LOGIT_STD = 0.05
+"""Above this standard deviation of the router's logits softmax-topk promises nothing."""
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What an MoE is held to, as plain values."""
+
+    promise: Promise
+    reason: str = ""
+    """Why nothing is promised, where the promise is none."""
+    group_size: int = 1
+    """How many neighbouring experts share a router row: a virtual group."""
+    logit_std: float = 0.0
+    """Of an approximate promise: the standard deviation of the router's logits."""
+    is_lossless: bool = True
+    """Whether all factors on the weights and biases of experts are powers of two."""
+    source: str = "dense model"
+    """What messages call the model that the MoE was made from."""
+
+
+def check_outputs(
+    dense: Checkpoint,
+    moe: Checkpoint,
+    expected: Expectation,
+    texts: TextOptions,
+    watch: Watch | None = None,
+) -> CheckResult:
+    """Compare the predictions of an MoE with those of the model that it was made from.
+
+    `dense` may be an MoE that grew. Raises UpcycleError when it cannot run, and for text options
+    that no model can follow.
+    """
+    findings = Findings(
+        f"{entry.name} is {entry.dtype}, which is no dtype of a weight"
+        for entry in moe.tensors.values()
+        if entry.dtype not in TORCH_DTYPES
+    )
+    if findings:
+        return findings.result(_NAME, "", note=_NOT_COMPARED)
+    with ExitStack() as stack:
+        readers = stack.enter_context(dense.reader()), stack.enter_context(moe.reader())
+        try:
+            return _compare(dense, moe, readers, expected, texts, watch or Watch())
+        except (TransformersError, _UnsoundError) as error:
+            findings.add(f"transformers could not run the MoE: {error}")
+            return findings.result(_NAME, "", note=_NOT_COMPARED)
+
+
+_NOT_COMPARED = "The outputs could not be compared."
+
+
+class _UnsoundError(Exception):
+    """The config of the MoE makes no sense."""
+
+
+def _compare(
+    dense: Checkpoint,
+    moe: Checkpoint,
+    readers: tuple[Reader, Reader],
+    expected: Expectation,
+    texts: TextOptions,
+    watch: Watch,
+) -> CheckResult:
+    dense_reader, moe_reader = readers
+    overflow = _Overflow()
+    try:
+        upcycled = lazy_model(moe, moe_reader, observe=overflow.note(moe), merge_copies=True)
+    except UpcycleError as error:
+        raise _UnsoundError(error.message) from error
+    experts = upcycled.experts
+    if experts is None or experts.num_experts % expected.group_size:
+        raise _UnsoundError("config.json describes no mixture of experts in such groups")
+    published = _dense_model(dense, dense_reader)
+    round_to = rounding(published, upcycled)
+    rounded = None
+    if round_to is not None:
+        rounded = lazy_model(dense, dense_reader, round_to=round_to, merge_copies=True)
+    secret = b"".join(
+        bytes(moe_reader.mapped(name))
+        for name in map(experts.router_name, experts.layers)
+        if name in moe.tensors
+    )
+    prompt = make_prompt(dense, texts, secret)
+    found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
+    findings = Findings(_not_finite(found.comparison))
+    if findings:
+        findings.add(*found.routing.failures, *overflow.failures())
+        return findings.result(_NAME, "", {"tokens": prompt.ids.numel()})
+    metrics = _metrics(found, prompt) | found.routing.metrics
+    metrics |= picture_metrics(rounded or published, upcycled)
+    if overflow.largest:
+        metrics["max_float16_value"] = overflow.largest
+    findings.add(*overflow.failures())
+    measured = _in_words(prompt, metrics, found, expected, has_rounded=rounded is not None)
+    detail = f"Measured only, since this MoE does not promise equality: {expected.reason}."
+    if expected.promise is not Promise.NONE:
+        kind = next(held.dtype for name, held in upcycled.weights.items() if ".experts" in name)
+        bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[kind]
+        detail, failures = _judge(expected, metrics, bound)
+        findings.add(*failures, *found.routing.failures)
+    result = findings.result(_NAME, f"{detail} {measured}", metrics, measured if findings else "")
+    only_measured = expected.promise is Promise.NONE and not findings
+    return replace(
+        result,
+        status=Status.MEASURED if only_measured else result.status,
+        layers=found.layers,
+        texts=_texts(found, prompt),
+        continuation=continue_text(published, upcycled, prompt) if texts.continuation else None,
+    )
+
+
+def _dense_model(dense: Checkpoint, reader: Reader) -> LazyModel:
+    try:
+        return lazy_model(dense, reader, merge_copies=True)
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {dense.path}: {error}") from error
+
+
+class _Overflow:
+    """Finds products that float16 cannot hold, where the weights are stored in float16."""
+
+    def __init__(self) -> None:
+        self.largest, self._name = 0.0, ""
+
+    def note(self, moe: Checkpoint) -> Any:  # noqa: ANN401
+        """Return what sees each product, None where nothing is stored in float16."""
+        if all(entry.dtype != "F16" for entry in moe.tensors.values()):
+            return None
+        return self._note
+
+    def _note(self, name: str, values: torch.Tensor) -> None:
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        if not largest <= self.largest:
+            self.largest, self._name = largest, name
+
+    def failures(self) -> Iterator[str]:
+        """Say where a value exceeds float16."""
+        if not self.largest <= _FLOAT16_MAX:
+            yield (
+                f"{self._name}: values reach {self.largest:.4g} where it is used, and the model is "
+                f"stored in float16, which ends at {_FLOAT16_MAX:g}; convert to bfloat16 or "
+                "float32 instead"
+            )
+
+
+def _texts(found: Found, prompt: Prompt) -> tuple[TextMeasure, ...]:
+    kl = found.comparison.kl.reshape(prompt.ids.shape).tolist()
+    finite = ([value if math.isfinite(value) else None for value in row] for row in kl)
+    return tuple(
+        TextMeasure(tokens=words, kl=row[: len(words)])
+        for words, row in zip(prompt.words, finite, strict=True)
+        if words
+    )
+
+
+def _not_finite(comparison: Comparison) -> Iterator[str]:
+    for who, softmax in (("MoE", comparison.moe), ("dense model", comparison.published)):
+        if softmax.not_finite:
+            yield f"{softmax.not_finite} of {softmax.count} logits of the {who} are not finite"
+
+
+def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
+    """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text alone, and others.
+
+    `rounding` is between the dense model and the same with rounded weights, `conversion` between
+    that and the MoE, `whole` the same at tokens that got whole groups in every layer.
+    """
+    comparison, whole_P = found.comparison, found.routing.whole_everywhere
+    p, r, q = comparison.published, comparison.rounded, comparison.moe
+    points = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
+    quantiles = torch.quantile(comparison.kl, points).tolist()
+    whole_kl_P, follows_P = comparison.conversion[whole_P], prompt.targets >= 0
+    return {
+        "kl_mean": float(comparison.kl.mean()),
+        "kl_max": float(comparison.kl.max()),
+        "kl_mean_rounding": float(comparison.rounding.mean()),
+        "kl_mean_conversion": float(comparison.conversion.mean()),
+        "max_abs_logit_diff": comparison.max_abs_logit_diff,
+        "top1_agreement": float((p.best == q.best).double().mean()),
+        "top1_agreement_conversion": float((r.best == q.best).double().mean()),
+        "dense_nll": float(p.nll[follows_P].mean()),
+        "moe_nll": float(q.nll[follows_P].mean()),
+        "tokens": prompt.ids.numel(),
+        "text_tokens": sum(map(len, prompt.words)),
+        **dict(zip(("kl_median", "kl_p90", "kl_p99"), quantiles, strict=True)),
+        "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
+    }
+
+
+def _in_words(
+    prompt: Prompt,
+    metrics: Mapping[str, float],
+    found: Found,
+    expected: Expectation,
+    *,
+    has_rounded: bool,
+) -> str:
+    worst = max(found.layers, key=lambda layer: layer.added_rms)
+    text = ""
+    if metrics["text_tokens"]:
+        text = (
+            f", NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for "
+            f"the {expected.source}"
+        )
+    words = [
+        f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
+        f"{metrics['top1_agreement']:.2%}{text}."
+    ]
+    if has_rounded:
+        cost = metrics["kl_mean_rounding"]
+        words.append(f"Rounding its weights alone costs a mean KL of {cost:.2g}.")
+    if "kl_mean_picture" in metrics:
+        words.append(
+            f"On a drawn picture of {metrics['picture_tokens']} tokens with text: mean KL "
+            f"{metrics['kl_mean_picture']:.2g}."
+        )
+    words.append(
+        f"The experts of a layer add an error of at most {worst.added_rms:.2g} (layer "
+        f"{worst.layer}), relative to the {expected.source}'s MLP. Groups stayed whole in "
+        f"{1 - metrics['split_token_layers']:.2%} of tokens and layers; expert load varies by "
+        f"{metrics['expert_load_cv']:.2f} (standard deviation / mean)."
+    )
+    return " ".join(words)
+
+
+def _judge(
+    expected: Expectation, metrics: Mapping[str, float], bound: float
+) -> tuple[str, list[str]]:
+    """Return the promise in words, and where the metrics break it."""
+    cost = metrics["kl_mean_rounding"]
+    failures: list[str] = []
+    if expected.promise is Promise.EXACT:
+        words = "" if expected.is_lossless else " up to the rounding of the scaled weights"
+        detail = f"The same function{words}."
+        failures += _exact_failures(metrics, bound, is_lossless=expected.is_lossless)
+        most = _MOST_SPLIT_EXACT
+    else:
+        std, kl = expected.logit_std, metrics["kl_mean_whole"]
+        detail = (
+            "The same function up to an error of the order of the router's logits (standard "
+            f"deviation {std:.3g})."
+        )
+        most_kl = 30 * min(std, _LARGEST_LOGIT_STD) ** 2 + 1e-4
+        if not kl <= most_kl:
+            failures.append(
+                f"kl_mean_whole is {kl:.3g}; router logits of standard deviation {std:.3g} allow "
+                f"{most_kl:.3g}"
+            )
+        most = _MOST_SPLIT
+    if not cost <= _MOST_ROUNDING_KL:
+        failures.append(
+            f"kl_mean_rounding is {cost:.3g}: rounding the {expected.source}'s weights to the "
+            f"MoE's dtypes costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
+        )
+    split = metrics["split_token_layers"]
+    if expected.group_size > 1 and not split < most:
+        failures.append(
+            f"split_token_layers is {split:.3g}: in that share of tokens and layers the chosen "
+            f"experts are not whole groups; less than {most:g} is expected"
+        )
+    return detail, failures
+
+
+def _exact_failures(
+    metrics: Mapping[str, float], bound: float, *, is_lossless: bool
+) -> Iterator[str]:
+    for key in ("kl_mean_conversion", "kl_mean_picture"):
+        if key in metrics and not metrics[key] < bound:
+            yield f"{key} is {metrics[key]:.3g}; an exact recipe allows less than {bound:g}"
+    top1 = metrics["top1_agreement_conversion"]
+    # Among few tokens a single near-tie must not decide.
+    disagreeing = round((1 - top1) * metrics["tokens"])
+    if is_lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
+        yield (
+            f"top1_agreement_conversion is {top1:.4%}; an exact recipe needs at least "
+            f"{_EXACT_TOP1:.1%}"
+        )

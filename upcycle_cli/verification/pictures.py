@@ -1,0 +1,102 @@
+"""Pictures with text: do both models predict the same where the text model is inside a wrapper?
+
+The picture is random, in the form in which a processor hands it over, and as small as the vision
+tower takes it. Random text tokens come before and after it.
+
+Legend: K compared positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.run.lazy_models import LazyModel
+from upcycle_cli.run.models import Model, TransformersError, transformers_says
+
+_BEFORE, _AFTER = 4, 12
+"""Tokens of text; the positions after the picture, and its last, are compared."""
+_SIDE = 2
+"""How many merged patches make up a side, where a picture may have any size."""
+_CHANNELS = 3
+"""Of a picture, where no config has the number."""
+
+
+def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
+    """Return how far the predictions for a picture and text are apart: KL(dense ‖ MoE) in nats.
+
+    Empty for a model that takes text alone. Raises UpcycleError when the dense model cannot be run,
+    TransformersError for the MoE.
+    """
+    if getattr(dense.net.config, "vision_config", None) is None:
+        return {}
+    try:
+        with transformers_says(), torch.no_grad():
+            inputs = _inputs(dense.net)
+            wanted_KV = _logits(dense.net, inputs)
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
+    with transformers_says(), torch.no_grad():
+        found_KV = _logits(moe.net, inputs)
+    p_KV, q_KV = (logits.log_softmax(-1) for logits in (wanted_KV, found_KV))
+    return {
+        # Rounding can make a sum of zeros negative.
+        "kl_mean_picture": max(0.0, float((p_KV.exp() * (p_KV - q_KV)).sum(-1).mean())),
+        "max_abs_logit_diff_picture": float((wanted_KV - found_KV).abs().max()),
+        "picture_tokens": int((inputs["input_ids"] == dense.net.config.image_token_id).sum()),
+    }
+
+
+def _logits(model: Model, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs, use_cache=False, logits_to_keep=_AFTER + 1).logits
+    return logits[0].double()
+
+
+def _inputs(model: Model) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = _picture(model, generator)
+    made = model.get_image_features(**inputs, return_dict=True).pooler_output
+    pieces = made if isinstance(made, list | tuple) else [made]
+    count = sum(piece.numel() // piece.shape[-1] for piece in pieces)
+    config = model.config
+    special = {value for key, value in config.to_dict().items() if "token" in key}
+    usable = [i for i in range(config.get_text_config().vocab_size) if i not in special]
+    drawn = torch.randint(len(usable), (_BEFORE + _AFTER,), generator=generator).tolist()
+    words, picture = [usable[i] for i in drawn], [config.image_token_id] * count
+    ids = torch.tensor([[*words[:_BEFORE], *picture, *words[_BEFORE:]]])
+    known = signature(type(model.base_model).forward).parameters
+    kinds = {key for key in ("token_type_ids", "mm_token_type_ids") if key in known}
+    return {
+        "input_ids": ids,
+        **inputs,
+        **dict.fromkeys(kinds, (ids == config.image_token_id).long()),
+    }
+
+
+def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Draw a picture in the form that the model takes: patches, or pixels of one size."""
+    base, vision = model.base_model, model.config.vision_config
+    known = signature(type(base).forward).parameters
+    if "image_position_ids" in known:
+        side = _SIDE * vision.pooling_kernel_size
+        patches = torch.rand(1, side**2, _CHANNELS * vision.patch_size**2, generator=generator)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None]
+        return {"pixel_values": patches, "image_position_ids": places}
+    if "image_grid_thw" in known:
+        side = _SIDE * vision.spatial_merge_size
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(side**2, size, generator=generator)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
+    size = vision.image_size
+    pixels = torch.randn(1, vision.num_channels, size, size, generator=generator)
+    found = {"pixel_values": pixels}
+    if "image_sizes" in signature(type(base.vision_tower).forward).parameters:
+        # Such a model takes pictures of several sizes, not only the largest.
+        size = _SIDE * vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
+        found["pixel_values"] = pixels[..., :size, :size]
+        found["image_sizes"] = torch.tensor([[size, size]])
+    return found

@@ -1,0 +1,172 @@
+"""Both models run side by side, layer by layer, and what is measured on the way.
+
+The dense model runs as it was published and, where the MoE's dtypes are narrower, once more with
+its weights rounded to them, which tells the price of the dtype from that of the conversion. All
+models wait for each other after every layer, so nothing of an earlier layer is kept.
+
+Legend: P positions, K sampled positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.run.layerwise import Run, started
+from upcycle_cli.run.lazy_models import LazyModel, Round
+from upcycle_cli.run.models import TransformersError, transformers_says
+from upcycle_cli.verification.distributions import Comparison, Ending, compare
+from upcycle_cli.verification.prompts import Prompt
+from upcycle_cli.verification.result import Continuation, LayerMeasure
+from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
+
+_SAMPLED = 256
+"""Positions at which the experts of each layer also run on the dense model's own MLP input."""
+_OPENING = 24
+"""Tokens of text that both models continue."""
+_CONTINUED = 16
+_CONTINUED_PARAMETERS = 5e8
+"""A dense model of so many parameters or more adds one token only: each reads all weights."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What running the models showed."""
+
+    comparison: Comparison
+    layers: tuple[LayerMeasure, ...]
+    routing: Routing
+
+
+def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
+    """Return the dtype that each dense weight has in the MoE; None where no weight is rounded.
+
+    Weights of an MLP have other names in the MoE: they have the dtype of its matrices.
+    """
+    count: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for entry in moe.checkpoint.tensors.values():
+        count[len(entry.shape) > 1][entry.dtype] += entry.num_elements
+    usual = {
+        is_matrix: getattr(torch, TORCH_DTYPES[of.most_common(1)[0][0]]) if of else torch.float32
+        for is_matrix, of in count.items()
+    }
+
+    def round_to(name: str, stored: torch.Tensor) -> torch.dtype:
+        held = moe.weights.get(name)
+        dtype = usual[stored.dim() > 1] if held is None else held.dtype
+        return stored.dtype if dtype == torch.float32 else dtype
+
+    narrower = (round_to(name, held) != held.dtype for name, held in dense.weights.items())
+    return round_to if any(narrower) else None
+
+
+def run_side_by_side(
+    dense: LazyModel,
+    rounded: LazyModel | None,
+    moe: LazyModel,
+    prompt: Prompt,
+    group_size: int,
+    watch: Watch,
+) -> Found:
+    """Run the models; raises TransformersError for the MoE, UpcycleError for the dense model."""
+    assert moe.experts is not None
+    target, P = moe.experts.target, prompt.ids.numel()
+    sample = torch.arange(0, P, max(1, P // _SAMPLED))[:_SAMPLED]
+    with ExitStack() as stack:
+
+        def start(model: LazyModel) -> Run:
+            blocks = [model.block(layer, target) for layer in moe.experts.layers]  # type: ignore[union-attr]
+            return stack.enter_context(started(model.net, prompt.ids, blocks))
+
+        runs = [start(model) for model in (dense, rounded) if model is not None]
+        run, own = start(moe), runs[-1]
+        routing = stack.enter_context(watched_routers(moe, P, group_size))
+        measures = []
+        for layer in range(moe.num_layers):
+            for other in runs:
+                _advance_dense(dense, other)
+            has_experts = layer in moe.experts.layers
+            if has_experts:
+                run.extra = own.mlp_input.flatten(0, -2)[sample]
+            with transformers_says():
+                run.steps.advance()
+            if has_experts:
+                measures.append(_measure(own, run, routing.layers[layer], layer, sample))
+            watch.checked(layer + 1, moe.num_layers, "layers")
+        for other in runs:
+            _advance_dense(dense, other)
+        with transformers_says():
+            run.steps.advance()
+            endings = [_ending(each) for each in (*runs, run)]
+            middle = endings[1] if rounded is not None else None
+            comparison = compare(endings[0], middle, endings[-1], prompt.targets)
+    return Found(comparison, tuple(measures), routing)
+
+
+def _advance_dense(dense: LazyModel, run: Run) -> None:
+    try:
+        with transformers_says():
+            run.steps.advance()
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
+
+
+def _ending(run: Run) -> Ending:
+    output = run.output
+    output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[None]
+    return Ending(run.model, output)
+
+
+def _measure(
+    dense: Run, moe: Run, chosen: LayerRouting, layer: int, sample: torch.Tensor
+) -> LayerMeasure:
+    wanted_KH, found_KH = dense.mlp_output.flatten(0, -2)[sample].double(), moe.extra
+    assert found_KH is not None
+    error_KH = found_KH.double() - wanted_KH
+    size = float(wanted_KH.square().mean().sqrt()) or math.nan
+    hidden_error = float((moe.hidden - dense.hidden).norm())
+    return LayerMeasure(
+        layer=layer,
+        added_rms=float(error_KH.square().mean().sqrt()) / size,
+        added_max=float(error_KH.abs().max()) / size,
+        gain=float((found_KH * wanted_KH).sum() / wanted_KH.square().sum()),
+        hidden_rms=hidden_error / (float(dense.hidden.norm()) or math.nan),
+        whole_share=float(chosen.whole.double().mean()),
+        router_entropy=chosen.entropy,
+        router_margin=chosen.margin,
+        load_cv=chosen.load_cv,
+        idle_experts=int((chosen.load == 0).sum()),
+        load=chosen.load.tolist(),
+    )
+
+
+def continue_text(dense: LazyModel, moe: LazyModel, prompt: Prompt) -> Continuation | None:
+    """Return how each model continues the beginning of the text, greedily; None without text."""
+    opening = prompt.ids[:1, : min(_OPENING, len(prompt.words[0]))]
+    if not opening.numel():
+        return None
+    share = _CONTINUED_PARAMETERS / dense.checkpoint.num_parameters
+    count = max(1, min(_CONTINUED, int(share)))
+    texts = [prompt.decode(_continued(model, opening, count)) for model in (dense, moe)]
+    return Continuation(text=prompt.decode(opening[0].tolist()), dense=texts[0], moe=texts[1])
+
+
+def _continued(model: LazyModel, opening: torch.Tensor, count: int) -> list[int]:
+    found: list[int] = []
+    ids, cache = opening, None
+    for _ in range(count):
+        with transformers_says(), torch.no_grad():
+            output = model.net(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+        cache = output.past_key_values
+        ids = output.logits[:, -1:].argmax(-1)
+        found.append(int(ids))
+    return found
