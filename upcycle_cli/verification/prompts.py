@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.plan.texts import builtin_texts, read_texts
 from upcycle_cli.run.models import load_config
-from upcycle_cli.run.texts import ROW_TOKENS, builtin_texts, read_texts, shares, tokenized
+from upcycle_cli.run.texts import ROW_TOKENS, shares, tokenized
 
 if TYPE_CHECKING:
     import torch
