@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hub.server import Hub
 
-from upcycle_cli.publish.card import for_repo
+from upcycle_cli.publish.card import card_for_repo
 
 SOURCE, RESULT = "acme/dense", "acme/moe"
 
@@ -83,7 +83,7 @@ def compare(pushed: Path, downloaded: Path) -> None:
     names = sorted(path.relative_to(pushed).as_posix() for path in pushed.rglob("*"))
     names.remove("README.md")  # on the Hub it names its repo
     if (
-        for_repo((pushed / "README.md").read_text(), RESULT)
+        card_for_repo((pushed / "README.md").read_text(), RESULT)
         != (downloaded / "README.md").read_text()
     ):
         sys.exit("README.md is not the card of this repo")

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
 from upcycle_cli.api import execute
 from upcycle_cli.models.engines import Support
-from upcycle_cli.publish.card import for_repo
+from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 from upcycle_cli.write.staging import MARKER
 
@@ -219,7 +219,7 @@ def test_the_model_card_says_how_to_serve_it_with_what_runs_it(llama: Path, tmp_
         assert (f"```sh\n{vllm}\n```" in card, llama_cpp in card) == runs
         listed = {engine.name for engine in done.plan.engines if engine.support is Support.RUNS}
         assert ("vLLM" in listed, "llama.cpp" in listed) == runs
-    served = for_repo((tmp_path / "0" / "README.md").read_text(), "me/moe")
+    served = card_for_repo((tmp_path / "0" / "README.md").read_text(), "me/moe")
     assert "api_server --model me/moe\n" in served
     assert "\nhf download me/moe --local-dir model\n" in served
 

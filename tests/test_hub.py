@@ -29,7 +29,7 @@ from upcycle_cli.hub.remote_checkpoint import (
     is_repo_id,
     open_source,
 )
-from upcycle_cli.publish.card import for_repo
+from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
 from upcycle_cli.report.target import ReportFile
 
@@ -410,7 +410,7 @@ def files_in(directory: Path, repo: str = MOE) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
-    return found | {"README.md": for_repo(found["README.md"].decode(), repo).encode()}
+    return found | {"README.md": card_for_repo(found["README.md"].decode(), repo).encode()}
 
 
 def put_card(hub: Hub, tmp_path: Path, card: bytes) -> None:
@@ -598,7 +598,7 @@ def test_the_card_names_the_repo_that_it_is_pushed_to(hub: Hub, run: RunOnHub, m
         assert "my-org/" not in card
         assert not is_edited(card)
     edited = (moe / "README.md").read_text() + "More.\n"
-    assert for_repo(edited, MOE) == edited
+    assert card_for_repo(edited, MOE) == edited
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.old_verification import CHECK_NAMES, CheckResult, Report, Status
-from upcycle_cli.publish.card import for_repo
+from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report import inspection_html, verification_html
 from upcycle_cli.report.target import ReportFile
@@ -440,12 +440,12 @@ def test_a_report_beside_the_model_is_published(
 
 def test_the_card_leads_to_a_report(moe: Path) -> None:
     card = (moe / "README.md").read_text("utf-8")
-    plain, linked = for_repo(card, "me/moe"), for_repo(card, "me/moe", with_report=True)
+    plain, linked = card_for_repo(card, "me/moe"), card_for_repo(card, "me/moe", with_report=True)
     assert "(verification.html)" not in plain
     assert linked.count("(verification.html)") == 1
     assert not is_edited(linked)
-    assert for_repo(linked, "me/moe", with_report=True) == linked
-    assert for_repo(linked, "me/moe") == plain
+    assert card_for_repo(linked, "me/moe", with_report=True) == linked
+    assert card_for_repo(linked, "me/moe") == plain
 
 
 def test_numbers_of_a_card_lead_to_what_was_measured(llama: Path, tmp_path: Path) -> None:
@@ -453,13 +453,13 @@ def test_numbers_of_a_card_lead_to_what_was_measured(llama: Path, tmp_path: Path
     model = tmp_path / "moe"
     convert(llama, model, Recipe(expansion=2, granularity=2, top_k=2), verify=True)
     card, page = (model / "README.md").read_text("utf-8"), html_of(verify(llama, model))
-    linked = for_repo(card, "me/moe", with_report=True)
+    linked = card_for_repo(card, "me/moe", with_report=True)
     for name in CHECK_NAMES:
         assert f"\n| {name} | passed |" in card
         assert f"\n| [{name}](verification.html#check-{name}) | passed |" in linked
         assert f'id="check-{name}"' in page
-    assert for_repo(linked, "me/moe", with_report=True) == linked
-    assert for_repo(linked, "me/moe") == for_repo(card, "me/moe")
+    assert card_for_repo(linked, "me/moe", with_report=True) == linked
+    assert card_for_repo(linked, "me/moe") == card_for_repo(card, "me/moe")
 
 
 # In a browser -------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""The front matter of a model card that somebody else wrote: what of it a card of ours can keep.
+"""Model cards: the licence and languages of a source's card, and the seal on the cards we write.
 
-It is YAML, which can hold values of any kind, references that unfold to more than a machine holds,
-and nothing that it should. So it is composed, which unfolds nothing, and no value is ever built;
-lines of text are taken from it, and whatever else is there is left.
+A source's card is written by somebody else. Its YAML front matter is parsed into nodes, which
+expands no references and constructs no objects, and only lines of text are taken from it.
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_CARRIED = ("license", "license_name", "license_link", "language")
-_MOST_CHARACTERS = 1_000_000  # several times what a front matter with long tables of results has
-_LONGEST = 500
-_MOST_ITEMS = 1000
+_INHERITED = ("license", "license_name", "license_link", "language")
+_MAX_CHARACTERS = 1_000_000  # several times the front matter of a card with long result tables
+_MAX_LINE = 500
+_MAX_ITEMS = 1000
 Value = str | list[str]
 
 
 @dataclass(frozen=True)
 class CardMetadata:
-    """What a card takes over from the source's card."""
+    """What a new card inherits from the source's card."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what could not be taken over, in words
+    notes: tuple[str, ...] = ()  # what could not be inherited, and why
 
 
 def read_card_metadata(directory: Path, name: str) -> CardMetadata:
-    """Return what the card of this name says of licence and languages; raises nothing."""
+    """Return the licence and languages that a card names; never raises."""
     path = directory / name
     try:
         if not path.is_symlink() and not path.exists():
             return CardMetadata()
         text = read_small(locate(directory, name), MOST_JSON_BYTES).decode()
-        found = read_front_matter(text, _CARRIED)
+        found = read_front_matter(text, _INHERITED)
     except (OSError, UpcycleError, ValueError) as error:
         words = error.message if isinstance(error, UpcycleError) else str(error)
         if isinstance(error, UnicodeDecodeError):
             words = "it is not UTF-8."
-        return CardMetadata(notes=(f"no licence or language is taken over from {path}: {words}",))
+        return CardMetadata(notes=(f"no licence or language is copied from {path}: {words}",))
     values = {key: value for key, value in found.items() if value is not None}
     notes = tuple(
-        f"{path} has a {key} that is no line of text; the new card has none."
+        f"{path}: {key} is not a line of text, so the new card has none."
         for key, value in found.items()
         if value is None
     )
@@ -56,7 +55,7 @@ def read_card_metadata(directory: Path, name: str) -> CardMetadata:
 
 
 def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]:
-    """Return those of these keys that a card has; None for what is no line nor list of lines.
+    """Return the given keys of a card; None for values that are not a line or a list of lines.
 
     Raises UpcycleError when the front matter cannot be read.
     """
@@ -65,14 +64,14 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
     block = _BLOCK.match(text)
     if block is None:
         return {}
-    if len(block[1]) > _MOST_CHARACTERS:
+    if len(block[1]) > _MAX_CHARACTERS:
         raise UpcycleError(f"its front matter has {len(block[1]):,} characters.")
     try:
         root = compose(block[1], SafeLoader)
     except RecursionError:
         raise UpcycleError("its front matter is nested too deeply.") from None
     except YAMLError as error:
-        raise UpcycleError(f"its front matter is no YAML: {shown(str(error))}.") from error
+        raise UpcycleError(f"its front matter is not YAML: {shown(str(error))}.") from error
     if not isinstance(root, MappingNode):
         return {}
     return {
@@ -83,41 +82,45 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
     }
 
 
-def body(card: str) -> str:
-    """Return a card without its front matter."""
-    block = _BLOCK.match(card)
-    return card if block is None else card[block.end() :]
-
-
-def _value(node: Any) -> Value | None:  # noqa: ANN401 - yaml has no types to name
+def _value(node: Any) -> Value | None:  # noqa: ANN401 - yaml has no type stubs
     from yaml import SequenceNode
 
     if not isinstance(node, SequenceNode):
         return node.value if _is_line(node) else None
-    fits = len(node.value) <= _MOST_ITEMS and all(map(_is_line, node.value))
+    fits = len(node.value) <= _MAX_ITEMS and all(map(_is_line, node.value))
     return [item.value for item in node.value] if fits else None
 
 
 def _is_line(node: Any) -> bool:  # noqa: ANN401
     """Whether a node is one printable line of text of a sensible length."""
     text = node.value if node.tag == "tag:yaml.org,2002:str" else None
-    return isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _LONGEST
+    return isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _MAX_LINE
 
 
-def card_seal(card: str) -> str:
-    """Return the comment that ends a card of ours; it tells whether the card was edited since."""
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"
+def sealed(card: str) -> str:
+    """Return a card with a digest at its end, by which `is_edited` recognises changes."""
+    return f"{card}\n\n{_seal(card)}\n"
+
+
+def unsealed(card: str) -> str:
+    """Return a card without its last paragraph, which is the seal."""
+    return card.strip().rpartition("\n\n")[0]
 
 
 def is_edited(card: str) -> bool:
-    """Whether somebody has written or changed a card since upcycle made it."""
+    """Whether somebody wrote the card, or changed it after upcycle wrote it."""
     text, _, seal = card.strip().rpartition("\n\n")
-    if seal == card_seal(text):
+    if seal == _seal(text):
         return False
     try:
         read_front_matter(card, ())
     except UpcycleError:
-        return True  # upcycle writes no card that it cannot read
-    # The Hub makes a card of metadata only for a repo with a licence.
-    return bool(body(card).strip())
+        return True  # upcycle writes valid front matter
+    # The Hub creates a card with metadata only when a repo is created with a licence.
+    block = _BLOCK.match(card)
+    return bool((card if block is None else card[block.end() :]).strip())
+
+
+def _seal(card: str) -> str:
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"<!-- Made by upcycle; a push replaces this card unless it was edited: {digest} -->"

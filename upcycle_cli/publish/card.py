@@ -13,7 +13,7 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint.card_metadata import card_seal, is_edited
+from upcycle_cli.checkpoint.card_metadata import is_edited, sealed, unsealed
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
@@ -82,7 +82,7 @@ def model_card(plan: Planned, report: Report | None, repo: str | None = None) ->
         parallel=any_of(expert_parallel_sizes(plan.num_experts)),
         engines=_engines_text(plan, place),
     )
-    return f"{text}\n{card_seal(text.strip())}\n"
+    return sealed(text.strip())
 
 
 def _upcycled(plan: Plan) -> dict[str, object]:
@@ -122,7 +122,7 @@ def repo_name(text: str, suffix: str = "") -> str:
     return (text[: _LONGEST_NAME - len(suffix)].strip("-.") or "model") + suffix
 
 
-def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
+def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     """Return a card that names `repo` as the model's place; one that was edited as it is.
 
     With a report, it leads to that of a verification beside it, each check to what it measured.
@@ -130,14 +130,14 @@ def for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     found = re.search(_PLACE, card)
     if found is None or is_edited(card):
         return card
-    text, _, _ = card.strip().rpartition("\n\n")
+    text = unsealed(card)
     old = rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])"
     text = re.sub(old, lambda _: repo, text).replace(_LINK, "")
     link = rf"[\g<name>]({REPORT_NAME}#check-\g<name>)" if with_report else r"\g<name>"
     text = _CHECK.sub(rf"| {link} ", text)
     if with_report:
         text = text.replace(_BEFORE_LINK, _LINK + _BEFORE_LINK, 1)
-    return f"{text}\n\n{card_seal(text)}\n"
+    return sealed(text)
 
 
 def _front_matter(plan: Planned) -> str:

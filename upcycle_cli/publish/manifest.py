@@ -1,9 +1,8 @@
-"""What of a directory is published: what its record lists, as the record lists it, and no more.
+"""Which files of an output a push publishes: those that its upcycle.json lists, unchanged.
 
-A directory that people work in holds tokens, drafts and half-trained weights beside the model. So a
-file goes to the Hub because `upcycle.json` lists it, and not because of its name; the card, the
-report of a verification, the checksums and the licences that somebody put there because a licence
-asks for them come along.
+A working directory also holds tokens, drafts and half-trained weights, so no file is published
+because of its name. Beside the listed files go upcycle.json itself, the card, SHA256SUMS, and the
+report of a verification of this very model.
 """
 
 from __future__ import annotations
@@ -13,13 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import (
-    CARD_NAME,
-    RECORD_NAME,
-    REPORT_NAME,
-    is_weight_file,
-    read_json,
-)
+from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
@@ -32,56 +25,60 @@ from upcycle_cli.core.safe_files import (
     read_small,
     sha256_of,
 )
-from upcycle_cli.old_verification.listing import belongs
 from upcycle_cli.write.staging import is_note
-
-# How the names of the files begin that a licence asks for, in capitals or not.
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What is published of a directory."""
+    """What a push publishes of a directory."""
 
-    files: Mapping[str, Path]  # where each really is, by its name in the repo
-    left_out: tuple[str, ...]  # files of the directory that are not part of the model
-    failures: tuple[str, ...]  # what is not as the record or the checksums have it
+    files: Mapping[str, Path]
+    """The path of each file, by its name in the repo."""
+    left_out: tuple[str, ...]
+    """Files of the directory that are not published."""
+    failures: tuple[str, ...]
+    """How the directory differs from its record and its checksums."""
 
 
 def read_manifest(moe: Checkpoint) -> Manifest:
-    """Return what of a checkpoint is published; UpcycleError when its record lists no files."""
+    """Return what a push publishes of an output; UpcycleError when its record lists no files."""
+    record = read_json(moe.storage.local(RECORD_NAME))
     try:
-        listed = listed_files(read_json(moe.storage.local(RECORD_NAME)))
+        listed = listed_files(record)
     except UpcycleError as error:
         raise UpcycleError(
-            f"{moe.path} does not say which files belong to it, as an earlier version did not: "
-            f"{error.message}",
+            f"{moe.path} does not say which files belong to it: {error.message} Earlier versions "
+            "of upcycle wrote no list.",
             "Make it again with `upcycle convert --overwrite`, or upload it as it is with "
             "`hf upload`.",
         ) from error
-    there = moe.storage.names()
-    names = [*listed, RECORD_NAME, CARD_NAME, *filter(_is_licence, there)]
-    if REPORT_NAME in there and _is_report(moe):
+    names = [*listed, RECORD_NAME, CARD_NAME]
+    present = moe.storage.names()
+    if REPORT_NAME in present and _is_report_on(moe):
         names.append(REPORT_NAME)
-    summed = set(names) - {CARD_NAME}
-    if CHECKSUMS_NAME in there:
+    if CHECKSUMS_NAME in present:
         names.append(CHECKSUMS_NAME)
     files: dict[str, Path] = {}
-    failures = [*_listing_failures(moe, listed)]
-    for name in dict.fromkeys(names):
+    failures = [
+        f"{RECORD_NAME} does not list {shard.name}"
+        for shard in moe.shards
+        if shard.name not in listed
+    ]
+    for name in names:
         try:
             files[name] = locate(moe.path, name)
-            failures += _failures(files[name], listed[name]) if name in listed else ()
+            failures += _changes(files[name], listed[name]) if name in listed else ()
         except UpcycleError as error:
             failures.append(error.message)
+    failures += _router_changes(moe, record.get("routers"))
     if CHECKSUMS_NAME in files:
-        failures += _checksum_failures(files, summed, listed)
-    left_out = (name for name in there if name not in files and not is_note(name))
+        failures += _checksum_failures(files, listed)
+    left_out = (name for name in present if name not in files and not is_note(name))
     return Manifest(files=files, left_out=tuple(left_out), failures=tuple(failures))
 
 
-def _is_report(moe: Checkpoint) -> bool:
-    """Whether a page is the report on this very model: it has the digest of its record."""
+def _is_report_on(moe: Checkpoint) -> bool:
+    """Whether the report in the directory is about this model: it quotes its record's digest."""
     try:
         page = read_small(locate(moe.path, REPORT_NAME), MOST_JSON_BYTES)
         return sha256_of(locate(moe.path, RECORD_NAME)).encode() in page
@@ -89,40 +86,32 @@ def _is_report(moe: Checkpoint) -> bool:
         return False
 
 
-def _is_licence(name: str) -> bool:
-    odd = "/" in name or is_weight_file(name) or name.endswith(".py")
-    return name.upper().startswith(_LICENCES) and not odd
-
-
-def _listing_failures(moe: Checkpoint, listed: Mapping[str, ListedFile]) -> Iterator[str]:
-    """Hold the list itself against the checkpoint: a record can be edited as well."""
-    shards = {shard.name for shard in moe.shards}
-    for name in sorted(shards - listed.keys()):
-        yield f"{RECORD_NAME} does not list {name}"
-    for name, file in listed.items():
-        if not belongs(name, moe):
-            yield f"{RECORD_NAME} lists {name}, which is no file of a model"
-        elif (name in shards) != (file.sha256 is None):
-            yield f"{RECORD_NAME} lists {name} with the digest of another kind of file"
-
-
-def _failures(path: Path, listed: ListedFile) -> Iterator[str]:
+def _changes(path: Path, listed: ListedFile) -> Iterator[str]:
     try:
         with open_regular(path) as file:
-            size, same = path.stat().st_size, listed.describes(file)
+            size, unchanged = path.stat().st_size, listed.describes(file)
     except OSError as error:
         yield f"cannot read {path}: {error.strerror}"
         return
     if size != listed.size:
         yield f"{listed.name} has {size:,} bytes, and {RECORD_NAME} lists {listed.size:,}"
-    elif not same:
-        yield f"{listed.name} is not the file that {RECORD_NAME} lists: it was changed since"
+    elif not unchanged:
+        yield f"{listed.name} changed since the conversion: its digest is not in {RECORD_NAME}"
+
+
+def _router_changes(moe: Checkpoint, routers: object) -> Iterator[str]:
+    """Compare the routers with the record: training changes them, and no file's size or header."""
+    for name, digest in routers.items() if isinstance(routers, dict) else ():
+        if name not in moe.tensors:
+            yield f"{RECORD_NAME} lists the router {name}, which is missing"
+        elif moe.tensor_digest(name) != digest:
+            yield f"{name} changed since the conversion: its digest is not in {RECORD_NAME}"
 
 
 def _checksum_failures(
-    files: Mapping[str, Path], summed: set[str], listed: Mapping[str, ListedFile]
+    files: Mapping[str, Path], listed: Mapping[str, ListedFile]
 ) -> Iterator[str]:
-    """Hold the checksums against the files: whoever downloads the model will."""
+    """Compare SHA256SUMS with the files, since whoever downloads the model will."""
     try:
         sums = read_checksums(files[CHECKSUMS_NAME])
     except UpcycleError as error:
@@ -132,11 +121,11 @@ def _checksum_failures(
         yield f"{CHECKSUMS_NAME} does not list {name}"
     for name, digest in sums.items():
         if name == CARD_NAME:
-            yield f"{CHECKSUMS_NAME} lists {name}, in which a push names the repo"
-        elif name not in summed:
+            yield f"{CHECKSUMS_NAME} lists {name}, which a push changes to name the repo"
+        elif name not in files:
             yield f"{CHECKSUMS_NAME} lists {name}, which is not published"
-        elif name in files:
-            held = listed[name].sha256 if name in listed else None
-            # What is listed with a digest has it, or is said above not to have it.
-            if digest != (held or sha256_of(files[name])):
-                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
+        else:
+            recorded = listed[name].sha256 if name in listed else None
+            # The file has the recorded digest, or that is a failure already.
+            if digest != (recorded or sha256_of(files[name])):
+                yield f"{name} does not match its checksum in {CHECKSUMS_NAME}"

@@ -1,7 +1,7 @@
-"""A finished output to a repo on the Hub: checked first, then uploaded by huggingface_hub.
+"""Upload a finished output to a repo on the Hub, after checking it.
 
-Nothing shows on the branch before everything is there. What was uploaded already is not sent again,
-so a push that was cut off is resumed by the same command.
+Nothing appears on the branch before all files are uploaded. Files that the Hub has already are not
+sent again, so the same command resumes a push that was interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     CONFIG_NAME,
@@ -38,20 +39,19 @@ from upcycle_cli.hub.client import (
 )
 from upcycle_cli.hub.errors import SIGN_IN, endpoint, error_text
 from upcycle_cli.hub.remote_checkpoint import check_revision
-from upcycle_cli.publish.card import for_repo
+from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
+from upcycle_cli.publish.manifest import Manifest, read_manifest
 from upcycle_cli.write.staging import MARKER
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from upcycle_cli.publish.manifest import Manifest
-
-# huggingface_hub splits a commit of more files when the Hub refuses it as a whole.
-_MOST_FILES = 20
-_CLOSED_CLIENTS = 2  # so often an upload is gone on with
-_LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)  # without these, nothing takes a repo for a model
-# What would be loaded instead of, or along with, the weights that are pushed.
+# huggingface_hub splits a larger commit when the Hub refuses it as a whole.
+_MAX_FILES_PER_COMMIT = 20
+_UPLOAD_ATTEMPTS = 3
+_LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)  # without these nothing loads the repo as a model
+# Files that loaders would read instead of the pushed weights, or beside them.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX_NAME)
 
 
@@ -60,19 +60,19 @@ class Destination:
     """Where to push, and how."""
 
     repo: str
-    # A branch, made when it is not there, or refs/pr/N; None for the main branch.
+    # A branch, created if necessary, or refs/pr/N; None for the main branch.
     revision: str | None = None
-    private: bool = False  # make the repo a private one, when it is to be made
+    private: bool = False  # if the repo is created, make it private
     create_pr: bool = False  # open a pull request instead of changing the branch
     message: str | None = None  # the commit's first line
-    replace_card: bool = False  # even where somebody has edited it there
+    replace_card: bool = False  # even if somebody edited it on the Hub
 
     def __post_init__(self) -> None:
         check_revision(self.revision)
         if self.create_pr and self.revision is not None:
             raise UpcycleError(
-                "a pull request is opened against the main branch, whatever --revision says.",
-                "Use --create-pr or --revision. To go on with an open one: --revision refs/pr/N.",
+                "--create-pr opens a pull request against the main branch, not --revision.",
+                "Use --create-pr or --revision. To continue an open one: --revision refs/pr/N.",
             )
 
 
@@ -83,14 +83,14 @@ class Push:
     repo: str
     url: str
     commit: str
-    pull_request: str | None  # its URL, when one was opened
-    changed: bool  # False when everything was there already
+    pull_request: str | None  # its URL, if one was opened
+    changed: bool  # False when the repo had everything already
     files: int
     nbytes: int
-    card_kept: bool  # the repo's card had been edited there, and was left as it is
-    left_out: tuple[str, ...]  # files of the directory that are not part of the model
-    removed: tuple[str, ...]  # weight files of another model that were in the repo
-    reminders: tuple[str, ...]  # what the licence asks for and is not there
+    card_kept: bool  # somebody had edited the repo's card, so it stayed
+    left_out: tuple[str, ...]  # files of the directory that were not published
+    removed: tuple[str, ...]  # weight files of another model that the repo had
+    reminders: tuple[str, ...]  # what the licence requires and the repo does not have
 
 
 def check_destination(destination: Destination) -> None:
@@ -101,29 +101,29 @@ def check_destination(destination: Destination) -> None:
 
     repo = destination.repo
     if constants.HF_HUB_OFFLINE:
-        raise UpcycleError("HF_HUB_OFFLINE forbids to push.", "Unset it.")
+        raise UpcycleError("HF_HUB_OFFLINE forbids the push.", "Unset it.")
     with hub_session(repo):
         validate_repo_id(repo)
         if "/" not in repo:
             raise UpcycleError(f"'{repo}' is not a repo id.", "Write ORG/NAME or USER/NAME.")
         if get_token() is None:
-            raise UpcycleError("pushing takes a token, and there is none.", SIGN_IN)
+            raise UpcycleError("a push needs a token, and none is set.", SIGN_IN)
         api = HfApi()
         owners, may_only_read = read_user(retry(api.whoami))
         try:
             public = not read_repo(retry(lambda: api.model_info(repo))).private
-            if not destination.create_pr:  # which whoever can read may open
+            if not destination.create_pr:  # every reader may open a pull request
                 retry(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
             if may_only_read:
                 raise UpcycleError(
-                    f"the token may only read, and {repo} is to be made.",
+                    f"the token may only read, and {repo} does not exist yet.",
                     "Use a token that may write (`hf auth login`, HF_TOKEN).",
                 ) from None
             if repo.split("/")[0] not in owners:
                 raise UpcycleError(
-                    f"you ({owners[0]}) cannot make {repo}: it is neither yours nor that of "
-                    "an organization of yours.",
+                    f"you ({owners[0]}) cannot create {repo}: {repo.split('/')[0]} is neither you "
+                    "nor an organization of yours.",
                     f"Choose from {', '.join(f'{name}/…' for name in owners)}, or use another "
                     "token.",
                 ) from None
@@ -138,18 +138,19 @@ def push(
     directory: Path,
     destination: Destination,
     *,
-    on_start: Callable[[int, int], None] = lambda _files, _nbytes: None,  # before anything is sent
+    on_start: Callable[[int, int], None] = lambda _files, _nbytes: None,
 ) -> Push:
-    """Push a complete upcycled checkpoint to a repo, made when it is not there.
+    """Push a complete output to a repo, which is created if necessary.
 
-    Raises UpcycleError, after which the same call goes on from what was uploaded.
+    `on_start` gets the number of files and of bytes before the upload begins. Raises UpcycleError;
+    the same call then continues from what was uploaded.
     """
-    # In this order because it takes less time.
+    # First, because it is faster than reading the files.
     check_destination(destination)
     manifest = _check_complete(directory)
     files = dict(manifest.files)
     has_report = REPORT_NAME in files
-    card = for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
+    card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
     with hub_session(destination.repo, destination.revision):
         there = _prepare(destination)
         kept = None if destination.replace_card else _edited_card(there, card, destination)
@@ -158,7 +159,6 @@ def push(
             del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
         on_start(len(files), nbytes)
-        # Weight files in the repo that are not of this model.
         stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _WEIGHTS))
         with _staged(directory.resolve().name, files, card) as folder:
             info = run_interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
@@ -176,38 +176,37 @@ def push(
         card_kept=kept is not None,
         left_out=manifest.left_out,
         removed=tuple(stale),
-        reminders=reminders(_metadata(card), card, destination.repo, files),
+        reminders=reminders(_licence(card), card, destination.repo, {*files, *there.sizes}),
     )
 
 
 def _check_complete(directory: Path) -> Manifest:
-    """Return what of a directory is published; UpcycleError when not all of it is as it was."""
-    from upcycle_cli.old_verification.completeness import find_incomplete, open_upcycled
-    from upcycle_cli.publish.manifest import read_manifest
-
+    """Return what is published of an output; UpcycleError unless it is complete and unchanged."""
     if (directory / MARKER).exists():
         raise UpcycleError(
             f"{directory} is an unfinished conversion.",
             "Finish it by running the same `upcycle convert` again.",
         )
-    moe = open_upcycled(directory)
-    incomplete = find_incomplete(moe)
-    manifest = read_manifest(moe)
-    failures = list(dict.fromkeys([*incomplete, *manifest.failures]))
-    if failures:
-        shown = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
+    if directory.is_dir() and not (directory / RECORD_NAME).is_file():
+        raise UpcycleError(
+            f"{directory} was not made by upcycle (no {RECORD_NAME}).",
+            f"To upload any other directory: hf upload REPO {directory}",
+        )
+    manifest = read_manifest(open_checkpoint(directory))
+    if failures := manifest.failures:
+        listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         more = f"\n- and {len(failures) - 8} more" if len(failures) > 8 else ""
         raise UpcycleError(
-            f"{directory} is not a complete upcycled checkpoint; nothing was pushed.",
-            f"{shown}{more}\n"
-            "Make it again with `upcycle convert --overwrite`. A model that was trained further is "
-            "not the one that its card and record describe: upload it with `hf upload`.",
+            f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
+            f"{listed}{more}\n"
+            "Make it again with `upcycle convert --overwrite`. If you trained the model further, "
+            "its card and record do not describe it any more: upload it with `hf upload`.",
         )
     return manifest
 
 
 def _read_card(path: Path) -> str:
-    """Return a card that huggingface_hub can read."""
+    """Return the text of a card; UpcycleError when huggingface_hub cannot read it."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
 
@@ -219,8 +218,8 @@ def _read_card(path: Path) -> str:
     return text
 
 
-def _metadata(card: str) -> Mapping[str, object]:
-    """Return what a card says of its licence, which somebody else may have written, if anything."""
+def _licence(card: str) -> Mapping[str, object]:
+    """Return the licence fields of a card; none if its front matter cannot be read."""
     try:
         return read_front_matter(card, ("license", "license_name"))
     except UpcycleError:
@@ -228,11 +227,11 @@ def _metadata(card: str) -> Mapping[str, object]:
 
 
 def _prepare(destination: Destination) -> Repo:
-    """Make the repo and the branch; return what is there."""
+    """Create the repo and the branch if necessary; return what they contain."""
     from huggingface_hub import HfApi
 
     api, repo, revision = HfApi(), destination.repo, destination.revision
-    # None leaves it to the organization's own settings.
+    # None keeps the organization's default.
     private = destination.private or None
     retry(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
@@ -241,7 +240,7 @@ def _prepare(destination: Destination) -> Repo:
 
 
 def _edited_card(there: Repo, card: str, destination: Destination) -> str | None:
-    """Return the repo's card when it has to stay: somebody has written or changed it."""
+    """Return the repo's card if somebody has written or edited it, so that it must stay."""
     if CARD_NAME not in there.sizes:
         return None
     text = _download(there, CARD_NAME, destination).decode(errors="replace")
@@ -249,7 +248,7 @@ def _edited_card(there: Repo, card: str, destination: Destination) -> str | None
 
 
 def _download(there: Repo, name: str, destination: Destination) -> bytes:
-    # By its commit, so that a cache that knew an older one is of no account.
+    # By its commit: the cache may know an older one for the branch.
     with download_limit(MOST_JSON_BYTES):
         path = retry(lambda: fetch(destination.repo, name, there.commit))
     return read_small(path, MOST_JSON_BYTES)
@@ -257,7 +256,7 @@ def _download(there: Repo, name: str, destination: Destination) -> bytes:
 
 @contextmanager
 def _staged(title: str, files: Mapping[str, Path], card: str) -> Iterator[Path]:
-    """Yield a directory of links to these files, with the card as it is to be on the Hub."""
+    """Yield a directory of links to the files, with this card."""
     with tempfile.TemporaryDirectory(prefix="upcycle-push-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / title
         for name, real in files.items():
@@ -273,12 +272,12 @@ def _staged(title: str, files: Mapping[str, Path], card: str) -> Iterator[Path]:
 def _upload(
     folder: Path, names: list[str], stale: list[str], there: Repo, destination: Destination
 ) -> CommitInfo:
-    """Upload files and remove stale ones; return what huggingface_hub says of the last commit."""
-    if len(names) <= _MOST_FILES:
+    """Upload files and remove stale ones, in two commits if there are many; return the last."""
+    if len(names) <= _MAX_FILES_PER_COMMIT:
         return _upload_together(folder, names, stale, destination)
     record = _download(there, RECORD_NAME, destination) if RECORD_NAME in there.sizes else None
     if record != (folder / RECORD_NAME).read_bytes():
-        # Between the two commits it is no model at all, which is better than two halves.
+        # Between the two commits nothing loads the repo, which is better than half of each model.
         stale = [*stale, *(name for name in _LAST if name in there.sizes and name not in stale)]
     early = [name for name in names if name not in _LAST]
     late = [name for name in names if name in _LAST]
@@ -293,7 +292,7 @@ def _upload(
         raise UpcycleError(
             f"the pull request {_pull_request(destination, first)} is open, but not complete: "
             f"{error.message}",
-            f"{error.hint or ''}\nGo on with --revision {first.pr_revision} in place of "
+            f"{error.hint or ''}\nContinue with --revision {first.pr_revision} instead of "
             "--create-pr.".strip(),
         ) from error
     last.pr_num = first.pr_num
@@ -320,29 +319,28 @@ def _upload_together(
         )
 
     try:
-        # Trying again after an answer that was lost could open a second pull request.
-        return upload() if destination.create_pr else retry(lambda: _outlast(upload))
+        # A retry after a lost answer could open a second pull request.
+        return upload() if destination.create_pr else retry(lambda: _reconnect(upload))
     except HTTPError:
         raise
     except ValueError as error:
-        # The Hub's verdict on the card's metadata, before anything is uploaded.
-        words = f"the Hub refuses this: {error_text(error)}."
-        raise UpcycleError(words, f"Correct {CARD_NAME}.") from error
+        # The Hub checks the card's metadata before anything is uploaded.
+        raise UpcycleError(
+            f"the Hub refuses the card: {error_text(error)}.", f"Correct {CARD_NAME}."
+        ) from error
     except (OSError, RuntimeError) as error:
         if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error
-        # Whether the Hub is there says why.
-        retry(api.whoami)
+        retry(api.whoami)  # raises a clearer error if the Hub is not reachable
         raise UpcycleError(
             f"uploading to {destination.repo} failed: {error_text(error)}.",
-            "Nothing was published. The same command goes on from what was uploaded.",
+            "Nothing was published. The same command continues from what was uploaded.",
         ) from error
 
 
-def _outlast(upload: Callable[[], CommitInfo]) -> CommitInfo:
-    """Upload, and go on when one connection of several has broken."""
-    # huggingface_hub then closes its client, of which all other threads are told only that it is.
-    for _ in range(_CLOSED_CLIENTS):
+def _reconnect(upload: Callable[[], CommitInfo]) -> CommitInfo:
+    """Upload, and repeat it when huggingface_hub closed its client because one connection broke."""
+    for _ in range(_UPLOAD_ATTEMPTS - 1):
         try:
             return upload()
         except RuntimeError as error:
@@ -352,7 +350,7 @@ def _outlast(upload: Callable[[], CommitInfo]) -> CommitInfo:
 
 
 def _pull_request(destination: Destination, info: CommitInfo) -> str | None:
-    """Return where a pull request is, by its number: the address is not taken from the answer."""
+    """Return the address of a pull request, made from its number."""
     if info.pr_num is None:
         return None
     return f"{endpoint()}/{destination.repo}/discussions/{info.pr_num}"
