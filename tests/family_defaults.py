@@ -27,13 +27,13 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli.models import dense_rows as families
-from upcycle_cli.models.moe_rows import FURTHER, NATIVE
-from upcycle_cli.models.wrappers import INSIDE, WRAPPERS
+from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
+from upcycle_cli.models.wrappers import WRAPPERS
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" / "defaults.json"
 
-DENSE, MOE = tuple(families.DENSE), (*NATIVE, *FURTHER)
-TEXTS = {*INSIDE, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
+DENSE, MOE = tuple(families.DENSE), (*NATIVE, *GROW_ONLY)
+TEXTS = {*WRAPPED_TARGETS, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
 """Text models that are inside of others alone."""
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
 """The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
@@ -49,7 +49,7 @@ WITHOUT_TABLE = {
         "stablelm",
     ),
     *("gpt_neox", "youtu"),
-    *(name for name, row in families.DENSE.items() if row.keys or row.mixed),
+    *(name for name, row in families.DENSE.items() if row.keys or row.layers_differ),
 }
 """Types of which no table says what tensors they have: it depends on keys of their own."""
 

@@ -26,7 +26,7 @@ from transformers.activations import ACT2CLS
 
 from upcycle_cli.models import dense_rows
 from upcycle_cli.models.dense import DenseFamily
-from upcycle_cli.models.mlp import BIAS, Weight, separate, swiglu
+from upcycle_cli.models.mlp import BIAS, Weight, linear_layers, swiglu
 
 UNMADE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
@@ -84,16 +84,16 @@ def mlp_said(mlp: tuple[Weight, ...]) -> str:
     for name, value in vars(dense_rows).items():
         if value == mlp:
             return name
-    layers = {w.holds[0]: w.name.removesuffix(".weight") for w in mlp if not w.is_bias}
+    layers = {w.parts[0]: w.name.removesuffix(".weight") for w in mlp if not w.is_bias}
     names = [layers.get(part, "") for part in ("gate", "up", "down")]
     inside = names[-1].removesuffix(".down_proj")
     if mlp == swiglu(inside):
         return f'swiglu("{inside}")'
     for turned in (False, True):
-        if mlp == separate(*names, transposed=turned):
+        if mlp == linear_layers(*names, transposed=turned):
             listed = ", ".join(map(quoted, names))
-            return f"separate({listed}{', transposed=True' if turned else ''})"
-    rows = (f"        Weight({quoted(w.name)}, {quoted(w.holds)}, {w.cut}),\n" for w in mlp)
+            return f"linear_layers({listed}{', transposed=True' if turned else ''})"
+    rows = (f"        Weight({quoted(w.name)}, {quoted(w.parts)}, {w.split_dim}),\n" for w in mlp)
     return f"(\n{''.join(rows)}    )"
 
 
@@ -243,7 +243,7 @@ def proposed(model_type: str) -> Proposal:
         head=head,
         activation=activation_of(config, f"{before}{inside}", mlp, run),
         keys={usual: key for usual, key in sorted(keys.items()) if usual != key},
-        mixed=len(kinds) > 1,
+        layers_differ=len(kinds) > 1,
         classes=classes_of(model),
     )
     if getattr(config, width_key) != width:

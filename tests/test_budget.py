@@ -11,8 +11,8 @@ from conftest import SIZES, MakeDense, RunCli
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.cli.option_values import to_budget
-from upcycle_cli.models import targets_of
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.plan.budget import Budget, Fit, Wanted, fitting, notable
 from upcycle_cli.recipe.recipe import SHIPPED
 

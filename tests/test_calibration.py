@@ -23,8 +23,8 @@ from upcycle_cli.calibrate import collect as passing
 from upcycle_cli.calibrate.collect import TOKENS, calibrate
 from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, loads
 from upcycle_cli.core.callbacks import Hooks, Watch
-from upcycle_cli.models import targets_of
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.old_verification import Status, TextOptions
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.router_inputs import RouterInputs

@@ -32,10 +32,10 @@ from upcycle_cli import (
 )
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TensorEntry
-from upcycle_cli.models import targets_of
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseFamily
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped_row import shipped
@@ -550,11 +550,11 @@ def roles_of(model_type: str, target: str) -> set[Role]:
     roles = {Role.COPIED, Role.ROUTER, Role.EXPERT, Role.HEAD}
     if row.correction_bias is not None:
         roles.add(Role.CORRECTION_BIAS)
-    if row.shared is not None and row.shared.insisted_on:
+    if row.shared is not None and row.shared.required:
         roles.add(Role.SHARED_EXPERT)
-    if row.zero_biases and model_type != "qwen2":  # which has them all
+    if row.required_biases and model_type != "qwen2":  # which has them all
         roles.add(Role.ZERO_BIAS)
-    if row.added:
+    if row.extra_tensors:
         roles.add(Role.ADDED)
     return roles
 

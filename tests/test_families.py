@@ -21,10 +21,12 @@ from conftest import sizes_of
 from shapes import BIG, big_config, make_recipe, tensor_shapes, tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.models import choose, dense_family, dense_rows, is_moe, is_target, targets_of
+from upcycle_cli.models import dense_rows
+from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import Support, engines
+from upcycle_cli.models.families import dense_family, is_moe, is_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import becomes, overview
 from upcycle_cli.models.refused import REFUSED

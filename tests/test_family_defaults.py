@@ -51,7 +51,7 @@ def test_an_absent_key_has_a_meaning() -> None:
     for row in families.DENSE.values():
         if row.targets:
             assert row.model_type in TYPES
-        if any(NATIVE[target].lacks for target in row.targets):
+        if any(NATIVE[target].unsupported_tensors for target in row.targets):
             assert row.model_type in DENSE
 
 

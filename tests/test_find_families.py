@@ -13,7 +13,7 @@ from upcycle_cli.models.dense_rows import DENSE
 
 MEASURED = (
     *("mlp", "norm", "norm_offset", "layer", "embedding", "head", "activation", "keys"),
-    *("mixed", "classes"),
+    *("layers_differ", "classes"),
 )
 OTHERWISE = {
     ("falcon", "keys"): "num_kv_heads is nothing but its own name to transformers",

@@ -13,8 +13,9 @@ from conftest import MakeDense, difference, logits, random_ids, read_json, sizes
 from shapes import make_recipe, tiny_config
 
 from upcycle_cli import UpcycleError, convert, inspect, verify
-from upcycle_cli.models import choose, dense_family, is_moe, is_target
-from upcycle_cli.models.layers import listed, parse_layers
+from upcycle_cli.models.choose import choose
+from upcycle_cli.models.families import dense_family, is_moe, is_target
+from upcycle_cli.models.layers import format_layers, parse_layers
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
@@ -62,8 +63,8 @@ def test_no_choice_of_layers(text: str, message: str) -> None:
 
 
 def test_layers_in_words() -> None:
-    assert listed((0, 2, 4, 5, 6, 9)) == "0, 2, 4-6, 9"
-    assert listed(()) == ""
+    assert format_layers((0, 2, 4, 5, 6, 9)) == "0, 2, 4-6, 9"
+    assert format_layers(()) == ""
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_choice_of_layers_reads_what_it_writes(target: str) -> None:
 
 def test_layers_in_a_range() -> None:
     layers = NATIVE["ernie4_5_moe"].layers
-    assert layers.words == "a range"
+    assert layers.scope == "a range"
     assert [layers.objection(chosen, 6) for chosen in ((1, 2, 3), (1, 3, 5), (4,))] == [None] * 3
     for chosen in ((0, 2, 4), (0, 1, 3)):
         assert "a range of layers" in str(layers.objection(chosen, 6))

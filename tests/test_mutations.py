@@ -20,24 +20,26 @@ from conftest import SIZES, MakeDense, contents, logits, random_ids, sizes_of
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, verify
 from upcycle_cli import models as families
-from upcycle_cli.models import layers, targets_of
+from upcycle_cli.models import layers
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import (
-    Added,
-    Beside,
     CorrectionBias,
+    ExtraTensor,
     Keys,
     Layout,
+    ParallelMlp,
     SharedExpert,
     Target,
 )
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.tensor_pieces import QKV, Piece, Pieces
-from upcycle_cli.models.wrappers import LOADED, WRAPPERS, Inside
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
+from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.old_verification import TextOptions
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 from upcycle_cli.recipe.scaling import Factors, MlpKind
@@ -66,19 +68,19 @@ NO_BIASES = ("mistral", "qwen2", "qwen3", "olmo2")
 EQUIVALENT: Mapping[str, str] = {
     # dense families
     rf"({'|'.join(NO_BIASES)}) mlp: \[[345]\] (?!and \[[012]\]).*": "its MLPs have no biases",
-    r"nemotron_h mlp: \[2\] (name|cut=.*|left out)": "its MLP has no biases that are taken",
-    r"nemotron_h mlp: (\[3\] (name|cut=.*|left out)|\[2\] and \[3\] swapped)": "nor this one",
+    r"nemotron_h mlp: \[2\] (name|split_dim=.*|left out)": "its MLP has no biases that are taken",
+    r"nemotron_h mlp: (\[3\] (name|split_dim=.*|left out)|\[2\] and \[3\] swapped)": "nor this one",
     r"nemotron_h embedding: lm_head.weight": "it ties nothing: only the order of tensors changes",
     r"(llama|olmo2|granite|nemotron|nemotron_h) windows: none": "it has none",
     r"(olmo2|granite|nemotron|nemotron_h) windows: .*": "no target of it says anything of windows",
     r"olmo2 norm_offset: .*": "there is no norm that it could be of",
-    r".* mixed: True": "it asks less of the source's layers, of which a table knows all here",
+    r".* layers_differ: True": "a table knows all tensors of the layers here",
     r"nemotron_h (head|renamed): .*": "it ties nothing, and ships no code",
-    r"nemotron_h keys: usual: .*": "its layers are counted by their kinds",
+    r"nemotron_h keys: renamed: .*": "its layers are counted by their kinds",
     r".* pieces: of a stranger": "it has no such tensor",
-    r".* older: .*": "no source here has such a key; what has is tested elsewhere",
-    r".* own_attention: .*": "it says of which engines there is word, and nothing of the model",
-    r".* outgrown_code: .*": "no source here has code; what is refused is tested elsewhere",
+    r".* old_keys: .*": "no source here has such a key; what has is tested elsewhere",
+    r".* attention_was_tested: .*": "it says what was tested, nothing of the model",
+    r".* has_obsolete_code: .*": "no source here has code; what is refused is tested elsewhere",
     # targets
     r".* layouts: .*\.experts: in another order": "tensors come in another order",
     r".* layouts: without (per-expert|stacked)": "the other layout is the default then",
@@ -87,7 +89,7 @@ EQUIVALENT: Mapping[str, str] = {
     r".* keys: aliases: a stranger": "what is dropped is written again, or is the default",
     r".* shared: (weights|fused): \[0\] and \[1\] swapped": "both are drawn, and down is zero",
     r".* shared: (weights|fused): in another order": "tensors come in another order",
-    r".* shared: (weights|fused): \[.\] cut=None": "a matrix cut nowhere has the shape of down",
+    r".* shared: (weights|fused): \[.\] split_dim=None": "it then has the shape of down",
     r".* shared: (weights|fused): \[.\] holds reversed": "gate and up are drawn alike",
     r".* shared: size: 128": "any width does",
     r".* shared: count_key: n_shared_experts": "nothing reads that key of them",
@@ -96,20 +98,20 @@ EQUIVALENT: Mapping[str, str] = {
     r"(flex_olmo|gemma4_text) keys: (routing|scale): .*": (
         "the norm behind the experts takes every factor out"
     ),
-    r"gemma4_text added: post_feedforward_layernorm_2\.weight (factor: 0\.5|root: hidden_size)": (
+    r"gemma4_text extra_tensors: post_feedforward_layernorm_2\.weight (factor|root): (0.5|h.*)": (
         "as does the norm behind this one"
     ),
-    r"gemma4_text added: post_feedforward_layernorm_1\.weight (root|of): .*": (
+    r"gemma4_text extra_tensors: post_feedforward_layernorm_1\.weight (root|of): .*": (
         "what is nothing is so whatever it is a multiple of"
     ),
-    r"gemma4_text added: router\.scale (factor|root|of): .*": "any router does",
-    r"gemma4_text added: router\.per_expert_scale (factor: 0\.5|root: .*)": (
+    r"gemma4_text extra_tensors: router\.scale (factor|root|of): .*": "any router does",
+    r"gemma4_text extra_tensors: router\.per_expert_scale (factor: 0\.5|root: .*)": (
         "MLPs here put out far more than what it is for"
     ),
     r"gemma4_text shared: norm: None": "its down matrix is zero then",
-    r".* added: .* frozen: .*": "it is about training",
+    r".* extra_tensors: .* frozen: .*": "it is about training",
     r"mixtral refusal: none": "none is ever met",
-    r"mixtral lacks: without .*": "what has the one has the other",
+    r"mixtral unsupported_tensors: without .*": "what has the one has the other",
     rf"({'|'.join(ONE_ROUTING)}) keys: routing: norm_topk_prob": "nothing reads that key of them",
     r".* routings: \(.*": "another default, which is as good",
     r".* routings: (softmax-topk|topk-softmax|sigmoid-topk)": "one less is offered",
@@ -129,7 +131,7 @@ EQUIVALENT: Mapping[str, str] = {
     r"(qk_norm|route_norm|first_k_dense_replace|partial_rotary_factor|topk_method|scoring_func)": (
         "it is for engines, which say themselves that they need it"
     ),
-    r"hy_v3 keys: expert_size_too: None": "it is for one of them",
+    r"hy_v3 keys: expert_size_copy: None": "it is for one of them",
     r"hy_v3 layers: MLP_TYPES": "it lacks but what is for one of them",
     r".* settings: without num_nextn_predict_layers": "no forward pass reads it",
     r"(dots1|qwen3_moe) settings: without .*": "the source has the key, with the same meaning",
@@ -157,8 +159,8 @@ UNAVOIDABLE: Mapping[str, str] = {
     r".* shared: (weights|fused): \[.\] left out": "nor has a part of what is shared",
     r".* shared: size: None": "the key of its width would say null",
     r"hunyuan_v1_moe shared: size_key: .*": "as before",
-    r".* mlp: \[0\] cut=None": "a matrix has two dimensions, and its row must name one",
-    r"shipped layouts: fused\.experts: \[2\] cut=1": "a bias has but one dimension",
+    r".* mlp: \[0\] split_dim=None": "a matrix has two dimensions, and its row must name one",
+    r"shipped layouts: fused\.experts: \[2\] split_dim=1": "a bias has but one dimension",
 }
 """Mutations that break verify itself: rows that are no rows."""
 HOLES: Mapping[str, str] = {}
@@ -207,9 +209,9 @@ WITHOUT_WINDOWS = ("glm4_moe", "hy_v3")
 SUM_TO_ONE = {"routing": Routing.TOPK_SOFTMAX}
 LAST = "the last ones"
 SOME_LAYERS = {
-    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == "all"), "1"),
+    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.scope == "all"), "1"),
     "nemotron_h": "1",
-    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.words == LAST), "1-"),
+    **dict.fromkeys((name for name, row in NATIVE.items() if row.layers.scope == LAST), "1-"),
 }
 """A choice of layers that a target can express, where it is not "0"."""
 
@@ -328,7 +330,7 @@ SHIPPED_SCENARIOS = (
 Variant = tuple[str, Any]
 
 RENAMED = (("norm.", "ln."),)
-IN_LLAVA = Inside(WRAPPERS["llava"], LOADED)
+IN_LLAVA = Inside(WRAPPERS["llava"], IN_MEMORY_PREFIXES)
 ALL_LAYERS = {
     "ALL": layers.ALL,
     "MLP_ONLY_LAYERS": layers.MLP_ONLY_LAYERS,
@@ -351,10 +353,11 @@ def _others(value: object, *choices: object) -> Iterator[Variant]:
 def _weight(weight: Weight) -> Iterator[Variant]:
     yield "name", replace(weight, name=f"{weight.name}_x")
     yield from (
-        (f"cut={label}", replace(weight, cut=cut)) for label, cut in _others(weight.cut, 0, 1, None)
+        (f"split_dim={label}", replace(weight, split_dim=cut))
+        for label, cut in _others(weight.split_dim, 0, 1, None)
     )
-    if len(weight.holds) > 1:
-        yield "holds reversed", replace(weight, holds=weight.holds[::-1])
+    if len(weight.parts) > 1:
+        yield "holds reversed", replace(weight, parts=weight.parts[::-1])
 
 
 def _weights(weights: tuple[Weight, ...]) -> Iterator[Variant]:
@@ -365,10 +368,10 @@ def _weights(weights: tuple[Weight, ...]) -> Iterator[Variant]:
         yield f"[{i}] left out", weights[:i] + weights[i + 1 :]
         for j in range(i):
             one, other = weights[j], weight
-            if (one.holds[0][-5:] == "_bias") is (other.holds[0][-5:] == "_bias"):
+            if (one.parts[0][-5:] == "_bias") is (other.parts[0][-5:] == "_bias"):
                 swapped = list(weights)
-                swapped[j] = replace(one, holds=other.holds)
-                swapped[i] = replace(other, holds=one.holds)
+                swapped[j] = replace(one, parts=other.parts)
+                swapped[i] = replace(other, parts=one.parts)
                 yield f"[{j}] and [{i}] swapped", tuple(swapped)
     yield "in another order", weights[::-1]
 
@@ -480,11 +483,11 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "keys": lambda value, _: _others(
             value, {"intermediate_size": "n_inner"}, {"hidden_size": "n_embd"}
         ),
-        "older": lambda value, _: _others(value, {"ffn_dim": "intermediate_size"}),
+        "old_keys": lambda value, _: _others(value, {"ffn_dim": "intermediate_size"}),
         "width": lambda value, _: iter([("twice", lambda values: 2 * value(values))]),
-        "mixed": lambda value, _: _others(value, True),
+        "layers_differ": lambda value, _: _others(value, True),
         "renamed": lambda value, _: _others(value, RENAMED),
-        "blocks": lambda value, _: _others(value, None, "mlp", "full_attention"),
+        "mlp_block": lambda value, _: _others(value, None, "mlp", "full_attention"),
         "windows": lambda _value, _row: iter(
             (
                 ("none", lambda _, count: (None,) * count),
@@ -496,8 +499,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
             (name, (name,)) for name in NATIVE if name not in value and name not in DENSE
         ),
         "pieces": lambda value, _: _pieces(value),
-        "own_attention": lambda value, _: _others(value, False, True),
-        "outgrown_code": lambda value, _: _others(value, False, True),
+        "attention_was_tested": lambda value, _: _others(value, False, True),
+        "has_obsolete_code": lambda value, _: _others(value, False, True),
         "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
         "classes": lambda value, _: _others(value, "Llama", "Mistral", "Nemotron", None),
     },
@@ -515,21 +518,21 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "renamed": lambda value, _: _others(value, RENAMED),
         "correction_bias": lambda value, _: _correction(value),
         "shared": lambda value, _: _shared(value),
-        "zero_biases": lambda value, _: iter(
+        "required_biases": lambda value, _: iter(
             [
                 *((f"without {name}", tuple(n for n in value if n != name)) for name in value),
                 ("o", (*value, "self_attn.o_proj")),
                 ("q", ("self_attn.q_proj",)),
             ]
         ),
-        "added": lambda value, _: _added(value),
-        "beside": lambda value, _: iter(()) if value is None else _beside(value),
-        "lacks": lambda value, _: _mapping(value),
+        "extra_tensors": lambda value, _: _added(value),
+        "parallel_mlp": lambda value, _: iter(()) if value is None else _beside(value),
+        "unsupported_tensors": lambda value, _: _mapping(value),
         "refusal": lambda _value, _row: iter([("none", lambda _: None)]),
         "settings": _settings,
         "inside": lambda _value, _row: iter([("llava", IN_LLAVA)]),
     },
-    Added: {
+    ExtraTensor: {
         "name": lambda value, _: iter([("another", f"{value}_x")]),
         "factor": lambda value, _: _others(value, 0.0, 0.5, 1.0),
         "root": lambda value, _: _others(value, None, "hidden_size", "rms_norm_eps"),
@@ -537,8 +540,9 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "per_expert": lambda value, _: _others(value, False, True),
         "frozen": lambda value, _: _others(value, False, True),
     },
-    Beside: {
-        member.name: lambda value, _: iter([("another", f"{value}_x")]) for member in fields(Beside)
+    ParallelMlp: {
+        member.name: lambda value, _: iter([("another", f"{value}_x")])
+        for member in fields(ParallelMlp)
     },
     Piece: {
         "name": lambda value, _: iter([("another name", f"{value}_x")]),
@@ -549,13 +553,13 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     },
     Keys: {
         "num_experts": lambda value, _: iter([("another", f"{value}_x"), ("top_k", "top_k")]),
-        "usual": lambda value, _: _others(value, {"num_hidden_layers": "n_layer"}),
+        "renamed": lambda value, _: _others(value, {"num_hidden_layers": "n_layer"}),
         "aliases": lambda value, _: iter([("none", ()), ("a stranger", ("hidden_act", *value))]),
         "top_k": lambda value, _: iter([("another", f"{value}_x"), ("topk_group", "topk_group")]),
         "expert_size": lambda value, _: _others(
             value, "intermediate_size", "moe_intermediate_size", f"{value}_x"
         ),
-        "expert_size_too": lambda value, _: _others(value, None, "moe_size"),
+        "expert_size_copy": lambda value, _: _others(value, None, "moe_size"),
         "dense_size": lambda value, _: iter([("another", f"{value}_x")]),
         "routing": lambda value, _: _routing_key(value),
         "scale": lambda value, _: _others(value, None, "routed_scaling_factor", "scale"),
@@ -579,7 +583,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "size_key": lambda value, _: _others(value, None, "moe_intermediate_size"),
         "size": lambda value, _: _others(value, None, 128),
         "count_key": lambda value, _: _others(value, None, "n_shared_experts"),
-        "insisted_on": lambda value, _: _others(value, False, True),
+        "required": lambda value, _: _others(value, False, True),
         "norm": lambda value, _: _others(value, None),
         "settings": lambda value, _: _mapping(value),
     },
@@ -595,16 +599,16 @@ def _correction(value: CorrectionBias | None) -> Iterator[Variant]:
     yield from variants(value, value)
 
 
-def _added(value: tuple[Added, ...]) -> Iterator[Variant]:
+def _added(value: tuple[ExtraTensor, ...]) -> Iterator[Variant]:
     if not value:
-        yield "one", (Added(name="mlp.norm.weight"),)
+        yield "one", (ExtraTensor(name="mlp.norm.weight"),)
     for i, row in enumerate(value):
         yield f"{row.name} left out", value[:i] + value[i + 1 :]
         for label, changed in variants(row, row):
             yield f"{row.name} {label}", (*value[:i], changed, *value[i + 1 :])
 
 
-def _beside(value: Beside) -> Iterator[Variant]:
+def _beside(value: ParallelMlp) -> Iterator[Variant]:
     yield "none", None
     yield from variants(value, value)
 

@@ -18,7 +18,7 @@ from upcycle_cli.recipe.recipe import Routing
 TARGETS = [
     name
     for i, (name, row) in enumerate(NATIVE.items())
-    if row.shared is not None and row.shared.insisted_on
+    if row.shared is not None and row.shared.required
     # One that goes through a norm of its own is silent by that.
     if row.shared.norm is None
     # What several rows are made of is tried in the first of them.

@@ -11,9 +11,10 @@ from conftest import sizes_of
 from shapes import tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.models import choose, targets_of
+from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 

@@ -24,6 +24,7 @@ from interop.trained import (  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
+from upcycle_cli.models.families import native_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.shipped_row import shipped  # noqa: E402
 from upcycle_cli.models.trainers import (  # noqa: E402
@@ -31,12 +32,8 @@ from upcycle_cli.models.trainers import (  # noqa: E402
     expert_parallel_sizes,
     trainers,
 )
-from upcycle_cli.models.wrappers import (  # noqa: E402
-    LOADED,
-    WRAPPERS,
-    Inside,
-    native_target,
-)
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside  # noqa: E402
+from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
@@ -117,7 +114,7 @@ def test_experts_in_one_tensor_that_have_no_other_layout() -> None:
 
 
 def inside(wrapper: str) -> Inside:
-    return Inside(WRAPPERS[wrapper], LOADED)
+    return Inside(WRAPPERS[wrapper], IN_MEMORY_PREFIXES)
 
 
 def test_experts_divide_among_ranks() -> None:

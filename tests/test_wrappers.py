@@ -33,8 +33,9 @@ from conftest import (
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint, verify
-from upcycle_cli.models import targets_of
-from upcycle_cli.models.wrappers import LOADED, WRAPPERS, native_target, wrapped_family
+from upcycle_cli.models.families import native_target, targets_of, wrapped_family
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES
+from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.old_verification import CHECK_NAMES, Status, TextOptions
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.prompts import make_prompt
@@ -390,9 +391,9 @@ FORMS: Mapping[str, tuple[Row, tuple[tuple[str, str], ...]]] = {
     "llava, as in memory": (
         ("llava", "llama", "mixtral"),
         (
-            ("language_model.model.", LOADED.text),
+            ("language_model.model.", IN_MEMORY_PREFIXES.text),
             ("language_model.lm_head", "lm_head"),
-            ("", LOADED.rest),
+            ("", IN_MEMORY_PREFIXES.rest),
         ),
     ),
     "llava, as released": (
@@ -409,7 +410,11 @@ FORMS: Mapping[str, tuple[Row, tuple[tuple[str, str], ...]]] = {
     ),
     "qwen2_5_vl, as in memory": (
         ("qwen2_5_vl", "qwen2_5_vl_text", SHIPPED),
-        (("lm_head", "lm_head"), ("model.", LOADED.text), ("", LOADED.rest)),
+        (
+            ("lm_head", "lm_head"),
+            ("model.", IN_MEMORY_PREFIXES.text),
+            ("", IN_MEMORY_PREFIXES.rest),
+        ),
     ),
 }
 

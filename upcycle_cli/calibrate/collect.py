@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.mlp import holder
+from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatistics
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.permutation_file import order_name
@@ -150,7 +150,7 @@ def _run(
     model = stored_model(source.path, lambda name, _: tensor(name), {})
     layers = decoder_layers(model)
     parts = dense.mlp(held, plan.family.layers[0])
-    mlp, down = parts[0].name.split(".")[0], holder(parts, "down").name.removesuffix(".weight")
+    mlp, down = parts[0].name.split(".")[0], find_weight(parts, "down").name.removesuffix(".weight")
     with ExitStack() as stack, transformers_says():
         modules = [layers[layer].get_submodule(mlp) for layer in plan.family.layers]
         run = stack.enter_context(started(model, rows.ids, modules))

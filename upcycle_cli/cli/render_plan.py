@@ -14,7 +14,7 @@ from upcycle_cli.cli.render import (
 from upcycle_cli.cli.terminal import rows_table
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.inspection.describe import software_lines
-from upcycle_cli.models.layers import listed
+from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.plan.warnings import (
@@ -51,7 +51,7 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
         yield "experts from", [groups]
         yield "all else", [f"attention, norms, embeddings: {rest}"]
     if len(plan.family.layers) < dense.num_layers:
-        yield "MoE layers", [f"{listed(plan.family.layers)} of {dense.num_layers}"]
+        yield "MoE layers", [f"{format_layers(plan.family.layers)} of {dense.num_layers}"]
     yield "parameters", [f"{_parameters(plan)} (dense {parameter_text(plan.dense_parameters)})"]
     flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
     yield "FLOPs per token", [f"{flops}, attention scores left out"]
@@ -80,7 +80,7 @@ def _growth_rows(plan: Planned) -> Iterator[tuple[str, Sequence[str]]]:
     active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
     yield "experts", [f"{experts}, {active}, each {before.expert_size} wide"]
     if len(plan.layers) < before.num_layers:
-        yield "MoE layers", [f"{listed(plan.layers)} of {before.num_layers}"]
+        yield "MoE layers", [f"{format_layers(plan.layers)} of {before.num_layers}"]
     yield "parameters", [f"{_parameters(plan)} (source {parameter_text(plan.dense_parameters)})"]
     yield "size", [_size(plan)]
     yield "promise", [_promise(plan, "source")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.core.errors import shown
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.engines import Engine, support_lines
-from upcycle_cli.models.layers import listed
+from upcycle_cli.models.layers import format_layers
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import Load
@@ -36,7 +36,7 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         yield "experts", [f"{experts}, {stored}"]
         layers, num_layers = inspection.moe_layers or (), inspection.num_layers
         if len(layers) != num_layers:
-            yield "MoE layers", [f"{listed(layers)} of {num_layers}"]
+            yield "MoE layers", [f"{format_layers(layers)} of {num_layers}"]
     dense, parameters = inspection.dense_parameters, parameter_text(inspection.total_parameters)
     if inspection.kind == "moe":
         origin = "" if dense is None else f" (dense {parameter_text(dense)})"
@@ -138,7 +138,9 @@ def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
             [f"{unlike:.2%} match no neuron of the dense model; not counted above"],
         )
     split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
-    where = f", in layers {listed([e.layer for e in layers if e.split_groups])}" if split else ""
+    where = (
+        f", in layers {format_layers([e.layer for e in layers if e.split_groups])}" if split else ""
+    )
     yield "split groups", [f"{split:,} of {num_groups:,}{where}"]
 
 
@@ -153,7 +155,7 @@ def _load_rows(found: Load) -> Iterator[Row]:
             f"({found.tokens:,} tokens of {found.text})"
         ],
     )
-    idle = [(each.layer, listed(each.idle)) for each in layers if each.idle]
+    idle = [(each.layer, format_layers(each.idle)) for each in layers if each.idle]
     number, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)
     lines = [f"layer {layer}: {experts}" for layer, experts in idle[:_MAX_LAYERS]]
     if len(idle) > _MAX_LAYERS:

@@ -93,7 +93,7 @@ def _run(
     from upcycle_cli.run.models import transformers_says
 
     moe, target, layers = experts.moe, experts.target, experts.layers
-    find = finder(moe, target.inside, target.root)
+    find = finder(moe, target.inside, target.name_prefix)
 
     def stored(*pieces: torch.Tensor) -> Stored:
         return Stored(pieces, lambda held: held.float())

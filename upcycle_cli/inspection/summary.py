@@ -21,11 +21,11 @@ from upcycle_cli.hub.remote_checkpoint import (
     open_source,
     split_revision,
 )
-from upcycle_cli.models import dense_family, is_target, targets_of
 from upcycle_cli.models.engines import Engine, engines
+from upcycle_cli.models.families import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.trainers import Trainer, trainers
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _inspect_moe(
 
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
-    config = inner(checkpoint.config)
+    config = text_config_of(checkpoint.config)
     tied = bool(config.get("tie_word_embeddings", False))
     fused = experts.layout is ExpertLayout.FUSED
     total = checkpoint.num_parameters

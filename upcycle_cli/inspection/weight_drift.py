@@ -19,7 +19,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.mlp import place
+from upcycle_cli.models.mlp import locate
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ def shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> 
 def _dense_part(dense: Source, layer: int, part: str) -> torch.Tensor:
     checkpoint, model, reader = dense
     mlp = model.mlp(checkpoint.tensors, layer)
-    found = place(mlp, part, width=model.intermediate_size)
+    found = locate(mlp, part, width=model.intermediate_size)
     name = model.prefix(layer) + found.tensor
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseFamily
-from upcycle_cli.models.mlp import Weight, separate, swiglu
+from upcycle_cli.models.mlp import Weight, linear_layers, swiglu
 from upcycle_cli.models.tensor_pieces import GATE_UP, INTERLEAVED, QKV
 from upcycle_cli.models.windows import (
     all_but_each_fourth,
@@ -40,16 +40,16 @@ def _one_width(values: Mapping[str, Any]) -> int:
     return int(values["intermediate_size"])
 
 
-_UP_DOWN = separate("", "mlp.up_proj", "mlp.down_proj")
+_UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = (
     Weight("mlp.gate_up_proj.weight", ("gate", "up"), 0),
     Weight("mlp.down_proj.weight", ("down",), 1),
 )
-_H_TO_4H = separate("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-_C_FC = separate("", "mlp.c_fc", "mlp.c_proj")
-_FC1_FC2 = separate("", "mlp.fc1", "mlp.fc2")
-_FC_IN_OUT = separate("", "mlp.fc_in", "mlp.fc_out")
-_W123 = separate("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+_H_TO_4H = linear_layers("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_C_FC = linear_layers("", "mlp.c_fc", "mlp.c_proj")
+_FC1_FC2 = linear_layers("", "mlp.fc1", "mlp.fc2")
+_FC_IN_OUT = linear_layers("", "mlp.fc_in", "mlp.fc_out")
+_W123 = linear_layers("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 _OLD_LAYER = "transformer.h.{layer}."
 _GPT: Any = {
     "layer": _OLD_LAYER,
@@ -67,7 +67,7 @@ _GPT_NEO_KEYS = {
     "num_attention_heads": "num_heads",
     "num_hidden_layers": "num_layers",
 }
-_MIXED: Any = {"mixed": True, "activation": None}
+_MIXED: Any = {"layers_differ": True, "activation": None}
 _SHARED = "input_layernorm.weight"  # attention and MLP run side by side
 _GEMMA: Any = {
     "norm": "pre_feedforward_layernorm.weight",
@@ -100,7 +100,7 @@ _ROWS: Sequence[DenseFamily] = (
         "bamba",
         mlp=swiglu("feed_forward"),
         norm="pre_ff_layernorm.weight",
-        mixed=True,
+        layers_differ=True,
         classes="Bamba",
     ),
     DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="CodeGen"),
@@ -132,7 +132,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "gemma3_text",
         **_GEMMA,
-        own_attention=True,
+        attention_was_tested=True,
         classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
     ),
     DenseFamily(
@@ -140,8 +140,8 @@ _ROWS: Sequence[DenseFamily] = (
         norm="pre_feedforward_layernorm.weight",
         activation="hidden_activation",
         width=_one_width,
-        mixed=True,  # in the heads, and in whose keys they take
-        own_attention=True,
+        layers_differ=True,  # in the heads, and in whose keys they take
+        attention_was_tested=True,
         targets=("gemma4_text",),
         classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),
@@ -151,7 +151,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("glm4", mlp=_GATE_UP, classes="Glm4"),
     DenseFamily(
         "gpt2",
-        mlp=separate("", "mlp.c_fc", "mlp.c_proj", transposed=True),
+        mlp=linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True),
         norm="ln_2.weight",
         **_GPT,
         classes=("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
@@ -181,7 +181,7 @@ _ROWS: Sequence[DenseFamily] = (
         head="embed_out.weight",
         keys={"intermediate_size": "intermediate_multiple_size"},
         width=lambda values: int(values["hidden_size"] * values["intermediate_size"]),
-        mixed=True,  # attention in the last layer has a bias
+        layers_differ=True,  # attention in the last layer has a bias
         classes="GPTNeoXJapanese",
     ),
     DenseFamily("gptj", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="GPTJ"),
@@ -196,7 +196,7 @@ _ROWS: Sequence[DenseFamily] = (
             Weight("shared_mlp.output_linear.weight", ("down",), 1),
         ),
         keys={"intermediate_size": "shared_intermediate_size"},
-        mixed=True,
+        layers_differ=True,
         targets=("granitemoehybrid",),
     ),
     DenseFamily("helium", classes="Helium"),
@@ -214,7 +214,7 @@ _ROWS: Sequence[DenseFamily] = (
         mlp=_W123,
         norm="ffn_norm.weight",
         **_MIXED,
-        older={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
+        old_keys={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
         width=_two_thirds,
         targets=("lfm2_moe",),
         classes="Lfm2",
@@ -242,7 +242,7 @@ _ROWS: Sequence[DenseFamily] = (
         embedding="model.embeddings.tok_embeddings.weight",
         head="decoder.weight",
         activation="hidden_activation",
-        mixed=True,  # the first layer has no norm before its attention
+        layers_differ=True,  # the first layer has no norm before its attention
         classes="ModernBertDecoder",
     ),
     DenseFamily("nanochat", mlp=_FC1_FC2, norm=None, classes="NanoChat"),
@@ -257,7 +257,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "qwen3_5_text",
         norm_offset=1.0,
-        mixed=True,
+        layers_differ=True,
         targets=("qwen3_5_moe_text",),
         classes=("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
     ),
@@ -274,14 +274,14 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
     DenseFamily(
         "nemotron_h",
-        mlp=separate("", "mixer.up_proj", "mixer.down_proj"),
+        mlp=linear_layers("", "mixer.up_proj", "mixer.down_proj"),
         norm="norm.weight",
         layer="backbone.layers.{layer}.",
         embedding="backbone.embeddings.weight",
         activation="mlp_hidden_act",
-        blocks="mlp",
+        mlp_block="mlp",
         targets=("nemotron_h",),
-        outgrown_code=True,
+        has_obsolete_code=True,
     ),
 )
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}

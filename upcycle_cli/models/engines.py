@@ -1,11 +1,9 @@
-"""Which inference engines run a target and routing as it is meant.
+"""Which inference engines run a target and routing correctly.
 
-Facts about other software, each found by running upcycled models in it: `measured.json` is made of
-the table of docs/interoperability.md, which says why, and which tests/interoperability/run.py
-printed. What engines get wrong in silence is listed there: llama.cpp and MLX ignore
-`norm_topk_prob`, vLLM a tied head of glm4_moe, llama.cpp the scaling factor of lfm2_moe. What was
-not run is not said. Of shipped code each family stands for itself; that an engine
-refuses all that were tried goes for every family.
+`knowledge/measured.json` holds what upcycled models did in other software. It is generated from the
+table of docs/interoperability.md, which tests/interoperability/run.py printed. Untested
+combinations are not listed. Shipped code is listed by family; what fails for every tested family is
+listed for all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from upcycle_cli.recipe.recipe import Routing
 
 
 class Support(StrEnum):
-    """What happens when an engine loads the model."""
+    """What happens when an engine or a trainer loads a model."""
 
     RUNS = "runs"
     PER_EXPERT_ONLY = "needs --expert-layout per-expert"
@@ -36,35 +34,33 @@ class Support(StrEnum):
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine's verdict on one model."""
+    """What is known of an engine and one model."""
 
     name: str
     support: Support
 
 
 ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
-"""In the order in which they are listed, after transformers itself."""
+"""In the order in which they are listed, after transformers 5."""
 OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
-"""What runs models in another engine's way, or runs none: listed only where it goes wrong."""
+"""Software that runs models through another engine, or runs none: listed only if it fails."""
 SAME, DIFFERS, FAILS = "same", "differs", "fails"
-"""What the table says of a model in an engine: the dense model's text, another, or none."""
+"""Verdicts: the engine generated the dense model's text, another text, or none."""
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
-"""What is made of the second where the engine does so with any such model, or runs none."""
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
-"""What a model can have beside its routing that an engine may not understand: the experts of a
-layer in one tensor, a head that is the embedding, layers that keep their dense MLP, a factor on
-gates in the config, a shared expert that computes something."""
+"""Properties of a model, beside its routing, that an engine may not support: experts in one tensor,
+a tied head, layers with a dense MLP, a gate factor in the config, a shared expert in use."""
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
-"""Stands for every model type whose code comes with the model."""
-_MEANS: Mapping[tuple[str, str], Support] = {
+"""Stands for every model type with shipped code."""
+_SUPPORT: Mapping[tuple[str, str], Support] = {
     (FUSED, FAILS): Support.PER_EXPERT_ONLY,
     (FUSED, DIFFERS): Support.PER_EXPERT_OR_WRONG,
     (TIED, FAILS): Support.UNTIED_ONLY,
     (TIED, DIFFERS): Support.UNTIED_OR_WRONG,
     (SCALED, DIFFERS): Support.BALANCED_OR_WRONG,
 }
-_OTHERWISE: Mapping[str, Support] = {
+_OTHER_SUPPORT: Mapping[str, Support] = {
     SAME: Support.RUNS,
     DIFFERS: Support.WRONG,
     DIFFERS_ON_CPU: Support.WRONG_ON_CPU,
@@ -84,45 +80,39 @@ def engines(
     scaled: bool = False,
     shared: bool = False,
 ) -> tuple[Engine, ...]:
-    """Return what is known of each engine; one that is not listed was not tried.
+    """Return what is known of each tested engine.
 
-    `tied` says whether the head shares the embedding, `fused` whether the experts of a layer are
-    one tensor. With `plain_attention` the heads make up the hidden size, no layer slides and rotary
-    embeddings turn all of a head, not stretched: that anything else runs, only transformers showed.
-    `every_layer` says that no dense MLP is left, `scaled` that c is in the config, `shared` that
-    there is a shared expert that computes something. "transformers" is its version 5, which runs
-    all; "transformers 4" is listed where it differs.
+    `target` is the title of its row. The flags are the properties above; `every_layer` is false if
+    some layers keep a dense MLP. Without `plain_attention` (see `has_plain_attention`) success is
+    known only for "transformers", version 5, which runs everything; "transformers 4" is listed if
+    it differs.
     """
-    # Shipped code has one layout.
-    fused = fused and not target.startswith(UPCYCLED_PREFIX)
-    has = {
+    properties = {
         SOME_LAYERS: not every_layer,
         str(routing): True,
-        FUSED: fused,
+        FUSED: fused and not target.startswith(UPCYCLED_PREFIX),  # shipped code has one layout
         TIED: tied,
         SCALED: scaled,
         SHARED: shared,
     }
-    parts = [part for part, applies in has.items() if applies]
     found = [Engine("transformers", Support.RUNS)]
     for name in (*ENGINES, *OTHERS):
         known = {TIED: SAME, **_verdicts(target, name)}
-        met = [(part, known.get(part)) for part in parts]
-        wrong = [
-            _MEANS.get((part, verdict), _OTHERWISE[verdict])
-            for part, verdict in met
+        verdicts = {part: known.get(part) for part, applies in properties.items() if applies}
+        failed = [
+            _SUPPORT.get((part, verdict), _OTHER_SUPPORT[verdict])
+            for part, verdict in verdicts.items()
             if verdict not in (SAME, None)
         ]
-        listed = name != "transformers 4" and name not in OTHERS
-        if wrong:  # with whatever attention
-            found.append(Engine(name, wrong[0]))
-        elif plain_attention and listed and all(verdict for _, verdict in met):
+        if failed:
+            found.append(Engine(name, failed[0]))
+        elif plain_attention and name in ENGINES[1:] and all(verdicts.values()):
             found.append(Engine(name, Support.RUNS))
     return tuple(found)
 
 
 def _verdicts(target: str, engine: str) -> Mapping[str, str]:
-    """Return what was found, by routing and by what else a model can have."""
+    """Return the verdict on each routing and property that was tested."""
     every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
     own, usual = (table("measured").get(name, {}).get(engine) for name in (target, every))
     found: Mapping[str, str] = own if own is not None else usual or {}

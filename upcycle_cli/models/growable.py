@@ -1,7 +1,6 @@
-"""Which MoE architectures can be grown, and what keeps a model of theirs from being the same then.
+"""Which MoE architectures --expand supports, and which of their models.
 
-Growing takes the places of experts and routers and a few keys of the config, which are the row of
-an architecture; all else of a model stays as it is.
+Growing replaces experts, routers and a few config keys, and copies the rest of a model.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import is_moe, target_of
+from upcycle_cli.models.families import is_moe, target_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.wrappers import wrapper_of
 
@@ -21,16 +20,16 @@ GROWABLE = (
 
 
 def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
-    """Return the row of an MoE that can be grown; `names` are those of its tensors.
+    """Return the row of an MoE that can be grown; `names` are its tensors.
 
-    Raises UpcycleError for a dense model, for an MoE of another architecture, for a quantised one,
-    and for one that would not compute the same.
+    Raises UpcycleError for a dense or quantised model, an unsupported architecture, and a model
+    that would not compute the same with copied experts.
     """
     model_type = config.get("model_type")
     if not is_moe(config):
         raise UpcycleError(
-            f"--expand grows a mixture of experts, and this is none (model_type {model_type}).",
-            "Make one of a dense model with --recipe E8G1T2.",
+            f"--expand needs a mixture of experts, and this is a dense {model_type} model.",
+            "Upcycle it first with --recipe E8G1T2.",
         )
     if model_type not in GROWABLE or wrapper_of(config) is not None:
         raise UpcycleError(
@@ -45,11 +44,11 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
     target = target_of(config, names)
     groups, chosen = (target.value(config, key) for key in ("n_group", "topk_group"))
     if groups not in (None, 1) and groups != chosen:
-        # A group is judged by the sum of its best two experts: they would be the best one, twice.
+        # The score of a group is the sum of its two best experts, which would be two copies.
         raise UpcycleError(
-            f"tokens choose {chosen} of {groups} groups of experts first (n_group, topk_group), "
-            "by the best two experts of each: with copies, those are one expert and its copy, so "
-            "other groups would be chosen.",
+            f"tokens choose {chosen} of {groups} groups of experts (n_group, topk_group) by the "
+            "two best experts of each group. With copied experts those are one expert and its "
+            "copy, so tokens would choose other groups.",
             "Only models with one group, or with all groups chosen, can be grown.",
         )
     return target

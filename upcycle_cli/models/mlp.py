@@ -1,8 +1,8 @@
-"""An MLP as data: which tensors hold its parts, of a dense layer and of experts alike.
+"""An MLP as data: the tensors that hold its matrices, in a dense layer and in experts alike.
 
-The parts are gate, up and down, each a matrix, and the biases that go with them. A weight holds one
-part or several, one after the other along the dimension that counts the intermediate size. From
-that follow the shards, the fused layouts and the place of every expert.
+A part is gate, up or down, or the bias of one of them. A weight is one tensor and holds one or
+several parts, concatenated along the dimension of the intermediate size. Shards, fused layouts and
+the location of every expert follow from that.
 
 Legend: N experts, H hidden size, I intermediate size (of the dense MLP, or of one expert).
 """
@@ -18,7 +18,7 @@ Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
 
 
 class _Array(Protocol):
-    """What numpy and torch have in common."""
+    """What numpy arrays and torch tensors have in common."""
 
     def __getitem__(self, index: Index, /) -> Self: ...
     def swapaxes(self, one: int, other: int, /) -> Self: ...
@@ -26,160 +26,162 @@ class _Array(Protocol):
 
 _Matrix = TypeVar("_Matrix", bound=_Array)
 BIAS = "_bias"
-"""How the name of a part ends that is a bias: gate_bias, up_bias, down_bias."""
+"""The suffix of the parts gate_bias, up_bias and down_bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor of an MLP; a row of the tables below says one."""
+    """One tensor of an MLP."""
 
     name: str
-    """Within its layer. With `{expert}` a tensor of each, of experts without it a stack (N, …)."""
-    holds: tuple[str, ...]
-    """The parts, in order along `cut`."""
-    cut: int | None
-    """The dimension that counts the intermediate size, in a stack that of one expert's matrix;
-    None for a down bias, which every shard needs whole."""
+    """Within its layer. Each expert has its own tensor if the name contains `{expert}`; otherwise
+    experts are stacked (N, …)."""
+    parts: tuple[str, ...]
+    """The parts it holds, in order along `split_dim`."""
+    split_dim: int | None
+    """The dimension of the intermediate size, counted without the dimension of a stack; None for a
+    down bias, which every shard needs whole."""
 
     @property
     def is_bias(self) -> bool:
-        """Whether it holds biases, which a model may lack."""
-        return self.holds[0].endswith(BIAS)
+        """Whether it holds biases, which are optional."""
+        return self.parts[0].endswith(BIAS)
 
     def shape(self, width: int, hidden_size: int) -> tuple[int, ...]:
-        """Return its shape, in a stack that of one, where `width` is I and `hidden_size` H."""
-        wide = width * len(self.holds)
+        """Return the shape for I = `width` and H = `hidden_size`, without the stack's dimension."""
+        wide = width * len(self.parts)
         if self.is_bias:
-            return (hidden_size,) if self.cut is None else (wide,)
-        return (wide, hidden_size) if self.cut == 0 else (hidden_size, wide)
+            return (hidden_size,) if self.split_dim is None else (wide,)
+        return (wide, hidden_size) if self.split_dim == 0 else (hidden_size, wide)
 
     def fits(self, shape: Sequence[int], hidden_size: int) -> bool:
-        """Whether the matrices of a stack of this shape can lie as they do here."""
-        if self.is_bias or self.cut is None:
+        """Whether a stack of this shape can hold matrices in this orientation."""
+        if self.is_bias or self.split_dim is None:
             return True
-        return len(shape) == 3 and shape[2 - self.cut] == hidden_size
+        return len(shape) == 3 and shape[2 - self.split_dim] == hidden_size
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one part of one expert, or of a shard of a dense MLP, lies."""
+class Location:
+    """Where one part of one expert, or of one shard of a dense MLP, is stored."""
 
     tensor: str
-    """The name of the tensor within its layer."""
+    """The tensor's name within its layer."""
     part: str
     row: int | None
-    """Which of a stack; None where the tensor is no stack."""
-    cut: int | None
+    """The index in a stack; None if the tensor is not a stack."""
+    split_dim: int | None
     start: int
     stop: int
-    """The entries along `cut`."""
+    """The range along `split_dim`."""
 
     @property
     def index(self) -> Index:
-        """What to select of the tensor, for numpy and torch."""
+        """The index that selects the part in numpy and torch."""
         stack = () if self.row is None else (self.row,)
-        if self.cut is None:
+        if self.split_dim is None:
             return (*stack, ...)
-        return (*stack, *(slice(None),) * self.cut, slice(self.start, self.stop))
+        return (*stack, *(slice(None),) * self.split_dim, slice(self.start, self.stop))
 
-    def of(self, tensor: _Matrix, cut: int | None) -> _Matrix:
-        """Return the part of its tensor, of numpy or torch, turned if `cut` is to count I there."""
+    def select(self, tensor: _Matrix, split_dim: int | None) -> _Matrix:
+        """Return the part of a tensor, transposed if its `split_dim` is not the wanted one."""
         found = tensor[self.index]
-        return found.swapaxes(0, 1) if {cut, self.cut} == {0, 1} else found
+        return found.swapaxes(0, 1) if {split_dim, self.split_dim} == {0, 1} else found
 
     @property
     def dimension(self) -> int | None:
-        """The dimension of the tensor, stack and all, that counts the intermediate size."""
-        return None if self.cut is None else self.cut + (self.row is not None)
+        """The dimension of the intermediate size, counting that of a stack."""
+        return None if self.split_dim is None else self.split_dim + (self.row is not None)
 
     @property
     def label(self) -> str:
-        """The place in words."""
+        """The location as messages show it."""
         return self.tensor if self.row is None else f"{self.tensor}[{self.row}] ({self.part})"
 
 
-def place(
+def locate(
     weights: Sequence[Weight],
     part: str,
     *,
     width: int,
     expert: int | None = None,
     shard: tuple[int, int] | None = None,
-) -> Place:
-    """Return where a part lies; `width` is I, the intermediate size of what the weights are of.
+) -> Location:
+    """Return where a part is stored; `width` is the intermediate size of the whole weights.
 
-    `expert` picks one of several; `shard` is the range of the intermediate size that is meant, all
-    of it unless given. Raises KeyError when no weight holds the part.
+    `expert` selects one expert; `shard` is a range of the intermediate size (default: all of it).
+    Raises KeyError if no weight holds the part.
     """
-    weight = holder(weights, part)
+    weight = find_weight(weights, part)
     name = weight.name.format(expert=expert)
     row = None if expert is None or name != weight.name else expert
     start, stop = shard or (0, width)
-    before = weight.holds.index(part) * width
-    return Place(name, part, row, weight.cut, before + start, before + stop)
+    before = weight.parts.index(part) * width
+    return Location(name, part, row, weight.split_dim, before + start, before + stop)
 
 
-def holder(weights: Sequence[Weight], part: str) -> Weight:
-    """Return the weight that holds a part; KeyError when none does."""
+def find_weight(weights: Sequence[Weight], part: str) -> Weight:
+    """Return the weight that holds a part; raises KeyError if none does."""
     for weight in weights:
-        if part in weight.holds:
+        if part in weight.parts:
             return weight
     raise KeyError(part)
 
 
 def parts_of(weights: Sequence[Weight]) -> tuple[str, ...]:
     """Return the parts of an MLP in the order of its weights."""
-    return tuple(part for weight in weights for part in weight.holds)
+    return tuple(part for weight in weights for part in weight.parts)
 
 
-def present(weights: Sequence[Weight], names: Collection[str], layer: str) -> tuple[Weight, ...]:
-    """Return the weights that a layer has: biases are there or not; `layer` is its prefix."""
-    return tuple(w for w in weights if not w.is_bias or layer + w.name in names)
+def present_weights(
+    weights: Sequence[Weight], names: Collection[str], prefix: str
+) -> tuple[Weight, ...]:
+    """Return all matrices, and the biases that are among `names`; `prefix` is the layer's."""
+    return tuple(w for w in weights if not w.is_bias or prefix + w.name in names)
 
 
-def without_biases(weights: Sequence[Weight]) -> tuple[Weight, ...]:
-    """Return the matrices alone."""
+def matrices_of(weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    """Return the weights without the biases."""
     return tuple(weight for weight in weights if not weight.is_bias)
 
 
 def degree(parts: Collection[str], activation: str) -> int:
-    """Return d where multiplying up by a multiplies the MLP's output by a**d; 0: by nothing known.
+    """Return d such that scaling up by a scales the MLP's output by a**d; 0 if there is none.
 
-    down(act(gate·x) ⊙ up·x) is linear in up whatever the activation.
+    down(act(gate·x) ⊙ up·x) is linear in up for every activation.
     """
     if "gate" in parts:
         return 1
     return {"relu": 1, "linear": 1, "relu2": 2}.get(activation, 0)
 
 
-def separate(gate: str, up: str, down: str, *, transposed: bool = False) -> tuple[Weight, ...]:
-    """Return the rows of an MLP of linear layers of these names, with the biases they may have.
+def linear_layers(gate: str, up: str, down: str, *, transposed: bool = False) -> tuple[Weight, ...]:
+    """Return the matrices and optional biases of linear layers; `gate` is "" if there is none.
 
-    Their matrices are (out, in), or (in, out) where they are `transposed`, as GPT-2's Conv1D.
+    Matrices are (out, in), or (in, out) if `transposed`, as in GPT-2's Conv1D.
     """
-    rows, columns = int(transposed), int(not transposed)
-    linear = (("gate", gate, rows), ("up", up, rows), ("down", down, columns))
-    matrices = (Weight(f"{name}.weight", (part,), cut) for part, name, cut in linear if name)
+    dims = {"gate": int(transposed), "up": int(transposed), "down": int(not transposed)}
+    layers = [(part, name) for part, name in zip(dims, (gate, up, down), strict=True) if name]
+    matrices = (Weight(f"{name}.weight", (part,), dims[part]) for part, name in layers)
     biases = (
         Weight(f"{name}.bias", (part + BIAS,), None if part == "down" else 0)
-        for part, name, _ in linear
-        if name
+        for part, name in layers
     )
     return (*matrices, *biases)
 
 
 def swiglu(prefix: str) -> tuple[Weight, ...]:
-    """Return the rows of an MLP whose linear layers have the usual names."""
-    return separate(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
+    """Return the weights of an MLP with linear layers gate_proj, up_proj and down_proj."""
+    return linear_layers(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
 
 
 def stacked(
-    prefix: str, *, gated: bool, biases: bool = False, transposed: bool = False
+    prefix: str, *, gated: bool = True, biases: bool = False, transposed: bool = False
 ) -> tuple[Weight, ...]:
-    """Return the rows of experts as transformers 5 holds them in memory: a tensor per layer.
+    """Return the weights of experts as transformers 5 holds them in memory, one tensor per layer.
 
-    gate_up_proj is (N, 2·I, H), or up_proj (N, I, H), and down_proj (N, H, I); each (N, in, out)
-    where it is `transposed`.
+    gate_up_proj is (N, 2·I, H), or up_proj (N, I, H), and down_proj is (N, H, I); matrices are
+    (in, out) if `transposed`.
     """
     first, down = ("gate", "up") if gated else ("up",), f"{prefix}.down_proj"
     name = f"{prefix}.{'_'.join(first)}_proj"
@@ -188,6 +190,6 @@ def stacked(
         Weight(down, ("down",), int(not transposed)),
     )
     if biases:
-        held = tuple(part + BIAS for part in first)
-        rows += (Weight(f"{name}_bias", held, 0), Weight(f"{down}_bias", (f"down{BIAS}",), None))
+        parts = tuple(part + BIAS for part in first)
+        rows += (Weight(f"{name}_bias", parts, 0), Weight(f"{down}_bias", (f"down{BIAS}",), None))
     return rows

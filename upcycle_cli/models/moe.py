@@ -1,15 +1,15 @@
-"""The MoE side: what a row of an architecture says that dense models can become.
+"""MoE architectures: the form of a target's row, and how its configs and tensors are read.
 
-A row says how its tensors are named, which config keys say what, what it can express, and, in a
-small function each, what its config needs said and why it cannot take a model.
+A row states tensor names, config keys, what the architecture can express, and in small functions
+the settings that its config needs and why it cannot express a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -18,13 +18,8 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.wrapper import HEAD, LAYER_PREFIX, Inside, replace_parts
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
-
-if TYPE_CHECKING:
-    from upcycle_cli.models.wrappers import Inside
-
-IN_MEMORY = "model.layers.{layer}."
-"""How transformers 5 has a layer's names begin in memory, and saves them when told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,85 +30,85 @@ class Layout:
     router: str
 
     @property
-    def block(self) -> str:
-        """The module that has both, as it is in memory; empty where that is the layer."""
-        return self.module.rpartition(".")[0]
-
-    @property
     def module(self) -> str:
-        """The module that has the experts of a layer."""
+        """The module of the experts."""
         return self.experts[0].name.rpartition(".")[0]
 
     @property
+    def block(self) -> str:
+        """The module that contains experts and router; empty if that is the layer itself."""
+        return self.module.rpartition(".")[0]
+
+    @property
     def gate(self) -> str:
-        """The module that routes, whose own or whose part's the router is."""
+        """The module of the router."""
         block = f"{self.block}." if self.block else ""
         return block + self.router.removeprefix(block).partition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """Which config keys say what."""
+    """The config keys of an architecture."""
 
     num_experts: str
-    usual: Mapping[str, str] = field(default_factory=dict)
-    """Names of its own for what most configs call num_hidden_layers and so on."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Common keys (num_hidden_layers, …) with the names that this type uses instead."""
     aliases: tuple[str, ...] = ()
-    """Other names of the same, which some version of transformers writes."""
+    """Other names of `num_experts` that some version of transformers writes."""
     top_k: str = "num_experts_per_tok"
     expert_size: str = "moe_intermediate_size"
-    expert_size_too: str | None = None
-    """Another name of the same, which some engine reads."""
+    expert_size_copy: str | None = None
+    """A second key of the same value, which some engine reads."""
     dense_size: str = "intermediate_size"
-    """Of layers that stay dense, where that is not the same key."""
+    """The intermediate size of layers that stay dense."""
     routing: tuple[str, Mapping[Any, Routing]] | None = None
-    """A key and what its values stand for; None where the routing is fixed."""
+    """The key of the routing and the meaning of its values; None if the routing is fixed."""
     scale: str | None = None
-    """A factor that the model multiplies its gates by."""
+    """The factor by which the model multiplies its gates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpert:
-    """An expert for every token; where the architecture insists on one, its output is made zero."""
+    """An expert that sees every token. If it is `required` but unused, its output is zero."""
 
     weights: tuple[Weight, ...]
     fused: tuple[Weight, ...] = ()
-    """The same in the fused layout, where their names are others."""
+    """Its weights in the fused layout, if the names differ there."""
     router: str | None = None
-    """A gate of its own, the sigmoid of one row: 1/2 where that is zero."""
+    """Its own gate: the sigmoid of one row, which is 1/2 for a zero row."""
     size_key: str | None = None
-    """The key of its intermediate size; None where it follows from that of an expert."""
+    """The key of its intermediate size; None if that follows from the experts' size."""
     size: int | None = None
-    """What that key is to say where it does nothing."""
+    """The value of `size_key` when it is unused."""
     count_key: str | None = None
-    """The key of how many experts wide it is; with neither key it is as wide as one."""
-    insisted_on: bool = True
+    """The key of its width in experts. It is one expert wide if it has neither key."""
+    required: bool = True
     norm: str | None = None
-    """The weight of a norm of its own, which is zero where it does nothing; None without one."""
+    """The weight of a norm behind it, which is zero when it is unused."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The config keys that it needs where it does something."""
+    """Config keys that it needs when it is used."""
 
     @property
     def down_factor(self) -> float:
-        """What its down matrix is multiplied by to make up for its gate."""
+        """The factor on its down matrix that compensates its gate."""
         return 1.0 if self.router is None else 2.0
 
-    def choices(self, count: int, expert_size: int) -> dict[str, Any]:
-        """Return the config keys of one that is `count` experts wide."""
+    def config_keys(self, count: int, expert_size: int) -> dict[str, Any]:
+        """Return the config keys of a shared expert that is `count` experts wide."""
         found = {self.size_key: count * expert_size, self.count_key: count}
         return {key: value for key, value in found.items() if key} | dict(self.settings)
 
     @property
-    def words(self) -> str:
-        """How many experts wide it can be: "any", "1", or "none"."""
+    def possible_widths(self) -> str:
+        """How many experts wide it can be: "any", "1" or "none"."""
         if self.objection(1):
             return "none"
         return "1" if self.objection(2) else "any"
 
     def objection(self, count: int) -> str | None:
-        """Say why it cannot be `count` experts wide, or None when it can."""
+        """Return why it cannot be `count` experts wide, or None if it can."""
         if self.norm is not None:
-            return "its shared expert and the others go through norms of their own"
+            return "its shared expert and the other experts pass through separate norms"
         if count == 1 or self.size_key or self.count_key:
             return None
         return f"its shared expert is as wide as one expert, not {count}"
@@ -121,18 +116,18 @@ class SharedExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionBias:
-    """A bias on the choice of experts, which weighs none of them: zero at first, moved in training.
+    """A bias on the selection of experts that does not affect gates: zero, then moved in training.
 
-    It is in float32 whatever the rest is in, since it moves by steps that bfloat16 loses.
+    It is always float32, since bfloat16 would lose its small updates.
     """
 
     name: str
     fused: str | None = None
-    """Its name in the fused layout, where that is another."""
+    """Its name in the fused layout, if it differs there."""
     routing: Routing = Routing.SIGMOID_TOPK
-    """The routing that it belongs to."""
+    """The only routing with this bias."""
     rows: int | None = None
-    """Where it is (rows, N); None where it is (N,)."""
+    """The shape is (rows, N), or (N,) if this is None."""
 
     def shape(self, num_experts: int) -> tuple[int, ...]:
         """Return its shape."""
@@ -140,10 +135,10 @@ class CorrectionBias:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Added:
-    """A tensor of a layer with experts that a dense layer has not: one value, or a tensor times it.
+class ExtraTensor:
+    """A tensor of an MoE layer that a dense layer lacks: a constant, or a multiple of a tensor.
 
-    The value is `factor`, times the square root of a setting where `root` names one.
+    The constant is `factor`, times the square root of the setting `root` if it is given.
     """
 
     name: str
@@ -151,22 +146,23 @@ class Added:
     factor: float = 1.0
     root: str | None = None
     of: str | None = None
-    """The tensor of the dense layer; without one it is (H,), or (N,) if it is `per_expert`."""
+    """The dense layer's tensor that is multiplied; if None the shape is (H,) or (N,)."""
     per_expert: bool = False
+    """Whether the shape is (N,)."""
     frozen: bool = False
-    """Whether training is to leave it: a usual step is much of what it is."""
+    """Whether training must not change it: a typical update is large compared to its value."""
 
     def value(self, settings: Mapping[str, Any]) -> float:
-        """Return the value, from a dense model's settings."""
+        """Return the constant; `settings` are the dense model's values."""
         return self.factor * (1.0 if self.root is None else math.sqrt(settings[self.root]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """Where experts lie beside an MLP, and not in its place: the modules of a layer around both.
+class ParallelMlp:
+    """The modules of a layer that has both an MLP and experts, side by side.
 
-    The layer adds last(mlp_after(mlp(mlp_before(x))) + after(experts(before(x)))) to x, which the
-    router reads as well; the dense layer last(mlp(mlp_before(x))).
+    The MoE layer adds last(mlp_after(mlp(mlp_before(x))) + after(experts(before(x)))) to x, and its
+    router reads x; the dense layer adds last(mlp(mlp_before(x))).
     """
 
     mlp: str
@@ -177,50 +173,43 @@ class Beside:
     last: str
 
 
-def in_memory(name: str, renamed: Sequence[tuple[str, str]]) -> str:
-    """Return a name with the parts that are called otherwise in memory."""
-    for before, after in renamed:
-        name = name.replace(before, after)
-    return name
-
-
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An MoE architecture that dense models can be upcycled to: a row of `NATIVE`."""
+    """An MoE architecture that dense models can become: a row of `NATIVE`, or shipped code."""
 
     model_type: str
     architecture: str
     routings: tuple[Routing, ...]
-    """What it can express; the first is what the released models use, hence the default."""
+    """The routings it can express; the first is that of released models, and the default."""
     layouts: Mapping[ExpertLayout, Layout]
-    """The first is the default."""
+    """The first is the default, the last is what transformers 5 has in memory."""
     keys: Keys
     layers: LayerChoice
-    """How its config says which layers are mixtures of experts."""
-    layer: str = IN_MEMORY
-    """How the names of a layer's tensors begin, in released checkpoints."""
-    head: str = "lm_head.weight"
+    """How its config states which layers are mixtures of experts."""
+    layer: str = LAYER_PREFIX
+    """The prefix of a layer's tensors in released checkpoints."""
+    head: str = HEAD
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of the names of copied tensors, with what becomes of them."""
+    """Parts of names of copied tensors, with their replacement."""
     correction_bias: CorrectionBias | None = None
     shared: SharedExpert | None = None
-    added: tuple[Added, ...] = ()
-    beside: Beside | None = None
-    """None where experts are in the place of the MLP."""
-    zero_biases: tuple[str, ...] = ()
-    """Linear layers that must have a bias tensor even where the source has none."""
-    lacks: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of a dense layer that it has no place for, and how that is said."""
+    extra_tensors: tuple[ExtraTensor, ...] = ()
+    parallel_mlp: ParallelMlp | None = None
+    """None if experts replace the MLP."""
+    required_biases: tuple[str, ...] = ()
+    """Linear layers that need a bias tensor even if the source has none."""
+    unsupported_tensors: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of a dense layer that it cannot hold, with the reason in words."""
     refusal: Callable[[DenseModel], str | None] = lambda _: None
-    """Why it cannot express a model, or None when it can."""
+    """Returns why it cannot express a model, or None if it can."""
     settings: Callable[[DenseModel], dict[str, Any]] = lambda _: {}
-    """The config keys of its own that it needs beside the shared ones."""
+    """Returns the config keys that it needs beside those shared with the dense type."""
     inside: Inside | None = None
-    """The wrapper that it is the text model of; `architecture` and names are as it says."""
+    """The wrapper around it, if any; `architecture` and tensor names are then the wrapper's."""
 
     @property
     def outer_type(self) -> str:
-        """The model type of the whole: the wrapper's where it is inside of one."""
+        """The model_type of the config: the wrapper's if there is one."""
         if self.inside is None:
             return self.model_type
         wrapper = self.inside.wrapper
@@ -228,39 +217,39 @@ class Target:
 
     @property
     def title(self) -> str:
-        """The model type, after that of the wrapper where there is one."""
+        """The model type, preceded by the wrapper's: "llava around mixtral"."""
         if self.inside is None or self.ships_code:
             return self.outer_type
         return f"{self.outer_type} around {self.model_type}"
 
     @property
-    def balances(self) -> bool:
+    def has_balancing_loss(self) -> bool:
         """Whether transformers adds an auxiliary loss in training that balances the experts."""
         if self.ships_code:
             return True
-        wraps = self.inside is None or self.inside.wrapper.balances
+        wraps = self.inside is None or self.inside.wrapper.has_balancing_loss
         return wraps and "router_aux_loss_coef" in defaults_of(self.model_type)
 
     @property
     def ships_code(self) -> bool:
-        """Whether its code comes with the model."""
+        """Whether the model contains its own code."""
         return self.model_type.startswith(UPCYCLED_PREFIX)
 
     @property
-    def root(self) -> str:
-        """How the names of all tensors begin but the head's."""
+    def name_prefix(self) -> str:
+        """The prefix of all tensor names except the head's."""
         return self.layer.partition("layers.")[0]
 
     def name(self, source: str) -> str:
-        """Return what a dense tensor is called that is copied."""
-        return in_memory(source, self.renamed)
+        """Return the name of a copied dense tensor."""
+        return replace_parts(source, self.renamed)
 
     def prefix(self, layer: int) -> str:
-        """Return how the names of a layer's tensors begin."""
+        """Return the prefix of a layer's tensor names."""
         return self.layer.format(layer=layer)
 
     def layout(self, wanted: ExpertLayout | None) -> ExpertLayout:
-        """Return a layout that it has; raises UpcycleError when it has not the one wanted."""
+        """Return the wanted layout, or the default; raises UpcycleError if it has no such one."""
         if wanted is None:
             return next(iter(self.layouts))
         if wanted not in self.layouts:
@@ -273,31 +262,32 @@ class Target:
     def check_layout(
         self, wanted: ExpertLayout | None, expert_size: int, hidden_size: int
     ) -> ExpertLayout:
-        """Return `layout`; raises UpcycleError for one that readers would mistake, too."""
+        """Return `layout`; also raises UpcycleError if readers would mistake the orientation."""
         found = self.layout(wanted)
-        for weight in self.turned(self.layouts[found]):
+        for weight in self.transposed_weights(self.layouts[found]):
             rows, columns = weight.shape(expert_size, hidden_size)
             if rows == columns:
                 raise UpcycleError(
-                    f"with experts {expert_size} wide, the matrices of {weight.name} would be "
-                    f"square, {rows} by {columns}: readers tell by the shape which way they lie.",
-                    "Use another --granularity, or --expert-layout fused, which transformers 5 "
-                    "alone reads.",
+                    f"with an expert size of {expert_size}, the matrices of {weight.name} would be "
+                    f"square, {rows} by {columns}, and readers infer the orientation from the "
+                    "shape.",
+                    "Use another --granularity, or --expert-layout fused, which only "
+                    "transformers 5 reads.",
                 )
         return found
 
     @property
     def in_memory(self) -> Layout:
-        """The layout that transformers 5 has in memory, whatever is on disk."""
+        """The layout in memory of transformers 5."""
         *_, found = self.layouts.values()
         return found
 
     def stored_layout(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> ExpertLayout:
-        """Return how the experts of an MoE are stored, by its tensors' names.
+        """Return the layout of an MoE's experts.
 
-        Where two layouts have the same names, the hidden size tells which way matrices lie.
+        If two layouts have the same names, the hidden size tells the orientation of matrices.
         """
         hidden_size, named = self.value(config, "hidden_size"), list[ExpertLayout]()
         for layout, rows in self.layouts.items():
@@ -313,23 +303,23 @@ class Target:
             named += [layout] if fits else []
         return named[0] if named else next(iter(self.layouts))
 
-    def turned(self, layout: Layout) -> tuple[Weight, ...]:
-        """Return the weights of a layout whose matrices lie the other way in memory.
+    def transposed_weights(self, layout: Layout) -> tuple[Weight, ...]:
+        """Return the weights of a layout whose matrices are transposed in memory.
 
-        Readers tell that by their shapes, and take square ones as they are.
+        Readers detect that from the shape, and take square matrices as they are.
         """
-        memory = {weight.name: weight.cut for weight in self.in_memory.experts}
-        return tuple(w for w in layout.experts if memory.get(w.name, w.cut) != w.cut)
+        memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}
+        return tuple(w for w in layout.experts if memory.get(w.name, w.split_dim) != w.split_dim)
 
-    def corrects(self, layout: Layout, routing: str) -> str | None:
-        """Return the name of the correction bias within a layer; None where there is none."""
+    def correction_bias_name(self, layout: Layout, routing: str) -> str | None:
+        """Return the correction bias within a layer; None if there is none."""
         bias = self.correction_bias
         if bias is None or bias.routing != routing:
             return None
         return bias.fused or bias.name if layout == self.layouts[ExpertLayout.FUSED] else bias.name
 
     def shared_weights(self, layout: Layout) -> tuple[Weight, ...]:
-        """Return the matrices of the shared expert, none where there is none."""
+        """Return the matrices of the shared expert; empty if there is none."""
         shared = self.shared
         if shared is None:
             return ()
@@ -337,8 +327,8 @@ class Target:
         return shared.fused or shared.weights if is_fused else shared.weights
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a JSON value
-        """Return what an MoE's config says under a key, or means when it is absent."""
-        key = self.keys.usual.get(key, key)
+        """Return an MoE config's value of a key, or its default."""
+        key = self.keys.renamed.get(key, key)
         names = (key, *self.keys.aliases) if key == self.keys.num_experts else (key,)
         for name in names:
             if name in config:
@@ -346,34 +336,33 @@ class Target:
         return defaults_of(self.model_type).get(key)
 
     def rotary_share(self, config: Mapping[str, Any]) -> float:
-        """Return the part of each head that positions turn, 1 for shipped code."""
+        """Return the share of each head that is rotated; 1 for shipped code."""
         key, inner = "partial_rotary_factor", config.get("rope_parameters")
         if self.ships_code or key not in defaults_of(self.model_type):
             return 1.0
-        share: float = {**config, **(inner if isinstance(inner, dict) else {})}.get(
-            key, self.value(config, key)
-        )
+        stated = {**config, **(inner if isinstance(inner, dict) else {})}
+        share: float = stated.get(key, self.value(config, key))
         return share
 
     def count(self, config: Mapping[str, Any], key: str) -> int:
-        """Return a positive integer of a config; raises ValueError when it is something else."""
+        """Return a positive integer of a config; raises ValueError for any other value."""
         value = self.value(config, key)
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} must be a positive integer, not {shown(value)}")
         return value
 
     def sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Return N, T and the intermediate size of an expert; ValueError for no such numbers."""
+        """Return N, T and the experts' intermediate size; raises ValueError if one is invalid."""
         keys = self.keys.num_experts, self.keys.top_k, self.keys.expert_size
         num_experts, top_k, expert_size = (self.count(config, key) for key in keys)
         return num_experts, top_k, expert_size
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
-        """Return how many layers there are, of whatever kind; ValueError for no such number."""
+        """Return the number of layers of any kind; raises ValueError if it is invalid."""
         return self.layers.count(config) or self.count(config, "num_hidden_layers")
 
     def routing(self, config: Mapping[str, Any]) -> Routing:
-        """Return the routing that an MoE's config stands for; ValueError when for none."""
+        """Return the routing that an MoE config states; raises ValueError for an unknown value."""
         if self.keys.routing is None:
             return self.routings[0]
         key, meanings = self.keys.routing
@@ -385,5 +374,5 @@ class Target:
         raise ValueError(f"{key} must be {choices}, not {shown(value)}")
 
     def moe_layers(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-        """Return the layers that are mixtures of experts by a config; ValueError."""
+        """Return the layers with experts; raises ValueError if the config is inconsistent."""
         return self.layers.read({**defaults_of(self.model_type), **config}, num_layers)

@@ -1,7 +1,7 @@
-"""An MoE's config: the source's, with what the target needs said.
+"""The MoE's config.json: the source's, plus what the target needs.
 
-Defaults differ between two model types, so of a native pair every value that the source means is
-written out. The shipped code has its family's own config class, and needs its own keys alone.
+Defaults differ between model types, so for native targets every effective value is written.
+Shipped code uses its family's own config class and needs only its own keys.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map
-from upcycle_cli.models.wrappers import inner, parts, with_inner
+from upcycle_cli.models.wrappers import nested_configs, text_config_of, with_text_config
 from upcycle_cli.recipe.recipe import Recipe
 
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-_ELSEWHERE = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
-"""Keys that a target's own settings say."""
-_ALIASED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
-_IN_TRAINING = ("use_cache", "initializer_range", "pretraining_tp")
-"""Keys that no forward pass reads: they stay as the source has them, or absent."""
+_NOT_COPIED = {
+    # `_rope` and the target's own settings write these.
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+    *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+    # No forward pass reads these: they stay as the source has them, or absent.
+    *("use_cache", "initializer_range", "pretraining_tp"),
+}
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 
 
 def moe_config(
@@ -35,33 +37,33 @@ def moe_config(
     untie_embeddings: bool,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Return the MoE's config; `layers` are those that become mixtures of experts.
+    """Return the MoE's config; `layers` become mixtures of experts.
 
-    `dtype` is torch's name for the output dtype, or None to leave what the source says.
+    `dtype` is torch's name of the output dtype, or None to keep the source's.
     """
-    current = dense.family.current(inner(config))
+    current = dense.family.with_current_keys(text_config_of(config))
     result = _text_config(current, dense, target, recipe, layers)
     tied = dense.values.get("tie_word_embeddings", False) and not untie_embeddings
     if target.inside is not None:
         native = None if target.ships_code else target.outer_type
-        result = with_inner(config, result, native, tied=tied)
+        result = with_text_config(config, result, native, tied=tied)
     result |= {
         "architectures": [target.architecture],
         "model_type": target.outer_type,
         "tie_word_embeddings": tied,
     }
-    result.pop("auto_map", None)  # code that transformers has itself by now
+    result.pop("auto_map", None)  # transformers has that code itself by now
     if target.ships_code:
         result["auto_map"] = auto_map(wrapped=target.inside is not None)
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
-    for held in (result, *(result[part] for part in parts(result))):
-        forget_place(held)
+    for held in (result, *(result[part] for part in nested_configs(result))):
+        remove_local_path(held)
     return result
 
 
-def forget_place(config: dict[str, Any]) -> None:
-    """Take out the local path of the person who saved it, which belongs to nobody."""
+def remove_local_path(config: dict[str, Any]) -> None:
+    """Remove a local path from `_name_or_path`."""
     if str(config.get("_name_or_path", "")).startswith(("/", "~")):
         del config["_name_or_path"]
 
@@ -73,11 +75,10 @@ def _text_config(
     recipe: Recipe,
     layers: Sequence[int],
 ) -> dict[str, Any]:
-    """Return what the MoE's config says of its text model, which mostly is the whole."""
-    result = dict(config)
-    # Aliases in transformers: a source that says `"num_experts": 0` would undo num_local_experts.
-    for key in (*_ALIASED, *target.keys.aliases):
-        result.pop(key, None)
+    """Return the config of the MoE's text model, which is the whole model unless it is wrapped."""
+    # transformers treats these as aliases: "num_experts": 0 would override num_local_experts.
+    dropped = {*_EXPERT_KEYS, *target.keys.aliases}
+    result = {key: value for key, value in config.items() if key not in dropped}
     if not target.ships_code:
         result |= {"model_type": target.model_type} | _effective(dense, target)
     result |= _rope(config, dense, target)
@@ -88,24 +89,23 @@ def _text_config(
     known = balancing if target.ships_code else defaults_of(target.model_type)
     result |= {key: value for key, value in balancing.items() if key in known}
     settings = target.settings(dense)
-    if "rope_parameters" in settings:  # by kinds of layers, which the older key would undo
+    if "rope_parameters" in settings:  # rope_scaling would override it
         result.pop("rope_scaling", None)
-    return result | settings | _choices(dense, target, recipe, layers)
+    return result | settings | _recipe_keys(dense, target, recipe, layers)
 
 
 def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
-    """Return what the source means by every key that both model types have."""
-    kept = {*_ROPE, *_ELSEWHERE, *_IN_TRAINING}
+    """Return the effective value of every key that both model types have."""
     shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
     if target.model_type == dense.model_type:
         shared = {key for key in shared if dense.values[key] is not None}
-    return {key: dense.values[key] for key in sorted(shared - kept)}
+    return {key: dense.values[key] for key in sorted(shared - _NOT_COPIED)}
 
 
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
-    """State rotary embeddings in the older keys, which all read, and the source's newer ones."""
+    """Return rope settings in the old keys, which everything reads, and in new ones if given."""
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
-        return _older_rope(config)
+        return _old_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
     if "partial_rotary_factor" in dense.values:
@@ -115,11 +115,11 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     return found
 
 
-def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by older keys what stays as the source has it, and has by the newest one alone.
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the old keys for rope settings that are copied from `rope_parameters`.
 
-    That is how text models inside of others are turned by several positions. Where each kind of
-    layer has settings of its own, no older key stands for them.
+    These are settings of wrapped text models with multidimensional positions. Old keys cannot
+    express settings per kind of layer.
     """
     rope = config.get("rope_parameters")
     if config.get("rope_scaling") or not isinstance(rope, dict) or "rope_theta" not in rope:
@@ -128,22 +128,22 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
-def _choices(
+def _recipe_keys(
     dense: DenseModel, target: Target, recipe: Recipe, layers: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the keys that say the recipe."""
-    keys = target.keys
+    """Return the keys that state the recipe."""
+    keys, expert_size = target.keys, dense.intermediate_size // recipe.granularity
     found: dict[str, Any] = {}
     if not target.ships_code:
-        found[keys.dense_size] = dense.intermediate_size  # which a rule may have derived
+        found[keys.dense_size] = dense.intermediate_size  # possibly derived by a rule of the source
     found |= {
         keys.num_experts: recipe.num_experts,
         keys.top_k: recipe.top_k,
-        keys.expert_size: dense.intermediate_size // recipe.granularity,
+        keys.expert_size: expert_size,
         **target.layers.write(layers, dense.kinds),
     }
-    if keys.expert_size_too is not None:
-        found[keys.expert_size_too] = found[keys.expert_size]
+    if keys.expert_size_copy is not None:
+        found[keys.expert_size_copy] = expert_size
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
@@ -151,23 +151,24 @@ def _choices(
         found["virtual_group_size"] = recipe.group_size
     if keys.scale is not None:
         found[keys.scale] = recipe.factors(dense.mlp_kind).config
-    if target.shared is not None and recipe.shared_experts:
-        found |= target.shared.choices(recipe.shared_experts, found[keys.expert_size])
-    elif target.shared is not None and target.shared.size is not None:
-        assert target.shared.size_key is not None
-        found[target.shared.size_key] = target.shared.size
+    shared = target.shared
+    if shared is not None and recipe.shared_experts:
+        found |= shared.config_keys(recipe.shared_experts, expert_size)
+    elif shared is not None and shared.size is not None:
+        assert shared.size_key is not None
+        found[shared.size_key] = shared.size
     return found
 
 
 def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0) -> bool:
-    """Whether a config's heads make up the hidden size, no layer slides, and rope is plain.
+    """Whether attention is of the plain kind that engines were tested with.
 
-    `rotary_share` is the part of each head that positions turn, 1 for the code that is shipped,
-    whose attention is the dense model's own. What all models of a type have counts as plain where
-    engines were tried with it.
+    Heads make up the hidden size, no layer slides, rope is not scaled and rotates whole heads
+    (`rotary_share`, which is 1 for shipped code). Attention that is the same in all models of a
+    type counts as plain if engines were tested with that type.
     """
     family = DENSE.get(str(config.get("model_type")).removeprefix(UPCYCLED_PREFIX))
-    if family is not None and family.own_attention:
+    if family is not None and family.attention_was_tested:
         return True
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     whole = head_dim is None or (

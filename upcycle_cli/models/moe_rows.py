@@ -1,66 +1,52 @@
-"""The MoE architectures: a row of data for each that dense models can become.
-
-The last of all targets is the code that is shipped with a model, which takes what has no sibling.
-"""
+"""The MoE architectures of transformers: one row of data for each that dense models can become."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from upcycle_cli.models.gemma4_row import GEMMA4_TEXT
-from upcycle_cli.models.layers import (
-    ALL,
-    ALL_OR_NONE,
-    BLOCK_TYPES,
-    FIRST_K_DENSE,
-    MLP_ONLY_LAYERS,
-    MLP_TYPES,
-    MLP_TYPES_TOO,
-    MOE_RANGE,
-    NUM_DENSE_LAYERS,
+from upcycle_cli.models import layers, moe_settings
+from upcycle_cli.models.mlp import linear_layers, stacked, swiglu
+from upcycle_cli.models.moe import (
+    CorrectionBias,
+    ExtraTensor,
+    Keys,
+    Layout,
+    ParallelMlp,
+    SharedExpert,
+    Target,
 )
-from upcycle_cli.models.mlp import separate, swiglu, without_biases
-from upcycle_cli.models.moe import CorrectionBias, Keys, SharedExpert, Target
 from upcycle_cli.models.moe_layouts import (
     GATED_SHARED,
     GRANITE_LAYOUTS,
     GRANITE_SHARED,
+    MIXTRAL_LAYOUTS,
     QWEN_LAYOUTS,
     layouts,
-)
-from upcycle_cli.models.moe_settings import (
-    DEEPSEEK_SETTINGS,
-    cohere2_moe_settings,
-    deepseek_v3_settings,
-    glm4_moe_settings,
-    granitemoe_swa_settings,
-    hybrid_settings,
-    lfm2_moe_settings,
-    mellum_settings,
-    mixtral_refusal,
-    no_mixed_windows,
-    no_windows,
-    odd_thetas,
-    qwen3_5_moe_settings,
-    window_settings,
+    shared_swiglu,
 )
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
+_TOPK_SOFTMAX, _SIGMOID_TOPK = (Routing.TOPK_SOFTMAX,), (Routing.SIGMOID_TOPK,)
+_EITHER_SOFTMAX = (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK)
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
 _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
+_NO_O_BIAS = {
+    "self_attn.o_proj.bias": "attention_bias is true, and the target's o_proj has no bias"
+}
+_NO_QKV_BIAS = {
+    "self_attn.q_proj.bias": "{model_type} has q, k and v biases, and the target's attention has "
+    "none"
+}
 
-
-_GRANITE_KEYS = Keys(
+_LOCAL_EXPERTS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
-_NO_O_BIAS = "attention_bias is true, and its o_proj has no bias"
-_NO_QKV_BIAS = "{model_type} has q, k and v biases, and its attention has none"
-_QKV = tuple(f"self_attn.{matrix}_proj" for matrix in "qkv")
-
-
+_QWEN_KEYS = Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM)
+_OLMO_KEYS = replace(_QWEN_KEYS, expert_size="intermediate_size")
 _DEEPSEEK: Any = {
-    "routings": (Routing.SIGMOID_TOPK,),
+    "routings": _SIGMOID_TOPK,
     "layouts": QWEN_LAYOUTS,
     "keys": Keys(
         num_experts="n_routed_experts",
@@ -70,106 +56,89 @@ _DEEPSEEK: Any = {
     ),
     "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
     "shared": SharedExpert(
-        weights=without_biases(swiglu("mlp.shared_experts")), count_key="n_shared_experts"
+        weights=shared_swiglu("mlp.shared_experts"), count_key="n_shared_experts"
     ),
 }
-"""What DeepSeek's mixture of experts has, and those that are made after it."""
+_BEFORE_MLP = "pre_feedforward_layernorm.weight"
 
 _ROWS: Sequence[Target] = (
     Target(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
-        layouts=layouts(
-            separate(
-                *(f"block_sparse_moe.experts.{{expert}}.{matrix}" for matrix in ("w1", "w3", "w2"))
-            ),
-            "mlp.experts",
-            router="block_sparse_moe.gate.weight",
-            fused_router="mlp.gate.weight",
-        ),
-        keys=Keys(
-            num_experts="num_local_experts",
-            aliases=("num_experts",),
-            expert_size="intermediate_size",
-        ),
-        layers=ALL,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS, "self_attn.q_proj.bias": _NO_QKV_BIAS},
-        refusal=mixtral_refusal,
+        routings=_TOPK_SOFTMAX,
+        layouts=MIXTRAL_LAYOUTS,
+        keys=_LOCAL_EXPERTS,
+        layers=layers.ALL,
+        unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
+        refusal=moe_settings.mixtral_refusal,
         settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
     ),
     Target(
-        # It always has a shared expert and q, k and v biases. A source without biases gets zeros,
-        # since vLLM reads them unasked; the shared expert is 64 wide, since vLLM refuses an empty
-        # one; and its gate is drawn at random, since llama.cpp computes it as silu(x)/x, which is
-        # 0/0 for a zero row.
+        # Its q, k and v biases and its shared expert are not optional. vLLM reads zero biases even
+        # if a config denies them, and refuses a shared expert of size 0. llama.cpp computes the
+        # shared gate as silu(x)/x, which is 0/0 for a zero row: the gate is random.
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
-        routings=(Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX),
+        routings=_EITHER_SOFTMAX[::-1],
         layouts=QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
-        layers=MLP_ONLY_LAYERS,
+        keys=_QWEN_KEYS,
+        layers=layers.MLP_ONLY_LAYERS,
         shared=GATED_SHARED,
-        zero_biases=_QKV,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        settings=lambda dense: window_settings(dense) | {"qkv_bias": True},
+        required_biases=tuple(f"self_attn.{matrix}_proj" for matrix in "qkv"),
+        unsupported_tensors=_NO_O_BIAS,
+        settings=lambda dense: moe_settings.windows(dense) | {"qkv_bias": True},
     ),
     Target(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
+        routings=_EITHER_SOFTMAX,
         layouts=QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
-        layers=MLP_ONLY_LAYERS,
-        refusal=no_mixed_windows,
+        keys=_QWEN_KEYS,
+        layers=layers.MLP_ONLY_LAYERS,
+        refusal=moe_settings.no_mixed_windows,
         settings=lambda dense: (
-            window_settings(dense) | {"attention_bias": dense.values["attention_bias"]}
+            moe_settings.windows(dense) | {"attention_bias": dense.values["attention_bias"]}
         ),
     ),
     Target(
-        # Released models do not renormalise, nor does vLLM whatever a config says; but the norm
-        # behind the experts takes such a factor out, so the exact routing can be the default.
+        # Released models do not renormalise gates, and vLLM never does. The norm behind the experts
+        # cancels that factor, so the exact routing can be the default.
         model_type="flex_olmo",
         architecture="FlexOlmoForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
+        routings=_EITHER_SOFTMAX,
         layouts=QWEN_LAYOUTS,
-        keys=Keys(
-            num_experts="num_experts",
-            aliases=("num_local_experts",),
-            expert_size="intermediate_size",
-            routing=_BY_NORM,
-        ),
-        layers=ALL,
+        keys=_OLMO_KEYS,
+        layers=layers.ALL,
     ),
     Target(
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
         **_DEEPSEEK,
-        layers=FIRST_K_DENSE,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
-        refusal=no_windows,
-        settings=glm4_moe_settings,
+        layers=layers.FIRST_K_DENSE,
+        unsupported_tensors=_NO_O_BIAS,
+        refusal=moe_settings.no_windows,
+        settings=moe_settings.glm4_moe,
     ),
     Target(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         **_DEEPSEEK,
-        layers=FIRST_K_DENSE,
-        settings=lambda dense: {**DEEPSEEK_SETTINGS, **window_settings(dense)},
+        layers=layers.FIRST_K_DENSE,
+        settings=lambda dense: {**moe_settings.DEEPSEEK, **moe_settings.windows(dense)},
     ),
     Target(
         model_type="mellum",
         architecture="MellumForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK),
+        routings=_EITHER_SOFTMAX,
         layouts=QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
-        layers=MLP_TYPES,
-        settings=mellum_settings,
+        keys=_QWEN_KEYS,
+        layers=layers.MLP_TYPES,
+        settings=moe_settings.mellum,
     ),
     Target(
         model_type="hy_v3",
         architecture="HYV3ForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
+        routings=_SIGMOID_TOPK,
         layouts=layouts(
             swiglu("mlp.experts.{expert}"),
             "mlp.experts",
@@ -179,17 +148,17 @@ _ROWS: Sequence[Target] = (
         keys=Keys(
             num_experts="num_experts",
             aliases=("num_local_experts",),
-            expert_size_too="expert_hidden_dim",
+            expert_size_copy="expert_hidden_dim",
             scale="router_scaling_factor",
         ),
-        layers=MLP_TYPES_TOO,
+        layers=layers.MLP_TYPES_AND_FIRST_DENSE,
         correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
         shared=SharedExpert(
-            weights=without_biases(swiglu("mlp.shared_mlp")),
-            fused=without_biases(swiglu("mlp.shared_experts")),
+            weights=shared_swiglu("mlp.shared_mlp"),
+            fused=shared_swiglu("mlp.shared_experts"),
             count_key="num_shared_experts",
         ),
-        refusal=no_windows,
+        refusal=moe_settings.no_windows,
         # The last two are for vLLM.
         settings=lambda _: {"num_shared_experts": 1, "qk_norm": True, "route_norm": True},
     ),
@@ -197,11 +166,11 @@ _ROWS: Sequence[Target] = (
         model_type="solar_open",
         architecture="SolarOpenForCausalLM",
         **_DEEPSEEK,
-        layers=ALL,
-        lacks={"self_attn.o_proj.bias": _NO_O_BIAS},
+        layers=layers.ALL,
+        unsupported_tensors=_NO_O_BIAS,
         # The last two are for MLX.
         settings=lambda _: {
-            **DEEPSEEK_SETTINGS,
+            **moe_settings.DEEPSEEK,
             "first_k_dense_replace": 0,
             "partial_rotary_factor": 1.0,
         },
@@ -210,16 +179,16 @@ _ROWS: Sequence[Target] = (
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
         **_DEEPSEEK,
-        layers=FIRST_K_DENSE,
-        settings=deepseek_v3_settings,
+        layers=layers.FIRST_K_DENSE,
+        settings=moe_settings.deepseek_v3,
     ),
     Target(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
-        layers=MOE_RANGE,
+        layers=layers.MOE_RANGE,
         correction_bias=CorrectionBias(
             name="mlp.moe_statics.e_score_correction_bias",
             fused="mlp.gate.moe_statics.e_score_correction_bias",
@@ -227,16 +196,16 @@ _ROWS: Sequence[Target] = (
             rows=1,
         ),
         shared=SharedExpert(
-            weights=without_biases(swiglu("mlp.shared_experts")),
+            weights=shared_swiglu("mlp.shared_experts"),
             count_key="moe_num_shared_experts",
-            insisted_on=False,
+            required=False,
         ),
         settings=lambda _: {"moe_num_shared_experts": 0},
     ),
     Target(
         model_type="hunyuan_v1_moe",
         architecture="HunYuanMoEV1ForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts=layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"),
         keys=Keys(
             num_experts="num_experts",
@@ -244,22 +213,22 @@ _ROWS: Sequence[Target] = (
             top_k="moe_topk",
             expert_size="intermediate_size",
         ),
-        layers=ALL,
-        shared=SharedExpert(weights=without_biases(swiglu("mlp.shared_mlp"))),
+        layers=layers.ALL,
+        shared=SharedExpert(weights=shared_swiglu("mlp.shared_mlp")),
     ),
     Target(
         model_type="lfm2_moe",
         architecture="Lfm2MoeForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
+        routings=_SIGMOID_TOPK,
         layouts=layouts(
-            separate(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
+            linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
             "feed_forward.experts",
             router="feed_forward.gate.weight",
         ),
         keys=Keys(num_experts="num_experts", routing=_SIGMOID, scale="routed_scaling_factor"),
-        layers=NUM_DENSE_LAYERS,
+        layers=layers.NUM_DENSE_LAYERS,
         correction_bias=CorrectionBias(name="feed_forward.expert_bias"),
-        settings=lfm2_moe_settings,
+        settings=moe_settings.lfm2_moe,
     ),
     Target(
         model_type="cohere2_moe",
@@ -275,107 +244,145 @@ _ROWS: Sequence[Target] = (
                 {"softmax": Routing.TOPK_SOFTMAX, "sigmoid": Routing.SIGMOID_TOPK},
             ),
         ),
-        layers=MLP_TYPES,
+        layers=layers.MLP_TYPES,
         shared=SharedExpert(
-            weights=without_biases(swiglu("mlp.shared_experts")),
+            weights=shared_swiglu("mlp.shared_experts"),
             count_key="num_shared_experts",
-            insisted_on=False,
-            # The other one, which is the default, halves the sum.
-            settings={"shared_expert_combination_strategy": "sum"},
+            required=False,
+            settings={"shared_expert_combination_strategy": "sum"},  # the default is the mean
         ),
-        settings=cohere2_moe_settings,
+        settings=moe_settings.cohere2_moe,
     ),
     Target(
         model_type="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="num_experts"),
-        layers=ALL,
+        layers=layers.ALL,
         shared=GATED_SHARED,
-        settings=qwen3_5_moe_settings,
+        settings=moe_settings.qwen3_5_moe,
     ),
-    GEMMA4_TEXT,
+    Target(
+        # Experts beside an MLP. Each has a norm behind it: the MLP's has a zero weight, so the MLP
+        # is small and adds nothing at first; the experts' cancels the factor on their gates. With a
+        # factor of √ε, the norm behind both treats small outputs like the dense MLP's: see
+        # docs/decisions.md. The router divides its input by √H, hence its scale.
+        model_type="gemma4_text",
+        architecture="Gemma4ForCausalLM",
+        routings=_TOPK_SOFTMAX,
+        layouts={
+            ExpertLayout.FUSED: Layout(experts=stacked("experts"), router="router.proj.weight")
+        },
+        keys=Keys(num_experts="num_experts", top_k="top_k_experts"),
+        layers=layers.ENABLED,
+        shared=SharedExpert(
+            weights=shared_swiglu("mlp"),
+            size_key="intermediate_size",
+            size=64,
+            norm="post_feedforward_layernorm_1.weight",
+        ),
+        extra_tensors=(
+            ExtraTensor(name="post_feedforward_layernorm_1.weight", factor=0.0),
+            ExtraTensor(name="post_feedforward_layernorm_2.weight"),
+            ExtraTensor(name="pre_feedforward_layernorm_2.weight", of=_BEFORE_MLP),
+            ExtraTensor(name="router.scale", root="hidden_size", of=_BEFORE_MLP),
+            ExtraTensor(
+                name="router.per_expert_scale", root="rms_norm_eps", per_expert=True, frozen=True
+            ),
+        ),
+        parallel_mlp=ParallelMlp(
+            mlp="mlp",
+            mlp_before="pre_feedforward_layernorm",
+            mlp_after="post_feedforward_layernorm_1",
+            before="pre_feedforward_layernorm_2",
+            after="post_feedforward_layernorm_2",
+            last="post_feedforward_layernorm",
+        ),
+        refusal=moe_settings.no_eps,
+    ),
     Target(
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts=GRANITE_LAYOUTS,
-        keys=_GRANITE_KEYS,
-        layers=ALL,
+        keys=_LOCAL_EXPERTS,
+        layers=layers.ALL,
     ),
     Target(
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts={ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]},
-        keys=_GRANITE_KEYS,
-        layers=ALL,
+        keys=_LOCAL_EXPERTS,
+        layers=layers.ALL,
         shared=SharedExpert(
-            weights=GRANITE_SHARED, size_key="shared_intermediate_size", insisted_on=False
+            weights=GRANITE_SHARED, size_key="shared_intermediate_size", required=False
         ),
-        refusal=odd_thetas,
-        settings=granitemoe_swa_settings,
+        refusal=moe_settings.wrong_thetas,
+        settings=moe_settings.granitemoe_swa,
     ),
     Target(
-        # Without experts, the shared expert is the MLP of a dense model.
+        # A model without experts is dense, and its shared expert is the MLP.
         model_type="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
-        routings=(Routing.TOPK_SOFTMAX,),
+        routings=_TOPK_SOFTMAX,
         layouts=GRANITE_LAYOUTS,
-        keys=_GRANITE_KEYS,
-        layers=ALL_OR_NONE,
+        keys=_LOCAL_EXPERTS,
+        layers=layers.ALL_OR_NONE,
         shared=SharedExpert(weights=GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
-        settings=hybrid_settings,
+        settings=moe_settings.granitemoehybrid,
     ),
     Target(
         model_type="nemotron_h",
         architecture="NemotronHForCausalLM",
-        routings=(Routing.SIGMOID_TOPK,),
+        routings=_SIGMOID_TOPK,
         layouts=layouts(
-            separate("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
+            linear_layers("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
             "mixer.experts",
             router="mixer.gate.weight",
         ),
-        keys=Keys(
-            num_experts="n_routed_experts",
-            aliases=("num_local_experts",),
-            routing=_SIGMOID,
-            scale="routed_scaling_factor",
-        ),
-        layers=BLOCK_TYPES,
+        keys=replace(_DEEPSEEK["keys"], aliases=("num_local_experts",)),
+        layers=layers.BLOCK_TYPES,
         layer="backbone.layers.{layer}.",
         correction_bias=CorrectionBias(name="mixer.gate.e_score_correction_bias"),
         shared=SharedExpert(
-            weights=without_biases(
-                separate("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj")
-            ),
+            weights=linear_layers(
+                "", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"
+            )[:2],
             size_key="moe_shared_expert_intermediate_size",
             size=64,
         ),
-        settings=lambda _: {
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "moe_latent_size": None,
-            "norm_topk_prob": True,
-        },
+        settings=moe_settings.nemotron_h,
     ),
 )
 NATIVE: Mapping[str, Target] = {row.model_type: row for row in _ROWS}
-FURTHER: Mapping[str, Target] = {
+WRAPPED_TARGETS: Mapping[str, Target] = {
+    "qwen3_vl_moe_text": Target(
+        model_type="qwen3_vl_moe_text",
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        routings=_TOPK_SOFTMAX,
+        layouts={
+            layout: Layout(
+                experts=stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),
+                router="mlp.gate.weight",
+            )
+            for layout in (ExpertLayout.STACKED, ExpertLayout.FUSED)
+        },
+        keys=replace(_QWEN_KEYS, routing=None),
+        layers=layers.MLP_ONLY_LAYERS,
+        settings=lambda _: {"norm_topk_prob": True},  # for vLLM
+    ),
+}
+"""Targets that exist only inside wrappers."""
+GROW_ONLY: Mapping[str, Target] = {
     "olmoe": Target(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
-        routings=(Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX),
+        routings=_EITHER_SOFTMAX[::-1],
         layouts=QWEN_LAYOUTS,
-        keys=Keys(
-            num_experts="num_experts",
-            aliases=("num_local_experts",),
-            expert_size="intermediate_size",
-            routing=_BY_NORM,
-        ),
-        layers=ALL,
+        keys=_OLMO_KEYS,
+        layers=layers.ALL,
     ),
 }
-"""Those that no dense model becomes, and whose models can be grown."""
+"""MoE types that no dense model becomes, but that --expand supports."""

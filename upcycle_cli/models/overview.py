@@ -1,4 +1,4 @@
-"""What can become what, as a whole: the rows of both tables, and what runs the results."""
+"""What `upcycle families` lists, and the part of it that concerns one model."""
 
 from __future__ import annotations
 
@@ -7,94 +7,90 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import choose, dense_family, targets_of
+from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import Support, engines
+from upcycle_cli.models.families import (
+    dense_family,
+    native_target,
+    shipped_target,
+    targets_of,
+    wrapped_families,
+)
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.refused import REFUSED
-from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.trainers import trainers
-from upcycle_cli.models.wrappers import (
-    INSIDE,
-    LOADED,
-    WRAPPERS,
-    Inside,
-    inner,
-    native_target,
-    wrapped_family,
-)
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
+from upcycle_cli.models.wrappers import WRAPPERS, text_config_of
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """What is known of a target, of any model or of one."""
+    """What is known of a target, in general or for one model."""
 
     name: str
-    """As --target has it."""
+    """The value of --target."""
     routings: tuple[Routing, ...] = ()
-    """That which convert takes first."""
+    """The first is the default."""
     layers: str = ""
     """Which layers can be mixtures of experts: any, a range, the last ones, all."""
     engines: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
-    """The engines that were seen to run it, and with which routings."""
+    """The engines that run it, with the routings they support."""
     trainers: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
-    """The trainers that were seen to take it, and with which routings."""
+    """The trainers that take it, with the routings they support."""
     balanced: str = ""
-    """By what transformers balances its experts in training: an auxiliary loss, a bias, nothing."""
+    """What balances experts in training in transformers: an auxiliary loss, a bias, nothing."""
     shared_experts: str = ""
-    """How many shards can be an expert for every token: any, 1, none."""
+    """How many shards can be a shared expert: any, 1, none."""
     scaled_by: tuple[str, ...] = ()
-    """What can make up for the gates: a key of its config, its weights. That which convert takes
-    first."""
+    """Where the scale factor can go: a config key, the weights. The first is the default."""
     refusal: str | None = None
-    """Why a model cannot become it; None where it can, and where no model is asked about."""
+    """Why a model cannot become it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """All that can be upcycled, what it can become, and what cannot be upcycled."""
+    """All supported model types with their targets, and those that are not supported."""
 
     dense: Mapping[str, tuple[str, ...]]
-    """By dense model type its targets; that which convert takes first."""
+    """The targets by dense model type; the first is the default."""
     wrappers: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Model types that have a text model inside, by its type what that can become there."""
+    """The targets by wrapper, then by the type of its text model."""
     targets: tuple[TargetFacts, ...]
     refused: Mapping[str, str]
-    """Dense model types that cannot be upcycled, with the reason."""
+    """The reasons by dense model type."""
 
 
 def overview() -> Overview:
-    """Return what all rows say."""
+    """Return what all rows state."""
     dense = {name: targets_of(DENSE[name]) for name in sorted(DENSE)}
-    # Of any family, since not each was run in every engine.
-    anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
-    code = shipped(DENSE[anyone], "silu", biased=False)
-    around = {
-        name: Inside(wrapper, LOADED) for wrapper in WRAPPERS.values() for name in wrapper.natives
+    wrapped = {
+        target: native_target(target, Inside(wrapper, IN_MEMORY_PREFIXES))
+        for wrapper in WRAPPERS.values()
+        for target in wrapper.natives
+        if target not in NATIVE
     }
-    inside = {name: native_target(name, around[name]) for name in INSIDE}
-    rows = {**NATIVE, **inside, SHIPPED: code}
-    targets = tuple(_facts(name, row) for name, row in rows.items())
-    refused = dict(sorted(REFUSED.items()))
-    return Overview(dense=dense, wrappers=_wrappers(), targets=targets, refused=refused)
-
-
-def _wrappers() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name, row in sorted(WRAPPERS.items()):
-        for text_type in row.texts:
-            config = {"model_type": name, "text_config": {"model_type": text_type}}
-            found.setdefault(name, {})[text_type] = targets_of(wrapped_family(config, ()))
-    return found
+    # A family without tests of its own stands for all shipped code.
+    anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
+    rows = {**NATIVE, **wrapped, SHIPPED: shipped_target(DENSE[anyone], "silu", biased=False)}
+    return Overview(
+        dense=dense,
+        wrappers={
+            name: {text_type: targets_of(family) for text_type, family in families.items()}
+            for name, families in wrapped_families().items()
+        },
+        targets=tuple(_facts(name, row) for name, row in rows.items()),
+        refused=dict(sorted(REFUSED.items())),
+    )
 
 
 def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFacts, ...]:
-    """Return what a dense model can become, and what it cannot, with the reason.
+    """Return each target of a dense model's family, with a reason if the model cannot become it.
 
-    `names` are those of its tensors. Raises UpcycleError when its config makes no sense.
+    `names` are the model's tensors. Raises UpcycleError for an invalid config.
     """
     return tuple(_of_model(config, names, name) for name in targets_of(dense_family(config)))
 
@@ -105,7 +101,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     except UpcycleError as error:
         return TargetFacts(name=name, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    plain = has_plain_attention(inner(config), rotary_share=family.rotary_share)
+    plain = has_plain_attention(text_config_of(config), rotary_share=family.rotary_share)
     return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 
@@ -114,7 +110,7 @@ def _facts(
 ) -> TargetFacts:
     runs: dict[str, tuple[Routing, ...]] = {}
     trains: dict[str, tuple[Routing, ...]] = {}
-    fused = row.layout(None) is ExpertLayout.FUSED
+    fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
     for routing in row.routings:
         for engine in engines(
             row.title,
@@ -122,7 +118,7 @@ def _facts(
             tied=tied,
             fused=fused,
             plain_attention=plain_attention,
-            scaled=row.keys.scale is not None,
+            scaled=scale is not None,
         ):
             if engine.support is Support.RUNS:
                 runs[engine.name] = (*runs.get(engine.name, ()), routing)
@@ -130,15 +126,15 @@ def _facts(
             if trainer.support is Support.RUNS:
                 trains[trainer.name] = (*trains.get(trainer.name, ()), routing)
     balanced = "nothing" if row.correction_bias is None else "bias"
-    if row.balances:
+    if row.has_balancing_loss:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
     return TargetFacts(
         name=name,
         routings=row.routings,
-        layers=row.layers.words,
+        layers=row.layers.scope,
         engines=runs,
         trainers=trains,
         balanced=balanced,
-        shared_experts="none" if row.shared is None else row.shared.words,
-        scaled_by=("weights",) if row.keys.scale is None else (row.keys.scale, "weights"),
+        shared_experts="none" if row.shared is None else row.shared.possible_widths,
+        scaled_by=("weights",) if scale is None else (scale, "weights"),
     )

@@ -1,37 +1,32 @@
-"""The dense model types that cannot be upcycled, and why."""
+"""The dense model types that cannot be upcycled, with reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-_IN_LAYER = "its layers hold the MLP's matrices themselves, and nothing that experts can replace"
-_ADDS_RESIDUAL = (
-    "its MLP adds the residual stream itself, so that experts would add it several times"
-)
-_CONVERTED = (
-    "transformers makes other tensors of those in its files, which it does for no shipped code"
-)
+_IN_LAYER = "its layers hold the MLP's matrices directly, not in a module that experts can replace"
+_ADDS_RESIDUAL = "its MLP adds the residual stream, which experts would add several times"
+_CONVERTED = "transformers converts its tensors on loading, but not for shipped code"
 REFUSED: Mapping[str, str] = {
-    "bitnet": "its MLP normalises over all of its neurons, which no part of it can",
+    "bitnet": "its MLP normalises over all neurons, which no shard can",
     **dict.fromkeys(("bloom", "mpt"), _ADDS_RESIDUAL),
     **dict.fromkeys(("biogpt", "opt", "trocr", "xglm"), _IN_LAYER),
-    "dory": "its MLP scales its neurons by tensors of their own",
+    "dory": "its MLP scales neurons by separate tensors",
     **dict.fromkeys(("exaone", "olmo_hybrid"), _CONVERTED),
-    "falcon_h1": "its base model computes a buffer that shipped code is not given",
+    "falcon_h1": "its base model computes a buffer that shipped code does not receive",
     **dict.fromkeys(
-        ("gemma3n_text", "gemma4_unified_text"),
-        "its layers have embeddings of their own, which were not tried",
+        ("gemma3n_text", "gemma4_unified_text"), "its per-layer embeddings are untested"
     ),
-    "openai-gpt": "its config does not say how wide its MLP is",
-    **dict.fromkeys(("xlm", "xlnet"), "it sees the tokens on both sides of one that it predicts"),
-    "hrm_text": "it runs its layers several times over",
+    "openai-gpt": "its config does not state the width of its MLP",
+    **dict.fromkeys(("xlm", "xlnet"), "it sees tokens on both sides of the one it predicts"),
+    "hrm_text": "it runs its layers repeatedly",
     **dict.fromkeys(
         ("cohere_compass_text", "cpmant", "ctrl", "recurrent_gemma", "zamba", "zamba2"),
-        "its layers are of a kind that was not tried",
+        "this layer type is untested",
     ),
     **dict.fromkeys(
         ("falcon_mamba", "mamba", "mamba2", "reformer", "rwkv", "xlstm"),
-        "its layers have no MLP of the usual kind",
+        "its layers have no MLP of a supported kind",
     ),
 }
-"""Dense decoders that cannot be taken, and why: the end of "X cannot be upcycled: …"."""
+"""The rest of the sentence "X cannot be upcycled: …" by model type."""

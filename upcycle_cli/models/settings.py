@@ -1,18 +1,23 @@
-"""What a config means: its values, checked, with the defaults of its model type filled in.
-
-What a target writes is made of these values alone.
-"""
+"""Effective values of a config: checked, with the defaults of its model type filled in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import defaults_of, known_names
 
-_Rules = tuple[tuple[Callable[[Any], bool], str], ...]
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    wanted: str
+    """What a value must be, in words."""
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def _is_count(value: object) -> bool:
@@ -23,65 +28,55 @@ def _is_token(value: object) -> bool:
     return value is None or type(value) is int
 
 
-def _is_tokens(value: object) -> bool:
+def _are_tokens(value: object) -> bool:
     return _is_token(value) or (isinstance(value, list) and all(type(i) is int for i in value))
 
 
 _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
-_COUNT: _Rules = ((_is_count, "a positive integer"),)
-_OPTIONAL: _Rules = ((lambda value: value is None or _is_count(value), "a positive integer"),)
-_NUMBER: _Rules = (
-    (lambda value: type(value) in (int, float), "a number"),
-    (lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
+_COUNT = (_Rule(_is_count, "a positive integer"),)
+_OPTIONAL = (_Rule(lambda value: value is None or _is_count(value), "a positive integer"),)
+_NUMBER = (
+    _Rule(_is_number, "a number"),
+    _Rule(lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
 )
-_FLAG: _Rules = ((lambda value: type(value) is bool, "true or false"),)
-_TOKEN: _Rules = ((_is_token, "a token id or null"),)
-_ACTIVATION: _Rules = (
-    (
+_FLAG = (_Rule(lambda value: type(value) is bool, "true or false"),)
+_TOKEN = (_Rule(_is_token, "a token id or null"),)
+_TOKENS = (_Rule(_are_tokens, "a token id or null"),)
+_ACTIVATION = (
+    _Rule(
         lambda value: isinstance(value, str) and value in known_names("activations"),
         "an activation that transformers knows, such as silu or gelu",
     ),
 )
-_RULES: Mapping[str, _Rules] = {
-    "vocab_size": _COUNT,
-    "hidden_size": _COUNT,
-    "intermediate_size": _COUNT,
+_CHECKED: Mapping[str, tuple[_Rule, ...]] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _COUNT),
+    **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _COUNT),
     "num_hidden_layers": (
         *_COUNT,
-        (lambda value: value <= _MAX_LAYERS, f"at most {_MAX_LAYERS}"),
+        _Rule(lambda value: value <= _MAX_LAYERS, f"at most {_MAX_LAYERS}"),
     ),
-    "num_attention_heads": _COUNT,
-    "num_key_value_heads": _OPTIONAL,
-    "head_dim": _OPTIONAL,
-    "hidden_act": _ACTIVATION,
-    "mlp_hidden_act": _ACTIVATION,
-    "rms_norm_eps": _NUMBER,
-    "norm_eps": _NUMBER,
-    "layer_norm_epsilon": _NUMBER,
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), _OPTIONAL),
+    **dict.fromkeys(("hidden_act", "mlp_hidden_act"), _ACTIVATION),
+    **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), _NUMBER),
     "attention_dropout": (
         _NUMBER[0],
-        (lambda value: 0 <= value < 1, "less than 1 and at least 0"),
+        _Rule(lambda value: 0 <= value < 1, "less than 1 and at least 0"),
     ),
-    "max_position_embeddings": _COUNT,
-    "tie_word_embeddings": _FLAG,
-    "attention_bias": _FLAG,
-    "mlp_bias": _FLAG,
-    "bos_token_id": _TOKEN,
-    "eos_token_id": ((_is_tokens, _TOKEN[0][1]),),
-    "pad_token_id": _TOKEN,
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
+    "eos_token_id": _TOKENS,
 }
-"""What each key that a forward pass reads may be, whichever model type has it."""
-_WHERE_USED: Mapping[str, _Rules] = {
-    "rope_theta": (*_NUMBER, (lambda value: value != 0, "larger than 0")),
+"""Keys that every forward pass reads, if a model type has them."""
+_CHECKED_IF_READ: Mapping[str, tuple[_Rule, ...]] = {
+    "rope_theta": (*_NUMBER, _Rule(lambda value: value != 0, "larger than 0")),
     "sliding_window": _OPTIONAL,
     "use_sliding_window": _FLAG,
     "max_window_layers": _NUMBER,
 }
-"""The same of keys that count under a condition only."""
-_NO_ROPE_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # 0 leaves the last two out
+_NOT_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # mscale may be 0
 
 
-class Values:
+class ConfigValues:
     """Reads settings from a config, with the defaults of its model type."""
 
     def __init__(
@@ -90,43 +85,43 @@ class Values:
         self.config, self.defaults, self.keys = config, defaults_of(model_type), keys or {}
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
-        """Return a setting; raises UpcycleError for one that no model has."""
+        """Return a setting; raises UpcycleError for an invalid one."""
         own = self.keys.get(key, key)
         value = self.config.get(own, self.defaults.get(own))
         if value is None and key == "intermediate_size" and key in self.keys:
-            return 4 * self["hidden_size"]  # which is what null means to those types
-        usual = self.defaults.get(own)
-        if usual is not None and type(value) is type(usual) and value == usual:
+            return 4 * self["hidden_size"]  # the meaning of null in these types
+        default = self.defaults.get(own)
+        if default is not None and type(value) is type(default) and value == default:
             return value
-        rules = _RULES.get(key) or _WHERE_USED.get(key, ())
-        # Where a type has a size of its own, null does not mean "derive it": it is refused there.
-        if key == "head_dim" and self.defaults.get(key) is not None:
+        rules = _CHECKED.get(key) or _CHECKED_IF_READ.get(key, ())
+        # A type with its own default does not derive head_dim if a config says null.
+        if key == "head_dim" and default is not None:
             rules = _COUNT
-        for holds, wanted in rules:
-            if not holds(value):
+        for rule in rules:
+            if not rule.holds(value):
                 found = "null" if value is None else shown(value)
-                raise UpcycleError(f"config.json: {own} must be {wanted}, not {found}.")
+                raise UpcycleError(f"config.json: {own} must be {rule.wanted}, not {found}.")
         return value
 
     def effective(self) -> dict[str, Any]:
-        """Return every setting, checked, and with what is derived from others.
+        """Return every setting, checked, and derived from others where it is absent.
 
-        "rope_theta" and "rope_scaling" stand for all forms of rope settings; the latter is
-        everything but theta, None for the plain kind. Raises UpcycleError as for a single one.
+        "rope_theta" and "rope_scaling" stand for all forms of rope settings; the latter holds
+        everything but theta, and is None for plain rope. Raises UpcycleError as `__getitem__` does.
         """
         known = {**self.defaults, **self.config, **dict.fromkeys(self.keys)}
-        found = known | {key: self[key] for key in _RULES if key in known}
+        found = known | {key: self[key] for key in _CHECKED if key in known}
         if "num_attention_heads" in found:
             found |= _heads(found)
         if "rope_theta" in self.defaults:
             found["rope_theta"], found["rope_scaling"] = _read_rope(self)
         if "partial_rotary_factor" in self.defaults:
-            found["partial_rotary_factor"] = _read_share(self.config, known)
+            found["partial_rotary_factor"] = _rotary_share(self.config, known)
         return found
 
 
 def _heads(found: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of a head and the number of those of keys and values."""
+    """Return the size of a head and the number of key-value heads."""
     heads, hidden_size = found["num_attention_heads"], found["hidden_size"]
     head_dim = found.get("head_dim")
     if head_dim is None and hidden_size % heads:
@@ -143,10 +138,10 @@ def _heads(found: Mapping[str, Any]) -> dict[str, int]:
     return {"head_dim": head_dim or hidden_size // heads, "num_key_value_heads": groups}
 
 
-def _read_rope(values: Values) -> tuple[float, Mapping[str, Any] | None]:
-    """Return theta, and everything else of the rope settings; None for the plain kind."""
-    # transformers lets a non-empty rope_scaling win over rope_parameters, and a theta inside
-    # either over the one at the top level.
+def _read_rope(values: ConfigValues) -> tuple[float, Mapping[str, Any] | None]:
+    """Return theta, and all other rope settings; None for plain rope."""
+    # In transformers a non-empty rope_scaling overrides rope_parameters, and a theta inside either
+    # overrides the one at the top level.
     key = "rope_scaling" if values.config.get("rope_scaling") else "rope_parameters"
     parameters = values.config.get(key) or {}
     if not isinstance(parameters, dict):
@@ -170,29 +165,27 @@ def _read_rope(values: Values) -> tuple[float, Mapping[str, Any] | None]:
         )
     for name, value in {**scaling, "rope_theta": theta}.items():
         numbers = value if isinstance(value, list) else [value]
-        if name not in _NO_ROPE_NUMBERS and not all(map(_is_usable, numbers)):
-            raise UpcycleError(
-                f"config.json: {key} has {name} {shown(value)}, and no rotary embedding has."
-            )
+        if name not in _NOT_NUMBERS and not all(map(_is_rope_setting, numbers)):
+            raise UpcycleError(f"config.json: {name} in {key} cannot be {shown(value)}.")
     if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
         return theta, None
     return theta, scaling | {"rope_type": kind}
 
 
-def _read_share(config: Mapping[str, Any], known: Mapping[str, Any]) -> float:
-    """Return the part of each head that is turned; what is inside the rope settings goes first."""
+def _rotary_share(config: Mapping[str, Any], known: Mapping[str, Any]) -> float:
+    """Return the rotated share of each head; the value inside rope settings takes precedence."""
     key = "partial_rotary_factor"
     inner = config.get("rope_scaling") or config.get("rope_parameters") or {}
     share = inner.get(key, known[key])
-    if type(share) not in (int, float) or not 0 < share <= 1:
+    if not _is_number(share) or not 0 < share <= 1:
         raise UpcycleError(
             f"config.json: {key} must be a number above 0 and at most 1, not {shown(share)}."
         )
     return float(share)
 
 
-def _is_usable(value: object) -> bool:
-    """Whether this can be a setting of rotary embeddings: a flag, or a positive number."""
+def _is_rope_setting(value: object) -> bool:
+    """Whether this is null, a flag or a positive number."""
     if value is None or isinstance(value, bool):
         return True
     return isinstance(value, int | float) and math.isfinite(value) and value > 0

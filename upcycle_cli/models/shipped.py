@@ -1,8 +1,7 @@
-"""The code that lies inside a converted model for which transformers has no class.
+"""The code inside a converted model for which transformers has no MoE class.
 
-`modeling_upcycled.py` is a module of this package and, but for the three classes of the dense
-family that it imports, what is written into the model. It is read as text here, since importing it
-takes torch and transformers.
+A model gets the text of `modeling_upcycled.py` with the three classes of its dense family imported.
+The module is read as text, since importing it takes torch and transformers.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ CODE_NAME = "modeling_upcycled.py"
 ARCHITECTURE = "UpcycledForCausalLM"
 WRAPPED_ARCHITECTURE = "UpcycledForConditionalGeneration"
 UPCYCLED_PREFIX = "upcycled_"
-"""How the model type begins; that of the dense family follows."""
+"""The prefix of model types with shipped code; the dense model type follows."""
 
 _ROLES = ("DenseConfig", "DenseModel", "DenseForCausalLM")
 
 
 def auto_map(*, wrapped: bool) -> dict[str, str]:
-    """Return what a config says of the code; `wrapped` of a model that has a text model inside."""
+    """Return the config's `auto_map`; `wrapped` says whether the text model is in a wrapper."""
     name, whole = (
         ("ImageTextToText", WRAPPED_ARCHITECTURE) if wrapped else ("CausalLM", ARCHITECTURE)
     )
@@ -35,8 +34,8 @@ def auto_map(*, wrapped: bool) -> dict[str, str]:
 def modeling_code(classes: tuple[str, str, str], *, wrapped: bool = False) -> str:
     """Return the text of a model's `modeling_upcycled.py`.
 
-    `classes` are the dense family's config, base model and causal LM, as transformers exports them,
-    or of a model that has a text model inside its own three.
+    `classes` are the config, base model and full model that transformers exports for the dense
+    family, or for its wrapper.
     """
     text = files(__package__).joinpath(CODE_NAME).read_text(encoding="utf-8")
     for role, name in zip(_ROLES, classes, strict=True):

@@ -1,8 +1,8 @@
-"""Tensors that native targets hold in another form, as data: split, or with rows moved.
+"""Non-expert tensors that native targets store in another form: split, or with permuted rows.
 
-Most of what is no expert's is copied under its name. Some types fuse what the usual attention has
-as three matrices, or turn neighbouring rows of a head against each other where the usual rotary
-embedding turns one half against the other. The function is the same, and so are the numbers.
+Most other tensors are copied under their names. Some dense types fuse the three attention matrices,
+or rotate adjacent rows of a head where most rotary embeddings rotate its first half against its
+second. The function and the numbers stay the same.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a dense tensor, and the tensor of a native target that holds them."""
+    """Some rows of a dense tensor, and the target's tensor that holds them."""
 
     name: str
-    """Within the layer, as its own."""
+    """Within the layer."""
     rows: str
-    """How many, a product of config keys: "num_attention_heads*head_dim"."""
+    """Their number, as a product of config keys: "num_attention_heads*head_dim"."""
     halves: bool = False
-    """Whether the rotary part of each head has its even rows first, then its odd ones."""
+    """Whether each head's rotary part is reordered: even rows first, then odd rows."""
 
 
 Pieces = Mapping[str, tuple[Piece, ...]]
-"""By the names of dense tensors within the layer; their rows from the first to the last."""
+"""The pieces of each dense tensor (by its name within the layer), from the first row on."""
 
 _QUERIES, _KEYS = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 
@@ -35,18 +35,16 @@ QKV: Pieces = {
         Piece("self_attn.v_proj.weight", _KEYS),
     )
 }
-"""Queries, keys and values in one matrix."""
 GATE_UP: Pieces = {
     "mlp.gate_up_proj.weight": (
         Piece("mlp.gate_proj.weight", "intermediate_size"),
         Piece("mlp.up_proj.weight", "intermediate_size"),
     )
 }
-"""Gate and up in one matrix, in the layers that stay dense."""
+"""For layers that stay dense."""
 INTERLEAVED: Pieces = {
     f"self_attn.{matrix}_proj.{kind}": (Piece(f"self_attn.{matrix}_proj.{kind}", rows, True),)
     for matrix, rows in (("q", _QUERIES), ("k", _KEYS))
     for kind in ("weight", "bias")
 }
-"""Rotary embeddings that turn row 2i of a head against row 2i + 1, for those that turn i against
-i + half of them."""
+"""From rotating row 2i of a head against row 2i + 1, to rotating i against i + half."""

@@ -37,10 +37,10 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import check_utf8, open_regular
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
-from upcycle_cli.models import dense_family, is_known, is_moe, is_target
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import dense_family, is_known, is_moe, is_target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import WRAPPERS, parts, wrapper_of
+from upcycle_cli.models.wrappers import WRAPPERS, nested_configs, wrapper_of
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.origins import find_merged
 from upcycle_cli.old_verification.prompts import TextOptions
@@ -182,8 +182,8 @@ def _opened(dense: Path, moe: Path, *others: Path) -> list[Checkpoint]:
     """Open the source, the MoE and the other models that it was made of."""
     source, *more = sources = [open_checkpoint(path) for path in (dense, *others)]
     for each in sources:
-        outgrown = not is_target(each.config) and dense_family(each.config).outgrown_code
-        refuse_unsafe_settings(each, outgrown=outgrown, parts=parts(each.config))
+        outgrown = not is_target(each.config) and dense_family(each.config).has_obsolete_code
+        refuse_unsafe_settings(each, outgrown=outgrown, parts=nested_configs(each.config))
     try:
         converted = open_checkpoint(moe)
     except UpcycleError as error:

@@ -372,7 +372,7 @@ def _parameter_failures(facts: Facts) -> Iterator[str]:
         yield f"{RECORD_NAME}: parameters is missing"
         return
     names = {
-        facts.place(part, layer, expert).tensor
+        facts.locate(part, layer, expert).tensor
         for layer in facts.layers
         for part in facts.parts
         for expert in range(facts.num_experts)

@@ -14,7 +14,7 @@ from typing import Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models import is_target
+from upcycle_cli.models.families import is_target
 from upcycle_cli.old_verification.sizes import DamagedError, find_target
 from upcycle_cli.old_verification.structure import own_failures
 

@@ -86,7 +86,7 @@ def _differences(
         wanted = gathered.wanted(shard)
         if same(held, wanted):
             continue
-        label = facts.place(part, layer, group * facts.group_size + shard).label
+        label = facts.locate(part, layer, group * facts.group_size + shard).label
         differs = unequal(held, wanted).movedim(gathered.cut, 0).flatten(1).any(1).numpy()
         start = shard * facts.expert_size
         others = [

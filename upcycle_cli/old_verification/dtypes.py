@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.models.mlp import Weight
-from upcycle_cli.models.moe import Added, Layout
+from upcycle_cli.models.moe import ExtraTensor, Layout
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.sizes import read_tensors
 
@@ -34,7 +34,7 @@ def counterparts(facts: Facts) -> dict[str, str]:
         for expert in range(facts.num_experts):
             for part in facts.parts:
                 # Fused gate_up holds both, and takes the gate's, which comes first.
-                name = facts.place(part, layer, expert).tensor
+                name = facts.locate(part, layer, expert).tensor
                 found.setdefault(name, facts.dense_place(part, layer).tensor)
     return found
 
@@ -48,10 +48,10 @@ def shared_tensors(
     scale it is drawn, if any; by the names that it has in a layout, in the MoE's unless given.
     """
     shared, prefix = facts.target.shared, facts.target.prefix(layer)
-    if shared is None or not (shared.insisted_on or facts.shared_experts):
+    if shared is None or not (shared.required or facts.shared_experts):
         return
     for weight in facts.target.shared_weights(layout or facts.layout):
-        part = weight.holds[0]
+        part = weight.parts[0]
         inert = part == "down" and not facts.shared_experts and shared.norm is None
         source = "" if inert else facts.dense_place(part, layer).tensor
         yield prefix + weight.name, weight, source
@@ -59,9 +59,11 @@ def shared_tensors(
         yield prefix + shared.router, None, ""
 
 
-def added_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, Added]]:
+def added_tensors(
+    facts: Facts, layer: int
+) -> Iterator[tuple[str, tuple[int, ...], str, ExtraTensor]]:
     """Yield what a layer has beside its experts: name, shape, dense tensor or "", and row."""
-    for row in facts.target.added:
+    for row in facts.target.extra_tensors:
         size = facts.num_experts if row.per_expert else facts.hidden_size
         source = "" if row.of is None else facts.family.layer.format(layer=layer) + row.of
         yield facts.target.prefix(layer) + row.name, (size,), source, row
@@ -69,7 +71,7 @@ def added_tensors(facts: Facts, layer: int) -> Iterator[tuple[str, tuple[int, ..
 
 def correction_biases(facts: Facts) -> set[str]:
     """Return the names of the biases on the choice of experts, which are in float32 always."""
-    name = facts.target.corrects(facts.layout, facts.routing)
+    name = facts.target.correction_bias_name(facts.layout, facts.routing)
     return set() if name is None else {facts.target.prefix(layer) + name for layer in facts.layers}
 
 

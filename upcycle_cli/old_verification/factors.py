@@ -106,12 +106,12 @@ def _recover(facts: Facts, dense: Reader, moe: Reader, matrix: str) -> float:
     probes = (layers[0], experts[0]), (layers[-1], experts[-1]), middle
     fallback, shape = math.nan, facts.expert_shape(matrix)
     for layer, expert in probes:
-        place = facts.place(matrix, layer, expert)
+        place = facts.locate(matrix, layer, expert)
         entry = facts.moe.tensors.get(place.tensor)
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != shape:
             continue
         source = facts.dense_place(matrix, layer, facts.shard_of(expert))
-        held = place.of(moe.tensor(place.tensor), source.cut)
+        held = place.select(moe.tensor(place.tensor), source.split_dim)
         base = dense.tensor(source.tensor)[source.index].to(held.dtype)
         measured = ratio(held, base)
         near = _near_candidates(facts, matrix, measured)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
-from upcycle_cli.models import pieces_of
+from upcycle_cli.models.choose import pieces_of
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseFamily
-from upcycle_cli.models.mlp import Place, Weight, holder, parts_of, place, present
+from upcycle_cli.models.mlp import Location, Weight, find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Layout, Target
 from upcycle_cli.models.tensor_pieces import Piece
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.old_verification.merged import Merged, rest_reader
 from upcycle_cli.old_verification.recipes import APPROXIMATE_LOGIT_STD, MlpKind, RecipeClaim, Record
 
@@ -121,7 +121,7 @@ class Facts:
     @cached_property
     def dense_mlp(self) -> tuple[Weight, ...]:
         """The weights of a dense layer's MLP."""
-        return present(self.family.mlp, self.dense.tensors, self._prefix(self.layers[0]))
+        return present_weights(self.family.mlp, self.dense.tensors, self._prefix(self.layers[0]))
 
     def _prefix(self, layer: int) -> str:
         return self.family.layer.format(layer=layer)
@@ -198,41 +198,41 @@ class Facts:
     def gamma_name(self, layer: int) -> str | None:
         """Return the name of the weight of the norm that feeds a layer's MLP, if there is one."""
         prefix = self._prefix(layer)
-        norm = self.family.norm_of(self.dense.tensors, prefix)
+        norm = self.family.norm_name(self.dense.tensors, prefix)
         return None if norm is None else prefix + norm
 
-    def place(self, part: str, layer: int, expert: int) -> Place:
+    def locate(self, part: str, layer: int, expert: int) -> Location:
         """Return where one part of one expert lies on disk, with the tensor's whole name."""
-        found = place(self.layout.experts, part, width=self.expert_size, expert=expert)
+        found = locate(self.layout.experts, part, width=self.expert_size, expert=expert)
         return replace(found, tensor=self.target.prefix(layer) + found.tensor)
 
-    def dense_place(self, part: str, layer: int, shard: int | None = None) -> Place:
+    def dense_place(self, part: str, layer: int, shard: int | None = None) -> Location:
         """Return where a part of a dense MLP lies, all of it or one shard."""
         size = self.expert_size
         cut = None if shard is None else (shard * size, (shard + 1) * size)
-        found = place(self.dense_mlp, part, width=self.dense_size, shard=cut)
+        found = locate(self.dense_mlp, part, width=self.dense_size, shard=cut)
         return replace(found, tensor=self._prefix(layer) + found.tensor)
 
     def side_by_side(self, part: str) -> tuple[str, ...]:
         """Return the parts that have a share of each row of its tensor, itself too."""
-        weight = holder(self.layout.experts, part)
-        return weight.holds if weight.cut == 1 else (part,)
+        weight = find_weight(self.layout.experts, part)
+        return weight.parts if weight.split_dim == 1 else (part,)
 
     def expert_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of the tensor that holds a part of an expert, or of all experts."""
-        weight = holder(self.layout.experts, part)
+        weight = find_weight(self.layout.experts, part)
         shape = weight.shape(self.expert_size, self.hidden_size)
         return shape if "{expert}" in weight.name else (self.num_experts, *shape)
 
     @cached_property
     def dense_config(self) -> Mapping[str, Any]:
         """What the dense model's config says of its text model, which mostly is the whole."""
-        return inner(self.dense.config)
+        return text_config_of(self.dense.config)
 
     @cached_property
     def moe_config(self) -> Mapping[str, Any]:
         """What the MoE's config says of its text model, which mostly is the whole."""
-        return inner(self.moe.config)
+        return text_config_of(self.moe.config)
 
     def in_moe(self, name: str) -> tuple[str, ...]:
         """Return what the MoE calls a dense tensor: of an MLP the first that was made of it.
@@ -245,10 +245,10 @@ class Facts:
             return tuple(found for found, _ in self.pieces[name])
         here, there = self.family.inside, self.target.inside
         if here is not None and there is not None:
-            loaded = here.loaded(name)
-            return (self._loaded.get(loaded, there.unloaded(loaded)),)
+            loaded = here.in_memory(name)
+            return (self._loaded.get(loaded, there.from_memory(loaded)),)
         root = self.family.layer.partition("layers.")[0]
-        kept = self.target.root + name.removeprefix(root) if name.startswith(root) else name
+        kept = self.target.name_prefix + name.removeprefix(root) if name.startswith(root) else name
         return (self.target.name(kept),)
 
     @cached_property
@@ -268,13 +268,13 @@ class Facts:
     def _loaded(self) -> Mapping[str, str]:
         """The MoE's tensors by the names that transformers has in memory, inside of a wrapper."""
         inside = self.target.inside
-        return {} if inside is None else {inside.loaded(name): name for name in self.moe.tensors}
+        return {} if inside is None else {inside.in_memory(name): name for name in self.moe.tensors}
 
     @cached_property
     def became(self) -> Mapping[str, str]:
         """From the dense tensors that experts were made of to those that hold the first of them."""
         return {
-            self.dense_place(part, layer).tensor: self.place(part, layer, 0).tensor
+            self.dense_place(part, layer).tensor: self.locate(part, layer, 0).tensor
             for layer in self.layers
             for part in self.parts
         }

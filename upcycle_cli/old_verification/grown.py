@@ -16,7 +16,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.mlp import Place, parts_of, place
+from upcycle_cli.models.mlp import Location, locate, parts_of
 from upcycle_cli.models.moe import Layout, Target
 from upcycle_cli.old_verification.recipes import Record, read_record
 from upcycle_cli.old_verification.sizes import DamagedError, find_layout, find_target
@@ -52,21 +52,21 @@ class Side:
         """The parts of an expert."""
         return parts_of(self.layout.experts)
 
-    def place(self, part: str, layer: int, expert: int) -> Place:
+    def locate(self, part: str, layer: int, expert: int) -> Location:
         """Return where one part of one expert lies on disk, with the tensor's whole name."""
-        found = place(self.layout.experts, part, width=self.expert_size, expert=expert)
+        found = locate(self.layout.experts, part, width=self.expert_size, expert=expert)
         return replace(found, tensor=self.target.prefix(layer) + found.tensor)
 
     def of_choice(self, layer: int) -> tuple[str, ...]:
         """Return the tensors with an entry per expert that choose: the router, and a bias."""
-        bias = self.target.corrects(self.layout, self.routing)
+        bias = self.target.correction_bias_name(self.layout, self.routing)
         names = (self.layout.router, *([] if bias is None else [bias]))
         return tuple(self.target.prefix(layer) + name for name in names)
 
     def of_experts(self, layer: int) -> set[str]:
         """Return the tensors of a layer that hold experts."""
         each = range(self.num_experts)
-        return {self.place(part, layer, e).tensor for part in self.parts for e in each}
+        return {self.locate(part, layer, e).tensor for part in self.parts for e in each}
 
     def shape_failures(self, layer: int) -> Iterator[str]:
         """Name the tensors of a layer's experts and router that are missing or misshapen."""
@@ -148,8 +148,8 @@ class Grown:
             )
             for part in self.source.parts:
                 for e in range(self.source.num_experts):
-                    name = self.source.place(part, layer, e).tensor
-                    found[name] = self.grown.place(part, layer, e * self.copies).tensor
+                    name = self.source.locate(part, layer, e).tensor
+                    found[name] = self.grown.locate(part, layer, e * self.copies).tensor
         return found
 
 

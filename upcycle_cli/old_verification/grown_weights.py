@@ -113,7 +113,7 @@ def _odd(
 
     most = max(range(len(wanted)), key=likeness)
     labels = [
-        after.place(label, layer, expert).label if label in after.parts else f"{label}[{expert}]"
+        after.locate(label, layer, expert).label if label in after.parts else f"{label}[{expert}]"
         for label, digest in pieces.items()
         if digest != wanted[most][label]
     ]
@@ -133,7 +133,7 @@ def _pieces(side: Side, reader: Reader, layer: int, expert: int, *, like: Side) 
     for name, theirs in zip(side.of_choice(layer), like.of_choice(layer), strict=True):
         note(theirs, reader.tensor(name)[expert], theirs)
     for part in sorted(side.parts):
-        spot = side.place(part, layer, expert)
-        other = like.place(part, layer, 0)
-        note(part, spot.of(reader.tensor(spot.tensor), other.cut), other.tensor)
+        spot = side.locate(part, layer, expert)
+        other = like.locate(part, layer, 0)
+        note(part, spot.select(reader.tensor(spot.tensor), other.split_dim), other.tensor)
     return found

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.models.moe import Layout, Target
-from upcycle_cli.models.wrappers import LOADED, Inside, inner
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.sizes import find_layout
 from upcycle_cli.run.models import Shapes, TransformersError, empty_shapes
@@ -27,7 +28,9 @@ def header_failures(moe: Checkpoint, target: Target) -> Iterator[str]:
         entry = moe.tensors.get(name)
         if entry is None:
             # A tied head is the embedding, and needs no tensor of its own.
-            if name != target.head or not inner(moe.config).get("tie_word_embeddings", False):
+            if name != target.head or not text_config_of(moe.config).get(
+                "tie_word_embeddings", False
+            ):
                 yield f"{name} is missing"
         elif entry.shape != shape:
             yield f"{name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
@@ -51,14 +54,16 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
         *first, rows, columns = written[name]
         written[name] = (*first, columns, rows)
     if inside is not None:
-        shapes, form = (in_memory, LOADED) if is_fused else (written, inside.wrapper.released)
-        held = {inside.loaded(name): name for name in moe.tensors}
-        loaded = {inside.loaded(name, form): shape for name, shape in shapes.items()}
-        return {held.get(name, inside.unloaded(name)): shape for name, shape in loaded.items()}
+        shapes, form = (
+            (in_memory, IN_MEMORY_PREFIXES) if is_fused else (written, inside.wrapper.released)
+        )
+        held = {inside.in_memory(name): name for name in moe.tensors}
+        loaded = {inside.in_memory(name, form): shape for name, shape in shapes.items()}
+        return {held.get(name, inside.from_memory(name)): shape for name, shape in loaded.items()}
     if not is_fused:
         return written
     # All but the experts have the names of released checkpoints, if the experts have.
-    memory, disk = "model.", target.root
+    memory, disk = "model.", target.name_prefix
     return {
         disk + name.removeprefix(memory) if name.startswith(memory) else name: shape
         for name, shape in in_memory.items()
@@ -67,7 +72,7 @@ def expected(moe: Checkpoint, target: Target, *, layers: int | None = None, **si
 
 def _turned(target: Target, layout: Layout) -> tuple[str, ...]:
     """Return how the names of the tensors end whose matrices lie the other way in memory."""
-    return tuple(f".{weight.name}" for weight in target.turned(layout))
+    return tuple(f".{weight.name}" for weight in target.transposed_weights(layout))
 
 
 def _released(facts: Facts, layers: int, **sizes: int) -> Shapes:
@@ -96,7 +101,7 @@ def geometry_failures(facts: Facts) -> Iterator[str]:
         yield f"transformers cannot make the models to compare their shapes: {error}"
         return
     for part in facts.parts:
-        places = (facts.dense_place(part, layer, 0), dense), (facts.place(part, layer, 0), moe)
+        places = (facts.dense_place(part, layer, 0), dense), (facts.locate(part, layer, 0), moe)
         for spot, (usual, other) in places:
             shapes = usual.get(spot.tensor), other.get(spot.tensor)
             if None in shapes:

@@ -25,7 +25,7 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.inspection.neuron_matching import match, match_some, neuron_hashes
-from upcycle_cli.models.mlp import holder, parts_of, place
+from upcycle_cli.models.mlp import find_weight, locate, parts_of
 from upcycle_cli.old_verification.bits import bits
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.gathered import Gathered
@@ -48,7 +48,7 @@ def cut_of(facts: Facts, part: str) -> int | None:
     Of a part that the dense MLP lacks, which is found elsewhere, that of the experts.
     """
     held = facts.dense_mlp
-    return holder(held if part in parts_of(held) else facts.layout.experts, part).cut
+    return find_weight(held if part in parts_of(held) else facts.layout.experts, part).split_dim
 
 
 def first_entries(matrix: torch.Tensor, cut: int) -> torch.Tensor:
@@ -66,12 +66,12 @@ def group_part(
     found, wanted, dtypes = [], facts.expert_shape(part), set()
     cut = cut_of(facts, part)
     for expert in range(group * facts.group_size, (group + 1) * facts.group_size):
-        place = facts.place(part, layer, expert)
+        place = facts.locate(part, layer, expert)
         entry = facts.moe.tensors.get(place.tensor)
         if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != wanted:
             return None
         dtypes.add(entry.dtype)
-        found.append(place.of(moe.tensor(place.tensor), cut))
+        found.append(place.select(moe.tensor(place.tensor), cut))
     return found if len(dtypes) == 1 else None
 
 
@@ -84,12 +84,12 @@ def dense_part(facts: Facts, dense: Reader | MeanReader, part: str, layer: int) 
 def shared_part(facts: Facts, moe: Reader, part: str, layer: int) -> torch.Tensor | None:
     """Return a part of a layer's shared expert, a view of its file; None where it is not there."""
     weights, prefix = facts.target.shared_weights(facts.layout), facts.target.prefix(layer)
-    row, width = holder(weights, part), facts.shared_width
+    row, width = find_weight(weights, part), facts.shared_width
     entry = facts.moe.tensors.get(prefix + row.name)
     wanted = row.shape(width, facts.hidden_size)
     if entry is None or entry.dtype not in TORCH_DTYPES or entry.shape != wanted:
         return None
-    return moe.tensor(entry.name)[place(weights, part, width=width).index]
+    return moe.tensor(entry.name)[locate(weights, part, width=width).index]
 
 
 def shared_factor(facts: Facts, part: str) -> float:

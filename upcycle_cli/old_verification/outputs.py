@@ -225,7 +225,7 @@ def _exact(facts: Facts, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
     """Say what the MoE owes, and where what was measured is not that."""
     factors = recover_factors(facts)
     lossless = all(is_power_of_two(factors[matrix]) for matrix in facts.kind.matrices)
-    names = {facts.place(part, layer, 0).tensor for layer in facts.layers for part in facts.parts}
+    names = {facts.locate(part, layer, 0).tensor for layer in facts.layers for part in facts.parts}
     rounded = max(_ROUNDED_KL[facts.moe.tensors[name].dtype] for name in names)
     failures = [*exact_failures(metrics, None if lossless else rounded)]
     if facts.group_size > 1:

@@ -184,7 +184,7 @@ class _Layer:
     def _name(self, expert: int, part: str | None = None) -> str:
         if part is None:
             return f"layer {self.layer}, expert {expert}"
-        return self.whole.facts.place(part, self.layer, expert).label
+        return self.whole.facts.locate(part, self.layer, expert).label
 
     def _base(self, part: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a part of the dense MLP as a conversion writes it before it draws."""

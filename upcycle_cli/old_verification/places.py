@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TensorEntry
-from upcycle_cli.models.mlp import Place
+from upcycle_cli.models.mlp import Location
 from upcycle_cli.old_verification.facts import Facts
 
 
@@ -16,7 +16,7 @@ class Experts:
     """Where the experts lie, for one layer as for all: asking `Facts` for each takes its time."""
 
     facts: Facts
-    places: tuple[tuple[str, int, Place], ...]
+    places: tuple[tuple[str, int, Location], ...]
     """Part, expert, and the place with the name of its tensor within the layer."""
 
     @classmethod
@@ -26,7 +26,7 @@ class Experts:
         found = []
         for expert in facts.experts:
             for part in facts.parts:
-                place = facts.place(part, first, expert)
+                place = facts.locate(part, first, expert)
                 found.append((part, expert, replace(place, tensor=place.tensor[start:])))
         return cls(facts, tuple(found))
 
@@ -44,7 +44,7 @@ class Spot(NamedTuple):
     nbytes: int
 
 
-def spot_of(entry: TensorEntry, place: Place, *, whole: bool = False) -> Spot | None:
+def spot_of(entry: TensorEntry, place: Location, *, whole: bool = False) -> Spot | None:
     """Return where a place lies, None when its bytes are not in one piece.
 
     With `whole` that of all that is beside it, the matrix of an expert.
@@ -53,8 +53,12 @@ def spot_of(entry: TensorEntry, place: Place, *, whole: bool = False) -> Spot | 
     if place.row is not None:
         shape = shape[1:]
         start = place.row * math.prod(shape)
-    if not whole and place.cut is not None and place.stop - place.start != shape[place.cut]:
-        if place.cut:
+    if (
+        not whole
+        and place.split_dim is not None
+        and place.stop - place.start != shape[place.split_dim]
+    ):
+        if place.split_dim:
             return None
         shape = (place.stop - place.start, *shape[1:])
         start += place.start * math.prod(shape[1:])

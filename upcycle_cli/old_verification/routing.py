@@ -86,7 +86,7 @@ def watched_routers(facts: Facts, model: Model, tokens: int) -> Iterator[Routing
     found = Routing(tokens)
     layout = facts.target.in_memory
     linear = layout.router.removeprefix(layout.gate).removesuffix("weight").strip(".")
-    others = [row.name.removeprefix(f"{layout.gate}.") for row in facts.target.added]
+    others = [row.name.removeprefix(f"{layout.gate}.") for row in facts.target.extra_tensors]
     with ExitStack() as stack:
         for layer, router in routers_of(model, facts.target, facts.layers).items():
             watch, rows = _Watch(facts, layer, linear, others, found), router.get_submodule(linear)

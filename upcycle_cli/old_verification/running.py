@@ -18,7 +18,7 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.mlp import holder
+from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.old_verification.facts import Facts, Moe
 from upcycle_cli.run.lazy_weights import Stored, finder, stored_model
 from upcycle_cli.run.mixtures import stored_mixture
@@ -72,7 +72,7 @@ def moe_model(
     `copied` are the layers in which the experts of a shard were found to be the same bytes: each of
     them is run once for a token, with the sum of its copies' gates.
     """
-    find = finder(facts.moe, facts.target.inside, facts.target.root)
+    find = finder(facts.moe, facts.target.inside, facts.target.name_prefix)
     in_memory = facts.target.in_memory.experts
 
     def stored(name: str, *pieces: torch.Tensor) -> Stored:
@@ -86,9 +86,9 @@ def moe_model(
         return None if found is None else stored(found, reader.tensor(found))
 
     def expert(layer: int, parts: Sequence[str], number: int) -> Stored:
-        spots = [facts.place(part, layer, number) for part in parts]
-        cut = holder(in_memory, parts[0]).cut
-        pieces = (spot.of(reader.tensor(spot.tensor), cut) for spot in spots)
+        spots = [facts.locate(part, layer, number) for part in parts]
+        cut = find_weight(in_memory, parts[0]).split_dim
+        pieces = (spot.select(reader.tensor(spot.tensor), cut) for spot in spots)
         return stored(spots[0].tensor, *pieces)
 
     experts = facts.layers, facts.parts, expert

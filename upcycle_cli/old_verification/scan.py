@@ -279,10 +279,10 @@ class Scan:
         With those beside it. What is still to be multiplied for that is added to `scaling`.
         """
         facts, beside = self.facts, self.facts.side_by_side(part)
-        cut = facts.place(part, layer, 0).cut
+        cut = facts.locate(part, layer, 0).split_dim
         for shard in range(facts.shared_experts, facts.granularity):
             spots = [facts.dense_place(each, layer, shard) for each in beside]
-            views = [s.of(self._cast(s.tensor, _torch_dtype(dtype)), cut) for s in spots]
+            views = [s.select(self._cast(s.tensor, _torch_dtype(dtype)), cut) for s in spots]
             wanted, name = _Wanted(views[0]), spots[0].tensor
             own = [factor_of(facts, factors, each) for each in beside]
             if own != [1.0] or not views[0].is_contiguous():

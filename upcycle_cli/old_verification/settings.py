@@ -17,7 +17,7 @@ from upcycle_cli.checkpoint.unsafe_settings import UNSAFE_KEYS, unsafe_config_se
 from upcycle_cli.core.errors import shown
 from upcycle_cli.models.layers import BLOCK_KEYS, OLD_BLOCKS, block_types
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.wrappers import inner, parts
+from upcycle_cli.models.wrappers import nested_configs, text_config_of
 from upcycle_cli.old_verification.dtypes import kept_wide
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.run.models import Config, TransformersError, load_config, transformers_says
@@ -63,7 +63,7 @@ def own_setting_failures(moe: Checkpoint, target: Target, architecture: str) -> 
     wanted, architectures = [architecture], moe.config.get("architectures")
     if architectures != wanted:
         yield f"{CONFIG_NAME}: architectures is {shown(architectures)}, not {wanted!r}"
-    text, inside = inner(moe.config), tuple(parts(moe.config))
+    text, inside = text_config_of(moe.config), tuple(nested_configs(moe.config))
     for failure in (
         *unsafe_config_settings({key: moe.config[key] for key in moe.config.keys() - own}, inside),
         *_block_failures(text),
@@ -137,7 +137,7 @@ def _outer_failures(facts: Facts, dense: Config, moe: Config) -> Iterator[str]:
     theirs |= facts.dense.config
     for key in sorted({*ours, *theirs} - own):
         one, other = (held.get(key, _ABSENT) for held in (ours, theirs))
-        if key in parts(facts.moe.config):
+        if key in nested_configs(facts.moe.config):
             one, other = (_without_names(getattr(config, key).to_dict()) for config in (moe, dense))
         if not _same(one, other):
             yield _difference(key, one, other)

@@ -33,7 +33,7 @@ def shared_failures(neurons: Neurons, layer: int) -> Iterator[str]:
     prefix = facts.target.prefix(layer)
     own = torch.from_numpy(shared_neurons(facts, neurons.dense, neurons.moe, layer))
     for weight in facts.target.shared_weights(facts.layout):
-        for part in weight.holds:
+        for part in weight.parts:
             held, cut = shared_part(facts, neurons.moe, part, layer), cut_of(facts, part)
             if held is None or cut is None:
                 continue

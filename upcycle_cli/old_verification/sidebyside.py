@@ -16,7 +16,7 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.mlp import holder
+from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.old_verification.distributions import Comparison, Ending, compare
 from upcycle_cli.old_verification.factors import factor_of, recover_factors
 from upcycle_cli.old_verification.facts import Facts
@@ -108,7 +108,7 @@ def run_side_by_side(
 
 def _mlp(facts: Facts, layer: Model, *, is_moe: bool) -> Model | Span:
     """Return what is to be compared of a layer: an MLP, or what has experts in its place."""
-    if facts.target.beside is not None:
+    if facts.target.parallel_mlp is not None:
         return beside_mlp(layer, facts.target, is_moe=is_moe)
     layout = facts.target.in_memory
     return layer.get_submodule(layout.block if is_moe else facts.family.mlp[0].name.split(".")[0])
@@ -181,7 +181,7 @@ def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]
     float16 = [
         layer
         for layer in facts.layers
-        if any(facts.place(m, layer, e).tensor in held for m in matrices for e in experts)
+        if any(facts.locate(m, layer, e).tensor in held for m in matrices for e in experts)
     ]
     largest: list[torch.Tensor] = []
     factors = recover_factors(facts) if float16 else {}
@@ -200,7 +200,7 @@ def _watched_experts(facts: Facts, model: Model) -> Iterator[list[torch.Tensor]]
             output_PH = hidden_PI[:, part] @ weight_HI[:, part].T
             largest.append(output_PH.abs().max() * scale)
 
-    down = holder(facts.dense_mlp, "down").name.removesuffix(".weight")
+    down = find_weight(facts.dense_mlp, "down").name.removesuffix(".weight")
     with ExitStack() as stack:
         for layer in float16:
             module = decoder_layers(model)[layer].get_submodule(down)

@@ -14,12 +14,12 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models import dense_family, target_of
 from upcycle_cli.models.defaults import defaults_of
-from upcycle_cli.models.dense import DenseFamily, unread
-from upcycle_cli.models.mlp import holder, parts_of, present
+from upcycle_cli.models.dense import DenseFamily, why_unread
+from upcycle_cli.models.families import dense_family, target_of
+from upcycle_cli.models.mlp import find_weight, parts_of, present_weights
 from upcycle_cli.models.moe import Layout, Target
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.recipes import is_positive, mlp_kind, read_record
 from upcycle_cli.run.shipped import code_failure
@@ -44,9 +44,9 @@ def _reading_config() -> Iterator[None]:
 def read_tensors(dense: Checkpoint) -> dict[str, TensorEntry]:
     """Return the tensors of a dense checkpoint but those that no model reads."""
     family = dense_family(dense.config, dense.tensors)
-    values = {**defaults_of(family.model_type), **inner(dense.config)}
+    values = {**defaults_of(family.model_type), **text_config_of(dense.config)}
     return {
-        name: entry for name, entry in dense.tensors.items() if not unread(name, family, values)
+        name: entry for name, entry in dense.tensors.items() if not why_unread(name, family, values)
     }
 
 
@@ -62,9 +62,9 @@ def gather_facts(
     family = dense_family(dense.config, dense.tensors)
     layers, dense_size, hidden_size = dense_sizes(dense, family)
     key = family.activation or ""
-    activation = inner(dense.config).get(key, defaults_of(family.model_type).get(key))
+    activation = text_config_of(dense.config).get(key, defaults_of(family.model_type).get(key))
     kind = mlp_kind(parts_of(family.mlp), activation)
-    keys, config, layout = target.keys, inner(moe.config), find_layout(moe, target)
+    keys, config, layout = target.keys, text_config_of(moe.config), find_layout(moe, target)
     with _reading_config():
         num_experts, top_k, expert_size = target.sizes(config)
         size = f"{keys.expert_size} {expert_size}"
@@ -130,12 +130,12 @@ def find_target(moe: Checkpoint) -> Target:
 
 def find_layout(moe: Checkpoint, target: Target) -> Layout:
     """Return how the experts of an MoE are named."""
-    return target.layouts[target.stored_layout(moe.tensors, inner(moe.config))]
+    return target.layouts[target.stored_layout(moe.tensors, text_config_of(moe.config))]
 
 
 def _check_sizes(moe: Checkpoint, target: Target) -> None:
     """Raise ValueError for sizes that no model of these tensors has, and that take forever."""
-    keys, config = target.keys, inner(moe.config)
+    keys, config = target.keys, text_config_of(moe.config)
     num_experts, top_k, _ = target.sizes(config)
     if top_k > num_experts:
         raise ValueError(f"{keys.top_k} {top_k} is more than {keys.num_experts} {num_experts}")
@@ -154,7 +154,7 @@ def _check_sizes(moe: Checkpoint, target: Target) -> None:
 
 def _shared_experts(moe: Checkpoint, target: Target, layout: Layout, expert_size: int) -> int:
     """Return K, how many experts wide the shared expert is; 0 where it does nothing, or is not."""
-    shared, config = target.shared, inner(moe.config)
+    shared, config = target.shared, text_config_of(moe.config)
     if shared is None:
         return 0
     key = shared.size_key or shared.count_key
@@ -165,14 +165,14 @@ def _shared_experts(moe: Checkpoint, target: Target, layout: Layout, expert_size
     inert = (
         width % expert_size
         or shared.norm is not None
-        or (shared.insisted_on and _is_inert(moe, target, layout))
+        or (shared.required and _is_inert(moe, target, layout))
     )
     return 0 if inert else width // expert_size
 
 
 def _is_inert(moe: Checkpoint, target: Target, layout: Layout) -> bool:
     """Whether the down matrix of the shared expert is zero, by and large, in the first layer."""
-    down = holder(target.shared_weights(layout), "down").name
+    down = find_weight(target.shared_weights(layout), "down").name
     before, after = (target.layer + down).split("{layer}")
     entries = moe.tensors.values()
     names = (entry.name for entry in entries if entry.dtype in TORCH_DTYPES and entry.num_elements)
@@ -200,14 +200,14 @@ def dense_sizes(dense: Checkpoint, family: DenseFamily) -> tuple[tuple[int, ...]
                 f"{dense.path} has no matrix {wanted}.",
                 "Give the dense model that the MoE was made of.",
             )
-    assert first.cut is not None
+    assert first.split_dim is not None
     shape = tensors[name].shape
-    width, hidden_size = shape[first.cut] // len(first.holds), shape[1 - first.cut]
+    width, hidden_size = shape[first.split_dim] // len(first.parts), shape[1 - first.split_dim]
     for layer in layers:
         prefix = family.layer.format(layer=layer)
-        rows = present(family.mlp, tensors, prefix)
+        rows = present_weights(family.mlp, tensors, prefix)
         implied = [(weight.name, weight.shape(width, hidden_size)) for weight in rows]
-        norm = family.norm_of(tensors, prefix)
+        norm = family.norm_name(tensors, prefix)
         if norm is not None:
             implied.append((norm, (hidden_size,)))
         for name, shape in implied:
@@ -228,7 +228,7 @@ def _check_layers(layers: Sequence[int], having: Sequence[int]) -> None:
 
 def _gate_scale(moe: Checkpoint, target: Target) -> float:
     key = target.keys.scale
-    value = 1.0 if key is None else target.value(inner(moe.config), key)
+    value = 1.0 if key is None else target.value(text_config_of(moe.config), key)
     if not is_positive(value):
         raise ValueError(f"{key} must be a positive number, not {shown(value)}")
     return float(value)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.models.mlp import holder, place
-from upcycle_cli.models.wrappers import LOADED, Inside
+from upcycle_cli.models.mlp import find_weight, locate
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
 from upcycle_cli.old_verification.copies import changed_form
 from upcycle_cli.old_verification.dtypes import shared_tensors
 from upcycle_cli.old_verification.facts import Facts
@@ -72,12 +72,12 @@ def _layout_failures(facts: Facts, config: Config) -> Iterator[str]:
     model = empty_model(text, "cpu")
     _fill(model)
     module = decoder_layers(model)[layer]
-    turned = tuple(weight.name for weight in facts.target.turned(facts.layout))
+    turned = tuple(weight.name for weight in facts.target.transposed_weights(facts.layout))
     written = _written(facts.target.inside, config, model, turned)
     for part in facts.parts:
         for expert in range(2):
             found, spot = (
-                place(weights, part, width=_EXPERT_WIDTH, expert=expert)
+                locate(weights, part, width=_EXPERT_WIDTH, expert=expert)
                 for weights in (in_memory.experts, facts.layout.experts)
             )
             # What lies the other way comes back as transformers takes it.
@@ -100,9 +100,9 @@ def _shrink_experts(facts: Facts, config: Config, width: int = _WIDTH) -> None:
 def _width(facts: Facts, model: Model) -> int:
     """Return the intermediate size of a dense model, which some derive from their config's."""
     row = facts.dense_mlp[0]
-    assert row.cut is not None
+    assert row.split_dim is not None
     held = decoder_layers(model)[facts.layers[0]].get_parameter(row.name)
-    return int(held.shape[row.cut]) // len(row.holds)
+    return int(held.shape[row.split_dim]) // len(row.parts)
 
 
 def _shrink(config: Config, width: int = _WIDTH) -> None:
@@ -150,8 +150,10 @@ def _written(
     state |= {name: held.mT.contiguous() for name, held in state.items() if name.endswith(turned)}
     if inside is None:
         return names_on_disk(text, state)
-    loaded, released = (Inside(inside.wrapper, form) for form in (LOADED, inside.wrapper.released))
-    held = {loaded.place(name): tensor for name, tensor in state.items()}
+    loaded, released = (
+        Inside(inside.wrapper, form) for form in (IN_MEMORY_PREFIXES, inside.wrapper.released)
+    )
+    held = {loaded.wrapped(name): tensor for name, tensor in state.items()}
     written = names_on_disk(empty_model(config, "meta"), held)
     return {released.moved(name, inside): tensor for name, tensor in written.items()}
 
@@ -173,7 +175,7 @@ def _compare(facts: Facts, dense_outer: Config, moe_outer: Config) -> Iterator[s
     held = _written(facts.family.inside, dense_outer, dense)
     inside, own = facts.target.inside, moe.state_dict()
     if inside is not None:
-        own = {inside.place(name): tensor for name, tensor in own.items()}
+        own = {inside.wrapped(name): tensor for name, tensor in own.items()}
     lacking = _share_weights(facts, held, own, dense)
     if lacking is not None:
         yield f"by its settings the MoE has another {lacking} than the dense model"
@@ -255,16 +257,16 @@ def _share_experts(
     layout = target.in_memory
     made = {prefix + layout.router}
     for part in facts.kind.matrices:
-        source = place(facts.dense_mlp, part, width=width)
+        source = locate(facts.dense_mlp, part, width=width)
         whole = held[facts.family.layer.format(layer=layer) + source.tensor][source.index]
         scale = facts.gate_scale if part == "down" else 1.0
         for expert in range(2):
-            found = place(layout.experts, part, width=width, expert=expert)
+            found = locate(layout.experts, part, width=width, expert=expert)
             made.add(prefix + found.tensor)
             own[prefix + found.tensor][found.index] = whole / scale
     for name, weight, _ in shared_tensors(facts, layer, layout):
         made.add(name)
-        if weight is not None and weight.holds == ("down",):
+        if weight is not None and weight.parts == ("down",):
             own[name].zero_()
     return made
 
@@ -319,11 +321,11 @@ def _mlp_failures(facts: Facts, config: Config) -> Iterator[str]:
 
 def _degree(facts: Facts, mlp: Model, x_SH: torch.Tensor) -> int:
     """Return d where twice the up matrix makes the MLP's output 2**d as large, else 0."""
-    row = holder(facts.dense_mlp, "up")
+    row = find_weight(facts.dense_mlp, "up")
     weight = mlp.get_parameter(row.name.split(".", 1)[1])
-    assert row.cut is not None
+    assert row.split_dim is not None
     # Some derive it from the size that their config gives.
-    found = place(facts.dense_mlp, "up", width=weight.shape[row.cut] // len(row.holds))
+    found = locate(facts.dense_mlp, "up", width=weight.shape[row.split_dim] // len(row.parts))
     with torch.no_grad():
         for name, parameter in mlp.named_parameters():
             if name.endswith("bias"):

@@ -42,7 +42,7 @@ def wanted_tensors(facts: Facts, experts: Experts) -> dict[str, Wanted]:
     if head not in wanted and (needs_head or head in facts.moe.tensors):
         shape = facts.dense.tensors[embedding].shape
         wanted[head] = Wanted(shape, "copied", copy=Copy(head, embedding))
-    for linear in facts.target.zero_biases:
+    for linear in facts.target.required_biases:
         for layer in range(facts.num_layers):
             name = f"{facts.target.prefix(layer)}{linear}"
             weight = facts.dense.tensors.get(f"{name}.weight")

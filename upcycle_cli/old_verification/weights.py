@@ -21,7 +21,7 @@ from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.models.mlp import Place
+from upcycle_cli.models.mlp import Location
 from upcycle_cli.old_verification.bits import bits, difference, one_thread, same
 from upcycle_cli.old_verification.disorder import order_failures
 from upcycle_cli.old_verification.dtypes import dtype_failures
@@ -125,7 +125,7 @@ def _passed_detail(
         experts += f", {facts.shared_width:,} of them in the shared expert"
     mean = facts.merged is not None and facts.merged.mean
     rest = "are the mean of all models'" if mean else "equal the dense model's"
-    if facts.target.added:
+    if facts.target.extra_tensors:
         rest += ", or are what its architecture adds"
     return f"{drawn or experts} ({shown}; {end}). {routers}. All other tensors {rest}."
 
@@ -228,14 +228,14 @@ class _Comparison:
         reordered: dict[int, list[str] | None] = {}
         origin = "" if facts.only is None else f", of {facts.dense.name}"
         for expert in facts.experts:
-            place = facts.place(part, layer, expert)
+            place = facts.locate(part, layer, expert)
             if place.tensor not in sound:
                 continue
             held = self.moe.tensor(place.tensor)[place.index]
             if held.dtype not in scaled:
                 whole = self.rounding.cast(spot.tensor, source, held.dtype) * factor
                 spots = (facts.dense_place(part, layer, s) for s in range(facts.granularity))
-                scaled[held.dtype] = [s.of(whole, place.cut).contiguous() for s in spots]
+                scaled[held.dtype] = [s.select(whole, place.split_dim).contiguous() for s in spots]
             shards, own = scaled[held.dtype], facts.shard_of(expert)
             if same(held, shards[own]):
                 continue
@@ -334,7 +334,9 @@ class _Comparison:
         return self.rounding.cast(item.source, source, dtype) * item.value
 
 
-def _expert_failure(place: Place, held: torch.Tensor, shards: list[torch.Tensor], own: int) -> str:
+def _expert_failure(
+    place: Location, held: torch.Tensor, shards: list[torch.Tensor], own: int
+) -> str:
     """Say what an expert's matrix holds instead of its own shard."""
     for shard, other in enumerate(shards):
         if shard != own and same(held, other):

@@ -17,7 +17,7 @@ from upcycle_cli.models.engines import Engine, engines
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.expressions import sources
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.tensors import Options, OutputTensor, Role
@@ -105,7 +105,7 @@ class Planned(ABC):
     @property
     def rotary_share(self) -> float:
         """The part of each head that positions turn in the target's own attention."""
-        return self.target.rotary_share(inner(self.config))
+        return self.target.rotary_share(text_config_of(self.config))
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:
@@ -161,7 +161,7 @@ class Planned(ABC):
     @property
     def engines(self) -> tuple[Engine, ...]:
         """What is known of each inference engine and this output."""
-        config = inner(self.config)
+        config = text_config_of(self.config)
         return engines(
             self.target.title,
             self.routing,

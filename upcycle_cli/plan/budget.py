@@ -158,7 +158,7 @@ class _Sizes:
         for tensor in plan.tensors:
             by_role[tensor.role] += tensor.num_elements
         grows = sum(by_role[role] for role in (Role.EXPERT, Role.ROUTER, Role.CORRECTION_BIAS))
-        each = sum(added.per_expert for added in plan.target.added)
+        each = sum(added.per_expert for added in plan.target.extra_tensors)
         grows += each * len(plan.layers) * plan.num_experts
         multiplied, dense = plan.multiplied
         return cls(

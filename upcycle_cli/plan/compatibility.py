@@ -11,10 +11,10 @@ from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
-from upcycle_cli.models import dense_model
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
-from upcycle_cli.models.wrappers import parts
+from upcycle_cli.models.families import dense_model
+from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.merge import Merge, model_of
 from upcycle_cli.plan.validate import check_source
 
@@ -73,7 +73,9 @@ def _check_alike(
             f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
             "Only models of one family can give experts to one mixture.",
         )
-    refuse_unsafe_settings(other, outgrown=found.family.outgrown_code, parts=parts(other.config))
+    refuse_unsafe_settings(
+        other, outgrown=found.family.has_obsolete_code, parts=nested_configs(other.config)
+    )
     dropped = check_source(other, found)
     _check_settings(source, dense, other, found)
     for name in sorted({*wanted} ^ (other.tensors.keys() - dropped.keys())):

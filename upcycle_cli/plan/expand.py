@@ -28,9 +28,9 @@ from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.growable import growable
 from upcycle_cli.models.layers import layer_finder
-from upcycle_cli.models.mlp import Weight, place
+from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import Layout
-from upcycle_cli.models.moe_config import forget_place
+from upcycle_cli.models.moe_config import remove_local_path
 from upcycle_cli.plan.base import Planned, fill_shards
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
 from upcycle_cli.plan.moe_experts import Experts, find_experts
@@ -167,7 +167,7 @@ def _config(growth: Growth, experts: Experts, options: Options) -> dict[str, Any
         result["tie_word_embeddings"] = False
     if options.dtype is not None:
         result |= {"dtype": options.dtype, "torch_dtype": options.dtype}
-    forget_place(result)
+    remove_local_path(result)
     return result
 
 
@@ -220,7 +220,7 @@ class _Grower:
             return {}
         N, hidden = experts.num_experts, experts.moe.tensors[_ALWAYS[1]].num_elements
         found: dict[str, tuple[int, ...]] = {router: (N, hidden)}
-        bias = experts.target.corrects(self._held, experts.routing)
+        bias = experts.target.correction_bias_name(self._held, experts.routing)
         if bias is not None:
             found[prefix + bias] = (N,)
         for weight in self._held.experts:
@@ -274,7 +274,7 @@ class _Grower:
         made = target.layouts[self.layout]
         rows = Repeat(self._source(prefix + held.router), k)
         yield OutputTensor.made(prefix + made.router, rows, Role.ROUTER, layer)
-        bias, renamed = (target.corrects(at, experts.routing) for at in (held, made))
+        bias, renamed = (target.correction_bias_name(at, experts.routing) for at in (held, made))
         if bias is not None:
             # In its own dtype whatever the rest is in: it moves by steps that others lose.
             grown = Repeat(self._stored(prefix + bias), k)
@@ -285,25 +285,28 @@ class _Grower:
             if "{expert}" not in weight.name:
                 stack = Stack((*copies,))
                 yield OutputTensor.made(
-                    prefix + weight.name, stack, Role.EXPERT, layer, None, weight.holds
+                    prefix + weight.name, stack, Role.EXPERT, layer, None, weight.parts
                 )
                 continue
             for e, expr in enumerate(copies):
                 name = prefix + weight.name.format(expert=e)
-                yield OutputTensor.made(name, expr, Role.EXPERT, layer, e, weight.holds)
+                yield OutputTensor.made(name, expr, Role.EXPERT, layer, e, weight.parts)
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
         """Return one expert of the source as one of the output's weights holds it."""
-        parts = [self._part(layer, part, expert) for part in weight.holds]
+        parts = [self._part(layer, part, expert) for part in weight.parts]
         return Concat((*parts,)) if len(parts) > 1 else parts[0]
 
     def _part(self, layer: int, part: str, expert: int) -> Expr:
-        found = place(self._held.experts, part, width=self.experts.expert_size, expert=expert)
+        found = locate(self._held.experts, part, width=self.experts.expert_size, expert=expert)
         whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
         if found.row is not None:
             whole = Select(whole, found.row)
-        if found.cut is not None and type_of(whole).shape[found.cut] != found.stop - found.start:
-            whole = Slice(whole, found.cut, found.start, found.stop)
+        if (
+            found.split_dim is not None
+            and type_of(whole).shape[found.split_dim] != found.stop - found.start
+        ):
+            whole = Slice(whole, found.split_dim, found.start, found.stop)
         return self.options.cast(whole)
 
     def _stored(self, name: str) -> Source:

@@ -13,7 +13,7 @@ from upcycle_cli.plan.expressions import Expr, Full, Scale
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from upcycle_cli.models import Family
+    from upcycle_cli.models.choose import Family
 
 
 def added_tensors(
@@ -24,7 +24,7 @@ def added_tensors(
     `source` gives a dense tensor in the output dtype; what has none is in `dtype`.
     """
     dense = family.dense
-    for each in family.target.added:
+    for each in family.target.extra_tensors:
         value = each.value(dense.values)
         if each.of is None:
             size = num_experts if each.per_expert else dense.hidden_size

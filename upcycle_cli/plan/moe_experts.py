@@ -16,10 +16,10 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import target_of
-from upcycle_cli.models.mlp import Weight, holder, parts_of, place, present
+from upcycle_cli.models.families import target_of
+from upcycle_cli.models.mlp import Weight, find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class Experts:
     @property
     def every_layer(self) -> bool:
         """Whether no dense MLP is left."""
-        mlps = self.target.layers.mlps(inner(self.moe.config))
+        mlps = self.target.layers.mlps(text_config_of(self.moe.config))
         return len(self.layers) == (self.num_layers if mlps is None else mlps)
 
     @cached_property
     def layout(self) -> ExpertLayout:
         """How they are named on disk."""
-        return self.target.stored_layout(self.moe.tensors, inner(self.moe.config))
+        return self.target.stored_layout(self.moe.tensors, text_config_of(self.moe.config))
 
     @property
     def num_parameters(self) -> int:
@@ -82,15 +82,15 @@ class Experts:
 
     def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
         """Return one part of one expert."""
-        found = place(self._weights(layer), part, width=self.expert_size, expert=expert)
+        found = locate(self._weights(layer), part, width=self.expert_size, expert=expert)
         count = None if found.row is None else self.num_experts
         held = _read(self.moe, reader, self.name(layer, found.tensor), count)
-        return found.of(held, self.cut(part))
+        return found.select(held, self.cut(part))
 
     @property
     def shared_width(self) -> int:
         """The intermediate size of the shared expert by the config; 0 where there is none."""
-        shared, config = self.target.shared, inner(self.moe.config)
+        shared, config = self.target.shared, text_config_of(self.moe.config)
         if shared is None:
             return 0
         key = shared.size_key or shared.count_key
@@ -114,7 +114,7 @@ class Experts:
         weights = self.target.shared_weights(self.target.layouts[self.layout])
         if part not in parts_of(weights):
             return None
-        found = place(weights, part, width=self.shared_width)
+        found = locate(weights, part, width=self.shared_width)
         name = self.name(layer, found.tensor)
         return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
 
@@ -128,16 +128,16 @@ class Experts:
 
     def cut(self, part: str) -> int | None:
         """Return the dimension of a part that counts neurons in memory; None where none does."""
-        return holder(self.target.in_memory.experts, part).cut
+        return find_weight(self.target.in_memory.experts, part).split_dim
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
         rows = self.target.layouts[self.layout].experts
-        return present(rows, self.moe.tensors, self.target.prefix(layer))
+        return present_weights(rows, self.moe.tensors, self.target.prefix(layer))
 
 
 def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
-    config, target = inner(moe.config), target_of(moe.config, moe.tensors)
+    config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
     try:
         num_experts, top_k, expert_size = target.sizes(config)
         num_layers = target.num_layers(config)

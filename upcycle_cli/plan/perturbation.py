@@ -29,8 +29,8 @@ def perturbed(recipe: Recipe, weight: Weight, layer: int, experts: Iterable[Expr
 def _perturbed(recipe: Recipe, weight: Weight, stream: str, expr: Expr) -> Expr:
     parts = expr.parts if isinstance(expr, Concat) else (expr,)
     own = tuple(
-        _part(recipe, part, weight.cut, stream, each)
-        for part, each in zip(weight.holds, parts, strict=True)
+        _part(recipe, part, weight.split_dim, stream, each)
+        for part, each in zip(weight.parts, parts, strict=True)
     )
     return Concat(own) if len(own) > 1 else own[0]
 

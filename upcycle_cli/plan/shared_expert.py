@@ -30,12 +30,12 @@ def shared_expert(
     `group` is the model and the order of the first, which all have in common as far as they share.
     """
     shared, count = maker.family.target.shared, maker.recipe.shared_experts
-    if shared is None or not (count or shared.insisted_on):
+    if shared is None or not (count or shared.required):
         return
     expert_size = maker.family.dense.intermediate_size // maker.recipe.granularity
     for weight in maker.family.target.shared_weights(layout):
         made: list[Expr] = []
-        for part in weight.holds:
+        for part in weight.parts:
             if not count:
                 made.append(_inert(maker, layer, mlp, part, shared.size or expert_size))
                 continue

@@ -17,9 +17,9 @@ from typing import TypeAlias
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import Family
+from upcycle_cli.models.choose import Family
 from upcycle_cli.models.layers import layer_finder
-from upcycle_cli.models.mlp import BIAS, Weight, holder, parts_of, place
+from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.models.tensor_pieces import Piece
 from upcycle_cli.plan.expressions import (
     Cast,
@@ -181,7 +181,7 @@ def output_tensors(
         for name in own:
             if name not in taken:
                 yield from maker.copied(name, layer)
-        yield from maker.zero_biases(layer, own)
+        yield from maker.required_biases(layer, own)
         if upcycled:
             yield from maker.experts(layer, mlp)
     for name in by_layer.get(None, []):
@@ -248,10 +248,10 @@ class Maker:
             yield OutputTensor.made(found, self.options.cast(expr), Role.COPIED, layer)
             start = stop
 
-    def zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
+    def required_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Biases that the architecture has, and the source has not."""
         prefix = self.family.target.prefix(layer)
-        for linear in self.family.target.zero_biases:
+        for linear in self.family.target.required_biases:
             if f"{prefix}{linear}.bias" not in names:
                 weight = type_of(self.source(f"{prefix}{linear}.weight"))
                 bias = Zeros(weight.dtype, weight.shape[:1])
@@ -265,11 +265,11 @@ class Maker:
         yield OutputTensor.made(
             prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer
         )
-        name = target.corrects(layout, str(recipe.routing))
+        name = target.correction_bias_name(layout, str(recipe.routing))
         if target.correction_bias is not None and name is not None:
             bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
             yield OutputTensor.made(prefix + name, bias, Role.CORRECTION_BIAS, layer)
-        weights = [weight for weight in layout.experts if {*weight.holds} <= {*parts_of(mlp)}]
+        weights = [weight for weight in layout.experts if {*weight.parts} <= {*parts_of(mlp)}]
         groups = [*zip(self._models(), self._orders(layer), strict=True)]
         experts, routed = [], range(recipe.shared_experts, recipe.granularity)
         for weight in weights:
@@ -279,15 +279,17 @@ class Maker:
             }
             plain = (expr for group in groups for expr in shards[group])
             # Made, and drawn upon, the way that the dense matrices lie.
-            cut = holder(mlp, weight.holds[0]).cut
-            made = perturbed(recipe, replace(weight, cut=cut), layer, plain)
-            experts.append(made if {cut, weight.cut} != {0, 1} else [Transpose(e) for e in made])
+            cut = find_weight(mlp, weight.parts[0]).split_dim
+            made = perturbed(recipe, replace(weight, split_dim=cut), layer, plain)
+            experts.append(
+                made if {cut, weight.split_dim} != {0, 1} else [Transpose(e) for e in made]
+            )
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
                 name = weight.name.format(expert=e)
                 expr = Stack((*exprs,)) if e is None else exprs[e]
-                yield OutputTensor.made(prefix + name, expr, Role.EXPERT, layer, e, weight.holds)
+                yield OutputTensor.made(prefix + name, expr, Role.EXPERT, layer, e, weight.parts)
         for name, expr in shared_expert(self, layer, mlp, layout, groups[0]):
             yield OutputTensor.made(prefix + name, expr, Role.SHARED_EXPERT, layer)
         dtype, count = self.mlp_dtype(layer, mlp), recipe.num_experts
@@ -362,7 +364,7 @@ class Maker:
         size = dense.intermediate_size // recipe.granularity
         factors = recipe.factors(dense.mlp_kind)
         parts = []
-        for part in weight.holds:
+        for part in weight.parts:
             here = shard * size, (shard + 1) * size
             expr = self.part_range(layer, mlp, part, here, group)
             # A bias is added before the activation, where the matrix's product is.
@@ -385,16 +387,16 @@ class Maker:
         An order of fewer neurons is one of the last.
         """
         dense = self.family.dense
-        found = place(mlp, part, width=dense.intermediate_size, shard=shard)
+        found = locate(mlp, part, width=dense.intermediate_size, shard=shard)
         model, order = group
         stored = self._stored(dense.prefix(layer) + found.tensor, model)
-        if order is not None and found.cut is not None:
+        if order is not None and found.split_dim is not None:
             # Taking before casting, as slicing does, touches only the bytes that are needed.
             before = dense.intermediate_size - order.size
             start, stop = (place - before for place in shard)
             return self.options.cast(
-                Gather(stored, found.cut, order, start, stop, offset=found.start - start)
+                Gather(stored, found.split_dim, order, start, stop, offset=found.start - start)
             )
-        if found.cut is None or stored.shape[found.cut] == found.stop - found.start:
+        if found.split_dim is None or stored.shape[found.split_dim] == found.stop - found.start:
             return self.options.cast(stored)
-        return self.options.cast(Slice(stored, found.cut, found.start, found.stop))
+        return self.options.cast(Slice(stored, found.split_dim, found.start, found.stop))

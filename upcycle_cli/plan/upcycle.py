@@ -20,10 +20,10 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import Family, choose
+from upcycle_cli.models.choose import Family, choose
 from upcycle_cli.models.mlp import parts_of
 from upcycle_cli.models.moe_config import moe_config
-from upcycle_cli.models.wrappers import parts
+from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.base import Planned, fill_shards
 from upcycle_cli.plan.compatibility import carried, check_dtypes
 from upcycle_cli.plan.expressions import sources
@@ -229,8 +229,8 @@ def build_plan(
         names=names,
         shared_experts=recipe.shared_experts,
     )
-    outgrown = family.dense.family.outgrown_code
-    refuse_unsafe_settings(source, outgrown=outgrown, parts=parts(source.config))
+    outgrown = family.dense.family.has_obsolete_code
+    refuse_unsafe_settings(source, outgrown=outgrown, parts=nested_configs(source.config))
     row = family.target
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     assert recipe.routing is not None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.dense import DenseModel, unread
+from upcycle_cli.models.dense import DenseModel, why_unread
 from upcycle_cli.models.layers import layer_finder
 
 
@@ -18,7 +18,7 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
-        if why := unread(name, dense.family, dense.values):
+        if why := why_unread(name, dense.family, dense.values):
             dropped[name] = why
         else:
             check_dtype(source, entry)
@@ -81,12 +81,12 @@ def _regular(
         raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
     shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
     for layer, kind in enumerate(dense.kinds):
-        alike = layer if dense.family.mixed else dense.kinds.index(kind)
+        alike = layer if dense.family.layers_differ else dense.kinds.index(kind)
         wanted = dict(by_layer.get(alike, {}))
         if layer in dense.mlp_layers:
             for weight in dense.mlp(held, layer):
                 wanted[weight.name] = weight.shape(width, hidden)
-            norm = dense.family.norm_of(held, dense.prefix(layer))
+            norm = dense.family.norm_name(held, dense.prefix(layer))
             if norm is not None:
                 wanted.setdefault(norm, (hidden,))
         shapes |= {dense.prefix(layer) + name: shape for name, shape in wanted.items()}

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.text import any_of
-from upcycle_cli.models import targets_of
 from upcycle_cli.models.engines import Support
+from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.expressions import Expr, sources, type_of
@@ -141,13 +141,13 @@ def training_notes(plan: Plan) -> Iterator[str]:
             "lost, unless upcycle_cli.training.tie_virtual_groups(model) was called before."
         )
     target = plan.family.target
-    frozen = [row.name for row in target.added if row.frozen]
+    frozen = [row.name for row in target.extra_tensors if row.frozen]
     if frozen:
         yield (
             f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): a usual step is "
             "so large a part of it that a few lead far from the dense model."
         )
-    if target.inside is not None and not target.balances:
+    if target.inside is not None and not target.has_balancing_loss:
         yield (
             f"transformers' {target.outer_type} adds no load-balancing loss in training, whatever "
             "is inside; --target upcycled ships code that does."

@@ -18,10 +18,10 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
 from upcycle_cli.models.engines import Support
-from upcycle_cli.models.layers import listed
+from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.trainers import expert_parallel_sizes, trainers
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.plan.warnings import (
@@ -187,7 +187,7 @@ def _origin(source: Checkpoint) -> str:
 
 def _facts(plan: Plan) -> dict[str, str]:
     recipe, dense = plan.recipe, plan.family.dense
-    layers = f"{listed(plan.family.layers)} of {dense.num_layers}"
+    layers = f"{format_layers(plan.family.layers)} of {dense.num_layers}"
     return {
         "recipe": f"{recipe.name}: expansion {recipe.expansion}, granularity "
         f"{recipe.granularity}, top-k {recipe.top_k}",
@@ -219,7 +219,7 @@ def _grown_facts(plan: Planned) -> dict[str, str]:
     every = len(plan.layers) == before.num_layers
     return {
         "architecture": plan.target.architecture,
-        "MoE layers": "all" if every else f"{listed(plan.layers)} of {before.num_layers}",
+        "MoE layers": "all" if every else f"{format_layers(plan.layers)} of {before.num_layers}",
         "experts": f"{plan.num_experts} per layer, {plan.top_k} active (source: "
         f"{before.num_experts}, {before.top_k} active), intermediate size {before.expert_size}",
         "routing": f"{plan.routing}",
@@ -298,7 +298,7 @@ def _trainers(plan: Plan) -> str:
     found = trainers(
         plan.family.target,
         routing,
-        tied=bool(inner(plan.config).get("tie_word_embeddings", False)),
+        tied=bool(text_config_of(plan.config).get("tie_word_embeddings", False)),
         fused=plan.expert_layout is ExpertLayout.FUSED,
         num_experts=plan.recipe.num_experts,
     )
@@ -317,12 +317,12 @@ def _balancing(plan: Plan) -> str:
     if plan.family.target.ships_code:
         return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"
     wrapped = plan.family.target.inside is not None
-    if wrapped and not plan.family.target.balances:
+    if wrapped and not plan.family.target.has_balancing_loss:
         return (
             f"a {plan.family.target.outer_type} adds no auxiliary loss, whatever is inside: a "
             "trainer has to, or convert with `--target upcycled`, whose own code does."
         )
-    if "router_aux_loss_coef" not in inner(plan.config):
+    if "router_aux_loss_coef" not in text_config_of(plan.config):
         bias = plan.family.target.correction_bias
         if bias is None:
             return "it does not for this architecture: a trainer has to bring a way of its own."

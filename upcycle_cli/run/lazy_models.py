@@ -18,10 +18,10 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models import dense_family, is_moe, is_target, target_of
-from upcycle_cli.models.mlp import holder, parts_of, place, present
+from upcycle_cli.models.families import dense_family, is_moe, is_target, target_of
+from upcycle_cli.models.mlp import find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Layout, Target
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.run.layerwise import Span
 from upcycle_cli.run.lazy_weights import Stack, Stored, finder, stored_model
 from upcycle_cli.run.models import Model, TransformersError, decoder_layers, transformers_says
@@ -49,7 +49,7 @@ class MoeTensors:
     def parts(self) -> tuple[str, ...]:
         """The parts of an expert, biases among them where the experts have some."""
         prefix = self.target.prefix(self.layers[0])
-        return parts_of(present(self.layout.experts, self.checkpoint.tensors, prefix))
+        return parts_of(present_weights(self.layout.experts, self.checkpoint.tensors, prefix))
 
     def router_name(self, layer: int) -> str:
         """Return the name of a layer's router on disk."""
@@ -57,16 +57,18 @@ class MoeTensors:
 
     def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
         """Return one part of one expert, as it lies in memory; TransformersError without it."""
-        found = place(self.layout.experts, part, width=self.expert_size, expert=expert)
+        found = locate(self.layout.experts, part, width=self.expert_size, expert=expert)
         name = self.target.prefix(layer) + found.tensor
         if name not in self.checkpoint.tensors:
             raise TransformersError(f"{name} is missing")
-        return found.of(reader.tensor(name), holder(self.target.in_memory.experts, part).cut)
+        return found.select(
+            reader.tensor(name), find_weight(self.target.in_memory.experts, part).split_dim
+        )
 
 
 def moe_tensors(moe: Checkpoint) -> MoeTensors:
     """Return where an MoE keeps its experts; UpcycleError when its config makes no sense."""
-    config, target = inner(moe.config), target_of(moe.config, moe.tensors)
+    config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
     try:
         num_experts, top_k, expert_size = target.sizes(config)
         num_layers = target.num_layers(config)
@@ -113,7 +115,7 @@ class LazyModel:
     def block(self, layer: int, target: Target) -> Model | Span:
         """Return the part of a layer that a conversion to `target` replaces, before or after it."""
         with transformers_says():
-            if target.beside is not None:
+            if target.parallel_mlp is not None:
                 return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
             return self.layer(layer).get_submodule(self.mlp)
 
@@ -150,10 +152,10 @@ def lazy_model(
     if is_target(checkpoint.config) and is_moe(checkpoint.config):
         experts = moe_tensors(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
-        find, parts = finder(checkpoint, target.inside, target.root), {*experts.parts}
+        find, parts = finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}
         for layer in experts.layers:
             for weight in target.in_memory.experts:
-                if {*weight.holds} <= parts:
+                if {*weight.parts} <= parts:
                     one = partial(_expert, experts, reader, stored, layer, weight.name)
                     stacks[layer, weight.name] = Stack(one)
     else:
@@ -184,7 +186,7 @@ def _expert(
 ) -> Stored:
     """Return one weight of one expert, of the parts that it holds in memory."""
     held = next(each for each in experts.target.in_memory.experts if each.name == weight)
-    pieces = [experts.part(reader, layer, number, part) for part in held.holds]
+    pieces = [experts.part(reader, layer, number, part) for part in held.parts]
     return stored(f"layers.{layer}.{weight}", *pieces)
 
 
@@ -255,7 +257,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
     """Return what a layer adds by its MLP, and by the experts that lie beside it if it has some."""
-    names = target.beside
+    names = target.parallel_mlp
     assert names is not None
     module = layer.get_submodule
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.models.wrappers import Inside
+from upcycle_cli.models.wrapper import Inside
 from upcycle_cli.run.models import (
     Model,
     TransformersError,
@@ -172,7 +172,7 @@ def finder(checkpoint: Checkpoint, inside: Inside | None, root: str) -> Callable
             # Fused experts come with the names that a model has in memory, but for the beginning.
             yield from (name, root + name.removeprefix("model."))
     else:
-        loaded = {inside.loaded(name): name for name in checkpoint.tensors}
+        loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
         released = Inside(inside.wrapper, inside.wrapper.released)
 
         def names(name: str) -> Iterator[str]:

@@ -32,10 +32,10 @@ def stored_mixture(
     """
     layers, parts, expert = experts
     stacks = {
-        (layer, weight.name): Stack(partial(expert, layer, weight.holds), dtype)
+        (layer, weight.name): Stack(partial(expert, layer, weight.parts), dtype)
         for layer in layers
         for weight in target.in_memory.experts
-        if {*weight.holds} <= {*parts}
+        if {*weight.parts} <= {*parts}
     }
     return stored_model(path, lambda name, _: tensor(name), stacks, dtype)
 
@@ -52,7 +52,7 @@ def routers_of(model: Model, target: Target, layers: Sequence[int]) -> dict[int,
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
     """Return what a layer adds by its MLP, and by the experts that lie beside it if it has some."""
-    names = target.beside
+    names = target.parallel_mlp
     assert names is not None
     module = layer.get_submodule
 

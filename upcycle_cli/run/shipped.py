@@ -17,7 +17,7 @@ from types import ModuleType
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
-from upcycle_cli.models import upcycled_family
+from upcycle_cli.models.families import upcycled_family
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of

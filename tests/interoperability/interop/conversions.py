@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from interop.models import RANDOM, TWIN, is_real
 from interop.wrapped import WRAPPED
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import INSIDE
+from upcycle_cli.models.moe_rows import NATIVE, WRAPPED_TARGETS
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 EXACT, PLAIN, SIGMOID = (
@@ -119,7 +118,7 @@ def is_fused(target: str) -> bool:
 
 
 def _row(target: str) -> Target:
-    return INSIDE.get(target) or NATIVE[target]
+    return WRAPPED_TARGETS.get(target) or NATIVE[target]
 
 
 def _plain() -> list[Case]:

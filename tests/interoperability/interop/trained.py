@@ -14,11 +14,13 @@ from interop.software import Software
 from interop.wrapped import GEMMA4, LINEAR, WRAPPED, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import DIFFERS, SAME, Support
+from upcycle_cli.models.families import native_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.trainers import Trainer, trainers
-from upcycle_cli.models.wrappers import LOADED, WRAPPERS, Inside, native_target
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
+from upcycle_cli.models.wrappers import WRAPPERS
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
@@ -237,7 +239,7 @@ def settings_table() -> list[str]:
 
 def _inside() -> list[Target]:
     return [
-        native_target(name, Inside(wrapper, LOADED))
+        native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
         for wrapper in WRAPPERS.values()
         for name in wrapper.natives
     ]

@@ -1,0 +1,189 @@
+"""Find the rows for a config: the dense family of a source, or the target that an MoE is of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
+from upcycle_cli.models.refused import REFUSED
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.shipped_row import shipped
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside
+from upcycle_cli.models.wrappers import TEXTS, WRAPPERS, text_config_of, wrapper_of
+from upcycle_cli.recipe.recipe import SHIPPED
+
+_HINT = "`upcycle families` lists the supported model types."
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
+    """Return the family of a dense config, or of a wrapper's text model.
+
+    `names` are the source's tensors, which show the name prefixes of a wrapper. Raises UpcycleError
+    for an MoE, a quantised model or an unsupported model type.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UpcycleError("config.json has no model_type.", _HINT)
+    if is_moe(config):
+        raise UpcycleError(
+            f"this is a mixture of experts already (model_type {model_type}).",
+            "Only a dense model can be upcycled. --expand 2, without a recipe, doubles the experts "
+            "of this one; `upcycle inspect` shows its experts.",
+        )
+    is_wrapper = wrapper_of(config) is not None
+    if model_type not in DENSE and not is_wrapper:
+        why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
+        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UpcycleError(
+            f"the weights are quantised ({method or 'quantization_config'} in config.json).",
+            "Convert the bf16 or fp16 release of the model, and quantise the result.",
+        )
+    return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
+
+
+def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
+    """Return what a dense config means; `names` and errors are those of `dense_family`."""
+    return read_dense(dense_family(config, names), text_config_of(config))
+
+
+def targets_of(family: DenseFamily) -> tuple[str, ...]:
+    """Return the --target values of a family; the one that most software loads comes first."""
+    return (*family.targets, *((SHIPPED,) if family.classes else ()))
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a config's model type, or the wrapper that it is of, has a row."""
+    return str(config.get("model_type")) in DENSE or wrapper_of(config) is not None
+
+
+def is_moe(config: Mapping[str, Any]) -> bool:
+    """Whether a config describes a mixture of experts of any architecture."""
+    config = text_config_of(config)
+    model_type = str(config.get("model_type"))
+    if model_type in DENSE and model_type in NATIVE:
+        try:
+            return bool(NATIVE[model_type].moe_layers(config, 1))
+        except ValueError:
+            return False  # reading the config as a dense one raises this error again
+    if config.get("is_moe") is False:
+        return False
+    return is_target(config) or any(config.get(key) for key in _EXPERT_COUNTS)
+
+
+def is_target(config: Mapping[str, Any]) -> bool:
+    """Whether an MoE config is of a type that upcycle creates or expands."""
+    model_type = str(config.get("model_type"))
+    if model_type in GROW_ONLY:
+        return True
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        text_type = text_config_of(config)["model_type"]
+        if model_type == wrapper.upcycled:
+            return text_type in wrapper.texts
+        native, _ = wrapper.natives.get(text_type, (None, None))
+        return native == model_type and (text_type not in wrapper.texts or is_moe(config))
+    if model_type in NATIVE:
+        return model_type not in DENSE or is_moe(config)
+    name = model_type.removeprefix(UPCYCLED_PREFIX)
+    return name != model_type and name in DENSE and DENSE[name].classes is not None
+
+
+def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
+    """Return the target row of an MoE, for which `is_target` must hold; `names` are its tensors.
+
+    Raises UpcycleError if the config of shipped code has invalid values.
+    """
+    model_type = str(config["model_type"])
+    wrapper = wrapper_of(config)
+    if wrapper is not None and model_type != wrapper.upcycled:
+        inside = Inside(wrapper, wrapper.prefixes_in(names))
+        return native_target(text_config_of(config)["model_type"], inside)
+    released = {**NATIVE, **GROW_ONLY}.get(model_type)
+    if released is not None:
+        # Released names win if a checkpoint has both; the in-memory names are then surplus.
+        rows = released, replace(released, layer=LAYER_PREFIX)
+        return next((row for row in rows if _any_starts(names, row.name_prefix)), released)
+    family = upcycled_family(config, names)
+    activation = read_dense(family, text_config_of(config)).activation
+    biased = any(name.endswith("_proj_bias") for name in names)
+    return shipped_target(family, activation, biased=biased)
+
+
+def _any_starts(names: Collection[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
+    """Return the dense family of a model with shipped code; `names` are its tensors."""
+    if wrapper_of(config) is not None:
+        return wrapped_family(config, names)
+    return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
+
+
+def native_target(name: str, inside: Inside | None) -> Target:
+    """Return the row of an architecture of transformers, adapted to its wrapper if it has one."""
+    if inside is None:
+        return NATIVE[name]
+    target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
+    return replace(
+        target,
+        architecture=inside.wrapper.natives[target.model_type][1],
+        layer=inside.wrapped(target.layer),
+        head=inside.wrapped(target.head),
+        inside=inside,
+    )
+
+
+def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Target:
+    """Return the row of shipped code for a family; `biased` says whether its MLPs have biases.
+
+    A wrapper's tensors get in-memory names, since transformers renames none for remote code.
+    """
+    if family.inside is not None:
+        inside = Inside(family.inside.wrapper, IN_MEMORY_PREFIXES)
+        family = _inside(TEXTS[family.model_type], inside)
+    return shipped(family, activation, biased=biased)
+
+
+def wrapped_family(config: Mapping[str, Any], names: Collection[str]) -> DenseFamily:
+    """Return the row of a wrapper's text model, with tensor names as in its checkpoint."""
+    wrapper = wrapper_of(config)
+    assert wrapper is not None
+    text_type = text_config_of(config)["model_type"]
+    if text_type not in wrapper.texts:
+        raise UpcycleError(
+            f"a {wrapper.model_type} around a text model of type {shown(text_type)} cannot be "
+            "upcycled yet.",
+            f"It can be around {' or '.join(wrapper.texts)}.",
+        )
+    return _inside(TEXTS[text_type], Inside(wrapper, wrapper.prefixes_in(names)))
+
+
+def wrapped_families() -> Mapping[str, Mapping[str, DenseFamily]]:
+    """Return the rows of all text models inside wrappers: by wrapper, then by text model type."""
+    return {
+        name: {t: _inside(TEXTS[t], Inside(row, row.released)) for t in row.texts}
+        for name, row in sorted(WRAPPERS.items())
+    }
+
+
+def _inside(row: DenseFamily, inside: Inside) -> DenseFamily:
+    return replace(
+        row,
+        layer=inside.wrapped(row.layer),
+        embedding=inside.wrapped(row.embedding),
+        head=inside.wrapped(row.head),
+        targets=tuple(target for target in row.targets if target in inside.wrapper.natives),
+        classes=inside.wrapper.classes,
+        inside=inside,
+    )
