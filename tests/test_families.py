@@ -462,7 +462,7 @@ def test_what_a_model_can_become_and_what_that_means() -> None:
     assert found["solar_open"].scaled_by == ("routed_scaling_factor", "weights")
     biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())
     assert [target.name for target in biased if target.refusal is None] == [SHIPPED]
-    assert "the MLPs have biases" in str(biased[0].refusal)
+    assert "MLPs have biases" in str(biased[0].refusal)
     # Heads that do not make up the hidden size were run in transformers alone.
     odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
     assert {engine for target in odd for engine in target.engines} == {"transformers"}

@@ -60,5 +60,5 @@ def test_what_is_printed_fits_a_terminal(
     printed = capsys.readouterr().out
     assert '    DenseFamily("olmo3", norm=None, classes="Olmo3")\n    look at: ' in printed
     assert "width (48, where intermediate_size is 72)" in printed
-    assert "zamba: its layers are of a kind that was not tried\n    no row to propose: " in printed
+    assert "zamba: this layer type is untested\n    no row to propose: " in printed
     assert max(map(len, printed.splitlines())) <= 80

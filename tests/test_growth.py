@@ -623,7 +623,7 @@ def test_a_dense_model_does_not_grow(llama: Path, run_cli: RunCli, tmp_path: Pat
     for command in (("convert", llama, tmp_path / "moe"), ("inspect", llama)):
         done = run_cli(*command, "--expand", "2")
         assert done.returncode == 2
-        assert "this is none (model_type llama)" in done.stderr
+        assert "this is a dense llama model" in done.stderr
         assert "--recipe" in done.stderr
 
 

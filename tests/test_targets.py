@@ -132,8 +132,8 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
                 tiny_config("llama", **BIASED),
                 target,
                 None,
-                f"{target} cannot express this model: attention_bias is true, and its o_proj has "
-                "no bias.",
+                f"{target} cannot express this model: attention_bias is true, and the "
+                "target's o_proj has no bias.",
                 "upcycled can: pass --target upcycled.",
             )
             for target in ("mixtral", "qwen2_moe", "glm4_moe")
@@ -143,8 +143,8 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
                 tiny_config("llama", mlp_bias=True),
                 target,
                 None,
-                f"{target} cannot express this model: the MLPs have biases, and its experts have "
-                "none.",
+                f"{target} cannot express this model: the model's MLPs have biases, and the "
+                "target's experts have none.",
                 "upcycled can: pass --target upcycled.",
             )
             for target in ("mixtral", "qwen2_moe", "glm4_moe")
@@ -153,15 +153,15 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
             {"model_type": "nemotron_h", **sizes_of("nemotron_h"), "mlp_bias": True},
             "auto",
             None,
-            "nemotron_h cannot express this model: the MLPs have biases, and its experts have "
-            "none.",
+            "nemotron_h cannot express this model: the model's MLPs have biases, and the "
+            "target's experts have none.",
             "No target can yet.",
         ),
         (
             {"model_type": "nemotron_h", "hybrid_override_pattern": "M*M"},
             "auto",
             None,
-            "nemotron_h cannot express this model: it has no layer with a dense MLP.",
+            "nemotron_h cannot express this model: the model has no layer with a dense MLP.",
             "No target can yet.",
         ),
         (
@@ -175,8 +175,8 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
             tiny_config("qwen3", **MIXED),
             "qwen3_moe",
             None,
-            "qwen3_moe cannot express this model: only some layers slide (layer_types), and its "
-            "layers all attend alike.",
+            "qwen3_moe cannot express this model: only some layers have a sliding window "
+            "(layer_types), and the target's layers are all alike.",
             "dots1 or mellum or upcycled can: pass --target dots1.",
         ),
         *(
@@ -184,8 +184,8 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
                 {**PHI3, **settings},
                 "mixtral",
                 None,
-                "mixtral cannot express this model: positions turn only a part of each head "
-                "(partial_rotary_factor), and its turn all.",
+                "mixtral cannot express this model: only a part of each head is rotated "
+                "(partial_rotary_factor), and the target rotates all of it.",
                 "upcycled can: pass --target upcycled.",
             )
             for settings in (
@@ -197,16 +197,16 @@ def test_windows_in_some_layers_have_a_sibling_for_each_routing() -> None:
             {**PHI3, "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}},
             "mixtral",
             None,
-            "mixtral cannot express this model: its rotary embeddings are stretched by longrope, "
-            "which nobody has tried with it.",
+            "mixtral cannot express this model: its rotary embeddings are scaled by longrope, "
+            "which is untested with the target.",
             "upcycled can: pass --target upcycled.",
         ),
         (
             tiny_config("qwen3", **MIXED),
             "glm4_moe",
             None,
-            "glm4_moe cannot express this model: some layers have a window, and its layers see "
-            "all.",
+            "glm4_moe cannot express this model: some layers have a sliding window, and the "
+            "target supports none.",
             "dots1 or mellum or upcycled can: pass --target dots1.",
         ),
     ],
@@ -238,7 +238,7 @@ def test_what_no_architecture_can_express_gets_code_of_its_own(config: dict[str,
     [
         ({}, "config.json has no model_type."),
         ({"model_type": "gpt9"}, "model type 'gpt9' cannot be upcycled yet."),
-        ({"model_type": "bloom"}, "cannot be upcycled: its MLP adds the residual stream itself"),
+        ({"model_type": "bloom"}, "cannot be upcycled: its MLP adds the residual stream"),
         ({"model_type": "qwen3_moe"}, "this is a mixture of experts already"),
         ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
         ({"model_type": "llama", "num_local_experts": 4}, "this is a mixture of experts already"),
