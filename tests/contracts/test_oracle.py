@@ -1,0 +1,181 @@
+"""What `convert` writes is what the oracle makes of the dense weights, bit for bit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import MakeDense, read_json, read_tensors
+from oracle import LAYER, Tensors, Wanted, expected
+from safetensors.torch import save_file
+
+from upcycle_cli import Options, Recipe, convert
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.plan.permutation_file import read_order_file
+
+SHIPPED = ("llama", "nemotron", "olmo2", "gpt2")
+ROWS = [(name, target) for name, row in DENSE.items() for target in row.targets]
+ROWS += [(name, "upcycled") for name in SHIPPED]
+STD = {"softmax-topk": 0.001, "topk-softmax": 1.0, "sigmoid-topk": 1.0}
+SHAPES = ((2, 2, 1, 0), (3, 4, 2, 1), (2, 3, 1, 0), (2, 1, 2, 0))
+"""E, G, the groups that a token chooses, and K."""
+SCALINGS: tuple[str | float, ...] = ("exact", "exact", 2.5, "paper", "none")
+DRAWN = (
+    re.compile(r"shared.*(gate|up)_proj|shared_expert_gate|shared_mlp.input_linear"),
+    re.compile(r"\.mlp\.\w+_proj"),
+)
+"""Weights of a shared expert that does nothing yet: its down matrix is zero, or gemma4's norm."""
+
+
+def combinations(target: str) -> Iterator[Wanted]:
+    """Each layout with each routing, split and order; shapes and scalings take turns."""
+    row = NATIVE.get(target)
+    layouts = ["fused"] if row is None else [str(layout) for layout in row.layouts]
+    routings = [*STD] if row is None else [str(routing) for routing in row.routings]
+    splits = ["balanced", "down"]
+    if row is None or row.keys.scale is not None:
+        splits.append("config")
+    every = product(layouts, routings, splits, ("sliced", "shuffled", "file"))
+    for number, (layout, routing, split, order) in enumerate(every):
+        e, g, chosen, k = SHAPES[number % len(SHAPES)]
+        if row is None or row.shared is None or row.shared.objection(k) is not None:
+            k = 0
+        yield Wanted(
+            target=target,
+            layout=layout,
+            routing=routing,
+            E=e,
+            G=g,
+            T=chosen * (g - k),
+            K=k,
+            scaling=SCALINGS[number % len(SCALINGS)],
+            split=split,
+            shuffled=order == "shuffled",
+            orders={} if order == "file" else None,
+            std=STD[routing],
+            seed=number,
+        )
+
+
+def orders_of_groups(w: Wanted, dense: Path) -> dict[int, list[torch.Tensor]]:
+    """Draw an order for each group; all groups begin with the neurons that are shared."""
+    generator = torch.Generator().manual_seed(w.seed)
+    config = read_json(dense / "config.json")
+    prefix, down = (
+        LAYER.get(config["model_type"], "model.layers."),
+        oracle.DENSE.get(config["model_type"], oracle.LLAMA)[2],
+    )
+    found = {}
+    for name, tensor in read_tensors(dense).items():
+        if name.endswith(f".{down}.weight"):
+            inner = tensor.shape[int(config["model_type"] != "gpt2")]
+            shared = inner // w.G * w.K
+            first = torch.randperm(inner, generator=generator)
+            ends = (torch.randperm(inner - shared, generator=generator) for _ in range(w.E))
+            layer = int(name.removeprefix(prefix).split(".")[0])
+            found[layer] = [torch.cat([first[:shared], first[shared:][end]]) for end in ends]
+    return found
+
+
+def converted(dense: Path, output: Path, w: Wanted) -> Path:
+    options: dict[str, Any] = {"expert_layout": w.layout}
+    if w.orders is not None:
+        path = output.with_suffix(".safetensors")
+        save_file({f"layers.{i}.neuron_order": torch.stack(o) for i, o in w.orders.items()}, path)
+        options["neuron_orders"] = read_order_file(path)
+    orders = (
+        {True: "shuffled", False: "sliced"}
+        if w.orders is None
+        else dict.fromkeys((True, False), "file")
+    )
+    recipe = Recipe(
+        expansion=w.E,
+        granularity=w.G,
+        top_k=w.T,
+        shared_experts=w.K,
+        routing=w.routing,  # type: ignore[arg-type]
+        scaling=w.scaling,  # type: ignore[arg-type]
+        scale_split=w.split,  # type: ignore[arg-type]
+        neuron_order=orders[w.shuffled],  # type: ignore[arg-type]
+        seed=w.seed,
+    )
+    convert(dense, output, recipe, target=w.target, options=Options(**options))
+    return output
+
+
+def untouched(dense: Tensors, config: dict[str, Any], target: str) -> Tensors:
+    """Split what phi3 fuses, and order the rotary rows of glm by halves, as these targets do."""
+    heads, size = config["num_attention_heads"], config.get("head_dim") or 8
+    result: Tensors = {}
+    for name, tensor in dense.items():
+        if name.endswith("qkv_proj.weight") and target == "mixtral":
+            keys = (len(tensor) - heads * size) // 2
+            for part, rows in zip(
+                "qkv", torch.split(tensor, [heads * size, keys, keys]), strict=True
+            ):
+                result[name.replace("qkv", part)] = rows
+        elif config["model_type"] == "glm" and re.search(r"attn\.[qk]_proj", name):
+            by_head = tensor.reshape(-1, size, *tensor.shape[1:])
+            rotary = by_head[:, : size // 2]
+            moved = [rotary[:, 0::2], rotary[:, 1::2], by_head[:, size // 2 :]]
+            result[name] = torch.cat(moved, dim=1).flatten(0, 1)
+        else:
+            result[name] = tensor
+    return result
+
+
+def check(dense: Path, moe: Path, w: Wanted) -> None:
+    config, found = read_json(dense / "config.json"), read_tensors(moe)
+    tensors = read_tensors(dense)
+    if w.target != "upcycled":
+        tensors = untouched(tensors, config, w.target)
+    wanted = expected(tensors, config, w)
+    if w.target == "gemma4_text":
+        wanted |= beside_gemma(tensors, config, w.E * w.G)
+    for name, tensor in wanted.items():
+        written = found.pop(name)
+        assert written.dtype is tensor.dtype, name
+        assert torch.equal(written, tensor), name
+    row = NATIVE.get(w.target)
+    key = "routed_scaling_factor" if row is None else row.keys.scale
+    if key is not None:
+        in_config = w.split == "config" and w.scaling not in ("paper", "none")
+        c = w.scaling if isinstance(w.scaling, float) else w.needed
+        assert read_json(moe / "config.json")[key] == (c if in_config else 1.0)
+    for name, tensor in found.items():
+        assert DRAWN[w.target == "gemma4_text"].search(name) or not tensor.any(), name
+
+
+def beside_gemma(dense: Tensors, config: dict[str, Any], count: int) -> Tensors:
+    """What gemma4 has around experts, so that its norms make of them what they made of the MLP."""
+    found: Tensors = {}
+    for name in [name for name in dense if name.endswith("pre_feedforward_layernorm.weight")]:
+        base, norm = name.removesuffix("pre_feedforward_layernorm.weight"), dense[name]
+        found[f"{base}post_feedforward_layernorm_1.weight"] = torch.zeros_like(norm)
+        found[f"{base}post_feedforward_layernorm_2.weight"] = torch.ones_like(norm)
+        found[f"{base}pre_feedforward_layernorm_2.weight"] = norm
+        found[f"{base}router.scale"] = norm * torch.tensor(math.sqrt(config["hidden_size"]))
+        scale = math.sqrt(config["rms_norm_eps"])
+        found[f"{base}router.per_expert_scale"] = torch.full((count,), scale)
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_the_bytes_are_those_of_the_formulas(
+    make_dense: MakeDense, tmp_path: Path, row: tuple[str, str]
+) -> None:
+    dense = make_dense("gpt2", n_inner=48) if row[0] == "gpt2" else make_dense(row[0])
+    for number, combination in enumerate(combinations(row[1])):
+        w = combination
+        if w.orders is not None:
+            w = replace(w, orders=orders_of_groups(w, dense))
+        check(dense, converted(dense, tmp_path / f"moe{number}", w), w)
