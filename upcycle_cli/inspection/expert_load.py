@@ -1,6 +1,6 @@
-"""Which experts the tokens of a text choose, by running the MoE on it a layer at a time.
+"""Which experts the tokens of a text choose: the MoE is run layer by layer, its weights on disk.
 
-Its weights are left on disk, whoever has saved them. Legend: S positions, N experts, T top-k.
+Legend: S positions, N experts, T top-k.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from upcycle_cli.run.models import Model
 
 TOKENS = 2048
-"""Of text, at most."""
+"""The number of tokens that are used at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +32,22 @@ class LayerLoad:
     layer: int
     load: tuple[int, ...]
     load_cv: float
-    """The standard deviation of the loads, relative to their mean."""
+    """The standard deviation of the loads divided by their mean."""
     idle: tuple[int, ...]
     """The experts that no token chooses."""
 
     @property
     def idle_experts(self) -> int:
-        """How many these are."""
+        """The number of experts that no token chooses."""
         return len(self.idle)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """The loads of all layers that have experts."""
+    """The loads of all MoE layers."""
 
     text: str
-    """`builtin`, or the name of the file without its directory."""
+    """`builtin`, or the text file's name without its directory."""
     tokens: int
     layers: tuple[LayerLoad, ...]
 
@@ -55,10 +55,10 @@ class Load:
 def measure_expert_load(
     experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Watch
 ) -> Load:
-    """Run an MoE on a text, of which up to TOKENS tokens are used.
+    """Run an MoE on the first TOKENS tokens of a text.
 
-    `dense` has a tokenizer where the MoE has none that can be used. Raises UpcycleError where
-    neither has, and for a model that transformers cannot run.
+    If the MoE has no usable tokenizer, the one of `dense` is used. Raises UpcycleError when neither
+    has one, and for a model that transformers cannot run.
     """
     from upcycle_cli.run.models import TransformersError, load_config
     from upcycle_cli.run.texts import as_rows, shares, tokenized
@@ -73,8 +73,8 @@ def measure_expert_load(
             texts, _, reason = tokenized(dense, text.texts, config.vocab_size)
         if not texts:
             raise UpcycleError(
-                f"the load of experts is measured on tokens: {reason}.",
-                "Put the tokenizer beside the model, or name its --dense model.",
+                f"measuring the experts' load needs a tokenizer: {reason}.",
+                "Put the tokenizer beside the model, or give its --dense model.",
             )
         tokens = [token for share in shares(texts, TOKENS) for token in share]
         with moe.reader() as reader:

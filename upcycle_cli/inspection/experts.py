@@ -1,6 +1,7 @@
-"""The experts of an MoE: what its config says of them, and what their weights say by themselves.
+"""What the expert weights of an MoE show: which experts are equal, and which groups are whole.
 
-Tensors are read one at a time. Legend: N experts, H hidden, I expert intermediate size.
+One expert is in memory at a time. With the dense models, weight_drift.py also measures the scale
+factors and how far training has moved the experts.
 """
 
 from __future__ import annotations
@@ -23,44 +24,43 @@ _MAX_DIFFERING = 8
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFacts:
-    """What the expert weights themselves say."""
+    """What the expert weights show; the fields after `shared_works` need the dense models."""
 
     distinct_experts: int
-    """How many different experts the layer with the most has."""
+    """The number of different experts, in the layer with the most."""
     granularity: int
-    """Experts per group, by their router rows; 1 when the rows all differ."""
+    """Experts per group: neighbours with equal router rows; 1 when all rows differ."""
     whole_groups: bool
-    """Whether the groups of every layer hold the same neurons, in whatever order."""
+    """Whether the groups of each layer have the same neurons, in any order."""
     reordered_groups: int = 0
-    """Those, of all layers, that hold them in another order than the first."""
+    """Groups of all layers with the same neurons as the first group in another order."""
     differing: tuple[str, ...] = ()
-    """Experts that are no copy of their place in the first group, where it is no matter of order;
-    how many, where many are."""
+    """Experts whose group differs from the first; one line with their number if there are many."""
     shared_width: int = 0
-    """How wide the shared expert is; 0 where there is none."""
+    """The intermediate size of the shared expert; 0 without one."""
     shared_works: bool = False
-    """Whether it does anything, in some layer."""
+    """Whether the shared expert's output is nonzero in some layer."""
     shared_neurons: int | None = None
-    """Measured against the dense model: how many of its neurons are shared."""
+    """How many neurons of the dense MLP the shared expert has."""
     factors: Mapping[str, float] | None = None
-    """Measured against the dense model: what each matrix was multiplied by."""
+    """The factor by which each matrix was multiplied."""
     sources: tuple[str, ...] = ()
-    """The dense models of that measurement, by their names."""
+    """The names of the dense models."""
     movement: tuple[LayerDrift, ...] | None = None
-    """Measured against the dense model: how far the experts of each layer have come."""
+    """How far training has moved the experts of each layer."""
 
 
-def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts:
-    """Read an MoE's experts and routers; with its dense models, measure the scale factors too.
+def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts:
+    """Read an MoE's experts and routers, and compare them with its dense models if given.
 
-    Raises UpcycleError when tensors are missing or the dense model has other sizes.
+    Raises UpcycleError when tensors are missing, or the sizes of a dense model do not fit.
     """
     with experts.moe.reader() as reader:
         sizes = {experts.group_size(reader, layer) for layer in experts.layers}
         granularity = sizes.pop() if len(sizes) == 1 else 1
-        most, reordered, differing = 0, 0, []
+        most, reordered, differing = 0, 0, list[str]()
         for layer in experts.layers:
-            digests = [expert_digest(experts, reader, layer, e) for e in range(experts.num_experts)]
+            digests = [_digest(experts, reader, layer, e) for e in range(experts.num_experts)]
             most = max(most, len(set(digests)))
             first, neurons = digests[:granularity], None
             for start in range(granularity, experts.num_experts, granularity):
@@ -68,9 +68,9 @@ def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts
                 if others == first:
                     continue
                 if neurons is None:
-                    neurons = group_neurons(experts, reader, layer, range(granularity))
+                    neurons = _neurons(experts, reader, layer, range(granularity))
                 group = range(start, start + granularity)
-                if group_neurons(experts, reader, layer, group) == neurons:
+                if _neurons(experts, reader, layer, group) == neurons:
                     reordered += 1
                     continue
                 differing += [
@@ -82,16 +82,16 @@ def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts
         works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
         factors = movement = num_shared = None
         if sources:
-            from upcycle_cli.inspection.weight_drift import measured
+            from upcycle_cli.inspection.weight_drift import measure_drift
 
             with ExitStack() as stack:
-                models = [dense_model(each.config, each.tensors) for each in sources]
-                readers = [stack.enter_context(each.reader()) for each in sources]
+                models = [dense_model(source.config, source.tensors) for source in sources]
+                readers = [stack.enter_context(source.reader()) for source in sources]
                 dense = [*zip(sources, models, readers, strict=True)]
-                factors, movement, num_shared = measured(experts, reader, dense)
+                factors, movement, num_shared = measure_drift(experts, reader, dense)
     if len(differing) > _MAX_DIFFERING:
-        every = experts.num_experts * len(experts.layers)
-        differing = [f"{len(differing):,} of {every:,} experts are no copies"]
+        total = experts.num_experts * len(experts.layers)
+        differing = [f"{len(differing):,} of {total:,} experts differ from the first group"]
     return WeightFacts(
         distinct_experts=most,
         granularity=granularity,
@@ -102,34 +102,33 @@ def examine(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts
         shared_works=works,
         shared_neurons=num_shared,
         factors=factors,
-        sources=tuple(each.name for each in sources),
+        sources=tuple(source.name for source in sources),
         movement=movement,
     )
 
 
-def expert_digest(experts: Experts, reader: Reader, layer: int, expert: int) -> bytes:
-    """Identify an expert by the bytes of its parts."""
+def _digest(experts: Experts, reader: Reader, layer: int, expert: int) -> bytes:
     digest = hashlib.sha256()
     for _, tensor in experts.parts(reader, layer, expert):
         digest.update(raw_bytes(tensor))
     return digest.digest()
 
 
-def group_neurons(experts: Experts, reader: Reader, layer: int, group: range) -> bytes:
-    """Identify the neurons of some experts, in whatever order they are, and their biases."""
+def _neurons(experts: Experts, reader: Reader, layer: int, group: range) -> bytes:
+    """Return the sorted hashes of a group's neurons, and the bytes of parts without neurons."""
     import numpy as np
 
     from upcycle_cli.inspection.neuron_matching import neuron_hashes
 
-    found, rest = [], []
+    hashes, rest = [], []
     for expert in group:
         total = np.zeros(experts.expert_size, np.uint64)
         for part, tensor in experts.parts(reader, layer, expert):
-            cut = experts.cut(part)
-            if cut is None:
+            dim = experts.cut(part)
+            if dim is None:
                 rest.append(bytes(raw_bytes(tensor)))
                 continue
             bits = np.frombuffer(raw_bytes(tensor), f"u{tensor.element_size()}")
-            total += neuron_hashes(bits.reshape(tensor.shape), cut, part)
-        found.append(total)
-    return np.sort(np.concatenate(found)).tobytes() + b"".join(rest)
+            total += neuron_hashes(bits.reshape(tensor.shape), dim, part)
+        hashes.append(total)
+    return np.sort(np.concatenate(hashes)).tobytes() + b"".join(rest)

@@ -8,6 +8,7 @@ memory; whether what was matched is the same is for whoever asks to compare, bit
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
 
 _BLOCK_ITEMS = 1 << 18
 _BLOCK_ROWS = 1024
-_ALIKE = 0.5
-"""The cosine above which two neurons are taken for one that was trained.
-
-Noise as large as the weights leaves 0.7.
-"""
+_SIMILAR = 0.5
+"""The cosine above which two sketches are of one neuron; noise of the weights' size leaves 0.7."""
 _MOSTLY = 0.9
 
 
@@ -98,7 +96,7 @@ def nearest(held: NDArray[np.float32], wanted: NDArray[np.float32]) -> Indices |
     ours, theirs = (
         rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-30) for rows in (held, wanted)
     )
-    if np.median((ours * theirs).sum(1)) > _ALIKE:
+    if np.median((ours * theirs).sum(1)) > _SIMILAR:
         return None
     found = np.empty(len(ours), np.intp)
     for start in range(0, len(ours), _BLOCK_ROWS):
@@ -114,35 +112,43 @@ def nearest(held: NDArray[np.float32], wanted: NDArray[np.float32]) -> Indices |
     return found
 
 
-def recognised(
-    wanted: NDArray[np.float32], held: NDArray[np.float32]
-) -> tuple[Indices | None, NDArray[np.bool_], float]:
-    """Return by wanted neuron where it is among the held, which are there at all, and how alike.
+@dataclass(frozen=True)
+class Matches:
+    """Which dense neuron is which neuron of a group."""
 
-    (I, K) entries of each. The place is None where they are in place, and of one that is not there
-    it is any that is left. The last is the sum of the cosines.
-    """
+    order: Indices | None
+    """For each dense neuron its place in the group, any free place for one without a match; None
+    when all matches are in their own place."""
+    matched: NDArray[np.bool_]
+    """Which dense neurons have a match."""
+    similarity: float
+    """The sum of the cosines."""
+
+
+def match_neurons(dense: NDArray[np.float32], group: NDArray[np.float32]) -> Matches:
+    """Match neurons by the direction of (I, K) sketches, trained or with noise as they may be."""
     ours, theirs = (
-        rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-30) for rows in (wanted, held)
+        rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-30) for rows in (dense, group)
     )
-    likeness = (ours * theirs).sum(1)
-    here = likeness > _ALIKE
-    if here.all():
-        return None, here, float(likeness.sum())
-    found, best = np.empty(len(ours), np.intp), np.empty(len(ours), np.float32)
+    cosines = (ours * theirs).sum(1)
+    in_place = cosines > _SIMILAR
+    unmoved = Matches(None, in_place, float(cosines.sum()))
+    if in_place.all():
+        return unmoved
+    order, best = np.empty(len(ours), np.intp), np.empty(len(ours), np.float32)
     for start in range(0, len(ours), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         block = ours[rows] @ theirs.T
-        found[rows], best[rows] = block.argmax(1), block.max(1)
-    known = np.flatnonzero(best > _ALIKE)
-    taken, first = np.unique(found[known], return_index=True)
-    if here.sum() >= _MOSTLY * len(taken):
-        return None, here, float(likeness.sum())
-    known = known[first]
-    there = np.zeros(len(found), np.bool_)
-    there[known] = True
-    found[~there] = np.setdiff1d(np.arange(len(found)), taken)
-    return found, there, float(best[known].sum())
+        order[rows], best[rows] = block.argmax(1), block.max(1)
+    similar = np.flatnonzero(best > _SIMILAR)
+    places, first = np.unique(order[similar], return_index=True)
+    if in_place.sum() >= _MOSTLY * len(places):
+        return unmoved
+    similar = similar[first]
+    matched = np.zeros(len(order), np.bool_)
+    matched[similar] = True
+    order[~matched] = np.setdiff1d(np.arange(len(order)), places)
+    return Matches(order, matched, float(best[similar].sum()))
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
-"""`inspect`: what a checkpoint is, or what converting it would give.
+"""`inspect`: what a checkpoint is, or what a conversion would make of it.
 
-Reads headers only, unless asked for the weights; then it says which experts are identical, which
-are whole groups, and, against the dense model, what they were multiplied by.
+Only headers are read, unless the weights are requested: then it also says which experts are equal,
+which groups are whole and, given the dense model, how far training has moved the experts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Inspection:
     plan: Planned | None = None
     weights: WeightFacts | None = None
     load: Load | None = None
-    """Which experts a text chooses, where it was asked for."""
+    """Which experts the tokens of a text choose, if requested."""
 
 
 def inspect(
@@ -84,13 +84,13 @@ def inspect(
 ) -> Inspection:
     """Describe a checkpoint; with a recipe or a growth, describe what it would become.
 
-    `inputs` is what routers are to be made from, beside the recipe; no model is run for it.
-    `dense` is what an MoE was made of, one model or several, which weights are measured against.
-    `load` is a text, a file or `builtin`, that an MoE is run on to see which experts it chooses.
     `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
-    `weights` or a `load` are asked for.
+    `weights` or `load` need more. `inputs` are the texts or files that the routers would be made
+    from; no model is run on them. `dense` are the models that an MoE was made of, one or several,
+    with which `weights` compares it. `load` is a text file or `builtin`: the MoE is run on it to
+    count which experts its tokens choose.
 
-    Raises UpcycleError when there is no readable checkpoint of the kind that was asked about.
+    Raises UpcycleError when the checkpoint cannot be read or is of the wrong kind.
     """
     text = None
     if load is not None:
@@ -109,20 +109,16 @@ def inspect(
             from upcycle_cli.plan.expand import build_growth
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        several = [dense] if isinstance(dense, Path | str) else dense or ()
-        places = [locate_model(*split_revision(str(place))) for place in several]
-        sources = [open_checkpoint(download_model(place)) for place in places]
+        given = [dense] if isinstance(dense, Path | str) else dense or ()
+        storages = [locate_model(*split_revision(str(each))) for each in given]
+        sources = [open_checkpoint(download_model(storage)) for storage in storages]
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Watch())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
     if weights:
-        raise UpcycleError(
-            f"{path} is a dense model: there are no experts to look at.", "Leave out --weights."
-        )
+        raise UpcycleError(f"{path} is a dense model without experts.", "Leave out --weights.")
     if text is not None:
-        raise UpcycleError(
-            f"{path} is a dense model: there are no experts to choose.", "Leave out --load."
-        )
+        raise UpcycleError(f"{path} is a dense model without experts.", "Leave out --load.")
     from upcycle_cli.models.overview import becomes
 
     made = None
@@ -145,7 +141,7 @@ def inspect(
 
 
 def fits(found: Inspection, budget: Budget, wanted: Wanted | None = None) -> tuple[Fit, ...]:
-    """Return the recipes for an inspected model within a budget; UpcycleError when none is."""
+    """Return the recipes for an inspected model that fit a budget; UpcycleError if none does."""
     if found.kind == "moe":
         dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled
     from upcycle_cli.plan.budget import fitting
@@ -155,12 +151,12 @@ def fits(found: Inspection, budget: Budget, wanted: Wanted | None = None) -> tup
 
 def _inspect_moe(
     checkpoint: Checkpoint,
-    weights: bool,  # noqa: FBT001 - as everything else here
+    weights: bool,  # noqa: FBT001 - as in `inspect`
     sources: Sequence[Checkpoint],
     text: CalibrationText | None,
     watch: Watch,
 ) -> Inspection:
-    from upcycle_cli.inspection.experts import examine
+    from upcycle_cli.inspection.experts import examine_weights
     from upcycle_cli.plan.moe_experts import find_experts
 
     experts = find_experts(checkpoint)
@@ -173,12 +169,12 @@ def _inspect_moe(
     record = facts = None
     if checkpoint.storage.has(RECORD_NAME):
         record = read_json(checkpoint.storage.local(RECORD_NAME))
-    # What the conversion wrote down, since an MoE alone does not tell its expansion.
+    # From the record, since the expansion cannot be seen in the MoE.
     parameters = (record or {}).get("parameters")
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
-        _check_all_named(checkpoint, record or {}, sources)
-        facts = examine(experts, sources)
+        _check_all_sources_given(checkpoint, record or {}, sources)
+        facts = examine_weights(experts, sources)
     found = None
     if text is not None:
         from upcycle_cli.inspection.expert_load import measure_expert_load
@@ -214,14 +210,13 @@ def _inspect_moe(
     )
 
 
-def _check_all_named(
+def _check_all_sources_given(
     moe: Checkpoint, record: Mapping[str, Any], sources: Sequence[Checkpoint]
 ) -> None:
-    """Raise UpcycleError where one dense model is given for an MoE that says it is of several."""
-    merged = record.get("experts_from")
-    if len(sources) == 1 and isinstance(merged, dict):
+    """Raise UpcycleError when an MoE was made of several models and only one is given."""
+    if len(sources) == 1 and isinstance(record.get("experts_from"), dict):
         raise UpcycleError(
-            f"{moe.path} has experts of several models, says its {RECORD_NAME}, and only "
+            f"{moe.path} has experts of several models by its {RECORD_NAME}, and only "
             f"{sources[0].path} is given.",
-            "Name the others with --experts-from, once for each.",
+            "Give the others with --experts-from, once for each.",
         )

@@ -1,11 +1,11 @@
-"""How far experts have come in training: from the dense model's shards, and from one another.
+"""How far training has moved the experts: from the dense model's shards, and from one another.
 
-Distances are relative Frobenius norms over all parts of an expert, each of which is compared with
-its dense part times the factor that conversion multiplied it by. Neurons are known again in any
-order, since training moves them by less than they are apart; so is the dense model of a group,
-where there are several.
+Distances are relative Frobenius norms over all parts of an expert. Each part is compared with the
+dense part times the factor that the conversion applied. Neurons are matched in any order, by some
+of their weights, since training moves them by less than they differ; if there are several dense
+models, each group is compared with the most similar one.
 Legend: N experts, G shards, I dense intermediate size; expert e = g·G + s started as shard s of
-virtual group g. What is shared is left out: then G counts the shards that are routed.
+virtual group g. Neurons of the shared expert are left out: G counts the routed shards.
 """
 
 from __future__ import annotations
@@ -28,85 +28,80 @@ if TYPE_CHECKING:
     from upcycle_cli.models.dense import DenseModel
     from upcycle_cli.plan.moe_experts import Experts
 
-_SKETCHED = 32
-"""Entries of a neuron's part."""
-_ALIKE = 0.7
-"""The cosine of neurons of which one was made of the other; of others it is small."""
+_SKETCH_SIZE = 32
+"""How many weights of a neuron's part identify it."""
+_SIMILAR = 0.7
+"""The cosine above which two sketches are of the same neuron, trained; others are near 0."""
 _ROWS = 1024
-_SIMPLE, _ROUNDED = 16, 2e-4
-"""The largest denominator of a factor, and how far rounding takes a measured one from it."""
-
+_MAX_DENOMINATOR, _ROUNDING = 16, 2e-4
+"""A measured factor this close to a simple fraction is taken to be that fraction."""
 
 Source = tuple["Checkpoint", "DenseModel", "Reader"]
-"""A dense model that experts were made of."""
+"""A dense model that the experts were made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrift:
-    """How far the experts of one layer have come."""
+    """How far training has moved the experts of one layer."""
 
     layer: int
     moved: tuple[float, ...]
-    """By expert, its distance from the dense shard that it started as, relative to that."""
+    """The distance of each expert from its dense shard, relative to the shard's norm."""
     apart: float
-    """The root mean square of experts' distances from the mean of those of their shard."""
+    """The root mean square distance of experts from the mean of the copies of their shard."""
     unlike: float
-    """The share of neurons that are like none of the dense model's, as those that were drawn anew;
-    they are left out of both distances, unless a group has no other."""
+    """The share of neurons that match none of the dense model's, such as reinitialized ones; both
+    distances leave them out, unless a group has no other."""
     num_groups: int
     """E."""
     split_groups: int
-    """Those whose router rows are not all equal."""
+    """Groups whose router rows are not equal any more."""
     models: tuple[int, ...]
-    """By group, the source that it is most like."""
+    """For each group, the index of the most similar source."""
 
 
-def measured(
+def measure_drift(
     experts: Experts, moe: Reader, sources: Sequence[Source]
 ) -> tuple[dict[str, float], tuple[LayerDrift, ...], int]:
-    """Return by part what it was multiplied by, the movement of each layer, and the shared neurons.
+    """Return each part's scale factor, the drift of each layer, and the number of shared neurons.
 
-    The latter are how many of the first source are. `sources` are the dense models that the experts
-    can be of. One part of one expert is in memory at a time, and the sum of its copies; of a group
-    that has an order of its own, one part of all. Raises UpcycleError when a dense model has other
-    sizes.
+    The shared neurons are those of the first source. In memory are one part of one expert and the
+    sum of its copies; for a group with its own neuron order, one part of the group. Raises
+    UpcycleError when the sizes of a dense model do not fit.
     """
-    shared = shared_neurons(experts, moe, sources[0], experts.layers[0])
+    shared = _shared_neurons(experts, moe, sources[0], experts.layers[0])
     for checkpoint, model, _ in sources:
         routed = model.intermediate_size - len(shared)
         group_size, rest = divmod(routed, experts.expert_size)
         if rest or not group_size or experts.num_experts % group_size:
             raise UpcycleError(
-                f"{checkpoint.path} has MLPs {model.intermediate_size} wide, of which experts "
-                f"{experts.expert_size} wide are no shards: it is not the source."
+                f"{checkpoint.path} is not the source: experts of width {experts.expert_size} are "
+                f"not shards of its MLPs of width {model.intermediate_size}."
             )
     parts = [part for part, _ in experts.parts(moe, experts.layers[0], 0)]
 
     def layers() -> Iterator[_Layer]:
         for layer in experts.layers:
-            own = shared_neurons(experts, moe, sources[0], layer) if len(shared) else shared
-            kept = _others(own if len(own) else shared, sources[0][1].intermediate_size)
-            wholes = []
+            own = _shared_neurons(experts, moe, sources[0], layer) if len(shared) else shared
+            routed = _complement(own if len(own) else shared, sources[0][1].intermediate_size)
+            dense_mlps = []
             for source in sources:
-                whole = {part: _dense_part(source, layer, part) for part in parts}
-                for part, matrix in whole.items() if len(shared) else ():
-                    cut = experts.cut(part)
-                    whole[part] = matrix if cut is None else matrix.index_select(cut, kept)
-                wholes.append(whole)
-            yield _Layer(experts, moe, layer, group_size, wholes)
+                mlp = {part: _dense_part(source, layer, part) for part in parts}
+                for part, matrix in mlp.items() if len(shared) else ():
+                    dim = experts.cut(part)
+                    mlp[part] = matrix if dim is None else matrix.index_select(dim, routed)
+                dense_mlps.append(mlp)
+            yield _Layer(experts, moe, layer, group_size, dense_mlps)
 
-    made = layers()
-    first = next(made)  # what its neurons are is found once, for its factors and its movement
+    compared = layers()
+    first = next(compared)  # kept, so that its neurons are matched once for factors and drift
     factors = first.factors()
-    found = tuple(layer.movement(factors) for layer in chain((first,), made))
-    return factors, found, len(shared)
+    drifts = tuple(layer.drift(factors) for layer in chain((first,), compared))
+    return factors, drifts, len(shared)
 
 
-def shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> torch.Tensor:
-    """Return by place the dense neurons that a layer's shared expert was made of; none of others.
-
-    A neuron is told by some of its entries, which training moves by less than neurons are apart.
-    """
+def _shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> torch.Tensor:
+    """Return the dense index of each neuron of a layer's shared expert; empty if none match."""
     import torch
 
     none, width = torch.zeros(0, dtype=torch.int64), experts.shared_width
@@ -114,21 +109,21 @@ def shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> 
         return none
     sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for part in ("gate", "up", "down"):
-        held = experts.shared_part(moe, layer, part)
-        if held is not None:
-            cut = experts.cut(part)
-            assert cut is not None
-            for side, matrix in zip(sides, (held, _dense_part(dense, layer, part)), strict=True):
-                side.append(_unit(_sketch(matrix, cut)))
+        matrix = experts.shared_part(moe, layer, part)
+        if matrix is not None:
+            dim = experts.cut(part)
+            assert dim is not None
+            for side, each in zip(sides, (matrix, _dense_part(dense, layer, part)), strict=True):
+                side.append(_normalized(_sketch(each, dim)))
     if not sides[0]:
         return none
     ours, theirs = (torch.cat(side, 1) / len(side) ** 0.5 for side in sides)
-    if float((ours * theirs[:width]).sum(1).median()) > _ALIKE:
+    if float((ours * theirs[:width]).sum(1).median()) > _SIMILAR:
         return torch.arange(width)
     best = [(ours[i : i + _ROWS] @ theirs.T).max(1) for i in range(0, width, _ROWS)]
     found = torch.cat([each.indices for each in best])
-    alike = float(torch.cat([each.values for each in best]).median()) > _ALIKE
-    return found if alike and len({*found.tolist()}) == width else none
+    similar = float(torch.cat([each.values for each in best]).median()) > _SIMILAR
+    return found if similar and len({*found.tolist()}) == width else none
 
 
 def _dense_part(dense: Source, layer: int, part: str) -> torch.Tensor:
@@ -141,7 +136,7 @@ def _dense_part(dense: Source, layer: int, part: str) -> torch.Tensor:
     return reader.tensor(name)[found.index]
 
 
-def _others(neurons: torch.Tensor, count: int) -> torch.Tensor:
+def _complement(neurons: torch.Tensor, count: int) -> torch.Tensor:
     import torch
 
     kept = torch.ones(count, dtype=torch.bool)
@@ -151,17 +146,17 @@ def _others(neurons: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Group:
-    """A virtual group, and what it was made of."""
+    """A virtual group, and the dense model that it is compared with."""
 
     start: int
     """Its first expert."""
     model: int
     order: torch.Tensor | None
-    """Where in it each neuron of the dense MLP is, None where it always was."""
-    there: torch.Tensor
-    """Which of those are there at all; all of them where none is known again."""
+    """For each dense neuron, its position in the group; None when the order is unchanged."""
+    matched: torch.Tensor
+    """Which dense neurons are compared: those that match, or all if none does."""
     unlike: float
-    """The share of them that is not known again."""
+    """The share of neurons that do not match."""
 
 
 @dataclass
@@ -172,55 +167,54 @@ class _Layer:
     moe: Reader
     layer: int
     group_size: int
-    wholes: Sequence[Mapping[str, torch.Tensor]]
-    """By source, the parts of its MLP."""
+    dense_mlps: Sequence[Mapping[str, torch.Tensor]]
+    """For each source, the parts of its MLP."""
 
     def factors(self) -> dict[str, float]:
-        """Return by part the least-squares ratio of the first group to its dense MLP."""
+        """Return for each part the least-squares ratio of the first group to its dense MLP."""
         group, found = self._groups[0], {}
-        for part, cut in self._cuts.items():
-            products = squares = own = 0.0
+        for part, dim in self._dims.items():
+            products = dense_squares = squares = 0.0
             for shard in range(self.group_size):
-                wanted, there = self._wanted(part, group, shard)
-                held = self._held(part, group, shard)[0]
-                wanted, held = wanted.to(held.dtype).double(), held.double()
-                if held.shape != wanted.shape:
+                dense, matched = self._dense_shard(part, group, shard)
+                actual = self._expert_shard(part, group, shard)[0]
+                dense, actual = dense.to(actual.dtype).double(), actual.double()
+                if actual.shape != dense.shape:
                     raise UpcycleError("the dense model has MLPs of other sizes: not the source.")
-                products += float((_by_neuron(held * wanted, cut) * there).sum())
-                squares += float((_by_neuron(wanted.square(), cut) * there).sum())
-                own += float(held.square().sum())
-            ratio = products / squares if squares else 1.0
-            if group.unlike == 1 and squares:
-                ratio = math.sqrt(own / squares)  # what was drawn anew has its scale still
-            near = float(Fraction(ratio).limit_denominator(_SIMPLE))
-            found[part] = near if math.isclose(near, ratio, rel_tol=_ROUNDED) else ratio
+                products += float((_sum_by_neuron(actual * dense, dim) * matched).sum())
+                dense_squares += float((_sum_by_neuron(dense.square(), dim) * matched).sum())
+                squares += float(actual.square().sum())
+            ratio = products / dense_squares if dense_squares else 1.0
+            if group.unlike == 1 and dense_squares:
+                ratio = math.sqrt(squares / dense_squares)  # reinitialized neurons keep the scale
+            simple = float(Fraction(ratio).limit_denominator(_MAX_DENOMINATOR))
+            found[part] = simple if math.isclose(simple, ratio, rel_tol=_ROUNDING) else ratio
         return found
 
-    def movement(self, factors: Mapping[str, float]) -> LayerDrift:
-        """Return how far the experts have come; `factors` is by part what they were made with."""
+    def drift(self, factors: Mapping[str, float]) -> LayerDrift:
+        """Return how far the experts have moved; `factors` are those of the conversion."""
         import torch
 
-        count = self.experts.num_experts
-        squares, lengths = torch.zeros(2, count, dtype=torch.float64)
+        squares, lengths = torch.zeros(2, self.experts.num_experts, dtype=torch.float64)
         apart = 0.0
-        for part, cut in self._cuts.items():
+        for part, dim in self._dims.items():
             for shard in range(self.group_size):
                 total: dict[int, torch.Tensor] = {}
                 copies: dict[int, torch.Tensor] = {}
                 for group in self._groups:
-                    held, owners = self._held(part, group, shard)
-                    wanted, there = self._wanted(part, group, shard)
-                    # As a conversion writes it: cast, multiplied and rounded.
-                    wanted = (wanted.to(held.dtype) * factors[part]).double()
-                    difference = _masked(held.double() - wanted, there, cut)
-                    for sums, values in ((squares, difference), (lengths, wanted)):
-                        own = _by_neuron(values.square(), cut) * there
+                    actual, owners = self._expert_shard(part, group, shard)
+                    dense, matched = self._dense_shard(part, group, shard)
+                    # A conversion casts first, then multiplies and rounds.
+                    dense = (dense.to(actual.dtype) * factors[part]).double()
+                    difference = _masked(actual.double() - dense, matched, dim)
+                    for sums, values in ((squares, difference), (lengths, dense)):
+                        own = _sum_by_neuron(values.square(), dim) * matched
                         sums.index_add_(0, owners.expand(len(own)), own)
                     apart += float(difference.square().sum())
                     total[group.model] = total.get(group.model, 0) + difference
-                    copies[group.model] = copies.get(group.model, 0) + there
+                    copies[group.model] = copies.get(group.model, 0) + matched
                 for model, each in total.items():
-                    mean = _by_neuron(each.square(), cut) / copies[model].clamp(min=1)
+                    mean = _sum_by_neuron(each.square(), dim) / copies[model].clamp(min=1)
                     apart -= float(mean.sum())
         rows = self.experts.router(self.moe, self.layer)
         routers = rows.reshape(-1, self.group_size, rows.shape[-1])
@@ -235,34 +229,38 @@ class _Layer:
         )
 
     @cached_property
-    def _cuts(self) -> dict[str, int | None]:
-        """By part, the dimension that counts neurons; None where none does."""
-        return {part: self.experts.cut(part) for part in self.wholes[0]}
+    def _dims(self) -> dict[str, int | None]:
+        """For each part, the dimension that counts neurons; None for a part without one."""
+        return {part: self.experts.cut(part) for part in self.dense_mlps[0]}
 
-    def _wanted(self, part: str, group: _Group, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a shard's part in the dense MLP, and which of its neurons are there."""
+    def _dense_shard(
+        self, part: str, group: _Group, shard: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a shard's part of the dense MLP, and which of its neurons are compared."""
         import torch
 
-        size, cut = self.experts.expert_size, self._cuts[part]
-        whole = self.wholes[group.model][part]
-        if cut is None:
-            return whole.double(), torch.ones(1)
+        size, dim = self.experts.expert_size, self._dims[part]
+        matrix = self.dense_mlps[group.model][part]
+        if dim is None:
+            return matrix.double(), torch.ones(1)
         start = shard * size
-        return whole.narrow(cut, start, size).double(), group.there[start : start + size]
+        return matrix.narrow(dim, start, size).double(), group.matched[start : start + size]
 
-    def _held(self, part: str, group: _Group, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a group's part of a shard, in the dense MLP's order, and whose each neuron is."""
+    def _expert_shard(
+        self, part: str, group: _Group, shard: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a group's part of a shard in the dense order, and each neuron's expert."""
         import torch
 
-        size, cut = self.experts.expert_size, self._cuts[part]
-        if group.order is None or cut is None:
+        size, dim = self.experts.expert_size, self._dims[part]
+        if group.order is None or dim is None:
             expert = group.start + shard
             return self.experts.part(self.moe, self.layer, expert, part), torch.tensor([expert])
         places = group.order[shard * size : (shard + 1) * size]
-        held = torch.cat(self._group(part, group.start), cut).index_select(cut, places)
-        return held, group.start + places // size
+        matrix = torch.cat(self._group_parts(part, group.start), dim).index_select(dim, places)
+        return matrix, group.start + places // size
 
-    def _group(self, part: str, start: int) -> list[torch.Tensor]:
+    def _group_parts(self, part: str, start: int) -> list[torch.Tensor]:
         experts = range(start, start + self.group_size)
         return [self.experts.part(self.moe, self.layer, expert, part) for expert in experts]
 
@@ -270,52 +268,58 @@ class _Layer:
     def _groups(self) -> list[_Group]:
         import torch
 
-        from upcycle_cli.inspection.neuron_matching import recognised
+        from upcycle_cli.inspection.neuron_matching import match_neurons
 
-        parts = {
-            part: cut
-            for part, cut in self._cuts.items()
-            if cut is not None and self.wholes[0][part].dim() == 2
+        dims = {
+            part: dim
+            for part, dim in self._dims.items()
+            if dim is not None and self.dense_mlps[0][part].dim() == 2
         }
-        wanted = [
-            torch.cat([_unit(_sketch(whole[part], cut)) for part, cut in parts.items()], 1).numpy()
-            for whole in self.wholes
+        dense = [
+            torch.cat([_normalized(_sketch(mlp[part], dim)) for part, dim in dims.items()], 1)
+            for mlp in self.dense_mlps
         ]
-        found = []
+        groups = []
         for start in range(0, self.experts.num_experts, self.group_size):
-            each = [
-                _unit(torch.cat([_sketch(held, cut) for held in self._group(part, start)]))
-                for part, cut in parts.items()
+            sketches = [
+                _normalized(torch.cat([_sketch(m, dim) for m in self._group_parts(part, start)]))
+                for part, dim in dims.items()
             ]
-            held = torch.cat(each, 1).numpy()
-            known = [recognised(rows, held) for rows in wanted]
-            model = max(range(len(known)), key=lambda number: known[number][2])
-            order, there, _ = known[model]
-            unlike = 1 - float(there.mean())
-            mask = torch.from_numpy(there if there.any() else ~there)
-            places = None if order is None else torch.from_numpy(order)
-            found.append(_Group(start, model, places, mask, unlike))
-        return found
+            ours = torch.cat(sketches, 1).numpy()
+            matches = [match_neurons(rows.numpy(), ours) for rows in dense]
+            model = max(range(len(matches)), key=lambda number: matches[number].similarity)
+            found = matches[model]
+            matched = found.matched if found.matched.any() else ~found.matched
+            groups.append(
+                _Group(
+                    start,
+                    model,
+                    None if found.order is None else torch.from_numpy(found.order),
+                    torch.from_numpy(matched),
+                    1 - float(found.matched.mean()),
+                )
+            )
+        return groups
 
 
-def _masked(values: torch.Tensor, there: torch.Tensor, cut: int | None) -> torch.Tensor:
-    """Return a part without the neurons that are not there."""
-    return values if cut is None else (values.movedim(cut, -1) * there).movedim(-1, cut)
+def _masked(values: torch.Tensor, matched: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """Return a part with zeros for the neurons that are not compared."""
+    return values if dim is None else (values.movedim(dim, -1) * matched).movedim(-1, dim)
 
 
-def _unit(rows: torch.Tensor) -> torch.Tensor:
+def _normalized(rows: torch.Tensor) -> torch.Tensor:
     lengths: torch.Tensor = rows.norm(dim=1, keepdim=True)
     return rows / (lengths + 1e-30)
 
 
-def _sketch(matrix: torch.Tensor, cut: int) -> torch.Tensor:
-    """Return some entries of each neuron, enough to tell it from all others."""
-    return matrix.movedim(cut, 0)[:, :_SKETCHED].float()
+def _sketch(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the first weights of each neuron, (I, K)."""
+    return matrix.movedim(dim, 0)[:, :_SKETCH_SIZE].float()
 
 
-def _by_neuron(values: torch.Tensor, cut: int | None) -> torch.Tensor:
-    """Return what a part has, summed up by neuron; in one where it has none."""
-    return values.sum().reshape(1) if cut is None else values.movedim(cut, 0).flatten(1).sum(1)
+def _sum_by_neuron(values: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """Return the sum of each neuron's values; one sum for a part without neurons."""
+    return values.sum().reshape(1) if dim is None else values.movedim(dim, 0).flatten(1).sum(1)
 
 
 def _ratio(square: float, whole: float) -> float:
