@@ -18,7 +18,7 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import dense_family, is_moe, is_target, target_of
+from upcycle_cli.models.families import dense_family, is_target, target_of
 from upcycle_cli.models.mlp import find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Layout, Target
 from upcycle_cli.models.wrappers import text_config_of
@@ -112,6 +112,13 @@ class LazyModel:
         """The number of layers, of whatever kind."""
         return len(decoder_layers(self.net))
 
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """The dtype in which the first expert is stored."""
+        assert self.experts is not None
+        weight = self.experts.target.in_memory.experts[0].name
+        return self.weights[f"layers.{self.experts.layers[0]}.{weight}"].dtype
+
     def block(self, layer: int, target: Target) -> Model | Span:
         """Return the part of a layer that a conversion to `target` replaces, before or after it."""
         with transformers_says():
@@ -149,7 +156,7 @@ def lazy_model(
         return Stored(pieces, lambda held: held.to(narrow).float(), observe=sees)
 
     experts, stacks = None, {}
-    if is_target(checkpoint.config) and is_moe(checkpoint.config):
+    if is_target(checkpoint.config):
         experts = moe_tensors(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
         find, parts = finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}

@@ -140,8 +140,7 @@ def _compare(
     measured = _in_words(prompt, metrics, found, expected, has_rounded=rounded is not None)
     detail = f"Measured only, since this MoE does not promise equality: {expected.reason}."
     if expected.promise is not Promise.NONE:
-        kind = next(held.dtype for name, held in upcycled.weights.items() if ".experts" in name)
-        bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[kind]
+        bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
         detail, failures = _judge(expected, metrics, bound)
         findings.add(*failures, *found.routing.failures)
     result = findings.result(_NAME, f"{detail} {measured}", metrics, measured if findings else "")
