@@ -324,3 +324,32 @@ def _results(
         how.watch.begins(f"checking {name}")
         results.append(run[name]())
     return tuple(results)
+
+
+def run_outputs(
+    source: Checkpoint,
+    moe: Checkpoint,
+    others: Sequence[Checkpoint],
+    names: Sequence[str],
+    texts: TextOptions,
+    watch: Watch,
+) -> CheckResult:
+    """Run the check `outputs` by itself, until its new form is here."""
+    from upcycle_cli.old_verification.factors import find_objection
+    from upcycle_cli.old_verification.headers import header_failures
+    from upcycle_cli.old_verification.outputs import check_outputs
+
+    try:
+        if is_moe(source.config):
+            from upcycle_cli.old_verification import grown_checks
+            from upcycle_cli.old_verification.grown import gather_grown
+            from upcycle_cli.old_verification.grown_outputs import check_grown_outputs
+
+            grown = gather_grown(source, moe, names)
+            return check_grown_outputs(grown, texts, grown_checks.headers_of_grown(grown), watch)
+        facts = gather_facts(source, moe, moe_names=names, allow_inexact=True)
+        facts = replace(facts, merged=find_merged(facts, others))
+        by_header = tuple(header_failures(facts.moe, facts.target))
+        return check_outputs(facts, texts, find_objection(facts), by_header, watch=watch)
+    except DamagedError as error:
+        return Findings([error.message]).result("outputs", "")

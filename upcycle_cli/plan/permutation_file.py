@@ -15,7 +15,7 @@ from pathlib import Path
 from upcycle_cli.checkpoint.header import TensorEntry, read_shard_header
 from upcycle_cli.checkpoint.storage import Storage
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.text import counted
+from upcycle_cli.core.text import counted, printable
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe
 
@@ -36,6 +36,11 @@ class OrderFile:
     shapes: Mapping[str, tuple[int, ...]]
     data: Mapping[str, bytes]
     digest: str
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What `upcycle.json` says of it: its name, and the SHA-256 of the orders in it."""
+        return {"name": printable(self.path.name), "sha256": self.digest}
 
     def check(self, layers: Collection[int], expansion: int, size: int) -> None:
         """Raise UpcycleError unless these layers, and no others, have orders of `size` neurons."""

@@ -102,12 +102,13 @@ class Plan(Planned):
     @property
     def how(self) -> dict[str, Any]:
         """The recipe, the factors, what was found in a calibration, and whose rows routers have."""
-        rows = self.inputs.rows
+        rows, orders = self.inputs.rows, self.options.neuron_orders
         return {
             "recipe": {"name": self.recipe.name, **self.recipe.stated()},
             "factors": asdict(self.factors),
             "calibration": self.calibration_record,
             **({} if rows is None else {"router_file": rows.record}),
+            **({} if orders is None else {"order_file": orders.record}),
         }
 
     @property

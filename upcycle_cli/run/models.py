@@ -7,6 +7,7 @@ damaged checkpoint becomes a `TransformersError` with what it said. Nothing here
 from __future__ import annotations
 
 import errno
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,20 @@ def load_config(path: Path) -> Config:
             # Else whoever asks for what only some layers have otherwise is refused.
             text.allow_global_per_layer_attribute_access = True
         return config
+
+
+def saved_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what transformers saves of a config, and every value that its class has for it.
+
+    Raises TransformersError.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    with transformers_says(), known(model_type):
+        loaded = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(config)))
+        whole = json.loads(json.dumps(loaded.to_dict(), default=str))
+        return json.loads(loaded.to_json_string()), whole
 
 
 def _model_type(path: Path) -> str:

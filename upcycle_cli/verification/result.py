@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+CHECK_NAMES = ("directory", "weights", "outputs")
+"""The checks, in the order in which they run."""
 _MOST_SHOWN = 8
 
 
@@ -95,13 +97,18 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """`failed` when any check did, `skipped` when none ran, else by what the MoE promises."""
+        """`failed` when any check failed, `passed` when all of them ran and passed.
+
+        `measured` is all between: nothing is wrong, and not everything is proven.
+        """
         found = {check.status for check in self.checks}
         if Status.FAILED in found:
             return Status.FAILED
         if found <= {Status.SKIPPED}:
             return Status.SKIPPED
-        return Status.MEASURED if self.promise == "none" else Status.PASSED
+        whole = {check.name for check in self.checks} >= {*CHECK_NAMES}
+        proven = whole and found == {Status.PASSED} and self.promise != "none"
+        return Status.PASSED if proven else Status.MEASURED
 
     @property
     def passed(self) -> bool:
@@ -110,8 +117,13 @@ class Report:
 
     @property
     def accepted(self) -> bool:
-        """Whether the MoE is what the user expects: it passed, or was measured as agreed."""
-        return self.passed or (self.allow_inexact and self.status is Status.MEASURED)
+        """Whether the MoE is what the user expects.
+
+        It passed, as far as the user had it checked, or was measured as agreed.
+        """
+        found = {check.status for check in self.checks}
+        asked = found == {Status.PASSED} and self.promise != "none"
+        return asked or (self.allow_inexact and self.status is Status.MEASURED)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""

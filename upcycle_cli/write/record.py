@@ -50,12 +50,29 @@ def record(
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
         "numpy": version("numpy"),
+        **described(plan),
+        "source": _origin(plan.source),
+        **_merged(plan),
+        "routers": dict(routers),
+        **_picked(how, "calibration", "router_file", "order_file"),
+        **({"perturbation": _perturbation(drawn)} if drawn else {}),
+        "plan_sha256": plan.digest,
+        "files": list(_listed(plan, folder)),
+    }
+
+
+def described(plan: Planned) -> dict[str, Any]:
+    """Return what the record says of a conversion by its plan alone, whatever data it reads."""
+    how = plan.how
+    return {
         "source_type": plan.source.config["model_type"],
         "target_type": plan.target.outer_type,
+        **({"target": plan.family.choice} if isinstance(plan, Plan) else {}),
         **_picked(how, "recipe", "growth"),
         "moe_layers": list(plan.layers),
         "expert_layout": plan.expert_layout,
         "dtype": plan.options.dtype,
+        "max_shard_bytes": plan.options.max_shard_bytes,
         "untie_embeddings": plan.options.untie_embeddings,
         **_picked(how, "factors"),
         "promise": plan.promise,
@@ -64,13 +81,6 @@ def record(
             "active": plan.active_parameters,
             "source" if "growth" in how else "dense": plan.dense_parameters,
         },
-        "source": _origin(plan.source),
-        **_merged(plan),
-        "routers": dict(routers),
-        **_picked(how, "calibration", "router_file"),
-        **({"perturbation": _perturbation(drawn)} if drawn else {}),
-        "plan_sha256": plan.digest,
-        "files": list(_listed(plan, folder)),
     }
 
 

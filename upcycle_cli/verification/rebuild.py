@@ -1,0 +1,363 @@
+"""From `upcycle.json` back to the plan of the conversion.
+
+The record says what convert was told, so the planner can decide the same directory again. What a
+plan cannot know before it has seen data (rows that were fitted to a text, an order of neurons from
+a file) stays open here; `unknowns.py` fills it in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models import dense_model
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.wrappers import inner
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.expand import Growth, GrowthPlan, build_growth
+from upcycle_cli.plan.expressions import Permutation
+from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.permutation_file import OrderFile, order_name
+from upcycle_cli.plan.prompts import ModelPrompts, Prompts
+from upcycle_cli.plan.router_file import RouterFile
+from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.plan.tensors import GivenRows, Options
+from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.recipe.recipe import (
+    SHIPPED,
+    ExpertLayout,
+    NeuronOrder,
+    Promise,
+    Recipe,
+    RouterInit,
+    Routing,
+    Scaling,
+)
+
+FORMAT = 1
+Record = Mapping[str, Any]
+
+
+class RecordError(Exception):
+    """The record is missing or cannot be read, so nothing says how the MoE was made."""
+
+
+class MismatchError(Exception):
+    """The record can be read, but describes no conversion of this dense model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the user hands to verify beside the models: a file of router rows, a text."""
+
+    router_file: RouterFile | None = None
+    text: CalibrationText | None = None
+
+
+def read_record(moe: Checkpoint) -> Record:
+    """Return the MoE's record; RecordError where it is missing or no record of this format."""
+    if not moe.storage.has(RECORD_NAME):
+        raise RecordError(f"there is no {RECORD_NAME}, so nothing says how it was made")
+    try:
+        record = read_json(moe.storage.local(RECORD_NAME))
+    except UpcycleError as error:
+        raise RecordError(error.message.rstrip(".")) from error
+    if record.get("format") != FORMAT:
+        found = shown(record.get("format"))
+        raise RecordError(f"{RECORD_NAME}: format is {found}, and only {FORMAT} is known")
+    if not isinstance(record.get("growth", record.get("recipe")), dict):
+        raise RecordError(f"{RECORD_NAME} has no recipe")
+    return record
+
+
+def rebuild(
+    record: Record,
+    dense: Checkpoint,
+    moe: Checkpoint,
+    others: Sequence[Checkpoint] = (),
+    given: Given | None = None,
+) -> Planned:
+    """Plan the recorded conversion again.
+
+    `others` are the models that experts were made of beside `dense`. Raises RecordError for a
+    record that lacks something, MismatchError where it cannot be a record of this conversion, and
+    UpcycleError where the user gave other models or files than those that it names.
+    """
+    given = given or Given()
+    if "growth" in record:
+        if given.router_file or others:
+            raise UpcycleError(
+                "an MoE grows from one model and takes its routers from it.",
+                "Leave out --experts-from and --router-init.",
+            )
+        growth = _read(Growth, record["growth"], "growth", _GROWN_FROM) | {"allow_inexact": True}
+        return _planned(lambda options: build_growth(Growth(**growth), dense, options), record, moe)
+    recipe = _recipe(record)
+    merge = _merge(record, recipe, others)
+    target = record.get("target", record.get("target_type"))
+    if not isinstance(target, str):
+        raise RecordError(f"{RECORD_NAME}: target_type is {shown(target)}")
+    if target.startswith(UPCYCLED_PREFIX):
+        target = SHIPPED
+    elif "target" not in record:  # earlier versions recorded the model type of the wrapper
+        target = str(inner(moe.config).get("model_type"))
+    if given.router_file is not None and recipe.router_init is not RouterInit.FILE:
+        raise UpcycleError(
+            f"the routers of {moe.path} were not given in a file, says its {RECORD_NAME}.",
+            "Leave out --router-init.",
+        )
+    models = [] if merge is None else [(dense, *merge.others)[group] for group in merge.cycle]
+    inputs = RouterInputs(
+        text=_text(record, recipe, models, given.text),
+        rows=given.router_file or _unknown_rows(recipe),
+    )
+    orders = _unknown_orders(recipe, dense)
+    return _planned(
+        lambda options: build_plan(
+            recipe,
+            dense,
+            target=target,
+            options=replace(options, neuron_orders=orders),
+            inputs=inputs,
+            merge=merge,
+        ),
+        record,
+        moe,
+    )
+
+
+def text_at_hand(record: Record, given: CalibrationText | None) -> CalibrationText | None:
+    """Return the text that a calibration was run on, None where it is not here.
+
+    Raises UpcycleError where the user gave another text than the recorded one.
+    """
+    held = record.get("calibration")
+    if not isinstance(held, dict):
+        if given is not None:
+            raise UpcycleError(f"{RECORD_NAME} records no calibration.", "Leave out --calibration.")
+        return None
+    digest = held.get("text_sha256")
+    if given is not None:
+        if given.digest != digest:
+            raise UpcycleError(
+                f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
+                f"{shown(held.get('text'))} with another SHA-256.",
+                "Give the file that was given to convert --calibration.",
+            )
+        return given
+    builtin = calibration_text(BUILTIN)
+    return builtin if builtin.digest == digest else None
+
+
+_GROWN_FROM = {"routing", "source_num_experts", "source_top_k"}
+_NAMED = {"name"}
+
+
+def _read(kind: type[Any], held: object, where: str, more: set[str]) -> dict[str, Any]:
+    """Return the recorded fields of a value; RecordError for unknown ones, or none."""
+    known = {field.name for field in fields(kind)}
+    if not isinstance(held, dict) or not held:
+        raise RecordError(f"{RECORD_NAME} has no {where}")
+    if odd := held.keys() - known - more:
+        raise RecordError(f"{RECORD_NAME}: {where}.{min(odd)} is unknown to this version")
+    return {key: value for key, value in held.items() if key in known}
+
+
+def _recipe(record: Record) -> Recipe:
+    values = _read(Recipe, record["recipe"], "recipe", _NAMED)
+    try:
+        recipe = Recipe(**values | {"allow_inexact": True})
+        if recipe.routing is None or recipe.scale_split is None:
+            raise RecordError(f"{RECORD_NAME}: recipe names no routing or no scale_split")
+        return replace(recipe, allow_inexact=bool(values.get("allow_inexact")))
+    except UpcycleError as error:
+        raise RecordError(f"{RECORD_NAME}: {error.message.rstrip('.')}") from error
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{RECORD_NAME}: recipe cannot be read ({error})") from error
+
+
+def _planned(plan: Callable[[Options], Planned], record: Record, moe: Checkpoint) -> Planned:
+    """Return the plan whose layout of experts the MoE has: another one can be saved again."""
+    try:
+        options = Options(
+            dtype=record.get("dtype"),
+            expert_layout=record.get("expert_layout"),
+            max_shard_bytes=record.get("max_shard_bytes", Options.max_shard_bytes),
+            untie_embeddings=record.get("untie_embeddings") is True,
+        )
+    except (UpcycleError, TypeError) as error:
+        raise RecordError(f"{RECORD_NAME}: {error}") from error
+    try:
+        made = plan(options)
+        names = moe.tensors.keys()
+        if names != {tensor.name for tensor in made.tensors}:
+            for layout in made.target.layouts:
+                other = plan(replace(options, expert_layout=ExpertLayout(layout)))
+                if names == {tensor.name for tensor in other.tensors}:
+                    return other
+    except UpcycleError as error:
+        raise MismatchError(error.message) from error
+    return made
+
+
+# Several models -----------------------------------------------------------------------------------
+
+
+def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merge | None:
+    held = record.get("experts_from")
+    if held is None:
+        if others:
+            raise UpcycleError(
+                f"no expert is made of {others[0].path}, says {RECORD_NAME}.", "Leave it out."
+            )
+        return None
+    models = held.get("models") if isinstance(held, dict) else None
+    if not isinstance(models, list) or not all(isinstance(each, dict) for each in models):
+        raise RecordError(f"{RECORD_NAME}: experts_from has no models")
+    groups, rest = held.get("groups"), held.get("rest")
+    whole = isinstance(groups, list) and len(groups) == recipe.expansion
+    known = whole and all(type(g) is int and 0 <= g <= len(models) for g in groups)
+    if not known or rest not in set(Rest):
+        raise RecordError(
+            f"{RECORD_NAME}: experts_from must name the model of each of {recipe.expansion} groups"
+            f" and rest ({' or '.join(Rest)})"
+        )
+    if not others:
+        raise UpcycleError(
+            f"{RECORD_NAME} says that experts were made of several models, and only one is given.",
+            "Name the others with --experts-from, once for each: "
+            f"{', '.join(shown(each.get('name')) for each in models)}.",
+        )
+    return Merge(others=tuple(_in_order(models, others)), cycle=tuple(groups), rest=Rest(rest))
+
+
+def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the given models in the order of the record; UpcycleError for any others."""
+    left, found = list(others), []
+    for model in models:
+        fits = next((each for each in left if _is_recorded(each, model)), None)
+        if fits is None:
+            raise UpcycleError(
+                f"none of the given models is {shown(model.get('name'))}, of which experts were "
+                f"made: their config or weights differ from what {RECORD_NAME} records.",
+                "Name each model with --experts-from.",
+            )
+        left.remove(fits)
+        found.append(fits)
+    if left:
+        raise UpcycleError(
+            f"no expert is made of {left[0].path}, says {RECORD_NAME}.", "Leave it out."
+        )
+    return found
+
+
+def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
+    """Whether a model has the recorded config, headers and sample of its weights."""
+    files = [
+        {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
+        for shard in model.shards
+    ]
+    said = {"config_sha256": model.config_digest, "files": files}
+    held = recorded.get("sample")
+    sample = held if isinstance(held, dict) else {}
+    name = str(sample.get("tensor"))
+    return (
+        said.items() <= recorded.items()
+        and name in model.tensors
+        and sample.get("sha256") == model.tensor_digest(name)
+    )
+
+
+# What only the MoE knows -----------------------------------------------------------------------
+
+
+class _UnknownRows(RouterFile):
+    """Stands for a file of router rows that the user did not give: their values stay open."""
+
+    def given(self, layers: Collection[int], shape: tuple[int, int]) -> GivenRows:  # noqa: ARG002
+        return GivenRows(origin="")
+
+
+@dataclass(frozen=True, eq=False)
+class _UnknownOrders(OrderFile):
+    """Stands for a file of neuron orders: which permutation each group has stays open."""
+
+    size: int = 0
+
+    def check(self, layers: Collection[int], expansion: int, size: int) -> None:
+        """Accept any layers."""
+
+    def check_shared(self, width: int) -> None:
+        """Accept any order."""
+
+    def of_layer(self, layer: int, expansion: int) -> list[Permutation | None]:
+        return [Permutation(self.size, order_name(layer, group)) for group in range(expansion)]
+
+
+def _unknown_rows(recipe: Recipe) -> RouterFile | None:
+    return _UnknownRows(Path(), {}, {}, "") if recipe.router_init is RouterInit.FILE else None
+
+
+def _unknown_orders(recipe: Recipe, dense: Checkpoint) -> OrderFile | None:
+    if recipe.neuron_order is not NeuronOrder.FILE:
+        return None
+    size = dense_model(dense.config, dense.tensors).intermediate_size
+    return _UnknownOrders(Path(), {}, {}, "", size=size)
+
+
+def _text(
+    record: Record, recipe: Recipe, models: Sequence[Checkpoint], given: CalibrationText | None
+) -> CalibrationText | Prompts | None:
+    """Return the text of the calibration, or one that stands for it where it is not at hand."""
+    if recipe.router_init is RouterInit.PROMPTS:
+        return Prompts("", tuple(ModelPrompts(model.name, ("",)) for model in models))
+    stand_in = CalibrationText("", ()) if record.get("calibration") else None
+    return text_at_hand(record, given) or stand_in
+
+
+# What the plan promises -------------------------------------------------------------------------
+
+
+def why_nothing_is_promised(plan: Planned) -> str | None:  # noqa: C901, PLR0911 - a table of reasons
+    """Say why a plan does not promise the function of its source; None where it does."""
+    if plan.promise is not Promise.NONE:
+        return None
+    if isinstance(plan, GrowthPlan):
+        exact = plan.growth.expand * plan.experts.top_k
+        return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
+    assert isinstance(plan, Plan)
+    recipe, size = plan.recipe, plan.recipe.group_size
+    needed = float(size)
+    if recipe.routing is Routing.SOFTMAX_TOPK:
+        needed = recipe.expansion * size**2 / recipe.top_k
+    if plan.merge is not None:
+        return "its experts were made of several models, which compute different functions"
+    if recipe.noise:
+        return f"noise of {recipe.noise:g} x their standard deviation is on the experts' matrices"
+    if recipe.reinit:
+        return f"{recipe.reinit:.4g} of each expert's neurons were drawn anew"
+    if recipe.top_k % size:
+        return (
+            f"top-k {recipe.top_k} is not a multiple of the {size} routed shards of the dense MLP, "
+            "so every token misses some of them"
+        )
+    if not recipe.virtual_groups and size > 1:
+        return "without virtual groups the chosen experts need not hold every shard"
+    if recipe.scaling in (Scaling.PAPER, Scaling.NONE) and not math.isclose(needed, 1.0):
+        return (
+            f"scaling {recipe.scaling} does not preserve the MLP's output, which needs {needed:g}"
+        )
+    uniform = recipe.routing is not Routing.SOFTMAX_TOPK or recipe.top_k == recipe.num_experts
+    if not uniform and recipe.router_init is RouterInit.FILE:
+        return "softmax-topk weighs experts by the router's logits, and given rows can be any"
+    std, most = recipe.router_logit_std, recipe.largest_approximate_std
+    if not uniform and std is not None and std > most:
+        return f"the router's logits are too large (standard deviation {std:.3g} > {most:g})"
+    return f"the scale was set to {plan.factors.c:g}, and the routing needs {needed:g}"

@@ -1,0 +1,275 @@
+"""The check `weights`: each tensor of the MoE holds the value of its expression in the plan.
+
+Equal expressions are evaluated once and compared with all their places. Memory is bounded by the
+largest value that is evaluated; the files are mapped, and their pages are released as it goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Event, Lock
+from typing import NamedTuple
+
+import numpy as np
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import TensorEntry
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.plan.expressions import Cast, Expr, gathering, leaves, num_bytes
+from upcycle_cli.plan.merge import MergedReader
+from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.verification.explain import Difference, explain
+from upcycle_cli.verification.result import CheckResult, Findings, Status
+from upcycle_cli.verification.unknowns import Known, Orders, is_open, read_rows, rows_differ
+from upcycle_cli.write.evaluate import evaluate, evaluate_together
+from upcycle_cli.write.transpose import in_pieces
+
+NAME = "weights"
+_THREADS = 4  # a disk answers several questions at once
+_STEP_BYTES = 8 << 20
+_RELEASE_BYTES = 1 << 30
+_EXPERTS = (Role.EXPERT, Role.SHARED_EXPERT)
+_MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
+
+
+class Place(NamedTuple):
+    """Where the bytes of a leaf lie in a tensor of the MoE."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of rows that were fitted to a text, or given in a file, beside the plan."""
+
+    fitted: Calibration | None = None
+    """What the calibration finds when it is run again."""
+    unproven: str | None = None
+    """Why open values can only be measured; None where nothing is open, or `fitted` proves it."""
+
+
+def check_weights(
+    plan: Planned, moe: Checkpoint, watch: Watch, evidence: Evidence | None = None
+) -> CheckResult:
+    """Compare every tensor with the plan's; the sources' files must be here."""
+    evidence, findings, notes = evidence or Evidence(), Findings(), list[str]()
+    tensors, widened = _matched(plan, moe, findings)
+    with plan.reader() as source, moe.reader() as held:
+        known, open_experts = _read_open(tensors, moe, source, held, evidence, findings)
+        exprs = {t.name: known.filled(t.expr) for t in tensors}
+        skipped = {name for name, expr in exprs.items() if is_open(expr)}
+        compared = [tensor for tensor in tensors if tensor.name not in skipped]
+        scan = _Scan(source, held, moe.tensors, watch)
+        differing = scan.run({t.name: _leaves(exprs[t.name], t.name in widened) for t in compared})
+        findings.add(*explain(plan, moe, differing, exprs, source, held))
+    if widened:
+        notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
+    if known.orders:
+        notes.append(f"{len(known.orders)} orders of neurons were found by their weights.")
+    if skipped and not findings:
+        notes.append(f"{len(skipped)} tensors could not be compared: {open_experts}.")
+    unproven = evidence.unproven or (open_experts if skipped else None)
+    metrics = {"tensors": len(compared), "bytes": sum(moe.tensors[t.name].nbytes for t in compared)}
+    passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
+    if unproven is not None and not findings:
+        passed = f"Nothing differs, but not everything is proven: {unproven}."
+    found = findings.result(NAME, passed, metrics, " ".join(notes))
+    if unproven is not None and not findings:
+        found = CheckResult(
+            name=NAME, status=Status.MEASURED, detail=found.detail, metrics=found.metrics
+        )
+    return found
+
+
+def _matched(
+    plan: Planned, moe: Checkpoint, findings: Findings
+) -> tuple[list[OutputTensor], set[str]]:
+    """Return the tensors that can be compared, and the names of those that are stored wider."""
+    wanted = {tensor.name: tensor for tensor in plan.tensors}
+    found, widened = list[OutputTensor](), set[str]()
+    findings.add(*(f"{name} is missing" for name in wanted if name not in moe.tensors))
+    findings.add(*(f"{name} should not be there" for name in moe.tensors if name not in wanted))
+    for name in wanted.keys() & moe.tensors.keys():
+        tensor, entry = wanted[name], moe.tensors[name]
+        if entry.shape != tensor.shape:
+            findings.add(f"{name} has shape {list(entry.shape)} instead of {list(tensor.shape)}")
+        elif entry.dtype not in (tensor.dtype, "F32"):
+            findings.add(f"{name} is {entry.dtype} instead of {tensor.dtype}")
+        else:
+            found.append(tensor)
+            if entry.dtype != tensor.dtype:
+                widened.add(name)
+    found.sort(key=lambda tensor: (moe.tensors[tensor.name].shard, moe.tensors[tensor.name].offset))
+    return found, widened
+
+
+def _read_open(
+    tensors: Sequence[OutputTensor],
+    moe: Checkpoint,
+    source: Reader | MergedReader,
+    held: Reader,
+    evidence: Evidence,
+    findings: Findings,
+) -> tuple[Known, str]:
+    """Return the open values of a plan, read from the MoE, and why some stay open."""
+    known, orders, why = Known(), Orders(source), ""
+    fitted = {} if evidence.fitted is None else evidence.fitted.layers
+    for tensor in tensors:
+        if not is_open(tensor.expr):
+            continue
+        data, dtype = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
+        if tensor.role is Role.ROUTER:
+            findings.add(*read_rows(tensor, data, dtype, known))
+            assert tensor.layer is not None
+            if tensor.layer in fitted:
+                rows = known.rows[f"layers.{tensor.layer}.router"]
+                again = fitted[tensor.layer].rows
+                for row, cosine in rows_differ(rows, again, tensor.dtype, tensor.shape[-1]):
+                    findings.add(
+                        f"{tensor.name}: the row of group {row} is not the one that the "
+                        f"calibration gives when it is run again (cosine {cosine:.4f})"
+                    )
+        elif tensor.role in _EXPERTS:
+            orders.look_at(tensor, data, dtype)
+            held.release()
+    findings.add(*orders.find(known))
+    if orders.perturbed:
+        why = "experts were perturbed in an order of neurons that only the text gives"
+        for layer, found in fitted.items():
+            if found.order is not None:
+                known.orders.setdefault(f"layers.{layer}.neuron_order", found.order)
+    return known, why or "their values depend on data that is not here"
+
+
+def _leaves(expr: Expr, widened: bool) -> list[Expr]:  # noqa: FBT001 - of a tensor
+    return [Cast(leaf, "F32") if widened else leaf for leaf in leaves(expr)]
+
+
+@dataclass
+class _Scan:
+    """Evaluates expressions and compares them with their places in the MoE."""
+
+    source: Reader | MergedReader
+    held: Reader
+    entries: Mapping[str, TensorEntry]
+    watch: Watch
+    differing: list[Difference] = field(default_factory=list)
+    _read: int = 0
+    _lock: Lock = field(default_factory=Lock)
+    _stop: Event = field(default_factory=Event)
+
+    def run(self, tensors: Mapping[str, Sequence[Expr]]) -> list[Difference]:
+        """Return the leaves that differ, in the order of the files."""
+        places: dict[Expr, list[Place]] = {}
+        for name, exprs in tensors.items():
+            start = 0
+            for leaf in exprs:
+                nbytes = num_bytes(leaf)
+                if nbytes:
+                    places.setdefault(leaf, []).append(Place(name, start, nbytes))
+                start += nbytes
+        bundles: dict[tuple[Expr, bool], list[Expr]] = {}
+        for leaf in places:
+            rows = gathering(leaf)
+            bundles.setdefault((rows or leaf, rows is None), []).append(leaf)
+        total = sum(place.nbytes for found in places.values() for place in found)
+        done = 0
+        self.watch.checked(0, total, "bytes")
+        pool = ThreadPoolExecutor(_THREADS, "upcycle-weights")
+        try:
+            jobs = [
+                pool.submit(self._compare, {leaf: places[leaf] for leaf in bundle})
+                for bundle in bundles.values()
+            ]
+            for job in as_completed(jobs):
+                done += job.result()
+                self.watch.checked(done, total, "bytes")
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+        names = [*tensors]
+        order = {name: number for number, name in enumerate(names)}
+        return sorted(self.differing, key=lambda each: (order[each.name], each.start))
+
+    def _compare(self, leaves_: Mapping[Expr, Sequence[Place]]) -> int:
+        """Compare some leaves with all their places; return how many bytes that were."""
+        exprs, wrong = [*leaves_], set[tuple[Expr, Place]]()
+        if self._stop.is_set():
+            return 0
+        positions = [0] * len(exprs)
+        for number, value in self._values(exprs):
+            start, expr = positions[number], exprs[number]
+            positions[number] += len(value)
+            for step in range(0, len(value), _STEP_BYTES):
+                piece = value[step : step + _STEP_BYTES]
+                for place in leaves_[expr]:
+                    if (expr, place) not in wrong and not self._holds(place, start + step, piece):
+                        wrong.add((expr, place))
+        with self._lock:
+            self.differing += [Difference(p.name, p.start, expr) for expr, p in wrong]
+        return sum(place.nbytes for found in leaves_.values() for place in found)
+
+    def _values(self, exprs: Sequence[Expr]) -> Iterator[tuple[int, memoryview]]:
+        if len(exprs) > 1 or in_pieces(exprs[0]):
+            yield from evaluate_together(exprs, self.source.mapped, lambda _: None)
+        else:
+            yield 0, evaluate(exprs[0], self.source.mapped)
+
+    def _holds(self, place: Place, start: int, value: memoryview) -> bool:
+        """Whether the bytes of a place from `start` on are these."""
+        begin = place.start + start
+        data = self.held.mapped(place.name)[begin : begin + len(value)]
+        self._count(len(value))
+        one, other = (np.frombuffer(each, np.uint8) for each in (data, value))
+        addresses = one.ctypes.data, other.ctypes.data
+        _populate(addresses[0], len(one))
+        if _libc().memcmp(*addresses, len(one)) == 0:
+            return True
+        return equal_but_nan(data, value, self.entries[place.name].dtype)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self._read += nbytes
+            full = self._read >= _RELEASE_BYTES
+            self._read = 0 if full else self._read
+        if full:
+            self.source.release()
+            self.held.release()
+
+
+def equal_but_nan(one: memoryview, other: memoryview, dtype: str) -> bool:
+    """Whether values are equal but for which nan they hold: that depends on who computed it."""
+    kind, infinity = {
+        "F32": ("<u4", 0xFF << 24),
+        "F16": ("<u2", 0x1F << 11),
+        "BF16": ("<u2", 0xFF << 8),
+    }[dtype]
+    left, right = (np.frombuffer(bytes(data), kind) for data in (one, other))
+    differ = left != right
+    nans = ((left << 1) > infinity) & ((right << 1) > infinity)
+    return not (differ & ~nans).any()
+
+
+def _populate(address: int, nbytes: int) -> None:
+    """Have the pages of a mapped range there in one step instead of one for each."""
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    _libc().madvise(start, address + nbytes - start, _MADV_POPULATE_READ)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """Return the C library, whose functions ctypes calls without the interpreter's lock."""
+    libc = ctypes.CDLL(None)
+    libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
