@@ -249,8 +249,6 @@ def _quickly() -> Iterator[None]:
     # Else it is set and set back thousands of times, each of them a walk over all loggers.
     transformers_logging.set_verbosity(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch:
-        # Both models of a verification go on for two tokens: each of sixteen would take a pass.
-        patch.setattr("upcycle_cli.old_verification.sidebyside._CONTINUED", 2)
         # Of what is written here nothing has to survive a loss of power.
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(

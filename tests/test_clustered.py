@@ -22,7 +22,8 @@ from upcycle_cli.api import Request, carry_out
 from upcycle_cli.calibrate import collect as passing
 from upcycle_cli.calibrate.neuron_clusters import clustered_order
 from upcycle_cli.core.callbacks import Hooks
-from upcycle_cli.old_verification import Status, TextOptions
+from upcycle_cli.verification.result import Status
+from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.write.rng import standard_normal
 
@@ -196,7 +197,7 @@ def test_it_is_a_function_of_model_and_text(llama: Path, tmp_path: Path) -> None
     one = convert(llama, tmp_path / "one", recipe())
     assert contents(convert(llama, tmp_path / "two", recipe()).output) == contents(one.output)
     made = convert(other, tmp_path / "other", recipe())
-    assert verify(other, made.output, checks=["weights", "claims"]).passed
+    assert verify(other, made.output, checks=["directory", "weights"]).accepted
     found = [done.plan.calibration for done in (one, made)]
     orders = [of.layers[1].order for of in found if of is not None]
     assert orders[0] != orders[1]
@@ -311,6 +312,6 @@ def test_the_record_is_held_to_it(
     record = read_json(done.output / "upcycle.json")
     record["recipe"]["neuron_order"] = claimed
     write_json(done.output / "upcycle.json", record)
-    report = verify(llama, done.output, checks=["claims"])
+    report = verify(llama, done.output, checks=["directory"])
     assert report.checks[0].status is Status.FAILED
     assert any(words in failure for failure in report.checks[0].failures)

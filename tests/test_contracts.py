@@ -39,7 +39,8 @@ from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped_row import shipped
-from upcycle_cli.old_verification import CHECK_NAMES, Report, Status, TextOptions
+from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
+from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.headers import geometry_failures
 from upcycle_cli.old_verification.sizes import gather_facts
@@ -66,7 +67,7 @@ NATIVE_OTHERS = [
 WINDOW_KEYS = ("sliding_window", "window_size", "keep_window_size", "local_attention")
 RECIPES = ("E2G2T2", "E4G2T4", "E2G3T3")
 FEW = TextOptions(tokens=64)
-UNRECORDED = ("structure", "weights", "outputs")
+UNRECORDED = ("directory", "weights", "outputs")
 SINGLE = 1e-5
 DOUBLE = 1e-12
 
@@ -374,7 +375,7 @@ def test_damage_to_tensors_in_another_form_is_noticed(
     wanted = recipe("E2G2T2", layers="1" if some else None)
     plan = build_plan(wanted, open_checkpoint(dense), target=row[1])
     moe = convert(dense, tmp_path / "moe", wanted, target=row[1]).output
-    assert verify(dense, moe, checks=["weights"]).passed
+    assert verify(dense, moe, checks=["weights"]).accepted
     changed = [tensor for tensor in plan.tensors if made_of_rows(tensor) and tensor.layer == 0]
     listed = (piece.name for pieces in DENSE[row[0]].pieces.values() for piece in pieces)
     skipped = () if some else ("mlp.",)
@@ -394,7 +395,7 @@ def test_damage_to_tensors_in_another_form_is_noticed(
         elif tensor.name.endswith("k_proj.weight"):  # v is of the same shape
             content[tensor.name] = content[tensor.name.replace(".k_", ".v_")].clone()
     save_file(content, moe / "model.safetensors", metadata={"format": "pt"})
-    for check in ("structure", "weights", "outputs"):
+    for check in ("directory", "weights", "outputs"):
         # Of settings, nothing was changed.
         assert verify(dense, moe, checks=[check]).passed is (check == "structure")
 
@@ -405,7 +406,7 @@ def made_of_rows(tensor: OutputTensor) -> bool:
 
 def is_refused(dense: Path, moe: Path) -> bool:
     try:
-        return not verify(dense, moe, checks=["structure"]).passed
+        return not verify(dense, moe, checks=["directory"]).accepted
     except UpcycleError:
         return True
 
@@ -466,7 +467,7 @@ def test_the_fused_layout_has_it_too(make_dense: MakeDense, tmp_path: Path, row:
         options = Options(expert_layout=layout)
         convert(dense, tmp_path / layout, recipe("E2G2T2"), target=target, options=options)
         assert list(geometry_failures(facts_of(dense, tmp_path / layout))) == []
-        assert verify(dense, tmp_path / layout, checks=["structure", "weights"]).passed
+        assert verify(dense, tmp_path / layout, checks=["directory", "weights"]).accepted
 
 
 # Damage ------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def test_one_byte_of_any_kind_of_tensor_is_noticed(
     options = Options(untie_embeddings=True)
     plan = build_plan(wanted, open_checkpoint(dense), target=target, options=options)
     moe = convert(dense, tmp_path / "moe", wanted, target=target, options=options).output
-    assert verify(dense, moe, checks=["structure", "weights"]).accepted
+    assert verify(dense, moe, checks=["directory", "weights"]).accepted
     kinds = one_of_each(plan.tensors)
     head = "lm_head.weight" not in open_checkpoint(dense).tensors  # nemotron_h ties nothing
     wanted_roles = roles_of(*row) - (set() if head else {Role.HEAD})

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from test_redirects import FILES, KEYS
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert
-from upcycle_cli.old_verification import Report, Status, verify
+from upcycle_cli.verification.result import Report, Status
+from upcycle_cli import verify
 from upcycle_cli.old_verification.completeness import find_incomplete, open_upcycled
 from upcycle_cli.recipe.recipe import Routing
 
@@ -768,7 +769,7 @@ def test_links_out_of_the_directory(dense: Path, moe: Path, tmp_path: Path, name
 GUARDED = """
 import sys
 from pathlib import Path
-from upcycle_cli.old_verification import verify
+from upcycle_cli import verify
 
 def guard(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):

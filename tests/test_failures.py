@@ -21,7 +21,7 @@ from test_conversion import RECIPE, TWICE, others, spoil
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.api import execute
-from upcycle_cli.old_verification import Report
+from upcycle_cli.verification.result import Report
 from upcycle_cli.recipe.recipe import parse_recipe_name
 from upcycle_cli.write.staging import MARKER
 from upcycle_cli.write.writer import WriteOptions
@@ -35,7 +35,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
         spoil(moe / "model.safetensors")
         return verify(dense, moe, **options)
 
-    monkeypatch.setattr("upcycle_cli.old_verification.verify", verify_spoilt)
+    monkeypatch.setattr("upcycle_cli.verification.verify.verify", verify_spoilt)
 
 
 @pytest.mark.usefixtures("spoilt")
@@ -55,7 +55,7 @@ def test_a_verification_that_cannot_run_keeps_what_was_written(
         raise UpcycleError("transformers cannot be imported.")
 
     with monkeypatch.context() as context:
-        context.setattr("upcycle_cli.old_verification.verify", broken)
+        context.setattr("upcycle_cli.verification.verify.verify", broken)
         with pytest.raises(UpcycleError, match="The weights are kept"):
             convert(llama, tmp_path / "moe", RECIPE, verify=True)
     assert not (tmp_path / "moe").exists()

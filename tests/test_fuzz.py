@@ -129,7 +129,7 @@ def use_dense(path: Path, moe: Path) -> None:
             lambda: inspect(path),
             lambda: inspect(path, RECIPE),
             lambda: inspect(moe, weights=True, dense=path),
-            lambda: verify(path, moe, checks=["weights", "claims"]),
+            lambda: verify(path, moe, checks=["directory", "weights"]),
         ):
             with suppress(UpcycleError):
                 action()
@@ -161,7 +161,7 @@ def use_moe(path: Path, dense: Path) -> None:
             lambda: inspect(path, RECIPE),
             lambda: inspect(path, weights=True),
             lambda: inspect(path, weights=True, dense=dense),
-            lambda: verify(dense, path, checks=["weights", "claims"]),
+            lambda: verify(dense, path, checks=["directory", "weights"]),
         ):
             with suppress(UpcycleError):
                 action()

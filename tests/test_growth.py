@@ -45,8 +45,8 @@ from upcycle_cli import (
 from upcycle_cli.api import Request, carry_out
 from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.models.growable import GROWABLE
-from upcycle_cli.old_verification import TextOptions
-from upcycle_cli.old_verification.completeness import find_incomplete, open_upcycled
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.directory import find_incomplete, open_upcycled
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.recipe.options import ExpertLayout, Routing
 from upcycle_cli.training import tie_virtual_groups
@@ -448,7 +448,7 @@ def test_damage_to_the_config_is_found(make_moe: MakeMoe, tmp_path: Path, damage
     source = make_moe(norm_topk_prob=True)
     convert(source, tmp_path / "moe", Growth(expand=2))
     spoiled = clone(tmp_path / "moe", tmp_path / "spoiled", **changes)
-    report = verify(source, spoiled, texts=FEW, checks=["structure"])
+    report = verify(source, spoiled, texts=FEW, checks=["directory"])
     assert report.status == "failed"
     assert any(words in failure for failure in report.checks[0].failures), report.checks[0].failures
 
@@ -481,7 +481,7 @@ def test_what_the_record_says_is_checked(make_moe: MakeMoe, tmp_path: Path, dama
     record = read_json(made / "upcycle.json")
     RECORD_DAMAGE[damage](record)
     write_json(made / "upcycle.json", record)
-    report = verify(source, made, checks=["claims"])
+    report = verify(source, made, checks=["directory"])
     assert report.status == "failed"
     words = {"growth": "expand"}.get(damage, damage)
     assert any(words in failure for failure in report.checks[0].failures), report.checks[0].failures

@@ -266,7 +266,7 @@ def test_the_checksums_of_a_repo_are_verified(hub: Hub, llama: Path, tmp_path: P
     moe = clone(tmp_path / "moe", tmp_path / "wrong")
     (moe / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
     hub.store.upload("acme/moe", moe)
-    command = ["verify", REPO, "acme/moe", "--checks", "files", "--json"]
+    command = ["verify", REPO, "acme/moe", "--checks", "directory", "--json"]
     done = forked.run(command, environment=hub.environment(tmp_path / "home"))
     assert done.returncode == 1
     assert "config.json is not the file that SHA256SUMS describes" in done.stdout

@@ -180,7 +180,7 @@ def test_a_mirror_with_a_password(hub: Hub, run: RunOnHub, llama: Path, tmp_path
         ((*convert_it, "--save-config", recipe), 0),
         (("push", output, MOE), 0),
         (("push", output, MOE, "--json"), 0),
-        (("verify", "acme/dense", MOE, "--checks", "files,claims", "--json"), 0),
+        (("verify", "acme/dense", MOE, "--checks", "directory", "--json"), 0),
         (("inspect", "acme/nothing"), 2),
         (("push", output, "stranger/moe"), 2),
     ):
@@ -268,4 +268,4 @@ def test_checksums_hold_in_the_repo(hub: Hub, run: RunOnHub, moe: Path, llama: P
     done = json.loads(run("push", moe, MOE, "--json").stdout)
     assert done["left_out"] == []
     assert "SHA256SUMS" in hub.store.repos[MOE].commits[done["commit"]].tree
-    run("verify", llama, MOE, "--checks", "files")
+    run("verify", llama, MOE, "--checks", "directory")

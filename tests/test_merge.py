@@ -43,7 +43,7 @@ from upcycle_cli import (
     verify,
 )
 from upcycle_cli.api import execute
-from upcycle_cli.old_verification import CheckResult
+from upcycle_cli.verification.result import CheckResult
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
 from upcycle_cli.plan.mergekit import read_mergekit
@@ -108,7 +108,7 @@ def test_a_report_lists_all_models(models: list[Path], mixed: Path, tmp_path: Pa
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
     page = tmp_path / "page.html"
     others = [word for model in models[1:] for word in ("--experts-from", str(model))]
-    checked = ["--checks", "claims", "--allow-inexact", "--report", str(page)]
+    checked = ["--checks", "directory", "--allow-inexact", "--report", str(page)]
     done = invoke("verify", models[0], mixed, *others, *checked)
     assert done.exit_code == 0, done.stderr
     html = page.read_text()
@@ -349,14 +349,14 @@ def test_a_record_that_makes_no_sense_is_damage(
     sound = held["experts_from"]
     held["experts_from"] = sound | record if isinstance(record, dict) and record else record
     write_json(moe / "upcycle.json", held)
-    report = verify(models[0], moe, experts_from=models[1:], checks=["claims"])
+    report = verify(models[0], moe, experts_from=models[1:], checks=["directory"])
     assert report.status == "failed"
 
 
 def test_a_claim_of_equality_is_found(models: list[Path], mixed: Path, tmp_path: Path) -> None:
     moe = clone(mixed, tmp_path / "moe")
     write_json(moe / "upcycle.json", read_json(moe / "upcycle.json") | {"promise": "exact"})
-    report = verify(models[0], moe, experts_from=models[1:], checks=["claims"])
+    report = verify(models[0], moe, experts_from=models[1:], checks=["directory"])
     assert any("promise is 'exact'" in failure for failure in report.checks[0].failures)
 
 
@@ -519,7 +519,7 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, run_cli: RunCli
     assert [model["name"] for model in found["experts_from"]["models"]] == ["b", "c"]
     again = run_cli("convert", "--config", "u.toml", "other", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["plan_sha256"] == found["plan_sha256"]
-    verified = run_cli("verify", first, "moe", *given, "--checks", "weights,claims", cwd=tmp_path)
+    verified = run_cli("verify", first, "moe", *given, "--checks", "directory,weights", cwd=tmp_path)
     assert verified.returncode == 1  # nothing is promised
     assert "failed" not in verified.stdout
     accepted = run_cli(
@@ -549,7 +549,7 @@ def test_models_on_the_hub(hub: Hub, run: RunOnHub, models: list[Path], tmp_path
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == ["acme/a", "acme/b", "acme/c"]
     assert front["base_model_relation"] == "merge"
-    run("verify", "acme/a", "out", *others, "--checks", "weights,claims", "--allow-inexact")
+    run("verify", "acme/a", "out", *others, "--checks", "directory,weights", "--allow-inexact")
 
 
 def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from conftest import (
 
 from upcycle_cli import Options, Recipe, convert, inspect, verify
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.old_verification import Status
+from upcycle_cli.verification.result import Status
 from upcycle_cli.recipe.recipe import Routing, parse_recipe_name
 
 ROUNDING = 1e-5
@@ -261,7 +261,7 @@ def test_rotary_embeddings_that_are_said_by_kinds_of_layers(
         "the older key": {"rope_theta": 5.0},
     }.items():
         changed = clone(tmp_path / "moe", tmp_path / name, **change)
-        assert verify(dense, changed, checks=["structure"]).accepted is (not change), name
+        assert verify(dense, changed, checks=["directory"]).accepted is (not change), name
 
 
 @pytest.mark.parametrize(("model_type", "target"), EXACT_PAIRS)

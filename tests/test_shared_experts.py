@@ -24,7 +24,7 @@ from upcycle_cli import (
 )
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.old_verification import Status
+from upcycle_cli.verification.result import Status
 from upcycle_cli.plan.permutation_file import read_order_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 
@@ -184,7 +184,7 @@ def test_a_record_of_other_shared_experts(llama: Path, tmp_path: Path, value: in
     assert record["recipe"]["shared_experts"] == 1
     record["recipe"]["shared_experts"] = value
     write_json(moe / "upcycle.json", record)
-    (claims,) = verify(llama, moe, checks=["claims"]).checks
+    (claims,) = verify(llama, moe, checks=["directory"]).checks
     assert any("shared experts 1" in failure for failure in claims.failures)
 
 

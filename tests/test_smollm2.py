@@ -11,7 +11,8 @@ from smollm2 import benchmark, make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.api import Conversion
-from upcycle_cli.old_verification import CheckResult, Status, TextOptions
+from upcycle_cli.verification.result import CheckResult, Status
+from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
 
 pytestmark = [

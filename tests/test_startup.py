@@ -29,7 +29,7 @@ PLANNING = (
 RESULTS = (
     "write.transaction",
     "publish.card",
-    "old_verification",
+    "verification.verify",
     "publish.push",
     "report.page",
 )
@@ -72,7 +72,7 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
             ours(*RESULTS, *MOES, "cli.commands.inspect", "inspection.summary"),
         ),
         (
-            ("verify", "DENSE", "MOE", "--checks", "files"),
+            ("verify", "DENSE", "MOE", "--checks", "directory"),
             0,
             ours(
                 "write.transaction",

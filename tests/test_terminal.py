@@ -103,7 +103,7 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...], int, str]] = {
     "model_type of an MoE": (hostile_config("model_type"), ("verify", "LLAMA", "MOE"), 2, CUT),
     "setting of an MoE": (
         hostile_config("hidden_act"),
-        ("verify", "LLAMA", "MOE", "--checks", "structure"),
+        ("verify", "LLAMA", "MOE", "--checks", "directory"),
         1,
         CUT,
     ),

@@ -114,7 +114,7 @@ def test_verify_knows_the_size_of_a_group(
     dense, moe = make_dense("olmo2"), tmp_path / "moe"
     convert(dense, moe, Recipe(expansion=4, granularity=2, top_k=4), target=SHIPPED)
     write_json(moe / "config.json", read_json(moe / "config.json") | {"virtual_group_size": size})
-    report = verify(dense, moe, checks=["structure"])
+    report = verify(dense, moe, checks=["directory"])
     assert report.passed == (words is None)
     assert words is None or words in str(report.checks)
 

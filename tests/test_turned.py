@@ -130,7 +130,7 @@ def test_what_transformers_4_and_5_save_is_read(
     four = damaged(released, tmp_path / "four", read_tensors(released))
     load(released).save_pretrained(tmp_path / "five")
     for moe, layout in ((four, "stacked"), (tmp_path / "five", "fused")):
-        assert failures(dense, moe, ["structure", "weights", "outputs"]) == []
+        assert failures(dense, moe, ["directory", "weights", "outputs"]) == []
         assert inspect(moe).expert_layout == layout
     saved, wanted = read_tensors(tmp_path / "five"), read_tensors(memory)
     assert all(torch.equal(saved[name], held) for name, held in wanted.items())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.old_verification import CheckResult, Report, Status
+from upcycle_cli.verification.result import CheckResult, Report, Status
 from upcycle_cli.recipe.recipe import Routing
 
 Tensors = dict[str, torch.Tensor]
@@ -126,6 +126,14 @@ def flip_byte(path: Path, name: str) -> None:
         byte = file.read(1)[0]
         file.seek(position)
         file.write(bytes([byte ^ 1]))
+
+
+def text_of(report: Report) -> str:
+    """Return all that a report says."""
+    return "\n".join(
+        f"{check.name} {check.status}: {check.detail} {' '.join(check.failures)}"
+        for check in report.checks
+    )
 
 
 def result(report: Report, check: str) -> tuple[Status, str]:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from upcycle_cli.core.errors import UpcycleError as UpcycleError
     from upcycle_cli.inspection.summary import inspect as inspect
-    from upcycle_cli.old_verification import verify as verify
     from upcycle_cli.plan.expand import Growth as Growth
     from upcycle_cli.plan.tensors import Options as Options
     from upcycle_cli.plan.upcycle import build_plan as build_plan
     from upcycle_cli.publish.push import Destination as Destination
     from upcycle_cli.recipe.recipe import Recipe as Recipe
+    from upcycle_cli.verification.verify import verify as verify
     from upcycle_cli.write.writer import WriteOptions as WriteOptions
 
 _PLACES = {
@@ -37,7 +37,7 @@ _PLACES = {
     "convert": "api",
     "inspect": "inspection.summary",
     "open_checkpoint": "checkpoint.checkpoint",
-    "verify": "old_verification",
+    "verify": "verification.verify",
 }
 __all__ = list(_PLACES)
 

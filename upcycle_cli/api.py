@@ -431,15 +431,17 @@ def _write_shards(
 
 
 def _verify(plan: Planned, output: Path, watch: Progress) -> Report:
-    from upcycle_cli.old_verification import verify
+    from upcycle_cli.plan.texts import CalibrationText
+    from upcycle_cli.verification.verify import verify
 
     dense, *others = (source.path for source in plan.sources)
-    rows = plan.inputs.rows if isinstance(plan, Plan) else None
+    rows, text = (plan.inputs.rows, plan.inputs.text) if isinstance(plan, Plan) else (None, None)
     return verify(
         dense,
         output,
         experts_from=others,
         router_init=None if rows is None else rows.path,
+        calibration=text if isinstance(text, CalibrationText) else None,
         watch=watch,
         # A recipe that promises nothing is measured, and no proof is expected.
         allow_inexact=plan.promise is Promise.NONE,

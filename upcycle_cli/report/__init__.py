@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
-    from upcycle_cli.old_verification import Report
+    from upcycle_cli.verification.result import Report
 
 
 def verification_html(

@@ -16,13 +16,13 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
 from upcycle_cli.core.text import counted
-from upcycle_cli.old_verification import CHECK_NAMES
 from upcycle_cli.report.layers import errors_section, load_section, routing_section
 from upcycle_cli.report.origin import FOOTER, origin_section
 from upcycle_cli.report.page import Check, Page, Section, properties
 from upcycle_cli.report.recipe import recipe_section
 from upcycle_cli.report.texts import texts_section
 from upcycle_cli.verification.result import (
+    CHECK_NAMES,
     CheckResult,
     Continuation,
     LayerMeasure,

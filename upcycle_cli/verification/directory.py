@@ -8,12 +8,14 @@ own settings, and these are compared.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     COMPANIONS,
@@ -54,8 +56,6 @@ _MOST_NAMED = 5
 _REWRITTEN: Mapping[str, str] = {
     "_name_or_path": "names the directory that the model was loaded from",
     "transformers_version": "names the version that saved it",
-    "dtype": "follows the tensors, which the check `weights` compares",
-    "torch_dtype": "is the older name of dtype",
 }
 """Keys of config.json that transformers sets when it saves a model, each with what it says."""
 
@@ -84,7 +84,9 @@ def _config_failures(
     wanted: dict[str, Any] = json.loads(json.dumps(plan.config))
     held = moe.config
     found = [*differences(wanted, held)]
-    if found and not [*_unsaved(wanted, held)]:
+    stored = _main_dtype(moe)
+    settled = {key: held[key] for key in ("dtype", "torch_dtype") if held.get(key) == stored}
+    if found and not [*_unsaved(wanted | settled, held)]:
         notes.append(f"{CONFIG_NAME} was saved again by transformers, and says the same.")
         return
     yield from (f"{CONFIG_NAME}: {each}" for each in found)
@@ -95,6 +97,14 @@ def _config_failures(
             f"It was made by upcycle {before}, and this is {version('upcycle-cli')}: that version "
             "may have written other settings. Verify with it, or convert again."
         )
+
+
+def _main_dtype(moe: Checkpoint) -> str:
+    """Return the dtype that most bytes of an MoE have, by torch's name."""
+    nbytes = Counter[str]()
+    for entry in moe.tensors.values():
+        nbytes[entry.dtype] += entry.nbytes
+    return TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")
 
 
 def _unsaved(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> Iterator[str]:
@@ -124,7 +134,7 @@ def _record_failures(plan: Planned, record: Mapping[str, Any]) -> Iterator[str]:
     from upcycle_cli.write.record import described
 
     for key, value in json.loads(json.dumps(described(plan))).items():
-        if key in record:
+        if key in record and key != "expert_layout":  # which transformers may change
             yield from (f"{RECORD_NAME}: {each}" for each in _one(key, value, record[key]))
     source, dense = record.get("source"), plan.source
     named = source.get("name") if isinstance(source, dict) else None
@@ -417,8 +427,8 @@ def changed_routers(moe: Checkpoint, routers: Mapping[str, object]) -> Iterator[
 
 def unsafe_settings(config: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
     """Name the settings by which loading the MoE would run code or fetch models from elsewhere."""
-    from upcycle_cli.checkpoint.unsafe_settings import config_redirects
+    from upcycle_cli.checkpoint.unsafe_settings import unsafe_config_settings
     from upcycle_cli.models.wrappers import parts
 
-    found = config_redirects(config, tuple(parts(config)))
+    found = unsafe_config_settings(config, tuple(parts(config)))
     return [each for each in found if each.partition(" ")[0] not in allowed]

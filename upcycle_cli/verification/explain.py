@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.expressions import Cast, Expr, Repeat, leaves, num_bytes, type_of
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.tensors import OutputTensor, Role
 from upcycle_cli.plan.upcycle import Plan
-from upcycle_cli.write.evaluate import as_float32, evaluate
+from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,15 +179,14 @@ def _router_words(name: str, held: Floats, expr: Expr) -> str | None:
 
 def _factor_words(held: Floats, wanted: Floats, dtype: str) -> str | None:
     """Say by what further factor a value was multiplied."""
-    one, other = held.reshape(-1).astype(np.float64), wanted.reshape(-1).astype(np.float64)
-    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+    if not (np.isfinite(held).all() and np.isfinite(wanted).all()):
         return None
+    one, other = held.reshape(-1).astype(np.float64), wanted.reshape(-1).astype(np.float64)
     square = float(other @ other)
     factor = float(one @ other) / square if square > 0 else 0.0
     if factor == 0.0 or abs(factor - 1.0) < 1e-6:
         return None
-    error = np.abs(one - factor * other)
-    if bool((error - _CLOSE[dtype] * np.abs(factor * other)).max() > 1e-30):
+    if not np.allclose(one, factor * other, rtol=_CLOSE[dtype], atol=1e-30):
         return None
     if np.count_nonzero(one != other) < max(2, np.count_nonzero(other) // 4):
         return None

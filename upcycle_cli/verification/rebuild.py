@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -29,6 +28,7 @@ from upcycle_cli.plan.prompts import ModelPrompts, Prompts
 from upcycle_cli.plan.router_file import RouterFile
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensors import GivenRows, Options
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.plan.upcycle import Plan, build_plan
 from upcycle_cli.recipe.recipe import (
     SHIPPED,
@@ -40,6 +40,10 @@ from upcycle_cli.recipe.recipe import (
     Routing,
     Scaling,
 )
+from upcycle_cli.recipe.scaling import is_power_of_two
+
+if TYPE_CHECKING:
+    from upcycle_cli.verification.outputs import Expectation
 
 FORMAT = 1
 Record = Mapping[str, Any]
@@ -323,6 +327,30 @@ def _text(
 
 
 # What the plan promises -------------------------------------------------------------------------
+
+
+def expectation(plan: Planned) -> Expectation:
+    """Return what the check `outputs` holds the MoE to, as plain values."""
+    from upcycle_cli.verification.outputs import Expectation
+
+    reason = why_nothing_is_promised(plan) or ""
+    if isinstance(plan, GrowthPlan):
+        return Expectation(
+            promise=plan.promise,
+            reason=reason,
+            group_size=plan.growth.expand,
+            source="smaller MoE",
+        )
+    assert isinstance(plan, Plan)
+    recipe, kind = plan.recipe, plan.family.dense.mlp_kind
+    tied = recipe.virtual_groups and recipe.group_size > 1
+    return Expectation(
+        promise=plan.promise,
+        reason=reason,
+        group_size=recipe.group_size if tied else 1,
+        logit_std=recipe.router_logit_std or 0.0,
+        is_lossless=plan.factors.lossless and is_power_of_two(recipe.down_bias_factor(kind)),
+    )
 
 
 def why_nothing_is_promised(plan: Planned) -> str | None:  # noqa: C901, PLR0911 - a table of reasons

@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, Storage, adapter_in, read_json
-from upcycle_cli.checkpoint.unsafe_settings import refuse_redirects
+from upcycle_cli.checkpoint.storage import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    Storage,
+    find_adapter,
+    read_json,
+)
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import check_utf8, open_regular
 from upcycle_cli.core.text import printable
-from upcycle_cli.hub.remote_checkpoint import bring_model, find_model, split_revision
+from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
@@ -32,8 +38,10 @@ from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, Report, Status
 
 if TYPE_CHECKING:
-    from upcycle_cli.old_verification.prompts import TextOptions
     from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.texts import CalibrationText
+    from upcycle_cli.verification.outputs import Expectation
+    from upcycle_cli.verification.prompts import TextOptions
     from upcycle_cli.verification.rebuild import Given
     from upcycle_cli.verification.weights import Evidence
 
@@ -44,7 +52,7 @@ def verify(  # noqa: PLR0913 - options, by name
     *,
     experts_from: Sequence[Path | str] = (),
     router_init: Path | str | None = None,
-    calibration: Path | str | None = None,
+    calibration: CalibrationText | Path | str | None = None,
     checks: Sequence[str] = CHECK_NAMES,
     texts: TextOptions | None = None,
     fail_fast: bool = False,
@@ -66,11 +74,11 @@ def verify(  # noqa: PLR0913 - options, by name
     Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
     file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
     """
-    from upcycle_cli.old_verification.prompts import TextOptions
+    from upcycle_cli.verification.prompts import TextOptions
 
     selected = _selected(checks)
-    places = find_model(dense, dense_revision), find_model(moe, moe_revision)
-    others = [find_model(*split_revision(str(place))) for place in experts_from]
+    places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
+    others = [locate_model(*split_revision(str(place))) for place in experts_from]
     texts, watch = texts or TextOptions(), watch or Watch()
     texts.check()
     given = _read_given(router_init, calibration)
@@ -86,8 +94,8 @@ def verify(  # noqa: PLR0913 - options, by name
         for place in () if grown else (places[0], *others):
             _check_kind(place.path, moe=False)
         names = places[1].names()
-        paths = bring_model(places[0]), bring_model(places[1])
-        merged = [bring_model(place) for place in others]
+        paths = download_model(places[0]), download_model(places[1])
+        merged = [download_model(place) for place in others]
         try:
             source, *more = _open_sources(paths[0], *merged)
             converted = _open_moe(paths[1])
@@ -225,12 +233,18 @@ class _Case:
         if unsafe := unsafe_settings(self.moe.config, allowed):
             words = [f"{CONFIG_NAME}: {each}" for each in unsafe]
             return Findings(words).result("outputs", "", note="The MoE was not run.")
-        return self._old_outputs()
+        from upcycle_cli.verification.outputs import check_outputs
 
-    def _old_outputs(self) -> CheckResult:
-        from upcycle_cli.old_verification import run_outputs
+        return check_outputs(self.dense, self.moe, self._expectation(), self.texts, self.watch)
 
-        return run_outputs(self.dense, self.moe, self.others, self.names, self.texts, self.watch)
+    def _expectation(self) -> Expectation:
+        from upcycle_cli.verification.outputs import Expectation
+        from upcycle_cli.verification.rebuild import expectation
+
+        if self.plan is not None:
+            return expectation(self.plan)
+        reason = self.unrecorded or self.mismatch or ""
+        return Expectation(promise=Promise.NONE, reason=reason)
 
 
 def _skipped(name: str, detail: str) -> CheckResult:
@@ -256,14 +270,19 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in CHECK_NAMES if name in checks)
 
 
-def _read_given(router_init: Path | str | None, calibration: Path | str | None) -> Given:
-    from upcycle_cli.plan.texts import calibration_text
+def _read_given(
+    router_init: Path | str | None, calibration: CalibrationText | Path | str | None
+) -> Given:
     from upcycle_cli.plan.router_file import read_router_file
+    from upcycle_cli.plan.texts import CalibrationText, calibration_text
     from upcycle_cli.verification.rebuild import Given
 
+    text = calibration
+    if text is not None and not isinstance(text, CalibrationText):
+        text = calibration_text(text)
     return Given(
         router_file=None if router_init is None else read_router_file(Path(router_init)),
-        text=None if calibration is None else calibration_text(calibration),
+        text=text,
     )
 
 
@@ -280,7 +299,7 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     if config is None:
         hint = f"Give the directory of {'the MoE' if moe else 'the dense model'}."
         no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
-        raise adapter_in(Storage(path)) or no_model
+        raise find_adapter(Storage(path)) or no_model
     known = is_known(config)
     if is_target(config) if moe else known and not is_moe(config):
         return
@@ -336,7 +355,7 @@ def _open_sources(*paths: Path) -> list[Checkpoint]:
     sources = [open_checkpoint(path) for path in paths]
     for each in sources:
         outgrown = not is_target(each.config) and dense_family(each.config).outgrown_code
-        refuse_redirects(each, outgrown=outgrown, parts=parts(each.config))
+        refuse_unsafe_settings(each, outgrown=outgrown, parts=parts(each.config))
         _check_readable(each)
     return sources
 

@@ -10,7 +10,7 @@ from upcycle_cli.cli import messages, options, terminal
 from upcycle_cli.cli.options import for_hub, option, path_argument
 from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
 
-_CHECKS = "structure,files,claims,weights,outputs"
+_CHECKS = "directory,weights,outputs"
 
 
 def verify(
@@ -33,6 +33,12 @@ def verify(
     ),
     router_init: Path | None = option(
         None, "--router-init", metavar="FILE", help="The file that gave the router rows."
+    ),
+    calibration: Path | None = option(
+        None,
+        "--calibration",
+        metavar="FILE",
+        help="The text that the routers were fitted to, unless it was the built-in one.",
     ),
     checks: str = option(
         _CHECKS,
@@ -73,10 +79,10 @@ def verify(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         page = messages.report_file(report, dense)
-        from upcycle_cli import old_verification as verification
         from upcycle_cli.cli import render
         from upcycle_cli.cli.progress import progress_bar
-        from upcycle_cli.old_verification import TextOptions
+        from upcycle_cli.verification import verify as verification
+        from upcycle_cli.verification.prompts import TextOptions
 
         messages.show_hub_bars(silent=quiet or json)
         names = [name.strip() for name in checks.split(",") if name.strip()]
@@ -86,8 +92,11 @@ def verify(
                 moe,
                 experts_from=experts_from,
                 router_init=router_init,
+                calibration=calibration,
                 checks=names,
-                texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
+                texts=TextOptions(
+                    prompts=prompts, tokens=tokens, context=context, continuation=page is not None
+                ),
                 fail_fast=fail_fast,
                 dense_revision=dense_revision,
                 moe_revision=moe_revision,

@@ -1,0 +1,266 @@
+"""Damage to an MoE's files: each row is one kind, which the comparison with the plan must name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from verified import (
+    ATTENTION,
+    EXPERT,
+    MIXTRAL_EXPERT,
+    ROUTER,
+    Tensors,
+    edit_json,
+    edit_tensors,
+    flip_byte,
+    text_of,
+)
+
+from upcycle_cli import Options, Recipe, convert, open_checkpoint, verify
+from upcycle_cli.verification.result import Status
+
+Damage = Callable[[Path], object]
+QWEN_ROUTER = "model.layers.0.mlp.gate.weight"
+SHARED = "model.layers.{}.mlp.shared_expert"
+EIGHT = "model.layers.0.block_sparse_moe.experts"
+
+
+def tensors(edit: Callable[[Tensors], object]) -> Damage:
+    return lambda moe: edit_tensors(moe, edit)
+
+
+def flip(name: str) -> Damage:
+    return lambda moe: flip_byte(moe, name)
+
+
+def put(name: str, value: Callable[[Tensors], torch.Tensor]) -> Damage:
+    return tensors(lambda held: held.update({name: value(held)}))
+
+
+def scaled(factors: dict[str, float], layers: tuple[int, ...] = (0, 1), experts: int = 4) -> Damage:
+    def edit(held: Tensors) -> None:
+        for layer in layers:
+            for expert in range(experts):
+                for matrix, factor in factors.items():
+                    held[MIXTRAL_EXPERT.format(layer, expert, matrix)] *= factor
+
+    return tensors(edit)
+
+
+def swapped(one: str, other: str, dim: int | None = None, *places: int) -> Damage:
+    def edit(held: Tensors) -> None:
+        if dim is None:
+            held[one], held[other] = held[other], held[one]
+            return
+        index = torch.tensor(places)
+        held[one].index_copy_(dim, index, held[one].index_select(dim, index.flip(0)))
+
+    return tensors(edit)
+
+
+def config(**changes: object) -> Damage:
+    return lambda moe: edit_json(moe / "config.json", lambda value: value.update(changes))
+
+
+def record(path: str, value: object) -> Damage:
+    def edit(held: dict[str, Any]) -> None:
+        *outer, key = path.split("/")
+        for name in outer:
+            held = held[name]
+        held[key] = value
+
+    return lambda moe: edit_json(moe / "upcycle.json", edit)
+
+
+def index(**changes: object) -> Damage:
+    name = "model.safetensors.index.json"
+    return lambda moe: edit_json(moe / name, lambda value: value["metadata"].update(changes))
+
+
+def another_file_of_the_index(moe: Path) -> None:
+    def edit(value: dict[str, Any]) -> None:
+        files = value["weight_map"]
+        files[EXPERT] = next(file for file in files.values() if file != files[EXPERT])
+
+    edit_json(moe / "model.safetensors.index.json", edit)
+
+
+def swapped_between_files(moe: Path) -> None:
+    entries = open_checkpoint(moe).tensors
+    pair = [entries[MIXTRAL_EXPERT.format(0, expert, "w1")] for expert in (0, 3)]
+    assert pair[0].shard != pair[1].shard
+    values = [(moe / e.shard).read_bytes()[e.offset : e.offset + e.nbytes] for e in pair]
+    for entry, value in zip(pair, reversed(values), strict=True):
+        with (moe / entry.shard).open("r+b") as file:
+            file.seek(entry.offset)
+            file.write(value)
+
+
+def cut_off(moe: Path) -> None:
+    (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-10])
+
+
+WEIGHTS: tuple[tuple[str, str, Damage, tuple[str, ...]], ...] = (
+    # name, which MoE, what is damaged, words of the check `weights`
+    ("a bit of an expert", "moe", flip(MIXTRAL_EXPERT.format(1, 3, "w2")), ("3.w2.weight differs in 1 of",)),
+    ("a bit of the first expert", "moe", flip(MIXTRAL_EXPERT.format(0, 0, "w1")), ("0.w1.weight differs in 1 of",)),
+    ("a bit of attention", "moe", flip(ATTENTION), (f"{ATTENTION} differs in 1 of",)),
+    ("a bit of a norm", "moe", flip("model.layers.0.input_layernorm.weight"), ("in 1 of 32",)),
+    ("a bit of the head", "moe", flip("lm_head.weight"), ("lm_head.weight differs in 1 of",)),
+    ("a bit of a router", "moe", flip(ROUTER), (ROUTER, "virtual group")),
+    ("a row of a router", "qwen", tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)), ("row 3 differs", "group 1")),
+    ("equal rows", "moe", put(ROUTER, lambda t: t[ROUTER][:1].repeat(4, 1)), (ROUTER,)),
+    ("another router", "moe", put(ROUTER, lambda t: torch.randn(2, 32).repeat_interleave(2, 0).bfloat16()), (ROUTER,)),
+    ("a router of nans", "moe", tensors(lambda t: t[ROUTER].fill_(torch.nan)), ("not finite",)),
+    ("a larger router", "moe", tensors(lambda t: t[ROUTER].mul_(8)), (f"{ROUTER} is its expected value multiplied by a further 8",)),
+    ("another shard", "moe", put(MIXTRAL_EXPERT.format(1, 2, "w2"), lambda t: t[MIXTRAL_EXPERT.format(1, 3, "w2")]), ("2.w2.weight holds shard 1 where shard 0 belongs",)),
+    ("exchanged experts", "moe", swapped(MIXTRAL_EXPERT.format(0, 0, "w1"), MIXTRAL_EXPERT.format(0, 1, "w1")), ("0.w1.weight holds shard 1 where shard 0", "1.w1.weight holds shard 0")),
+    ("exchanged between files", "sharded", swapped_between_files, ("0.w1.weight holds shard 1 where shard 0 belongs",)),
+    ("gate and up exchanged", "moe", swapped(MIXTRAL_EXPERT.format(0, 0, "w1"), MIXTRAL_EXPERT.format(0, 0, "w3")), ("0.w1.weight", "0.w3.weight")),
+    ("exchanged rows", "moe", swapped(EXPERT, EXPERT, 0, 3, 11), (f"{EXPERT} has rows 3 and 11 exchanged",)),
+    ("exchanged columns", "moe", swapped(MIXTRAL_EXPERT.format(1, 3, "w2"), "", 1, 0, 20), ("3.w2.weight has columns 0 and 20 exchanged",)),
+    ("reversed rows", "moe", put(EXPERT, lambda t: t[EXPERT].flip(0)), ("rows in another order: 32 of 32 moved",)),
+    ("scaled twice", "moe", scaled({"w3": 2}), ("w3.weight is its expected value multiplied by a further 2",)),
+    ("scaled twice in one layer", "moe", scaled({"w3": 2}, (1,)), ("1.block_sparse_moe.experts.0.w3.weight is its expected", "4 problems")),
+    ("one expert by 1.05", "moe", tensors(lambda t: t[EXPERT].mul_(1.05)), (f"{EXPERT} is its expected value multiplied by a further 1.05",)),
+    ("scaled gate", "moe", scaled({"w1": 2, "w3": 0.5}), ("w1.weight is its expected value multiplied by a further 2", "further 0.5")),
+    ("a bias that is to be zero", "qwen", tensors(lambda t: t["model.layers.1.self_attn.q_proj.bias"].fill_(1.0)), ("q_proj.bias differs in 32 of 32", "instead of 0")),
+    ("an inert expert that works", "qwen", tensors(lambda t: t[f"{SHARED.format(0)}.down_proj.weight"].fill_(0.5)), ("shared_expert.down_proj.weight", "instead of 0")),
+    ("a gate that divides by zero", "qwen", tensors(lambda t: t[f"{SHARED.format(1)}_gate.weight"].zero_()), ("shared_expert_gate.weight",)),
+    ("a gate that overflows", "qwen", tensors(lambda t: t[f"{SHARED.format(1)}_gate.weight"].mul_(1e38)), ("shared_expert_gate.weight",)),
+    ("a missing expert", "moe", tensors(lambda t: t.pop(EXPERT)), (f"{EXPERT} is missing",)),
+    ("a missing norm", "moe", tensors(lambda t: t.pop("model.norm.weight")), ("model.norm.weight is missing",)),
+    ("a renamed tensor", "moe", tensors(lambda t: t.update({f"{EXPERT}s": t.pop(EXPERT)})), (f"{EXPERT} is missing", f"{EXPERT}s should not be there")),
+    ("an extra expert", "moe", put(MIXTRAL_EXPERT.format(0, 4, "w1"), lambda _: torch.zeros(32, 32)), ("4.w1.weight should not be there",)),
+    ("another shape", "moe", put(ROUTER, lambda t: t[ROUTER][:-1]), (f"{ROUTER} has shape [3, 32] instead of [4, 32]",)),
+    ("integers", "moe", put(EXPERT, lambda t: t[EXPERT].to(torch.int8)), (f"{EXPERT} is I8 instead of BF16",)),
+    ("dtype of the record", "moe", record("dtype", "float32"), ("is BF16 instead of F32",)),
+    ("half precision", "moe", put(ATTENTION, lambda t: t[ATTENTION].half()), (f"{ATTENTION} is F16 instead of BF16",)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "damage", "words"), [row[1:] for row in WEIGHTS], ids=[row[0] for row in WEIGHTS])
+def test_damaged_weights_are_named(
+    dense: Path,
+    request: pytest.FixtureRequest,
+    which: str,
+    damage: Damage,
+    words: tuple[str, ...],
+) -> None:
+    moe: Path = request.getfixturevalue(which)
+    damage(moe)
+    report = verify(dense, moe, checks=["weights"])
+    assert report.status is Status.FAILED
+    for word in words:
+        assert word in text_of(report)
+
+
+FILES: tuple[tuple[str, str, Damage, tuple[str, ...]], ...] = (
+    ("top-k", "moe", config(num_experts_per_tok=1), ("num_experts_per_tok is 1 instead of 2",)),
+    ("experts", "moe", config(num_local_experts=6), ("num_local_experts is 6 instead of 4",)),
+    ("a text for a number", "moe", config(num_local_experts="4"), ("num_local_experts is '4' instead of 4",)),
+    ("expert size", "moe", config(intermediate_size=31), ("intermediate_size is 31 instead of 32",)),
+    ("norm", "moe", config(rms_norm_eps=1e-2), ("rms_norm_eps is 0.01 instead of 1e-06",)),
+    ("activation", "moe", config(hidden_act="gelu"), ("hidden_act is 'gelu' instead of 'silu'",)),
+    ("heads", "moe", config(num_attention_heads=8, head_dim=4), ("num_attention_heads is 8 instead of 4",)),
+    ("window", "moe", config(sliding_window=16), ("sliding_window is 16 instead of None",)),
+    ("tied head", "moe", config(tie_word_embeddings=True), ("tie_word_embeddings is True instead of False",)),
+    ("end of text", "moe", config(eos_token_id=7), ("eos_token_id is 7",)),
+    ("negative size", "moe", config(hidden_size=-32), ("hidden_size is -32",)),
+    ("no heads", "moe", config(num_attention_heads=0), ("num_attention_heads is 0",)),
+    ("routing", "qwen", config(norm_topk_prob=True), ("norm_topk_prob is True instead of False",)),
+    ("class", "moe", config(architectures=["LlamaForCausalLM"]), ("architectures[0] is 'LlamaForCausalLM'",)),
+    ("dropout", "moe", config(attention_dropout=0.5), ("attention_dropout is 0.5 instead of 0.0",)),
+    ("jitter", "moe", config(router_jitter_noise=0.1), ("router_jitter_noise is 0.1",)),
+    ("total size", "sharded", index(total_size=5), ("metadata.total_size is 5 instead of",)),
+    ("dtype of the index", "sharded", index(dtype="float16"), ("metadata.dtype is 'float16', and should not be there",)),
+    ("file of the index", "sharded", another_file_of_the_index, (EXPERT, "cannot be read")),
+    ("cut off", "moe", cut_off, ("truncated", "cannot be read")),
+    ("source type", "moe", record("source_type", "mistral"), ("source_type is 'mistral' instead of 'llama'",)),
+    ("E of the record", "moe", record("recipe/expansion", 4), ("num_local_experts is 4 instead of 8",)),
+    ("G of the record", "moe", record("recipe/granularity", 1), ("intermediate_size is 32 instead of 64",)),
+    ("T of the record", "moe", record("recipe/top_k", 4), ("num_experts_per_tok is 2 instead of 4",)),
+    ("routing of the record", "moe", record("recipe/routing", "softmax-topk"), ("describes no conversion",)),
+    ("target of the record", "moe", record("target", "qwen2_moe"), ("model_type is 'mixtral' instead of 'qwen2_moe'",)),
+    ("another target type", "moe", record("target_type", "qwen2_moe"), ("target_type is 'qwen2_moe' instead of 'mixtral'",)),
+    ("name of the recipe", "moe", record("recipe/name", "E8G8T8"), ("recipe.name is 'E8G8T8' instead of 'E2G2T2'",)),
+    ("factors", "moe", record("factors/up", 4), ("factors.up is 4 instead of 2.0",)),
+    ("promise", "moe", record("promise", "none"), ("promise is 'none' instead of 'exact'",)),
+    ("parameters", "moe", record("parameters/active", 1), ("parameters.active is 1 instead of",)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "damage", "words"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_damaged_settings_are_named(
+    dense: Path,
+    request: pytest.FixtureRequest,
+    which: str,
+    damage: Damage,
+    words: tuple[str, ...],
+) -> None:
+    moe: Path = request.getfixturevalue(which)
+    damage(moe)
+    report = verify(dense, moe, checks=["directory"])
+    assert report.status is Status.FAILED
+    for word in words:
+        assert word in text_of(report)
+
+
+# What only the outputs show, or nothing should ---------------------------------------------------
+
+
+def test_logits_that_are_not_finite_fail_whatever_is_promised(dense: Path, tmp_path: Path) -> None:
+    recipe = Recipe(expansion=2, granularity=2, top_k=2, scaling="none")  # type: ignore[arg-type]
+    convert(dense, tmp_path / "moe", recipe)
+    edit_tensors(tmp_path / "moe", lambda held: held["lm_head.weight"][7].fill_(torch.inf))
+    report = verify(dense, tmp_path / "moe", checks=["outputs"], allow_inexact=True)
+    assert report.status is Status.FAILED
+    assert "not finite" in text_of(report)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_any_nan_is_as_good_as_another(dense: Path, tmp_path: Path, dtype: str | None) -> None:
+    """Which of them a cast or a product gives depends on the processor."""
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+
+    def spoil(held: Tensors) -> None:
+        for name in names:
+            held[name].view(torch.int16)[0, :3] = torch.tensor([0x7FC0, 0x7F81, -1])
+
+    def other_nans(held: Tensors) -> None:
+        for name, tensor in held.items():
+            held[name] = torch.where(tensor.isnan(), -tensor.abs(), tensor)
+
+    edit_tensors(source, spoil)
+    moe = tmp_path / "moe"
+    recipe = Recipe(expansion=2, granularity=2, top_k=2)
+    convert(source, moe, recipe, options=Options(dtype=dtype))
+    edit_tensors(moe, other_nans)
+    assert verify(source, moe, checks=["weights"]).accepted
+    edit_tensors(moe, lambda held: held[names[0]][0].fill_(1))
+    report = verify(source, moe, checks=["weights"])
+    assert report.status is Status.FAILED
+    assert "first at [0, 0]: 1 instead of nan" in text_of(report)
+
+
+def test_trained_weights_are_one_sentence(dense: Path, moe: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def train(held: Tensors) -> None:
+        for tensor in held.values():
+            step = 0.02 * tensor.float().std() * torch.randn(tensor.shape, generator=generator)
+            tensor += step.bfloat16()
+
+    edit_tensors(moe, train)
+    report = verify(dense, moe, checks=["directory", "weights"])
+    assert [check.status for check in report.checks] == [Status.PASSED, Status.FAILED]
+    [words] = report.checks[1].failures
+    assert "these weights were trained: 36" in words
+    assert "of 41 tensors changed, mean relative change 0.0" in words
+    assert "upcycle inspect --weights --dense" in words
