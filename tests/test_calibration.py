@@ -25,10 +25,11 @@ from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, loads
 from upcycle_cli.core.callbacks import Hooks, Watch
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.families import targets_of
-from upcycle_cli.old_verification import Status, TextOptions
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import Status
 from upcycle_cli.write.rng import standard_normal
 
 FEW = TextOptions(tokens=512)
@@ -371,7 +372,9 @@ def test_rows_of_a_file_are_taken_as_they_are(
     other = rows(dense, tmp_path / "other.safetensors", (4, 32), torch.Generator().manual_seed(4))
     refused = invoke("convert", dense, output, "--recipe", "E4G2T4", "--router-init", other)
     assert_refused(refused, str(output))
-    claims, weights = verify(dense, output, checks=["claims", "weights"], router_init=other).checks
+    claims, weights = verify(
+        dense, output, checks=["directory", "weights"], router_init=other
+    ).checks
     assert "rows were given in 'rows.safetensors', and those of" in claims.failures[0]
     assert f"row 0 is not that of layers.0.router in {other}" in weights.failures[0]
 
@@ -392,7 +395,7 @@ def test_rows_are_held_to_their_file(
         del record["router_file"]
         write_json(moe / "upcycle.json", record)
         note = "a file that it does not name"
-    (claims,) = verify(llama, moe, checks=["claims"]).checks
+    (claims,) = verify(llama, moe, checks=["directory"]).checks
     assert claims.status is Status.PASSED
     assert note in claims.detail
     name = ROUTER.format(1)
@@ -400,12 +403,12 @@ def test_rows_are_held_to_their_file(
     tensors[name][2:4] *= -1
     after, weights_file = tensors[name].numpy().tobytes(), moe / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes().replace(before, after))
-    (claims,) = verify(llama, moe, checks=["claims"]).checks
+    (claims,) = verify(llama, moe, checks=["directory"]).checks
     assert any("SHA-256 differs" in failure for failure in claims.failures)
     # Whoever writes to the record as well is found by the file.
     record["routers"][name] = hashlib.sha256(after).hexdigest()
     write_json(moe / "upcycle.json", record)
-    assert verify(llama, moe, checks=["claims", "weights"]).passed
+    assert verify(llama, moe, checks=["directory", "weights"]).accepted
     (weights,) = verify(llama, moe, checks=["weights"], router_init=file).checks
     wanted = f"{name}: row 2 is the opposite of that of layers.1.router in {file}"
     assert weights.failures == (wanted,)
@@ -420,7 +423,7 @@ def test_a_file_of_other_layers_or_sizes_is_not_that_of_a_router(
     (weights,) = verify(dense, moe, checks=["weights"], router_init=file).checks
     assert "of shape [3, 32], which is not for this router" in weights.failures[0]
     assert f"{file} has no layers.1.router" in weights.failures[1]
-    (claims,) = verify(dense, moe, checks=["claims"]).checks
+    (claims,) = verify(dense, moe, checks=["directory"]).checks
     assert "rows that were fitted to 'builtin', which was not run again" in claims.detail
     refused = invoke("verify", dense, moe, "--router-init", tmp_path / "none")
     assert_refused(refused, "there is no file", "--router-init takes a safetensors file")

@@ -22,9 +22,9 @@ from upcycle_cli.api import Request, carry_out
 from upcycle_cli.calibrate import collect as passing
 from upcycle_cli.calibrate.neuron_clusters import clustered_order
 from upcycle_cli.core.callbacks import Hooks
-from upcycle_cli.verification.result import Status
-from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import Status
 from upcycle_cli.write.rng import standard_normal
 
 Array = np.ndarray[Any, Any]

@@ -39,14 +39,14 @@ from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped_row import shipped
-from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
-from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.headers import geometry_failures
 from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.plan.expressions import Halves, Source, Zeros
 from upcycle_cli.plan.tensors import OutputTensor, Role
 from upcycle_cli.recipe.recipe import SHIPPED, Routing, parse_recipe_name
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
 
 Row = tuple[str, str]
 ROWS: list[Row] = [(name, target) for name in SIZES for target in targets_of(DENSE[name])]

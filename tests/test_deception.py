@@ -20,11 +20,10 @@ from conftest import MakeDense, clone, read_json, read_tensors, write_json
 from safetensors.torch import save_file
 from test_redirects import FILES, KEYS
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert
-from upcycle_cli.verification.result import Report, Status
-from upcycle_cli import verify
+from upcycle_cli import Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.old_verification.completeness import find_incomplete, open_upcycled
 from upcycle_cli.recipe.recipe import Routing
+from upcycle_cli.verification.result import Report, Status
 
 Edit = Callable[[dict[str, Any]], object]
 RECIPE = Recipe(expansion=4, granularity=2, top_k=2)

@@ -21,8 +21,8 @@ from test_conversion import RECIPE, TWICE, others, spoil
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.api import execute
-from upcycle_cli.verification.result import Report
 from upcycle_cli.recipe.recipe import parse_recipe_name
+from upcycle_cli.verification.result import Report
 from upcycle_cli.write.staging import MARKER
 from upcycle_cli.write.writer import WriteOptions
 

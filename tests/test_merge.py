@@ -43,12 +43,12 @@ from upcycle_cli import (
     verify,
 )
 from upcycle_cli.api import execute
-from upcycle_cli.verification.result import CheckResult
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
 from upcycle_cli.plan.mergekit import read_mergekit
 from upcycle_cli.plan.upcycle import Plan, build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
+from upcycle_cli.verification.result import CheckResult
 from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -519,7 +519,9 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, run_cli: RunCli
     assert [model["name"] for model in found["experts_from"]["models"]] == ["b", "c"]
     again = run_cli("convert", "--config", "u.toml", "other", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["plan_sha256"] == found["plan_sha256"]
-    verified = run_cli("verify", first, "moe", *given, "--checks", "directory,weights", cwd=tmp_path)
+    verified = run_cli(
+        "verify", first, "moe", *given, "--checks", "directory,weights", cwd=tmp_path
+    )
     assert verified.returncode == 1  # nothing is promised
     assert "failed" not in verified.stdout
     accepted = run_cli(

@@ -40,12 +40,12 @@ from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.tensor_pieces import QKV, Piece, Pieces
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
 from upcycle_cli.models.wrappers import WRAPPERS
-from upcycle_cli.old_verification import TextOptions
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 from upcycle_cli.recipe.scaling import Factors, MlpKind
 from upcycle_cli.run.shipped import _classes
+from upcycle_cli.verification.prompts import TextOptions
 
-CHECKS = (("weights",), ("structure", "claims", "outputs"))
+CHECKS = (("weights",), ("directory", "outputs"))
 """In the order in which they are tried: the fastest one first, and by itself, so that the outputs
 are judged as if nothing were known of the weights."""
 

@@ -22,10 +22,8 @@ from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.verification.result import CheckResult, Report, Status
-from upcycle_cli.verification.prompts import TextOptions
-from upcycle_cli import verify
-from upcycle_cli.verification.prompts import Prompt, make_prompt
+from upcycle_cli.old_verification import CheckResult, Report, Status, TextOptions, verify
+from upcycle_cli.old_verification.prompts import Prompt, make_prompt
 from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.plan.texts import read_texts
 from upcycle_cli.recipe.recipe import ExpertLayout
@@ -264,7 +262,7 @@ def test_nothing_is_run_after_a_failure(llama: Path, tmp_path: Path) -> None:
     moe = tmp_path / "moe"
     convert(llama, moe, EXACT)
     spoil(moe, lambda t: t[expert(0, 1, "w1")].mul_(2))
-    names = ("directory", "weights", "outputs")
+    names = ("structure", "weights", "outputs")
     structure, weights, outputs = verify(llama, moe, checks=names, fail_fast=True).checks
     assert structure.status is Status.PASSED
     assert weights.status is Status.FAILED

@@ -21,12 +21,18 @@ from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
-from upcycle_cli.old_verification import CHECK_NAMES, CheckResult, Report, Status
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report import inspection_html, verification_html
 from upcycle_cli.report.target import ReportFile
-from upcycle_cli.verification.result import LayerMeasure, TextMeasure
+from upcycle_cli.verification.result import (
+    CHECK_NAMES,
+    CheckResult,
+    LayerMeasure,
+    Report,
+    Status,
+    TextMeasure,
+)
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -189,7 +195,7 @@ def test_a_verification_that_failed(llama: Path, moe: Path, tmp_path: Path) -> N
     record = read_json(damaged / "upcycle.json")
     record["routers"] = dict.fromkeys(record["routers"], "0" * 64)
     write_json(damaged / "upcycle.json", record)
-    report = verify(llama, damaged, checks=["structure", "claims"])
+    report = verify(llama, damaged, checks=["directory"])
     page = parsed(html_of(report))
     assert "✗ failed The MoE is not what the method makes" in page.text
     assert "1 check failed (claims)" in page.text
@@ -391,11 +397,11 @@ def test_the_library_is_imported_for_a_report_only(llama: Path, moe: Path) -> No
 def test_the_commands_write_pages(run_cli: RunCli, llama: Path, moe: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.html"
     file.write_text("an older one")
-    some = ("--checks", "structure,files")
+    some = ("--checks", "directory")
     done = run_cli("verify", llama, moe, *some, "--report", file, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "passed"
-    assert "--checks structure,files" in parsed(file.read_text("utf-8")).text
+    assert "--checks directory" in parsed(file.read_text("utf-8")).text
     # Nothing else is left, and others may read it as far as the umask allows.
     assert os.listdir(tmp_path) == ["r.html"]  # noqa: PTH208
     umask = os.umask(0)
@@ -430,7 +436,7 @@ def test_a_report_beside_the_model_is_published(
     manifest = read_manifest(open_checkpoint(model))
     assert "verification.html" in manifest.files
     assert not manifest.failures
-    again = verify(llama, model, checks=["files"])
+    again = verify(llama, model, checks=["directory"])
     assert again.status == "passed"
     assert again.checks[0].metrics["foreign_files"] == 0
     # It goes with the output that it is a report on.

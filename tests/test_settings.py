@@ -28,8 +28,8 @@ from conftest import (
 
 from upcycle_cli import Options, Recipe, convert, inspect, verify
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.verification.result import Status
 from upcycle_cli.recipe.recipe import Routing, parse_recipe_name
+from upcycle_cli.verification.result import Status
 
 ROUNDING = 1e-5
 EXACT_PAIRS = [("llama", "mixtral"), ("qwen2", "qwen2_moe")]

@@ -24,9 +24,9 @@ from upcycle_cli import (
 )
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.verification.result import Status
 from upcycle_cli.plan.permutation_file import read_order_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
+from upcycle_cli.verification.result import Status
 
 ABLE = [name for name, row in NATIVE.items() if row.shared is not None]
 ROUTED = [(name, routing) for name in ABLE for routing in NATIVE[name].routings]

@@ -11,9 +11,9 @@ from smollm2 import benchmark, make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.api import Conversion
-from upcycle_cli.verification.result import CheckResult, Status
-from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, Scaling
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import CheckResult, Status
 
 pytestmark = [
     pytest.mark.long,

@@ -43,14 +43,13 @@ from verified import (
     save_dense,
 )
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
-from upcycle_cli.verification.result import CHECK_NAMES, Status
-from upcycle_cli.verification.prompts import TextOptions
-from upcycle_cli import verify
+from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.old_verification import prompts as _prompts
 from upcycle_cli.plan.texts import read_texts
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 from upcycle_cli.run import models as _models
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import CHECK_NAMES, Status
 
 # Good conversions
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.verification.result import CheckResult, Report, Status
 from upcycle_cli.recipe.recipe import Routing
+from upcycle_cli.verification.result import CheckResult, Report, Status
 
 Tensors = dict[str, torch.Tensor]
 

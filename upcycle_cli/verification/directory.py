@@ -39,7 +39,7 @@ from upcycle_cli.core.safe_files import (
     read_small,
     sha256_of,
 )
-from upcycle_cli.models import is_target
+from upcycle_cli.models.families import is_target
 from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX, modeling_code
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.upcycle import Plan
@@ -428,7 +428,7 @@ def changed_routers(moe: Checkpoint, routers: Mapping[str, object]) -> Iterator[
 def unsafe_settings(config: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
     """Name the settings by which loading the MoE would run code or fetch models from elsewhere."""
     from upcycle_cli.checkpoint.unsafe_settings import unsafe_config_settings
-    from upcycle_cli.models.wrappers import parts
+    from upcycle_cli.models.wrappers import nested_configs
 
-    found = unsafe_config_settings(config, tuple(parts(config)))
+    found = unsafe_config_settings(config, tuple(nested_configs(config)))
     return [each for each in found if each.partition(" ")[0] not in allowed]

@@ -188,7 +188,7 @@ def _factor_words(held: Floats, wanted: Floats, dtype: str) -> str | None:
         return None
     if not np.allclose(one, factor * other, rtol=_CLOSE[dtype], atol=1e-30):
         return None
-    if np.count_nonzero(one != other) < max(2, np.count_nonzero(other) // 4):
+    if int(np.count_nonzero(one != other)) < max(2, int(np.count_nonzero(other)) // 4):
         return None
     return f"is its expected value multiplied by a further {factor:.4g}"
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models import dense_model
+from upcycle_cli.models.families import dense_model
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import inner
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.expand import Growth, GrowthPlan, build_growth
 from upcycle_cli.plan.expressions import Permutation
@@ -111,7 +111,7 @@ def rebuild(
     if target.startswith(UPCYCLED_PREFIX):
         target = SHIPPED
     elif "target" not in record:  # earlier versions recorded the model type of the wrapper
-        target = str(inner(moe.config).get("model_type"))
+        target = str(text_config_of(moe.config).get("model_type"))
     if given.router_file is not None and recipe.router_init is not RouterInit.FILE:
         raise UpcycleError(
             f"the routers of {moe.path} were not given in a file, says its {RECORD_NAME}.",

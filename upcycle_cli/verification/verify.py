@@ -29,10 +29,10 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import check_utf8, open_regular
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
-from upcycle_cli.models import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import WRAPPERS, parts, wrapper_of
+from upcycle_cli.models.wrappers import WRAPPERS, nested_configs, wrapper_of
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, Report, Status
@@ -354,8 +354,8 @@ def _open_sources(*paths: Path) -> list[Checkpoint]:
     """Open the source and the other models that experts were made of; UpcycleError."""
     sources = [open_checkpoint(path) for path in paths]
     for each in sources:
-        outgrown = not is_target(each.config) and dense_family(each.config).outgrown_code
-        refuse_unsafe_settings(each, outgrown=outgrown, parts=parts(each.config))
+        outgrown = not is_target(each.config) and dense_family(each.config).has_obsolete_code
+        refuse_unsafe_settings(each, outgrown=outgrown, parts=nested_configs(each.config))
         _check_readable(each)
     return sources
 
