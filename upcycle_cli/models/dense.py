@@ -41,6 +41,9 @@ class DenseFamily:
     """A dense model type: a row of `DENSE`, which states what differs from llama."""
 
     model_type: str
+    classes: str | tuple[str, str, str] | None = None
+    """The prefix of its class names in transformers, or the names of its config, base model and
+    causal LM; None if shipped code does not support it."""
     _: KW_ONLY
     mlp: tuple[Weight, ...] = swiglu("mlp")
     norm: str | tuple[str, ...] | None = "post_attention_layernorm.weight"
@@ -70,9 +73,6 @@ class DenseFamily:
     windows: Callable[[ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The native targets; the one that most software loads comes first."""
-    classes: str | tuple[str, str, str] | None = None
-    """The prefix of its class names in transformers, or the names of its config, base model and
-    causal LM; None if shipped code does not support it."""
     attention_was_tested: bool = False
     """Whether engines were tested with its attention, which is the same in all its models."""
     has_obsolete_code: bool = False

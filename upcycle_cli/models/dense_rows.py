@@ -1,4 +1,4 @@
-"""The dense model types: a row of data for each that can be upcycled."""
+"""The supported dense model types, one row of data each. A row states what differs from llama."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from upcycle_cli.models.windows import (
 )
 
 
-def _two_thirds(values: Mapping[str, Any]) -> int:
-    """Return I by lfm2's rule, which is that of the first llama's code."""
+def _lfm2_width(values: Mapping[str, Any]) -> int:
+    """Return I by the rule of lfm2, which is that of the first llama's code."""
     width = int(values["intermediate_size"])
     if not values["block_auto_adjust_ff_dim"]:
         return width
-    width, multiple = int(2 * width / 3), values["block_multiple_of"]
+    width, multiple = int(2 * width / 3), int(values["block_multiple_of"])
     if values["block_ffn_dim_multiplier"] is None:
         return width
     width = int(values["block_ffn_dim_multiplier"] * width)
-    return multiple * -(-width // multiple)  # type: ignore[no-any-return]
+    return multiple * -(-width // multiple)
 
 
-def _one_width(values: Mapping[str, Any]) -> int:
-    """Return I of gemma4_text, where it is that of all layers."""
+def _gemma4_width(values: Mapping[str, Any]) -> int:
+    """Return I if all layers have the same."""
     if values["use_double_wide_mlp"] and values["num_kv_shared_layers"]:
         raise UpcycleError(
             "config.json: use_double_wide_mlp makes some MLPs twice as wide as others, and the "
@@ -50,9 +50,8 @@ _C_FC = linear_layers("", "mlp.c_fc", "mlp.c_proj")
 _FC1_FC2 = linear_layers("", "mlp.fc1", "mlp.fc2")
 _FC_IN_OUT = linear_layers("", "mlp.fc_in", "mlp.fc_out")
 _W123 = linear_layers("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
-_OLD_LAYER = "transformer.h.{layer}."
 _GPT: Any = {
-    "layer": _OLD_LAYER,
+    "layer": "transformer.h.{layer}.",
     "embedding": "transformer.wte.weight",
     "activation": "activation_function",
     "keys": {
@@ -63,132 +62,121 @@ _GPT: Any = {
     },
 }
 _GPT_NEO_KEYS = {
-    "intermediate_size": "intermediate_size",  # null is 4·H to it, too
+    "intermediate_size": "intermediate_size",  # listed since null means 4·H here too
     "num_attention_heads": "num_heads",
     "num_hidden_layers": "num_layers",
 }
-_MIXED: Any = {"layers_differ": True, "activation": None}
-_SHARED = "input_layernorm.weight"  # attention and MLP run side by side
+_LFM: Any = {
+    "mlp": _W123,
+    "norm": "ffn_norm.weight",
+    "layers_differ": True,
+    "activation": None,
+}
+_FEEDFORWARD_NORM: Any = {"mlp": _UP_DOWN, "norm": "feedforward_layernorm.weight"}
+_PARALLEL = "input_layernorm.weight"  # attention and MLP share a norm
 _GEMMA: Any = {
     "norm": "pre_feedforward_layernorm.weight",
     "norm_offset": 1.0,
     "activation": "hidden_activation",
 }
-_LLAMA = ("LlamaModel", "LlamaForCausalLM")  # as the last two classes
+_LLAMA = ("LlamaModel", "LlamaForCausalLM")
 
 _ROWS: Sequence[DenseFamily] = (
-    DenseFamily(
-        "llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open"), classes="Llama"
-    ),
-    DenseFamily("mistral", windows=all_slide, targets=("mixtral", "qwen2_moe"), classes="Mistral"),
-    DenseFamily("qwen2", windows=some_slide, targets=("qwen2_moe", "glm4_moe"), classes="Qwen2"),
+    DenseFamily("llama", "Llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open")),
+    DenseFamily("mistral", "Mistral", windows=all_slide, targets=("mixtral", "qwen2_moe")),
+    DenseFamily("qwen2", "Qwen2", windows=some_slide, targets=("qwen2_moe", "glm4_moe")),
     DenseFamily(
         "qwen3",
+        "Qwen3",
         windows=some_slide,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
-        classes="Qwen3",
     ),
-    DenseFamily("apertus", mlp=_UP_DOWN, norm="feedforward_layernorm.weight", classes="Apertus"),
-    DenseFamily(
-        "apertus1p5_text",
-        mlp=_UP_DOWN,
-        norm="feedforward_layernorm.weight",
-        classes="Apertus1p5Text",
-    ),
-    DenseFamily("arcee", mlp=_UP_DOWN, classes="Arcee"),
+    DenseFamily("apertus", "Apertus", **_FEEDFORWARD_NORM),
+    DenseFamily("apertus1p5_text", "Apertus1p5Text", **_FEEDFORWARD_NORM),
+    DenseFamily("arcee", "Arcee", mlp=_UP_DOWN),
     DenseFamily(
         "bamba",
+        "Bamba",
         mlp=swiglu("feed_forward"),
         norm="pre_ff_layernorm.weight",
         layers_differ=True,
-        classes="Bamba",
     ),
-    DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="CodeGen"),
-    DenseFamily("cohere", norm=_SHARED, classes="Cohere"),
+    DenseFamily("codegen", "CodeGen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
+    DenseFamily("cohere", "Cohere", norm=_PARALLEL),
     DenseFamily(
-        "cohere2",
-        norm=_SHARED,
-        windows=all_but_each_fourth,
-        targets=("cohere2_moe",),
-        classes="Cohere2",
+        "cohere2", "Cohere2", norm=_PARALLEL, windows=all_but_each_fourth, targets=("cohere2_moe",)
     ),
-    DenseFamily("cwm", classes="Cwm"),
-    DenseFamily("diffllama", classes="DiffLlama"),
-    DenseFamily("doge", classes="Doge"),
-    DenseFamily("ernie4_5", targets=("ernie4_5_moe",), classes="Ernie4_5"),
-    DenseFamily("exaone4", norm=None, classes="Exaone4"),
+    DenseFamily("cwm", "Cwm"),
+    DenseFamily("diffllama", "DiffLlama"),
+    DenseFamily("doge", "Doge"),
+    DenseFamily("ernie4_5", "Ernie4_5", targets=("ernie4_5_moe",)),
+    DenseFamily("exaone4", "Exaone4", norm=None),
     DenseFamily(
         "falcon",
+        "Falcon",
         mlp=_H_TO_4H,
         norm=("ln_mlp.weight", "post_attention_layernorm.weight", "input_layernorm.weight"),
-        layer=_OLD_LAYER,
+        layer=_GPT["layer"],
         embedding="transformer.word_embeddings.weight",
         activation="activation",
         keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
-        classes="Falcon",
     ),
-    DenseFamily("gemma", norm_offset=1.0, classes="Gemma"),
-    DenseFamily("gemma2", **_GEMMA, classes="Gemma2"),
+    DenseFamily("gemma", "Gemma", norm_offset=1.0),
+    DenseFamily("gemma2", "Gemma2", **_GEMMA),
     DenseFamily(
         "gemma3_text",
+        ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
         **_GEMMA,
         attention_was_tested=True,
-        classes=("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
     ),
     DenseFamily(
         "gemma4_text",
+        ("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
         norm="pre_feedforward_layernorm.weight",
         activation="hidden_activation",
-        width=_one_width,
-        layers_differ=True,  # in the heads, and in whose keys they take
+        width=_gemma4_width,
+        layers_differ=True,  # in heads, and in which keys they share
         attention_was_tested=True,
         targets=("gemma4_text",),
-        classes=("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
     ),
     DenseFamily(
-        "glm", mlp=_GATE_UP, pieces={**INTERLEAVED, **GATE_UP}, targets=("glm4_moe",), classes="Glm"
+        "glm", "Glm", mlp=_GATE_UP, pieces={**INTERLEAVED, **GATE_UP}, targets=("glm4_moe",)
     ),
-    DenseFamily("glm4", mlp=_GATE_UP, classes="Glm4"),
+    DenseFamily("glm4", "Glm4", mlp=_GATE_UP),
     DenseFamily(
         "gpt2",
+        ("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
         mlp=linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True),
         norm="ln_2.weight",
         **_GPT,
-        classes=("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
     ),
-    DenseFamily("gpt_bigcode", mlp=_C_FC, norm="ln_2.weight", **_GPT, classes="GPTBigCode"),
+    DenseFamily("gpt_bigcode", "GPTBigCode", mlp=_C_FC, norm="ln_2.weight", **_GPT),
     DenseFamily(
-        "gpt_neo",
-        mlp=_C_FC,
-        norm="ln_2.weight",
-        **_GPT | {"keys": _GPT_NEO_KEYS},
-        classes="GPTNeo",
+        "gpt_neo", "GPTNeo", mlp=_C_FC, norm="ln_2.weight", **_GPT | {"keys": _GPT_NEO_KEYS}
     ),
     DenseFamily(
         "gpt_neox",
+        "GPTNeoX",
         mlp=_H_TO_4H,
         layer="gpt_neox.layers.{layer}.",
         embedding="gpt_neox.embed_in.weight",
         head="embed_out.weight",
         renamed=(("embed_out.", "lm_head."),),
-        classes="GPTNeoX",
     ),
     DenseFamily(
         "gpt_neox_japanese",
+        "GPTNeoXJapanese",
         mlp=_H_TO_4H,
         layer="gpt_neox_japanese.layers.{layer}.",
         embedding="gpt_neox_japanese.embed_in.weight",
         head="embed_out.weight",
         keys={"intermediate_size": "intermediate_multiple_size"},
         width=lambda values: int(values["hidden_size"] * values["intermediate_size"]),
-        layers_differ=True,  # attention in the last layer has a bias
-        classes="GPTNeoXJapanese",
+        layers_differ=True,  # the last one has attention biases
     ),
-    DenseFamily("gptj", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT, classes="GPTJ"),
-    DenseFamily("granite", targets=("granitemoe", "granitemoehybrid"), classes="Granite"),
-    DenseFamily(
-        "granite_swa", windows=three_of_four, targets=("granitemoe_swa",), classes="GraniteSWA"
-    ),
+    DenseFamily("gptj", "GPTJ", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
+    DenseFamily("granite", "Granite", targets=("granitemoe", "granitemoehybrid")),
+    DenseFamily("granite_swa", "GraniteSWA", windows=three_of_four, targets=("granitemoe_swa",)),
     DenseFamily(
         "granitemoehybrid",
         mlp=(
@@ -199,39 +187,34 @@ _ROWS: Sequence[DenseFamily] = (
         layers_differ=True,
         targets=("granitemoehybrid",),
     ),
-    DenseFamily("helium", classes="Helium"),
-    DenseFamily("hunyuan_v1_dense", targets=("hunyuan_v1_moe",), classes="HunYuanDenseV1"),
-    DenseFamily("hyperclovax", classes="HyperCLOVAX"),
-    DenseFamily("internlm3", classes=("InternLM3Config", *_LLAMA)),
+    DenseFamily("helium", "Helium"),
+    DenseFamily("hunyuan_v1_dense", "HunYuanDenseV1", targets=("hunyuan_v1_moe",)),
+    DenseFamily("hyperclovax", "HyperCLOVAX"),
+    DenseFamily("internlm3", ("InternLM3Config", *_LLAMA)),
     DenseFamily(
-        "iquestcoder",
-        targets=("mixtral", "qwen2_moe", "glm4_moe"),
-        classes=("IQuestCoderConfig", *_LLAMA),
+        "iquestcoder", ("IQuestCoderConfig", *_LLAMA), targets=("mixtral", "qwen2_moe", "glm4_moe")
     ),
-    DenseFamily("jais2", mlp=_UP_DOWN, classes="Jais2"),
+    DenseFamily("jais2", "Jais2", mlp=_UP_DOWN),
     DenseFamily(
         "lfm2",
-        mlp=_W123,
-        norm="ffn_norm.weight",
-        **_MIXED,
+        "Lfm2",
+        **_LFM,
         old_keys={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
-        width=_two_thirds,
+        width=_lfm2_width,
         targets=("lfm2_moe",),
-        classes="Lfm2",
     ),
     DenseFamily(
         "lfm3",
-        mlp=_W123,
-        norm="ffn_norm.weight",
-        **_MIXED,
+        "Lfm3",
+        **_LFM,
         renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
-        classes="Lfm3",
     ),
-    DenseFamily("minicpm3", classes="MiniCPM3"),
-    DenseFamily("ministral", windows=by_kinds, targets=("qwen2_moe",), classes="Ministral"),
-    DenseFamily("ministral3", classes="Ministral3"),
+    DenseFamily("minicpm3", "MiniCPM3"),
+    DenseFamily("ministral", "Ministral", windows=by_kinds, targets=("qwen2_moe",)),
+    DenseFamily("ministral3", "Ministral3"),
     DenseFamily(
         "modernbert-decoder",
+        "ModernBertDecoder",
         mlp=(
             Weight("mlp.Wi.weight", ("gate", "up"), 0),
             Weight("mlp.Wo.weight", ("down",), 1),
@@ -242,36 +225,31 @@ _ROWS: Sequence[DenseFamily] = (
         embedding="model.embeddings.tok_embeddings.weight",
         head="decoder.weight",
         activation="hidden_activation",
-        layers_differ=True,  # the first layer has no norm before its attention
-        classes="ModernBertDecoder",
+        layers_differ=True,  # the first one has no norm before attention
     ),
-    DenseFamily("nanochat", mlp=_FC1_FC2, norm=None, classes="NanoChat"),
-    DenseFamily("olmo", norm=None, classes="Olmo"),
-    DenseFamily("olmo2", norm=None, targets=("flex_olmo",), classes="Olmo2"),
-    DenseFamily("olmo3", norm=None, classes="Olmo3"),
-    DenseFamily("persimmon", mlp=_H_TO_4H, classes="Persimmon"),
-    DenseFamily("phi", mlp=_FC1_FC2, norm=_SHARED, classes="Phi"),
-    DenseFamily(
-        "phi3", mlp=_GATE_UP, windows=all_slide, pieces=QKV, targets=("mixtral",), classes="Phi3"
-    ),
+    DenseFamily("nanochat", "NanoChat", mlp=_FC1_FC2, norm=None),
+    DenseFamily("olmo", "Olmo", norm=None),
+    DenseFamily("olmo2", "Olmo2", norm=None, targets=("flex_olmo",)),
+    DenseFamily("olmo3", "Olmo3", norm=None),
+    DenseFamily("persimmon", "Persimmon", mlp=_H_TO_4H),
+    DenseFamily("phi", "Phi", mlp=_FC1_FC2, norm=_PARALLEL),
+    DenseFamily("phi3", "Phi3", mlp=_GATE_UP, windows=all_slide, pieces=QKV, targets=("mixtral",)),
     DenseFamily(
         "qwen3_5_text",
+        ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
         norm_offset=1.0,
         layers_differ=True,
         targets=("qwen3_5_moe_text",),
-        classes=("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
     ),
-    DenseFamily("seed_oss", targets=("qwen2_moe",), classes="SeedOss"),
-    DenseFamily("smollm3", classes="SmolLM3"),
+    DenseFamily("seed_oss", "SeedOss", targets=("qwen2_moe",)),
+    DenseFamily("smollm3", "SmolLM3"),
     DenseFamily(
-        "stablelm",
-        norm=("post_attention_layernorm.weight", "input_layernorm.weight"),
-        classes="StableLm",
+        "stablelm", "StableLm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")
     ),
-    DenseFamily("starcoder2", mlp=_C_FC, classes="Starcoder2"),
-    DenseFamily("vaultgemma", **_GEMMA, classes="VaultGemma"),
-    DenseFamily("youtu", targets=("deepseek_v3",), classes="Youtu"),
-    DenseFamily("nemotron", mlp=_UP_DOWN, norm_offset=1.0, classes="Nemotron"),
+    DenseFamily("starcoder2", "Starcoder2", mlp=_C_FC),
+    DenseFamily("vaultgemma", "VaultGemma", **_GEMMA),
+    DenseFamily("youtu", "Youtu", targets=("deepseek_v3",)),
+    DenseFamily("nemotron", "Nemotron", mlp=_UP_DOWN, norm_offset=1.0),
     DenseFamily(
         "nemotron_h",
         mlp=linear_layers("", "mixer.up_proj", "mixer.down_proj"),
