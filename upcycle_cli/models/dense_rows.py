@@ -66,12 +66,7 @@ _GPT_NEO_KEYS = {
     "num_attention_heads": "num_heads",
     "num_hidden_layers": "num_layers",
 }
-_LFM: Any = {
-    "mlp": _W123,
-    "norm": "ffn_norm.weight",
-    "layers_differ": True,
-    "activation": None,
-}
+_LFM: Any = {"mlp": _W123, "norm": "ffn_norm.weight", "layers_differ": True, "activation": None}
 _FEEDFORWARD_NORM: Any = {"mlp": _UP_DOWN, "norm": "feedforward_layernorm.weight"}
 _PARALLEL = "input_layernorm.weight"  # attention and MLP share a norm
 _GEMMA: Any = {
@@ -203,12 +198,7 @@ _ROWS: Sequence[DenseFamily] = (
         width=_lfm2_width,
         targets=("lfm2_moe",),
     ),
-    DenseFamily(
-        "lfm3",
-        "Lfm3",
-        **_LFM,
-        renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
-    ),
+    DenseFamily("lfm3", "Lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily("minicpm3", "MiniCPM3"),
     DenseFamily("ministral", "Ministral", windows=by_kinds, targets=("qwen2_moe",)),
     DenseFamily("ministral3", "Ministral3"),

@@ -14,7 +14,7 @@ from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.refused import REFUSED
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.shipped_row import shipped
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, full_model
 from upcycle_cli.models.wrappers import TEXTS, WRAPPERS, text_config_of, wrapper_of
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -137,7 +137,7 @@ def native_target(name: str, inside: Inside | None) -> Target:
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
     return replace(
         target,
-        architecture=inside.wrapper.natives[target.model_type][1],
+        architecture=full_model(inside.wrapper.natives[target.model_type][1]),
         layer=inside.wrapped(target.layer),
         head=inside.wrapped(target.head),
         inside=inside,

@@ -372,7 +372,7 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
         keys=replace(_QWEN_KEYS, routing=None),
         layers=layers.MLP_ONLY_LAYERS,
         settings=lambda _: {"norm_topk_prob": True},  # for vLLM
-    ),
+    )
 }
 """Targets that exist only inside wrappers."""
 GROW_ONLY: Mapping[str, Target] = {
@@ -383,6 +383,6 @@ GROW_ONLY: Mapping[str, Target] = {
         layouts=QWEN_LAYOUTS,
         keys=_OLMO_KEYS,
         layers=layers.ALL,
-    ),
+    )
 }
 """MoE types that no dense model becomes, but that --expand supports."""

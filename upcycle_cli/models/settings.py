@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import defaults_of, known_names
 
-
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    wanted: str
-    """What a value must be, in words."""
+_Rules = Sequence[tuple[Callable[[Any], bool], str]]
+"""Conditions that a value must meet, in order, each with what it must be in words."""
 
 
 def _is_number(value: object) -> bool:
@@ -32,43 +29,37 @@ def _are_tokens(value: object) -> bool:
     return _is_token(value) or (isinstance(value, list) and all(type(i) is int for i in value))
 
 
+def _is_activation(value: object) -> bool:
+    return isinstance(value, str) and value in known_names("activations")
+
+
 _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
-_COUNT = (_Rule(_is_count, "a positive integer"),)
-_OPTIONAL = (_Rule(lambda value: value is None or _is_count(value), "a positive integer"),)
-_NUMBER = (
-    _Rule(_is_number, "a number"),
-    _Rule(lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
-)
-_FLAG = (_Rule(lambda value: type(value) is bool, "true or false"),)
-_TOKEN = (_Rule(_is_token, "a token id or null"),)
-_TOKENS = (_Rule(_are_tokens, "a token id or null"),)
-_ACTIVATION = (
-    _Rule(
-        lambda value: isinstance(value, str) and value in known_names("activations"),
-        "an activation that transformers knows, such as silu or gelu",
-    ),
-)
-_CHECKED: Mapping[str, tuple[_Rule, ...]] = {
+_COUNT: _Rules = [(_is_count, "a positive integer")]
+_OPTIONAL: _Rules = [(lambda value: value is None or _is_count(value), "a positive integer")]
+_NUMBER: _Rules = [
+    (_is_number, "a number"),
+    (lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
+]
+_FLAG: _Rules = [(lambda value: type(value) is bool, "true or false")]
+_TOKEN: _Rules = [(_is_token, "a token id or null")]
+_ACTIVATION: _Rules = [
+    (_is_activation, "an activation that transformers knows, such as silu or gelu")
+]
+_CHECKED: Mapping[str, _Rules] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _COUNT),
+    "num_hidden_layers": [*_COUNT, (lambda v: v <= _MAX_LAYERS, f"at most {_MAX_LAYERS}")],
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _COUNT),
-    "num_hidden_layers": (
-        *_COUNT,
-        _Rule(lambda value: value <= _MAX_LAYERS, f"at most {_MAX_LAYERS}"),
-    ),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), _OPTIONAL),
     **dict.fromkeys(("hidden_act", "mlp_hidden_act"), _ACTIVATION),
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), _NUMBER),
-    "attention_dropout": (
-        _NUMBER[0],
-        _Rule(lambda value: 0 <= value < 1, "less than 1 and at least 0"),
-    ),
+    "attention_dropout": [_NUMBER[0], (lambda v: 0 <= v < 1, "less than 1 and at least 0")],
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
-    "eos_token_id": _TOKENS,
+    "eos_token_id": [(_are_tokens, "a token id or null")],
 }
 """Keys that every forward pass reads, if a model type has them."""
-_CHECKED_IF_READ: Mapping[str, tuple[_Rule, ...]] = {
-    "rope_theta": (*_NUMBER, _Rule(lambda value: value != 0, "larger than 0")),
+_CHECKED_IF_READ: Mapping[str, _Rules] = {
+    "rope_theta": [*_NUMBER, (lambda value: value != 0, "larger than 0")],
     "sliding_window": _OPTIONAL,
     "use_sliding_window": _FLAG,
     "max_window_layers": _NUMBER,
@@ -97,10 +88,10 @@ class ConfigValues:
         # A type with its own default does not derive head_dim if a config says null.
         if key == "head_dim" and default is not None:
             rules = _COUNT
-        for rule in rules:
-            if not rule.holds(value):
+        for holds, wanted in rules:
+            if not holds(value):
                 found = "null" if value is None else shown(value)
-                raise UpcycleError(f"config.json: {own} must be {rule.wanted}, not {found}.")
+                raise UpcycleError(f"config.json: {own} must be {wanted}, not {found}.")
         return value
 
     def effective(self) -> dict[str, Any]:

@@ -39,12 +39,7 @@ class Trainer:
 
 
 def trainers(
-    target: Target,
-    routing: Routing,
-    *,
-    tied: bool,
-    fused: bool,
-    num_experts: int | None = None,
+    target: Target, routing: Routing, *, tied: bool, fused: bool, num_experts: int | None = None
 ) -> tuple[Trainer, ...]:
     """Return what is known of each tested trainer.
 

@@ -17,6 +17,11 @@ LAYER_PREFIX = MODEL_PREFIX + "layers.{layer}."
 HEAD = "lm_head.weight"
 
 
+def full_model(class_prefix: str) -> str:
+    """Return the name of a wrapper's full model in transformers."""
+    return f"{class_prefix}ForConditionalGeneration"
+
+
 def replace_parts(name: str, renamed: tuple[tuple[str, str], ...]) -> str:
     """Return a tensor name with parts replaced, in order; each pair is (old, new)."""
     for old, new in renamed:
@@ -47,11 +52,11 @@ class Wrapper:
     model_type: str
     texts: tuple[str, ...]
     """The model types it may hold; the first is the default of a config without a type."""
-    classes: tuple[str, str, str]
-    """The names of its config, base model and full model in transformers."""
-    released: NamePrefixes
+    class_prefix: str
+    """The prefix of its class names in transformers."""
+    released: NamePrefixes = IN_MEMORY_PREFIXES
     natives: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Targets that a wrapper of transformers can hold, with that wrapper's model type and class."""
+    """Targets that a wrapper of transformers can hold, with that one's model type and classes."""
     has_balancing_loss: bool = True
     """Whether its native classes add the text model's auxiliary loss in training."""
     tied: bool = False
@@ -64,6 +69,12 @@ class Wrapper:
     """Parts of released tensor names with their in-memory replacement."""
     parts: tuple[str, ...] = ("text_config", "vision_config")
     """The keys of nested configs."""
+
+    @property
+    def classes(self) -> tuple[str, str, str]:
+        """Its config, base model and full model in transformers."""
+        name = self.class_prefix
+        return f"{name}Config", f"{name}Model", full_model(name)
 
     @property
     def types(self) -> tuple[str, ...]:

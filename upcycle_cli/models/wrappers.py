@@ -13,7 +13,7 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseFamily
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, NamePrefixes, Wrapper
+from upcycle_cli.models.wrapper import NamePrefixes, Wrapper
 
 TEXTS: Mapping[str, DenseFamily] = {
     **DENSE,
@@ -30,36 +30,28 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper(
         model_type="llava",
         texts=("llama", "mistral", "qwen2", "qwen3"),  # it takes any; these were tested
-        classes=("LlavaConfig", "LlavaModel", "LlavaForConditionalGeneration"),
+        class_prefix="Llava",
         **_LLAVA,
-        natives=dict.fromkeys(
-            ("mixtral", "qwen2_moe", "qwen3_moe"), ("llava", "LlavaForConditionalGeneration")
-        ),
+        natives=dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), ("llava", "Llava")),
         has_balancing_loss=False,
         ties_by_text=True,
     ),
     Wrapper(
         model_type="mistral3",
         texts=("mistral", "ministral3"),
-        classes=("Mistral3Config", "Mistral3Model", "Mistral3ForConditionalGeneration"),
+        class_prefix="Mistral3",
         **_LLAVA,
-        natives=dict.fromkeys(
-            ("mixtral", "qwen2_moe"), ("mistral3", "Mistral3ForConditionalGeneration")
-        ),
+        natives=dict.fromkeys(("mixtral", "qwen2_moe"), ("mistral3", "Mistral3")),
         has_balancing_loss=False,
         tied=True,
     ),
     Wrapper(
-        model_type="gemma3",
-        texts=("gemma3_text",),
-        classes=("Gemma3Config", "Gemma3Model", "Gemma3ForConditionalGeneration"),
-        **_LLAVA,
-        tied=True,
+        model_type="gemma3", texts=("gemma3_text",), class_prefix="Gemma3", **_LLAVA, tied=True
     ),
     Wrapper(
         model_type="qwen2_5_vl",
         texts=("qwen2_5_vl_text",),
-        classes=("Qwen2_5_VLConfig", "Qwen2_5_VLModel", "Qwen2_5_VLForConditionalGeneration"),
+        class_prefix="Qwen2_5_VL",
         released=NamePrefixes("model.", "lm_head.weight", ""),
         ties_by_text=True,
         is_flat=True,
@@ -67,23 +59,20 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper(
         model_type="qwen3_vl",
         texts=("qwen3_vl_text",),
-        classes=("Qwen3VLConfig", "Qwen3VLModel", "Qwen3VLForConditionalGeneration"),
-        released=IN_MEMORY_PREFIXES,
-        natives={"qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration")},
+        class_prefix="Qwen3VL",
+        natives={"qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3VLMoe")},
     ),
     Wrapper(
         model_type="qwen3_5",
         texts=("qwen3_5_text",),
-        classes=("Qwen3_5Config", "Qwen3_5Model", "Qwen3_5ForConditionalGeneration"),
-        released=IN_MEMORY_PREFIXES,
-        natives={"qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")},
+        class_prefix="Qwen3_5",
+        natives={"qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5Moe")},
     ),
     Wrapper(
         model_type="gemma4",
         texts=("gemma4_text",),
-        classes=("Gemma4Config", "Gemma4Model", "Gemma4ForConditionalGeneration"),
-        released=IN_MEMORY_PREFIXES,
-        natives={"gemma4_text": ("gemma4", "Gemma4ForConditionalGeneration")},
+        class_prefix="Gemma4",
+        natives={"gemma4_text": ("gemma4", "Gemma4")},
         tied=True,
         parts=("text_config", "vision_config", "audio_config"),
     ),
