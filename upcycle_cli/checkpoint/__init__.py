@@ -1,1 +1,1 @@
-"""What is there: config, safetensors headers, tensors, companion files."""
+"""Checkpoints on disk: config, safetensors headers, tensors, companion files."""

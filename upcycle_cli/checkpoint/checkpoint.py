@@ -1,8 +1,8 @@
-"""A Hugging Face checkpoint: its config, its tensors' headers, and their values on demand.
+"""A Hugging Face checkpoint: its config, the headers of its tensors, and their values on demand.
 
-Opening reads `config.json`, the index and the safetensors headers, and checks them against the
-file sizes; no weight is touched. `Checkpoint.reader` maps the files and hands out tensors that
-alias them. No policy lives here: what a model may contain is the families' business.
+Opening one reads `config.json`, the index and the safetensors headers, and checks them against the
+file sizes; it reads no weights. `Checkpoint.reader` maps the files and returns tensors that alias
+them. What a model may contain is decided elsewhere, in `models`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
     FileStamp,
     Storage,
-    changed,
     companions_of,
+    file_changed,
     find_adapter,
     json_object,
     read_json,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers have been read and found consistent."""
+    """A checkpoint whose headers were read and are consistent."""
 
     storage: Storage
     config: Mapping[str, Any]
@@ -62,13 +62,13 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The directory in which the files are, or will be."""
+        """The directory of the files, or where a download will put them."""
         return self.storage.path
 
     @property
     def name(self) -> str:
         """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
-        # It ends up in the record and the card, which hold no half of a character.
+        # The record and the card contain it, so it must be valid Unicode.
         return self.repo or printable(self.path.resolve().name)
 
     @property
@@ -89,28 +89,28 @@ class Checkpoint:
         return folder.removeprefix("models--").replace("--", "/")
 
     @property
-    def place(self) -> str:
-        """The directory, or the repo and its commit where it is a snapshot in the Hub cache."""
+    def location(self) -> str:
+        """The directory, or REPO@COMMIT when the directory is a snapshot in the Hub cache."""
         return str(self.path) if self.repo is None else f"{self.repo}@{self.revision}"
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     @property
     def num_parameters(self) -> int:
-        """The elements of all tensors."""
+        """The number of elements of all tensors."""
         return sum(entry.num_elements for entry in self.tensors.values())
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that were read, or will be."""
+        """The names of config.json, the weight files and the companions."""
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from another one of the same shapes; of a commit on the Hub, the commit."""
+        """What distinguishes it from other checkpoints with the same shapes, as JSON."""
         pinned = self.revision is not None
         return {
             "source_name": self.name,
@@ -131,44 +131,45 @@ class Checkpoint:
             return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """Return what tokenizer_config.json says, nothing when there is none; UpcycleError."""
+        """Return tokenizer_config.json, {} when there is none; raises UpcycleError."""
         name = TOKENIZER_CONFIG_NAME
         return read_json(self.storage.local(name)) if self.storage.has(name) else {}
 
     @property
     def bytes_to_download(self) -> int:
-        """The size of the files that are still to be brought here."""
+        """The size of the files that are not downloaded yet."""
         return self.storage.bytes_to_download(self.files)
 
     def download(self) -> Checkpoint:
-        """Return it with all its files here; UpcycleError if they do not come, or are others."""
+        """Download what is missing and return the local checkpoint; UpcycleError if it differs."""
         if self.storage.is_local:
             return self
         self.storage.download([*self.files, *self.storage.matching([CARD_NAME])])
-        here = open_checkpoint(self.path)
-        if here.tensors != self.tensors or here.config_digest != self.config_digest:
-            raise UpcycleError(f"{self.path} is not what was announced.", "Run the command again.")
-        return here
+        local = open_checkpoint(self.path)
+        if local.tensors != self.tensors or local.config_digest != self.config_digest:
+            words = f"{self.path} differs from what its headers said before the download."
+            raise UpcycleError(words, "Run the command again.")
+        return local
 
     def check_unchanged(self) -> None:
-        """Raise UpcycleError when a file is not the one that was opened."""
+        """Raise UpcycleError when a file changed since the checkpoint was opened."""
         self.check_files(self.shards + self.companions)
         config = read_small(self.storage.local(CONFIG_NAME), MOST_JSON_BYTES)
         if hashlib.sha256(config).hexdigest() != self.config_digest:
-            raise changed(self.path / CONFIG_NAME)
+            raise file_changed(self.path / CONFIG_NAME)
 
     def check_files(self, files: Iterable[FileStamp]) -> None:
-        """Raise UpcycleError when one of these files is not the one that was opened."""
+        """Raise UpcycleError when one of these files changed since the checkpoint was opened."""
         for file in files:
             if not file.fits(locate(self.path, file.name).stat()):
-                raise changed(self.path / file.name)
+                raise file_changed(self.path / file.name)
 
     def check_readable(self) -> None:
-        """Raise UpcycleError when a file that is here may not be read."""
+        """Raise UpcycleError when a local companion cannot be read."""
         for file in self.companions:
             path = self.path / file.name
             if not path.exists():
-                continue  # still on the Hub
+                continue  # not downloaded yet
             try:
                 open_regular(locate(self.path, file.name)).close()
             except OSError as error:
@@ -176,32 +177,32 @@ class Checkpoint:
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Map the weight files as they are asked for; let go of them when the context ends."""
+        """Map weight files on first use; unmap them when the context ends."""
         maps: dict[str, mmap.mmap] = {}
         try:
             yield Reader(self, maps)
         finally:
-            # A map goes once no tensor aliases it; closing it by force would crash a reader.
+            # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
             maps.clear()
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Hands out tensors that alias the mapped files; made by `Checkpoint.reader`."""
+    """Returns tensors that alias the mapped files; made by `Checkpoint.reader`."""
 
     _checkpoint: Checkpoint
     _maps: dict[str, mmap.mmap]
 
     def check_unchanged(self, names: Iterable[str]) -> None:
-        """Raise UpcycleError when a tensor's file has changed, which its map would show."""
+        """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
         shards = {self._checkpoint.tensors[name].shard for name in names}
         files = self._checkpoint.shards
         self._checkpoint.check_files(file for file in files if file.name in shards)
 
     def mapped(self, name: str) -> memoryview:
-        """Return a tensor's bytes, backed by the file: nothing is read until its pages are.
+        """Return a tensor's bytes in the mapped file, whose pages are read on access.
 
-        They must not be written to, nor used after the reader is closed. Raises UpcycleError for a
+        Do not write to them, nor use them after the reader is closed. Raises UpcycleError for a
         dtype that no model is trained in.
         """
         entry = self._checkpoint.tensors[name]
@@ -213,7 +214,7 @@ class Reader:
         return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return `mapped` as a tensor."""
+        """Return a tensor that aliases the mapped file."""
         import torch
 
         data: memoryview | bytearray = self.mapped(name)
@@ -222,12 +223,12 @@ class Reader:
         if entry.num_elements == 0:
             return torch.empty(entry.shape, dtype=dtype)
         if entry.offset % ITEM_BYTES[entry.dtype]:
-            # The format does not promise alignment, and torch needs it.
+            # torch needs alignment, which the format does not guarantee.
             data = bytearray(data)
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
     def release(self) -> None:
-        """Let go of the pages that were read so far; those that are needed again are read again."""
+        """Free the pages that were read so far; a later access reads them again."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -237,17 +238,17 @@ class Reader:
             stamp = next(file for file in self._checkpoint.shards if file.name == shard)
             with open_regular(locate(path, shard)) as file:
                 if not stamp.fits(os.fstat(file.fileno())):
-                    raise changed(path / shard)
-                # A private mapping: torch wants a writable buffer, the file stays untouched.
+                    raise file_changed(path / shard)
+                # A private mapping: torch needs a writable buffer, and the file must not change.
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[shard]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint in a directory; UpcycleError when there is none, or it is damaged."""
+    """Open the checkpoint in a directory; UpcycleError when it is missing or damaged."""
     try:
         found = path.exists()
-    except OSError as error:  # a name that is too long, a directory that may not be entered
+    except OSError as error:  # a name that is too long, or no permission
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
     if not found:
         hint = "Give the directory of a Hugging Face checkpoint."
@@ -259,7 +260,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_storage(storage: Storage) -> Checkpoint:
-    """Open a checkpoint wherever its files are; UpcycleError when it is missing or damaged."""
+    """Open a local or remote checkpoint; UpcycleError when it is missing or damaged."""
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
@@ -289,7 +290,7 @@ def open_storage(storage: Storage) -> Checkpoint:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's bytes as they are stored, without a copy when it is contiguous."""
+    """Return a tensor's bytes as they are stored; a contiguous tensor is not copied."""
     import torch
 
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -297,7 +298,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] | None:
-    # transformers looks for the single file first, so a directory with both means that one.
+    # transformers reads the single file if both exist.
     if storage.has(WEIGHTS_NAME):
         return None
     if not storage.has(INDEX_NAME):
@@ -309,7 +310,7 @@ def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] |
     for name, shard in weight_map.items():
         if not is_inner_name(shard):
             raise UpcycleError(
-                f"{index_path} places {name} in {shown(shard)}, which is not a file of this "
+                f"{index_path} lists {name} in {shown(shard)}, which is not a file of this "
                 "directory."
             )
     return weight_map
@@ -325,7 +326,7 @@ def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleErro
             f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
         )
         return UpcycleError(
-            f"{path} holds its weights as pickle ({pickles[0]}), which can run code when opened.",
+            f"{path} has its weights as pickle ({pickles[0]}), which can run code when opened.",
             f"Convert it first, if you trust it:\n  {shell_line(['python', '-c', code])}",
         )
     if "model_type" not in config:

@@ -1,7 +1,8 @@
-"""The header of a safetensors file: which tensors there are, and where.
+"""The header of a safetensors file: the names, types, shapes and offsets of its tensors.
 
-Format: 8-byte little-endian header length, JSON header, data; offsets are relative to the data,
-and the tensors lie end to end without holes.
+Format: 8-byte little-endian header length, JSON header, data. Offsets are relative to the data, and
+the tensors follow one another without gaps. The safetensors library reads only whole local files;
+this also reads the headers of remote files, and its errors name the tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ ITEM_BYTES = {
 """Bytes per element of each safetensors dtype."""
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes that a convertible weight can have, and torch's names for them."""
+"""The dtypes of weights that can be converted, and torch's names for them."""
 
 LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
-"""The largest finite value of each of them."""
+"""The largest finite value of each of these dtypes."""
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
@@ -37,7 +38,7 @@ _MAX_SIZE = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of a checkpoint: its name, its dtype in safetensors' notation, and its shape."""
+    """The name of a tensor, its dtype in safetensors' notation, and its shape."""
 
     name: str
     dtype: str
@@ -56,14 +57,14 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry(Tensor):
-    """Where one tensor lies: `offset` is in bytes from the start of the file `shard`."""
+    """A tensor in the file `shard`, `offset` bytes from its start."""
 
     shard: str
     offset: int
 
 
 def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, list[TensorEntry]]:
-    """Return what a weight file is, with its header, and its tensors; UpcycleError when damaged."""
+    """Return the stamp and the tensors of a weight file; UpcycleError when it is damaged."""
     file_path = storage.path / shard_name
     stamp = storage.stamp(shard_name)
     prefix = storage.read(shard_name, 0, 8)
@@ -75,8 +76,8 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
         )
     if header_bytes > MAX_HEADER_BYTES:
         raise UpcycleError(
-            f"{file_path} has a header of {header_bytes:,} bytes; more than {MAX_HEADER_BYTES:,} "
-            "are not read."
+            f"{file_path} has a header of {header_bytes:,} bytes; at most {MAX_HEADER_BYTES:,} "
+            "are allowed."
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries, metadata = parse_header(raw, file_path, shard_name)
@@ -86,7 +87,7 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
 
 
 def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[TensorEntry], object]:
-    """Return the tensors that a weight file's header describes, and its metadata; UpcycleError."""
+    """Return the tensors and the metadata of a weight file's header; raises UpcycleError."""
     header = parse_json(raw, f"{file_path} has a header that")
     if not isinstance(header, dict):
         raise UpcycleError(f"{file_path} has a header that is not a JSON object.")
@@ -108,8 +109,8 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
         entry = TensorEntry(name, dtype, tuple(shape), shard_name, 8 + len(raw) + begin)
         if end - begin != entry.nbytes:
             raise UpcycleError(
-                f"{where} lies: {dtype} of shape {list(entry.shape)} takes {entry.nbytes} bytes, "
-                f"its offsets give it {end - begin}."
+                f"{where}: {dtype} of shape {list(entry.shape)} needs {entry.nbytes} bytes, but "
+                f"its offsets span {end - begin}."
             )
         entries.append(entry)
     return entries, metadata
@@ -132,9 +133,7 @@ def _check_extents(
                 "Download or copy it again.",
             )
     if position != file_bytes:
-        raise UpcycleError(
-            f"{file_path} has {file_bytes - position} bytes that belong to no tensor."
-        )
+        raise UpcycleError(f"{file_path} has {file_bytes - position} bytes after the last tensor.")
 
 
 def _is_size_list(value: object) -> TypeGuard[list[int]]:

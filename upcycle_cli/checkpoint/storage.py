@@ -1,7 +1,7 @@
-"""Where the files of a checkpoint are, what they are called, and what the small ones say.
+"""The files of a checkpoint: their names, how to list and read them, and how to parse JSON.
 
-Here that is a directory; hub/sources.py has a repo, of which only headers are read until more is
-brought.
+`Storage` is a local directory; hub/remote_checkpoint.py has a repo on the Hub, whose files are
+downloaded when they are needed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "upcycle.json"
 CARD_NAME = "README.md"
 REPORT_NAME = "verification.html"
-"""Of the page that `upcycle verify --report` writes, when it lies beside the model."""
+"""The page that `upcycle verify --report` writes beside the model."""
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
-"""Of what peft saves."""
+"""The config file of a peft adapter."""
 _DYNAMIC_MODULES = "transformers_modules"
-"""The package of transformers' that classes of shipped code are in."""
+"""The package into which transformers imports code that a model ships."""
 
 COMPANIONS = (
     GENERATION_NAME,
@@ -50,7 +50,7 @@ COMPANIONS = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
-    "*preprocessor_config.json",  # of pictures, and of videos
+    "*preprocessor_config.json",  # for images and videos
     "processor_config.json",
     "additional_chat_templates/*.jinja",
     "LICEN[CS]E*",
@@ -58,53 +58,49 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
-"""Files that engines take for weights, whatever their name says before that."""
+"""Suffixes of files that engines load as weights, whatever their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file as it was when the checkpoint was opened; `digest` is of a weight file's header."""
+    """A file when the checkpoint was opened; `digest` is that of a weight file's header."""
 
     name: str
     size: int
     mtime_ns: int
     digest: str | None = None
     ctime_ns: int | None = None
-    """When it was last changed or put there, which nobody can set; None for what is not here."""
+    """When the file was last changed or moved, which no program can fake; None if it is remote."""
     format: object = None
-    """What a weight file's header says of its kind: loaders want `pt`."""
+    """The format in a weight file's metadata; loaders expect `pt`."""
 
     def fits(self, status: os.stat_result) -> bool:
-        """Whether a file that is here is still the same, and as it was."""
+        """Whether a local file has not changed since."""
         found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return found == (self.size, self.mtime_ns, self.ctime_ns)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the files of a checkpoint are: a directory that has all of them.
-
-    A repo's, in hub/sources.py, come into it as they are asked for. Each method raises UpcycleError
-    when it cannot do what it says.
-    """
+    """A local directory with the files of a checkpoint. Each method can raise UpcycleError."""
 
     path: Path
     is_local: ClassVar[bool] = True
-    """Whether nothing has to be brought."""
+    """Whether all files are on this machine."""
 
     def has(self, name: str) -> bool:
-        """Whether there is something of this name."""
+        """Whether a file of this name exists."""
         return os.path.lexists(self.path / name)
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names that match any of these patterns but for directories, sorted."""
+        """Return the names of files that match a pattern, sorted."""
         found = {file for pattern in patterns for file in self.path.glob(pattern)}
         return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
 
     def names(self) -> list[str]:
-        """Return the names of all files but for what git and hf keep, sorted.
+        """Return the names of all files outside .git and .cache, sorted.
 
-        A directory that is a link is one, with a / behind its name.
+        A link to a directory counts as a file and ends in a slash.
         """
         found = []
         for folder, folders, files in os.walk(self.path):
@@ -116,15 +112,15 @@ class Storage:
         return sorted(found)
 
     def prefetch_headers(self, shards: Sequence[str]) -> None:
-        """Hear whose headers will be asked for next."""
+        """Prepare to read the headers of these weight files."""
 
     def stamp(self, name: str) -> FileStamp:
-        """Return the size of a file, and when it was changed."""
+        """Return a file's size and times."""
         status = locate(self.path, name).stat()
         return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
-        """Return a part of a weight file's beginning, less when the file is shorter."""
+        """Return some of the first bytes of a weight file, fewer when the file is shorter."""
         try:
             with open_regular(locate(self.path, shard)) as file:
                 file.seek(begin)
@@ -133,60 +129,60 @@ class Storage:
             raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
 
     def local(self, name: str) -> Path:
-        """Return the path of a small file, which must not be that of another place."""
+        """Return the path of a small file; UpcycleError when it is a link out of the directory."""
         locate(self.path, name)
         return self.path / name
 
     def download(self, names: Sequence[str]) -> None:
-        """See that these files are here."""
+        """Make sure that these files are on this machine."""
 
-    def bytes_to_download(self, names: Sequence[str]) -> int:  # noqa: ARG002 - a repo's
-        """Return the size of those of these files that are not here."""
+    def bytes_to_download(self, names: Sequence[str]) -> int:  # noqa: ARG002 - for subclasses
+        """Return the total size of the files that are not on this machine."""
         return 0
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether an engine that looks for weights takes a file for some."""
+    """Whether engines load a file of this name as weights."""
     return name.casefold().endswith(WEIGHT_SUFFIXES)
 
 
 def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
-    """Return what a model is used with besides its weights; UpcycleError when it cannot be."""
+    """Return the tokenizer, licence and other companion files; UpcycleError for a bad one."""
     names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
     for name in names:
         if not is_inner_name(name):
             hint = "Rename or remove it."
-            raise UpcycleError(f"{storage.path} holds a file named {shown(name)}.", hint)
+            raise UpcycleError(f"{storage.path} has a file named {shown(name)}.", hint)
     companions = tuple(map(storage.stamp, names))
     for file in companions:
         if file.size > MOST_COMPANION_BYTES:
             raise UpcycleError(
-                f"{storage.path / file.name} has {file.size:,} bytes, and no such file has more "
-                f"than {MOST_COMPANION_BYTES:,}.",
-                "Remove it, or put the right one there.",
+                f"{storage.path / file.name} has {file.size:,} bytes; at most "
+                f"{MOST_COMPANION_BYTES:,} are allowed.",
+                "Remove it, or replace it by the right file.",
             )
     return companions
 
 
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object of at most `most` bytes; raises UpcycleError when the file is not one."""
+    """Read a file of at most `most` bytes with a JSON object; raises UpcycleError."""
     return json_object(read_small(path, most), path)
 
 
 def json_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds; raises UpcycleError when it is none."""
+    """Parse the JSON object of a file; raises UpcycleError."""
     value = parse_json(raw, str(path))
     if not isinstance(value, dict):
-        raise UpcycleError(f"{path} does not hold a JSON object.")
+        raise UpcycleError(f"{path} is not a JSON object.")
     return value
 
 
 def parse_json(raw: bytes, subject: str) -> object:
-    """Parse JSON that every reader takes for the same value; UpcycleError about `subject`."""
+    """Parse JSON that all parsers read the same way; raises UpcycleError about `subject`."""
     try:
-        # Of bytes Python takes other encodings and a byte order mark, which other readers do not.
+        # From bytes, Python would also accept other encodings and a byte order mark.
         value: object = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-        if b"\\u" in raw:  # half a character, maybe, which cannot be written again
+        if b"\\u" in raw:  # a lone surrogate cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{subject} is not valid JSON: {error}.") from error
@@ -202,19 +198,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def find_adapter(storage: Storage) -> UpcycleError | None:
-    """Return what to raise where there is an adapter, and no model; None where there is none."""
+    """Return the error for a directory with an adapter and no model; None for others."""
     if not storage.has(ADAPTER_NAME):
         return None
-    held = read_json(storage.local(ADAPTER_NAME))
-    base = held.get("base_model_name_or_path")
+    config = read_json(storage.local(ADAPTER_NAME))
+    base = config.get("base_model_name_or_path")
     base = base if isinstance(base, str) and base else "MODEL"
-    return adapter(str(storage.path), base, ships_code=_ships_code(base, held.get("auto_mapping")))
+    return adapter(
+        str(storage.path), base, ships_code=_ships_code(base, config.get("auto_mapping"))
+    )
 
 
 def _ships_code(base: str, mapping: object) -> bool | None:
-    """Whether the base of an adapter is run by code of its own; None where nothing says it."""
+    """Whether the base model of an adapter ships code; None if that is unknown."""
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
-    if isinstance(library, str):  # of the class that was trained; there is none for known tasks
+    if isinstance(library, str):  # only adapters without a task type have it
         return library.startswith(_DYNAMIC_MODULES)
     directory = Storage(Path(base))
     if not directory.path.is_dir() or not directory.has(CONFIG_NAME):
@@ -223,13 +221,13 @@ def _ships_code(base: str, mapping: object) -> bool | None:
 
 
 def adapter(place: str, base: str = "MODEL", *, ships_code: bool | None = None) -> UpcycleError:
-    """Return what to raise where an adapter is given for a model, that to the model `base`."""
+    """Return the error for an adapter in place of a model, which says how to merge it."""
     model, own, merged = map(json.dumps, (base, place, f"{place}-merged"))
-    trust, words = "trust_remote_code=True", "Merge it into that, and give the result"
+    trust, words = "trust_remote_code=True", "Merge it into its base model and give the result"
     if ships_code:
         words += f" (this runs the code that {base} ships)"
     elif ships_code is None:
-        words += f" (where the model ships code of its own, add {trust} after dtype)"
+        words += f" (if the model ships code, add {trust} after dtype)"
     how = f'dtype="auto", {trust}' if ships_code else 'dtype="auto"'
     code = (
         "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
@@ -237,13 +235,13 @@ def adapter(place: str, base: str = "MODEL", *, ships_code: bool | None = None) 
         f".merge_and_unload().save_pretrained({merged})"
     )
     return UpcycleError(
-        f"{place} is an adapter, and no model without the one that it was trained on.",
+        f"{place} is an adapter, not a whole model.",
         f"{words}:\n  {shell_line(['python', '-c', code])}",
     )
 
 
-def changed(path: Path) -> UpcycleError:
-    """Return what to raise when a file is not the one that was opened."""
+def file_changed(path: Path) -> UpcycleError:
+    """Return the error for a file that changed since it was opened."""
     return UpcycleError(
         f"{path} changed while it was being read.",
         "Run the command again once nothing writes to it.",

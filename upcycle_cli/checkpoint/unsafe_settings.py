@@ -1,8 +1,7 @@
-"""What sends a loader elsewhere: config keys and files that change what a checkpoint computes.
+"""Config keys and files that run foreign code or change what a checkpoint computes.
 
-Whoever reads `config.json` and the weights alone would describe another model than the one that a
-user gets. So they are refused in a source, which is to be converted as it is used, and fail in an
-MoE. One row each: who reads it, and what that does.
+With them, users of the model get something else than its config and weights describe. So a source
+that has them is refused, and an MoE that has them fails verification. One row for each.
 """
 
 from __future__ import annotations
@@ -28,18 +27,20 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "transformers_weights": "makes transformers load another weight file",
 }
 _HEADS_BY_LAYER = ("gemma4_text", "upcycled_gemma4_text")
-"""Types whose own config class says by `per_layer_config` which heads each layer has."""
+"""Types whose config class uses `per_layer_config` for the attention heads of each layer."""
 _OF_HEADS = {"head_dim", "num_key_value_heads"}
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
-"""Keys that name code of transformers, or a repo with kernels to be downloaded and run."""
+"""Keys that name an implementation in transformers, or a repo with kernels to download."""
 _TOKENIZER_KEYS: Mapping[str, str] = {
     "auto_map": "names code of its own",
     "fast_tokenizer_files": "makes transformers read another tokenizer",
 }
-UNSAFE_KEYS = frozenset({*_CONFIG_KEYS, *_IMPLEMENTATIONS})  # what `unsafe_config_settings` judges
+UNSAFE_KEYS = frozenset(
+    {*_CONFIG_KEYS, *_IMPLEMENTATIONS}
+)  # the keys that `unsafe_config_settings` looks at
 
 _FILES: Mapping[str, str] = {
     "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
@@ -50,7 +51,7 @@ _FILES: Mapping[str, str] = {
 
 
 def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = ()) -> Iterator[str]:
-    """Name the keys that send a loader elsewhere; `parts` are those of configs inside of this."""
+    """Describe each unsafe key of a config; `parts` are the keys of known nested configs."""
     for part in parts:
         yield from (f"{part}: {failure}" for failure in unsafe_config_settings(config[part]))
     keys = {**_CONFIG_KEYS}
@@ -61,16 +62,16 @@ def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = (
         value = config.get(key)
         values = value.values() if isinstance(value, dict) else (value,)
         named = [name for name in values if name is not None]
-        # A repo is ORG/NAME, perhaps with a revision and the name of a kernel.
+        # A repo is ORG/NAME, optionally with a revision and a kernel name.
         if any(not isinstance(name, str) or {*name} & {*"/:@"} for name in named):
             yield f"{key} is {shown(value)}, which makes transformers run kernels from elsewhere"
     for key, value in config.items():
         if key not in parts and isinstance(value, dict) and value.get("model_type"):
-            yield f"{key} is a model of its own (model_type {shown(value['model_type'])})"
+            yield f"{key} is the config of another model (model_type {shown(value['model_type'])})"
 
 
 def _is_of_heads(layers: object) -> bool:
-    """Whether layers differ in what no MLP depends on."""
+    """Whether the layers differ only in their attention heads."""
     return isinstance(layers, dict) and all(
         isinstance(changed, dict) and changed.keys() <= _OF_HEADS for changed in layers.values()
     )
@@ -83,10 +84,10 @@ def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
 
 
 def unsafe_files(names: Collection[str]) -> Iterator[str]:
-    """Name each file of a checkpoint that is read beside its config and weights, or run."""
+    """Describe each file that loaders run, or read beside the config and the weights."""
     for name in sorted(names):
         for pattern, effect in _FILES.items():
-            # Where case does not count, as on many disks, another spelling is the same file.
+            # Many file systems ignore case.
             if matches(name.casefold(), [pattern]):
                 yield f"{name} {effect}"
 
@@ -94,11 +95,10 @@ def unsafe_files(names: Collection[str]) -> Iterator[str]:
 def refuse_unsafe_settings(
     source: Checkpoint, *, outgrown: bool = False, parts: Iterable[str] = ()
 ) -> None:
-    """Raise UpcycleError for a source that is not what its config and weights say.
+    """Raise UpcycleError for a source with unsafe settings or files.
 
-    `outgrown` says that models of its type came with code of their own before transformers had the
-    architecture itself, which is what runs unless somebody trusts that code. `parts` is as for
-    `unsafe_config_settings`.
+    With `outgrown`, code in the source is ignored: models of this type shipped it before
+    transformers had the architecture. `parts` is as for `unsafe_config_settings`.
     """
     config, names = source.config, source.storage.names()
     if outgrown:
@@ -109,8 +109,8 @@ def refuse_unsafe_settings(
         ("tokenizer_config.json: ", _named(source.tokenizer_config(), _TOKENIZER_KEYS)),
         ("", unsafe_files(names)),
     ):
-        for redirect in found:
+        for setting in found:
             raise UpcycleError(
-                f"{origin}{redirect}. What is converted would not be what this model's users run.",
-                "If it is not needed, take it out of a copy of the model, and convert that.",
+                f"{origin}{setting}. A conversion would not be the model that its users run.",
+                "If it is not needed, remove it from a copy of the model and convert that.",
             )

@@ -111,7 +111,7 @@ def _verify_again(plan: Planned, place: str) -> Iterator[str]:
         yield from ("--dense-revision", plan.source.revision)
     if isinstance(plan, Plan) and plan.merge is not None:
         for other in plan.merge.others:
-            yield from ("--experts-from", other.name if other.repo is None else other.place)
+            yield from ("--experts-from", other.name if other.repo is None else other.location)
         yield "--allow-inexact"
 
 

@@ -291,7 +291,7 @@ def _next_step(done: Conversion) -> list[str]:
     source, *others = done.plan.sources
     flags = ["--dense-revision", source.revision] if source.revision else []
     for other in others:
-        flags += ["--experts-from", other.place]
+        flags += ["--experts-from", other.location]
     if done.plan.promise is Promise.NONE:
         flags.append("--allow-inexact")
     return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *flags]
