@@ -174,7 +174,7 @@ def test_a_file_with_more_at_its_end(llama: Path, tmp_path: Path, refuses: Refus
     dense = clone(llama, tmp_path / "dense")
     with (dense / WEIGHTS).open("ab") as file:
         file.write(b"1234567")
-    refuses(dense, WEIGHTS, "7 bytes that belong to no tensor")
+    refuses(dense, WEIGHTS, "7 bytes after the last tensor")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 200_000_000])
@@ -234,7 +234,7 @@ def write_header(path: Path, text: bytes) -> None:
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}', "offsets"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "offsets"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": {"0": 4}}}', "offsets"),
-        (b"{}", "belong to no tensor"),
+        (b"{}", "after the last tensor"),
         (b'{"a": {}, "a": {}}', "'a' appears twice"),
         (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', "shape"),
     ],
@@ -261,18 +261,18 @@ def shift(entry: dict[str, Any], by: int) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda header: first(header, 1).update(data_offsets=[0, 0]), "lies"),
+        (lambda header: first(header, 1).update(data_offsets=[0, 0]), "its offsets span"),
         (lambda header: shift(first(header, 1), -4), "overlaps"),
         (lambda header: shift(first(header, 1), 4), "leaves a hole"),
         (lambda header: shift(first(header), 4), "leaves a hole after the header"),
         (lambda header: shift(first(header, -1), 10**15), "leaves a hole"),
-        (lambda header: first(header).update(dtype="F16"), "lies"),
+        (lambda header: first(header).update(dtype="F16"), "its offsets span"),
         (lambda header: first(header).update(dtype="F4"), "unknown dtype 'F4'"),
         (lambda header: first(header).update(dtype="float32"), "unknown dtype"),
         (lambda header: first(header).update(shape=[-260, -32]), "invalid shape"),
         (lambda header: first(header).update(shape=[2**62, 2**62]), "invalid shape"),
         (lambda header: first(header).update(data_offsets=[-4, 0]), "invalid offsets"),
-        (lambda header: first(header).update(shape=[]), "lies"),
+        (lambda header: first(header).update(shape=[]), "its offsets span"),
     ],
     ids=[
         "empty-offsets",

@@ -429,7 +429,7 @@ def test_a_name_that_no_list_could_hold_is_refused(llama: Path, tmp_path: Path, 
     """SHA256SUMS would have to quote it, and upcycle.json lists no such name."""
     dense = clone(llama, tmp_path / "dense")
     (dense / name).write_text("{}")
-    with pytest.raises(UpcycleError, match="holds a file named"):
+    with pytest.raises(UpcycleError, match="has a file named"):
         convert(dense, tmp_path / "moe", RECIPE, checksums=True)
     (dense / name).rename(dense / "LICENSE (é) 1.txt")
     convert(dense, tmp_path / "moe", RECIPE, checksums=True)
