@@ -12,7 +12,7 @@ from upcycle_cli.core.text import counted, shell_line, size_text
 if TYPE_CHECKING:
     from upcycle_cli.plan.base import Planned
     from upcycle_cli.publish.push import Push
-    from upcycle_cli.report.target import ReportFile
+    from upcycle_cli.report.report_file import ReportFile
 
 
 def command_line() -> str:
@@ -36,7 +36,7 @@ def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
     """Return the file for a report, None without one; raises UpcycleError before any work."""
     if path is None:
         return None
-    from upcycle_cli.report.target import ReportFile
+    from upcycle_cli.report.report_file import ReportFile
 
     file = ReportFile(path)
     file.check(dense)
