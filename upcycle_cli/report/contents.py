@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _VERDICTS = {
     Status.FAILED: "The MoE does not match the {dense}",
-    Status.MEASURED: "This MoE is not exact by its recipe: its difference to the {dense} was "
-    "measured, and nothing is proven",
+    Status.MEASURED: "Nothing is wrong, but not everything is proven: the difference to the "
+    "{dense} was measured",
     Status.SKIPPED: "No check could run, so nothing is proven",
 }
 _PASSED = {
