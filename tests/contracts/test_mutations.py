@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeDense
-from test_oracle import check as check_bytes
+from conftest import MakeDense  # noqa: TC002 - it is ours
 from oracle import Wanted
+from test_oracle import check as check_bytes
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
-from upcycle_cli.models import dense as dense_module
 from upcycle_cli.plan.expressions import (
     Concat,
     Expr,
@@ -33,6 +32,7 @@ from upcycle_cli.plan.expressions import (
     Repeat,
     Scale,
     Slice,
+    Source,
     Zeros,
     type_of,
 )
@@ -104,6 +104,12 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "qk norm": Scenario("qwen3", "glm4_moe", {"attention_bias": False}),
     "relu2": Scenario("nemotron", "upcycled", {"mlp_bias": True}, {"granularity": 4, "top_k": 4}),
+    "balanced": Scenario(
+        "nemotron",
+        "upcycled",
+        {"mlp_bias": True},
+        {"granularity": 4, "top_k": 4, "scale_split": "balanced"},
+    ),
     "gelu": Scenario("gpt2", "upcycled", {}, ALL_CHOSEN),
     "granite": Scenario("granite", "granitemoe"),
     "glm": Scenario("glm", "glm4_moe"),
@@ -143,7 +149,7 @@ def config(**changes: Any) -> Patch:
     return returns(CONFIG, wrong)
 
 
-def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Expr]) -> Patch:
+def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Any]) -> Patch:
     """Give each tensor that a pattern finds another expression, by it and by all of them."""
 
     def wrong(right: Iterator[Any]) -> Iterator[Any]:
@@ -154,7 +160,6 @@ def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Expr]) -> Patc
             if name in chosen:
                 expr = change(tensor, {key: each.expr for key, each in every.items()})
                 assert type_of(expr) == type_of(tensor.expr)
-                assert expr != tensor.expr
                 yield replace(tensor, expr=expr)
             else:
                 yield tensor
@@ -162,12 +167,19 @@ def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Expr]) -> Patc
     return returns(TENSORS, wrong)
 
 
-def from_another(pattern: str, other: str, at: str = "") -> Patch:
-    """Make tensors what others are, whose names the pattern's match is replaced in."""
-    return tensors(
-        f"{at}.*{pattern}" if at else pattern,
-        lambda tensor, every: every[re.sub(pattern, other, tensor.name)],
-    )
+def from_another(this: str, other: str) -> Patch:
+    """Make tensors what others are, whose names differ in this."""
+    return tensors(re.escape(this), lambda tensor, every: every[tensor.name.replace(this, other)])
+
+
+def exchanged(one: str, other: str, where: str = "") -> Patch:
+    """Exchange tensors whose names differ in this."""
+
+    def change(tensor: Any, every: dict[str, Any]) -> Any:
+        there = (one, other) if one in tensor.name else (other, one)
+        return every[tensor.name.replace(*there)]
+
+    return tensors(f"{where}.*({re.escape(one)}|{re.escape(other)})", change)
 
 
 def nodes(pattern: str, kind: type, change: Callable[[Any], Expr]) -> Patch:
@@ -185,7 +197,7 @@ def nodes(pattern: str, kind: type, change: Callable[[Any], Expr]) -> Patch:
     return tensors(pattern, lambda tensor, _: changed(tensor.expr))
 
 
-EXPERTS = r"experts\.\d+\.(w\d|\w+_proj)\.weight|experts\.\w+_proj$"
+EXPERT = r"experts\.\d+\.(w\d|\w+_proj)\.weight|experts\.\w+_proj$"
 
 
 def moved(by: int) -> Callable[[Slice], Slice]:
@@ -199,225 +211,6 @@ def moved(by: int) -> Callable[[Slice], Slice]:
     )
 
 
-Row = tuple[str, str, Patch]
-"""A name, the scenario in which it shows, and what is patched."""
-ROWS: tuple[Row, ...] = (
-    # Factors.
-    ("up is doubled", "mixtral", factors(up=lambda f: 2 * f.up)),
-    ("down is halved", "mixtral", factors(down=lambda f: f.down / 2)),
-    (
-        "the gate is scaled and down makes up",
-        "mixtral",
-        factors(gate=lambda _: 2.0, down=lambda f: f.down / 2),
-    ),
-    ("nothing is scaled", "mixtral", factors(up=lambda _: 1.0, down=lambda _: 1.0)),
-    (
-        "c is that of softmax-topk",
-        "mixtral",
-        returns("recipe.recipe:Recipe._compensation", lambda c: 2 * c),
-    ),
-    (
-        "c counts shared shards",
-        "shared",
-        returns("recipe.recipe:Recipe._compensation", lambda c: 1.5 * c),
-    ),
-    (
-        "c forgets that all are chosen",
-        "all chosen",
-        returns("recipe.recipe:Recipe._compensation", lambda c: c / 2),
-    ),
-    ("relu² is taken for linear", "relu2", returns("models.dense:degree", lambda _: 1)),
-    (
-        "a down bias stays as it is",
-        "gelu",
-        returns("recipe.recipe:Recipe.down_bias_factor", lambda _: 1.0),
-    ),
-    (
-        "an up bias stays as it is",
-        "relu2",
-        tensors(r"up_proj_bias$", lambda tensor, _: unscaled(tensor.expr)),
-    ),
-    ("the config's factor is 1", "by the config", config(routed_scaling_factor=1.0)),
-    ("the config's factor is squared", "by the config", config(routed_scaling_factor=4.0)),
-    ("c is in the config and in down", "by the config", factors(down=lambda f: f.config)),
-    # Shards and experts.
-    ("a border off by one", "mixtral", nodes(EXPERTS, Slice, moved(1))),
-    ("a border off by one in down alone", "mixtral", nodes(r"w2\.weight", Slice, moved(1))),
-    ("gate and up exchanged", "mixtral", from_another(r"\.w1\.", ".w3.", "layers.0")),
-    (
-        "up in front of gate in a fused tensor",
-        "fused",
-        nodes("gate_up_proj", Concat, lambda c: Concat(c.parts[::-1])),
-    ),
-    (
-        "all experts hold the first shard",
-        "mixtral",
-        from_another(r"experts\.\d", "experts.0", "layers.1"),
-    ),
-    (
-        "groups are the inner index",
-        "mixtral",
-        from_another(r"experts\.[12]\.", "experts.3.", "layers.1"),
-    ),
-    (
-        "one expert of one group is its neighbour",
-        "mixtral",
-        from_another(r"experts\.3", "experts.2", "layers.1"),
-    ),
-    (
-        "one down is another expert's",
-        "mixtral",
-        from_another(r"experts\.2\.w2", "experts.3.w2", "layers.0"),
-    ),
-    ("layers are exchanged", "mixtral", from_another(r"layers\.0\.block", "layers.1.block")),
-    (
-        "a stack in another order",
-        "granite",
-        tensors("input_linear", lambda tensor, _: reordered(tensor.expr)),
-    ),
-    (
-        "a fused stack in another order",
-        "fused",
-        tensors(r"1.*experts\.down_proj", lambda tensor, _: reordered(tensor.expr)),
-    ),
-    (
-        "down in the dense order",
-        "shuffled",
-        nodes(r"w2\.weight", Gather, lambda g: Slice(g.of, g.dim, g.start, g.stop)),
-    ),
-    (
-        "up in an order of its own",
-        "shuffled",
-        nodes(r"w3\.weight", Permutation, lambda p: replace(p, stream=f"{p.stream}.up")),
-    ),
-    (
-        "shared rows are the second shard",
-        "shared",
-        nodes(r"shared_expert\.up_proj", Slice, moved(16)),
-    ),
-    (
-        "the shared gate's half is forgotten",
-        "shared",
-        tensors(r"shared_expert\.down", lambda tensor, _: unscaled(tensor.expr)),
-    ),
-    (
-        "an inert shared expert is not",
-        "all chosen",
-        from_another(r"shared_expert\.down_proj", "shared_expert.up_proj"),
-    ),
-    # Routers.
-    (
-        "rows differ inside a group",
-        "mixtral",
-        nodes(r"1.*gate\.weight", Repeat, lambda r: replace(r.of, shape=(4, 32))),
-    ),
-    (
-        "rows alternate between groups",
-        "mixtral",
-        nodes(r"\.gate\.weight", Repeat, lambda r: Concat((r.of, r.of))),
-    ),
-    (
-        "a correction bias prefers an expert",
-        "by the config",
-        tensors("correction_bias", lambda tensor, _: biased(tensor.expr)),
-    ),
-    # What is no expert's.
-    ("v is k", "mixtral", from_another("v_proj", "k_proj", "layers.1")),
-    (
-        "the norms of a layer are exchanged",
-        "mixtral",
-        from_another("post_attention_layer", "input_layer"),
-    ),
-    (
-        "the last norm is another",
-        "mixtral",
-        tensors(r"^model\.norm", lambda _, every: every["model.layers.0.input_layernorm.weight"]),
-    ),
-    (
-        "the head is the embedding",
-        "mixtral",
-        tensors("lm_head", lambda _, every: every["model.embed_tokens.weight"]),
-    ),
-    (
-        "biases are zero",
-        "renormalised",
-        tensors(r"v_proj\.bias", lambda tensor, _: Zeros(tensor.dtype, tensor.shape)),
-    ),
-    ("rows of k stay interleaved", "glm", nodes(r"k_proj\.weight", Halves, lambda h: h.of)),
-    ("rows of q stay interleaved", "glm", nodes(r"q_proj\.weight", Halves, lambda h: h.of)),
-    (
-        "rows that do not turn are moved too",
-        "glm",
-        nodes("[qk]_proj", Halves, lambda h: replace(h, rotary=h.size)),
-    ),
-    ("pieces of qkv in another order", "phi3", from_another("k_proj", "v_proj")),
-    (
-        "gemma4's experts see no norm",
-        "gemma4",
-        tensors("forward_layernorm_2", lambda tensor, _: Full(tensor.dtype, tensor.shape, 0.1)),
-    ),
-    (
-        "gemma4's MLP is heard",
-        "gemma4",
-        tensors(
-            "post_feedforward_layernorm_1", lambda tensor, _: Full(tensor.dtype, tensor.shape, 1.0)
-        ),
-    ),
-    # Settings.
-    ("eps is the target's default", "eps", config(rms_norm_eps=1e-5)),
-    ("theta is the target's default", "mixtral", config(rope_theta=1e6, rope_parameters=None)),
-    ("rope scaling is dropped", "rope", config(rope_scaling=None, rope_parameters=None)),
-    ("the window is dropped", "window", config(sliding_window=None)),
-    ("all layers have the window", "some windows", config(layer_types=["sliding_attention"] * 2)),
-    ("gates are not renormalised", "renormalised", config(norm_topk_prob=False)),
-    ("top-k is one less", "mixtral", config(num_experts_per_tok=1)),
-    ("another activation", "mixtral", config(hidden_act="relu")),
-    ("the head is tied", "mixtral", config(tie_word_embeddings=True)),
-    ("norms of q and k are off", "qk norm", config(use_qk_norm=False)),
-    ("half of each head turns", "by the config", config(partial_rotary_factor=0.5)),
-    ("the first layer is dense", "by the config", config(first_k_dense_replace=1)),
-    ("granite's attention is scaled as usual", "granite", config(attention_multiplier=8**-0.5)),
-    ("granite's residual is whole", "granite", config(residual_multiplier=1.0)),
-    ("another routing in shipped code", "gelu", config(routing="topk-softmax")),
-)
-BYTES: tuple[Row, ...] = (
-    (
-        "a router's norm without its offset",
-        "relu2",
-        nodes(r"gate\.weight", Normal, lambda n: replace(n, offset=0.0)),
-    ),
-    (
-        "a router of another deviation",
-        "mixtral",
-        nodes(r"gate\.weight", Normal, lambda n: replace(n, logit_std=0.5)),
-    ),
-    (
-        "a router's rows of another stream",
-        "mixtral",
-        nodes(r"gate\.weight", Normal, lambda n: replace(n, stream="router")),
-    ),
-    ("another split of c", "mixtral", factors(up=lambda f: f.up / 2, down=lambda f: 2 * f.down)),
-    (
-        "orders of another seed",
-        "shuffled",
-        nodes(EXPERTS, Permutation, lambda p: replace(p, seed=1)),
-    ),
-    (
-        "groups are exchanged",
-        "mixtral",
-        tensors(r"\.gate\.weight", lambda tensor, _: reordered(tensor.expr)),
-    ),
-)
-"""The same function: gates that sum to 1 take any router, and exact factors and orders any split."""
-
-
-def unscaled(expr: Any) -> Any:
-    """Leave out the outermost factors, below joins."""
-    if isinstance(expr, Scale):
-        return expr.of
-    return replace(expr, parts=tuple(map(unscaled, expr.parts)))
-
-
 def reordered(expr: Any) -> Any:
     """Exchange the first two parts of a stack, or the rows of a router."""
     if isinstance(expr, Repeat):
@@ -427,15 +220,116 @@ def reordered(expr: Any) -> Any:
     return replace(expr, parts=(expr.parts[1], expr.parts[0], *expr.parts[2:]))
 
 
-def biased(expr: Any) -> Expr:
-    return Concat((Full(expr.dtype, (1,), 9.0), Zeros(expr.dtype, (expr.shape[0] - 1,))))
+def filled(value: float) -> Callable[[Any, object], Expr]:
+    return lambda tensor, _: Full(tensor.dtype, tensor.shape, value)
+
+
+C, DOWN_BIAS = "recipe.recipe:Recipe._compensation", "recipe.recipe:Recipe.down_bias_factor"
+Row = tuple[str, str, Patch]
+"""What is wrong, the scenario in which it shows, and what is patched."""
+# fmt: off
+ROWS: tuple[Row, ...] = (
+    # Factors.
+    ("up is doubled", "mixtral", factors(up=lambda f: 2 * f.up)),
+    ("down is halved", "mixtral", factors(down=lambda f: f.down / 2)),
+    ("the gate is scaled", "mixtral", factors(gate=lambda _: 2.0, down=lambda f: f.down / 2)),
+    ("nothing is scaled", "mixtral", factors(up=lambda _: 1.0, down=lambda _: 1.0)),
+    ("c is twice G", "mixtral", returns(C, lambda c: 2 * c)),
+    ("c counts shared shards", "shared", returns(C, lambda c: 1.5 * c)),
+    ("c is for half of the experts", "all chosen", returns(C, lambda c: c / 2)),
+    ("relu² is taken for linear", "balanced", returns("models.dense:degree", lambda _: 1)),
+    ("a down bias keeps its size", "gelu", returns(DOWN_BIAS, lambda _: 1.0)),
+    ("an up bias is not scaled", "balanced", nodes("up_proj_bias", Scale, lambda node: node.of)),
+    ("the config's factor is 1", "by the config", config(routed_scaling_factor=1.0)),
+    ("the config's factor is squared", "by the config", config(routed_scaling_factor=4.0)),
+    ("c is in the config and in down", "by the config", factors(down=lambda f: f.config)),
+    # Shards and experts.
+    ("borders are off by one", "mixtral", nodes(EXPERT, Slice, moved(1))),
+    ("borders of down are off by one", "mixtral", nodes(r"w2\.weight", Slice, moved(1))),
+    ("gate and up are exchanged", "mixtral", exchanged(".w1.", ".w3.", "layers.0")),
+    ("up comes first in a joined tensor", "fused",
+     nodes("gate_up_proj", Concat, lambda node: Concat(node.parts[::-1]))),
+    ("every expert holds the first shard", "mixtral",
+     tensors(r"w1\.weight", lambda t, every: every[re.sub(r"\d\.w1", "0.w1", t.name)])),
+    ("groups count before shards", "mixtral", exchanged("experts.1.", "experts.2.")),
+    ("one expert is its neighbour", "mixtral", from_another("experts.3.w3", "experts.2.w3")),
+    ("one down is another expert's", "mixtral", from_another("experts.2.w2", "experts.3.w2")),
+    ("layers are exchanged", "mixtral", exchanged("layers.0.block", "layers.1.block")),
+    ("a stack is in another order", "granite",
+     tensors("input_linear", lambda t, _: reordered(t.expr))),
+    ("a joined stack is in another order", "fused",
+     tensors(r"1.*experts\.gate_up_proj", lambda t, _: reordered(t.expr))),
+    ("down keeps the dense order", "shuffled",
+     nodes(r"w2\.weight", Gather, lambda node: Slice(node.of, node.dim, node.start, node.stop))),
+    ("up has an order of its own", "shuffled",
+     nodes(r"w3\.weight", Permutation, lambda node: replace(node, stream="another"))),
+    ("the second shard is shared", "shared", nodes(r"shared_expert\.up_proj", Slice, moved(16))),
+    ("a shared gate's half is forgotten", "shared",
+     nodes(r"shared_expert\.down", Scale, lambda node: node.of)),
+    ("an inert shared expert computes", "all chosen", tensors(r"shared_expert\.down", filled(0.1))),
+    # Routers.
+    ("rows differ inside a group", "mixtral",
+     nodes(r"1.*gate\.weight", Repeat, lambda node: replace(node.of, shape=(4, 32)))),
+    ("rows take turns between groups", "mixtral",
+     nodes(r"\.gate\.weight", Repeat, lambda node: Concat((node.of, node.of)))),
+    ("a correction bias prefers an expert", "by the config",
+     nodes("correction_bias", Zeros,
+           lambda _: Concat((Full("F32", (1,), 9.0), Zeros("F32", (3,)))))),
+    # What is copied.
+    ("k and v are exchanged", "mixtral", exchanged("v_proj", "k_proj", "layers.1")),
+    ("norms are exchanged", "mixtral", exchanged("post_attention_layer", "input_layer")),
+    ("the last norm is halved in part", "mixtral",
+     nodes(r"^model\.norm", Source, lambda node: Concat((
+         Scale(Slice(node, 0, 0, 16), 0.5), Slice(node, 0, 16, 32))))),
+    ("the embedding is the head", "mixtral", exchanged("lm_head", "model.embed_tokens")),
+    ("biases of attention are dropped", "renormalised",
+     nodes(r"v_proj\.bias", Source, lambda node: Scale(node, 0.0))),
+    ("rows of k are not permuted", "glm", nodes(r"k_proj\.weight", Halves, lambda node: node.of)),
+    ("rows of q are not permuted", "glm", nodes(r"q_proj\.weight", Halves, lambda node: node.of)),
+    ("rows that do not turn are permuted", "glm",
+     nodes("[qk]_proj", Halves, lambda node: replace(node, rotary=node.size))),
+    ("pieces of qkv are exchanged", "phi3", exchanged("k_proj", "v_proj")),
+    ("gemma4's experts see no norm", "gemma4", tensors("pre_feed.*norm_2", filled(0.1))),
+    ("gemma4's MLP is not silenced", "gemma4", tensors("post_feed.*norm_1", filled(1.0))),
+    # Settings.
+    ("eps is the target's default", "eps", config(rms_norm_eps=1e-5)),
+    ("theta is the target's default", "mixtral", config(rope_theta=1e6, rope_parameters=None)),
+    ("rope scaling is dropped", "rope", config(rope_scaling=None, rope_parameters=None)),
+    ("the window is dropped", "window", config(sliding_window=None)),
+    ("all layers have the window", "some windows", config(layer_types=["sliding_attention"] * 2)),
+    ("gates are not renormalised", "renormalised", config(norm_topk_prob=False)),
+    ("top-k is one less", "mixtral", config(num_experts_per_tok=1)),
+    ("the activation is another", "mixtral", config(hidden_act="relu")),
+    ("norms of q and k are off", "qk norm", config(use_qk_norm=False)),
+    ("half of each head turns", "by the config", config(partial_rotary_factor=0.5)),
+    ("the first layer is dense", "by the config", config(first_k_dense_replace=1)),
+    ("attention has the usual scale", "granite", config(attention_multiplier=8**-0.5)),
+    ("the residual is whole", "granite", config(residual_multiplier=1.0)),
+    ("shipped code routes otherwise", "relu2", config(routing="softmax-topk")),
+)
+BYTES: tuple[Row, ...] = (
+    ("a norm's offset is forgotten", "relu2",
+     nodes(r"gate\.weight", Normal, lambda node: replace(node, offset=0.0))),
+    ("router logits are half as large", "mixtral",
+     nodes(r"gate\.weight", Normal, lambda node: replace(node, logit_std=0.5))),
+    ("routers are drawn from another stream", "mixtral",
+     nodes(r"gate\.weight", Normal, lambda node: replace(node, stream="router"))),
+    ("rows of groups are exchanged", "mixtral",
+     tensors(r"\.gate\.weight", lambda t, _: reordered(t.expr))),
+    ("c is split another way", "mixtral",
+     factors(up=lambda f: f.up / 2, down=lambda f: 2 * f.down)),
+    ("orders are another seed's", "shuffled",
+     nodes(EXPERT, Permutation, lambda node: replace(node, seed=1))),
+)
+# fmt: on
+"""The same function: gates that sum to 1 take any router, and any exact split or order will do."""
 
 
 # What happens ------------------------------------------------------------------------------------
 
 
 def apply(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place, change), *_ = (patch,)
+    place, change = patch
     module_name, name = place.split(":")
     owner: Any = import_module(f"upcycle_cli.{module_name}")
     for part in name.split(".")[:-1]:
