@@ -76,12 +76,11 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
             0,
             ours(
                 "write.transaction",
-                "plan.upcycle",
-                "plan.expressions",
-                "plan.expand",
-                "plan.moe_experts",
+                "verification.weights",
+                "verification.outputs",
+                "report.page",
             )
-            | ours("old_verification.weights", "old_verification.outputs", "report.page"),
+            | {*RUNNING},
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

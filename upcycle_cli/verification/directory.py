@@ -318,7 +318,8 @@ def _equals_saved(
             saved(dense.path, again)
         except TransformersError:
             return False
-        written = {path.relative_to(again).as_posix() for path in again.rglob("*")}
+        files = (path for path in again.rglob("*") if path.is_file())
+        written = {path.relative_to(again).as_posix() for path in files}
         for name in {*names} | (written - {CONFIG_NAME}):
             held = _contents(moe, name)
             path = again / name

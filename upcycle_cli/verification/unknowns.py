@@ -118,7 +118,7 @@ def read_rows(tensor: OutputTensor, held: memoryview, dtype: str, known: Known) 
 def rows_differ(held: bytes, fitted: bytes, dtype: str, width: int) -> Iterator[tuple[int, float]]:
     """Yield the rows that are not those that were fitted again, each with its cosine to that."""
     one_EH, other_EH = (
-        as_float32(data, dtype, (len(data) // (width * np.dtype(_BITS[dtype]).itemsize), width))
+        as_float32(data, dtype, (len(data) // (width * _itemsize(dtype)), width)).astype(np.float64)
         for data in (held, fitted)
     )
     lengths = np.linalg.norm(one_EH, axis=1), np.linalg.norm(other_EH, axis=1)
