@@ -99,9 +99,11 @@ def meaning(theirs: Any) -> dict[str, Any]:  # noqa: ANN401
     if rope.get("partial_rotary_factor") == 1.0:  # the default
         del rope["partial_rotary_factor"]
     heads, layers = theirs.num_attention_heads, theirs.num_hidden_layers
-    same = ("vocab_size", "hidden_size", "hidden_act", "rms_norm_eps", "attention_dropout")
-    same += ("max_position_embeddings", "tie_word_embeddings", "num_hidden_layers")
-    same += ("bos_token_id", "eos_token_id", "pad_token_id", "num_attention_heads")
+    same = (
+        *("vocab_size", "hidden_size", "hidden_act", "rms_norm_eps", "attention_dropout"),
+        *("max_position_embeddings", "tie_word_embeddings", "num_hidden_layers"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "num_attention_heads"),
+    )
     return {key: getattr(theirs, key) for key in same} | {
         "num_key_value_heads": theirs.num_key_value_heads or heads,
         "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,

@@ -61,7 +61,7 @@ def test_the_recipe_is_in_the_config_of_shipped_code(routing: Routing) -> None:
     moe = converted(config, SHIPPED, make_recipe("E4G3T6", routing))
     c = 4 * 3**2 / 6 if routing is Routing.SOFTMAX_TOPK else 3
     assert moe["model_type"] == "upcycled_olmo2"
-    stated = {"num_experts": 12, "num_experts_per_tok": 6, "intermediate_size": 48}
+    stated: dict[str, Any] = {"num_experts": 12, "num_experts_per_tok": 6, "intermediate_size": 48}
     stated |= {"moe_intermediate_size": 16, "routing": routing, "moe_layers": [0, 1]}
     assert moe | stated | {"routed_scaling_factor": c} == moe
 
