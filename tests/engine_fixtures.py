@@ -27,7 +27,7 @@ import upcycle_cli
 from upcycle_cli import Options, build_plan, open_checkpoint
 from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.core.dir_handle import Folder
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
 from upcycle_cli.write.staging import Workspace
 

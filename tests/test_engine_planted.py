@@ -17,7 +17,7 @@ from engine_fixtures import Advance, contents, make_dense, plan_of
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion, execute
 from upcycle_cli.core.errors import ResumableError
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, SEAL, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.transaction import clean
 from upcycle_cli.write.writer import WriteOptions

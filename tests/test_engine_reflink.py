@@ -31,7 +31,7 @@ from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion, execute
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.platform import BLOCK_BYTES, share
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import unique_bytes
 from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.writer import WriteOptions

@@ -32,7 +32,7 @@ from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.core.safe_files import read_header
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write import swap
 from upcycle_cli.write.staging import SEAL, partial_of
 from upcycle_cli.write.transaction import clean

@@ -10,7 +10,7 @@ from upcycle_cli.cli.terminal import rows_table, show, stdout, talk, warn
 from upcycle_cli.core.text import counted, shell_line, size_text
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
     from upcycle_cli.report.report_file import ReportFile
 
@@ -43,7 +43,7 @@ def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
     return file
 
 
-def show_plan(plan: Planned) -> None:
+def show_plan(plan: Plan) -> None:
     """Print a plan, and the notes about it."""
     from upcycle_cli.cli.render_plan import plan_table
     from upcycle_cli.plan.warnings import warnings

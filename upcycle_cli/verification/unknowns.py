@@ -31,11 +31,11 @@ from upcycle_cli.plan.expressions import (
     Transpose,
     leaves,
     num_bytes,
-    sources,
+    source_names,
     type_of,
 )
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.tensors import OutputTensor
+from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.write.evaluate import evaluate, rounded
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class Orders:
         if found is None:
             self.perturbed |= is_open(expr)
             return
-        part, kind = next(sources(expr)), type_of(expr).dtype
+        part, kind = next(source_names(expr)), type_of(expr).dtype
         if dtype != kind:  # widened without loss, or it will differ
             matrix = rounded(to_float32(matrix.view(_NUMPY[dtype]), dtype), kind).view(_BITS[kind])
         identity = Permutation(found.order.size, "identity", indices=_identity(found.order.size))

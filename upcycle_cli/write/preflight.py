@@ -18,7 +18,7 @@ from upcycle_cli.write.staging import SUFFIX, partial_of
 from upcycle_cli.write.swap import ASIDE
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.write.distributed import Team
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
@@ -120,9 +120,7 @@ def _parent(output: Path) -> Path:
     return next((parent for parent in above if parent.exists()), output)
 
 
-def check_before(
-    plan: Planned, output: Path, *, overwrite: bool, reflink: bool, team: Team
-) -> None:
+def check_before(plan: Plan, output: Path, *, overwrite: bool, reflink: bool, team: Team) -> None:
     """Raise UpcycleError for what can be seen before anything is downloaded or written."""
     from upcycle_cli.hub.remote_checkpoint import check_download_space
     from upcycle_cli.write.file_layout import unique_bytes
@@ -139,7 +137,7 @@ def check_before(
     check_space(output, plan.nbytes + spare, shared=shared)
 
 
-def is_finished(plan: Planned, output: Path) -> bool:
+def is_finished(plan: Plan, output: Path) -> bool:
     """Whether `output` is the complete result of this very plan."""
     if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
         return False

@@ -24,9 +24,8 @@ from upcycle_cli.core.safe_files import (
     locate,
     open_regular,
 )
-from upcycle_cli.models.shipped import CODE_NAME, modeling_code
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.models.shipped import CODE_NAME
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.running_stats import Moments
 from upcycle_cli.write.writer import Written
 
@@ -34,7 +33,7 @@ FORMAT = 1
 
 
 def record(
-    plan: Planned,
+    plan: Plan,
     routers: Mapping[str, str],
     folder: Folder,
     drawn: Mapping[str, Moments] | None = None,
@@ -61,7 +60,7 @@ def record(
     }
 
 
-def described(plan: Planned) -> dict[str, Any]:
+def described(plan: Plan) -> dict[str, Any]:
     """Return what the record says of a conversion by its plan alone, whatever data it reads."""
     how = plan.how
     return {
@@ -96,20 +95,9 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def merged_record(plan: Planned) -> dict[str, Any] | None:
-    """Return the other models, and that of each group, 0 being the source; None without others."""
-    if not isinstance(plan, Plan) or plan.merge is None:
-        return None
-    return {
-        "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
-        "groups": list(plan.merge.of_groups(plan.recipe.expansion)),
-        "rest": plan.merge.rest,
-    }
-
-
-def _merged(plan: Planned) -> dict[str, Any]:
-    found = merged_record(plan)
-    if not isinstance(plan, Plan) or found is None:
+def _merged(plan: Plan) -> dict[str, Any]:
+    found = plan.merge_record
+    if found is None:
         return {}
     # Headers do not tell fine-tuned models of one base apart: a matrix that made experts does.
     dense, last = plan.family.dense, plan.family.layers[-1]
@@ -146,7 +134,7 @@ def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(plan: Planned, folder: Folder) -> Iterator[dict[str, Any]]:
+def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
     for name in sorted(plan.file_names):
         with folder.read_own(name) as file:
             entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
@@ -156,7 +144,7 @@ def _listed(plan: Planned, folder: Folder) -> Iterator[dict[str, Any]]:
                 yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def write_index(plan: Planned, folder: Folder) -> None:
+def write_index(plan: Plan, folder: Folder) -> None:
     """Write the index that says which file holds which tensor, when there are several."""
     if len(plan.shards) == 1:
         return
@@ -174,14 +162,12 @@ def write_json(folder: Folder, name: str, value: object) -> None:
     folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_metadata(plan: Planned, folder: Folder, written: Written) -> None:
+def write_metadata(plan: Plan, folder: Folder, written: Written) -> None:
     """Write every file of the output except the weights, the card and the checksums."""
     write_index(plan, folder)
     write_json(folder, CONFIG_NAME, plan.config)
-    if isinstance(plan, Plan) and plan.target.ships_code:
-        row = plan.family.dense.family
-        code = modeling_code(row.class_names, wrapped=row.inside is not None)
-        folder.write(CODE_NAME, code.encode())
+    if plan.code is not None:
+        folder.write(CODE_NAME, plan.code.encode())
     for file in plan.source.companions:
         with (
             open_regular(locate(plan.source.path, file.name)) as original,
@@ -191,7 +177,7 @@ def write_metadata(plan: Planned, folder: Folder, written: Written) -> None:
     write_json(folder, RECORD_NAME, record(plan, written.routers, folder, written.moments))
 
 
-def write_checksums(plan: Planned, folder: Folder) -> None:
+def write_checksums(plan: Plan, folder: Folder) -> None:
     """Write SHA256SUMS without the card, which changes when it is edited or pushed."""
     digests = {}
     for name in (*plan.file_names, RECORD_NAME):

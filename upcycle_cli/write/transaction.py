@@ -25,7 +25,7 @@ from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.platform import lock
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, is_digest, matches
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.preflight import check_kind
 from upcycle_cli.write.staging import (
     MARKER,
@@ -101,7 +101,7 @@ class Transaction:
 
 @contextmanager
 def transaction(
-    output: Path, plan: Planned, *, overwrite: bool, durable: bool
+    output: Path, plan: Plan, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
     """Yield the directory to fill and to publish; UpcycleError when it cannot be had.
 
@@ -129,7 +129,7 @@ def transaction(
 
 
 @contextmanager
-def joined(output: Path, plan: Planned, *, durable: bool) -> Iterator[Workspace]:
+def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
     """Yield the directory that another process of this conversion holds; UpcycleError if none."""
     with ExitStack() as opened:
         parent = opened.enter_context(Folder.open(output.parent))
@@ -143,7 +143,7 @@ def joined(output: Path, plan: Planned, *, durable: bool) -> Iterator[Workspace]
         yield _workspace(folder, output, plan, durable=durable)
 
 
-def _workspace(folder: Folder, output: Path, plan: Planned, *, durable: bool) -> Workspace:
+def _workspace(folder: Folder, output: Path, plan: Plan, *, durable: bool) -> Workspace:
     files = (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
     name, digest = output.name, plan.digest
     return Workspace(folder=folder, output=name, plan_digest=digest, files=files, durable=durable)
