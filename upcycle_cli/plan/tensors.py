@@ -187,9 +187,8 @@ class TensorMaker:
         cut = find_weight(mlp, weight.parts[0]).split_dim
         plain = (expr for group in groups for expr in shards[group])
         experts = perturbed(recipe, replace(weight, split_dim=cut), layer, plain)
-        return (
-            experts if {cut, weight.split_dim} != {0, 1} else [Transpose(expr) for expr in experts]
-        )
+        transposed = {cut, weight.split_dim} == {0, 1}
+        return [Transpose(expr) for expr in experts] if transposed else experts
 
     def _shard(
         self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: VirtualGroup
