@@ -450,6 +450,20 @@ def snapshot(path: Path) -> dict[str, tuple[str, int]]:
     }
 
 
+def others(directory: Path) -> list[str]:
+    """What lies beside the usual `dense` and `moe`."""
+    return sorted({entry.name for entry in directory.iterdir()} - {"dense", "moe"})
+
+
+def spoil(weights: Path) -> None:
+    """Change the last byte, as a disk would: neither the size nor the time tells."""
+    status = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def contents(path: Path) -> dict[str, str]:
     """Every file below a directory with the digest of its bytes."""
     return {name: digest for name, (digest, _) in snapshot(path).items()}

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,16 @@ from typing import Any, TypeVar
 
 import forked
 import numpy as np
+import pytest
 
 import upcycle_cli
-from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.api import execute
 from upcycle_cli.core.callbacks import Hooks
-from upcycle_cli.core.dir_handle import Folder
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
-from upcycle_cli.write.staging import Workspace
+from upcycle_cli.write.staging import Staging
+from upcycle_cli.write.writer import WriteOptions
 
 ROOT = Path(upcycle_cli.__file__).parents[1]
 PYTHON = sys.executable
@@ -133,17 +134,30 @@ class Advance(Hooks[Any, Any]):
         self._call(num_bytes)
 
 
-@contextmanager
-def opened_workspace(plan: Plan, directory: Path) -> Iterator[Workspace]:
+def staging_in(plan: Plan, directory: Path) -> Staging:
     """A directory to write a plan's weights into, without a transaction around it."""
-    with Folder.open(directory) as folder:
-        yield Workspace(
-            folder=folder,
-            output=directory.name,
-            plan_digest=plan.digest,
-            files=tuple(plan.file_names),
-            durable=False,
-        )
+    return Staging(
+        path=directory,
+        output=directory.name,
+        plan_digest=plan.digest,
+        files=tuple(plan.file_names),
+        durable=False,
+    )
+
+
+def stopped_after(plan: Plan, output: Path, num_bytes: int) -> None:
+    """Leave the partial of a run that an error of the disk ended after so many bytes."""
+    left = num_bytes
+
+    def stop(written: int) -> None:
+        nonlocal left
+        left -= written
+        if left < 0:
+            raise OSError(5, "stopped by the test")
+
+    with pytest.raises(UpcycleError, match="stopped by the test"):
+        execute(plan, output, hooks=Advance(stop), writing=WriteOptions(workers=1))
+    assert not output.exists()
 
 
 # What is in a directory ----------------------------------------------------------------------
@@ -266,6 +280,44 @@ def wait_until(condition: Callable[[], _T], process: subprocess.Popen[str]) -> _
     raise AssertionError("the condition never held")
 
 
+# Memory --------------------------------------------------------------------------------------
+
+
+def assert_equal_peaks(measures: Sequence[Callable[[], int]]) -> None:
+    """Each of these takes as many bytes as the others, to 10 %.
+
+    Who looks on a busy machine may miss a peak, but not in three runs of one.
+    """
+    peaks = [0] * len(measures)
+    for _ in range(3):
+        peaks = [max(peak, measure()) for peak, measure in zip(peaks, measures, strict=True)]
+        if max(peaks) <= 1.10 * min(peaks):
+            return
+    pytest.fail(" and ".join(f"{peak / 1e6:.1f} MB" for peak in peaks))
+
+
+def peak_anonymous_bytes(command: list[str]) -> int:
+    """Run a command, and look at its anonymous memory every 10 ms until it ends."""
+    process, peak = start(command), 0
+    status = Path(f"/proc/{process.pid}/status")
+    while True:
+        try:
+            process.wait(0.01)
+        except subprocess.TimeoutExpired:
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    peak = max(peak, int(line.split()[1]) * 1024)
+        else:
+            _, stderr = process.communicate()
+            assert process.returncode == 0, stderr
+            return peak
+
+
+def peak_of_a_new(output: Path, command: list[str]) -> int:
+    shutil.rmtree(output, ignore_errors=True)
+    return peak_anonymous_bytes(command)
+
+
 # File systems in files -----------------------------------------------------------------------
 
 
@@ -302,28 +354,3 @@ def _mount_step(command: list[str]) -> None:
     done = system(*command)
     if done.returncode:
         raise CannotMountError(f"{command[0]}: {done.stderr.strip()}")
-
-
-# System calls --------------------------------------------------------------------------------
-
-_CALL = re.compile(r"(?P<pid>\d+)\s+(?P<name>\w+)\((?P<arguments>.*)")
-_DESCRIPTOR = re.compile(r"\d+<(?P<path>/[^>]*)>")
-_QUOTED = re.compile(r'"(?P<path>[^"]*)"')
-
-
-def traced_calls(trace: Path) -> list[tuple[str, list[str]]]:
-    """Each call of a trace by `strace -f -y`, in order, with the paths that it was about."""
-    calls = []
-    for line in trace.read_text().splitlines():
-        match = _CALL.match(line)
-        if match is None or " = -1 " in line:
-            continue
-        name, arguments = match["name"], match["arguments"]
-        descriptors = _DESCRIPTOR.findall(arguments)
-        if name.startswith(("rename", "unlink")):
-            # A name may be relative to a directory that is open.
-            names = _QUOTED.findall(arguments)
-            calls.append((name, [str(Path(*descriptors[:1], path)) for path in names]))
-        else:
-            calls.append((name, descriptors))
-    return calls

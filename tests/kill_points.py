@@ -1,9 +1,8 @@
 """Kills a conversion at each step that touches the file system, and goes on after each.
 
-A program of its own, so that it can fork: `kill_points.py DENSE OUTPUT [REPLACED [plain]]` prints a
+A program of its own, so that it can fork: `kill_points.py DENSE OUTPUT [REPLACED]` prints a
 JSON object for each step: the event before which it was killed, what OUTPUT held then and what it
-holds after the next run. With REPLACED, a copy of that directory is in OUTPUT's place beforehand;
-with `plain`, the system cannot exchange two names.
+holds after the next run. With REPLACED, a copy of that directory is in OUTPUT's place beforehand.
 """
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ from typing import cast
 from engine_fixtures import contents, plan_of
 
 from upcycle_cli.api import execute
-from upcycle_cli.write import swap
-from upcycle_cli.write.staging import partial_of
-from upcycle_cli.write.transaction import clean
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"}
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def kill_before(step: int, place: Path, told: Path) -> None:
@@ -35,8 +31,8 @@ def kill_before(step: int, place: Path, told: Path) -> None:
         if event not in EVENTS:
             return
         path = str(arguments[0])
-        if event != "ctypes.dlsym" and path.startswith("/") and not path.startswith(str(place)):
-            return  # a file of Python's own; names in a directory that is open are relative
+        if not path.startswith(str(place)):
+            return  # a file of Python's own
         if event == "open" and not cast("int", arguments[2]) & os.O_CREAT:
             return
         if next(steps) == step:
@@ -64,12 +60,10 @@ def convert(dense: Path, output: Path, *, step: int, told: Path) -> bool:
     return os.WTERMSIG(status) == signal.SIGKILL
 
 
-def main(dense: Path, output: Path, replaced: Path | None = None, plain: object = None) -> None:
+def main(dense: Path, output: Path, replaced: Path | None = None) -> None:
     told = output.parent.with_name("told")
     # What is seen after a kill does not depend on it, and it takes long.
     setattr(os, "fsync", lambda _: None)  # noqa: B010 - mypy sees a name that differs
-    if plain:
-        setattr(swap, "exchange", lambda *_: False)  # noqa: B010
     # A first run imports whatever a run needs, so that no child has to.
     execute(plan_of(dense, "E2G2T2"), output.parent.with_name("imported"))
     for step in count(1):
@@ -82,16 +76,12 @@ def main(dense: Path, output: Path, replaced: Path | None = None, plain: object 
         killed = contents(output) if output.exists() else None
         places = {entry.name: contents(entry) for entry in output.parent.iterdir()}
         convert(dense, output, step=0, told=told)
-        left = partial_of(output).exists()
-        if left:
-            clean(output, remove=True)
         names = sorted(entry.name for entry in output.parent.iterdir())
         found = {
             "before": told.read_text(),
             "killed": killed,
             "places": places,
             "resumed": contents(output),
-            "left": left,
             "names": names,
         }
         sys.stdout.write(json.dumps(found) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from conftest import LAYOUTS
-from engine_fixtures import opened_workspace
+from engine_fixtures import staging_in
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from shapes import PAIRS, TORCH, moe_shapes, same_bits, tiny_config, write_model
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, ScaleSplit, Scaling
 from upcycle_cli.recipe.scaling import Factors
 from upcycle_cli.write.writer import WriteOptions, write_weights
@@ -107,8 +107,8 @@ def convert(case: Case, dense: Path) -> Outcome:
     source = {name: t.to(dtype) for name, t in load_file(dense / "model.safetensors").items()}
     with tempfile.TemporaryDirectory() as directory:
         options = WriteOptions(fsync=False)
-        with opened_workspace(plan, Path(directory)) as workspace:
-            write_weights(plan, plan.shards, workspace, progress=lambda _: None, options=options)
+        staging = staging_in(plan, Path(directory))
+        write_weights(plan, plan.shards, staging, progress=lambda _: None, options=options)
         moe: Tensors = {}
         for shard in Path(directory).glob("*.safetensors"):
             loaded = load_file(shard)
@@ -298,7 +298,7 @@ def test_powers_of_two_can_be_taken_out_again(case: Case, exponent: int) -> None
     with source_of(case) as dense:
         outcome = convert(case, dense)
     factors = outcome.plan.factors
-    assert outcome.plan.rounded_to is None
+    assert factors.lossless
     assert factors.up * factors.down == 2.0**exponent
     for layer in outcome.layers:
         for group in groups(outcome, layer):

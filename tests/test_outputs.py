@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZES, TINY, MakeDense, logits, read_json, read_tensors, write_json
+from engine_fixtures import assert_equal_peaks, peak_anonymous_bytes
 from engine_fixtures import make_dense as make_hollow
 from safetensors.torch import save_file
-from test_engine import assert_equal_peaks, peak_anonymous_bytes
 from transformers import AutoTokenizer
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint

@@ -76,11 +76,12 @@ ANSWERS = ours("checkpoint.checkpoint", "models", "cli.commands.convert", "cli.m
             0,
             ours(
                 "write.transaction",
-                "verification.weights",
-                "verification.outputs",
-                "report.page",
+                "plan.upcycle",
+                "plan.expressions",
+                "plan.expand",
+                "plan.moe_experts",
             )
-            | {*RUNNING},
+            | ours("old_verification.weights", "old_verification.outputs", "report.page"),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

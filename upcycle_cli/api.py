@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Hooks, Progress
-from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, check_utf8, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
+from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.merge import Merge, Rest
-from upcycle_cli.plan.output import Options
-from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.upcycle import bind_recorded, build_plan
+from upcycle_cli.plan.tensors import Options
+from upcycle_cli.plan.upcycle import Plan, as_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
 from upcycle_cli.recipe.recipe import Promise, Recipe
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
-from upcycle_cli.write.staging import Workspace, partial_of
+from upcycle_cli.write.staging import Staging, partial_of
 from upcycle_cli.write.writer import WriteOptions, Written, write_weights
 
 if TYPE_CHECKING:
+    from upcycle_cli.plan.expand import Growth
     from upcycle_cli.publish.push import Destination, Push
-    from upcycle_cli.recipe.growth import Growth
     from upcycle_cli.verification.result import Report
     from upcycle_cli.write.transaction import Transaction
 
@@ -63,10 +62,9 @@ class MergeRequest:
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
             return None
-        from upcycle_cli.plan.compatibility import check_compatible
+        from upcycle_cli.plan.compatibility import alike
 
-        others = check_compatible(source, models[1:])
-        return Merge(others=others, cycle=tuple(cycle), rest=Rest(self.rest))
+        return Merge(others=alike(source, models[1:]), cycle=tuple(cycle), rest=Rest(self.rest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class Request:
 class Conversion:
     """The result of a conversion."""
 
-    plan: Plan
+    plan: Any  # a Planned; a Plan if a dense model was upcycled
     output: Path
     seconds: float = 0.0
     report: Report | None = None  # of the verification, if one was requested
@@ -158,7 +156,7 @@ def convert(  # noqa: PLR0913 - the fields of a Request
 def carry_out(
     request: Request,
     *,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    hooks: Hooks[Planned, Conversion] | None = None,
     team: Team | None = None,
 ) -> Conversion:
     """Convert as requested, together with the other ranks of a team; UpcycleError as `convert`."""
@@ -189,9 +187,9 @@ def carry_out(
 def preview(
     request: Request,
     *,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    hooks: Hooks[Planned, Conversion] | None = None,
     team: Team | None = None,
-) -> tuple[Plan, list[str]]:
+) -> tuple[Planned, list[str]]:
     """Return the plan of a request and warnings about OUTPUT; UpcycleError if there is no plan."""
     team = team or Team()
     plan = _make_plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
@@ -199,8 +197,7 @@ def preview(
     try:
         if not overwrite and is_finished(plan, output):
             return plan, [f"{output} is already what this command makes."]
-        reflink = request.writing.reflink
-        check_before(plan, output, overwrite=overwrite, reflink=reflink, team=Team())
+        check_before(plan, output, overwrite=overwrite, team=Team())
     except UpcycleError as error:
         return plan, [f"without --dry-run this is refused: {' '.join(str(error).split())}"]
     if not partial_of(output).exists():
@@ -209,7 +206,7 @@ def preview(
 
 
 def execute(
-    plan: Plan,
+    plan: Planned,
     output: Path,
     *,
     overwrite: bool = False,
@@ -218,7 +215,7 @@ def execute(
     repo: str | None = None,
     writing: WriteOptions | None = None,
     team: Team | None = None,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    hooks: Hooks[Planned, Conversion] | None = None,
 ) -> Conversion:
     """Write what the plan says and publish it as `output`; UpcycleError leaves `output` as it was.
 
@@ -233,7 +230,7 @@ def execute(
         recovered = recover(output) if team.leads else None
         finished = team.leads and not overwrite and is_finished(plan, output)
         if team.leads and not finished:
-            check_before(plan, output, overwrite=overwrite, reflink=writing.reflink, team=team)
+            check_before(plan, output, overwrite=overwrite, team=team)
         return recovered, finished
 
     # Refuse whatever can be refused before gigabytes are downloaded.
@@ -264,20 +261,20 @@ class _Job:
     output: Path
     writing: WriteOptions
     team: Team
-    hooks: Hooks[Plan, Conversion]
+    hooks: Hooks[Planned, Conversion]
     overwrite: bool
     verify: bool
     checksums: bool
     repo: str | None
 
 
-def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
+def _make_plan(request: Request, hooks: Hooks[Planned, Conversion], team: Team) -> Planned:
     """Make the plan on every rank; UpcycleError unless all ranks have made the same one."""
     check_name(request.output)
     for path in (Path(request.source), request.output.absolute()) if request.verify else ():
         check_utf8(path)
 
-    def make() -> Plan:
+    def make() -> Planned:
         source = open_source(request.source, request.revision)
         if not isinstance(request.recipe, Recipe):
             from upcycle_cli.plan.expand import build_growth
@@ -309,7 +306,7 @@ def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> 
     return plan
 
 
-def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
+def _bring_sources(plan: Planned, hooks: Hooks[Planned, Conversion], team: Team) -> Planned:
     """Download what is missing of the sources; return the plan with the local files."""
 
     def missing() -> int:
@@ -326,15 +323,14 @@ def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Pl
 
 
 def _finish_again(
-    plan: Plan, output: Path, *, verify: bool, checksums: bool, watch: Progress
+    plan: Planned, output: Path, *, verify: bool, checksums: bool, watch: Progress
 ) -> Conversion:
     """Verify an output that this plan has made before, and add SHA256SUMS if it is missing."""
     from upcycle_cli.write.record import write_checksums
 
-    plan = bind_recorded(plan, read_json(locate(output, RECORD_NAME)))
+    plan = as_recorded(plan, read_json(locate(output, RECORD_NAME)))
     if checksums and not (output / CHECKSUMS_NAME).exists():
-        with Folder.open(output) as folder:
-            write_checksums(plan, folder)
+        write_checksums(plan, output)
     # is_finished has compared sizes and config; only verify reads the weights.
     report = _verify(plan, output, watch) if verify else None
     return Conversion(
@@ -346,7 +342,7 @@ def _finish_again(
     )
 
 
-def _make(plan: Plan, job: _Job) -> Conversion:
+def _make(plan: Planned, job: _Job) -> Conversion:
     """Calibrate, write, verify and publish."""
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.publish.card import model_card
@@ -357,15 +353,15 @@ def _make(plan: Plan, job: _Job) -> Conversion:
     try:
         with transaction(output, plan, overwrite=job.overwrite, durable=writing.fsync) as running:
             team.exchange(None)  # the directory exists: the other ranks join
-            folder = running.workspace.folder
-            plan = with_calibration(plan, running.workspace, team, job.hooks)
-            written = _write_shards(plan, lambda: running.workspace, writing, team, job.hooks)
-            write_metadata(plan, folder, written)
+            staging = running.staging
+            plan = with_calibration(plan, staging, team, job.hooks)
+            written = _write_shards(plan, lambda: staging, writing, team, job.hooks)
+            write_metadata(plan, staging, written)
             report = _verify_staged(plan, running, job.hooks) if job.verify else None
-            folder.write(CARD_NAME, model_card(plan, report, job.repo).encode())
+            staging.write(CARD_NAME, model_card(plan, report, job.repo).encode())
             accepted = report is None or report.accepted
             if job.checksums and accepted:
-                write_checksums(plan, folder)
+                write_checksums(plan, staging.path)
             for source in plan.sources:
                 source.check_unchanged()
             if accepted:
@@ -389,30 +385,24 @@ def _make(plan: Plan, job: _Job) -> Conversion:
     )
 
 
-def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> None:
+def _assist(plan: Planned, output: Path, writing: WriteOptions, team: Team) -> None:
     """Write this rank's share of the shards; rank 0 does everything else."""
     from upcycle_cli.calibrate.cache import with_calibration
-    from upcycle_cli.write.transaction import joined
+    from upcycle_cli.write.transaction import join
 
     team.exchange(None)
     try:
         plan = with_calibration(plan, None, team, Progress())
-        with ExitStack() as entered:
-            _write_shards(
-                plan,
-                lambda: entered.enter_context(joined(output, plan, durable=writing.fsync)),
-                writing,
-                team,
-                Progress(),
-            )
+        enter = partial(join, output, plan, durable=writing.fsync)
+        _write_shards(plan, enter, writing, team, Progress())
     finally:
         # Rank 0 ends first: the launcher stops all ranks as soon as one exits with an error.
         team.exchange(None)
 
 
 def _write_shards(
-    plan: Plan,
-    enter: Callable[[], Workspace],
+    plan: Planned,
+    enter: Callable[[], Staging],
     writing: WriteOptions,
     team: Team,
     progress: Progress,
@@ -431,12 +421,12 @@ def _write_shards(
     return replace(total, routers={name: total.routers[name] for name in names})
 
 
-def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
+def _verify(plan: Planned, output: Path, watch: Progress) -> Report:
     from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.verification.verify import verify
 
     dense, *others = (source.path for source in plan.sources)
-    rows, text = plan.inputs.rows, plan.inputs.text
+    rows, text = (plan.inputs.rows, plan.inputs.text) if isinstance(plan, Plan) else (None, None)
     return verify(
         dense,
         output,
@@ -449,21 +439,18 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
     )
 
 
-def _verify_staged(plan: Plan, running: Transaction, watch: Progress) -> Report:
+def _verify_staged(plan: Planned, running: Transaction, watch: Progress) -> Report:
     try:
-        running.check_place()
-        report = _verify(plan, running.workspace.folder.path, watch)
-        running.check_place()
+        return _verify(plan, running.staging.path, watch)
     except UpcycleError as error:
         # The weights are good: a missing library must not cost hours of work.
         raise ResumableError(
             f"{error.message} The weights are kept: the same command goes on from there.",
             error.hint,
         ) from error
-    return report
 
 
-def _push(done: Conversion, destination: Destination, hooks: Hooks[Plan, Conversion]) -> Push:
+def _push(done: Conversion, destination: Destination, hooks: Hooks[Planned, Conversion]) -> Push:
     from upcycle_cli.publish.push import push
 
     try:

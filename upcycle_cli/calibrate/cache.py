@@ -10,48 +10,47 @@ from contextlib import suppress
 
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import read_open
+from upcycle_cli.core.safe_files import read_small, write_whole
+from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.output import Role
-from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.upcycle import bind
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan, calibrated
 from upcycle_cli.recipe.recipe import NeuronOrder
 from upcycle_cli.write.distributed import Team
-from upcycle_cli.write.staging import CALIBRATION, Workspace
+from upcycle_cli.write.staging import CALIBRATION, Staging
 
 _MOST_BYTES = 4_000_000_000
 
 
-def with_calibration(plan: Plan, workspace: Workspace | None, team: Team, watch: Watch) -> Plan:
-    """Return the plan with what its text shows, on every rank; rank 0 has the `workspace`.
+def with_calibration(plan: Planned, staging: Staging | None, team: Team, watch: Watch) -> Planned:
+    """Return the plan with what its text shows, on every rank; rank 0 has the `staging` directory.
 
     Raises UpcycleError when there can be no calibration.
     """
-    if plan.inputs.text is None:
+    if not isinstance(plan, Plan) or plan.inputs.text is None:
         return plan
 
     def find() -> Calibration | None:
-        if workspace is None:
+        if staging is None:
             return None
-        found = _kept(plan, workspace)
+        found = _kept(plan, staging)
         if found is None:
             from upcycle_cli.calibrate.collect import calibrate
 
             found = calibrate(plan, watch)
-            workspace.folder.write(CALIBRATION, found.to_bytes(), durable=workspace.durable)
+            path = staging.path / CALIBRATION
+            write_whole(path, found.to_bytes(), durable=staging.durable)
         return found
 
     found = team.gather(find)[0]
     assert found is not None
-    return bind(plan, found)
+    return calibrated(plan, found)
 
 
-def _kept(plan: Plan, workspace: Workspace) -> Calibration | None:
+def _kept(plan: Plan, staging: Staging) -> Calibration | None:
     # What is damaged is found out once more.
     with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
-        with workspace.folder.read_own(CALIBRATION) as file:
-            data = read_open(file, workspace.folder.path / CALIBRATION, _MOST_BYTES)
-        found = Calibration.from_bytes(data)
+        found = Calibration.from_bytes(read_small(staging.path / CALIBRATION, _MOST_BYTES))
         each = plan.recipe.num_experts // plan.recipe.router_rows
         rows = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
         clustered = plan.recipe.neuron_order is NeuronOrder.CLUSTERED

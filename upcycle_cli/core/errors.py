@@ -1,6 +1,6 @@
-"""The one exception that crosses the command line.
+"""The one exception type that crosses the command line.
 
-Everything that a user can cause or cure is raised as `UpcycleError`; `terminal.py` prints it and
+Everything that a user can cause or fix is raised as `UpcycleError`; the command line prints it and
 exits with code 2. Any other exception is a bug in upcycle and shows its traceback.
 """
 
@@ -18,10 +18,10 @@ def shown(value: object) -> str:
 
 
 class UpcycleError(Exception):
-    """Something the user can fix: what is wrong and where, and optionally what to do about it."""
+    """Something that the user can fix: what is wrong and where, and what to do about it."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message, hint)  # both, which is what is sent to another process
+        super().__init__(message, hint)  # both, so that another process can unpickle it
         self.message = message
         self.hint = hint
 
@@ -30,19 +30,19 @@ class UpcycleError(Exception):
 
 
 class ResumableError(UpcycleError):
-    """The run was cut short, and the same command goes on from what is complete."""
+    """The run was cut short, and the same command resumes from the finished files."""
 
 
 _LACKS = (
     (MemoryError, "", "memory", "ulimit -v"),
-    (RuntimeError, "can't allocate memory", "memory", "ulimit -v"),  # torch's way of saying so
+    (RuntimeError, "can't allocate memory", "memory", "ulimit -v"),  # torch's message
     (RuntimeError, "can't start new thread", "threads", "ulimit -u -v"),
     (BaseException, "ThreadPoolBuildError", "threads", "ulimit -u -v"),  # a panic of tokenizers
 )
 
 
 def lack_in_words(error: BaseException) -> UpcycleError | None:
-    """Say what the system does not give this process; None when an error is about another thing."""
+    """Return an error that names the resource this process ran out of; None for other errors."""
     for kind, words, what, limit in _LACKS:
         if isinstance(error, kind) and words in str(error):
             return UpcycleError(

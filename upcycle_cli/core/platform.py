@@ -1,79 +1,82 @@
-"""What only some systems and file systems can do, each with what is done without it.
+"""System calls that only some systems or file systems have, each with what happens without it.
 
-Linux has all of it, but not on each of its file systems; macOS lacks some, and has its own name for
-the rest.
+Linux has all of them, but not on every file system; macOS lacks some.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import struct
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
-"""How a system says that it, or this file system, cannot do something at all."""
-_EXCHANGES = ("renameat2", "renameatx_np")
-"""The same call on Linux and on macOS: RENAME_EXCHANGE and RENAME_SWAP are one number, too."""
-_EXCHANGE_FLAG = 2
+"""Error codes by which a system or file system says that it lacks a call."""
 BLOCK_BYTES = 4096
-"""What offsets and lengths of shared extents must be multiples of, on the usual systems."""
+"""Offsets and lengths of shared extents are multiples of this on the usual systems."""
 _FICLONERANGE = 0x4020940D
 
 
 def num_processors() -> int:
-    """Return how many processors this process may use, or how many there are."""
+    """Return how many processors this process may use, or how many the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_writeback(descriptor: int) -> None:
-    """Have the disk take what was written to a file so far."""
+    """Write what a file has so far to the disk."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def make_durable(descriptor: int) -> None:
-    """Return once a file, or a directory's entries, will survive a loss of power."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: its fsync ends in the cache of the disk
+    """Return once a file, or the entries of a directory, will survive a loss of power."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # on macOS, fsync ends in the disk's cache
     if full is not None:
-        with suppress(OSError):  # a network's file system has no disk to ask
+        with suppress(OSError):  # network file systems
             fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)
 
 
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable, where its file system can."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        make_durable(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a directory and everything in it durable."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            with Path(folder, name).open("rb") as file:
+                make_durable(file.fileno())
+        sync_directory(Path(folder))
+
+
 def lock(descriptor: int) -> bool:
-    """Lock a file until it is closed, if its system can; False when another process has."""
+    """Lock a file until it is closed; False when another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in UNSUPPORTED:  # without locks there is none to hold
+        if error.errno not in UNSUPPORTED:  # no process can hold a lock there
             raise
     return True
 
 
-def exchange(directory: int, one: str, other: str) -> bool:
-    """Swap two names of an open directory in one step; False where that cannot be done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = next((getattr(libc, name) for name in _EXCHANGES if hasattr(libc, name)), None)
-    if call is None:
-        return False
-    if call(directory, os.fsencode(one), directory, os.fsencode(other), _EXCHANGE_FLAG) == 0:
-        return True
-    code = ctypes.get_errno()
-    # EXDEV: an overlay would have to copy a directory of a lower layer.
-    if code in UNSUPPORTED | {errno.EXDEV}:
-        return False
-    raise OSError(code, os.strerror(code), other)
-
-
 def share(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
-    """Let a range of `target` share the extents of `source`; False where it cannot, or OSError.
+    """Let a range of `target` share the extents of `source`; return False where it cannot.
 
-    The disk then holds these bytes once. XFS, Btrfs and others do it, for whole blocks.
+    XFS, Btrfs and others share whole blocks, which the disk then holds once. Raises OSError.
     """
     if source_offset % BLOCK_BYTES or target_offset % BLOCK_BYTES or nbytes % BLOCK_BYTES:
         return False
@@ -85,3 +88,13 @@ def share(source: int, source_offset: int, target: int, target_offset: int, nbyt
             return False
         raise
     return True
+
+
+def can_share(directory: Path) -> bool:
+    """Try whether files in a directory can share extents."""
+    try:
+        with TemporaryFile(dir=directory, buffering=0) as file:
+            file.write(os.urandom(BLOCK_BYTES))
+            return share(file.fileno(), 0, file.fileno(), BLOCK_BYTES, BLOCK_BYTES)
+    except OSError:
+        return False  # a directory that cannot be written is reported when it is written

@@ -1,9 +1,8 @@
-"""Files that somebody else has put there: read where they lie, and no further than they should go.
+"""Safe reads of untrusted files, and small files that are written whole.
 
-A directory that was cloned, unpacked or shared can hold links to other places (somebody's files,
-the environment of this very process in /proc), pipes that nobody writes to, devices without an end,
-and gigabytes where kilobytes belong. Whatever is read from such a directory is found by `locate`
-and opened by `open_regular`.
+A directory that was cloned or unpacked can hold links to other places, pipes that nobody writes to,
+devices without an end, and gigabytes where kilobytes belong. `locate` finds a file of such a
+directory and `open_regular` opens it.
 """
 
 from __future__ import annotations
@@ -21,20 +20,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.platform import make_durable
 
 MOST_JSON_BYTES = 10_000_000  # more than any config, record or tokenizer setting has
 MOST_LISTING_BYTES = 100_000_000  # more than any index has: as large as a safetensors header may be
 MOST_COMPANION_BYTES = 500_000_000  # more than any tokenizer has
 
 CHECKSUMS_NAME = "SHA256SUMS"
+_TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".upcycle-", ".new"
 _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
-# By the letters of `ls -l`.
+# Keyed by the letters of `ls -l`.
 _KINDS = {"d": "a directory", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths are one directory, which may have two names or be mounted twice."""
+    """Whether two paths name one directory, which can have two names or be mounted twice."""
     with suppress(OSError):
         return one.samefile(other)
     return one == other
@@ -71,12 +72,8 @@ def locate(directory: Path, name: str) -> Path:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; UpcycleError for what is none, at once, or OSError."""
-    return regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
-
-
-def regular(descriptor: int, path: Path) -> BufferedReader:
-    """Return an open regular file; one that is none is closed, and UpcycleError raised."""
+    """Open a regular file for reading; UpcycleError at once for anything else, or OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         check_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
@@ -89,21 +86,36 @@ def read_small(path: Path, most: int) -> bytes:
     """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
     try:
         with open_regular(path) as file:
-            return read_open(file, path, most)
+            size = os.fstat(file.fileno()).st_size
+            # Sparse files and files of /proc can hold more or less than their size says.
+            data = file.read(most + 1) if size <= most else b""
     except OSError as error:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
-
-
-def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
-    """Return an open file's contents; raises UpcycleError for more than `most` bytes, OSError."""
-    size = os.fstat(file.fileno()).st_size
-    # What a sparse file or one of /proc says of its size need not be what it gives.
-    data = file.read(most + 1) if size <= most else b""
     size = max(size, len(data))
     if size > most:
         words = f"it has {size:,} bytes, and no such file has more than {most:,}"
         raise UpcycleError(f"{path} is not read: {words}.")
     return data
+
+
+def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Write a small file that appears complete, or stays what it was; raises OSError."""
+    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                make_durable(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_temporary(name: str) -> bool:
+    """Whether this is the name of a file that `write_whole` had not finished."""
+    return name.startswith(_TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
 
 
 def sha256_of(path: Path) -> str:
@@ -113,7 +125,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise UpcycleError for a path that the libraries that load models cannot be given."""
+    """Raise UpcycleError for a path that is not UTF-8: transformers could not open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -122,14 +134,14 @@ def check_utf8(path: Path) -> None:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is one of these, folder by folder."""
-    # In a pattern, * stands for slashes too.
+    """Whether a name matches one of these patterns, folder by folder."""
+    # fnmatch lets * match slashes, too.
     level = [pattern for pattern in patterns if name.count("/") == pattern.count("/")]
     return any(fnmatchcase(name, pattern) for pattern in level)
 
 
 def is_inner_name(name: object) -> TypeGuard[str]:
-    """Whether this names a file of a directory: relative, without a step up or an odd character."""
+    """Whether this names a file inside a directory: relative, printable, without `..`."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:
         return False
     path = PurePosixPath(name)
@@ -146,7 +158,7 @@ class ListedFile:
     header_sha256: str | None  # of a weight file's header
 
     def describes(self, file: BufferedReader) -> bool:
-        """Whether an open file is this one, as far as the list tells; OSError when unreadable."""
+        """Whether an open file has the listed size and digest; OSError when unreadable."""
         if os.fstat(file.fileno()).st_size != self.size:
             return False
         if self.sha256 is not None:
@@ -160,12 +172,12 @@ def header_digest(file: BufferedReader) -> str:
 
 
 def read_header(file: BufferedReader) -> bytes:
-    """Return an open weight file's header, as far as it can be one."""
+    """Return an open weight file's header; a false length reads a limited number of bytes."""
     return file.read(min(int.from_bytes(file.read(8), "little"), MOST_LISTING_BYTES))
 
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
-    """Return what a record lists: all but itself, card and checksums; raises UpcycleError."""
+    """Return the files that a record lists: all but itself, card and checksums; UpcycleError."""
     entries = record.get("files")
     if not isinstance(entries, list) or not entries:
         raise UpcycleError("upcycle.json lists no files.")
@@ -194,7 +206,7 @@ def checksums_text(digests: Mapping[str, str]) -> str:
 
 
 def parse_checksums(data: bytes) -> dict[str, str]:
-    """Return the digests of a SHA256SUMS file by name; raises UpcycleError for an odd line."""
+    """Return the digests of a SHA256SUMS file by name; raises UpcycleError for a bad line."""
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -211,19 +223,19 @@ def parse_checksums(data: bytes) -> dict[str, str]:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """Return what `parse_checksums` makes of a file; raises UpcycleError."""
+    """Return the digests in a SHA256SUMS file by name; raises UpcycleError."""
     return parse_checksums(read_small(path, MOST_JSON_BYTES))
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:
-    """Raise UpcycleError for what is no regular file."""
+    """Raise UpcycleError unless this is the status of a regular file."""
     if not stat.S_ISREG(status.st_mode):
         what = _KINDS.get(stat.filemode(status.st_mode)[0], "something else")
         raise UpcycleError(f"cannot read {path}: it is {what}, not a regular file.")
 
 
 def _blobs(root: Path) -> tuple[Path, ...]:
-    """Return where the Hub's cache keeps the files of a snapshot."""
+    """Return where the Hub's cache keeps the files of a snapshot; empty for other directories."""
     repo = root.parent.parent  # models--ORG--NAME/snapshots/COMMIT
     if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
         return ()

@@ -1,50 +1,41 @@
-"""Passwords that stand in this process' variables, kept out of everything that is said.
+"""Keeps the passwords and tokens of this process out of messages and tracebacks.
 
-A proxy's and a mirror's address can hold one, and libraries quote addresses in their errors, some
-of them decoded. What a bug's traceback quotes goes through here as well.
+The address of a proxy or a mirror can hold a password, and libraries quote addresses in errors.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from base64 import b64encode
 from collections.abc import Iterator
-from json import dumps
-from urllib.parse import quote, unquote, unquote_plus
+from urllib.parse import quote, unquote
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _ADDRESSES = ("HF_ENDPOINT", *_PROXIES, *map(str.upper, _PROXIES))
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_SHORTEST = 4  # what is shorter is part of words, and blotted out in addresses only
+_SHORTEST = 4  # shorter passwords are parts of words; they are removed from addresses only
 _IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#\"'<>]+@")
 
 
 def blotted(text: str) -> str:
-    """Return a text without this process' secrets, nor what is before the @ of any address."""
-    for secret in _secrets():
+    """Return a text without the secrets of this process and the user part of any address."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "…")
-    return _IN_ADDRESS.sub("", text) if "@" in text else text
+    return _IN_ADDRESS.sub("", text)
 
 
-def _secrets() -> list[str]:
-    """Return what must not be shown in all its spellings, the longest first."""
-    found: set[str] = set()
+def _secrets() -> Iterator[str]:
     for name in _TOKENS:
-        found.update(_spellings(os.environ.get(name, "").strip()))
+        yield from _spellings(os.environ.get(name, "").strip())
     for name in _ADDRESSES:
-        # What is no address to a parser can hold a password all the same.
         user_info, at, _ = os.environ.get(name, "").rpartition("@")
-        user_info = user_info.rpartition("//")[2] if at else ""
-        user, _, password = user_info.partition(":")
-        found.update(_spellings(password or user))
-        if user_info:
-            found.add(b64encode(unquote(user_info).encode(errors="replace")).decode())
-    return sorted((text for text in found if len(text) >= _SHORTEST), key=len, reverse=True)
+        user, _, password = user_info.rpartition("//")[2].partition(":")
+        if at:
+            yield from _spellings(password or user)
 
 
-def _spellings(secret: str) -> Iterator[str]:
-    for plain in {secret, unquote(secret), unquote_plus(secret)}:
-        yield from (plain, repr(plain)[1:-1], dumps(plain)[1:-1])
-        encoded = quote(plain, safe="", errors="replace")
-        yield from (encoded, encoded.lower(), quote(plain, errors="replace"))
+def _spellings(secret: str) -> set[str]:
+    """Return a secret as it is, decoded, and percent-encoded."""
+    plain = unquote(secret)
+    found = {secret, plain, quote(plain, safe="", errors="replace")}
+    return {text for text in found if len(text) >= _SHORTEST}

@@ -1,8 +1,7 @@
-"""Text from elsewhere, such that a terminal, a log or a shell can take it.
+"""Text for terminals, logs and shells.
 
-A name in a header, a config or an answer of the Hub can hold anything: escape sequences that paint
-over the screen, characters that turn a line around, line breaks that forge a line of ours, halves
-of characters that no file can hold. Whatever is shown goes through here.
+A name in a header, a config or an answer of the Hub can hold escape sequences, characters that
+reverse a line, or line breaks that forge a line of ours. All text from elsewhere goes through here.
 """
 
 from __future__ import annotations
@@ -13,24 +12,24 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    r"""Return a text as one line; what cannot be seen in Python's notation, such as \x1b."""
+    r"""Return a text as one line, unprintable characters in Python's notation, such as \x1b."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return a text of ours whose line breaks are meant."""
+    """Return a text with its line breaks, unprintable characters in Python's notation."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def shell_line(words: Iterable[str]) -> str:
-    """Return a command as one types it, in one line: what is pasted is what was meant."""
+    """Return a command as one line that a shell reads back as the same words."""
     return " ".join(map(_shell_word, words))
 
 
 def _shell_word(word: str) -> str:
     if word.isprintable():
         return shlex.quote(word)
-    # The notation of bash, zsh and POSIX 2024 for bytes that one cannot see.
+    # bash, zsh and POSIX 2024 read this notation for unprintable bytes.
     quoted = "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
         for byte in os.fsencode(word)
@@ -39,13 +38,13 @@ def _shell_word(word: str) -> str:
 
 
 def any_of(names: Iterable[object]) -> str:
-    """Return a choice as one says it: 1, 2 or 4."""
+    """Return a choice in words: 1, 2 or 4."""
     *others, last = map(str, names)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number of things: 1 shard, 12 shards."""
+    """Return a count in words: 1 shard, 12 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -6,15 +6,15 @@ A file's options are defaults: the command line and the environment override the
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
-from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import is_in, read_small
+from upcycle_cli.core.safe_files import is_in, read_small, write_whole
 from upcycle_cli.core.text import shell_line
 
 Value = str | int | float | bool | list[str]
@@ -97,20 +97,19 @@ def save_config(
                 f"{path} would be in {directory}, where nothing else may be written.",
                 "Save the options elsewhere.",
             )
-    with Folder.open(path.absolute().parent) as folder:
-        if folder.status(path.name) is not None and not _is_saved(folder, path, known):
-            raise UpcycleError(
-                f"{path} is there, and is not what --save-config has written; it is left as it is.",
-                "Name another file.",
-            )
-        folder.write(path.name, encoded)
+    if os.path.lexists(path) and not _is_saved(path, known):
+        raise UpcycleError(
+            f"{path} is there, and is not what --save-config has written; it is left as it is.",
+            "Name another file.",
+        )
+    write_whole(path.absolute(), encoded)
 
 
-def _is_saved(folder: Folder, path: Path, known: Collection[str]) -> bool:
+def _is_saved(path: Path, known: Collection[str]) -> bool:
     """Whether a file is one that `save_config` has written, whatever was changed in it since."""
     # A link, a device and what is no such text are not.
     with suppress(OSError, UpcycleError, ValueError, RecursionError):
-        raw = folder.read_small(path.name, _MOST_BYTES)
+        raw = b"" if path.is_symlink() else read_small(path, _MOST_BYTES)
         if not _is_json(path):
             return raw.startswith(_FIRST_LINE.encode())
         content = json.loads(raw)

@@ -40,8 +40,9 @@ from upcycle_cli.core.safe_files import (
     sha256_of,
 )
 from upcycle_cli.models.families import is_target
-from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX, modeling_code
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.verification.result import CheckResult, Findings
 from upcycle_cli.write.staging import is_note
 
@@ -60,7 +61,7 @@ _REWRITTEN: Mapping[str, str] = {
 
 
 def check_directory(
-    plan: Plan, moe: Checkpoint, names: Sequence[str], record: Mapping[str, Any]
+    plan: Planned, moe: Checkpoint, names: Sequence[str], record: Mapping[str, Any]
 ) -> CheckResult:
     """Compare an MoE's files with the plan; `names` are all that lie in its directory."""
     findings, notes = Findings(), list[str]()
@@ -78,7 +79,7 @@ def check_directory(
 
 
 def _config_failures(
-    plan: Plan, moe: Checkpoint, notes: list[str], record: Mapping[str, Any]
+    plan: Planned, moe: Checkpoint, notes: list[str], record: Mapping[str, Any]
 ) -> Iterator[str]:
     wanted: dict[str, Any] = json.loads(json.dumps(plan.config))
     held = moe.config
@@ -128,7 +129,7 @@ def _unsaved(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> Iterator[str
             yield key
 
 
-def _record_failures(plan: Plan, record: Mapping[str, Any]) -> Iterator[str]:
+def _record_failures(plan: Planned, record: Mapping[str, Any]) -> Iterator[str]:
     """Compare what the record says beside the recipe with the plan that the recipe makes."""
     from upcycle_cli.write.record import described
 
@@ -198,13 +199,15 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
     yield from (f"{INDEX_NAME}: {each}" for each in differences(wanted, held, "metadata"))
 
 
-def _code_failures(plan: Plan, moe: Checkpoint) -> Iterator[str]:
-    if plan.code is None:
+def _code_failures(plan: Planned, moe: Checkpoint) -> Iterator[str]:
+    if not (isinstance(plan, Plan) and plan.target.ships_code):
         return
+    row = plan.family.dense.family
+    code = modeling_code(row.class_names, wrapped=row.inside is not None).encode()
     held = _contents(moe, CODE_NAME)
     if held is None:
         yield f"{CODE_NAME} is missing"
-    elif held != plan.code.encode():
+    elif held != code:
         yield f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
 
 
@@ -315,8 +318,7 @@ def _equals_saved(
             saved(dense.path, again)
         except TransformersError:
             return False
-        files = (path for path in again.rglob("*") if path.is_file())
-        written = {path.relative_to(again).as_posix() for path in files}
+        written = {path.relative_to(again).as_posix() for path in again.rglob("*")}
         for name in {*names} | (written - {CONFIG_NAME}):
             held = _contents(moe, name)
             path = again / name

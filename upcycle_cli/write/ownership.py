@@ -1,32 +1,34 @@
-"""Which files of a finished output upcycle has written, by the list in its `upcycle.json`.
+"""Checks that every file of a finished output was written by upcycle, by the list in its record.
 
-`--overwrite` and `clean` remove these and nothing else: a model that was trained further, a card
-that was edited and somebody's thesis look like the output's own files by their names only.
+`--overwrite` removes these files and no others: a model that was trained further, an edited card,
+or a user's own file must survive.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
-from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     MOST_JSON_BYTES,
     ListedFile,
     listed_files,
+    open_regular,
     parse_checksums,
     read_header,
+    read_small,
 )
-from upcycle_cli.write.staging import SEAL, read_state
+from upcycle_cli.write.staging import MARKER, read_state
 
 _HINT = "Move or remove it yourself if it is not needed."
 _FOREIGN = "which upcycle did not write"
@@ -36,65 +38,68 @@ _Identity = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Inventory:
-    """The files of an output, all of them, as they were when they were looked at."""
+    """All files of an output, and what each was like when it was checked."""
 
-    record_digest: str
-    """The SHA-256 of `upcycle.json`, which tells one output from another."""
-    files: Mapping[str, _Identity | None]
+    record_digest: str  # the SHA-256 of upcycle.json, which identifies an output
+    files: Mapping[str, _Identity]
     directories: tuple[str, ...]
 
 
-def take_inventory(folder: Folder) -> Inventory:
-    """Return what is there of a finished output; UpcycleError for what upcycle did not write."""
-    if folder.status(RECORD_NAME) is None:
+def take_inventory(output: Path) -> Inventory:
+    """Return the files of a finished output; UpcycleError for a file upcycle did not write."""
+    if not os.path.lexists(output / RECORD_NAME):
         raise UpcycleError(
-            f"{folder.path} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
+            f"{output} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
         )
-    raw = folder.read_small(RECORD_NAME, MOST_JSON_BYTES)
-    listed, routers = _listed(folder, raw)
+    record = read_small(output / RECORD_NAME, MOST_JSON_BYTES)
+    listed, routers = _listed(output, record)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    found: dict[str, _Identity | None] = {}
+    files: dict[str, _Identity] = {}
     directories = []
-    for name, is_directory in folder.walk():
-        if is_directory and name in parents:
-            directories.append(name)
-            continue
-        # Before the contents, so that a change after that is seen.
-        found[name] = _identity(folder, name)
-        reason = _FOREIGN if is_directory else _objection(folder, name, listed, raw)
-        if reason is None and name.endswith(".safetensors"):
-            reason = _changed_router(folder, name, routers)
-        if reason:
-            raise UpcycleError(f"{folder.path} holds {name}, {reason}; it is left as it is.", _HINT)
-    return Inventory(hashlib.sha256(raw).hexdigest(), found, tuple(directories))
+    for folder, inner, names in os.walk(output, topdown=False):
+        for path in (Path(folder, each) for each in sorted(inner + names)):
+            name, status = path.relative_to(output).as_posix(), path.lstat()
+            if stat.S_ISDIR(status.st_mode) and name in parents:
+                directories.append(name)
+                continue
+            files[name] = _identity(status)  # before the content, so that a later change shows
+            reason = _FOREIGN
+            if not stat.S_ISDIR(status.st_mode):
+                reason = _objection(path, name, listed, record)
+            if not reason and name.endswith(".safetensors"):
+                reason = _changed_router(path, name, routers)
+            if reason:
+                raise UpcycleError(f"{output} holds {name}, {reason}; it is left as it is.", _HINT)
+    return Inventory(hashlib.sha256(record).hexdigest(), files, tuple(directories))
 
 
-def remove_all(folder: Folder, inventory: Inventory) -> None:
-    """Remove the files of an inventory, the record last; UpcycleError for what came or changed."""
+def remove_all(output: Path, inventory: Inventory) -> None:
+    """Remove the files of an inventory, the record last; UpcycleError for new or changed files."""
 
     def unchanged(name: str) -> bool:
-        return _identity(folder, name) == inventory.files.get(name)
+        path = output / name
+        return os.path.lexists(path) and _identity(path.lstat()) == inventory.files.get(name)
 
     for name in filter(unchanged, inventory.files):
         if name != RECORD_NAME:
-            folder.remove(name)
+            (output / name).unlink()
     for name in inventory.directories:  # the inner ones first
-        folder.remove_empty(name)
-    for name in folder.names():
-        if name != RECORD_NAME or not unchanged(name):
-            raise UpcycleError(f"{name} is new there.")
-    folder.remove(RECORD_NAME)
+        (output / name).rmdir()
+    for path in output.iterdir():
+        if path.name != RECORD_NAME or not unchanged(RECORD_NAME):
+            raise UpcycleError(f"{path.name} is new there.")
+    (output / RECORD_NAME).unlink()
 
 
-def record_digest(folder: Folder) -> str | None:
-    """Return the digest that an inventory has, None when there is no record."""
+def record_digest(output: Path) -> str | None:
+    """Return the digest of an output's record, as an inventory has it; None without a record."""
     try:
-        return hashlib.sha256(folder.read_small(RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
-    except (OSError, UpcycleError):
+        return hashlib.sha256(read_small(output / RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
+    except UpcycleError:
         return None
 
 
-def _listed(folder: Folder, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
+def _listed(output: Path, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
     """Return the files that a record lists, and the digests of the routers."""
     try:
         record = json.loads(raw)
@@ -104,62 +109,55 @@ def _listed(folder: Folder, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[
     except (ValueError, RecursionError, UpcycleError) as error:
         what = error.message if isinstance(error, UpcycleError) else f"{RECORD_NAME}: {error}."
         raise UpcycleError(
-            f"{folder.path} does not say which of its files upcycle wrote, as an earlier version "
-            f"did not, so it is left as it is: {what}",
+            f"{output} does not say which of its files upcycle wrote, so it is left as it is: "
+            f"{what}",
             _HINT,
         ) from error
 
 
-def _objection(
-    folder: Folder, name: str, listed: Mapping[str, ListedFile], record: bytes
-) -> str | None:
-    """Say why a file is not one that upcycle wrote, if it is not."""
-    status, file = folder.status(name), listed.get(name)
-    if status is None or not stat.S_ISREG(status.st_mode):
+def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: bytes) -> str:
+    """Return why upcycle did not write a file in this form; empty if it did."""
+    if not path.is_file() or path.is_symlink():
         return "which is no regular file"
+    file = listed.get(name)
     if name == RECORD_NAME:
-        return None
+        return ""
     if name == CARD_NAME:
-        card = folder.read_small(name, MOST_JSON_BYTES)
-        return None if _is_untouched(card) else "which somebody has edited"
+        card = read_small(path, MOST_JSON_BYTES)
+        return "" if _is_untouched(card) else "which somebody has edited"
     if name == CHECKSUMS_NAME:
-        file_is_ours = _are_ours(folder.read_small(name, MOST_JSON_BYTES), listed, record)
-    elif name == REPORT_NAME:  # on this very output, whose record it has the digest of
-        page = folder.read_small(name, MOST_JSON_BYTES)
-        file_is_ours = hashlib.sha256(record).hexdigest().encode() in page
-    elif name == SEAL:  # of a run that was killed, in a directory that has another name now
-        file_is_ours = "plan_sha256" in read_state(folder, SEAL)
+        ours = _are_ours(read_small(path, MOST_JSON_BYTES), listed, record)
+    elif name == REPORT_NAME:  # a report on this output quotes the digest of its record
+        digest = hashlib.sha256(record).hexdigest()
+        ours = digest.encode() in read_small(path, MOST_JSON_BYTES)
+    elif name == MARKER:  # of a killed run, in a directory that was renamed since
+        ours = "plan_sha256" in read_state(path)
     else:
-        with folder.read(name) as opened:
-            file_is_ours = file is not None and file.describes(opened)
-    if file_is_ours:
-        return None
-    return _FOREIGN if file is None else "which is not as upcycle wrote it"
+        with open_regular(path) as opened:
+            ours = file is not None and file.describes(opened)
+    return "" if ours else _FOREIGN if file is None else "which is not as upcycle wrote it"
 
 
-def _changed_router(folder: Folder, name: str, routers: Mapping[str, object]) -> str | None:
-    """Say that a router was changed, which no training leaves alone; experts are not read."""
-    with folder.read(name) as file:
-        for entry in parse_header(read_header(file), folder.path / name, name)[0]:
+def _changed_router(path: Path, name: str, routers: Mapping[str, object]) -> str:
+    """Return a reason if a router was changed, as any training does; experts are not read."""
+    with open_regular(path) as file:
+        for entry in parse_header(read_header(file), path, name)[0]:
             if entry.name in routers:
                 file.seek(entry.offset)
                 found = hashlib.sha256(file.read(entry.nbytes)).hexdigest()
                 if found != routers[entry.name]:
                     return f"whose router {entry.name} was changed"
-    return None
+    return ""
 
 
 def _is_untouched(card: bytes) -> bool:
-    try:
-        text = card.decode()
-    except ValueError:
-        return False
-    # A card of metadata only is nobody's on the Hub, but in a directory somebody put it there.
+    text = card.decode(errors="replace")
+    # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
     return "Made by upcycle" in text and not is_edited(text)
 
 
 def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> bool:
-    """Whether these are checksums of the listed files, the weights' own unseen."""
+    """Whether these are checksums of the listed files; those of weights are not checked."""
     try:
         found = parse_checksums(sums)
     except UpcycleError:
@@ -168,6 +166,5 @@ def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> b
     return found == wanted | {RECORD_NAME: hashlib.sha256(record).hexdigest()}
 
 
-def _identity(folder: Folder, name: str) -> _Identity | None:
-    status = folder.status(name)
-    return status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

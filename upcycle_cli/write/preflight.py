@@ -1,52 +1,49 @@
-"""Whether OUTPUT may be written where it is to be: without harm, and with room for it."""
+"""Checks before anything is written: whether OUTPUT may be written, and whether it fits."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
-from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.platform import can_share
 from upcycle_cli.core.safe_files import is_in, is_same, locate
+from upcycle_cli.hub.remote_checkpoint import check_download_space
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.file_layout import unique_bytes
 from upcycle_cli.write.ownership import take_inventory
-from upcycle_cli.write.staging import SUFFIX, partial_of
-from upcycle_cli.write.swap import ASIDE
-
-if TYPE_CHECKING:
-    from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.staging import ASIDE, SUFFIX, disk_bytes, is_directory, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
 
 
 def check_name(output: Path) -> None:
-    """Raise UpcycleError when OUTPUT's name leaves no room for those that stand beside it."""
+    """Raise UpcycleError if the names of OUTPUT.partial and OUTPUT.replaced would be too long."""
     try:
         longest = os.pathconf(_parent(output), "PC_NAME_MAX")
     except (OSError, RuntimeError):
-        return  # what is wrong with the place itself is found in a moment
+        return  # check_output reports what is wrong with the directory
     size = len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE)))
     if size > longest:
         raise UpcycleError(
-            f"the name of {output} is too long: it is made under the name with {SUFFIX} behind "
-            f"it, and no name there has more than {longest} bytes.",
+            f"the name of {output} is too long: it is written as {output.name}{SUFFIX} first, and "
+            f"names there have at most {longest} bytes.",
             "Choose a shorter one.",
         )
 
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
-    """Raise UpcycleError when OUTPUT cannot be written without harm."""
+    """Raise UpcycleError if writing OUTPUT would harm the source or files of others."""
     check_name(output)
     try:
         target, origin = output.resolve(), source.path.resolve()
         places = {(source.path / name).resolve().parent for name in source.files} | {origin}
         occupied = output.is_dir() and any(output.iterdir())
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+    except (OSError, RuntimeError) as error:  # a long name, a circle of links
         reason = getattr(error, "strerror", None) or str(error)
         raise UpcycleError(f"{output} cannot be made: {reason}.") from error
     problem = None
@@ -69,12 +66,11 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
             "Choose another name, or pass --overwrite to replace it.",
         )
     if occupied:
-        with Folder.open(output) as folder:
-            take_inventory(folder)
+        take_inventory(output)
 
 
 def check_kind(output: Path) -> None:
-    """Raise UpcycleError for what a rename cannot replace."""
+    """Raise UpcycleError if OUTPUT is something that a rename cannot replace."""
     if os.path.ismount(output):
         raise UpcycleError(
             f"{output} is a mount point, which cannot be replaced by a rename.",
@@ -89,22 +85,18 @@ def check_kind(output: Path) -> None:
         raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
 
 
-def check_space(output: Path, needed: int, *, shared: int | None = None) -> None:
+def check_space(output: Path, needed: int, *, shared: int) -> None:
     """Raise UpcycleError when the file system of OUTPUT has less than `needed` bytes free.
 
-    `shared` is what is needed where extents can be shared; what a killed run left counts as free.
+    `shared` is needed where extents can be shared. What a killed run left counts as free.
     """
-    parent = _parent(output)
+    parent, partial = _parent(output), partial_of(output)
     free = shutil.disk_usage(parent).free
-    left = 0
-    with Folder.open(parent) as folder, ExitStack() as opened:
-        partial = folder.inner(partial_of(output).name, opened)
-        if partial is not None and partial.is_mine():
-            left = partial.nbytes()
-        if shared is not None and needed > free and folder.can_share():
-            # The system counts what several files share once for each of them.
-            left = left * shared // needed
-            needed = shared
+    left = disk_bytes(partial) if is_directory(partial) else 0
+    if needed > free and can_share(parent):
+        # The system counts shared extents once for each file that has them.
+        left = left * shared // needed
+        needed = shared
     free += left
     if needed > free:
         raise UpcycleError(
@@ -115,30 +107,25 @@ def check_space(output: Path, needed: int, *, shared: int | None = None) -> None
 
 
 def _parent(output: Path) -> Path:
-    """Return the directory above OUTPUT that is there."""
+    """Return the nearest existing directory above OUTPUT."""
     above = output.absolute().parents
     return next((parent for parent in above if parent.exists()), output)
 
 
-def check_before(plan: Plan, output: Path, *, overwrite: bool, reflink: bool, team: Team) -> None:
-    """Raise UpcycleError for what can be seen before anything is downloaded or written."""
-    from upcycle_cli.hub.remote_checkpoint import check_download_space
-    from upcycle_cli.write.file_layout import unique_bytes
-
+def check_before(plan: Planned, output: Path, *, overwrite: bool, team: Team) -> None:
+    """Raise UpcycleError for every problem that shows before a download or the first byte."""
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
         source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
     spare += check_download_space(plan.sources, beside=output)
-    shared = None
-    if reflink:  # each rank shares within its files
-        ranks = range(team.size)
-        shared = spare + sum(unique_bytes(team.share_of(plan.shards, rank)) for rank in ranks)
-    check_space(output, plan.nbytes + spare, shared=shared)
+    # Each rank shares extents within its own files.
+    shares = (team.share_of(plan.shards, rank) for rank in range(team.size))
+    check_space(output, plan.nbytes + spare, shared=spare + sum(map(unique_bytes, shares)))
 
 
-def is_finished(plan: Plan, output: Path) -> bool:
-    """Whether `output` is the complete result of this very plan."""
+def is_finished(plan: Planned, output: Path) -> bool:
+    """Whether `output` is the complete result of this plan, by its sizes and its config."""
     if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
         return False
     try:
@@ -146,7 +133,7 @@ def is_finished(plan: Plan, output: Path) -> bool:
             return False
         found = open_checkpoint(output)
     except UpcycleError:
-        # Damaged since: not the result any more, and check_output decides what to do with it.
+        # It is damaged; check_output decides what happens to it.
         return False
     sizes = {name: entry.nbytes for name, entry in found.tensors.items()}
     return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}

@@ -1,49 +1,41 @@
-"""`upcycle.json`: what a conversion says about itself, for `verify`, `inspect` and people.
+"""`upcycle.json`, the record of a conversion, and the other files beside the weights.
 
-And how it and the other JSON files are written. It holds no time, no duration and no absolute path:
-two runs give the same file, and nobody's home directory ends up on the Hub.
+The record holds no time, no duration and no absolute path: two runs write the same file, and
+nobody's home directory ends up on the Hub.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
-from upcycle_cli.core.dir_handle import Folder
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     checksums_text,
     header_digest,
     locate,
     open_regular,
+    sha256_of,
+    write_whole,
 )
-from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.models.shipped import CODE_NAME, modeling_code
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.write.running_stats import Moments
+from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import Written
 
 FORMAT = 1
 
 
-def record(
-    plan: Plan,
-    routers: Mapping[str, str],
-    folder: Folder,
-    drawn: Mapping[str, Moments] | None = None,
-) -> dict[str, Any]:
-    """Return the record of a conversion; `routers` maps tensor names to SHA-256 digests.
-
-    `drawn` is what the draws of experts went by, by stream; `folder` holds the output but for the
-    record, the card and the checksums. Raises OSError or UpcycleError when one of its files is not
-    there, or is not of our making.
-    """
+def record(plan: Planned, written: Written, staging: Staging) -> dict[str, Any]:
+    """Return the record of a conversion, whose files are written except record, card, checksums."""
     how = plan.how
     return {
         "format": FORMAT,
@@ -52,16 +44,16 @@ def record(
         **described(plan),
         "source": _origin(plan.source),
         **_merged(plan),
-        "routers": dict(routers),
+        "routers": dict(written.routers),
         **_picked(how, "calibration", "router_file", "order_file"),
-        **({"perturbation": _perturbation(drawn)} if drawn else {}),
+        **({"perturbation": _perturbation(written.moments)} if written.moments else {}),
         "plan_sha256": plan.digest,
-        "files": list(_listed(plan, folder)),
+        "files": list(_listed(plan, staging)),
     }
 
 
-def described(plan: Plan) -> dict[str, Any]:
-    """Return what the record says of a conversion by its plan alone, whatever data it reads."""
+def described(plan: Planned) -> dict[str, Any]:
+    """Return the part of the record that follows from the plan alone."""
     how = plan.how
     return {
         "source_type": plan.source.config["model_type"],
@@ -95,11 +87,22 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _merged(plan: Plan) -> dict[str, Any]:
-    found = plan.merge_record
-    if found is None:
+def merged_record(plan: Planned) -> dict[str, Any] | None:
+    """Return the other models, and the model of each group (0 is the source); None without any."""
+    if not isinstance(plan, Plan) or plan.merge is None:
+        return None
+    return {
+        "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
+        "groups": list(plan.merge.of_groups(plan.recipe.expansion)),
+        "rest": plan.merge.rest,
+    }
+
+
+def _merged(plan: Planned) -> dict[str, Any]:
+    found = merged_record(plan)
+    if not isinstance(plan, Plan) or found is None:
         return {}
-    # Headers do not tell fine-tuned models of one base apart: a matrix that made experts does.
+    # Fine-tuned models of one base have equal headers: a matrix that made experts differs.
     dense, last = plan.family.dense, plan.family.layers[-1]
     name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
     models = [
@@ -134,53 +137,56 @@ def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(plan: Plan, folder: Folder) -> Iterator[dict[str, Any]]:
+def _listed(plan: Planned, staging: Staging) -> Iterator[dict[str, Any]]:
     for name in sorted(plan.file_names):
-        with folder.read_own(name) as file:
-            entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
-            if name.endswith(".safetensors"):
+        path = staging.path / name
+        entry = {"name": name, "size": path.stat().st_size}
+        if name.endswith(".safetensors"):
+            with path.open("rb") as file:
                 yield entry | {"header_sha256": header_digest(file)}
-            else:
-                yield entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        else:
+            yield entry | {"sha256": sha256_of(path)}
 
 
-def write_index(plan: Plan, folder: Folder) -> None:
-    """Write the index that says which file holds which tensor, when there are several."""
+def index_of(plan: Planned) -> dict[str, Any] | None:
+    """Return the index that maps tensors to files; None where there is one file."""
     if len(plan.shards) == 1:
-        return
-    index = {
+        return None
+    return {
         "metadata": {"total_size": plan.nbytes, "total_parameters": plan.total_parameters},
         "weight_map": {
             tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors
         },
     }
-    write_json(folder, INDEX_NAME, index)
 
 
-def write_json(folder: Folder, name: str, value: object) -> None:
-    """Write a value as indented JSON with a final newline."""
-    folder.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def json_bytes(value: object) -> bytes:
+    """Return a value as indented JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_metadata(plan: Plan, folder: Folder, written: Written) -> None:
+def write_metadata(plan: Planned, staging: Staging, written: Written) -> None:
     """Write every file of the output except the weights, the card and the checksums."""
-    write_index(plan, folder)
-    write_json(folder, CONFIG_NAME, plan.config)
-    if plan.code is not None:
-        folder.write(CODE_NAME, plan.code.encode())
+    staging.write(CONFIG_NAME, json_bytes(plan.config))
+    if (index := index_of(plan)) is not None:
+        staging.write(INDEX_NAME, json_bytes(index))
+    if isinstance(plan, Plan) and plan.target.ships_code:
+        row = plan.family.dense.family
+        code = modeling_code(row.class_names, wrapped=row.inside is not None)
+        staging.write(CODE_NAME, code.encode())
     for file in plan.source.companions:
+        path = staging.path / file.name
+        path.parent.mkdir(exist_ok=True)
         with (
             open_regular(locate(plan.source.path, file.name)) as original,
-            open(folder.create(file.name), "wb") as copy,  # noqa: PTH123 - a descriptor
+            path.open("wb") as copy,
         ):
             shutil.copyfileobj(original, copy)
-    write_json(folder, RECORD_NAME, record(plan, written.routers, folder, written.moments))
+    staging.write(RECORD_NAME, json_bytes(record(plan, written, staging)))
 
 
-def write_checksums(plan: Plan, folder: Folder) -> None:
-    """Write SHA256SUMS without the card, which changes when it is edited or pushed."""
-    digests = {}
-    for name in (*plan.file_names, RECORD_NAME):
-        with folder.read(name) as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    folder.write(CHECKSUMS_NAME, checksums_text(digests).encode())
+def write_checksums(plan: Planned, directory: Path) -> None:
+    """Write SHA256SUMS, without the card: an edit or a push changes that."""
+    names = (*plan.file_names, RECORD_NAME)
+    digests = {name: sha256_of(directory / name) for name in names}
+    write_whole(directory / CHECKSUMS_NAME, checksums_text(digests).encode())

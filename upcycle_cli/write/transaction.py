@@ -1,124 +1,124 @@
-"""The output directory as a transaction: whole under its name, or not there at all.
+"""The output as a transaction: complete under its name, or not there at all.
 
-Everything is written to `OUTPUT.partial`, made durable, and turned into OUTPUT by one rename. A run
-that is cut short leaves only the partial, with a marker that says which plan it belongs to and
-which files are complete; the same plan goes on from there.
+Everything is written to OUTPUT.partial, made durable, and renamed to OUTPUT. An old output is
+renamed to OUTPUT.replaced first and removed last, so a kill at any moment leaves it complete under
+one of these names; the sealed marker in the new directory tells the next run what to do. A run that
+is cut short leaves OUTPUT.partial, and the same plan resumes from there.
 """
 
 from __future__ import annotations
 
-import os
+import errno
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
-from upcycle_cli.checkpoint.storage import (
-    CARD_NAME,
-    COMPANIONS,
-    CONFIG_NAME,
-    INDEX_NAME,
-    RECORD_NAME,
-)
-from upcycle_cli.core.dir_handle import Folder, is_temporary
+from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME
 from upcycle_cli.core.errors import ResumableError, UpcycleError
-from upcycle_cli.core.platform import lock
-from upcycle_cli.core.safe_files import CHECKSUMS_NAME, is_digest, matches
-from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.core.platform import sync_directory
+from upcycle_cli.core.safe_files import CHECKSUMS_NAME
+from upcycle_cli.plan.base import Planned
+from upcycle_cli.write.ownership import record_digest, remove_all, take_inventory
 from upcycle_cli.write.preflight import check_kind
 from upcycle_cli.write.staging import (
+    ASIDE,
     MARKER,
-    NOTE_SUFFIX,
-    STATE,
-    SUFFIX,
-    TEMPORARY_SUFFIX,
-    Workspace,
+    Staging,
+    check_private,
+    disk_bytes,
+    is_directory,
+    is_staging,
+    locked,
     partial_of,
     read_state,
+    remove,
 )
-from upcycle_cli.write.swap import Interrupted, busy, find_interrupted, moved, publish
 
-__all__ = ["clean", "joined", "recover", "transaction"]
-
-_OWN_FILES = (
-    CONFIG_NAME,
-    RECORD_NAME,
-    CARD_NAME,
-    CHECKSUMS_NAME,
-    INDEX_NAME,
-    CODE_NAME,
-    "model*.safetensors",
-    *STATE,
-    *COMPANIONS,
-)
+_IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 @dataclass
 class Transaction:
-    """A conversion on its way to be OUTPUT."""
+    """A conversion that will become OUTPUT."""
 
-    parent: Folder
-    workspace: Workspace
+    staging: Staging
     output: Path
     overwrite: bool
-    made: list[Path]  # the directories above it that had to be made for it
+    made: list[Path]  # parent directories that were made for it
     published: bool = False
 
-    def check_place(self) -> None:
-        """Raise UpcycleError unless the directory is where it was made."""
-        folder = self.workspace.folder
-        try:
-            here = os.path.samestat(self.parent.path.stat(), os.fstat(self.parent.descriptor))
-        except OSError:
-            here = False
-        if not here or not self.parent.holds(folder.path.name, folder):
-            raise moved(folder)
-
     def publish(self) -> str | None:
-        """Turn it into OUTPUT; say what is left of what it replaced. ResumableError, OSError."""
-        folder = self.workspace.folder
+        """Rename the staging directory to OUTPUT; return a warning if the old output is left.
+
+        Raises ResumableError or OSError; the old output is then as it was.
+        """
         try:
-            self.check_place()
             check_kind(self.output)
-            left = publish(self.parent, self.workspace, overwrite=self.overwrite)
+            left = self._publish()
         except UpcycleError as error:
-            hint = f"{error.hint or ''} What was written is complete and stays in {folder.path}: "
+            hint = f"{error.hint or ''} The finished output stays in {self.staging.path}: "
             hint += "the same command publishes it."
             raise ResumableError(error.message, hint.strip()) from error
-        self.published = True
-        for directory in self.made if self.workspace.durable else ():
-            with Folder.open(directory.parent) as above:
-                above.sync()
+        for directory in self.made if self.staging.durable else ():
+            sync_directory(directory.parent)
         return left
 
+    def _publish(self) -> str | None:
+        output, new, durable = self.output, self.staging.path, self.staging.durable
+        occupied = self.overwrite and is_directory(output) and any(output.iterdir())
+        replaces = record_digest(output) if occupied else None
+        mode = _usual_mode(new)
+        self.staging.seal(replaces=replaces)
+        # Check again: somebody may have used the old output in the hours since the first check.
+        if occupied and take_inventory(output).record_digest != replaces:
+            raise UpcycleError(f"{output} was replaced meanwhile; nothing was published.")
+        _set_mode(new, mode)
+        try:
+            if occupied:
+                _rename(output, aside_of(output))
+            try:
+                _rename(new, output)
+            except BaseException:
+                if occupied:
+                    aside_of(output).rename(output)
+                raise
+        except BaseException:
+            _set_mode(new, 0o700)
+            raise
+        self.published = True
+        if durable:
+            sync_directory(output.parent)
+        return _finish(output, replaces, durable=durable)
+
     def discard(self) -> None:
-        """Remove the directory, unless it was published."""
+        """Remove the staging directory, unless it was published."""
         if not self.published:
             with suppress(OSError):
-                _discard(self.parent, self.workspace.folder)
+                _discard(self.staging.path)
 
 
 @contextmanager
 def transaction(
-    output: Path, plan: Plan, *, overwrite: bool, durable: bool
+    output: Path, plan: Planned, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
-    """Yield the directory to fill and to publish; UpcycleError when it cannot be had.
+    """Yield a transaction, whose staging directory is to be filled; UpcycleError if there is none.
 
-    When the run is cut short by a signal or by the system (a full disk), the directory stays, and
-    the same plan goes on from it; when its contents are no good, or not published, it is removed.
+    The directory is removed if the content is no good (any UpcycleError) or is not published. It
+    stays if a signal or the system (a full disk) cuts the run short: the same plan resumes from it.
     """
-    with ExitStack() as opened:
+    with ExitStack() as entered:
         try:
             made = [parent for parent in output.parents if not parent.exists()]
             output.parent.mkdir(parents=True, exist_ok=True)
-            parent = opened.enter_context(Folder.open(output.parent))
-            folder = _claim(parent, output.name, opened)
+            entered.enter_context(_claimed(output))
         except OSError as error:
             raise UpcycleError(f"cannot write {partial_of(output)}: {error.strerror}.") from error
-        workspace = _workspace(folder, output, plan, durable=durable)
-        running = Transaction(parent, workspace, output, overwrite, made)
-        workspace.take_over(restart=overwrite)
+        staging = _staging(output, plan, durable=durable)
+        staging.take_over(restart=overwrite)
+        running = Transaction(staging, output, overwrite, made)
         try:
             yield running
         except UpcycleError as error:
@@ -128,154 +128,190 @@ def transaction(
         running.discard()
 
 
+def join(output: Path, plan: Planned, *, durable: bool) -> Staging:
+    """Return the staging directory that rank 0 has made; UpcycleError if it is another one."""
+    path = partial_of(output)
+    if not is_directory(path) or read_state(path / MARKER).get("plan_sha256") != plan.digest:
+        raise UpcycleError(
+            f"{path} is not the directory that rank 0 writes to.",
+            "Run all ranks on one shared file system.",
+        )
+    check_private(path)
+    return _staging(output, plan, durable=durable)
+
+
+def aside_of(output: Path) -> Path:
+    """Return where the old output is between two renames."""
+    return output.parent / (output.name + ASIDE)
+
+
+def _staging(output: Path, plan: Planned, *, durable: bool) -> Staging:
+    return Staging(
+        path=partial_of(output),
+        output=output.name,
+        plan_digest=plan.digest,
+        files=(*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME),
+        durable=durable,
+    )
+
+
 @contextmanager
-def joined(output: Path, plan: Plan, *, durable: bool) -> Iterator[Workspace]:
-    """Yield the directory that another process of this conversion holds; UpcycleError if none."""
-    with ExitStack() as opened:
-        parent = opened.enter_context(Folder.open(output.parent))
-        folder = parent.inner(partial_of(output).name, opened)
-        if folder is None or read_state(folder, MARKER).get("plan_sha256") != plan.digest:
+def _claimed(output: Path) -> Iterator[None]:
+    """Make the staging directory if need be, and hold its lock."""
+    path = partial_of(output)
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    if not is_directory(path):
+        raise UpcycleError(f"{path} is a symbolic link or a file, not a directory.", "Remove it.")
+    if not is_staging(path, output.name):
+        raise UpcycleError(
+            f"{path} is in the way, and is no unfinished conversion of upcycle.",
+            "Move it elsewhere, or choose another OUTPUT.",
+        )
+    check_private(path)
+    with locked(path):
+        _set_mode(path, 0o700)
+        yield
+
+
+def _usual_mode(path: Path) -> int:
+    """Return the mode that a new directory gets by the umask."""
+    fresh = Path(mkdtemp(dir=path))
+    fresh.rmdir()
+    fresh.mkdir()
+    try:
+        return stat.S_IMODE(fresh.lstat().st_mode)
+    finally:
+        fresh.rmdir()
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    # A directory that was published in spite of an error, or a file system with one mode for all.
+    with suppress(FileNotFoundError, PermissionError):
+        path.chmod(mode)
+
+
+def _rename(old: Path, new: Path) -> None:
+    try:
+        old.rename(new)  # also onto an empty directory
+    except OSError as error:
+        if error.errno == errno.EXDEV:
             raise UpcycleError(
-                f"{partial_of(output)} is not the directory that rank 0 writes to.",
-                "Run all ranks on one shared file system.",
-            )
-        _check_mine(folder)
-        yield _workspace(folder, output, plan, durable=durable)
+                f"{old} cannot be renamed, and so not be replaced: it is in a lower layer of an "
+                "overlay file system.",
+                "Move or remove it yourself.",
+            ) from error
+        if error.errno not in _IN_THE_WAY:
+            raise
+        raise UpcycleError(
+            f"{new} is in the way: it was not there before.", "Move it elsewhere."
+        ) from error
 
 
-def _workspace(folder: Folder, output: Path, plan: Plan, *, durable: bool) -> Workspace:
-    files = (*plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
-    name, digest = output.name, plan.digest
-    return Workspace(folder=folder, output=name, plan_digest=digest, files=files, durable=durable)
+def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:
+    """Remove the old output and then the marker; return a warning if the old output is left."""
+    left, aside = None, aside_of(output)
+    if replaces is not None and is_directory(aside):
+        try:
+            _remove_replaced(aside, replaces)
+        except (OSError, UpcycleError) as error:
+            reason = error.message if isinstance(error, UpcycleError) else error.strerror
+            left = f"{aside} is what {output.name} was before, and is left: {reason}"
+    (output / MARKER).unlink(missing_ok=True)
+    if durable:
+        sync_directory(output)
+    return left
+
+
+def _remove_replaced(aside: Path, replaces: str) -> None:
+    if record_digest(aside) == replaces:
+        remove_all(aside, take_inventory(aside))
+    elif any(aside.iterdir()):
+        return  # another directory
+    aside.rmdir()
+
+
+def _discard(path: Path) -> None:
+    """Remove a staging directory, and last the marker that says that it is one."""
+    for inner in path.iterdir():
+        if inner.name != MARKER:
+            remove(inner)
+    (path / MARKER).unlink(missing_ok=True)
+    path.rmdir()
+
+
+# After a kill ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A publication that a kill has cut short."""
+
+    output: Path
+    replaces: str | None
+    aside: bool
+    """Whether OUTPUT is missing: the old one was renamed, and the new one was not."""
+
+    def end(self) -> str | None:
+        """Finish it, or undo it where OUTPUT is missing; return a warning or a note."""
+        with locked(partial_of(self.output) if self.aside else self.output):
+            if not self.aside:
+                return _finish(self.output, self.replaces, durable=True)
+            aside_of(self.output).rename(self.output)
+        return (
+            f"{self.output} had been set aside as {aside_of(self.output).name} by a run that was "
+            "killed, and is back."
+        )
 
 
 def recover(output: Path) -> str | None:
-    """Finish or undo the replacing that a killed run began; UpcycleError if it runs still."""
-    with ExitStack() as opened:
-        found = None
-        with suppress(OSError):  # what cannot be looked at is told of once it is checked
-            parent = opened.enter_context(Folder.open(output.parent))
-            found = find_interrupted(parent, output.name, opened)
-        return None if found is None else found.end()
+    """Finish or undo the publication that a kill cut short; UpcycleError if it still runs."""
+    found = _find_interrupted(output)
+    return None if found is None else found.end()
+
+
+def _find_interrupted(output: Path) -> Interrupted | None:
+    for new in (output, partial_of(output)):
+        state = read_state(new / MARKER) if is_directory(new) else {}
+        if state.get("output") != output.name or "replaces" not in state:
+            continue
+        replaces = state["replaces"] if isinstance(state["replaces"], str) else None
+        if new == output:
+            return Interrupted(output, replaces, aside=False)
+        old = aside_of(output)
+        if replaces and not output.exists() and is_directory(old):
+            return Interrupted(output, replaces, True) if record_digest(old) == replaces else None
+    return None
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a run that did not come to its end has left."""
+    """What an interrupted run left."""
 
     path: Path
     nbytes: int
-    what: str  # what it is, in words
+    what: str  # in words
     note: str | None = None  # what else was done when it was removed
 
 
 def clean(output: Path, *, remove: bool) -> Leftover:
-    """Return the abandoned OUTPUT.partial, removed when asked; UpcycleError if it is none."""
-    partial = partial_of(output)
-    nothing = UpcycleError(f"there is no {partial}.", "Nothing to clean.")
-    with ExitStack() as opened:
-        try:
-            parent = opened.enter_context(Folder.open(output.parent))
-        except FileNotFoundError:
-            raise nothing from None
-        interrupted = find_interrupted(parent, output.name, opened)
-        if interrupted is not None and not interrupted.aside:
-            if found := _clean_replaced(interrupted, opened, remove=remove):
-                return found
-            interrupted = None
-        folder = interrupted.new if interrupted else parent.inner(partial.name, opened)
-        if folder is None:
-            raise nothing
-        if not _is_ours(folder, output.name):
-            raise UpcycleError(
-                f"{partial} is no unfinished conversion of upcycle.", "Remove it yourself."
-            )
-        _check_mine(folder)
-        _lock(parent, folder)
-        nbytes = folder.nbytes()
-        note = interrupted.end() if remove and interrupted is not None else None
+    """Return what an interrupted run left of OUTPUT, and remove it when asked; UpcycleError."""
+    partial, aside = partial_of(output), aside_of(output)
+    interrupted = _find_interrupted(output)
+    if interrupted is not None and not interrupted.aside and is_directory(aside):
+        found = Leftover(aside, disk_bytes(aside), f"what {output} was before")
+        if remove and (left := interrupted.end()):
+            raise UpcycleError(left)
+        return found
+    if not is_directory(partial):
+        raise UpcycleError(f"there is no {partial}.", "Nothing to clean.")
+    if not is_staging(partial, output.name):
+        raise UpcycleError(f"{partial} is no unfinished conversion of upcycle.", "Remove it.")
+    check_private(partial)
+    note, nbytes = None, disk_bytes(partial)
+    if remove and interrupted is not None and interrupted.aside:
+        note = interrupted.end()
+    with locked(partial):
         if remove:
-            _discard(parent, folder)
-        return Leftover(partial, nbytes, "an unfinished conversion", note)
-
-
-def _clean_replaced(
-    interrupted: Interrupted, opened: ExitStack, *, remove: bool
-) -> Leftover | None:
-    """Return what OUTPUT was before, if it is there still; remove it when asked."""
-    found, old = None, interrupted.old
-    if old is not None and (folder := interrupted.parent.inner(old, opened)):
-        what = f"what {interrupted.new.path} was before"
-        found = Leftover(folder.path, folder.nbytes(), what)
-    if remove and (left := interrupted.end()):
-        raise UpcycleError(left)
-    return found
-
-
-def _claim(parent: Folder, output: str, opened: ExitStack) -> Folder:
-    """Make the directory if need be, and return it open and locked."""
-    name = output + SUFFIX
-    partial = parent.path / name
-    with suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=parent.descriptor)
-    folder = parent.inner(name, opened)
-    if folder is None:
-        raise UpcycleError(
-            f"{partial} is a symbolic link or a file, not a directory.", "Remove it."
-        )
-    if not _is_ours(folder, output):
-        raise UpcycleError(
-            f"{partial} is in the way, and is no unfinished conversion of upcycle.",
-            "Move it elsewhere, or choose another OUTPUT.",
-        )
-    _check_mine(folder)
-    _lock(parent, folder)
-    folder.make_private()
-    return folder
-
-
-def _check_mine(folder: Folder) -> None:
-    if not folder.is_mine():
-        raise UpcycleError(
-            f"{folder.path} belongs to another user, or others may write in it; it is not used.",
-            f"If it is yours: chmod go-w {folder.path}. If not, choose another OUTPUT.",
-        )
-
-
-def _is_ours(folder: Folder, output: str) -> bool:
-    """Whether a directory was left by a conversion into `output`, and is no finished model."""
-    for state in (read_state(folder, name) for name in STATE):
-        if state.get("output") == output and is_digest(state.get("plan_sha256")):
-            return True
-    names = folder.names()
-    if RECORD_NAME in names:
-        return False
-    # A marker that the loss of power has cut short, or an earlier version's; and before there is
-    # one, nothing but the file that was to be it.
-    return all(map(is_temporary, names)) or (MARKER in names and all(map(_is_expected, names)))
-
-
-def _is_expected(name: str) -> bool:
-    if name.endswith((NOTE_SUFFIX, TEMPORARY_SUFFIX, f"{NOTE_SUFFIX}.new")) or is_temporary(name):
-        return True
-    return matches(name, _OWN_FILES) or any(
-        pattern.startswith(f"{name}/") for pattern in _OWN_FILES
-    )
-
-
-def _lock(parent: Folder, folder: Folder) -> None:
-    # Its owner may have published or removed it meanwhile.
-    try:
-        held = lock(folder.descriptor)
-    except OSError as error:
-        raise UpcycleError(f"cannot write {folder.path}: {error.strerror}.") from error
-    if not held or not parent.holds(folder.path.name, folder):
-        raise busy(folder)
-
-
-def _discard(parent: Folder, folder: Folder) -> None:
-    """Remove a directory of ours, and last the files that tell that it is."""
-    for name in [name for name in folder.names() if name not in STATE] + list(STATE):
-        folder.remove(name)
-    if parent.holds(folder.path.name, folder):
-        parent.remove_empty(folder.path.name)
+            _discard(partial)
+    return Leftover(partial, nbytes, "an unfinished conversion", note)

@@ -1,11 +1,11 @@
-"""Executes a plan: writes its shards and its index into a directory.
+"""Writes the shards of a plan into the staging directory.
 
-Each unique part of a file is written at its first place; its other places share the extents of the
-first where the file system can (`FICLONERANGE`), and are written where it cannot. Bytes that are
-the dense model's go from its pages to the file; everything else is computed, once. A few threads do
-this side by side, each in a file of its own while there are enough, so that reading, arithmetic,
-writing and waiting for the disk overlap; each holds one part at a time. A file is written under a
-temporary name, made durable, and renamed, so a file that has its name is complete.
+Each unique part of a file is written at its first place. Its other places share the extents of the
+first where the file system can (FICLONERANGE), and are written where it cannot. Bytes of the dense
+model go from its pages to the file; everything else is computed, once. A few threads do this side
+by side, each in its own file while there are enough, so that reading, arithmetic, writing and
+waiting for the disk overlap; each holds one part at a time. A file is written under a temporary
+name, made durable, and renamed, so a file under its final name is complete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from xxhash import xxh3_128
 
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.platform import make_durable, num_processors, share, start_writeback
-from upcycle_cli.plan.expressions import Expr, gather_input, source_names
+from upcycle_cli.core.platform import (
+    can_share,
+    make_durable,
+    num_processors,
+    share,
+    start_writeback,
+)
+from upcycle_cli.plan.base import Planned, Shard
+from upcycle_cli.plan.expressions import Expr, gathering, sources
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.output import Role, Shard
-from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.tensors import Role
 from upcycle_cli.write.file_layout import Layout, Part, file_digest, lay_out, read_back, repetitions
 from upcycle_cli.write.running_stats import Moments, noted_moments
-from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Workspace
+from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 from upcycle_cli.write.transpose import in_pieces
 
 # Much less than a huge page: docs/decisions.md says why.
@@ -42,12 +48,10 @@ _STOP_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """How to write; the bytes that are read back are the same for all of them."""
+    """How to write; the output is the same for all of them."""
 
     workers: int = 0
-    """Threads; 0 for one more than the process may use processors, at most 4."""
-    reflink: bool = True
-    """Share extents between equal parts where the file system can."""
+    """Threads; 0 for one more than there are processors, at most 4."""
     fsync: bool = True
     """Make every file durable before it gets its name."""
 
@@ -57,27 +61,27 @@ class WriteOptions:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads to use: one more, as one of them usually waits for the disk."""
+        """The number of threads: one more than processors, as one usually waits for the disk."""
         return self.workers or min(4, num_processors() + 1)
 
 
 @dataclass
 class Written:
-    """What there is now, and how the bytes came about."""
+    """What was found out while shards were written."""
 
     routers: dict[str, str] = field(default_factory=dict)
-    """Each router's SHA-256 by tensor name."""
+    """The SHA-256 of each router, by tensor name."""
     vanished: dict[Expr, int] = field(default_factory=dict)
-    """Of the parts in which values became zero that were not: how many did."""
+    """How many nonzero values of an expression became zero."""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """What the draws of experts went by, by their stream."""
+    """The statistics that the draws of each stream followed."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0
     """Bytes that an earlier, unfinished run had written."""
 
     def add(self, other: Written) -> None:
-        """Add what was written elsewhere."""
+        """Add what was found out elsewhere."""
         self.routers |= other.routers
         self.vanished |= other.vanished
         self.moments |= other.moments
@@ -90,22 +94,21 @@ class _StoppedError(Exception):
 
 
 def write_weights(
-    plan: Plan,
+    plan: Planned,
     shards: Sequence[Shard],
-    workspace: Workspace,
+    staging: Staging,
     *,
     progress: Callable[[int], None],
     options: WriteOptions,
 ) -> Written:
     """Write the shards that no earlier run has finished; UpcycleError when a value overflows."""
     with plan.reader() as reader:
-        shares = options.reflink and workspace.folder.can_share()
-        crew = _Crew(reader, workspace, options, progress, shares)
+        crew = _Crew(reader, staging, options, progress, can_share(staging.path))
         tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
         for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
-        crew.run([task.take_over for task in tasks if workspace.noted(task.name)])
+        crew.run([task.take_over for task in tasks if staging.noted(task.name)])
         missing = [task for task in tasks if not task.complete.is_set()]
         crew.threads_per_file = options.num_threads // min(options.num_threads, len(missing) or 1)
         crew.run([task.write for task in missing])
@@ -117,18 +120,18 @@ def write_weights(
 
 @dataclass
 class _Crew:
-    """The threads that write, and what they have in common."""
+    """The threads that write, and what they share."""
 
     reader: Reader | MergedReader
-    workspace: Workspace
+    staging: Staging
     options: WriteOptions
     progress: Callable[[int], None]
     shares: bool
-    """Whether equal parts are to share extents, and can."""
+    """Whether the file system can share extents."""
     first: dict[Expr, tuple[_Task, int]] = field(default_factory=dict)
-    """The first file that holds a part, and where; also when it is not complete yet."""
+    """The first file that holds a part, and the offset there."""
     digests: dict[Expr, bytes] = field(default_factory=dict)
-    """Of the bytes of each part, once they have been written or read."""
+    """The digest of each part that was written or read."""
     threads_per_file: int = 1
     stopping: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
@@ -139,26 +142,30 @@ class _Crew:
             self.run_in(min(self.options.num_threads, len(work)), "upcycle-file", work)
 
     def run_in(self, threads: int, name: str, work: Sequence[Callable[[], None]]) -> None:
-        """Do this in threads of their own; raise the first failure, once all have ended."""
+        """Do this in new threads; raise the first failure, once all have ended."""
         with ThreadPoolExecutor(threads, name) as pool:
             try:
                 jobs = [pool.submit(each) for each in work]
                 if wait(jobs, return_when=FIRST_EXCEPTION).not_done:
-                    self.stopping.set()  # after a failure nobody waits for the rest of a large part
+                    self.stopping.set()  # a failure need not wait for the rest of a large part
             except BaseException:
                 self.stopping.set()
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
         errors = filter(None, (job.exception() for job in jobs if not job.cancelled()))
-        # What made the others stop says more than that they stopped.
+        # The error that made the others stop says more than that they stopped.
         for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
             raise error
 
-    def advance(self, nbytes: int) -> None:
-        """Tell of bytes that have found their place; _StoppedError when no more are wanted."""
+    def check_running(self) -> None:
+        """Raise _StoppedError once another thread has failed."""
         if self.stopping.is_set():
             raise _StoppedError
+
+    def advance(self, nbytes: int) -> None:
+        """Report bytes that are in place."""
+        self.check_running()
         if nbytes:
             with self.lock:
                 self.progress(nbytes)
@@ -175,36 +182,33 @@ class _Task:
     complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
-    told: int = 0
-    """Bytes that were found in place and told of, and are now to be written again."""
+    reported: int = 0
+    """Bytes that were reported when they were checked, and are now written again."""
 
     def take_over(self) -> None:
-        """Take what an earlier run has written, if every byte is still what it was."""
-        workspace = self.crew.workspace
-        noted = workspace.noted(self.name)
+        """Keep the file that an earlier run has written, if every byte is still the same."""
+        noted = self.crew.staging.noted(self.name)
         try:
-            with workspace.folder.read_own(self.name) as file:
+            with (self.crew.staging.path / self.name).open("rb") as file:
                 found = read_back(file, self.layout, self._advance_checking)
-        except (OSError, UpcycleError):
-            return  # what cannot be read is written again
-        held = noted_moments(noted.get("moments"), self.layout.drawn)
-        if not found or held is None or noted.get("xxh3_128") != file_digest(self.layout, found[0]):
-            return
-        self.written.moments = held
-        digests, self.written.routers = found
+        except OSError:
+            return  # an unreadable file is written again
+        moments = noted_moments(noted.get("moments"), self.layout.drawn)
         shared, vanished = noted.get("shared_bytes"), noted.get("vanished")
-        if type(shared) is int and 0 <= shared <= self.layout.nbytes:
-            self.written.shared_bytes = shared
-        for index, part in enumerate(self.layout.parts):
-            count = vanished.get(str(index)) if isinstance(vanished, dict) else None
-            if type(count) is int and count > 0:
-                self.written.vanished[part.expr] = count
+        if not (found and isinstance(shared, int) and isinstance(vanished, dict)):
+            return
+        if moments is None or noted.get("xxh3_128") != file_digest(self.layout, found[0]):
+            return
+        digests, self.written.routers = found
+        self.written.moments, self.written.shared_bytes = moments, shared
+        exprs = [part.expr for part in self.layout.parts]
+        self.written.vanished = {exprs[int(index)]: count for index, count in vanished.items()}
         self.written.reused_bytes = self.layout.nbytes - len(self.layout.header)
         self.crew.digests |= digests
         self.complete.set()
 
     def _facts(self) -> dict[str, object]:
-        """Return what a later run has to know of the file, for `take_over`."""
+        """Return what `take_over` in a later run has to know of the file."""
         counts = [self.written.vanished.get(part.expr) for part in self.layout.parts]
         return {
             "xxh3_128": file_digest(self.layout, self.crew.digests),
@@ -215,10 +219,11 @@ class _Task:
 
     def write(self) -> None:
         """Write the file under a temporary name, make it durable, rename it, and note that."""
-        folder, durable = self.crew.workspace.folder, self.crew.options.fsync
-        temporary = self.name + TEMPORARY_SUFFIX
+        staging, durable = self.crew.staging, self.crew.options.fsync
+        path = staging.path / self.name
+        temporary = staging.path / (self.name + TEMPORARY_SUFFIX)
         try:
-            with os.fdopen(folder.create(temporary), "wb", buffering=0) as file:
+            with temporary.open("w+b", buffering=0) as file:
                 descriptor = file.fileno()
                 os.ftruncate(descriptor, self.layout.nbytes)
                 _write_at(descriptor, memoryview(self.layout.header), 0)
@@ -226,33 +231,32 @@ class _Task:
                 with _flushed(descriptor) if durable else nullcontext():
                     self.crew.run_in(self.crew.threads_per_file, "upcycle-writer", work)
                 if self.crew.shares:
-                    start_writeback(descriptor)  # or each sharing would wait for the disk
+                    start_writeback(descriptor)  # otherwise each sharing waits for the disk
                     self._share_parts(descriptor)
                 if durable:
                     make_durable(descriptor)
             self._check_source()
-            folder.rename(temporary, self.name)
-            self.crew.workspace.note(self.name, self._facts())
+            temporary.rename(path)
+            staging.note(self.name, self._facts())
         except OSError as error:
             if error.errno == errno.EFAULT:
-                self._check_source()  # its pages are gone where it was cut off
-            # A write that fails does not say in which file.
-            raise OSError(error.errno, error.strerror, str(folder.path / self.name)) from error
+                self._check_source()  # a truncated source has no pages there
+            # pwrite does not say which file it failed on.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         self.complete.set()
 
     def _bundles(self) -> list[list[Part]]:
-        """Return the parts, those together that gather their columns from the same rows."""
+        """Return the parts; those that gather their columns from the same rows go together."""
         bundles: dict[tuple[Expr, bool], list[Part]] = {}
         for part in self.layout.parts:
-            rows = gather_input(part.expr)
-            # What is gathered from may be a part of its own.
+            rows = gathering(part.expr)
+            # The rows can be a part, too.
             bundles.setdefault((rows or part.expr, rows is None), []).append(part)
         return [*bundles.values()]
 
     def _write_parts(self, parts: Sequence[Part], descriptor: int) -> None:
-        """Write parts to all their places, or to those that the others will share."""
-        if self.crew.stopping.is_set():
-            raise _StoppedError
+        """Write parts to the places that do not share extents."""
+        self.crew.check_running()
         if len(parts) == 1 and not in_pieces(parts[0].expr):
             self._write_part(parts[0], descriptor)
             return
@@ -270,7 +274,7 @@ class _Task:
             self.crew.digests[part.expr] = digest.digest()
 
     def _own_offsets(self, part: Part) -> tuple[int, ...]:
-        """Return where a part is to be written here, and not shared."""
+        """Return where a part is to be written; elsewhere it shares extents."""
         if not self.crew.shares:
             return part.offsets
         return part.offsets[:1] if self.crew.first[part.expr][0] is self else ()
@@ -282,10 +286,10 @@ class _Task:
         data = self._data(part)
         if router:
             self.written.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-        self._write_at(descriptor, part, data, offsets)
+        self._write_data(descriptor, part, data, offsets)
 
     def _share_parts(self, descriptor: int) -> None:
-        """Let all other places share the extents of the first, or write them where that fails."""
+        """Share the extents of each part's first place, or write the part where that fails."""
         unshared: dict[Part, list[int]] = {}
         for run in repetitions(self.layout, self, self.crew.first):
             with nullcontext(descriptor) if run.origin is self else run.origin.opened() as origin:
@@ -297,47 +301,46 @@ class _Task:
             for part, offset in run.places:
                 unshared.setdefault(part, []).append(offset)
         for part, offsets in unshared.items():
-            self._write_at(descriptor, part, self._data(part), offsets)
+            self._write_data(descriptor, part, self._data(part), offsets)
 
     def _data(self, part: Part) -> memoryview:
-        # Not before something is to be computed: this imports numpy.
+        # Imported here, since it imports numpy.
         from upcycle_cli.write.evaluate import evaluate
 
         vanished, drawn = list[int](), self.written.moments.__setitem__
-        with _overflow_told(part):
+        with _overflow_explained(part):
             data = evaluate(part.expr, self.crew.reader.mapped, vanished.append, drawn)
         if vanished:
             self.written.vanished[part.expr] = sum(vanished)
         return data
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[tuple[int, memoryview]]:
-        """Yield a few rows of a part, and which it is; what vanishes is noted of the first."""
+        """Yield a few rows of a part and its index; vanished values count for the first part."""
         from upcycle_cli.write.evaluate import evaluate_together
 
         vanished, exprs = list[int](), [part.expr for part in parts]
-        with _overflow_told(parts[0]):
+        with _overflow_explained(parts[0]):
             yield from evaluate_together(exprs, self.crew.reader.mapped, vanished.append)
         if vanished:
             self.written.vanished[parts[0].expr] = sum(vanished)
 
     def _check_source(self) -> None:
-        """Raise UpcycleError when a file that was read is not what it was before."""
+        """Raise UpcycleError when a source file has changed since it was opened."""
         exprs = (part.expr for part in self.layout.parts)
-        self.crew.reader.check_unchanged(name for expr in exprs for name in source_names(expr))
+        self.crew.reader.check_unchanged(name for expr in exprs for name in sources(expr))
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """Yield a descriptor of the file, once it is complete."""
+        """Wait until the file is complete, and yield its descriptor."""
         while not self.complete.wait(_STOP_SECONDS):
-            if self.crew.stopping.is_set():
-                raise _StoppedError
-        with self.crew.workspace.folder.read_own(self.name) as file:
+            self.crew.check_running()
+        with (self.crew.staging.path / self.name).open("rb") as file:
             yield file.fileno()
 
-    def _write_at(
+    def _write_data(
         self, descriptor: int, part: Part, data: memoryview, offsets: Sequence[int]
     ) -> None:
-        """Write a part to several places, piece by piece: each is read from memory once."""
+        """Write a part to several places, piece by piece: memory is read once per piece."""
         digest = xxh3_128()
         with self.turn:
             for start in range(0, len(data), _PIECE_BYTES):
@@ -349,19 +352,18 @@ class _Task:
         self.crew.digests[part.expr] = digest.digest()
 
     def _advance_checking(self, nbytes: int) -> None:
-        self.told += nbytes
+        self.reported += nbytes
         self.crew.advance(nbytes)
 
     def _advance(self, nbytes: int) -> None:
-        """Tell of bytes that are in place, unless they were told of when they were checked."""
-        known = min(self.told, nbytes)
-        self.told -= known
+        """Report bytes that are in place, unless they were reported when they were checked."""
+        known = min(self.reported, nbytes)
+        self.reported -= known
         self.crew.advance(nbytes - known)
 
 
 @contextmanager
-def _overflow_told(part: Part) -> Iterator[None]:
-    """Say in words that a part does not fit its dtype."""
+def _overflow_explained(part: Part) -> Iterator[None]:
     from upcycle_cli.write.evaluate import OverflowInCastError
 
     try:
@@ -376,7 +378,7 @@ def _overflow_told(part: Part) -> Iterator[None]:
 
 @contextmanager
 def _flushed(descriptor: int) -> Iterator[None]:
-    """Have the disk take what is written as it comes, rather than most of it at the end."""
+    """Have the disk take written data as it comes, rather than most of it at the end."""
     stop = Event()
 
     def flush() -> None:
@@ -389,8 +391,7 @@ def _flushed(descriptor: int) -> Iterator[None]:
             yield
         finally:
             stop.set()
-        # The system tells of a failed write once: whoever hears of it must say so.
-        flushing.result()
+        flushing.result()  # the system reports a failed write once, here or in fsync
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -1,0 +1,405 @@
+"""A conversion that is cut short leaves nothing under OUTPUT, and the same command resumes it.
+
+`UPCYCLE_KILLS=100 pytest tests/end_to_end/test_interrupted.py -k random` is the full measure; the
+default is a few kills, so that the tests stay quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from conftest import clone, others, snapshot, spoil
+from engine_fixtures import (
+    PYTHON,
+    SUBPROCESS_SECONDS,
+    Advance,
+    contents,
+    convert_command,
+    environment,
+    kill_all,
+    make_dense,
+    plan_of,
+    run,
+    start,
+    system,
+    torchrun_command,
+    wait_until,
+)
+
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
+from upcycle_cli.api import execute
+from upcycle_cli.verification.result import Report
+from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of
+from upcycle_cli.write.writer import WriteOptions
+
+KILLS = int(os.environ.get("UPCYCLE_KILLS", "4"))
+NUM_SHARDS = 24
+SHARDED = ("--max-shard-size", "5MB")
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion into many files, and its output when nobody disturbs it."""
+
+    dense: Path
+    reference: dict[str, str]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    path = tmp_path_factory.mktemp("job")
+    dense = make_dense(path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
+    started = time.monotonic()
+    process = start(convert_command(dense, path / "moe", *SHARDED))
+    _, said = process.communicate(timeout=SUBPROCESS_SECONDS)
+    seconds = time.monotonic() - started
+    assert process.returncode == 0, said
+    reference = contents(path / "moe")
+    assert sum(name.endswith(".safetensors") for name in reference) >= NUM_SHARDS
+    return Job(dense, reference, seconds)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("small") / "dense")
+
+
+def notes(output: Path) -> list[Path]:
+    return sorted(partial_of(output).glob(f"*{NOTE_SUFFIX}"))
+
+
+# Kills and signals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.long
+def test_random_kills(job: Job, tmp_path: Path, ranks: int) -> None:
+    output = tmp_path / "moe"
+    plain = convert_command(job.dense, output, *SHARDED)
+    for number in range(max(2, KILLS // ranks)):
+        chance = random.Random(number)  # noqa: S311 - not for secrets
+        process = start(plain if ranks == 1 else torchrun_command(ranks, plain))
+        delay = chance.uniform(0, job.seconds)
+        if number % 2:
+            # Python's start takes most of the time: every other kill comes while there is writing.
+            wait_until(partial_of(output).is_dir, process)
+            delay = chance.uniform(0, job.seconds / 4)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+        else:
+            process.communicate()
+        if output.exists():
+            assert contents(output) == job.reference, f"kill {number}: OUTPUT is not complete"
+        done = run(plain)
+        assert done.returncode == 0, f"kill {number}: {done.stderr}"
+        assert contents(output) == job.reference, f"kill {number}"
+        assert not partial_of(output).exists()
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
+@pytest.mark.long
+def test_a_kill_at_every_step(small: Path, tmp_path: Path, *, replacing: bool) -> None:
+    execute(plan_of(small, "E2G2T2", max_shard_bytes=40_000), tmp_path / "reference")
+    execute(plan_of(small, "E4G1T2"), tmp_path / "before")
+    reference, before = contents(tmp_path / "reference"), contents(tmp_path / "before")
+    arguments = [small, tmp_path / "work" / "moe", *[tmp_path / "before"] * replacing]
+    done = subprocess.run(
+        [PYTHON, Path(__file__).parents[1] / "kill_points.py", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+        timeout=SUBPROCESS_SECONDS,
+    )
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"after {steps[-1]['before'] if steps else 'none'}: {done.stderr}"
+    assert len(steps) > 30
+    assert any(step["before"].startswith("os.remove") for step in steps)
+    published = 0
+    for step in steps:
+        killed, where = step["killed"], step["before"]
+        if killed is not None and killed.pop(MARKER, None):
+            assert killed == reference, where  # only the new one has a marker
+        assert killed in (before if replacing else None, reference, None), where
+        if killed is None and replacing:  # between two renames: the old one is complete, elsewhere
+            assert step["places"]["moe.replaced"] == before, where
+        assert step["resumed"] == reference, where
+        assert step["names"] == ["moe"], where
+        published += killed == reference
+    assert published
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_finished_shards_survive_a_signal(job: Job, tmp_path: Path, number: int) -> None:
+    output = tmp_path / "moe"
+    process = start(convert_command(job.dense, output, *SHARDED))
+    assert wait_until(lambda: notes(output), process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=SUBPROCESS_SECONDS)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert stdout == ""
+        assert len(stderr.splitlines()) == 2  # what happened, and what to do
+        assert "same command" in stderr
+    assert not output.exists()
+    complete = {note.name.removesuffix(NOTE_SUFFIX) for note in notes(output)}
+    before = {name: (partial_of(output) / name).stat().st_ino for name in complete}
+    done = run(convert_command(job.dense, output, *SHARDED, "--json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reused_bytes"] > 0
+    assert {name: (output / name).stat().st_ino for name in complete} == before
+    assert contents(output) == job.reference
+
+
+def test_a_signal_stops_inside_a_large_part(tmp_path: Path) -> None:
+    # Each part has 32 places of 128 MiB: whoever finished one would write 4 GiB.
+    dense = make_dense(tmp_path / "dense", hidden=4096, inner=16384, layers=1, hollow=True)
+    output = tmp_path / "moe"
+    options = ("--no-fsync", "--workers", "1", "--max-shard-size", "1TB")
+
+    def written_bytes() -> int:
+        return sum(f.stat().st_blocks * 512 for f in partial_of(output).glob("*.writing"))
+
+    process = start(convert_command(dense, output, *options, recipe="E32G1T2"))
+    wait_until(lambda: written_bytes() > 1 << 28, process)  # attention comes first, 128 MiB
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=SUBPROCESS_SECONDS)
+    assert process.returncode == 130
+    assert written_bytes() < 2 << 30
+
+
+# Failures -----------------------------------------------------------------------------------------
+
+# Converts as the command line does, but meets an accident at the 20th write.
+ACCIDENT = """
+import os, sys
+real, calls = os.pwrite, 0
+def pwrite(*arguments):
+    global calls
+    calls += 1
+    if calls == 20:
+        {accident}
+    return real(*arguments)
+os.pwrite = pwrite
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("accident", "said"),
+    [
+        ("raise OSError(28, os.strerror(28))", "No space left on device"),
+        ("os.truncate(sys.argv[2] + '/model.safetensors', 4096)", None),
+    ],
+    ids=["full disk", "truncated source"],
+)
+@pytest.mark.parametrize("recipe", ["E2G1T2", "E2G2T2"], ids=["copied", "computed"])
+def test_the_same_command_completes_it_after_an_accident(
+    llama: Path, tmp_path: Path, accident: str, said: str | None, recipe: str
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    weights = dense / "model.safetensors"
+    good, status = weights.read_bytes(), weights.stat()
+    options = ("--max-shard-size", "50KB", "--workers", "1")
+    command = convert_command(dense, tmp_path / "moe", *options, recipe=recipe)
+    failed = forked.run(command[3:], program=ACCIDENT.format(accident=accident))
+    assert failed.returncode not in (0, 1)
+    assert "Traceback" not in failed.stderr
+    if said is not None:
+        assert failed.returncode == 2
+        assert said in failed.stderr
+        assert "same command" in failed.stderr
+    assert not (tmp_path / "moe").exists()
+    weights.write_bytes(good)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    reference = convert_command(dense, tmp_path / "reference", *options, recipe=recipe)
+    assert run(reference).returncode == 0
+    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+
+
+def replace_weights(dense: Path) -> None:
+    """Put another file in its place, of the same size and time."""
+    weights = dense / "model.safetensors"
+    status = weights.stat()
+    shutil.copyfile(weights, dense / "other")
+    os.utime(dense / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (dense / "other").replace(weights)
+
+
+def rewrite_config(dense: Path) -> None:
+    path = dense / "config.json"
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"llama", b"LLAMA"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace_companion(dense: Path) -> None:
+    (dense / "LICENSE").unlink()
+    (dense / "LICENSE").symlink_to("/etc/hostname")
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "replaced weights": replace_weights,
+    "changed weights": lambda dense: spoil(dense / "model.safetensors"),
+    "touched weights": lambda dense: os.utime(dense / "model.safetensors", ns=(0, 0)),
+    "changed config": rewrite_config,
+    "replaced companion": replace_companion,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_publishes_nothing(llama: Path, tmp_path: Path, change: str) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    plan = build_plan(RECIPE, open_checkpoint(dense), options=Options(max_shard_bytes=50_000))
+    told: list[int] = []
+
+    def act_once(num_bytes: int) -> None:
+        if not told:
+            CHANGES[change](dense)
+        told.append(num_bytes)
+
+    with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
+        execute(plan, tmp_path / "moe", hooks=Advance(act_once), writing=WriteOptions(workers=1))
+    # Writing ends early where the weights have changed, not at the last check.
+    assert (sum(told) < plan.nbytes) == ("weights" in change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+# Verification -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("occupied", [False, True])
+def test_a_failed_verification_publishes_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, occupied: bool
+) -> None:
+    def verify_spoilt(dense: Path, moe: Path, **options: Any) -> Report:  # noqa: ANN401
+        spoil(moe / "model.safetensors")
+        return verify(dense, moe, **options)
+
+    if occupied:
+        convert(llama, tmp_path / "moe", Recipe(expansion=4, granularity=2, top_k=4))
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("upcycle_cli.old_verification.verify", verify_spoilt)
+    done = convert(llama, tmp_path / "moe", RECIPE, overwrite=occupied, verify=True)
+    assert done.report is not None
+    assert not done.report.passed
+    assert not done.published
+    assert snapshot(tmp_path) == before
+
+
+def test_a_verification_that_cannot_run_keeps_the_weights(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise UpcycleError("transformers cannot be imported.")
+
+    with monkeypatch.context() as context:
+        context.setattr("upcycle_cli.old_verification.verify", broken)
+        with pytest.raises(UpcycleError, match="The weights are kept"):
+            convert(llama, tmp_path / "moe", RECIPE, verify=True)
+    assert others(tmp_path) == ["moe.partial"]
+    done = convert(llama, tmp_path / "moe", RECIPE)
+    assert done.reused_bytes == done.plan.nbytes
+
+
+# Durability ---------------------------------------------------------------------------------------
+
+_CALL = re.compile(r"(?P<pid>\d+)\s+(?P<name>\w+)\((?P<arguments>.*)")
+_DESCRIPTOR = re.compile(r"\d+<(?P<path>/[^>]*)>")
+_QUOTED = re.compile(r'"(?P<path>/[^"]*)"')
+WRITES = {"write", "pwrite64", "writev", "sendfile", "copy_file_range", "ioctl", "ftruncate"}
+CALLS = ",".join(WRITES) + ",fsync,fdatasync,sync,syncfs,rename,renameat,renameat2,unlink,unlinkat"
+
+
+def trace(command: list[str], tmp_path: Path) -> list[tuple[str, list[str]]]:
+    """Run a command; return each of its calls in order, with the paths that it was about."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    probe = system("strace", "-f", "true")
+    if probe.returncode:
+        pytest.skip(f"strace cannot trace here: {probe.stderr.strip()}")
+    log, calls = tmp_path / "trace", list[tuple[str, list[str]]]()
+    words = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(log), *command]
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    for line in log.read_text().splitlines():
+        match = _CALL.match(line)
+        if match is not None and " = -1 " not in line:
+            named = match["name"].startswith(("rename", "unlink"))
+            calls.append((match["name"], (_QUOTED if named else _DESCRIPTOR).findall(line)))
+    return calls
+
+
+@pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
+def test_everything_is_durable_before_it_is_published(
+    small: Path, tmp_path: Path, *, replacing: bool
+) -> None:
+    options = ["--max-shard-size", "40KB", "--checksums"]
+    output = tmp_path / "new" / "and deeper" / "moe"
+    if replacing:
+        execute(plan_of(small, "E2G1T2"), output)
+        options.append("--overwrite")
+    calls = trace(convert_command(small, output, *options, recipe="E4G1T2"), tmp_path)
+    partial = partial_of(output)
+    published = calls.index(("rename", [str(partial), str(output)]))
+
+    def last(names: set[str], path: Path, before: int = published) -> int:
+        """The last call on a path before another, −1 for none; a copy's target comes last."""
+        return max(
+            (i for i, (name, paths) in enumerate(calls[:before])
+             if name in names and str(path) in (paths[:1] if name != "copy_file_range" else paths)),
+            default=-1,
+        )  # fmt: skip
+
+    shards = [name for name in contents(output) if name.endswith(".safetensors")]
+    assert len(shards) > 3
+    for name in shards:
+        temporary = partial / (name + TEMPORARY_SUFFIX)
+        named = calls.index(("rename", [str(temporary), str(partial / name)]))
+        assert 0 <= last(WRITES, temporary) < last({"fsync"}, temporary, named) < named
+    for name in contents(output):
+        assert last({"fsync"}, partial / name) > last(WRITES, partial / name), name
+    entries_changed = max(
+        i for i, (name, paths) in enumerate(calls[:published])
+        if name.startswith(("rename", "unlink")) and paths and Path(paths[-1]).parent == partial
+    )  # fmt: skip
+    assert last({"fsync"}, partial) > entries_changed
+    assert ("fsync", [str(output.parent)]) in calls[published:]
+    if replacing:
+        # The old one goes only once it is certain that the new one stays.
+        removed = next(i for i, (name, paths) in enumerate(calls)
+                       if i > published and name.startswith("unlink") and paths)  # fmt: skip
+        assert calls.index(("fsync", [str(output.parent)]), published) < removed
+    else:
+        for parent in output.parent.parents[:2]:
+            assert ("fsync", [str(parent)]) in calls[published:]
+
+
+def test_no_fsync_is_no_fsync(small: Path, tmp_path: Path) -> None:
+    options = ("--max-shard-size", "40KB", "--no-fsync")
+    calls = trace(convert_command(small, tmp_path / "moe", *options, recipe="E4G1T2"), tmp_path)
+    assert any(name == "pwrite64" for name, _ in calls)
+    assert not [name for name, _ in calls if "sync" in name]

@@ -1,0 +1,280 @@
+"""Outputs that may not be written, or do not fit, are refused before the first byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import clone, read_json, snapshot
+from engine_fixtures import (
+    CannotMountError,
+    contents,
+    convert_command,
+    make_dense,
+    mounted,
+    plan_of,
+    run,
+    system,
+    torchrun_command,
+)
+from refusals import Refuses, assert_refused, invoke
+
+from upcycle_cli import Recipe, UpcycleError, convert
+from upcycle_cli.api import execute
+from upcycle_cli.core.errors import ResumableError
+from upcycle_cli.write import preflight
+from upcycle_cli.write.preflight import check_space
+from upcycle_cli.write.staging import partial_of
+
+MIB = 1 << 20
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - what shutil returns
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_outputs_that_would_harm_the_source(
+    llama: Path, tmp_path: Path, refuses: Refuses, overwrite: tuple[str, ...]
+) -> None:
+    dense = clone(llama, tmp_path / "models" / "dense")
+    (tmp_path / "models" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(dense)
+    arguments = ("--recipe", "E2G2T2", *overwrite)
+    for output, words in (
+        (dense, "is the source itself"),
+        (tmp_path / "link", "is the source itself"),
+        (dense / "a" / "b", "inside the source"),
+        (tmp_path / "link" / "moe", "inside the source"),
+        (tmp_path / "models" / "other" / ".." / "dense", "is the source itself"),
+        (tmp_path / "models", "contains the source"),
+        (Path("/"), "contains the source"),
+    ):
+        refuses(dense, words, output=output, arguments=arguments)
+
+
+def test_overwrite_keeps_a_source_that_is_linked_from_elsewhere(
+    llama: Path, tmp_path: Path
+) -> None:
+    """A snapshot in the Hub's cache is links to its blobs."""
+    repo = tmp_path / "models--org--tiny"
+    convert(llama, repo / "blobs", RECIPE)
+    (repo / "snapshots" / "0").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(llama / name, repo / "blobs" / name)
+        (repo / "snapshots" / "0" / name).symlink_to(repo / "blobs" / name)
+    before = snapshot(tmp_path)
+    with pytest.raises(UpcycleError, match="contains the source"):
+        convert(repo / "snapshots" / "0", repo / "blobs", RECIPE, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_outputs_that_cannot_be_made(
+    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, target in (("linked", "somewhere"), ("dangling", "nowhere"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "file").write_text("hello")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    long = "ö" + "z" * 248  # it fits itself, but not with .partial behind it
+    for output, *words in (
+        ("thesis", "exists and is not empty", "--overwrite"),
+        ("file", "not a directory"),
+        ("file/moe", "file"),
+        ("linked", "is a symbolic link"),
+        ("dangling", "is a symbolic link"),
+        ("loop", "loop"),
+        ("loop/moe", "loop"),
+        (long, long, "too long", "at most 255 bytes"),
+        ("/proc/moe", "/proc/moe"),  # not even root can make a directory there
+        ("/dev/shm", "mount point", "/dev/shm/moe"),  # noqa: S108
+    ):
+        refuses(llama, *words, output=tmp_path / output)
+    overwrite = ("--recipe", "E2G2T2", "--overwrite")
+    refuses(llama, "was not made by upcycle", output=tmp_path / "thesis", arguments=overwrite)
+    convert(llama, tmp_path / "here", RECIPE)
+    monkeypatch.chdir(tmp_path / "here")
+    refuses(llama, "current directory", output=tmp_path / "here", arguments=overwrite)
+
+
+def test_an_output_whose_name_just_fits(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / ("z" * 246)
+    for extra in ((), ("--overwrite", "--seed", "1")):
+        done = invoke("convert", llama, output, "--recipe", "E2G2T2", "--quiet", *extra)
+        assert done.exit_code == 0, done.stderr
+
+
+NOT_UTF8 = "x\udcff"
+
+
+def test_paths_that_are_not_utf8(llama: Path, tmp_path: Path) -> None:
+    dense, moe = (tmp_path / f"{name}{NOT_UTF8}" for name in ("dense", "moe"))
+    clone(llama, dense)
+    config = tmp_path / f"c{NOT_UTF8}.toml"
+    config.write_text('recipe = "E2G2T2"\n')
+    done = invoke("convert", dense, moe, "--config", config, "--json")
+    assert done.exit_code == 0, done.output
+    done.output.encode()
+    shown = r"densex\udcff"
+    assert read_json(moe / "upcycle.json")["source"]["name"] == shown
+    assert shown in (moe / "README.md").read_text().replace(r"\\", "\\")
+    # transformers opens no such path; that says nothing about the model.
+    for source, output in ((dense, tmp_path / "new"), (llama, tmp_path / NOT_UTF8)):
+        refused = invoke("convert", source, output, "--recipe", "E2G2T2", "--verify")
+        assert_refused(refused, "is not UTF-8", r"x\udcff", "Rename it")
+
+
+def test_a_companion_that_may_not_be_read(
+    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    real = os.open
+
+    def refuse(path: str | Path, *options: Any, **more: Any) -> int:  # noqa: ANN401
+        if str(path).endswith("dense/tokenizer.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    refuses(dense, "tokenizer.json: Permission denied")
+
+
+# Space --------------------------------------------------------------------------------------------
+
+
+def disk_with(monkeypatch: pytest.MonkeyPatch, free: int, *, shares: bool = False) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 60, 0, free))
+    monkeypatch.setattr(preflight, "can_share", lambda _: shares)
+
+
+def test_an_output_that_cannot_fit_is_refused_before_writing(
+    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_with(monkeypatch, 8_000_000)
+    # 4 MB are kept free for files beside the weights; 8 MB of experts are too many then.
+    refuses(llama, "not enough disk space", "8 MB free", arguments=("--recipe", "E256G1T1"))
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_an_earlier_run_left_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shares: bool
+) -> None:
+    output = tmp_path / "moe"
+    partial_of(output).mkdir()
+    shared = 150_000 if shares else 1_000_000
+    disk_with(monkeypatch, shared // 2, shares=shares)
+    with pytest.raises(UpcycleError, match="not enough disk space"):
+        check_space(output, 1_000_000, shared=shared)
+    # The system counts shared extents once for each file: what is left counts in proportion.
+    (partial_of(output) / "shard").write_bytes(bytes(600_000))
+    check_space(output, 1_000_000, shared=shared)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "dense"
+    return make_dense(path, hidden=128, inner=688, layers=4, vocab=128)
+
+
+@pytest.fixture(scope="module")
+def reference(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("reference") / "moe"
+    execute(plan_of(dense, max_shard_bytes=MIB), output)
+    return contents(output)
+
+
+@pytest.fixture(scope="module", params=[("tmpfs", 64), ("ext4", 64)], ids=["tmpfs", "ext4"])
+def disk(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    kind, size = request.param
+    try:
+        with mounted(kind, tmp_path_factory.mktemp("disk") / "fs", size * MIB) as path:
+            yield path
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Fill a file system up to so many bytes."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (MIB, 4096):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+        file.truncate(max(0, file.tell() - leave))
+    system("sync", "-f", disk).check_returncode()
+    return filler
+
+
+def test_a_disk_that_fills_up_during_the_run(
+    disk: Path, dense: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_with(monkeypatch, 1 << 60)  # as before others have filled it
+    plan, output, levels = plan_of(dense, max_shard_bytes=MIB), disk / "moe", 6
+    for level in range(levels):
+        filler = fill(disk, leave=plan.nbytes * level // levels)
+        for _ in range(2):  # a second run in the same place must not make it worse
+            with pytest.raises(UpcycleError, match="No space left on device") as failed:
+                execute(plan, output)
+            # There may not even be room for the directory.
+            assert "same command" in str(failed.value) or not partial_of(output).exists()
+            assert not output.exists()
+        filler.unlink()
+        system("sync", "-f", disk).check_returncode()  # the space is there once that is written
+        done = execute(plan, output)
+        assert contents(output) == reference
+        assert level < levels // 2 or done.reused_bytes > 0
+        shutil.rmtree(output)
+
+
+def test_a_quota(
+    tmp_path: Path, dense: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Btrfs holds root to its quotas, too."""
+    disk_with(monkeypatch, 1 << 60)
+    monkeypatch.setattr("upcycle_cli.write.writer.can_share", lambda _: False)
+    plan = plan_of(dense, max_shard_bytes=MIB)
+    try:
+        with mounted("btrfs", tmp_path / "fs", 300 * MIB) as disk:
+            enabled = system("btrfs", "quota", "enable", disk)
+            limited = system("btrfs", "qgroup", "limit", str(plan.nbytes // 2), disk)
+            if enabled.returncode or limited.returncode:
+                pytest.skip(f"no quotas: {enabled.stderr}{limited.stderr}")
+            with pytest.raises(ResumableError, match=r"[Qq]uota"):
+                execute(plan, disk / "moe")
+            assert not (disk / "moe").exists()
+            system("btrfs", "qgroup", "limit", "none", disk).check_returncode()
+            assert execute(plan, disk / "moe").reused_bytes > 0
+            assert contents(disk / "moe") == reference
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_limit_on_the_size_of_files(
+    tmp_path: Path, dense: Path, reference: dict[str, str], ranks: int
+) -> None:
+    if shutil.which("prlimit") is None:
+        pytest.skip("prlimit is not installed")
+    output = tmp_path / "moe"
+    command = convert_command(dense, output, "--max-shard-size", "1MiB")
+    command = command if ranks == 1 else torchrun_command(ranks, command)
+    done = run(["prlimit", "--fsize=500000", *command])
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "File too large" in done.stderr
+    assert not output.exists()
+    assert partial_of(output).is_dir()
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == reference

@@ -1,0 +1,150 @@
+"""Extent sharing on XFS and Btrfs: the same bytes in less space.
+
+The file systems lie in files on loop devices, which needs root; without it, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_fixtures import (
+    CannotMountError,
+    contents,
+    convert_command,
+    make_dense,
+    mounted,
+    plan_of,
+    run,
+    stopped_after,
+    system,
+    torchrun_command,
+    used_bytes,
+)
+
+from upcycle_cli import UpcycleError
+from upcycle_cli.api import execute
+from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write.file_layout import unique_bytes
+from upcycle_cli.write.staging import partial_of
+
+MIB = 1 << 20
+IMAGE_BYTES = 400 * MIB  # XFS wants 300 MiB at least
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    # New for every test: these systems take their time to give freed space back.
+    try:
+        with mounted(request.param, tmp_path / "fs", IMAGE_BYTES) as path:
+            yield path
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 9 MiB in the MLPs, which become 72, and 2 elsewhere; a quarter of a matrix is whole blocks.
+    path = tmp_path_factory.mktemp("dense") / "dense"
+    return make_dense(path, hidden=256, inner=1536, layers=4, vocab=256)
+
+
+def most_bytes(plan: Plan) -> float:
+    """1.15 times the dense checkpoint, plus the routers."""
+    routers = sum(tensor.nbytes for tensor in plan.tensors if tensor.role == "router")
+    return 1.15 * plan.source.nbytes + routers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("E8G1T2", {"max_shard_bytes": 4 * MIB}),
+        ("E8G1T2", {"expert_layout": "fused"}),
+        ("E8G4T8", {"max_shard_bytes": 4 * MIB}),
+    ],
+    ids=str,
+)
+def test_copies_take_no_space(
+    disk: Path, dense: Path, tmp_path: Path, recipe: str, options: dict[str, int]
+) -> None:
+    plan, output = plan_of(dense, recipe, **options), disk / "moe"
+    assert plan.nbytes > 4 * plan.source.nbytes
+    empty = used_bytes(disk)
+    stopped_after(plan, output, plan.nbytes // 2)
+    done = execute(plan, output)  # which shares with the files of the first run
+    assert used_bytes(disk) - empty <= most_bytes(plan)
+    assert done.shared_bytes == plan.nbytes - unique_bytes(plan.shards)
+    assert execute(plan, tmp_path / "plain").shared_bytes in (0, done.shared_bytes)
+    assert contents(output) == contents(tmp_path / "plain")
+
+
+def test_two_ranks_share_within_their_files(disk: Path, dense: Path) -> None:
+    plan, output = plan_of(dense, max_shard_bytes=4_000_000), disk / "moe"
+    empty = used_bytes(disk)
+    command = convert_command(dense, output, "--max-shard-size", "4MB", "--json")
+    done = run(torchrun_command(2, command))
+    assert done.returncode == 0, done.stderr
+    assert used_bytes(disk) - empty <= 2 * most_bytes(plan)
+    assert json.loads(done.stdout)["shared_bytes"] >= plan.nbytes - 2 * unique_bytes(plan.shards)
+
+
+def test_preflight_counts_shared_extents_once(disk: Path, dense: Path) -> None:
+    plan, output = plan_of(dense), disk / "moe"
+    filler = disk / "filler"
+    for leave, fits in ((10 * MIB, False), ((unique_bytes(plan.shards) + plan.nbytes) // 2, True)):
+        filler.unlink(missing_ok=True)
+        size = str(shutil.disk_usage(disk).free - leave)
+        system("fallocate", "-l", size, filler).check_returncode()
+        if fits:
+            execute(plan, output)
+            assert output.is_dir()
+            continue
+        with pytest.raises(UpcycleError, match="not enough disk space"):
+            execute(plan, output)
+        assert not partial_of(output).exists()
+
+
+def test_share_makes_two_places_one(disk: Path) -> None:
+    assert can_share(disk)
+    data = bytes(range(256)) * (BLOCK_BYTES // 256)
+    with (disk / "one").open("w+b") as one, (disk / "other").open("w+b") as other:
+        one.write(data)
+        one.flush()
+        assert share(one.fileno(), 0, other.fileno(), BLOCK_BYTES, BLOCK_BYTES)
+        other.seek(0)
+        assert other.read() == bytes(BLOCK_BYTES) + data
+        # Not whole blocks: not tried.
+        assert not share(one.fileno(), 0, other.fileno(), 100, BLOCK_BYTES)
+        assert not share(one.fileno(), 0, other.fileno(), 0, 100)
+
+
+def test_share_is_false_where_the_file_system_cannot(tmp_path: Path) -> None:
+    try:
+        with mounted("tmpfs", tmp_path / "fs", MIB) as path:
+            assert not can_share(path)
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_a_7b_model_becomes_94_gb_on_40(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    if free < 45e9:
+        pytest.skip(f"needs 45 GB free, there are {free / 1e9:.0f}")
+    dense = make_dense(
+        tmp_path / "dense", hidden=4096, inner=14336, layers=32, vocab=32000, hollow=True
+    )
+    plan = plan_of(dense)
+    try:
+        with mounted("xfs", tmp_path / "fs", 40_000_000_000) as path:
+            empty = used_bytes(path)
+            done = execute(plan, path / "moe")
+            assert plan.nbytes > 90e9
+            assert used_bytes(path) - empty <= most_bytes(plan)
+            assert done.shared_bytes == plan.nbytes - unique_bytes(plan.shards)
+    except CannotMountError as error:
+        pytest.skip(str(error))

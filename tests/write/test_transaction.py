@@ -1,0 +1,434 @@
+"""OUTPUT appears complete, --overwrite replaces only what upcycle wrote, and kills lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engine_fixtures import Advance, contents, make_dense, plan_of, stopped_after
+
+from upcycle_cli import UpcycleError
+from upcycle_cli.api import execute
+from upcycle_cli.checkpoint.header import parse_header
+from upcycle_cli.core.errors import ResumableError
+from upcycle_cli.core.safe_files import read_header
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.write import transaction as module
+from upcycle_cli.write.staging import MARKER, partial_of
+from upcycle_cli.write.transaction import aside_of, clean
+
+SHARD = "model-00001-of-00009.safetensors"
+BUSY = "another upcycle process is writing"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dense = make_dense(tmp_path_factory.mktemp("replace") / "dense")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 }}")
+    return dense
+
+
+@pytest.fixture(scope="module")
+def plan(dense: Path) -> Plan:
+    return plan_of(dense, "E4G1T2", max_shard_bytes=40_000)
+
+
+@pytest.fixture(scope="module")
+def old(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("old") / "moe"
+    execute(plan_of(dense, "E2G1T2", max_shard_bytes=40_000), path, checksums=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("reference") / "moe"
+    execute(plan, path)
+    return contents(path)
+
+
+@pytest.fixture
+def output(old: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(old, tmp_path / "moe")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_overwrite_replaces_the_old_output(
+    plan: Plan, output: Path, reference: dict[str, str]
+) -> None:
+    (output / SHARD).unlink()  # a missing file does not stop it
+    assert execute(plan, output, overwrite=True).warnings == ()
+    assert contents(output) == reference
+    assert names(output.parent) == ["moe"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_output_has_the_usual_mode_and_the_partial_is_private(
+    plan: Plan, tmp_path: Path, umask: int
+) -> None:
+    output, modes = tmp_path / "moe", set()
+
+    def look(_: int) -> None:
+        modes.add(stat.S_IMODE(partial_of(output).stat().st_mode))
+
+    before = os.umask(umask)
+    try:
+        execute(plan, output, hooks=Advance(look))
+    finally:
+        os.umask(before)
+    assert modes == {0o700}
+    assert stat.S_IMODE(output.stat().st_mode) == 0o777 & ~umask
+
+
+# Files that upcycle did not write stop --overwrite ------------------------------------------------
+
+
+def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def act(output: Path) -> None:
+        path = output / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return act
+
+
+def add(name: str) -> Callable[[Path], None]:
+    def act(output: Path) -> None:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_bytes(b"weeks of work")
+
+    return act
+
+
+def train_in_place(output: Path) -> None:
+    """Write another router where the old one is: no size and no header changes."""
+    for path in sorted(output.glob("*.safetensors")):
+        with path.open("rb") as file:
+            entries, _ = parse_header(read_header(file), path, path.name)
+        for entry in entries:
+            if entry.name.endswith(".gate.weight"):
+                with path.open("r+b") as file:
+                    file.seek(entry.offset)
+                    file.write(b"\1" * entry.nbytes)
+                return
+
+
+def link(output: Path) -> None:
+    (output / "LICENSE").rename(output.parent / "LICENSE")
+    (output / "LICENSE").symlink_to(output.parent / "LICENSE")
+
+
+def forget_the_files(output: Path) -> None:
+    record = json.loads((output / "upcycle.json").read_text())
+    del record["files"]
+    (output / "upcycle.json").write_text(json.dumps(record))
+
+
+STOPS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a model beside it": (add("model-my-finetune.safetensors"), "model-my-finetune.safetensors"),
+    "a trained shard": (
+        edit(SHARD, lambda data: data.replace(b'{"format":"pt"}', b'{"format":"tp"}')),
+        SHARD,
+    ),
+    "a shard that was trained in place": (train_in_place, "gate.weight was changed"),
+    "a cut shard": (edit(SHARD, lambda data: data[:-1]), SHARD),
+    "an edited card": (edit("README.md", lambda data: data + b"Trained.\n"), "README.md"),
+    "another card": (edit("README.md", lambda _: b"---\nlicense: mit\n---\n"), "README.md"),
+    "a card of no text": (edit("README.md", lambda _: b"\xff\xfe"), "README.md"),
+    "an edited config": (edit("config.json", lambda data: data.replace(b"2", b"3")), "config.json"),
+    "another tokenizer": (add("tokenizer.json"), "tokenizer.json"),
+    "checkpoints": (add("checkpoint-1000/optimizer.pt"), "checkpoint-1000/optimizer.pt"),
+    "an empty directory": (lambda output: (output / "runs").mkdir(), "runs"),
+    "another template": (add("additional_chat_templates/my.jinja"), "my.jinja"),
+    "a link": (link, "LICENSE"),
+    "a pipe": (lambda output: os.mkfifo(output / "pipe"), "pipe"),
+    "checksums of more": (
+        edit("SHA256SUMS", lambda data: data + b"0" * 64 + b"  thesis.tex\n"),
+        "SHA256SUMS",
+    ),
+    "no record": (lambda output: (output / "upcycle.json").unlink(), "not made by upcycle"),
+    "half a record": (edit("upcycle.json", lambda data: data[:99]), "does not say which of its"),
+    "a record of no files": (forget_the_files, "does not say which of its files"),
+}
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_a_file_that_upcycle_did_not_write_stops_overwrite(
+    plan: Plan, output: Path, what: str
+) -> None:
+    change, said = STOPS[what]
+    change(output)
+    before = contents(output)
+    with pytest.raises(UpcycleError) as refused:
+        execute(plan, output, overwrite=True, hooks=Advance(lambda _: pytest.fail("written")))
+    assert said in refused.value.message
+    assert "left as it is" in refused.value.message
+    assert contents(output) == before
+    assert not partial_of(output).exists()
+
+
+def test_a_file_that_appears_during_the_conversion_stops_the_publication(
+    plan: Plan, output: Path, old: Path, reference: dict[str, str]
+) -> None:
+    thesis = output / "thesis.tex"
+    hooks = Advance(lambda _: thesis.write_text("years of work"))
+    with pytest.raises(ResumableError, match=r"holds thesis\.tex") as refused:
+        execute(plan, output, overwrite=True, hooks=hooks)
+    assert "the same command publishes it" in str(refused.value)
+    thesis.unlink()
+    assert contents(output) == contents(old)
+    assert execute(plan, output, overwrite=True).reused_bytes == plan.nbytes
+    assert contents(output) == reference
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "LICENSE"])
+def test_a_file_that_appears_at_the_last_moment_is_kept(
+    plan: Plan,
+    output: Path,
+    reference: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """A training run that still writes there does not notice that its directory was moved."""
+    finish = module._finish  # noqa: SLF001
+
+    def train_meanwhile(output: Path, replaces: str, *, durable: bool) -> str | None:
+        add(name)(aside_of(output))
+        return finish(output, replaces, durable=durable)
+
+    monkeypatch.setattr(module, "_finish", train_meanwhile)
+    (warning,) = execute(plan, output, overwrite=True).warnings
+    assert f"{aside_of(output)} is what moe was before" in warning
+    assert contents(output) == reference
+    assert (aside_of(output) / name).read_bytes() == b"weeks of work"
+
+
+@pytest.mark.parametrize("name", ["moe", "moe.replaced"])
+def test_a_directory_in_the_way_is_left_alone(
+    plan: Plan, output: Path, old: Path, reference: dict[str, str], name: str
+) -> None:
+    """Somebody else takes OUTPUT's name, or that of the old output, during the conversion."""
+    overwrite, theirs = name != "moe", output.with_name(name)
+    if not overwrite:
+        shutil.rmtree(output)
+
+    def take(_: int) -> None:
+        if not theirs.exists():
+            shutil.copytree(old, theirs)
+
+    with pytest.raises(ResumableError, match=f"{name} is in the way"):
+        execute(plan, output, overwrite=overwrite, hooks=Advance(take))
+    assert contents(output) == contents(theirs) == contents(old)
+    shutil.rmtree(theirs)
+    assert execute(plan, output, overwrite=overwrite).reused_bytes == plan.nbytes
+    assert contents(output) == reference
+
+
+def test_a_directory_of_a_lower_overlay_layer_is_explained(
+    plan: Plan, output: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == output:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ResumableError, match="lower layer of an overlay"):
+        execute(plan, output, overwrite=True)
+    assert contents(output) == contents(old)
+
+
+# After a kill -------------------------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """Ends a run as a kill would, without a cleaning up that handles exceptions of our own."""
+
+
+def killed(plan: Plan, output: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave what a kill leaves between the two renames of a replacement, or after them."""
+
+    def die(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        rename = Path.rename
+
+        def only_first(path: Path, target: Path) -> Path:
+            if path in (partial_of(output), aside_of(output)):
+                die()  # nor is the first one undone
+            return rename(path, target)
+
+        if moment == "between":
+            patched.setattr(Path, "rename", only_first)
+        else:
+            patched.setattr(module, "_finish", die)
+        with pytest.raises(KilledError):
+            execute(plan, output, overwrite=True)
+
+
+MOMENTS = ("between", "after")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("then", ["the same command", "another command", "clean"])
+def test_the_next_command_ends_an_interrupted_replacement(
+    dense: Path,
+    plan: Plan,
+    output: Path,
+    old: Path,
+    reference: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    then: str,
+) -> None:
+    killed(plan, output, moment, monkeypatch)
+    assert contents(aside_of(output)) == contents(old)  # complete, under another name
+    expected = contents(old) if moment == "between" else reference
+    if then == "the same command":
+        done = execute(plan, output, overwrite=True)
+        assert moment == "after" or done.reused_bytes == plan.nbytes
+        assert ("is back" in " ".join(done.warnings)) == (moment == "between")
+        expected = reference
+    elif then == "another command":
+        with pytest.raises(UpcycleError, match="exists and is not empty"):
+            execute(plan_of(dense, "E2G2T2"), output)
+    else:
+        before = names(output.parent)
+        shown = clean(output, remove=False)
+        assert names(output.parent) == before
+        removed = clean(output, remove=True)
+        assert (removed.path, removed.nbytes) == (shown.path, shown.nbytes)
+        assert ("is back" in (removed.note or "")) == (moment == "between")
+    assert contents(output) == expected
+    left = ["moe.partial"] if (moment, then) == ("between", "another command") else []
+    assert names(output.parent) == ["moe", *left]
+
+
+def test_a_replacement_that_another_process_performs_is_left_to_it(
+    plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(plan, output, "after", monkeypatch)
+    holder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(UpcycleError, match=BUSY):
+            execute(plan, output, overwrite=True)
+        with pytest.raises(UpcycleError, match=BUSY):
+            clean(output, remove=True)
+    finally:
+        os.close(holder)
+    assert names(output.parent) == ["moe", "moe.replaced"]
+
+
+@pytest.mark.parametrize("name", ["moe", "another name"])
+def test_a_marker_without_a_replaced_output_is_removed(
+    plan: Plan, tmp_path: Path, reference: dict[str, str], name: str
+) -> None:
+    """Of a kill before the last step, also in a directory that was renamed since."""
+    output = tmp_path / "moe"
+    execute(plan, output)
+    state = {"plan_sha256": plan.digest, "output": name, "replaces": None}
+    (output / MARKER).write_text(json.dumps(state))
+    if name == "moe":
+        assert execute(plan, output).already_done
+    execute(plan, output, overwrite=True)
+    assert contents(output) == reference
+    assert names(tmp_path) == ["moe"]
+
+
+def test_a_marker_removes_no_other_directory(plan: Plan, output: Path, old: Path) -> None:
+    theirs = aside_of(output)
+    execute(plan, theirs)
+    before = contents(theirs)
+    state = {"plan_sha256": plan.digest, "output": "moe", "replaces": "0" * 64}
+    (output / MARKER).write_text(json.dumps(state))
+    assert "is left" not in (module.recover(output) or "")
+    assert contents(theirs) == before
+    assert contents(output) == contents(old)
+
+
+# The staging directory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["somebody's files", "a link", "a file", "writable by others"])
+@pytest.mark.parametrize("act", ["convert", "overwrite", "clean"])
+def test_a_partial_that_is_not_ours_is_left_alone(
+    plan: Plan, tmp_path: Path, what: str, act: str
+) -> None:
+    output, elsewhere = tmp_path / "moe", tmp_path / "elsewhere"
+    partial = partial_of(output)
+    if what == "a file":
+        partial.write_text("precious")
+    elif what == "a link":
+        stopped_after(plan, elsewhere, 0)
+        partial.symlink_to(partial_of(elsewhere))
+    elif what == "writable by others":
+        stopped_after(plan, output, 0)
+        partial.chmod(0o777)
+    else:
+        partial.mkdir()
+        (partial / "thesis.tex").write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(UpcycleError):
+        clean(output, remove=True) if act == "clean" else execute(
+            plan, output, overwrite=act == "overwrite"
+        )
+    assert contents(tmp_path) == before
+
+
+def test_a_second_process_is_refused(plan: Plan, tmp_path: Path, reference: dict[str, str]) -> None:
+    output = tmp_path / "moe"
+    stopped_after(plan, output, plan.nbytes // 2)
+    left = contents(partial_of(output))
+    holder = os.open(partial_of(output), os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(UpcycleError, match=BUSY):
+            execute(plan, output)
+        for remove in (False, True):
+            with pytest.raises(UpcycleError, match=BUSY):
+                clean(output, remove=remove)
+    finally:
+        os.close(holder)
+    assert contents(partial_of(output)) == left
+    execute(plan, output)
+    assert contents(output) == reference
+
+
+def test_a_directory_that_was_published_before_it_was_locked_is_refused(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, flock = tmp_path / "moe", fcntl.flock
+
+    def publish_first(descriptor: int, operation: int) -> None:
+        partial_of(output).rename(tmp_path / "published")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", publish_first)
+    with pytest.raises(UpcycleError, match=BUSY):
+        execute(plan, output)
+
+
+def test_clean_shows_first_and_removes_on_request(plan: Plan, tmp_path: Path) -> None:
+    output = tmp_path / "moe"
+    stopped_after(plan, output, plan.nbytes // 2)
+    shown = clean(output, remove=False)
+    assert (shown.path, shown.what) == (partial_of(output), "an unfinished conversion")
+    assert shown.nbytes > 0
+    clean(output, remove=True)
+    assert names(tmp_path) == []
+    with pytest.raises(UpcycleError, match="Nothing to clean"):
+        clean(output, remove=True)

@@ -1,0 +1,486 @@
+"""The weight files: what is in them, where it lies, and that each part is computed once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYOUTS
+from engine_fixtures import (
+    Advance,
+    assert_equal_peaks,
+    contents,
+    convert_command,
+    make_dense,
+    peak_of_a_new,
+    plan_of,
+    staging_in,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from shapes import (
+    PAIRS,
+    TORCH,
+    make_recipe,
+    same_bits,
+    tensor_shapes,
+    tiny_config,
+    value_of,
+    write_model,
+)
+
+from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.api import execute
+from upcycle_cli.core.platform import BLOCK_BYTES
+from upcycle_cli.plan.expressions import Expr, leaves, stretch_of
+from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.write import evaluate as evaluation
+from upcycle_cli.write import writer
+from upcycle_cli.write.evaluate import Read, evaluate
+from upcycle_cli.write.file_layout import lay_out, unique_bytes
+from upcycle_cli.write.record import index_of
+from upcycle_cli.write.writer import WriteOptions, write_weights
+
+SHARDED = Options(max_shard_bytes=700)
+Make = Callable[..., Plan]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def plan(
+        recipe: str = "E2G2T2",
+        *,
+        model_type: str = "llama",
+        dtype: str = "BF16",
+        target: str = "auto",
+        options: Options | None = None,
+        **config: Any,  # noqa: ANN401
+    ) -> Plan:
+        path = write_model(tmp_path / "dense", tiny_config(model_type, **config), dtype=dtype)
+        source = open_checkpoint(path)
+        return build_plan(make_recipe(recipe), source, target=target, options=options)
+
+    return plan
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    path = tmp_path / "moe"
+    path.mkdir()
+    return path
+
+
+def write(
+    plan: Plan,
+    directory: Path,
+    progress: Callable[[int], None] = lambda _: None,
+    options: WriteOptions | None = None,
+) -> dict[str, str]:
+    options = options or WriteOptions(fsync=False, workers=1)  # one part at a time, to be counted
+    staging = staging_in(plan, directory)
+    return write_weights(plan, plan.shards, staging, progress=progress, options=options).routers
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors in the header of a file, and where the data begins."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    assert entries.pop("__metadata__") == {"format": "pt"}  # transformers refuses a file without
+    return entries, start
+
+
+def assert_holds(plan: Plan, directory: Path) -> None:
+    """The files hold the values of the expressions."""
+    with plan.source.reader() as reader:
+        for shard in plan.shards:
+            with safe_open(directory / shard.name, framework="pt") as file:
+                assert set(file.keys()) == {tensor.name for tensor in shard.tensors}
+                for tensor in shard.tensors:
+                    # Evaluated whole, where the writer takes joined tensors apart.
+                    value = value_of(tensor.expr, reader.tensor)
+                    assert same_bits(file.get_tensor(tensor.name), value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shard_bytes", [10**9, 700, 150])
+@pytest.mark.parametrize(
+    ("model_type", "target"), [(dense, t) for dense, targets in PAIRS.items() for t in targets]
+)
+def test_safetensors_reads_the_values_of_the_expressions(
+    make: Make, output: Path, model_type: str, target: str, shard_bytes: int, layout: ExpertLayout
+) -> None:
+    options = Options(expert_layout=layout, max_shard_bytes=shard_bytes)
+    plan = make("E2G3T3", model_type=model_type, target=target, options=options)
+    told: list[int] = []
+    digests = write(plan, output, told.append)
+    assert_holds(plan, output)
+    assert sum(told) == plan.nbytes
+    found = {}
+    for shard in plan.shards:
+        entries, start = header(output / shard.name)
+        offsets = [entry["data_offsets"] for entry in entries.values()]
+        assert [begin for begin, _ in offsets] == [0, *(end for _, end in offsets[:-1])]
+        assert start % BLOCK_BYTES == 0
+        assert (output / shard.name).stat().st_size == start + offsets[-1][1]
+        # A tensor that is larger than a shard lies alone.
+        assert offsets[-1][1] <= shard_bytes or len(entries) == 1
+        data = (output / shard.name).read_bytes()
+        for name in digests.keys() & entries.keys():
+            begin, end = entries[name]["data_offsets"]
+            found[name] = hashlib.sha256(data[start + begin : start + end]).hexdigest()
+    routers = {tensor.name for tensor in plan.tensors if tensor.role is Role.ROUTER}
+    assert digests == found
+    assert digests.keys() == routers
+    index = index_of(plan)
+    if len(plan.shards) == 1:
+        assert index is None
+    else:
+        assert index is not None
+        assert index["metadata"]["total_size"] == plan.nbytes
+        assert index["weight_map"] == {
+            name: shard.name for shard in plan.shards for name in header(output / shard.name)[0]
+        }
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+@pytest.mark.parametrize("wanted", [None, "float32", "float16", "bfloat16"])
+def test_dtypes(make: Make, output: Path, dtype: str, wanted: str | None) -> None:
+    plan = make(dtype=dtype, options=Options(dtype=wanted))
+    write(plan, output)
+    found = {entry["dtype"] for entry in header(output / "model.safetensors")[0].values()}
+    assert found == {dtype if wanted is None else plan.options.storage_dtype}
+    assert_holds(plan, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.block_sparse_moe.experts.1.w3.weight",
+        ),
+    ],
+)
+def test_overflow_is_refused_by_name(make: Make, output: Path, name: str, said: str) -> None:
+    options = Options(dtype="float16")
+    source = make(dtype="F32", options=options).source.path
+    tensors = {k: v.clone() for k, v in load_file(source / "model.safetensors").items()}
+    tensors[name].reshape(-1)[-1] = 1e6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    plan = build_plan(make_recipe("E2G2T2"), open_checkpoint(source), options=options)
+    with pytest.raises(UpcycleError, match="becomes infinite in f16") as caught:
+        write(plan, output)
+    assert caught.value.message.startswith(f"{said}:")
+    assert caught.value.hint == "Use --dtype bfloat16 or float32."
+
+
+# Each part once, and one at a time ----------------------------------------------------------------
+
+
+class Watch:
+    """Counts what is computed, how large it is, and what is still alive then."""
+
+    def __init__(self) -> None:
+        self.computed: list[Expr] = []
+        self.largest_bytes = 0
+        self.most_alive = 0
+        self._results: list[weakref.ref[memoryview]] = []
+
+    def evaluate(self, expr: Expr, read: Read, *_: object) -> memoryview:
+        alive = sum(result() is not None for result in self._results)
+        value = evaluate(expr, read)
+        if stretch_of(expr) is None:
+            self.computed.append(expr)
+            self.most_alive = max(self.most_alive, alive)
+            self.largest_bytes = max(self.largest_bytes, value.nbytes)
+            self._results.append(weakref.ref(value))
+        return value
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    looking = Watch()
+    monkeypatch.setattr(evaluation, "evaluate", looking.evaluate)
+    return looking
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_are_computed_once(
+    make: Make, output: Path, watch: Watch, layout: ExpertLayout
+) -> None:
+    plan = make("E8G3T6", options=Options(expert_layout=layout), tie_word_embeddings=True)
+    write(plan, output)
+    assert len(watch.computed) == len(set(watch.computed))
+    parts = {leaf for tensor in plan.tensors for leaf in leaves(tensor.expr)}
+    assert set(watch.computed) == parts - {part for part in parts if stretch_of(part)}
+    # One router per layer, and each of three matrices in three shards.
+    assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
+
+
+def test_copied_tensors_are_not_computed(make: Make, output: Path, watch: Watch) -> None:
+    plan = make("E4G1T2")
+    write(plan, output)
+    assert watch.computed == [t.expr for t in plan.tensors if t.role is Role.ROUTER]
+
+
+def test_an_untied_head_is_computed_once_with_the_embedding(
+    make: Make, output: Path, watch: Watch
+) -> None:
+    options = Options(untie_embeddings=True, dtype="float32")
+    write(make(options=options, tie_word_embeddings=True), output)
+    assert sum("embed_tokens" in repr(expr) for expr in watch.computed) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_does_not_grow_with_layers_or_experts(
+    make: Make, output: Path, watch: Watch, layout: ExpertLayout
+) -> None:
+    options = Options(expert_layout=layout, dtype="float32")
+    largest = []
+    for number, (layers, recipe) in enumerate([(1, "E2G2T2"), (6, "E2G2T2"), (2, "E32G2T2")]):
+        (output / str(number)).mkdir()
+        watch.largest_bytes = 0
+        write(make(recipe, options=options, num_hidden_layers=layers), output / str(number))
+        largest.append(watch.largest_bytes)
+    assert largest[0] == largest[1] == 4 * 11 * 8  # the embedding
+    assert largest[2] == 4 * 64 * 8  # with 64 experts the router is larger than that
+    assert watch.most_alive == 0  # the part before is gone when the next is computed
+
+
+def test_a_process_takes_no_more_memory_for_more_layers(tmp_path: Path) -> None:
+    measures = []
+    for layers in (4, 22):
+        dense = make_dense(
+            tmp_path / f"dense{layers}", hidden=512, inner=4096, layers=layers, hollow=True
+        )
+        output = tmp_path / f"moe{layers}"
+        # Slices of columns and factors: everything that needs a buffer.
+        options = ("--no-fsync", "--workers", "2")
+        command = convert_command(dense, output, *options, recipe="E2G2T2")
+        measures.append(partial(peak_of_a_new, output, command))
+    assert_equal_peaks(measures)
+
+
+# Threads and failures -----------------------------------------------------------------------------
+
+
+def test_a_source_that_is_truncated_meanwhile_is_noticed(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2", vocab_size=3 * mmap.PAGESIZE)
+    source, real = plan.source.path / "model.safetensors", os.pwrite
+
+    def cut(*arguments: Any) -> int:  # noqa: ANN401
+        if source.stat().st_size > mmap.PAGESIZE:
+            os.truncate(source, mmap.PAGESIZE)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", cut)
+    with pytest.raises(UpcycleError, match=r"model\.safetensors changed while it was being read"):
+        write(plan, output)
+
+
+def test_two_files_are_written_at_once(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2", options=SHARDED)
+    real, both = os.pwrite, threading.Event()
+    unfinished: set[str] = set()
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        unfinished.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        if len(unfinished) == 2:
+            both.set()
+        assert both.wait(30), "a file waits for the one before"
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    write(plan, output, options=WriteOptions(fsync=False, workers=2))
+
+
+def test_an_error_names_the_file_that_failed(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2", options=SHARDED)
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if plan.shards[1].name in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(descriptor, data[:3], offset)  # POSIX lets a write do less than asked
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="Disk quota exceeded") as caught:
+        write(plan, output, options=WriteOptions(fsync=False, workers=2))
+    assert caught.value.filename == str(output / plan.shards[1].name)
+    assert not (output / plan.shards[1].name).exists()
+
+
+def test_a_failure_to_flush_is_not_lost(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports once that the disk refused some bytes, to the first who asks."""
+    asked = threading.Event()
+
+    def refuse(_: int) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    def wait(_: int) -> None:
+        assert asked.wait(30)
+
+    plan = make()
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(plan, output, wait, WriteOptions())
+    assert not (output / plan.shards[0].name).exists()
+
+
+def test_a_piece_goes_to_all_its_places_before_the_next(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E4G1T2")
+    real, written = os.pwrite, list[tuple[int, bytes]]()
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append((offset, bytes(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(writer, "_PIECE_BYTES", 48)
+    write(plan, output)
+    gates = [tensor for tensor in plan.tensors if tensor.holds == ("gate",)]
+    tensors, data_start = header(output / "model.safetensors")
+    begins = [data_start + tensors[tensor.name]["data_offsets"][0] for tensor in gates[:4]]
+    offsets = [offset for offset, _ in written]
+    at = offsets.index(begins[0])
+    assert offsets[at : at + 8] == [*begins, *(begin + 48 for begin in begins)]
+    assert {data for _, data in written[at : at + 4]} == {written[at][1]}
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from upcycle_cli.__main__ import main
+main()
+"""
+
+
+def test_converting_needs_no_torch(make: Make, output: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "convert", str(make().source.path)]
+    command += [str(output / "new"), "--recipe", "E2G2T2", "--dtype", "float16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Layout and shared extents ------------------------------------------------------------------------
+
+LAID_OUT: list[dict[str, Any]] = [
+    {},
+    {"expert_layout": "fused", "max_shard_bytes": 100_000},
+    {"max_shard_bytes": 60_000},
+    {"dtype": "float32"},
+]
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 50 columns: some parts are whole blocks, some are not.
+    return make_dense(tmp_path_factory.mktemp("layout") / "dense", hidden=64, inner=256, vocab=50)
+
+
+@pytest.mark.parametrize("options", LAID_OUT, ids=str)
+def test_equal_parts_are_laid_out_once_and_whole_blocks_come_first(
+    blocks: Path, options: dict[str, Any]
+) -> None:
+    plan = plan_of(blocks, "E4G2T2", **options)
+    for shard in plan.shards:
+        layout = lay_out(shard)
+        assert len({part.expr for part in layout.parts}) == len(layout.parts)
+        covered = sorted((offset, part.nbytes) for part in layout.parts for offset in part.offsets)
+        ends = [offset + nbytes for offset, nbytes in covered]
+        assert [offset for offset, _ in covered] == [len(layout.header), *ends[:-1]]
+        assert ends[-1] == layout.nbytes
+        assert len(covered) == sum(len([*leaves(tensor.expr)]) for tensor in shard.tensors)
+        tensors = json.loads(layout.header[8:])
+        del tensors["__metadata__"]
+        sizes = [end - begin for begin, end in (t["data_offsets"] for t in tensors.values())]
+        partial_blocks = [size % BLOCK_BYTES != 0 for size in sizes]
+        assert partial_blocks == sorted(partial_blocks)
+
+
+@pytest.mark.parametrize("options", LAID_OUT[1:3], ids=str)
+def test_threads_and_fsync_do_not_change_a_byte(
+    blocks: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plan, told = plan_of(blocks, "E2G4T4", **options), list[int]()
+    execute(plan, tmp_path / "one")
+    assert_holds(plan, tmp_path / "one")
+    for number, writing in enumerate(
+        [WriteOptions(workers=1), WriteOptions(workers=7), WriteOptions(fsync=False)]
+    ):
+        execute(plan, tmp_path / str(number), writing=writing, hooks=Advance(told.append))
+        assert contents(tmp_path / "one") == contents(tmp_path / str(number))
+    assert sum(told) == 3 * plan.nbytes
+
+
+def test_unique_bytes_are_the_dense_model_and_the_routers(tmp_path: Path) -> None:
+    plan = plan_of(make_dense(tmp_path / "dense", hidden=64, inner=512, vocab=64), "E8G1T2")
+    routers = sum(tensor.nbytes for tensor in plan.tensors if tensor.role is Role.ROUTER)
+    assert unique_bytes(plan.shards) == plan.source.nbytes + routers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copied_group_is_shared_in_one_call(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch, layout: ExpertLayout
+) -> None:
+    calls = []
+
+    def share(source: int, start: int, target: int, offset: int, nbytes: int) -> bool:
+        calls.append(nbytes)
+        os.pwrite(target, os.pread(source, nbytes, start), offset)
+        return True
+
+    monkeypatch.setattr(writer, "can_share", lambda _: True)
+    monkeypatch.setattr(writer, "share", share)
+    block = {"hidden_size": 64, "intermediate_size": 64}  # each shard of a matrix is one
+    plan = make("E4G2T2", options=Options(expert_layout=layout), **block)
+    write(plan, output)
+    # Three copies in each of two layers; the two fused tensors of a layer are not neighbours.
+    parts = [6] * 6 if layout is ExpertLayout.PER_EXPERT else [4, 4, 4, 2, 2, 2] * 2
+    assert calls == [4096 * number for number in parts]
+    assert_holds(plan, output)
+
+
+def test_odd_values_of_the_dense_model_are_kept(tmp_path: Path) -> None:
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, -0.0])
+    source = write_model(tmp_path / "dense", tiny_config("llama"), dtype="F32")
+    tensors = {k: v.clone() for k, v in load_file(source / "model.safetensors").items()}
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        tensors[name].view(-1)[:5] = special
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    plan = build_plan(make_recipe("E2G2T2"), open_checkpoint(source))
+    (tmp_path / "moe").mkdir()
+    write(plan, tmp_path / "moe")
+    written = load_file(tmp_path / "moe" / "model.safetensors")
+    up = written["model.layers.1.block_sparse_moe.experts.0.w3.weight"].view(-1)[:5]
+    assert same_bits(up, special * 2)
+    assert same_bits(written["model.norm.weight"][:5], special)
