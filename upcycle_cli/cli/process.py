@@ -42,6 +42,9 @@ def start() -> None:
     _replace_streams()
     # upcycle multiplies no matrices in numpy, whose BLAS would start threads during its import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # torch's threads wait for each other after each operation. On a busy machine those that wait
+    # by spinning take most of the processor time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def on_signal(signum: int, _frame: FrameType | None) -> None:
