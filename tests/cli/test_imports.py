@@ -1,0 +1,94 @@
+"""A command imports what it needs and no more: torch takes seconds, --help must not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from upcycle_cli import Recipe, convert
+
+PROGRAM = """
+import atexit, sys
+from upcycle_cli.__main__ import main
+atexit.register(lambda: print("IMPORTED", *sys.modules, file=sys.stderr))
+main()
+"""
+LIBRARIES = {"torch", "transformers", "numpy", "safetensors"}
+RARE = {"rich.progress", "huggingface_hub", "matplotlib", "jinja2", "tomli_w", "jsonschema"}
+OURS = "upcycle_cli."
+PLANNING = ("plan.upcycle", "plan.tensors", "plan.expressions", "plan.merge", "plan.warnings")
+RESULTS = ("api", "write.transaction", "publish.card", "verification.verify", "report.page")
+MOES = ("plan.expand", "inspection.experts", "inspection.weight_drift")
+COMMANDS = ("cli.commands.convert", "cli.commands.inspect", "models")
+RECIPE = ("--recipe", "E2G2T2")
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "moe"
+    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "not_imported"),
+    [
+        (("--help",), 0, (*PLANNING, *RESULTS, *MOES, "models", "cli.render")),
+        (("--version",), 0, (*PLANNING, *RESULTS, *MOES, *COMMANDS)),
+        (("no-such-command",), 2, (*PLANNING, *RESULTS, *COMMANDS)),
+        (("verify", "--help"), 0, (*PLANNING, *RESULTS, *MOES, *COMMANDS)),
+        (("convert", "--help"), 0, (*PLANNING, *RESULTS, *MOES, "models")),
+        (("convert",), 2, (*PLANNING, *RESULTS, *MOES, "models", "cli.render")),
+        (("families",), 0, (*PLANNING, *RESULTS, *MOES, "cli.commands.convert")),
+        (("inspect", "DENSE"), 0, (*PLANNING, *RESULTS, *MOES, "cli.commands.convert")),
+        (("inspect", "MOE", "--json"), 0, (*PLANNING, *RESULTS, "models.overview")),
+        (("inspect", "ABSENT"), 2, RESULTS),
+        (("inspect", "MOE", "--expand", "2"), 0, (*RESULTS, "models.overview")),
+        (("inspect", "DENSE", *RECIPE, "--tensors"), 0, (*RESULTS, *MOES)),
+        (("convert", "DENSE", "OUT", "--recipe", "E2G5T5"), 2, MOES),
+        (
+            ("convert", "DENSE", "OUT", *RECIPE, "--dry-run"),
+            0,
+            ("publish.push", "verification.verify", "report.page", "cli.commands.inspect", *MOES),
+        ),
+        (("verify", "DENSE", "MOE", "--checks", "all"), 2, ("report.page", "cli.commands.convert")),
+        (
+            ("verify", "DENSE", "MOE", "--checks", "directory"),
+            0,
+            ("report.page", "cli.commands.convert"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_command_imports_no_more_than_it_needs(
+    llama: Path,
+    moe: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    not_imported: tuple[str, ...],
+) -> None:
+    places = {"DENSE": llama, "MOE": moe, "OUT": tmp_path / "moe", "ABSENT": tmp_path / "no"}
+    imported = imports_of(*(str(places.get(word, word)) for word in arguments), code=code)
+    assert imported & {f"{OURS}{name}" for name in not_imported} == set()
+    assert imported & LIBRARIES == set()
+    # verify shows a progress bar, and an absent directory may be a repo on the Hub.
+    assert code or arguments[0] == "verify" or imported & RARE == set()
+
+
+def test_a_conversion_imports_neither_torch_nor_transformers(llama: Path, tmp_path: Path) -> None:
+    imported = imports_of("convert", str(llama), str(tmp_path / "moe"), *RECIPE, code=0)
+    assert imported & LIBRARIES == {"numpy"}
+
+
+def imports_of(*arguments: str, code: int) -> set[str]:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    imported = {*done.stderr.splitlines()[-1].split()}
+    assert "IMPORTED" in imported
+    return imported
