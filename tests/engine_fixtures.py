@@ -27,7 +27,7 @@ import upcycle_cli
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.api import execute
 from upcycle_cli.core.callbacks import Hooks
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import WriteOptions

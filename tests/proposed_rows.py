@@ -58,8 +58,8 @@ class Proposal:
 
     def __str__(self) -> str:
         usual = DenseFamily("")
-        values = {field.name: getattr(self.row, field.name) for field in fields(DenseFamily)[1:]}
-        said = [quoted(self.row.model_type)] + [
+        values = {field.name: getattr(self.row, field.name) for field in fields(DenseFamily)[2:]}
+        said = [quoted(self.row.model_type), quoted(self.row.classes)] + [
             f"{name}={mlp_said(value) if name == 'mlp' else quoted(value)}"
             for name, value in values.items()
             if value != getattr(usual, name)

@@ -11,7 +11,7 @@ from conftest import LAYOUTS, MakeDense
 from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, build_plan, open_checkpoint
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import no_promise, warnings
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing, ScaleSplit, Scaling
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
 
 TARGETS = ("mixtral", "qwen2_moe", "glm4_moe")
@@ -104,7 +104,7 @@ def test_every_exact_combination_is_the_dense_function(llama: Path, text: Path, 
         if recipe.router_init is RouterInit.FILE:
             rows = router_rows(recipe, folder / "rows.safetensors")
         if recipe.neuron_order is NeuronOrder.FILE:
-            order = read_order_file(orders(recipe, folder / "orders.safetensors"))
+            order = read_permutation_file(orders(recipe, folder / "orders.safetensors"))
         done = convert(
             llama,
             folder / "moe",

@@ -43,7 +43,7 @@ from upcycle_cli.old_verification.facts import Facts
 from upcycle_cli.old_verification.headers import geometry_failures
 from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.plan.expressions import Halves, Source, Zeros
-from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.recipe.recipe import SHIPPED, Routing, parse_recipe_name
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import CHECK_NAMES, Report, Status

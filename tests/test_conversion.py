@@ -584,7 +584,7 @@ def test_powers_of_two_lose_nothing(
     dense = make_dense("qwen2", dtype="bfloat16")
     recipe = Recipe(expansion=2, granularity=4, top_k=4, routing=routing)
     done = convert(dense, tmp_path / "moe", recipe)
-    assert done.plan.factors.lossless
+    assert done.plan.lossless
     source, moe = read_tensors(dense), read_tensors(tmp_path / "moe")
     for group in range(2):
         for matrix, dim, factor in (

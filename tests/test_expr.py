@@ -33,10 +33,10 @@ from upcycle_cli.plan.expressions import (
     TensorType,
     Transpose,
     Zeros,
+    contiguous_source,
     leaves,
     num_bytes,
-    sources,
-    stretch_of,
+    source_names,
     type_of,
 )
 from upcycle_cli.write import evaluate as arithmetic
@@ -109,7 +109,7 @@ CUBE = Source("cube", "BF16", (1, 4, 6))
     ],
 )
 def test_stretches(expr: Expr, stretch: tuple[str, int, int] | None) -> None:
-    assert stretch_of(expr) == stretch
+    assert contiguous_source(expr) == stretch
     if stretch is not None:
         name, begin, end = stretch
         source = {item.name: item for item in (A, VECTOR, CUBE, STACK)}[name]
@@ -371,8 +371,8 @@ def test_sources_are_everything_that_is_read(tensors: dict[str, torch.Tensor]) -
 
     evaluate(expr, spy)
     evaluate(normal(), spy)
-    assert read == {*sources(expr), *sources(normal())} == {"a", "b", "norm"}
-    assert list(sources(Zeros("F32", (1,)))) == []
+    assert read == {*source_names(expr), *source_names(normal())} == {"a", "b", "norm"}
+    assert list(source_names(Zeros("F32", (1,)))) == []
 
 
 # Overflow ----------------------------------------------------------------------------------------

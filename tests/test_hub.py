@@ -31,7 +31,7 @@ from upcycle_cli.hub.remote_checkpoint import (
 )
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
-from upcycle_cli.report.target import ReportFile
+from upcycle_cli.report.report_file import ReportFile
 
 REPO = "acme/tiny"
 MOE = "acme/tiny-E4G1T2"

@@ -20,7 +20,7 @@ from shapes import PAIRS, TORCH, moe_shapes, same_bits, tiny_config, write_model
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Routing, ScaleSplit, Scaling
 from upcycle_cli.recipe.scaling import Factors
 from upcycle_cli.write.writer import WriteOptions, write_weights
@@ -298,7 +298,7 @@ def test_powers_of_two_can_be_taken_out_again(case: Case, exponent: int) -> None
     with source_of(case) as dense:
         outcome = convert(case, dense)
     factors = outcome.plan.factors
-    assert factors.lossless
+    assert outcome.plan.rounded_to is None
     assert factors.up * factors.down == 2.0**exponent
     for layer in outcome.layers:
         for group in groups(outcome, layer):

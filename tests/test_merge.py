@@ -46,7 +46,8 @@ from upcycle_cli.api import execute
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
 from upcycle_cli.plan.mergekit import read_mergekit
-from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification.result import CheckResult
 from upcycle_cli.write.evaluate import evaluate
@@ -560,12 +561,12 @@ def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: P
     recipe = Recipe(expansion=2, granularity=1, top_k=1)
     done = convert(models[0], tmp_path / "moe", recipe, merge=MergeRequest(experts_from=[other]))
     assert "license" not in yaml.safe_load((tmp_path / "moe/README.md").read_text().split("---")[1])
-    assert any("cc-by-nc-4.0" in note for note in done.plan.carried.notes)
+    assert any("cc-by-nc-4.0" in note for note in done.plan.card_metadata.notes)
     card = (tmp_path / "moe/README.md").read_text()
     assert f"made from `{models[0].name}` and `other` by copying their MLPs" in card
     assert f"| experts from | groups of {models[0].name}: 0; of other: 1 |" in card
     same = convert(models[0], tmp_path / "s", recipe, merge=MergeRequest(experts_from=models[1:2]))
-    assert same.plan.carried.values["license"] == "apache-2.0"
+    assert same.plan.card_metadata.values["license"] == "apache-2.0"
 
 
 # Prompts -----------------------------------------------------------------------------------------

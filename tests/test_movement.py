@@ -15,7 +15,7 @@ from test_shared_experts import write_orders
 
 from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
 from upcycle_cli.inspection.experts import WeightFacts
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder
 
 SIZES: Mapping[str, Any] = {"expansion": 2, "granularity": 3, "top_k": 3, "allow_inexact": True}
@@ -84,7 +84,7 @@ def test_factors_and_movement(
     made = {**SIZES, **settings}
     orders = None
     if made.get("neuron_order") is NeuronOrder.FILE:
-        orders = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+        orders = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
     options = Options(dtype=made.pop("_dtype", None), neuron_orders=orders)
     done = convert(
         models[0],

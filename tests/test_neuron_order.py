@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect, verify
 from upcycle_cli.inspection.neuron_matching import match, neuron_hashes
 from upcycle_cli.plan.expressions import Gather, Permutation
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 from upcycle_cli.verification.result import Report, Status
 from upcycle_cli.write import evaluate as arithmetic
@@ -89,7 +89,7 @@ def test_any_order_is_exact(
     if order != "shuffled":
         shape = (3,) if order == "one for each" else ()
         orders = {f"layers.{layer}.neuron_order": drawn(*shape) for layer in range(2)}
-        options = Options(neuron_orders=read_order_file(order_file(tmp_path / "o", orders)))
+        options = Options(neuron_orders=read_permutation_file(order_file(tmp_path / "o", orders)))
         wanted = recipe(routing=routing, top_k=6, neuron_order="file")
     convert(dense, tmp_path / "moe", wanted, target=target, options=options, writing=QUICKLY)
     ids = random_ids()
@@ -191,7 +191,7 @@ def test_sliced_stays_what_it_was(dense: Path, tmp_path: Path) -> None:
     """The first group's experts are those of a conversion without an order."""
     convert(dense, tmp_path / "a", recipe(neuron_order="sliced"), writing=QUICKLY)
     orders = {f"layers.{layer}.neuron_order": np.arange(INNER) for layer in range(2)}
-    given = Options(neuron_orders=read_order_file(order_file(tmp_path / "o", orders)))
+    given = Options(neuron_orders=read_permutation_file(order_file(tmp_path / "o", orders)))
     convert(dense, tmp_path / "b", recipe(neuron_order="file"), options=given, writing=QUICKLY)
     one, other = (contents(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
     assert one == other
@@ -201,7 +201,7 @@ def test_sliced_stays_what_it_was(dense: Path, tmp_path: Path) -> None:
 
 
 def refused(dense: Path, path: Path) -> str:
-    given = Options(neuron_orders=read_order_file(path))
+    given = Options(neuron_orders=read_permutation_file(path))
     with pytest.raises(UpcycleError) as caught:
         convert(dense, path.parent / "moe", recipe(neuron_order="file"), options=given)
     return str(caught.value)
@@ -222,7 +222,7 @@ def test_what_is_no_permutation_is_refused(tmp_path: Path, name: str) -> None:
     order, words = BAD_ORDERS[name]
     path = order_file(tmp_path / "o", {"layers.0.neuron_order": order})
     with pytest.raises(UpcycleError) as caught:
-        read_order_file(path)
+        read_permutation_file(path)
     assert words in str(caught.value)
 
 
@@ -246,7 +246,7 @@ def test_a_file_and_the_recipe_must_agree(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match="there is none"):
         convert(dense, tmp_path / "moe", recipe(neuron_order="file"))
     orders = {f"layers.{n}.neuron_order": drawn() for n in range(2)}
-    given = Options(neuron_orders=read_order_file(order_file(tmp_path / "o", orders)))
+    given = Options(neuron_orders=read_permutation_file(order_file(tmp_path / "o", orders)))
     with pytest.raises(UpcycleError, match="--neuron-order is shuffled"):
         convert(dense, tmp_path / "moe", recipe(), options=given)
 
@@ -356,7 +356,7 @@ def test_two_neurons_out_of_order(dense: Path, tmp_path: Path) -> None:
     order = np.arange(INNER)
     order[[20, 47]] = 47, 20
     orders = {f"layers.{layer}.neuron_order": order for layer in range(2)}
-    options = Options(neuron_orders=read_order_file(order_file(tmp_path / "o", orders)))
+    options = Options(neuron_orders=read_permutation_file(order_file(tmp_path / "o", orders)))
     wanted = recipe(neuron_order="file")
     convert(dense, tmp_path / "moe", wanted, options=options, writing=QUICKLY)
     report = verify(dense, tmp_path / "moe", checks=["weights", "outputs"])

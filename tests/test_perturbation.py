@@ -25,7 +25,7 @@ from upcycle_cli.api import execute
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.old_verification.statistics import Sample
 from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, Source
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise
 from upcycle_cli.verification.result import CheckResult, Report, Status
@@ -260,7 +260,7 @@ def test_nonsense_is_refused(given: dict[str, float], said: str) -> None:
 def test_a_share_of_no_neuron_is_refused(dense: Path) -> None:
     with pytest.raises(UpcycleError, match="no neuron at all"):
         build_plan(recipe(reinit=0.01), open_checkpoint(dense))
-    assert build_plan(recipe(reinit=0.0105), open_checkpoint(dense)).recipe.redrawn(WIDTH) == 1
+    assert build_plan(recipe(reinit=0.0105), open_checkpoint(dense)).recipe.reinit_count(WIDTH) == 1
 
 
 @pytest.mark.parametrize("option", [("--noise", "0.05"), ("--reinit", "0.42")])
@@ -340,7 +340,7 @@ def test_orders_of_a_file(dense: Path, tmp_path: Path, changes: dict[str, float]
         for layer in range(2)
     }
     save_file(orders, tmp_path / "o")
-    options = Options(neuron_orders=read_order_file(tmp_path / "o"))
+    options = Options(neuron_orders=read_permutation_file(tmp_path / "o"))
     wanted = recipe(neuron_order="file", **changes)
     convert(dense, tmp_path / "moe", wanted, options=options, writing=QUICKLY)
     report = verify(dense, tmp_path / "moe", checks=["claims", "weights"])

@@ -39,8 +39,8 @@ from upcycle_cli.plan.expressions import (
     leaves,
     type_of,
 )
-from upcycle_cli.plan.tensors import Role
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Routing
 
 OpenBig = Callable[[str], Checkpoint]

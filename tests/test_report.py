@@ -24,7 +24,7 @@ from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report import inspection_html, verification_html
-from upcycle_cli.report.target import ReportFile
+from upcycle_cli.report.report_file import ReportFile
 from upcycle_cli.verification.result import (
     CHECK_NAMES,
     CheckResult,

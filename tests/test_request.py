@@ -14,8 +14,7 @@ from conftest import snapshot
 from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.api import Conversion, Request, carry_out, preview
 from upcycle_cli.core.callbacks import Hooks
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class Listener(Hooks[Any, Any]):
         self.heard: list[str] = []
         self.nbytes = 0
 
-    def planned(self, plan: Planned) -> None:
+    def planned(self, plan: Plan) -> None:
         assert isinstance(plan, Plan)
         self.heard.append(f"planned {plan.recipe.name}")
 
@@ -63,7 +62,7 @@ def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -
 
 def test_what_a_listener_raises_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
     class Refusing(Hooks[Any, Any]):
-        def planned(self, plan: Planned) -> None:
+        def planned(self, plan: Plan) -> None:
             raise UpcycleError(f"not {plan.how['recipe']['name']}")
 
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)

@@ -24,7 +24,7 @@ from upcycle_cli import (
 )
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 from upcycle_cli.verification.result import Status
 
@@ -89,7 +89,7 @@ def test_groups_with_orders_of_their_own_share_the_same_neurons(
     dense = dense_for(make_dense, target)
     options = Options(dtype=dtype)
     if order is NeuronOrder.FILE:
-        file = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+        file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
         options = Options(dtype=dtype, neuron_orders=file)
     moe = tmp_path / "moe"
     convert(dense, moe, shared(2, neuron_order=order), target=target, options=options)
@@ -220,7 +220,7 @@ def test_a_shared_expert_as_wide_as_one(make_dense: MakeDense) -> None:
 
 
 def test_orders_that_do_not_agree_on_what_is_shared(llama: Path, tmp_path: Path) -> None:
-    file = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=15))
+    file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=15))
     options = Options(neuron_orders=file)
     recipe = shared(neuron_order=NeuronOrder.FILE)
     with pytest.raises(UpcycleError, match="differ in their first 16 places"):
@@ -244,7 +244,7 @@ def test_inspect_tells_what_is_shared_and_how_far_the_rest_has_come(
 ) -> None:
     options = Options()
     if order is NeuronOrder.FILE:
-        file = read_order_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+        file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
         options = Options(neuron_orders=file)
     recipe = shared(2, neuron_order=order)
     moe = convert(llama, tmp_path / "moe", recipe, target="glm4_moe", options=options).output

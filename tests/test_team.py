@@ -30,7 +30,7 @@ from engine_fixtures import (
 
 from upcycle_cli.api import execute
 from upcycle_cli.core.errors import ResumableError, UpcycleError
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.staging import NOTE_SUFFIX, partial_of
 

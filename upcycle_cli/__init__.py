@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from upcycle_cli.core.errors import UpcycleError as UpcycleError
     from upcycle_cli.inspection.summary import inspect as inspect
-    from upcycle_cli.plan.expand import Growth as Growth
-    from upcycle_cli.plan.tensors import Options as Options
+    from upcycle_cli.plan.output import Options as Options
     from upcycle_cli.plan.upcycle import build_plan as build_plan
     from upcycle_cli.publish.push import Destination as Destination
+    from upcycle_cli.recipe.growth import Growth as Growth
     from upcycle_cli.recipe.recipe import Recipe as Recipe
     from upcycle_cli.verification.verify import verify as verify
     from upcycle_cli.write.writer import WriteOptions as WriteOptions
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "Destination": "publish.push",
     "MergeRequest": "api",
-    "Growth": "plan.expand",
-    "Options": "plan.tensors",
+    "Growth": "recipe.growth",
+    "Options": "plan.output",
     "Recipe": "recipe.recipe",
     "UpcycleError": "core.errors",
     "WriteOptions": "write.writer",

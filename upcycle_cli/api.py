@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
@@ -21,11 +21,11 @@ from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, check_utf8, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
-from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.output import Options
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.tensors import Options
-from upcycle_cli.plan.upcycle import Plan, as_recorded, build_plan
+from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
 from upcycle_cli.recipe.recipe import Promise, Recipe
 from upcycle_cli.write.distributed import Team
@@ -34,8 +34,8 @@ from upcycle_cli.write.staging import Staging, partial_of
 from upcycle_cli.write.writer import WriteOptions, Written, write_weights
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.expand import Growth
     from upcycle_cli.publish.push import Destination, Push
+    from upcycle_cli.recipe.growth import Growth
     from upcycle_cli.verification.result import Report
     from upcycle_cli.write.transaction import Transaction
 
@@ -62,9 +62,10 @@ class MergeRequest:
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
             return None
-        from upcycle_cli.plan.compatibility import alike
+        from upcycle_cli.plan.compatibility import check_compatible
 
-        return Merge(others=alike(source, models[1:]), cycle=tuple(cycle), rest=Rest(self.rest))
+        others = check_compatible(source, models[1:])
+        return Merge(others=others, cycle=tuple(cycle), rest=Rest(self.rest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Request:
 class Conversion:
     """The result of a conversion."""
 
-    plan: Any  # a Planned; a Plan if a dense model was upcycled
+    plan: Plan
     output: Path
     seconds: float = 0.0
     report: Report | None = None  # of the verification, if one was requested
@@ -156,7 +157,7 @@ def convert(  # noqa: PLR0913 - the fields of a Request
 def carry_out(
     request: Request,
     *,
-    hooks: Hooks[Planned, Conversion] | None = None,
+    hooks: Hooks[Plan, Conversion] | None = None,
     team: Team | None = None,
 ) -> Conversion:
     """Convert as requested, together with the other ranks of a team; UpcycleError as `convert`."""
@@ -187,9 +188,9 @@ def carry_out(
 def preview(
     request: Request,
     *,
-    hooks: Hooks[Planned, Conversion] | None = None,
+    hooks: Hooks[Plan, Conversion] | None = None,
     team: Team | None = None,
-) -> tuple[Planned, list[str]]:
+) -> tuple[Plan, list[str]]:
     """Return the plan of a request and warnings about OUTPUT; UpcycleError if there is no plan."""
     team = team or Team()
     plan = _make_plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
@@ -206,7 +207,7 @@ def preview(
 
 
 def execute(
-    plan: Planned,
+    plan: Plan,
     output: Path,
     *,
     overwrite: bool = False,
@@ -215,7 +216,7 @@ def execute(
     repo: str | None = None,
     writing: WriteOptions | None = None,
     team: Team | None = None,
-    hooks: Hooks[Planned, Conversion] | None = None,
+    hooks: Hooks[Plan, Conversion] | None = None,
 ) -> Conversion:
     """Write what the plan says and publish it as `output`; UpcycleError leaves `output` as it was.
 
@@ -261,20 +262,20 @@ class _Job:
     output: Path
     writing: WriteOptions
     team: Team
-    hooks: Hooks[Planned, Conversion]
+    hooks: Hooks[Plan, Conversion]
     overwrite: bool
     verify: bool
     checksums: bool
     repo: str | None
 
 
-def _make_plan(request: Request, hooks: Hooks[Planned, Conversion], team: Team) -> Planned:
+def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
     """Make the plan on every rank; UpcycleError unless all ranks have made the same one."""
     check_name(request.output)
     for path in (Path(request.source), request.output.absolute()) if request.verify else ():
         check_utf8(path)
 
-    def make() -> Planned:
+    def make() -> Plan:
         source = open_source(request.source, request.revision)
         if not isinstance(request.recipe, Recipe):
             from upcycle_cli.plan.expand import build_growth
@@ -306,7 +307,7 @@ def _make_plan(request: Request, hooks: Hooks[Planned, Conversion], team: Team) 
     return plan
 
 
-def _bring_sources(plan: Planned, hooks: Hooks[Planned, Conversion], team: Team) -> Planned:
+def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
     """Download what is missing of the sources; return the plan with the local files."""
 
     def missing() -> int:
@@ -323,12 +324,12 @@ def _bring_sources(plan: Planned, hooks: Hooks[Planned, Conversion], team: Team)
 
 
 def _finish_again(
-    plan: Planned, output: Path, *, verify: bool, checksums: bool, watch: Progress
+    plan: Plan, output: Path, *, verify: bool, checksums: bool, watch: Progress
 ) -> Conversion:
     """Verify an output that this plan has made before, and add SHA256SUMS if it is missing."""
     from upcycle_cli.write.record import write_checksums
 
-    plan = as_recorded(plan, read_json(locate(output, RECORD_NAME)))
+    plan = bind_recorded(plan, read_json(locate(output, RECORD_NAME)))
     if checksums and not (output / CHECKSUMS_NAME).exists():
         write_checksums(plan, output)
     # is_finished has compared sizes and config; only verify reads the weights.
@@ -342,7 +343,7 @@ def _finish_again(
     )
 
 
-def _make(plan: Planned, job: _Job) -> Conversion:
+def _make(plan: Plan, job: _Job) -> Conversion:
     """Calibrate, write, verify and publish."""
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.publish.card import model_card
@@ -385,7 +386,7 @@ def _make(plan: Planned, job: _Job) -> Conversion:
     )
 
 
-def _assist(plan: Planned, output: Path, writing: WriteOptions, team: Team) -> None:
+def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> None:
     """Write this rank's share of the shards; rank 0 does everything else."""
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.write.transaction import join
@@ -401,7 +402,7 @@ def _assist(plan: Planned, output: Path, writing: WriteOptions, team: Team) -> N
 
 
 def _write_shards(
-    plan: Planned,
+    plan: Plan,
     enter: Callable[[], Staging],
     writing: WriteOptions,
     team: Team,
@@ -421,12 +422,12 @@ def _write_shards(
     return replace(total, routers={name: total.routers[name] for name in names})
 
 
-def _verify(plan: Planned, output: Path, watch: Progress) -> Report:
+def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
     from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.verification.verify import verify
 
     dense, *others = (source.path for source in plan.sources)
-    rows, text = (plan.inputs.rows, plan.inputs.text) if isinstance(plan, Plan) else (None, None)
+    rows, text = plan.inputs.rows, plan.inputs.text
     return verify(
         dense,
         output,
@@ -439,7 +440,7 @@ def _verify(plan: Planned, output: Path, watch: Progress) -> Report:
     )
 
 
-def _verify_staged(plan: Planned, running: Transaction, watch: Progress) -> Report:
+def _verify_staged(plan: Plan, running: Transaction, watch: Progress) -> Report:
     try:
         return _verify(plan, running.staging.path, watch)
     except UpcycleError as error:
@@ -450,7 +451,7 @@ def _verify_staged(plan: Planned, running: Transaction, watch: Progress) -> Repo
         ) from error
 
 
-def _push(done: Conversion, destination: Destination, hooks: Hooks[Planned, Conversion]) -> Push:
+def _push(done: Conversion, destination: Destination, hooks: Hooks[Plan, Conversion]) -> Push:
     from upcycle_cli.publish.push import push
 
     try:

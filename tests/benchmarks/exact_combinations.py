@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from smollm2 import make_smollm2
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit, Routing, parse_recipe_name
 
@@ -134,7 +134,7 @@ class Bench:
         if init is RouterInit.FILE:
             rows = router_rows(recipe, self.folder / "rows.safetensors", small=not cell.uniform)
         if order is NeuronOrder.FILE:
-            given = read_order_file(orders_of(recipe, self.folder / "orders.safetensors"))
+            given = read_permutation_file(orders_of(recipe, self.folder / "orders.safetensors"))
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             moe = Path(place) / "moe"
             done = convert(

@@ -38,8 +38,8 @@ from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.plan.tensors import Role
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import RouterInit, parse_recipe_name
 from upcycle_cli.write.evaluate import evaluate
 

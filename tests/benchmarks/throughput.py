@@ -55,7 +55,8 @@ from speed.report import Limit, Result, limits_table, sharing_limits, table, wri
 
 from upcycle_cli import Recipe
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
-from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.write.file_layout import unique_bytes
 
 SHORT = Recipe(expansion=8, granularity=1, top_k=2)

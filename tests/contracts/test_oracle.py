@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.permutation_file import read_permutation_file
 
 SHIPPED = ("llama", "nemotron", "olmo2", "gpt2")
 ROWS = [(name, target) for name, row in DENSE.items() for target in row.targets]
@@ -91,7 +91,7 @@ def converted(dense: Path, output: Path, w: Wanted) -> Path:
     if w.orders is not None:
         path = output.with_suffix(".safetensors")
         save_file({f"layers.{i}.neuron_order": torch.stack(o) for i, o in w.orders.items()}, path)
-        options["neuron_orders"] = read_order_file(path)
+        options["neuron_orders"] = read_permutation_file(path)
     orders = (
         {True: "shuffled", False: "sliced"}
         if w.orders is None

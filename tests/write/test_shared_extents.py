@@ -28,7 +28,7 @@ from engine_fixtures import (
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import execute
 from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import unique_bytes
 from upcycle_cli.write.staging import partial_of
 

@@ -12,7 +12,7 @@ from engine_fixtures import Advance, contents, make_dense, plan_of, set_value, s
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion, execute
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write import transaction
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.transaction import clean

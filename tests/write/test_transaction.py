@@ -19,7 +19,7 @@ from upcycle_cli.api import execute
 from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.core.safe_files import read_header
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write import transaction as module
 from upcycle_cli.write.staging import MARKER, partial_of
 from upcycle_cli.write.transaction import aside_of, clean

@@ -45,9 +45,9 @@ from shapes import (
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.api import execute
 from upcycle_cli.core.platform import BLOCK_BYTES
-from upcycle_cli.plan.expressions import Expr, leaves, stretch_of
-from upcycle_cli.plan.tensors import Role
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.expressions import Expr, contiguous_source, leaves
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write import evaluate as evaluation
 from upcycle_cli.write import writer
@@ -206,7 +206,7 @@ class Watch:
     def evaluate(self, expr: Expr, read: Read, *_: object) -> memoryview:
         alive = sum(result() is not None for result in self._results)
         value = evaluate(expr, read)
-        if stretch_of(expr) is None:
+        if contiguous_source(expr) is None:
             self.computed.append(expr)
             self.most_alive = max(self.most_alive, alive)
             self.largest_bytes = max(self.largest_bytes, value.nbytes)
@@ -229,7 +229,7 @@ def test_copies_are_computed_once(
     write(plan, output)
     assert len(watch.computed) == len(set(watch.computed))
     parts = {leaf for tensor in plan.tensors for leaf in leaves(tensor.expr)}
-    assert set(watch.computed) == parts - {part for part in parts if stretch_of(part)}
+    assert set(watch.computed) == parts - {part for part in parts if contiguous_source(part)}
     # One router per layer, and each of three matrices in three shards.
     assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
 

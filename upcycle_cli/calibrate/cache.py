@@ -11,10 +11,10 @@ from contextlib import suppress
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
-from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.tensors import Role
-from upcycle_cli.plan.upcycle import Plan, calibrated
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import NeuronOrder
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.staging import CALIBRATION, Staging
@@ -22,12 +22,12 @@ from upcycle_cli.write.staging import CALIBRATION, Staging
 _MOST_BYTES = 4_000_000_000
 
 
-def with_calibration(plan: Planned, staging: Staging | None, team: Team, watch: Watch) -> Planned:
+def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Watch) -> Plan:
     """Return the plan with what its text shows, on every rank; rank 0 has the `staging` directory.
 
     Raises UpcycleError when there can be no calibration.
     """
-    if not isinstance(plan, Plan) or plan.inputs.text is None:
+    if plan.inputs.text is None:
         return plan
 
     def find() -> Calibration | None:
@@ -44,7 +44,7 @@ def with_calibration(plan: Planned, staging: Staging | None, team: Team, watch: 
 
     found = team.gather(find)[0]
     assert found is not None
-    return calibrated(plan, found)
+    return bind(plan, found)
 
 
 def _kept(plan: Plan, staging: Staging) -> Calibration | None:

@@ -21,11 +21,12 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatistics
 from upcycle_cli.plan.merge import MergedReader
+from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.permutation_file import order_name
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.prompts import Prompts
-from upcycle_cli.plan.tensors import OutputTensor, Role, router_stream
+from upcycle_cli.plan.router_file import router_stream
 from upcycle_cli.plan.texts import CalibrationText
-from upcycle_cli.plan.upcycle import Plan
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 from upcycle_cli.run.models import (
     Model,

@@ -10,9 +10,9 @@ from upcycle_cli.cli.terminal import rows_table, show, stdout, talk, warn
 from upcycle_cli.core.text import counted, shell_line, size_text
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
-    from upcycle_cli.report.target import ReportFile
+    from upcycle_cli.report.report_file import ReportFile
 
 
 def command_line() -> str:
@@ -36,14 +36,14 @@ def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
     """Return the file for a report, None without one; raises UpcycleError before any work."""
     if path is None:
         return None
-    from upcycle_cli.report.target import ReportFile
+    from upcycle_cli.report.report_file import ReportFile
 
     file = ReportFile(path)
     file.check(dense)
     return file
 
 
-def show_plan(plan: Planned) -> None:
+def show_plan(plan: Plan) -> None:
     """Print a plan, and the notes about it."""
     from upcycle_cli.cli.render_plan import plan_table
     from upcycle_cli.plan.warnings import warnings

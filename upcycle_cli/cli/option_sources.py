@@ -10,8 +10,7 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 from upcycle_cli.cli.options import read_path
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.base import Planned
-    from upcycle_cli.plan.upcycle import Plan
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.recipe.recipe_file import Kind, Value
 
 SIZES = ("expansion", "granularity", "top_k")
@@ -62,10 +61,9 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
     return source, output
 
 
-def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
+def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     """Write a recipe file with every option and what `auto` chose; UpcycleError, OSError."""
     from upcycle_cli.hub.remote_checkpoint import is_repo_id
-    from upcycle_cli.plan.upcycle import Plan
     from upcycle_cli.recipe.recipe_file import save_config
     from upcycle_cli.write.staging import partial_of
 
@@ -75,7 +73,7 @@ def save_options(path: Path, context: typer.Context, plan: Planned) -> None:
         for name in known
         if name not in _NOT_SAVED and given[name] is not None and given[name] not in ([], ())
     }
-    if isinstance(plan, Plan):
+    if plan.expansion is None:
         values |= _choices(plan)
         if plan.inputs.text is not None and "positive_prompts" not in values:
             values.setdefault("calibration", plan.inputs.text.name)

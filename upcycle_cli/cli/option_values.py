@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from upcycle_cli.api import MergeRequest
     from upcycle_cli.plan.budget import Budget, Wanted
-    from upcycle_cli.plan.expand import Growth
+    from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.router_inputs import RouterInputs
-    from upcycle_cli.plan.tensors import Options
     from upcycle_cli.publish.push import Destination
+    from upcycle_cli.recipe.growth import Growth
 
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
@@ -54,7 +54,7 @@ def needs_recipe(context: typer.Context) -> bool:
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
-        from upcycle_cli.plan.expand import Growth
+        from upcycle_cli.recipe.growth import Growth
 
         _refuse_all_but(context, _WITH_EXPAND, "--expand duplicates the experts of an MoE, without")
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
@@ -78,13 +78,13 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
 
 def to_options(moe: MoeOptions) -> Options:
     """Return the options for the output files; UpcycleError for a bad size or file."""
-    from upcycle_cli.plan.tensors import Options
+    from upcycle_cli.plan.output import Options
 
     orders, file = None, _order_file(moe)
     if file is not None:
-        from upcycle_cli.plan.permutation_file import read_order_file
+        from upcycle_cli.plan.permutation_file import read_permutation_file
 
-        orders = read_order_file(file)
+        orders = read_permutation_file(file)
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
         expert_layout=moe.expert_layout,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.header import TensorEntry
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.plan.tensors import OutputTensor
+    from upcycle_cli.plan.output import OutputTensor
     from upcycle_cli.publish.push import Push
     from upcycle_cli.verification.result import Report
 

@@ -15,8 +15,7 @@ from upcycle_cli.cli.terminal import rows_table
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.inspection.describe import software_lines
 from upcycle_cli.models.layers import format_layers
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import (
     ORDER_TEXTS,
     experts_text,
@@ -27,7 +26,6 @@ from upcycle_cli.plan.warnings import (
     warnings,
 )
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise
-from upcycle_cli.write.record import merged_record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,9 +34,9 @@ if TYPE_CHECKING:
     from upcycle_cli.publish.push import Push
 
 
-def plan_table(plan: Planned) -> Table:
+def plan_table(plan: Plan) -> Table:
     """Return the summary of a plan, one property a row."""
-    return rows_table(_upcycling_rows(plan) if isinstance(plan, Plan) else _growth_rows(plan))
+    return rows_table(_growth_rows(plan) if plan.expansion else _upcycling_rows(plan))
 
 
 def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
@@ -70,11 +68,9 @@ def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
     yield "engines", software_lines(plan.engines)
 
 
-def _growth_rows(plan: Planned) -> Iterator[tuple[str, Sequence[str]]]:
-    from upcycle_cli.plan.expand import GrowthPlan
-
-    assert isinstance(plan, GrowthPlan)
-    before, k = plan.experts, plan.growth.expand
+def _growth_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
+    assert plan.expansion is not None
+    before, k = plan.expansion.experts, plan.expansion.growth.expand
     yield "model", [f"{plan.target.title}, each expert {k} times"]
     experts = f"{before.num_experts} → {plan.num_experts} per layer"
     active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
@@ -87,37 +83,36 @@ def _growth_rows(plan: Planned) -> Iterator[tuple[str, Sequence[str]]]:
     yield "engines", software_lines(plan.engines)
 
 
-def _parameters(plan: Planned) -> str:
+def _parameters(plan: Plan) -> str:
     return (
         f"{parameter_text(plan.total_parameters)}, {parameter_text(plan.active_parameters)} active"
     )
 
 
-def _size(plan: Planned) -> str:
+def _size(plan: Plan) -> str:
     return f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
 
 
-def _promise(plan: Planned, origin: str) -> str:
+def _promise(plan: Plan, origin: str) -> str:
     match plan.promise:
         case Promise.EXACT:
             rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
             return f"exact: the function of the {origin}{rounding}"
         case Promise.APPROXIMATE:
-            assert isinstance(plan, Plan)
             std = plan.recipe.router_logit_std
             return f"approximate: equal up to the router logits (std {std:g})"
         case Promise.NONE:
             return f"none: {no_promise(plan)}"
 
 
-def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
+def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:
     """Return a plan as a JSON object; `told` is what there is to warn of besides the plan."""
     return {
         "model_type": plan.target.outer_type,
         "source_type": plan.source.config["model_type"],
         "source": plan.source.name,
         "source_revision": plan.source.revision,
-        **(_upcycling_json(plan) if isinstance(plan, Plan) else _growth_json(plan)),
+        **(_growth_json(plan) if plan.expansion else _upcycling_json(plan)),
         **picked(plan, "expert_layout", "total_parameters", "active_parameters", "promise"),
         "moe_layers": list(plan.layers),
         "bytes": plan.nbytes,
@@ -130,7 +125,7 @@ def plan_json(plan: Planned, told: Iterable[str] = ()) -> dict[str, Any]:
 
 def _upcycling_json(plan: Plan) -> dict[str, Any]:
     return {
-        "experts_from": merged_record(plan),
+        "experts_from": plan.merge_record,
         "recipe": plan.recipe.name,
         **picked(plan.recipe, "routing", "scaling", "router_init", "router_logit_std"),
         **picked(plan.recipe, "virtual_groups", "neuron_order", "noise", "reinit", "seed"),
@@ -142,7 +137,7 @@ def _upcycling_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _growth_json(plan: Planned) -> dict[str, Any]:
+def _growth_json(plan: Plan) -> dict[str, Any]:
     return {
         **plan.how,
         **picked(plan, "num_experts", "top_k"),

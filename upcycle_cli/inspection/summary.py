@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import Load
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.plan.base import Planned
     from upcycle_cli.plan.budget import Budget, Fit, Wanted
-    from upcycle_cli.plan.expand import Growth
+    from upcycle_cli.plan.output import Options
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.router_inputs import RouterInputs
-    from upcycle_cli.plan.tensors import Options
     from upcycle_cli.plan.texts import CalibrationText
+    from upcycle_cli.recipe.growth import Growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Inspection:
     engines: tuple[Engine, ...] = ()
     trainers: tuple[Trainer, ...] = ()
     record: Mapping[str, Any] | None = None
-    plan: Planned | None = None
+    plan: Plan | None = None
     weights: WeightFacts | None = None
     load: Load | None = None
     """Which experts the tokens of a text choose, if requested."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.plan.tensors import Options, Role
-from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.plan.output import Options, Role
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Recipe
 
 WEIGHT_BYTES = 2

@@ -1,9 +1,9 @@
-"""Whether another dense model can give experts beside the source: the same but for its weights."""
+"""Whether another dense model can give experts beside the source: only its weights may differ."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -15,58 +15,54 @@ from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.families import dense_model
 from upcycle_cli.models.wrappers import nested_configs
-from upcycle_cli.plan.merge import Merge, model_of
+from upcycle_cli.plan.merge import model_of
 from upcycle_cli.plan.validate import check_source
 
-_UNREAD = (
+_IGNORED_KEYS = (
     *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "resid_pdrop"),
     *("embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
 )
-"""Keys that a forward pass does not read, and one that others stand for."""
+"""Keys that a forward pass does not read, and rope_parameters, which rope_theta and rope_scaling
+state too."""
 _TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-"""Files that say what tokens are, where there is no tokenizer.json."""
+"""Files that define the tokens where there is no tokenizer.json."""
 
 
-def carried(source: Checkpoint, merge: Merge | None) -> CardMetadata:
-    """Return what the new card takes over: of several models no licence that is not everyone's."""
-    found = read_card_metadata(source.path, CARD_NAME)
-    notes = () if merge is None else tuple(_licence_notes(source, merge.others))
+def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
+    """Return the metadata for the new card; a licence only where all sources have the same one."""
+    first, *others = (read_card_metadata(source.path, CARD_NAME) for source in sources)
+    license_of = first.values.get("license")
+    notes = tuple(
+        f"{model.name} is under the licence {found or 'that its card does not name'}, and "
+        f"{sources[0].name} under {license_of or 'one that its card does not name'}: the new card "
+        "names none; see what each asks for."
+        for model, other in zip(sources[1:], others, strict=True)
+        if (found := other.values.get("license")) != license_of
+    )
     if not notes:
-        return found
-    kept = {key: value for key, value in found.values.items() if not key.startswith("license")}
-    return CardMetadata(kept, found.notes + notes)
+        return first
+    kept = {key: value for key, value in first.values.items() if not key.startswith("license")}
+    return CardMetadata(kept, first.notes + notes)
 
 
-def _licence_notes(source: Checkpoint, others: Sequence[Checkpoint]) -> Iterator[str]:
-    """Say which models have another licence than the source, as far as their cards tell."""
-    first = read_card_metadata(source.path, CARD_NAME).values.get("license")
-    for other in others:
-        found = read_card_metadata(other.path, CARD_NAME).values.get("license")
-        if found != first:
-            yield (
-                f"{other.name} is under the licence {found or 'that its card does not name'}, and "
-                f"{source.name} under {first or 'one that its card does not name'}: the new card "
-                "names none; see what each asks for."
-            )
+def check_compatible(source: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
+    """Return the other models; UpcycleError for one that cannot give experts beside the source.
 
-
-def alike(source: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Return the other models; UpcycleError for one that cannot give experts beside the source."""
+    It must be whole, of the same family, with the same settings, tensors and tokens.
+    """
     dense = dense_model(source.config, source.tensors)
-    wanted = source.tensors.keys() - check_source(source, dense).keys()
+    used = sorted(source.tensors.keys() - check_source(source, dense).keys())
+    for name in used:
+        if model_of(name)[0]:
+            raise UpcycleError(f"{source.path}: no tensor of a model is called {shown(name)}.")
     for other in others:
-        _check_alike(source, dense, sorted(wanted), other)
+        _check_compatible(source, dense, used, other)
     return tuple(others)
 
 
-def _check_alike(
-    source: Checkpoint, dense: DenseModel, wanted: Sequence[str], other: Checkpoint
+def _check_compatible(
+    source: Checkpoint, dense: DenseModel, used: Sequence[str], other: Checkpoint
 ) -> None:
-    """Raise UpcycleError for a model that is not whole, or no model of the source's kind.
-
-    It must be of the same family, with the same tensors, compute alike but for its weights, and
-    have the same tokens.
-    """
     found = dense_model(other.config, other.tensors)
     if found.family.title != dense.family.title:
         raise UpcycleError(
@@ -78,10 +74,10 @@ def _check_alike(
     )
     dropped = check_source(other, found)
     _check_settings(source, dense, other, found)
-    for name in sorted({*wanted} ^ (other.tensors.keys() - dropped.keys())):
-        here, there = (source, other) if name in wanted else (other, source)
+    for name in sorted({*used} ^ (other.tensors.keys() - dropped.keys())):
+        here, there = (source, other) if name in used else (other, source)
         raise UpcycleError(f"{here.path} has {name}, and {there.path} does not.")
-    for name in wanted:
+    for name in used:
         one, two = source.tensors[name], other.tensors[name]
         if one.shape != two.shape:
             raise UpcycleError(
@@ -89,8 +85,6 @@ def _check_alike(
                 f"{source.path}.",
                 "Only models of one shape can give experts to one mixture.",
             )
-        if model_of(name)[0]:
-            raise UpcycleError(f"{source.path}: no tensor of a model is called {shown(name)}.")
     difference = _tokenizer_difference(source, other)
     if difference is not None:
         raise UpcycleError(
@@ -116,10 +110,10 @@ def _check_settings(
 ) -> None:
     """Raise UpcycleError for a setting that the forward pass reads, and that differs."""
     keys = {*defaults_of(dense.model_type), "rope_theta", "rope_scaling", *dense.family.keys}
-    unread = set(_UNREAD)
+    ignored = set(_IGNORED_KEYS)
     if dense.values.get("rope_scaling") is None and "rope_theta" in dense.values:
-        unread.add("max_position_embeddings")  # positions have no table, and are not stretched
-    for key in sorted(keys - unread):
+        ignored.add("max_position_embeddings")  # no table of positions, no stretching
+    for key in sorted(keys - ignored):
         one, two = dense.values.get(key), found.values.get(key)
         if one != two:
             raise UpcycleError(

@@ -13,17 +13,12 @@ the lowest index. A virtual group of G experts becomes one of k·G that has each
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from upcycle_cli.checkpoint.card_metadata import read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.growable import growable
@@ -31,74 +26,20 @@ from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import Layout
 from upcycle_cli.models.moe_config import remove_local_path
-from upcycle_cli.plan.base import Planned, fill_shards
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
 from upcycle_cli.plan.moe_experts import Experts, find_experts
-from upcycle_cli.plan.tensors import Options, OutputTensor, Role
+from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
+from upcycle_cli.plan.plan import Expansion, Plan
 from upcycle_cli.plan.validate import check_dtype
+from upcycle_cli.recipe.growth import Growth
 from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Promise
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ALWAYS = (_EMBEDDING, "model.norm.weight")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """How an MoE grows: k copies of each expert, of which a token uses T.
-
-    `top_k` may be None, meaning k times the source's, which is exact. Raises UpcycleError when the
-    values make no sense.
-    """
-
-    expand: int
-    top_k: int | None = None
-    allow_inexact: bool = False
-
-    def __post_init__(self) -> None:
-        if self.expand < 2:
-            raise UpcycleError(
-                f"--expand must be at least 2, not {self.expand}.", "2 doubles the experts."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")
-
-
-@dataclass(frozen=True)
-class GrowthPlan(Planned):
-    """Everything that growing an MoE will write."""
-
-    growth: Growth
-    experts: Experts
-    """Those of the source."""
-
-    @property
-    def promise(self) -> Promise:
-        """Exact where T grows as N does, else nothing."""
-        exact = self.top_k == self.growth.expand * self.experts.top_k
-        return Promise.EXACT if exact else Promise.NONE
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """What the record says of how it was made."""
-        source = self.experts
-        return {
-            "growth": {
-                "expand": self.growth.expand,
-                "top_k": self.top_k,
-                "routing": self.routing,
-                "source_num_experts": source.num_experts,
-                "source_top_k": source.top_k,
-            }
-        }
-
-    @cached_property
-    def digest(self) -> str:
-        """Identify the output: equal digests mean equal files."""
-        content = self.identity() | self.how
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def build_growth(growth: Growth, source: Checkpoint, options: Options | None = None) -> GrowthPlan:
+def build_growth(growth: Growth, source: Checkpoint, options: Options | None = None) -> Plan:
     """Plan the growth of an MoE.
 
     Raises UpcycleError when it cannot be grown, when its tensors are not what its config says, or
@@ -111,24 +52,28 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         words = f"{source.path}: by its config.json no layer is a mixture of experts."
         raise UpcycleError(words)
     _check_sizes(growth, experts)
+    top_k = growth.top_k or growth.expand * experts.top_k
     layout = target.layout(options.expert_layout or experts.layout)
     tensors = tuple(_Grower(growth, options, experts, layout).tensors())
-    return GrowthPlan(
+    return Plan(
         options=options,
         source=source,
         config=_config(growth, experts, options),
         shards=fill_shards(tensors, options.max_shard_bytes),
-        carried=read_card_metadata(source.path, CARD_NAME),
         target=target,
         num_experts=growth.expand * experts.num_experts,
-        top_k=growth.top_k or growth.expand * experts.top_k,
+        top_k=top_k,
+        expert_size=experts.expert_size,
         routing=experts.routing,
         layers=experts.layers,
+        num_layers=experts.num_layers,
         every_layer=experts.every_layer,
         shares=experts.shares,
         expert_layout=layout,
-        growth=growth,
-        experts=experts,
+        rotary_share=target.rotary_share(text_config_of(source.config)),
+        promise=Promise.EXACT if top_k == growth.expand * experts.top_k else Promise.NONE,
+        dense_parameters=source.num_parameters,
+        method=Expansion(growth=growth, experts=experts),
     )
 
 
@@ -199,13 +144,13 @@ class _Grower:
             taken = {} if layer is None else self._taken(layer, names)
             for name in names:
                 if name not in taken:
-                    yield OutputTensor.made(name, self._source(name), Role.COPIED, layer)
+                    yield OutputTensor.of(name, self._source(name), Role.COPIED, layer)
             if layer is not None and taken:
                 self._check(names, taken)
                 yield from self._grown(layer)
         self._check_alike(rest)
         if self.options.untie_embeddings and target.head not in source.tensors:
-            yield OutputTensor.made(target.head, self._source(_EMBEDDING), Role.HEAD)
+            yield OutputTensor.of(target.head, self._source(_EMBEDDING), Role.HEAD)
 
     @property
     def _held(self) -> Layout:
@@ -273,24 +218,24 @@ class _Grower:
         prefix, held = target.prefix(layer), self._held
         made = target.layouts[self.layout]
         rows = Repeat(self._source(prefix + held.router), k)
-        yield OutputTensor.made(prefix + made.router, rows, Role.ROUTER, layer)
+        yield OutputTensor.of(prefix + made.router, rows, Role.ROUTER, layer)
         bias, renamed = (target.correction_bias_name(at, experts.routing) for at in (held, made))
         if bias is not None:
             # In its own dtype whatever the rest is in: it moves by steps that others lose.
             grown = Repeat(self._stored(prefix + bias), k)
-            yield OutputTensor.made(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
+            yield OutputTensor.of(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
         for weight in made.experts:
             each = [self._expert(layer, weight, e) for e in range(experts.num_experts)]
             copies = [expr for expr in each for _ in range(k)]
             if "{expert}" not in weight.name:
                 stack = Stack((*copies,))
-                yield OutputTensor.made(
+                yield OutputTensor.of(
                     prefix + weight.name, stack, Role.EXPERT, layer, None, weight.parts
                 )
                 continue
             for e, expr in enumerate(copies):
                 name = prefix + weight.name.format(expert=e)
-                yield OutputTensor.made(name, expr, Role.EXPERT, layer, e, weight.parts)
+                yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
         """Return one expert of the source as one of the output's weights holds it."""
@@ -302,11 +247,9 @@ class _Grower:
         whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
         if found.row is not None:
             whole = Select(whole, found.row)
-        if (
-            found.split_dim is not None
-            and type_of(whole).shape[found.split_dim] != found.stop - found.start
-        ):
-            whole = Slice(whole, found.split_dim, found.start, found.stop)
+        dim, width = found.split_dim, found.stop - found.start
+        if dim is not None and type_of(whole).shape[dim] != width:
+            whole = Slice(whole, dim, found.start, found.stop)
         return self.options.cast(whole)
 
     def _stored(self, name: str) -> Source:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES
+from upcycle_cli.recipe.scaling import is_power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,20 +324,20 @@ def num_bytes(expr: Expr) -> int:
     return ITEM_BYTES[kind.dtype] * math.prod(kind.shape)
 
 
-def stretch_of(expr: Expr) -> tuple[str, int, int] | None:
+def contiguous_source(expr: Expr) -> tuple[str, int, int] | None:
     """Return the dense tensor that has an expression's bytes in one piece, from where to where."""
     match expr:
         case Source(name):
             return name, 0, num_bytes(expr)
         case Slice(of, dim, start):
-            whole, kind = stretch_of(of), type_of(of)
+            whole, kind = contiguous_source(of), type_of(of)
             if whole is None or math.prod(kind.shape[:dim]) != 1:
                 return None
             name, begin, _ = whole
             begin += start * ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
             return name, begin, begin + num_bytes(expr)
         case Select(of, index):
-            return stretch_of(Slice(of, 0, index, index + 1))
+            return contiguous_source(Slice(of, 0, index, index + 1))
         case _:
             return None
 
@@ -351,7 +352,7 @@ def leaves(expr: Expr) -> Iterator[Expr]:
             yield expr
 
 
-def gathering(expr: Expr) -> Expr | None:
+def gather_input(expr: Expr) -> Expr | None:
     """Return what an expression gathers columns from, cast and scaled; None where it does not.
 
     Expressions of which that is equal are made together, in whatever order each has its columns: a
@@ -361,27 +362,50 @@ def gathering(expr: Expr) -> Expr | None:
         case Gather(of, 1, order, _, _, offset):
             return Slice(of, 1, offset, offset + order.size)
         case Cast(of) | Scale(of):
-            inner = gathering(of)
+            inner = gather_input(of)
             return None if inner is None else replace(expr, of=inner)
         case _:
             return None
 
 
-def sources(expr: Expr) -> Iterator[str]:
+def source_names(expr: Expr) -> Iterator[str]:
     """Yield the names of the dense tensors that an expression reads."""
     match expr:
         case Source(name):
             yield name
         case Slice(of) | Select(of) | Gather(of) | Cast(of) | Scale(of) | AddNoise(of):
-            yield from sources(of)
+            yield from source_names(of)
         case Transpose(of) | Repeat(of) | Halves(of) | RandomLike(of=of) | Reinit(of):
-            yield from sources(of)
+            yield from source_names(of)
         case Concat(parts) | Stack(parts) | Mean(parts):
             for part in parts:
-                yield from sources(part)
+                yield from source_names(part)
         case Normal(norm=norm):
-            yield from () if norm is None else sources(norm)
+            yield from () if norm is None else source_names(norm)
         case Zeros() | Full() | Constant():
             return
+        case _:
+            assert_never(expr)
+
+
+def loses_bits(expr: Expr) -> bool:  # noqa: PLR0911 - one case per kind
+    """Whether an expression rounds values of the source: by a cast, a scale or a mean."""
+    match expr:
+        case Source() | Normal() | Constant() | RandomLike() | Zeros() | Full():
+            return False
+        case Mean():
+            return True
+        case Scale(of, factor):
+            return not is_power_of_two(factor) or loses_bits(of)
+        case Cast(of, dtype):
+            # bfloat16 and float16 each hold values that the other lacks; float32 holds all of both.
+            narrows = dtype not in {type_of(of).dtype, "F32"} and any(source_names(of))
+            return narrows or loses_bits(of)
+        case Concat(parts) | Stack(parts):
+            return any(map(loses_bits, parts))
+        case Slice(of) | Select(of) | Gather(of) | Transpose(of) | Repeat(of) | Halves(of):
+            return loses_bits(of)
+        case AddNoise(of) | Reinit(of):
+            return loses_bits(of)
         case _:
             assert_never(expr)

@@ -1,8 +1,8 @@
-"""Several dense models in one mixture of experts: whose each group is, and whose the rest.
+"""Several dense models in one MoE: which source model each virtual group comes from.
 
-The first is the source of the conversion: it gives config and tokenizer, and all that is no expert
-unless the mean of all models does. An expression names a tensor of it by its name, and one of
-another model by `tensor_of`.
+Model 0, the source of the conversion, gives the config, the tokenizer and, unless the mean of all
+models is taken, every weight that is no expert's. An expression names its tensors by their own
+names, and those of the other models by `tensor_of`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 
 
 class Rest(StrEnum):
-    """Whose attention, norms and embeddings the mixture gets."""
+    """Where attention, norms and embeddings come from: the source, or the mean of all models."""
 
     FIRST = "first"
     MEAN = "mean"
@@ -33,9 +33,9 @@ class Rest(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """What there is beside the source, and the model of each virtual group, over and over.
+    """The models beside the source, and the model of each virtual group, repeated in a cycle.
 
-    Models are counted from 0, which is the source.
+    Model 0 is the source.
     """
 
     others: tuple[Checkpoint, ...]
@@ -43,9 +43,9 @@ class Merge:
     rest: Rest = Rest.FIRST
 
     def check_prompts(self, recipe: Recipe) -> None:
-        """Raise UpcycleError where a model has several groups, which its prompts cannot tell apart.
+        """Raise UpcycleError unless each model has one group, and each group one router row.
 
-        And where experts of a group have rows of their own.
+        Prompts tell models apart, but not several groups of one model.
         """
         if recipe.expansion != len(self.cycle) or recipe.router_rows != recipe.expansion:
             raise UpcycleError(
@@ -55,7 +55,7 @@ class Merge:
             )
 
     def of_groups(self, expansion: int) -> tuple[int, ...]:
-        """Return the model of each virtual group; UpcycleError for a number that does not fit."""
+        """Return the model of each virtual group; UpcycleError where the cycle does not fit."""
         count = len(self.cycle)
         if expansion % count:
             raise UpcycleError(
@@ -67,19 +67,19 @@ class Merge:
 
 
 def tensor_of(model: int, name: str) -> str:
-    """Return what expressions call a tensor of a model: its own name for one of the source."""
+    """Return the name that expressions use for a tensor of a model."""
     return f"model {model}: {name}" if model else name
 
 
 def model_of(name: str) -> tuple[int, str]:
-    """Return the model of a tensor that an expression names, and its own name."""
+    """Return the model and the own name of a tensor that an expression names."""
     match = _NAME.fullmatch(name)
     return (0, name) if match is None else (int(match[1]), match[2])
 
 
 @dataclass(frozen=True, eq=False)
 class MergedReader:
-    """Hands out the tensors of several models by the names that expressions have for them."""
+    """Reads the tensors of several models by the names that expressions use."""
 
     _readers: Sequence[Reader]
 

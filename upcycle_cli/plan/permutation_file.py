@@ -20,16 +20,16 @@ from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe
 
 _INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
-_MOST_BYTES = 4_000_000_000
+_MAX_BYTES = 4_000_000_000
 
 
 def order_name(layer: int, group: int | None = None) -> str:
-    """Return what the order of a layer's neurons is called in a file, or that of a group of it."""
+    """Return the name of a layer's or a group's order: in a file, and as a random stream."""
     return f"layers.{layer}.neuron_order" + ("" if group is None else f".{group}")
 
 
 @dataclass(frozen=True, eq=False)
-class OrderFile:
+class PermutationFile:
     """The permutations of a file, as 32-bit integers."""
 
     path: Path
@@ -65,7 +65,7 @@ class OrderFile:
                 )
 
     def of_layer(self, layer: int, expansion: int) -> list[Permutation | None]:
-        """Return the order of each group; those that one tensor gives to all are equal."""
+        """Return the order of each group; a tensor (I,) gives all groups equal orders."""
         name = order_name(layer)
         *groups, size = self.shapes[name]
         if not groups:
@@ -84,30 +84,32 @@ class OrderFile:
         ]
 
 
-def read_order_file(path: Path) -> OrderFile:
-    """Read a file of neuron orders; UpcycleError when it cannot be, or holds no permutations."""
+def read_permutation_file(path: Path) -> PermutationFile:
+    """Read a file of neuron orders; UpcycleError when unreadable or when one is no permutation."""
     takes = "sliced, shuffled, clustered, or a safetensors file of permutations"
-    storage, entries = open_given(path, f"--neuron-order takes {takes}.", "orders")
+    storage, entries = open_user_file(path, f"--neuron-order takes {takes}.", "orders")
     data = {entry.name: _read(storage, path, entry) for entry in entries}
-    return OrderFile(path, {entry.name: entry.shape for entry in entries}, data, digest_of(data))
+    return PermutationFile(
+        path, {entry.name: entry.shape for entry in entries}, data, tensors_digest(data)
+    )
 
 
-def open_given(path: Path, hint: str, what: str) -> tuple[Storage, list[TensorEntry]]:
-    """Return where a safetensors file of a user's lies, and its tensors; raises UpcycleError.
+def open_user_file(path: Path, hint: str, what: str) -> tuple[Storage, list[TensorEntry]]:
+    """Return the storage and the tensors of a user's safetensors file; raises UpcycleError.
 
-    `hint` says what may be given in its place, and `what` it holds.
+    `hint` lists the option's other values, and `what` names the tensors.
     """
     if not path.is_file():
         raise UpcycleError(f"there is no file {path}.", hint)
     storage = Storage(path.parent)
     stamp, entries = read_shard_header(storage, path.name)
-    if stamp.size > _MOST_BYTES:
+    if stamp.size > _MAX_BYTES:
         raise UpcycleError(f"{path} has {stamp.size:,} bytes, and {what} are smaller than that.")
     return storage, entries
 
 
-def digest_of(data: Mapping[str, bytes]) -> str:
-    """Return the SHA-256 of tensors and their names, whatever order they come in."""
+def tensors_digest(data: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 of tensors and their names, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(data):
         digest.update(f"{name} {len(data[name])}\n".encode() + data[name])
@@ -115,9 +117,9 @@ def digest_of(data: Mapping[str, bytes]) -> str:
 
 
 def check_names(path: Path, held: Collection[str], wanted: Sequence[str], needed: str) -> None:
-    """Raise UpcycleError unless a file has the tensors of all layers with experts, and no others.
+    """Raise UpcycleError unless a file has the tensors of all MoE layers and no others.
 
-    `needed` is what each of these layers needs, in words.
+    `needed` says in words what each of these layers needs.
     """
 
     def some(names: Sequence[str]) -> str:
@@ -137,24 +139,24 @@ def check_names(path: Path, held: Collection[str], wanted: Sequence[str], needed
         )
 
 
-def check_orders(
-    given: OrderFile | None, recipe: Recipe, layers: Collection[int], size: int
+def check_neuron_orders(
+    file: PermutationFile | None, recipe: Recipe, layers: Collection[int], size: int
 ) -> None:
-    """Raise UpcycleError unless orders are given where a recipe asks for them, and fit it."""
-    if (given is not None) != (recipe.neuron_order is NeuronOrder.FILE):
+    """Raise UpcycleError unless a file is given exactly where the recipe needs one, and fits."""
+    if (file is not None) != (recipe.neuron_order is NeuronOrder.FILE):
         raise UpcycleError(
             "neuron orders come from a file, and there is none."
-            if given is None
+            if file is None
             else f"a file of neuron orders was given, and --neuron-order is {recipe.neuron_order}.",
             "Give the file itself: --neuron-order ORDERS.safetensors.",
         )
-    if given is not None:
-        given.check(layers, recipe.expansion, size)
-        given.check_shared(size // recipe.granularity * recipe.shared_experts)
+    if file is not None:
+        file.check(layers, recipe.expansion, size)
+        file.check_shared(size // recipe.granularity * recipe.shared_experts)
 
 
 def _read(storage: Storage, path: Path, entry: TensorEntry) -> bytes:
-    """Return the permutations of a tensor; UpcycleError for what is none."""
+    """Return a tensor's permutations as 32-bit integers; UpcycleError if one is none."""
     import numpy as np
 
     where = f"{path}: {entry.name}"

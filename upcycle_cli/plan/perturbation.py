@@ -1,10 +1,10 @@
-"""Experts that differ from the start: noise on their matrices, or neurons that are drawn anew.
+"""Experts that differ from the start: Gaussian noise, or some neurons initialised again.
 
-Every expert draws for itself, the copies of a shard too, so that all N differ. Noise is relative to
-the standard deviation of the expert's own matrix, as it would be without it; biases have none. A
-neuron that is drawn anew is its row of gate and of up, its column of down, and its entries of their
-biases, the same neurons in all of them; each part gets the mean and the standard deviation of what
-it replaces (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
+Every expert draws for itself, so that all N differ, copies of one shard too. Noise is relative to
+the standard deviation of the expert's own matrix; biases get none. A neuron that is initialised
+again is its row of gate and of up, its column of down and its entries of their biases, the same
+neurons in all parts; each part keeps the mean and standard deviation of the values that it replaces
+(Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from upcycle_cli.recipe.recipe import Recipe
 
 
 def perturbed(recipe: Recipe, weight: Weight, layer: int, experts: Iterable[Expr]) -> list[Expr]:
-    """Return a weight of each expert of a layer with what it draws."""
+    """Return a weight of each expert of a layer, perturbed as the recipe says."""
     if not recipe.perturbed:
         return [*experts]
     return [
@@ -27,12 +27,12 @@ def perturbed(recipe: Recipe, weight: Weight, layer: int, experts: Iterable[Expr
 
 
 def _perturbed(recipe: Recipe, weight: Weight, stream: str, expr: Expr) -> Expr:
-    parts = expr.parts if isinstance(expr, Concat) else (expr,)
-    own = tuple(
+    held = expr.parts if isinstance(expr, Concat) else (expr,)
+    parts = tuple(
         _part(recipe, part, weight.split_dim, stream, each)
-        for part, each in zip(weight.parts, parts, strict=True)
+        for part, each in zip(weight.parts, held, strict=True)
     )
-    return Concat(own) if len(own) > 1 else own[0]
+    return Concat(parts) if len(parts) > 1 else parts[0]
 
 
 def _part(recipe: Recipe, part: str, cut: int | None, stream: str, expr: Expr) -> Expr:
@@ -43,5 +43,6 @@ def _part(recipe: Recipe, part: str, cut: int | None, stream: str, expr: Expr) -
     if cut is None:
         return expr
     size = type_of(expr).shape[cut]
-    order, count = Permutation(size, f"{stream}.neurons", recipe.seed), recipe.redrawn(size)
-    return Reinit(expr, cut, order, count, recipe.seed, f"{stream}.{part}")
+    permutation = Permutation(size, f"{stream}.neurons", recipe.seed)
+    count = recipe.reinit_count(size)
+    return Reinit(expr, cut, permutation, count, recipe.seed, f"{stream}.{part}")

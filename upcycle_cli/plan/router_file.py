@@ -7,14 +7,30 @@ bfloat16 or float16. Layers are counted from 0, and those that stay dense have n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import printable
-from upcycle_cli.plan.permutation_file import check_names, digest_of, open_given
-from upcycle_cli.plan.tensors import GivenRows, router_stream
+from upcycle_cli.plan.permutation_file import check_names, open_user_file, tensors_digest
+
+
+def router_stream(layer: int) -> str:
+    """Return the name of a layer's router rows: in a file, and as a stream of random numbers."""
+    return f"layers.{layer}.router"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRows:
+    """Router rows that are not drawn: read from a file, or fitted to a calibration."""
+
+    origin: str
+    """The digest of the file's rows, or of the calibration's text."""
+    dtype: str | None = None
+    """None for the dtype in which the output stores its routers."""
+    by_layer: Mapping[int, bytes] = field(default_factory=dict)
+    """Empty until the calibration has run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +44,11 @@ class RouterFile:
 
     @property
     def record(self) -> dict[str, str]:
-        """What `upcycle.json` says of it: its name, and the SHA-256 of the rows in it."""
+        """The name of the file and the SHA-256 of its rows, as `upcycle.json` states them."""
         return {"name": printable(self.path.name), "sha256": self.digest}
 
-    def given(self, layers: Collection[int], shape: tuple[int, int]) -> GivenRows:
-        """Return the rows of these layers; UpcycleError unless they are there in this shape."""
+    def rows(self, layers: Collection[int], shape: tuple[int, int]) -> RouterRows:
+        """Return the rows of these layers; UpcycleError unless the file has them in this shape."""
         names = {router_stream(layer): layer for layer in layers}
         needed = f"rows of shape {list(shape)}, named as {next(iter(names))}"
         check_names(self.path, self.tensors, [*names], needed)
@@ -47,16 +63,16 @@ class RouterFile:
         if len(dtypes) > 1:
             raise UpcycleError(f"{self.path} has rows of several dtypes: {', '.join(dtypes)}.")
         by_layer = {layer: self.data[name] for name, layer in names.items()}
-        return GivenRows(origin=self.digest, dtype=dtypes.pop(), by_layer=by_layer)
+        return RouterRows(origin=self.digest, dtype=dtypes.pop(), by_layer=by_layer)
 
 
 def read_router_file(path: Path, *, others: str = "") -> RouterFile:
-    """Read a file of router rows; UpcycleError when it cannot be, or holds no usable rows.
+    """Read a file of router rows; UpcycleError when it is unreadable or holds no usable rows.
 
-    `others` are the words that could have been given in its place.
+    `others` are the other values of the option, for the hint.
     """
     hint = f"--router-init takes {others}a safetensors file of rows."
-    storage, entries = open_given(path, hint, "routers")
+    storage, entries = open_user_file(path, hint, "routers")
     data = {}
     for entry in entries:
         if entry.dtype not in TORCH_DTYPES or len(entry.shape) != 2:
@@ -66,11 +82,11 @@ def read_router_file(path: Path, *, others: str = "") -> RouterFile:
             )
         data[entry.name] = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)
         _check_rows(path, entry, data[entry.name])
-    return RouterFile(path, {entry.name: entry for entry in entries}, data, digest_of(data))
+    return RouterFile(path, {entry.name: entry for entry in entries}, data, tensors_digest(data))
 
 
 def _check_rows(path: Path, entry: Tensor, data: bytes) -> None:
-    """Raise UpcycleError for rows that are no numbers, nothing, or one another's copy."""
+    """Raise UpcycleError for rows that are not finite, all zero, or equal to one another."""
     import numpy as np
 
     from upcycle_cli.checkpoint.arrays import as_float32

@@ -1,31 +1,25 @@
-"""What routers are made from beside the recipe: a text to calibrate on, or rows in a file.
-
-And orders of neurons, of which a calibration tells as well.
-"""
+"""What routers and neuron orders are made from beside the recipe: a text, prompts, or rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.prompts import Prompts, read_prompts
-from upcycle_cli.plan.router_file import RouterFile, read_router_file
-from upcycle_cli.plan.tensors import GivenRows
+from upcycle_cli.plan.router_file import RouterFile, RouterRows, read_router_file
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
-
-if TYPE_CHECKING:
-    from upcycle_cli.plan.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterInputs:
-    """What is there to make routers from; `for_recipe` adds what a recipe cannot do without."""
+    """The text, the prompts or the rows that routers are made from, as the user gave them."""
 
     text: CalibrationText | Prompts | None = None
     rows: RouterFile | None = None
@@ -34,10 +28,7 @@ class RouterInputs:
     def read(
         cls, *, calibration: Path | str | None, rows: Path | None, prompts: Path | None = None
     ) -> Self:
-        """Read a text (a file, or `builtin`), prompts and rows; UpcycleError when they are none.
-
-        Nothing is imported that a conversion without them does not need.
-        """
+        """Read a text (a file, or `builtin`), prompts and rows; UpcycleError if unreadable."""
         text: CalibrationText | Prompts | None = None
         if calibration is not None:
             text = calibration_text(calibration)
@@ -51,7 +42,10 @@ class RouterInputs:
         return cls(text=text, rows=None if rows is None else read_router_file(rows, others=others))
 
     def for_recipe(self, recipe: Recipe) -> RouterInputs:
-        """Return what a resolved recipe needs of this; UpcycleError where they do not agree."""
+        """Return the inputs of a resolved recipe, with the built-in text where it needs a text.
+
+        Raises UpcycleError where the recipe needs an input that is missing, or the reverse.
+        """
         if (self.rows is not None) != (recipe.router_init is RouterInit.FILE):
             raise UpcycleError(
                 "rows of a router come from a file, and there is none."
@@ -71,10 +65,13 @@ class RouterInputs:
             text = calibration_text(BUILTIN)
         return RouterInputs(text=text, rows=self.rows)
 
-    def orders_for(
+    def permutations(
         self, recipe: Recipe, layers: Sequence[int], size: int, calibration: Calibration | None
     ) -> Mapping[int, Permutation]:
-        """Return by layer the order of `size` neurons that a calibration finds, as far as known."""
+        """Return by layer the order of `size` neurons that a calibration finds.
+
+        The indices are filled in once there is a `calibration`.
+        """
         if recipe.neuron_order is not NeuronOrder.CLUSTERED:
             return {}
         assert self.text is not None
@@ -89,21 +86,17 @@ class RouterInputs:
             for layer in layers
         }
 
-    def rows_for(
-        self,
-        recipe: Recipe,
-        layers: Sequence[int],
-        hidden_size: int,
-        calibration: Calibration | None,
-    ) -> GivenRows | None:
-        """Return the rows that are not drawn, as far as they are known; UpcycleError for others.
+    def router_rows(
+        self, recipe: Recipe, layers: Sequence[int], hidden: int, calibration: Calibration | None
+    ) -> RouterRows | None:
+        """Return the router rows that are not drawn; UpcycleError where a file does not fit.
 
-        Those that are fitted are known once there is a `calibration`.
+        Rows fitted to a text are filled in once there is a `calibration`.
         """
         if self.rows is not None:
-            return self.rows.given(layers, (recipe.router_rows, hidden_size))
+            return self.rows.rows(layers, (recipe.router_rows, hidden))
         if recipe.router_init is RouterInit.NORMAL or self.text is None:
             return None
         found = {} if calibration is None else calibration.layers
         by_layer = {layer: found.rows for layer, found in found.items()}
-        return GivenRows(origin=self.text.digest, by_layer=by_layer)
+        return RouterRows(origin=self.text.digest, by_layer=by_layer)

@@ -1,64 +1,61 @@
-"""An expert that every token meets: the first shards of the dense MLP, or one that is inert yet.
+"""The shared expert, which every token uses: the first K shards, or one that is still inert.
 
-Targets add what it computes as it is, but for a gate of its own where it has one: what makes up for
-the routed experts' gates is no business of it.
+The targets add its output without a router's gate, or halve it by a gate of its own, so it is not
+scaled as the routed experts are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from upcycle_cli.models.mlp import Weight
+from upcycle_cli.models.moe import Layout
+from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
 from upcycle_cli.plan.expressions import Concat, Expr, RandomLike, Scale, Zeros
 
-if TYPE_CHECKING:
-    from upcycle_cli.models.mlp import Weight
-    from upcycle_cli.models.moe import Layout
-    from upcycle_cli.plan.tensors import Group, Maker
-
-_SAMPLE_ROWS = 16  # of a matrix, enough to tell its scale
+_SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale
 _HALF_LOGIT_STD = 1e-9
-"""Of a gate that is to be 1/2: float32 cannot tell the difference, and llama.cpp, which divides by
-the logit, needs one that is not 0."""
+"""The logit std of a gate of 1/2: float32 rounds the gate to 1/2, and llama.cpp, which divides by
+the logit, needs one other than 0."""
 
 
 def shared_expert(
-    maker: Maker, layer: int, mlp: Sequence[Weight], layout: Layout, group: Group
+    parts: DenseParts, layer: int, mlp: Sequence[Weight], layout: Layout, group: VirtualGroup
 ) -> Iterator[tuple[str, Expr]]:
-    """Yield the tensors of a layer's shared expert, none where there is none, by their names in it.
+    """Yield the names and expressions of a layer's shared expert; nothing where there is none.
 
-    `group` is the model and the order of the first, which all have in common as far as they share.
+    `group` is the first group: all groups agree on the neurons that they share.
     """
-    shared, count = maker.family.target.shared, maker.recipe.shared_experts
+    shared, count = parts.family.target.shared, parts.recipe.shared_experts
     if shared is None or not (count or shared.required):
         return
-    expert_size = maker.family.dense.intermediate_size // maker.recipe.granularity
-    for weight in maker.family.target.shared_weights(layout):
-        made: list[Expr] = []
+    expert_size = parts.family.dense.intermediate_size // parts.recipe.granularity
+    for weight in parts.family.target.shared_weights(layout):
+        held: list[Expr] = []
         for part in weight.parts:
             if not count:
-                made.append(_inert(maker, layer, mlp, part, shared.size or expert_size))
+                held.append(_inert(parts, layer, mlp, part, shared.size or expert_size))
                 continue
-            expr = maker.part_range(layer, mlp, part, (0, count * expert_size), group)
+            expr = parts.neurons(layer, mlp, part, (0, count * expert_size), group)
             factor = shared.down_factor if part == "down" else 1.0
-            made.append(expr if factor == 1.0 else Scale(expr, factor))
-        yield weight.name, Concat(tuple(made)) if len(made) > 1 else made[0]
+            held.append(expr if factor == 1.0 else Scale(expr, factor))
+        yield weight.name, Concat(tuple(held)) if len(held) > 1 else held[0]
     if shared.router is not None:
         std = _HALF_LOGIT_STD if count else 1.0
-        yield shared.router, maker.normal(layer, mlp, "shared_expert_gate", 1, std)
+        yield shared.router, parts.random_rows(layer, mlp, "shared_expert_gate", 1, std)
 
 
-def _inert(maker: Maker, layer: int, mlp: Sequence[Weight], part: str, size: int) -> Expr:
-    """Make a part of one that does nothing yet, and can learn.
+def _inert(parts: DenseParts, layer: int, mlp: Sequence[Weight], part: str, size: int) -> Expr:
+    """Return a part of a shared expert that outputs zero but can learn.
 
-    Its down matrix is zero, or the weight of a norm behind it.
+    Its down matrix is zero, or the weight of the norm behind it is.
     """
-    hidden = maker.family.dense.hidden_size
-    shared = maker.family.target.shared
+    hidden = parts.family.dense.hidden_size
+    shared = parts.family.target.shared
     if part == "down" and shared is not None and shared.norm is None:
-        return Zeros(maker.mlp_dtype(layer, mlp), (hidden, size))
-    rows = min(_SAMPLE_ROWS, maker.family.dense.intermediate_size)
-    sample = maker.part_range(layer, mlp, part, (0, rows))
+        return Zeros(parts.mlp_dtype(layer, mlp), (hidden, size))
+    rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
+    sample = parts.neurons(layer, mlp, part, (0, rows))
     stream = f"layers.{layer}.shared_expert.{part}"
     shape = (hidden, size) if part == "down" else (size, hidden)
-    return RandomLike(maker.recipe.seed, stream, shape, sample)
+    return RandomLike(parts.recipe.seed, stream, shape, sample)

@@ -1,206 +1,40 @@
-"""From a recipe and a dense checkpoint's headers to everything that is to be written.
+"""How to upcycle: from a recipe and a dense checkpoint's headers to a plan.
 
-`build_plan` is pure: it reads no weight, writes nothing and imports no torch. It fails before the
-first byte is written, since planning is type checking: the source must have the tensors that its
-config implies, in their shapes, and each must be used or dropped for a stated reason.
+`build_plan` is pure: it reads no weight, writes nothing and imports no torch. Planning is type
+checking: the source must have the tensors that its config implies, in their shapes, and each must
+be used, or dropped for a stated reason. So a conversion fails before it writes the first byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, TensorEntry
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.choose import Family, choose
-from upcycle_cli.models.mlp import parts_of
+from upcycle_cli.models.choose import choose
+from upcycle_cli.models.mlp import Weight, parts_of
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.models.wrappers import nested_configs
-from upcycle_cli.plan.base import Planned, fill_shards
-from upcycle_cli.plan.compatibility import carried, check_dtypes
-from upcycle_cli.plan.expressions import sources
-from upcycle_cli.plan.merge import Merge, MergedReader, Rest, model_of, open_readers
-from upcycle_cli.plan.permutation_file import check_orders
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.plan.compatibility import check_dtypes
+from upcycle_cli.plan.dense_parts import DenseParts
+from upcycle_cli.plan.expressions import source_names
+from upcycle_cli.plan.merge import Merge, model_of
+from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
+from upcycle_cli.plan.permutation_file import check_neuron_orders
+from upcycle_cli.plan.plan import Plan, Upcycling
 from upcycle_cli.plan.prompts import Prompts
 from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.tensors import Options, OutputTensor, Role, output_tensors
+from upcycle_cli.plan.tensors import TensorMaker
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise, Recipe, ScaleSplit, Scaling
-from upcycle_cli.recipe.scaling import Factors
 
-if TYPE_CHECKING:
-    from upcycle_cli.plan.calibration import Calibration
-
-_DRAWN = (Role.ROUTER, Role.CORRECTION_BIAS, Role.SHARED_EXPERT, Role.ADDED)
-_LONGEST_ROW = 2
-"""Times what a row's length is on average."""
-
-
-@dataclass(frozen=True)
-class Plan(Planned):
-    """Everything that a conversion will write, and what is to be said about it."""
-
-    recipe: Recipe
-    family: Family
-    dropped: Mapping[str, str]
-    """Source tensors that are not used, each with the reason."""
-    inputs: RouterInputs
-    """What the routers, and orders of neurons, are made from beside the recipe."""
-    calibration: Calibration | None = None
-    """What was found in the text, once the dense model has been run on it."""
-    merge: Merge | None = None
-    """What else there is to make experts of, beside the source."""
-    announced: str | None = None
-    """The digest that the plan had before its calibration was run."""
-
-    @property
-    def sources(self) -> tuple[Checkpoint, ...]:
-        """All models that tensors are read of, the source first."""
-        return (self.source, *(() if self.merge is None else self.merge.others))
-
-    def with_sources(self, sources: Sequence[Checkpoint]) -> Plan:
-        """Return the same plan for the same sources, brought to another place."""
-        if all(one is other for one, other in zip(sources, self.sources, strict=True)):
-            return self
-        source, *others = sources
-        merge = self.merge and replace(self.merge, others=tuple(others))
-        return replace(self, source=source, merge=merge, carried=carried(source, merge))
-
-    def entry(self, name: str) -> TensorEntry:
-        """Return the dense tensor that an expression names."""
-        model, own = model_of(name) if self.merge is not None else (0, name)
-        return self.sources[model].tensors[own]
-
-    def reader(self) -> AbstractContextManager[Reader | MergedReader]:
-        """Map the sources' files as they are asked for, by the names that expressions have."""
-        return self.source.reader() if self.merge is None else open_readers(self.sources)
-
-    @property
-    def rotary_share(self) -> float:
-        """As the family has it."""
-        return self.family.rotary_share
-
-    @property
-    def factors(self) -> Factors:
-        """What each expert matrix is multiplied by."""
-        return self.recipe.factors(self.family.dense.mlp_kind)
-
-    @property
-    def promise(self) -> Promise:
-        """What the output owes the dense model."""
-        promise = self.recipe.promise(self.family.dense.mlp_kind)
-        return promise if self.merge is None else Promise.NONE
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """The recipe, the factors, what was found in a calibration, and whose rows routers have."""
-        rows, orders = self.inputs.rows, self.options.neuron_orders
-        return {
-            "recipe": {"name": self.recipe.name, **self.recipe.stated()},
-            "factors": asdict(self.factors),
-            "calibration": self.calibration_record,
-            **({} if rows is None else {"router_file": rows.record}),
-            **({} if orders is None else {"order_file": orders.record}),
-        }
-
-    @property
-    def calibration_record(self) -> dict[str, Any] | None:
-        """What the dense model was run on, and what was found; None where it was not run."""
-        text, found = self.inputs.text, self.calibration
-        if text is None or found is None:
-            return None
-        return {
-            "text": text.name,
-            "text_sha256": text.digest,
-            "tokens": found.tokens,
-            "sha256": found.digest,
-            "layers": list(found.summary()),
-        }
-
-    @property
-    def expert_size(self) -> int:
-        """I/G, the intermediate size of an expert."""
-        return self.family.dense.intermediate_size // self.recipe.granularity
-
-    @cached_property
-    def rounded_to(self) -> str | None:
-        """The dtype that dense weights are rounded to, or None when no bit of them is lost."""
-        if self.merge is not None and self.merge.rest is Rest.MEAN:
-            return TORCH_DTYPES[self.expert_dtype]
-        # What is drawn at random has nothing to lose.
-        narrowed = self.narrowed(_DRAWN)
-        return narrowed if self.factors.lossless else narrowed or TORCH_DTYPES[self.expert_dtype]
-
-    @property
-    def lossless(self) -> bool:
-        """Whether the dense weights can be recovered bit for bit."""
-        return self.rounded_to is None and not self.recipe.perturbed
-
-    @property
-    def expert_dtype(self) -> str:
-        """The dtype of the experts' matrices."""
-        return next(t.dtype for t in self.tensors if t.role is Role.EXPERT)
-
-    @cached_property
-    def dense_parameters(self) -> int:
-        """Parameters of the dense model, without what is dropped."""
-        return self.source.num_parameters - sum(
-            self.source.tensors[name].num_elements for name in self.dropped
-        )
-
-    @property
-    def flops_per_token(self) -> int:
-        """FLOPs of the MoE's matrix products on a token, forward.
-
-        A multiplication and an addition a parameter (2N of Kaplan et al., arXiv 2001.08361, section
-        2.1). Attention scores, which depend on the context length, are left out.
-        """
-        return 2 * self.multiplied[0]
-
-    @property
-    def flops_ratio(self) -> float:
-        """The same as a multiple of the dense model's."""
-        moe, dense = self.multiplied
-        return moe / dense
-
-    @property
-    def multiplied(self) -> tuple[int, int]:
-        """The parameters that a token of text meets, of the MoE and of the dense model."""
-        # Looking up an embedding costs nothing; a tied one is used once more, as the head.
-        row, tensors = self.family.dense.family, self.source.tensors
-        lookup, untied = tensors[row.embedding].num_elements, row.head in tensors
-        # What sees pictures has nothing to do with a token of text, and some have a second table.
-        by_layer = f"{row.embedding.removesuffix('.weight')}_per_layer.weight"
-        around = sum(
-            t.num_elements for t in tensors.values() if not row.has(t.name) or t.name == by_layer
-        )
-        moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings) - around
-        return moe, self.dense_parameters - lookup * untied - around
-
-    @cached_property
-    def digest(self) -> str:
-        """Identify the output: equal digests mean equal files.
-
-        What a calibration finds follows from that, so that the digest is known before it runs.
-        """
-        if self.announced is not None:
-            return self.announced
-        text = self.inputs.text
-        content = self.identity() | {
-            "recipe": self.recipe.stated(),
-            "calibration": None if text is None else text.digest,
-        }
-        if self.merge is not None:
-            content["others"] = [other.identity for other in self.merge.others]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_LONGEST_ROW = 2  # a router row's length, as a multiple of the average
 
 
 def build_plan(
@@ -210,29 +44,27 @@ def build_plan(
     target: str = "auto",
     options: Options | None = None,
     inputs: RouterInputs | None = None,
-    calibration: Calibration | None = None,
     merge: Merge | None = None,
 ) -> Plan:
-    """Plan the conversion of a dense checkpoint, or of several.
+    """Plan the conversion of a dense checkpoint, or of several by `merge`.
 
-    `inputs` is what routers are made from beside the recipe. What needs a calibration is planned
-    before there is one, and made of the plan that `calibrated` returns. `merge` is what else
-    experts are made of; its models have been checked when it was opened. Raises UpcycleError when
-    the target cannot express the model, when tensors are not what the config says, or when the
-    recipe does not fit.
+    `inputs` is the text or the rows that routers are made from. A recipe that needs a calibration
+    is planned before it runs; `bind` fills in what it finds. Raises UpcycleError when the target
+    cannot express the model, when tensors are not what the config says, or when the recipe does
+    not fit.
     """
-    options, names = options or Options(), source.tensors
+    options = options or Options()
     family = choose(
         source.config,
         target,
         recipe.routing,
         layers=recipe.layers,
-        names=names,
+        names=source.tensors,
         shared_experts=recipe.shared_experts,
     )
-    outgrown = family.dense.family.has_obsolete_code
+    dense, row = family.dense, family.target
+    outgrown = dense.family.has_obsolete_code
     refuse_unsafe_settings(source, outgrown=outgrown, parts=nested_configs(source.config))
-    row = family.target
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     assert recipe.routing is not None
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
@@ -240,69 +72,132 @@ def build_plan(
             f"{row.model_type} has no factor on its gates in its config.",
             "Use --scale-split balanced or down.",
         )
-    dropped = check_source(source, family.dense)
-    size, hidden_size = family.dense.intermediate_size, family.dense.hidden_size
-    recipe.check_width(size)
-    layout = row.check_layout(options.expert_layout, size // recipe.granularity, hidden_size)
-    check_orders(options.neuron_orders, recipe, family.layers, size)
+    dropped = check_source(source, dense)
+    width, hidden = dense.intermediate_size, dense.hidden_size
+    recipe.check_width(width)
+    layout = row.check_layout(options.expert_layout, width // recipe.granularity, hidden)
+    check_neuron_orders(options.neuron_orders, recipe, family.layers, width)
     config = moe_config(
         source.config,
-        family.dense,
+        dense,
         row,
         recipe,
         family.layers,
         untie_embeddings=options.untie_embeddings,
         dtype=options.dtype,
     )
-    used = [name for name in names if name not in dropped]
     inputs = (inputs or RouterInputs()).for_recipe(recipe)
+    mlp = dense.mlp(source.tensors, family.layers[0])
+    if merge is not None:
+        _check_can_merge(recipe)
+        if options.dtype is None:
+            prefixes = map(dense.prefix, family.layers)
+            check_dtypes(source, merge.others, (p + w.name for p in prefixes for w in mlp))
     if isinstance(inputs.text, Prompts):
         _check_prompts(inputs.text, recipe, source, merge)
-    rows = inputs.rows_for(recipe, family.layers, hidden_size, calibration)
-    orders = inputs.orders_for(recipe, family.layers, size, calibration)
-    mlp = family.dense.mlp(names, family.layers[0])
-    if merge is not None and recipe.shared_experts:
-        raise UpcycleError(
-            "what is shared is one for all groups, and several models have nothing in common.",
-            "Leave out --shared-experts, or --experts-from.",
-        )
-    if merge is not None and recipe.perturbed:
-        raise UpcycleError(
-            "experts of several models differ already.", "Leave out --noise and --reinit."
-        )
-    if merge is not None and options.dtype is None:
-        prefixes = map(family.dense.prefix, family.layers)
-        check_dtypes(source, merge.others, (p + w.name for p in prefixes for w in mlp))
-    tensors = tuple(output_tensors(recipe, options, family, source, used, rows, orders, merge))
+    method = Upcycling(
+        recipe=recipe,
+        family=family,
+        factors=recipe.factors(dense.mlp_kind),
+        dropped=dropped,
+        inputs=inputs,
+        merge=merge,
+    )
+    tensors = _tensors(method, options, source)
     _check_router_range(recipe, tensors)
-    _check_all_used(tensors, source, dropped, parts_of(mlp), merge)
+    _check_all_used(method, tensors, source, mlp)
     return Plan(
         options=options,
         source=source,
         config=config,
         shards=fill_shards(tensors, options.max_shard_bytes),
-        carried=carried(source, merge),
         target=row,
         num_experts=recipe.num_experts,
         top_k=recipe.top_k,
+        expert_size=width // recipe.granularity,
         routing=recipe.routing,
         layers=family.layers,
-        every_layer=family.layers == family.dense.mlp_layers,
+        num_layers=dense.num_layers,
+        every_layer=family.layers == dense.mlp_layers,
         shares=recipe.shared_experts > 0,
         expert_layout=layout,
-        recipe=recipe,
-        family=family,
-        dropped=dropped,
-        inputs=inputs,
-        calibration=calibration,
-        merge=merge,
+        rotary_share=family.rotary_share,
+        promise=Promise.NONE if merge is not None else recipe.promise(dense.mlp_kind),
+        dense_parameters=source.num_parameters
+        - sum(source.tensors[name].num_elements for name in dropped),
+        method=method,
     )
+
+
+def bind(plan: Plan, found: Calibration) -> Plan:
+    """Fill in what a calibration found: router rows, neuron orders, and c where it is measured.
+
+    Nothing is decided again, and the digest stays the plan's.
+    """
+    scale = plan.recipe.group_size / found.gates
+    return _bound(plan, replace(plan.upcycling, calibration=found), scale)
+
+
+def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
+    """Fill in the c that was measured when an existing output was made, from its record."""
+    recipe = record.get("recipe")
+    scale = recipe.get("scaling") if isinstance(recipe, dict) else None
+    if (
+        plan.expansion
+        or plan.recipe.scaling is not Scaling.MEASURED
+        or not isinstance(scale, float)
+    ):
+        return plan
+    return _bound(plan, plan.upcycling, scale)
+
+
+def _bound(plan: Plan, method: Upcycling, scale: float) -> Plan:
+    if method.recipe.scaling is Scaling.MEASURED:
+        recipe = replace(method.recipe, scaling=scale)
+        factors = recipe.factors(method.family.dense.mlp_kind)
+        method = replace(method, recipe=recipe, factors=factors)
+    tensors = _tensors(method, plan.options, plan.source)
+    shards = fill_shards(tensors, plan.options.max_shard_bytes)
+    promise = method.recipe.promise(method.family.dense.mlp_kind)
+    return replace(
+        plan,
+        method=method,
+        shards=shards,
+        promise=Promise.NONE if method.merge is not None else promise,
+        bound_digest=plan.digest,
+    )
+
+
+def _tensors(method: Upcycling, options: Options, source: Checkpoint) -> tuple[OutputTensor, ...]:
+    """Return every output tensor; UpcycleError where the inputs do not fit the layers."""
+    recipe, family, found = method.recipe, method.family, method.calibration
+    width, hidden = family.dense.intermediate_size, family.dense.hidden_size
+    maker = TensorMaker(
+        DenseParts(recipe, options, family, source, method.merge),
+        method.factors,
+        method.inputs.router_rows(recipe, family.layers, hidden, found),
+        method.inputs.permutations(recipe, family.layers, width, found),
+    )
+    return tuple(maker.tensors([name for name in source.tensors if name not in method.dropped]))
+
+
+def _check_can_merge(recipe: Recipe) -> None:
+    """Raise UpcycleError for a recipe that several models cannot share."""
+    if recipe.shared_experts:
+        raise UpcycleError(
+            "what is shared is one for all groups, and several models have nothing in common.",
+            "Leave out --shared-experts, or --experts-from.",
+        )
+    if recipe.perturbed:
+        raise UpcycleError(
+            "experts of several models differ already.", "Leave out --noise and --reinit."
+        )
 
 
 def _check_prompts(
     prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
 ) -> None:
-    """Raise UpcycleError for prompts that are not those of each group's model."""
+    """Raise UpcycleError unless the prompts name the model of each group."""
     if merge is None:
         raise UpcycleError("prompts tell models apart, and there is one.", "Add --experts-from.")
     merge.check_prompts(recipe)
@@ -310,43 +205,11 @@ def _check_prompts(
     prompts.of_groups([models[number] for number in merge.cycle])
 
 
-def calibrated(plan: Plan, found: Calibration) -> Plan:
-    """Return a plan with what a calibration has found: rows, and c where it is measured."""
-    return _with_found(plan, plan.recipe.group_size / found.gates, found)
-
-
-def as_recorded(plan: Planned, record: Mapping[str, Any]) -> Planned:
-    """Return the plan of an output that is there, with what was measured when it was made."""
-    if not isinstance(plan, Plan):
-        return plan
-    recipe = record.get("recipe")
-    c = recipe.get("scaling") if isinstance(recipe, dict) else None
-    if plan.recipe.scaling is not Scaling.MEASURED or not isinstance(c, float):
-        return plan
-    return _with_found(plan, c, plan.calibration)
-
-
-def _with_found(plan: Plan, c: float, found: Calibration | None) -> Plan:
-    recipe = plan.recipe
-    if recipe.scaling is Scaling.MEASURED:
-        recipe = replace(recipe, scaling=c)
-    made = build_plan(
-        recipe,
-        plan.source,
-        target=plan.family.choice,
-        options=plan.options,
-        inputs=plan.inputs,
-        calibration=found,
-        merge=plan.merge,
-    )
-    return replace(made, announced=plan.digest)
-
-
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
-    """Raise UpcycleError for logits that fit into the routers' dtype by chance only, if at all."""
+    """Raise UpcycleError for a logit std that can overflow the routers' dtype."""
     std = recipe.router_logit_std or 0.0
     for tensor in (each for each in tensors if each.role is Role.ROUTER):
-        # What leaves the norm has a length of √H: no token has a larger logit than this.
+        # The norm's output has length √H, which bounds every token's logit.
         most = LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
         if std > most:
             raise UpcycleError(
@@ -357,18 +220,18 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
 
 
 def _check_all_used(
-    tensors: tuple[OutputTensor, ...],
+    method: Upcycling,
+    tensors: Collection[OutputTensor],
     source: Checkpoint,
-    dropped: Mapping[str, str],
-    parts: Collection[str],
-    merge: Merge | None,
+    mlp: Collection[Weight],
 ) -> None:
-    used = {name for tensor in tensors for name in sources(tensor.expr)}
-    if merge is not None:  # each model has the same tensors: all are used, if not of each model
+    """Assert that every source tensor is used or dropped, and every part of the MLP is held."""
+    used = {name for tensor in tensors for name in source_names(tensor.expr)}
+    if method.merge is not None:  # all models have the same tensors; each is used of some model
         used = {model_of(name)[1] for name in used}
-    unused = source.tensors.keys() - used - dropped.keys()
+    unused = source.tensors.keys() - used - method.dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"
-    # A shared expert is drawn at the scale of a part that the experts may still lack.
-    made = {part for tensor in tensors for part in tensor.holds}
-    assert {*parts} <= made, f"no expert holds {sorted({*parts} - made)}"
+    # A shared expert can use a part as a sample that no routed expert holds.
+    lacking = {*parts_of(tuple(mlp))} - {part for tensor in tensors for part in tensor.holds}
+    assert not lacking, f"no expert holds {sorted(lacking)}"

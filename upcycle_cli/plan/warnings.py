@@ -11,11 +11,10 @@ from upcycle_cli.core.text import any_of
 from upcycle_cli.models.engines import Support
 from upcycle_cli.models.families import targets_of
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.expressions import Expr, sources, type_of
+from upcycle_cli.plan.expressions import Expr, source_names, type_of
 from upcycle_cli.plan.merge import Rest
-from upcycle_cli.plan.tensors import Role
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import (
     SHIPPED,
     TIE_LOGIT_STD,
@@ -23,6 +22,7 @@ from upcycle_cli.recipe.recipe import (
     Promise,
     RouterInit,
     Routing,
+    ScaleSplit,
 )
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -33,9 +33,9 @@ _NOTABLE_SHARE = 1e-3
 when they vanish."""
 
 
-def warnings(plan: Planned) -> Iterator[str]:
+def warnings(plan: Plan) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
-    if isinstance(plan, Plan):
+    if plan.expansion is None:
         yield from _upcycling_warnings(plan)
     elif plan.promise is Promise.NONE:
         yield f"this promises no equality with the source: {no_promise(plan)}."
@@ -46,7 +46,7 @@ def warnings(plan: Planned) -> Iterator[str]:
             "top-k that takes some of them only."
         )
     yield from _engine_warnings(plan)
-    yield from plan.carried.notes
+    yield from plan.card_metadata.notes
 
 
 def _upcycling_warnings(plan: Plan) -> Iterator[str]:
@@ -96,7 +96,7 @@ WRONG_WORDS = {
 """How it is said that an engine goes wrong without a word; its name comes before."""
 
 
-def _engine_warnings(plan: Planned) -> Iterator[str]:
+def _engine_warnings(plan: Plan) -> Iterator[str]:
     """Yield which engines make something else of a model in silence."""
     for engine in plan.engines:
         if engine.support in WRONG_WORDS:
@@ -194,16 +194,20 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
             "float16 has nothing as small as the row of the shared expert's gate, which becomes 0: "
             "exact, but llama.cpp divides by its logit. Use bfloat16 for that."
         )
-    if plan.promise is Promise.EXACT and not plan.factors.lossless and plan.expert_dtype != "F32":
+    rounded = plan.rounded_parts
+    if plan.promise is Promise.EXACT and rounded and plan.expert_dtype != "F32":
         yield (
-            f"c = {plan.factors.c:g} is no power of two: {TORCH_DTYPES[plan.expert_dtype]} rounds "
-            "the experts that hold it, and the outputs differ by that. --dtype float32 keeps them "
-            f"as they are{_in_config(plan)}."
+            f"{' and '.join(rounded)} of the experts are multiplied by "
+            f"{plan.factors.of(rounded[-1]):g}, no power of two, for c = {plan.factors.c:g}: "
+            f"{TORCH_DTYPES[plan.expert_dtype]} rounds them, and the outputs differ by that. "
+            f"--dtype float32 keeps them as they are{_in_config(plan)}."
         )
 
 
 def _in_config(plan: Plan) -> str:
     """Say what else keeps c out of the experts: a config that holds it, where there is one."""
+    if plan.recipe.scale_split is ScaleSplit.CONFIG:
+        return ""
     if plan.family.target.keys.scale is not None:
         return ", --scale-split config has c in the config"
     shared = plan.recipe.shared_experts
@@ -286,15 +290,15 @@ def perturbed_text(plan: Plan) -> str:
     recipe = plan.recipe
     if recipe.noise:
         return f"noise of {recipe.noise:g} × the standard deviation of each matrix"
-    count = recipe.redrawn(plan.expert_size)
+    count = recipe.reinit_count(plan.expert_size)
     return f"{count} of {plan.expert_size} neurons drawn anew in each"
 
 
-def no_promise(plan: Planned) -> str:  # noqa: PLR0911 - a reason each
+def no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     """Say in words why a plan promises nothing."""
-    if not isinstance(plan, Plan):
-        made, source = (plan.how["growth"][key] for key in ("expand", "source_top_k"))
-        return f"top-k {plan.top_k} is not {made} times the source's {source}"
+    if plan.expansion is not None:
+        expand, source = plan.expansion.growth.expand, plan.expansion.experts.top_k
+        return f"top-k {plan.top_k} is not {expand} times the source's {source}"
     recipe, factors, kind = plan.recipe, plan.factors, plan.family.dense.mlp_kind
     if plan.merge is not None:
         return "its experts are those of several models"
@@ -319,11 +323,11 @@ def no_promise(plan: Planned) -> str:  # noqa: PLR0911 - a reason each
     return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
 
 
-def vanished_weights(plan: Planned, counts: Mapping[Expr, int]) -> str | None:
+def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
     """Say that many weights became zero in the output's dtype; `counts` has how many, by part."""
     lost: Counter[tuple[str, str]] = Counter()
     for expr, count in counts.items():
-        for name in sources(expr):
+        for name in source_names(expr):
             lost[name, TORCH_DTYPES[type_of(expr).dtype]] += count
     shares = {
         key: share

@@ -22,8 +22,7 @@ from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import (
     ORDER_TEXTS,
     experts_text,
@@ -59,13 +58,13 @@ _CHECK = re.compile(
 _LONGEST_NAME = 96  # of a repo on the Hub
 
 
-def model_card(plan: Planned, report: Report | None, repo: str | None = None) -> str:
+def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
     """Return the card's text; `report` is what verify found, `repo` where the model will be."""
-    if isinstance(plan, Plan):
+    if plan.expansion is None:
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
         facts, own = _facts(plan), _upcycled(plan)
     else:
-        k = plan.how["growth"]["expand"]
+        k = plan.expansion.growth.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         facts, own = _grown_facts(plan), {"expand": k}
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
@@ -104,12 +103,12 @@ def _upcycled(plan: Plan) -> dict[str, object]:
     }
 
 
-def _verify_again(plan: Planned, place: str) -> Iterator[str]:
-    unnamed = "DENSE" if isinstance(plan, Plan) else "SOURCE"
+def _verify_again(plan: Plan, place: str) -> Iterator[str]:
+    unnamed = "SOURCE" if plan.expansion else "DENSE"
     yield from ("upcycle", "verify", plan.source.repo or unnamed, place)
     if plan.source.revision:
         yield from ("--dense-revision", plan.source.revision)
-    if isinstance(plan, Plan) and plan.merge is not None:
+    if plan.merge is not None:
         for other in plan.merge.others:
             yield from ("--experts-from", other.name if other.repo is None else other.location)
         yield "--allow-inexact"
@@ -140,7 +139,7 @@ def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     return sealed(text)
 
 
-def _front_matter(plan: Planned) -> str:
+def _front_matter(plan: Plan) -> str:
     import yaml  # type: ignore[import-untyped]
 
     # A local directory is no repo id, and the Hub refuses a card that names one as its base.
@@ -149,7 +148,7 @@ def _front_matter(plan: Planned) -> str:
     if len(named) > 1:
         base = {"base_model": named, "base_model_relation": "merge"}
     tags = ["moe", "mixture-of-experts", "upcycling", plan.target.outer_type]
-    values: dict[str, object] = {**base, **plan.carried.values}
+    values: dict[str, object] = {**base, **plan.card_metadata.values}
     task = "text-generation" if plan.target.inside is None else "image-text-to-text"
     values |= {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -170,7 +169,7 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def _origins(plan: Planned) -> str:
+def _origins(plan: Plan) -> str:
     """Return the names of the sources, and their commits where they are known."""
     *others, last = map(_origin, plan.sources)
     listed = ", ".join(other.removesuffix(",") for other in others)
@@ -211,11 +210,9 @@ def _merged(plan: Plan) -> dict[str, str]:
     return {"experts from": groups, "attention, norms, embeddings": rest}
 
 
-def _grown_facts(plan: Planned) -> dict[str, str]:
-    from upcycle_cli.plan.expand import GrowthPlan
-
-    assert isinstance(plan, GrowthPlan)
-    before = plan.experts
+def _grown_facts(plan: Plan) -> dict[str, str]:
+    assert plan.expansion is not None
+    before = plan.expansion.experts
     every = len(plan.layers) == before.num_layers
     return {
         "architecture": plan.target.architecture,
@@ -227,13 +224,13 @@ def _grown_facts(plan: Planned) -> dict[str, str]:
     }
 
 
-def _parameters(plan: Planned) -> str:
+def _parameters(plan: Plan) -> str:
     total, active = _billions(plan.total_parameters), _billions(plan.active_parameters)
     return f"{total} in all, {active} active per token"
 
 
-def _promise(plan: Planned) -> str:
-    origin = "dense model" if isinstance(plan, Plan) else "source"
+def _promise(plan: Plan) -> str:
+    origin = "source" if plan.expansion else "dense model"
     if plan.promise is Promise.NONE:
         return f"It does not compute what the {origin} computes: {no_promise(plan)}."
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
@@ -336,7 +333,7 @@ def _balancing(plan: Plan) -> str:
     return f"{switch}, or the auxiliary loss is not applied; {weight}"
 
 
-def _engines_text(plan: Planned, place: str) -> str:
+def _engines_text(plan: Plan, place: str) -> str:
     """Return what is known of each engine as rows of a table, and how to serve the model."""
     text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import (
@@ -62,7 +61,6 @@ _OFF_BY_STD = 4.0
 
 _LEAST_NOISE = 1e-6
 """Less than any dtype can tell of most weights."""
-_NEW = ("shared_experts", "noise", "reinit")
 
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 
@@ -193,14 +191,9 @@ class Recipe:
         """Whether no expert is made of the dense model's weights alone."""
         return bool(self.noise or self.reinit)
 
-    def redrawn(self, expert_size: int) -> int:
-        """Return how many of an expert's neurons are drawn anew."""
+    def reinit_count(self, expert_size: int) -> int:
+        """Return how many of an expert's neurons are initialised again."""
         return math.floor(self.reinit * expert_size + 0.5)
-
-    def stated(self) -> dict[str, Any]:
-        """Return its fields but unused new ones: what earlier versions made keeps its digest."""
-        unused = {name for name in _NEW if not getattr(self, name)}
-        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @property
     def group_size(self) -> int:
@@ -248,7 +241,7 @@ class Recipe:
                 f"{self.granularity}.",
                 f"Try {' or '.join(map(str, near))}.",
             )
-        if self.reinit and not self.redrawn(size):
+        if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
                 f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
                 f"Use a --reinit of at least {0.5 / size:.3g}.",
@@ -321,16 +314,11 @@ class Recipe:
                 down = c
             case _:
                 up, down = balanced_factors(c, kind.degree)
-        return Factors(c=c, gate=gate, up=up, down=down, config=config)
-
-    def down_bias_factor(self, kind: MlpKind) -> float:
-        """Return what a down bias is multiplied by: it is added once per chosen expert.
-
-        Megatron-LM leaves it as it is for every routing, which is wrong for softmax-topk.
-        """
-        if self.scaling is Scaling.NONE:
-            return 1.0
-        return self._compensation() / self.group_size / self.factors(kind).config
+        # A down bias is added once per chosen expert. Megatron-LM leaves it unscaled for every
+        # routing, which is wrong for softmax-topk.
+        bias = self._compensation() / self.group_size / config
+        bias = 1.0 if self.scaling is Scaling.NONE else bias
+        return Factors(c=c, gate=gate, up=up, down=down, down_bias=bias, config=config)
 
     def promise(self, kind: MlpKind = GATED) -> Promise:
         """Return what a model converted by this (resolved) recipe owes the dense one."""

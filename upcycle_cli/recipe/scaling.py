@@ -1,4 +1,4 @@
-"""What an MLP's matrices are multiplied by, and what that does to its output."""
+"""The factors on an MLP's matrices and biases, and their effect on its output."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MlpKind:
-    """What an MLP's output does when its matrices are multiplied.
+    """How an MLP's output scales with its matrices.
 
-    Multiplying up by a and down by b multiplies it by a**degree · b; a gate is not to be touched.
+    Multiplying up by a and down by b multiplies the output by a**degree · b. A gate is not linear.
     """
 
     gated: bool
@@ -18,7 +18,7 @@ class MlpKind:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """The matrices it has."""
+        """The names of its matrices."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
 
@@ -27,24 +27,28 @@ GATED = MlpKind(gated=True, degree=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What each expert matrix is multiplied by, and the factor c that this is meant to make.
+    """The factor on each part of an expert, and the c that they are meant to make together.
 
-    `config` is the part of c by which the model itself multiplies its gates.
+    `config` is the part of c by which the model's config multiplies its gates.
     """
 
     c: float
     gate: float
     up: float
     down: float
+    down_bias: float = 1.0
     config: float = 1.0
 
-    @property
-    def lossless(self) -> bool:
-        """Whether every factor is a power of two: the dense weights can be recovered exactly."""
-        return all(map(is_power_of_two, (self.gate, self.up, self.down)))
+    def of(self, part: str) -> float:
+        """Return the factor on a matrix or a bias: gate, up, down, gate_bias, up_bias, down_bias.
+
+        The gate and up biases are added before the activation, so they scale as their matrices do.
+        """
+        factors = {"gate": self.gate, "up": self.up, "down": self.down}
+        return self.down_bias if part == "down_bias" else factors[part.removesuffix("_bias")]
 
     def output(self, kind: MlpKind) -> float:
-        """Return by how much an expert's output, before its gate, is more than its dense part's."""
+        """Return the factor on an expert's output before its gate."""
         return self.up**kind.degree * self.down
 
     def preserve(self, kind: MlpKind = GATED) -> bool:
@@ -55,19 +59,19 @@ class Factors:
 
 
 def is_power_of_two(factor: float) -> bool:
-    """Whether multiplying by this loses nothing, barring overflow."""
+    """Whether multiplying by it loses no bit, barring overflow."""
     return math.frexp(factor)[0] == 0.5
 
 
 def balanced_factors(c: float, degree: int) -> tuple[float, float]:
-    """Return a and b of a**degree · b = c, as equal as they can be without loss."""
+    """Return a and b with a**degree · b = c, as equal as lossless factors can be."""
     if degree == 0:
         return 1.0, c
     if not is_power_of_two(c) and degree == 2:
         root = cube_root(c)
         return root, root
-    # A power of two keeps this factor lossless whatever c is; the other one is too when c itself
-    # is a power of two. An odd exponent gives its extra 2 to up where it is counted once.
+    # a is a power of two, so lossless for every c; b is lossless when c is a power of two. With an
+    # odd exponent up gets the extra 2 where it counts once.
     exponent = math.log2(c) / (degree + 1)
     odd = degree == 1 and is_power_of_two(c)
     a = 2.0 ** (math.ceil(exponent) if odd else round(exponent))

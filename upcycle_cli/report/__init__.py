@@ -1,14 +1,7 @@
-"""A report as one HTML page, which is read without upcycle, without a network and without a script.
+"""The HTML page of a verification or an inspection: one file, which needs no network and no script.
 
-- target.py     where it is put
-- page.py       what it is made of, and the HTML of that: page.html, page.css
-- figures.py    drawings, by matplotlib
-- recipe.py     recipe and factors
-- layers.py     what was measured by layer
-- texts.py      and by token
-- origin.py     versions, digests and the command
-- verified.py   the page of a verification
-- inspected.py  that of an inspection
+`page` holds the elements and the template, `figures` the plots, `sections` the sections that both
+pages share, `contents` the two pages, `report_file` the place where a page is written.
 """
 
 from __future__ import annotations
@@ -24,22 +17,17 @@ if TYPE_CHECKING:
 def verification_html(
     report: Report, *, dense: str, moe: str, command: str, experts_from: Sequence[str] = ()
 ) -> str:
-    """Return the page of a verification of `moe` against `dense`, which `command` has made.
-
-    `experts_from` are the other models that it was held against.
-    """
+    """Return the page of a verification of `moe` against `dense` and the models `experts_from`."""
+    from upcycle_cli.report.contents import verification_page
     from upcycle_cli.report.page import render
-    from upcycle_cli.report.verified import Verified, verification_page
 
-    verified = Verified(
-        report=report, dense=dense, moe=moe, command=command, experts_from=experts_from
-    )
-    return render(verification_page(verified))
+    models = [dense, *experts_from, moe]
+    return render(verification_page(report, models=models, command=command))
 
 
 def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
-    """Return the page of an inspected MoE that goes by `name`, which `command` has made."""
-    from upcycle_cli.report.inspected import inspection_page
+    """Return the page of the inspection of the MoE `name`."""
+    from upcycle_cli.report.contents import inspection_page
     from upcycle_cli.report.page import render
 
     return render(inspection_page(inspection, name=name, command=command))

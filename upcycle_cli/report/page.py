@@ -1,6 +1,6 @@
-"""What a page is made of, and how it becomes HTML: one file that needs no other and runs nothing.
+"""The elements of a page, and the template that turns them into HTML.
 
-Whatever is put in is somebody else's until it is escaped, and that happens in one place: here.
+Text can come from any checkpoint: it is escaped here, in one place.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle_cli.core.secrets import blotted
 from upcycle_cli.core.text import printable_lines
 
+if TYPE_CHECKING:
+    from upcycle_cli.verification.result import CheckResult
+
 _SIGNS = {"passed": "✓", "failed": "✗", "measured": "≈", "skipped": "–"}
-_LONGEST = 2000
-"""Longer texts of a file are cut, where they are not what is reported on."""
+_MAX_LENGTH = 2000
+"""Longer values in a table are cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that begin with what they are about; `folded` is said while they are folded away."""
+    """Rows with a header cell each; with `folded`, the title under which they are collapsed."""
 
     caption: str
     rows: Sequence[Sequence[str]]
@@ -32,97 +36,77 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing, what it is, and what it shows in words."""
+    """A plot as a data URI, its title, and its content in words."""
 
-    svg: str
-    """Ours, as `figures.py` makes it: it is put into the page as it is."""
+    image: str
     title: str
     description: str
-    wide: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """A check and how it ended."""
-
-    name: str
-    status: str
-    detail: str
-    failures: Sequence[str] = ()
-    metrics: Table | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Token:
-    """A token of a text; `level` says how strongly it is marked, from 0."""
-
-    text: str
-    title: str
-    level: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedText:
-    """A text with tokens that are marked."""
+    """A text whose tokens are marked: each token, its tooltip, and the level of its mark."""
 
     title: str
     words: str
-    tokens: Sequence[Token]
+    tokens: Sequence[tuple[str, str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page, under a heading of its own."""
+    """A part of the page with a heading of its own."""
 
     key: str
     title: str
     words: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    checks: Sequence[Check] = ()
-    legend: Sequence[tuple[int, str]] = ()
+    checks: Sequence[CheckResult] = ()
+    legend: Sequence[str] = ()
     texts: Sequence[MarkedText] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page; `status` is that of a verification."""
+    """A whole page; `status` is the status of a verification."""
 
     title: str
     kind: str
     heading: str
     verdict: str
     sections: Sequence[Section]
-    footer: str
     status: str = ""
 
 
 def render(page: Page) -> str:
-    """Return a page as HTML, in which every text is shown and none is obeyed."""
+    """Return a page as HTML."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-
-    def visible(value: object) -> object:
-        # Jinja escapes what comes out of this, unless it is markup.
-        if isinstance(value, Markup) or not isinstance(value, str):
-            return value
-        return _shown(value)
 
     folder = files("upcycle_cli") / "report"
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=visible,
+        # Jinja escapes the result, unless it is markup.
+        finalize=lambda value: (
+            _visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["svg"] = Markup
+    environment.filters["properties"] = properties
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     css = Markup((folder / "page.css").read_text(encoding="utf-8"))  # noqa: S704 - our own
     return template.render(page=page, css=css, signs=_SIGNS)
 
 
-def number(value: object) -> str:
+def properties(values: Mapping[str, object], caption: str) -> Table:
+    """Return a table of names and values."""
+    rows = [(name, value_text(value)) for name, value in values.items()]
+    return Table(caption=caption, rows=rows)
+
+
+def value_text(value: object) -> str:
     """Return a value as a table shows it."""
     match value:
         case bool():
@@ -135,16 +119,16 @@ def number(value: object) -> str:
             return "–"
         case _:
             text = str(value)
-            return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+            return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}…"
 
 
 def scientific(value: float | None) -> str:
-    """Return a measured value, of which the power of ten matters."""
+    """Return a measured value with three digits."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 def spread(values: Iterable[float], layers: Sequence[int]) -> str:
-    """Say in words where the values of all layers lie."""
+    """Return the smallest and the largest value with their layers, in words."""
     found = {layer: v for layer, v in zip(layers, values, strict=True) if math.isfinite(v)}
     if not found:
         return "no finite value"
@@ -154,23 +138,12 @@ def spread(values: Iterable[float], layers: Sequence[int]) -> str:
     return f"{found[low]:.3g} (layer {low}) to {found[high]:.3g} (layer {high})"
 
 
-def properties(caption: str, values: Mapping[str, object]) -> Table:
-    """Return a table of two columns."""
-    rows = [(name, number(value)) for name, value in values.items()]
-    return Table(caption=caption, rows=rows)
-
-
-def _shown(text: str) -> str:
-    """Return a text whose characters can all be seen, without secrets and somebody's home."""
-    home = str(Path.home()) if _has_home() else ""
+def _visible(text: str) -> str:
+    """Return a text without secrets, with ~ for the home directory and visible characters."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        home = ""
     if len(home) > 1:
         text = re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", text)
     return printable_lines(blotted(text))
-
-
-def _has_home() -> bool:
-    try:
-        Path.home()
-    except RuntimeError:
-        return False
-    return True

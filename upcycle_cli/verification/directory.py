@@ -40,9 +40,8 @@ from upcycle_cli.core.safe_files import (
     sha256_of,
 )
 from upcycle_cli.models.families import is_target
-from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX, modeling_code
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.result import CheckResult, Findings
 from upcycle_cli.write.staging import is_note
 
@@ -61,7 +60,7 @@ _REWRITTEN: Mapping[str, str] = {
 
 
 def check_directory(
-    plan: Planned, moe: Checkpoint, names: Sequence[str], record: Mapping[str, Any]
+    plan: Plan, moe: Checkpoint, names: Sequence[str], record: Mapping[str, Any]
 ) -> CheckResult:
     """Compare an MoE's files with the plan; `names` are all that lie in its directory."""
     findings, notes = Findings(), list[str]()
@@ -79,7 +78,7 @@ def check_directory(
 
 
 def _config_failures(
-    plan: Planned, moe: Checkpoint, notes: list[str], record: Mapping[str, Any]
+    plan: Plan, moe: Checkpoint, notes: list[str], record: Mapping[str, Any]
 ) -> Iterator[str]:
     wanted: dict[str, Any] = json.loads(json.dumps(plan.config))
     held = moe.config
@@ -129,7 +128,7 @@ def _unsaved(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> Iterator[str
             yield key
 
 
-def _record_failures(plan: Planned, record: Mapping[str, Any]) -> Iterator[str]:
+def _record_failures(plan: Plan, record: Mapping[str, Any]) -> Iterator[str]:
     """Compare what the record says beside the recipe with the plan that the recipe makes."""
     from upcycle_cli.write.record import described
 
@@ -199,15 +198,13 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
     yield from (f"{INDEX_NAME}: {each}" for each in differences(wanted, held, "metadata"))
 
 
-def _code_failures(plan: Planned, moe: Checkpoint) -> Iterator[str]:
-    if not (isinstance(plan, Plan) and plan.target.ships_code):
+def _code_failures(plan: Plan, moe: Checkpoint) -> Iterator[str]:
+    if plan.code is None:
         return
-    row = plan.family.dense.family
-    code = modeling_code(row.class_names, wrapped=row.inside is not None).encode()
     held = _contents(moe, CODE_NAME)
     if held is None:
         yield f"{CODE_NAME} is missing"
-    elif held != code:
+    elif held != plan.code.encode():
         yield f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
 
 
@@ -318,7 +315,8 @@ def _equals_saved(
             saved(dense.path, again)
         except TransformersError:
             return False
-        written = {path.relative_to(again).as_posix() for path in again.rglob("*")}
+        files = (path for path in again.rglob("*") if path.is_file())
+        written = {path.relative_to(again).as_posix() for path in files}
         for name in {*names} | (written - {CONFIG_NAME}):
             held = _contents(moe, name)
             path = again / name

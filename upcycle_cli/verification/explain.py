@@ -14,11 +14,10 @@ import numpy as np
 
 from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.expressions import Cast, Expr, Repeat, leaves, num_bytes, type_of
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.tensors import OutputTensor, Role
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.plan.output import OutputTensor, Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Explainer:
-    plan: Planned
+    plan: Plan
     moe: Checkpoint
     exprs: Mapping[str, Expr]
     source: Reader | MergedReader
@@ -101,7 +100,7 @@ class _Explainer:
         return start // (self.moe.tensors[tensor.name].nbytes // self.plan.num_experts)
 
     def _instead(self, own: int, other: int, name: str) -> str:
-        if not isinstance(self.plan, Plan):
+        if self.plan.expansion is not None:
             return f"holds what expert {other} should hold ({name}), not expert {own}"
         size, shared = self.plan.recipe.group_size, self.plan.recipe.shared_experts
         here, there = (shared + number % size for number in (other, own))
@@ -111,7 +110,7 @@ class _Explainer:
 
 
 def explain(
-    plan: Planned,
+    plan: Plan,
     moe: Checkpoint,
     differing: Sequence[Difference],
     exprs: Mapping[str, Expr],

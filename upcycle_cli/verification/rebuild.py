@@ -19,17 +19,18 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.families import dense_model
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.expand import Growth, GrowthPlan, build_growth
+from upcycle_cli.plan.expand import build_growth
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.merge import Merge, Rest
-from upcycle_cli.plan.permutation_file import OrderFile, order_name
+from upcycle_cli.plan.output import Options
+from upcycle_cli.plan.permutation_file import PermutationFile, order_name
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.prompts import ModelPrompts, Prompts
-from upcycle_cli.plan.router_file import RouterFile
+from upcycle_cli.plan.router_file import RouterFile, RouterRows
 from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.tensors import GivenRows, Options
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
-from upcycle_cli.plan.upcycle import Plan, build_plan
+from upcycle_cli.plan.upcycle import build_plan
+from upcycle_cli.recipe.growth import Growth
 from upcycle_cli.recipe.recipe import (
     SHIPPED,
     ExpertLayout,
@@ -40,7 +41,6 @@ from upcycle_cli.recipe.recipe import (
     Routing,
     Scaling,
 )
-from upcycle_cli.recipe.scaling import is_power_of_two
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.outputs import Expectation
@@ -87,7 +87,7 @@ def rebuild(
     moe: Checkpoint,
     others: Sequence[Checkpoint] = (),
     given: Given | None = None,
-) -> Planned:
+) -> Plan:
     """Plan the recorded conversion again.
 
     `others` are the models that experts were made of beside `dense`. Raises RecordError for a
@@ -187,7 +187,7 @@ def _recipe(record: Record) -> Recipe:
         raise RecordError(f"{RECORD_NAME}: recipe cannot be read ({error})") from error
 
 
-def _planned(plan: Callable[[Options], Planned], record: Record, moe: Checkpoint) -> Planned:
+def _planned(plan: Callable[[Options], Plan], record: Record, moe: Checkpoint) -> Plan:
     """Return the plan whose layout of experts the MoE has: another one can be saved again."""
     try:
         options = Options(
@@ -285,12 +285,12 @@ def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
 class _UnknownRows(RouterFile):
     """Stands for a file of router rows that the user did not give: their values stay open."""
 
-    def given(self, layers: Collection[int], shape: tuple[int, int]) -> GivenRows:  # noqa: ARG002
-        return GivenRows(origin="")
+    def rows(self, layers: Collection[int], shape: tuple[int, int]) -> RouterRows:  # noqa: ARG002
+        return RouterRows(origin="")
 
 
 @dataclass(frozen=True, eq=False)
-class _UnknownOrders(OrderFile):
+class _UnknownOrders(PermutationFile):
     """Stands for a file of neuron orders: which permutation each group has stays open."""
 
     size: int = 0
@@ -309,7 +309,7 @@ def _unknown_rows(recipe: Recipe) -> RouterFile | None:
     return _UnknownRows(Path(), {}, {}, "") if recipe.router_init is RouterInit.FILE else None
 
 
-def _unknown_orders(recipe: Recipe, dense: Checkpoint) -> OrderFile | None:
+def _unknown_orders(recipe: Recipe, dense: Checkpoint) -> PermutationFile | None:
     if recipe.neuron_order is not NeuronOrder.FILE:
         return None
     size = dense_model(dense.config, dense.tensors).intermediate_size
@@ -329,38 +329,36 @@ def _text(
 # What the plan promises -------------------------------------------------------------------------
 
 
-def expectation(plan: Planned) -> Expectation:
+def expectation(plan: Plan) -> Expectation:
     """Return what the check `outputs` holds the MoE to, as plain values."""
     from upcycle_cli.verification.outputs import Expectation
 
     reason = why_nothing_is_promised(plan) or ""
-    if isinstance(plan, GrowthPlan):
+    if plan.expansion is not None:
         return Expectation(
             promise=plan.promise,
             reason=reason,
-            group_size=plan.growth.expand,
+            group_size=plan.expansion.growth.expand,
             source="smaller MoE",
         )
-    assert isinstance(plan, Plan)
-    recipe, kind = plan.recipe, plan.family.dense.mlp_kind
+    recipe = plan.recipe
     tied = recipe.virtual_groups and recipe.group_size > 1
     return Expectation(
         promise=plan.promise,
         reason=reason,
         group_size=recipe.group_size if tied else 1,
         logit_std=recipe.router_logit_std or 0.0,
-        is_lossless=plan.factors.lossless and is_power_of_two(recipe.down_bias_factor(kind)),
+        is_lossless=not plan.rounded_parts,
     )
 
 
-def why_nothing_is_promised(plan: Planned) -> str | None:  # noqa: C901, PLR0911 - a table of reasons
+def why_nothing_is_promised(plan: Plan) -> str | None:  # noqa: C901, PLR0911 - a table of reasons
     """Say why a plan does not promise the function of its source; None where it does."""
     if plan.promise is not Promise.NONE:
         return None
-    if isinstance(plan, GrowthPlan):
-        exact = plan.growth.expand * plan.experts.top_k
+    if plan.expansion is not None:
+        exact = plan.expansion.growth.expand * plan.expansion.experts.top_k
         return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
-    assert isinstance(plan, Plan)
     recipe, size = plan.recipe, plan.recipe.group_size
     needed = float(size)
     if recipe.routing is Routing.SOFTMAX_TOPK:

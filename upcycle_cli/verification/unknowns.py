@@ -31,11 +31,11 @@ from upcycle_cli.plan.expressions import (
     Transpose,
     leaves,
     num_bytes,
-    sources,
+    source_names,
     type_of,
 )
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.tensors import OutputTensor
+from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.write.evaluate import evaluate, rounded
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read_rows(tensor: OutputTensor, held: memoryview, dtype: str, known: Known) 
 def rows_differ(held: bytes, fitted: bytes, dtype: str, width: int) -> Iterator[tuple[int, float]]:
     """Yield the rows that are not those that were fitted again, each with its cosine to that."""
     one_EH, other_EH = (
-        as_float32(data, dtype, (len(data) // (width * np.dtype(_BITS[dtype]).itemsize), width))
+        as_float32(data, dtype, (len(data) // (width * _itemsize(dtype)), width)).astype(np.float64)
         for data in (held, fitted)
     )
     lengths = np.linalg.norm(one_EH, axis=1), np.linalg.norm(other_EH, axis=1)
@@ -180,7 +180,7 @@ class Orders:
         if found is None:
             self.perturbed |= is_open(expr)
             return
-        part, kind = next(sources(expr)), type_of(expr).dtype
+        part, kind = next(source_names(expr)), type_of(expr).dtype
         if dtype != kind:  # widened without loss, or it will differ
             matrix = rounded(to_float32(matrix.view(_NUMPY[dtype]), dtype), kind).view(_BITS[kind])
         identity = Permutation(found.order.size, "identity", indices=_identity(found.order.size))

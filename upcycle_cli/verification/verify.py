@@ -38,7 +38,7 @@ from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, Report, Status
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.verification.outputs import Expectation
     from upcycle_cli.verification.prompts import TextOptions
@@ -133,7 +133,7 @@ class _Case:
     texts: TextOptions
     watch: Watch
     grown: bool
-    plan: Planned | None = None
+    plan: Plan | None = None
     given: Given | None = None
     record: dict[str, Any] = field(default_factory=dict)
     unrecorded: str | None = None
@@ -200,13 +200,12 @@ class _Case:
         evidence = self._evidence(self.plan)
         return check_weights(self.plan, self.moe, self.watch, evidence)
 
-    def _evidence(self, plan: Planned) -> Evidence:
+    def _evidence(self, plan: Plan) -> Evidence:
         """Return what proves values that the plan leaves open; a calibration is run again."""
-        from upcycle_cli.plan.upcycle import Plan
         from upcycle_cli.verification.rebuild import text_at_hand
         from upcycle_cli.verification.weights import Evidence
 
-        if not isinstance(plan, Plan):
+        if plan.expansion is not None:
             return Evidence()
         assert self.given is not None
         init, recipe = plan.recipe.router_init, plan.recipe

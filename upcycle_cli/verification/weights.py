@@ -21,11 +21,11 @@ import numpy as np
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import TensorEntry
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.plan.base import Planned
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.expressions import Cast, Expr, gathering, leaves, num_bytes
+from upcycle_cli.plan.expressions import Cast, Expr, gather_input, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.plan.output import OutputTensor, Role
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Difference, explain
 from upcycle_cli.verification.result import CheckResult, Findings, Status
 from upcycle_cli.verification.unknowns import Known, Orders, is_open, read_rows, rows_differ
@@ -59,7 +59,7 @@ class Evidence:
 
 
 def check_weights(
-    plan: Planned, moe: Checkpoint, watch: Watch, evidence: Evidence | None = None
+    plan: Plan, moe: Checkpoint, watch: Watch, evidence: Evidence | None = None
 ) -> CheckResult:
     """Compare every tensor with the plan's; the sources' files must be here."""
     evidence, findings, notes = evidence or Evidence(), Findings(), list[str]()
@@ -92,7 +92,7 @@ def check_weights(
 
 
 def _matched(
-    plan: Planned, moe: Checkpoint, findings: Findings
+    plan: Plan, moe: Checkpoint, findings: Findings
 ) -> tuple[list[OutputTensor], set[str]]:
     """Return the tensors that can be compared, and the names of those that are stored wider."""
     wanted = {tensor.name: tensor for tensor in plan.tensors}
@@ -180,7 +180,7 @@ class _Scan:
                 start += nbytes
         bundles: dict[tuple[Expr, bool], list[Expr]] = {}
         for leaf in places:
-            rows = gathering(leaf)
+            rows = gather_input(leaf)
             bundles.setdefault((rows or leaf, rows is None), []).append(leaf)
         total = sum(place.nbytes for found in places.values() for place in found)
         done = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
 from upcycle_cli.hub.client import run_interruptibly
-from upcycle_cli.plan.base import Shard
+from upcycle_cli.plan.output import Shard
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -37,8 +37,8 @@ from upcycle_cli.plan.expressions import (
     Stack,
     Transpose,
     Zeros,
+    contiguous_source,
     leaves,
-    stretch_of,
     type_of,
 )
 from upcycle_cli.write.gather import PIECE_ITEMS, WORD_BYTES, Packed, Taken, turned
@@ -79,7 +79,7 @@ def evaluate(
     The result may alias what `read` returned. Raises OverflowInCastError when a finite value does
     not fit the output dtype, UpcycleError when a router cannot be drawn.
     """
-    stretch = stretch_of(expr)
+    stretch = contiguous_source(expr)
     if stretch is not None:
         name, begin, end = stretch
         return read(name)[begin:end]
@@ -102,7 +102,7 @@ def evaluate_together(
     """Yield the bytes of a few rows of each expression, by its place in `exprs`, and so on.
 
     All gather columns of the same rows, which are read, cast and scaled once for all: see
-    `expr.gathering`. Or there is but one, which is turned: see `turning.in_pieces`. `read`,
+    `expr.gather_input`. Or there is but one, which is turned: see `turning.in_pieces`. `read`,
     `vanished` and errors are as those of `evaluate`.
     """
     if isinstance(exprs[0], Transpose):

@@ -23,9 +23,8 @@ from typing import Generic, TypeVar
 from xxhash import xxh3_128
 
 from upcycle_cli.core.platform import BLOCK_BYTES
-from upcycle_cli.plan.base import Shard
 from upcycle_cli.plan.expressions import Expr, leaves, num_bytes
-from upcycle_cli.plan.tensors import OutputTensor, Role
+from upcycle_cli.plan.output import OutputTensor, Role, Shard
 from upcycle_cli.write.transpose import draws
 
 _Origin = TypeVar("_Origin")

@@ -81,7 +81,7 @@ class Taken:
     def into(self, out: NDArray[Any], start: int) -> None:
         """Gather as many rows as `out` has, from `start` on."""
         rows = slice(start, start + len(out))
-        # What numpy checks of indices costs more than gathering; a permutation's are right.
+        # What numpy checks of indices costs more than gather_input; a permutation's are right.
         if self.dim:
             self.values[rows].take(self.indices, axis=1, out=out, mode="wrap")
         else:

@@ -12,7 +12,7 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
 from upcycle_cli.core.safe_files import is_in, is_same, locate
 from upcycle_cli.hub.remote_checkpoint import check_download_space
-from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.file_layout import unique_bytes
 from upcycle_cli.write.ownership import take_inventory
@@ -112,7 +112,7 @@ def _parent(output: Path) -> Path:
     return next((parent for parent in above if parent.exists()), output)
 
 
-def check_before(plan: Planned, output: Path, *, overwrite: bool, team: Team) -> None:
+def check_before(plan: Plan, output: Path, *, overwrite: bool, team: Team) -> None:
     """Raise UpcycleError for every problem that shows before a download or the first byte."""
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
@@ -124,7 +124,7 @@ def check_before(plan: Planned, output: Path, *, overwrite: bool, team: Team) ->
     check_space(output, plan.nbytes + spare, shared=spare + sum(map(unique_bytes, shares)))
 
 
-def is_finished(plan: Planned, output: Path) -> bool:
+def is_finished(plan: Plan, output: Path) -> bool:
     """Whether `output` is the complete result of this plan, by its sizes and its config."""
     if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
         return False

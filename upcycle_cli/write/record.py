@@ -24,9 +24,8 @@ from upcycle_cli.core.safe_files import (
     sha256_of,
     write_whole,
 )
-from upcycle_cli.models.shipped import CODE_NAME, modeling_code
-from upcycle_cli.plan.base import Planned
-from upcycle_cli.plan.upcycle import Plan
+from upcycle_cli.models.shipped import CODE_NAME
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.running_stats import Moments
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import Written
@@ -34,7 +33,7 @@ from upcycle_cli.write.writer import Written
 FORMAT = 1
 
 
-def record(plan: Planned, written: Written, staging: Staging) -> dict[str, Any]:
+def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
     """Return the record of a conversion, whose files are written except record, card, checksums."""
     how = plan.how
     return {
@@ -52,7 +51,7 @@ def record(plan: Planned, written: Written, staging: Staging) -> dict[str, Any]:
     }
 
 
-def described(plan: Planned) -> dict[str, Any]:
+def described(plan: Plan) -> dict[str, Any]:
     """Return the part of the record that follows from the plan alone."""
     how = plan.how
     return {
@@ -87,20 +86,9 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def merged_record(plan: Planned) -> dict[str, Any] | None:
-    """Return the other models, and the model of each group (0 is the source); None without any."""
-    if not isinstance(plan, Plan) or plan.merge is None:
-        return None
-    return {
-        "models": [{"name": other.name, "revision": other.revision} for other in plan.merge.others],
-        "groups": list(plan.merge.of_groups(plan.recipe.expansion)),
-        "rest": plan.merge.rest,
-    }
-
-
-def _merged(plan: Planned) -> dict[str, Any]:
-    found = merged_record(plan)
-    if not isinstance(plan, Plan) or found is None:
+def _merged(plan: Plan) -> dict[str, Any]:
+    found = plan.merge_record
+    if found is None:
         return {}
     # Fine-tuned models of one base have equal headers: a matrix that made experts differs.
     dense, last = plan.family.dense, plan.family.layers[-1]
@@ -137,7 +125,7 @@ def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(plan: Planned, staging: Staging) -> Iterator[dict[str, Any]]:
+def _listed(plan: Plan, staging: Staging) -> Iterator[dict[str, Any]]:
     for name in sorted(plan.file_names):
         path = staging.path / name
         entry = {"name": name, "size": path.stat().st_size}
@@ -148,7 +136,7 @@ def _listed(plan: Planned, staging: Staging) -> Iterator[dict[str, Any]]:
             yield entry | {"sha256": sha256_of(path)}
 
 
-def index_of(plan: Planned) -> dict[str, Any] | None:
+def index_of(plan: Plan) -> dict[str, Any] | None:
     """Return the index that maps tensors to files; None where there is one file."""
     if len(plan.shards) == 1:
         return None
@@ -165,15 +153,13 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_metadata(plan: Planned, staging: Staging, written: Written) -> None:
+def write_metadata(plan: Plan, staging: Staging, written: Written) -> None:
     """Write every file of the output except the weights, the card and the checksums."""
     staging.write(CONFIG_NAME, json_bytes(plan.config))
     if (index := index_of(plan)) is not None:
         staging.write(INDEX_NAME, json_bytes(index))
-    if isinstance(plan, Plan) and plan.target.ships_code:
-        row = plan.family.dense.family
-        code = modeling_code(row.class_names, wrapped=row.inside is not None)
-        staging.write(CODE_NAME, code.encode())
+    if plan.code is not None:
+        staging.write(CODE_NAME, plan.code.encode())
     for file in plan.source.companions:
         path = staging.path / file.name
         path.parent.mkdir(exist_ok=True)
@@ -185,7 +171,7 @@ def write_metadata(plan: Planned, staging: Staging, written: Written) -> None:
     staging.write(RECORD_NAME, json_bytes(record(plan, written, staging)))
 
 
-def write_checksums(plan: Planned, directory: Path) -> None:
+def write_checksums(plan: Plan, directory: Path) -> None:
     """Write SHA256SUMS, without the card: an edit or a push changes that."""
     names = (*plan.file_names, RECORD_NAME)
     digests = {name: sha256_of(directory / name) for name in names}

@@ -20,7 +20,7 @@ from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.platform import sync_directory
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME
-from upcycle_cli.plan.base import Planned
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import record_digest, remove_all, take_inventory
 from upcycle_cli.write.preflight import check_kind
 from upcycle_cli.write.staging import (
@@ -102,7 +102,7 @@ class Transaction:
 
 @contextmanager
 def transaction(
-    output: Path, plan: Planned, *, overwrite: bool, durable: bool
+    output: Path, plan: Plan, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
     """Yield a transaction, whose staging directory is to be filled; UpcycleError if there is none.
 
@@ -128,7 +128,7 @@ def transaction(
         running.discard()
 
 
-def join(output: Path, plan: Planned, *, durable: bool) -> Staging:
+def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
     """Return the staging directory that rank 0 has made; UpcycleError if it is another one."""
     path = partial_of(output)
     if not is_directory(path) or read_state(path / MARKER).get("plan_sha256") != plan.digest:
@@ -145,7 +145,7 @@ def aside_of(output: Path) -> Path:
     return output.parent / (output.name + ASIDE)
 
 
-def _staging(output: Path, plan: Planned, *, durable: bool) -> Staging:
+def _staging(output: Path, plan: Plan, *, durable: bool) -> Staging:
     return Staging(
         path=partial_of(output),
         output=output.name,

@@ -31,10 +31,10 @@ from upcycle_cli.core.platform import (
     share,
     start_writeback,
 )
-from upcycle_cli.plan.base import Planned, Shard
-from upcycle_cli.plan.expressions import Expr, gathering, sources
+from upcycle_cli.plan.expressions import Expr, gather_input, source_names
 from upcycle_cli.plan.merge import MergedReader
-from upcycle_cli.plan.tensors import Role
+from upcycle_cli.plan.output import Role, Shard
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import Layout, Part, file_digest, lay_out, read_back, repetitions
 from upcycle_cli.write.running_stats import Moments, noted_moments
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
@@ -94,7 +94,7 @@ class _StoppedError(Exception):
 
 
 def write_weights(
-    plan: Planned,
+    plan: Plan,
     shards: Sequence[Shard],
     staging: Staging,
     *,
@@ -249,7 +249,7 @@ class _Task:
         """Return the parts; those that gather their columns from the same rows go together."""
         bundles: dict[tuple[Expr, bool], list[Part]] = {}
         for part in self.layout.parts:
-            rows = gathering(part.expr)
+            rows = gather_input(part.expr)
             # The rows can be a part, too.
             bundles.setdefault((rows or part.expr, rows is None), []).append(part)
         return [*bundles.values()]
@@ -327,7 +327,7 @@ class _Task:
     def _check_source(self) -> None:
         """Raise UpcycleError when a source file has changed since it was opened."""
         exprs = (part.expr for part in self.layout.parts)
-        self.crew.reader.check_unchanged(name for expr in exprs for name in sources(expr))
+        self.crew.reader.check_unchanged(name for expr in exprs for name in source_names(expr))
 
     @contextmanager
     def opened(self) -> Iterator[int]:

@@ -29,7 +29,7 @@ from upcycle_cli.recipe.recipe import Promise, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion, Request
-    from upcycle_cli.plan.base import Planned
+    from upcycle_cli.plan.plan import Plan
 
 
 @options.takes_moe_options
@@ -179,7 +179,7 @@ def convert(
 
 
 @dataclass(kw_only=True)
-class _Screen(Hooks["Planned", "Conversion"]):
+class _Screen(Hooks["Plan", "Conversion"]):
     """Saves the options, shows progress, and prints what a conversion did."""
 
     request: Request
@@ -193,7 +193,7 @@ class _Screen(Hooks["Planned", "Conversion"]):
     def silent(self) -> bool:
         return self.quiet or self.as_json
 
-    def planned(self, plan: Planned) -> None:
+    def planned(self, plan: Plan) -> None:
         if self.save_config is not None:
             save_options(self.save_config, self.context, plan)
 
@@ -232,7 +232,7 @@ class _Screen(Hooks["Planned", "Conversion"]):
         if not self.silent and self.request.push is not None:
             messages.announce_push(self.request.push.repo, num_files, num_bytes)
 
-    def show_forecast(self, plan: Planned, warnings: list[str]) -> None:
+    def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
         if self.as_json:
             from upcycle_cli.cli.render_plan import plan_json
 

@@ -125,10 +125,7 @@ def verify(
             terminal.print_json(found.to_json())
         if found.status == "skipped":
             terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
-        if found.status == "measured" and not allow_inexact:
-            terminal.talk(
-                "This MoE is not exact by its recipe, so nothing is proven; --allow-inexact "
-                "accepts the measurement."
-            )
+        if found.status == "measured" and not found.accepted:
+            terminal.talk("Not everything is proven; --allow-inexact accepts what was measured.")
         if not found.accepted:
             raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)

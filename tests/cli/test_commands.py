@@ -1,0 +1,457 @@
+"""What the commands print, as text and as JSON, and which plan their options lead to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    TINY,
+    VOCAB_SIZE,
+    MakeDense,
+    RunCli,
+    clone,
+    read_json,
+    read_tensors,
+    snapshot,
+    validate_json,
+)
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from upcycle_cli import Recipe, convert
+from upcycle_cli.cli.app import app
+
+RECIPE = ("--recipe", "E2G2T2")
+EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
+COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
+
+
+def invoke(*arguments: str | Path, **environment: str) -> Result:
+    variables = {"COLUMNS": "80", "NO_COLOR": "1"} | environment
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=variables)
+
+
+def succeed(*arguments: str | Path, **environment: str) -> Result:
+    result = invoke(*arguments, **environment)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def succeed_json(command: str, *arguments: str | Path) -> dict[str, Any]:
+    result = succeed(command, *arguments, "--json")
+    assert result.stderr == ""
+    return validate_json(command, result.stdout)
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "moe"
+    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def swapped(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which two experts of layer 1 have exchanged their gate matrices."""
+    path = clone(moe, tmp_path_factory.mktemp("swapped") / "moe")
+    tensors = read_tensors(moe)
+    one, other = (f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in (2, 3))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+# Help ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_screen_and_breaks_no_choice(command: str, width: int) -> None:
+    text = succeed(command, "--help", COLUMNS=str(width)).stdout
+    assert "Usage:" in text
+    assert all(len(line) <= width for line in text.splitlines())
+    assert succeed(command, "-h", COLUMNS=str(width)).stdout == text
+    assert command in succeed("--help").stdout
+    if command in {"convert", "inspect"}:
+        choices = ("mixtral", "softmax-topk", "bfloat16", "per-expert", "paper", "balanced")
+        assert [choice for choice in choices if choice not in text] == []
+    assert width < 80 or "…" not in text
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert succeed("--version").stdout == f"upcycle {version('upcycle-cli')}\n"
+
+
+# JSON ---------------------------------------------------------------------------------------------
+
+
+def check_facts(value: dict[str, Any], path: Path, dense: Path) -> None:
+    """Compare the numbers with the files on disk."""
+    tensors = read_tensors(path)
+    expert = [tensor for name, tensor in tensors.items() if ".experts." in name]
+    total = sum(tensor.numel() for tensor in tensors.values())
+    idle = sum(tensor.numel() for tensor in expert) // 2  # 2 of 4 experts
+    expected = {
+        "model_type": "mixtral",
+        "recipe": "E2G2T2",
+        "num_experts": 4,
+        "top_k": 2,
+        "total_parameters": total,
+        "active_parameters": total - idle,
+        "dense_parameters": sum(t.numel() for t in read_tensors(dense).values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "shards": len(list(path.glob("*.safetensors"))),
+    }
+    assert {key: value[key] for key in expected} == expected
+
+
+def test_convert_json_agrees_with_its_dry_run_and_with_the_files(
+    llama: Path, tmp_path: Path
+) -> None:
+    command = (llama, tmp_path / "moe", *RECIPE, "--max-shard-size", "50kB")
+    planned = succeed_json("convert", *command, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    done = succeed_json("convert", *command)
+    assert (planned.pop("status"), done["status"]) == ("planned", "converted")
+    assert {key: done[key] for key in planned} == planned
+    assert done["verification"] is None
+    assert done["shards"] > 2
+    check_facts(done, tmp_path / "moe", llama)
+    again = succeed_json("convert", *command)
+    assert again["status"] == "already done"
+    assert again["plan_sha256"] == done["plan_sha256"]
+
+
+def test_inspect_json(llama: Path, moe: Path, tmp_path: Path) -> None:
+    dense = succeed_json("inspect", llama)
+    assert (dense["kind"], dense["plan"]) == ("dense", None)
+    assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "solar_open", "upcycled"]
+    assert dense["bytes"] == 4 * dense["total_parameters"]
+    found = succeed_json("inspect", moe)
+    assert (found["kind"], found["claims"]["recipe"]["name"]) == ("moe", "E2G2T2")
+    check_facts(found, moe, llama)
+    check_facts(succeed_json("inspect", llama, *RECIPE)["plan"], moe, llama)
+    unknown = clone(moe, tmp_path / "moe")
+    (unknown / "upcycle.json").unlink()
+    value = succeed_json("inspect", unknown)
+    assert (value["claims"], value["recipe"], value["dense_parameters"]) == (None, None, None)
+    assert value["num_experts"] == 4
+
+
+@pytest.mark.parametrize("recipe", [(), RECIPE])
+def test_tensors_are_listed(llama: Path, moe: Path, recipe: tuple[str, ...]) -> None:
+    value = succeed_json("inspect", llama, *recipe, "--tensors")
+    listed = {tensor["name"]: tensor["shape"] for tensor in value["tensors"]}
+    actual = read_tensors(moe if recipe else llama)
+    assert listed == {name: list(tensor.shape) for name, tensor in actual.items()}
+    text = succeed("inspect", llama, *recipe, "--tensors").stdout
+    for name in actual:
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert "F32" in line
+
+
+def test_verify_json(llama: Path, moe: Path, swapped: Path) -> None:
+    value = succeed_json("verify", llama, moe)
+    assert value["status"] == "passed"
+    assert {check["name"]: check["status"] for check in value["checks"]} == dict.fromkeys(
+        ("directory", "weights", "outputs"), "passed"
+    )
+    metrics = value["checks"][-1]["metrics"]
+    wanted = {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement", "dense_nll", "moe_nll"}
+    assert metrics.keys() >= {*wanted, "tokens"}
+    failed = invoke("verify", llama, swapped, "--json", "--checks", "weights")
+    assert failed.exit_code == 1
+    value = validate_json("verify", failed.stdout)
+    assert value["status"] == "failed"
+    assert [check["name"] for check in value["checks"]] == ["weights"]
+
+
+def test_json_is_independent_of_width_and_language(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / ("ö" * 60))
+    wide = succeed("inspect", dense, *RECIPE, "--json", COLUMNS="300").stdout
+    assert succeed("inspect", dense, *RECIPE, "--json", COLUMNS="20").stdout == wide
+    assert json.loads(wide)["plan"]["source"] == "ö" * 60
+
+
+def test_families_json_and_tables_name_every_target() -> None:
+    value = succeed_json("families")
+    text = succeed("families").stdout
+    assert [name for name in value["targets"] if name not in text] == []
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "DENSE"),
+        ("inspect", "DENSE", "--recipe", "E8G2T3"),
+        ("inspect", "DENSE", "--max-params", "1M"),
+        ("inspect", "MOE", "--weights", "--dense", "DENSE"),
+        ("convert", "DENSE", "OUTPUT", *RECIPE, "--verify"),
+        ("verify", "DENSE", "SWAPPED", "--checks", "weights"),
+    ],
+    ids=" ".join,
+)
+def test_tables_fit_the_screen_and_are_plain_in_a_pipe(
+    llama: Path,
+    moe: Path,
+    swapped: Path,
+    tmp_path: Path,
+    run_cli: RunCli,
+    arguments: tuple[str, ...],
+) -> None:
+    paths = {"DENSE": llama, "MOE": moe, "SWAPPED": swapped, "OUTPUT": tmp_path / "moe"}
+    done = run_cli(*(paths.get(argument, argument) for argument in arguments))
+    assert done.returncode == ("SWAPPED" in arguments)
+    assert done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if len(line) > 80 or line[-1:] == " "] == []
+    assert "Traceback" not in done.stderr
+
+
+def test_no_color_is_obeyed_on_a_terminal(llama: Path) -> None:
+    # FORCE_COLOR makes rich take the pipe for a terminal.
+    assert "\x1b[3" not in succeed("inspect", llama, FORCE_COLOR="1", NO_COLOR="1").stdout
+
+
+def test_inspect_says_what_a_model_can_become(make_dense: MakeDense) -> None:
+    text = succeed("inspect", make_dense("llama", mlp_bias=True)).stdout
+    assert "can become  upcycled\nbut not     mixtral cannot express this model: " in text
+    tables = "".join(text.split("\n\n")[1:])
+    assert "upcycled  topk-softmax" in tables
+    assert "mixtral" not in tables
+
+
+def test_data_goes_to_stdout_and_talk_to_stderr(llama: Path, tmp_path: Path) -> None:
+    command = ("convert", llama, tmp_path / "a" / "moe", *RECIPE)
+    planned = succeed(*command, "--dry-run")
+    assert "Nothing was written" in planned.stderr
+    assert "4 per layer, 2 active" in planned.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = succeed(*command)
+    for words in ("note:", "Wrote"):  # T = G: the router gets no gradient
+        assert words in done.stderr
+        assert words not in done.stdout
+    again = succeed(*command)
+    assert again.stdout == ""
+    assert "nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--verify",)])
+def test_quiet_prints_nothing(llama: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    for _ in range(2):  # the second time it is done already
+        result = succeed("convert", llama, tmp_path / "moe", *RECIPE, "--quiet", *extra)
+        assert result.output == ""
+
+
+def test_quiet_verification_prints_failures_only(llama: Path, moe: Path, swapped: Path) -> None:
+    checks = ("--checks", "weights", "--quiet")
+    assert succeed("verify", llama, moe, *checks).output == ""
+    failed = invoke("verify", llama, swapped, *checks)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert "expert" in failed.stderr
+
+
+@pytest.mark.parametrize("form", ["", "--json", "--quiet"])
+def test_a_failed_verification_exits_with_1_and_publishes_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    real = os.pwrite
+
+    def flip_a_bit(descriptor: int, data: bytes, offset: int) -> int:
+        if len(data) == EMBEDDING_BYTES:
+            data = bytes([data[0] ^ 1, *data[1:]])
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", flip_a_bit)
+    command = ("convert", llama, tmp_path / "moe", *RECIPE, "--verify")
+    result = invoke(*command, *filter(None, [form]))
+    assert result.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was published" in result.stderr
+    if form == "--quiet":
+        assert result.stdout == ""
+        assert "failed" in result.stderr
+    else:
+        assert "model.embed_tokens.weight" in result.stdout
+    if form == "--json":
+        value = validate_json("convert", result.stdout)
+        assert value["status"] == "verification failed"
+        assert value["verification"]["status"] == "failed"
+
+
+def test_a_damaged_output_fails_its_verification(llama: Path, moe: Path, tmp_path: Path) -> None:
+    output = clone(moe, tmp_path / "moe")
+    weights = output / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    before = snapshot(tmp_path)
+    for form in ((), ("--json",), ("--quiet",)):
+        result = invoke("convert", llama, output, *RECIPE, "--verify", *form)
+        assert result.exit_code == 1
+        assert "already" not in result.output
+        assert "--overwrite" in result.stderr
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "step"),
+    [
+        ((), "upcycle verify {dense} {moe}"),
+        (("--scaling", "2"), "upcycle verify {dense} {moe} --allow-inexact"),
+        (("--verify",), "upcycle push {moe} my-org/it-s-moe"),
+    ],
+)
+def test_the_next_command_is_suggested(
+    llama: Path, tmp_path: Path, extra: tuple[str, ...], step: str
+) -> None:
+    output = tmp_path / "it's moe"
+    result = succeed("convert", llama, output, "--recipe", "E1G1T1", *extra)
+    places = {"dense": shlex.quote(str(llama)), "moe": shlex.quote(str(output))}
+    assert f"Next: {step.format(**places)}\n" in result.stderr
+
+
+def test_one_thing_has_no_plural(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "moe", Recipe(expansion=1, granularity=1, top_k=1))
+    text = succeed("inspect", llama, "--recipe", "E1G1T1").stdout
+    text += succeed("inspect", tmp_path / "moe", "--weights").stdout
+    for words in ("1 virtual group of 1", "in 1 shard\n", "(1 group of 1)", "1 different expert "):
+        assert words in text
+    assert not re.search(r"\b1 \w*[^s ]s\b", text)
+
+
+def test_markup_in_names_is_text(llama: Path, tmp_path: Path) -> None:
+    # rich would interpret [bold], and fail on [/x].
+    dense = clone(llama, tmp_path / "[bold]dense[" / "x]")
+    output = tmp_path / "[red]moe[" / "x]"
+    result = succeed("convert", dense, output, *RECIPE)
+    assert "[red]moe[/x]" in "".join(result.stderr.split())
+    assert read_json(output / "upcycle.json")["source"]["name"] == "x]"
+    refused = invoke("convert", dense, output, "--recipe", "E4G2T4")
+    assert "[red]moe[/x]" in "".join(refused.stderr.split())
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def plan_of(llama: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
+    return succeed_json("convert", llama, tmp_path / "moe", *options, "--dry-run")
+
+
+def test_separate_sizes_are_the_same_recipe(llama: Path, tmp_path: Path) -> None:
+    sizes = ("--expansion", "2", "--granularity", "2", "--top-k", "2")
+    short = ("-E", "2", "-G", "2", "-T", "2")
+    plans = [plan_of(llama, tmp_path, *form) for form in (sizes, short, RECIPE, ("-r", "e2g2t2"))]
+    assert all(plan == plans[0] for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (("--routing", "softmax-topk"), "model_type", "qwen2_moe"),
+        (("--routing", "topk-softmax"), "model_type", "mixtral"),
+        (("--routing", "sigmoid-topk"), "model_type", "glm4_moe"),
+        (("--target", "qwen2_moe"), "routing", "softmax-topk"),
+        (("--target", "upcycled"), "model_type", "upcycled_llama"),
+        (("--target", "upcycled"), "expert_layout", "fused"),
+        (("--layers", "1-"), "model_type", "qwen2_moe"),  # mixtral has experts in every layer
+        (("--layers", "every:2"), "moe_layers", [0]),
+        (("--scaling", "paper"), "promise", "none"),
+        (("--scaling", "none"), "promise", "none"),
+        (("--scaling", "2"), "promise", "exact"),
+        (("--scaling", "3.5"), "scaling", 3.5),
+        (
+            ("--scale-split", "down"),
+            "factors",
+            {"c": 2.0, "gate": 1.0, "up": 1.0, "down": 2.0, "config": 1.0},
+        ),
+        (("--no-virtual-groups",), "promise", "none"),
+        (("--router-logit-std", "0.5"), "router_logit_std", 0.5),
+        (("--seed", "3"), "seed", 3),
+        (("--noise", "0.25"), "noise", 0.25),
+        (("--reinit", "0.5"), "reinit", 0.5),
+        (("--neuron-order", "shuffled"), "neuron_order", "shuffled"),
+        (("--expert-layout", "fused"), "expert_layout", "fused"),
+        (("--max-shard-size", "82kB"), "shards", 3),
+        (("--max-shard-size", "82KiB"), "shards", 2),
+        (("--max-shard-size", "1.5 GB"), "shards", 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_reach_the_plan_of_convert_and_inspect(
+    llama: Path, tmp_path: Path, options: tuple[str, ...], key: str, value: object
+) -> None:
+    planned = plan_of(llama, tmp_path, *RECIPE, *options)
+    assert planned[key] == value
+    shown = succeed_json("inspect", llama, "-E", "2", "-G", "2", "-T", "2", *options)["plan"]
+    # The digest covers --allow-inexact, which inspect always sets.
+    for name in shown.keys() - {"plan_sha256"}:
+        assert shown[name] == planned[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "DENSE", "--seed", "3"), "Add --recipe"),
+        (("inspect", "DENSE", "--dense", "DENSE"), "Add --weights"),
+        (("inspect", "DENSE", "--experts-from", "DENSE"), "Add --weights"),
+        (("inspect", "DENSE", "--max-params", "much"), "50B or 700M"),
+        (("inspect", "DENSE", "--gpu-memory", "0GB"), "80GB×8"),
+        (("inspect", "DENSE", "--max-params", "1B", "--seed", "3"), "without --seed"),
+        (("inspect", "DENSE", "--report", "r.txt"), ".html"),
+        (("convert", "DENSE", "OUT"), "no recipe"),
+        (("convert", "DENSE", "OUT", "-E", "2"), "--granularity and --top-k missing"),
+        (("convert", "DENSE", "OUT", *RECIPE, "-E", "2"), "one or the other"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--expand", "2"), "without --recipe"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--scaling", "some"), "'some'"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "big"), "5GB or 500MB"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "9" * 400), "too large"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--rest", "mean"), "--experts-from MODEL"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--push-to-hub REPO"),
+        (("convert", "", "OUT", *RECIPE), "it is empty"),
+        (("convert", "DENSE", *RECIPE), "Missing argument 'OUTPUT'"),
+        (("verify", "DENSE", "DENSE", "--checks", "all"), "directory, weights, outputs"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
+)
+def test_options_that_do_not_fit_are_refused_with_advice(
+    llama: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    places = {"DENSE": str(llama), "OUT": str(tmp_path / "out")}
+    result = invoke(*(places.get(word, word) for word in arguments))
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_dtype_and_untying_reach_the_files(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = make_dense("llama", tie_word_embeddings=True)
+    options = ("--dtype", "bfloat16", "--untie-embeddings", "--checksums")
+    succeed("convert", dense, tmp_path / "moe", *RECIPE, *options)
+    tensors = read_tensors(tmp_path / "moe")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
+    assert "lm_head.weight" in tensors
+    assert (tmp_path / "moe" / "SHA256SUMS").is_file()
+
+
+# The whole job ------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_demo(tmp_path: Path, run_cli: RunCli) -> None:
+    done = run_cli("demo", tmp_path / "demo", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert "$ upcycle convert" in done.stderr
+    assert "passed" in done.stdout
+    assert {entry.name for entry in (tmp_path / "demo").iterdir()} == {"dense", "moe-E8G8T8"}
+    assert read_json(tmp_path / "demo" / "moe-E8G8T8" / "config.json")["num_local_experts"] == 64

@@ -1,0 +1,208 @@
+"""Which target a dense model becomes, and why some can become none."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from configs import FULL, SIZES, SLIDING, dense_model
+from conftest import sizes_of
+from shapes import tiny_config
+
+from upcycle_cli import UpcycleError
+from upcycle_cli.models.choose import choose
+from upcycle_cli.models.dense import read_dense
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import dense_family, is_moe, is_target
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+
+SIGMOID, SOFTMAX, RENORMALISED = (
+    Routing.SIGMOID_TOPK,
+    Routing.SOFTMAX_TOPK,
+    Routing.TOPK_SOFTMAX,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "routing", "target"),
+    [
+        ("llama", None, "mixtral"),
+        ("llama", SOFTMAX, "qwen2_moe"),
+        ("llama", SIGMOID, "glm4_moe"),
+        ("mistral", None, "mixtral"),
+        ("mistral", SIGMOID, SHIPPED),
+        ("qwen2", None, "qwen2_moe"),
+        ("qwen2", SIGMOID, "glm4_moe"),
+        ("qwen3", SOFTMAX, "qwen3_moe"),
+        ("olmo2", None, "flex_olmo"),
+        ("olmo3", None, SHIPPED),
+        ("nemotron", SOFTMAX, SHIPPED),
+        ("phi3", None, "mixtral"),
+        ("phi3", SOFTMAX, SHIPPED),
+        ("nemotron_h", None, "nemotron_h"),
+    ],
+)
+def test_auto_takes_the_first_possible_target(
+    model_type: str, routing: Routing | None, target: str
+) -> None:
+    config = {"model_type": model_type, **sizes_of(model_type), "sliding_window": 8}
+    family = choose(config, "auto", routing)
+    wanted = f"upcycled_{model_type}" if target == SHIPPED else target
+    assert family.target.model_type == wanted
+    assert family.dense == read_dense(DENSE[model_type], config)
+    assert choose(config, target, routing).target.model_type == wanted
+
+
+def test_the_default_routing_is_that_of_released_models() -> None:
+    """Every engine implements that one."""
+    sigmoid = ("glm4_moe", "dots1", "hy_v3", "solar_open", "deepseek_v3", "lfm2_moe", "nemotron_h")
+    for name, target in NATIVE.items():
+        wanted = SIGMOID if name in sigmoid else RENORMALISED
+        assert target.routings[0] is (SOFTMAX if name == "qwen2_moe" else wanted)
+
+
+PHI3 = {"model_type": "phi3", **SIZES}
+NEMOTRON_H = {"model_type": "nemotron_h", **sizes_of("nemotron_h")}
+MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+LONGROPE = {"type": "longrope", "short_factor": [1], "long_factor": [2]}
+ONLY_CODE = "upcycled can: pass --target upcycled."
+NONE = "No target can yet."
+LLAMA_TARGETS = "mixtral or qwen2_moe or glm4_moe or solar_open or upcycled."
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "routing", "words", "hint"),
+    [
+        (tiny_config("llama"), "gpt_moe", None, "--target 'gpt_moe' is not", LLAMA_TARGETS),
+        (tiny_config("qwen2"), "mixtral", None, "qwen2 cannot become mixtral.", "It can become"),
+        (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "--target qwen2_moe."),
+        *(
+            (tiny_config("llama", **changes), target, None, words, ONLY_CODE)
+            for target in ("mixtral", "qwen2_moe", "glm4_moe")
+            for changes, words in (
+                ({"attention_bias": True}, "attention_bias is true, and the target's o_proj has"),
+                ({"mlp_bias": True}, "the model's MLPs have biases, and the target's experts have"),
+            )
+        ),
+        (NEMOTRON_H | {"mlp_bias": True}, "auto", None, "the model's MLPs have biases", NONE),
+        (NEMOTRON_H | {"layers_block_type": ["full_attention"]}, "auto", None, "no layer", NONE),
+        (NEMOTRON_H, "auto", RENORMALISED, "it has no topk-softmax routing", NONE),
+        (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "--target dots1."),
+        (tiny_config("qwen3", **MIXED), "glm4_moe", None, "some layers have", "--target dots1."),
+        *(
+            (PHI3 | settings, "mixtral", None, words, ONLY_CODE)
+            for settings, words in (
+                ({"partial_rotary_factor": 0.5}, "only a part of each head is rotated"),
+                (
+                    {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+                    "only a part of each head is rotated",
+                ),
+                ({"rope_scaling": LONGROPE}, "its rotary embeddings are scaled by longrope"),
+            )
+        ),
+    ],
+)
+def test_a_target_that_cannot_express_a_model(
+    config: dict[str, Any], target: str, routing: Routing | None, words: str, hint: str
+) -> None:
+    with pytest.raises(UpcycleError, match=re.escape(words)) as caught:
+        choose(config, target, routing)
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (tiny_config("llama", attention_bias=True), "upcycled_llama"),
+        (PHI3 | {"partial_rotary_factor": 0.5}, "upcycled_phi3"),
+        ({"model_type": "ernie4_5", **sizes_of("ernie4_5"), "use_bias": True}, "upcycled_ernie4_5"),
+        (tiny_config("qwen3", **MIXED), "dots1"),
+    ],
+)
+def test_auto_passes_over_targets_that_cannot(config: dict[str, Any], target: str) -> None:
+    assert choose(config, "auto", None).target.model_type == target
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.json has no model_type."),
+        ({"model_type": "gpt9"}, "model type 'gpt9' cannot be upcycled yet."),
+        ({"model_type": "bloom"}, "cannot be upcycled: its MLP adds the residual stream"),
+        ({"model_type": "qwen3_moe"}, "this is a mixture of experts already"),
+        ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
+        ({"model_type": "llama", "num_local_experts": 4}, "this is a mixture of experts already"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "a mixture of experts already"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            "the weights are quantised (gptq in config.json).",
+        ),
+    ],
+)
+def test_a_model_that_is_no_dense_one(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcycleError, match=re.escape(message)) as caught:
+        choose(config, "auto", None)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("dense", "moe"),
+    [
+        (
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-"},
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E"},
+        ),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0},
+            {"model_type": "granitemoehybrid"},  # 8 of them by default
+        ),
+    ],
+)
+def test_a_model_type_that_can_be_dense_or_moe(dense: dict[str, Any], moe: dict[str, Any]) -> None:
+    assert (is_moe(dense), is_target(dense)) == (False, False)
+    assert (is_moe(moe), is_target(moe)) == (True, True)
+    with pytest.raises(UpcycleError, match="a mixture of experts already"):
+        dense_family(moe)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("llama", {"hidden_size": "8"}, "hidden_size must be a positive integer, not '8'"),
+        ("llama", {"hidden_size": None}, "hidden_size must be a positive integer, not null"),
+        ("llama", {"vocab_size": True}, "vocab_size must be a positive integer, not True"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
+        ("llama", {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
+        ("llama", {"hidden_act": None}, "hidden_act must be an activation that transformers knows"),
+        ("llama", {"eos_token_id": ["x"]}, "eos_token_id must be a token id or null"),
+        ("llama", {"num_attention_heads": 3, "head_dim": None}, "not a multiple of"),
+        ("llama", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling must be an object or null"),
+        ("llama", {"rope_theta": "1e4"}, "rope_theta must be a number"),
+        ("llama", {"rope_parameters": {FULL: {"rope_theta": 1.0}}}, "differs from layer to layer"),
+        ("qwen3", {"head_dim": None}, "head_dim must be a positive integer, not null"),
+        ("qwen2", {"layer_types": [FULL]}, "layer_types has 1 entries for 2 layers"),
+        ("qwen2", {"layer_types": [FULL, "chunked_attention"]}, "layer_types may hold"),
+        ("qwen2", {"layer_types": [FULL, SLIDING]}, "use_sliding_window is false"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+        ("glm", {"partial_rotary_factor": 2}, "must be a number above 0 and at most 1, not 2"),
+        (
+            "glm",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": True}},
+            "partial_rotary_factor must be a number above 0",
+        ),
+    ],
+)
+def test_an_invalid_setting(model_type: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        dense_model(tiny_config(model_type, **changes))
+
+
+def test_rotated_rows_come_in_pairs() -> None:
+    dense = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.5))
+    assert (dense.rotary_share, dense.rotary_dim) == (0.5, 4)
+    odd = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.4))
+    with pytest.raises(UpcycleError, match=r"0\.4 of head_dim 8 is 3, and"):
+        _ = odd.rotary_dim

@@ -1,0 +1,166 @@
+"""Which layers become mixtures of experts."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, difference, logits, random_ids, read_json, sizes_of
+from shapes import make_recipe, tiny_config
+
+from upcycle_cli import UpcycleError, convert, inspect, verify
+from upcycle_cli.models.choose import choose
+from upcycle_cli.models.layers import format_layers, layer_finder, parse_layers
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+
+HAVING_MLPS = (1, 3, 4, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        (None, HAVING_MLPS),
+        ("3", (3,)),
+        ("0-4", (1, 3, 4)),
+        ("4-", (4, 5, 7)),
+        ("1,5,7", (1, 5, 7)),
+        (" 7 , 1 ,1", (1, 7)),
+        ("every:1", HAVING_MLPS),
+        ("every:2", (1, 4, 7)),
+        ("every:9", (1,)),
+    ],
+)
+def test_parse_layers(text: str | None, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text, HAVING_MLPS, 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *(
+            (text, f"'{text}' is not a choice of layers.")
+            for text in ("", "all", "-3", "1;2", "1,,2", "every:0", "9999999")
+        ),
+        *(
+            (text, f"there are no layers {text}: the model has layers 0 to 7.")
+            for text in ("8", "3-8", "5-3")
+        ),
+        ("1,6", "layer 6 has no dense MLP to make experts of."),
+    ],
+)
+def test_refuse_other_text(text: str, message: str) -> None:
+    with pytest.raises(UpcycleError, match=re.escape(message)) as caught:
+        parse_layers(text, HAVING_MLPS, 8)
+    assert caught.value.hint
+
+
+def test_format_layers() -> None:
+    assert format_layers((0, 2, 4, 5, 6, 9)) == "0, 2, 4-6, 9"
+    assert format_layers(()) == ""
+
+
+def test_the_layer_of_a_tensor() -> None:
+    layer_of = layer_finder("model.layers.{layer}.")
+    assert layer_of("model.layers.12.mlp.up_proj.weight") == 12
+    assert layer_of("model.norm.weight") is None
+
+
+MIDDLE = ["dense", "sparse", "sparse", "dense"]
+BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "layers", "stated"),
+    [
+        ("llama", "qwen2_moe", "1-2", {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
+        ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
+        ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
+        ("lfm2", "lfm2_moe", "1-", {"num_dense_layers": 1}),
+        ("cohere2", "cohere2_moe", "1-2", {"mlp_layer_types": MIDDLE}),
+        ("ernie4_5", "ernie4_5_moe", "1,3", {"moe_layer_end_index": 3, "moe_layer_interval": 2}),
+        (
+            "nemotron_h",
+            "nemotron_h",
+            "3",
+            {"layers_block_type": BLOCKS, "hybrid_override_pattern": "M-*E"},
+        ),
+        ("olmo2", SHIPPED, "0,3", {"moe_layers": [0, 3]}),
+    ],
+)
+def test_layers_that_stay_dense(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    model_type: str,
+    target: str,
+    layers: str | None,
+    stated: dict[str, Any],
+) -> None:
+    fixed = sizes_of(model_type).keys() & {"layer_types", "layers_block_type"}
+    sizes: dict[str, Any] = {} if fixed else {"num_hidden_layers": 4}
+    dense, moe = make_dense(model_type, **sizes), tmp_path / "moe"
+    routing = Routing.TOPK_SOFTMAX if target in (SHIPPED, "qwen2_moe") else None
+    done = convert(dense, moe, make_recipe("E2G2T2", routing, layers=layers), target=target)
+    config = read_json(moe / "config.json")
+    assert {key: config[key] for key in stated} == stated
+    assert inspect(moe).moe_layers == done.plan.family.layers
+    wanted, got = (logits(path, random_ids(), torch.float32) for path in (dense, moe))
+    assert difference(got, wanted) < 1e-4
+    assert verify(dense, moe).passed
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "reason"),
+    [
+        ("mixtral", "1", "all its layers are mixtures of experts."),
+        ("glm4_moe", "0", "its dense layers can only be the first ones (first_k_dense_replace)."),
+        ("glm4_moe", "every:2", "its dense layers can only be the first ones"),
+    ],
+)
+def test_layers_that_a_target_cannot_keep_dense(target: str, layers: str, reason: str) -> None:
+    config = tiny_config("llama", num_hidden_layers=4)
+    with pytest.raises(UpcycleError, match=re.escape(f"cannot express this model: {reason}")):
+        choose(config, target, None, layers=layers)
+    assert choose(config, "auto", None, layers=layers).target.model_type == "qwen2_moe"
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "message"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen2_moe", {"mlp_only_layers": "0"}, "mlp_only_layers is '0'"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4"),
+        ("glm4_moe", {"first_k_dense_replace": True}, "first_k_dense_replace is True"),
+        ("nemotron_h", {"hybrid_override_pattern": "M?"}, "hybrid_override_pattern is 'M?'"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type is"),
+        ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts is None"),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval is 0"),
+        ("ernie4_5_moe", {"moe_layer_start_index": [1, 1]}, "moe_layer_start_index is [1, 1]"),
+    ],
+)
+def test_an_inconsistent_config(target: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NATIVE[target].moe_layers({"layers_block_type": None, **config}, 4)
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_a_config_reads_the_layers_that_it_states(target: str) -> None:
+    """All choices without an objection; a target can always take all layers."""
+    row, count = NATIVE[target], 5
+    assert row.layers.objection(range(count), count) is None
+    for size in range(1, count + 1):
+        for chosen in itertools.combinations(range(count), size):
+            if row.layers.objection(chosen, count) is None:
+                stated = row.layers.write(chosen, ("mlp",) * count)
+                assert row.moe_layers(stated, count) == chosen
+
+
+def test_layers_in_a_range() -> None:
+    layers = NATIVE["ernie4_5_moe"].layers
+    assert layers.scope == "a range"
+    assert not any(layers.objection(chosen, 6) for chosen in ((1, 2, 3), (1, 3, 5), (4,)))
+    assert all(layers.objection(chosen, 6) for chosen in ((0, 2, 4), (0, 1, 3)))

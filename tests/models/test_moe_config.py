@@ -1,0 +1,160 @@
+"""The MoE's config: the recipe, the source's settings, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from configs import SIZES, SLIDING, converted, transformers_config
+from conftest import sizes_of
+from shapes import make_recipe, tiny_config
+from test_dense import ANY, YARN
+
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+
+RECIPE = make_recipe("E2G1T1")
+NOT_READ = {
+    # by a forward pass, or written by transformers itself
+    *("use_cache", "initializer_range", "dtype", "transformers_version", "rope_parameters"),
+    *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "return_dict"),
+    *("is_encoder_decoder", "output_attentions", "output_hidden_states", "_name_or_path"),
+    *("architectures", "model_type", "pretraining_tp"),
+}
+
+
+@pytest.mark.parametrize("target", DENSE["llama"].targets)
+def test_nothing_is_left_to_the_targets_defaults(target: str) -> None:
+    """Every key that both model types have is written."""
+    moe = converted({"model_type": "llama"}, target, make_recipe("E4G2T4"))
+    ours, theirs = (transformers_config({"model_type": name}) for name in ("llama", target))
+    assert (ours.to_dict().keys() & theirs.to_dict().keys()) - NOT_READ <= moe.keys()
+    assert moe["architectures"] == [NATIVE[target].architecture]
+    assert transformers_config(moe).model_type == target
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_the_recipe_is_in_the_config(target: str) -> None:
+    row = NATIVE[target]
+    model_type = next(name for name, family in DENSE.items() if target in family.targets)
+    config = {"model_type": model_type, **sizes_of(model_type)}
+    for routing in row.routings:
+        moe = converted(config, target, make_recipe("E4G3T6", routing))
+        # from_dict does not read infinity as transformers writes it.
+        theirs = transformers_config({k: v for k, v in moe.items() if k != "time_step_limit"})
+        stated = [row.keys.num_experts, row.keys.top_k, row.keys.expert_size]
+        assert [getattr(theirs, key) for key in stated] == [12, 6, 48 // 3]
+        assert row.routing(moe) is routing
+        if row.keys.scale is not None:
+            assert getattr(theirs, row.keys.scale) == 3.0
+        if target in ("qwen2_moe", "qwen3_moe", "mellum"):
+            assert theirs.norm_topk_prob == (routing is Routing.TOPK_SOFTMAX)
+        # What generation and serving expect, and the paper's coefficient for training.
+        assert getattr(theirs, "output_router_logits", False) is False
+        assert getattr(theirs, "router_aux_loss_coef", 0.01) == 0.01
+
+
+@pytest.mark.parametrize("routing", Routing)
+def test_the_recipe_is_in_the_config_of_shipped_code(routing: Routing) -> None:
+    config = {"model_type": "olmo2", **sizes_of("olmo2")}
+    moe = converted(config, SHIPPED, make_recipe("E4G3T6", routing))
+    c = 4 * 3**2 / 6 if routing is Routing.SOFTMAX_TOPK else 3
+    assert moe["model_type"] == "upcycled_olmo2"
+    stated: dict[str, Any] = {"num_experts": 12, "num_experts_per_tok": 6, "intermediate_size": 48}
+    stated |= {"moe_intermediate_size": 16, "routing": routing, "moe_layers": [0, 1]}
+    assert moe | stated | {"routed_scaling_factor": c} == moe
+
+
+def test_the_routing_that_a_config_states() -> None:
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        theirs = transformers_config({"model_type": name})
+        renormalises = getattr(theirs, "norm_topk_prob", True)
+        assert (NATIVE[name].routing({}) is Routing.TOPK_SOFTMAX) == renormalises
+    with pytest.raises(ValueError, match="norm_topk_prob must be True or False, not 1"):
+        NATIVE["qwen3_moe"].routing({"norm_topk_prob": 1})
+    with pytest.raises(ValueError, match="norm_topk_prob must be True, not False"):
+        NATIVE["glm4_moe"].routing({"norm_topk_prob": False})
+
+
+@pytest.mark.parametrize("alias", NATIVE["glm4_moe"].keys.aliases)
+def test_aliases_of_the_number_of_experts_are_dropped(alias: str) -> None:
+    """An alias in the source would override the number that is written."""
+    moe = converted(tiny_config("llama", **{alias: 0}), "glm4_moe", RECIPE)
+    assert moe["n_routed_experts"] == 2
+    assert alias not in moe
+
+
+def test_unknown_keys_survive_and_local_paths_do_not() -> None:
+    kept = {"pretraining_tp": 1, "torch_dtype": "bfloat16", "unknown": [1, {"deep": None}]}
+    moe = converted(tiny_config("llama", _name_or_path="/home/a/llama", **kept), "mixtral", RECIPE)
+    assert moe | kept == moe
+    assert not {"_name_or_path", "dtype"} & moe.keys()
+    named = converted(tiny_config("llama", _name_or_path="meta/llama"), "mixtral", RECIPE)
+    assert named["_name_or_path"] == "meta/llama"
+
+
+def test_the_sources_config_is_not_changed() -> None:
+    config = tiny_config("qwen2", rope_parameters={**YARN, "rope_theta": 7e4})
+    before = repr(config)
+    moe = converted(config, "qwen2_moe", RECIPE)
+    moe["rope_parameters"]["factor"] = moe["rope_scaling"]["factor"] = 9.0
+    assert repr(config) == before
+
+
+def test_old_rope_keys_are_written_for_new_ones() -> None:
+    """transformers 4, vLLM and the converters read `rope_theta` and `rope_scaling`."""
+    rope = {**YARN, "rope_theta": 7e4}
+    moe = converted(tiny_config("llama", rope_parameters=rope), "mixtral", RECIPE)
+    assert (moe["rope_theta"], moe["rope_scaling"]) == (7e4, YARN)
+    assert moe["rope_parameters"] == rope
+    plain = converted(tiny_config("llama", rope_theta=5e5), "mixtral", RECIPE)
+    assert "rope_parameters" not in plain
+    assert (plain["rope_theta"], plain["rope_scaling"]) == (5e5, None)
+    # Layers with rope settings by kind have no old keys but that of the source.
+    by_kind = {"model_type": "gemma3_text", **sizes_of("gemma3_text"), "rope_theta": 1e6}
+    moe = converted(by_kind, "upcycled", make_recipe("E2G2T2"))
+    assert moe["rope_theta"] == 1e6
+    assert "rope_scaling" not in moe
+
+
+@pytest.mark.parametrize(
+    ("model_type", "variant", "first"),
+    [
+        ("mistral", "window", 0),
+        ("mistral", "no window", None),
+        ("llama", "window used", None),  # llama has no windows
+        ("qwen2", "window on the last", 3),
+        ("qwen2", "window by layer", 0),
+        ("qwen2", "window", None),
+    ],
+)
+def test_windows_are_stated_in_every_key(model_type: str, variant: str, first: int | None) -> None:
+    """Engines that ignore `layer_types` read the first layer that slides."""
+    config = {"model_type": model_type, **SIZES, **ANY[variant]}
+    moe, slides = converted(config, "qwen2_moe", RECIPE), first is not None
+    assert moe["use_sliding_window"] is slides
+    assert moe["max_window_layers"] == (first if slides else 4)
+    assert moe["sliding_window"] == (8 if slides else None)
+    assert (SLIDING in moe["layer_types"]) is slides
+
+
+def test_options_are_in_the_config() -> None:
+    config: dict[str, Any] = tiny_config("llama", tie_word_embeddings=True, torch_dtype="bfloat16")
+    assert converted(config, "mixtral", RECIPE)["tie_word_embeddings"] is True
+    untied = converted(config, "mixtral", RECIPE, untie_embeddings=True)
+    assert untied["tie_word_embeddings"] is False
+    cast = converted(config, "mixtral", RECIPE, dtype="float16")
+    assert (cast["dtype"], cast["torch_dtype"]) == ("float16", "float16")
+
+
+def test_former_keys_win() -> None:
+    """The first LFM2 models use former keys, which transformers prefers to the present ones."""
+    old = {"block_ff_dim": 96, "tie_embedding": False, "block_auto_adjust_ff_dim": False}
+    config = {"model_type": "lfm2", **sizes_of("lfm2"), "tie_word_embeddings": True, **old}
+    theirs = transformers_config(config)
+    assert (theirs.intermediate_size, theirs.tie_word_embeddings) == (96, False)
+    moe = converted(config, "lfm2_moe", make_recipe("E2G2T2"))
+    assert (moe["intermediate_size"], moe["moe_intermediate_size"]) == (96, 48)
+    assert moe["tie_word_embeddings"] is False
+    assert not moe.keys() & {"block_ff_dim", "tie_embedding"}

@@ -1,0 +1,120 @@
+"""What `upcycle families` lists, and which targets a model can become."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import find_families
+import pytest
+from conftest import sizes_of
+from shapes import tiny_config
+
+from upcycle_cli import UpcycleError
+from upcycle_cli.models import dense_rows
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.engines import Support, engines
+from upcycle_cli.models.families import dense_family, shipped_target, targets_of
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.overview import becomes, overview
+from upcycle_cli.models.refused import REFUSED
+from upcycle_cli.models.trainers import trainers
+from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_most_rows_are_one_line() -> None:
+    tree = ast.parse(inspect.getsource(dense_rows))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    rows = [node for node in calls if ast.unparse(node.func) == "DenseFamily"]
+    assert len(rows) == len(DENSE)
+    assert median((row.end_lineno or 0) - row.lineno + 1 for row in rows) == 1
+
+
+def test_every_dense_decoder_of_transformers_has_a_row_or_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`python tests/find_families.py` proposes rows for the others."""
+    # It must not consult the tables, or a name that was deleted from them would not be missed.
+    monkeypatch.setattr(find_families, "DENSE", {})
+    monkeypatch.setattr(find_families, "REFUSED", {})
+    assert {*find_families.dense_decoders()} == DENSE.keys() | REFUSED.keys()
+    assert not DENSE.keys() & REFUSED.keys()
+    assert f"can be upcycled, {len(DENSE)} of them" in (ROOT / "README.md").read_text("utf-8")
+    for model_type, reason in REFUSED.items():
+        with pytest.raises(UpcycleError, match=f"{model_type}' cannot be upcycled: {reason}"):
+            dense_family({"model_type": model_type})
+
+
+def test_the_overview_lists_every_row() -> None:
+    found = overview()
+    assert (found.dense.keys(), found.refused) == (DENSE.keys(), REFUSED)
+    inside = (texts for wrapped in found.wrappers.values() for texts in wrapped.values())
+    targets = {name for names in (*found.dense.values(), *inside) for name in names}
+    assert targets == {target.name for target in found.targets}
+    # Every target was tested in a trainer, and in an engine other than transformers, but for two.
+    assert all(target.trainers for target in found.targets)
+    untested = {target.name for target in found.targets if {*target.engines} == {"transformers"}}
+    assert untested == {"qwen3_5_moe_text", SHIPPED}
+
+
+def test_what_a_llama_can_become() -> None:
+    found = {target.name: target for target in becomes(tiny_config("llama"), ())}
+    assert tuple(found) == ("mixtral", "qwen2_moe", "glm4_moe", "solar_open", SHIPPED)
+    assert {target.refusal for target in found.values()} == {None}
+    assert {*found["mixtral"].engines} == {"transformers", "vLLM", "llama.cpp", "MLX"}
+    assert found["qwen2_moe"].engines["llama.cpp"] == (Routing.SOFTMAX_TOPK,)
+    assert {*found["mixtral"].trainers} == {"transformers", "TRL", "peft", "NeMo AutoModel"}
+    assert (found["glm4_moe"].balanced, found["glm4_moe"].layers) == ("bias", "the last ones")
+    assert found[SHIPPED].balanced == "auxiliary loss of each layer"
+    assert found["mixtral"].scaled_by == ("weights",)
+    assert found["solar_open"].scaled_by == ("routed_scaling_factor", "weights")
+
+
+def test_a_models_own_config_decides_what_it_can_become() -> None:
+    tied = becomes({**tiny_config("qwen3"), "tie_word_embeddings": True}, ())
+    some = {"torchtitan", "NeMo AutoModel"}
+    assert [{*target.trainers} & some for target in tied[:2]] == [{"torchtitan"}, set()]
+    biased = becomes({**tiny_config("llama"), "mlp_bias": True}, ())
+    assert [target.name for target in biased if target.refusal is None] == [SHIPPED]
+    assert "MLPs have biases" in str(biased[0].refusal)
+    # Only transformers was tested with heads that do not make up the hidden size.
+    odd = becomes({**tiny_config("llama"), "head_dim": 24}, ())
+    assert {engine for target in odd for engine in target.engines} == {"transformers"}
+    # Attention that is the same in all models of a type was tested, windows included.
+    gemma4 = becomes({"model_type": "gemma4_text", **sizes_of("gemma4_text")}, ())
+    assert {row.name: {*row.engines} for row in gemma4} == {
+        SHIPPED: {"transformers", "vLLM"},
+        "gemma4_text": {"transformers", "vLLM", "MLX"},
+    }
+    for share, tested in ((0.5, {"transformers"}), (1.0, {"transformers", "vLLM", "MLX"})):
+        config = {"model_type": "glm", **sizes_of("glm"), "partial_rotary_factor": share}
+        assert {*becomes(config, ())[0].engines} == tested
+
+
+@pytest.mark.parametrize("name", [name for name, row in DENSE.items() if row.targets])
+def test_the_default_target_runs_in_most_engines_and_is_explained(name: str) -> None:
+    family = DENSE[name]
+    text = (ROOT / "docs" / "families.md").read_text("utf-8")
+    section = text.split("## Which target is the default")[1].split("\n## ")[0]
+    reasons = [reason.partition(":") for reason in section.split("\n- ")]
+    (why,) = (why for who, _, why in reasons if name in re.findall(r"\w+", who))
+    assert family.targets[0] in why or family.targets == (name,)
+
+    def counted(target: str) -> tuple[int, bool, int]:
+        native = target in NATIVE
+        row = NATIVE[target] if native else shipped_target(family, "silu", biased=False)
+        fused, scaled = row.layout(None) is ExpertLayout.FUSED, row.keys.scale is not None
+        facts: Any = {"tied": False, "fused": fused}
+        runs = engines(row.title, row.routings[0], plain_attention=True, scaled=scaled, **facts)
+        trains = trainers(row, row.routings[0], **facts)
+        numbers = [sum(each.support is Support.RUNS for each in one) for one in (runs, trains)]
+        return numbers[0], native, numbers[1]
+
+    targets = targets_of(family)
+    assert counted(targets[0]) == max(map(counted, targets))

@@ -1,0 +1,135 @@
+"""The output: its tensors, the files that hold them, and the options that decide their form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
+from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.plan.expressions import Cast, Expr, type_of
+from upcycle_cli.plan.permutation_file import PermutationFile
+from upcycle_cli.recipe.recipe import ExpertLayout
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class Role(StrEnum):
+    """What an output tensor is for."""
+
+    COPIED = "copied"
+    ROUTER = "router"
+    CORRECTION_BIAS = "correction_bias"
+    ADDED = "added"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ZERO_BIAS = "zero_bias"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor(Tensor):
+    """A tensor to write, and the expression that makes it."""
+
+    expr: Expr
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+    holds: tuple[str, ...] = ()
+    """The parts of the dense MLP that it holds for one expert, or for all of them."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        expr: Expr,
+        role: Role,
+        layer: int | None = None,
+        expert: int | None = None,
+        holds: tuple[str, ...] = (),
+    ) -> OutputTensor:
+        """Return the tensor that an expression makes; UpcycleError where it joins dtypes."""
+        try:
+            kind = type_of(expr)
+        except ValueError as error:
+            raise UpcycleError(
+                f"{name} would join matrices of different dtypes.",
+                "Choose one with --dtype, or write --expert-layout per-expert.",
+            ) from error
+        return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file of the output, with its final name and its tensors in order."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def fill_shards(tensors: Sequence[OutputTensor], max_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards in order; a tensor larger than `max_bytes` gets a shard of its own."""
+    groups: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(groups) == 1:
+        return (Shard(WEIGHTS_NAME, tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The form of the output's files, beside the recipe."""
+
+    dtype: str | None = None
+    """bfloat16, float16 or float32 for every tensor, or None to keep the dtype of each."""
+    expert_layout: ExpertLayout | None = None
+    """None for the layout of the target's released models."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    untie_embeddings: bool = False
+    neuron_orders: PermutationFile | None = None
+    """The permutations of a recipe whose neuron order is a file."""
+
+    def __post_init__(self) -> None:
+        if self.expert_layout is not None:
+            if self.expert_layout not in set(ExpertLayout):
+                raise UpcycleError(
+                    f"'{self.expert_layout}' is not an expert layout.",
+                    f"Choose from {', '.join(ExpertLayout)}.",
+                )
+            # Python callers may write "fused"; it must not compare unequal to the member.
+            object.__setattr__(self, "expert_layout", ExpertLayout(self.expert_layout))
+        if self.dtype is not None and self.dtype not in TORCH_DTYPES.values():
+            raise UpcycleError(
+                f"'{self.dtype}' is not a dtype for weights.",
+                f"Use one of {', '.join(TORCH_DTYPES.values())}.",
+            )
+        if self.max_shard_bytes < 1:
+            size = self.max_shard_bytes
+            raise UpcycleError(f"the largest shard size must be positive, not {size}.")
+
+    @property
+    def storage_dtype(self) -> str | None:
+        """The dtype in safetensors' notation, or None to keep the dtype of each tensor."""
+        names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+        return None if self.dtype is None else names[self.dtype]
+
+    def cast(self, expr: Expr) -> Expr:
+        """Return an expression in the chosen dtype."""
+        dtype = self.storage_dtype
+        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)

@@ -1,0 +1,361 @@
+"""The plan: every file that will be written, and the facts that the record and the card state.
+
+There are two ways to decide one: `build_plan` upcycles a dense model, or several, and
+`build_growth` expands an MoE. Whoever writes, compares or describes a plan treats both alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.checkpoint.card_metadata import CardMetadata
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
+from upcycle_cli.models.choose import Family
+from upcycle_cli.models.engines import Engine, engines
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_config import has_plain_attention
+from upcycle_cli.models.shipped import CODE_NAME, modeling_code
+from upcycle_cli.models.wrappers import text_config_of
+from upcycle_cli.plan.compatibility import merged_card_metadata
+from upcycle_cli.plan.expressions import loses_bits
+from upcycle_cli.plan.merge import Merge, MergedReader, model_of, open_readers
+from upcycle_cli.plan.moe_experts import Experts
+from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
+from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.recipe.growth import Growth
+from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Recipe, Routing
+from upcycle_cli.recipe.scaling import Factors, is_power_of_two
+
+if TYPE_CHECKING:
+    from upcycle_cli.plan.calibration import Calibration
+
+_EXPRESSIONS_VERSION = 2
+"""Increased whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upcycling:
+    """How experts are made of dense MLPs."""
+
+    recipe: Recipe
+    """Resolved: nothing is left to the target's defaults."""
+    family: Family
+    factors: Factors
+    """What the expert matrices are multiplied by."""
+    dropped: Mapping[str, str]
+    """Source tensors that are not used, each with the reason."""
+    inputs: RouterInputs
+    """The text or the rows that routers are made from, beside the recipe."""
+    merge: Merge | None = None
+    """The other models that give experts."""
+    calibration: Calibration | None = None
+    """What the dense model's run on the text found, once it has run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """How an MoE grows."""
+
+    growth: Growth
+    experts: Experts
+    """The experts of the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that will be written, decided before the first byte of it."""
+
+    options: Options
+    source: Checkpoint
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    target: Target
+    """The architecture of the output."""
+    num_experts: int
+    """N, the routed experts of one layer."""
+    top_k: int
+    """T, the experts that a token uses."""
+    expert_size: int
+    """The intermediate size of an expert."""
+    routing: Routing
+    layers: tuple[int, ...]
+    """The layers that are mixtures of experts."""
+    num_layers: int
+    every_layer: bool
+    """Whether every MLP is a mixture of experts."""
+    shares: bool
+    """Whether a shared expert computes something."""
+    expert_layout: ExpertLayout
+    rotary_share: float
+    """The part of each attention head that the target's own attention rotates."""
+    promise: Promise
+    """What the output owes its source."""
+    dense_parameters: int
+    """Parameters of the source, without the tensors that are dropped."""
+    method: Upcycling | Expansion
+    bound_digest: str | None = None
+    """The digest before a calibration was bound to the plan."""
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """How an MoE grows; None for a plan that upcycles."""
+        return self.method if isinstance(self.method, Expansion) else None
+
+    @property
+    def upcycling(self) -> Upcycling:
+        """How dense MLPs become experts; only for a plan that upcycles."""
+        assert isinstance(self.method, Upcycling), "this plan grows an MoE"
+        return self.method
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe; only for a plan that upcycles."""
+        return self.upcycling.recipe
+
+    @property
+    def family(self) -> Family:
+        """The dense model and its target; only for a plan that upcycles."""
+        return self.upcycling.family
+
+    @property
+    def factors(self) -> Factors:
+        """What the expert matrices are multiplied by; only for a plan that upcycles."""
+        return self.upcycling.factors
+
+    @property
+    def inputs(self) -> RouterInputs:
+        """The text or the rows that routers are made from; empty for a plan that grows an MoE."""
+        return RouterInputs() if self.expansion else self.upcycling.inputs
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What a calibration has found, once it has run."""
+        return None if self.expansion else self.upcycling.calibration
+
+    @property
+    def merge(self) -> Merge | None:
+        """The other models that give experts, if any do."""
+        return None if self.expansion else self.upcycling.merge
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Source tensors that are not used, each with the reason."""
+        return {} if self.expansion else self.upcycling.dropped
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """All checkpoints that tensors are read from, the source first."""
+        return (self.source, *(() if self.merge is None else self.merge.others))
+
+    @cached_property
+    def card_metadata(self) -> CardMetadata:
+        """The metadata that the new card takes over from the sources' cards."""
+        return merged_card_metadata(self.sources)
+
+    def with_sources(self, sources: Sequence[Checkpoint]) -> Plan:
+        """Return the same plan for the same sources at another place."""
+        source, *others = sources
+        method = self.method
+        if isinstance(method, Upcycling) and method.merge is not None:
+            method = replace(method, merge=replace(method.merge, others=tuple(others)))
+        return replace(self, source=source, method=method)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the source tensor that an expression names."""
+        model, own = (0, name) if self.merge is None else model_of(name)
+        return self.sources[model].tensors[own]
+
+    def reader(self) -> AbstractContextManager[Reader | MergedReader]:
+        """Map the sources' files as they are asked for, by the names that expressions use."""
+        return self.source.reader() if self.merge is None else open_readers(self.sources)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the output is made, as the record states it in JSON values."""
+        if isinstance(self.method, Expansion):
+            experts, growth = self.method.experts, self.method.growth
+            return {
+                "growth": {
+                    "expand": growth.expand,
+                    "top_k": self.top_k,
+                    "routing": self.routing,
+                    "source_num_experts": experts.num_experts,
+                    "source_top_k": experts.top_k,
+                }
+            }
+        rows, orders = self.inputs.rows, self.options.neuron_orders
+        return {
+            "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
+            "factors": asdict(self.factors),
+            "calibration": self.calibration_record,
+            **({} if rows is None else {"router_file": rows.record}),
+            **({} if orders is None else {"order_file": orders.record}),
+        }
+
+    @property
+    def calibration_record(self) -> dict[str, Any] | None:
+        """The text of the calibration and what was found; None where none has run."""
+        text, found = self.inputs.text, self.calibration
+        if text is None or found is None:
+            return None
+        return {
+            "text": text.name,
+            "text_sha256": text.digest,
+            "tokens": found.tokens,
+            "sha256": found.digest,
+            "layers": list(found.summary()),
+        }
+
+    @property
+    def merge_record(self) -> dict[str, Any] | None:
+        """The other models, and the model of each virtual group (0 is the source); else None."""
+        if self.merge is None:
+            return None
+        models = [{"name": each.name, "revision": each.revision} for each in self.merge.others]
+        groups = self.merge.of_groups(self.recipe.expansion)
+        return {"models": models, "groups": list(groups), "rest": self.merge.rest}
+
+    @property
+    def code(self) -> str | None:
+        """The modeling code that is shipped with the output, if any is."""
+        if not self.target.ships_code:
+            return None
+        row = self.family.dense.family
+        return modeling_code(row.class_names, wrapped=row.inside is not None)
+
+    @property
+    def file_names(self) -> list[str]:
+        """The files of the output beside its record, card and checksums."""
+        extra = [INDEX_NAME] if len(self.shards) > 1 else []
+        extra += [CODE_NAME] if self.target.ships_code else []
+        names = [shard.name for shard in self.shards]
+        return [CONFIG_NAME, *extra, *names, *(file.name for file in self.source.companions)]
+
+    @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """All output tensors in file order."""
+        for shard in self.shards:
+            yield from shard.tensors
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Parameters of the MoE."""
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: all but those of the experts that it does not choose."""
+        experts = sum(t.num_elements for t in self.tensors if t.role is Role.EXPERT)
+        idle = self.num_experts - self.top_k
+        return self.total_parameters - experts // self.num_experts * idle
+
+    @property
+    def multiplied(self) -> tuple[int, int]:
+        """The parameters that a token of text is multiplied with, in the MoE and the dense model.
+
+        An embedding is looked up, and counts only where it is tied and used again as the head.
+        """
+        row, tensors = self.family.dense.family, self.source.tensors
+        lookup, untied = tensors[row.embedding].num_elements, row.head in tensors
+        # Text tokens do not meet a vision tower, and some families have a second lookup table.
+        by_layer = f"{row.embedding.removesuffix('.weight')}_per_layer.weight"
+        around = sum(
+            t.num_elements for t in tensors.values() if not row.has(t.name) or t.name == by_layer
+        )
+        moe = self.active_parameters - lookup * (untied or self.options.untie_embeddings) - around
+        return moe, self.dense_parameters - lookup * untied - around
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the MoE's matrix products on a token, forward.
+
+        Two for each parameter (2N of Kaplan et al., arXiv 2001.08361, section 2.1). Attention
+        scores, which depend on the context length, are left out.
+        """
+        return 2 * self.multiplied[0]
+
+    @property
+    def flops_ratio(self) -> float:
+        """The FLOPs per token as a multiple of the dense model's."""
+        moe, dense = self.multiplied
+        return moe / dense
+
+    @property
+    def expert_dtype(self) -> str:
+        """The dtype of the experts' matrices, in safetensors' notation."""
+        return next(t.dtype for t in self.tensors if t.role is Role.EXPERT)
+
+    @property
+    def rounded_parts(self) -> tuple[str, ...]:
+        """The parts of an expert whose factor is no power of two, so that scaling rounds them."""
+        held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.holds}
+        scaled = () if self.expansion else sorted(held)
+        return tuple(part for part in scaled if not is_power_of_two(self.factors.of(part)))
+
+    @cached_property
+    def rounded_to(self) -> str | None:
+        """The dtype that source weights are rounded to, or None when they keep every bit."""
+        # Copies share one expression, which is looked at once.
+        for tensor in {id(tensor.expr): tensor for tensor in self.tensors}.values():
+            if tensor.role is not Role.ADDED and loses_bits(tensor.expr):
+                return TORCH_DTYPES[tensor.dtype]
+        return None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the source weights can be recovered bit for bit."""
+        return self.rounded_to is None and not (self.expansion is None and self.recipe.perturbed)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """What each inference engine makes of this output."""
+        config = text_config_of(self.config)
+        return engines(
+            self.target.title,
+            self.routing,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            fused=self.expert_layout is ExpertLayout.FUSED,
+            plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
+            every_layer=self.every_layer,
+            scaled=config.get(self.target.keys.scale or "", 1.0) != 1.0,
+            shared=self.shares,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Identify the output: equal digests mean equal files.
+
+        It covers each source file's size and modification time, since headers alone cannot tell
+        two models of one shape apart; of a commit on the Hub it covers the commit. A calibration's
+        results follow from its text, so the digest is known before the calibration runs.
+        """
+        if self.bound_digest is not None:
+            return self.bound_digest
+        text = self.inputs.text
+        options = replace(self.options, expert_layout=self.expert_layout, neuron_orders=None)
+        content = {
+            "expressions": _EXPRESSIONS_VERSION,
+            "options": asdict(options),
+            "config": self.config,
+            "how": {key: value for key, value in self.how.items() if key != "calibration"},
+            "calibration": None if text is None else text.digest,
+            "sources": [source.identity for source in self.sources],
+            "shards": [
+                [shard.name, [(t.name, t.dtype, t.shape, repr(t.expr)) for t in shard.tensors]]
+                for shard in self.shards
+            ],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

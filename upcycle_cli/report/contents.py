@@ -1,0 +1,201 @@
+"""The two pages: what a verification found, and what an inspection found."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
+from upcycle_cli.core.text import counted, size_text
+from upcycle_cli.inspection.describe import inspection_rows
+from upcycle_cli.report.page import Page, Section, Table, properties, value_text
+from upcycle_cli.report.sections import (
+    drift_section,
+    errors_section,
+    load_section,
+    recipe_section,
+    routing_section,
+    texts_section,
+)
+from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
+
+if TYPE_CHECKING:
+    from upcycle_cli.checkpoint.header import TensorEntry
+    from upcycle_cli.inspection.summary import Inspection
+
+_VERDICTS = {
+    Status.FAILED: "The MoE does not match the {dense}",
+    Status.MEASURED: "Nothing is wrong, but not everything is proven: the difference to the "
+    "{dense} was measured",
+    Status.SKIPPED: "No check could run, so nothing is proven",
+}
+_PASSED = {
+    "exact": "The MoE computes the function of the {dense}, up to floating-point rounding",
+    "approximate": "The MoE computes the function of the {dense}, up to an error of the size of "
+    "its router logits, as its recipe promises",
+}
+_PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
+_MAX_ROWS = 400
+_MAX_KINDS = 200
+
+
+def verification_page(report: Report, *, models: Sequence[str], command: str) -> Page:
+    """Return the page of a verification; `models` are the dense models, and the MoE last."""
+    name = Path(models[-1]).name or models[-1]
+    dense = "smaller MoE" if report.grown else "dense model"
+    paths = report.paths or (Path(models[0]), Path(models[-1]))
+    record = _record(paths[1])
+    layers = [layer for check in report.checks for layer in check.layers]
+    texts = [text for check in report.checks for text in check.texts]
+    continuation = next((c.continuation for c in report.checks if c.continuation), None)
+    digests = {
+        f"{file} of the {kind}": _digest(path, file)
+        for kind, path, file in (
+            (dense, paths[0], CONFIG_NAME),
+            ("MoE", paths[1], CONFIG_NAME),
+            ("MoE", paths[1], RECORD_NAME),
+        )
+    }
+    names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
+    sections = (
+        Section(key="checks", title="Checks", checks=report.checks),
+        recipe_section(record),
+        errors_section(layers),
+        texts_section(texts, continuation),
+        routing_section(layers),
+        load_section(layers),
+        _origin_section(dict(zip(names, models, strict=True)), digests, record, command),
+    )
+    return Page(
+        title=f"{name}: {report.status} (upcycle verify)",
+        kind=f"Verification of a Mixture of Experts against the {dense} it was made from",
+        heading=name,
+        status=str(report.status),
+        verdict=_verdict(report, dense),
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
+    """Return the page of an inspected MoE."""
+    heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
+    weights, record = inspection.weights, inspection.record or {}
+    digests: dict[str, str | None]
+    digests = {f"{CONFIG_NAME} of the MoE": inspection.checkpoint.config_digest}
+    digests |= {f"header of {s.name}": s.digest for s in inspection.checkpoint.shards}
+    rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
+    sections = (
+        Section(
+            key="facts",
+            title="Checkpoint",
+            tables=[
+                Table(caption="The checkpoint", rows=rows),
+                _tensors_table([*inspection.checkpoint.tensors.values()]),
+            ],
+        ),
+        recipe_section(record),
+        drift_section((weights and weights.movement) or ()),
+        None if inspection.load is None else load_section(inspection.load.layers),
+        _origin_section({"MoE": name}, digests, record, command),
+    )
+    return Page(
+        title=f"{heading} (upcycle inspect)",
+        kind="Inspection of a Mixture of Experts",
+        heading=heading,
+        verdict="What headers, settings and weights show. Whether the MoE computes what its dense "
+        "model computes is the question of upcycle verify.",
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def _verdict(report: Report, dense: str) -> str:
+    words = (_VERDICTS.get(report.status) or _PASSED[report.promise or "exact"]).format(dense=dense)
+    failed = [check.name for check in report.checks if check.status is Status.FAILED]
+    if failed:
+        words += f": {counted(len(failed), 'check')} failed ({', '.join(failed)})"
+    ran = {check.name for check in report.checks if check.status is not Status.SKIPPED}
+    missing = ", ".join(name for name in CHECK_NAMES if name not in ran)
+    return f"{words}. Not checked: {missing}." if missing else f"{words}."
+
+
+def _record(directory: Path) -> Mapping[str, Any]:
+    try:
+        return read_json(locate(directory, RECORD_NAME))
+    except UpcycleError:
+        return {}
+
+
+def _digest(directory: Path, name: str) -> str:
+    try:
+        return hashlib.sha256(read_small(locate(directory, name), MOST_JSON_BYTES)).hexdigest()
+    except UpcycleError:
+        return "missing or unreadable"
+
+
+def _tensors_table(tensors: Sequence[TensorEntry]) -> Table:
+    """Return the tensors, those whose names differ by numbers only in one row."""
+    kinds: dict[str, list[TensorEntry]] = {}
+    for entry in tensors:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", entry.name), []).append(entry)
+    sizes = {name: sum(entry.nbytes for entry in kind) for name, kind in kinds.items()}
+    total = sum(sizes.values()) or 1
+    rows = [
+        (
+            name,
+            f"{len(kinds[name]):,}",
+            " or ".join(sorted({"×".join(map(str, entry.shape)) for entry in kinds[name]})),
+            ", ".join(sorted({entry.dtype for entry in kinds[name]})),
+            size_text(sizes[name]),
+            f"{sizes[name] / total:.2%}",
+        )
+        for name in sorted(kinds, key=lambda name: -sizes[name])[:_MAX_KINDS]
+    ]
+    return Table(
+        caption="Tensors by name; # is the number of a layer or an expert",
+        columns=("name", "tensors", "shape", "dtype", "size", "share"),
+        rows=rows,
+        folded=f"Tensors of {len(kinds):,} kinds",
+    )
+
+
+def _origin_section(
+    models: Mapping[str, str],
+    digests: Mapping[str, str | None],
+    record: Mapping[str, Any],
+    command: str,
+) -> Section:
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    tables = [
+        properties({**models, "command": command}, "Models and command"),
+        properties(versions, "Versions"),
+        properties(digests, "SHA-256 of files"),
+    ]
+    if record:
+        rows = [(name, value_text(value)) for name, value in islice(_flat(record), _MAX_ROWS)]
+        caption = f"The content of {RECORD_NAME}"
+        tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=caption))
+    return Section(key="origin", title="Origin", tables=tables)
+
+
+def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every value inside a JSON value, with the keys that lead to it."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

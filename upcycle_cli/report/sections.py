@@ -1,0 +1,294 @@
+"""The sections that show a recipe, values by layer, values by token, and expert load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.checkpoint.storage import RECORD_NAME
+from upcycle_cli.core.text import counted, printable
+from upcycle_cli.report.figures import draw_heat_map, draw_histogram, draw_lines
+from upcycle_cli.report.page import (
+    Figure,
+    MarkedText,
+    Section,
+    Table,
+    properties,
+    scientific,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from upcycle_cli.inspection.expert_load import LayerLoad
+    from upcycle_cli.inspection.weight_drift import LayerDrift
+    from upcycle_cli.verification.result import Continuation, LayerMeasure, TextMeasure
+
+_LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
+"""The KL from which a token is marked, and marked more strongly."""
+_MAX_TOKENS = 16_384
+_NUM_FURTHEST = 20
+
+
+def recipe_section(record: Mapping[str, Any]) -> Section:
+    """Return the recipe and the factors by upcycle.json, whose values can be anything."""
+    values: dict[str, object] = {}
+    for key, prefix in (("recipe", ""), ("growth", ""), ("factors", "factor ")):
+        part = record.get(key)
+        if isinstance(part, dict):
+            values |= {f"{prefix}{name.replace('_', ' ')}": value for name, value in part.items()}
+    title = "Recipe and factors"
+    if not values:
+        words = f"There is no {RECORD_NAME} that says how this MoE was made."
+        return Section(key="recipe", title=title, words=[words])
+    values["promise"] = record.get("promise")
+    caption = f"The recipe, from {RECORD_NAME}"
+    return Section(key="recipe", title=title, tables=[properties(values, caption)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plot:
+    """Columns of a table by layer that share a figure."""
+
+    title: str
+    columns: Sequence[str]
+    unit: str
+    note: str
+    log: bool = False
+    span: tuple[float, float] | None = None
+
+
+def _by_layer(
+    key: str,
+    title: str,
+    layers: Sequence[LayerMeasure | LayerDrift],
+    columns: Mapping[str, Sequence[float]],
+    plots: Sequence[_Plot],
+    words: Sequence[str] = (),
+) -> Section:
+    """Return a section with values by layer, as figures and as one table."""
+    numbers = [each.layer for each in layers]
+    figures = []
+    for plot in plots:
+        series = {name: columns[name] for name in plot.columns}
+        ranges = "; ".join(f"{name}: {spread(v, numbers)}" for name, v in series.items())
+        figure = Figure(
+            image=draw_lines(numbers, series, unit=plot.unit, log=plot.log, span=plot.span),
+            title=plot.title,
+            description=f"{ranges[0].upper()}{ranges[1:]}. {plot.note}",
+        )
+        figures.append(figure)
+    values = zip(*columns.values(), strict=True)
+    rows = [
+        (str(number), *(f"{v:.6g}" for v in row))
+        for number, row in zip(numbers, values, strict=True)
+    ]
+    table = Table(
+        caption=f"{title}, by layer",
+        columns=("layer", *columns),
+        rows=rows,
+        folded="The same as numbers",
+    )
+    return Section(key=key, title=title, words=words, figures=figures, tables=[table])
+
+
+def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
+    """Return the errors by layer, None without any."""
+    if not layers:
+        return None
+    columns = {
+        "added, rms": [each.added_rms for each in layers],
+        "added, largest": [each.added_max for each in layers],
+        "hidden state": [each.hidden_rms for each in layers],
+        "gain": [each.gain for each in layers],
+    }
+    errors = _Plot(
+        title="Error by layer",
+        columns=("added, rms", "added, largest", "hidden state"),
+        unit="relative error",
+        note="",
+        log=True,
+    )
+    gain = _Plot(
+        title="Gain by layer",
+        columns=("gain",),
+        unit="gain",
+        note="The experts' output projected on the dense MLP's; 1 is the same function.",
+        span=(0.9, 1.1),
+    )
+    words = (
+        "Errors are relative to the root mean square of the dense model's values. The added error "
+        "of a layer is measured on the dense model's own input; the hidden state accumulates the "
+        "errors of all layers before it."
+    )
+    return _by_layer("errors", "Error by layer", layers, columns, (errors, gain), [words])
+
+
+def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
+    """Return the routers' choices by layer, None without any."""
+    if not layers:
+        return None
+    columns = {
+        "margin": [each.router_margin for each in layers],
+        "entropy": [each.router_entropy for each in layers],
+        "whole groups": [each.whole_share for each in layers],
+        "load, std / mean": [each.load_cv for each in layers],
+        "idle experts": [float(each.idle_experts) for each in layers],
+    }
+    routers = _Plot(
+        title="Router margin and entropy by layer",
+        columns=("margin", "entropy"),
+        unit="mean over tokens",
+        note="The margin is between the best two groups; where it is small, rounding can change "
+        "the choice. The entropy is in nats.",
+        span=(0, 1),
+    )
+    groups = _Plot(
+        title="Whole groups by layer",
+        columns=("whole groups",),
+        unit="share of tokens",
+        note="The share of tokens that use whole virtual groups, which together are the dense MLP.",
+        span=(0, 1.02),
+    )
+    return _by_layer("routing", "Routing", layers, columns, (routers, groups))
+
+
+def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
+    """Return how far training moved the experts, None where that was not measured."""
+    if not layers:
+        return None
+    columns = {
+        "most moved expert": [max(each.moved) for each in layers],
+        "mean": [sum(each.moved) / len(each.moved) for each in layers],
+        "apart": [each.apart for each in layers],
+    }
+    split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
+    plot = _Plot(
+        title="Weight drift by layer",
+        columns=[*columns],
+        unit="relative distance",
+        note="Distances from the dense shard (most moved, mean) and from the mean of the shard's "
+        f"copies (apart), relative to its norm. {split:,} of {groups:,} virtual groups are split.",
+        log=True,
+    )
+    return _by_layer("drift", "Training", layers, columns, (plot,))
+
+
+def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
+    """Return how many tokens chose each expert, None without any."""
+    layers = [layer for layer in layers if layer.load]
+    if not layers:
+        return None
+    numbers = [layer.layer for layer in layers]
+    experts = max(len(layer.load) for layer in layers)
+    rows = [_relative(layer.load, experts) for layer in layers]
+    idle = sum(layer.idle_experts for layer in layers)
+    most, layer, expert = max(
+        (v, n, e) for n, row in zip(numbers, rows, strict=True) for e, v in enumerate(row)
+    )
+    figure = Figure(
+        image=draw_heat_map(numbers, rows),
+        title="Expert load",
+        description=f"{counted(len(layers), 'layer')} of {counted(experts, 'expert')}; the largest "
+        f"load is {most:.3g} times an even one (layer {layer}, expert {expert}), and no token "
+        f"chose {counted(idle, 'expert')} of {experts * len(layers):,}.",
+    )
+    table = Table(
+        caption="Number of tokens that chose each expert",
+        columns=("layer", *(str(expert) for expert in range(experts))),
+        rows=[(str(layer.layer), *map(str, layer.load)) for layer in layers],
+        folded="The same as numbers",
+    )
+    words = "The number of tokens that chose each expert, relative to an even load."
+    return Section(key="load", title="Expert load", words=[words], figures=[figure], tables=[table])
+
+
+def _relative(load: Sequence[int], experts: int) -> list[float]:
+    even = sum(load) / len(load) or 1.0
+    return [*(tokens / even for tokens in load), *([0.0] * (experts - len(load)))]
+
+
+def texts_section(
+    texts: Sequence[TextMeasure], continuation: Continuation | None
+) -> Section | None:
+    """Return the texts with the KL of each token, None without any."""
+    values = sorted(kl for text in texts for kl in text.kl if kl is not None)
+    if not values:
+        return None
+    shares = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "largest": 1.0}
+    quantiles = ", ".join(
+        f"{name} {values[min(len(values) - 1, int(share * len(values)))]:.3g}"
+        for name, share in shares.items()
+    )
+    zeros, infinite = sum(v <= 0 for v in values), sum(kl is None for t in texts for kl in t.kl)
+    histogram = Figure(
+        image=draw_histogram(values, unit="KL in nats", counted="tokens"),
+        title="Distribution of KL",
+        description=f"{counted(len(values), 'token')}: {quantiles}; exactly 0 at {zeros:,}, "
+        f"not finite at {infinite:,}.",
+    )
+    words = (
+        "KL(dense ‖ MoE) is the difference between both models' predictions of the next token: 0 "
+        "for equal ones; below 1e-8 it is rounding."
+    )
+    edges = [f"{low:g} or more" for low in _LEVELS]
+    edges[:-1] = [f"{a:g} to {b:g}" for a, b in pairwise(_LEVELS)]
+    tables = [_furthest(texts)]
+    if continuation is not None:
+        rows = [(n, printable(getattr(continuation, n.lower()))) for n in ("text", "dense", "MoE")]
+        caption = "How each model continues a text, with the most probable token each time"
+        table = Table(caption=caption, columns=("model", "tokens"), rows=rows, folded=caption)
+        tables.append(table)
+    return Section(
+        key="kl",
+        title="Predictions, token by token",
+        words=[words],
+        figures=[histogram],
+        tables=tables,
+        legend=[f"KL below {_LEVELS[0]:g}", *edges],
+        texts=list(_marked(texts)),
+    )
+
+
+def _furthest(texts: Sequence[TextMeasure]) -> Table:
+    found = [
+        (math.inf if kl is None else kl, number, place)
+        for number, text in enumerate(texts)
+        for place, kl in enumerate(text.kl)
+    ]
+    found.sort(key=lambda item: -item[0])
+    rows = []
+    for kl, number, place in found[:_NUM_FURTHEST]:
+        tokens = texts[number].tokens
+        before = "".join(tokens[max(0, place - 6) : place])
+        words = printable(f"{before}[{tokens[place]}]")
+        rows.append((scientific(kl), words, str(number + 1), str(place + 1)))
+    return Table(
+        caption="The largest differences between predictions, after the token in brackets",
+        columns=("KL", "text", "of text", "token"),
+        rows=rows,
+        folded=f"The {counted(len(rows), 'token')} with the largest differences",
+    )
+
+
+def _marked(texts: Sequence[TextMeasure]) -> Iterator[MarkedText]:
+    left = _MAX_TOKENS
+    for index, text in enumerate(texts):
+        tokens = [
+            ("↵\n".join(map(printable, word.split("\n"))), f"KL {scientific(kl)}", _level(kl))
+            for word, kl in islice(zip(text.tokens, text.kl, strict=False), left)
+        ]
+        left -= len(tokens)
+        if tokens:
+            finite = [kl for kl in text.kl if kl is not None]
+            most = f", KL at most {max(finite):.3g}" if finite else ""
+            cut = f"; the first {len(tokens):,} are shown" if len(tokens) < len(text.tokens) else ""
+            marked = sum(level > 0 for _, _, level in tokens)
+            words = f"{counted(len(text.tokens), 'token')}{most}; {marked} marked{cut}."
+            yield MarkedText(title=f"Text {index + 1}", words=words, tokens=tokens)
+
+
+def _level(kl: float | None) -> int:
+    return len(_LEVELS) if kl is None else sum(kl >= level for level in _LEVELS)
