@@ -27,7 +27,7 @@ from upcycle_cli.old_verification.prompts import Prompt, make_prompt
 from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.plan.texts import read_texts
 from upcycle_cli.recipe.recipe import ExpertLayout
-from upcycle_cli.run.steps import Steps
+from upcycle_cli.run.layerwise import Steps
 
 EXACT = Recipe(expansion=2, granularity=2, top_k=2)
 

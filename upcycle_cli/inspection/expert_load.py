@@ -5,7 +5,7 @@ Legend: S positions, N experts, T top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,34 +88,19 @@ def _run(
     experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Watch
 ) -> Iterator[LayerLoad]:
     from upcycle_cli.run.layerwise import started
-    from upcycle_cli.run.lazy_weights import Stored, finder
-    from upcycle_cli.run.mixtures import routers_of, stored_mixture
+    from upcycle_cli.run.lazy_models import lazy_model
     from upcycle_cli.run.models import transformers_says
 
-    moe, target, layers = experts.moe, experts.target, experts.layers
-    find = finder(moe, target.inside, target.name_prefix)
-
-    def stored(*pieces: torch.Tensor) -> Stored:
-        return Stored(pieces, lambda held: held.float())
-
-    def tensor(name: str) -> Stored | None:
-        found = find(name)
-        return None if found is None else stored(reader.tensor(found))
-
-    def expert(layer: int, names: Sequence[str], number: int) -> Stored:
-        return stored(*(experts.part(reader, layer, number, name) for name in names))
-
-    parts = {name for name, _ in experts.parts(reader, layers[0], 0)}
-    model = stored_mixture(moe.path, target, tensor, (layers, parts, expert))
+    model, layers = lazy_model(experts.moe, reader), experts.layers
     chosen: list[torch.Tensor] = []
 
     def note(_router: Model, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
         chosen.append(output[2][:count])
 
     with ExitStack() as stack, transformers_says():
-        for router in routers_of(model, target, layers).values():
-            stack.callback(router.register_forward_hook(note).remove)
-        run = stack.enter_context(started(model, ids_BS, []))
+        for layer in layers:
+            stack.callback(model.router(layer).register_forward_hook(note).remove)
+        run = stack.enter_context(started(model.net, ids_BS, []))
         for layer in range(experts.num_layers):
             run.steps.advance()
             if layer in layers:

@@ -1,44 +1,110 @@
-"""A model on its way through a text, a layer at a time, and what is seen of it there.
+"""A model that runs one layer at a time, and what each layer takes and returns.
 
-Legend: B texts, S positions.
+Each model runs in a thread of its own, which waits after every layer, so several models can run
+side by side. Only one thread runs at any time.
+
+Legend: B texts, S positions, P extra positions, H hidden size.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
 from upcycle_cli.run.models import Model, decoder_layers
-from upcycle_cli.run.steps import Steps
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+_JOIN_SECONDS = 1.0
+"""How long to wait for the thread of a run that is given up."""
+
+
+class _AbandonedError(BaseException):
+    """Ends the thread of a run that is given up; no code may catch it."""
+
+
+class Steps:
+    """Work in a thread that pauses where it calls `pause`, and goes on at each `advance`."""
+
+    def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
+        self._work = work
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._abandoned = False
+        self._error: BaseException | None = None
+        self.done = False
+
+    def advance(self) -> None:
+        """Run to the next pause, or to the end; raises what the work raises."""
+        if self.done:
+            return
+        if self._thread.ident is None:
+            self._thread.start()
+        self._go.release()
+        self._paused.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._abandoned = True
+        self._go.release()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._abandoned:
+                self._work(self._pause)
+        except _AbandonedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - `advance` raises it again
+            self._error = error
+        self.done = True
+        self._paused.release()
+
+    def _pause(self) -> None:
+        self._paused.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _AbandonedError
+
 
 @dataclass
 class Run:
-    """A model on its way through the text, and what its hooks saw in the layer that ran last."""
+    """A model that runs layer by layer, and what its hooks saw in the last layer."""
 
     model: Model
     steps: Steps
     hidden: torch.Tensor = field(init=False)
-    """What the layer returned."""
+    """The output of the layer."""
     mlp_input: torch.Tensor = field(init=False)
     mlp_output: torch.Tensor = field(init=False)
     extra: torch.Tensor | None = None
-    """Further inputs for the MLP; what it makes of them is then in their place."""
+    """Extra inputs for the MLP of the next layer (P, H); afterwards its outputs for them."""
     output: Any = None
-    """What the base model returned in the end."""
+    """The output of the base model, once it has run to its end."""
 
 
 class Span(NamedTuple):
-    """A part of a layer that is no module: one takes its input, another makes its output.
+    """A part of a layer that is no module: `first` takes its input, `last` returns its output.
 
-    `whole` computes it of further inputs (P, H), of which no hook is to hear.
+    `whole` computes the part for extra inputs (P, H), without calling hooks.
     """
 
     first: Model
@@ -48,9 +114,9 @@ class Span(NamedTuple):
 
 @contextmanager
 def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) -> Iterator[Run]:
-    """Run a model on text, to be taken from layer to layer by `steps.advance()`.
+    """Start a model on text; each `steps.advance()` runs one layer, the last one the rest.
 
-    `mlps` are the modules or parts, one a layer at most, whose input and output are wanted.
+    `mlps` are the modules or parts to watch, at most one in a layer.
     """
 
     def work(pause: Callable[[], None]) -> None:
@@ -61,19 +127,18 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
         with ExitStack() as hooks, torch.no_grad():
             for layer in decoder_layers(model):
                 hooks.callback(layer.register_forward_hook(end_layer).remove)
-            # Padding comes last, where causal attention keeps it from what counts, and positions
-            # are counted from the first token.
+            # Padding comes last, where causal attention hides it from the text.
             run.output = model.base_model(input_ids=ids_BS, use_cache=False)
 
     with Steps(work) as steps, ExitStack() as hooks:
         run = Run(model, steps)
-        for handle in (handle for mlp in mlps for handle in _watched(run, mlp)):
+        for handle in (handle for mlp in mlps for handle in _watch(run, mlp)):
             hooks.callback(handle.remove)
         yield run
 
 
-def _watched(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
-    """Have a run note what an MLP takes and makes, and compute what is wanted further."""
+def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
+    """Register the hooks that note what an MLP takes and returns, and add the extra inputs."""
 
     def enter(_module: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         run.mlp_input = inputs[0]
@@ -109,6 +174,6 @@ def _watched(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
 
 
 def _first(output: Any) -> torch.Tensor:  # noqa: ANN401
-    """Return the hidden states of what a module returned; some return more."""
+    """Return the hidden states; some modules return more."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
