@@ -15,7 +15,7 @@ import torch
 from conftest import MakeDense, clone, contents, read_json, read_tensors, write_json
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from test_wrappers import ROWS, save_wrapper, targets
+from wrapped import FAMILIES, ROWS, save_wrapper
 
 from upcycle_cli import Recipe, build_plan, convert, inspect, open_checkpoint, verify
 from upcycle_cli.api import Request, carry_out
@@ -125,7 +125,7 @@ def test_a_text_model_inside_of_another_can_be_calibrated(
 ) -> None:
     (tmp_path / "few.txt").write_text("More than enough. " * 20)
     dense = save_wrapper(tmp_path / "dense", wrapper, text, {})
-    calibrate_few(dense, targets(wrapper, text)[-1], tmp_path / "few.txt")
+    calibrate_few(dense, targets_of(FAMILIES[wrapper][text])[-1], tmp_path / "few.txt")
 
 
 @pytest.mark.parametrize("init", FITTED)

@@ -18,7 +18,7 @@ from conftest import clone, read_json, read_tensors
 from refusals import invoke
 from safetensors.torch import save_file
 from shapes import TORCH, random_bits, same_bits, value_of
-from test_wrappers import failures, load, save_wrapper
+from wrapped import failures, load, save_wrapper
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect
 from upcycle_cli.checkpoint.checkpoint import raw_bytes

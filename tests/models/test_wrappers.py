@@ -1,0 +1,354 @@
+"""Models around a text model: the MoE answers a picture and a text as the dense model does.
+
+Models are tiny and random, the vision tower too, and run by transformers or by shipped code.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REMOVED, clone, difference, read_json, read_tensors, write_json
+from safetensors.torch import save_file
+from wrapped import (
+    AROUND,
+    IMAGE,
+    ROPE,
+    ROWS,
+    SOUND,
+    Row,
+    failures,
+    load,
+    picture_and_text,
+    recipe,
+    save_wrapper,
+)
+
+from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
+from upcycle_cli.models.overview import overview
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES
+from upcycle_cli.models.wrappers import WRAPPERS
+from upcycle_cli.recipe.recipe import SHIPPED
+
+SAME = 1e-5
+LLAVA: Row = ("llava", "llama", "mixtral")
+GEMMA3: Row = ("gemma3", "gemma3_text", SHIPPED)
+GEMMA4: Row = ("gemma4", "gemma4_text", SHIPPED)
+QWEN3: Row = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe_text")
+SOME = Recipe(expansion=2, granularity=2, top_k=2)
+MakeWrapper = Callable[..., Path]
+MakeMoe = Callable[[Row], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def make_wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
+    made: dict[str, Path] = {}
+
+    def make(wrapper: str, text: str, **around: Any) -> Path:  # noqa: ANN401
+        key = repr((wrapper, text, around))
+        if key not in made:
+            path = tmp_path_factory.mktemp(wrapper) / "dense"
+            made[key] = save_wrapper(path, wrapper, text, around)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_moe(make_wrapper: MakeWrapper, tmp_path_factory: pytest.TempPathFactory) -> MakeMoe:
+    made: dict[Row, Path] = {}
+
+    def make(row: Row) -> tuple[Path, Path]:
+        dense = make_wrapper(*row[:2])
+        if row not in made:
+            # transformers tells shipped code apart by the last name of its path.
+            made[row] = tmp_path_factory.mktemp("-".join(row)) / f"wrapped{len(made)}"
+            convert(dense, made[row], recipe(row), target=row[2])
+        return dense, made[row]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the copies of shipped code that transformers imports a directory of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
+    found: torch.Tensor = model(**inputs).logits
+    return found
+
+
+def distance(dense: Path, moe: Path) -> float:
+    """How far the logits for a picture and a text are apart."""
+    before = load(dense)
+    inputs = picture_and_text(before)
+    return difference(logits(load(moe), inputs), logits(before, inputs))
+
+
+def test_every_wrapper_is_tested() -> None:
+    assert WRAPPERS.keys() == AROUND.keys()
+    assert overview().wrappers["qwen3_vl"] == {"qwen3_vl_text": ("qwen3_vl_moe_text", SHIPPED)}
+
+
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_the_moe_answers_a_picture_and_a_text_as_the_dense_model(
+    make_moe: MakeMoe, row: Row
+) -> None:
+    dense, moe = make_moe(row)
+    before, after = load(dense), load(moe)
+    inputs = picture_and_text(before)
+    wanted = logits(before, inputs)
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    assert difference(logits(before, other), wanted) > 1e-2  # the picture matters
+    assert difference(logits(after, inputs), wanted) < SAME
+    how = {**inputs, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(after.generate(**how), before.generate(**how))
+    assert failures(dense, moe) == []
+
+
+def test_the_moe_answers_a_sound_and_a_text_as_the_dense_model(make_moe: MakeMoe) -> None:
+    before, after = map(load, make_moe(GEMMA4))
+    generator = torch.Generator().manual_seed(6)
+    words = torch.randint(2, IMAGE, (1, 14), generator=generator)
+    ids = torch.cat([words[:, :4], torch.full((1, 2), SOUND), words[:, 4:]], dim=1)
+    heard = torch.randn(1, 8, 8, generator=generator)  # 8 frames, 4 per token
+    inputs = {"input_ids": ids, "input_features": heard}
+    inputs["input_features_mask"] = torch.ones(1, 8, dtype=torch.bool)
+    wanted = logits(before, inputs)
+    assert difference(logits(before, {**inputs, "input_features": -heard}), wanted) > 1e-2
+    assert difference(logits(after, inputs), wanted) < SAME
+
+
+def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> None:
+    dense, moe = make_moe((*GEMMA4[:2], "gemma4_text"))
+    types = [read_json(path / "config.json")["model_type"] for path in (dense, moe)]
+    assert types == ["gemma4", "gemma4"]
+    assert inspect(dense).targets == ("gemma4_text", SHIPPED)
+    assert inspect(moe).moe_layers == (0, 1, 2, 3)
+    with pytest.raises(UpcycleError, match="a mixture of experts already"):
+        convert(moe, tmp_path / "again", recipe(GEMMA4))
+
+
+def test_a_shipped_config_has_defaults(make_moe: MakeMoe) -> None:
+    """transformers compares a config with one that is made without arguments."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(make_moe(GEMMA4)[1], trust_remote_code=True)
+    assert type(config)().get_text_config().num_experts == 8
+
+
+def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
+    dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
+    moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output
+    inputs = {"input_ids": torch.arange(2, 40)[None]}
+    assert difference(logits(load(moe), inputs), logits(load(dense), inputs)) < SAME
+    assert failures(dense, moe) == []
+
+
+# gemma4's later layers reuse keys and values, but may have such tensors; and transformers has no
+# layers for multi-token prediction.
+_LAST = "model.language_model.layers.2.self_attn"
+UNREAD = {
+    GEMMA4: {f"{_LAST}.{name}.weight": 32 for name in ("k_proj", "v_proj", "k_norm")},
+    ("qwen3_5", "qwen3_5_text", SHIPPED): {"mtp.layers.0.mlp.gate_proj.weight": 32},
+}
+
+
+@pytest.mark.parametrize("row", UNREAD, ids="-".join)
+def test_tensors_that_transformers_ignores_are_dropped(
+    make_wrapper: MakeWrapper, tmp_path: Path, row: Row
+) -> None:
+    dense = clone(make_wrapper(*row[:2]), tmp_path / "dense")
+    added = {name: torch.ones(size) for name, size in UNREAD[row].items()}
+    tensors = read_tensors(dense)
+    assert not added.keys() & tensors.keys()
+    save_file(tensors | added, dense / "model.safetensors", metadata={"format": "pt"})
+    plan = build_plan(recipe(row), open_checkpoint(dense), target=SHIPPED)
+    assert plan.dropped.keys() == added.keys()
+
+
+_MEMORY = IN_MEMORY_PREFIXES
+RENAMED: dict[str, tuple[Row, tuple[tuple[str, str], ...]]] = {
+    "llava, as in memory": (
+        LLAVA,
+        (
+            ("language_model.model.", _MEMORY.text),
+            ("language_model.lm_head", "lm_head"),
+            ("", _MEMORY.rest),
+        ),
+    ),
+    "llava, as released": (LLAVA, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
+    "gemma3, as released": (GEMMA3, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
+    "qwen2_5_vl, as in memory": (
+        ("qwen2_5_vl", "qwen2_5_vl_text", SHIPPED),
+        (("lm_head", "lm_head"), ("model.", _MEMORY.text), ("", _MEMORY.rest)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_other_tensor_names(make_wrapper: MakeWrapper, tmp_path: Path, name: str) -> None:
+    row, changes = RENAMED[name]
+    usual, tensors = make_wrapper(*row[:2]), {}
+    for old, tensor in read_tensors(usual).items():
+        before, after = next(pair for pair in changes if old.startswith(pair[0]))
+        tensors[after + old.removeprefix(before)] = tensor
+    dense = clone(usual, tmp_path / "dense")
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    moe = convert(dense, tmp_path / name.replace(", ", "_"), recipe(row), target=row[2]).output
+    assert distance(usual, moe) < SAME
+    assert failures(dense, moe) == []
+    # transformers 4 finds the vision tower only by its old names, so they stay.
+    held = [sum("vision_model." in name for name in read_tensors(path)) for path in (dense, moe)]
+    assert held[0] == held[1]
+
+
+def test_text_settings_at_the_top_level(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
+    """The first qwen2_5_vl models have these, and an old name for their rotary embeddings."""
+    usual = make_wrapper("qwen2_5_vl", "qwen2_5_vl_text")
+    text = read_json(usual / "config.json")["text_config"]
+    del text["rope_parameters"], text["model_type"]
+    scaling = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text |= {"text_config": REMOVED, "rope_scaling": scaling, "rope_theta": 10000.0}
+    flat = clone(usual, tmp_path / "flat", **text)
+    assert distance(usual, flat) == 0
+    moe = convert(flat, tmp_path / "moe", SOME).output
+    assert distance(flat, moe) < SAME
+    assert failures(flat, moe) == []
+
+
+@pytest.mark.parametrize("row", [("qwen2_5_vl", "qwen2_5_vl_text", SHIPPED), QWEN3], ids="-".join)
+def test_old_rope_keys_are_written_for_old_readers(make_moe: MakeMoe, row: Row) -> None:
+    dense, moe = (read_json(path / "config.json")["text_config"] for path in make_moe(row))
+    assert not {"rope_theta", "rope_scaling"} & dense.keys()
+    scaling = {key: value for key, value in ROPE.items() if key != "rope_theta"}
+    assert moe["rope_parameters"] == dense["rope_parameters"] == ROPE
+    assert (moe["rope_theta"], moe["rope_scaling"]) == (ROPE["rope_theta"], scaling)
+
+
+def test_a_stored_head_counts_whatever_the_config_says(
+    make_wrapper: MakeWrapper, tmp_path: Path
+) -> None:
+    """mistral3's default is a tied head, which no released model has."""
+    usual = make_wrapper("mistral3", "mistral")
+    dense = clone(usual, tmp_path / "dense", tie_word_embeddings=REMOVED)
+    tensors = read_tensors(dense)
+    head = torch.randn(260, 32, generator=torch.Generator().manual_seed(9))
+    tensors["language_model.lm_head.weight"] = head
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    moe = convert(dense, tmp_path / "moe", SOME).output
+    assert read_json(moe / "config.json")["text_config"]["tie_word_embeddings"] is False
+    assert distance(usual, dense) > 0.1
+    assert distance(dense, moe) < SAME
+    assert failures(dense, moe) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (GEMMA3, "model.vision_tower.encoder.layers.0.mlp.fc1.weight"),
+        (GEMMA3, "model.language_model.layers.1.mlp.expert_mlps.down_proj"),
+        (GEMMA4, "model.embed_audio.embedding_projection.weight"),
+        (LLAVA, "language_model.model.layers.0.block_sparse_moe.experts.3.w1.weight"),
+        (QWEN3, "model.visual.deepstack_merger_list.0.linear_fc1.weight"),
+        (QWEN3, "model.language_model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_verify_notices_one_bit(make_moe: MakeMoe, tmp_path: Path, row: Row, name: str) -> None:
+    dense, moe = make_moe(row)
+    bad, tensors = clone(moe, tmp_path / moe.name), read_tensors(moe)
+    tensors[name].view(torch.int32).flatten()[-1] ^= 1
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    (finding,) = failures(dense, bad, ["weights"])
+    assert name in finding
+
+
+def test_the_outputs_check_sees_pictures(make_moe: MakeMoe, tmp_path: Path) -> None:
+    dense, moe = make_moe(QWEN3)
+    bad, tensors = clone(moe, tmp_path / "bad"), read_tensors(moe)
+    tensors["model.visual.merger.linear_fc2.weight"] *= 1.5
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    assert failures(dense, bad, ["outputs"])
+
+
+def test_the_image_processor_is_copied_and_compared(make_moe: MakeMoe, tmp_path: Path) -> None:
+    dense, moe = make_moe(LLAVA)
+    name = "preprocessor_config.json"
+    assert (moe / name).read_bytes() == (dense / name).read_bytes()
+    bad = clone(moe, tmp_path / "bad")
+    write_json(bad / name, {"image_mean": [0.4, 0.5, 0.5]})
+    assert failures(dense, bad)
+
+
+@pytest.mark.parametrize("row", [LLAVA, GEMMA3, QWEN3], ids="-".join)
+def test_transformers_saves_the_same_again(make_moe: MakeMoe, tmp_path: Path, row: Row) -> None:
+    dense, moe = make_moe(row)
+    load(moe).save_pretrained(tmp_path / "again")
+    assert distance(dense, tmp_path / "again") < SAME
+
+
+@pytest.mark.parametrize("row", [GEMMA3, QWEN3], ids="-".join)
+def test_some_layers_stay_dense(make_wrapper: MakeWrapper, tmp_path: Path, row: Row) -> None:
+    dense = make_wrapper(*row[:2])
+    some = Recipe(expansion=2, granularity=2, top_k=2, layers="1")
+    moe = convert(dense, tmp_path / "some", some, target=row[2]).output
+    assert inspect(moe).moe_layers == (1,)
+    assert failures(dense, moe) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": {"model_type": "gpt2"}}, "a llava around a text model of type 'gpt2'"),
+        ({"text_config": 3}, "text_config must be an object, not 3"),
+        ({"text_config": {"model_type": "mixtral"}}, "this is a mixture of experts already"),
+        ({"vision_config": {"auto_map": {"A": "b.C"}}}, "vision_config: auto_map"),
+    ],
+)
+def test_refuse_a_wrapper(
+    make_wrapper: MakeWrapper, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    dense = clone(make_wrapper("llava", "llama"), tmp_path / "dense", **changes)
+    with pytest.raises(UpcycleError, match=words):
+        convert(dense, tmp_path / "moe", SOME)
+    assert not (tmp_path / "moe").exists()
+
+
+NO_LOSS = re.compile(r"- transformers: (nothing balances|a \w+ adds no auxiliary loss)")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        row
+        for row in ROWS
+        if row[1] in ("llama", "qwen3_vl_text") or row[:2] == ("mistral3", "mistral")
+    ],
+    ids="-".join,
+)
+def test_the_card_says_whether_a_loss_balances_experts(make_moe: MakeMoe, row: Row) -> None:
+    _, moe = make_moe(row)
+    card = (moe / "README.md").read_text()
+    assert "AutoModelForImageTextToText, AutoProcessor" in card
+    says_none, model = NO_LOSS.search(card) is not None, load(moe)
+    inputs = picture_and_text(model)
+    model.config.get_text_config().output_router_logits = True
+    try:
+        found = model.train()(**inputs, labels=inputs["input_ids"])
+    except TypeError:  # llava's output class has no field for the router logits
+        assert says_none
+        return
+    assert (found.get("aux_loss") is None) == says_none

@@ -1,0 +1,217 @@
+"""Tiny models with a vision tower, one for each row of wrappers, and pictures for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, write_json
+
+from upcycle_cli import Recipe, verify
+from upcycle_cli.models.families import native_target, targets_of, wrapped_families
+from upcycle_cli.models.wrappers import WRAPPERS
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+
+IMAGE, SOUND = 250, 252
+_TEXT: Mapping[str, Any] = {
+    **TINY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "head_dim": 8,
+}
+_SEES: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_SEES_PATCHES: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
+_TOKENS: Mapping[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": 251,
+    "vision_start_token_id": 252,
+    "vision_end_token_id": 253,
+}
+ROPE: Mapping[str, Any] = {
+    "rope_type": "default",
+    "mrope_section": [1, 1, 2],
+    "rope_theta": 10000.0,
+}
+AROUND: Mapping[str, dict[str, Any]] = {  # the config outside of the text model
+    "gemma3": {
+        "vision_config": {**_SEES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        "image_token_index": IMAGE,
+        "boi_token_index": 251,
+        "eoi_token_index": 252,
+        "mm_tokens_per_image": 4,
+    },
+    "gemma4": {
+        "vision_config": {
+            **_SEES,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "use_clipped_linears": True,
+            "standardize": True,
+        },
+        "audio_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": 24,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 251,
+        "audio_token_id": SOUND,
+        "boi_token_id": 253,
+        "eoi_token_id": 254,
+        "boa_token_id": 255,
+        "eoa_token_index": 256,
+    },
+    "llava": {
+        "vision_config": {**_SEES, "model_type": "clip_vision_model"},
+        "image_token_index": IMAGE,
+    },
+    "mistral3": {
+        "vision_config": {**_SEES, "model_type": "pixtral", "head_dim": 8},
+        "image_token_index": IMAGE,
+    },
+    "qwen2_5_vl": {
+        "vision_config": {**_SEES_PATCHES, "window_size": 8, "fullatt_block_indexes": [0]},
+        **_TOKENS,
+    },
+    "qwen3_5": {"vision_config": {**_SEES_PATCHES, "num_position_embeddings": 16}, **_TOKENS},
+    "qwen3_vl": {
+        "vision_config": {
+            **_SEES_PATCHES,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        **_TOKENS,
+    },
+}
+TEXTS: Mapping[str, dict[str, Any]] = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "gemma4_text": {**SPECIAL["gemma4_text"], "sliding_window": 8, "pad_token_id": 0},
+    "mistral": {"sliding_window": 8},
+    "ministral3": {"max_position_embeddings": 1 << 18},
+    "qwen2_5_vl_text": {"rope_parameters": ROPE},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+    },
+    "qwen3_vl_text": {"rope_parameters": ROPE},
+}
+SAME = 1e-5
+
+Row = tuple[str, str, str]
+
+
+FAMILIES = wrapped_families()
+ROWS: list[Row] = [
+    (wrapper, text, target)
+    for wrapper in WRAPPERS
+    for text, family in FAMILIES[wrapper].items()
+    for target in targets_of(family)
+]
+"""Every wrapper, text model and target."""
+
+
+def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any]) -> Path:
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
+
+    inner = {**_TEXT, **TEXTS.get(text, {}), "model_type": text}
+    config = CONFIG_MAPPING[wrapper](**{**AROUND[wrapper], **around, "text_config": inner})
+    model = AutoModelForImageTextToText.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data = random_weight(name, parameter.shape, generator)
+    model.config.dtype = torch.float32
+    model.save_pretrained(path)
+    save_companions(path)
+    if wrapper == "qwen3_5":
+        # transformers loads any tokenizer of this type as its own class.
+        AutoTokenizer.from_pretrained(path).save_pretrained(path)
+    write_json(path / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]})
+    return path
+
+
+def failures(dense: Path, moe: Path, checks: Sequence[str] | None = None) -> list[str]:
+    """All that verify finds wrong."""
+    report = verify(dense, moe) if checks is None else verify(dense, moe, checks=checks)
+    return [failure for check in report.checks for failure in check.failures]
+
+
+def recipe(row: Row) -> Recipe:
+    """A recipe whose gates sum to 1, so that it is exact for any router."""
+    wrapper, text, target = row
+    routing = Routing.TOPK_SOFTMAX
+    if target != SHIPPED:
+        routings = native_target(target, FAMILIES[wrapper][text].inside).routings
+        routing = next(r for r in routings if r is not Routing.SOFTMAX_TOPK)
+    return Recipe(expansion=2, granularity=2, top_k=2, routing=routing)
+
+
+def load(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+    from transformers import AutoModelForImageTextToText
+
+    code = "auto_map" in read_json(path / "config.json")
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, trust_remote_code=code
+    )
+    assert not {kind: found for kind, found in info.items() if found}
+    return model.eval()
+
+
+@torch.no_grad()
+def picture_and_text(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Inputs as a processor of any of these models would make them."""
+    generator = torch.Generator().manual_seed(5)
+    vision, known = model.config.vision_config, signature(type(model.base_model).forward).parameters
+    if "image_grid_thw" in known:
+        pixels, grid = torch.randn(16, 96, generator=generator), torch.tensor([[1, 4, 4]])
+        inputs = {"pixel_values": pixels, "image_grid_thw": grid}
+    elif "image_position_ids" in known:
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        pixels = torch.randn(1, 16, 48, generator=generator)
+        inputs = {"pixel_values": pixels, "image_position_ids": places}
+    else:
+        inputs = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+        if vision.model_type == "pixtral":
+            inputs["image_sizes"] = torch.tensor([[16, 16]])
+    made = model.get_image_features(**inputs, return_dict=True).pooler_output
+    count = sum(len(piece.reshape(-1, piece.shape[-1])) for piece in made)
+    words = torch.randint(2, IMAGE, (1, 14), generator=generator)
+    ids = torch.cat([words[:, :4], torch.full((1, count), IMAGE), words[:, 4:]], dim=1)
+    for key in {"token_type_ids", "mm_token_type_ids"} & {*known}:
+        inputs[key] = (ids == IMAGE).long()
+    return {"input_ids": ids, **inputs}
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
+    found: torch.Tensor = model(**inputs).logits
+    return found
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
