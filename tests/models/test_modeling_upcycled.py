@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, difference
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli.models import modeling_upcycled as package_module
+from upcycle_cli.models import modeling_upcycled as shipped
 from upcycle_cli.models.shipped import CODE_NAME, auto_map, modeling_code
 
-# Apart from the form of their MLP: norms after it (olmo2), LayerNorm1P (nemotron), one with biases.
+# They differ in the form of their MLP, and by norms behind it (olmo2), LayerNorm1P (nemotron) and
+# biases (starcoder2).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "nemotron": ("Nemotron", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
     "olmo2": ("Olmo2", {}),
@@ -31,7 +32,7 @@ IDS = torch.arange(3, 51).view(2, 24) * 5 % 97
 
 @pytest.fixture(autouse=True)
 def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the code that transformers makes and imports are this test's alone."""
+    """Give the copies of the code that transformers imports a directory of their own."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
@@ -53,12 +54,9 @@ def dense_model(family: str) -> Any:
 def expert_weights(mlp: Any, expansion: int, granularity: int) -> dict[str, torch.Tensor]:
     """Expert g·G + s holds shard s of the neurons."""
     G = granularity
-    up, down = (
-        getattr(mlp, "up_proj", None) or mlp.c_fc,
-        getattr(mlp, "down_proj", None) or mlp.c_proj,
-    )
-    first = [mlp.gate_proj, up] if hasattr(mlp, "gate_proj") else [up]
-    name = "gate_up_proj" if hasattr(mlp, "gate_proj") else "up_proj"
+    gated = hasattr(mlp, "gate_proj")
+    up, down = (mlp.c_fc, mlp.c_proj) if hasattr(mlp, "c_fc") else (mlp.up_proj, mlp.down_proj)
+    first, name = ([mlp.gate_proj, up], "gate_up_proj") if gated else ([up], "up_proj")
     shards = {
         name: torch.cat([part.weight.unflatten(0, (G, -1)) for part in first], 1),
         "down_proj": down.weight.unflatten(1, (G, -1)).transpose(0, 1),
@@ -72,14 +70,12 @@ def expert_weights(mlp: Any, expansion: int, granularity: int) -> dict[str, torc
 def write(
     dense: Any, folder: Path, routing: str, recipe: tuple[int, int, int] = (2, 2, 2), **keys: Any
 ) -> Path:
-    """Write the model as experts by (E, G, T); softmax-topk is exact where all are chosen."""
+    """Write a model as experts by (E, G, T); softmax-topk selects all of them, which is exact."""
     expansion, granularity, top_k = recipe
-    num_experts = expansion * granularity
+    num_experts, family = expansion * granularity, dense.config.model_type
     folder.mkdir()
-    family = dense.config.model_type
     state = dict(dense.state_dict())
-    layers = keys.setdefault("moe_layers", [0, 1])
-    for layer in layers:
+    for layer in keys.setdefault("moe_layers", [0, 1]):
         mlp = f"model.layers.{layer}.mlp"
         state = {name: tensor for name, tensor in state.items() if not name.startswith(mlp)}
         rows = torch.randn(expansion, dense.config.hidden_size, dtype=torch.float64)
@@ -120,14 +116,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> An
     ).eval()
 
 
+def small(tmp_path: Path, family: str, routing: str = "topk-softmax", **keys: Any) -> Any:
+    return load(write(dense_model(family), tmp_path / "moe", routing, **keys))
+
+
+@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.abs().max())
+    found: torch.Tensor = model(IDS).logits
+    return found.double()
 
 
 def gradients(model: Any, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -148,7 +144,7 @@ def test_the_logits_are_the_dense_models(
     moe = load(folder)
     assert type(moe.model.layers[1].mlp).__name__ == "UpcycledMoe"
     assert difference(logits(moe), logits(dense)) < 1e-12
-    # Norms in float32 hide small errors, and a norm behind the MLP all errors of scale.
+    # Compare MLPs too: a norm behind them hides errors of scale.
     x = torch.randn(1, 40, dense.config.hidden_size, dtype=torch.float64)
     with torch.no_grad():
         assert difference(moe.model.layers[1].mlp(x), dense.model.layers[1].mlp(x)) < 1e-12
@@ -159,19 +155,21 @@ def test_the_logits_are_the_dense_models(
 def test_the_base_model_loads_by_itself(family: str, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    folder = write(dense_model(family), tmp_path / "moe", "topk-softmax")
+    moe = small(tmp_path, family)
     base = AutoModel.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float64, experts_implementation="eager"
+        tmp_path / "moe",
+        trust_remote_code=True,
+        dtype=torch.float64,
+        experts_implementation="eager",
     )
     assert type(base).__name__ == "UpcycledModel"
-    moe = load(folder)
     with torch.no_grad():
         states = base(IDS).last_hidden_state
         assert torch.equal(states, moe.model(IDS).last_hidden_state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_generates_with_a_cache_what_the_dense_model_does(family: str, tmp_path: Path) -> None:
+def test_it_generates_what_the_dense_model_does(family: str, tmp_path: Path) -> None:
     dense = dense_model(family)
     moe = load(write(dense, tmp_path / "moe", "sigmoid-topk"))
     mask = torch.ones_like(IDS)
@@ -185,17 +183,11 @@ def test_it_generates_with_a_cache_what_the_dense_model_does(family: str, tmp_pa
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saving_and_loading_change_nothing(family: str, routing: str, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {
-        "router_aux_loss_coef": 0.5,
-        "output_router_logits": True,
-        "moe_layers": [1],
-    }
-    folder = write(dense_model(family), tmp_path / "moe", routing, **keys)
-    moe = load(folder)
+    keys: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+    keys["moe_layers"] = [1]
+    moe, folder = small(tmp_path, family, routing, **keys), tmp_path / "moe"
     moe.save_pretrained(tmp_path / "again")
-    before, after = (
-        load_file(folder / "model.safetensors") for folder in (folder, tmp_path / "again")
-    )
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "again" / CODE_NAME).read_text() == (folder / CODE_NAME).read_text()
@@ -205,11 +197,10 @@ def test_saving_and_loading_change_nothing(family: str, routing: str, tmp_path: 
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     for key in (*keys, "routing", "num_experts", "num_experts_per_tok", "routed_scaling_factor"):
         assert getattr(again.config, key) == getattr(moe.config, key) == written[key]
-    assert again.config.moe_layers == [1]
     assert written["auto_map"] == auto_map(wrapped=False)
 
 
-def test_layers_that_are_not_named_stay_dense(tmp_path: Path) -> None:
+def test_other_layers_stay_dense(tmp_path: Path) -> None:
     dense = dense_model("nemotron")
     moe = load(write(dense, tmp_path / "moe", "topk-softmax", moe_layers=[1]))
     kinds = [type(layer.mlp).__name__ for layer in moe.model.layers]
@@ -219,24 +210,21 @@ def test_layers_that_are_not_named_stay_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_implementation_computes_the_same(family: str, tmp_path: Path) -> None:
-    moe = load(write(dense_model(family), tmp_path / "moe", "topk-softmax"), torch.float32)
-    expected = logits(moe)
+    moe = small(tmp_path, family).float()
+    expected, mlp = logits(moe), moe.model.layers[0].mlp
     for implementation in ("batched_mm", "grouped_mm", "eager"):
         moe.set_experts_implementation(implementation)
-        experts = moe.model.layers[0].mlp
-        found = getattr(experts, experts.experts_name).config._experts_implementation
+        found = getattr(mlp, mlp.experts_name).config._experts_implementation
         assert found == implementation
         assert difference(logits(moe), expected) < 1e-5
-    by_default = load(tmp_path / "moe", torch.float32, experts_implementation=None)
-    assert by_default.config._experts_implementation == "grouped_mm"
-    chosen = load(tmp_path / "moe", experts_implementation="batched_mm")
-    assert chosen.config._experts_implementation == "batched_mm"
+    for requested, used in ((None, "grouped_mm"), ("batched_mm", "batched_mm")):
+        loaded = load(tmp_path / "moe", torch.float32, experts_implementation=requested)
+        assert loaded.config._experts_implementation == used
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_training_adds_the_balancing_loss_of_each_layer(routing: str, tmp_path: Path) -> None:
-    folder = write(dense_model("nemotron"), tmp_path / "moe", routing, router_aux_loss_coef=0.5)
-    moe = load(folder)
+    moe = small(tmp_path, "nemotron", routing, router_aux_loss_coef=0.5)
     with torch.no_grad():
         plain = moe(IDS, labels=IDS)
         shown = moe(IDS, labels=IDS, output_router_logits=True)
@@ -249,17 +237,16 @@ def test_training_adds_the_balancing_loss_of_each_layer(routing: str, tmp_path: 
     losses = []
     for logits_TN in shown.router_logits:
         scores_TN = logits_TN.sigmoid() if routing == "sigmoid-topk" else logits_TN.softmax(-1)
-        top_k = moe.config.num_experts_per_tok
-        chosen = scores_TN.topk(top_k).indices.flatten()
+        chosen = scores_TN.topk(moe.config.num_experts_per_tok).indices.flatten()
         share_N = torch.bincount(chosen, minlength=4) / len(logits_TN)
         mean_N = (scores_TN / scores_TN.sum(-1, keepdim=True)).mean(0)
         losses.append(4 * (share_N * mean_N).sum())
     assert torch.isclose(trained.aux_loss, torch.stack(losses).mean())
 
 
-def test_the_base_model_gives_its_routers_logits(tmp_path: Path) -> None:
-    """Trainers that compute a loss piece by piece run it alone, and balance by what it gives."""
-    moe = load(write(dense_model("olmo2"), tmp_path / "moe", "topk-softmax"))
+def test_the_base_model_returns_router_logits(tmp_path: Path) -> None:
+    """Trainers that compute the loss in chunks run it alone."""
+    moe = small(tmp_path, "olmo2")
     with torch.no_grad():
         whole, alone = (run(IDS, output_router_logits=True) for run in (moe, moe.base_model))
         plain = moe.base_model(IDS)
@@ -269,28 +256,20 @@ def test_the_base_model_gives_its_routers_logits(tmp_path: Path) -> None:
     assert "router_logits" not in plain
 
 
-def test_padding_does_not_count_for_balance(tmp_path: Path) -> None:
-    moe = load(write(dense_model("nemotron"), tmp_path / "moe", "topk-softmax")).train()
-    mask = torch.ones_like(IDS)
+def test_the_balancing_loss_ignores_padding_and_is_weighted_by_tokens(tmp_path: Path) -> None:
+    moe, mask = small(tmp_path, "nemotron").train(), torch.ones_like(IDS)
     mask[:, 10:] = 0
     padded = moe(IDS, mask).aux_loss
     assert torch.isclose(padded, moe(IDS[:, :10]).aux_loss)
     assert not torch.isclose(padded, moe(IDS).aux_loss)
-
-
-def test_balance_keeps_its_weight_when_gradients_are_added_up(tmp_path: Path) -> None:
-    moe = load(write(dense_model("nemotron"), tmp_path / "moe", "topk-softmax")).train()
     whole = moe(IDS, labels=IDS)
     half = moe(IDS, labels=IDS, num_items_in_batch=torch.tensor(4 * 23))
     assert torch.isclose(half.loss * 2, whole.loss)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_neither_loss_nor_gradients(
-    tmp_path: Path, *, reentrant: bool
-) -> None:
-    folder = write(dense_model("olmo2"), tmp_path / "moe", "topk-softmax", router_aux_loss_coef=1.0)
-    moe = load(folder).train()
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, *, reentrant: bool) -> None:
+    moe = small(tmp_path, "olmo2", router_aux_loss_coef=1.0).train()
     plain, expected = gradients(moe)
     moe.activation_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed, found = gradients(moe, use_cache=False)
@@ -301,51 +280,51 @@ def test_checkpointing_changes_neither_loss_nor_gradients(
 
 
 def test_gradients_reach_routers_and_experts(tmp_path: Path) -> None:
-    moe = load(write(dense_model("starcoder2"), tmp_path / "moe", "softmax-topk")).train()
+    moe = small(tmp_path, "starcoder2", "softmax-topk").train()
     _, found = gradients(moe)
     assert found.keys() == dict(moe.named_parameters()).keys()
     assert all(grad.abs().max() > 0 for name, grad in found.items() if ".mlp." in name)
 
 
-def test_the_correction_bias_stays_float32(tmp_path: Path) -> None:
+def test_the_correction_bias_and_routing_stay_float32(tmp_path: Path) -> None:
     folder = write(dense_model("nemotron"), tmp_path / "moe", "sigmoid-topk")
     moe = load(folder, torch.bfloat16)
     gate = moe.model.layers[0].mlp.gate
     assert gate.e_score_correction_bias.dtype == torch.float32
     assert gate.weight.dtype == torch.bfloat16
-    x_TH = torch.randn(5, gate.weight.shape[1], dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        router_logits, gates, _ = gate(x_TH)
+        router_logits, gates, _ = gate(torch.randn(5, gate.weight.shape[1], dtype=torch.bfloat16))
     assert router_logits.dtype == gates.dtype == torch.float32
     assert logits(moe).isfinite().all()
 
 
-def test_the_correction_bias_chooses_but_does_not_weigh() -> None:
-    config = package_module.UpcycledConfig(
-        **TINY, num_experts=4, num_experts_per_tok=2, routing="sigmoid-topk"
+def zero_router(routing: str, num_experts: int, top_k: int) -> Any:
+    config = shipped.UpcycledConfig(
+        **TINY, num_experts=num_experts, num_experts_per_tok=top_k, routing=routing
     )
-    gate = package_module.UpcycledRouter(config)
+    gate = shipped.UpcycledRouter(config)
     torch.nn.init.zeros_(gate.weight)
+    return gate
+
+
+def test_the_correction_bias_selects_but_does_not_weigh() -> None:
+    gate = zero_router("sigmoid-topk", 4, 2)
     gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 1.0, 2.0]))
-    _, gates_TK, chosen_TK = gate(torch.randn(3, config.hidden_size))
+    _, gates_TK, chosen_TK = gate(torch.randn(3, TINY["hidden_size"]))
     assert chosen_TK.tolist() == [[3, 2]] * 3
     assert gates_TK.tolist() == [[0.5, 0.5]] * 3
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_lowest_index_wins_a_tie(routing: str) -> None:
-    config = package_module.UpcycledConfig(
-        **TINY, num_experts=64, num_experts_per_tok=8, routing=routing
-    )
-    gate = package_module.UpcycledRouter(config)
-    torch.nn.init.zeros_(gate.weight)
-    assert gate(torch.randn(40, config.hidden_size))[2].tolist() == [list(range(8))] * 40
+    gate = zero_router(routing, 64, 8)
+    assert gate(torch.randn(40, TINY["hidden_size"]))[2].tolist() == [list(range(8))] * 40
 
 
-def test_new_weights_are_drawn() -> None:
-    config = package_module.UpcycledConfig(**TINY, num_experts=4, routing="sigmoid-topk")
+def test_new_weights_are_random() -> None:
+    config = shipped.UpcycledConfig(**TINY, num_experts=4, routing="sigmoid-topk")
     torch.manual_seed(0)
-    moe = package_module.UpcycledForCausalLM(config)
+    moe = shipped.UpcycledForCausalLM(config)
     for name, tensor in moe.model.layers[0].mlp.state_dict().items():
         std = 0.0 if name.endswith("bias") else config.initializer_range
         assert float(tensor.std()) == pytest.approx(std, rel=0.3)
@@ -353,16 +332,15 @@ def test_new_weights_are_drawn() -> None:
 
 def test_an_unknown_routing_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown routing 'topk'"):
-        package_module.UpcycledConfig(**TINY, routing="topk")
+        shipped.UpcycledConfig(**TINY, routing="topk")
 
 
-def test_the_text_differs_by_its_imports_only() -> None:
-    text = Path(package_module.__file__).read_text(encoding="utf-8")
+def test_only_the_imports_of_the_text_differ() -> None:
+    text = Path(shipped.__file__).read_text(encoding="utf-8")
     assert modeling_code(("NemotronConfig", "NemotronModel", "NemotronForCausalLM")) == text
     other = modeling_code(("Olmo2Config", "Olmo2Model", "Olmo2ForCausalLM"))
     pairs = zip(text.splitlines(), other.splitlines(), strict=True)
-    changed = [after for before, after in pairs if before != after]
-    assert changed == [
+    assert [after for before, after in pairs if before != after] == [
         "from transformers import Olmo2Config as DenseConfig",
         "from transformers import Olmo2ForCausalLM as DenseForCausalLM",
         "from transformers import Olmo2Model as DenseModel",
