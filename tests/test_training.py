@@ -176,7 +176,7 @@ def test_the_example_trains_from_the_dense_models_loss(
         assert 0 < layer.apart < max(layer.moved)
         assert (layer.num_groups, layer.split_groups) == (4, 0)
     assert not weights.whole_groups
-    assert "How far experts have come" in inspection_html(trained, name="trained", command="")
+    assert "Weight drift by layer" in inspection_html(trained, name="trained", command="")
     untrained = inspect(out / "moe", weights=True, dense=dense).weights
     assert untrained is not None
     assert untrained.movement is not None

@@ -1,0 +1,377 @@
+"""Reports: what a page shows, that no text in it is interpreted, and where it may be written."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RunCli, clone, read_json, validate_json, write_json
+
+from upcycle_cli import Recipe, convert, verify
+from upcycle_cli.checkpoint.card_metadata import is_edited
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.inspection.summary import inspect
+from upcycle_cli.publish.card import card_for_repo
+from upcycle_cli.publish.manifest import read_manifest
+from upcycle_cli.report import inspection_html, verification_html
+from upcycle_cli.report.report_file import ReportFile
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import (
+    CHECK_NAMES,
+    CheckResult,
+    LayerMeasure,
+    Report,
+    Status,
+    TextMeasure,
+)
+
+pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)> ' onload='x",
+    "</style><style>*{display:none}</style>",
+    "{{ 7 * 7 }}{% raw %}",
+    "\x1b[31mred\x9b\u202eder\x00",
+    "half \udcff a character",
+    "<!-- --> &amp; ]]>",
+]
+ODD = [0.0, math.nan, math.inf, 1e-300, 1e300, -1e-18]
+
+
+class Page(HTMLParser):
+    """A page as a parser sees it; fails on bad nesting, bad links and anything that loads."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.headings: list[int] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        assert len(set(self.ids)) == len(self.ids)
+        assert {t.removeprefix("#") for t in self.targets if t[:1] == "#"} <= {*self.ids}
+        assert {"script", "iframe", "object", "embed", "form", "base"}.isdisjoint(self.tags)
+        assert (self.headings[0], self.headings.count(1)) == (1, 1)
+        for once in ("main", "title", "nav"):
+            assert self.tags.count(once) == 1
+        assert self.tags.count("caption") == self.tags.count("table")
+        assert self.tags.count("figcaption") == self.tags.count("figure")
+        assert "default-src 'none'" in html
+        assert all(line.isprintable() for line in html.split("\n"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in {"h1", "h2", "h3", "h4"}:
+            level = int(tag[1])
+            assert level <= (self.headings[-1] if self.headings else 0) + 1
+            self.headings.append(level)
+        for name, value in attrs:
+            assert value is not None, (tag, name)
+            assert not name.startswith("on"), (tag, name)
+            if name == "id":
+                self.ids.append(value)
+            elif name == "aria-labelledby":
+                self.targets += [f"#{target}" for target in value.split()]
+            elif name in {"src", "href", "action", "data", "srcset", "poster"}:
+                assert value.startswith(("#", "data:")), (tag, name, value)
+                self.targets.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "@import" not in data
+            assert "url(" not in data
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def html_of(report: Report, moe: str = "moe") -> str:
+    return verification_html(report, dense="dense", moe=moe, command="upcycle verify dense moe")
+
+
+def layer(number: int, /, *, experts: int = 8, **changes: Any) -> LayerMeasure:  # noqa: ANN401
+    values: dict[str, Any] = {
+        "added_rms": 1e-7 * (number + 1),
+        "added_max": 1e-5,
+        "gain": 1.0,
+        "hidden_rms": 3e-7,
+        "whole_share": 0.75,
+        "router_entropy": 1.5,
+        "router_margin": 0.2,
+        "load_cv": 0.5,
+    } | changes
+    load = [(number * 7 + expert * 3) % 11 for expert in range(experts)]
+    return LayerMeasure(layer=number, idle_experts=load.count(0), load=load, **values)
+
+
+def report_of(*layers: LayerMeasure, texts: tuple[TextMeasure, ...] = ()) -> Report:
+    check = CheckResult(
+        name="outputs",
+        status=Status.PASSED,
+        detail="what was found",
+        metrics={"kl_mean": 1e-9, "tokens": 2048},
+        layers=layers,
+        texts=texts,
+    )
+    return Report(checks=(check,), promise="exact")
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "moe"
+    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(llama: Path, moe: Path) -> Report:
+    return verify(llama, moe, texts=TextOptions(continuation=True))
+
+
+# Content ------------------------------------------------------------------------------------------
+
+
+def test_a_passed_verification(found: Report, moe: Path) -> None:
+    html = html_of(found, str(moe))
+    page = Page(html)
+    assert "✓ passed The MoE computes the function of the dense model" in page.text
+    assert "Not checked" not in page.text
+    for words in ("Recipe and factors", "Error by layer", "Routing", "Expert load", "Origin"):
+        assert words in page.text
+    for check in found.checks:
+        assert " ".join(check.detail.split()) in page.text
+        assert f'id="check-{check.name}"' in html
+    record = read_json(moe / "upcycle.json")
+    for digest in (record["plan_sha256"], record["source"]["config_sha256"]):
+        assert digest in page.text
+    assert "upcycle verify dense moe" in page.text
+    assert "How each model continues a text" in page.text
+    assert page.tags.count("img") == 6
+    assert html_of(found, str(moe)) == html  # the same verification is the same page
+
+
+@pytest.mark.parametrize(
+    ("status", "promise", "sign", "words"),
+    [
+        ("failed", "exact", "✗", "The MoE does not match the dense model: 1 check failed"),
+        ("measured", "none", "≈", "Nothing is wrong, but not everything is proven"),
+        ("skipped", None, "–", "No check could run"),
+    ],
+)
+def test_other_verdicts(status: str, promise: str | None, sign: str, words: str) -> None:
+    check = CheckResult(name="weights", status=Status(status), detail="", failures=("a tensor",))
+    page = Page(html_of(Report(checks=(check,), promise=promise)))
+    assert f"{sign} {status} {words}" in page.text
+    assert "Not checked: directory, " in page.text
+    assert "a tensor" in page.text
+    assert "Error by layer" not in page.text
+
+
+def test_an_unreadable_moe(llama: Path, moe: Path, tmp_path: Path) -> None:
+    damaged = clone(moe, tmp_path / "moe")
+    (damaged / "model.safetensors").write_bytes(b"\xff" * 20)
+    (damaged / "upcycle.json").write_text("[")
+    page = Page(html_of(verify(llama, damaged), str(damaged)))
+    assert "✗ failed" in page.text
+    assert "Error by layer" not in page.text
+
+
+def test_an_inspection(llama: Path, moe: Path) -> None:
+    inspection = inspect(moe, weights=True, dense=llama, load="builtin")
+    page = Page(inspection_html(inspection, name=str(moe), command="upcycle inspect moe"))
+    for words in ("2 different experts of 4", "E2G2T2", "Tensors by name", "normal rows, seed 0"):
+        assert words in page.text
+    assert page.tags.count("img") == 2  # drift and load
+
+
+@pytest.mark.parametrize("values", [*([value, value] for value in ODD), [1e-7, *ODD, 1e-3]])
+def test_odd_values_are_plotted(values: list[float]) -> None:
+    fields = ("added_rms", "added_max", "hidden_rms", "gain", "router_margin", "whole_share")
+    changed: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in values]
+    layers = [layer(number, **changes) for number, changes in enumerate(changed)]
+    kl = [value if math.isfinite(value) else None for value in values]
+    texts = (TextMeasure(tokens=["a"] * len(values), kl=kl),)
+    Page(html_of(report_of(*layers, texts=texts)))
+
+
+def test_empty_measurements() -> None:
+    Page(html_of(report_of(replace(layer(0), load=[0, 0, 0]))))
+    Page(html_of(report_of(replace(layer(0), load=[]), texts=(TextMeasure(tokens=[], kl=[]),))))
+    Page(html_of(Report(checks=())))
+
+
+def test_a_large_model_makes_no_large_page() -> None:
+    layers = [layer(number, experts=128) for number in range(126)]
+    texts = (TextMeasure(tokens=[" token"] * 20_000, kl=[1e-5] * 20_000),)
+    html = html_of(report_of(*layers, texts=texts))
+    assert "the first 16,384 are shown" in Page(html).text
+    assert len(html.encode()) < 5_000_000
+
+
+# Hostile text -------------------------------------------------------------------------------------
+
+
+def test_text_from_files_is_shown_and_not_interpreted(moe: Path, tmp_path: Path) -> None:
+    plain = Page(_page_with("plain", clone(moe, tmp_path / "plain")))
+    for number, text in enumerate(HOSTILE):
+        html = _page_with(text, clone(moe, tmp_path / str(number)))
+        assert Page(html).tags == plain.tags
+        assert "onerror" not in text or "onerror=alert(1)&gt;" in html
+
+
+def _page_with(text: str, moe: Path) -> str:
+    """Return a page with this text wherever text can come from."""
+    record = read_json(moe / "upcycle.json")
+    whole = text.replace("\udcff", "")  # JSON cannot hold half a character
+    record["recipe"] = dict.fromkeys(record["recipe"], whole)
+    record["promise"] = whole
+    record["source"] |= {"name": whole, "files": [{"name": whole, "header_sha256": whole}]}
+    write_json(moe / "upcycle.json", record)
+    check = CheckResult(
+        name="weights",
+        status=Status.FAILED,
+        detail=text,
+        failures=(f"{text} is missing",),
+        metrics={text: text},
+        layers=(layer(0), layer(1)),
+        texts=(TextMeasure(tokens=[text, "b"], kl=[0.5, None]),),
+    )
+    report = Report(checks=(check,), promise=None, paths=(moe, moe))
+    return verification_html(report, dense=text, moe=text, command=text)
+
+
+def test_the_home_directory_is_not_named(found: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    html = verification_html(
+        found, dense="/home/somebody/d", moe="/home/somebody2/m", command="verify /home/somebody/d"
+    )
+    assert "/home/somebody/" not in html
+    assert "verify ~/d" in html
+    assert "/home/somebody2/m" in html
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_bad_places_are_refused(llama: Path, moe: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "directory.html"
+    directory.mkdir()
+    (tmp_path / "link").symlink_to(llama)
+    for file, words in (
+        (tmp_path / "absent" / "r.html", "is not a directory"),
+        (tmp_path / "r.txt", "does not end in .html"),
+        (moe / "model.safetensors", "does not end in .html"),
+        (directory, "not a regular file"),
+        (llama / "r.html", "never modified"),
+        (tmp_path / "link" / "r.html", "never modified"),
+        (tmp_path / f"{'x' * 300}.html", "too long"),
+        (Path("/proc/r.html"), "cannot write"),
+    ):
+        with pytest.raises(UpcycleError) as caught:
+            ReportFile(file).check(llama)
+        assert words in str(caught.value)
+    ReportFile(moe / "r.html").check(llama)
+    assert not (moe / "r.html").exists()
+
+
+def test_a_missing_library_is_found_before_the_checks(
+    llama: Path, moe: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import atexit, sys; sys.modules['matplotlib'] = None\n"
+        "from upcycle_cli.__main__ import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\nmain()"
+    )
+    arguments = ["verify", llama, moe, "--report", tmp_path / "r.html"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'upcycle-cli[report]'" in done.stderr
+    assert done.stderr.endswith("False\n")
+
+
+def test_the_commands_write_pages(run_cli: RunCli, llama: Path, moe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.html"
+    file.write_text("an older one")
+    some = ("--checks", "directory")
+    done = run_cli("verify", llama, moe, *some, "--report", file, "--json")
+    assert done.returncode == 0, done.stderr
+    validate_json("verify", done.stdout)
+    assert "--checks directory" in Page(file.read_text("utf-8")).text
+    assert os.listdir(tmp_path) == ["r.html"]  # noqa: PTH208
+    umask = os.umask(0)
+    os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    damaged = clone(moe, tmp_path / "damaged", num_local_experts=7)
+    done = run_cli("verify", llama, damaged, *some, "--report", file)
+    assert done.returncode == 1
+    assert f"Wrote {file}." in done.stderr.replace("\n", "")
+    assert "✗ failed" in Page(file.read_text("utf-8")).text
+
+    done = run_cli("inspect", moe, "--report", file, "--json")
+    assert done.returncode == 0, done.stderr
+    validate_json("inspect", done.stdout)
+    assert "Inspection of a Mixture of Experts" in Page(file.read_text("utf-8")).text
+    done = run_cli("inspect", llama, "--report", file)
+    assert done.returncode == 2
+    assert "--report needs an MoE" in done.stderr
+
+
+# Beside a model -----------------------------------------------------------------------------------
+
+
+def test_a_report_beside_the_model_is_published(
+    llama: Path, moe: Path, tmp_path: Path, found: Report
+) -> None:
+    model = clone(moe, tmp_path / "moe")
+    (model / "verification.html").write_text("a draft")
+    assert "verification.html" in read_manifest(open_checkpoint(model)).left_out
+    (model / "verification.html").write_text(html_of(replace(found, paths=(llama, model))), "utf-8")
+    manifest = read_manifest(open_checkpoint(model))
+    assert "verification.html" in manifest.files
+    assert not manifest.failures
+    assert verify(llama, model, checks=["directory"]).accepted
+    # Replacing the output removes its report.
+    convert(llama, model, Recipe(expansion=4, granularity=2, top_k=2), overwrite=True)
+    assert not (model / "verification.html").exists()
+
+
+def test_the_card_links_each_check_to_the_report(
+    llama: Path, tmp_path: Path, found: Report
+) -> None:
+    model = tmp_path / "moe"
+    convert(llama, model, Recipe(expansion=2, granularity=2, top_k=2), verify=True)
+    card, page = (model / "README.md").read_text("utf-8"), html_of(found)
+    plain, linked = card_for_repo(card, "me/moe"), card_for_repo(card, "me/moe", with_report=True)
+    assert "(verification.html)" not in plain
+    assert linked.count("(verification.html)") == 1
+    for name in CHECK_NAMES:
+        assert f"\n| {name} | passed |" in plain
+        assert f"\n| [{name}](verification.html#check-{name}) | passed |" in linked
+        assert f'id="check-{name}"' in page
+    assert not is_edited(linked)
+    assert card_for_repo(linked, "me/moe", with_report=True) == linked
+    assert card_for_repo(linked, "me/moe") == plain
