@@ -47,7 +47,7 @@ from upcycle_cli.models.engines import (  # noqa: E402
     Support,
     engines,
 )
-from upcycle_cli.plan.warnings import WRONG_WORDS  # noqa: E402
+from upcycle_cli.plan.warnings import ENGINE_WARNINGS  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
@@ -346,9 +346,9 @@ def test_who_computes_something_else_is_warned_of() -> None:
     }
     for case, software in wrong:
         said = {engine.name: engine.support for engine in said_of(case)}
-        assert said[software] in WRONG_WORDS, f"{software}, {case.name}"
+        assert said[software] in ENGINE_WARNINGS, f"{software}, {case.name}"
 
 
 def test_what_goes_wrong_without_a_word_is_said_in_words() -> None:
     silent = {each for each in Support if each.name.endswith("WRONG") or "_ON_CPU" in each.name}
-    assert WRONG_WORDS.keys() == {*silent, Support.CHANGES}
+    assert ENGINE_WARNINGS.keys() == {*silent, Support.CHANGES}

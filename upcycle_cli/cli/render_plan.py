@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,10 @@ from upcycle_cli.cli.render import (
     push_json,
 )
 from upcycle_cli.cli.terminal import rows_table
-from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.inspection.describe import software_lines
-from upcycle_cli.models.layers import format_layers
+from upcycle_cli.plan.facts import facts
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.warnings import (
-    ORDER_TEXTS,
-    experts_text,
-    factors_text,
-    merged_text,
-    no_promise,
-    router_text,
-    warnings,
-)
-from upcycle_cli.recipe.recipe import NeuronOrder, Promise
+from upcycle_cli.plan.warnings import warnings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,73 +26,8 @@ if TYPE_CHECKING:
 
 def plan_table(plan: Plan) -> Table:
     """Return the summary of a plan, one property a row."""
-    return rows_table(_growth_rows(plan) if plan.expansion else _upcycling_rows(plan))
-
-
-def _upcycling_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
-    recipe, dense = plan.recipe, plan.family.dense
-    yield "model", [f"{dense.family.title} → {plan.family.target.title}"]
-    yield "recipe", [f"{recipe.name}, {recipe.routing}, seed {recipe.seed}"]
-    yield "experts", [experts_text(plan)]
-    if plan.merge is not None:
-        groups, rest = merged_text(plan)
-        yield "experts from", [groups]
-        yield "all else", [f"attention, norms, embeddings: {rest}"]
-    if len(plan.family.layers) < dense.num_layers:
-        yield "MoE layers", [f"{format_layers(plan.family.layers)} of {dense.num_layers}"]
-    yield "parameters", [f"{_parameters(plan)} (dense {parameter_text(plan.dense_parameters)})"]
-    flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
-    yield "FLOPs per token", [f"{flops}, attention scores left out"]
-    yield "size", [_size(plan)]
-    lossless = "rounded" if plan.rounded_to else "lossless"
-    yield "scale factors", [f"{factors_text(plan, '×')} ({lossless})"]
-    groups = f"{counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
-    rows = groups if recipe.virtual_groups else "a row of its own per expert"
-    if recipe.neuron_order is not NeuronOrder.SLICED:
-        yield "neurons", [ORDER_TEXTS[recipe.neuron_order]]
-    yield "router", [f"{router_text(plan)}, {rows}"]
-    yield "promise", [_promise(plan, "dense model")]
-    if plan.dropped:
-        reasons = "; ".join(sorted({*plan.dropped.values()}))
-        yield "left out", [f"{counted(len(plan.dropped), 'tensor')}: {reasons}"]
-    yield "engines", software_lines(plan.engines)
-
-
-def _growth_rows(plan: Plan) -> Iterator[tuple[str, Sequence[str]]]:
-    assert plan.expansion is not None
-    before, k = plan.expansion.experts, plan.expansion.growth.expand
-    yield "model", [f"{plan.target.title}, each expert {k} times"]
-    experts = f"{before.num_experts} → {plan.num_experts} per layer"
-    active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
-    yield "experts", [f"{experts}, {active}, each {before.expert_size} wide"]
-    if len(plan.layers) < before.num_layers:
-        yield "MoE layers", [f"{format_layers(plan.layers)} of {before.num_layers}"]
-    yield "parameters", [f"{_parameters(plan)} (source {parameter_text(plan.dense_parameters)})"]
-    yield "size", [_size(plan)]
-    yield "promise", [_promise(plan, "source")]
-    yield "engines", software_lines(plan.engines)
-
-
-def _parameters(plan: Plan) -> str:
-    return (
-        f"{parameter_text(plan.total_parameters)}, {parameter_text(plan.active_parameters)} active"
-    )
-
-
-def _size(plan: Plan) -> str:
-    return f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
-
-
-def _promise(plan: Plan, origin: str) -> str:
-    match plan.promise:
-        case Promise.EXACT:
-            rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
-            return f"exact: the function of the {origin}{rounding}"
-        case Promise.APPROXIMATE:
-            std = plan.recipe.router_logit_std
-            return f"approximate: equal up to the router logits (std {std:g})"
-        case Promise.NONE:
-            return f"none: {no_promise(plan)}"
+    rows = [(key, [text]) for key, text in facts(plan).items()]
+    return rows_table([*rows, ("engines", software_lines(plan.engines))])
 
 
 def plan_json(plan: Plan, told: Iterable[str] = ()) -> dict[str, Any]:

@@ -18,21 +18,12 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
 from upcycle_cli.models.engines import Support
-from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.models.wrappers import text_config_of
+from upcycle_cli.plan.facts import facts, why_no_promise
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.warnings import (
-    ORDER_TEXTS,
-    experts_text,
-    factors_text,
-    merged_text,
-    no_promise,
-    perturbed_text,
-    router_text,
-    training_notes,
-)
+from upcycle_cli.plan.warnings import training_warnings
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Routing
 
 if TYPE_CHECKING:
@@ -62,18 +53,18 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     """Return the card's text; `report` is what verify found, `repo` where the model will be."""
     if plan.expansion is None:
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
-        facts, own = _facts(plan), _upcycled(plan)
+        own = _upcycled(plan)
     else:
         k = plan.expansion.growth.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
-        facts, own = _grown_facts(plan), {"expand": k}
+        own = {"expand": k}
     place = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
     text = Template((files(__package__) / template).read_text(encoding="utf-8")).substitute(
         own,
         front_matter=_front_matter(plan),
         title=_markdown(plan.source.name.split("/")[-1]) + title,
         origin=_origins(plan),
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
         found=_found_text(report),
         verify_again=shell_line(_verify_again(plan, place)),
@@ -87,7 +78,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
 def _upcycled(plan: Plan) -> dict[str, object]:
     """Return what the card of an upcycled model says, and that of a grown one does not."""
     ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
-    notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_notes(plan))
+    notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan))
     return {
         "whose": "its" if plan.merge is None else "their",
         "experts": _experts(plan),
@@ -185,54 +176,15 @@ def _origin(source: Checkpoint) -> str:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    recipe, dense = plan.recipe, plan.family.dense
-    layers = f"{format_layers(plan.family.layers)} of {dense.num_layers}"
-    return {
-        "recipe": f"{recipe.name}: expansion {recipe.expansion}, granularity "
-        f"{recipe.granularity}, top-k {recipe.top_k}",
-        "architecture": f"{plan.family.target.architecture}, from {dense.family.title}",
-        "MoE layers": "all" if len(plan.family.layers) == dense.num_layers else layers,
-        "experts": experts_text(plan),
-        **_merged(plan),
-        "neurons": ORDER_TEXTS[recipe.neuron_order],
-        **({"experts differ": perturbed_text(plan)} if recipe.perturbed else {}),
-        "routing": f"{recipe.routing}",
-        "routers": _markdown(f"{router_text(plan)}, seed {recipe.seed}"),
-        "parameters": f"{_parameters(plan)} (dense: {_billions(plan.dense_parameters)})",
-        "scale factors": f"{factors_text(plan)} ({'rounded' if plan.rounded_to else 'lossless'})",
-    }
-
-
-def _merged(plan: Plan) -> dict[str, str]:
-    if plan.merge is None:
-        return {}
-    groups, rest = map(_markdown, merged_text(plan))
-    return {"experts from": groups, "attention, norms, embeddings": rest}
-
-
-def _grown_facts(plan: Plan) -> dict[str, str]:
-    assert plan.expansion is not None
-    before = plan.expansion.experts
-    every = len(plan.layers) == before.num_layers
-    return {
-        "architecture": plan.target.architecture,
-        "MoE layers": "all" if every else f"{format_layers(plan.layers)} of {before.num_layers}",
-        "experts": f"{plan.num_experts} per layer, {plan.top_k} active (source: "
-        f"{before.num_experts}, {before.top_k} active), intermediate size {before.expert_size}",
-        "routing": f"{plan.routing}",
-        "parameters": f"{_parameters(plan)} (source: {_billions(plan.dense_parameters)} in all)",
-    }
-
-
-def _parameters(plan: Plan) -> str:
-    total, active = _billions(plan.total_parameters), _billions(plan.active_parameters)
-    return f"{total} in all, {active} active per token"
+    """Return the rows of the card's table: what convert printed, and the model's class."""
+    shown = {"architecture": plan.target.architecture} | facts(plan)
+    return {key: _markdown(text) for key, text in shown.items() if key != "promise"}
 
 
 def _promise(plan: Plan) -> str:
     origin = "source" if plan.expansion else "dense model"
     if plan.promise is Promise.NONE:
-        return f"It does not compute what the {origin} computes: {no_promise(plan)}."
+        return f"It does not compute what the {origin} computes: {why_no_promise(plan)}."
     rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     if plan.promise is Promise.APPROXIMATE:
         rounding = " up to an error of the order of the router's logits"
@@ -342,7 +294,3 @@ def _engines_text(plan: Plan, place: str) -> str:
             lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]) + trust)
             text += f"\n\nTo serve it with {engine.name}:\n\n```sh\n{lines}\n```"
     return text
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -7,7 +7,6 @@ a file) stays open here; `unknowns.py` fills it in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.expand import build_growth
 from upcycle_cli.plan.expressions import Permutation
+from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.merge import Merge, Rest
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.permutation_file import PermutationFile, order_name
@@ -38,8 +38,6 @@ from upcycle_cli.recipe.recipe import (
     Promise,
     Recipe,
     RouterInit,
-    Routing,
-    Scaling,
 )
 
 if TYPE_CHECKING:
@@ -333,7 +331,7 @@ def expectation(plan: Plan) -> Expectation:
     """Return what the check `outputs` holds the MoE to, as plain values."""
     from upcycle_cli.verification.outputs import Expectation
 
-    reason = why_nothing_is_promised(plan) or ""
+    reason = why_no_promise(plan) if plan.promise is Promise.NONE else ""
     if plan.expansion is not None:
         return Expectation(
             promise=plan.promise,
@@ -350,40 +348,3 @@ def expectation(plan: Plan) -> Expectation:
         logit_std=recipe.router_logit_std or 0.0,
         is_lossless=not plan.rounded_parts,
     )
-
-
-def why_nothing_is_promised(plan: Plan) -> str | None:  # noqa: C901, PLR0911 - a table of reasons
-    """Say why a plan does not promise the function of its source; None where it does."""
-    if plan.promise is not Promise.NONE:
-        return None
-    if plan.expansion is not None:
-        exact = plan.expansion.growth.expand * plan.expansion.experts.top_k
-        return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
-    recipe, size = plan.recipe, plan.recipe.group_size
-    needed = float(size)
-    if recipe.routing is Routing.SOFTMAX_TOPK:
-        needed = recipe.expansion * size**2 / recipe.top_k
-    if plan.merge is not None:
-        return "its experts were made of several models, which compute different functions"
-    if recipe.noise:
-        return f"noise of {recipe.noise:g} x their standard deviation is on the experts' matrices"
-    if recipe.reinit:
-        return f"{recipe.reinit:.4g} of each expert's neurons were drawn anew"
-    if recipe.top_k % size:
-        return (
-            f"top-k {recipe.top_k} is not a multiple of the {size} routed shards of the dense MLP, "
-            "so every token misses some of them"
-        )
-    if not recipe.virtual_groups and size > 1:
-        return "without virtual groups the chosen experts need not hold every shard"
-    if recipe.scaling in (Scaling.PAPER, Scaling.NONE) and not math.isclose(needed, 1.0):
-        return (
-            f"scaling {recipe.scaling} does not preserve the MLP's output, which needs {needed:g}"
-        )
-    uniform = recipe.routing is not Routing.SOFTMAX_TOPK or recipe.top_k == recipe.num_experts
-    if not uniform and recipe.router_init is RouterInit.FILE:
-        return "softmax-topk weighs experts by the router's logits, and given rows can be any"
-    std, most = recipe.router_logit_std, recipe.largest_approximate_std
-    if not uniform and std is not None and std > most:
-        return f"the router's logits are too large (standard deviation {std:.3g} > {most:g})"
-    return f"the scale was set to {plan.factors.c:g}, and the routing needs {needed:g}"

@@ -1,0 +1,174 @@
+"""A plan in words: the rows that the table and the model card show, and why it promises nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from upcycle_cli.core.text import counted, parameter_text, size_text
+from upcycle_cli.models.layers import format_layers
+from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.plan import Expansion, Plan
+from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit, Routing, Scaling
+
+_ORDERS = {
+    NeuronOrder.SLICED: "sliced in the dense MLP's order, the same in each virtual group",
+    NeuronOrder.SHUFFLED: "shuffled in each virtual group but the first, exact",
+    NeuronOrder.CLUSTERED: "clustered by common activity, the same in each virtual group, exact",
+    NeuronOrder.FILE: "permuted as the given file says, exact",
+}
+
+
+def facts(plan: Plan) -> dict[str, str]:
+    """Return what a plan makes, a property a row, in the order to show them."""
+    return dict(_growth(plan, plan.expansion) if plan.expansion else _upcycling(plan))
+
+
+def _upcycling(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe, dense = plan.recipe, plan.family.dense
+    yield "model", f"{dense.family.title} → {plan.target.title}"
+    yield "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}"
+    yield "experts", _experts(plan)
+    if plan.merge is not None:
+        yield "experts from", _groups(plan, plan.merge)
+        mean = plan.merge.rest is Rest.MEAN
+        others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
+        yield "other weights", f"attention, norms, embeddings: {others}"
+    yield from _layers(plan)
+    yield "parameters", f"{_parameters(plan)} (dense {parameter_text(plan.dense_parameters)})"
+    flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
+    yield "FLOPs per token", f"{flops}, attention scores left out"
+    yield "size", _size(plan)
+    rounded = "rounded" if plan.rounded_to else "lossless"
+    yield "scale factors", f"{_factors(plan)} ({rounded})"
+    if recipe.neuron_order is not NeuronOrder.SLICED:
+        yield "neurons", _ORDERS[recipe.neuron_order]
+    if recipe.perturbed:
+        yield "perturbation", perturbation_text(plan)
+    yield "router", _router(plan)
+    yield "promise", promise_text(plan)
+    if plan.dropped:
+        reasons = "; ".join(sorted({*plan.dropped.values()}))
+        yield "left out", f"{counted(len(plan.dropped), 'tensor')}: {reasons}"
+
+
+def _growth(plan: Plan, expansion: Expansion) -> Iterator[tuple[str, str]]:
+    before, times = expansion.experts, expansion.growth.expand
+    yield "model", f"{plan.target.title}, each expert {times} times"
+    experts = f"{before.num_experts} → {plan.num_experts} per layer"
+    active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
+    yield "experts", f"{experts}, {active}, each {plan.expert_size} wide"
+    yield from _layers(plan)
+    yield "parameters", f"{_parameters(plan)} (source {parameter_text(plan.dense_parameters)})"
+    yield "size", _size(plan)
+    yield "promise", promise_text(plan)
+
+
+def _layers(plan: Plan) -> Iterator[tuple[str, str]]:
+    if len(plan.layers) < plan.num_layers:
+        yield "MoE layers", f"{format_layers(plan.layers)} of {plan.num_layers}"
+
+
+def _parameters(plan: Plan) -> str:
+    total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
+    return f"{total}, {active} active"
+
+
+def _size(plan: Plan) -> str:
+    return f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
+
+
+def _experts(plan: Plan) -> str:
+    text = f"{plan.num_experts} per layer, {plan.top_k} active, each {plan.expert_size} wide"
+    if plan.recipe.shared_experts:
+        width = plan.recipe.shared_experts * plan.expert_size
+        text += f", beside a shared one {width} wide"
+    return text
+
+
+def _groups(plan: Plan, merge: Merge) -> str:
+    """Say which virtual groups come from which model."""
+    groups = merge.of_groups(plan.recipe.expansion)
+    return "groups " + "; ".join(
+        f"of {source.name}: {', '.join(str(g) for g, model in enumerate(groups) if model == n)}"
+        for n, source in enumerate(plan.sources)
+        if n in groups
+    )
+
+
+def _factors(plan: Plan) -> str:
+    factors, target = plan.factors, plan.target
+    parts = [f"{name} × {factors.of(name):g}" for name in plan.family.dense.mlp_kind.matrices]
+    if factors.config != 1.0:
+        parts.append(f"gates × {factors.config:g} ({target.keys.scale})")
+    if plan.recipe.shared_experts and target.shared and target.shared.down_factor != 1.0:
+        parts.append(f"down of the shared expert × {target.shared.down_factor:g}")
+    return ", ".join(parts)
+
+
+def _router(plan: Plan) -> str:
+    recipe, text, found = plan.recipe, plan.inputs.text, plan.calibration
+    words = "rows of a file"
+    if recipe.router_init is RouterInit.PROMPTS:
+        words = f"rows from prompts, logit std {recipe.router_logit_std:g}"
+    elif recipe.router_init is not RouterInit.FILE:
+        words = f"{recipe.router_init} rows, logit std {recipe.router_logit_std:g}"
+    if text is not None:
+        words += f", calibrated on {text.name}"
+    if found is not None:
+        layers = [layer.statistics for layer in found.layers.values()]
+        cv = sum(layer.load_cv for layer in layers) / len(layers)
+        idle = sum(layer.idle for layer in layers)
+        words += f" ({found.tokens} tokens: load varies by {cv:.2f}, {idle} never chosen)"
+    if not recipe.virtual_groups:
+        return f"{words}, a row of its own per expert"
+    return f"{words}, {counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
+
+
+def perturbation_text(plan: Plan) -> str:
+    """Say how each expert differs from its shard of the dense MLP."""
+    recipe = plan.recipe
+    if recipe.noise:
+        return f"noise of {recipe.noise:g} × the standard deviation of each matrix"
+    count = recipe.reinit_count(plan.expert_size)
+    return f"{count} of {plan.expert_size} neurons of each expert initialised again"
+
+
+def promise_text(plan: Plan) -> str:
+    """Say what the output computes, compared with its source."""
+    match plan.promise:
+        case Promise.EXACT:
+            origin = "source" if plan.expansion else "dense model"
+            rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
+            return f"exact: the function of the {origin}{rounding}"
+        case Promise.APPROXIMATE:
+            std = plan.recipe.router_logit_std
+            return f"approximate: equal up to the router logits (std {std:g})"
+        case Promise.NONE:
+            return f"none: {why_no_promise(plan)}"
+
+
+def why_no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
+    """Say why a plan promises nothing."""
+    if plan.expansion is not None:
+        exact = plan.expansion.growth.expand * plan.expansion.experts.top_k
+        return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
+    recipe, factors = plan.recipe, plan.factors
+    if plan.merge is not None:
+        return "its experts are made of several models, which compute different functions"
+    if recipe.perturbed:
+        return f"the experts differ from the dense MLP: {perturbation_text(plan)}"
+    if not recipe.picks_whole_groups:
+        size = "G - K" if recipe.shared_experts else "G"
+        return f"top-k {recipe.top_k} is not a multiple of {size} = {recipe.group_size}"
+    if not recipe.virtual_groups and recipe.group_size > 1:
+        return "without virtual groups a token does not get every shard of the dense MLP"
+    if recipe.scaling in (Scaling.PAPER, Scaling.NONE):
+        return f"scaling {recipe.scaling} does not preserve the MLP's output"
+    uneven = recipe.routing is Routing.SOFTMAX_TOPK and recipe.top_k < recipe.num_experts
+    std = recipe.router_logit_std
+    if uneven and std is None:
+        return "softmax-topk weighs experts by the router's logits, and given rows can be any"
+    if uneven and std is not None and std > recipe.largest_approximate_std:
+        return f"with router logits of standard deviation {std:g} the gates are far from equal"
+    scale = factors.output(plan.family.dense.mlp_kind) * factors.config
+    return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
