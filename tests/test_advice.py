@@ -301,7 +301,7 @@ def test_engines_that_compute_something_else(
     ("model_type", "words"),
     [
         ("youtu", "vLLM loads deepseek_v3 with sigmoid-topk but computes something else on a CPU"),
-        ("nemotron_h", "mergekit gives back nemotron_h with other tensors"),
+        ("nemotron_h", "mergekit saves nemotron_h with other tensors"),
     ],
 )
 def test_what_goes_wrong_of_whoever_made_the_model_is_said(
