@@ -1,8 +1,5 @@
-"""The calibration: the dense model runs once on a text, and tells what to make of it.
+"""Calibration: run the dense model on a text, and fit router rows and neuron orders to it.
 
-- text.py     which text
-- found.py    what is kept of a calibration
-- rows.py     from the inputs of a layer's MLP to router rows; numpy alone
-- shards.py   from what neurons do to the order in which they are cut up; numpy alone
-- passing.py  the run itself, a layer at a time; the only one that needs torch
+`collect` runs the model, `statistics` evaluates one layer, `router_rows` and `neuron_clusters` have
+the algorithms in numpy, and `cache` keeps the result while a conversion is unfinished.
 """

@@ -1,7 +1,7 @@
-"""A calibration as a part of a conversion: run once, kept until OUTPUT is complete.
+"""A calibration as a step of a conversion: run once, and kept until OUTPUT is complete.
 
-A run that was cut short goes on with what it had found, so that all of an output follows from one
-calibration, on whatever machine it is completed.
+A conversion that is resumed uses the calibration it has, so that all of an output follows from one
+calibration, whatever machine completes it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _MOST_BYTES = 4_000_000_000
 
 
 def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Watch) -> Plan:
-    """Return the plan with what its text shows, on every rank; rank 0 has the `staging` directory.
+    """Return the plan with its calibration filled in, on every rank; rank 0 has the `staging`.
 
-    Raises UpcycleError when there can be no calibration.
+    Raises UpcycleError when the calibration cannot be run.
     """
     if plan.inputs.text is None:
         return plan
@@ -33,7 +33,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Wat
     def find() -> Calibration | None:
         if staging is None:
             return None
-        found = _kept(plan, staging)
+        found = _cached(plan, staging)
         if found is None:
             from upcycle_cli.calibrate.collect import calibrate
 
@@ -47,12 +47,12 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Wat
     return bind(plan, found)
 
 
-def _kept(plan: Plan, staging: Staging) -> Calibration | None:
-    # What is damaged is found out once more.
+def _cached(plan: Plan, staging: Staging) -> Calibration | None:
+    # A damaged file is no error: the calibration is run again.
     with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
         found = Calibration.from_bytes(read_small(staging.path / CALIBRATION, _MOST_BYTES))
-        each = plan.recipe.num_experts // plan.recipe.router_rows
-        rows = {t.layer: t.nbytes // each for t in plan.tensors if t.role is Role.ROUTER}
+        copies = plan.recipe.num_experts // plan.recipe.router_rows
+        rows = {t.layer: t.nbytes // copies for t in plan.tensors if t.role is Role.ROUTER}
         clustered = plan.recipe.neuron_order is NeuronOrder.CLUSTERED
         order = 4 * plan.family.dense.intermediate_size if clustered else 0
         held = {layer: (len(of.rows), len(of.order or b"")) for layer, of in found.layers.items()}

@@ -1,7 +1,7 @@
-"""From the inputs of a layer's MLP to the rows of its router, and to what these make of them.
+"""Fit the rows of a router to the inputs of its MLP, in float64 and with numpy alone.
 
-All in float64 and with numpy alone. Legend: P positions, H hidden size, E rows (one a group, or one
-an expert without virtual groups), K groups that a token chooses.
+Legend: P positions, H hidden size, E rows (one a group, or one an expert without virtual groups), K
+groups that a token chooses.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[np.float64]"
 Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
-"""Gives standard normal values by the name of their stream."""
+"""Returns standard normal values by the name of their stream."""
 
 Fit: TypeAlias = "Callable[[Array, Wanted, Draw], Array]"
-"""Makes rows of a layer's inputs."""
+"""Fits rows to a layer's inputs."""
 
 _DIRECTIONS = 3
-"""Principal directions that are taken out with the mean, at most."""
+"""At most so many principal directions are removed together with the mean."""
 _DIMENSIONS_EACH = 8
-"""Of the input, for each of them."""
+"""Dimensions of the input for each removed direction."""
 _POWER_STEPS = 8
 _CLUSTER_STEPS = 24
 _TRIES = 4
 _FAIR = 0.25
-"""A draw is good when its least loaded row has this much of its share."""
+"""A draw is good if its least loaded row has this much of the mean load."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What rows are to be: how many, how many a token chooses, and how large their logits."""
+    """The rows that are wanted: how many, how many a token chooses, how large their logits."""
 
     rows: int
     chosen: int
@@ -46,18 +46,17 @@ class Wanted:
 
 
 def balanced(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
-    """Return random rows that see what tells tokens apart, and nothing of what all share.
+    """Return random rows without the directions that all tokens share.
 
     Nearly all of an MLP's input can be its mean: a row that is not orthogonal to it gives every
-    token about the same logit, whatever the token, and some group wins always. So the mean and
-    the principal directions beside it are taken out of random rows, and each is scaled so that
-    its own logits have the standard deviation that is asked for. Where a row's load on the text
-    is small all the same, others are drawn.
+    token about the same logit, and one group always wins. So the mean and the strongest principal
+    directions are removed from random rows, and each row is scaled so that its logits have the
+    wanted standard deviation. If a row's load on the text is still small, all rows are drawn anew.
     """
     common_HC = _common(inputs_PH, draw, wanted.stream)
     best: tuple[float, Array] | None = None
     for attempt in range(_TRIES):
-        # The first are the rows that are drawn without a calibration, too.
+        # The first draw is that of a router without a calibration.
         stream = wanted.stream if attempt == 0 else f"{wanted.stream}.{attempt}"
         rows_EH = _without(draw(stream, (wanted.rows, inputs_PH.shape[1])), common_HC)
         rows_EH = _scaled(rows_EH, inputs_PH, wanted)
@@ -74,8 +73,8 @@ def balanced(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
 def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
     """Return the centres of clusters of the inputs, by k-means on the sphere.
 
-    Clustered is what `balanced` rows see: the inputs without what all share. Each row is scaled
-    as those are. UpcycleError when there are fewer positions than rows.
+    The shared directions are removed from the inputs first, and each row is scaled, as in
+    `balanced`. Raises UpcycleError when there are fewer positions than rows.
     """
     positions, rows = len(inputs_PH), wanted.rows
     if positions < rows:
@@ -99,12 +98,12 @@ def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
 
 
 def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: Wanted, _: Draw) -> Array:
-    """Return what the inputs of each row's prompts are on average, without what all share.
+    """Return the mean input of each row's prompts, without the directions that all prompts share.
 
-    `weights_EP` has the share of each position in a row's mean, negative for what the row is not to
-    look like. The mean over the rows would shift every token's logits by one amount; along the
-    mean of all inputs, one row would win for every token. Both are taken out, and each row is
-    scaled as those are that are fitted to a text.
+    `weights_EP` has the weight of each position in a row's mean, negative for negative prompts. The
+    mean over the rows is removed, since it shifts all logits of a token alike, and so is the
+    mean of all inputs, along which one row would win for every token. Each row is scaled as in
+    `balanced`.
     """
     assert weights_EP is not None
     rows_EH = weights_EP @ inputs_PH
@@ -117,20 +116,20 @@ def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: Wanted, _: Draw
 
 
 def loads(logits_PE: Array, chosen: int) -> Array:
-    """Return how many positions choose each row (E,), a tie going to the first."""
+    """Return how many positions choose each row (E,); ties go to the first row."""
     chosen_PK = np.argsort(-logits_PE, axis=1, kind="stable")[:, :chosen]
     return np.bincount(chosen_PK.ravel(), minlength=logits_PE.shape[1]).astype(np.float64)
 
 
 def chosen_gates(logits_PE: Array, chosen: int) -> float:
-    """Return what the largest of each position's softmax sum to, mean over positions."""
+    """Return the sum of each position's largest softmax values, mean over positions."""
     exponents_PE = np.exp(logits_PE - logits_PE.max(1, keepdims=True))
     gates_PE = np.sort(exponents_PE / exponents_PE.sum(1, keepdims=True), axis=1)
     return float(gates_PE[:, -chosen:].sum(1).mean())
 
 
 def _common(inputs_PH: Array, draw: Draw, stream: str) -> Array:
-    """Return orthonormal directions (H, C): the mean, and the strongest of what is left."""
+    """Return orthonormal directions (H, C): the mean, and the strongest of the rest."""
     mean_H = inputs_PH.mean(0)
     length = np.linalg.norm(mean_H)
     if not np.isfinite(length):
@@ -141,7 +140,7 @@ def _common(inputs_PH: Array, draw: Draw, stream: str) -> Array:
         left_PH = inputs_PH - mean_H
         for common_HC in found:
             left_PH = _without(left_PH, common_HC)
-        # Subspace iteration: a few products, where all directions would take H³.
+        # Subspace iteration takes a few products; all directions would take H³.
         directions_HC = draw(f"{stream}.directions", (inputs_PH.shape[1], count))
         for _ in range(_POWER_STEPS):
             directions_HC = np.linalg.qr(left_PH.T @ (left_PH @ directions_HC))[0]
