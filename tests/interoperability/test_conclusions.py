@@ -1,0 +1,335 @@
+"""What the runs in other software conclude, and that the tables of upcycle agree with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "engines")]
+
+from interop.conversions import EXACT, PLAIN, SIGMOID, UPCYCLED, Case, cases  # noqa: E402
+from interop.results import (  # noqa: E402
+    NOT_TRIED,
+    Cell,
+    compare,
+    contradiction,
+    measured,
+    parts_of,
+    table,
+    target_of,
+)
+from interop.software import SOFTWARE  # noqa: E402
+from measured import TARGET, documented, text, verdicts  # noqa: E402
+from worker import Job, in_a_fork, reason  # noqa: E402
+
+from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
+from upcycle_cli.models.engines import (  # noqa: E402
+    CHANGED,
+    DIFFERS,
+    DIFFERS_ON_CPU,
+    FAILS,
+    FUSED,
+    OTHERS,
+    SAME,
+    SCALED,
+    SHARED,
+    SOME_LAYERS,
+    TIED,
+    Engine,
+    Support,
+    engines,
+)
+from upcycle_cli.plan.warnings import ENGINE_WARNINGS  # noqa: E402
+from upcycle_cli.recipe.recipe import Routing  # noqa: E402
+
+CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
+CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",), control=True)
+
+
+TEXT, LATE, EARLY = [*range(32)], [*range(31), 99], [*range(20), 99, *range(21, 32)]
+SCORES = [-3.0] * 24
+
+
+def certain(*_place: int) -> float:
+    """A dense model with a large margin everywhere."""
+    return 3.0
+
+
+def hesitant(index: int, position: int) -> float:
+    """A dense model with no margin where the texts differ; nothing else may be asked."""
+    assert (index, position) in {(0, 31), (0, 20)}
+    return -0.01
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "margin", "verdict"),
+    [
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], None, SAME),
+        ([[1, 2], [3, 5]], [[1, 2], [3, 4]], None, DIFFERS),
+        ([[1, 2], [3]], [[1, 2], [3, 4]], None, DIFFERS),
+        # Scores may differ by rounding.
+        ([[0.5, -3.0001]], [[0.5, -3.0]], None, SAME),
+        ([[0.5, -3.01]], [[0.5, -3.0]], None, DIFFERS),
+        # Approximate texts may part where the dense model hesitates.
+        ([LATE], [TEXT], None, DIFFERS),
+        ([LATE], [TEXT], certain, DIFFERS),
+        ([LATE], [TEXT], hesitant, SAME),
+        ([EARLY], [TEXT], hesitant, DIFFERS),
+        ([EARLY, TEXT], [TEXT, TEXT], hesitant, SAME),
+        ([TEXT[:-1]], [TEXT], hesitant, DIFFERS),
+        # Approximate scores may differ as far as softmax-topk promises.
+        ([[0.5], SCORES], [[0.5], SCORES], certain, SAME),
+        ([[0.5], [-2.95] * 24], [[0.5], SCORES], certain, SAME),
+        ([[0.5], [*SCORES[1:], -3.5]], [[0.5], SCORES], certain, SAME),
+        ([[0.5], [-2.8] * 24], [[0.5], SCORES], certain, DIFFERS),
+        ([[0.5], [float("nan")] * 24], [[0.5], SCORES], certain, DIFFERS),
+    ],
+)
+def test_outputs_are_compared(
+    found: list[list[float]],
+    expected: list[list[float]],
+    margin: Callable[..., float] | None,
+    verdict: str,
+) -> None:
+    assert compare(found, expected, *filter(None, [margin])).verdict == verdict
+
+
+def test_a_difference_is_described() -> None:
+    assert compare([[1, 2], [3, 5]], [[1, 2], [3, 4]]).detail == "from item 1 of output 1: 5 for 4"
+    assert compare([EARLY], [TEXT], hesitant).detail == "only 20 items before the outputs part"
+
+
+@pytest.mark.parametrize("support", sorted({*Support} - {Support.CHANGES, Support.WRONG_ON_CPU}))
+def test_a_result_that_contradicts_the_table_is_found(support: Support) -> None:
+    agreeing = {SAME} if support is Support.RUNS else {DIFFERS, FAILS}
+    said = [Engine("vLLM", support)]
+    for verdict in (SAME, DIFFERS, FAILS):
+        found = contradiction(CASE, "vLLM", Cell(verdict), said)
+        assert (found is None) == (verdict in agreeing)
+    assert contradiction(CASE, "vLLM", Cell(NOT_TRIED), said) is None
+    assert contradiction(CASE, "llama.cpp", Cell(FAILS), said) is None  # it is not in the table
+
+
+def test_versions_of_transformers_stand_for_transformers_unless_listed() -> None:
+    said = [Engine("transformers", Support.RUNS)]
+    assert contradiction(CASE, "transformers 4", Cell(FAILS), said)
+    said.append(Engine("transformers 4", Support.PER_EXPERT_ONLY))
+    assert contradiction(CASE, "transformers 4", Cell(FAILS), said) is None
+    assert contradiction(CASE, "transformers 5", Cell(FAILS), said)
+
+
+def test_a_control_must_differ() -> None:
+    assert contradiction(CONTROL, "vLLM", Cell(SAME), [])
+    assert contradiction(CONTROL, "vLLM", Cell(DIFFERS), []) is None
+
+
+def test_the_printed_table_lists_its_reasons() -> None:
+    rows = {
+        CASE: {"vLLM": Cell(FAILS, "KeyError: 'w1'"), "MLX": Cell(SAME)},
+        CONTROL: {"vLLM": Cell(FAILS, "KeyError: 'w1'")},
+    }
+    assert table(rows, ["vLLM", "MLX"]).splitlines() == [
+        "| conversion | vLLM | MLX |",
+        "|---|---|---|",
+        f"| {CASE.name} | fails | same |",
+        f"| {CONTROL.name} | fails | – |",
+        "",
+        f"- vLLM: KeyError: 'w1' ({CASE.name}; {CONTROL.name})",
+    ]
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def die_of(number: int) -> list[list[int]]:
+    os.kill(os.getpid(), number)
+    return [[0]]
+
+
+def test_a_fork_reports_models_that_crash() -> None:
+    answers: dict[str, Callable[[], list[list[int]]]] = {
+        "runs": lambda: [[1, 2]],
+        "raises": lambda: [[1 // 0]],
+        "exits": lambda: sys.exit("not this one"),
+        "crashes": lambda: die_of(signal.SIGKILL),
+        "hangs": lambda: die_of(signal.SIGALRM),
+    }
+
+    def run(job: Job) -> list[list[int]]:
+        return answers[job["model"]]()
+
+    found = {name: in_a_fork(run, {"model": name, "limit_s": 60}) for name in answers}
+    assert found == {
+        "runs": {"output": [[1, 2]]},
+        "raises": {"error": "ZeroDivisionError: integer division or modulo by zero"},
+        "exits": {"error": "SystemExit: not this one"},
+        "crashes": {"error": "exit code -9"},
+        "hangs": {"error": "no answer in 60 s"},
+    }
+
+
+def test_a_fork_leaves_no_process_behind() -> None:
+    ours, theirs = os.pipe()
+
+    def run(_: Job) -> list[list[int]]:
+        subprocess.Popen(["sleep", "600"], pass_fds=[theirs])
+        return [[0]]
+
+    assert in_a_fork(run, {"limit_s": 60}) == {"output": [[0]]}
+    os.close(theirs)
+    assert os.read(ours, 1) == b""  # when the last process that could write is gone
+    os.close(ours)
+
+
+def test_the_reason_is_the_last_line_with_an_error() -> None:
+    said = "KeyError: 'a'\nValueError: no file: /scratch/upcycle-x/moe/config.json\nDone.\n"
+    assert reason(said) == "ValueError: no file"
+    assert reason("one\n\ntwo\n") == "two"
+
+
+# From the printed table to measured.json ----------------------------------------------------------
+
+TIED_CASE = Case("llama", "mixtral", "E2G2T2", EXACT)
+PLAIN_CASE = Case("mistral", "mixtral", "E4G2T4", EXACT)
+FUSED_CASE = Case("mistral", "mixtral", "E4G2T4", EXACT, ("--expert-layout fused",))
+BALANCED_CASE = Case("lfm2", "lfm2_moe", "E4G2T4", SIGMOID, ("--scale-split balanced",))
+UNSHARED_CASE = Case("mistral", "qwen2_moe", "E4G2T4", PLAIN)
+SHARED_CASE = replace(UNSHARED_CASE, recipe="E4G4T6", options=("--shared-experts 1",))
+DEEPSEEK_CASE = Case("youtu", "deepseek_v3", "E4G2T4", SIGMOID)
+LLAVA_CASE = Case("llava (mistral)", "mixtral", "E4G2T4", EXACT)
+SHIPPED_CASES = tuple(Case(dense, UPCYCLED, "E4G2T4", EXACT) for dense in ("olmo2", "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({PLAIN_CASE: SAME, TIED_CASE: SAME}, {"mixtral": {"MLX": {EXACT: SAME, TIED: SAME}}}),
+        # A model without the property shows what is at fault.
+        ({TIED_CASE: FAILS, PLAIN_CASE: SAME}, {"mixtral": {"MLX": {EXACT: SAME, TIED: FAILS}}}),
+        ({TIED_CASE: DIFFERS}, {"mixtral": {"MLX": {EXACT: DIFFERS}}}),
+        ({PLAIN_CASE: DIFFERS, FUSED_CASE: FAILS}, {"mixtral": {"MLX": {EXACT: DIFFERS}}}),
+        (
+            {PLAIN_CASE: SAME, FUSED_CASE: DIFFERS},
+            {"mixtral": {"MLX": {EXACT: SAME, FUSED: DIFFERS}}},
+        ),
+        ({CONTROL: DIFFERS}, {}),
+        (
+            {BALANCED_CASE: SAME, replace(BALANCED_CASE, options=()): DIFFERS},
+            {"lfm2_moe": {"MLX": {SIGMOID: SAME, TIED: SAME, SCALED: DIFFERS}}},
+        ),
+        (
+            {SHARED_CASE: DIFFERS, UNSHARED_CASE: SAME},
+            {"qwen2_moe": {"MLX": {PLAIN: SAME, SHARED: DIFFERS}}},
+        ),
+        # Engines have other code for a model inside a wrapper.
+        ({LLAVA_CASE: FAILS}, {"llava around mixtral": {"MLX": {EXACT: FAILS}}}),
+        ({replace(LLAVA_CASE, target=UPCYCLED): FAILS}, {"upcycled": {"MLX": {EXACT: FAILS}}}),
+    ],
+)
+def test_verdicts_name_the_part_that_an_engine_lacks(
+    rows: dict[Case, str], expected: dict[str, Any]
+) -> None:
+    found = measured({case: {"MLX": verdict} for case, verdict in rows.items()})
+    assert {target: engines for target, engines in found.items() if engines} == expected
+
+
+def test_verdicts_of_several_engines() -> None:
+    rows = {
+        DEEPSEEK_CASE: {"vLLM": DIFFERS, "mergekit": DIFFERS, "lm-eval": SAME},
+        PLAIN_CASE: {"mergekit": FAILS, "vLLM by transformers": DIFFERS},
+    }
+    assert measured(rows) == {
+        "deepseek_v3": {"vLLM": {SIGMOID: DIFFERS_ON_CPU}, "mergekit": {SIGMOID: CHANGED}},
+        "mixtral": {"vLLM by transformers": {EXACT: DIFFERS}},
+    }
+    shipped = {
+        case: {"MLX": FAILS, "vLLM": verdict}
+        for case, verdict in zip(SHIPPED_CASES, (SAME, FAILS), strict=True)
+    }
+    assert measured(shipped) == {
+        "upcycled": {"MLX": {EXACT: FAILS}},
+        "upcycled_olmo2": {"vLLM": {EXACT: SAME, SCALED: SAME}},
+        "upcycled_gpt2": {"vLLM": {EXACT: FAILS}},
+    }
+    other = Case("iquestcoder", "mixtral", "E4G2T4", EXACT)
+    with pytest.raises(ValueError, match="MLX, mixtral, topk-softmax: fails, against other rows"):
+        measured({PLAIN_CASE: {"MLX": SAME}, other: {"MLX": FAILS}})
+
+
+# The table in the documentation -------------------------------------------------------------------
+
+
+def said_of(case: Case) -> tuple[Engine, ...]:
+    return engines(
+        target_of(case),
+        Routing(case.routing),
+        tied=TIED in parts_of(case),
+        fused=FUSED in parts_of(case),
+        plain_attention=True,
+        every_layer=SOME_LAYERS not in parts_of(case),
+        scaled=SCALED in parts_of(case),
+        shared=SHARED in parts_of(case),
+    )
+
+
+TABLE = verdicts()
+
+
+def test_the_documentation_has_every_conversion_and_every_pair() -> None:
+    assert set(documented()) == {case.name for case in cases()}
+    pairs = {(name, target) for name, row in DENSE.items() for target in row.targets}
+    assert pairs <= {(case.dense, case.target) for case in TABLE}
+    assert len({case.dense for case in TABLE if case.target == UPCYCLED and not case.wrapper}) > 6
+    for case, row in TABLE.items():
+        tried = {name for name, verdict in row.items() if verdict != NOT_TRIED}
+        assert tried == {each.name for each in SOFTWARE if each.tries(case)}, case.name
+
+
+def test_measured_json_is_made_from_the_documentation() -> None:
+    """`python tests/interoperability/measured.py --write` makes it."""
+    assert TARGET.read_text(encoding="utf-8") == text()
+
+
+def test_upcycle_says_what_was_measured_and_nothing_else() -> None:
+    for case, row in TABLE.items():
+        said = said_of(case)
+        for software, verdict in row.items():
+            assert contradiction(case, software, Cell(verdict), said) is None, case.name
+        if case.control:
+            continue
+        # Every engine supports an untied head, so the tied model may have been run instead.
+        options = tuple(option for option in case.options if option != "--untie-embeddings")
+        rows = [row, TABLE.get(replace(case, options=options), {})]
+        pair = [other for each, other in TABLE.items() if target_of(each) == target_of(case)]
+        for engine in said:
+            column = "transformers 5" if engine.name == "transformers" else engine.name
+            tried = {each.get(column, NOT_TRIED) for each in (pair if column in OTHERS else rows)}
+            assert tried != {NOT_TRIED}, (case.name, engine.name)
+
+
+def test_engines_that_compute_something_else_get_a_warning() -> None:
+    silent = {each for each in Support if each.name.endswith("WRONG") or "_ON_CPU" in each.name}
+    assert ENGINE_WARNINGS.keys() == {*silent, Support.CHANGES}
+    wrong = {
+        (case, software)
+        for case, row in TABLE.items()
+        for software, verdict in row.items()
+        if verdict == DIFFERS and not case.control
+    }
+    assert {(case.target, software) for case, software in wrong} >= {
+        ("deepseek_v3", "vLLM"),
+        ("nemotron_h", "mergekit"),
+        ("glm4_moe", "vLLM"),
+    }
+    for case, software in wrong:
+        said = {engine.name: engine.support for engine in said_of(case)}
+        assert said[software] in ENGINE_WARNINGS, f"{software}, {case.name}"
