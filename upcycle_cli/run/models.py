@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -114,13 +115,13 @@ def saved_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
     Raises TransformersError.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = str(config.get("model_type"))
-    with transformers_says(), known(model_type):
-        loaded = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(config)))
-        whole = json.loads(json.dumps(loaded.to_dict(), default=str))
-        return json.loads(loaded.to_json_string()), whole
+    with TemporaryDirectory(prefix="upcycle-config-") as scratch:
+        path = Path(scratch)
+        (path / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+        loaded = load_config(path)
+        with transformers_says():
+            saved, whole = (loaded.to_json_string(use_diff=diff) for diff in (True, False))
+        return json.loads(saved), json.loads(whole)
 
 
 def _model_type(path: Path) -> str:

@@ -189,13 +189,14 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
     if [shard.name for shard in moe.shards] == [WEIGHTS_NAME]:
         return
     index = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES)
-    sizes = {"total_size": moe.nbytes, "total_parameters": moe.num_parameters}
     metadata = index.get("metadata")
     held = metadata if isinstance(metadata, dict) else {}
+    sizes, counted = {"total_size": moe.nbytes}, held.get("total_parameters")
+    if type(counted) is int and 0 < counted <= moe.num_parameters:
+        sizes["total_parameters"] = counted  # transformers leaves out buffers
     for key in [*index.keys() - {"metadata", "weight_map"}]:
         yield f"{INDEX_NAME}: {key} should not be there"
-    wanted = {key: sizes[key] for key in sizes if key in held or key == "total_size"}
-    yield from (f"{INDEX_NAME}: {each}" for each in differences(wanted, held, "metadata"))
+    yield from (f"{INDEX_NAME}: {each}" for each in differences(sizes, held, "metadata"))
 
 
 def _code_failures(plan: Plan, moe: Checkpoint) -> Iterator[str]:

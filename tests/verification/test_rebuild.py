@@ -1,0 +1,282 @@
+"""Every kind of conversion is rebuilt from its record, and what the record cannot say is found."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeDense, clone, read_json, write_json
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from verified import SIZES, save_dense, save_tokenizer, text_of
+
+from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, convert, verify
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.verification.result import Status
+
+COMPARED = ("directory", "weights")
+G2 = partial(Recipe, expansion=2, granularity=2, top_k=2)
+G4 = partial(Recipe, expansion=3, granularity=4, top_k=4)
+K1 = partial(Recipe, expansion=2, granularity=4, top_k=3, shared_experts=1)
+
+KINDS: tuple[tuple[str, str, Recipe, dict[str, Any]], ...] = (
+    # dense model, target, recipe, options
+    ("llama", "mixtral", G2(), {"expert_layout": ExpertLayout.FUSED}),
+    ("llama", "mixtral", G2(scaling=1.7), {"dtype": "float16"}),
+    ("llama", "mixtral", G2(scale_split="down"), {"dtype": "float32"}),
+    ("llama", "mixtral", G2(scaling="none"), {"max_shard_bytes": 20_000}),
+    ("llama", "mixtral", G2(virtual_groups=False), {}),
+    ("llama", "qwen2_moe", G2(layers="1"), {}),
+    ("llama", "mixtral", G2(top_k=3, allow_inexact=True), {}),
+    ("llama", "qwen2_moe", Recipe(expansion=3, granularity=1, top_k=2), {}),
+    ("llama", "qwen2_moe", K1(), {}),
+    ("llama", "glm4_moe", G2(routing="sigmoid-topk"), {}),
+    ("qwen2", "qwen2_moe", G2(scaling="paper"), {"untie_embeddings": True}),
+    ("qwen3", "qwen3_moe", G2(routing="softmax-topk"), {"expert_layout": ExpertLayout.FUSED}),
+    ("gpt2", "upcycled", G4(neuron_order="shuffled"), {}),
+    ("gpt2", "upcycled", G2(reinit=0.3), {"dtype": "bfloat16"}),
+    ("llama", "mixtral", G4(neuron_order="shuffled", noise=0.01), {}),
+    ("llama", "mixtral", G4(neuron_order="shuffled", reinit=0.2), {}),
+    ("llama", "qwen2_moe", K1(neuron_order="shuffled"), {}),
+    ("llama", "qwen2_moe", K1(neuron_order="clustered"), {}),
+    ("llama", "mixtral", G4(neuron_order="clustered", noise=0.01), {}),
+    ("llama", "mixtral", G4(neuron_order="clustered"), {"expert_layout": ExpertLayout.FUSED}),
+    ("llama", "mixtral", G2(router_init="balanced", seed=7), {}),
+    ("llama", "mixtral", G2(router_init="centroids", neuron_order="clustered"), {}),
+    ("llama", "qwen2_moe", G2(routing="softmax-topk", scaling="measured"), {}),
+    ("nemotron", "upcycled", G2(neuron_order="clustered"), {}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "recipe", "options"), KINDS, ids=map(str, range(len(KINDS)))
+)
+def test_what_convert_wrote_is_what_verify_rebuilds(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    kind: str,
+    target: str,
+    recipe: Recipe,
+    options: dict[str, Any],
+) -> None:
+    dense, moe = make_dense(kind), tmp_path / "moe"
+    convert(dense, moe, recipe, target=target, options=Options(**options))
+    report = verify(dense, moe, checks=COMPARED)
+    assert [check.status for check in report.checks] == ["passed", "passed"], text_of(report)
+    assert report.promise == read_json(moe / "upcycle.json")["promise"]
+
+
+@pytest.fixture(scope="module")
+def dense(make_dense: MakeDense) -> Path:
+    return make_dense("llama", dtype="bfloat16")
+
+
+INNER = 48
+"""The intermediate size of the tiny llama."""
+
+
+# Files that the record names ----------------------------------------------------------------------
+
+
+def test_rows_of_a_file_need_the_file(dense: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = [f"layers.{layer}.router" for layer in range(2)]
+    files = []
+    for name in ("rows", "others"):
+        rows = {each: generator.standard_normal((2, 32)).astype("f4") for each in names}
+        save_arrays(rows, tmp_path / name)
+        files.append(tmp_path / name)
+    moe = tmp_path / "moe"
+    convert(dense, moe, G2(router_init="file"), router_rows=files[0])
+    report = verify(dense, moe, checks=COMPARED)
+    assert [check.status for check in report.checks] == ["passed", "measured"]
+    assert "--router-init FILE" in report.checks[1].detail
+    assert not report.accepted
+    assert verify(dense, moe, checks=COMPARED, router_init=files[0]).accepted
+    assert verify(dense, moe, checks=COMPARED, router_init=files[1]).status is Status.FAILED
+    convert(dense, tmp_path / "plain", G2())
+    with pytest.raises(UpcycleError, match="were not given in a file"):
+        verify(dense, tmp_path / "plain", router_init=files[0])
+
+
+def test_rows_fitted_to_a_text_need_the_text(dense: Path, tmp_path: Path) -> None:
+    text, other, moe = tmp_path / "text.txt", tmp_path / "other.txt", tmp_path / "moe"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    other.write_text("Another text.")
+    made = convert(dense, moe, G2(router_init="balanced"), calibration=text, verify=True)
+    assert made.report is not None
+    assert made.report.passed
+    record = read_json(moe / "upcycle.json")["calibration"]
+    assert record["text"] == "text.txt"
+    report = verify(dense, moe, checks=COMPARED)
+    assert [check.status for check in report.checks] == ["passed", "measured"]
+    assert "--calibration FILE" in report.checks[1].detail
+    assert verify(dense, moe, checks=COMPARED, calibration=text).accepted
+    with pytest.raises(UpcycleError, match=r"other.txt is not the text of the calibration"):
+        verify(dense, moe, calibration=other)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("layout", [ExpertLayout.PER_EXPERT, ExpertLayout.FUSED])
+def test_orders_of_a_file_are_found_by_their_neurons(
+    make_dense: MakeDense, tmp_path: Path, groups: int | None, layout: ExpertLayout
+) -> None:
+    """Also where neurons are twins, dead, or differ in one of their matrices only."""
+    source = clone(make_dense("llama"), tmp_path / "dense")
+    held = load_file(source / "model.safetensors")
+    for layer in range(2):
+        for matrix, dim in (("gate", 0), ("up", 0), ("down", 1)):
+            weight = held[f"model.layers.{layer}.mlp.{matrix}_proj.weight"]
+            for twin, other in ((3, 30), (4, 31)):
+                weight.select(dim, other).copy_(weight.select(dim, twin))
+            weight.narrow(dim, 8, 6).zero_()
+            if matrix == "down":
+                weight[-1, 31] += 1
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    generator = np.random.default_rng(1)
+    drawn = [[generator.permutation(INNER) for _ in range(groups or 1)] for _ in range(2)]
+    orders = {
+        f"layers.{layer}.neuron_order": np.stack(each) if groups else each[0]
+        for layer, each in enumerate(drawn)
+    }
+    save_arrays(orders, tmp_path / "orders")
+    given = Options(neuron_orders=read_order_file(tmp_path / "orders"), expert_layout=layout)
+    recipe = Recipe(expansion=3, granularity=2, top_k=2, neuron_order="file")  # type: ignore[arg-type]
+    convert(source, tmp_path / "moe", recipe, options=given)
+    assert read_json(tmp_path / "moe" / "upcycle.json")["order_file"]["name"] == "orders"
+    report = verify(source, tmp_path / "moe", checks=COMPARED)
+    assert report.accepted, text_of(report)
+    assert "6 orders of neurons were found" in report.checks[1].detail
+
+
+# Several models, and growth -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    paths = []
+    for seed in range(3):
+        path = tmp_path_factory.mktemp("dense") / f"llama-{seed}"
+        paths.append(save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path, seed=seed))
+        save_tokenizer(path)
+    return paths
+
+
+@pytest.mark.parametrize("rest", ["first", "mean"])
+def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest: str) -> None:
+    moe, (first, *others) = tmp_path / "moe", models
+    recipe = Recipe(expansion=3, granularity=2, top_k=2)
+    convert(first, moe, recipe, merge=MergeRequest(experts_from=others, rest=rest))  # type: ignore[arg-type]
+    report = verify(first, moe, experts_from=others[::-1])
+    assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
+    assert "several models" in report.checks[2].detail
+    for given, words in (
+        ((), "Name the others with --experts-from"),
+        (others[:1], "none of the given models"),
+        ((*others, first), "no expert is made of"),
+    ):
+        with pytest.raises(UpcycleError) as caught:
+            verify(first, moe, experts_from=given)
+        assert words in str(caught.value)
+    record = read_json(moe / "upcycle.json")
+    record["experts_from"]["groups"] = [0, 2, 1]
+    write_json(moe / "upcycle.json", record)
+    report = verify(first, moe, experts_from=others, checks=["weights"])
+    assert report.status is Status.FAILED
+
+
+@pytest.mark.parametrize(
+    ("growth", "statuses"),
+    [
+        (Growth(expand=2), ["passed"] * 3),
+        (Growth(expand=2, top_k=2, allow_inexact=True), ["passed", "passed", "measured"]),
+    ],
+    ids=["exact", "inexact"],
+)
+def test_a_grown_model_is_verified_by_the_same_path(
+    dense: Path, tmp_path: Path, growth: Growth, statuses: list[str]
+) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    convert(dense, small, G2())
+    convert(small, large, growth)
+    report = verify(small, large)
+    assert [check.status for check in report.checks] == statuses, text_of(report)
+    with pytest.raises(UpcycleError, match="was not made from a dense model") as caught:
+        verify(dense, large)
+    assert "&& upcycle verify" in str(caught.value)
+    held = load_file(large / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    held[name][0, 0] += 1
+    save_file(held, large / "model.safetensors", metadata={"format": "pt"})
+    report = verify(small, large, checks=["weights"])
+    assert f"{name} differs in 1 of" in text_of(report)
+
+
+# What transformers writes -------------------------------------------------------------------------
+
+
+def saved_again(moe: Path, again: Path, **how: Any) -> Path:  # noqa: ANN401
+    """Load and save a model and its tokenizer by transformers, with the record copied beside."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(moe, dtype="auto").save_pretrained(again, **how)
+    AutoTokenizer.from_pretrained(moe).save_pretrained(again)
+    (again / "upcycle.json").write_bytes((moe / "upcycle.json").read_bytes())
+    return again
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        *((target, "float32") for target in NATIVE),
+        *((target, "bfloat16") for target in ("mixtral", "qwen2_moe", "glm4_moe")),
+    ],
+)
+def test_what_transformers_saves_again_passes(
+    make_dense: MakeDense, tmp_path: Path, target: str, dtype: str
+) -> None:
+    kind = next(name for name, row in DENSE.items() if target in row.targets)
+    dense, moe, routings = make_dense(kind, dtype=dtype), tmp_path / "moe", NATIVE[target].routings
+    routing = next(each for each in routings if each is not Routing.SOFTMAX_TOPK)
+    convert(dense, moe, G2(routing=routing), target=target)
+    for name, how in (("again", {}), ("shards", {"max_shard_size": "20KB"})):
+        report = verify(dense, saved_again(moe, tmp_path / name, **how), checks=COMPARED)
+        assert report.accepted, (name, text_of(report))
+    if target != "nemotron_h":  # whose names in memory begin in another way
+        memory = saved_again(moe, tmp_path / "memory", save_original_format=False)
+        assert verify(dense, memory, checks=COMPARED).accepted
+
+
+def test_tensors_that_are_stored_wider_are_compared_wider(dense: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    convert(dense, moe, G2(neuron_order="clustered", router_init="balanced"))
+    held = {name: each.float() for name, each in load_file(moe / "model.safetensors").items()}
+    save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+    write_json(moe / "config.json", read_json(moe / "config.json") | {"dtype": "float32"})
+    report = verify(dense, moe, checks=COMPARED)
+    assert report.accepted, text_of(report)
+    assert "stored wider than planned" in report.checks[1].detail
+    held["model.layers.1.block_sparse_moe.experts.0.w1.weight"][3, 3] += torch.finfo().eps
+    save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+    assert verify(dense, moe, checks=["weights"]).status is Status.FAILED
+
+
+def test_another_version_of_upcycle_is_named(dense: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    convert(dense, moe, G2())
+    record = read_json(moe / "upcycle.json")
+    write_json(moe / "upcycle.json", record | {"tool": {"name": "upcycle-cli", "version": "0.0.1"}})
+    assert verify(dense, moe, checks=COMPARED).accepted
+    write_json(moe / "config.json", read_json(moe / "config.json") | {"use_cache": 3})
+    report = verify(dense, moe, checks=["directory"])
+    assert report.status is Status.FAILED
+    assert "made by upcycle 0.0.1" in report.checks[0].detail

@@ -1,0 +1,253 @@
+"""The function `verify`: arguments, statuses, progress, and what is neither damage nor a bug."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_byte, save_dense, text_of
+
+from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint, verify
+from upcycle_cli.run import models as run_models
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Report, Status
+
+G2 = partial(Recipe, expansion=2, granularity=2, top_k=2)
+
+
+def test_an_exact_conversion_passes(dense: Path, mixtral: Path) -> None:
+    heard = Heard()
+    report = verify(dense, mixtral, watch=heard)
+    assert report.passed
+    assert report.promise == "exact"
+    assert heard.names == list(CHECK_NAMES)
+    done, total, unit = heard.done["weights"][-1]
+    assert (done, unit) == (total, "bytes")
+    assert total == open_checkpoint(mixtral).nbytes
+    assert heard.done["outputs"][-1] == (2, 2, "layers")
+    found = report.to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["status"], found["promise"]) == ("passed", "exact")
+    assert [check["name"] for check in found["checks"]] == list(CHECK_NAMES)
+    metrics = found["checks"][2]["metrics"]
+    assert {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement"} <= metrics.keys()
+
+
+def test_an_approximate_conversion_passes(dense: Path, qwen2_moe: Path) -> None:
+    report = verify(dense, qwen2_moe)
+    assert report.passed, text_of(report)
+    assert report.promise == "approximate"
+
+
+REASONS: tuple[tuple[Recipe, str], ...] = (
+    (G2(scaling="none"), "scaling none"),  # type: ignore[arg-type]
+    (G2(scaling="paper"), "scaling paper"),  # type: ignore[arg-type]
+    (G2(scaling=1.5), "the scale was set to 1.5, and the routing needs 2"),
+    (G2(noise=0.1), "noise of 0.1"),
+    (G2(reinit=0.5), "0.5 of each expert's neurons"),
+    (G2(top_k=1, allow_inexact=True), "top-k 1 is not a multiple of the 2 routed shards"),
+    (G2(virtual_groups=False), "without virtual groups"),
+    (G2(routing="softmax-topk", router_logit_std=2.0), "logits are too large"),  # type: ignore[arg-type]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "words"), REASONS, ids=[row[1] for row in REASONS])
+def test_a_recipe_that_promises_nothing_is_measured(
+    dense: Path, tmp_path: Path, recipe: Recipe, words: str
+) -> None:
+    soft = recipe.routing is not None
+    convert(dense, tmp_path / "moe", recipe, target="qwen2_moe" if soft else "mixtral")
+    report = verify(dense, tmp_path / "moe", texts=TextOptions(tokens=64))
+    assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
+    assert (report.status, report.promise, report.accepted) == ("measured", "none", False)
+    assert words in report.checks[2].detail
+    assert verify(dense, tmp_path / "moe", checks=["weights"]).accepted is False
+
+
+def results(*statuses: str) -> tuple[CheckResult, ...]:
+    names = zip(CHECK_NAMES, statuses, strict=False)
+    return tuple(CheckResult(name=name, status=Status(s), detail="") for name, s in names)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "promise", "status", "accepted", "accepted_inexact"),
+    [
+        (("passed", "passed", "passed"), "exact", "passed", True, True),
+        (("passed", "passed"), "exact", "measured", True, True),  # of two, as asked
+        (("passed", "passed"), "none", "measured", False, True),
+        (("passed", "passed", "measured"), "none", "measured", False, True),
+        (("passed", "measured", "passed"), "exact", "measured", False, True),
+        (("skipped", "skipped", "measured"), "none", "measured", False, True),
+        (("passed", "failed", "passed"), "exact", "failed", False, False),
+        (("failed", "skipped", "skipped"), None, "failed", False, False),
+        (("skipped", "skipped"), "none", "skipped", False, False),
+    ],
+)
+def test_the_status_of_a_report(
+    statuses: tuple[str, ...],
+    promise: str | None,
+    status: str,
+    accepted: bool,  # noqa: FBT001
+    accepted_inexact: bool,  # noqa: FBT001
+) -> None:
+    report = Report(checks=results(*statuses), promise=promise)
+    assert (report.status, report.accepted) == (status, accepted)
+    assert report.passed is (status == "passed")
+    inexact = Report(checks=report.checks, promise=promise, allow_inexact=True)
+    assert inexact.accepted is accepted_inexact
+
+
+def test_usage(dense: Path, mixtral: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match="'weight' is not a check"):
+        verify(dense, mixtral, checks=["weight"])
+    with pytest.raises(UpcycleError, match="no check"):
+        verify(dense, mixtral, checks=[])
+    for paths in ((mixtral, dense), (mixtral, mixtral)):
+        with pytest.raises(UpcycleError, match="dense model comes first"):
+            verify(*paths)
+    for paths in ((tmp_path / "none", mixtral), (dense, tmp_path / "none"), (dense, tmp_path)):
+        with pytest.raises(UpcycleError):
+            verify(*paths)
+    with pytest.raises(UpcycleError, match="made of"):
+        verify(dense, mixtral, experts_from=[dense])
+
+
+def test_fail_fast_and_a_silent_screen(
+    dense: Path, moe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(moe, "model.norm.weight")
+    report = verify(dense, moe, fail_fast=True)
+    assert [check.status for check in report.checks] == ["passed", "failed", "skipped"]
+    assert report.checks[2].detail == "Not run: weights failed."
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_a_few_of_many_differences_are_shown(dense: Path, moe: Path) -> None:
+    edit_tensors(moe, lambda held: [held.pop(name) for name in [*held] if "experts" in name])
+    report = verify(dense, moe, checks=["weights"])
+    assert report.checks[0].detail == "24 problems found."
+    assert len(report.checks[0].failures) == 9
+    assert report.checks[0].failures[-1] == "and 16 more"
+
+
+def test_a_dense_model_without_a_tokenizer(tmp_path: Path) -> None:
+    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
+    convert(source, tmp_path / "moe", G2())
+    assert verify(source, tmp_path / "moe").passed
+
+
+def test_tensors_that_no_model_reads_are_ignored(dense: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(source, lambda held: held.update({frequencies: torch.ones(4)}))
+    convert(source, tmp_path / "moe", G2())
+    assert verify(source, tmp_path / "moe", checks=["directory", "weights"]).accepted
+
+
+def test_a_dense_model_of_several_dtypes(tmp_path: Path) -> None:
+    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
+
+    def mix(held: Tensors) -> None:
+        for name, tensor in held.items():
+            held[name] = tensor.half() if ".layers.1." in name else tensor
+        held["model.layers.0.mlp.up_proj.weight"] = held[
+            "model.layers.0.mlp.up_proj.weight"
+        ].float()
+
+    edit_tensors(source, mix)
+    convert(source, tmp_path / "moe", G2(), target="qwen2_moe")
+    dtypes = {entry.dtype for entry in open_checkpoint(tmp_path / "moe").tensors.values()}
+    assert dtypes == {"BF16", "F16", "F32"}
+    assert verify(source, tmp_path / "moe").passed
+
+
+def test_the_same_weights_in_other_files_are_the_same(dense: Path, tmp_path: Path) -> None:
+    """In other shards and another order; the dense model's files may lie otherwise, too."""
+    convert(dense, tmp_path / "moe", G2(), options=Options(max_shard_bytes=20_000))
+    source, held = Path(shutil.copytree(dense, tmp_path / "dense")), {}
+    for file in (tmp_path / "moe").glob("model*"):
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            held |= load_file(file)
+        file.unlink()
+    shuffled = {name: held[name] for name in sorted(held, reverse=True)}
+    save_file(shuffled, tmp_path / "moe" / "model.safetensors", metadata={"format": "pt"})
+    assert verify(source, tmp_path / "moe").passed
+
+
+# What is neither damage nor a bug -----------------------------------------------------------------
+
+
+def test_a_path_that_the_system_refuses(dense: Path, mixtral: Path) -> None:
+    for paths in ((dense, Path("x" * 300)), (Path("x" * 300), mixtral)):
+        with pytest.raises(UpcycleError, match="cannot read x"):
+            verify(*paths)
+
+
+@pytest.mark.parametrize("which", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read(
+    dense: Path, moe: Path, which: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbidden = {"dense": dense, "moe": moe}[which] / name
+    really_open = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:  # noqa: ANN401
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UpcycleError, match=f"cannot read {forbidden}: Permission denied"):
+        verify(dense, moe, checks=["directory"])
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("transformers")])
+def test_a_broken_transformers_is_no_damage(
+    dense: Path, moe: Path, module: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    assert verify(dense, moe, checks=["directory", "weights"]).accepted
+    edit_json(moe / "config.json", lambda config: config.update(use_cache=False))
+    for name in ("directory", "outputs"):
+        with pytest.raises(UpcycleError, match="transformers cannot be imported: "):
+            verify(dense, moe, checks=[name])
+
+
+def test_interrupts_and_refusals_are_no_findings() -> None:
+    class Terminated(KeyboardInterrupt):
+        pass
+
+    for error in (Terminated(), PermissionError(13, "Permission denied"), MemoryError()):
+        with pytest.raises(type(error)), run_models.transformers_says():
+            raise error
+    with pytest.raises(run_models.TransformersError), run_models.transformers_says():
+        raise OSError("does not appear to have a file named config.json")
+
+
+def test_importing_costs_no_torch() -> None:
+    spared = "{'torch', 'transformers', 'numpy'} & {*sys.modules}"
+    code = f"import sys, upcycle_cli.verification.verify; assert not {spared}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_outputs_share_nothing_with_the_planner() -> None:
+    """A check that reuses the planner proves nothing about it."""
+    code = (
+        "import sys, upcycle_cli.verification.outputs; "
+        "made = [name for name in sys.modules if name.startswith(('upcycle_cli.plan.', "
+        "'upcycle_cli.write')) and name != 'upcycle_cli.plan.texts']; assert not made, made"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
