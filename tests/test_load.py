@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import MakeDense, clone, read_tensors, validate_json
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from test_saved_again import saved
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.inspection.expert_load import TOKENS, Load
@@ -35,6 +35,14 @@ def load_of(moe: Path, text: Path | str, dense: Path | None = None) -> Load:
     found = inspect(moe, load=text, dense=dense).load
     assert found is not None
     return found
+
+
+def saved(moe: Path, again: Path, **how: Any) -> Path:  # noqa: ANN401
+    """Let transformers load a model and save it."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(moe).save_pretrained(again, **how)
+    return again
 
 
 @pytest.mark.parametrize("target", [*NATIVE, SHIPPED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from verified import SIZES, save_dense, save_tokenizer, text_of
 from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_order_file
+from upcycle_cli.plan.merge import Rest
+from upcycle_cli.plan.permutation_file import read_permutation_file
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 from upcycle_cli.verification.result import Status
 
 COMPARED = ("directory", "weights")
-G2 = partial(Recipe, expansion=2, granularity=2, top_k=2)
-G4 = partial(Recipe, expansion=3, granularity=4, top_k=4)
-K1 = partial(Recipe, expansion=2, granularity=4, top_k=3, shared_experts=1)
+G2: Callable[..., Recipe] = partial(Recipe, expansion=2, granularity=2, top_k=2)
+G4: Callable[..., Recipe] = partial(Recipe, expansion=3, granularity=4, top_k=4)
+K1: Callable[..., Recipe] = partial(Recipe, expansion=2, granularity=4, top_k=3, shared_experts=1)
 
 KINDS: tuple[tuple[str, str, Recipe, dict[str, Any]], ...] = (
     # dense model, target, recipe, options
@@ -147,8 +149,8 @@ def test_orders_of_a_file_are_found_by_their_neurons(
         for layer, each in enumerate(drawn)
     }
     save_arrays(orders, tmp_path / "orders")
-    given = Options(neuron_orders=read_order_file(tmp_path / "orders"), expert_layout=layout)
-    recipe = Recipe(expansion=3, granularity=2, top_k=2, neuron_order="file")  # type: ignore[arg-type]
+    given = Options(neuron_orders=read_permutation_file(tmp_path / "orders"), expert_layout=layout)
+    recipe = G2(expansion=3, neuron_order="file")
     convert(source, tmp_path / "moe", recipe, options=given)
     assert read_json(tmp_path / "moe" / "upcycle.json")["order_file"]["name"] == "orders"
     report = verify(source, tmp_path / "moe", checks=COMPARED)
@@ -175,7 +177,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest: str) -> None:
     moe, (first, *others) = tmp_path / "moe", models
     recipe = Recipe(expansion=3, granularity=2, top_k=2)
-    convert(first, moe, recipe, merge=MergeRequest(experts_from=others, rest=rest))  # type: ignore[arg-type]
+    convert(first, moe, recipe, merge=MergeRequest(experts_from=others, rest=Rest(rest)))
     report = verify(first, moe, experts_from=others[::-1])
     assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
     assert "several models" in report.checks[2].detail

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from upcycle_cli.run import models as run_models
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Report, Status
 
-G2 = partial(Recipe, expansion=2, granularity=2, top_k=2)
+G2: Callable[..., Recipe] = partial(Recipe, expansion=2, granularity=2, top_k=2)
 
 
 def test_an_exact_conversion_passes(dense: Path, mixtral: Path) -> None:
@@ -51,14 +52,14 @@ def test_an_approximate_conversion_passes(dense: Path, qwen2_moe: Path) -> None:
 
 
 REASONS: tuple[tuple[Recipe, str], ...] = (
-    (G2(scaling="none"), "scaling none"),  # type: ignore[arg-type]
-    (G2(scaling="paper"), "scaling paper"),  # type: ignore[arg-type]
+    (G2(scaling="none"), "scaling none"),
+    (G2(scaling="paper"), "scaling paper"),
     (G2(scaling=1.5), "the scale was set to 1.5, and the routing needs 2"),
     (G2(noise=0.1), "noise of 0.1"),
     (G2(reinit=0.5), "0.5 of each expert's neurons"),
     (G2(top_k=1, allow_inexact=True), "top-k 1 is not a multiple of the 2 routed shards"),
     (G2(virtual_groups=False), "without virtual groups"),
-    (G2(routing="softmax-topk", router_logit_std=2.0), "logits are too large"),  # type: ignore[arg-type]
+    (G2(routing="softmax-topk", router_logit_std=2.0), "logits are too large"),
 )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def test_a_dense_model_of_several_dtypes(tmp_path: Path) -> None:
 def test_the_same_weights_in_other_files_are_the_same(dense: Path, tmp_path: Path) -> None:
     """In other shards and another order; the dense model's files may lie otherwise, too."""
     convert(dense, tmp_path / "moe", G2(), options=Options(max_shard_bytes=20_000))
-    source, held = Path(shutil.copytree(dense, tmp_path / "dense")), {}
+    source, held = Path(shutil.copytree(dense, tmp_path / "dense")), dict[str, torch.Tensor]()
     for file in (tmp_path / "moe").glob("model*"):
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
