@@ -57,7 +57,7 @@ def described(plan: Plan) -> dict[str, Any]:
     return {
         "source_type": plan.source.config["model_type"],
         "target_type": plan.target.outer_type,
-        **({"target": plan.family.choice} if isinstance(plan, Plan) else {}),
+        **({} if plan.expansion else {"target": plan.family.choice}),
         **_picked(how, "recipe", "growth"),
         "moe_layers": list(plan.layers),
         "expert_layout": plan.expert_layout,
