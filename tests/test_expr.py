@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ from upcycle_cli.plan.expressions import (
     source_names,
     type_of,
 )
-from upcycle_cli.write import evaluate as arithmetic
+from upcycle_cli.write import rounding
 from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 
 HIDDEN = 16
@@ -270,7 +269,7 @@ def test_every_value_times_a_factor(
 ) -> None:
     values = all_values(dtype)
     values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
-    monkeypatch.setattr(arithmetic, "PIECE_ITEMS", values.shape[1])  # a row at a time
+    monkeypatch.setattr(rounding, "PIECE_ITEMS", values.shape[1])  # a row at a time
     wanted = (values.float() * factor).to(TORCH[dtype])
     fits = wanted.isfinite().all(dim=1)
     source = Source("x", dtype, tuple(values[fits].shape))
@@ -286,26 +285,6 @@ def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
     values = all_values(dtype)
     source = Source("x", dtype, tuple(values.shape))
     assert same_bits(value_of(Cast(source, wanted), lambda _: values), values.to(TORCH[wanted]))
-
-
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_weights_are_scaled_without_arithmetic(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is what makes it fast; a piece with a subnormal value is left to arithmetic."""
-    real, multiplied = arithmetic._multiply, []  # noqa: SLF001
-
-    def multiply(piece: Any, *arguments: Any) -> int:  # noqa: ANN401
-        multiplied.append(len(piece))
-        return real(piece, *arguments)
-
-    monkeypatch.setattr(arithmetic, "_multiply", multiply)
-    monkeypatch.setattr(arithmetic, "PIECE_ITEMS", 64)
-    values = torch.full((8, 64), 0.02, dtype=TORCH[dtype])
-    values[1, 7] = 0
-    values[3, 5] = 2.0 ** -{"F16": 20, "BF16": 130}[dtype]
-    part = Slice(Source("x", dtype, (8, 64)), 1, 0, 32)
-    found = value_of(Scale(part, 4.0), lambda _: values)
-    assert same_bits(found, values[:, :32] * 4)
-    assert multiplied == [2]  # of four pieces
 
 
 @pytest.mark.parametrize("expr", [Slice(WIDE, 1, 1, 4), Scale(WIDE, 3.0), Cast(WIDE, "BF16")])

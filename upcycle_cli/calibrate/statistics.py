@@ -21,7 +21,7 @@ from upcycle_cli.calibrate.router_rows import (
     loads,
     prompted,
 )
-from upcycle_cli.checkpoint.arrays import as_float32, to_float32
+from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan.calibration import LayerFound, RouterStatistics
 from upcycle_cli.plan.merge import MergedReader
@@ -30,7 +30,7 @@ from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_file import router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
-from upcycle_cli.write.evaluate import check_rows, evaluate, rounded
+from upcycle_cli.write.evaluate import check_rows, evaluate
 from upcycle_cli.write.rng import standard_normal
 
 

@@ -21,6 +21,19 @@ def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.fl
 
 def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Return the values of an array of `NUMPY_DTYPES` as float32."""
-    if dtype == "BF16":  # the upper half of a float32
-        return (values.astype("<u4") << 16).view("<f4")
+    if dtype == "BF16":
+        from ml_dtypes import bfloat16
+
+        values = values.view(bfloat16)
     return values.astype("<f4", copy=False)
+
+
+def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
+    """Round to an array of `NUMPY_DTYPES`, ties to even; too large values become infinite."""
+    if dtype != "BF16":
+        return values.astype(NUMPY_DTYPES[dtype], copy=False)
+    from ml_dtypes import bfloat16
+
+    # By way of float32, as torch does.
+    bits: NDArray[Any] = values.astype("<f4", copy=False).astype(bfloat16).view("<u2")
+    return bits

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import as_float32, to_float32
+from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan.expressions import (
     AddNoise,
@@ -36,7 +36,7 @@ from upcycle_cli.plan.expressions import (
 )
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
-from upcycle_cli.write.evaluate import evaluate, rounded
+from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,7 +1,7 @@
-"""Noise, and neurons that are drawn anew: computed a piece at a time, with numpy.
+"""Noise on experts, and neurons that are drawn anew: computed a piece at a time, with numpy.
 
-A matrix is held once, as it is written; what is drawn never is. Sums are of additions in one fixed
-order, which no processor rounds in another way, and the draws are those of routers.
+A matrix is held once, as it is written; the draws never are. Sums are additions in one fixed order,
+which every processor rounds the same way. Draws come from the generator that draws routers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import to_float32
+from upcycle_cli.checkpoint.arrays import rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
-from upcycle_cli.write.evaluate import OverflowInCastError, rounded
 from upcycle_cli.write.rng import generator, permutation
+from upcycle_cli.write.rounding import OverflowInCastError
 from upcycle_cli.write.running_stats import Moments
 
 if TYPE_CHECKING:
@@ -25,25 +25,24 @@ if TYPE_CHECKING:
     Index: TypeAlias = slice | NDArray[np.intp] | tuple[slice, NDArray[np.intp]]
 
 _PIECE_ITEMS = 1 << 16
-"""Few enough that all that is computed of them stays in a processor's cache."""
+"""Few enough that everything computed from them stays in the processor's cache."""
 
 
 def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any], Moments]:
-    """Return `values`, of what an expression is of, with its draws, and what these went by.
+    """Return the `values` that an expression changes, with its draws, and their statistics.
 
     Raises OverflowInCastError when a value does not fit the dtype, UpcycleError when the values
-    have no mean.
+    are not finite.
     """
     dtype = type_of(expr).dtype
-    # What aliases a file must not be written to.
+    # An array that aliases a source file must not be written to.
     out = values if values.flags.owndata else values.copy()
     target = out.reshape(-1) if isinstance(expr, AddNoise) else out
     pieces = [*_pieces(expr, target)]
     found = _moments(to_float32(target[piece], dtype) for piece in pieces)
     if not math.isfinite(found.squares):
         raise UpcycleError(
-            f"{expr.stream}: a weight of the dense model is not finite, so nothing can be drawn "
-            "that is like the others."
+            f"{expr.stream}: a weight of the dense model is not finite, so draws have no scale."
         )
     source = generator(expr.seed, expr.stream)
     for piece in pieces:
@@ -63,7 +62,7 @@ def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any
 
 
 def _pieces(expr: AddNoise | Reinit, target: NDArray[Any]) -> Iterator[Index]:
-    """Yield what is drawn, in order: a few values, or a few rows of those to be replaced."""
+    """Yield the places of the draws in order: a few values, or a few rows of neurons."""
     if isinstance(expr, AddNoise):
         for start in range(0, len(target), _PIECE_ITEMS):
             yield slice(start, start + _PIECE_ITEMS)
@@ -80,7 +79,7 @@ def _pieces(expr: AddNoise | Reinit, target: NDArray[Any]) -> Iterator[Index]:
 
 
 def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
-    """Return the moments of what comes in pieces, none larger than the first."""
+    """Return the statistics of pieces of values, none larger than the first."""
     count, sums, squares = 0, np.zeros(0), np.zeros(0)
     for piece in pieces:
         flat = piece.reshape(-1).astype(np.float64)
@@ -89,5 +88,5 @@ def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
         sums[: len(flat)] += flat
         squares[: len(flat)] += flat * flat
         count += len(flat)
-    # fsum is exactly rounded, so that it does not depend on the order of summation.
+    # fsum is exactly rounded, so that the order of summation does not matter.
     return Moments(count, math.fsum(sums.tolist()), math.fsum(squares.tolist()))

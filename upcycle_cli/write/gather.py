@@ -1,4 +1,4 @@
-"""Gathers rows and columns of a matrix in another order, a few at a time, and turns matrices.
+"""Gathers rows and columns of a matrix in another order, a few at a time, and transposes matrices.
 
 Legend: R rows, I columns, L values of a row to a word.
 """
@@ -11,22 +11,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from upcycle_cli.write.rounding import PIECE_ITEMS
 from upcycle_cli.write.transpose import TILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PIECE_ITEMS = 1 << 16
-"""Few enough that what is computed from them on the way stays in a processor's cache."""
 WORD_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of which as many as fill a word lie side by side: one move takes a column of all.
+    """Rows, as many side by side as fill a word: one move takes a column of all of them.
 
-    That is faster than taking each value by itself, the packing included where columns are taken
-    more than once.
+    That is faster than moving single values, packing included, if columns are taken repeatedly.
     """
 
     rows: NDArray[Any]
@@ -57,8 +55,8 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Rows of a Take, gathered as they are asked for."""
+class Gathered:
+    """The rows of a Gather, gathered as they are asked for."""
 
     values: NDArray[Any]
     dim: int
@@ -66,7 +64,7 @@ class Taken:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of all that is gathered."""
+        """The shape of all rows together."""
         shape = self.values.shape
         return (*shape[: self.dim], len(self.indices), *shape[self.dim + 1 :])
 
@@ -74,43 +72,35 @@ class Taken:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
+        # numpy's check of the indices costs more than gathering; a permutation's are right.
         if self.dim:
-            return self.values[rows].take(self.indices, axis=1)
-        return self.values.take(self.indices[rows], axis=0)
-
-    def into(self, out: NDArray[Any], start: int) -> None:
-        """Gather as many rows as `out` has, from `start` on."""
-        rows = slice(start, start + len(out))
-        # What numpy checks of indices costs more than gather_input; a permutation's are right.
-        if self.dim:
-            self.values[rows].take(self.indices, axis=1, out=out, mode="wrap")
-        else:
-            self.values.take(self.indices[rows], axis=0, out=out, mode="wrap")
+            return self.values[rows].take(self.indices, axis=1, mode="wrap")
+        return self.values.take(self.indices[rows], axis=0, mode="wrap")
 
     def all(self) -> NDArray[Any]:
-        """Gather all of it."""
+        """Gather all rows."""
         out = np.empty(self.shape, self.values.dtype)
-        # Few rows at a time: what is gathered from columns then comes from a processor's cache.
+        # A few rows at a time, whose columns then come from the processor's cache.
         step = max(1, PIECE_ITEMS * len(self.values) // max(1, self.values.size))
         for start in range(0, len(out), step):
-            self.into(out[start : start + step], start)
+            out[start : start + step] = self[start : start + step]
         return out
 
 
-def turned(parts: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return matrices, one below the other, turned; `shape` is that of the result."""
+def transposed(parts: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the transpose, of this shape, of matrices that lie one below the other."""
     out, start = None, 0
     for part in parts:
         if out is None:
             out = np.empty(shape, part.dtype)
         stop = start + len(part)
-        _turn(part, out[:, start:stop])
+        _transpose(part, out[:, start:stop])
         start = stop
     assert out is not None
     return out
 
 
-def _turn(values: NDArray[Any], out: NDArray[Any]) -> None:
+def _transpose(values: NDArray[Any], out: NDArray[Any]) -> None:
     lanes = WORD_BYTES // values.itemsize
     for row in range(0, len(values), TILE):
         rows = values[row : row + TILE]

@@ -1,7 +1,7 @@
-"""Turned matrices, a few rows at a time.
+"""Transposed matrices, a few rows at a time.
 
-These are columns of what is turned, which are read, cast and scaled by themselves: a large matrix
-is never held, neither as it was nor as it is to be.
+A few rows of a transpose are a few columns of the matrix, which are read, cast and scaled alone: no
+large matrix is ever in memory, neither before nor after.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from upcycle_cli.plan.expressions import (
 )
 
 TILE = 256
-"""Rows and columns that are turned at once: they stay in a processor's cache."""
+"""Rows and columns that are transposed at once: they stay in the processor's cache."""
 _PIECE_ITEMS = 1 << 22
 
 
 def draws(expr: Expr) -> Iterator[str]:
-    """Yield the streams of what an expression draws upon other values, one for each such leaf."""
+    """Yield the streams of the noise or the new neurons in an expression."""
     match expr:
         case AddNoise(stream=stream) | Reinit(stream=stream):
             yield stream
@@ -39,12 +39,12 @@ def draws(expr: Expr) -> Iterator[str]:
 
 
 def in_pieces(expr: Expr) -> bool:
-    """Whether an expression is made a few rows at a time; what draws needs all of its values."""
+    """Whether an expression is made a few rows at a time; noise needs the whole matrix."""
     return isinstance(expr, Transpose) and not any(True for _ in draws(expr))
 
 
 def pieces(expr: Transpose) -> Iterator[Expr]:
-    """Yield expressions whose values, turned one after the other, are the rows of a turned one."""
+    """Yield expressions whose transposes are the rows of a transpose, a few at a time."""
     count, columns = type_of(expr.of).shape
     step = max(1, _PIECE_ITEMS // (max(1, count) * TILE)) * TILE
     for start in range(0, columns, step):
@@ -52,7 +52,7 @@ def pieces(expr: Transpose) -> Iterator[Expr]:
 
 
 def _columns(expr: Expr, start: int, stop: int) -> Expr:
-    """Return an expression for some columns of another, by which only these are computed."""
+    """Return an expression for some columns of another, which computes only these."""
     match expr:
         case Slice(of, 1, first):
             return Slice(of, 1, first + start, first + stop)

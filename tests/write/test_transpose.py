@@ -1,0 +1,161 @@
+"""Experts that are stored transposed: the same numbers, made a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_json, read_tensors
+from refusals import assert_refused, invoke
+from shapes import TORCH, random_bits, same_bits, value_of
+from wrapped import save_wrapper
+
+from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert, inspect
+from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.plan.expressions import (
+    AddNoise,
+    Cast,
+    Concat,
+    Expr,
+    Gather,
+    Permutation,
+    Scale,
+    Slice,
+    Source,
+    Transpose,
+    type_of,
+)
+from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.write import transpose
+from upcycle_cli.write.evaluate import evaluate, evaluate_together
+from upcycle_cli.write.transpose import in_pieces, pieces
+
+EXPERTS = "model.language_model.layers.{}.mlp.experts.{}_proj"
+USUAL: Mapping[str, Any] = {"expansion": 2, "granularity": 2, "top_k": 2}
+KINDS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sliced": ({}, {}),
+    "shuffled": ({"neuron_order": "shuffled"}, {}),
+    "rounded": ({"neuron_order": "shuffled"}, {"dtype": "bfloat16"}),
+    "noise": ({"noise": 0.05}, {}),
+    "reinit": ({"reinit": 0.5, "neuron_order": "shuffled"}, {}),
+    "one shard": ({"granularity": 1, "top_k": 1}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wrapper(tmp_path_factory.mktemp("vl") / "dense", "qwen3_vl", "qwen3_vl_text", {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_layouts_hold_the_same_numbers(dense: Path, tmp_path: Path, kind: str) -> None:
+    """Released checkpoints store experts transposed; transformers 5 holds them fused in memory."""
+    recipe, options = KINDS[kind]
+    wanted, found = Recipe(**{**USUAL, **recipe}), []
+    for layout, name in ((None, "stacked"), (ExpertLayout.FUSED, "fused")):
+        chosen = Options(expert_layout=layout, **options)
+        writing = WriteOptions(workers=1, fsync=False)
+        convert(dense, tmp_path / name, wanted, options=chosen, writing=writing)
+        found.append(read_tensors(tmp_path / name))
+        assert read_json(tmp_path / name / "upcycle.json")["expert_layout"] == name
+    one, other = found
+    assert one.keys() == other.keys()
+    experts = {name for name in one if ".experts." in name}
+    assert experts
+    for name, held in one.items():
+        assert same_bits(held, other[name].mT if name in experts else other[name]), name
+    width = 48 // wanted.granularity
+    assert one[EXPERTS.format(1, "gate_up")].shape[1:] == (32, 2 * width)
+    weights = [inspect(tmp_path / each, weights=True).weights for each in ("stacked", "fused")]
+    # Sums are of the same numbers in another order.
+    assert weights[0] is not None
+    assert weights[1] is not None
+    assert replace(weights[0], factors=None) == replace(weights[1], factors=None)
+
+
+def test_square_matrices_are_refused(dense: Path, tmp_path: Path) -> None:
+    """Readers tell by the shape whether to transpose; a square one leaves it open."""
+    for layout in ((), ("--expert-layout", "stacked")):
+        done = invoke("convert", dense, tmp_path / "moe", "--recipe", "E2G3T3", *layout)
+        words = ("mlp.experts.gate_up_proj would be square, 32 by 32", "--expert-layout fused")
+        assert_refused(done, *words)
+    fused = Options(expert_layout=ExpertLayout.FUSED)
+    convert(
+        dense, tmp_path / "moe", replace(Recipe(**USUAL), granularity=3, top_k=3), options=fused
+    )
+
+
+def test_a_layout_that_a_target_lacks_is_refused(dense: Path, tmp_path: Path) -> None:
+    options = Options(expert_layout=ExpertLayout.PER_EXPERT)
+    with pytest.raises(UpcycleError, match="has no per-expert layout"):
+        convert(dense, tmp_path / "moe", Recipe(**USUAL), options=options)
+
+
+# A few rows at a time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (4, 256), (300, 260), (257, 1028), (512, 8), (0, 4)]
+)
+@pytest.mark.parametrize("dtype", TORCH)
+def test_matrices_of_any_shape_are_transposed(shape: tuple[int, int], dtype: str) -> None:
+    held = random_bits(shape, TORCH[dtype], torch.Generator().manual_seed(1))
+    expr = Transpose(Source("a", dtype, shape))
+    assert same_bits(value_of(expr, {"a": held}.__getitem__), held.mT)
+
+
+def order(size: int) -> Permutation:
+    return Permutation(size, "order", 0)
+
+
+ROWS, COLUMNS = 48, 600
+A, B = (Source(name, "F32", (ROWS, COLUMNS)) for name in "ab")
+STREAMED: Mapping[str, Expr] = {
+    "gate and up": Concat((Slice(A, 0, 8, 24), Scale(Slice(B, 0, 8, 24), 2.0))),
+    "down": Scale(Cast(Slice(A, 1, 100, 500), "BF16"), 3.0),
+    "rows in order": Concat(tuple(Gather(each, 0, order(ROWS), 8, 24) for each in (A, B))),
+    "columns in order": Cast(Gather(A, 1, order(500), 30, 400, 100), "F16"),
+    "transposed twice": Transpose(Slice(A, 1, 0, 300)),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = {each: torch.randn(ROWS, COLUMNS, generator=generator) for each in "ab"}
+
+    def read(wanted: str) -> memoryview:
+        return raw_bytes(tensors[wanted])
+
+    expr = Transpose(STREAMED[name])
+    whole = bytes(evaluate(expr, read))
+    rows, columns = type_of(expr).shape
+    before = np.frombuffer(evaluate(expr.of, read), f"u{len(whole) // (rows * columns)}")
+    assert whole == before.reshape(columns, rows).T.tobytes()
+    monkeypatch.setattr(transpose, "_PIECE_ITEMS", 1)
+    monkeypatch.setattr(transpose, "TILE", 64)
+    assert in_pieces(expr)
+    made = [bytes(piece) for _, piece in evaluate_together([expr], read, lambda _: None)]
+    assert len(made) == -(-type_of(expr).shape[0] // 64)
+    assert b"".join(made) == whole
+
+
+def test_pieces_are_small() -> None:
+    """Of an MLP of 30 GB that is transposed, none takes more than a few megabytes."""
+    whole = Source("a", "BF16", (1 << 17, 1 << 16))
+    parts = pieces(Transpose(Concat((whole, Scale(whole, 2.0)))))
+    sizes = [type_of(piece).shape for piece in parts]
+    assert {rows for rows, _ in sizes} == {1 << 18}
+    assert sum(columns for _, columns in sizes) == 1 << 16
+    assert max(columns for _, columns in sizes) <= transpose.TILE
+
+
+def test_draws_need_the_whole_matrix() -> None:
+    assert not in_pieces(Transpose(Concat((AddNoise(A, 0.1, 0, "one"), B))))
+    assert in_pieces(Transpose(Concat((A, B))))
+    assert not in_pieces(A)
