@@ -96,8 +96,8 @@ def evaluate_together(
 ) -> Iterator[tuple[int, memoryview]]:
     """Yield each expression's bytes, a few rows at a time, with its index in `exprs`.
 
-    Either all expressions gather columns of the same rows (see `expressions.gather_input`), which are
-    read, cast and scaled once for all, or the only one is a Transpose that needs no draws.
+    Either all expressions gather columns of the same rows (see `expressions.gather_input`), which
+    are read, cast and scaled once for all, or the only one is a Transpose that needs no draws.
     """
     if isinstance(exprs[0], Transpose):
         for piece in pieces(exprs[0]):
