@@ -557,7 +557,7 @@ def test_a_norm_of_any_dtype_will_do(dtype: torch.dtype) -> None:
         (Concat((A, B)), "concat(a, b)"),
         (Stack((A, B, A)), "stack(a, … 3 in all)"),
         (Repeat(A, 8), "a, each row × 8"),
-        (Transpose(Slice(A, 0, 1, 3)), "turned(a[1:3])"),
+        (Transpose(Slice(A, 0, 1, 3)), "transpose(a[1:3])"),
         (Slice(Select(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
         (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
         (normal(), "normal(layers.0.router, std 0.5 / ‖norm‖)"),

@@ -1,4 +1,4 @@
-"""Expressions in words."""
+"""Expressions as formulas, for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from upcycle_cli.plan.expressions import (
 
 
 def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per kind
-    """Return an expression as a person would write it down."""
+    """Return an expression in the notation of a formula."""
     match expr:
         case Source(name):
             return name
@@ -50,7 +50,7 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
                 listed = f"{describe(parts[0])}, … {len(parts)} in all"
             return f"{type(expr).__name__.lower()}({listed})"
         case Transpose(of):
-            return f"turned({describe(of)})"
+            return f"transpose({describe(of)})"
         case Repeat(of, times):
             return f"{describe(of)}, each row × {times}"
         case Halves(of, size, rotary):
@@ -59,13 +59,14 @@ def describe(expr: Expr) -> str:  # noqa: C901, PLR0911, PLR0912 - one case per 
             scale = "√H" if norm is None else f"‖{describe(norm)}‖"
             return f"normal({stream}, std {std:g} / {scale})"
         case Constant(stream=stream, origin=origin):
-            return f"given({stream}, of {origin[:12]})"
+            return f"constant({stream}, {origin[:12]})"
         case RandomLike(stream=stream, of=of):
             return f"normal({stream}, rms of {describe(of)})"
         case AddNoise(of, std, _, stream):
             return f"{describe(of)} + normal({stream}, {std:g} of its std)"
         case Reinit(of, dim, order, count):
-            return f"{describe(of)}, {count} of {order.size} {('rows', 'columns')[dim]} drawn anew"
+            places = f"{count} of {order.size} {('rows', 'columns')[dim]}"
+            return f"{describe(of)}, {places} initialised again"
         case Zeros():
             return "zeros"
         case Full(value=value):

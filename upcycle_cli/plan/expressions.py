@@ -1,9 +1,9 @@
 """How an output tensor is made: a small language of frozen expressions.
 
 Nothing here needs data or numpy, so a plan can be checked and printed without either. Equal
-expressions are equal values: whoever evaluates them can do each once. Concat and Stack join along
-the first dimension only, so their bytes are their parts' bytes end to end, and `leaves` takes them
-apart: no joined tensor is ever held in memory.
+expressions have equal values, so each needs to be evaluated only once. Concat and Stack join along
+the first dimension, so their bytes are their parts' bytes end to end: `leaves` yields the parts,
+and no joined tensor is ever held in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from upcycle_cli.recipe.scaling import is_power_of_two
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of the dense checkpoint, as it is."""
+    """A tensor of the source checkpoint, unchanged."""
 
     name: str
     dtype: str
@@ -46,7 +46,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Entry `index` of the first dimension, without that dimension: one of a stack."""
+    """Entry `index` of the first dimension, without that dimension: one matrix of a stack."""
 
     of: Expr
     index: int
@@ -54,11 +54,10 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """A permutation of `size` neurons: drawn, a pure function of (seed, stream), or given.
+    """A permutation of `size` neurons: drawn by (seed, stream), or with fixed `indices`.
 
-    Of a given one, `origin` is a digest of the indices, or of the text that a calibration finds
-    them in; they themselves, 32-bit integers, are no part of what is compared, and may become known
-    later.
+    Fixed indices are 32-bit integers. `origin` identifies them in comparisons: it is their digest,
+    or that of the text from which a calibration finds them, before which they are None.
     """
 
     size: int
@@ -70,9 +69,9 @@ class Permutation:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Entries along `dim`, the first dimension or the second, by an order of `order.size` of them.
+    """Entries along `dim` (0 or 1) in the order of a permutation: its places [start, stop).
 
-    Those of its places [start, stop); the order counts from entry `offset` on.
+    The permutation's indices count from entry `offset` on.
     """
 
     of: Expr
@@ -122,7 +121,7 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Each row `times` times in a row: (R, …) becomes (R·times, …)."""
+    """Each row `times` times, one after the other: (R, …) becomes (R·times, …)."""
 
     of: Expr
     times: int
@@ -130,7 +129,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """Of every `size` rows, the first `rotary` by their parity: the even ones, then the odd."""
+    """Of every `size` rows, the first `rotary` reordered: the even ones, then the odd ones."""
 
     of: Expr
     size: int
@@ -139,11 +138,11 @@ class Halves:
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Random rows that give logits of standard deviation `logit_std` behind a norm.
+    """Random rows whose logits have standard deviation `logit_std` behind a norm.
 
-    The norm's output has unit RMS before its weight γ, the stored one plus `offset`, so the rows'
-    standard deviation is logit_std / ‖γ‖₂; without a norm, γ is taken to be all ones. The values
-    are a pure function of (seed, stream) and γ.
+    The norm's output has unit RMS before its weight γ (the stored weight plus `offset`), so the
+    rows' standard deviation is logit_std / ‖γ‖₂; without a norm, γ is all ones. The values are a
+    pure function of (seed, stream) and γ.
     """
 
     seed: int
@@ -157,10 +156,10 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Values that come with the plan: rows fitted to a calibration, or read from a file.
+    """Values that come with the plan: router rows fitted to a calibration, or read from a file.
 
-    `origin`, a digest, stands for all that they follow from beside what the plan says of itself;
-    the values may become known only after that, and are no part of what is compared.
+    `origin` identifies them in comparisons: it is the digest of the file's rows, or of the
+    calibration's text, before which `data` is None.
     """
 
     stream: str
@@ -172,7 +171,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class RandomLike:
-    """Random values as large as another tensor's: a pure function of (seed, stream) and that."""
+    """Random values of another tensor's root mean square, by (seed, stream) and that tensor."""
 
     seed: int
     stream: str
@@ -182,7 +181,7 @@ class RandomLike:
 
 @dataclass(frozen=True, slots=True)
 class AddNoise:
-    """Each value plus a normal one of `std` times their deviation, by (seed, stream) and them."""
+    """Gaussian noise added, `std` times the values' standard deviation, by (seed, stream)."""
 
     of: Expr
     std: float
@@ -192,10 +191,10 @@ class AddNoise:
 
 @dataclass(frozen=True, slots=True)
 class Reinit:
-    """The first `count` entries of an order along `dim` drawn anew, all others as they are.
+    """The first `count` entries of a permutation along `dim` initialised again.
 
-    What is new is normal, of the mean and the standard deviation of what it replaces, and a pure
-    function of (seed, stream) and that.
+    The new values are normal, with the mean and the standard deviation of the values that they
+    replace, and a pure function of (seed, stream) and those.
     """
 
     of: Expr
@@ -216,7 +215,7 @@ class Zeros:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """One value everywhere, rounded to float32 and then to the dtype."""
+    """A constant, rounded to float32 and then to the dtype."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -253,6 +252,10 @@ class TensorType:
     dtype: str
     shape: tuple[int, ...]
 
+    def resized(self, dim: int, size: int) -> TensorType:
+        """Return the type with another size of one dimension."""
+        return TensorType(self.dtype, (*self.shape[:dim], size, *self.shape[dim + 1 :]))
+
 
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
@@ -267,8 +270,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             inner = type_of(of)
             if not (dim < len(inner.shape) and 0 <= start <= stop <= inner.shape[dim]):
                 raise ValueError(f"{start}:{stop} of dimension {dim} is not inside {inner}")
-            shape = (*inner.shape[:dim], stop - start, *inner.shape[dim + 1 :])
-            return TensorType(inner.dtype, shape)
+            return inner.resized(dim, stop - start)
         case Select(of, index):
             inner = type_of(of)
             if not (inner.shape and 0 <= index < inner.shape[0]):
@@ -279,8 +281,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             inside = dim < len(inner.shape) <= 2 and offset + order.size <= inner.shape[dim]
             if not (inside and 0 <= start <= stop <= order.size):
                 raise ValueError(f"{order.size} of dimension {dim} from {offset} not in {inner}")
-            shape = (*inner.shape[:dim], stop - start, *inner.shape[dim + 1 :])
-            return TensorType(inner.dtype, shape)
+            return inner.resized(dim, stop - start)
         case Cast(of, dtype):
             return TensorType(dtype, type_of(of).shape)
         case Scale(of) | AddNoise(of):
@@ -294,8 +295,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             types = [type_of(part) for part in parts]
             if len({(item.dtype, item.shape[1:]) for item in types}) != 1:
                 raise ValueError(f"cannot concatenate {types}")
-            rows = sum(item.shape[0] for item in types)
-            return TensorType(types[0].dtype, (rows, *types[0].shape[1:]))
+            return types[0].resized(0, sum(item.shape[0] for item in types))
         case Stack(parts):
             types = [type_of(part) for part in parts]
             if len(set(types)) != 1:
@@ -304,11 +304,11 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
         case Transpose(of):
             inner = type_of(of)
             if len(inner.shape) != 2:
-                raise ValueError(f"{inner} is no matrix")
+                raise ValueError(f"{inner} is not a matrix")
             return TensorType(inner.dtype, inner.shape[::-1])
         case Repeat(of, times):
             inner = type_of(of)
-            return TensorType(inner.dtype, (inner.shape[0] * times, *inner.shape[1:]))
+            return inner.resized(0, inner.shape[0] * times)
         case Halves(of, size, rotary):
             inner = type_of(of)
             if inner.shape[0] % size or rotary % 2 or not 0 < rotary <= size:
@@ -325,7 +325,7 @@ def num_bytes(expr: Expr) -> int:
 
 
 def contiguous_source(expr: Expr) -> tuple[str, int, int] | None:
-    """Return the dense tensor that has an expression's bytes in one piece, from where to where."""
+    """Return the source tensor that holds an expression's bytes in one piece, and their range."""
     match expr:
         case Source(name):
             return name, 0, num_bytes(expr)
@@ -353,10 +353,9 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 
 
 def gather_input(expr: Expr) -> Expr | None:
-    """Return what an expression gathers columns from, cast and scaled; None where it does not.
+    """Return the rows that an expression gathers columns from, cast and scaled; else None.
 
-    Expressions of which that is equal are made together, in whatever order each has its columns: a
-    row is then read, cast and scaled once for all.
+    Expressions with equal input are evaluated together: a row is read, cast and scaled once.
     """
     match expr:
         case Gather(of, 1, order, _, _, offset):
@@ -368,44 +367,38 @@ def gather_input(expr: Expr) -> Expr | None:
             return None
 
 
-def source_names(expr: Expr) -> Iterator[str]:
-    """Yield the names of the dense tensors that an expression reads."""
+def operands(expr: Expr) -> tuple[Expr, ...]:
+    """Return the expressions that one is made of."""
     match expr:
-        case Source(name):
-            yield name
-        case Slice(of) | Select(of) | Gather(of) | Cast(of) | Scale(of) | AddNoise(of):
-            yield from source_names(of)
-        case Transpose(of) | Repeat(of) | Halves(of) | RandomLike(of=of) | Reinit(of):
-            yield from source_names(of)
-        case Concat(parts) | Stack(parts) | Mean(parts):
-            for part in parts:
-                yield from source_names(part)
+        case Source() | Constant() | Zeros() | Full():
+            return ()
         case Normal(norm=norm):
-            yield from () if norm is None else source_names(norm)
-        case Zeros() | Full() | Constant():
-            return
+            return () if norm is None else (norm,)
+        case Concat(parts) | Stack(parts) | Mean(parts):
+            return parts
         case _:
-            assert_never(expr)
+            return (expr.of,)
 
 
-def loses_bits(expr: Expr) -> bool:  # noqa: PLR0911 - one case per kind
+def source_names(expr: Expr) -> Iterator[str]:
+    """Yield the names of the source tensors that an expression reads."""
+    if isinstance(expr, Source):
+        yield expr.name
+    for operand in operands(expr):
+        yield from source_names(operand)
+
+
+def loses_bits(expr: Expr) -> bool:
     """Whether an expression rounds values of the source: by a cast, a scale or a mean."""
     match expr:
-        case Source() | Normal() | Constant() | RandomLike() | Zeros() | Full():
+        case Normal() | RandomLike():
             return False
         case Mean():
             return True
-        case Scale(of, factor):
-            return not is_power_of_two(factor) or loses_bits(of)
-        case Cast(of, dtype):
-            # bfloat16 and float16 each hold values that the other lacks; float32 holds all of both.
-            narrows = dtype not in {type_of(of).dtype, "F32"} and any(source_names(of))
-            return narrows or loses_bits(of)
-        case Concat(parts) | Stack(parts):
-            return any(map(loses_bits, parts))
-        case Slice(of) | Select(of) | Gather(of) | Transpose(of) | Repeat(of) | Halves(of):
-            return loses_bits(of)
-        case AddNoise(of) | Reinit(of):
-            return loses_bits(of)
+        case Scale(_, factor) if not is_power_of_two(factor):
+            return True
+        # bfloat16 and float16 each hold values that the other lacks; float32 holds all of both.
+        case Cast(of, dtype) if dtype not in {type_of(of).dtype, "F32"} and any(source_names(of)):
+            return True
         case _:
-            assert_never(expr)
+            return any(map(loses_bits, operands(expr)))
