@@ -69,10 +69,7 @@ class Permutation:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Entries along `dim` (0 or 1) in the order of a permutation: its places [start, stop).
-
-    The permutation's indices count from entry `offset` on.
-    """
+    """Entries along `dim` (0 or 1) at places [start, stop) of a permutation of offset, offset+1, …"""
 
     of: Expr
     dim: int
@@ -141,8 +138,7 @@ class Normal:
     """Random rows whose logits have standard deviation `logit_std` behind a norm.
 
     The norm's output has unit RMS before its weight γ (the stored weight plus `offset`), so the
-    rows' standard deviation is logit_std / ‖γ‖₂; without a norm, γ is all ones. The values are a
-    pure function of (seed, stream) and γ.
+    rows' standard deviation is logit_std / ‖γ‖₂; without a norm, γ is all ones.
     """
 
     seed: int
@@ -193,8 +189,7 @@ class AddNoise:
 class Reinit:
     """The first `count` entries of a permutation along `dim` initialised again.
 
-    The new values are normal, with the mean and the standard deviation of the values that they
-    replace, and a pure function of (seed, stream) and those.
+    New values are normal with the mean and std of those that they replace, by (seed, stream).
     """
 
     of: Expr
@@ -304,7 +299,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
         case Transpose(of):
             inner = type_of(of)
             if len(inner.shape) != 2:
-                raise ValueError(f"{inner} is not a matrix")
+                raise ValueError(f"{inner} is no matrix")
             return TensorType(inner.dtype, inner.shape[::-1])
         case Repeat(of, times):
             inner = type_of(of)
@@ -353,10 +348,7 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 
 
 def gather_input(expr: Expr) -> Expr | None:
-    """Return the rows that an expression gathers columns from, cast and scaled; else None.
-
-    Expressions with equal input are evaluated together: a row is read, cast and scaled once.
-    """
+    """Return the rows that an expression gathers columns from, cast and scaled; else None."""
     match expr:
         case Gather(of, 1, order, _, _, offset):
             return Slice(of, 1, offset, offset + order.size)
