@@ -69,7 +69,7 @@ class Permutation:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Entries along `dim` (0 or 1) at places [start, stop) of a permutation, counted from offset."""
+    """Entries along `dim` at places [start, stop) of a permutation that starts at offset."""
 
     of: Expr
     dim: int
