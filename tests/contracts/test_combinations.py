@@ -1,12 +1,11 @@
-"""Whatever is asked for together: routers, orders of neurons, what is shared, routing, target.
+"""Options together: routers, orders of neurons, shared experts, routings and targets.
 
-Each combination that is exact computes the dense model's function, and `verify` finds what it must.
+Each drawn combination that is exact computes the dense model's function, and `verify` passes it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,12 @@ from safetensors.torch import save_file
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.permutation_file import read_permutation_file
-from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
+from upcycle_cli.recipe.options import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
 
 TARGETS = ("mixtral", "qwen2_moe", "glm4_moe")
-"""Of the same model, they have all routings among them, and two a shared expert."""
+"""Of one dense model; together they have all routings, and two have a shared expert."""
 LAYERS, WIDTH, HIDDEN = range(2), 48, 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """One conversion of the tiny model."""
-
-    recipe: Recipe
-    target: str
-    layout: ExpertLayout
-
-
-_OF_ONE_MODEL = sorted({*RouterInit} - {RouterInit.PROMPTS})
+Case = tuple[Recipe, str, ExpertLayout]
 
 
 @st.composite
@@ -43,9 +31,8 @@ def cases(draw: st.DrawFn) -> Case:
     target = draw(st.sampled_from(TARGETS))
     routing = draw(st.sampled_from(NATIVE[target].routings))
     granularity, expansion = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(2, 3))
-    shares = NATIVE[target].shared is not None
-    count = draw(st.integers(0, granularity - 1)) if shares else 0
-    # All experts are chosen where that alone is exact.
+    count = 0 if NATIVE[target].shared is None else draw(st.integers(0, granularity - 1))
+    # With softmax-topk only the choice of all experts is exact.
     chosen = expansion if routing is Routing.SOFTMAX_TOPK else draw(st.integers(1, expansion))
     recipe = Recipe(
         expansion=expansion,
@@ -53,11 +40,11 @@ def cases(draw: st.DrawFn) -> Case:
         shared_experts=count,
         top_k=chosen * (granularity - count),
         routing=routing,
-        router_init=draw(st.sampled_from(_OF_ONE_MODEL)),
+        router_init=draw(st.sampled_from(sorted({*RouterInit} - {RouterInit.PROMPTS}))),
         neuron_order=draw(st.sampled_from(NeuronOrder)),
         seed=draw(st.integers(0, 2**63 - 1)),
     )
-    return Case(recipe, target, draw(st.sampled_from(tuple(NATIVE[target].layouts))))
+    return recipe, target, draw(st.sampled_from(tuple(NATIVE[target].layouts)))
 
 
 def router_rows(recipe: Recipe, path: Path) -> Path:
@@ -69,17 +56,15 @@ def router_rows(recipe: Recipe, path: Path) -> Path:
 
 
 def orders(recipe: Recipe, path: Path) -> Path:
-    """Orders of each group, alike where they are shared."""
+    """Write orders for each group that begin with the same shared neurons."""
     generator = torch.Generator().manual_seed(recipe.seed % 2**32)
-    shared = WIDTH // recipe.granularity * recipe.shared_experts
-    found = {}
+    shared, found = WIDTH // recipe.granularity * recipe.shared_experts, {}
     for layer in LAYERS:
         first = torch.randperm(WIDTH, generator=generator)
-        rest = [
-            first[shared:][torch.randperm(WIDTH - shared, generator=generator)]
-            for _ in range(recipe.expansion)
-        ]
-        groups = [torch.cat([first[:shared], each]) for each in rest]
+        ends = (
+            torch.randperm(WIDTH - shared, generator=generator) for _ in range(recipe.expansion)
+        )
+        groups = [torch.cat([first[:shared], first[shared:][end]]) for end in ends]
         found[f"layers.{layer}.neuron_order"] = torch.stack(groups)
     save_file(found, path)
     return path
@@ -97,7 +82,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @given(case=cases())
 def test_every_exact_combination_is_the_dense_function(llama: Path, text: Path, case: Case) -> None:
-    recipe, ids = case.recipe, random_ids()
+    (recipe, target, layout), ids = case, random_ids()
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         rows = order = None
@@ -109,13 +94,13 @@ def test_every_exact_combination_is_the_dense_function(llama: Path, text: Path, 
             llama,
             folder / "moe",
             recipe,
-            target=case.target,
-            options=Options(expert_layout=case.layout, neuron_orders=order),
+            target=target,
+            options=Options(expert_layout=layout, neuron_orders=order),
             calibration=text,
             router_rows=rows,
         )
         assert done.plan.promise is Promise.EXACT
         wanted, found = (logits(path, ids, torch.float32) for path in (llama, done.output))
         assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
-        report = verify(llama, done.output, checks=["directory", "weights"])
+        report = verify(llama, done.output, router_init=rows, calibration=text)
         assert report.passed, report
