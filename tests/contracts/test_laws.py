@@ -181,6 +181,6 @@ def test_router_rows_are_equal_inside_a_group_and_nowhere_else(case: Case) -> No
         tensors = read_tensors(moe)
     for rows in (t for name, t in tensors.items() if re.search(r"[pe]\.gate\.weight", name)):
         assert rows.isfinite().all()
-        assert len(rows.unique(dim=0)) == case.wanted.E
+        assert len({tuple(row) for row in rows.tolist()}) == case.wanted.E
         by_group = rows.reshape(case.wanted.E, case.wanted.G, -1)
         assert (by_group == by_group[:, :1]).all()

@@ -43,7 +43,7 @@ from upcycle_cli.verification.result import CheckResult, Status
 
 FEW = TextOptions(tokens=64)
 FACTORS = "recipe.recipe:Recipe.factors"
-TENSORS = "plan.upcycle:output_tensors"
+TENSORS = "plan.upcycle:_tensors"
 CONFIG = "plan.upcycle:moe_config"
 Patch = tuple[str, Callable[[Any], Any]]
 """What is patched, and how it follows from what was there."""
@@ -164,7 +164,7 @@ def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Any]) -> Patch
             else:
                 yield tensor
 
-    return returns(TENSORS, wrong)
+    return returns(TENSORS, lambda right: tuple(wrong(right)))
 
 
 def from_another(this: str, other: str) -> Patch:
@@ -224,7 +224,7 @@ def filled(value: float) -> Callable[[Any, object], Expr]:
     return lambda tensor, _: Full(tensor.dtype, tensor.shape, value)
 
 
-C, DOWN_BIAS = "recipe.recipe:Recipe._compensation", "recipe.recipe:Recipe.down_bias_factor"
+C = "recipe.recipe:Recipe._compensation"
 Row = tuple[str, str, Patch]
 """What is wrong, the scenario in which it shows, and what is patched."""
 # fmt: off
@@ -238,7 +238,7 @@ ROWS: tuple[Row, ...] = (
     ("c counts shared shards", "shared", returns(C, lambda c: 1.5 * c)),
     ("c is for half of the experts", "all chosen", returns(C, lambda c: c / 2)),
     ("relu² is taken for linear", "balanced", returns("models.dense:degree", lambda _: 1)),
-    ("a down bias keeps its size", "gelu", returns(DOWN_BIAS, lambda _: 1.0)),
+    ("a down bias keeps its size", "gelu", factors(down_bias=lambda _: 1.0)),
     ("an up bias is not scaled", "balanced", nodes("up_proj_bias", Scale, lambda node: node.of)),
     ("the config's factor is 1", "by the config", config(routed_scaling_factor=1.0)),
     ("the config's factor is squared", "by the config", config(routed_scaling_factor=4.0)),
