@@ -302,7 +302,7 @@ def test_a_failed_verification_publishes_nothing(
     if occupied:
         convert(llama, tmp_path / "moe", Recipe(expansion=4, granularity=2, top_k=4))
     before = snapshot(tmp_path)
-    monkeypatch.setattr("upcycle_cli.old_verification.verify", verify_spoilt)
+    monkeypatch.setattr("upcycle_cli.verification.verify.verify", verify_spoilt)
     done = convert(llama, tmp_path / "moe", RECIPE, overwrite=occupied, verify=True)
     assert done.report is not None
     assert not done.report.passed
@@ -317,7 +317,7 @@ def test_a_verification_that_cannot_run_keeps_the_weights(
         raise UpcycleError("transformers cannot be imported.")
 
     with monkeypatch.context() as context:
-        context.setattr("upcycle_cli.old_verification.verify", broken)
+        context.setattr("upcycle_cli.verification.verify.verify", broken)
         with pytest.raises(UpcycleError, match="The weights are kept"):
             convert(llama, tmp_path / "moe", RECIPE, verify=True)
     assert others(tmp_path) == ["moe.partial"]
