@@ -373,7 +373,7 @@ def test_separate_sizes_are_the_same_recipe(llama: Path, tmp_path: Path) -> None
         (
             ("--scale-split", "down"),
             "factors",
-            {"c": 2.0, "gate": 1.0, "up": 1.0, "down": 2.0, "config": 1.0},
+            {"c": 2.0, "gate": 1, "up": 1, "down": 2.0, "down_bias": 1, "config": 1},
         ),
         (("--no-virtual-groups",), "promise", "none"),
         (("--router-logit-std", "0.5"), "router_logit_std", 0.5),

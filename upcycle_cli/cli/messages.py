@@ -45,7 +45,7 @@ def report_file(path: Path | None, dense: Path | None) -> ReportFile | None:
 
 def show_plan(plan: Plan) -> None:
     """Print a plan, and the notes about it."""
-    from upcycle_cli.cli.render_plan import plan_table
+    from upcycle_cli.cli.render import plan_table
     from upcycle_cli.plan.warnings import warnings
 
     show(plan_table(plan))

@@ -1,11 +1,10 @@
-"""Progress on stderr: a bar on a terminal, an occasional plain line elsewhere."""
+"""Progress on stderr: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rich.progress as bars
@@ -19,37 +18,50 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class _Bar(Progress):
-    def __init__(self, progress: bars.Progress, total: int) -> None:
-        self._progress, self._total = progress, total
-        self._task = self._writing()
+class _Shown(Progress):
+    """Tracks one task at a time: writing `total` bytes, calibrating, or a check."""
 
-    def _writing(self) -> bars.TaskID:
-        total = self._total
-        return self._progress.add_task("writing", total=total, unit="bytes", visible=total > 0)
+    def __init__(self, total: int) -> None:
+        self.total, self.written = total, 0
+        self.start("writing", total or None)
+
+    def start(self, name: str, total: int | None) -> None:
+        """Show another task instead of the current one."""
+        raise NotImplementedError
 
     def advance(self, num_bytes: int) -> None:
-        self._progress.advance(self._task, num_bytes)
+        self.written += num_bytes
+        self.checked(self.written, self.total, "bytes")
 
     def calibrated(self) -> None:
-        self._progress.remove_task(self._task)
-        self._task = self._writing()
+        self.start("writing", self.total)
 
     def begins(self, what: str) -> None:
-        # What is left of one thing says nothing of the next.
-        self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(what, total=None, unit="")
+        self.start(what, None)
+
+
+class _Bar(_Shown):
+    def __init__(self, progress: bars.Progress, total: int) -> None:
+        self.progress, self.task = progress, bars.TaskID(0)
+        super().__init__(total)
+
+    def start(self, name: str, total: int | None) -> None:
+        # A new task, since the speed of the last one means nothing for this one.
+        if self.progress.tasks:
+            self.progress.remove_task(self.task)
+        visible = total is not None or name != "writing"
+        self.task = self.progress.add_task(name, total=total, unit="bytes", visible=visible)
 
     def checked(self, done: int, total: int, unit: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, unit=unit)
+        self.progress.update(self.task, completed=done, total=total, unit=unit)
 
 
 class _Amount(bars.DownloadColumn):
-    """How much of how much, in bytes or in what a check counts."""
+    """The amount that is done, in bytes or in the unit of a check."""
 
     def render(self, task: bars.Task) -> Text:
         unit = task.fields["unit"]
-        if unit == "bytes":
+        if unit == "bytes" and task.total is not None:
             return super().render(task)
         done = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f} {unit}"
         return Text(done, style="progress.download")
@@ -60,27 +72,16 @@ class _Speed(bars.TransferSpeedColumn):
         return super().render(task) if task.fields["unit"] == "bytes" else Text()
 
 
-@dataclass
-class _Lines(Progress):
-    console: Console
-    total: int
-    name: str = "writing"
-    done: int = 0
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
+class _Lines(_Shown):
+    def __init__(self, console: Console, total: int) -> None:
+        self.console = console
+        super().__init__(total)
 
-    def advance(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.checked(self.done, self.total, "bytes")
-
-    def calibrated(self) -> None:
-        self.name = "writing"
+    def start(self, name: str, total: int | None) -> None:
+        self.name = name
         self.started = self.last = time.monotonic()
-
-    def begins(self, what: str) -> None:
-        self.name = what
-        self.started = self.last = time.monotonic()
-        self.console.print(what)
+        if total is None and name != "writing":
+            self.console.print(name)
 
     def checked(self, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
@@ -96,7 +97,7 @@ class _Lines(Progress):
 
 @contextmanager
 def progress_bar(console: Console, *, total: int, silent: bool) -> Iterator[Progress]:
-    """Show progress for as long as the context lasts: of `total` bytes written, of checks made."""
+    """Show the progress of writing `total` bytes and of checks, until the context ends."""
     if silent:
         yield Progress()
     elif not console.is_terminal:

@@ -1,152 +1,178 @@
-"""Inspections, reports and pushes as rich tables or as JSON; no logic."""
+"""The tables that commands print; no logic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
+from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.cli.terminal import properties_table
-from upcycle_cli.core.text import counted, printable, size_text
-from upcycle_cli.models.engines import Engine
+from upcycle_cli.cli.terminal import properties_table, rows_table
+from upcycle_cli.core.text import counted, parameter_text, printable, size_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from upcycle_cli.checkpoint.header import TensorEntry
     from upcycle_cli.inspection.summary import Inspection
-    from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.plan.output import OutputTensor
+    from upcycle_cli.models.overview import Overview, TargetFacts
+    from upcycle_cli.plan.budget import Fit
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
     from upcycle_cli.verification.result import Report
 
-_STATUS_STYLE = {"passed": "green", "failed": "bold red", "measured": "yellow", "skipped": "yellow"}
+_STATUS_STYLES = {
+    "passed": "green",
+    "failed": "bold red",
+    "measured": "yellow",
+    "skipped": "yellow",
+}
+_MAX_NAMES = 8
+_MAX_WIDTH = 100
+"""A longer cell in a list of tensors moves the rest of its own line only."""
+_SIZES_NOTE = (
+    "FLOPs are those of matrix products in the forward pass, without attention scores; × compares "
+    "them with the dense model's. Sizes are those of the parameters: weights in bfloat16, training "
+    "with AdamW (bfloat16 weights and gradients, float32 master weights and moments, 16 bytes "
+    "each). A KV cache and activations need more."
+)
 
 
-def picked(source: object, *names: str) -> dict[str, Any]:
-    """Return some attributes by their names."""
-    return {name: getattr(source, name) for name in names}
+def plan_table(plan: Plan) -> Table:
+    """Return the summary of a plan."""
+    from upcycle_cli.inspection.describe import software_lines
+    from upcycle_cli.plan.facts import facts
 
-
-def push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield what a push did: a property and the lines that say it."""
-    yield "repo", [push.url]
-    yield "commit", [push.commit]
-    if push.pull_request is not None:
-        yield "pull request", [push.pull_request]
-    what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
-    yield "uploaded", [what if push.changed else f"nothing: all {what}, were there already"]
-    if push.card_kept:
-        yield "card", ["README.md was edited there and is kept (--replace-card replaces it)"]
-    for label, names in (("removed there", push.removed), ("left out", push.left_out)):
-        if names:
-            more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
-            yield label, [*names[:8], *more]
-
-
-def push_json(push: Push) -> dict[str, Any]:
-    """Return what a push did as a JSON object."""
-    return {
-        "status": "pushed" if push.changed else "already there",
-        **picked(push, "repo", "url", "commit", "pull_request", "files"),
-        "bytes": push.nbytes,
-        **picked(push, "card_kept", "left_out", "removed", "reminders"),
-    }
-
-
-def inspection_json(inspection: Inspection) -> dict[str, Any]:
-    """Return an inspection as a JSON object; a planned conversion is under `plan`."""
-    plan, weights = None, inspection.weights
-    if inspection.plan is not None:
-        from upcycle_cli.cli.render_plan import plan_json
-
-        plan = plan_json(inspection.plan)
-    claimed = (inspection.record or {}).get("recipe")
-    name = claimed.get("name") if isinstance(claimed, dict) else None
-    return {
-        "status": "inspected",
-        **picked(inspection, "kind", "model_type", "targets"),
-        "becomes": {target.name: target_json(target) for target in inspection.becomes},
-        "recipe": name if isinstance(name, str) else None,
-        **picked(inspection, "num_experts", "top_k", "routing", "expert_layout", "moe_layers"),
-        **picked(inspection, "total_parameters", "active_parameters", "dense_parameters"),
-        "bytes": inspection.checkpoint.nbytes,
-        "shards": len(inspection.checkpoint.shards),
-        "engines": engines_json(inspection.engines),
-        "trainers": {
-            trainer.name: picked(trainer, "support", "settings", "precision")
-            for trainer in inspection.trainers
-        },
-        "claims": inspection.record,
-        "weights": None if weights is None else asdict(weights),
-        "load": None if inspection.load is None else asdict(inspection.load),
-        "plan": plan,
-    }
-
-
-_WIDEST = 100
-"""Longer names push the rest of their line aside, and not that of all others."""
-
-
-def tensor_lines(inspection: Inspection) -> Iterator[str]:
-    """Yield a line for every tensor: of the plan with how it is made, else of the checkpoint."""
-    last = "file" if inspection.plan is None else "made_from"
-    rows = [("tensor", "dtype", "shape", last.replace("_", " "))]
-    for tensor in tensors_json(inspection):
-        shape = "×".join(str(length) for length in tensor["shape"])
-        rows.append((tensor["name"], tensor["dtype"], shape, tensor[last]))
-    shown = [[printable(text) for text in row] for row in rows]
-    widths = [min(_WIDEST, max(map(cell_len, column))) for column in zip(*shown, strict=True)]
-    for row in shown:
-        cells = zip(row, widths, strict=True)
-        yield "  ".join(text + " " * (width - cell_len(text)) for text, width in cells).rstrip()
-
-
-def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return every tensor as a JSON object, in file order."""
-    if inspection.plan is None:
-        held = inspection.checkpoint.tensors.values()
-        return [_tensor_json(entry, entry.shard) for entry in held]
-    from upcycle_cli.plan.describe import describe
-
-    return [
-        _tensor_json(tensor, shard.name)
-        | {"role": "_".join(tensor.holds) or tensor.role, "made_from": describe(tensor.expr)}
-        for shard in inspection.plan.shards
-        for tensor in shard.tensors
-    ]
-
-
-def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any]:
-    return {**picked(tensor, "name", "dtype"), "shape": list(tensor.shape), "file": file}
+    rows = [(key, [text]) for key, text in facts(plan).items()]
+    return rows_table([*rows, ("engines", software_lines(plan.engines))])
 
 
 def report_table(report: Report) -> Table:
-    """Return what verify found: a row per check, its failures below its detail."""
+    """Return the results of verify: a row per check, its failures below its detail."""
     table = properties_table(columns_between=1)
     for check in report.checks:
         detail = Text(printable(check.detail))
         for failure in check.failures:
             detail.append(f"\n- {printable(failure)}", style="red")
-        table.add_row(check.name, Text(check.status, style=_STATUS_STYLE[check.status]), detail)
+        table.add_row(check.name, Text(check.status, style=_STATUS_STYLES[check.status]), detail)
     return table
 
 
-def target_json(target: TargetFacts) -> dict[str, Any]:
-    """Return what is known of a target as a JSON object."""
-    return {
-        "routings": list(target.routings),
-        "layers": target.layers,
-        "scaled_by": list(target.scaled_by),
-        "engines": {name: list(routings) for name, routings in target.engines.items()},
-        "trainers": {name: list(routings) for name, routings in target.trainers.items()},
-        **picked(target, "balanced", "shared_experts", "refusal"),
-    }
+def push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what a push did."""
+    yield "repo", [push.url]
+    yield "commit", [push.commit]
+    if push.pull_request is not None:
+        yield "pull request", [push.pull_request]
+    what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
+    yield "uploaded", [what if push.changed else f"nothing: the repo has all {what}"]
+    if push.card_kept:
+        yield "card", ["README.md was edited there and is kept (--replace-card replaces it)"]
+    for label, names in (("removed there", push.removed), ("left out", push.left_out)):
+        if names:
+            more = [f"and {len(names) - _MAX_NAMES} more"] if len(names) > _MAX_NAMES else []
+            yield label, [*names[:_MAX_NAMES], *more]
 
 
-def engines_json(found: Iterable[Engine]) -> dict[str, str]:
-    """Return what is known of engines as a JSON object."""
-    return {engine.name: engine.support for engine in found}
+def tensor_lines(inspection: Inspection) -> Iterator[str]:
+    """Yield a line for every tensor."""
+    from upcycle_cli.cli.render_json import tensors_json
+
+    last = "file" if inspection.plan is None else "made_from"
+    rows = [("tensor", "dtype", "shape", last.replace("_", " "))]
+    for tensor in tensors_json(inspection):
+        shape = "×".join(map(str, tensor["shape"]))
+        rows.append((printable(tensor["name"]), tensor["dtype"], shape, printable(tensor[last])))
+    widths = [min(_MAX_WIDTH, max(map(len, column))) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
+
+
+def fits_tables(fits: Sequence[Fit]) -> Iterator[Table]:
+    """Yield the recipes that fit a budget, and what the paper says about them."""
+    table = _table("recipe", "parameters", "active", "FLOPs per token", "weights", "training")
+    comments: dict[str, list[str]] = {}
+    for fit in fits:
+        training = size_text(fit.training_bytes)
+        table.add_row(
+            fit.recipe.name,
+            parameter_text(fit.total_parameters),
+            parameter_text(fit.active_parameters),
+            f"{parameter_text(fit.flops_per_token, 'G')} ({fit.flops_ratio:.2f} ×)",
+            size_text(fit.weight_bytes),
+            f"{training}, too large" if fit.trains is False else training,
+        )
+        for words in fit.paper:
+            comments.setdefault(words, []).append(fit.recipe.name)
+    yield table
+    rows = [("sizes of", [fits[0].target])]
+    if comments:
+        # A comment on more than four recipes is a general one.
+        names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in comments.values())
+        lines = [name + words for name, words in zip(names, comments, strict=True)]
+        rows.append(("arXiv 2410.07524", lines))
+    yield rows_table(rows)
+
+
+def fits_notes(fits: Sequence[Fit], shown: Sequence[Fit]) -> Iterator[str]:
+    """Yield notes about the recipes that fit, of which some are shown."""
+    yield _SIZES_NOTE
+    if more := len(fits) - len(shown):
+        yield f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all."
+
+
+def overview_tables(found: Overview) -> Iterator[Table]:
+    """Yield the supported model types, the targets, and the model types that are not supported."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, targets in found.dense.items():
+        groups.setdefault(targets, []).append(name)
+    table = _table("targets (default first)", "dense model types")
+    for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
+        table.add_row("\n".join(targets), ", ".join(names))
+    yield table
+    table = _table("text model", "inside", "targets (default first)")
+    for wrapper, texts in found.wrappers.items():
+        for text_type, targets in texts.items():
+            table.add_row(text_type, wrapper, ", ".join(targets))
+    yield table
+    yield from target_tables(found.targets)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.refused.items():
+        reasons.setdefault(reason, []).append(name)
+    table = _table("not supported", "because")
+    for reason, names in reasons.items():
+        table.add_row(", ".join(names), reason)
+    yield table
+
+
+def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
+    """Yield what targets can express, and their engines and trainers; refused ones are left out."""
+    targets = [target for target in targets if target.refusal is None]
+    if not targets:
+        return
+    table = _table("target", "routings", "MoE layers", "shared\nexperts", "scaled by")
+    for target in targets:
+        routings, scaled_by = "\n".join(target.routings), "\n".join(target.scaled_by)
+        table.add_row(target.name, routings, target.layers, target.shared_experts, scaled_by)
+    yield table
+    table = _table("target", "runs in", "trains in", "balanced by")
+    for target in targets:
+        runs = "\n".join(_software(target.engines, target))
+        trains = ", ".join(_software(target.trainers, target))
+        table.add_row(target.name, runs, trains, target.balanced)
+    yield table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        # Names in the first column are copied: never fold a recipe or a target.
+        table.add_column(name, overflow="fold", no_wrap=name in {"recipe", "target"})
+    return table
+
+
+def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
+    """Return the software that supports a target, with its routings if they are not all."""
+    return [
+        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
+        for name, routings in found.items()
+    ]

@@ -234,7 +234,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
 
     def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
         if self.as_json:
-            from upcycle_cli.cli.render_plan import plan_json
+            from upcycle_cli.cli.render_json import plan_json
 
             status = {"status": "planned", "output": str(self.request.output)}
             terminal.print_json(status | plan_json(plan, warnings))
@@ -250,7 +250,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
             if not self.silent:
                 messages.show_push(done.pushed)
         if self.as_json:
-            from upcycle_cli.cli.render_plan import conversion_json
+            from upcycle_cli.cli.render_json import conversion_json
 
             terminal.print_json(conversion_json(done, done.pushed))
         if done.published:

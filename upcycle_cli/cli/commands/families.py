@@ -9,11 +9,12 @@ from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show_all
 def families(*, json: bool = JSON) -> None:
     """List the supported model types with their targets, engines and trainers."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli import render_choices
+        from upcycle_cli.cli.render import overview_tables
+        from upcycle_cli.cli.render_json import overview_json
         from upcycle_cli.models.overview import overview
 
         found = overview()
         if json:
-            print_json(render_choices.overview_json(found))
+            print_json(overview_json(found))
         else:
-            show_all(render_choices.overview_tables(found))
+            show_all(overview_tables(found))

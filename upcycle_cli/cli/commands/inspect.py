@@ -138,30 +138,29 @@ def _progress(*, silent: bool) -> AbstractContextManager[Watch]:
 
 
 def _print_json(found: Inspection, fits: tuple[Fit, ...] | None, *, tensors: bool) -> None:
-    from upcycle_cli.cli import render, render_choices
+    from upcycle_cli.cli import render_json
 
-    value = render.inspection_json(found)
+    value = render_json.inspection_json(found)
     if tensors:
-        value["tensors"] = render.tensors_json(found)
+        value["tensors"] = render_json.tensors_json(found)
     if fits is not None:
-        value["fits"] = render_choices.fits_json(fits)
+        value["fits"] = render_json.fits_json(fits)
     print_json(value)
 
 
 def _print_tables(found: Inspection, fits: tuple[Fit, ...] | None) -> None:
-    from upcycle_cli.cli import render_choices
+    from upcycle_cli.cli import render
     from upcycle_cli.inspection.describe import inspection_rows
 
-    tables = [rows_table(inspection_rows(found)), *render_choices.target_tables(found.becomes)]
+    tables = [rows_table(inspection_rows(found)), *render.target_tables(found.becomes)]
     if fits is None:
         show_all(tables)
     else:
         from upcycle_cli.plan.budget import notable
 
         shown = notable(fits)
-        rows = rows_table(render_choices.fits_rows(shown))
-        show_all([*tables, render_choices.fits_table(shown), rows])
-        warn(*render_choices.fits_notes(fits, shown))
+        show_all([*tables, *render.fits_tables(shown)])
+        warn(*render.fits_notes(fits, shown))
     if found.plan is not None:
         show("")
         messages.show_plan(found.plan)

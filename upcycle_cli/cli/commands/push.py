@@ -38,7 +38,7 @@ def push(
     Example: upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
     """
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli.render import push_json
+        from upcycle_cli.cli.render_json import push_json
         from upcycle_cli.publish.push import Destination
         from upcycle_cli.publish.push import push as push_directory
 

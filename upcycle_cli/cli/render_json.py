@@ -1,0 +1,156 @@
+"""The JSON objects that commands print with --json; docs/schema.json describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle_cli.api import Conversion
+    from upcycle_cli.checkpoint.header import TensorEntry
+    from upcycle_cli.inspection.summary import Inspection
+    from upcycle_cli.models.engines import Engine
+    from upcycle_cli.models.overview import Overview, TargetFacts
+    from upcycle_cli.plan.budget import Fit
+    from upcycle_cli.plan.output import OutputTensor
+    from upcycle_cli.plan.plan import Plan
+    from upcycle_cli.publish.push import Push
+
+
+def inspection_json(inspection: Inspection) -> dict[str, Any]:
+    """Return an inspection; a planned conversion is under `plan`."""
+    recipe = (inspection.record or {}).get("recipe")
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    return {
+        "status": "inspected",
+        **_pick(inspection, "kind model_type targets"),
+        "becomes": {target.name: _target_json(target) for target in inspection.becomes},
+        "recipe": name if isinstance(name, str) else None,
+        **_pick(inspection, "num_experts top_k routing expert_layout moe_layers"),
+        **_pick(inspection, "total_parameters active_parameters dense_parameters"),
+        "bytes": inspection.checkpoint.nbytes,
+        "shards": len(inspection.checkpoint.shards),
+        "engines": _engines_json(inspection.engines),
+        "trainers": {
+            trainer.name: _pick(trainer, "support settings precision")
+            for trainer in inspection.trainers
+        },
+        "claims": inspection.record,
+        "weights": None if inspection.weights is None else asdict(inspection.weights),
+        "load": None if inspection.load is None else asdict(inspection.load),
+        "plan": None if inspection.plan is None else plan_json(inspection.plan),
+    }
+
+
+def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
+    """Return every tensor in file order: of the plan if there is one, else of the checkpoint."""
+    if inspection.plan is None:
+        entries = inspection.checkpoint.tensors.values()
+        return [_tensor_json(entry, entry.shard) for entry in entries]
+    from upcycle_cli.plan.describe import describe
+
+    return [
+        _tensor_json(tensor, shard.name)
+        | {"role": "_".join(tensor.holds) or tensor.role, "made_from": describe(tensor.expr)}
+        for shard in inspection.plan.shards
+        for tensor in shard.tensors
+    ]
+
+
+def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a plan; its warnings include these notes."""
+    from upcycle_cli.plan.warnings import warnings
+
+    return {
+        "model_type": plan.target.outer_type,
+        "source_type": plan.source.config["model_type"],
+        "source": plan.source.name,
+        "source_revision": plan.source.revision,
+        **(_growth_json(plan) if plan.expansion else _upcycling_json(plan)),
+        **_pick(plan, "expert_layout total_parameters active_parameters promise"),
+        "moe_layers": plan.layers,
+        "bytes": plan.nbytes,
+        "shards": len(plan.shards),
+        "engines": _engines_json(plan.engines),
+        "warnings": [*warnings(plan), *notes],
+        "plan_sha256": plan.digest,
+    }
+
+
+def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
+    """Return what a conversion, and the push after it, did."""
+    status = "converted" if conversion.published else "verification failed"
+    return {
+        "status": "already done" if conversion.already_done and conversion.published else status,
+        "output": str(conversion.output),
+        **plan_json(conversion.plan, conversion.warnings),
+        "seconds": round(conversion.seconds, 3),
+        **_pick(conversion, "shared_bytes reused_bytes"),
+        "verification": None if conversion.report is None else conversion.report.to_json(),
+        "push": None if push is None else push_json(push),
+    }
+
+
+def push_json(push: Push) -> dict[str, Any]:
+    """Return what a push did."""
+    return {
+        "status": "pushed" if push.changed else "already there",
+        **_pick(push, "repo url commit pull_request files"),
+        "bytes": push.nbytes,
+        **_pick(push, "card_kept left_out removed reminders"),
+    }
+
+
+def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
+    """Return the recipes that fit a budget."""
+    sizes = "total_parameters active_parameters flops_per_token flops_ratio weight_bytes"
+    return [
+        {"recipe": fit.recipe.name, **_pick(fit, f"target {sizes} training_bytes trains paper")}
+        for fit in fits
+    ]
+
+
+def overview_json(found: Overview) -> dict[str, Any]:
+    """Return the supported model types and targets."""
+    targets = {target.name: _target_json(target) for target in found.targets}
+    return {"status": "listed", **_pick(found, "dense wrappers refused"), "targets": targets}
+
+
+def _pick(source: object, names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names.split()}
+
+
+def _upcycling_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "experts_from": plan.merge_record,
+        "recipe": plan.recipe.name,
+        **_pick(plan.recipe, "routing scaling router_init router_logit_std virtual_groups"),
+        **_pick(plan.recipe, "neuron_order noise reinit seed num_experts shared_experts top_k"),
+        **_pick(plan, "dense_parameters flops_per_token flops_ratio lossless"),
+        "factors": asdict(plan.factors),
+        "calibration": plan.calibration_record,
+        "dropped": dict(plan.dropped),
+    }
+
+
+def _growth_json(plan: Plan) -> dict[str, Any]:
+    return {
+        **plan.how,
+        **_pick(plan, "num_experts top_k"),
+        "source_parameters": plan.dense_parameters,
+        "lossless": plan.rounded_to is None,
+    }
+
+
+def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any]:
+    return {**_pick(tensor, "name dtype shape"), "file": file}
+
+
+def _target_json(target: TargetFacts) -> dict[str, Any]:
+    names = "routings layers scaled_by engines trainers balanced shared_experts refusal"
+    return _pick(target, names)
+
+
+def _engines_json(found: Iterable[Engine]) -> dict[str, str]:
+    return {engine.name: engine.support for engine in found}
