@@ -51,17 +51,15 @@ def test_a_shell_reads_what_was_meant(text: str) -> None:
     assert done.stdout == text.encode(errors="surrogateescape")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", None])
 @pytest.mark.parametrize("text", WORDS, ids=repr)
-def test_json_is_for_every_terminal_and_parser(text: str, encoding: str | None) -> None:
+def test_json_is_visible_ascii(text: str) -> None:
     value = {text: [text, 1, None]}
-    printed = json_text(value, encoding)
+    printed = json_text(value)
+    assert printed.isascii()
     assert printable_lines(printed) == printed
-    assert printed.encode(encoding or "utf-8")  # writes all of it
-    found = json.loads(printed)
     if "\udcff" in text:
         value = json.loads(json.dumps(value).replace(r"\udcff", r"\\udcff"))
-    assert found == value
+    assert json.loads(printed) == value
 
 
 def test_json_holds_no_number_that_json_does_not_have() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,37 +134,32 @@ def fail(message: str, code: int, hint: str | None = None) -> NoReturn:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print the one JSON object of a command."""
-    sys.stdout.write(json_text(value, sys.stdout.encoding) + "\n")
+    sys.stdout.write(json_text(value) + "\n")
     sys.stdout.flush()
 
 
-def json_text(value: object, encoding: str | None = None) -> str:
-    """Return a value as JSON in which every character is visible and fits the encoding."""
-    unicode = (encoding or "utf-8").lower().startswith("utf")
-
-    def escape(found: re.Match[str]) -> str:
-        character = found[0]
-        if unicode and character.isprintable():
-            return character
-        escaped = dumps(character)[1:-1]
-        # No JSON parser accepts half a surrogate pair.
-        return rf"\{escaped}" if "\ud800" <= character <= "\udfff" else escaped
-
-    return re.sub(r"[^\n -~]", escape, dumps(_json_value(value), indent=2, ensure_ascii=False))
+def json_text(value: object) -> str:
+    """Return a value as ASCII JSON, which every terminal shows and every parser reads."""
+    return dumps(_json_value(value), indent=2).replace("\x7f", r"\u007f")
 
 
 def _json_value(value: object) -> object:
     """Return a value without passwords, and with None for numbers that JSON does not have."""
     match value:
         case dict():
-            return {key: _json_value(item) for key, item in value.items()}
+            return {_valid(key): _json_value(item) for key, item in value.items()}
         case list() | tuple():
             return [_json_value(item) for item in value]
         case str():
-            return blotted(value)
+            return _valid(blotted(value))
         case float() if not math.isfinite(value):
             return None
     return value
+
+
+def _valid(text: str) -> str:
+    """Return a text without half surrogate pairs, which are not valid JSON."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 # Errors -------------------------------------------------------------------------------------------
