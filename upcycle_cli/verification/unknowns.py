@@ -141,9 +141,10 @@ class _Neurons:
     seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def note(self, part: str, start: int, held: Hashes, wanted: Hashes) -> None:
-        for side, hashes in ((self.held, held), (self.wanted, wanted)):
-            whole = side.setdefault(part, np.zeros(self.size, np.uint64))
-            whole[start : start + len(hashes)] = hashes
+        """Note the neurons held from place `start` on; `wanted` are all of the dense MLP's."""
+        places = slice(start, start + len(held))
+        self.held.setdefault(part, np.zeros(self.size, np.uint64))[places] = held
+        self.wanted.setdefault(part, wanted.copy())[places] = wanted[places]
         self.seen = self.seen if len(self.seen) else np.zeros(self.size, np.bool_)
         self.seen[start : start + len(held)] = True
 
@@ -282,7 +283,7 @@ def _gather_of(expr: Expr) -> Gather | None:
 
 def _with_order(expr: Expr, order: Permutation) -> Expr:
     if isinstance(expr, Gather):
-        return replace(expr, order=order)
+        return replace(expr, order=order, start=0, stop=order.size)
     assert isinstance(expr, Cast | Scale)
     return replace(expr, of=_with_order(expr.of, order))
 
