@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
 from upcycle_cli.plan.expressions import Expr, type_of
@@ -151,8 +152,6 @@ def write_model(
     directory: Path, config: Mapping[str, Any], *, dtype: str = "BF16", seed: int = 0
 ) -> Path:
     """Write a tiny checkpoint with random weights, odd ones among them."""
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: random_bits(shape, TORCH[dtype], generator)
@@ -195,6 +194,20 @@ def value_of(expr: Expr, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     if data.nbytes == empty.nbytes == 0:
         return empty
     return torch.frombuffer(bytearray(data), dtype=empty.dtype).reshape(kind.shape)
+
+
+def write_orders(path: Path, *, alike: int) -> Path:
+    """Write orders of 48 neurons for two groups and layers, which agree on the first `alike`."""
+    generator = torch.Generator().manual_seed(3)
+    orders = {}
+    for layer in range(2):
+        first = torch.randperm(48, generator=generator)
+        rest = first[alike:][torch.randperm(48 - alike, generator=generator)]
+        orders[f"layers.{layer}.neuron_order"] = torch.stack(
+            [first, torch.cat([first[:alike], rest])]
+        )
+    save_file(orders, path)
+    return path
 
 
 def make_recipe(

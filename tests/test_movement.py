@@ -11,7 +11,7 @@ import torch
 from conftest import clone, validate_json
 from refusals import assert_refused, invoke
 from safetensors.torch import load_file, save_file
-from test_shared_experts import write_orders
+from shapes import write_orders
 
 from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
 from upcycle_cli.inspection.experts import WeightFacts

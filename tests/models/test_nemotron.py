@@ -1,0 +1,151 @@
+"""NVIDIA's Nemotron models at full size, without weights: parameters counted by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from configs import dense_model, model_shapes
+from shapes import FIXTURES, write_hollow
+
+from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
+from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.recipe.recipe import Promise, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe.scaling import MlpKind
+
+if TYPE_CHECKING:
+    from conftest import MakeDense
+
+NAMES = (
+    *("nemotron-4-15b", "nemotron-4-340b", "minitron-4b-base"),
+    *("nemotron-h-8b-base-8k", "nemotron-h-47b-base-8k", "nvidia-nemotron-nano-9b-v2"),
+)
+SOFTMAX, RENORMALISED = Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX
+COARSE = Recipe(expansion=8, granularity=1, top_k=2)
+FINE = Recipe(expansion=8, granularity=8, top_k=8)
+
+
+def released(name: str) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads((FIXTURES / "shapes" / f"{name}.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All models, as headers without data."""
+    folder = tmp_path_factory.mktemp("nemotron")
+    for name in NAMES:
+        config = released(name)["config"]
+        write_hollow(folder / name, config, shapes=dict(dense_model(config).shapes))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tensors_are_those_of_transformers_and_add_up(name: str) -> None:
+    model = released(name)
+    config, shapes = model["config"], dense_model(model["config"]).shapes
+    assert sum(map(math.prod, shapes.values())) == model["dense_parameters"]
+    assert sum(tensor.endswith("up_proj.weight") for tensor in shapes) == model["mlp_layers"]
+    # Released nemotron_h checkpoints say backbone, and transformers renames it on loading.
+    theirs = model_shapes(config)
+    assert {
+        name.removeprefix("backbone.").removeprefix("model."): s for name, s in shapes.items()
+    } == {name.removeprefix("model."): shape for name, shape in theirs.items()}
+
+
+def test_the_parameters_are_the_published_ones() -> None:
+    counts = {name: released(name)["dense_parameters"] for name in NAMES}
+    assert counts["nvidia-nemotron-nano-9b-v2"] == 8_888_227_328
+    assert counts["nemotron-h-8b-base-8k"] == 8_100_852_736
+    for name, width, others in (
+        ("nemotron-4-15b", 6_144, 12.5),
+        ("nemotron-4-340b", 18_432, 331.6),
+    ):
+        assert abs((counts[name] - 2 * 256_000 * width) / 1e9 - others) < 0.06
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("recipe", "experts", "more_mlps"), [(COARSE, 8, 1), (FINE, 64, 0)])
+def test_a_plan_has_the_parameters_of_the_formula(
+    name: str, recipe: Recipe, experts: int, more_mlps: int, sources: Path
+) -> None:
+    """Eight MLPs instead of one, of which a token uses one or two, and the routers.
+
+    nemotron_h also gets a correction bias, and a shared expert that is 64 wide.
+    """
+    plan, model = build_plan(recipe, open_checkpoint(sources / name)), released(name)
+    H, I = model["config"]["hidden_size"], model["config"]["intermediate_size"]  # noqa: E741
+    dense, layers = model["dense_parameters"], model["mlp_layers"]
+    rest = experts * H + (
+        experts + 2 * 64 * H if model["config"]["model_type"] == "nemotron_h" else 0
+    )
+    assert plan.total_parameters == dense + layers * (7 * 2 * I * H + rest)
+    assert plan.active_parameters == dense + layers * (more_mlps * 2 * I * H + rest)
+    assert plan.dense_parameters == dense
+    assert plan.lossless
+    assert plan.promise is Promise.EXACT
+    assert len({t.layer for t in plan.tensors if t.role is Role.ROUTER}) == layers
+    copied = {tensor.name for tensor in plan.tensors if tensor.role is Role.COPIED}
+    mlps = {name for name in plan.source.tensors if "up_proj" in name or "down_proj" in name}
+    assert copied == plan.source.tensors.keys() - mlps
+
+
+def planned(sources: Path, name: str, recipe: Recipe) -> Plan:
+    return build_plan(recipe, open_checkpoint(sources / name))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "c", "factor"),
+    [
+        # The paper's c = E·G²/T, and its cube root on up and on down.
+        (replace(FINE, routing=SOFTMAX), 64.0, 4.0),
+        (replace(COARSE, routing=SOFTMAX), 4.0, 1.587401),
+        (replace(FINE, routing=RENORMALISED), 8.0, 2.0),
+    ],
+)
+def test_the_papers_factors(recipe: Recipe, c: float, factor: float, sources: Path) -> None:
+    plan = planned(sources, "nemotron-4-15b", replace(recipe, scaling=Scaling.PAPER))
+    factors = plan.factors
+    assert (factors.c, factors.gate, factors.config) == (c, 1.0, 1.0)
+    assert factors.up == factors.down == pytest.approx(factor, rel=1e-6)
+    # up² · down = c: the paper's scaling is exact for a squared ReLU.
+    assert factors.up**2 * factors.down == pytest.approx(c, rel=1e-12)
+    assert plan.family.dense.mlp_kind == MlpKind(gated=False, degree=2)
+    assert plan.promise is (Promise.APPROXIMATE if recipe.routing is SOFTMAX else Promise.EXACT)
+
+
+def test_where_factors_go(sources: Path) -> None:
+    recipe = replace(FINE, routing=SOFTMAX)
+    balanced = replace(recipe, scale_split=ScaleSplit.BALANCED)
+    exact = planned(sources, "nemotron-4-15b", balanced).factors
+    assert (exact.up, exact.down) == (4.0, 4.0)  # as the paper's
+    for name, routing, c in (("nemotron-4-15b", SOFTMAX, 64.0), ("nemotron-h-8b-base-8k", None, 8)):
+        plan = planned(sources, name, replace(FINE, routing=routing))
+        assert (plan.factors.up, plan.factors.down) == (1.0, 1.0)  # the default is the config
+        assert plan.config["routed_scaling_factor"] == plan.factors.config == c
+
+
+@pytest.mark.parametrize(
+    ("top_k", "routing", "promise"),
+    [
+        (2, SOFTMAX, Promise.APPROXIMATE),
+        (4, SOFTMAX, Promise.EXACT),
+        (2, RENORMALISED, Promise.EXACT),
+        (2, Routing.SIGMOID_TOPK, Promise.EXACT),
+    ],
+)
+def test_verify_accepts_the_papers_scaling(
+    make_dense: MakeDense, tmp_path: Path, top_k: int, routing: Routing, promise: Promise
+) -> None:
+    dense = make_dense("nemotron")
+    recipe = Recipe(expansion=2, granularity=2, top_k=top_k, routing=routing, scaling=Scaling.PAPER)
+    assert convert(dense, tmp_path / "moe", recipe).plan.promise is promise
+    report = verify(dense, tmp_path / "moe")
+    assert report.passed, report
+    assert report.promise == promise

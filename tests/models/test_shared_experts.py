@@ -1,0 +1,239 @@
+"""Shared experts: shards that every token uses, or an inert one that an architecture requires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, difference, logits, random_ids, read_tensors
+from safetensors.torch import save_file
+from shapes import write_orders
+
+from upcycle_cli import (
+    MergeRequest,
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    inspect,
+    open_checkpoint,
+    verify,
+)
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.recipe.recipe import NeuronOrder, Routing
+
+SHARING = [name for name, row in NATIVE.items() if row.shared is not None]
+INERT = ("qwen2_moe", "glm4_moe", "hy_v3", "hunyuan_v1_moe", "granitemoehybrid", "nemotron_h")
+"""The targets that require one and silence it by its down matrix; the first with each row."""
+FIRST = ("gate_proj.weight", "up_proj.weight", "input_linear.weight")
+DOWN = ("down_proj.weight", "output_linear.weight")
+
+
+def shared(count: int = 1, routing: Routing | None = None, **settings: Any) -> Recipe:  # noqa: ANN401
+    """Two groups of 3 − `count`; softmax-topk selects all experts, which is exact."""
+    top_k = (3 - count) * (2 if routing is Routing.SOFTMAX_TOPK else 1)
+    return Recipe(
+        expansion=2, granularity=3, top_k=top_k, shared_experts=count, routing=routing, **settings
+    )
+
+
+def dense_for(make_dense: MakeDense, target: str) -> Path:
+    return make_dense(next(name for name, row in DENSE.items() if target in row.targets))
+
+
+def distance(dense: Path, moe: Path) -> float:
+    wanted, found = (logits(path, random_ids(), torch.float32) for path in (dense, moe))
+    return difference(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("target", "routing"), [(name, r) for name in SHARING for r in NATIVE[name].routings]
+)
+def test_the_logits_are_the_dense_models(
+    make_dense: MakeDense, tmp_path: Path, target: str, routing: Routing
+) -> None:
+    dense, row = dense_for(make_dense, target), NATIVE[target].shared
+    assert row is not None
+    for count in (0, 1, 2):
+        if count and row.objection(count):
+            continue
+        moe = tmp_path / f"moe{count}"
+        convert(dense, moe, shared(count, routing), target=target)
+        assert distance(dense, moe) < 1e-5
+        report = verify(dense, moe)
+        assert report.passed, report
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe", "granitemoehybrid"])
+@pytest.mark.parametrize("order", [NeuronOrder.SHUFFLED, NeuronOrder.FILE])
+def test_groups_with_their_own_order_share_the_same_neurons(
+    make_dense: MakeDense, tmp_path: Path, target: str, order: NeuronOrder
+) -> None:
+    dense, moe, options = dense_for(make_dense, target), tmp_path / "moe", Options()
+    if order is NeuronOrder.FILE:
+        file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
+        options = Options(dtype="bfloat16", neuron_orders=file)
+    convert(dense, moe, shared(2, neuron_order=order), target=target, options=options)
+    report = verify(dense, moe)
+    assert report.passed, report
+
+
+# An inert shared expert ---------------------------------------------------------------------------
+
+
+def inert(make_dense: MakeDense, target: str, moe: Path, **settings: Any) -> Path:  # noqa: ANN401
+    dense, able = dense_for(make_dense, target), NATIVE[target].routings
+    routing = able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]
+    wanted = Recipe(expansion=2, granularity=2, top_k=2, routing=routing, **settings)
+    convert(dense, moe, wanted, target=target)
+    return dense
+
+
+def shared_of(tensors: Mapping[str, torch.Tensor], ends: tuple[str, ...]) -> list[torch.Tensor]:
+    return [held for name, held in tensors.items() if ".shared_" in name and name.endswith(ends)]
+
+
+def test_every_inert_shared_expert_is_tested() -> None:
+    rows = [NATIVE[name].shared for name in INERT]
+    for row in NATIVE.values():
+        if row.shared is not None and row.shared.required and row.shared.norm is None:
+            assert row.shared in rows
+
+
+@pytest.mark.parametrize("target", INERT)
+def test_only_the_down_matrix_of_an_inert_one_is_zero(
+    make_dense: MakeDense, tmp_path: Path, target: str
+) -> None:
+    for name, seed in (("moe", 0), ("again", 0), ("other", 1)):
+        dense = inert(make_dense, target, tmp_path / name, seed=seed)
+    tensors, again, other = (read_tensors(tmp_path / name) for name in ("moe", "again", "other"))
+    own = [held.std() for name, held in read_tensors(dense).items() if name.endswith(FIRST)]
+    first = shared_of(tensors, FIRST)
+    assert len(first) >= 2
+    for held in first:  # as large as the dense MLP's, with mean zero
+        assert held.std().item() == pytest.approx(torch.stack(own).mean().item(), rel=0.2)
+        assert abs(held.mean().item()) < 0.2 * held.std().item()
+    down = shared_of(tensors, DOWN)
+    assert len(down) == 2
+    assert not any(held.any() for held in down)
+    assert all(map(torch.equal, first, shared_of(again, FIRST)))
+    assert not any(map(torch.equal, first, shared_of(other, FIRST)))
+    assert not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+
+
+@pytest.mark.parametrize("target", INERT)
+def test_an_inert_one_learns(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
+    """Its down matrix gets gradients first, then all of it; zeros alone would never learn."""
+    from transformers import AutoModelForCausalLM
+
+    inert(make_dense, target, tmp_path / "moe")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moe", dtype=torch.float32, experts_implementation="eager"
+    ).train()
+    held = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".shared_" in name and name.endswith(FIRST + DOWN)
+    }
+    assert held
+    optimizer, ids = torch.optim.SGD(model.parameters(), lr=0.1), random_ids()
+
+    def largest_gradients() -> dict[str, float]:
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: float(parameter.grad.abs().max()) for name, parameter in held.items()}
+
+    for name, size in largest_gradients().items():
+        assert (size > 0) == name.endswith(DOWN), name
+    optimizer.step()
+    assert all(size > 0 for size in largest_gradients().values())
+
+
+# Damage, and what is refused ----------------------------------------------------------------------
+
+SHARED = "model.layers.1.mlp.shared_expert"
+EXPERT = "model.layers.1.mlp.experts.0"
+Tensors = dict[str, torch.Tensor]
+DAMAGES: dict[str, Callable[[Tensors], object]] = {
+    "another value": lambda held: held[f"{SHARED}.up_proj.weight"][5, 7].add_(0.5),
+    "neurons swapped": lambda held: held[f"{SHARED}.up_proj.weight"][3:5].copy_(
+        held[f"{SHARED}.up_proj.weight"][[4, 3]]
+    ),
+    "half the output": lambda held: held[f"{SHARED}.down_proj.weight"].mul_(0.5),
+    "no output": lambda held: held[f"{SHARED}.down_proj.weight"].zero_(),
+    "a gate that depends on tokens": lambda held: held[f"{SHARED}_gate.weight"].mul_(1e9),
+    "a routed expert with shared neurons": lambda held: held[f"{EXPERT}.up_proj.weight"].copy_(
+        held[f"{SHARED}.up_proj.weight"]
+    ),
+}
+
+
+def test_verify_notices_damage(llama: Path, tmp_path: Path) -> None:
+    recipe = shared(routing=Routing.TOPK_SOFTMAX)
+    moe = convert(llama, tmp_path / "moe", recipe, target="qwen2_moe").output
+    whole = read_tensors(moe)
+    for damage, spoil in DAMAGES.items():
+        held = {name: tensor.clone() for name, tensor in whole.items()}
+        spoil(held)
+        save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+        (weights,) = verify(llama, moe, checks=["weights"]).checks
+        assert weights.failures, damage
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"shared_experts": 3}, {}, "there cannot be 3 shared"),
+        ({"shared_experts": -1}, {}, "there cannot be -1 shared"),
+        ({"top_k": 3}, {}, "not a multiple of 2, the routed shards of granularity 3"),
+        ({"top_k": 6}, {}, "more than the 4 experts that E2G3T6 makes (E·(G − K))"),
+        ({}, {"target": "mixtral"}, "mixtral cannot express this model: it has no shared expert"),
+        ({}, {"target": "upcycled"}, "upcycled cannot express this model: it has no shared expert"),
+    ],
+)
+def test_refuse_shared_experts(
+    llama: Path, settings: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    sizes = {"expansion": 2, "granularity": 3, "top_k": 2, "shared_experts": 1}
+    with pytest.raises(UpcycleError) as refused:
+        build_plan(Recipe(**(sizes | settings)), open_checkpoint(llama), **options)
+    assert words in str(refused.value)
+
+
+def test_refuse_other_sources_of_shared_neurons(
+    make_dense: MakeDense, llama: Path, tmp_path: Path
+) -> None:
+    dense = open_checkpoint(dense_for(make_dense, "hunyuan_v1_moe"))
+    with pytest.raises(UpcycleError, match="its shared expert is as wide as one expert, not 2"):
+        build_plan(shared(2), dense, target="hunyuan_v1_moe")
+    file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=15))
+    options, recipe = Options(neuron_orders=file), shared(neuron_order=NeuronOrder.FILE)
+    with pytest.raises(UpcycleError, match="differ in their first 16"):
+        build_plan(recipe, open_checkpoint(llama), target="glm4_moe", options=options)
+    merge = MergeRequest(experts_from=[make_dense("llama", dtype="bfloat16")])
+    with pytest.raises(UpcycleError, match="several models"):
+        convert(llama, tmp_path / "moe", shared(), target="glm4_moe", merge=merge)
+
+
+def test_auto_takes_a_target_with_a_shared_expert(llama: Path) -> None:
+    plan = build_plan(shared(), open_checkpoint(llama))
+    assert plan.family.target.model_type == "qwen2_moe"
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 32), (0, 16)])
+def test_inspect_shows_shared_experts(llama: Path, tmp_path: Path, count: int, width: int) -> None:
+    moe = convert(llama, tmp_path / "moe", shared(count), target="glm4_moe").output
+    found = inspect(moe, weights=True, dense=llama).weights
+    assert found is not None
+    neurons = width if count else 0
+    assert (found.shared_width, found.shared_works, found.shared_neurons) == (
+        width,
+        count > 0,
+        neurons,
+    )
