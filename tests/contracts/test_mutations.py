@@ -343,6 +343,15 @@ def outputs(dense: Path, moe: Path, scenario: Scenario) -> CheckResult:
     return check_outputs(open_checkpoint(dense), open_checkpoint(moe), expected, FEW)
 
 
+def test_the_readme_lists_every_mutation() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    wanted = [f"| {name} | {scenario} | outputs |" for name, scenario, _ in ROWS]
+    wanted += [f"| {name} | {scenario} | bytes |" for name, scenario, _ in BYTES]
+    assert [
+        line for line in page.splitlines() if line.endswith((" outputs |", " bytes |"))
+    ] == wanted
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_without_a_mutation_outputs_pass(make_dense: MakeDense, tmp_path: Path, name: str) -> None:
     scenario = SCENARIOS[name]

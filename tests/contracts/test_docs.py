@@ -1,0 +1,48 @@
+"""The documentation: generated pages are current, links lead somewhere, options are named."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cli_reference_is_what_help_prints() -> None:
+    generator = _generator()
+    found = generator.PAGE.read_text(encoding="utf-8")
+    assert found == generator.page(), "run `python docs/generate_cli.py`"
+
+
+def test_every_option_of_convert_is_in_the_readme() -> None:
+    reference = _generator().page()
+    convert = reference[reference.index("## upcycle convert") :].split("\n## ")[0]
+    options = set(re.findall(r"--[a-z][a-z-]+", convert)) - {"--help", "--no-virtual-groups"}
+    assert {option for option in options if option not in README} == set()
+
+
+def test_relative_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_quick_start_installs_extras_that_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = set(re.findall(r"pip install [^\n]*\[([a-z0-9]+)\]", README))
+    assert wanted
+    assert wanted <= project["optional-dependencies"].keys()

@@ -1,0 +1,367 @@
+"""Damaged headers, indexes and configs end in an UpcycleError or a report, and in nothing else.
+
+`UPCYCLE_FUZZ=5000 pytest tests/test_fuzz.py` looks longer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import tempfile
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from engine_fixtures import make_dense, plan_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
+from upcycle_cli.api import execute
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.writer import WriteOptions
+
+EXAMPLES = int(os.environ.get("UPCYCLE_FUZZ", "60"))
+HANG_SECONDS = 30
+MEMORY_BYTES = 64 << 20
+WEIGHTS, INDEX, CONFIG, RECORD = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "upcycle.json",
+)
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize="UPCYCLE_FUZZ" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+QUICKLY = WriteOptions(fsync=False, workers=1)
+Change = Callable[[Any], Any]
+
+
+class Models:
+    """Small models to damage, and everything that is done with one that is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        dense = make_dense(folder / "dense", hidden=8, inner=16, vocab=8)
+        execute(plan_of(dense, "E2G2T2"), folder / "moe", writing=QUICKLY)
+        fused = plan_of(dense, "E2G2T2", expert_layout="fused")
+        execute(fused, folder / "fused", writing=QUICKLY)
+        split_in_two(dense, folder / "sharded")
+        for name in ("dense", "moe"):  # so that imports are no part of what is measured
+            with self.damaged(name) as path:
+                self.use(name, path)
+
+    @contextmanager
+    def damaged(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "damaged"
+            shutil.copytree(self.folder / name, path)
+            yield path
+
+    def use(self, name: str, path: Path) -> None:
+        """Do everything that takes such a model; only UpcycleError may end it."""
+        dense, moe = self.folder / "dense", self.folder / "moe"
+        is_dense = name in ("dense", "sharded")
+        pair = (path, moe) if is_dense else (dense, path)
+        with no_hang():
+            for action in (
+                lambda: inspect(path),
+                lambda: inspect(path, RECIPE),
+                lambda: inspect(pair[1], weights=True, dense=pair[0]),
+                lambda: verify(*pair, checks=["directory", "weights"]),
+            ):
+                with suppress(UpcycleError):
+                    action()
+            if is_dense:
+                self._convert(path)
+
+    def _convert(self, path: Path) -> None:
+        output, before = path.with_name("output"), listing(path)
+        try:
+            plan = build_plan(RECIPE, open_checkpoint(path))
+            execute(plan, output, writing=QUICKLY)
+        except UpcycleError:
+            assert not output.exists()
+            assert not partial_of(output).exists()
+        else:
+            # What it took for a model, it has also written as one.
+            assert open_checkpoint(output).nbytes == plan.nbytes
+            shutil.rmtree(output)
+        assert listing(path) == before
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("fuzz"))
+
+
+def split_in_two(dense: Path, path: Path) -> None:
+    """Write the dense model in two files with an index."""
+    shutil.copytree(dense, path)
+    tensors = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_safetensors(path: Path, header: object, body: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    def fail(_number: int, _frame: object) -> NoReturn:
+        raise AssertionError("this takes forever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(HANG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def listing(path: Path) -> list[tuple[str, int, int]]:
+    """What a directory holds, without reading it: some of it is long, and a hole."""
+    stats = ((file.name, file.lstat()) for file in sorted(path.rglob("*")))
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+
+
+# Damage --------------------------------------------------------------------------------------
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 1, 2, 3, 255, 2**31, 2**32, 2**53, 2**63, 2**64, 2**70, -(2**63)])
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        [
+            *("", "/", "..", "../x", ".", "\0", "\ud800", "x" * 300),
+            *("F32", "F64", "BF16", "I4", "mixtral", "llama", "qwen2_moe"),
+            *("config.json", "full_attention", "sliding_attention"),
+        ]
+    )
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@st.composite
+def json_changes(draw: st.DrawFn) -> Change:
+    """Replace, remove, rename or copy something, anywhere in a JSON value."""
+    steps = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=4))
+    kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "copy"]))
+    value, name = draw(VALUES), draw(st.text(max_size=6) | st.just("\udfff"))
+
+    def change(whole: Any) -> Any:  # noqa: ANN401
+        result = copy.deepcopy(whole)
+        place: Any = {"": result}
+        key: Any = ""
+        for step in steps:
+            inner = place[key]
+            if not isinstance(inner, dict | list) or not inner:
+                break
+            place = inner
+            key = sorted(inner)[step % len(inner)] if isinstance(inner, dict) else step % len(inner)
+        root = place if key == "" and place.get("") is result else None
+        match kind:
+            case "remove" if root is None:
+                del place[key]
+            case "rename" if isinstance(place, dict) and root is None:
+                place[name] = place.pop(key)
+            case "copy" if isinstance(place, dict) and root is None:
+                place[name] = place[key]
+            case _:
+                place[key] = value
+        return place[""] if root is not None else result
+
+    return change
+
+
+JSON_DAMAGE = st.lists(json_changes(), min_size=1, max_size=3)
+BYTE_DAMAGE = st.lists(
+    st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=8
+)
+PREFIXES = st.sampled_from([0, 1, 7, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1])
+
+
+def change_json(path: Path, changes: list[Change]) -> None:
+    value = json.loads(path.read_text())
+    for change in changes:
+        value = change(value)
+    path.write_text(json.dumps(value))
+
+
+def change_header(path: Path, changes: list[Change]) -> None:
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for change in changes:
+        header = change(header)
+    write_safetensors(path, header, data[start:])
+
+
+def change_bytes(path: Path, edits: list[tuple[int, int]], most: int) -> None:
+    data = bytearray(path.read_bytes())
+    for position, value in edits:
+        data[position % min(most, len(data))] = value
+    path.write_bytes(data)
+
+
+def header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+# The tests -----------------------------------------------------------------------------------
+
+
+@fuzz
+@given(edits=BYTE_DAMAGE)
+def test_bytes_of_a_header(models: Models, edits: list[tuple[int, int]]) -> None:
+    for name in ("dense", "moe"):
+        with models.damaged(name) as path:
+            # Most of the padding is not interesting.
+            change_bytes(path / WEIGHTS, edits, min(3000, header_length(path / WEIGHTS)))
+            models.use(name, path)
+
+
+@fuzz
+@given(length=PREFIXES | st.integers(0, 2**64 - 1), cut=st.integers(0, 1 << 16))
+def test_the_length_of_a_header_and_of_the_file(models: Models, length: int, cut: int) -> None:
+    for name in ("dense", "moe"):
+        with models.damaged(name) as path:
+            data = (path / WEIGHTS).read_bytes()
+            for spoilt in (length.to_bytes(8, "little") + data[8:], data[: cut % len(data)]):
+                (path / WEIGHTS).write_bytes(spoilt)
+                models.use(name, path)
+
+
+@fuzz
+@given(changes=JSON_DAMAGE, name=st.sampled_from(["dense", "moe", "fused"]))
+def test_a_header(models: Models, changes: list[Change], name: str) -> None:
+    with models.damaged(name) as path:
+        change_header(path / WEIGHTS, changes)
+        models.use(name, path)
+
+
+@fuzz
+@given(
+    changes=JSON_DAMAGE,
+    where=st.sampled_from(
+        [
+            *(("sharded", INDEX), ("sharded", CONFIG), ("dense", CONFIG)),
+            *(("moe", CONFIG), ("moe", RECORD), ("fused", CONFIG), ("fused", RECORD)),
+        ]
+    ),
+)
+def test_json(models: Models, changes: list[Change], where: tuple[str, str]) -> None:
+    with models.damaged(where[0]) as path:
+        change_json(path / where[1], changes)
+        models.use(where[0], path)
+
+
+@fuzz
+@given(edits=BYTE_DAMAGE, name=st.sampled_from([CONFIG, INDEX]))
+def test_bytes_of_json(models: Models, edits: list[tuple[int, int]], name: str) -> None:
+    with models.damaged("sharded") as path:
+        change_bytes(path / name, edits, 1 << 16)
+        models.use("sharded", path)
+
+
+SIZES = (
+    *("num_local_experts", "num_experts_per_tok", "intermediate_size", "num_hidden_layers"),
+    *("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [0, 5, 2**20, 2**70])
+def test_sizes_in_configs(models: Models, key: str, value: int) -> None:
+    for name in ("dense", "moe"):
+        with models.damaged(name) as path:
+            config = json.loads((path / CONFIG).read_text())
+            if key in config:
+                (path / CONFIG).write_text(json.dumps(config | {key: value}))
+                models.use(name, path)
+
+
+@pytest.mark.parametrize("value", [None, {}, [1], "\ud800", 1.5, -1])
+def test_every_key_of_an_moe_takes_anything(models: Models, value: object) -> None:
+    for file in (CONFIG, RECORD):
+        with models.damaged("moe") as path:
+            whole = json.loads((path / file).read_text())
+            for key in whole:
+                (path / file).write_text(json.dumps(whole | {key: value}))
+                models.use("moe", path)
+
+
+def test_half_a_character_is_refused_when_it_is_read(models: Models) -> None:
+    with models.damaged("dense") as path:
+        config = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps(config | {"note": "\ud800"}))
+        with pytest.raises(UpcycleError, match="not valid JSON"):
+            open_checkpoint(path)
+        (path / CONFIG).write_text(json.dumps(config))
+        change_header(path / WEIGHTS, [lambda header: header | {"\udfff": header.popitem()[1]}])
+        with pytest.raises(UpcycleError, match="not valid JSON"):
+            open_checkpoint(path)
+
+
+# Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2**31, 2**40, 2**63, 2**64 - 1])
+def test_a_length_is_no_reason_to_take_memory(models: Models, length: int) -> None:
+    for name in ("dense", "moe"):
+        with models.damaged(name) as path:
+            with (path / WEIGHTS).open("r+b") as file:
+                file.write(length.to_bytes(8, "little"))
+                file.truncate(1 << 34)  # as long as that, and a hole
+            with bounded_memory():
+                models.use(name, path)
+
+
+@pytest.mark.parametrize("shape", [[2**62], [2**40, 2**40], [2**70, 0], [1] * 100_000])
+def test_a_shape_is_no_reason_to_take_memory(models: Models, shape: list[int]) -> None:
+    def change(header: dict[str, Any]) -> dict[str, Any]:
+        header["model.norm.weight"]["shape"] = shape
+        return header
+
+    with models.damaged("dense") as path:
+        change_header(path / WEIGHTS, [change])
+        with bounded_memory():
+            models.use("dense", path)
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_BYTES
+    finally:
+        tracemalloc.stop()

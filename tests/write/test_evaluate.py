@@ -1,0 +1,384 @@
+"""The expression language: each kind against plain torch, and what the writer relies on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import TORCH, random_bits, same_bits, value_of
+
+from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.plan.describe import describe
+from upcycle_cli.plan.expressions import (
+    Cast,
+    Concat,
+    Expr,
+    Full,
+    Halves,
+    Normal,
+    Repeat,
+    Scale,
+    Select,
+    Slice,
+    Source,
+    Stack,
+    TensorType,
+    Transpose,
+    Zeros,
+    contiguous_source,
+    leaves,
+    num_bytes,
+    source_names,
+    type_of,
+)
+from upcycle_cli.write import rounding
+from upcycle_cli.write.evaluate import evaluate
+from upcycle_cli.write.rounding import OverflowInCastError
+
+HIDDEN = 16
+A, B = Source("a", "BF16", (4, 6)), Source("b", "BF16", (4, 6))
+WIDE, VECTOR = Source("wide", "F32", (3, 6)), Source("vector", "F16", (6,))
+STACK, CUBE = Source("stack", "BF16", (2, 4, 3)), Source("cube", "BF16", (1, 4, 6))
+NORM = Source("norm", "F32", (HIDDEN,))
+SOURCES = (A, B, WIDE, VECTOR, STACK, CUBE)
+Tensors = dict[str, torch.Tensor]
+Compute = Callable[[Tensors], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    made = {s.name: random_bits(s.shape, TORCH[s.dtype], generator) for s in SOURCES}
+    return made | {"norm": torch.linspace(0.5, 2, HIDDEN)}
+
+
+# fmt: off
+VALUES: tuple[tuple[Expr, Compute], ...] = (
+    (Cast(WIDE, "BF16"), lambda t: t["wide"].bfloat16()),
+    (Cast(WIDE, "F16"), lambda t: t["wide"].half()),
+    (Cast(VECTOR, "F32"), lambda t: t["vector"].float()),
+    (Slice(A, 1, 2, 5), lambda t: t["a"][:, 2:5]),
+    (Slice(A, 1, 3, 3), lambda t: t["a"][:, 3:3]),
+    (Scale(A, 1.5874), lambda t: (t["a"].float() * 1.5874).bfloat16()),  # rounded once
+    (Scale(VECTOR, 3.0), lambda t: (t["vector"].float() * 3.0).half()),
+    (Scale(WIDE, 0.1), lambda t: t["wide"] * torch.tensor(0.1)),
+    (Scale(Cast(Slice(WIDE, 1, 1, 4), "BF16"), 3.0),
+     lambda t: (t["wide"][:, 1:4].bfloat16().float() * 3).bfloat16()),
+    (Concat((A, B)), lambda t: torch.cat([t["a"], t["b"]])),
+    (Concat((A, Slice(B, 0, 0, 1))), lambda t: torch.cat([t["a"], t["b"][:1]])),
+    (Stack((A, B, A)), lambda t: torch.stack([t["a"], t["b"], t["a"]])),
+    (Stack((Concat((A, B)), Concat((B, A)))),
+     lambda t: torch.stack([torch.cat([t["a"], t["b"]]), torch.cat([t["b"], t["a"]])])),
+    (Cast(Slice(Select(STACK, 1), 1, 0, 2), "F32"), lambda t: t["stack"][1, :, :2].float()),
+    (Transpose(WIDE), lambda t: t["wide"].T),
+    (Transpose(Concat((A, Scale(B, 3.0)))), lambda t: torch.cat([t["a"], t["b"].mul(3.0)]).T),
+    (Slice(Transpose(A), 0, 1, 3), lambda t: t["a"].T[1:3]),
+    (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
+    (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
+    (Halves(A, 2, 2), lambda t: t["a"]),
+    (Halves(VECTOR, 6, 4), lambda t: t["vector"][[0, 2, 1, 3, 4, 5]]),
+    (Halves(Concat((A, B, A, Slice(B, 0, 0, 2))), 7, 6),
+     lambda t: torch.cat([t["a"], t["b"], t["a"], t["b"][:2]])[
+         [0, 2, 4, 1, 3, 5, 6, 7, 9, 11, 8, 10, 12, 13]]),
+    (Zeros("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
+    (Full("BF16", (5,), 0.001), lambda _: torch.full((5,), 0.001, dtype=torch.bfloat16)),
+    (Full("F16", (2, 3), 0.1), lambda _: torch.full((2, 3), 0.1, dtype=torch.float16)),
+)
+STRETCHES: tuple[tuple[Expr, tuple[str, int, int] | None], ...] = (
+    (A, ("a", 0, 48)),
+    (VECTOR, ("vector", 0, 12)),
+    (Slice(Slice(A, 0, 1, 4), 0, 1, 2), ("a", 24, 36)),
+    (Slice(Slice(A, 0, 2, 3), 1, 1, 5), ("a", 26, 34)),
+    (Slice(CUBE, 1, 1, 2), ("cube", 12, 24)),
+    (Slice(Slice(A, 0, 2, 2), 0, 0, 0), ("a", 24, 24)),
+    (Slice(Select(STACK, 1), 0, 1, 3), ("stack", 30, 42)),
+    (Slice(Select(STACK, 1), 1, 0, 1), None),
+    (Select(Slice(STACK, 1, 0, 1), 0), None),
+    (Slice(CUBE, 2, 0, 3), None),
+    (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
+    *((expr, None) for expr in (Cast(A, "F32"), Scale(A, 2.0), Repeat(A, 1), Transpose(A),
+                                Halves(A, 4, 2), Concat((A, B)), Stack((A,)), Zeros("F32", (2,)))),
+)
+UNFIT: tuple[Expr, ...] = (
+    Slice(A, 2, 0, 1), Slice(A, 0, 0, 5), Slice(A, 0, -1, 2), Slice(A, 1, 3, 2),
+    Select(A, 4), Select(A, -1), Select(Select(A, 0), 6),
+    Concat((A, WIDE)), Concat((A, Slice(A, 1, 0, 3))),
+    Stack((A, Slice(A, 0, 0, 3))), Stack((A, Cast(A, "F32"))),
+    Scale(Concat((A, WIDE)), 2.0), Repeat(Stack((A, Repeat(A, 2))), 2),
+    Transpose(VECTOR), Transpose(STACK), Halves(A, 3, 2), Halves(A, 4, 3), Halves(A, 2, 4),
+)
+WORDS: tuple[tuple[Expr, str], ...] = (
+    (Slice(A, 0, 1, 3), "a[1:3]"),
+    (Slice(A, 1, 1, 3), "a[:, 1:3]"),
+    (Cast(A, "F32"), "f32(a)"),
+    (Scale(Slice(A, 0, 0, 2), 1.5874010519681994), "a[0:2] × 1.5874"),
+    (Concat((A, B)), "concat(a, b)"),
+    (Stack((A, B, A)), "stack(a, … 3 in all)"),
+    (Repeat(A, 8), "a, each row × 8"),
+    (Transpose(Slice(A, 0, 1, 3)), "transpose(a[1:3])"),
+    (Slice(Select(STACK, 1), 0, 0, 2), "stack[1][0:2]"),
+    (Halves(Slice(A, 0, 0, 4), 4, 2), "a[0:4], the even rows first of 2 in each 4"),
+    (Zeros("F32", (1,)), "zeros"),
+    (Full("F32", (1,), 0.001), "0.001 everywhere"),
+)
+# fmt: on
+
+
+def in_words(value: object) -> str:
+    return describe(value) if isinstance(value, Expr) else ""
+
+
+@pytest.mark.parametrize(("expr", "compute"), VALUES, ids=in_words)
+def test_values_and_types_are_those_of_torch(
+    tensors: Tensors, expr: Expr, compute: Compute
+) -> None:
+    found, wanted = value_of(expr, tensors.__getitem__), compute(tensors)
+    assert same_bits(found, wanted)
+    assert TORCH[type_of(expr).dtype] is wanted.dtype
+    assert type_of(expr).shape == wanted.shape
+    assert num_bytes(expr) == wanted.nbytes
+    # Bytes that are not aligned can be computed with, too.
+    shifted = {n: memoryview(b"?" + bytes(raw_bytes(t)))[1:] for n, t in tensors.items()}
+    assert bytes(evaluate(expr, shifted.__getitem__)) == bytes(raw_bytes(wanted.contiguous()))
+
+
+@pytest.mark.parametrize(("expr", "stretch"), STRETCHES, ids=in_words)
+def test_bytes_that_lie_together_in_the_dense_model(
+    tensors: Tensors, expr: Expr, stretch: tuple[str, int, int] | None
+) -> None:
+    assert contiguous_source(expr) == stretch
+    if stretch is not None:
+        name, begin, end = stretch
+        value = evaluate(expr, lambda name: raw_bytes(tensors[name]))
+        assert bytes(value) == bytes(raw_bytes(tensors[name])[begin:end])
+
+
+@pytest.mark.parametrize("expr", UNFIT, ids=describe)
+def test_parts_that_do_not_fit_have_no_type(expr: Expr) -> None:
+    reasons = r"not inside|no entry|cannot concatenate|cannot stack|no heads|no matrix"
+    with pytest.raises(ValueError, match=reasons):
+        type_of(expr)
+
+
+@pytest.mark.parametrize(("expr", "words"), WORDS)
+def test_expressions_in_words(expr: Expr, words: str) -> None:
+    assert describe(expr) == words
+
+
+def test_equal_expressions_are_one_key() -> None:
+    one = Stack((Scale(Slice(A, 0, 0, 2), 2.0),))
+    other = Stack((Scale(Slice(Source("a", "BF16", (4, 6)), 0, 0, 2), 2.0),))
+    assert len({one, other, Stack((Scale(Slice(A, 0, 0, 2), 4.0),))}) == 2
+
+
+def test_source_names_are_everything_that_is_read(tensors: Tensors) -> None:
+    joined = Concat((Scale(Slice(A, 0, 0, 2), 2.0), Repeat(Cast(B, "BF16"), 1)))
+    read: set[str] = set()
+
+    def spy(name: str) -> memoryview:
+        read.add(name)
+        return raw_bytes(tensors[name])
+
+    for expr in (Stack((joined, joined)), normal()):
+        evaluate(expr, spy)
+    assert read == {*source_names(joined), *source_names(normal())} == {"a", "b", "norm"}
+    assert list(source_names(Zeros("F32", (1,)))) == []
+
+
+def trees(depth: int = 3) -> st.SearchStrategy[Expr]:
+    """Draw expressions of type BF16 (4, 6), with joins inside joins above them."""
+    matrices: st.SearchStrategy[Expr] = st.recursive(
+        st.sampled_from([A, B, Zeros("BF16", (4, 6)), Repeat(Slice(A, 0, 1, 3), 2)]),
+        lambda inner: st.builds(Scale, inner, st.sampled_from([0.5, 2.0, 3.0])),
+        max_leaves=3,
+    )
+    joined = matrices
+    for _ in range(depth):
+        joined = joined | st.builds(
+            lambda kind, part, times: kind((part,) * times),
+            st.sampled_from([Concat, Stack]),
+            joined,
+            st.integers(1, 3),
+        )
+    return joined | st.builds(Concat, st.tuples(matrices, matrices))
+
+
+@settings(max_examples=60)
+@given(expr=trees())
+def test_leaves_are_the_bytes_of_the_whole(tensors: Tensors, expr: Expr) -> None:
+    def read(name: str) -> memoryview:
+        return raw_bytes(tensors[name])
+
+    parts = list(leaves(expr))
+    assert not any(isinstance(part, Concat | Stack) for part in parts)
+    whole = bytes(evaluate(expr, read))
+    assert b"".join(bytes(evaluate(part, read)) for part in parts) == whole
+
+
+# Rounding ----------------------------------------------------------------------------------------
+
+
+def all_values(dtype: str) -> torch.Tensor:
+    """Return every finite value of a dtype of 16 bits, a row for each exponent and sign."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(TORCH[dtype])
+    words = words.reshape(-1, {"BF16": 128, "F16": 1024}[dtype])
+    return words[words.isfinite().all(dim=1)]
+
+
+@pytest.mark.parametrize("factor", [2.0**-9, 0.5, 1.0, 64.0, 2.0**20, 3.0, 1.5874, -2.0])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("zeros", [(), (0.0, -0.0)], ids=["", "among zeros"])
+def test_every_value_times_a_factor(
+    dtype: str, factor: float, zeros: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = all_values(dtype)
+    values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
+    monkeypatch.setattr(rounding, "PIECE_ITEMS", values.shape[1])  # a row at a time
+    wanted = (values.float() * factor).to(TORCH[dtype])
+    fits = wanted.isfinite().all(dim=1)
+    source = Source("x", dtype, tuple(values[fits].shape))
+    assert same_bits(value_of(Scale(source, factor), lambda _: values[fits]), wanted[fits])
+    for row in values[~fits]:
+        with pytest.raises(OverflowInCastError):
+            value_of(Scale(Source("x", dtype, (len(row),)), factor), {"x": row}.__getitem__)
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("F16", "BF16"), ("BF16", "F32"), ("F16", "F32")])
+def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
+    values = all_values(dtype)
+    source = Source("x", dtype, tuple(values.shape))
+    assert same_bits(value_of(Cast(source, wanted), lambda _: values), values.to(TORCH[wanted]))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0), (1, 200_001), (3, 2, 5)])
+def test_any_shape_can_be_computed_with(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = value_of(Scale(Cast(Source("x", "F32", shape), "BF16"), 3.0), lambda _: values)
+    assert same_bits(found, (values.bfloat16().float() * 3).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "convert"),
+    [
+        (70000.0, "F32", lambda x: Cast(x, "F16")),
+        (-70000.0, "BF16", lambda x: Cast(x, "F16")),
+        (3.4e38, "F32", lambda x: Cast(x, "BF16")),  # rounds up, past the largest bfloat16
+        (3.3e38, "BF16", lambda x: Scale(x, 2.0)),
+        (-3.3e38, "F32", lambda x: Scale(x, 2.0)),
+        (40000.0, "BF16", lambda x: Scale(Cast(x, "F16"), 2.0)),
+    ],
+)
+def test_a_finite_value_must_stay_finite(
+    value: float, dtype: str, convert: Callable[[Expr], Expr]
+) -> None:
+    expr = convert(Source("x", dtype, (3,)))
+    for first in (1.0, math.inf):  # what was infinite before is no overflow, nor hides one
+        data = torch.tensor([first, value, 2.0]).to(TORCH[dtype])
+        with pytest.raises(OverflowInCastError):
+            value_of(expr, {"x": data}.__getitem__)
+        kept = torch.tensor([first, 1.0, 2.0]).to(TORCH[dtype])
+        assert value_of(expr, {"x": kept}.__getitem__).isinf()[0] == (first == math.inf)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "factor", "values", "count"),
+    [
+        ("F32", "F16", 1.0, [1.0, 2.0**-30, -(2.0**-30), 0.0, -0.0], 2),
+        ("BF16", "F16", 1.0, [1.0, 2.0**-30, 0.0, -0.0], 1),
+        ("F32", "F16", 1.0, [2.0**-24, 2.0**-25, 1.5 * 2.0**-25], 1),  # a tie goes to the even one
+        ("F32", "BF16", 1.0, [2.0**-133, 2.0**-135, 2.0**-149, 0.0], 2),
+        ("BF16", "F32", 1.0, [2.0**-133, 0.0], 0),
+        ("F16", None, 0.25, [2.0**-24, 1.0, 0.0, -(2.0**-23)], 2),
+        ("F16", None, 4.0, [2.0**-24, 0.0], 0),
+        ("BF16", None, 0.3, [2.0**-133, 1.0], 1),
+        ("F32", None, 0.3, [2.0**-149, 1.0, -0.0], 1),
+        ("F32", "F16", 4.0, [2.0**-30, 1.0], 1),  # it is cast first
+        ("F32", "F16", 1.0, [math.nan, math.inf, 2.0**-30], 1),
+    ],
+    ids=str,
+)
+def test_values_that_vanish_are_counted(
+    before: str, after: str | None, factor: float, values: list[float], count: int
+) -> None:
+    # In several pieces, and among many that stay.
+    dense = torch.tensor(values + [0.5] * 70_000, dtype=torch.float64).to(TORCH[before])
+    expr: Expr = Source("x", before, tuple(dense.shape))
+    expr = expr if after is None else Cast(expr, after)
+    expr = expr if factor == 1.0 else Scale(expr, factor)
+    lost: list[int] = []
+    evaluate(expr, lambda _: raw_bytes(dense), lost.append)
+    assert sum(lost) == count
+
+
+# Random rows -------------------------------------------------------------------------------------
+
+
+def normal(**changes: object) -> Normal:
+    fields = {"seed": 0, "stream": "layers.0.router", "dtype": "F32", "shape": (4, HIDDEN)}
+    return Normal(**fields | {"logit_std": 0.5, "norm": NORM} | changes)  # type: ignore[arg-type]
+
+
+def draw(expr: Normal, norm: torch.Tensor | None = None) -> torch.Tensor:
+    weight = torch.linspace(0.5, 2, HIDDEN) if norm is None else norm
+    dtype = next(name for name, dtype in TORCH.items() if dtype is weight.dtype)
+    assert expr.norm is not None
+    return value_of(replace(expr, norm=replace(expr.norm, dtype=dtype)), lambda _: weight)
+
+
+def test_a_draw_is_a_function_of_seed_and_stream() -> None:
+    first, before = draw(normal()), torch.get_rng_state()
+    torch.rand(7)  # torch's own generator has no part in it
+    after = torch.get_rng_state()
+    assert same_bits(draw(normal()), first)
+    assert torch.equal(torch.get_rng_state(), after)  # and is left alone
+    torch.set_rng_state(before)
+    others = [
+        draw(normal(**changes))
+        for changes in (
+            *({"seed": 1}, {"seed": 2**63 - 1}, {"stream": "layers.1.router"}),
+            *({"seed": 1, "stream": "1x"}, {"seed": 11, "stream": "x"}),  # not run together
+        )
+    ]
+    for one, other in zip([first, *others], [*others, first], strict=True):
+        assert not torch.isclose(one, other).any()
+
+
+def test_the_stream_has_not_changed() -> None:
+    """A recipe and a seed name one model: every release must draw the same bits for them."""
+    rows = draw(normal(seed=1234, stream="layers.3.router"), torch.ones(HIDDEN))
+    digest = "3cd58368c64e444e4410d1adddcfca777b368ec2feb527182831e59818df9829"
+    assert hashlib.sha256(raw_bytes(rows)).hexdigest() == digest
+
+
+@pytest.mark.parametrize("logit_std", [1e-3, 1.0])
+@pytest.mark.parametrize("scale", [0.03, 20.0])
+def test_rows_give_logits_of_the_wanted_deviation(logit_std: float, scale: float) -> None:
+    hidden = 2048
+    generator = torch.Generator().manual_seed(0)
+    gamma = scale * (1 + 0.5 * torch.randn(hidden, generator=generator))
+    expr = normal(shape=(64, hidden), logit_std=logit_std, norm=Source("norm", "F32", (hidden,)))
+    rows, length = draw(expr, gamma), float(gamma.double().norm())
+    # 131,072 numbers estimate their deviation to 0.2 %.
+    assert float(rows.double().std()) == pytest.approx(logit_std / length, rel=0.01)
+    # An RMSNorm's output has unit RMS before γ. 256 tokens share 64 rows, so this is rougher.
+    tokens = torch.randn(256, hidden, generator=generator)
+    tokens /= tokens.square().mean(dim=1, keepdim=True).sqrt()
+    assert float(((tokens * gamma) @ rows.T).std()) == pytest.approx(logit_std, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+def test_a_draw_is_made_in_float64_and_rounded_once(dtype: str) -> None:
+    """The definition, written down once more: float32 draws differ between CPUs."""
+    digest = hashlib.sha256(b"7/layers.0.router").digest()
+    words = [int.from_bytes(digest[at : at + 4], "little") for at in range(0, 32, 4)]
+    rows = torch.from_numpy(np.random.RandomState(words).randn(256, HIDDEN))
+    drawn = draw(normal(seed=7, dtype=dtype, shape=(256, HIDDEN)), torch.full((HIDDEN,), 3.0))
+    assert same_bits(drawn, (rows * (0.5 / 12)).to(TORCH[dtype]))  # ‖γ‖ = 3 · √16
+    assert type_of(normal(dtype=dtype)) == TensorType(dtype, (4, HIDDEN))
