@@ -532,6 +532,15 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
+IMPATIENT = """
+import time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+from upcycle_cli.__main__ import main
+main()
+"""
+"""The tool, which waits only a moment before it repeats a request."""
+
 RunOnHub = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -547,7 +556,9 @@ def run(hub: Hub, tmp_path: Path) -> RunOnHub:
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         variables = hub.environment(home or tmp_path / "home", token=token) | {"COLUMNS": "80"}
-        result = forked.run(arguments, cwd=tmp_path, environment=variables | environment)
+        result = forked.run(
+            arguments, program=IMPATIENT, cwd=tmp_path, environment=variables | environment
+        )
         assert result.returncode == expect, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         assert "Traceback" not in result.stderr

@@ -1,8 +1,8 @@
-"""The Hub's HTTP API on loopback, as much of it as huggingface_hub uses for models.
+"""A fake Hub on loopback: as much of its HTTP API as huggingface_hub uses for models.
 
-A reading of the client, not of the real Hub: create, preupload, LFS (basic and multipart), Xet's
-local store, commit, pull requests, tree, resolve with ranges and redirects. Faults are injected by
-rule, and every request is kept for the tests to look at.
+Written after the client, not after the real Hub: create, preupload, LFS, Xet's local store, commit,
+pull requests, resolve with ranges and redirects. Tests inject faults by rule, and look at the
+requests, which are all recorded.
 
     with Hub(directory) as hub:
         subprocess.run([...], env=hub.environment(home))
@@ -22,8 +22,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml  # type: ignore[import-untyped]
@@ -32,34 +31,32 @@ from hub.store import Commit, Entry, Repo, Store, is_lfs, xet_hashes
 
 TOKEN = "hf_loopbackSecretToken0123456789abcdef"  # noqa: S105 - opens nothing
 USER = "tester"
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 
 
 class DroppedError(Exception):
-    """The connection is to end here, without a word."""
+    """Close the connection without an answer."""
 
 
 class RefusedError(Exception):
-    """An answer that is an error, with the headers that the client reads it by."""
+    """Answer with an error; huggingface_hub tells errors apart by `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
+        self.status, self.message, self.code = status, message, code
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match."""
+    """An error for the next `times` requests that match."""
 
     method: str
     path: str
-    """A regular expression, searched for in the path."""
+    """A regular expression to search for in the path."""
     status: int | None = None
-    """The answer; None to end the connection."""
+    """The answer; None to close the connection."""
     after_bytes: int = 0
-    """With no status: how much of an upload is read before that."""
+    """Without a status: how much of an upload to read first."""
     times: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
     message: str = "injected"
@@ -68,68 +65,50 @@ class Fault:
 
 @dataclass
 class Alteration:
-    """How the answers to requests that match differ from what they should be."""
+    """Changes to the answers of all requests that match."""
 
     method: str
     path: str
-    """A regular expression, searched for in the path."""
-    headers: Mapping[str, str | None] = field(default_factory=dict)
-    """What to send in place of, or besides, the right ones; None to leave one out."""
+    """A regular expression to search for in the path."""
+    headers: Mapping[str, str] = field(default_factory=dict)
     body: Callable[[Any], Any] | None = None
-    """Makes the JSON, or the bytes, from what they should be."""
+    """Returns the JSON or the bytes to send instead."""
     status: int | None = None
-    drip: float | None = None
-    """Seconds between a byte and the next, without an end."""
     endless: bool = False
-    """Send for ever, as fast as it goes."""
+    """Send spaces forever."""
 
 
 @dataclass
 class Request:
-    """A request that was answered, or not."""
-
     method: str
     path: str
+    token: str
     status: int | None = None
-    received: int = 0
-    """Bytes of its body that were read."""
     sent: int = 0
-    """Bytes of the answer's body."""
-    token: str = ""
+    """The number of bytes of the answer's body."""
 
 
 class Hub:
-    """The server; a context that starts and stops it."""
+    """The server, a context manager that starts and stops it."""
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        multipart: int = 0,
-        xet: Path | None = None,
-        organization: str = "acme",
-    ) -> None:
+    def __init__(self, root: Path, *, xet: Path | None = None, organization: str = "acme") -> None:
         self.store = Store(root)
-        self.multipart = multipart
-        """Size of the parts that larger files are uploaded in; 0 for whole files."""
         self.xet = xet
-        """Directory of hf_xet's local store; None to serve LFS."""
+        """The directory of hf_xet's local store; None to use LFS."""
         self.organization = organization
         self.role = "write"
-        """What the token may do."""
+        """The role of the token."""
         self.password: str | None = None
-        """What a mirror wants in place of the token, as "user:password"."""
-        self.granted: set[str] = set()
-        """Gated repos that the token may read."""
+        """What a mirror requires instead of the token, as "user:password"."""
         self.faults: list[Fault] = []
-        self.cuts: list[int] = []
-        """After how many bytes the next downloads from the CDN break off."""
         self.altered: list[Alteration] = []
-        self.gone = False
+        self.cuts: list[int] = []
+        """After how many bytes the next large downloads break off."""
         self.most_objects: int | None = None
-        """How many uploads are accepted; the connections of all others are broken off."""
+        """How many more uploads succeed."""
         self.most_commits: int | None = None
-        """How many commits are accepted; all others are refused."""
+        """How many more commits succeed."""
+        self.gone = False
         self.requests: list[Request] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -139,38 +118,27 @@ class Hub:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """Close down, and end what is still being answered."""
+        """Stop the server and all answers in progress."""
         self.gone = True
         self._server.shutdown()
         self._server.server_close()
 
-    def vanish(self) -> None:
-        """Answer nobody any more; for a handler, which has a thread of its own."""
-        self.gone = True
-        self._server.shutdown()
-        self._server.socket.close()
-
     @property
     def url(self) -> str:
-        """The endpoint, by the address that the CDN does not have."""
+        """The endpoint."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @property
     def cdn(self) -> str:
-        """Where large files are: on a redirect to the same host the client loses the commit."""
+        """The address of large files: another host, as a client expects of a CDN."""
         return f"http://localhost:{self._server.server_address[1]}"
 
     def environment(self, home: Path, *, token: str | None = TOKEN) -> dict[str, str]:
-        """Return what a process needs to take this for the Hub, with a cache of its own."""
+        """Return the variables with which a process uses this Hub and a cache of its own."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         return kept | {
             "HF_ENDPOINT": self.url,
@@ -180,18 +148,16 @@ class Hub:
             **({} if token is None else {"HF_TOKEN": token}),
         }
 
-    def fail(self, method: str, path: str, status: int | None = None, **how: Any) -> Fault:  # noqa: ANN401
-        """Let something go wrong."""
-        fault = Fault(method, path, status, **how)
-        self.faults.append(fault)
-        return fault
+    def fail(self, method: str, path: str, status: int | None = None, **how: Any) -> None:  # noqa: ANN401
+        """Inject a `Fault`."""
+        self.faults.append(Fault(method, path, status, **how))
 
     def alter(self, method: str, path: str, **how: Any) -> None:  # noqa: ANN401
-        """Let answers be other than they should be."""
+        """Inject an `Alteration`."""
         self.altered.append(Alteration(method, path, **how))
 
     def asked(self, method: str, path: str) -> list[Request]:
-        """Return the requests whose path has such a part."""
+        """Return the requests whose path matches."""
         return [r for r in self.requests if r.method == method and re.search(path, r.path)]
 
     def transferred(self) -> int:
@@ -199,33 +165,23 @@ class Hub:
         return sum(request.sent for request in self.requests)
 
 
+_ROUTES: list[tuple[str, str, Callable[..., None]]] = []
+_MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+
+
+def _route(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(handler: Callable[..., None]) -> Callable[..., None]:
+        _ROUTES.append((method, pattern, handler))
+        return handler
+
+    return add
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    _routes: ClassVar[list[tuple[str, str, str]]] = [
-        ("GET", r"/api/whoami-v2", "_whoami"),
-        ("POST", r"/api/validate-yaml", "_validate_yaml"),
-        ("POST", r"/api/repos/create", "_create"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "_info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "_info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check/write", "_auth_check"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "_tree"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", "_branch"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/discussions", "_open_pull_request"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/discussions/(?P<number>\d+)", "_discussion"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/xet-\w+-token/(?P<revision>[^/]+)", "_xet"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "_lfs_batch"),
-        ("PUT", r"/_objects/(?P<sha256>\w+)", "_put"),
-        ("POST", r"/_complete/(?P<sha256>\w+)", "_complete"),
-        ("POST", r"/_verify", "_verify"),
-        ("GET", r"/_cdn/(?P<sha256>\w+)", "_cdn"),
-        ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
-    ]
 
     def __init__(self, hub: Hub, *arguments: Any) -> None:  # noqa: ANN401
-        self.hub = hub
-        self.request_log = Request("", "")
+        self.hub, self.store = hub, hub.store
         super().__init__(*arguments)
 
     def log_message(self, *_: Any) -> None:  # noqa: ANN401
@@ -243,164 +199,135 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._answer("PUT")
 
-    # How requests are read and answered ----------------------------------------------------------
+    # Requests and answers ------------------------------------------------------------------------
 
     def _answer(self, method: str) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body_read = False
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        self.request_log = Request(self.command, self.path, token=token)
-        self.hub.requests.append(self.request_log)
+        self.log = Request(self.command, self.path, token)
+        self.hub.requests.append(self.log)
         try:
-            self._go_wrong()
-            self._dispatch(method, url.path)
+            self._inject_fault()
+            for wanted, pattern, handler in _ROUTES:
+                match = re.fullmatch(pattern, url.path)
+                if match and wanted == method:
+                    handler(self, **{key: unquote(at) for key, at in match.groupdict().items()})
+                    return
+            self._refuse(RefusedError(404, f"no route {method} {url.path}"))
         except RefusedError as error:
             self._refuse(error)
         except (DroppedError, ConnectionError):
             self.close_connection = True
             self.connection.close()
 
-    def _dispatch(self, method: str, path: str) -> None:
-        for wanted, pattern, name in self._routes:
-            match = re.fullmatch(pattern, path)
-            if match and wanted == method:
-                getattr(self, name)(**{key: unquote(at) for key, at in match.groupdict().items()})
-                return
-        raise RefusedError(404, f"no route {method} {path}")
-
-    def _go_wrong(self) -> None:
+    def _inject_fault(self) -> None:
         if self.hub.gone:
             raise DroppedError
         for fault in self.hub.faults:
             if fault.times and fault.method == self.command and re.search(fault.path, self.path):
                 fault.times -= 1
                 if fault.status is None:
-                    for _ in self._pieces(fault.after_bytes):
-                        pass
+                    self.rfile.read(fault.after_bytes)
                 fault.hit()
-                if fault.status is None:
-                    raise DroppedError
-                error = RefusedError(fault.status, fault.message)
-                self._refuse(error, fault.headers)
+                if fault.status is not None:
+                    self._refuse(RefusedError(fault.status, fault.message), fault.headers)
                 raise DroppedError
 
     def _refuse(self, error: RefusedError, headers: Mapping[str, str] | None = None) -> None:
-        for _ in self._pieces():
+        for _ in self._chunks():
             pass
-        codes = {} if error.code is None else {"X-Error-Code": error.code}
-        self._send(
-            error.status,
-            {"error": error.message},
-            {"X-Error-Message": error.message, **codes, **(headers or {})},
-        )
+        code = {} if error.code is None else {"X-Error-Code": error.code}
+        headers = {"X-Error-Message": error.message, **code, **(headers or {})}
+        self._send({"error": error.message}, headers, status=error.status)
 
-    def _pieces(self, most: int | None = None) -> Iterator[bytes]:
-        """Yield the request's body, or as much of it."""
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the request's body."""
         if self.body_read:
             return
         self.body_read = True
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             while length := int(self.rfile.readline(), 16):
-                yield self._received(self.rfile.read(length))
+                yield self.rfile.read(length)
                 self.rfile.readline()
             self.rfile.readline()
             return
         left = int(self.headers.get("Content-Length") or 0)
-        left = left if most is None else min(left, most)
         while left:
-            data = self.rfile.read(min(_PIECE, left))
+            data = self.rfile.read(min(_CHUNK, left))
             if not data:
                 raise DroppedError
             left -= len(data)
-            yield self._received(data)
-
-    def _received(self, data: bytes) -> bytes:
-        self.request_log.received += len(data)
-        return data
+            yield data
 
     def _json(self) -> Any:  # noqa: ANN401
-        return json.loads(b"".join(self._pieces()) or b"{}")
+        return json.loads(b"".join(self._chunks()) or b"{}")
 
     def _send(
         self,
-        status: int,
         content: Any = b"",  # noqa: ANN401
         headers: Mapping[str, str] | None = None,
         *,
+        status: int = 200,
         kind: str = "application/json",
     ) -> None:
         alteration = self._alteration()
         if alteration is not None and alteration.body is not None and self.command != "HEAD":
             content = alteration.body(content)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        # As the Hub's own framework makes them, slashes included.
+        # The Hub's web framework makes etags with slashes.
         digest = base64.b64encode(hashlib.sha1(data, usedforsecurity=False).digest()).decode()
         etag = f'W/"{len(data):x}-/{digest}"'
         self._head(status, len(data), {"Content-Type": kind, "ETag": etag, **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(data)
-            self.request_log.sent += len(data)
+            self.log.sent += len(data)
 
     def _alteration(self) -> Alteration | None:
-        for alteration in self.hub.altered:
-            if alteration.method == self.command and re.search(alteration.path, self.path):
-                return alteration
-        return None
+        matching = (a for a in self.hub.altered if a.method == self.command)
+        return next((a for a in matching if re.search(a.path, self.path)), None)
 
     def _head(self, status: int, length: int, headers: Mapping[str, str]) -> None:
-        alteration = self._alteration()
-        found: dict[str, str | None] = {"Content-Length": str(length), **headers}
-        if alteration is not None:
-            status = alteration.status or status
-            found |= alteration.headers
-        without_end = alteration is not None and (alteration.endless or alteration.drip)
-        if without_end:
-            found |= {"Content-Length": None, "Transfer-Encoding": "chunked"}
-        self.request_log.status = status
-        self.send_response(status)
+        alteration = self._alteration() or Alteration("", "")
+        found = {"Content-Length": str(length), **headers, **alteration.headers}
+        if alteration.endless:
+            del found["Content-Length"]
+            found["Transfer-Encoding"] = "chunked"
+        self.log.status = alteration.status or status
+        self.send_response(self.log.status)
         for name, value in found.items():
-            if value is not None:
-                self.send_header(name, value)
+            self.send_header(name, value)
         self.end_headers()
-        if alteration is not None and without_end and self.command != "HEAD":
-            self._never_end(alteration)
+        while alteration.endless and self.command != "HEAD":
+            if self.hub.gone:
+                raise DroppedError
+            self.wfile.write(b"%x\r\n%s\r\n" % (_CHUNK, b" " * _CHUNK))
+            self.log.sent += _CHUNK
 
-    def _never_end(self, alteration: Alteration) -> None:
-        piece = b" " * (_PIECE if alteration.endless else 1)
-        while not self.hub.gone:
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-            self.request_log.sent += len(piece)
-            time.sleep(alteration.drip or 0)
-        raise DroppedError
+    # Users and repos -----------------------------------------------------------------------------
 
-    # Who asks, and for what ----------------------------------------------------------------------
-
-    @property
-    def _authorized(self) -> bool:
-        token = self.request_log.token
-        if self.hub.password is not None:
-            return token == f"Basic {base64.b64encode(self.hub.password.encode()).decode()}"
-        if token and token != TOKEN:
+    def _is_authorized(self, *, must: bool = False) -> bool:
+        token, password = self.log.token, self.hub.password
+        if password is not None:
+            authorized = token == f"Basic {base64.b64encode(password.encode()).decode()}"
+        elif token and token != TOKEN:
             raise RefusedError(401, "Invalid credentials in Authorization header")
-        return bool(token)
-
-    def _must_be_authorized(self) -> None:
-        if not self._authorized:
+        else:
+            authorized = bool(token)
+        if must and not authorized:
             raise RefusedError(401, "Invalid username or password.")
+        return authorized
 
     def _repo(self, name: str, *, write: bool = False) -> Repo:
-        authorized = self._authorized
-        if write:
-            self._must_be_authorized()
-            own = name.split("/", maxsplit=1)[0] in (USER, self.hub.organization)
-            if not own or self.hub.role != "write":
-                raise RefusedError(403, "You don't have the rights to write to this repo")
-        repo = self.hub.store.repos.get(name)
+        authorized = self._is_authorized(must=write)
+        own = name.split("/", maxsplit=1)[0] in (USER, self.hub.organization)
+        if write and (not own or self.hub.role != "write"):
+            raise RefusedError(403, "You don't have the rights to write to this repo")
+        repo = self.store.repos.get(name)
         if repo is None or (repo.private and not authorized):
-            # Who is not signed in is not told which of the two it is.
-            status = 404 if authorized else 401
-            raise RefusedError(status, "Repository not found", "RepoNotFound")
+            # The Hub does not tell strangers whether a private repo exists.
+            raise RefusedError(404 if authorized else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _commit_of(self, repo: Repo, revision: str) -> tuple[str, Commit]:
@@ -409,294 +336,211 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid, repo.commits[oid]
 
+    @_route("GET", r"/api/whoami-v2")
     def _whoami(self) -> None:
-        self._must_be_authorized()
+        self._is_authorized(must=True)
         organization = {"type": "org", "id": "2", "name": self.hub.organization}
         auth = {"type": "access_token", "accessToken": {"role": self.hub.role}}
         user = {"type": "user", "id": "1", "name": USER, "orgs": [organization], "auth": auth}
-        self._send(200, user)
+        self._send(user)
 
-    # Repos ---------------------------------------------------------------------------------------
-
+    @_route("POST", r"/api/repos/create")
     def _create(self) -> None:
-        self._must_be_authorized()
+        self._is_authorized(must=True)
         wanted = self._json()
         owner = wanted.get("organization") or USER
         name = f"{owner}/{wanted['name']}"
         if owner not in (USER, self.hub.organization):
             raise RefusedError(403, f"You don't have the rights to create a model under {owner}")
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
-        with self.hub.store.lock:
-            if name in self.hub.store.repos:
-                self._send(409, {"error": "You already created this model repo", **answer})
-                return
-            private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-            self.hub.store.create(name, private=private)
-        self._send(200, answer)
+        if name in self.store.repos:
+            message = "You already created this model repo"
+            self._send({"error": message, **answer}, status=409)
+            return
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        self.store.create(name, private=private)
+        self._send(answer)
 
+    @_route("GET", rf"{_MODEL}/auth-check/write")
     def _auth_check(self, repo: str) -> None:
         self._repo(repo, write=True)
-        self._send(200, {})
+        self._send({})
 
+    @_route("GET", _MODEL)
+    @_route("GET", rf"{_MODEL}/revision/(?P<revision>[^/]+)")
     def _info(self, repo: str, revision: str = "main") -> None:
         found = self._repo(repo)
         oid, commit = self._commit_of(found, revision)
-        self._send(
-            200,
-            {
-                "_id": "1",
-                "id": repo,
-                "modelId": repo,
-                "author": repo.split("/", maxsplit=1)[0],
-                "sha": oid,
-                "private": found.private,
-                "gated": "manual" if found.gated else False,
-                "disabled": False,
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-                "siblings": [
-                    {"rfilename": name, "size": entry.size, "blobId": entry.oid}
-                    for name, entry in commit.tree.items()
-                ],
-            },
-        )
+        siblings = [
+            {"rfilename": name, "size": entry.size, "blobId": entry.oid}
+            for name, entry in commit.tree.items()
+        ]
+        names = {"_id": "1", "id": repo, "modelId": repo, "author": repo.split("/", maxsplit=1)[0]}
+        counts = {"disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        gated = "manual" if found.gated else False
+        state = {"sha": oid, "private": found.private, "gated": gated}
+        self._send({**names, **counts, **state, "siblings": siblings})
 
+    @_route("GET", rf"{_MODEL}/tree/(?P<revision>[^/]+)")
     def _tree(self, repo: str, revision: str) -> None:
         _, commit = self._commit_of(self._repo(repo), revision)
-        self._send(200, [_described(name, entry) for name, entry in sorted(commit.tree.items())])
+        found = []
+        for path, entry in sorted(commit.tree.items()):
+            file = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
+            lfs = {"oid": entry.sha256, "size": entry.size, "pointerSize": 130}
+            xet = {"xetHash": entry.xet} if entry.xet else {}
+            found.append({**file, **({"lfs": lfs} if entry.lfs else {}), **xet})
+        self._send(found)
 
+    @_route("POST", rf"{_MODEL}/branch/(?P<branch>[^/]+)")
     def _branch(self, repo: str, branch: str) -> None:
         found = self._repo(repo, write=True)
         wanted = self._json()
         if branch in found.refs:
             raise RefusedError(409, "Reference already exists")
         found.refs[branch], _ = self._commit_of(found, wanted.get("startingPoint") or "main")
-        self._send(200, {})
-
-    def _open_pull_request(self, repo: str) -> None:
-        found = self._repo(repo, write=True)
-        self._send(200, {"num": self._new_pull_request(found)})
-
-    def _new_pull_request(self, repo: Repo) -> int:
-        number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
-        repo.refs[f"refs/pr/{number}"] = repo.refs["main"]
-        return number
-
-    def _discussion(self, repo: str, number: str) -> None:
-        self._repo(repo)
-        self._send(
-            200,
-            {
-                "num": int(number),
-                "title": "Upload",
-                "isPullRequest": True,
-                "status": "draft",
-                "createdAt": "2026-01-01T00:00:00.000Z",
-                "author": {"name": USER},
-                "repo": {"name": repo, "type": "model"},
-                "changes": {"base": "refs/heads/main"},
-                "filesWithConflicts": [],
-                "events": [],
-            },
-        )
+        self._send({})
 
     # Uploads -------------------------------------------------------------------------------------
 
+    @_route("POST", r"/api/validate-yaml")
     def _validate_yaml(self) -> None:
-        content = self._json()["content"]
-        match = re.match(r"---\s*\n(.*?)\n---", content, re.DOTALL)
-        errors = []
+        match = re.match(r"---\s*\n(.*?)\n---", self._json()["content"], re.DOTALL)
         try:
             metadata = yaml.safe_load(match[1]) if match else {}
         except yaml.YAMLError as error:
-            metadata, errors = {}, [{"message": str(error)}]
-        for name in _listed(metadata.get("base_model")):
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                errors.append({"message": f'"base_model[0]" {name} is not a repo id'})
-        errors += [
-            {"message": f'"language[0]" {language} is not an ISO 639 code'}
-            for language in _listed(metadata.get("language"))
-            if not re.fullmatch(r"[a-z]{2,3}", language)
+            self._send({"errors": [{"message": str(error)}], "warnings": []}, status=400)
+            return
+        errors = [
+            {"message": f'"{key}[0]" {item} is not {what}'}
+            for key, pattern, what in (
+                ("base_model", r"[\w.-]+/[\w.-]+", "a repo id"),
+                ("language", r"[a-z]{2,3}", "an ISO 639 code"),
+            )
+            for item in _listed(metadata.get(key))
+            if not re.fullmatch(pattern, item)
         ]
-        self._send(400 if errors else 200, {"errors": errors, "warnings": []})
+        self._send({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
+    @_route("POST", rf"{_MODEL}/preupload/(?P<revision>[^/]+)")
     def _preupload(self, repo: str, revision: str) -> None:
         _, commit = self._commit_of(self._repo(repo, write=True), revision)
         files = []
-        for file in self._json()["files"]:
-            there = commit.tree.get(file["path"])
-            oid = None if there is None else there.sha256 if there.lfs else there.oid
-            mode = "lfs" if is_lfs(file["path"]) else "regular"
-            files.append(
-                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-            )
-        self._send(200, {"files": files})
+        for path in (file["path"] for file in self._json()["files"]):
+            entry = commit.tree.get(path)
+            oid = None if entry is None else entry.sha256 if entry.lfs else entry.oid
+            mode = "lfs" if is_lfs(path) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._send({"files": files})
 
+    @_route("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
     def _lfs_batch(self, repo: str) -> None:
         self._repo(repo, write=True)
-        wanted = self._json()
-        objects, transfer = [], "basic"
-        for item in wanted["objects"]:
+        objects = []
+        for item in self._json()["objects"]:
             answer: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
-            if not self.hub.store.object(item["oid"]).exists():
-                href = f"{self.hub.cdn}/_objects/{item['oid']}"
-                verify = {"href": f"{self.hub.url}/_verify"}
-                upload: dict[str, Any] = {"href": href}
-                size = self.hub.multipart
-                if size and item["size"] > size and "multipart" in wanted.get("transfers", ()):
-                    transfer = "multipart"
-                    parts = -(-item["size"] // size)
-                    header = {f"{n:05d}": f"{href}?part={n}" for n in range(1, parts + 1)}
-                    upload = {
-                        "href": f"{self.hub.cdn}/_complete/{item['oid']}",
-                        "header": {"chunk_size": str(size), **header},
-                    }
-                answer["actions"] = {"upload": upload, "verify": verify}
+            if not self.store.object(item["oid"]).exists():
+                upload = {"href": f"{self.hub.cdn}/_objects/{item['oid']}"}
+                answer["actions"] = {"upload": upload}
             objects.append(answer)
-        content = {"transfer": transfer, "objects": objects, "hash_algo": "sha256"}
-        self._send(200, content, kind="application/vnd.git-lfs+json")
+        content = {"transfer": "basic", "objects": objects, "hash_algo": "sha256"}
+        self._send(content, kind="application/vnd.git-lfs+json")
 
+    @_route("PUT", r"/_objects/(?P<sha256>\w+)")
     def _put(self, sha256: str) -> None:
-        with self.hub.store.lock:
+        with self.store.lock:
             if self.hub.most_objects is not None:
                 if not self.hub.most_objects:
                     raise DroppedError
                 self.hub.most_objects -= 1
-        part = self.query.get("part", ["whole"])[0]
-        temporary = self.hub.store.root / "parts" / f"{sha256}.{part}"
-        digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-        with temporary.open("wb") as file:
-            for piece in self._pieces():
-                file.write(piece)
-                digest.update(piece)
-                md5.update(piece)
-        if part == "whole":
-            if digest.hexdigest() != sha256:
-                raise RefusedError(400, "sha256 mismatch")
-            temporary.replace(self.hub.store.object(sha256))
-        self._send(200, b"", {"ETag": f'"{md5.hexdigest()}"'})
+        data = b"".join(self._chunks())
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RefusedError(400, "sha256 mismatch")
+        self.store.object(sha256).write_bytes(data)
+        self._send()
 
-    def _complete(self, sha256: str) -> None:
-        whole = self.hub.store.root / "parts" / f"{sha256}.complete"
-        with whole.open("wb") as file:
-            for item in self._json()["parts"]:
-                part = whole.with_suffix(f".{item['partNumber']}")
-                data = part.read_bytes()
-                if item["etag"].strip('"') != hashlib.md5(data, usedforsecurity=False).hexdigest():
-                    raise RefusedError(400, "bad etag")
-                file.write(data)
-                part.unlink()
-        with whole.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise RefusedError(400, "sha256 mismatch")
-        whole.replace(self.hub.store.object(sha256))
-        self._send(200, {"success": True})
-
-    def _verify(self) -> None:
-        wanted = self._json()
-        path = self.hub.store.object(wanted["oid"])
-        sound = path.exists() and path.stat().st_size == wanted["size"]
-        self._send(200 if sound else 404, {})
-
+    @_route("POST", rf"{_MODEL}/commit/(?P<revision>[^/]+)")
     def _commit(self, repo: str, revision: str) -> None:
         found = self._repo(repo, write=True)
-        with self.hub.store.lock:
-            if self.hub.most_commits is not None:
-                if not self.hub.most_commits:
-                    raise RefusedError(400, "no more commits")
-                self.hub.most_commits -= 1
-        lines = [json.loads(line) for line in b"".join(self._pieces()).splitlines() if line]
-        title, changes = "", []
-        for line in lines:
-            value = line["value"]
-            match line["key"]:
-                case "header":
-                    title = value.get("summary", "")
+        if self.hub.most_commits is not None:
+            if not self.hub.most_commits:
+                raise RefusedError(400, "no more commits")
+            self.hub.most_commits -= 1
+        added: dict[str, Entry] = {}
+        deleted: list[str] = []
+        for line in b"".join(self._chunks()).splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            match item["key"]:
                 case "file":
-                    entry = self.hub.store.put(base64.b64decode(value["content"]))
-                    changes.append(partial(_put_entry, value["path"], entry))
+                    added[value["path"]] = self.store.put(base64.b64decode(value["content"]))
                 case "lfsFile":
-                    changes.append(partial(_put_entry, value["path"], self._uploaded(value)))
+                    added[value["path"]] = self._uploaded(value["oid"], value["size"])
                 case "deletedFile":
-                    changes.append(partial(_delete_entry, value["path"]))
-                case other:
-                    raise RefusedError(400, f"unknown operation {other}")
+                    deleted.append(value["path"])
         self._commit_of(found, revision)
         url, pull_request = f"{self.hub.url}/{repo}", None
         if "1" in self.query.get("create_pr", ()):
-            number = self._new_pull_request(found)
+            number = 1 + sum(name.startswith("refs/pr/") for name in found.refs)
             revision, pull_request = f"refs/pr/{number}", f"{url}/discussions/{number}"
-        oid = self.hub.store.commit(found, revision, title, changes)
+            found.refs[revision] = found.refs["main"]
+        oid = self.store.commit(found, revision, added, deleted)
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
-        self._send(200, {**answer, "pullRequestUrl": pull_request})
+        self._send({**answer, "pullRequestUrl": pull_request})
 
-    def _uploaded(self, value: Mapping[str, Any]) -> Entry:
-        sha256, size = value["oid"], value["size"]
+    def _uploaded(self, sha256: str, size: int) -> Entry:
         xet = xet_hashes(self.hub.xet).get(sha256) if self.hub.xet else None
-        if xet is None and not self.hub.store.object(sha256).exists():
+        if xet is None and not self.store.object(sha256).exists():
             raise RefusedError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
-        return self.hub.store.lfs_entry(sha256, size, xet)
+        return self.store.lfs_entry(sha256, size, xet)
 
+    @_route("GET", rf"{_MODEL}/xet-\w+-token/(?P<revision>[^/]+)")
     def _xet(self, repo: str, revision: str) -> None:  # noqa: ARG002
         self._repo(repo)
         if self.hub.xet is None:
             raise RefusedError(404, "no Xet here")
         url, expires = f"local://{self.hub.xet}", int(time.time()) + 3600
-        self._send(
-            200,
-            {"accessToken": "xet", "exp": expires, "casUrl": url},
-            {
-                "X-Xet-Cas-Url": url,
-                "X-Xet-Access-Token": "xet",
-                "X-Xet-Token-Expiration": str(expires),
-            },
-        )
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet"}
+        headers["X-Xet-Token-Expiration"] = str(expires)
+        self._send({"accessToken": "xet", "exp": expires, "casUrl": url}, headers)
 
     # Downloads -----------------------------------------------------------------------------------
 
+    @_route("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         found = self._repo(repo)
-        if found.gated and repo not in self.hub.granted:
+        if found.gated:
             raise RefusedError(403, "Access to this model is restricted", "GatedRepo")
         oid, commit = self._commit_of(found, revision)
         entry = commit.tree.get(path)
         headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if entry is None:
-            self._send(404, {}, {**headers, "X-Error-Code": "EntryNotFound"})
-        elif entry.lfs:
-            headers |= {
-                "X-Linked-Etag": f'"{entry.sha256}"',
-                "X-Linked-Size": str(entry.size),
-                "Location": f"{self.hub.cdn}/_cdn/{entry.sha256}",
-            }
-            if entry.xet:
-                route = f"{self.hub.url}/api/models/{repo}/xet-read-token/{oid}"
-                headers |= {
-                    "X-Xet-Hash": entry.xet,
-                    "X-Xet-Refresh-Route": route,
-                    "Link": f'<{route}>; rel="xet-auth"',
-                }
-            self._send(302, b"", headers, kind="text/plain")
-        else:
+            self._send({}, {**headers, "X-Error-Code": "EntryNotFound"}, status=404)
+            return
+        if not entry.lfs:
             self._file(entry.sha256, {**headers, "ETag": f'"{entry.oid}"'})
+            return
+        headers |= {
+            "X-Linked-Etag": f'"{entry.sha256}"',
+            "X-Linked-Size": str(entry.size),
+            "Location": f"{self.hub.cdn}/_cdn/{entry.sha256}",
+        }
+        if entry.xet:
+            route = f"{self.hub.url}/api/models/{repo}/xet-read-token/{oid}"
+            headers |= {"X-Xet-Hash": entry.xet, "X-Xet-Refresh-Route": route}
+            headers["Link"] = f'<{route}>; rel="xet-auth"'
+        self._send(b"", headers, status=302, kind="text/plain")
 
+    @_route("GET", r"/_cdn/(?P<sha256>\w+)")
     def _cdn(self, sha256: str) -> None:
         self._file(sha256, {"ETag": f'"{sha256}"'})
 
     def _file(self, sha256: str, headers: Mapping[str, str]) -> None:
-        path = self.hub.store.object(sha256)
-        if not path.exists():
-            raise RefusedError(404, "no such object")
+        path = self.store.object(sha256)
         size = path.stat().st_size
         begin, end, status = 0, size, 200
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if match:
-            begin, end = int(match[1]), min(int(match[2] or size) + 1, size)
-            if begin >= end:
-                self._send(416, b"", {"Content-Range": f"bytes */{size}"})
-                return
-            status = 206
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            begin, end, status = int(match[1]), min(int(match[2] or size) + 1, size), 206
             headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
         self._head(status, end - begin, {"Content-Type": "application/octet-stream", **headers})
         if self.command == "HEAD":
@@ -707,35 +551,12 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(begin)
             while begin < end:
-                if cut is not None and self.request_log.sent >= cut:
+                if cut is not None and self.log.sent >= cut:
                     raise DroppedError
-                data = file.read(min(_PIECE if cut is None else cut, end - begin))
+                data = file.read(min(cut or _CHUNK, end - begin))
                 self.wfile.write(data)
-                self.request_log.sent += len(data)
+                self.log.sent += len(data)
                 begin += len(data)
-
-
-def _described(name: str, entry: Entry) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "type": "file",
-        "oid": entry.oid,
-        "size": entry.size,
-        "path": name,
-    }
-    if entry.lfs:
-        pointer = {"oid": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
-        described |= {"lfs": pointer}
-    if entry.xet:
-        described["xetHash"] = entry.xet
-    return described
-
-
-def _put_entry(name: str, entry: Entry, tree: dict[str, Entry]) -> None:
-    tree[name] = entry
-
-
-def _delete_entry(name: str, tree: dict[str, Entry]) -> None:
-    del tree[name]
 
 
 def _listed(value: object) -> list[str]:
