@@ -138,7 +138,9 @@ def _record_failures(plan: Plan, record: Mapping[str, Any]) -> Iterator[str]:
     source, dense = record.get("source"), plan.source
     named = source.get("name") if isinstance(source, dict) else None
     revision = source.get("revision") if isinstance(source, dict) else None
-    if dense.repo is not None and (named, revision) != (dense.name, dense.revision):
+    # A conversion of a local directory recorded no revision; the weights are compared all the same.
+    pinned = dense.repo is not None and revision is not None
+    if pinned and (named, revision) != (dense.name, dense.revision):
         yield (
             f"{RECORD_NAME}: source is {shown(named)} at {shown(revision)} instead of "
             f"{shown(dense.name)} at {shown(dense.revision)}"
