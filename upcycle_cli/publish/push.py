@@ -22,9 +22,10 @@ from upcycle_cli.checkpoint.storage import (
     INDEX_NAME,
     RECORD_NAME,
     REPORT_NAME,
+    WEIGHTS_NAME,
 )
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import MOST_JSON_BYTES, matches, read_small
+from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.client import (
     Repo,
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
 _MAX_FILES_PER_COMMIT = 20
 _UPLOAD_ATTEMPTS = 3
 _LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)  # without these nothing loads the repo as a model
-# Files that loaders would read instead of the pushed weights, or beside them.
-_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX_NAME)
+# Files of another model that loaders would read, or that do not match the pushed files.
+_REPLACED = (WEIGHTS_NAME, "model-?????-of-?????.safetensors", INDEX_NAME, CHECKSUMS_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class Push:
     nbytes: int
     card_kept: bool  # somebody had edited the repo's card, so it stayed
     left_out: tuple[str, ...]  # files of the directory that were not published
-    removed: tuple[str, ...]  # weight files of another model that the repo had
+    removed: tuple[str, ...]  # weight files and checksums of another model in the repo
     reminders: tuple[str, ...]  # what the licence requires and the repo does not have
 
 
@@ -159,7 +160,7 @@ def push(
             del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
         on_start(len(files), nbytes)
-        stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _WEIGHTS))
+        stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _REPLACED))
         with _staged(directory.resolve().name, files, card) as folder:
             info = run_interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
         checked_commit(info.oid)

@@ -23,7 +23,7 @@ from jsonschema.exceptions import ValidationError
 from upcycle_cli import Recipe, convert
 from upcycle_cli.models.engines import Support
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 RECIPE = ("--recipe", "E2G2T2")
 
