@@ -1,4 +1,4 @@
-"""What a card takes over from a card that somebody else wrote: lines of text, and nothing else."""
+"""What a new card inherits from a card that somebody else wrote: lines of text, nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def front(text: str) -> bytes:
 
 GOOD = "license: mit\nlanguage: [en]"
 STRANGE = {
-    # Whatever else the front matter holds, what can be kept is kept.
+    # Other keys of any kind do no harm.
     "tags": (front(f"tags: 5\n{GOOD}"), KEPT, ""),
     "a number as key": (front(f"1: 2\n{GOOD}"), KEPT, ""),
     "a list as key": (front(f"? [a, b]\n: c\n{GOOD}"), KEPT, ""),
@@ -39,7 +39,7 @@ STRANGE = {
     "laughs": (front(LAUGHS + GOOD), KEPT, ""),
     "merges": (front(MERGES + GOOD), KEPT, ""),
     "carriage returns": (front(GOOD).replace(b"\n", b"\r\n"), KEPT, ""),
-    # What cannot be kept is said.
+    # Values that are not lines of text are reported.
     "a number": (front("license: 5\nlanguage: [en]"), {"language": ["en"]}, "license"),
     "a mapping": (front("license: mit\nlanguage: {}"), {"license": "mit"}, "language"),
     "a mixed list": (front("license: mit\nlanguage: [en, 5]"), {"license": "mit"}, "language"),
@@ -56,13 +56,13 @@ STRANGE = {
         {"license": "mit"},
         "la",
     ),
-    "not YAML": (front("license: ["), {}, "no YAML"),
+    "not YAML": (front("license: ["), {}, "not YAML"),
     "tabs": (front("license:\n\t- x"), {}, "not YAML"),
     "deep": (front("a: " + "[" * 5000), {}, "nested too deeply"),
     "large": (front("x: " + "y" * 1_100_000), {}, "characters"),
     "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
     "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),
-    # There is nothing to say of a card that says nothing.
+    # A card without a licence is not reported.
     "a list": (front("[a, b]"), {}, ""),
     "nothing": (front(""), {}, ""),
     "null": (front("license:\nlanguage: null"), {}, ""),
@@ -72,7 +72,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize(("card", "kept", "word"), STRANGE.values(), ids=STRANGE)
-def test_front_matter_of_every_kind(
+def test_inherit_lines_of_text_only(
     tmp_path: Path, card: bytes, kept: dict[str, object], word: str
 ) -> None:
     (tmp_path / "README.md").write_bytes(card)
@@ -80,7 +80,7 @@ def test_front_matter_of_every_kind(
     assert found.values == kept
     assert bool(found.notes) == bool(word)
     assert word in " ".join(found.notes)
-    is_edited(card.decode(errors="replace"))  # the Hub's cards are no better
+    is_edited(card.decode(errors="replace"))  # does not raise
 
 
 def unreadable(path: Path, kind: str) -> None:
@@ -98,21 +98,21 @@ def unreadable(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link", "dangling", "loop"])
-def test_cards_that_are_no_files(tmp_path: Path, kind: str) -> None:
+def test_inherit_nothing_from_what_is_not_a_file(tmp_path: Path, kind: str) -> None:
     unreadable(tmp_path / "README.md", kind)
     found = read_card_metadata(tmp_path, "README.md")
     assert not found.values
     assert "README.md" in found.notes[0]
 
 
-def test_no_card(tmp_path: Path) -> None:
+def test_say_nothing_without_a_card(tmp_path: Path) -> None:
     assert read_card_metadata(tmp_path, "README.md").notes == ()
 
 
 @pytest.mark.parametrize(
     "text", ["tags: 5\neval_results: 5\nself: 1\nlicense: 7", "a: " + "[" * 999]
 )
-def test_a_card_is_always_possible(run_cli: RunCli, llama: Path, tmp_path: Path, text: str) -> None:
+def test_convert_with_any_card(run_cli: RunCli, llama: Path, tmp_path: Path, text: str) -> None:
     dense = clone(llama, tmp_path / "dense")
     (dense / "README.md").write_bytes(front(text))
     command = ("convert", dense, tmp_path / "moe", "--recipe", "E2G2T4")
