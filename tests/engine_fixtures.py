@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 
 import upcycle_cli
-from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.api import execute
+from upcycle_cli import Options, UpcycleError, api, build_plan, open_checkpoint
 from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
+from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import WriteOptions
 
@@ -132,6 +132,20 @@ class Advance(Hooks[Any, Any]):
 
     def advance(self, num_bytes: int) -> None:
         self._call(num_bytes)
+
+
+def execute(
+    plan: Plan,
+    output: Path,
+    *,
+    hooks: Hooks[Plan, api.Conversion] | None = None,
+    team: Team | None = None,
+    **options: Any,  # noqa: ANN401
+) -> api.Conversion:
+    """Write and publish a plan; `options` are those of a Request."""
+    recipe = Recipe(expansion=2, granularity=1, top_k=2)  # the plan has been made already
+    request = api.Request(source=plan.source.path, output=output, recipe=recipe, **options)
+    return api.execute(plan, request, hooks=hooks or Hooks(), team=team or Team())
 
 
 def staging_in(plan: Plan, directory: Path) -> Staging:

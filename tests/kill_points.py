@@ -16,9 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import cast
 
-from engine_fixtures import contents, plan_of
-
-from upcycle_cli.api import execute
+from engine_fixtures import contents, execute, plan_of
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 

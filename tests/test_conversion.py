@@ -27,12 +27,11 @@ from conftest import (
     validate_json,
     write_json,
 )
-from engine_fixtures import Advance
+from engine_fixtures import Advance, execute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
-from upcycle_cli.api import execute
 from upcycle_cli.models.engines import Support
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing

@@ -16,11 +16,10 @@ from typing import Any
 import forked
 import pytest
 from conftest import MakeDense, RunCli, clone, contents, snapshot, stops_after, validate_json
-from engine_fixtures import Advance
+from engine_fixtures import Advance, execute
 from test_conversion import RECIPE, TWICE, others, spoil
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
-from upcycle_cli.api import execute
 from upcycle_cli.recipe.recipe import parse_recipe_name
 from upcycle_cli.verification.result import Report
 from upcycle_cli.write.staging import MARKER

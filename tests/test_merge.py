@@ -28,7 +28,7 @@ from conftest import (
     validate_json,
     write_json,
 )
-from engine_fixtures import Advance
+from engine_fixtures import Advance, execute
 from refusals import invoke
 from safetensors.torch import load_file, save_file
 
@@ -42,7 +42,6 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.api import execute
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
 from upcycle_cli.plan.mergekit import read_mergekit

@@ -19,6 +19,7 @@ from engine_fixtures import (
     contents,
     convert_command,
     descendants,
+    execute,
     make_dense,
     plan_of,
     run,
@@ -28,7 +29,6 @@ from engine_fixtures import (
     wait_until,
 )
 
-from upcycle_cli.api import execute
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.distributed import Team

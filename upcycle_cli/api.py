@@ -8,7 +8,6 @@ take each step together: rank 0 leads, the others write their share of the shard
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,52 +19,24 @@ from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, check_utf8, locate
 from upcycle_cli.core.text import shell_line
-from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
-from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.hub.remote_checkpoint import open_source
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
 from upcycle_cli.recipe.recipe import Promise, Recipe
-from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
-from upcycle_cli.write.staging import Staging, partial_of
-from upcycle_cli.write.writer import WriteOptions, Written, write_weights
+from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
+    from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.publish.push import Destination, Push
     from upcycle_cli.recipe.growth import Growth
     from upcycle_cli.verification.result import Report
     from upcycle_cli.write.transaction import Transaction
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeRequest:
-    """Other models whose MLPs become experts: directories, or repos as REPO or REPO@REVISION.
-
-    With `source_too` the source makes the first experts; without it, only the named models do, and
-    the source can be one of them.
-    """
-
-    experts_from: Sequence[Path | str]
-    rest: Rest = Rest.FIRST
-    source_too: bool = True
-
-    def open(self, source: Checkpoint) -> Merge | None:
-        """Open the models; None if all are the source. UpcycleError if one does not fit it."""
-        models, cycle = [source], [0] * self.source_too
-        for place in self.experts_from:
-            model = open_source(*split_revision(str(place)))
-            same = (i for i, each in enumerate(models) if each.path.samefile(model.path))
-            cycle.append(next(same, len(models)))
-            models += [model] * (cycle[-1] == len(models))
-        if len(models) == 1:
-            return None
-        from upcycle_cli.plan.compatibility import check_compatible
-
-        others = check_compatible(source, models[1:])
-        return Merge(others=others, cycle=tuple(cycle), rest=Rest(self.rest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +50,7 @@ class Request:
     revision: str | None = None  # branch, tag or commit of a repo
     options: Options | None = None
     inputs: RouterInputs | None = None  # text, prompts or rows that routers are made from
-    overwrite: bool = False  # replace `output` once the new one is complete
+    overwrite: bool = False  # replace OUTPUT once the new one is complete
     verify: bool = False  # verify before publishing; a failed verification publishes nothing
     checksums: bool = False
     writing: WriteOptions = field(default_factory=WriteOptions)
@@ -92,7 +63,7 @@ class Conversion:
     """The result of a conversion."""
 
     plan: Plan
-    output: Path
+    output: Path = Path()
     seconds: float = 0.0
     report: Report | None = None  # of the verification, if one was requested
     published: bool = True  # False after a failed verification: OUTPUT is as it was
@@ -169,17 +140,7 @@ def carry_out(
 
         # Ask the Hub for permission now, not after hours of work.
         team.agree(lambda: check_destination(destination) if team.leads else None)
-    done = execute(
-        plan,
-        request.output,
-        overwrite=request.overwrite,
-        verify=request.verify,
-        checksums=request.checksums,
-        repo=None if destination is None else destination.repo,
-        writing=request.writing,
-        team=team,
-        hooks=hooks,
-    )
+    done = execute(plan, request, hooks=hooks, team=team)
     if destination is None or not done.published or not team.leads:
         return done
     return replace(done, pushed=_push(done, destination, hooks))
@@ -207,27 +168,14 @@ def preview(
 
 
 def execute(
-    plan: Plan,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    verify: bool = False,
-    checksums: bool = False,
-    repo: str | None = None,
-    writing: WriteOptions | None = None,
-    team: Team | None = None,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    plan: Plan, request: Request, *, hooks: Hooks[Plan, Conversion], team: Team
 ) -> Conversion:
-    """Write what the plan says and publish it as `output`; UpcycleError leaves `output` as it was.
+    """Write what the plan says and publish it as OUTPUT; UpcycleError leaves OUTPUT as it was."""
+    from upcycle_cli.write.transaction import recover, transaction
 
-    The model card names `repo`, the repo that the output will be pushed to.
-    """
-    started, output = time.monotonic(), output.absolute()
-    writing, team, hooks = writing or WriteOptions(), team or Team(), hooks or Hooks()
+    started, output, overwrite = time.monotonic(), request.output.absolute(), request.overwrite
 
     def prepare() -> tuple[str | None, bool]:
-        from upcycle_cli.write.transaction import recover
-
         recovered = recover(output) if team.leads else None
         finished = team.leads and not overwrite and is_finished(plan, output)
         if team.leads and not finished:
@@ -236,37 +184,23 @@ def execute(
 
     # Refuse whatever can be refused before gigabytes are downloaded.
     recovered, finished = team.gather(prepare)[0]
-    if verify or not finished:
+    if request.verify or not finished:
         plan = _bring_sources(plan, hooks, team)
+    durable = request.writing.fsync
     with hooks.writing(plan.nbytes):
-        if not team.leads:
-            if not finished:
-                _assist(plan, output, writing, team)
-            return Conversion(plan=plan, output=output)
         if finished:
-            done = _finish_again(plan, output, verify=verify, checksums=checksums, watch=hooks)
+            done = _finish_again(plan, request, hooks) if team.leads else Conversion(plan=plan)
+        elif team.leads:
+            with transaction(output, plan, overwrite=overwrite, durable=durable) as running:
+                done = _make(plan, request, running, hooks, team)
+            team.exchange(None)  # the other ranks may end
         else:
-            job = _Job(output, writing, team, hooks, overwrite, verify, checksums, repo)
-            done = _make(plan, job)
+            done = _assist(plan, request, team)
     told = tuple(filter(None, [recovered, *done.warnings]))
     seconds = 0.0 if finished else time.monotonic() - started
-    done = replace(done, warnings=told, seconds=seconds)
+    done = replace(done, output=output, warnings=told, seconds=seconds)
     hooks.finished(done)
     return done
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The arguments of `execute`, on the rank that leads."""
-
-    output: Path
-    writing: WriteOptions
-    team: Team
-    hooks: Hooks[Plan, Conversion]
-    overwrite: bool
-    verify: bool
-    checksums: bool
-    repo: str | None
 
 
 def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
@@ -323,70 +257,56 @@ def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Pl
     return plan.with_sources(team.agree(bring))
 
 
-def _finish_again(
-    plan: Plan, output: Path, *, verify: bool, checksums: bool, watch: Progress
-) -> Conversion:
+def _finish_again(plan: Plan, request: Request, hooks: Progress) -> Conversion:
     """Verify an output that this plan has made before, and add SHA256SUMS if it is missing."""
     from upcycle_cli.write.record import write_checksums
 
+    output = request.output
     plan = bind_recorded(plan, read_json(locate(output, RECORD_NAME)))
-    if checksums and not (output / CHECKSUMS_NAME).exists():
+    if request.checksums and not (output / CHECKSUMS_NAME).exists():
         write_checksums(plan, output)
     # is_finished has compared sizes and config; only verify reads the weights.
-    report = _verify(plan, output, watch) if verify else None
-    return Conversion(
-        plan=plan,
-        output=output,
-        report=report,
-        published=report is None or report.accepted,
-        already_done=True,
-    )
+    report = _verify(plan, output, hooks) if request.verify else None
+    accepted = report is None or report.accepted
+    return Conversion(plan=plan, report=report, published=accepted, already_done=True)
 
 
-def _make(plan: Plan, job: _Job) -> Conversion:
-    """Calibrate, write, verify and publish."""
+def _make(
+    plan: Plan,
+    request: Request,
+    running: Transaction,
+    hooks: Hooks[Plan, Conversion],
+    team: Team,
+) -> Conversion:
+    """Calibrate, write, verify and publish, on the rank that leads."""
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.publish.card import model_card
     from upcycle_cli.write.record import write_checksums, write_metadata
-    from upcycle_cli.write.transaction import transaction
 
-    output, writing, team, left = job.output, job.writing, job.team, None
-    try:
-        with transaction(output, plan, overwrite=job.overwrite, durable=writing.fsync) as running:
-            team.exchange(None)  # the directory exists: the other ranks join
-            staging = running.staging
-            plan = with_calibration(plan, staging, team, job.hooks)
-            written = _write_shards(plan, lambda: staging, writing, team, job.hooks)
-            write_metadata(plan, staging, written)
-            report = _verify_staged(plan, running, job.hooks) if job.verify else None
-            staging.write(CARD_NAME, model_card(plan, report, job.repo).encode())
-            accepted = report is None or report.accepted
-            if job.checksums and accepted:
-                write_checksums(plan, staging.path)
-            for source in plan.sources:
-                source.check_unchanged()
-            if accepted:
-                left = running.publish()
-    except OSError as error:
-        where = partial_of(output) / str(error.filename) if error.filename else output
-        raise ResumableError(
-            f"writing {where} failed: {error.strerror}.",
-            f"Finished files stay in {partial_of(output)}: the same command resumes from there.",
-        ) from error
-    team.exchange(None)  # the other ranks may end
-    warnings = (vanished_weights(plan, written.vanished), left)
+    team.exchange(None)  # the directory exists: the other ranks join
+    staging, repo = running.staging, None if request.push is None else request.push.repo
+    plan = with_calibration(plan, staging, team, hooks)
+    written = write_together(plan, lambda: staging, request.writing, team, hooks)
+    write_metadata(plan, staging, written)
+    report = _verify(plan, staging.path, hooks) if request.verify else None
+    staging.write(CARD_NAME, model_card(plan, report, repo).encode())
+    accepted = report is None or report.accepted
+    if request.checksums and accepted:
+        write_checksums(plan, staging.path)
+    for source in plan.sources:
+        source.check_unchanged()
+    left = running.publish() if accepted else None
     return Conversion(
         plan=plan,
-        output=output,
         report=report,
         published=accepted,
         shared_bytes=written.shared_bytes,
         reused_bytes=written.reused_bytes,
-        warnings=tuple(filter(None, warnings)),
+        warnings=tuple(filter(None, (vanished_weights(plan, written.vanished), left))),
     )
 
 
-def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> None:
+def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
     """Write this rank's share of the shards; rank 0 does everything else."""
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.write.transaction import join
@@ -394,32 +314,12 @@ def _assist(plan: Plan, output: Path, writing: WriteOptions, team: Team) -> None
     team.exchange(None)
     try:
         plan = with_calibration(plan, None, team, Progress())
-        enter = partial(join, output, plan, durable=writing.fsync)
-        _write_shards(plan, enter, writing, team, Progress())
+        enter = partial(join, request.output.absolute(), plan, durable=request.writing.fsync)
+        write_together(plan, enter, request.writing, team, Progress())
     finally:
         # Rank 0 ends first: the launcher stops all ranks as soon as one exits with an error.
         team.exchange(None)
-
-
-def _write_shards(
-    plan: Plan,
-    enter: Callable[[], Staging],
-    writing: WriteOptions,
-    team: Team,
-    progress: Progress,
-) -> Written:
-    """Write this rank's shards; return what all ranks have written."""
-    own = team.share_of(plan.shards, team.rank)
-    total = Written()
-
-    def write_own() -> Written:
-        return write_weights(plan, own, enter(), progress=progress.advance, options=writing)
-
-    for part in team.gather(write_own):
-        total.add(part)
-    # By layer, so that the record does not depend on the number of ranks.
-    names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]
-    return replace(total, routers={name: total.routers[name] for name in names})
+    return Conversion(plan=plan)
 
 
 def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
@@ -428,27 +328,21 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
 
     dense, *others = (source.path for source in plan.sources)
     rows, text = plan.inputs.rows, plan.inputs.text
-    return verify(
-        dense,
-        output,
-        experts_from=others,
-        router_init=None if rows is None else rows.path,
-        calibration=text if isinstance(text, CalibrationText) else None,
-        watch=watch,
-        # A recipe that promises nothing is measured, and no proof is expected.
-        allow_inexact=plan.promise is Promise.NONE,
-    )
-
-
-def _verify_staged(plan: Plan, running: Transaction, watch: Progress) -> Report:
     try:
-        return _verify(plan, running.staging.path, watch)
+        return verify(
+            dense,
+            output,
+            experts_from=others,
+            router_init=None if rows is None else rows.path,
+            calibration=text if isinstance(text, CalibrationText) else None,
+            watch=watch,
+            # A recipe that promises nothing is measured, and no proof is expected.
+            allow_inexact=plan.promise is Promise.NONE,
+        )
     except UpcycleError as error:
         # The weights are good: a missing library must not cost hours of work.
-        raise ResumableError(
-            f"{error.message} The weights are kept: the same command goes on from there.",
-            error.hint,
-        ) from error
+        kept = "The weights are kept: the same command goes on from there."
+        raise ResumableError(f"{error.message} {kept}", error.hint) from error
 
 
 def _push(done: Conversion, destination: Destination, hooks: Hooks[Plan, Conversion]) -> Push:

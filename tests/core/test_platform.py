@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import contents, make_dense, plan_of, stopped_after
+from engine_fixtures import contents, execute, make_dense, plan_of, stopped_after
 
-from upcycle_cli.api import execute
 from upcycle_cli.core import platform
 
 Patch = pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from engine_fixtures import (
     contents,
     convert_command,
     environment,
+    execute,
     kill_all,
     make_dense,
     plan_of,
@@ -40,7 +41,6 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
-from upcycle_cli.api import execute
 from upcycle_cli.verification.result import Report
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.writer import WriteOptions

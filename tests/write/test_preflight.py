@@ -15,6 +15,7 @@ from engine_fixtures import (
     CannotMountError,
     contents,
     convert_command,
+    execute,
     make_dense,
     mounted,
     plan_of,
@@ -25,7 +26,6 @@ from engine_fixtures import (
 from refusals import Refuses, assert_refused, invoke
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.api import execute
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.write import preflight
 from upcycle_cli.write.preflight import check_space

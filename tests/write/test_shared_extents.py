@@ -15,6 +15,7 @@ from engine_fixtures import (
     CannotMountError,
     contents,
     convert_command,
+    execute,
     make_dense,
     mounted,
     plan_of,
@@ -26,7 +27,6 @@ from engine_fixtures import (
 )
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.api import execute
 from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import unique_bytes

@@ -8,10 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Advance, contents, make_dense, plan_of, set_value, stopped_after
+from engine_fixtures import (
+    Advance,
+    contents,
+    execute,
+    make_dense,
+    plan_of,
+    set_value,
+    stopped_after,
+)
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.api import Conversion, execute
+from upcycle_cli.api import Conversion
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write import transaction
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Advance, contents, make_dense, plan_of, stopped_after
+from engine_fixtures import Advance, contents, execute, make_dense, plan_of, stopped_after
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.api import execute
 from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.core.safe_files import read_header

@@ -24,6 +24,7 @@ from engine_fixtures import (
     assert_equal_peaks,
     contents,
     convert_command,
+    execute,
     make_dense,
     peak_of_a_new,
     plan_of,
@@ -43,7 +44,6 @@ from shapes import (
 )
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.api import execute
 from upcycle_cli.core.platform import BLOCK_BYTES
 from upcycle_cli.plan.expressions import Expr, contiguous_source, leaves
 from upcycle_cli.plan.output import Role

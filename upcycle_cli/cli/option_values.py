@@ -24,8 +24,8 @@ from upcycle_cli.recipe.recipe import (
 if TYPE_CHECKING:
     import typer
 
-    from upcycle_cli.api import MergeRequest
     from upcycle_cli.plan.budget import Budget, Wanted
+    from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.publish.push import Destination
@@ -103,8 +103,8 @@ def to_inputs(moe: MoeOptions, prompts: Path | None = None) -> RouterInputs:
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
     """Return the models to merge, None for a single one; UpcycleError for options without them."""
-    from upcycle_cli.api import MergeRequest
     from upcycle_cli.plan.merge import Rest
+    from upcycle_cli.plan.merge_request import MergeRequest
 
     if experts_from:
         return MergeRequest(experts_from=experts_from, rest=Rest(rest), source_too=source_too)

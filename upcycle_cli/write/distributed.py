@@ -1,21 +1,26 @@
-"""Several processes on one conversion, started by PyTorch's launcher on a shared file system.
+"""Several processes on one conversion, started by torchrun on a shared file system.
 
 `torchrun --nnodes … --nproc-per-node … -m upcycle_cli convert …` sets RANK and WORLD_SIZE. Rank 0
-leads: it checks, owns the output directory, writes what only one can write, and publishes after
-all have succeeded. Every rank writes its share of the shards. Without a launcher there is a team of
-one, and nothing here imports torch.
+leads: it checks, owns the staging directory, writes what only one process can write, and publishes
+once all have succeeded. Every rank writes its share of the shards. Without torchrun the team is one
+process, and nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
 from upcycle_cli.hub.client import run_interruptibly
 from upcycle_cli.plan.output import Shard
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.write.staging import Staging
+from upcycle_cli.write.writer import WriteOptions, Written, write_weights
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest one, however large the model
 _JOIN_SECONDS = 300
-"""By then all have to be there, unless UPCYCLE_JOIN_SECONDS says otherwise."""
+"""How long ranks wait for all to start, unless UPCYCLE_JOIN_SECONDS says otherwise."""
 _NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK")
 
 
@@ -35,7 +40,7 @@ class Team:
 
     @classmethod
     def launched(cls) -> Self:
-        """Return the team that a launcher has started, if any; UpcycleError for a half of one."""
+        """Return the team that torchrun has started, or a team of one; UpcycleError."""
         size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
         if not 0 <= rank < size:
             raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
@@ -57,20 +62,19 @@ class Team:
         return self
 
     def _join(self) -> None:
-        """Make all a process group; UpcycleError when some do not come."""
+        """Form a process group; UpcycleError when some processes do not come."""
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)
+        limit = timedelta(seconds=seconds)
         try:
             store: Store
-            store, _, _ = next(
-                rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=seconds))
-            )
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=limit))
             names = [f"upcycle/{rank}" for rank in range(self.size)]
             store.set(names[self.rank], "here")
-            store.wait(names, timedelta(seconds=seconds))
+            store.wait(names, limit)
         except (RuntimeError, ValueError) as error:
             raise _leftover(
                 f"WORLD_SIZE says that {self.size} processes share this, and within {seconds} s "
@@ -87,7 +91,7 @@ class Team:
             dist.destroy_process_group()
 
     def exchange(self, value: _T) -> list[_T]:
-        """Give every rank the values of all, once all are here; ResumableError if one has died."""
+        """Give every rank the values of all ranks; ResumableError if one has died."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -98,19 +102,19 @@ class Team:
         except RuntimeError as error:
             raise ResumableError(
                 "another rank has died; nothing was published.",
-                "Its own output says why. The same command goes on from what is complete.",
+                "Its own output says why. The same command resumes from the finished files.",
             ) from error
         return values
 
     def agree(self, make: Callable[[], _T]) -> _T:
-        """Make a value, and return it once all ranks have; raise what the first to fail raised."""
+        """Make a value, and return it once all ranks have; raise the first failure on all."""
         failure: UpcycleError | None = None
         try:
             own = make()
         except OSError as error:
             failure = ResumableError(
                 f"writing {error.filename or 'the output'} failed: {error.strerror}.",
-                "What is complete is kept: the same command goes on from there.",
+                "Finished files are kept: the same command resumes from there.",
             )
         except UpcycleError as error:
             failure = error
@@ -122,11 +126,11 @@ class Team:
         return own
 
     def gather(self, make: Callable[[], _T]) -> list[_T]:
-        """Let every rank make a value, and give all of them to every rank, or raise as `agree`."""
+        """Let every rank make a value; give all values to every rank, or raise as `agree`."""
         return self.exchange(self.agree(make))
 
     def share_of(self, shards: Sequence[Shard], rank: int) -> list[Shard]:
-        """Return the shards that a rank is to write, balanced by bytes."""
+        """Return the shards that a rank writes, balanced by bytes."""
         loads = [0] * self.size
         own = []
         for shard in sorted(shards, key=lambda shard: -shard.nbytes):
@@ -135,6 +139,27 @@ class Team:
             if writer == rank:
                 own.append(shard)
         return sorted(own, key=lambda shard: shard.name)
+
+
+def write_together(
+    plan: Plan,
+    enter: Callable[[], Staging],
+    options: WriteOptions,
+    team: Team,
+    progress: Progress,
+) -> Written:
+    """Write this rank's share of the shards; return what all ranks have written."""
+    own = team.share_of(plan.shards, team.rank)
+    total = Written()
+
+    def write_own() -> Written:
+        return write_weights(plan, own, enter(), progress=progress.advance, options=options)
+
+    for part in team.gather(write_own):
+        total.add(part)
+    # By layer, so that the record does not depend on the number of ranks.
+    names = [tensor.name for tensor in plan.tensors if tensor.name in total.routers]
+    return replace(total, routers={name: total.routers[name] for name in names})
 
 
 def _number(variable: str, default: int) -> int:
@@ -150,5 +175,5 @@ def _number(variable: str, default: int) -> int:
 def _leftover(message: str) -> UpcycleError:
     return UpcycleError(
         message,
-        "Start all of them with torchrun. If you started one process, unset WORLD_SIZE and RANK.",
+        "Start all processes with torchrun. For a single process, unset WORLD_SIZE and RANK.",
     )

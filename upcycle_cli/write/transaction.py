@@ -125,6 +125,12 @@ def transaction(
             if not isinstance(error, ResumableError):
                 running.discard()
             raise
+        except OSError as error:
+            where = staging.path / str(error.filename) if error.filename else output
+            raise ResumableError(
+                f"writing {where} failed: {error.strerror}.",
+                f"Finished files stay in {staging.path}: the same command resumes from there.",
+            ) from error
         running.discard()
 
 

@@ -154,7 +154,7 @@ class _Crew:
             finally:
                 pool.shutdown(cancel_futures=True)
         errors = filter(None, (job.exception() for job in jobs if not job.cancelled()))
-        # The error that made the others stop says more than that they stopped.
+        # Not _StoppedError, but the error that made the others stop.
         for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
             raise error
 
@@ -281,12 +281,11 @@ class _Task:
 
     def _write_part(self, part: Part, descriptor: int) -> None:
         offsets, router = self._own_offsets(part), part.tensor.role is Role.ROUTER
-        if not offsets and not router:
-            return
-        data = self._data(part)
-        if router:
-            self.written.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-        self._write_data(descriptor, part, data, offsets)
+        if offsets or router:
+            data = self._data(part)
+            if router:
+                self.written.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
+            self._write_data(descriptor, part, data, offsets)
 
     def _share_parts(self, descriptor: int) -> None:
         """Share the extents of each part's first place, or write the part where that fails."""
