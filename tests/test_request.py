@@ -55,7 +55,7 @@ def test_who_listens_hears_all_of_it_in_its_order(llama: Path, tmp_path: Path) -
     done = carry_out(request, hooks=listener)
     assert done.published
     assert listener.nbytes == done.plan.nbytes
-    checks = [f"checking {name}" for name in ("structure", "files", "claims", "weights", "outputs")]
+    checks = [f"checking {name}" for name in ("directory", "weights", "outputs")]
     expected = ["planned E2G2T2", "writing", *checks, "written", "finished moe"]
     assert [word for word in listener.heard if word in expected] == expected
 

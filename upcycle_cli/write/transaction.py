@@ -117,21 +117,31 @@ def transaction(
         except OSError as error:
             raise UpcycleError(f"cannot write {partial_of(output)}: {error.strerror}.") from error
         staging = _staging(output, plan, durable=durable)
-        staging.take_over(restart=overwrite)
         running = Transaction(staging, output, overwrite, made)
+        with _resumable(running):
+            staging.take_over(restart=overwrite)
         try:
-            yield running
+            with _resumable(running):
+                yield running
         except UpcycleError as error:
             if not isinstance(error, ResumableError):
                 running.discard()
             raise
-        except OSError as error:
-            where = staging.path / str(error.filename) if error.filename else output
-            raise ResumableError(
-                f"writing {where} failed: {error.strerror}.",
-                f"Finished files stay in {staging.path}: the same command resumes from there.",
-            ) from error
         running.discard()
+
+
+@contextmanager
+def _resumable(running: Transaction) -> Iterator[None]:
+    """Explain that what is finished is kept when the system refuses something."""
+    path = running.staging.path
+    try:
+        yield
+    except OSError as error:
+        where = path / str(error.filename) if error.filename else running.output
+        raise ResumableError(
+            f"writing {where} failed: {error.strerror}.",
+            f"Finished files stay in {path}: the same command resumes from there.",
+        ) from error
 
 
 def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
