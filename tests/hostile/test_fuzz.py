@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from engine_fixtures import make_dense, plan_of
+from engine_fixtures import execute, make_dense, plan_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
-from upcycle_cli.api import execute
 from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.writer import WriteOptions
 
