@@ -20,7 +20,6 @@ from hub.server import TOKEN, Hub
 from hypothesis import settings
 
 from upcycle_cli.recipe.recipe import ExpertLayout
-from upcycle_cli.run.models import Shapes, empty_shapes
 
 pytest_plugins = ("refusals", "verified")
 
@@ -251,24 +250,7 @@ def _quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Of what is written here nothing has to survive a loss of power.
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(
-            "upcycle_cli.old_verification.headers.empty_shapes", _shapes_once(empty_shapes)
-        )
         yield
-
-
-def _shapes_once(asked: Callable[..., tuple[Shapes, Shapes]]) -> Callable[..., Any]:
-    """Ask transformers once for the shapes that a config implies: thousands of tests have a few."""
-    known: dict[tuple[Any, ...], tuple[Shapes, Shapes]] = {}
-
-    def shapes(path: Path, **sizes: int | None) -> tuple[Shapes, ...]:
-        config = (path / "config.json").read_bytes()
-        key = (config, *sorted(sizes.items()))
-        if b"auto_map" in config or key not in known:  # the code that is shipped may be another
-            known[key] = asked(path, **sizes)
-        return tuple(dict(held) for held in known[key])
-
-    return shapes
 
 
 @pytest.fixture(scope="session")
