@@ -20,14 +20,13 @@ from engine_fixtures import make_dense as make_hollow
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
+from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.old_verification import CheckResult, Report, Status, TextOptions, verify
-from upcycle_cli.old_verification.prompts import Prompt, make_prompt
-from upcycle_cli.old_verification.sizes import gather_facts
 from upcycle_cli.plan.texts import read_texts
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.run.layerwise import Steps
+from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
+from upcycle_cli.verification.result import CheckResult, Report, Status
 
 EXACT = Recipe(expansion=2, granularity=2, top_k=2)
 
@@ -38,10 +37,8 @@ def outputs_of(dense: Path, moe: Path, **texts: Any) -> CheckResult:  # noqa: AN
 
 
 def prompt_of(dense: Path, moe: Path, **texts: Any) -> Prompt:  # noqa: ANN401
-    facts = gather_facts(
-        open_checkpoint(dense), open_checkpoint(moe), moe_names=[], allow_inexact=True
-    )
-    return make_prompt(facts, TextOptions(**texts))
+    secret = open_checkpoint(moe).config_digest.encode()
+    return make_prompt(open_checkpoint(dense), TextOptions(**texts), secret)
 
 
 # What whole models say ----------------------------------------------------------------------------
@@ -103,7 +100,7 @@ def test_a_vocabulary_in_blocks(
     dense, moe = make_dense("llama"), tmp_path / "moe"
     convert(dense, moe, INEXACT)
     whole = outputs_of(dense, moe).metrics
-    monkeypatch.setattr("upcycle_cli.old_verification.distributions._BLOCK_LOGITS", 1 << 13)
+    monkeypatch.setattr("upcycle_cli.verification.distributions._BLOCK_LOGITS", 1 << 13)
     monkeypatch.setattr("upcycle_cli.run.lazy_weights._BLOCK", 1000)
     cut = outputs_of(dense, moe).metrics
     assert cut.keys() == whole.keys()
