@@ -206,7 +206,7 @@ def test_an_inspection(llama: Path, moe: Path) -> None:
     assert page.tags.count("img") == 2  # drift and load
 
 
-@pytest.mark.parametrize("values", [*([value, value] for value in ODD), [1e-7, *ODD, 1e-3]])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [math.nan, math.inf], [1e-7, *ODD, 1e-3]])
 def test_odd_values_are_plotted(values: list[float]) -> None:
     fields = ("added_rms", "added_max", "hidden_rms", "gain", "router_margin", "whole_share")
     changed: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in values]
@@ -235,10 +235,9 @@ def test_a_large_model_makes_no_large_page() -> None:
 
 def test_text_from_files_is_shown_and_not_interpreted(moe: Path, tmp_path: Path) -> None:
     plain = Page(_page_with("plain", clone(moe, tmp_path / "plain")))
-    for number, text in enumerate(HOSTILE):
-        html = _page_with(text, clone(moe, tmp_path / str(number)))
-        assert Page(html).tags == plain.tags
-        assert "onerror" not in text or "onerror=alert(1)&gt;" in html
+    html = _page_with(" ".join(HOSTILE), clone(moe, tmp_path / "hostile"))
+    assert Page(html).tags == plain.tags
+    assert "onerror=alert(1)&gt;" in html
 
 
 def _page_with(text: str, moe: Path) -> str:

@@ -125,14 +125,14 @@ def overview_tables(found: Overview) -> Iterator[Table]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, targets in found.dense.items():
         groups.setdefault(targets, []).append(name)
-    table = _table("targets (default first)", "dense model types")
+    table = _table("dense model types", "targets (default first)")
     for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
-        table.add_row("\n".join(targets), ", ".join(names))
+        table.add_row(", ".join(names), ", ".join(targets))
     yield table
-    table = _table("text model", "inside", "targets (default first)")
+    table = _table("wrapper", "text model inside", "targets (default first)")
     for wrapper, texts in found.wrappers.items():
         for text_type, targets in texts.items():
-            table.add_row(text_type, wrapper, ", ".join(targets))
+            table.add_row(wrapper, text_type, ", ".join(targets))
     yield table
     yield from target_tables(found.targets)
     reasons: dict[str, list[str]] = {}
