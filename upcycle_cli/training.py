@@ -1,7 +1,7 @@
-"""Training what was converted: virtual groups that stay whole.
+"""Keep virtual groups whole while a converted model is trained.
 
-The G experts of a virtual group hold the parts of one dense MLP, and are chosen together because
-their router rows are equal. In training the rows get gradients of their own, and move apart.
+The G experts of a virtual group hold the shards of one dense MLP and are selected together, since
+their router rows are equal. In training each row gets its own gradient, and they drift apart.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TiedGroups:
-    """Groups whose router rows are trained as one, for as long as `remove` is not called."""
+    """Groups whose router rows are trained as one, until `remove` is called."""
 
     granularity: int
-    """G, the rows of a group; 1 where there are no groups, and nothing is tied."""
+    """G, the rows of a group; 1 if there are no groups and nothing is tied."""
     routers: tuple[str, ...]
-    """The names of the parameters, (E·G, H) each."""
+    """The names of the router parameters, each (E·G, H)."""
     handles: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
-        """Let each row go its own way from the next backward pass on."""
+        """Untie the rows, from the next backward pass on."""
         for handle in self.handles:
             handle.remove()
 
 
 def tie_virtual_groups(model: Module) -> TiedGroups:
-    """Average the gradients of router rows inside each virtual group, so that groups stay whole.
+    """Average the gradients of router rows within each virtual group, so that groups stay whole.
 
-    Rows that are equal and get equal gradients stay equal bit for bit under any optimizer that
-    treats the entries of a parameter alike. G is read off the rows, of which G in a row are equal:
-    call it before the first step, or on what was trained with it. `model` is a causal LM of
-    transformers, of any type that upcycle makes, also inside peft's.
+    Equal rows with equal gradients stay equal bit for bit under any optimizer that treats all
+    entries of a parameter alike. G is inferred from the rows: call this before the first step, or
+    on a model that was trained with it. `model` is a causal LM of transformers of any type that
+    upcycle creates, or such a model inside peft's.
 
-    Raises UpcycleError for another model, for one whose routers are frozen, and where a router
-    is not held in one piece (DeepSpeed ZeRO-3, FSDP with flat parameters: call it before they
-    divide the model) or its rows make no groups of one size.
+    Raises UpcycleError for another model, for frozen routers, for routers that are split among
+    processes (DeepSpeed ZeRO-3, FSDP with flat parameters: call this before they split the model),
+    and for rows that do not form groups of one size.
     """
     routers = dict(_routers(model))
     sizes = {name: _group_size(name, weight) for name, weight in routers.items()}
     if len({*sizes.values()}) > 1:
         found = ", ".join(f"{size} in {name}" for name, size in sizes.items())
-        raise UpcycleError(f"the equal rows of routers make groups of several sizes: {found}.")
+        raise UpcycleError(f"the equal rows of routers form groups of several sizes: {found}.")
     size = next(iter(sizes.values()))
     if size == 1:
         return TiedGroups(1, (), ())
@@ -70,7 +70,7 @@ def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     if not is_target(values):
         raise UpcycleError(
-            f"{type(model).__name__} is no mixture of experts that upcycle makes.",
+            f"{type(model).__name__} is not a mixture of experts that upcycle creates.",
             "Pass a model that transformers loaded from its output.",
         )
     layouts = target_of(values, [name for name, _ in model.named_parameters()]).layouts.values()
@@ -81,17 +81,17 @@ def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
     if not trained:
         raise UpcycleError(
             "all its routers are frozen." if found else "it has no routers.",
-            "Tie virtual groups where routers are trained.",
+            "Tie virtual groups of a model whose routers are trained.",
         )
     yield from trained
 
 
 def _group_size(name: str, weight: Parameter) -> int:
-    """Return how many rows in a row are equal, everywhere in a router (N, H)."""
+    """Return how many consecutive rows of a router (N, H) are equal."""
     if weight.dim() != 2 or not weight.numel():
         raise UpcycleError(
-            f"{name} is not held in one piece here: its shape is {tuple(weight.shape)}.",
-            "Call tie_virtual_groups before the model is divided among processes.",
+            f"{name} is split among processes: its shape here is {tuple(weight.shape)}.",
+            "Call tie_virtual_groups before the model is split.",
         )
     rows = weight.detach()
     starts = [0] + [i for i in range(1, len(rows)) if not bool((rows[i] == rows[i - 1]).all())]

@@ -1,0 +1,235 @@
+"""Training converted models: virtual groups that stay whole, and what inspect says afterwards."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, random_ids, read_json, read_tensors, write_json
+from refusals import assert_refused, invoke
+from safetensors.torch import save_file
+
+from upcycle_cli import Recipe, UpcycleError, convert, inspect
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.training import tie_virtual_groups
+
+G = 2
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "train.py"
+
+
+@pytest.fixture
+def load(make_dense: MakeDense, tmp_path: Path) -> Any:  # noqa: ANN401
+    """Convert to a target, with a routing that gives router rows gradients, and load the model."""
+    from transformers import AutoModelForCausalLM
+
+    def load(target: str, granularity: int = G, **changes: Any) -> Any:  # noqa: ANN401
+        able = tuple(Routing) if target == SHIPPED else NATIVE[target].routings
+        routing = Routing.SOFTMAX_TOPK if Routing.SOFTMAX_TOPK in able else able[0]
+        types = [name for name, row in DENSE.items() if target in row.targets]
+        moe = tmp_path / "moe"
+        recipe = Recipe(
+            expansion=4, granularity=granularity, top_k=2 * granularity, routing=routing
+        )
+        convert(make_dense(types[0] if types else "olmo2"), moe, recipe, target=target)
+        write_json(moe / "config.json", read_json(moe / "config.json") | changes)
+        return AutoModelForCausalLM.from_pretrained(
+            moe, dtype=torch.float32, experts_implementation="eager", trust_remote_code=True
+        ).train()
+
+    return load
+
+
+def train(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Take three steps, and return the routers' rows."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):
+        for part in (random_ids() + step).chunk(2):  # accumulates gradients
+            model(part, labels=part).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    name = re.compile(r".*layers\.\d+\.(\w+\.)*(gate|gate\.wg|router|router\.proj)\.weight")
+    rows = {n: p.detach() for n, p in model.named_parameters() if name.fullmatch(n)}
+    assert rows
+    return rows
+
+
+def is_whole(rows: torch.Tensor) -> bool:
+    groups = rows.reshape(-1, G, rows.shape[-1])
+    return torch.equal(groups[:, :1].expand_as(groups), groups)
+
+
+@pytest.mark.parametrize("target", [*NATIVE, SHIPPED])
+def test_tied_groups_stay_whole_and_others_split(load: Any, target: str) -> None:  # noqa: ANN401
+    model = load(target, virtual_group_size=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tied = tie_virtual_groups(model)
+    rows = train(model)
+    assert (tied.granularity, {*tied.routers}) == (G, {*rows})
+    assert all(map(is_whole, rows.values()))
+    assert not any(torch.equal(weight, before[name]) for name, weight in rows.items())
+    tied.remove()
+    assert not any(map(is_whole, train(model).values()))
+
+
+def test_shipped_code_ties_groups_by_its_config(load: Any) -> None:  # noqa: ANN401
+    model = load(SHIPPED)
+    assert model.config.virtual_group_size == G
+    assert all(map(is_whole, train(model).values()))
+
+
+def test_groups_are_tied_by_default_where_that_was_measured_to_train_better(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    for routing, granularity, top_k, size in (
+        ("softmax-topk", 1, 1, None),
+        ("topk-softmax", 1, 1, None),
+        ("topk-softmax", 2, 2, 2),
+        ("topk-softmax", 2, 4, None),
+        ("sigmoid-topk", 2, 2, None),
+        ("softmax-topk", 2, 4, 2),
+    ):
+        moe = tmp_path / f"{routing}{granularity}{top_k}"
+        recipe = Recipe(expansion=4, granularity=granularity, top_k=top_k, routing=Routing(routing))
+        convert(make_dense("olmo2"), moe, recipe, target=SHIPPED)
+        assert read_json(moe / "config.json").get("virtual_group_size") == size
+
+
+def test_refuse_to_tie(load: Any, llama: Path) -> None:  # noqa: ANN401
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(UpcycleError, match="LlamaForCausalLM is not a mixture of experts"):
+        tie_virtual_groups(AutoModelForCausalLM.from_pretrained(llama))
+    model = load("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[1] += 1
+    with pytest.raises(UpcycleError, match=r"layers\.0\.mlp\.gate\.weight are split"):
+        tie_virtual_groups(model)
+    model.model.layers[0].mlp.gate.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(UpcycleError, match="split among processes"):
+        tie_virtual_groups(model)
+    with pytest.raises(UpcycleError, match="all its routers are frozen"):
+        tie_virtual_groups(model.requires_grad_(requires_grad=False))
+
+
+def test_without_groups_nothing_is_tied(load: Any) -> None:  # noqa: ANN401
+    tied = tie_virtual_groups(load("mixtral", granularity=1))
+    assert (tied.granularity, tied.routers) == (1, ())
+
+
+@pytest.mark.filterwarnings("ignore")  # raised inside of transformers and accelerate
+def test_the_example_trains_from_the_dense_models_loss(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense, text, out = make_dense("qwen3"), tmp_path / "text", tmp_path / "out"
+    text.write_text("Experts learn to differ. " * 60)
+    arguments = ["train.py", dense, text, out, "--steps", "3", "--lr", "1e-3"]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = re.search(r"first loss ([\d.]+), of the dense model ([\d.]+)", printed)
+    assert losses is not None
+    assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-4)
+    spreads = [re.findall(rf"'load_cv/{layer}': '?([\d.]+)", printed) for layer in range(3)]
+    assert [len(each) for each in spreads] == [3, 3, 0]  # of each layer, at each step
+    assert spreads[0] != spreads[1]
+
+    # inspect needs no upcycle.json, which transformers does not save.
+    assert not (out / "trained" / "upcycle.json").exists()
+    trained, untrained = (
+        inspect(out / name, weights=True, dense=dense).weights for name in ("trained", "moe")
+    )
+    assert trained is not None
+    assert untrained is not None
+    assert trained.movement is not None
+    assert untrained.movement is not None
+    assert not trained.whole_groups
+    for layer in trained.movement:
+        assert all(0.001 < distance < 0.5 for distance in layer.moved)
+        assert 0 < layer.apart < max(layer.moved)
+        assert (layer.num_groups, layer.split_groups) == (4, 0)
+    assert {d for layer in untrained.movement for d in (*layer.moved, layer.apart)} == {0.0}
+
+
+def test_inspect_counts_split_groups(make_dense: MakeDense, tmp_path: Path, load: Any) -> None:  # noqa: ANN401
+    model = load("qwen3_moe", granularity=2)
+    train(model)
+    model.save_pretrained(tmp_path / "trained")
+    weights = inspect(tmp_path / "trained", weights=True, dense=make_dense("qwen3")).weights
+    assert weights is not None
+    assert weights.movement is not None
+    assert [(layer.num_groups, layer.split_groups) for layer in weights.movement] == [(4, 4)] * 2
+    with pytest.raises(UpcycleError, match="24 are not shards of its MLPs of width 40"):
+        inspect(tmp_path / "moe", weights=True, dense=make_dense("qwen3", intermediate_size=40))
+
+
+@pytest.mark.parametrize("target", ["mixtral", SHIPPED])
+def test_inspect_reads_what_trl_saves(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
+    """TRL 1.16 and peft 0.21 save what transformers does, with other settings in the config."""
+    dense, recipe = make_dense("llama"), Recipe(expansion=4, granularity=2, top_k=4)
+    moe = convert(dense, tmp_path / "moe", recipe, target=target).output
+    (moe / "upcycle.json").unlink()
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        (moe / name).write_bytes(b"a pickle that must not be read")
+    config = read_json(moe / "config.json") | {"output_router_logits": True, "use_cache": False}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config |= {"virtual_group_size": 1} if target == SHIPPED else {}
+    old = ("rope_theta", "rope_scaling")
+    write_json(moe / "config.json", {k: v for k, v in config.items() if k not in old})
+    tensors = read_tensors(moe)
+    router = next(name for name in tensors if re.search(r"\.1\..*gate\.weight", name))
+    tensors[router][5] *= 1.5
+    for name, held in tensors.items():
+        if ".layers.1." in name and re.search(r"experts\.(5\.w2|down)", name):
+            (held[5] if held.dim() == 3 else held).mul_(1.5)
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    found = inspect(moe, weights=True, dense=dense, load="builtin")
+    assert found.weights is not None
+    assert found.weights.movement is not None
+    assert found.load is not None
+    moved = [distance for layer in found.weights.movement for distance in layer.moved]
+    assert [i for i, distance in enumerate(moved) if distance] == [13]
+    assert 0.1 < moved[13] < 0.5
+    assert [layer.split_groups for layer in found.weights.movement] == [0, 1]
+    assert [sum(layer.load) for layer in found.load.layers] == [4 * found.load.tokens] * 2
+
+
+def test_refuse_an_adapter_without_its_base(llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "it's mine"
+    adapter.mkdir()
+    save_file({"base_model.x.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors")
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA"})
+    for command in (
+        ("inspect", adapter, "--weights"),
+        ("verify", llama, adapter),
+        ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
+    ):
+        assert_refused(invoke(*command), f"{adapter} is an adapter", "merge_and_unload()", "MODEL")
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_to_shipped_code_names_the_code(
+    llama: Path, tmp_path: Path, task: str | None
+) -> None:
+    """peft states the class of the base if it was given no task, and else its path."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    convert(llama, base, Recipe(expansion=2, granularity=1, top_k=1), target="upcycled")
+    adapter.mkdir()
+    library = "transformers_modules.base.cbb8e9bf.modeling_upcycled"
+    mapping, where = (None, str(base)) if task else ({"parent_library": library}, "org/base")
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": where}
+    write_json(adapter / "adapter_config.json", config | {"auto_mapping": mapping})
+    told = assert_refused(invoke("inspect", adapter), where)
+    assert f'M.from_pretrained("{where}", dtype="auto", trust_remote_code=True)' in told
+    native = {"parent_library": "transformers.models.mixtral.modeling_mixtral"}
+    write_json(adapter / "adapter_config.json", config | {"auto_mapping": native})
+    assert "trust_remote_code" not in invoke("inspect", adapter).stderr
