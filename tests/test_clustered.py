@@ -288,7 +288,7 @@ def test_record_card_recipe_file_and_screens(llama: Path, tmp_path: Path) -> Non
     assert record["calibration"]["text"] == "builtin"
     card = (tmp_path / "one" / "README.md").read_text()
     assert "active together" in card
-    assert "its experts are copies and differentiate" in card
+    assert "its experts are copies and specialize" in card
     assert invoke("convert", llama, tmp_path / "two", "--config", saved).exit_code == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     shown = invoke("inspect", llama, *options[:4], "--tensors")

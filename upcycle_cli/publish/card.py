@@ -1,7 +1,7 @@
-"""The model card of a converted model: `card.md`, filled in; README.md with front matter.
+"""The model card of a converted model: README.md, from the templates card.md and growth_card.md.
 
-Names in it are somebody else's: each is quoted for the place where it stands, so that none ends a
-block of code, starts a tag or gives a shell something else to do.
+Names of sources may contain anything, so each is quoted for its context: no name can end a code
+block, start a tag or run something in a shell.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Routin
 if TYPE_CHECKING:
     from upcycle_cli.verification.result import Report
 
-_PLACE = r'path = "([^"]+)"'  # where the loading code says that the model is
+_PATH = r'path = "([^"]+)"'  # the line of the loading code that names the model
 _SERVING = {
     "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {place}",),
     "llama.cpp": (
@@ -38,22 +38,22 @@ _SERVING = {
         "python -m llama_cpp.server --model model.gguf",
     ),
 }
-"""What tests/interoperability/serving.py runs, as the card prints it."""
-_BEFORE_LINK = "To verify it yourself:"
-_LINK = f"Figures by layer and by token are in [{REPORT_NAME}]({REPORT_NAME}).\n\n"
+"""The commands on the card, which tests/interoperability/serving.py runs."""
+_AFTER_LINK = "To verify it yourself:"
+_LINK = f"[{REPORT_NAME}]({REPORT_NAME}) has figures by layer and by token.\n\n"
 _CHECK = re.compile(
     r"^\| \[?(?P<name>\w+)(?:\]\([^)]*\))? (?=\| (?:passed|failed|measured|skipped) \|)",
     re.MULTILINE,
 )
-"""The name of a check in the table of what was found, with or without a link."""
-_LONGEST_NAME = 96  # of a repo on the Hub
+"""The name of a check in the table of results, with or without a link."""
+_MAX_REPO_NAME = 96
 
 
 def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
-    """Return the card's text; `report` is what verify found, `repo` where the model will be."""
+    """Return the text of the card; `report` is the verification, `repo` where the model will be."""
     if plan.expansion is None:
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
-        own = _upcycled(plan)
+        own = _fields_of_upcycling(plan)
     else:
         k = plan.expansion.growth.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
@@ -66,8 +66,8 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         origin=_origins(plan),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
-        found=_found_text(report),
-        verify_again=shell_line(_verify_again(plan, place)),
+        results=_results(report),
+        verify_command=shell_line(_verify_command(plan, place)),
         place=json.dumps(place),
         parallel=any_of(expert_parallel_sizes(plan.num_experts)),
         engines=_engines_text(plan, place),
@@ -75,26 +75,26 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
     return sealed(text.strip())
 
 
-def _upcycled(plan: Plan) -> dict[str, object]:
-    """Return what the card of an upcycled model says, and that of a grown one does not."""
+def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
+    """Return the fields of card.md that growth_card.md does not have."""
     ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan))
     return {
-        "whose": "its" if plan.merge is None else "their",
+        "pronoun": "its" if plan.merge is None else "their",
         "experts": _experts(plan),
         "options": ", trust_remote_code=True" if ships_code else "",
         "model_class": f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
         "reader": "AutoProcessor" if wrapped else "AutoTokenizer",
         "reads": "processor" if wrapped else "tokenizer",
-        "code": _about_code(plan) if ships_code else "",
+        "about_code": _about_code(plan) if ships_code else "",
         "trainers": _trainers(plan),
-        "score": _score(plan),
+        "megatron": _megatron_options(plan),
         "top_k": plan.top_k,
         "notes": f"\n\n{notes}" if notes else "",
     }
 
 
-def _verify_again(plan: Plan, place: str) -> Iterator[str]:
+def _verify_command(plan: Plan, place: str) -> Iterator[str]:
     unnamed = "SOURCE" if plan.expansion else "DENSE"
     yield from ("upcycle", "verify", plan.source.repo or unnamed, place)
     if plan.source.revision:
@@ -106,18 +106,18 @@ def _verify_again(plan: Plan, place: str) -> Iterator[str]:
 
 
 def repo_name(text: str, suffix: str = "") -> str:
-    """Return a name that a repo on the Hub can have, as much like `text` as it may be."""
+    """Return a valid name for a repo on the Hub that is as similar to `text` as possible."""
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rsplit("/", maxsplit=1)[-1])
     text = re.sub(r"([-.])[-.]+", r"\1", text)
-    return (text[: _LONGEST_NAME - len(suffix)].strip("-.") or "model") + suffix
+    return (text[: _MAX_REPO_NAME - len(suffix)].strip("-.") or "model") + suffix
 
 
 def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
-    """Return a card that names `repo` as the model's place; one that was edited as it is.
+    """Return the card with `repo` in its commands and code; an edited card stays as it is.
 
-    With a report, it leads to that of a verification beside it, each check to what it measured.
+    With a report, the card links to it, and each check to its section.
     """
-    found = re.search(_PLACE, card)
+    found = re.search(_PATH, card)
     if found is None or is_edited(card):
         return card
     text = unsealed(card)
@@ -126,14 +126,14 @@ def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     link = rf"[\g<name>]({REPORT_NAME}#check-\g<name>)" if with_report else r"\g<name>"
     text = _CHECK.sub(rf"| {link} ", text)
     if with_report:
-        text = text.replace(_BEFORE_LINK, _LINK + _BEFORE_LINK, 1)
+        text = text.replace(_AFTER_LINK, _LINK + _AFTER_LINK, 1)
     return sealed(text)
 
 
 def _front_matter(plan: Plan) -> str:
     import yaml  # type: ignore[import-untyped]
 
-    # A local directory is no repo id, and the Hub refuses a card that names one as its base.
+    # The Hub refuses a card whose base model is not a repo id.
     named = [source.name for source in plan.sources if "/" in source.name]
     base: dict[str, object] = {"base_model": named[0]} if named else {}
     if len(named) > 1:
@@ -147,13 +147,13 @@ def _front_matter(plan: Plan) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Return a text as markdown that shows it."""
+    """Return markdown that shows a text literally."""
     text = re.sub(r"([\\`*{}\[\]|~$]|\b_|_\b)", r"\\\1", printable(text))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _code(text: str) -> str:
-    """Return a text as code inside a line, between more backticks than it has in a row."""
+    """Return inline code, between more backticks than the text has in a row."""
     text = printable(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
@@ -161,7 +161,7 @@ def _code(text: str) -> str:
 
 
 def _origins(plan: Plan) -> str:
-    """Return the names of the sources, and their commits where they are known."""
+    """Return the names of the sources, with their commits if they come from the Hub."""
     *others, last = map(_origin, plan.sources)
     listed = ", ".join(other.removesuffix(",") for other in others)
     return f"{listed} and {last}" if others else last
@@ -171,12 +171,12 @@ def _origin(source: Checkpoint) -> str:
     name, commit = source.name, source.revision
     if commit is None:
         return _code(name)
-    url = f"https://huggingface.co/{name}"  # of these, both have nothing to quote
+    url = f"https://huggingface.co/{name}"  # repo ids and commits need no quoting
     return f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    """Return the rows of the card's table: what convert printed, and the model's class."""
+    """Return the rows of the card's table: the architecture, and what convert prints."""
     shown = {"architecture": plan.target.architecture} | facts(plan)
     return {key: _markdown(text) for key, text in shown.items() if key != "promise"}
 
@@ -184,109 +184,90 @@ def _facts(plan: Plan) -> dict[str, str]:
 def _promise(plan: Plan) -> str:
     origin = "source" if plan.expansion else "dense model"
     if plan.promise is Promise.NONE:
-        return f"It does not compute what the {origin} computes: {why_no_promise(plan)}."
-    rounding = f", its weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
+        return f"It does not compute the same function as the {origin}: {why_no_promise(plan)}."
+    limit = f", with weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
     if plan.promise is Promise.APPROXIMATE:
-        rounding = " up to an error of the order of the router's logits"
-    return f"It computes what the {origin} computes{rounding}, until it is trained further."
+        limit = " up to an error of the size of the router's logits"
+    return f"Before further training it computes the same function as the {origin}{limit}."
 
 
 def _experts(plan: Plan) -> str:
-    """Say how far experts differ from the beginning."""
+    """Say what training does to the experts."""
     if plan.merge is not None:
         return "its routers learn which model's experts a token needs"
     if plan.recipe.perturbed:
-        return "its experts differ a little already, and differentiate further"
+        return "its experts differ slightly and specialize further"
     copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
     if copies or plan.recipe.group_size == 1:
-        return "its experts are copies and differentiate"
-    return "its experts hold the dense MLP's neurons in other combinations, and differentiate"
+        return "its experts are copies and specialize"
+    return "its experts combine the dense MLP's neurons in different ways and specialize"
 
 
-def _found_text(report: Report | None) -> str:
+def _results(report: Report | None) -> str:
     if report is None:
-        return "Not verified when it was made."
-    found = (
-        "What `upcycle verify` found on these files:\n\n| check | result | detail |\n|---|---|---|"
+        return "The conversion was not verified when it was made."
+    text = (
+        "The results of `upcycle verify` for these files:\n\n"
+        "| check | result | detail |\n|---|---|---|"
     )
     for check in report.checks:
         detail = _markdown(" ".join(check.detail.split()))
-        found += f"\n| {check.name} | {check.status} | {detail} |"
-    return found
+        text += f"\n| {check.name} | {check.status} | {detail} |"
+    return text
 
 
 def _about_code(plan: Plan) -> str:
     model_type = plan.source.config["model_type"]
     return (
-        f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the code of "
-        f"one lies beside the weights, in `{CODE_NAME}`, and `trust_remote_code=True` lets it "
-        f"run. It is all that runs: the rest is transformers' own {model_type}. `upcycle "
-        "verify` holds the file to what upcycle writes, letter by letter."
+        f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the model ships "
+        f"one in `{CODE_NAME}`, and `trust_remote_code=True` allows transformers to run it. "
+        f"Everything else is transformers' own {model_type}. `upcycle verify` compares the file "
+        "with the code that upcycle writes."
     )
 
 
-def _score(plan: Plan) -> str:
+def _megatron_options(plan: Plan) -> str:
     """Return the options with which Megatron-LM routes as the model does."""
-    score = {
+    options = {
         Routing.SOFTMAX_TOPK: "`--moe-router-pre-softmax`",
         Routing.TOPK_SOFTMAX: "no `--moe-router-pre-softmax`",
         Routing.SIGMOID_TOPK: "`--moe-router-score-function sigmoid`",
     }[plan.recipe.routing or Routing.TOPK_SOFTMAX]
     if plan.factors.config != 1.0:
-        score += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
+        options += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
     if plan.recipe.shared_experts:
         width = plan.recipe.shared_experts * plan.expert_size
-        score += f", `--moe-shared-expert-intermediate-size {width}`"
-    return score
+        options += f", `--moe-shared-expert-intermediate-size {width}`"
+    return options
 
 
 def _trainers(plan: Plan) -> str:
-    """Say of each trainer that is known to take the model what to set in it."""
-    routing = plan.recipe.routing
+    """Return a list of the trainers that were tested with the architecture, and their settings."""
+    config, routing = text_config_of(plan.config), plan.recipe.routing
     assert routing is not None
     found = trainers(
-        plan.family.target,
+        plan.target,
         routing,
-        tied=bool(text_config_of(plan.config).get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", False)),
         fused=plan.expert_layout is ExpertLayout.FUSED,
-        num_experts=plan.recipe.num_experts,
+        num_experts=plan.num_experts,
     )
-    words = {
-        trainer.name: f"{trainer.settings}. Master weights: {trainer.precision}."
+    lines = [
+        f"{trainer.name}: {trainer.settings}. Master weights: {trainer.precision}."
         if trainer.support is Support.RUNS
-        else trainer.support
+        else f"{trainer.name}: {trainer.support}"
         for trainer in found
-    } or {"transformers": _balancing(plan)}
-    return "\n".join(f"- {name}: {text}" for name, text in words.items())
-
-
-def _balancing(plan: Plan) -> str:
-    """Say how transformers balances the experts' load, if it does; for what was not trained."""
-    weight = "its weight is `router_aux_loss_coef`, 0.01 here."
-    if plan.family.target.ships_code:
-        return f"the auxiliary loss, of each layer by itself, is applied in training; {weight}"
-    wrapped = plan.family.target.inside is not None
-    if wrapped and not plan.family.target.has_balancing_loss:
-        return (
-            f"a {plan.family.target.outer_type} adds no auxiliary loss, whatever is inside: a "
-            "trainer has to, or convert with `--target upcycled`, whose own code does."
-        )
-    if "router_aux_loss_coef" not in text_config_of(plan.config):
-        bias = plan.family.target.correction_bias
-        if bias is None:
-            return "it does not for this architecture: a trainer has to bring a way of its own."
-        return (
-            "it has no auxiliary loss for this architecture, whose released models were balanced "
-            f"by the bias on the choice of experts (`{bias.name.rpartition('.')[2]}`): a trainer "
-            "has to move it."
-        )
-    place = "model.config.text_config" if wrapped else "model.config"
-    switch = f"`{place}.output_router_logits = True`"
-    return f"{switch}, or the auxiliary loss is not applied; {weight}"
+    ]
+    if not found and plan.target.has_balancing_loss:
+        place = "model.config.text_config" if plan.target.inside else "model.config"
+        lines = [f"transformers: `{place}.output_router_logits = True` adds the auxiliary loss."]
+    elif not found:
+        lines = ["transformers: it adds no auxiliary loss for this architecture."]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _engines_text(plan: Plan, place: str) -> str:
-    """Return what is known of each engine as rows of a table, and how to serve the model."""
+    """Return a table row for each tested engine, and the commands that serve the model."""
     text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
