@@ -29,10 +29,8 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import check_utf8, open_regular
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
-from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.families import dense_family, dense_model, is_known, is_moe, is_target
-from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import WRAPPERS, nested_configs, wrapper_of
+from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, Report, Status
@@ -305,15 +303,12 @@ def _check_kind(path: Path, *, moe: bool) -> None:
     known = is_known(config)
     if is_target(config) if moe else known and not is_moe(config):
         return
-    types = f"A dense model that upcycle reads has model type {' or '.join((*DENSE, *WRAPPERS))}"
-    if moe:
-        native = " or ".join(NATIVE)
-        types = f"An MoE that upcycle can make has model type {native}, or its own code"
+    kind = "an MoE that upcycle can make" if moe else "a dense model that upcycle reads"
     swapped = known if moe else is_target(config)
+    order = " The dense model comes first: upcycle verify DENSE MOE." if swapped else ""
     raise UpcycleError(
-        f"{path} is not such {'an MoE' if moe else 'a model'}: its model type is "
-        f"{shown(config.get('model_type'))}.",
-        f"{types}.{' The dense model comes first: upcycle verify DENSE MOE.' if swapped else ''}",
+        f"{path} is not {kind}: its model type is {shown(config.get('model_type'))}.",
+        f"`upcycle families` lists the model types.{order}",
     )
 
 
