@@ -118,7 +118,7 @@ def _neurons(experts: Experts, reader: Reader, layer: int, group: range) -> byte
     """Return the sorted hashes of a group's neurons, and the bytes of parts without neurons."""
     import numpy as np
 
-    from upcycle_cli.inspection.neuron_matching import neuron_hashes
+    from upcycle_cli.verification.neuron_hashes import neuron_hashes
 
     hashes, rest = [], []
     for expert in group:

@@ -36,6 +36,7 @@ from upcycle_cli.plan.expressions import (
 )
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
+from upcycle_cli.verification.neuron_hashes import match_hashes, neuron_hashes
 from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     Hashes = NDArray[np.uint64]
 
 _BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
-_BLOCK_ITEMS = 1 << 18
 
 
 @dataclass
@@ -230,42 +230,6 @@ def _order_of(neurons: _Neurons, shared: NDArray[np.intp] | None) -> NDArray[np.
             order[neurons.seen] = np.flatnonzero(left)[found]
             return order
     return None
-
-
-def match_hashes(held: Hashes, wanted: Hashes) -> NDArray[np.intp] | None:
-    """Return by held neuron the wanted one with its hash, each once; None where there is none."""
-    by_held, by_wanted = np.argsort(held, kind="stable"), np.argsort(wanted, kind="stable")
-    if not np.array_equal(held[by_held], wanted[by_wanted]):
-        return None
-    order = np.empty(len(held), np.intp)
-    order[by_held] = by_wanted
-    return order
-
-
-def neuron_hashes(matrix: NDArray[Any], dim: int, part: str) -> Hashes:
-    """Return a hash for each neuron of a matrix, which its dimension `dim` counts.
-
-    The bits of its weights, each times an odd number of 64 bits, summed modulo 2^64; hashes of
-    several parts of the same neurons can be added up.
-    """
-    columns = matrix.reshape(len(matrix), -1)
-    factors = _factors(part, columns.shape[1 - dim])
-    total = np.zeros(columns.shape[dim], np.uint64)
-    step = max(1, _BLOCK_ITEMS // max(1, columns.shape[1]))
-    for start in range(0, len(columns), step):
-        block = columns[start : start + step].astype(np.uint64)
-        if dim == 0:
-            total[start : start + step] = block @ factors
-        else:
-            total += factors[start : start + step] @ block
-    return total
-
-
-@lru_cache(maxsize=32)
-def _factors(part: str, count: int) -> Hashes:
-    seed = np.frombuffer(part.encode(), np.uint8).astype(np.uint32)
-    drawn = np.random.RandomState(seed).bytes(8 * count)
-    return np.frombuffer(drawn, "<u8") | np.uint64(1)
 
 
 @lru_cache(maxsize=4)
