@@ -201,14 +201,14 @@ EXPERT = r"experts\.\d+\.(w\d|\w+_proj)\.weight|experts\.\w+_proj$"
 
 
 def moved(by: int) -> Callable[[Slice], Slice]:
-    """Shift the borders of a shard, inside of the matrix."""
-    return lambda node: replace(
-        node,
-        start=min(
-            max(node.start + by, 0), type_of(node.of).shape[node.dim] - node.stop + node.start
-        ),
-        stop=min(max(node.stop + by, node.stop - node.start), type_of(node.of).shape[node.dim]),
-    )
+    """Shift the borders of a shard, as far as the matrix goes."""
+
+    def change(node: Slice) -> Slice:
+        size = type_of(node.of).shape[node.dim]
+        start = min(max(node.start + by, 0), size - node.stop + node.start)
+        return replace(node, start=start, stop=start + node.stop - node.start)
+
+    return change
 
 
 def reordered(expr: Any) -> Any:

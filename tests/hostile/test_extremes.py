@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -39,10 +38,15 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
     assert done.returncode == code, done
-    assert "Traceback" not in done.stderr
+    assert_survives(done)
     for word in words:
         assert word in done.stdout + done.stderr
     assert len(done.stderr) < 5_000
+
+
+def assert_survives(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode in (0, 1, 2), done
+    assert "Traceback" not in done.stderr
 
 
 def write_header(path: Path, header: bytes, data: int = 0) -> None:
@@ -51,37 +55,19 @@ def write_header(path: Path, header: bytes, data: int = 0) -> None:
         file.truncate(8 + len(header) + data)
 
 
-ENTRY = '"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 HUGE = "1" + "0" * 4000
+
+
+def entry(shape: str = "[1]", offsets: str = "[0, 4]") -> str:
+    return f'{{"x": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}}}'
+
+
 HEADERS: tuple[tuple[str, str, str], ...] = (
-    ("a name very often", "{" + ", ".join([ENTRY] * 300_000) + "}", "'x' appears twice"),
-    (
-        "many names, one of them twice",
-        "{"
-        + ", ".join(f'"n{i}": {{"dtype": "F32"}}' for i in range(500_000))
-        + ', "n0": {"dtype": "F32"}}',
-        "'n0' appears twice",
-    ),
-    (
-        "a huge number",
-        f'{{"x": {{"dtype": "F32", "shape": [{HUGE}], "data_offsets": [0, 4]}}}}',
-        "has an invalid shape",
-    ),
-    (
-        "a number too long to read",
-        f'{{"x": {{"dtype": "F32", "shape": [{HUGE * 2}], "data_offsets": [0, 4]}}}}',
-        "not valid JSON",
-    ),
-    (
-        "many dimensions",
-        f'{{"x": {{"dtype": "F32", "shape": {[1] * 100_000}, "data_offsets": [0, 4]}}}}',
-        "has an invalid shape",
-    ),
-    (
-        "huge offsets",
-        f'{{"x": {{"dtype": "F32", "shape": [1], "data_offsets": [{HUGE}, {HUGE}]}}}}',
-        "has invalid offsets",
-    ),
+    ("a name very often", "{" + ", ".join([entry()[1:-1]] * 300_000) + "}", "'x' appears twice"),
+    ("a huge number", entry(f"[{HUGE}]"), "has an invalid shape"),
+    ("a number too long to read", entry(f"[{HUGE * 2}]"), "not valid JSON"),
+    ("many dimensions", entry(str([1] * 100_000)), "has an invalid shape"),
+    ("huge offsets", entry(offsets=f"[{HUGE}, {HUGE}]"), "has invalid offsets"),
     ("deep", "[" * 1_000_000, "not valid JSON"),
 )
 
@@ -95,32 +81,28 @@ def test_headers(llama: Path, tmp_path: Path, header: str, words: str) -> None:
     assert_refused(run("inspect", dense), words)
 
 
-COUNTS: tuple[dict[str, Any], ...] = (
-    {"num_hidden_layers": 10**6},
-    {"num_hidden_layers": 10**18},
-    {"num_local_experts": 10**9},
-    {"num_experts_per_tok": 10**30},
-    {"intermediate_size": 10**18},
-    {"vocab_size": 10**18, "hidden_size": 10**18},
-    {"head_dim": 4_000_000},
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**6},
+        {"num_local_experts": 10**9},
+        {"num_experts_per_tok": 10**30},
+        {"vocab_size": 10**18, "hidden_size": 10**18},
+        {"head_dim": 4_000_000},
+    ],
+    ids=str,
 )
-
-
-@pytest.mark.parametrize("changes", COUNTS, ids=str)
-def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[str, int]) -> None:
     path = clone(moe, tmp_path / "moe", **changes)
     done = run("verify", llama, path, "--checks", "directory,outputs")
-    assert_refused(done, next(iter(changes)) if len(changes) == 1 else "structure", code=1)
-    done = run("inspect", path, "--weights")
-    assert done.returncode in (0, 2), done
-    assert "Traceback" not in done.stderr
-
-
-PLACES = ("config.json", "model.safetensors", "upcycle.json", "tokenizer.json", "SHA256SUMS")
+    assert_refused(done, next(iter(changes)), code=1)
+    assert_survives(run("inspect", path, "--weights"))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "sparse"])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "upcycle.json", "tokenizer.json"]
+)
 def test_files_of_an_moe(llama: Path, moe: Path, tmp_path: Path, name: str, kind: str) -> None:
     path = clone(moe, tmp_path / "moe")
     (path / name).unlink(missing_ok=True)
@@ -130,32 +112,23 @@ def test_files_of_an_moe(llama: Path, moe: Path, tmp_path: Path, name: str, kind
         with (path / name).open("wb") as file:
             file.truncate(30_000_000_000)
     done = run("verify", llama, path, "--checks", "directory")
-    assert done.returncode in (1, 2), done
-    assert "Traceback" not in done.stderr
+    assert_survives(done)
+    assert done.returncode
     assert name in (done.stdout + done.stderr).replace("\n", "")
-    done = run("inspect", path)
-    assert done.returncode in (0, 2), done
-    assert "Traceback" not in done.stderr
+    assert_survives(run("inspect", path))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "LICENSE"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "LICENSE"])
 def test_pipes_in_a_dense_model(llama: Path, moe: Path, tmp_path: Path, name: str) -> None:
     dense = clone(llama, tmp_path / "dense")
     (dense / name).unlink()
     os.mkfifo(dense / name)
     assert_refused(run("verify", dense, moe), name, "a pipe")
     assert_refused(run("convert", dense, tmp_path / "out", "-r", "E2G2T2"), name, "a pipe")
+    assert_refused(run("verify", llama, moe, "--prompts", dense / name), "not a regular file")
 
 
-@pytest.mark.parametrize("where", ["/dev/zero", "pipe"])
-def test_prompts(llama: Path, moe: Path, tmp_path: Path, where: str) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    done = run("verify", llama, moe, "--prompts", tmp_path / where)
-    assert_refused(done, "not a regular file")
-
-
-def test_values_that_are_long(llama: Path, tmp_path: Path) -> None:
-    """What a message quotes of a file is cut short."""
+def test_quotes_of_a_file_are_cut_short(llama: Path, tmp_path: Path) -> None:
     long = ["x" * 500_000] * 5
     dense = clone(llama, tmp_path / "dense", hidden_act=long, eos_token_id=long)
     assert_refused(run("convert", dense, tmp_path / "out", "-r", "E2G2T2"), "hidden_act")

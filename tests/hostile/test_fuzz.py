@@ -1,6 +1,6 @@
 """Damaged headers, indexes and configs end in an UpcycleError or a report, and in nothing else.
 
-`UPCYCLE_FUZZ=5000 pytest tests/test_fuzz.py` looks longer.
+`UPCYCLE_FUZZ=5000 pytest tests/hostile/test_fuzz.py` looks longer.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoi
 from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.writer import WriteOptions
 
-EXAMPLES = int(os.environ.get("UPCYCLE_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("UPCYCLE_FUZZ", "150"))
 HANG_SECONDS = 30
 MEMORY_BYTES = 64 << 20
-WEIGHTS, INDEX, CONFIG, RECORD = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "upcycle.json",
-)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, RECORD = "config.json", "upcycle.json"
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -159,45 +155,35 @@ SCALARS = (
         ]
     )
 )
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=4), SCALARS)
+
+
+def changed(whole: Any, steps: list[int], kind: str, value: object, name: str) -> Any:  # noqa: ANN401
+    """Replace, remove, rename or copy something in a JSON value, as deep as the steps lead."""
+    if not steps or not isinstance(whole, dict | list) or not whole:
+        return value
+    number, *deeper = steps
+    keys = sorted(whole) if isinstance(whole, dict) else range(len(whole))
+    key, result = keys[number % len(keys)], copy.copy(whole)
+    if deeper and isinstance(whole[key], dict | list) and whole[key]:
+        result[key] = changed(whole[key], deeper, kind, value, name)
+    elif kind == "remove":
+        del result[key]
+    elif kind == "rename" and isinstance(result, dict):
+        result[name] = result.pop(key)
+    elif kind == "copy" and isinstance(result, dict):
+        result[name] = result[key]
+    else:
+        result[key] = value
+    return result
 
 
 @st.composite
 def json_changes(draw: st.DrawFn) -> Change:
-    """Replace, remove, rename or copy something, anywhere in a JSON value."""
-    steps = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=4))
+    steps = draw(st.lists(st.integers(0, 10_000), max_size=4))
     kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "copy"]))
     value, name = draw(VALUES), draw(st.text(max_size=6) | st.just("\udfff"))
-
-    def change(whole: Any) -> Any:  # noqa: ANN401
-        result = copy.deepcopy(whole)
-        place: Any = {"": result}
-        key: Any = ""
-        for step in steps:
-            inner = place[key]
-            if not isinstance(inner, dict | list) or not inner:
-                break
-            place = inner
-            key = sorted(inner)[step % len(inner)] if isinstance(inner, dict) else step % len(inner)
-        root = place if key == "" and place.get("") is result else None
-        match kind:
-            case "remove" if root is None:
-                del place[key]
-            case "rename" if isinstance(place, dict) and root is None:
-                place[name] = place.pop(key)
-            case "copy" if isinstance(place, dict) and root is None:
-                place[name] = place[key]
-            case _:
-                place[key] = value
-        return place[""] if root is not None else result
-
-    return change
+    return lambda whole: changed(whole, steps, kind, value, name)
 
 
 JSON_DAMAGE = st.lists(json_changes(), min_size=1, max_size=3)
@@ -237,15 +223,33 @@ def header_length(path: Path) -> int:
 
 # The tests -----------------------------------------------------------------------------------
 
+PLACES = st.sampled_from(
+    [
+        *((model, WEIGHTS) for model in ("dense", "dense", "moe", "moe", "fused")),
+        *(("sharded", INDEX), ("sharded", CONFIG), ("fused", CONFIG)),
+        *((model, file) for model in ("moe", "moe") for file in (CONFIG, RECORD)),
+    ]
+)
+
 
 @fuzz
-@given(edits=BYTE_DAMAGE)
-def test_bytes_of_a_header(models: Models, edits: list[tuple[int, int]]) -> None:
-    for name in ("dense", "moe"):
-        with models.damaged(name) as path:
-            # Most of the padding is not interesting.
-            change_bytes(path / WEIGHTS, edits, min(3000, header_length(path / WEIGHTS)))
-            models.use(name, path)
+@given(edits=BYTE_DAMAGE, place=PLACES)
+def test_other_bytes(models: Models, edits: list[tuple[int, int]], place: tuple[str, str]) -> None:
+    with models.damaged(place[0]) as path:
+        file = path / place[1]
+        # Most of a header's padding is not interesting.
+        most = min(3000, header_length(file)) if file.name == WEIGHTS else 1 << 16
+        change_bytes(file, edits, most)
+        models.use(place[0], path)
+
+
+@fuzz
+@given(changes=JSON_DAMAGE, place=PLACES)
+def test_other_json(models: Models, changes: list[Change], place: tuple[str, str]) -> None:
+    with models.damaged(place[0]) as path:
+        change = change_header if place[1] == WEIGHTS else change_json
+        change(path / place[1], changes)
+        models.use(place[0], path)
 
 
 @fuzz
@@ -257,38 +261,6 @@ def test_the_length_of_a_header_and_of_the_file(models: Models, length: int, cut
             for spoilt in (length.to_bytes(8, "little") + data[8:], data[: cut % len(data)]):
                 (path / WEIGHTS).write_bytes(spoilt)
                 models.use(name, path)
-
-
-@fuzz
-@given(changes=JSON_DAMAGE, name=st.sampled_from(["dense", "moe", "fused"]))
-def test_a_header(models: Models, changes: list[Change], name: str) -> None:
-    with models.damaged(name) as path:
-        change_header(path / WEIGHTS, changes)
-        models.use(name, path)
-
-
-@fuzz
-@given(
-    changes=JSON_DAMAGE,
-    where=st.sampled_from(
-        [
-            *(("sharded", INDEX), ("sharded", CONFIG), ("dense", CONFIG)),
-            *(("moe", CONFIG), ("moe", RECORD), ("fused", CONFIG), ("fused", RECORD)),
-        ]
-    ),
-)
-def test_json(models: Models, changes: list[Change], where: tuple[str, str]) -> None:
-    with models.damaged(where[0]) as path:
-        change_json(path / where[1], changes)
-        models.use(where[0], path)
-
-
-@fuzz
-@given(edits=BYTE_DAMAGE, name=st.sampled_from([CONFIG, INDEX]))
-def test_bytes_of_json(models: Models, edits: list[tuple[int, int]], name: str) -> None:
-    with models.damaged("sharded") as path:
-        change_bytes(path / name, edits, 1 << 16)
-        models.use("sharded", path)
 
 
 SIZES = (
