@@ -1,6 +1,6 @@
 """What holds of any conversion, whatever the recipe, the model and the options.
 
-Each drawn conversion is held to the oracle, bit for bit; what the oracle does not say is said here.
+Each drawn conversion is held to the oracle, bit for bit, whatever its shards, dtypes and seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from conftest import read_json, read_tensors
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Wanted
 from shapes import PAIRS, TORCH, moe_shapes, same_bits, tiny_config, write_model
@@ -63,15 +63,13 @@ class Case:
         return moe
 
     @contextmanager
-    def made(self, **others: Wanted) -> Iterator[tuple[Path, list[Path]]]:
-        """Make the dense model, and the MoEs of this case and of those with other wishes."""
+    def made(self, *others: Wanted) -> Iterator[tuple[Path, list[Path]]]:
+        """Make the dense model, its MoE, and those of other wishes."""
         with tempfile.TemporaryDirectory() as directory:
             dense = Path(directory) / "dense"
             write_model(dense, self.config, dtype=self.dtype, seed=self.weights_seed)
-            moes = [self.convert(dense, Path(directory) / "moe")]
-            for name, wanted in others.items():
-                moes.append(replace(self, wanted=wanted).convert(dense, Path(directory) / name))
-            yield dense, moes
+            cases = [replace(self, wanted=wanted) for wanted in (self.wanted, *others)]
+            yield dense, [c.convert(dense, Path(directory) / f"{i}") for i, c in enumerate(cases)]
 
 
 @st.composite
@@ -106,13 +104,6 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def equal(one: Path, other: Path) -> set[str]:
-    """The names under which two models have the same bytes; they have the same names."""
-    mine, theirs = read_tensors(one), read_tensors(other)
-    assert mine.keys() == theirs.keys()
-    return {name for name in mine if same_bits(mine[name], theirs[name])}
-
-
 @LAWS
 @given(case=cases())
 def test_every_byte_is_the_oracles(case: Case) -> None:
@@ -138,49 +129,8 @@ def test_powers_of_two_can_be_taken_out_again(case: Case, exponent: int) -> None
     """Bit for bit, subnormal numbers and negative zeros included."""
     w = replace(case.wanted, scaling=2.0**exponent, split="down", shuffled=False)
     plain = replace(w, scaling="none")
-    with replace(case, wanted=w).made(plain=plain) as (_, (moe, other)):
+    with replace(case, wanted=w).made(plain) as (_, (moe, other)):
         mine, theirs = read_tensors(moe), read_tensors(other)
     for name, tensor in mine.items():
         factor = 2.0**exponent if re.search(r"experts\..*(w2|down_proj)", name) else 1.0
         assert same_bits(tensor / factor, theirs[name]), name
-
-
-@LAWS
-@given(case=cases(), shard_bytes=st.integers(1, 20_000))
-def test_shard_size_changes_no_tensor(case: Case, shard_bytes: int) -> None:
-    with tempfile.TemporaryDirectory() as directory, case.made() as (dense, (moe,)):
-        other = replace(case, shard_bytes=shard_bytes).convert(dense, Path(directory) / "other")
-        assert len(equal(moe, other)) == len(read_tensors(moe))
-
-
-@LAWS
-@given(case=cases(), seed=st.integers(0, 2**63 - 1))
-def test_a_seed_changes_routers_and_nothing_else(case: Case, seed: int) -> None:
-    assume(seed != case.wanted.seed)
-    w = replace(case.wanted, shuffled=False)
-    with replace(case, wanted=w).made(other=replace(w, seed=seed)) as (_, (moe, other)):
-        names, same = read_tensors(moe).keys(), equal(moe, other)
-    drawn = re.compile(r"((?<!proj)gate|shared_expert\.(gate|up)_proj)\.weight$")
-    assert names - same == {name for name in names if drawn.search(name)}
-
-
-@LAWS
-@given(case=cases(), groups=st.integers(1, 4))
-def test_top_k_changes_no_router(case: Case, groups: int) -> None:
-    w = case.wanted
-    other = replace(w, T=min(groups, w.E) * w.G)
-    with case.made(other=other) as (_, (moe, twin)):
-        routers = {name for name in read_tensors(moe) if name.endswith("gate.weight")}
-        assert routers <= equal(moe, twin)
-
-
-@LAWS
-@given(case=cases())
-def test_router_rows_are_equal_inside_a_group_and_nowhere_else(case: Case) -> None:
-    with case.made() as (_, (moe,)):
-        tensors = read_tensors(moe)
-    for rows in (t for name, t in tensors.items() if re.search(r"[pe]\.gate\.weight", name)):
-        assert rows.isfinite().all()
-        assert len({tuple(row) for row in rows.tolist()}) == case.wanted.E
-        by_group = rows.reshape(case.wanted.E, case.wanted.G, -1)
-        assert (by_group == by_group[:, :1]).all()

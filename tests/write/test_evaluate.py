@@ -10,8 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from shapes import TORCH, random_bits, same_bits, value_of
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
@@ -33,7 +31,6 @@ from upcycle_cli.plan.expressions import (
     Transpose,
     Zeros,
     contiguous_source,
-    leaves,
     num_bytes,
     source_names,
     type_of,
@@ -172,12 +169,6 @@ def test_expressions_in_words(expr: Expr, words: str) -> None:
     assert describe(expr) == words
 
 
-def test_equal_expressions_are_one_key() -> None:
-    one = Stack((Scale(Slice(A, 0, 0, 2), 2.0),))
-    other = Stack((Scale(Slice(Source("a", "BF16", (4, 6)), 0, 0, 2), 2.0),))
-    assert len({one, other, Stack((Scale(Slice(A, 0, 0, 2), 4.0),))}) == 2
-
-
 def test_source_names_are_everything_that_is_read(tensors: Tensors) -> None:
     joined = Concat((Scale(Slice(A, 0, 0, 2), 2.0), Repeat(Cast(B, "BF16"), 1)))
     read: set[str] = set()
@@ -190,36 +181,6 @@ def test_source_names_are_everything_that_is_read(tensors: Tensors) -> None:
         evaluate(expr, spy)
     assert read == {*source_names(joined), *source_names(normal())} == {"a", "b", "norm"}
     assert list(source_names(Zeros("F32", (1,)))) == []
-
-
-def trees(depth: int = 3) -> st.SearchStrategy[Expr]:
-    """Draw expressions of type BF16 (4, 6), with joins inside joins above them."""
-    matrices: st.SearchStrategy[Expr] = st.recursive(
-        st.sampled_from([A, B, Zeros("BF16", (4, 6)), Repeat(Slice(A, 0, 1, 3), 2)]),
-        lambda inner: st.builds(Scale, inner, st.sampled_from([0.5, 2.0, 3.0])),
-        max_leaves=3,
-    )
-    joined = matrices
-    for _ in range(depth):
-        joined = joined | st.builds(
-            lambda kind, part, times: kind((part,) * times),
-            st.sampled_from([Concat, Stack]),
-            joined,
-            st.integers(1, 3),
-        )
-    return joined | st.builds(Concat, st.tuples(matrices, matrices))
-
-
-@settings(max_examples=60)
-@given(expr=trees())
-def test_leaves_are_the_bytes_of_the_whole(tensors: Tensors, expr: Expr) -> None:
-    def read(name: str) -> memoryview:
-        return raw_bytes(tensors[name])
-
-    parts = list(leaves(expr))
-    assert not any(isinstance(part, Concat | Stack) for part in parts)
-    whole = bytes(evaluate(expr, read))
-    assert b"".join(bytes(evaluate(part, read)) for part in parts) == whole
 
 
 # Rounding ----------------------------------------------------------------------------------------
@@ -291,14 +252,9 @@ def test_a_finite_value_must_stay_finite(
     ("before", "after", "factor", "values", "count"),
     [
         ("F32", "F16", 1.0, [1.0, 2.0**-30, -(2.0**-30), 0.0, -0.0], 2),
-        ("BF16", "F16", 1.0, [1.0, 2.0**-30, 0.0, -0.0], 1),
         ("F32", "F16", 1.0, [2.0**-24, 2.0**-25, 1.5 * 2.0**-25], 1),  # a tie goes to the even one
-        ("F32", "BF16", 1.0, [2.0**-133, 2.0**-135, 2.0**-149, 0.0], 2),
-        ("BF16", "F32", 1.0, [2.0**-133, 0.0], 0),
         ("F16", None, 0.25, [2.0**-24, 1.0, 0.0, -(2.0**-23)], 2),
-        ("F16", None, 4.0, [2.0**-24, 0.0], 0),
         ("BF16", None, 0.3, [2.0**-133, 1.0], 1),
-        ("F32", None, 0.3, [2.0**-149, 1.0, -0.0], 1),
         ("F32", "F16", 4.0, [2.0**-30, 1.0], 1),  # it is cast first
         ("F32", "F16", 1.0, [math.nan, math.inf, 2.0**-30], 1),
     ],
@@ -355,22 +311,6 @@ def test_the_stream_has_not_changed() -> None:
     rows = draw(normal(seed=1234, stream="layers.3.router"), torch.ones(HIDDEN))
     digest = "3cd58368c64e444e4410d1adddcfca777b368ec2feb527182831e59818df9829"
     assert hashlib.sha256(raw_bytes(rows)).hexdigest() == digest
-
-
-@pytest.mark.parametrize("logit_std", [1e-3, 1.0])
-@pytest.mark.parametrize("scale", [0.03, 20.0])
-def test_rows_give_logits_of_the_wanted_deviation(logit_std: float, scale: float) -> None:
-    hidden = 2048
-    generator = torch.Generator().manual_seed(0)
-    gamma = scale * (1 + 0.5 * torch.randn(hidden, generator=generator))
-    expr = normal(shape=(64, hidden), logit_std=logit_std, norm=Source("norm", "F32", (hidden,)))
-    rows, length = draw(expr, gamma), float(gamma.double().norm())
-    # 131,072 numbers estimate their deviation to 0.2 %.
-    assert float(rows.double().std()) == pytest.approx(logit_std / length, rel=0.01)
-    # An RMSNorm's output has unit RMS before γ. 256 tokens share 64 rows, so this is rougher.
-    tokens = torch.randn(256, hidden, generator=generator)
-    tokens /= tokens.square().mean(dim=1, keepdim=True).sqrt()
-    assert float(((tokens * gamma) @ rows.T).std()) == pytest.approx(logit_std, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
