@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle_cli.cli.options import JSON, option, path_argument
+from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stdout, talk, warn
 from upcycle_cli.core.text import printable, shell_line, size_text
 
+_option = options.options_of("clean")
+
 
 def clean(
-    output: Path = path_argument(..., metavar="OUTPUT", help="The OUTPUT of that conversion."),
-    yes: bool = option(False, "--yes", "-y", help="Remove it, instead of only showing it."),
-    json: bool = JSON,
+    output: Path = _option("output", ..., parser=options.read_path),
+    yes: bool = _option("yes", False),
+    json: bool = options.JSON,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
     with errors_to_exit_codes(as_json=json):

@@ -13,15 +13,7 @@ import typer  # noqa: TC002 - it reads the annotations of a command
 from upcycle_cli.cli import messages, options, terminal
 from upcycle_cli.cli import option_values as values
 from upcycle_cli.cli.option_sources import places, save_options, use_config, use_mergekit
-from upcycle_cli.cli.options import (
-    MoeOptions,
-    for_files,
-    for_hub,
-    for_merge,
-    for_recipe,
-    for_run,
-    path_argument,
-)
+from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.text import shell_line, size_text
@@ -31,104 +23,41 @@ if TYPE_CHECKING:
     from upcycle_cli.api import Conversion, Request
     from upcycle_cli.plan.plan import Plan
 
+_option = options.options_of("convert")
+
 
 @options.takes_moe_options
 def convert(
     context: typer.Context,
-    source: Path | None = path_argument(
-        None,
-        metavar="SOURCE",
-        help="The dense checkpoint (an MoE with --expand), never modified: a directory, or a repo "
-        "on the Hub.",
-    ),
-    output: Path | None = path_argument(
-        None, metavar="OUTPUT", help="Directory to create; it appears complete or not at all."
-    ),
+    source: Path | None = _option("source", None, parser=options.read_path),
+    output: Path | None = _option("output", None, parser=options.read_path),
     *,
     moe: MoeOptions,
-    experts_from: list[Path] = for_merge(
-        [],
-        "--experts-from",
-        metavar="MODEL",
-        parser=options.read_path,
-        help="Another dense model of the same shapes and tokenizer to make experts from: a "
-        "directory, or REPO or REPO@REVISION on the Hub; repeatable. The models take turns with "
-        "the virtual groups, SOURCE first.",
+    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
+    rest: Literal["first", "mean"] = _option("rest", "first"),
+    source_experts: bool = _option("source_experts", True),
+    positive_prompts: Path | None = _option("positive_prompts", None),
+    from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
+        "from_mergekit", None, callback=use_mergekit, is_eager=True
     ),
-    rest: Literal["first", "mean"] = for_merge(
-        "first",
-        metavar="NAME",
-        help="Non-expert weights: SOURCE's (first) or the average of all models (mean).",
-    ),
-    source_experts: bool = for_merge(
-        True,
-        " /--no-source-experts",
-        help="Make experts only from the models of --experts-from, which may include SOURCE.",
-        show_default=False,
-    ),
-    positive_prompts: Path | None = for_merge(
-        None,
-        metavar="FILE",
-        help="Make router rows from SOURCE's hidden states of prompts for each model: a YAML or "
-        "JSON file that maps each model to its prompts.",
-    ),
-    from_mergekit: Path | None = for_merge(  # noqa: ARG001 - its callback has read it
-        None,
-        metavar="FILE",
-        help="Read models, routers and dtype from a mergekit-moe file; command-line options "
-        "override it. A single argument is OUTPUT.",
-        callback=use_mergekit,
-        is_eager=True,
-    ),
-    allow_inexact: bool = for_recipe(
-        False,
-        "--allow-inexact",
-        help="Allow a top-k that is not a multiple of the granularity, or with --expand a top-k "
-        "other than the exact one.",
-    ),
-    checksums: bool = for_files(False, "--checksums", help="Also write SHA256SUMS."),
-    overwrite: bool = for_run(
-        False, "--overwrite", help="Replace OUTPUT once the new one is complete."
-    ),
-    dry_run: bool = for_run(False, "--dry-run", help="Show the plan and write nothing."),
-    verify: bool = for_run(
-        False,
-        "--verify",
-        help="Verify before OUTPUT appears; if that fails it does not, and the exit code is 1.",
-    ),
-    workers: int = for_run(
-        0,
-        help="Threads that read, compute and write. Default: processors + 1, at most 4.",
-        show_default=False,
-    ),
-    fsync: bool = for_run(
-        True,
-        " /--no-fsync",
-        help="Do not wait for the disk: for scratch work only.",
-        show_default=False,
-    ),
+    allow_inexact: bool = _option("allow_inexact", False),
+    checksums: bool = _option("checksums", False),
+    overwrite: bool = _option("overwrite", False),
+    dry_run: bool = _option("dry_run", False),
+    verify: bool = _option("verify", False),
+    workers: int = _option("workers", 0),
+    fsync: bool = _option("fsync", True),
     json: bool = options.JSON,
     quiet: bool = options.QUIET,
     revision: str | None = options.REVISION,
-    push_to_hub: str | None = for_hub(
-        None,
-        metavar="REPO",
-        help="Push OUTPUT to this repo once it is complete (see `upcycle push`).",
-    ),
-    push_revision: str | None = for_hub(None, metavar="REV", help="Branch to push to."),
+    push_to_hub: str | None = _option("push_to_hub", None),
+    push_revision: str | None = _option("push_revision", None),
     private: bool = options.PRIVATE,
     create_pr: bool = options.CREATE_PR,
-    config: Path | None = for_run(  # noqa: ARG001 - its callback has read it
-        None,
-        metavar="FILE",
-        help="Read options from a TOML or JSON file; command-line options override it. If it "
-        "names the source, a single argument is OUTPUT.",
-        callback=use_config,
-        is_eager=True,
+    config: Path | None = _option(  # noqa: ARG001 - its callback has read it
+        "config", None, callback=use_config, is_eager=True
     ),
-    save_config: Path | None = for_run(
-        None, metavar="FILE", help="Write all options, and what auto chose, to a file for --config."
-    ),
+    save_config: Path | None = _option("save_config", None),
 ) -> None:
     """Convert a dense checkpoint into a mixture of experts.
 

@@ -12,12 +12,13 @@ from typing import Any
 import typer  # noqa: TC002 - it reads the annotations of a command
 from rich.text import Text
 
-from upcycle_cli.cli.options import DEMO, JSON, path_argument
+from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import check_utf8
 from upcycle_cli.core.text import shell_line
 
+_option = options.options_of("demo")
 _RECIPE = "E8G8T8"
 _NEXT_STEPS = """
 The MoE computes what the dense model computes. With a model of your own:
@@ -29,10 +30,8 @@ The MoE computes what the dense model computes. With a model of your own:
 
 def demo(
     context: typer.Context,
-    directory: Path | None = path_argument(
-        None, metavar="DIR", help="Working directory. Default: a temporary one."
-    ),
-    json: bool = JSON,
+    directory: Path | None = _option("directory", None, parser=options.read_path),
+    json: bool = options.JSON,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
     with errors_to_exit_codes(as_json=json):
@@ -73,7 +72,7 @@ def _run(context: typer.Context, arguments: list[str], *, as_json: bool) -> tupl
             [*arguments, "--json"] if as_json else arguments,
             standalone_mode=False,
             auto_envvar_prefix="UPCYCLE_DEMO",  # ignore variables that are set for real commands
-            obj=DEMO,
+            obj=options.DEMO,
         )
     return code or 0, loads(output.getvalue() or "null")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from upcycle_cli.cli.options import JSON
+from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show_all
 
 
-def families(*, json: bool = JSON) -> None:
+def families(*, json: bool = options.JSON) -> None:
     """List the supported model types with their targets, engines and trainers."""
     with errors_to_exit_codes(as_json=json):
         from upcycle_cli.cli.render import overview_tables

@@ -10,7 +10,7 @@ import typer  # noqa: TC002 - it reads the annotations of a command
 
 from upcycle_cli.cli import messages, options
 from upcycle_cli.cli import option_values as values
-from upcycle_cli.cli.options import MoeOptions, for_budget, for_run, path_argument
+from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.terminal import (
     errors_to_exit_codes,
     print_json,
@@ -29,51 +29,24 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.plan.budget import Fit
 
+_option = options.options_of("inspect")
+
 
 @options.takes_moe_options
 def inspect(
     context: typer.Context,
-    path: Path = path_argument(
-        ..., metavar="PATH", help="A dense or MoE checkpoint: a directory, or a repo on the Hub."
-    ),
+    path: Path = _option("path", ..., parser=options.read_path),
     *,
     moe: MoeOptions,
-    tensors: bool = for_run(False, "--tensors", help="List every tensor."),
-    weights: bool = for_run(
-        False,
-        "--weights",
-        help="Read an MoE's experts: which are identical, which form whole groups.",
-    ),
-    dense: Path | None = for_run(
-        None, help="With --weights: the dense checkpoint, to measure factors and weight drift."
-    ),
-    experts_from: list[Path] = for_run(
-        [],
-        "--experts-from",
-        metavar="MODEL",
-        parser=options.read_path,
-        help="With --dense: another dense model that experts were made from; repeatable.",
-    ),
-    load: str | None = for_run(
-        None,
-        metavar="TEXT",
-        help="Run an MoE on a text (a file, JSON Lines, or builtin) and count the tokens that "
-        "choose each expert.",
-    ),
-    max_params: str | None = for_budget(
-        None,
-        metavar="COUNT",
-        help="List the recipes with at most this many parameters, such as 50B.",
-    ),
-    max_active: str | None = for_budget(
-        None, metavar="COUNT", help="With at most this many active per token, such as 15B."
-    ),
-    gpu_memory: str | None = for_budget(
-        None,
-        metavar="SIZE",
-        help="With bfloat16 weights that fit this memory, such as 80GB×8 (or 80GBx8).",
-    ),
-    report: Path | None = options.report_option("what is known about an MoE"),
+    tensors: bool = _option("tensors", False),
+    weights: bool = _option("weights", False),
+    dense: Path | None = _option("dense", None),
+    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
+    load: str | None = _option("load", None),
+    max_params: str | None = _option("max_params", None),
+    max_active: str | None = _option("max_active", None),
+    gpu_memory: str | None = _option("gpu_memory", None),
+    report: Path | None = _option("report", None),
     revision: str | None = options.REVISION,
     json: bool = options.JSON,
 ) -> None:

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from upcycle_cli.cli import messages, options
-from upcycle_cli.cli.options import for_hub, path_argument
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json
 
+_option = options.options_of("push")
+
 
 def push(
-    directory: Path = path_argument(..., metavar="DIR", help="The output of `upcycle convert`."),
-    repo: str = typer.Argument(
-        ..., metavar="REPO", help="ORG/NAME on the Hub; created if it does not exist."
-    ),
-    revision: str | None = for_hub(
-        None,
-        metavar="REV",
-        help="Branch to push to, created if it does not exist; refs/pr/N adds to a pull request.",
-    ),
+    directory: Path = _option("directory", ..., parser=options.read_path),
+    repo: str = _option("repo", ...),
+    revision: str | None = _option("revision", None),
     private: bool = options.PRIVATE,
     create_pr: bool = options.CREATE_PR,
-    message: str | None = for_hub(None, "--message", "-m", help="First line of the commit."),
-    replace_card: bool = for_hub(
-        False, "--replace-card", help="Replace the repo's README.md even if it was edited there."
-    ),
+    message: str | None = _option("message", None),
+    replace_card: bool = _option("replace_card", False),
     json: bool = options.JSON,
     quiet: bool = options.QUIET,
 ) -> None:

@@ -7,69 +7,26 @@ from pathlib import Path
 import typer
 
 from upcycle_cli.cli import messages, options, terminal
-from upcycle_cli.cli.options import for_hub, option, path_argument
 from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
 
-_CHECKS = "directory,weights,outputs"
+_option = options.options_of("verify")
 
 
 def verify(
-    dense: Path = path_argument(
-        ...,
-        metavar="DENSE",
-        help="The dense checkpoint, or the MoE that MOE grew from: a directory, or a repo on the "
-        "Hub.",
-    ),
-    moe: Path = path_argument(
-        ..., metavar="MOE", help="The MoE made from it: a directory, or a repo on the Hub."
-    ),
-    experts_from: list[Path] = option(
-        [],
-        "--experts-from",
-        metavar="MODEL",
-        parser=options.read_path,
-        help="Another dense model that experts were made from: a directory, or REPO or "
-        "REPO@REVISION on the Hub; repeatable.",
-    ),
-    router_init: Path | None = option(
-        None, "--router-init", metavar="FILE", help="The file that gave the router rows."
-    ),
-    calibration: Path | None = option(
-        None,
-        "--calibration",
-        metavar="FILE",
-        help="The text that the routers were fitted to, unless it was the built-in one.",
-    ),
-    checks: str = option(
-        _CHECKS,
-        metavar="NAMES",
-        help=f"Checks to run, separated by commas: {_CHECKS.replace(',', ', ')}. Default: all.",
-        show_default=False,
-    ),
-    prompts: Path | None = option(
-        None, help="Text or JSON Lines file to run both models on, instead of the built-in texts."
-    ),
-    tokens: int | None = option(
-        None, metavar="N", help="Number of tokens to run both models on. Default: 1792."
-    ),
-    context: int | None = option(
-        None,
-        metavar="N",
-        help="Use a single text of N tokens, to see differences far from its beginning.",
-    ),
-    fail_fast: bool = option(False, "--fail-fast", help="Stop after the first check that fails."),
-    dense_revision: str | None = for_hub(
-        None, metavar="REV", help="Branch, tag or commit of DENSE's repo."
-    ),
-    moe_revision: str | None = for_hub(
-        None, metavar="REV", help="Branch, tag or commit of MOE's repo."
-    ),
-    allow_inexact: bool = option(
-        False,
-        "--allow-inexact",
-        help="Accept an MoE that is not exact by its recipe: it is measured, not passed.",
-    ),
-    report: Path | None = options.report_option("the results, with figures by layer and token,"),
+    dense: Path = _option("dense", ..., parser=options.read_path),
+    moe: Path = _option("moe", ..., parser=options.read_path),
+    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
+    router_init: Path | None = _option("router_init", None),
+    calibration: Path | None = _option("calibration", None),
+    checks: str = _option("checks", "directory,weights,outputs"),
+    prompts: Path | None = _option("prompts", None),
+    tokens: int | None = _option("tokens", None),
+    context: int | None = _option("context", None),
+    fail_fast: bool = _option("fail_fast", False),
+    dense_revision: str | None = _option("dense_revision", None),
+    moe_revision: str | None = _option("moe_revision", None),
+    allow_inexact: bool = _option("allow_inexact", False),
+    report: Path | None = _option("report", None),
     json: bool = options.JSON,
     quiet: bool = options.QUIET,
 ) -> None:
