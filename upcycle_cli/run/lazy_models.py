@@ -59,30 +59,36 @@ class MoeTensors:
         """Return one part of one expert, as it lies in memory; TransformersError without it."""
         found = locate(self.layout.experts, part, width=self.expert_size, expert=expert)
         name = self.target.prefix(layer) + found.tensor
-        if name not in self.checkpoint.tensors:
+        entry = self.checkpoint.tensors.get(name)
+        if entry is None:
             raise TransformersError(f"{name} is missing")
-        return found.select(
-            reader.tensor(name), find_weight(self.target.in_memory.experts, part).split_dim
-        )
+        width = self.expert_size * len(find_weight(self.layout.experts, part).parts)
+        if found.dimension is not None and entry.shape[found.dimension :][:1] != (width,):
+            raise TransformersError(
+                f"{name} has shape {[*entry.shape]}, and experts are {width} wide"
+            )
+        split_dim = find_weight(self.target.in_memory.experts, part).split_dim
+        return found.select(reader.tensor(name), split_dim)
 
 
 def moe_tensors(moe: Checkpoint) -> MoeTensors:
     """Return where an MoE keeps its experts; UpcycleError when its config makes no sense."""
     config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
+    where, entries = moe.path / CONFIG_NAME, moe.tensors.values()
     try:
         num_experts, top_k, expert_size = target.sizes(config)
         num_layers = target.num_layers(config)
+        largest = max((entry.shape[0] for entry in entries if entry.shape), default=0)
+        # A model of more layers or experts than tensors would take forever to make.
+        for key, count, most in (
+            (target.keys.num_experts, num_experts, max(len(entries), largest)),
+            ("num_hidden_layers", num_layers, len(entries)),
+        ):
+            if count > most:
+                raise UpcycleError(f"{where}: {key} {count} is more than there are tensors of.")
         layers = target.moe_layers(config, num_layers)
     except ValueError as error:
-        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
-    largest = max((entry.shape[0] for entry in moe.tensors.values() if entry.shape), default=0)
-    counts = (
-        (target.keys.num_experts, num_experts, max(len(moe.tensors), largest)),
-        ("num_hidden_layers", num_layers, len(moe.tensors)),
-    )
-    for key, count, most in counts:  # a model of that many would take forever to make
-        if count > most:
-            raise UpcycleError(f"{moe.path / CONFIG_NAME}: {key} {count} is more than its tensors.")
+        raise UpcycleError(f"{where}: {error}.") from error
     layout = target.layouts[target.stored_layout(moe.tensors, config)]
     return MoeTensors(
         moe, target, layout, num_experts, top_k, expert_size, tuple(layers), num_layers

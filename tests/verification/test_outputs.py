@@ -1,0 +1,506 @@
+"""The check `outputs`: both models run with their weights on disk, and are compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDense, clone, logits, read_json, read_tensors, write_json
+from engine_fixtures import assert_equal_peaks, peak_anonymous_bytes
+from engine_fixtures import make_dense as make_hollow
+from safetensors.torch import save_file
+
+from upcycle_cli import Growth, Options, Recipe, UpcycleError, convert, open_checkpoint, verify
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.recipe.options import ExpertLayout, Promise
+from upcycle_cli.verification import outputs, side_by_side
+from upcycle_cli.verification.outputs import Expectation, check_outputs
+from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
+from upcycle_cli.verification.rebuild import expectation
+from upcycle_cli.verification.result import CheckResult, Status
+
+PAIRS = Recipe(expansion=2, granularity=2, top_k=2)
+SPLITS = Recipe(expansion=4, granularity=4, top_k=3, allow_inexact=True)
+EXACT = Expectation(promise=Promise.EXACT, group_size=2)
+MEASURED = Expectation(promise=Promise.NONE, reason="of a test")
+
+
+def outputs_of(
+    dense: Path,
+    moe: Path,
+    expected: Expectation = EXACT,
+    **texts: Any,  # noqa: ANN401
+) -> CheckResult:
+    options = TextOptions(**{"tokens": 200, **texts})
+    return check_outputs(open_checkpoint(dense), open_checkpoint(moe), expected, options)
+
+
+def prompt_of(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
+    """Return a list that gets the prompt of each check."""
+    found: list[Prompt] = []
+
+    def noted(*arguments: Any) -> Prompt:  # noqa: ANN401
+        found.append(make_prompt(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(outputs, "make_prompt", noted)
+    return found
+
+
+# The numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "recipe", "options"),
+    [
+        ("llama", "auto", PAIRS, Options()),
+        ("llama", "auto", PAIRS, Options(dtype="bfloat16")),
+        ("llama", "auto", SPLITS, Options()),
+        ("qwen2", "auto", PAIRS, Options(expert_layout=ExpertLayout.FUSED)),
+        ("qwen3", "glm4_moe", PAIRS, Options()),
+        ("olmo2", "upcycled", PAIRS, Options()),
+        ("nemotron_h", "auto", PAIRS, Options()),
+        ("gemma4_text", "auto", PAIRS, Options()),  # its experts lie beside the MLP
+    ],
+)
+def test_metrics_are_those_of_whole_models(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    target: str,
+    recipe: Recipe,
+    options: Options,
+) -> None:
+    """The oracle: transformers loads both models whole, and softmax is taken in float64."""
+    dense, prompts = make_dense(model_type), prompt_of(monkeypatch)
+    moe = convert(dense, tmp_path / "moe", recipe, target=target, options=options).output
+    found = outputs_of(dense, moe, replace(MEASURED, group_size=recipe.group_size)).metrics
+    ids, targets = prompts[0].ids, prompts[0].targets
+    p, q = (
+        logits(path, ids, torch.float32).flatten(0, 1).double().log_softmax(-1)
+        for path in (dense, moe)
+    )
+    kl, follows = (p.exp() * (p - q)).sum(-1), targets >= 0
+    wanted = {
+        "kl_mean": kl.mean(),
+        "kl_max": kl.max(),
+        "kl_median": kl.quantile(0.5),
+        "dense_nll": -p[follows].gather(1, targets[follows, None]).mean(),
+        "moe_nll": -q[follows].gather(1, targets[follows, None]).mean(),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean(),
+    }
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(float(value), abs=1e-6), key
+    if recipe.allow_inexact:
+        assert float(found["kl_mean"]) > 1e-4  # or nothing was compared
+
+
+@pytest.fixture(scope="module")
+def split_moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MoE whose tokens get parts of groups."""
+    return convert(llama, tmp_path_factory.mktemp("split") / "moe", SPLITS).output
+
+
+def test_metrics_do_not_depend_on_block_sizes(
+    llama: Path, split_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = outputs_of(llama, split_moe, MEASURED).metrics
+    monkeypatch.setattr("upcycle_cli.verification.distributions._BLOCK_LOGITS", 1 << 13)
+    monkeypatch.setattr("upcycle_cli.run.lazy_weights._BLOCK", 1000)
+    cut = outputs_of(llama, split_moe, MEASURED).metrics
+    assert cut.keys() == whole.keys()
+    for key, value in whole.items():
+        assert cut[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
+def test_divergences_are_those_of_float64(size: float) -> None:
+    """Small, larger and large differences of logits go three different ways."""
+    from upcycle_cli.verification.distributions import Divergence, Softmax
+
+    generator = torch.Generator().manual_seed(0)
+    p_PV = 3 * torch.randn(64, 500, generator=generator)
+    q_PV = p_PV + size * torch.randn(64, 500, generator=generator)
+    p, q = (Softmax(torch.zeros(64, dtype=torch.long)) for _ in range(2))
+    divergence = Divergence(64)
+    for begin in range(0, 500, 128):
+        one, other = p_PV[:, begin : begin + 128], q_PV[:, begin : begin + 128]
+        divergence.add(p, one, other, p.add(one, begin))
+        q.add(other, begin)
+    one, other = (held.double().log_softmax(-1) for held in (p_PV, q_PV))
+    wanted_P = (one.exp() * (one - other)).sum(-1)
+    assert torch.allclose(divergence.kl(p, q), wanted_P, rtol=2e-3, atol=1e-14)
+
+
+def test_copies_of_an_expert_run_once_with_the_same_result(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle_cli.run import lazy_models
+
+    recipe = Recipe(expansion=4, granularity=2, top_k=4)
+    moe = convert(llama, tmp_path / "moe", recipe).output
+    merged = outputs_of(llama, moe)
+    found: list[list[int]] = []
+    find = lazy_models._MergeCopies._find  # noqa: SLF001
+
+    def noted(hook: Any) -> list[int]:  # noqa: ANN401
+        found.append(find(hook))
+        return [*range(8)]
+
+    monkeypatch.setattr(lazy_models._MergeCopies, "_find", noted)  # noqa: SLF001
+    alone = outputs_of(llama, moe)
+    assert found == [[0, 1] * 4] * 2
+    for one, other in zip(alone.layers, merged.layers, strict=True):
+        assert one.load == other.load  # of the router, which chooses among all experts
+        assert one.hidden_rms == pytest.approx(other.hidden_rms, abs=1e-6)
+    assert merged.metrics["kl_mean"] == pytest.approx(alone.metrics["kl_mean"], abs=1e-9)
+
+
+def spoil(moe: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = read_tensors(moe)
+    edit(tensors)
+    held = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+
+
+def expert(layer: int, number: int, matrix: str) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.experts.{number}.{matrix}.weight"
+
+
+def test_an_error_is_measured_in_the_layer_that_adds_it(llama: Path, tmp_path: Path) -> None:
+    moe = convert(llama, tmp_path / "moe", Recipe(expansion=4, granularity=1, top_k=2)).output
+    one = replace(EXACT, group_size=1)
+    good = outputs_of(llama, moe, one)
+    assert [layer.layer for layer in good.layers] == [0, 1]
+    for layer in good.layers:
+        assert layer.added_rms < 1e-6
+        assert layer.hidden_rms < 1e-6
+        assert layer.gain == pytest.approx(1, abs=1e-6)
+        assert layer.whole_share == 1
+        assert sum(layer.load) == 2 * int(good.metrics["tokens"])
+        assert layer.idle_experts == layer.load.count(0)
+        assert 0 < layer.router_margin < 1
+        assert 0 < layer.router_entropy <= math.log(4)
+    # Each expert of the second layer is 10 % too large.
+    spoil(moe, lambda t: [t[expert(1, e, "w2")].mul_(1.1) for e in range(4)])
+    bad = outputs_of(llama, moe, one)
+    first, second = bad.layers
+    assert bad.status is Status.FAILED
+    assert first.added_rms < 1e-6
+    assert second.added_rms == pytest.approx(0.1, abs=1e-4)
+    assert second.gain == pytest.approx(1.1, abs=1e-4)
+    assert first.hidden_rms < 1e-6
+    assert second.hidden_rms > 1e-3
+
+
+def test_the_json_has_layers_and_texts(llama: Path, tmp_path: Path) -> None:
+    moe = convert(llama, tmp_path / "moe", PAIRS).output
+    found = verify(llama, moe, checks=["outputs"]).to_json()
+    found = json.loads(json.dumps(found, allow_nan=False))["checks"][0]
+    assert len(found["layers"]) == 2
+    assert len(found["layers"][0]["load"]) == 4
+    for text in found["texts"]:
+        assert len(text["tokens"]) == len(text["kl"])
+    assert sum(len(text["tokens"]) for text in found["texts"]) == found["metrics"]["text_tokens"]
+    assert "continuation" not in found  # it takes long, and only a report shows it
+
+
+@pytest.mark.parametrize("model_type", ["llama", "nemotron_h"])
+def test_continuations_are_those_of_generate(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense, prompts = make_dense(model_type), prompt_of(monkeypatch)
+    moe = convert(dense, tmp_path / "moe", PAIRS).output
+    monkeypatch.setattr(side_by_side, "_CONTINUED", 5)
+    found = outputs_of(dense, moe, continuation=True).continuation
+    assert found is not None
+    opening = prompts[0].ids[:1, :24]
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with torch.no_grad():
+        ids = model.generate(
+            opening, do_sample=False, max_new_tokens=5, min_new_tokens=5, eos_token_id=None
+        )
+    assert found.text == prompts[0].decode(opening[0].tolist())
+    assert found.dense == found.moe == prompts[0].decode(ids[0, 24:].tolist())
+
+
+# The promise --------------------------------------------------------------------------------------
+
+SOUND = {
+    "kl_mean_conversion": 1e-12,
+    "kl_mean_rounding": 0.0,
+    "kl_mean_whole": 1e-12,
+    "top1_agreement_conversion": 1.0,
+    "split_token_layers": 0.0,
+    "tokens": 2048,
+}
+NEARLY = replace(EXACT, promise=Promise.APPROXIMATE, logit_std=0.001)
+
+
+@pytest.mark.parametrize(
+    ("expected", "bound", "changes", "failing"),
+    [
+        (EXACT, 1e-8, {}, None),
+        (EXACT, 1e-8, {"kl_mean_conversion": 2e-8}, "kl_mean_conversion is 2e-08"),
+        (EXACT, 1e-8, {"kl_mean_conversion": math.nan}, "kl_mean_conversion is nan"),
+        (EXACT, 1e-8, {"kl_mean_picture": 2e-8}, "kl_mean_picture"),
+        (EXACT, 1e-8, {"top1_agreement_conversion": 0.99}, "top1_agreement_conversion"),
+        (EXACT, 1e-8, {"top1_agreement_conversion": 0.99, "tokens": 100}, None),  # one near-tie
+        (EXACT, 1e-8, {"split_token_layers": 0.002}, "split_token_layers"),
+        (EXACT, 1e-8, {"kl_mean_rounding": 0.02}, "kl_mean_rounding"),
+        (replace(EXACT, group_size=1), 1e-8, {"split_token_layers": 0.002}, None),
+        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_conversion": 9e-4}, None),
+        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_conversion": 2e-3}, "conversion"),
+        (NEARLY, 1e-8, {"kl_mean_whole": 1e-4, "kl_mean_conversion": 1.0}, None),
+        (NEARLY, 1e-8, {"kl_mean_whole": 2e-4}, "kl_mean_whole"),
+        (NEARLY, 1e-8, {"kl_mean_whole": math.nan}, "kl_mean_whole"),
+        (NEARLY, 1e-8, {"split_token_layers": 0.02}, "split_token_layers"),
+    ],
+)
+def test_metrics_are_held_to_the_promise(
+    expected: Expectation, bound: float, changes: dict[str, float], failing: str | None
+) -> None:
+    _, failures = outputs._judge(expected, SOUND | changes, bound)  # noqa: SLF001
+    assert len(failures) == (failing is not None), failures
+    assert failing is None or failing in failures[0]
+
+
+def test_what_promises_nothing_is_measured(llama: Path, split_moe: Path) -> None:
+    found = outputs_of(llama, split_moe, replace(MEASURED, group_size=4))
+    assert found.status is Status.MEASURED
+    assert "does not promise equality: of a test." in found.detail
+    assert 0 < float(found.metrics["split_token_layers"]) <= 1
+    with_promise = outputs_of(llama, split_moe, replace(EXACT, group_size=4))
+    assert with_promise.status is Status.FAILED
+    assert any("split_token_layers" in failure for failure in with_promise.failures)
+
+
+def test_an_moe_is_compared_with_the_one_it_grew_from(llama: Path, tmp_path: Path) -> None:
+    small = convert(llama, tmp_path / "small", PAIRS).output
+    grown = convert(small, tmp_path / "grown", Growth(expand=2)).output
+    expected = Expectation(promise=Promise.EXACT, group_size=2, source="smaller MoE")
+    found = outputs_of(small, grown, expected)
+    assert found.status is Status.PASSED, found.failures
+    assert "the smaller MoE" in found.detail
+    spoil(grown, lambda t: t[expert(1, 3, "w2")].mul_(1.05))
+    assert outputs_of(small, grown, expected).status is Status.FAILED
+
+
+# Rows that an earlier version failed --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "recipe", "target", "dtype"),
+    [
+        ("gpt2", "float32", PAIRS, "upcycled", "float16"),  # matrices lie the other way
+        ("apertus", "float32", PAIRS, "upcycled", "float16"),  # a small constant is rounded
+        ("cohere2", "float32", replace(PAIRS, expansion=4), "cohere2_moe", None),  # ties
+        *(
+            (name, "bfloat16", Recipe(expansion=2, granularity=3, top_k=3), "upcycled", None)
+            for name in ("phi", "starcoder2", "gpt_neo")  # a bias times 1/3 is rounded
+        ),
+    ],
+)
+def test_it_passes(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    model_type: str,
+    stored: str,
+    recipe: Recipe,
+    target: str,
+    dtype: str | None,
+) -> None:
+    sizes: Any = {"intermediate_size": 96, "n_inner": 96} if recipe.granularity == 3 else {}
+    dense = make_dense(model_type, dtype=stored, **sizes)
+    options = Options(dtype=dtype)
+    done = convert(dense, tmp_path / "moe", recipe, target=target, options=options)
+    assert done.plan.promise is Promise.EXACT
+    assert isinstance(done.plan, Plan)
+    found = outputs_of(dense, done.output, expectation(done.plan), tokens=None)
+    assert found.status is Status.PASSED, found.failures
+
+
+SHARED = "model.layers.1.mlp.shared_expert.{}_proj.weight"
+
+
+def _large_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """Scale one expert and its copy so that their output is large, but each weight is small."""
+    for number in range(4):
+        for matrix in ("w2", "w3"):
+            tensors[expert(1, number, matrix)].mul_(1500)
+
+
+def _large_shared_expert(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("gate", "up"):
+        tensors[SHARED.format(part)].fill_(300.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "damage", "words"),
+    [
+        ("mixtral", _large_experts, "layers.1.mlp.experts"),
+        # Zero times infinity is no number, so an expert that does nothing can do harm.
+        ("qwen2_moe", _large_shared_expert, "layers.1.mlp.shared_expert.down_proj.weight"),
+    ],
+)
+def test_products_beyond_float16_are_found(
+    make_dense: MakeDense,
+    tmp_path: Path,
+    target: str,
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    words: str,
+) -> None:
+    dense = make_dense("llama", dtype="float16")
+    moe = convert(dense, tmp_path / "moe", PAIRS, target=target).output
+    assert not any("float16" in failure for failure in outputs_of(dense, moe).failures)
+    spoil(moe, damage)
+    found = outputs_of(dense, moe, replace(MEASURED, group_size=2))
+    assert found.status is Status.FAILED
+    assert any(words in each and "float16, which ends at 65504" in each for each in found.failures)
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+Damage = Callable[[Path], object]
+
+
+def _config(**changes: object) -> Damage:
+    return lambda moe: write_json(moe / "config.json", read_json(moe / "config.json") | changes)
+
+
+def _tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda moe: spoil(moe, edit)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_tensors(lambda t: t.pop("model.norm.weight")), "norm.weight is in no file"),
+        (_tensors(lambda t: t.pop(expert(1, 2, "w1"))), f"{expert(1, 2, 'w1')} is missing"),
+        (
+            _tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
+            "has shape [31], and config.json implies [32]",
+        ),
+        (
+            _tensors(lambda t: t.update({expert(0, 0, "w2"): torch.ones(32, 30)})),
+            "has shape [32, 30], and experts are",
+        ),
+        (
+            _tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.int32)})),
+            "model.norm.weight is I32",
+        ),
+        (_tensors(lambda t: t["model.norm.weight"].fill_(math.nan)), "logits of the MoE are not"),
+        (_config(num_local_experts="four"), "num_local_experts must be a positive integer"),
+        (_config(num_hidden_layers=10**9), "num_hidden_layers 1000000000 is more than"),
+        (_config(num_local_experts=10**9), "num_local_experts 1000000000 is more than"),
+        (_config(num_local_experts=3), "transformers could not run the MoE"),
+        (_config(hidden_act="no such thing"), "transformers could not run the MoE"),
+    ],
+)
+def test_damage_is_a_failure_in_words(
+    llama: Path, tmp_path: Path, damage: Damage, words: str
+) -> None:
+    moe = convert(llama, tmp_path / "moe", PAIRS).output
+    damage(moe)
+    found = outputs_of(llama, moe, replace(MEASURED, group_size=2))
+    assert found.status is Status.FAILED
+    assert any(words in failure for failure in found.failures), found.failures
+
+
+def test_a_long_context_shows_a_window(make_dense: MakeDense, tmp_path: Path) -> None:
+    """A window that is one token short shows in the predictions beyond it, and nowhere before."""
+    dense = make_dense("mistral", sliding_window=96)
+    moe = convert(dense, tmp_path / "moe", PAIRS).output
+    _config(sliding_window=95)(moe)
+    assert outputs_of(dense, moe, context=64).status is Status.PASSED
+    found = outputs_of(dense, moe, context=128)
+    assert found.status is Status.FAILED
+    assert all(kl is not None and kl < 1e-9 for kl in found.texts[0].kl[:95])
+    assert max(kl or 0 for kl in found.texts[0].kl[95:]) > 1e-7
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+def test_every_built_in_text_has_its_share(llama: Path) -> None:
+    prompt = make_prompt(open_checkpoint(llama), TextOptions(), b"")
+    text = prompt.decode(prompt.ids.flatten().tolist())
+    for part in ("harbour", "港口", "def soundings", "convex", "625 g of flour"):
+        assert part in text
+    other = make_prompt(open_checkpoint(llama), TextOptions(), b"another router")
+    assert not torch.equal(prompt.ids, other.ids)
+    assert prompt.words == other.words
+
+
+def test_prompts_of_a_file(llama: Path, tmp_path: Path) -> None:
+    file, source = tmp_path / "prompts.jsonl", open_checkpoint(llama)
+    chat = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]
+    lines = [{"text": "Three."}, {"prompt": "Four."}, {"messages": chat}]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    prompt = make_prompt(source, TextOptions(prompts=file), b"")
+    words = "".join("".join(row) for row in prompt.words)
+    assert all(word in words for word in ("One", "Two", "Three", "Four"))
+    assert "the text of prompts.jsonl" in prompt.origin
+    bare = clone(llama, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    with pytest.raises(UpcycleError, match="cannot be used: the dense model"):
+        make_prompt(open_checkpoint(bare), TextOptions(prompts=file), b"")
+    assert "random tokens, since" in make_prompt(open_checkpoint(bare), TextOptions(), b"").origin
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (TextOptions(context=129), "the model takes 128"),
+        (TextOptions(context=0), "--context must be 1 or more, not 0"),
+        (TextOptions(tokens=0), "--tokens must be 1 or more, not 0"),
+    ],
+)
+def test_impossible_numbers_of_tokens_are_refused(
+    llama: Path, options: TextOptions, words: str
+) -> None:
+    def use() -> None:
+        options.check()
+        make_prompt(open_checkpoint(llama), options, b"")
+
+    with pytest.raises(UpcycleError, match=words):
+        use()
+
+
+def test_as_many_tokens_as_asked_for(llama: Path) -> None:
+    source = open_checkpoint(llama)
+    few = make_prompt(source, TextOptions(tokens=100), b"")
+    assert sum(map(len, few.words)) == 100
+    row = make_prompt(source, TextOptions(context=128), b"")
+    assert row.ids.shape == (1, 128)
+    assert [len(words) for words in row.words] == [128]
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[(4, 2), (16, 2)], [(4, 8), (4, 128)]], ids=str)
+@pytest.mark.long
+def test_memory_does_not_grow(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    """Not with the number of layers (the first of a pair), nor of experts (the second)."""
+    measures = []
+    for layers, expansion in sizes:
+        dense, moe = tmp_path / f"dense{layers}x{expansion}", tmp_path / f"moe{layers}x{expansion}"
+        make_hollow(dense, hidden=512, inner=2048, layers=layers)
+        convert(dense, moe, Recipe(expansion=expansion, granularity=1, top_k=2))
+        command = [sys.executable, "-m", "upcycle_cli", "verify", str(dense), str(moe)]
+        command += ["--checks", "outputs", "--tokens", "256"]
+        measures.append(partial(peak_anonymous_bytes, command))
+    assert_equal_peaks(measures)
