@@ -1,13 +1,10 @@
-"""Dense checkpoints made without transformers: of any size without weights, or tiny with them.
-
-Shapes are written down here once more, apart from `upcycle_cli`, so that a test that compares the
-two can fail.
-"""
+"""Dense checkpoints made without transformers: of any size without weights, or tiny with them."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.models.dense import read_dense
+from upcycle_cli.models.families import dense_family
 from upcycle_cli.plan.expressions import Expr, type_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
 from upcycle_cli.write.evaluate import evaluate
@@ -28,7 +27,7 @@ PAIRS = {
     "qwen2": ("qwen2_moe",),
     "qwen3": ("qwen3_moe",),
 }
-"""Dense types and targets for grids of options; `test_contracts.py` has all rows."""
+"""Dense types and targets for grids of options; the contracts have all rows."""
 BIG = ("llama-3.1-70b", "llama-3.1-405b", "mistral-7b-v0.1", "qwen2.5-72b", "qwen3-32b")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,30 +59,8 @@ def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of a dense model whose config states every size."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim", hidden // heads)
-    shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        for matrix, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            shapes[f"{prefix}.self_attn.{matrix}_proj.weight"] = (rows * head_dim, hidden)
-            if config["model_type"] == "qwen2":
-                shapes[f"{prefix}.self_attn.{matrix}_proj.bias"] = (rows * head_dim,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
-        if config["model_type"] == "qwen3":
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (head_dim,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
+    """The tensors of a dense model; tests/models/test_dense.py holds them to transformers."""
+    return dict(read_dense(dense_family(config), config).shapes)
 
 
 def moe_shapes(config: Mapping[str, Any], layout: ExpertLayout) -> Shapes:
@@ -117,7 +94,7 @@ def write_hollow(
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in (tensor_shapes(config) if shapes is None else shapes).items():
-        nbytes = _product(shape) * ITEM_BYTES[dtype]
+        nbytes = math.prod(shape) * ITEM_BYTES[dtype]
         if shards[-1] and filled + nbytes > shard_bytes:
             shards.append({})
             filled = 0
@@ -140,7 +117,7 @@ def _write_hollow_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype
     entries: dict[str, object] = {}
     position = 0
     for name, shape in shapes.items():
-        end = position + _product(shape) * ITEM_BYTES[dtype]
+        end = position + math.prod(shape) * ITEM_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries).encode()
@@ -219,10 +196,3 @@ def make_recipe(
     return Recipe(
         expansion=expansion, granularity=granularity, top_k=top_k, routing=routing, **settings
     )
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for length in shape:
-        result *= length
-    return result

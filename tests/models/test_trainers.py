@@ -17,7 +17,6 @@ from interop.results import NOT_TRIED, Cell  # noqa: E402
 from interop.trained import (  # noqa: E402
     contradiction,
     judge,
-    measured_tables,
     settings_table,
     training_cases,
 )
@@ -68,19 +67,6 @@ def test_a_measurement_can_contradict_the_table(support: Support, agreeing: set[
     assert contradiction(CASE, "peft", Cell(SAME), known)  # and should be
     assert contradiction(CONTROL, "TRL", Cell(SAME), known)
     assert contradiction(CONTROL, "TRL", Cell(DIFFERS), known) is None
-
-
-def test_the_tables_have_what_was_measured() -> None:
-    added, reached = {"as written": 0.0404}, {"all-linear": {"router": [2, 1]}, "others": {}}
-    row: dict[str, Mapping[str, Any]] = {
-        "TRL": {"measured": {"added": added, "stops with": "it"}},
-        "peft": {"measured": {"reached": reached}},
-    }
-    lines = measured_tables({CASE: row, CONTROL: row})
-    assert f"| {CASE.name} | 0.040 |" in lines
-    assert f"| {CASE.name} | router 1/2 | nothing |" in lines
-    assert f"- TRL: stops with it ({CASE.name})" in lines
-    assert not any(CONTROL.name in line for line in lines)
 
 
 def inside(wrapper: str) -> Inside:
