@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
-from upcycle_cli.core.text import counted, size_text
+from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.describe import inspection_rows
 from upcycle_cli.report.page import Page, Section, Table, properties, value_text
 from upcycle_cli.report.sections import (
@@ -28,7 +27,6 @@ from upcycle_cli.report.sections import (
 from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
 
 if TYPE_CHECKING:
-    from upcycle_cli.checkpoint.header import TensorEntry
     from upcycle_cli.inspection.summary import Inspection
 
 _VERDICTS = {
@@ -44,7 +42,6 @@ _PASSED = {
 }
 _PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
 _MAX_ROWS = 400
-_MAX_KINDS = 200
 
 
 def verification_page(report: Report, *, models: Sequence[str], command: str) -> Page:
@@ -93,14 +90,7 @@ def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
     digests |= {f"header of {s.name}": s.digest for s in inspection.checkpoint.shards}
     rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
     sections = (
-        Section(
-            key="facts",
-            title="Checkpoint",
-            tables=[
-                Table(caption="The checkpoint", rows=rows),
-                _tensors_table([*inspection.checkpoint.tensors.values()]),
-            ],
-        ),
+        Section(key="facts", title="Checkpoint", tables=[Table(caption="Facts", rows=rows)]),
         recipe_section(record),
         drift_section((weights and weights.movement) or ()),
         None if inspection.load is None else load_section(inspection.load.layers),
@@ -138,32 +128,6 @@ def _digest(directory: Path, name: str) -> str:
         return hashlib.sha256(read_small(locate(directory, name), MOST_JSON_BYTES)).hexdigest()
     except UpcycleError:
         return "missing or unreadable"
-
-
-def _tensors_table(tensors: Sequence[TensorEntry]) -> Table:
-    """Return the tensors, those whose names differ by numbers only in one row."""
-    kinds: dict[str, list[TensorEntry]] = {}
-    for entry in tensors:
-        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", entry.name), []).append(entry)
-    sizes = {name: sum(entry.nbytes for entry in kind) for name, kind in kinds.items()}
-    total = sum(sizes.values()) or 1
-    rows = [
-        (
-            name,
-            f"{len(kinds[name]):,}",
-            " or ".join(sorted({"×".join(map(str, entry.shape)) for entry in kinds[name]})),
-            ", ".join(sorted({entry.dtype for entry in kinds[name]})),
-            size_text(sizes[name]),
-            f"{sizes[name] / total:.2%}",
-        )
-        for name in sorted(kinds, key=lambda name: -sizes[name])[:_MAX_KINDS]
-    ]
-    return Table(
-        caption="Tensors by name; # is the number of a layer or an expert",
-        columns=("name", "tensors", "shape", "dtype", "size", "share"),
-        rows=rows,
-        folded=f"Tensors of {len(kinds):,} kinds",
-    )
 
 
 def _origin_section(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
 """The KL from which a token is marked, and marked more strongly."""
 _MAX_TOKENS = 16_384
-_NUM_FURTHEST = 20
 
 
 def recipe_section(record: Mapping[str, Any]) -> Section:
@@ -235,12 +233,12 @@ def texts_section(
     )
     edges = [f"{low:g} or more" for low in _LEVELS]
     edges[:-1] = [f"{a:g} to {b:g}" for a, b in pairwise(_LEVELS)]
-    tables = [_furthest(texts)]
+    tables = []
     if continuation is not None:
         rows = [(n, printable(getattr(continuation, n.lower()))) for n in ("text", "dense", "MoE")]
         caption = "How each model continues a text, with the most probable token each time"
         table = Table(caption=caption, columns=("model", "tokens"), rows=rows, folded=caption)
-        tables.append(table)
+        tables = [table]
     return Section(
         key="kl",
         title="Predictions, token by token",
@@ -249,27 +247,6 @@ def texts_section(
         tables=tables,
         legend=[f"KL below {_LEVELS[0]:g}", *edges],
         texts=list(_marked(texts)),
-    )
-
-
-def _furthest(texts: Sequence[TextMeasure]) -> Table:
-    found = [
-        (math.inf if kl is None else kl, number, place)
-        for number, text in enumerate(texts)
-        for place, kl in enumerate(text.kl)
-    ]
-    found.sort(key=lambda item: -item[0])
-    rows = []
-    for kl, number, place in found[:_NUM_FURTHEST]:
-        tokens = texts[number].tokens
-        before = "".join(tokens[max(0, place - 6) : place])
-        words = printable(f"{before}[{tokens[place]}]")
-        rows.append((scientific(kl), words, str(number + 1), str(place + 1)))
-    return Table(
-        caption="The largest differences between predictions, after the token in brackets",
-        columns=("KL", "text", "of text", "token"),
-        rows=rows,
-        folded=f"The {counted(len(rows), 'token')} with the largest differences",
     )
 
 
