@@ -1,0 +1,422 @@
+"""A conversion as a whole: repeatable, complete, and reported as it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    LAYOUTS,
+    MakeDense,
+    RunCli,
+    clone,
+    contents,
+    logits,
+    others,
+    random_ids,
+    read_json,
+    read_tensors,
+    snapshot,
+    spoil,
+    validate_json,
+    write_json,
+)
+from engine_fixtures import stopped_after
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from refusals import assert_refused, invoke
+from safetensors.torch import load_file, save_file
+
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli.api import Conversion, Request, carry_out, preview
+from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.write.writer import WriteOptions
+
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+TWICE = Recipe(expansion=4, granularity=2, top_k=4)
+CHECK = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+
+
+# The same bytes every time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_write_the_same_files(
+    make_dense: MakeDense, tmp_path: Path, layout: ExpertLayout
+) -> None:
+    options = Options(expert_layout=layout, max_shard_bytes=50_000, dtype="bfloat16")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            path = tmp_path / str(count) / "moe"  # the same name: the card may have it
+            writing = WriteOptions(workers=count, fsync=count > 1)
+            source = make_dense("llama")
+            convert(source, path, TWICE, options=options, writing=writing, checksums=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
+
+
+def test_two_processes_write_the_same_files(llama: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    convert(llama, tmp_path / "one" / "moe", RECIPE)
+    # Another hash seed and another number of threads, seen from another directory.
+    (tmp_path / "two").mkdir()
+    dense = os.path.relpath(llama, tmp_path / "two")
+    arguments = ("convert", dense, "moe", "--recipe", RECIPE.name)
+    done = run_cli(*arguments, cwd=tmp_path / "two", PYTHONHASHSEED="7", OMP_NUM_THREADS="4")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shard_bytes=st.integers(1, 300_000))
+def test_shard_size_does_not_change_a_tensor(llama: Path, tmp_path: Path, shard_bytes: int) -> None:
+    reference, path = tmp_path / "reference", tmp_path / "sharded"
+    if not reference.exists():
+        convert(llama, reference, RECIPE)
+    shutil.rmtree(path, ignore_errors=True)
+    convert(llama, path, RECIPE, options=Options(max_shard_bytes=shard_bytes))
+    expected, found = read_tensors(reference), read_tensors(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    open_checkpoint(path)  # the index and the files agree
+
+
+def test_another_seed_changes_the_routers_only(llama: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        convert(llama, tmp_path / str(seed), replace(RECIPE, seed=seed))
+    one, two = read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1")
+    routers = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
+    assert {name for name in one if not torch.equal(one[name], two[name])} == {*routers}
+    # The two layers' norms differ, which scales the rows; their directions must differ too.
+    first, second = (one[name].flatten() for name in routers)
+    assert abs(float(torch.nn.functional.cosine_similarity(first, second, dim=0))) < 0.5
+
+
+def test_routers_have_the_requested_logits(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = make_dense("llama", hidden_size=64)
+    recipe = Recipe(expansion=64, granularity=2, top_k=2, router_logit_std=0.5)
+    convert(dense, tmp_path / "moe", recipe)
+    tensors = read_tensors(tmp_path / "moe")
+    router_NH = tensors["model.layers.1.block_sparse_moe.gate.weight"]
+    gamma_H = tensors["model.layers.1.post_attention_layernorm.weight"]
+    groups = router_NH.reshape(64, 2, 64)
+    assert torch.equal(groups[:, 0], groups[:, 1])
+    assert len({tuple(row.tolist()) for row in groups[:, 0]}) == 64
+    nominal = float(router_NH.double().std() * gamma_H.double().norm())
+    assert nominal == pytest.approx(0.5, rel=0.05)  # 4096 draws: a standard error of 1 %
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_powers_of_two_lose_nothing(
+    make_dense: MakeDense, tmp_path: Path, routing: Routing
+) -> None:
+    """The dense MLP can be put together again from any group, bit for bit, even in bf16."""
+    dense = make_dense("qwen2", dtype="bfloat16")
+    recipe = Recipe(expansion=2, granularity=4, top_k=4, routing=routing)
+    plan = convert(dense, tmp_path / "moe", recipe).plan
+    assert plan.lossless
+    factors = plan.factors
+    source, moe = read_tensors(dense), read_tensors(tmp_path / "moe")
+    for matrix, dim, factor in (
+        ("gate_proj", 0, factors.gate),
+        ("up_proj", 0, factors.up),
+        ("down_proj", 1, factors.down),
+    ):
+        names = [f"model.layers.0.mlp.experts.{4 + shard}.{matrix}.weight" for shard in range(4)]
+        whole = torch.cat([moe[name] / factor for name in names], dim=dim)
+        assert torch.equal(whole, source[f"model.layers.0.mlp.{matrix}.weight"])
+
+
+def test_unaligned_sources_are_read(llama: Path, tmp_path: Path) -> None:
+    """The format does not promise that tensors start at a multiple of their items' size."""
+    dense = clone(llama, tmp_path / "dense")
+    raw = (dense / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].rstrip()
+    header += b" " * (1 + -len(header) % 4)  # one more than a multiple of 4
+    unaligned = len(header).to_bytes(8, "little") + header + raw[8 + length :]
+    (dense / "model.safetensors").write_bytes(unaligned)
+    for source, name in ((llama, "aligned"), (dense, "moe")):
+        convert(source, tmp_path / name, RECIPE)
+    one, other = ((tmp_path / name / "model.safetensors") for name in ("aligned", "moe"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+# The files of the output --------------------------------------------------------------------------
+
+
+def test_the_output_has_all_files_and_no_others(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense", _name_or_path=str(tmp_path / "secret"))
+    for name in ("pytorch_model.bin", ".gitattributes", "training_args.bin", "model.onnx"):
+        (dense / name).write_bytes(b"something")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 }}")
+    before = snapshot(dense)
+    convert(dense, tmp_path / "moe", TWICE, checksums=True, verify=True)
+    assert snapshot(dense) == before
+    found, source = contents(tmp_path / "moe"), contents(dense)
+    companions = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"}
+    companions |= {"generation_config.json", "additional_chat_templates/tool_use.jinja"}
+    assert {name: found[name] for name in companions} == {name: source[name] for name in companions}
+    own = {"README.md", "config.json", "model.safetensors", "upcycle.json", "SHA256SUMS"}
+    assert found.keys() == companions | own
+    for file in filter(Path.is_file, (tmp_path / "moe").rglob("*")):
+        assert os.fsencode(tmp_path) not in file.read_bytes(), file.name
+    record = read_json(tmp_path / "moe" / "upcycle.json")
+    assert (record["recipe"]["name"], record["recipe"]["seed"]) == ("E4G2T4", 0)
+    assert record["source"]["name"] == "dense"
+    factors = {"c": 2.0, "gate": 1.0, "up": 2.0, "down": 1.0, "config": 1.0}
+    assert record["factors"].items() >= factors.items()
+    assert record["moe_layers"] == [0, 1]
+    assert len(record["routers"]) == 2
+    sums = (tmp_path / "moe/SHA256SUMS").read_text().splitlines()
+    assert {line.split("  ", 1)[1] for line in sums} == found.keys() - {"SHA256SUMS", "README.md"}
+    assert subprocess.run(CHECK, cwd=tmp_path / "moe", check=False).returncode == 0
+    spoil(tmp_path / "moe" / "model.safetensors")
+    damaged = subprocess.run(CHECK, cwd=tmp_path / "moe", check=False, capture_output=True)
+    assert damaged.returncode == 1
+
+
+def test_the_output_loads(llama: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer, GenerationConfig
+
+    convert(str(llama), str(tmp_path / "moe"), RECIPE)
+    text = "Ein Häuschen, 3 × 7."
+    one, two = (AutoTokenizer.from_pretrained(path) for path in (llama, tmp_path / "moe"))
+    assert one(text).input_ids == two(text).input_ids
+    assert two.chat_template == one.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "moe").temperature == 0.6
+    assert torch.isfinite(logits(tmp_path / "moe", random_ids())).all()
+    data = ModelCard.load(tmp_path / "moe" / "README.md").data.to_dict()
+    assert data["license"] == "apache-2.0"  # carried over from the source's card
+    assert {"moe", "mixtral"} <= set(data["tags"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer\n.json", "tokenizer\\x.json", "LICENSE \x1b[31m"])
+def test_a_file_name_that_no_list_can_hold_is_refused(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    (dense / name).write_text("{}")
+    with pytest.raises(UpcycleError, match="has a file named"):
+        convert(dense, tmp_path / "moe", RECIPE)
+    (dense / name).rename(dense / "LICENSE (é) 1.txt")
+    convert(dense, tmp_path / "moe", RECIPE, checksums=True)
+    assert subprocess.run(CHECK, cwd=tmp_path / "moe", check=False).returncode == 0
+
+
+# An output that exists already --------------------------------------------------------------------
+
+
+def test_a_second_run_finds_nothing_to_do(llama: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "moe"
+    moe.mkdir()
+    first = convert(llama, moe, RECIPE)
+    before = snapshot(moe)
+    second = convert(llama, moe, RECIPE)
+    assert (first.already_done, second.already_done) == (False, True)
+    assert snapshot(moe) == before
+    # Sizes and config are all that makes an output count as finished; verify reads the weights.
+    assert convert(llama, moe, RECIPE, verify=True, checksums=True).published
+    assert (moe / "SHA256SUMS").exists()
+    spoil(moe / "model.safetensors")
+    assert not convert(llama, moe, RECIPE, verify=True).published
+    assert not convert(llama, moe, RECIPE, overwrite=True).already_done
+    assert contents(moe) == {name: digest for name, (digest, _) in before.items()}
+    assert others(tmp_path) == []
+
+
+def shorten(moe: Path) -> None:
+    (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [shorten, lambda moe: write_json(moe / "config.json", {})])
+def test_a_damaged_output_is_not_taken_for_finished(
+    llama: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    convert(llama, tmp_path / "moe", RECIPE)
+    damage(tmp_path / "moe")
+    with pytest.raises(UpcycleError, match="not empty"):
+        convert(llama, tmp_path / "moe", RECIPE)
+    with pytest.raises(UpcycleError, match="which is not as upcycle wrote it"):
+        convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
+
+
+def test_a_changed_source_or_recipe_needs_overwrite(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    convert(dense, tmp_path / "moe", RECIPE)
+    spoil(dense / "model.safetensors")  # the same size and header: another model
+    os.utime(dense / "model.safetensors")
+    for recipe in (RECIPE, TWICE):
+        with pytest.raises(UpcycleError, match="--overwrite"):
+            convert(dense, tmp_path / "moe", recipe)
+        assert not convert(dense, tmp_path / "moe", recipe, overwrite=True).already_done
+    assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 8
+    assert others(tmp_path) == []
+
+
+# A dry run ----------------------------------------------------------------------------------------
+
+
+def begun(output: Path, dense: Path) -> None:
+    stopped_after(build_plan(RECIPE, open_checkpoint(dense)), output, 0)
+
+
+REFUSED = "without --dry-run this is refused: "
+PREVIEWS: list[tuple[Callable[[Path, Path], object], bool, str | None]] = [
+    (lambda *_: None, False, None),
+    (lambda output, _: output.mkdir(), False, None),
+    (lambda output, dense: convert(dense, output, RECIPE), False, "is already what this command"),
+    (lambda output, dense: convert(dense, output, RECIPE), True, None),
+    (lambda output, dense: convert(dense, output, TWICE), False, f"{REFUSED}.* not empty"),
+    (lambda output, dense: convert(dense, output, TWICE), True, None),
+    (lambda output, _: output.write_text("work"), False, f"{REFUSED}.* not a directory"),
+    (lambda output, dense: output.symlink_to(dense), False, f"{REFUSED}.* is the source itself"),
+    (begun, False, "moe.partial exists"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "overwrite", "note"), PREVIEWS)
+def test_a_dry_run_shows_the_plan_and_the_problems(
+    llama: Path,
+    tmp_path: Path,
+    prepare: Callable[[Path, Path], object],
+    note: str | None,
+    *,
+    overwrite: bool,
+) -> None:
+    prepare(tmp_path / "moe", llama)
+    before = snapshot(tmp_path)
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, overwrite=overwrite)
+    plan, notes = preview(request)
+    assert plan.how["recipe"]["name"] == "E2G2T2"
+    assert (notes == []) == (note is None)
+    assert note is None or re.search(note, notes[0])
+    assert snapshot(tmp_path) == before
+
+
+def test_the_command_previews(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe").write_text("work")
+    command = ("convert", llama, tmp_path / "moe", "--recipe", "E2G2T2", "--dry-run")
+    shown = invoke(*command)
+    assert shown.exit_code == 0
+    assert "E2G2T2" in shown.stdout
+    assert REFUSED in shown.stderr
+    found = validate_json("convert", invoke(*command, "--json").stdout)
+    assert (found["status"], REFUSED in found["warnings"][-1]) == ("planned", True)
+
+
+@pytest.mark.parametrize("output", ["", "/", "..", ".", "other/..", "../gone/.."])
+def test_an_output_without_a_name_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert_refused(invoke("convert", llama, output, "--recipe", RECIPE.name))
+    assert list(tmp_path.rglob("*.partial*")) == []
+
+
+# Callbacks ----------------------------------------------------------------------------------------
+
+
+class Listener(Hooks[Plan, Conversion]):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.nbytes = 0
+
+    def planned(self, plan: Plan) -> None:
+        self.heard.append(f"planned {plan.how['recipe']['name']}")
+
+    @contextmanager
+    def writing(self, num_bytes: int) -> Iterator[None]:
+        self.heard.append("writing")
+        yield
+        assert self.nbytes == num_bytes
+        self.heard.append("written")
+
+    def advance(self, num_bytes: int) -> None:
+        self.nbytes += num_bytes
+
+    def begins(self, what: str) -> None:
+        self.heard.append(what)
+
+    def finished(self, result: Conversion) -> None:
+        self.heard.append(f"finished {result.output.name}")
+
+
+def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, verify=True)
+    done = carry_out(request, hooks=listener)
+    assert done.report is not None
+    checks = [f"checking {check.name}" for check in done.report.checks]
+    expected = ["planned E2G2T2", "writing", *checks, "written", "finished moe"]
+    assert [word for word in listener.heard if word in expected] == expected
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert all(f"| {check.name} | passed |" in card for check in done.report.checks)
+
+
+def test_an_exception_of_a_callback_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
+    class Refusing(Hooks[Any, Any]):
+        def planned(self, plan: Plan) -> None:
+            raise UpcycleError(f"not {plan.how['recipe']['name']}")
+
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
+    with pytest.raises(UpcycleError, match="not E2G2T2"):
+        carry_out(request, hooks=Refusing())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Weights that vanish ------------------------------------------------------------------------------
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+VANISHED = (
+    f"93 % of {DOWN} (and part of 1 other tensor) becomes zero in float16, which has nothing as "
+    "small: use --dtype bfloat16 or float32."
+)
+
+
+@pytest.fixture
+def faint(make_dense: MakeDense, tmp_path: Path) -> Path:
+    """A model of which most of one matrix, and an eighth of another, is too small for float16."""
+    dense = clone(make_dense("llama", dtype="bfloat16"), tmp_path / "dense")
+    tensors = {k: v.clone() for k, v in load_file(dense / "model.safetensors").items()}
+    tensors[DOWN].view(-1)[: round(0.93 * tensors[DOWN].numel())] = 1e-9
+    up = tensors["model.layers.1.mlp.up_proj.weight"].view(-1)
+    up[: up.numel() // 8] = -1e-9
+    tensors["model.norm.weight"][0] = 0  # which is no loss
+    tensors["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e-9  # nor is a single weight
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    return dense
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_vanished_weights_are_reported_once(faint: Path, tmp_path: Path, shard_bytes: int) -> None:
+    """However many copies of a part there are, in however many files, in however many runs."""
+    options = Options(dtype="float16", max_shard_bytes=shard_bytes)
+    for name, recipe in (("one", RECIPE), ("two", TWICE)):
+        plan = build_plan(recipe, open_checkpoint(faint), options=options)
+        stopped_after(plan, tmp_path / name, plan.nbytes - plan.shards[-1].nbytes)
+        done = convert(faint, tmp_path / name, recipe, options=options)
+        assert (done.reused_bytes > plan.nbytes // 2) == (shard_bytes == 20_000)
+        assert done.warnings == (VANISHED,)
+    options = Options(dtype="float32", max_shard_bytes=shard_bytes)
+    assert convert(faint, tmp_path / "moe", RECIPE, options=options).warnings == ()
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["torch_dtype"] == "float32"

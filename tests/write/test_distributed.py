@@ -1,0 +1,274 @@
+"""Several processes under torchrun make what one process makes, or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from engine_fixtures import (
+    PYTHON,
+    ROOT,
+    SUBPROCESS_SECONDS,
+    contents,
+    convert_command,
+    descendants,
+    execute,
+    make_dense,
+    plan_of,
+    run,
+    set_value,
+    start,
+    torchrun_command,
+    wait_until,
+)
+
+from upcycle_cli.core.errors import ResumableError, UpcycleError
+from upcycle_cli.plan.output import Role
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.staging import NOTE_SUFFIX, partial_of
+
+T = TypeVar("T")
+BF16_MILLION = 0x4974  # 999,424, which float16 cannot hold
+SIZES = {"max_shard_bytes": 100_000}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("team") / "dense", layers=3)
+
+
+def command(dense: Path, output: Path, *options: str) -> list[str]:
+    return convert_command(dense, output, "--max-shard-size", "100KB", *options, recipe="E4G2T4")
+
+
+def team_of(size: int) -> Team:
+    team = Team()
+    team.size = size
+    return team
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_a_team_makes_what_one_process_makes(dense: Path, tmp_path: Path, ranks: int) -> None:
+    output = tmp_path / "work" / "moe"
+    execute(plan_of(dense, "E4G2T4", **SIZES), tmp_path / "reference")
+    done = run(torchrun_command(ranks, command(dense, output, "--json")))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "converted"  # one object: other ranks are silent
+    assert contents(output) == contents(tmp_path / "reference")
+    assert [entry.name for entry in output.parent.iterdir()] == ["moe"]
+    again = run(torchrun_command(ranks, command(dense, output)))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("nothing to do") == 1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--router-init", "balanced"),
+        ("--noise", "0.1", "--allow-inexact"),
+        ("--experts-from", "other", "--allow-inexact", "--dry-run"),
+        ("--experts-from", "other", "--allow-inexact"),
+    ],
+    ids=" ".join,
+)
+def test_a_team_shares_a_calibration_draws_and_models(
+    llama: Path, dense: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    source = llama if "balanced" in how else dense
+    other = shutil.copytree(dense, tmp_path / "other")
+    set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    options = [str(other) if option == "other" else option for option in how]
+    said = []
+    for output, ranks in (("one/moe", 1), ("two/moe", 2)):
+        line = command(source, tmp_path / output, *options)
+        done = run(line if ranks == 1 else torchrun_command(ranks, line))
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    if "--dry-run" in how:
+        assert said[0] == said[1]
+        assert not (tmp_path / "two").exists()
+    else:
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_balanced(dense: Path, size: int) -> None:
+    shards, team = plan_of(dense, "E4G2T4", **SIZES).shards, team_of(size)
+    shares = [team.share_of(shards, rank) for rank in range(size)]
+    names = sorted(shard.name for share in shares for shard in share)
+    assert names == sorted(shard.name for shard in shards)
+    loads = [sum(shard.nbytes for shard in share) for share in shares]
+    assert max(loads) - min(loads) <= max(shard.nbytes for shard in shards)
+
+
+class Pair(Team):
+    """Two ranks, of which the other one fails, or agrees with whatever this one has."""
+
+    def __init__(self, failure: UpcycleError | None) -> None:
+        super().__init__(rank=0, size=2)
+        self.failure = failure
+
+    def exchange(self, value: T) -> list[T]:
+        return [value, self.failure if value is None else value]  # type: ignore[list-item]
+
+
+def test_ranks_agree_on_a_value_or_on_a_failure() -> None:
+    own = object()  # which no other rank ever gets
+    assert Team().agree(lambda: own) is own
+    assert Pair(None).agree(lambda: own) is own
+    assert Pair(None).gather(lambda: 7) == [7, 7]
+    for kind in (UpcycleError, ResumableError):
+        with pytest.raises(kind, match="rank 1: full") as found:
+            Pair(kind("full", "Free some.")).agree(lambda: 7)
+        assert found.value.hint == "Free some."
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    with pytest.raises(ResumableError, match="writing x failed: No space"):
+        Team().agree(fail)
+
+
+# The launcher -------------------------------------------------------------------------------------
+
+HERE = {"MASTER_ADDR": "localhost", "UPCYCLE_JOIN_SECONDS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "abc"}, "RANK is 'abc'"),
+        ({"WORLD_SIZE": "8", "RANK": "3"}, "without MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({"RANK": "3"}, "RANK is 3 and WORLD_SIZE is 1"),
+        (HERE | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        (HERE | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "PORT"}, "not all of them came"),
+    ],
+    ids=str,
+)
+def test_an_incomplete_launcher_is_refused(
+    dense: Path, tmp_path: Path, variables: dict[str, str], words: str
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    given = {name: value.replace("PORT", port) for name, value in variables.items()}
+    done = run(command(dense, tmp_path / "moe"), **given)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert words in done.stderr
+    assert "unset WORLD_SIZE and RANK" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    # Other commands do not look for a launcher.
+    assert run([PYTHON, "-m", "upcycle_cli", "inspect", str(dense)], **given).returncode == 0
+
+
+def test_a_rank_that_waits_for_others_can_be_stopped(dense: Path, tmp_path: Path) -> None:
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    job = start(command(dense, tmp_path / "moe"), **alone)
+    assert wait_until(lambda: len(list(Path(f"/proc/{job.pid}/task").iterdir())) > 1, job)
+    job.terminate()
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert said.count("error: terminated") == 1
+
+
+# Failures -----------------------------------------------------------------------------------------
+
+
+def assert_fails(words: list[str], message: str) -> None:
+    """The job fails, and its ranks say so once."""
+    done = run(words)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("error: ") == 1
+    assert message in done.stderr
+    # The launcher shows a traceback of its own.
+    assert f'File "{ROOT}/upcycle_cli' not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_of_one_rank_is_said_once(dense: Path, tmp_path: Path, rank: int) -> None:
+    spoilt, output = shutil.copytree(dense, tmp_path / "dense"), tmp_path / "moe"
+    share = team_of(2).share_of(plan_of(dense, "E4G2T4", dtype="float16", **SIZES).shards, rank)
+    copied = (tensor for shard in share for tensor in shard.tensors if tensor.role is Role.COPIED)
+    name = next(tensor.name for tensor in copied if "norm" not in tensor.name)
+    set_value(spoilt, name, BF16_MILLION)
+    words = torchrun_command(2, command(spoilt, output, "--dtype", "float16"))
+    assert_fails(words, f"rank {rank}: {name}")
+    assert not output.exists()
+    assert not partial_of(output).exists()  # no run could ever complete it
+
+
+def test_a_refusal_is_said_once(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "thesis.tex").write_text("precious")
+    words = torchrun_command(2, command(dense, tmp_path / "moe"))
+    assert_fails(words, "exists and is not empty")
+    assert contents(tmp_path / "moe").keys() == {"thesis.tex"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (2, "do not see the same source"),
+        (3, "moe1.partial is not the directory that rank 0"),
+    ],
+    ids=["sources", "outputs"],
+)
+def test_ranks_on_different_file_systems_are_refused(
+    dense: Path, tmp_path: Path, argument: int, message: str
+) -> None:
+    for rank in range(2):
+        shutil.copytree(dense, tmp_path / f"dense{rank}")
+    set_value(tmp_path / "dense1", "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import os, sys\n"
+        "from upcycle_cli.cli.app import main\n"
+        f"sys.argv[{argument}] += os.environ['RANK']\n"
+        "main()\n"
+    )
+    source = tmp_path / "dense" if argument == 2 else dense
+    own = command(source, tmp_path / "out" / "moe")
+    assert_fails(torchrun_command(2, [own[0], str(script), *own[3:]]), message)
+    assert not (tmp_path / "out" / "moe").exists()
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.long
+def test_a_job_whose_rank_is_killed_resumes(tmp_path: Path, rank: int) -> None:
+    dense = make_dense(tmp_path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
+    output = tmp_path / "moe"
+    options = ("--max-shard-size", "5MB", "--json")
+    words = torchrun_command(2, convert_command(dense, output, *options))
+    job = start(words)
+    assert wait_until(lambda: list(partial_of(output).glob(f"*{NOTE_SUFFIX}")), job)
+    (pid,) = (pid for pid in descendants(job.pid) if rank_of(pid) == str(rank))
+    os.kill(pid, signal.SIGKILL)
+    job.communicate(timeout=SUBPROCESS_SECONDS)
+    assert job.returncode != 0
+    assert not output.exists()
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reused_bytes"] > 0
+    execute(plan_of(dense, max_shard_bytes=5_000_000), tmp_path / "reference")
+    assert contents(output) == contents(tmp_path / "reference")
+
+
+def rank_of(pid: int) -> str | None:
+    try:
+        settings = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ranks = [setting.removeprefix(b"RANK=") for setting in settings if setting.startswith(b"RANK=")]
+    return ranks[0].decode() if ranks else None
