@@ -144,19 +144,19 @@ def test_divergences_are_those_of_float64(size: float) -> None:
 def test_copies_of_an_expert_run_once_with_the_same_result(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle_cli.run import lazy_models
+    from upcycle_cli.run import merge_copies
 
     recipe = Recipe(expansion=4, granularity=2, top_k=4)
     moe = convert(llama, tmp_path / "moe", recipe).output
     merged = outputs_of(llama, moe)
     found: list[list[int]] = []
-    find = lazy_models._MergeCopies._find  # noqa: SLF001
+    find = merge_copies.MergeCopies._find  # noqa: SLF001
 
     def noted(hook: Any) -> list[int]:  # noqa: ANN401
         found.append(find(hook))
         return [*range(8)]
 
-    monkeypatch.setattr(lazy_models._MergeCopies, "_find", noted)  # noqa: SLF001
+    monkeypatch.setattr(merge_copies.MergeCopies, "_find", noted)
     alone = outputs_of(llama, moe)
     assert found == [[0, 1] * 4] * 2
     for one, other in zip(alone.layers, merged.layers, strict=True):

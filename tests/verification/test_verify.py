@@ -232,9 +232,9 @@ def test_interrupts_and_refusals_are_no_findings() -> None:
         pass
 
     for error in (Terminated(), PermissionError(13, "Permission denied"), MemoryError()):
-        with pytest.raises(type(error)), run_models.transformers_says():
+        with pytest.raises(type(error)), run_models.transformers_errors():
             raise error
-    with pytest.raises(run_models.TransformersError), run_models.transformers_says():
+    with pytest.raises(run_models.TransformersError), run_models.transformers_errors():
         raise OSError("does not appear to have a file named config.json")
 
 

@@ -24,7 +24,7 @@ from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.prompts import Prompts
 from upcycle_cli.plan.texts import CalibrationText
-from upcycle_cli.run.models import Model, TransformersError, load_config, transformers_says
+from upcycle_cli.run.models import Model, TransformersError, load_config, transformers_errors
 from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _run(
     model = lazy_model(plan.source, cast("Reader", reader))
     parts = dense.mlp(plan.source.tensors, layers[0])
     down = find_weight(parts, "down").name.removesuffix(".weight")
-    with ExitStack() as stack, transformers_says():
+    with ExitStack() as stack, transformers_errors():
         modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
         run = stack.enter_context(started(model.net, tokens.ids, modules))
         for layer in range(dense.num_layers):

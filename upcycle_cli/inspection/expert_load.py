@@ -89,7 +89,7 @@ def _run(
 ) -> Iterator[LayerLoad]:
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model
-    from upcycle_cli.run.models import transformers_says
+    from upcycle_cli.run.models import transformers_errors
 
     model, layers = lazy_model(experts.moe, reader), experts.layers
     chosen: list[torch.Tensor] = []
@@ -97,7 +97,7 @@ def _run(
     def note(_router: Model, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
         chosen.append(output[2][:count])
 
-    with ExitStack() as stack, transformers_says():
+    with ExitStack() as stack, transformers_errors():
         for layer in layers:
             stack.callback(model.router(layer).register_forward_hook(note).remove)
         run = stack.enter_context(started(model.net, ids_BS, []))

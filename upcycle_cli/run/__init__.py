@@ -1,5 +1,4 @@
-"""Dense models and mixtures run by transformers' own code, with their weights left on disk.
+"""Run dense models and mixtures of experts by transformers' own code, with weights left on disk.
 
-What runs models for `verify` and for the calibration of `convert` alike; it knows neither what a
-conversion makes nor what a verification holds it to.
+Both `verify` and the calibration of `convert` use it. It knows nothing about conversions.
 """

@@ -1,98 +1,45 @@
-"""Dense models and mixtures of experts as transformers runs them, with their weights left on disk.
+"""Models that transformers runs while their weights stay in their files.
 
-Which tensors hold an expert, and where a layer keeps its MLP, its router and its experts, follows
-from the checkpoint's own config and names, by the rows of the model types. Nothing here knows how a
-conversion makes a mixture of experts.
+The code that runs is transformers' own; only the weights are replaced. Which module of a layer is
+its MLP, its router and its experts follows from the rows of the model types.
 
-Legend: S tokens, N experts, T top-k, H hidden size.
+Legend: S tokens, T top-k, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
-from upcycle_cli.checkpoint.storage import CONFIG_NAME
-from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import dense_family, is_target, target_of
-from upcycle_cli.models.mlp import find_weight, locate, parts_of, present_weights
-from upcycle_cli.models.moe import Layout, Target
-from upcycle_cli.models.wrappers import text_config_of
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.models.families import dense_family, is_target
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.wrapper import Inside
 from upcycle_cli.run.layerwise import Span
-from upcycle_cli.run.lazy_weights import Stack, Stored, finder, stored_model
-from upcycle_cli.run.models import Model, TransformersError, decoder_layers, transformers_says
+from upcycle_cli.run.lazy_weights import Stack, Stored
+from upcycle_cli.run.merge_copies import MergeCopies
+from upcycle_cli.run.models import (
+    Model,
+    TransformersError,
+    decoder_layers,
+    empty_model,
+    load_config,
+    names_on_disk,
+    transformers_errors,
+)
+from upcycle_cli.run.moe_tensors import MoeTensors, moe_tensors
 
+Find = Callable[[str, str], "Stored | None"]
+"""Returns a weight by the names that it has on disk and in memory; None when there is none."""
 Round = Callable[[str, torch.Tensor], torch.dtype]
 """Returns the dtype that a weight is rounded to first, by its name in memory and what is stored."""
 Observe = Callable[[str, torch.Tensor], None]
 """Sees what each stored weight multiplies, and the products; called with the weight's name."""
-
-
-@dataclass(frozen=True, eq=False)
-class MoeTensors:
-    """The tensors of an MoE's experts and routers, by its config and their names."""
-
-    checkpoint: Checkpoint
-    target: Target
-    layout: Layout
-    num_experts: int
-    top_k: int
-    expert_size: int
-    layers: tuple[int, ...]
-    num_layers: int
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of an expert, biases among them where the experts have some."""
-        prefix = self.target.prefix(self.layers[0])
-        return parts_of(present_weights(self.layout.experts, self.checkpoint.tensors, prefix))
-
-    def router_name(self, layer: int) -> str:
-        """Return the name of a layer's router on disk."""
-        return self.target.prefix(layer) + self.layout.router
-
-    def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
-        """Return one part of one expert, as it lies in memory; TransformersError without it."""
-        found = locate(self.layout.experts, part, width=self.expert_size, expert=expert)
-        name = self.target.prefix(layer) + found.tensor
-        entry = self.checkpoint.tensors.get(name)
-        if entry is None:
-            raise TransformersError(f"{name} is missing")
-        width = self.expert_size * len(find_weight(self.layout.experts, part).parts)
-        if found.dimension is not None and entry.shape[found.dimension :][:1] != (width,):
-            raise TransformersError(
-                f"{name} has shape {[*entry.shape]}, and experts are {width} wide"
-            )
-        split_dim = find_weight(self.target.in_memory.experts, part).split_dim
-        return found.select(reader.tensor(name), split_dim)
-
-
-def moe_tensors(moe: Checkpoint) -> MoeTensors:
-    """Return where an MoE keeps its experts; UpcycleError when its config makes no sense."""
-    config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
-    where, entries = moe.path / CONFIG_NAME, moe.tensors.values()
-    try:
-        num_experts, top_k, expert_size = target.sizes(config)
-        num_layers = target.num_layers(config)
-        largest = max((entry.shape[0] for entry in entries if entry.shape), default=0)
-        # A model of more layers or experts than tensors would take forever to make.
-        for key, count, most in (
-            (target.keys.num_experts, num_experts, max(len(entries), largest)),
-            ("num_hidden_layers", num_layers, len(entries)),
-        ):
-            if count > most:
-                raise UpcycleError(f"{where}: {key} {count} is more than there are tensors of.")
-        layers = target.moe_layers(config, num_layers)
-    except ValueError as error:
-        raise UpcycleError(f"{where}: {error}.") from error
-    layout = target.layouts[target.stored_layout(moe.tensors, config)]
-    return MoeTensors(
-        moe, target, layout, num_experts, top_k, expert_size, tuple(layers), num_layers
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +74,7 @@ class LazyModel:
 
     def block(self, layer: int, target: Target) -> Model | Span:
         """Return the part of a layer that a conversion to `target` replaces, before or after it."""
-        with transformers_says():
+        with transformers_errors():
             if target.parallel_mlp is not None:
                 return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
             return self.layer(layer).get_submodule(self.mlp)
@@ -135,7 +82,7 @@ class LazyModel:
     def router(self, layer: int) -> Model:
         """Return the module that returns logits, gates and chosen experts; TransformersError."""
         assert self.experts is not None
-        with transformers_says():
+        with transformers_errors():
             return self.layer(layer).get_submodule(self.experts.target.in_memory.gate)
 
 
@@ -159,13 +106,13 @@ def lazy_model(
         weights.setdefault(name, pieces[0])
         narrow = pieces[0].dtype if round_to is None else round_to(name, pieces[0])
         sees = None if observe is None else partial(observe, name)
-        return Stored(pieces, lambda held: held.to(narrow).float(), observe=sees)
+        return Stored(pieces, narrow, sees)
 
     experts, stacks = None, {}
     if is_target(checkpoint.config):
         experts = moe_tensors(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
-        find, parts = finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}
+        find, parts = _finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}
         for layer in experts.layers:
             for weight in target.in_memory.experts:
                 if {*weight.parts} <= parts:
@@ -173,18 +120,18 @@ def lazy_model(
                     stacks[layer, weight.name] = Stack(one)
     else:
         family = dense_family(checkpoint.config, checkpoint.tensors)
-        find, mlp = finder(checkpoint, family.inside, "model."), family.mlp[0].name.split(".")[0]
+        find, mlp = _finder(checkpoint, family.inside, "model."), family.mlp[0].name.split(".")[0]
 
     def tensor(disk_name: str, name: str) -> Stored | None:
         found = find(disk_name)
         return None if found is None else stored(name, reader.tensor(found))
 
-    net = stored_model(checkpoint.path, tensor, stacks)
+    net = _net(checkpoint.path, tensor, stacks)
     model = LazyModel(checkpoint, net, experts, mlp, weights)
     if experts is not None:
         for layer in experts.layers if merge_copies else ():
             module = model.layer(layer).get_submodule(experts.target.in_memory.module)
-            merge = _MergeCopies(experts, reader, layer)
+            merge = MergeCopies(experts, reader, layer)
             module.register_forward_pre_hook(merge)
     return model
 
@@ -201,71 +148,6 @@ def _expert(
     held = next(each for each in experts.target.in_memory.experts if each.name == weight)
     pieces = [experts.part(reader, layer, number, part) for part in held.parts]
     return stored(f"layers.{layer}.{weight}", *pieces)
-
-
-class _MergeCopies:
-    """A hook on a layer's experts: copies of one expert are run once, with the sum of their gates.
-
-    Which experts are copies is found by comparing their bytes, when the layer is first run.
-    """
-
-    def __init__(self, experts: MoeTensors, reader: Reader, layer: int) -> None:
-        self._experts, self._reader, self._layer = experts, reader, layer
-        self._first_N: torch.Tensor | None = None
-
-    def __call__(
-        self, _module: Model, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        states_SH, experts_ST, gates_ST, *rest = inputs
-        if self._first_N is None:
-            self._first_N = torch.tensor(self._find())
-        first_ST = self._first_N[experts_ST]
-        if torch.equal(first_ST, experts_ST):
-            return None
-        gates_SN = gates_ST.new_zeros(len(gates_ST), len(self._first_N))
-        gates_SN.scatter_add_(1, first_ST, gates_ST)
-        chosen_SN = torch.zeros_like(gates_SN).scatter_(1, first_ST, 1.0)
-        # A token with fewer different experts than another has gates of 0 in the rest of its row.
-        most = int(chosen_SN.sum(-1).max())
-        merged_ST = chosen_SN.topk(most).indices
-        return (states_SH, merged_ST, gates_SN.gather(1, merged_ST), *rest)
-
-    def _find(self) -> list[int]:
-        """Return for each expert the first one that has the same bytes."""
-        known: dict[bytes, list[int]] = {}
-        found = []
-        for expert in range(self._experts.num_experts):
-            start = b"".join(bytes(raw_bytes(p.flatten()[:_SAMPLE])) for p in self._parts(expert))
-            alike = known.setdefault(start, [])
-            same = next((other for other in alike if self._same(expert, other)), expert)
-            if same == expert:
-                alike.append(expert)
-            found.append(same)
-        return found
-
-    def _parts(self, expert: int) -> list[torch.Tensor]:
-        experts = self._experts
-        return [experts.part(self._reader, self._layer, expert, part) for part in experts.parts]
-
-    def _same(self, one: int, other: int) -> bool:
-        pairs = zip(self._parts(one), self._parts(other), strict=True)
-        return all(torch.equal(_bits(left), _bits(right)) for left, right in pairs)
-
-
-_SAMPLE = 32
-"""Elements of each part that tell most different experts apart."""
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bits as integers, as large as its last dimension allows."""
-    for dtype in (torch.int64, torch.int32):
-        size = dtype.itemsize // tensor.element_size()
-        if size and tensor.stride(-1) == 1 and tensor.shape[-1] % size == 0 and size > 1:
-            try:
-                return tensor.view(dtype)
-            except RuntimeError:  # it does not begin where such an integer can
-                continue
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
@@ -287,3 +169,117 @@ def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
         return last
 
     return Span(module(names.mlp_before), module(names.last), whole)
+
+
+def _finder(
+    checkpoint: Checkpoint, inside: Inside | None, root: str
+) -> Callable[[str], str | None]:
+    """Return a function to a name on disk from one that transformers writes or has in memory."""
+    if inside is None:
+
+        def names(name: str) -> Iterator[str]:
+            # Fused experts have the names in memory, but for the prefix.
+            yield from (name, root + name.removeprefix("model."))
+    else:
+        loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
+        released = Inside(inside.wrapper, inside.wrapper.released)
+
+        def names(name: str) -> Iterator[str]:
+            yield from (loaded.get(name, ""), released.moved(name, inside))
+
+    return lambda name: next((known for known in names(name) if known in checkpoint.tensors), None)
+
+
+def _net(
+    path: Path,
+    tensor: Find,
+    stacks: Mapping[tuple[int, str], Stack],
+) -> Model:
+    """Return a model whose weights stay in their files.
+
+    `stacks` are the experts' weights by layer and name within the layer, as they are in memory.
+    Raises TransformersError when a weight is missing or has another shape than the config implies.
+    """
+    config = load_config(path)
+    config._experts_implementation = "eager"  # noqa: SLF001 - the others want one tensor of all
+    config.dtype = torch.float32
+    with transformers_errors(), torch.no_grad():
+        model = empty_model(config, "meta")
+        _compute_buffers(model)
+        for (layer, name), stack in stacks.items():
+            module, _, leaf = name.rpartition(".")
+            slots = decoder_layers(model)[layer].get_submodule(module)._parameters  # noqa: SLF001
+            _check_shape(f"{name} of layer {layer}", stack[0].shape, slots[leaf].shape[1:])
+            slots[leaf] = stack
+        _fill(model, tensor)
+    return model
+
+
+def _compute_buffers(model: Model) -> None:
+    """Compute the buffers that no file holds, such as rotary frequencies."""
+    owners = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        owners[owner] = model.get_submodule(owner)
+        owners[owner]._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001
+    for name, owner in owners.items():
+        # from_pretrained asks the innermost model that the module is a part of.
+        whole = model
+        for end in (i for i, letter in enumerate(f"{name}.") if letter == "."):
+            inner = model.get_submodule(name[:end])
+            whole = inner if hasattr(inner, "_initialize_weights") else whole
+        whole._initialize_weights(owner)  # noqa: SLF001
+
+
+def _check_shape(name: str, held: torch.Size, implied: torch.Size) -> None:
+    if held != implied:
+        raise TransformersError(f"{name} has shape {[*held]}, and config.json implies {[*implied]}")
+
+
+def _untie(model: Model, tensor: Find) -> None:
+    """Give the head a weight of its own if the files have one, as from_pretrained does."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    if tensor(f"{name}.weight", f"{name}.weight") is not None:
+        head._parameters["weight"] = torch.empty_like(head.weight)  # noqa: SLF001
+
+
+def _fill(model: Model, tensor: Find) -> None:
+    """Put each stored weight in its place, except those of experts.
+
+    Some weights have memory and random values by now: not all code that makes a tensor asks which
+    device to use.
+    """
+    _untie(model, tensor)
+    state = model.state_dict(keep_vars=True)
+    named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
+    in_memory = {id(held): name for name, held in reversed(named.items())}
+    places = _places(model, in_memory)
+    found: dict[int, Stored] = {}
+    # A tied head is the embedding, and only one of the two names may be on disk; and some save a
+    # model under the names that it has in memory.
+    for name, held in (*names_on_disk(model, named).items(), *named.items()):
+        stored = None if id(held) in found else tensor(name, in_memory.get(id(held), name))
+        if stored is not None:
+            found[id(held)] = stored
+    for name, held in named.items():
+        if id(held) not in found:
+            raise TransformersError(f"{name} is in no file under its name")
+        stored = found[id(held)]
+        _check_shape(name, stored.shape, held.shape)
+        for slots, leaf in places[id(held)]:
+            # A vector is read whole: all sorts of functions use it.
+            slots[leaf] = stored if held.dim() > 1 else stored.whole()
+
+
+def _places(model: Model, wanted: Container[int]) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Return where a model keeps each of its tensors, by their ids."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):  # noqa: SLF001
+            for leaf, held in slots.items():
+                if id(held) in wanted:
+                    places.setdefault(id(held), []).append((slots, leaf))
+    return places

@@ -1,7 +1,7 @@
-"""Everything that transformers is asked: configs, empty models, loaded models, tokenizers.
+"""Calls into transformers: configs, empty models and tokenizers.
 
 Its warnings, progress bars and log lines stay off the user's screen, and whatever it raises on a
-damaged checkpoint becomes a `TransformersError` with what it said. Nothing here goes online.
+damaged checkpoint becomes a `TransformersError` with its message. Nothing here goes online.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from typing import Any, TypeAlias
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
-from upcycle_cli.models.moe import Target
-from upcycle_cli.models.shipped import auto_map
-from upcycle_cli.run.shipped import known
+from upcycle_cli.run.shipped import registered
 
-Shapes = dict[str, tuple[int, ...]]
 Config: TypeAlias = Any
 Model: TypeAlias = Any
-"""Transformers has no types to name."""
+"""transformers has no types to name."""
 
-# What is not trusted outright, it may ask about on the terminal.
+# Without an answer about remote code, transformers may ask on the terminal.
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 class TransformersError(Exception):
-    """Transformers refused, in its own words."""
+    """transformers failed; the message is its own."""
 
 
 def _transformers() -> tuple[Any, Any, Any]:
@@ -52,7 +49,7 @@ def _transformers() -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def transformers_says() -> Iterator[None]:
+def transformers_errors() -> Iterator[None]:
     """Keep transformers quiet and offline, and turn what it raises into TransformersError."""
     _transformers()
     from huggingface_hub import constants
@@ -60,9 +57,9 @@ def transformers_says() -> Iterator[None]:
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     offline = constants.HF_HUB_OFFLINE
-    _let_say(logging.CRITICAL)
+    _set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    # A checkpoint can name repos in more places than there are options to forbid it.
+    # A checkpoint can name repos in more places than options can forbid.
     constants.HF_HUB_OFFLINE = True
     try:
         with warnings.catch_warnings():
@@ -74,38 +71,38 @@ def transformers_says() -> Iterator[None]:
         lack = lack_in_words(error)
         if lack is not None:
             raise lack from error
-        # The tokenizers library panics where it was not made for its input, outside of Exception.
+        # The tokenizers library panics on some inputs, outside of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        # There is no list of what a damaged checkpoint can make transformers raise: OSError and
-        # ValueError, but KeyError, ZeroDivisionError and huggingface_hub's own as well. All of it
-        # is a finding about the checkpoint, but for what the system refuses.
+        # A damaged checkpoint can make transformers raise nearly anything: OSError, ValueError,
+        # KeyError, ZeroDivisionError, errors of huggingface_hub. All of them are findings about
+        # the checkpoint, except what the system refuses.
         if isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS:
             raise
         words = " ".join(str(error).split()) or type(error).__name__
         raise TransformersError(f"{type(error).__name__}: {words[:300]}") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
-        _let_say(verbosity)
+        _set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
 
-def _let_say(verbosity: int) -> None:
+def _set_verbosity(verbosity: int) -> None:
     from transformers.utils import logging
 
-    if logging.get_verbosity() != verbosity:  # since to set it is to visit every logger there is
+    if logging.get_verbosity() != verbosity:  # setting it visits all loggers
         logging.set_verbosity(verbosity)
 
 
 def load_config(path: Path) -> Config:
     """Return transformers' config of a checkpoint; raises TransformersError."""
     auto_config, _, _ = _transformers()
-    with transformers_says(), known(_model_type(path)):
+    with transformers_errors(), registered(_model_type(path)):
         config = auto_config.from_pretrained(path, **_OFFLINE)
         text = config.get_text_config()
         if getattr(text, "is_heterogeneous", False):
-            # Else whoever asks for what only some layers have otherwise is refused.
+            # Else reading a setting that differs between layers raises an error.
             text.allow_global_per_layer_attribute_access = True
         return config
 
@@ -119,7 +116,7 @@ def saved_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         path = Path(scratch)
         (path / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         loaded = load_config(path)
-        with transformers_says():
+        with transformers_errors():
             saved, whole = (loaded.to_json_string(use_diff=diff) for diff in (True, False))
         return json.loads(saved), json.loads(whole)
 
@@ -128,47 +125,11 @@ def _model_type(path: Path) -> str:
     return str(read_json(path / CONFIG_NAME).get("model_type"))
 
 
-def empty_shapes(path: Path, *, layers: int | None = None, **sizes: int) -> tuple[Shapes, Shapes]:
-    """Return the tensors' shapes that config.json implies, as held in memory and as released.
-
-    `sizes` are settings to be changed before, and `layers` is how many of the first are wanted, all
-    unless given. It costs no memory; raises TransformersError.
-    """
-    config = load_config(path)
-    with transformers_says():
-        text = config.get_text_config()
-        for key, value in sizes.items():
-            setattr(text, key, value)
-        if layers is not None:
-            shorten(text, layers)
-        model = empty_model(config, "meta")
-        held = model.state_dict()
-        return _shapes(held), _shapes(names_on_disk(model, held))
-
-
-def _shapes(tensors: Mapping[str, Any]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def shorten(config: Config, layers: int) -> None:
-    """Leave a config its first layers, and what it says of each of them."""
-    total = config.num_hidden_layers
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == total:
-            setattr(config, key, value[:layers])
-    if hasattr(config, "moe_layers"):
-        config.moe_layers = [layer for layer in config.moe_layers if layer < layers]
-    if hasattr(config, "num_kv_shared_layers"):
-        first = total - config.num_kv_shared_layers  # from which on they take others' keys
-        config.num_kv_shared_layers = max(0, layers - first)
-    config.num_hidden_layers = layers
-
-
 def empty_model(config: Config, device: str) -> Model:
-    """Return a model that no weights were loaded for, in evaluation mode, on torch's device."""
+    """Return a model without loaded weights, in evaluation mode, on a device of torch."""
     import torch
 
-    with torch.device(device), known(config.model_type):
+    with torch.device(device), registered(config.model_type):
         return _auto_class(config).from_config(config).eval()
 
 
@@ -179,31 +140,18 @@ def _auto_class(config: Config) -> Any:  # noqa: ANN401
 
     if config.get_text_config() is not config:
         return transformers.AutoModelForImageTextToText
-    # Some text models are nothing but a part of another.
+    # Some text models exist only as a part of a wrapper.
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
 
 
 def decoder_layers(model: Model) -> Model:
-    """Return the list of the layers of a causal LM, or of the text model inside of another."""
+    """Return the layers of a causal LM, or of the text model inside a wrapper."""
     from torch.nn import ModuleList
 
     base = model.base_model
     text = getattr(base, "language_model", base)
     return next(child for child in text.children() if isinstance(child, ModuleList))
-
-
-def class_of(target: Target) -> str:
-    """Return the name of an architecture's class, of transformers' or of the shipped code."""
-    from transformers.models.auto import modeling_auto
-
-    if target.ships_code:
-        *_, place = auto_map(wrapped=target.inside is not None).values()
-        return place.rpartition(".")[2]
-    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if target.inside is not None:
-        names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return str(names[target.outer_type])
 
 
 def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +164,7 @@ def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:
 def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
     """Return the tokenizer of a directory; raises TransformersError."""
     _, _, auto_tokenizer = _transformers()
-    with transformers_says(), known(_model_type(path)):
+    with transformers_errors(), registered(_model_type(path)):
         return auto_tokenizer.from_pretrained(path, **_OFFLINE)
 
 

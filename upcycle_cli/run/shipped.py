@@ -1,7 +1,7 @@
-"""The code that is shipped with a model: is it ours, and to be run?
+"""Run models whose code upcycle ships, without running code of a checkpoint.
 
-No code of a checkpoint is ever run. Where its text is what this version writes for its family, that
-very code is run from here, and transformers is told that it knows the model type.
+The code that this version writes for the model type is run from here, and registered with
+transformers for as long as it is needed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
 from upcycle_cli.models.families import upcycled_family
-from upcycle_cli.models.moe import Target
-from upcycle_cli.models.shipped import CODE_NAME, UPCYCLED_PREFIX, auto_map, modeling_code
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of
 
 
@@ -28,21 +24,6 @@ def _code_for(model_type: str) -> str:
     if wrapper is not None:
         return modeling_code(wrapper.classes, wrapped=True)
     return modeling_code(upcycled_family({"model_type": model_type}).class_names)
-
-
-def code_failure(moe: Checkpoint, target: Target) -> str | None:
-    """Say what is wrong with the code that an MoE ships, or None."""
-    if not target.ships_code:
-        return None
-    try:
-        held = read_small(moe.storage.local(CODE_NAME), MOST_JSON_BYTES)
-    except (UpcycleError, OSError) as error:
-        return f"{CODE_NAME} cannot be read: {error}"
-    if held != _code_for(target.outer_type).encode():
-        return f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
-    if moe.config.get("auto_map") != auto_map(wrapped=target.inside is not None):
-        return f"config.json: auto_map does not name the classes of {CODE_NAME}"
-    return None
 
 
 class _Text(importlib.abc.SourceLoader):
@@ -57,10 +38,10 @@ class _Text(importlib.abc.SourceLoader):
 
 
 @contextmanager
-def known(model_type: str) -> Iterator[None]:
-    """Make transformers know a model type whose code is shipped; any other it knows already.
+def registered(model_type: str) -> Iterator[None]:
+    """Register a model type whose code is shipped; transformers knows all others.
 
-    Not for longer: a caller's own model, loaded with its code, would be saved without it.
+    It is taken back at the end: else a caller's own model would be saved without its code.
     """
     if not model_type.startswith(UPCYCLED_PREFIX):
         yield
@@ -78,7 +59,7 @@ def known(model_type: str) -> Iterator[None]:
     try:
         yield
     finally:
-        CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - it has no other way
+        CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - there is no public way
         for auto, _ in models:
             auto._model_mapping._extra_content.pop(config, None)  # noqa: SLF001
 

@@ -12,7 +12,7 @@ from upcycle_cli.run.models import (
     TransformersError,
     load_tokenizer,
     tokenizer_files,
-    transformers_says,
+    transformers_errors,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def tokenized(
         return [], str, "the dense model has no tokenizer"
     try:
         tokenizer = load_tokenizer(dense.path)
-        with transformers_says():
+        with transformers_errors():
             found = [_ids(tokenizer, text) for text in texts]
     except TransformersError as error:
         return [], str, f"the dense model's tokenizer cannot be used ({error})"

@@ -341,17 +341,17 @@ def _equals_saved(
 
 
 def _saved_tokenizer(dense: Path, again: Path) -> None:
-    from upcycle_cli.run.models import load_tokenizer, transformers_says
+    from upcycle_cli.run.models import load_tokenizer, transformers_errors
 
     tokenizer = load_tokenizer(dense)
-    with transformers_says():
+    with transformers_errors():
         tokenizer.save_pretrained(again)
 
 
 def _saved_generation(dense: Path, again: Path) -> None:
-    from upcycle_cli.run.models import transformers_says
+    from upcycle_cli.run.models import transformers_errors
 
-    with transformers_says():
+    with transformers_errors():
         from transformers import GenerationConfig
 
         GenerationConfig.from_pretrained(dense, local_files_only=True).save_pretrained(again)

@@ -16,7 +16,7 @@ import torch
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.run.lazy_models import LazyModel
-from upcycle_cli.run.models import Model, TransformersError, transformers_says
+from upcycle_cli.run.models import Model, TransformersError, transformers_errors
 
 _BEFORE, _AFTER = 4, 12
 """Tokens of text; the positions after the picture, and its last, are compared."""
@@ -35,12 +35,12 @@ def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
     if getattr(dense.net.config, "vision_config", None) is None:
         return {}
     try:
-        with transformers_says(), torch.no_grad():
+        with transformers_errors(), torch.no_grad():
             inputs = _inputs(dense.net)
             wanted_KV = _logits(dense.net, inputs)
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
-    with transformers_says(), torch.no_grad():
+    with transformers_errors(), torch.no_grad():
         found_KV = _logits(moe.net, inputs)
     p_KV, q_KV = (logits.log_softmax(-1) for logits in (wanted_KV, found_KV))
     return {

@@ -21,7 +21,7 @@ from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
-from upcycle_cli.run.models import TransformersError, transformers_says
+from upcycle_cli.run.models import TransformersError, transformers_errors
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import Continuation, LayerMeasure
@@ -95,14 +95,14 @@ def run_side_by_side(
             has_experts = layer in moe.experts.layers
             if has_experts:
                 run.extra = own.mlp_input.flatten(0, -2)[sample]
-            with transformers_says():
+            with transformers_errors():
                 run.steps.advance()
             if has_experts:
                 measures.append(_measure(own, run, routing.layers[layer], layer, sample))
             watch.checked(layer + 1, moe.num_layers, "layers")
         for other in runs:
             _advance_dense(dense, other)
-        with transformers_says():
+        with transformers_errors():
             run.steps.advance()
             endings = [_ending(each) for each in (*runs, run)]
             middle = endings[1] if rounded is not None else None
@@ -112,7 +112,7 @@ def run_side_by_side(
 
 def _advance_dense(dense: LazyModel, run: Run) -> None:
     try:
-        with transformers_says():
+        with transformers_errors():
             run.steps.advance()
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
@@ -162,7 +162,7 @@ def _continued(model: LazyModel, opening: torch.Tensor, count: int) -> list[int]
     found: list[int] = []
     ids, cache = opening, None
     for _ in range(count):
-        with transformers_says(), torch.no_grad():
+        with transformers_errors(), torch.no_grad():
             output = model.net(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
             )

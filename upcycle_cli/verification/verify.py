@@ -230,10 +230,10 @@ class _Case:
         if unsafe := unsafe_settings(self.moe.config, allowed):
             words = [f"{CONFIG_NAME}: {each}" for each in unsafe]
             return Findings(words).result("outputs", "", note="The MoE was not run.")
-        from upcycle_cli.run.models import transformers_says
+        from upcycle_cli.run.models import transformers_errors
         from upcycle_cli.verification.outputs import check_outputs
 
-        with transformers_says():  # raises where transformers is broken, which is no damage
+        with transformers_errors():  # raises where transformers is broken, which is no damage
             pass
         return check_outputs(self.dense, self.moe, self._expectation(), self.texts, self.watch)
 
