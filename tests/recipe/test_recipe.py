@@ -1,0 +1,231 @@
+"""Recipes: which are valid, what they leave to the target, and what they promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import make_recipe
+
+from upcycle_cli import Growth, Recipe, UpcycleError
+from upcycle_cli.recipe.recipe import (
+    DEFAULT_LOGIT_STD,
+    Promise,
+    Routing,
+    ScaleSplit,
+    Scaling,
+    parse_recipe_name,
+)
+from upcycle_cli.recipe.scaling import Factors
+
+SOFTMAX_TOPK, TOPK_SOFTMAX, SIGMOID_TOPK = Routing
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("E8G1T2", (8, 1, 2)),
+        ("e16g4t32", (16, 4, 32)),
+        (" E2G1T1\n", (2, 1, 1)),
+        ("E0G0T0", (0, 0, 0)),  # well-formed; Recipe refuses the sizes
+    ],
+)
+def test_parse_the_papers_notation(text: str, sizes: tuple[int, int, int]) -> None:
+    assert parse_recipe_name(text) == sizes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "E8G1", "8x2", "G1E8T2", "E8G1T2T2", "E-8G1T2", "E8.5G1T2", "E8 G1T2"]
+)
+def test_refuse_other_notations_with_an_example(text: str) -> None:
+    with pytest.raises(UpcycleError, match="is not a recipe") as caught:
+        parse_recipe_name(text)
+    assert text in caught.value.message
+    assert "E8G1T2" in (caught.value.hint or "")
+
+
+@given(expansion=st.integers(1, 64), granularity=st.integers(1, 64), groups=st.integers(1, 64))
+def test_the_name_holds_every_size(expansion: int, granularity: int, groups: int) -> None:
+    top_k = granularity * min(groups, expansion)
+    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
+    assert parse_recipe_name(recipe.name) == (expansion, granularity, top_k)
+    assert recipe.num_experts == expansion * granularity
+    assert recipe.picks_whole_groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"expansion": 0}, "expansion (E) must be at least 1, not 0"),
+        ({"granularity": 0}, "granularity (G) must be at least 1, not 0"),
+        ({"top_k": 0}, "top-k (T) must be at least 1, not 0"),
+        ({"top_k": 9, "allow_inexact": True}, "more than the 4 experts"),
+        ({"top_k": 3}, "Use a top-k of 2 or 4, or pass --allow-inexact"),
+        ({"top_k": 1}, "Use a top-k of 2, or pass --allow-inexact"),
+        ({"expansion": 4097}, "At most 4096"),
+        ({"shared_experts": 2}, "fewer than G"),
+        ({"scaling": 0.0}, "the scale must be a positive number"),
+        ({"scaling": math.nan}, "the scale must be a positive number"),
+        ({"scaling": "double"}, "double"),
+        ({"routing": "random"}, "random"),
+        ({"scale_split": "up"}, "up"),
+        ({"router_logit_std": 0.0}, "router logit standard deviation"),
+        ({"router_logit_std": math.inf}, "router logit standard deviation"),
+        ({"router_logit_std": 1.0, "router_init": "file"}, "--router-logit-std"),
+        ({"seed": -1}, "the seed must be between"),
+        ({"seed": 2**63}, "the seed must be between"),
+        ({"noise": 1e-7}, "noise must be"),
+        ({"noise": 1.5}, "noise must be"),
+        ({"reinit": 1.5}, "reinit must be"),
+        ({"noise": 0.1, "reinit": 0.1}, "Give --noise or --reinit"),
+        ({"noise": 0.1, "shared_experts": 1, "top_k": 1}, "--shared-experts"),
+    ],
+    ids=str,
+)
+def test_a_recipe_is_valid_or_is_not_made(changes: dict[str, Any], words: str) -> None:
+    valid: dict[str, Any] = {"expansion": 2, "granularity": 2, "top_k": 2}
+    with pytest.raises(UpcycleError) as caught:
+        Recipe(**valid | changes)
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("values", [{"expand": 1}, {"expand": 2, "top_k": 0}])
+def test_a_growth_is_valid_or_is_not_made(values: dict[str, int]) -> None:
+    with pytest.raises(UpcycleError, match="must be at least"):
+        Growth(**values)
+
+
+def test_python_callers_may_write_what_the_command_line_takes() -> None:
+    """A plain string equals a StrEnum member without being one, and 4 is as good as 4.0."""
+    loose: dict[str, Any] = {"scaling": "none", "scale_split": "down", "routing": "topk-softmax"}
+    written = make_recipe("E8G1T2", **loose)
+    meant = make_recipe("E8G1T2", TOPK_SOFTMAX, scaling=Scaling.NONE, scale_split=ScaleSplit.DOWN)
+    assert written == meant
+    assert written.routing is TOPK_SOFTMAX
+    assert make_recipe("E8G1T2", TOPK_SOFTMAX, scaling=4).factors().c == 4.0
+
+
+@pytest.mark.parametrize("default", list(Routing))
+def test_resolving_fills_in_only_what_is_absent(default: Routing) -> None:
+    # Any router is exact for gates that sum to 1; the others must be nearly equal.
+    assert DEFAULT_LOGIT_STD == {SOFTMAX_TOPK: 0.001, TOPK_SOFTMAX: 1.0, SIGMOID_TOPK: 1.0}
+    resolved = make_recipe("E8G1T2", seed=3).resolve(default)
+    assert (resolved.routing, resolved.seed) == (default, 3)
+    assert resolved.router_logit_std == DEFAULT_LOGIT_STD[default]
+    assert resolved.resolve(TOPK_SOFTMAX) == resolved
+    stated = make_recipe("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.5)
+    assert stated.resolve(default) == replace(stated, scale_split=ScaleSplit.BALANCED)
+
+
+def test_the_config_holds_the_factor_where_the_target_can() -> None:
+    recipe = make_recipe("E8G8T8", SIGMOID_TOPK)
+    assert recipe.resolve(SIGMOID_TOPK).scale_split is ScaleSplit.BALANCED
+    in_config = recipe.resolve(SIGMOID_TOPK, scales_in_config=True)
+    held = Factors(c=8.0, gate=1.0, up=1.0, down=1.0, down_bias=0.125, config=8.0)
+    assert in_config.factors() == held
+    down = replace(recipe, scale_split=ScaleSplit.DOWN)
+    assert down.resolve(SIGMOID_TOPK, scales_in_config=True).scale_split is ScaleSplit.DOWN
+
+
+@pytest.mark.parametrize("granularity", [5, 7, 8, 24])
+def test_a_granularity_must_divide_the_intermediate_size(granularity: int) -> None:
+    hints = {5: "Try 4 or 6.", 7: "Try 6 or 12.", 8: "Try 6 or 12.", 24: "Try 12."}
+    with pytest.raises(UpcycleError, match="12 is not divisible by granularity") as caught:
+        make_recipe(f"E2G{granularity}T{granularity}").check_width(12)
+    assert caught.value.hint == hints[granularity]
+
+
+# Promises ----------------------------------------------------------------------------------------
+
+
+def shard_weights(recipe: Recipe, logit_std: float, seed: int) -> list[float]:
+    """Return a token's weight of each shard of the dense MLP, where the dense model has 1.
+
+    Routes one token by the definition of the routing, top-k breaking ties by lowest index.
+    """
+    draw = random.Random(seed)  # noqa: S311 - nothing secret here
+    groups, size = recipe.expansion, recipe.granularity
+    rows = groups if recipe.virtual_groups else recipe.num_experts
+    logits = [draw.gauss(0, logit_std) for _ in range(rows)]
+    if recipe.virtual_groups:
+        logits = [logit for logit in logits for _ in range(size)]
+    chosen = sorted(range(recipe.num_experts), key=lambda e: -logits[e])[: recipe.top_k]
+    pool = range(recipe.num_experts) if recipe.routing is SOFTMAX_TOPK else chosen
+    sigmoid = recipe.routing is SIGMOID_TOPK
+    scores = [1 / (1 + math.exp(-logit)) if sigmoid else math.exp(logit) for logit in logits]
+    total = sum(scores[e] for e in pool)
+    factors = recipe.factors()
+    weights = [0.0] * size
+    for expert in chosen:
+        gate = factors.config * scores[expert] / total
+        weights[expert % size] += gate * factors.up * factors.down
+    return weights
+
+
+def deviation(recipe: Recipe, logit_std: float) -> float:
+    return max(
+        abs(weight - 1) for seed in range(3) for weight in shard_weights(recipe, logit_std, seed)
+    )
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_a_simulated_token_keeps_every_promise(routing: Routing) -> None:
+    seen = set()
+    for expansion, granularity in itertools.product((1, 2, 3, 4), (1, 2, 3)):
+        for top_k, scaling, split, grouped in itertools.product(
+            range(1, expansion * granularity + 1),
+            (*Scaling, 1.0, 2.0, 4.5),
+            ScaleSplit,
+            (True, False),
+        ):
+            recipe = Recipe(
+                expansion=expansion,
+                granularity=granularity,
+                top_k=top_k,
+                routing=routing,
+                scaling=scaling,
+                scale_split=split,
+                virtual_groups=grouped,
+                allow_inexact=True,
+            )
+            linear = recipe.factors().gate == 1  # a gated MLP is not linear in its gate
+            exact = linear and deviation(recipe, 1.0) < 1e-9
+            approximate = linear and deviation(recipe, 1e-7) < 1e-6
+            seen.add(recipe.promise())
+            match recipe.promise():
+                case Promise.EXACT:
+                    assert exact, recipe
+                case Promise.APPROXIMATE:
+                    assert approximate and not exact, recipe  # noqa: PT018
+                case Promise.NONE if grouped or granularity == 1:
+                    assert not approximate, recipe
+                case Promise.NONE:
+                    # Without groups a token gets whole MLPs only by choosing all experts.
+                    assert not exact, recipe
+    assert seen == set(Promise) - ({Promise.APPROXIMATE} if routing is not SOFTMAX_TOPK else set())
+
+
+@pytest.mark.parametrize(
+    ("settings", "promise"),
+    [
+        ({"routing": TOPK_SOFTMAX}, Promise.EXACT),
+        ({"routing": SOFTMAX_TOPK}, Promise.APPROXIMATE),
+        ({"routing": SOFTMAX_TOPK, "router_logit_std": 0.06}, Promise.NONE),
+        ({"routing": SOFTMAX_TOPK, "router_init": "file"}, Promise.NONE),
+        ({"routing": TOPK_SOFTMAX, "router_init": "file"}, Promise.EXACT),
+        ({"routing": TOPK_SOFTMAX, "scaling": 8.1}, Promise.NONE),
+        ({"routing": TOPK_SOFTMAX, "noise": 0.01}, Promise.NONE),
+        ({"routing": TOPK_SOFTMAX, "reinit": 0.5}, Promise.NONE),
+        ({"routing": TOPK_SOFTMAX, "top_k": 4, "allow_inexact": True}, Promise.NONE),
+    ],
+    ids=str,
+)
+def test_promises_of_e8g8t8(settings: dict[str, Any], promise: Promise) -> None:
+    recipe = Recipe(**{"expansion": 8, "granularity": 8, "top_k": 8} | settings)
+    assert recipe.promise() is promise

@@ -1,0 +1,132 @@
+"""Recipe files: reading them, and writing over nothing but a saved recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import clone, contents
+from refusals import assert_refused, invoke
+
+from upcycle_cli import UpcycleError
+from upcycle_cli.recipe.recipe_file import Kind, Value, load_config, save_config
+
+KNOWN = ["source", "output", "recipe", "target", "routing", "seed"]
+VALUES: dict[str, Value] = {
+    "source": "dense",
+    "output": "moe",
+    "recipe": "E2G1T1",
+    "target": "mixtral",
+    "routing": "topk-softmax",
+    "seed": 7,
+}
+
+
+def save(path: Path) -> None:
+    save_config(path, VALUES, KNOWN, keep_out_of=())
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a directory": Path.mkdir,
+    "a terabyte of zeros": sparse,
+    "a megabyte": lambda path: path.write_text("# " + "x" * 1_000_000),
+    "binary data": lambda path: path.write_bytes(b"\xff\xfe"),
+    "a list": lambda path: path.write_text("[1]"),
+    "an unknown option": lambda path: path.write_text('{"sauce": "dense"}'),
+    "a wrong type": lambda path: path.write_text('{"source": ["dense"]}'),
+    "a truth value": lambda path: path.write_text('{"seed": true}'),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_refuse_to_read_what_is_no_recipe_file(tmp_path: Path, kind: str) -> None:
+    for name in ("u.json", "u.toml"):
+        UNREADABLE[kind](tmp_path / name)
+        with pytest.raises(UpcycleError, match=name):
+            load_config(tmp_path / name, dict.fromkeys(KNOWN, Kind.VALUE))
+
+
+@pytest.mark.parametrize("name", ["u.toml", "u.json", "u.TOML", "no suffix"])
+def test_a_saved_recipe_can_be_read_edited_and_saved_again(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    save(path)
+    path.write_text(path.read_text().replace("7", "9"))
+    save_config(path, VALUES | {"seed": 8}, KNOWN, keep_out_of=())
+    assert load_config(path, dict.fromkeys(KNOWN, Kind.VALUE))["seed"] == "8"
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def link(target: str) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(target)
+
+
+def text(held: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(held)
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "weights.safetensors": text("\x08\0\0\0\0\0\0\0{}"),
+    "empty.toml": text(""),
+    "own.toml": text('source = "dense"\noutput = "moe"\nrecipe = "E2G1T1"\n'),
+    "config.json": text('{"model_type": "llama"}'),
+    "few.json": text('{"source": "dense", "seed": 3}'),
+    "more.json": text(json.dumps(VALUES | {"model_type": "llama"})),
+    "list.json": text("[]"),
+    "broken.json": text('{"source": "dense"'),
+    "link.toml": link("thesis"),
+    "dangling.toml": link("nothing"),
+    "device.toml": link("/dev/null"),
+    "pipe.toml": os.mkfifo,
+    "directory.toml": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_write_over_nothing_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / "thesis").write_text("years of work")
+    OTHERS[name](tmp_path / name)
+    before = {entry.name: entry.lstat() for entry in tmp_path.iterdir()}
+    with pytest.raises(UpcycleError, match="is not what --save-config has written"):
+        save(tmp_path / name)
+    assert {entry.name: entry.lstat() for entry in tmp_path.iterdir()} == before
+
+
+def test_a_planted_temporary_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("years of work")
+    for name in (".u.toml.new", "u.toml.new"):
+        (tmp_path / name).symlink_to(tmp_path / "thesis")
+    save(tmp_path / "u.toml")
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert tomllib.loads((tmp_path / "u.toml").read_text()) == VALUES
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["dense/model.safetensors", "dense/deeper/u.toml", "link/u.toml", "moe/u.toml", "loop/u.toml"],
+)
+def test_save_nothing_in_the_source_or_the_output(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = clone(llama, tmp_path / "dense")
+    (dense / "deeper").mkdir()
+    (tmp_path / "link").symlink_to(dense)
+    (tmp_path / "loop").symlink_to("loop")
+    before = contents(dense)
+    for dry in ((), ("--dry-run",)):
+        result = invoke("convert", "dense", "moe", "-r", "E2G1T1", "--save-config", place, *dry)
+        words = "symbolic links" if place.startswith("loop") else "where nothing else may be"
+        assert_refused(result, words)
+    assert contents(dense) == before
+    assert not (tmp_path / "moe").exists()

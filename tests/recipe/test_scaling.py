@@ -1,0 +1,184 @@
+"""The factors on an MLP's matrices and biases, for every routing and kind of MLP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import make_recipe
+
+from upcycle_cli import Recipe
+from upcycle_cli.recipe.recipe import Promise, Routing, ScaleSplit, Scaling
+from upcycle_cli.recipe.scaling import Factors, MlpKind
+
+SOFTMAX_TOPK, TOPK_SOFTMAX, SIGMOID_TOPK = Routing
+RELU2, GELU = MlpKind(gated=False, degree=2), MlpKind(gated=False, degree=0)
+SIZES = st.integers(1, 64)
+
+
+def is_power_of_two(value: float) -> bool:
+    """Halve it repeatedly, unlike the package."""
+    while value > 1:
+        value /= 2
+    while value < 1:
+        value *= 2
+    return value == 1
+
+
+def lossless(factors: Factors) -> bool:
+    return all(map(is_power_of_two, (factors.gate, factors.up, factors.down)))
+
+
+@pytest.mark.parametrize(
+    ("name", "routing", "c", "paper"),
+    [
+        ("E8G8T8", SOFTMAX_TOPK, 64.0, 4.0),
+        ("E8G1T2", SOFTMAX_TOPK, 4.0, 1.5874),
+        ("E8G8T8", TOPK_SOFTMAX, 8.0, 2.0),
+        ("E8G1T2", TOPK_SOFTMAX, 1.0, 1.0),
+    ],
+)
+def test_paper_scaling_has_the_papers_values(
+    name: str, routing: Routing, c: float, paper: float
+) -> None:
+    factors = make_recipe(name, routing, scaling=Scaling.PAPER).factors()
+    assert factors.c == c
+    assert factors.gate == factors.up == factors.down == pytest.approx(paper, abs=5e-5)
+    assert factors.gate == paper or paper != round(paper)  # whole cube roots are whole
+
+
+@pytest.mark.parametrize(
+    ("name", "routing", "c", "up", "down"),
+    [
+        ("E8G8T8", SOFTMAX_TOPK, 64.0, 8.0, 8.0),
+        ("E8G1T2", SOFTMAX_TOPK, 4.0, 2.0, 2.0),
+        ("E8G1T2", TOPK_SOFTMAX, 1.0, 1.0, 1.0),
+        ("E2G2T2", TOPK_SOFTMAX, 2.0, 2.0, 1.0),  # an odd exponent: up gets the extra 2
+        ("E8G8T8", TOPK_SOFTMAX, 8.0, 4.0, 2.0),
+        ("E32G1T1", SOFTMAX_TOPK, 32.0, 8.0, 4.0),
+        ("E3G1T1", SOFTMAX_TOPK, 3.0, 2.0, 1.5),  # else one factor is a power of two
+        ("E6G1T1", SOFTMAX_TOPK, 6.0, 2.0, 3.0),
+        ("E12G1T1", SOFTMAX_TOPK, 12.0, 4.0, 3.0),
+    ],
+)
+def test_exact_factors(name: str, routing: Routing, c: float, up: float, down: float) -> None:
+    factors = make_recipe(name, routing).factors()
+    assert (factors.c, factors.gate, factors.up, factors.down) == (c, 1.0, up, down)
+    assert factors.preserve()
+    all_down = make_recipe(name, routing, scale_split=ScaleSplit.DOWN).factors()
+    assert (all_down.c, all_down.up, all_down.down) == (c, 1.0, c)
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_scaling_none_leaves_every_part_alone(routing: Routing) -> None:
+    factors = make_recipe("E8G8T8", routing, scaling=Scaling.NONE).factors()
+    parts = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    assert {factors.of(part) for part in parts} == {1.0}
+    assert factors.c == (64.0 if routing is SOFTMAX_TOPK else 8.0)
+    assert not factors.preserve()
+
+
+@pytest.mark.parametrize("name", ["E2G2T4", "E4G3T12", "E1G5T5", "E8G1T8"])
+def test_all_routings_agree_when_every_expert_is_chosen(name: str) -> None:
+    one, *others = (make_recipe(name, routing) for routing in Routing)
+    for other in others:
+        assert one.factors() == other.factors()
+        assert one.promise() is other.promise() is Promise.EXACT
+
+
+@given(expansion=SIZES, granularity=SIZES, groups=SIZES, routing=st.sampled_from(Routing))
+def test_factors_multiply_to_c(
+    expansion: int, granularity: int, groups: int, routing: Routing
+) -> None:
+    top_k = granularity * min(groups, expansion)
+    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k, routing=routing)
+    factors = recipe.factors()
+    assert math.isclose(factors.up * factors.down, factors.c, rel_tol=1e-12)
+    # Factors below 1 could lose subnormal values; overflow is refused.
+    assert factors.gate == 1
+    assert min(factors.up, factors.down) >= 1
+    assert is_power_of_two(factors.up)
+    assert 1 / 2 <= factors.up / factors.down <= 2
+    assert lossless(factors) == is_power_of_two(factors.c)
+
+
+@given(c=st.floats(1, 1e9))
+def test_any_scale_of_at_least_1_has_factors_of_at_least_1(c: float) -> None:
+    factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=c).factors()
+    assert min(factors.up, factors.down) >= 1
+    assert factors.preserve()
+
+
+@given(exponent=st.integers(0, 30), degree=st.integers(0, 2))
+def test_powers_of_two_are_lossless_for_every_kind(exponent: int, degree: int) -> None:
+    kind = MlpKind(gated=False, degree=degree)
+    factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=2.0**exponent).factors(kind)
+    assert lossless(factors)
+    assert factors.preserve(kind)
+    assert min(factors.up, factors.down) >= 1
+    if degree:
+        assert 1 / 4 < factors.up / factors.down < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "c", "paper", "exact"),
+    [
+        ("E8G8T8", 64.0, 4.0, (4.0, 4.0)),  # the paper's case, where both are the same
+        ("E8G1T2", 4.0, 1.5874, (2.0, 1.0)),
+        ("E2G1T1", 2.0, 1.2599, (1.0, 2.0)),
+        ("E3G1T1", 3.0, 1.4422, (1.4422, 1.4422)),  # no powers of two make it
+    ],
+)
+def test_factors_of_a_squared_relu(
+    name: str, c: float, paper: float, exact: tuple[float, float]
+) -> None:
+    factors = make_recipe(name, SOFTMAX_TOPK, scaling=Scaling.PAPER).factors(RELU2)
+    assert (factors.c, factors.gate) == (c, 1.0)
+    assert (round(factors.up, 4), round(factors.down, 4)) == (paper, paper)
+    assert factors.preserve(RELU2)
+    assert not factors.preserve()  # a gated MLP is linear in up
+    factors = make_recipe(name, SOFTMAX_TOPK).factors(RELU2)
+    assert (round(factors.up, 4), round(factors.down, 4)) == exact
+    assert factors.preserve(RELU2)
+
+
+def test_an_activation_that_is_not_homogeneous_leaves_up_alone() -> None:
+    exact = make_recipe("E8G8T8", TOPK_SOFTMAX)
+    assert exact.factors(GELU) == Factors(c=8.0, gate=1.0, up=1.0, down=8.0)
+    assert exact.promise(GELU) is Promise.EXACT
+    paper = replace(exact, scaling=Scaling.PAPER)
+    assert paper.factors(GELU).up == paper.factors(GELU).down == math.sqrt(8)
+    assert paper.promise(GELU) is Promise.NONE
+    assert paper.promise(RELU2) is Promise.EXACT
+    assert paper.promise() is Promise.NONE
+
+
+@pytest.mark.parametrize(
+    ("factors", "preserving"),
+    [((1.0, 2.0, 2.0), True), ((1.0, 1.0, 4.0), True), ((2.0, 2.0, 2.0), False)],
+)
+def test_a_scaled_gate_is_another_function(
+    factors: tuple[float, float, float], *, preserving: bool
+) -> None:
+    gate, up, down = factors
+    assert Factors(c=4.0, gate=gate, up=up, down=down).preserve() == preserving
+
+
+@pytest.mark.parametrize(
+    ("routing", "settings", "factor"),
+    [
+        (TOPK_SOFTMAX, {}, 1.0),
+        (SIGMOID_TOPK, {"scale_split": ScaleSplit.CONFIG}, 1 / 8),
+        (SOFTMAX_TOPK, {}, 8.0),  # E·G/T
+        (SOFTMAX_TOPK, {"scaling": Scaling.PAPER}, 8.0),
+        (SOFTMAX_TOPK, {"scaling": Scaling.NONE}, 1.0),
+    ],
+)
+def test_a_down_bias_counts_once_per_chosen_expert(
+    routing: Routing, settings: dict[str, Any], factor: float
+) -> None:
+    assert make_recipe("E8G8T8", routing, **settings).factors(RELU2).of("down_bias") == factor
