@@ -96,7 +96,7 @@ def test_a_recipe_is_valid_or_is_not_made(changes: dict[str, Any], words: str) -
 
 
 @pytest.mark.parametrize("values", [{"expand": 1}, {"expand": 2, "top_k": 0}])
-def test_a_growth_is_valid_or_is_not_made(values: dict[str, int]) -> None:
+def test_a_growth_is_valid_or_is_not_made(values: dict[str, Any]) -> None:
     with pytest.raises(UpcycleError, match="must be at least"):
         Growth(**values)
 

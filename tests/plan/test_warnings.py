@@ -1,0 +1,230 @@
+"""Each warning where it is due, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from shapes import make_recipe, tiny_config, write_hollow
+
+from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli.plan.facts import why_no_promise
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.warnings import warnings
+from upcycle_cli.recipe.recipe import Routing, ScaleSplit, Scaling
+
+if TYPE_CHECKING:
+    from conftest import MakeDense
+
+TOPK_SOFTMAX, SOFTMAX_TOPK = Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK
+HALF, FULL = Options(dtype="float16"), Options(dtype="float32")
+MakePlan = Callable[..., Plan]
+
+NO_PROMISE = "promises no equality with the dense model"
+NO_GRADIENT = "gives the router no gradient"
+NOTHING_TO_ROUTE = "there is nothing to route between"
+APPROXIMATE = "equals the dense model only up to the router's logits"
+SPLITS = "training split virtual groups"
+TIES = "the softmax rounds different groups to the same value"
+FLOAT16 = "lose precision in float16"
+ENGINE = "but computes something else"
+OVERFLOW = "can exceed 65504"
+NARROW_ROWS = "needs multiples of 16"
+ROUNDED_C = "is no power of two"
+NOISE = "rounds most of a noise"
+GATE = "llama.cpp divides by its logit"
+ALL = (
+    *(ROUNDED_C, OVERFLOW, NARROW_ROWS, NO_PROMISE, NO_GRADIENT, NOTHING_TO_ROUTE, APPROXIMATE),
+    *(SPLITS, TIES, FLOAT16, ENGINE, NOISE, GATE),
+)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> MakePlan:
+    def make(
+        recipe: str,
+        routing: Routing | None = None,
+        *,
+        model_type: str = "llama",
+        target: str = "auto",
+        options: Options | None = None,
+        config: dict[str, Any] | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Plan:
+        sizes = tiny_config(model_type, **({"intermediate_size": 96} | (config or {})))
+        source = open_checkpoint(write_hollow(tmp_path / "dense", sizes))
+        wanted = make_recipe(recipe, routing, **settings)
+        return build_plan(wanted, source, target=target, options=options)
+
+    return make
+
+
+def kinds(plan: Plan) -> list[str]:
+    """Return which warnings a plan gets, in order; each must be a known one."""
+    found = []
+    for text in warnings(plan):
+        (kind,) = [known for known in ALL if known in text]
+        found.append(kind)
+    return found
+
+
+SMALL = {"hidden_size": 16}  # rows of std 2⁻¹² / √16 = 2⁻¹⁴, the smallest normal float16
+DUE: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("E8G1T2", {}, []),
+    ("E4G2T4", {}, []),
+    ("E4G4T16", {"model_type": "qwen3"}, []),
+    ("E4G2T4", {"scale_split": ScaleSplit.DOWN, "router_logit_std": 1e-6}, []),
+    # Scaling that the routing does not need keeps the promise.
+    ("E4G1T2", {"scaling": Scaling.PAPER}, []),
+    ("E4G1T2", {"scaling": Scaling.NONE}, []),
+    ("E4G2T4", {"scaling": 2.0}, []),
+    ("E8G1T1", {}, [NO_GRADIENT]),
+    ("E4G4T4", {}, [NO_GRADIENT]),
+    ("E1G4T4", {}, [NOTHING_TO_ROUTE]),
+    ("E1G1T1", {}, [NOTHING_TO_ROUTE]),
+    # Without groups the gates of the chosen experts differ, unless one alone is chosen.
+    ("E4G4T4", {"virtual_groups": False}, [NO_PROMISE]),
+    ("E4G1T1", {"virtual_groups": False}, [NO_GRADIENT]),
+    ("E8G1T2", {"routing": SOFTMAX_TOPK}, [APPROXIMATE]),
+    ("E4G4T4", {"routing": SOFTMAX_TOPK}, [SPLITS, APPROXIMATE]),
+    # The shipped code keeps groups whole by itself.
+    ("E4G4T4", {"routing": SOFTMAX_TOPK, "target": "upcycled"}, [APPROXIMATE]),
+    ("E4G2T8", {"routing": SOFTMAX_TOPK}, []),  # every expert is chosen: exact
+    ("E8G1T2", {"routing": SOFTMAX_TOPK, "scaling": Scaling.NONE}, [NO_PROMISE]),
+    ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 0.05}, [APPROXIMATE]),
+    ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 0.06}, [NO_PROMISE]),
+    # Ties of whole experts do no harm, nor do ties of gates that sum to one.
+    ("E4G4T4", {"routing": SOFTMAX_TOPK, "router_logit_std": 9e-4}, [SPLITS, APPROXIMATE, TIES]),
+    ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 1e-6}, [APPROXIMATE]),
+    ("E4G4T8", {"routing": TOPK_SOFTMAX, "router_logit_std": 1e-6}, []),
+    ("E8G2T4", {"options": HALF}, [OVERFLOW]),
+    ("E8G1T2", {"options": HALF}, []),  # c = 1
+    ("E8G2T4", {"options": FULL}, []),
+    ("E2G16T32", {}, [NARROW_ROWS]),
+    ("E2G4T8", {}, []),  # 24 wide: 48 bytes in bfloat16
+    ("E2G16T32", {"options": FULL}, []),
+    ("E8G1T2", {"router_logit_std": 2.0**-12, "options": HALF, "config": SMALL}, []),
+    ("E8G1T2", {"router_logit_std": 0.99 * 2.0**-12, "options": HALF, "config": SMALL}, [FLOAT16]),
+    ("E8G1T2", {"router_logit_std": 1e-5, "config": SMALL}, []),
+    ("E8G1T2", {"noise": 1e-4}, [NO_PROMISE, NOISE]),
+    ("E8G1T2", {"noise": 1e-2}, [NO_PROMISE]),
+    (
+        "E4G4T4",
+        {
+            "routing": SOFTMAX_TOPK,
+            "model_type": "qwen3",
+            "router_logit_std": 1e-5,
+            "options": HALF,
+        },
+        [SPLITS, APPROXIMATE, TIES, OVERFLOW, FLOAT16, ENGINE],  # the most important first
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings", "due"), DUE, ids=str)
+def test_warn_where_it_is_due(
+    plan: MakePlan, recipe: str, settings: dict[str, Any], due: list[str]
+) -> None:
+    assert kinds(plan(recipe, **settings)) == due
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "why"),
+    [
+        ("E4G4T6", {"allow_inexact": True}, "top-k 6 is not a multiple of G = 4"),
+        ("E4G2T4", {"virtual_groups": False}, "without virtual groups a token does not get"),
+        ("E4G4T8", {"scaling": Scaling.PAPER}, "scaling paper does not preserve"),
+        ("E4G2T4", {"scaling": Scaling.NONE}, "scaling none does not preserve"),
+        ("E4G2T4", {"scaling": 3.0}, "the experts are scaled by 3 in all"),
+        ("E8G1T2", {"routing": SOFTMAX_TOPK, "scaling": 3.0}, "the experts are scaled by 3 in all"),
+        ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 1.0}, "standard deviation 1 the"),
+        ("E4G2T4", {"reinit": 0.5}, "24 of 48 neurons of each expert initialised again"),
+    ],
+)
+def test_say_why_nothing_is_promised(
+    plan: MakePlan, recipe: str, settings: dict[str, Any], why: str
+) -> None:
+    made = plan(recipe, **settings)
+    assert why in why_no_promise(made)
+    first = next(warnings(made))
+    assert first.startswith(f"{recipe} promises no equality")
+    assert why in first
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words", "said"),
+    [
+        ("E8G4T4", {}, "With a top-k of 8 or more", True),
+        ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 0.03}, "(std 0.03)", True),
+        # Tying is advised where it was measured to help.
+        ("E4G4T4", {}, "Tie virtual groups", True),
+        ("E8G1T1", {}, "Tie virtual groups", False),
+        ("E4G4T8", {}, "Tie virtual groups", False),
+        ("E4G4T4", {"target": "upcycled"}, "Tie virtual groups", False),
+        # A routing that the target lacks is no remedy.
+        ("E4G4T4", {"target": "qwen2_moe", "routing": TOPK_SOFTMAX}, "softmax-topk from the", True),
+        ("E4G4T4", {"target": "mixtral"}, "softmax-topk from the start", False),
+    ],
+)
+def test_remedies(
+    plan: MakePlan, recipe: str, settings: dict[str, Any], words: str, *, said: bool
+) -> None:
+    assert (words in " ".join(warnings(plan(recipe, **settings)))) is said
+
+
+@pytest.mark.parametrize(
+    ("how", "remedy"),
+    [
+        ({}, "and the config of glm4_moe, solar_open or upcycled holds c itself"),
+        ({"target": "qwen2_moe", "shared_experts": 3, "recipe": "E2G6T6"}, "of glm4_moe or solar"),
+        ({"target": "glm4_moe", "scale_split": ScaleSplit.BALANCED}, "--scale-split config"),
+        ({"target": "glm4_moe"}, None),
+        ({"options": FULL}, None),
+        ({"target": "qwen2_moe", "shared_experts": 1, "recipe": "E2G3T4"}, None),
+    ],
+    ids=str,
+)
+def test_warn_of_a_factor_that_rounds_the_experts(
+    plan: MakePlan, how: dict[str, Any], remedy: str | None
+) -> None:
+    settings = {"recipe": "E2G3T6"} | how
+    routing = None if settings.get("target") == "glm4_moe" else TOPK_SOFTMAX
+    found = [text for text in warnings(plan(routing=routing, **settings)) if ROUNDED_C in text]
+    assert len(found) == (remedy is not None)
+    assert all("c = 3 " in text and "--dtype float32" in text for text in found)
+    assert all(str(remedy) in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "routing", "engines"),
+    [
+        ("llama", "mixtral", TOPK_SOFTMAX, []),
+        ("llama", "qwen2_moe", SOFTMAX_TOPK, []),
+        ("llama", "qwen2_moe", TOPK_SOFTMAX, ["llama.cpp", "MLX"]),
+        ("qwen3", "qwen3_moe", TOPK_SOFTMAX, []),
+        ("qwen3", "qwen3_moe", SOFTMAX_TOPK, ["llama.cpp"]),
+    ],
+)
+def test_name_the_engines_that_compute_something_else(
+    plan: MakePlan, model_type: str, target: str, routing: Routing, engines: list[str]
+) -> None:
+    made = plan("E4G2T4", routing, model_type=model_type, target=target)
+    assert [text for text in warnings(made) if ENGINE in text] == [
+        f"{name} loads {target} with {routing} but computes something else." for name in engines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("youtu", "vLLM loads deepseek_v3 with sigmoid-topk but computes something else on a CPU"),
+        ("nemotron_h", "mergekit saves nemotron_h with other tensors"),
+    ],
+)
+def test_warn_of_software_that_fails_whatever_made_the_model(
+    make_dense: MakeDense, model_type: str, words: str
+) -> None:
+    made = build_plan(make_recipe("E4G2T4"), open_checkpoint(make_dense(model_type)))
+    assert any(words in text for text in warnings(made))
