@@ -1,7 +1,7 @@
 """Everything a user can get wrong: one clear message, exit code 2, and nothing written.
 
 Of configs, weights and outputs there is more than of the rest: test_bad_config.py,
-test_bad_weights.py and test_bad_output.py.
+test_bad_weights.py and write/test_preflight.py.
 """
 
 from __future__ import annotations

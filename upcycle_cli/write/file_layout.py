@@ -1,13 +1,12 @@
-"""Where every byte of an output file goes, and the digests by which a complete one is known again.
+"""Where every byte of an output file goes, and the digests by which a finished file is recognised.
 
 The data starts on a block boundary and tensors of whole blocks come first, so that file systems
-that can share extents between two places (XFS, Btrfs) can share the copies of a shard. The layout
-depends on the plan alone: the files are the same on every file system.
+that can share extents (XFS, Btrfs) can share the copies of a shard. The layout depends on the plan
+alone: the files are the same on every file system.
 
-Each unique part of a file is digested once, while it is written, so it costs next to nothing; the
-file's own digest is that of its parts' digests. To check a file all of it is read, each copy of a
-part too, whatever its size and time say. XXH3 is as fast as memory and finds what disks, copies and
-other programs do to bytes; it is no defence against somebody who wants to deceive.
+Each unique part is digested once, while it is written; the digest of a file is that of its parts'
+digests. A check reads the whole file, every copy of a part too. XXH3 is as fast as memory and finds
+what disks and copies do to bytes; it does not stop somebody who wants to deceive.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """A unique expression of one file: its bytes, the tensor it is first for, and its places."""
+    """A unique expression of one file, the first tensor that it makes, and its offsets."""
 
     expr: Expr
     tensor: OutputTensor
@@ -51,7 +50,7 @@ class Layout:
 
     @property
     def drawn(self) -> list[str]:
-        """The streams of what experts draw for themselves."""
+        """The streams of the noise and the new neurons of experts."""
         return [stream for part in self.parts for stream in draws(part.expr)]
 
 
@@ -84,7 +83,7 @@ class Run(Generic[_Origin]):
     places: list[tuple[Part, int]] = field(default_factory=list)
 
     def goes_on(self, origin: _Origin, source: int, target: int, nbytes: int) -> bool:
-        """Whether a part continues this run; only whole blocks can be shared, or joined."""
+        """Whether a part continues this run; only whole blocks can be shared."""
         follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
         return origin is self.origin and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
 
@@ -92,10 +91,10 @@ class Run(Generic[_Origin]):
 def repetitions(
     layout: Layout, own: _Origin, first: Mapping[Expr, tuple[_Origin, int]]
 ) -> list[Run[_Origin]]:
-    """Return the places that are not the first of their bytes, neighbours together.
+    """Return all places but the first of each part; neighbours form one run.
 
-    `first` says of each part which file holds it first, and where; `own` is the file laid out here.
-    The copies of an expert, or of all the experts of a group, repeat its parts in their order.
+    `first` maps each part to the file that holds it first and the offset there; `own` is the file
+    laid out here. The copies of an expert, or of a whole group, repeat its parts in order.
     """
     places: list[tuple[int, Part, _Origin, int]] = []
     for part in layout.parts:
@@ -112,7 +111,7 @@ def repetitions(
 
 
 def unique_bytes(shards: Iterable[Shard]) -> int:
-    """Return the bytes that files take where equal parts of whole blocks share extents."""
+    """Return the bytes that files take on a file system that shares extents."""
     shared: dict[Expr, int] = {}
     unshared = 0
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
@@ -126,16 +125,16 @@ def unique_bytes(shards: Iterable[Shard]) -> int:
 
 
 def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
-    """Return the digest of a file's data, from those of its parts; its header is in the plan."""
+    """Return the digest of a file's data from those of its parts; the plan implies the header."""
     return xxh3_128(b"".join(parts[part.expr] for part in layout.parts)).hexdigest()
 
 
 def read_back(
     file: BufferedReader, layout: Layout, advance: Callable[[int], None]
 ) -> tuple[dict[Expr, bytes], dict[str, str]] | None:
-    """Return each part's digest and each router's SHA-256; None for a file that is not laid out so.
+    """Return the digest of each part and the SHA-256 of each router; None for another layout.
 
-    `advance` hears of bytes as they are read. Raises OSError when the system refuses.
+    `advance` receives the bytes that were read. Raises OSError.
     """
     buffer = memoryview(bytearray(max(_PIECE_BYTES, len(layout.header))))
     header = buffer[: len(layout.header)]
