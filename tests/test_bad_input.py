@@ -116,8 +116,8 @@ def test_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--scaling", "abc", "neither exact, paper, none, measured nor a number"),
-        ("--scaling", "", "neither exact, paper, none, measured nor a number"),
+        ("--scaling", "abc", "not exact, paper, none, measured or a number"),
+        ("--scaling", "", "not exact, paper, none, measured or a number"),
         ("--scaling", "-1", "positive number"),
         ("--scaling", "0", "positive number"),
         ("--scaling", "nan", "positive number"),

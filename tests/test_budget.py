@@ -94,10 +94,10 @@ def test_how_budgets_are_written(
         (("--max-params", "many"), "--max-params 'many' is not a number of parameters"),
         (("--max-active", "0"), "--max-active '0' is not a number of parameters"),
         (("--gpu-memory", "80"), "no recipe fits"),
-        (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0' is none at all"),
+        (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0' is zero"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
-        (("--max-params", "1M", "--recipe", "E2G2T2"), "takes no --recipe."),
-        (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "takes no --top-k, no --noise."),
+        (("--max-params", "1M", "--recipe", "E2G2T2"), "without --recipe."),
+        (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "without --top-k, --noise."),
         (("--max-params", "1M", "--target", "dots1"), "llama cannot become dots1"),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_is_shown(run_cli: RunCli, llama: Path) -> None:
     found = json.loads(run_cli(*budget, "--json").stdout)["fits"]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("E")]
     assert len(rows) < len(found)
-    assert f"note: {len(found) - len(rows)} more fit" in done.stderr
+    assert f"note: {len(found) - len(rows)} more recipes fit" in done.stderr
     assert {name for name, *_ in rows} < {fit["recipe"] for fit in found}
     assert {fit["target"] for fit in found} == {"qwen2_moe"}
     assert "E8G8T8, E8G8T16, E8G8T32: 64 experts at G = 8" in " ".join(done.stdout.split())
