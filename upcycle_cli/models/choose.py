@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.dense import DenseFamily, DenseModel
+from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.families import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.layers import parse_layers
 from upcycle_cli.models.moe import Target
@@ -37,8 +37,8 @@ class Family:
 
     @property
     def pieces(self) -> Pieces:
-        """Dense tensors that the target stores in another form."""
-        return pieces_of(self.dense.family, self.target)
+        """Dense tensors that the target stores in another form; none for shipped code."""
+        return {} if self.target.ships_code else self.dense.family.pieces
 
     def name(self, source: str) -> str:
         """Return the target's name of a dense tensor that is copied."""
@@ -46,11 +46,6 @@ class Family:
         if here is not None and there is not None:
             return here.moved(source, there)
         return self.target.name(source)
-
-
-def pieces_of(family: DenseFamily, target: Target) -> Pieces:
-    """Return the dense tensors that a target stores in another form; none for shipped code."""
-    return {} if target.ships_code else family.pieces
 
 
 def choose(

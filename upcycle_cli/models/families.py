@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models.defaults import refused_types
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
-from upcycle_cli.models.refused import REFUSED
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, full_model
@@ -39,8 +39,9 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
         )
     is_wrapper = wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
-        why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
-        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
+        why = refused_types().get(model_type)
+        words = f": {why}." if why else " yet."
+        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{words}", _HINT)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

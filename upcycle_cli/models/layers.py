@@ -80,8 +80,6 @@ class LayerChoice:
     read: Callable[[_Config, int], tuple[int, ...]]
     """From a config with its defaults, and its number of layers, to the MoE layers. Raises
     ValueError for an inconsistent config."""
-    keys: tuple[str, ...] = ()
-    """The config keys."""
     count: Callable[[_Config], int | None] = lambda _: None
     """The number of layers; None if num_hidden_layers states it."""
     mlps: Callable[[_Config], int | None] = lambda _: None
@@ -139,7 +137,6 @@ def _first_dense(key: str) -> LayerChoice:
     return LayerChoice(
         lambda layers, kinds: {key: len(kinds) - len(layers)},
         lambda config, count: tuple(range(_integer(config, key, 0, count - 1), count)),
-        (key,),
         objection=objection,
     )
 
@@ -195,7 +192,6 @@ _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe
 """The letters of hybrid_override_pattern with the names of layers_block_type."""
 OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
 """Older names, which released models and engines use."""
-BLOCK_KEYS = ("layers_block_type", "hybrid_override_pattern")
 
 
 def block_types(config: _Config) -> tuple[str, ...]:
@@ -217,7 +213,7 @@ def _write_blocks(layers: _Layers, kinds: Sequence[str]) -> dict[str, Any]:
     found = ["moe" if layer in layers else kind for layer, kind in enumerate(kinds)]
     letters = {kind: letter for letter, kind in _BLOCKS.items()}
     pattern = "".join(letters[kind] for kind in found)
-    return dict(zip(BLOCK_KEYS, (found, pattern), strict=True))
+    return {"layers_block_type": found, "hybrid_override_pattern": pattern}
 
 
 ALL = LayerChoice(lambda *_: {}, lambda _, count: tuple(range(count)), objection=_only_all)
@@ -227,31 +223,23 @@ ALL_OR_NONE = replace(  # the model is dense if it has no experts
         range(count if _integer(config, "num_local_experts", 0) else 0)
     ),
 )
-ENABLED = LayerChoice(
-    lambda *_: {"enable_moe_block": True}, _read_switch, ("enable_moe_block",), objection=_only_all
-)
+ENABLED = LayerChoice(lambda *_: {"enable_moe_block": True}, _read_switch, objection=_only_all)
 FIRST_K_DENSE = _first_dense("first_k_dense_replace")
 NUM_DENSE_LAYERS = _first_dense("num_dense_layers")
-MOE_LAYERS = LayerChoice(
-    lambda layers, _: {"moe_layers": list(layers)}, _read_named, ("moe_layers",)
-)
-MOE_RANGE = LayerChoice(
-    lambda layers, _: _write_range(layers), _read_range, _RANGE_KEYS, objection=_only_range
-)
+MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _read_named)
+MOE_RANGE = LayerChoice(lambda layers, _: _write_range(layers), _read_range, objection=_only_range)
 MLP_ONLY_LAYERS = LayerChoice(
     lambda layers, kinds: {
         "decoder_sparse_step": 1,
         "mlp_only_layers": _others(layers, len(kinds)),
     },
     _read_mlp_only,
-    ("decoder_sparse_step", "mlp_only_layers"),
 )
 MLP_TYPES = LayerChoice(
     lambda layers, kinds: {
         "mlp_layer_types": ["sparse" if i in layers else "dense" for i in range(len(kinds))]
     },
     _read_mlp_types,
-    ("mlp_layer_types",),
 )
 MLP_TYPES_AND_FIRST_DENSE = replace(
     MLP_TYPES,
@@ -264,7 +252,6 @@ MLP_TYPES_AND_FIRST_DENSE = replace(
 BLOCK_TYPES = LayerChoice(
     _write_blocks,
     lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
-    BLOCK_KEYS,
-    lambda config: len(block_types(config)),
-    lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
+    count=lambda config: len(block_types(config)),
+    mlps=lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
 )

@@ -67,7 +67,6 @@ class Location:
 
     tensor: str
     """The tensor's name within its layer."""
-    part: str
     row: int | None
     """The index in a stack; None if the tensor is not a stack."""
     split_dim: int | None
@@ -93,11 +92,6 @@ class Location:
         """The dimension of the intermediate size, counting that of a stack."""
         return None if self.split_dim is None else self.split_dim + (self.row is not None)
 
-    @property
-    def label(self) -> str:
-        """The location as messages show it."""
-        return self.tensor if self.row is None else f"{self.tensor}[{self.row}] ({self.part})"
-
 
 def locate(
     weights: Sequence[Weight],
@@ -117,7 +111,7 @@ def locate(
     row = None if expert is None or name != weight.name else expert
     start, stop = shard or (0, width)
     before = weight.parts.index(part) * width
-    return Location(name, part, row, weight.split_dim, before + start, before + stop)
+    return Location(name, row, weight.split_dim, before + start, before + stop)
 
 
 def find_weight(weights: Sequence[Weight], part: str) -> Weight:

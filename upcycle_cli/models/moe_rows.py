@@ -40,11 +40,25 @@ _NO_QKV_BIAS = {
     "none"
 }
 
-_LOCAL_EXPERTS = Keys(
+_QWEN: Any = {
+    "routings": _EITHER_SOFTMAX,
+    "layouts": QWEN_LAYOUTS,
+    "keys": Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
+}
+_OLMO: Any = {
+    **_QWEN,
+    "keys": replace(_QWEN["keys"], expert_size="intermediate_size"),
+    "layers": layers.ALL,
+}
+_MIXTRAL_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
-_QWEN_KEYS = Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM)
-_OLMO_KEYS = replace(_QWEN_KEYS, expert_size="intermediate_size")
+_GRANITE: Any = {
+    "routings": _TOPK_SOFTMAX,
+    "layouts": GRANITE_LAYOUTS,
+    "keys": _MIXTRAL_KEYS,
+    "layers": layers.ALL,
+}
 _DEEPSEEK: Any = {
     "routings": _SIGMOID_TOPK,
     "layouts": QWEN_LAYOUTS,
@@ -67,7 +81,7 @@ _ROWS: Sequence[Target] = (
         architecture="MixtralForCausalLM",
         routings=_TOPK_SOFTMAX,
         layouts=MIXTRAL_LAYOUTS,
-        keys=_LOCAL_EXPERTS,
+        keys=_MIXTRAL_KEYS,
         layers=layers.ALL,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
         refusal=moe_settings.mixtral_refusal,
@@ -79,9 +93,7 @@ _ROWS: Sequence[Target] = (
         # shared gate as silu(x)/x, which is 0/0 for a zero row: the gate is random.
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
-        routings=_EITHER_SOFTMAX[::-1],
-        layouts=QWEN_LAYOUTS,
-        keys=_QWEN_KEYS,
+        **_QWEN | {"routings": _EITHER_SOFTMAX[::-1]},
         layers=layers.MLP_ONLY_LAYERS,
         shared=GATED_SHARED,
         required_biases=tuple(f"self_attn.{matrix}_proj" for matrix in "qkv"),
@@ -91,9 +103,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        routings=_EITHER_SOFTMAX,
-        layouts=QWEN_LAYOUTS,
-        keys=_QWEN_KEYS,
+        **_QWEN,
         layers=layers.MLP_ONLY_LAYERS,
         refusal=moe_settings.no_mixed_windows,
         settings=lambda dense: (
@@ -105,10 +115,7 @@ _ROWS: Sequence[Target] = (
         # cancels that factor, so the exact routing can be the default.
         model_type="flex_olmo",
         architecture="FlexOlmoForCausalLM",
-        routings=_EITHER_SOFTMAX,
-        layouts=QWEN_LAYOUTS,
-        keys=_OLMO_KEYS,
-        layers=layers.ALL,
+        **_OLMO,
     ),
     Target(
         model_type="glm4_moe",
@@ -129,9 +136,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="mellum",
         architecture="MellumForCausalLM",
-        routings=_EITHER_SOFTMAX,
-        layouts=QWEN_LAYOUTS,
-        keys=_QWEN_KEYS,
+        **_QWEN,
         layers=layers.MLP_TYPES,
         settings=moe_settings.mellum,
     ),
@@ -304,18 +309,12 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
-        routings=_TOPK_SOFTMAX,
-        layouts=GRANITE_LAYOUTS,
-        keys=_LOCAL_EXPERTS,
-        layers=layers.ALL,
+        **_GRANITE,
     ),
     Target(
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
-        routings=_TOPK_SOFTMAX,
-        layouts={ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]},
-        keys=_LOCAL_EXPERTS,
-        layers=layers.ALL,
+        **_GRANITE | {"layouts": {ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(
             weights=GRANITE_SHARED, size_key="shared_intermediate_size", required=False
         ),
@@ -326,10 +325,7 @@ _ROWS: Sequence[Target] = (
         # A model without experts is dense, and its shared expert is the MLP.
         model_type="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
-        routings=_TOPK_SOFTMAX,
-        layouts=GRANITE_LAYOUTS,
-        keys=_LOCAL_EXPERTS,
-        layers=layers.ALL_OR_NONE,
+        **_GRANITE | {"layers": layers.ALL_OR_NONE},
         shared=SharedExpert(weights=GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
         settings=moe_settings.granitemoehybrid,
     ),
@@ -369,7 +365,7 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
             )
             for layout in (ExpertLayout.STACKED, ExpertLayout.FUSED)
         },
-        keys=replace(_QWEN_KEYS, routing=None),
+        keys=replace(_QWEN["keys"], routing=None),
         layers=layers.MLP_ONLY_LAYERS,
         settings=lambda _: {"norm_topk_prob": True},  # for vLLM
     )
@@ -379,10 +375,7 @@ GROW_ONLY: Mapping[str, Target] = {
     "olmoe": Target(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
-        routings=_EITHER_SOFTMAX[::-1],
-        layouts=QWEN_LAYOUTS,
-        keys=_OLMO_KEYS,
-        layers=layers.ALL,
+        **_OLMO | {"routings": _EITHER_SOFTMAX[::-1]},
     )
 }
 """MoE types that no dense model becomes, but that --expand supports."""

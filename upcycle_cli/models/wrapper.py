@@ -118,10 +118,6 @@ class Inside:
         name = _with_prefixes(name, prefixes or self.prefixes, IN_MEMORY_PREFIXES)
         return replace_parts(name, self.wrapper.renamed)
 
-    def from_memory(self, name: str) -> str:
-        """Map an in-memory name to its checkpoint name."""
-        return _with_prefixes(name, IN_MEMORY_PREFIXES, self.prefixes)
-
     def moved(self, name: str, other: Inside) -> str:
         """Map a name of this checkpoint to its name in another one.
 
