@@ -10,7 +10,11 @@ GGUF, dequantised: real weights of a real model, if not the released ones to the
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,16 @@ def make_smollm2(path: Path) -> None:
     )
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(path)
+
+
+@contextmanager
+def dense_and_scratch() -> Iterator[tuple[Path, Path]]:
+    """Give the dense checkpoint, that of $SMOLLM2 if there is one, and a folder to write to."""
+    with tempfile.TemporaryDirectory(prefix="upcycle-benchmark-") as folder:
+        dense = Path(os.environ.get("SMOLLM2") or Path(folder) / "dense")
+        if not dense.exists():
+            make_smollm2(dense)
+        yield dense, Path(folder)
 
 
 def benchmark(name: str) -> Any:  # noqa: ANN401 - a module

@@ -11,22 +11,22 @@ bfloat16 gives the dense model's text in bfloat16. It takes about two minutes on
 from __future__ import annotations
 
 import sys
-import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from smollm2 import make_smollm2
+from shapes import make_recipe
+from smollm2 import dense_and_scratch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle_cli import Recipe, convert
+from upcycle_cli import convert
+from upcycle_cli.plan.texts import builtin_texts
 
 TOKENS = 512
 PROMPT = "The lighthouse keeper climbed the stairs and"
-RECIPES = ((8, 1, 2), (2, 8, 8), (8, 8, 8), (8, 8, 16))
+RECIPES = ("E8G1T2", "E2G8T8", "E8G8T8", "E8G8T16")
 
 
 def _load(path: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers has no types
@@ -68,12 +68,9 @@ def _watched(
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense"
-        make_smollm2(dense)
+    with dense_and_scratch() as (dense, folder):
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        text = (files("upcycle_cli") / "run" / "texts" / "english.txt").read_text(encoding="utf-8")
-        ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+        ids = tokenizer(builtin_texts()[0], return_tensors="pt").input_ids[:, :TOKENS]
         prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
         reference = _load(dense, torch.float32)(ids).logits[0]
         model = _load(dense, torch.bfloat16)
@@ -81,16 +78,15 @@ def main() -> None:
         print("| model in bfloat16 | mean KL to dense in float32 | split groups | greedy text |")
         print("|---|---|---|---|")
         print(f"| dense | {_kl(reference, model(ids).logits[0]):.1e} | – | – |", flush=True)
-        for expansion, granularity, top_k in RECIPES:
-            recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
-            moe = Path(folder) / "moe"
+        for recipe in map(make_recipe, RECIPES):
+            moe = folder / "moe"
             convert(dense, moe, recipe, overwrite=True)
             model = _load(moe, torch.bfloat16)
             logits, chosen = _watched(model, ids)
-            kl = _kl(reference, logits)
+            kl, split = _kl(reference, logits), _split_share(chosen, recipe.granularity)
             text_ids = model.generate(prompt, max_new_tokens=32, do_sample=False)[0].tolist()
             print(
-                f"| {recipe.name} topk-softmax | {kl:.1e} | {_split_share(chosen, granularity):.2%}"
+                f"| {recipe.name} topk-softmax | {kl:.1e} | {split:.2%}"
                 f" | {'as dense' if text_ids == wanted else 'differs'} |",
                 flush=True,
             )

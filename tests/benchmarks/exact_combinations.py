@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from smollm2 import make_smollm2
+from shapes import make_recipe
+from smollm2 import dense_and_scratch
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
 from upcycle_cli.plan.permutation_file import read_permutation_file
@@ -118,13 +119,10 @@ class Bench:
 
     def measure(self, cell: Cell, init: RouterInit, order: NeuronOrder) -> dict[str, object]:
         """Convert, verify and run one combination; return its mean KL and what verify says."""
-        expansion, granularity, top_k = cell.sizes
-        recipe = Recipe(
-            expansion=expansion,
-            granularity=granularity,
-            top_k=top_k,
+        recipe = make_recipe(
+            cell.recipe,
+            cell.routing,
             shared_experts=cell.shared,
-            routing=cell.routing,
             router_init=init,
             neuron_order=order,
         )
@@ -240,13 +238,10 @@ def main() -> None:
         for cell in CELLS
         for init, order in cell.pairs
     }
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_MODULES_CACHE"] = folder
-        dense = Path(os.environ.get("SMOLLM2") or Path(folder) / "dense")
-        if not dense.exists():
-            make_smollm2(dense)
+    with dense_and_scratch() as (dense, folder):
+        os.environ["HF_MODULES_CACHE"] = str(folder)
         left = {name: case for name, case in wanted.items() if name not in results}
-        bench = Bench(dense, Path(folder)) if left else None
+        bench = Bench(dense, folder) if left else None
         for name, case in left.items():
             assert bench is not None
             results[name] = bench.measure(*case)

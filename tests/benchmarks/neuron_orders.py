@@ -14,9 +14,7 @@ about a minute on two cores.
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from routers import held_out
-from smollm2 import make_smollm2
+from smollm2 import dense_and_scratch
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
@@ -82,10 +80,7 @@ def shares(path: Path, text: str, orders: Orders) -> dict[str, tuple[float, floa
 
 def main() -> None:
     """Print the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(os.environ.get("SMOLLM2") or Path(folder) / "dense")
-        if not path.exists():
-            make_smollm2(path)
+    with dense_and_scratch() as (path, _):
         orders, texts = orders_of(path), held_out()
         found = {name: shares(path, text, orders) for name, text in texts.items()}
     header = " | ".join(f"{name}: each token's half | half of all" for name in texts)

@@ -12,27 +12,27 @@ weights is beside them. It takes about two minutes on two cores.
 from __future__ import annotations
 
 import sys
-import tempfile
-from importlib.resources import files
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from smollm2 import make_smollm2
+from shapes import make_recipe
+from smollm2 import dense_and_scratch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle_cli import Recipe, convert
+from upcycle_cli import convert
+from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.recipe import Routing
 
 TOKENS = 256
 CASES = (
-    ((4, 1, 2), "mixtral", Routing.TOPK_SOFTMAX),
-    ((4, 2, 2), "mixtral", Routing.TOPK_SOFTMAX),
-    ((4, 2, 4), "mixtral", Routing.TOPK_SOFTMAX),
-    ((4, 2, 4), "glm4_moe", Routing.SIGMOID_TOPK),
-    ((4, 1, 2), "qwen2_moe", Routing.SOFTMAX_TOPK),
-    ((4, 2, 4), "qwen2_moe", Routing.SOFTMAX_TOPK),
+    ("E4G1T2", "mixtral", Routing.TOPK_SOFTMAX),
+    ("E4G2T2", "mixtral", Routing.TOPK_SOFTMAX),
+    ("E4G2T4", "mixtral", Routing.TOPK_SOFTMAX),
+    ("E4G2T4", "glm4_moe", Routing.SIGMOID_TOPK),
+    ("E4G1T2", "qwen2_moe", Routing.SOFTMAX_TOPK),
+    ("E4G2T4", "qwen2_moe", Routing.SOFTMAX_TOPK),
 )
 
 
@@ -58,20 +58,14 @@ def main() -> None:
     """Print the table."""
     print("| recipe | routing | between groups | inside groups | experts |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory(prefix="upcycle-router-gradient-") as name:
-        scratch = Path(name)
-        make_smollm2(scratch / "dense")
-        tokenizer = AutoTokenizer.from_pretrained(scratch / "dense")
-        text = files("upcycle_cli") / "run" / "texts" / "english.txt"
-        tokens = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")
+    with dense_and_scratch() as (dense, scratch):
+        tokens = AutoTokenizer.from_pretrained(dense)(builtin_texts()[0], return_tensors="pt")
         ids_1T = tokens.input_ids[:, :TOKENS]
-        for (expansion, granularity, top_k), target, routing in CASES:
-            recipe = Recipe(
-                expansion=expansion, granularity=granularity, top_k=top_k, routing=routing
-            )
-            convert(scratch / "dense", scratch / "moe", recipe, target=target, overwrite=True)
-            between, inside, experts = gradients(scratch / "moe", ids_1T, granularity)
-            within = "–" if granularity == 1 else f"{inside:.2g}"
+        for name, target, routing in CASES:
+            recipe = make_recipe(name, routing)
+            convert(dense, scratch / "moe", recipe, target=target, overwrite=True)
+            between, inside, experts = gradients(scratch / "moe", ids_1T, recipe.granularity)
+            within = "–" if recipe.granularity == 1 else f"{inside:.2g}"
             print(f"| {recipe.name} | {routing} | {between:.2g} | {within} | {experts:.2g} |")
 
 

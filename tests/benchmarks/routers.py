@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -31,16 +29,17 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from smollm2 import make_smollm2
+from shapes import make_recipe
+from smollm2 import dense_and_scratch
 
-from upcycle_cli import Recipe, build_plan, open_checkpoint
+from upcycle_cli import build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.recipe.recipe import RouterInit, parse_recipe_name
+from upcycle_cli.recipe.recipe import RouterInit
 from upcycle_cli.write.evaluate import evaluate
 
 TOKENS = 4096
@@ -112,9 +111,7 @@ def load_of(
 
 def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
     """Return the plan of a recipe with its routers still to be found."""
-    expansion, granularity, top_k = parse_recipe_name(name)
-    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k, router_init=init)
-    return build_plan(recipe, open_checkpoint(path))
+    return build_plan(make_recipe(name, router_init=init), open_checkpoint(path))
 
 
 def _resident(what: str) -> float:
@@ -166,10 +163,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         _measure_alone(Path(sys.argv[1]))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(os.environ.get("SMOLLM2") or Path(folder) / "dense")
-        if not path.exists():
-            make_smollm2(path)
+    with dense_and_scratch() as (path, _):
         _print_tables(path)
         subprocess.run([sys.executable, __file__, str(path)], check=True)
 

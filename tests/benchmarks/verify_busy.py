@@ -18,12 +18,12 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from shapes import make_recipe
 from speed.measure import Run, measure
 
 from upcycle_cli import convert
-from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
 
 _PLAIN = """
 import sys, torch
@@ -67,8 +67,7 @@ def main() -> None:
         whole = measure([sys.executable, "-m", "upcycle_cli", "demo", str(demo), "--json"])
         print(_line("the whole demo", whole), flush=True)
         dense, moe = options.model or demo / "dense", Path(folder) / "moe"
-        expansion, granularity, top_k = parse_recipe_name(options.recipe)
-        convert(dense, moe, Recipe(expansion=expansion, granularity=granularity, top_k=top_k))
+        convert(dense, moe, make_recipe(options.recipe))
         walls, processor = [], []
         for _ in range(options.rounds):
             plain = measure([sys.executable, "-c", _PLAIN, str(dense), str(moe)])

@@ -25,14 +25,14 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from shapes import make_recipe
 from speed.dense import make_dense
 from speed.measure import Run, measure
 
-from upcycle_cli import Recipe, convert
+from upcycle_cli import convert
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
-from upcycle_cli.recipe.recipe import NeuronOrder, parse_recipe_name
 
 RECIPES = (("E8G1T2", "sliced"), ("E8G8T16", "sliced"), ("E8G8T16", "shuffled"))
 LIMIT = 1.5
@@ -56,23 +56,10 @@ def main() -> None:
         print("| recipe | cache | GB | cat, s | check, s | ratio | RssAnon, MB | in memory |")
         print("|---|---|---|---|---|---|---|---|")
         for name, order in RECIPES:
-            expansion, granularity, top_k = parse_recipe_name(name)
-            recipe = Recipe(
-                expansion=expansion,
-                granularity=granularity,
-                top_k=top_k,
-                neuron_order=NeuronOrder(order),
-            )
-            convert(dense, moe, recipe, target="mixtral")
+            convert(dense, moe, make_recipe(name, neuron_order=order), target="mixtral")
             for cold in (False, True):
-                _row(
-                    dense,
-                    moe,
-                    f"{name}, {order}",
-                    directory / "result",
-                    cold=cold,
-                    rounds=arguments.rounds,
-                )
+                title, result = f"{name}, {order}", directory / "result"
+                _row(dense, moe, title, result, cold=cold, rounds=arguments.rounds)
             shutil.rmtree(moe)
     finally:
         shutil.rmtree(directory)

@@ -248,17 +248,7 @@ def test_every_window_is_tried_with_a_longer_text() -> None:
     assert windowed - tried == {"nemotron_h"}  # whose window no layer of transformers reads
 
 
-HYBRID = ("granitemoehybrid", "nemotron_h")
-not_yet = pytest.mark.xfail(strict=True, reason="their layer types are renamed on saving")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, id="-".join(row), marks=not_yet if row[1] in HYBRID else ())
-        for row in (*NATIVE_ROWS, *SHIPPED_ROWS)
-    ],
-)
+@pytest.mark.parametrize("row", [*NATIVE_ROWS, *SHIPPED_ROWS], ids="-".join)
 def test_verify_passes_and_again_after_transformers_saved_it(
     make_moe: MakeMoe, tmp_path: Path, row: Row
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from interop.models import RANDOM, TWIN, is_real
 from interop.wrapped import WRAPPED
+from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE, WRAPPED_TARGETS
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
@@ -16,41 +17,7 @@ EXACT, PLAIN, SIGMOID = (
 )
 UPCYCLED = "upcycled"
 TINY_RECIPE, REAL_RECIPE = "E4G2T4", "E2G2T2"
-PAIRS: Sequence[tuple[str, str]] = (
-    ("llama", "mixtral"),
-    ("llama", "qwen2_moe"),
-    ("llama", "glm4_moe"),
-    ("mistral", "mixtral"),
-    ("mistral", "qwen2_moe"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen2", "glm4_moe"),
-    ("qwen3", "qwen3_moe"),
-    ("qwen3", "glm4_moe"),
-    ("granite", "granitemoe"),
-    ("granite", "granitemoehybrid"),
-    ("granitemoehybrid", "granitemoehybrid"),
-    ("olmo2", "flex_olmo"),
-    ("phi3", "mixtral"),
-    ("ernie4_5", "ernie4_5_moe"),
-    ("hunyuan_v1_dense", "hunyuan_v1_moe"),
-    ("lfm2", "lfm2_moe"),
-    ("cohere2", "cohere2_moe"),
-    ("qwen3_5_text", "qwen3_5_moe_text"),
-    ("gemma4_text", "gemma4_text"),
-    ("granite_swa", "granitemoe_swa"),
-    ("qwen3", "dots1"),
-    ("qwen3", "hy_v3"),
-    ("qwen3", "mellum"),
-    ("llama", "solar_open"),
-    ("youtu", "deepseek_v3"),
-    ("glm", "glm4_moe"),
-    ("iquestcoder", "mixtral"),
-    ("iquestcoder", "qwen2_moe"),
-    ("iquestcoder", "glm4_moe"),
-    ("ministral", "qwen2_moe"),
-    ("seed_oss", "qwen2_moe"),
-    ("nemotron_h", "nemotron_h"),
-)
+PAIRS = [(dense, target) for dense, row in DENSE.items() for target in row.targets]
 """Each with the routing that the released models of its target use."""
 WITHIN: Sequence[tuple[str, str]] = (
     ("gemma3", UPCYCLED),

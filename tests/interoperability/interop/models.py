@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interop.wrapped import GEMMA4, LINEAR, WRAPPED, save_wrapped
+from interop.wrapped import GEMMA4, LINEAR, WRAPPED, draw_weights, save_wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -186,12 +186,7 @@ def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
 
     config = AutoConfig.for_model(model_type, **{**_tokens(smollm2), **RANDOM[model_type]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        # Large enough for every part of the model to matter to the text.
-        scale, mean = (0.2, 1.0) if "norm" in name else (0.15, 0.0)
-        parameter.data = mean + scale * noise
+    draw_weights(model)
     _save(model, path, smollm2)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interop.conversions import EXACT, PLAIN, SIGMOID, WITHIN, Case, routings
-from interop.models import HEAD_DIM, TINY
+from interop.conversions import EXACT, PLAIN, SIGMOID, UPCYCLED, WITHIN, Case, routings
+from interop.models import RANDOM as SIZES
+from interop.models import TINY
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
-from interop.wrapped import GEMMA4, LINEAR, WRAPPED, make_wrapped
+from interop.wrapped import WRAPPED, draw_weights, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import DIFFERS, SAME, Support
 from upcycle_cli.models.families import native_target
@@ -26,14 +27,10 @@ TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
 RECIPE = "E4G2T4"
 RANDOM: Mapping[str, Mapping[str, Any]] = {
+    **{name: SIZES[name] for name in ("gemma4_text", "nemotron_h", "qwen3_5_text")},
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "granite", "olmo2", "nemotron"), TINY),
     **dict.fromkeys(("ernie4_5", "granite_swa", "hunyuan_v1_dense"), TINY),
-    "gemma4_text": {**TINY, **GEMMA4, "tie_word_embeddings": True},
-    "lfm2": {
-        **TINY,
-        "layer_types": ["conv", "full_attention"],
-        "block_auto_adjust_ff_dim": False,
-    },
+    "lfm2": {**SIZES["lfm2"], "tie_word_embeddings": False},
     "youtu": {
         **{key: value for key, value in TINY.items() if key != "head_dim"},
         "num_key_value_heads": 4,
@@ -43,18 +40,9 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
         "qk_nope_head_dim": 16,
         "v_head_dim": 32,
     },
-    "cohere2 (tied)": {**TINY, "tie_word_embeddings": True, "logit_scale": 1.0},
-    "qwen3_5_text": {**TINY, **LINEAR},
+    "cohere2 (tied)": SIZES["cohere2"],
     "llama (tied)": {**TINY, "tie_word_embeddings": True},
     "qwen3 (tied)": {**TINY, "tie_word_embeddings": True},
-    "nemotron_h": {
-        **TINY,
-        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
-        "mamba_num_heads": 8,
-        "mamba_head_dim": HEAD_DIM,
-        "ssm_state_size": 32,
-        "n_groups": 2,
-    },
 }
 """Tiny models by name, which begins with the type."""
 VOCABULARY = 1024
@@ -62,6 +50,16 @@ TOKENS: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
 }
+TRAINED = (
+    *(("llama", "mixtral"), ("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")),
+    *(("qwen3", "glm4_moe"), ("granite", "granitemoe"), ("granite", "granitemoehybrid")),
+    *(("granite_swa", "granitemoe_swa"), ("ernie4_5", "ernie4_5_moe")),
+    *(("hunyuan_v1_dense", "hunyuan_v1_moe"), ("lfm2", "lfm2_moe"), ("qwen3", "dots1")),
+    *(("qwen3", "hy_v3"), ("llama", "solar_open"), ("youtu", "deepseek_v3")),
+    *(("olmo2", "flex_olmo"), ("nemotron_h", "nemotron_h"), ("gemma4_text", "gemma4_text")),
+    *(("cohere2", "cohere2_moe"), ("qwen3_5_text", "qwen3_5_moe_text"), ("nemotron", UPCYCLED)),
+)
+"""Each with every routing of its target."""
 _TRANSFORMERS = ("transformers>=5", "torch", "accelerate")
 
 
@@ -111,38 +109,14 @@ STOPPED: Mapping[str, str] = {
 
 def training_cases() -> list[Case]:
     """Return each architecture with its routings, other layouts, and what must be told apart."""
-    pairs = (
-        ("llama (tied)", "mixtral", EXACT),
-        ("mistral", "mixtral", EXACT),
-        ("qwen2", "qwen2_moe", PLAIN),
-        ("qwen2", "qwen2_moe", EXACT),
-        ("qwen3", "qwen3_moe", EXACT),
-        ("qwen3", "qwen3_moe", PLAIN),
-        ("qwen3 (tied)", "qwen3_moe", EXACT),
-        ("qwen3", "glm4_moe", SIGMOID),
-        ("qwen3 (tied)", "glm4_moe", SIGMOID),
-        ("granite", "granitemoe", EXACT),
-        ("granite", "granitemoehybrid", EXACT),
-        ("granite_swa", "granitemoe_swa", EXACT),
-        ("ernie4_5", "ernie4_5_moe", EXACT),
-        ("hunyuan_v1_dense", "hunyuan_v1_moe", EXACT),
-        ("lfm2", "lfm2_moe", SIGMOID),
-        ("qwen3", "dots1", SIGMOID),
-        ("qwen3", "hy_v3", SIGMOID),
-        ("qwen3", "mellum", EXACT),
-        ("llama (tied)", "solar_open", SIGMOID),
-        ("youtu", "deepseek_v3", SIGMOID),
-        ("olmo2", "flex_olmo", EXACT),
-        ("olmo2", "flex_olmo", PLAIN),
-        ("nemotron_h", "nemotron_h", SIGMOID),
-        ("gemma4_text", "gemma4_text", EXACT),
-        ("cohere2 (tied)", "cohere2_moe", EXACT),
-        ("cohere2 (tied)", "cohere2_moe", SIGMOID),
-        ("qwen3_5_text", "qwen3_5_moe_text", EXACT),
-        ("nemotron", "upcycled", EXACT),
-        ("nemotron", "upcycled", PLAIN),
-        ("nemotron", "upcycled", SIGMOID),
-    )
+    tied = {"llama", "cohere2"}
+    pairs = [
+        (f"{dense} (tied)" if dense in tied else dense, target, routing)
+        for dense, target in TRAINED
+        for routing in routings(target)
+    ]
+    pairs += [("qwen3 (tied)", "qwen3_moe", EXACT), ("qwen3 (tied)", "glm4_moe", SIGMOID)]
+    pairs.append(("qwen3", "mellum", EXACT))
     inside = [(dense, target, routings(target)[0]) for dense, target in WITHIN]
     found = [Case(dense, target, RECIPE, routing) for dense, target, routing in (*pairs, *inside)]
     mistral, qwen3 = ("mistral", "mixtral", EXACT), ("qwen3", "qwen3_moe", EXACT)
@@ -170,12 +144,7 @@ def make_dense(name: str, directory: Path) -> Path:
         return path
     config = AutoConfig.for_model(name.split(maxsplit=1)[0], **RANDOM[name], **TOKENS)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for parameter_name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        # Large enough for every part of the model to matter to the loss.
-        scale, mean = (0.2, 1.0) if "norm" in parameter_name else (0.15, 0.0)
-        parameter.data = mean + scale * noise
+    draw_weights(model)
     model.save_pretrained(path)
     return path
 

@@ -313,14 +313,20 @@ def make_wrapped(name: str, tokens: Mapping[str, Any]) -> PreTrainedModel:
         **row.around,
     )
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for parameter_name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale, mean = (0.2, 1.0) if "norm" in parameter_name else (0.15, 0.0)
-        if "embed_tokens" in parameter_name:
-            scale = 0.02  # or a tied head repeats the last token, whatever the layers do
-        parameter.data = mean + scale * noise
+    # A large embedding would let a tied head repeat the last token, whatever the layers do.
+    draw_weights(model, embedding=0.02)
     return model
+
+
+def draw_weights(model: PreTrainedModel, embedding: float = 0.15) -> None:
+    """Draw weights that are large enough for every part of a model to matter to its text."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale, mean = (0.2, 1.0) if "norm" in name else (0.15, 0.0)
+        parameter.data = mean + (embedding if "embed_tokens" in name else scale) * noise
 
 
 def _marks(tokens: Mapping[str, Any]) -> dict[str, int]:
