@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import forked
 import pytest
@@ -192,8 +192,12 @@ REMOVED = object()
 """As a value for `clone`: the key is taken out of config.json."""
 
 
-class MakeDense(Protocol):
+class MakeDense:
     """Makes a dense checkpoint with random weights, once per set of arguments."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._made: dict[str, Path] = {}
 
     def __call__(
         self,
@@ -203,24 +207,10 @@ class MakeDense(Protocol):
         max_shard_size: str = "1GB",
         minimal: bool = False,
         **config: Any,  # noqa: ANN401 - JSON values
-    ) -> Path: ...
-
-
-@pytest.fixture(scope="session")
-def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
-    made: dict[str, Path] = {}
-
-    def make(
-        model_type: str,
-        *,
-        dtype: str = "float32",
-        max_shard_size: str = "1GB",
-        minimal: bool = False,
-        **config: Any,  # noqa: ANN401
     ) -> Path:
         key = json.dumps([model_type, dtype, max_shard_size, minimal, config], sort_keys=True)
-        if key not in made:
-            path = tmp_path_factory.mktemp(model_type) / "dense"
+        if key not in self._made:
+            path = self._factory.mktemp(model_type) / "dense"
             sizes = {**sizes_of(model_type), **config}
             _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
             save_companions(path)
@@ -231,10 +221,13 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
                 tokenizer.from_pretrained(path).save_pretrained(path)
             if minimal:
                 write_minimal_config(path)
-            made[key] = path
-        return made[key]
+            self._made[key] = path
+        return self._made[key]
 
-    return make
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
+    return MakeDense(tmp_path_factory)
 
 
 @pytest.fixture(scope="session", autouse=True)
