@@ -106,8 +106,6 @@ class Hub:
         """After how many bytes the next large downloads break off."""
         self.most_objects: int | None = None
         """How many more uploads succeed."""
-        self.most_commits: int | None = None
-        """How many more commits succeed."""
         self.gone = False
         self.requests: list[Request] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
@@ -462,10 +460,6 @@ class _Handler(BaseHTTPRequestHandler):
     @_route("POST", rf"{_MODEL}/commit/(?P<revision>[^/]+)")
     def _commit(self, repo: str, revision: str) -> None:
         found = self._repo(repo, write=True)
-        if self.hub.most_commits is not None:
-            if not self.hub.most_commits:
-                raise RefusedError(400, "no more commits")
-            self.hub.most_commits -= 1
         added: dict[str, Entry] = {}
         deleted: list[str] = []
         for line in b"".join(self._chunks()).splitlines():

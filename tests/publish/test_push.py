@@ -44,16 +44,6 @@ def single(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(llama, tmp_path_factory.mktemp("single") / "moe", RECIPE).output
 
 
-@pytest.fixture(scope="module")
-def many(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in more files than one commit takes. Read only."""
-    path = tmp_path_factory.mktemp("many") / "many"
-    recipe = Recipe(expansion=4, granularity=1, top_k=2)
-    convert(llama, path, recipe, options=Options(max_shard_bytes=8_000))
-    assert len(list(path.glob("*.safetensors"))) > 20
-    return path
-
-
 def assert_says(result: subprocess.CompletedProcess[str], *words: str) -> None:
     """There is one error message, and it contains all words."""
     assert result.stderr.count("error:") == 1
@@ -177,37 +167,17 @@ def test_replace_another_model_and_keep_other_files(
     assert "removed there" in run("push", moe, MOE).stdout
 
 
-def test_commit_many_files_in_two_steps(hub: Hub, run: RunOnHub, moe: Path, many: Path) -> None:
-    """The files without which nothing loads the repo come with the second commit."""
-    result = json.loads(run("push", many, MOE, "--create-pr", "--json").stdout)
-    assert result["pull_request"]
-    repo = hub.store.repos[MOE]
-    assert files_of(hub, revision="refs/pr/1") == files_in(many)
-    last = repo.commits[repo.refs["refs/pr/1"]]
-    assert last.parent is not None
-    assert "config.json" not in repo.commits[last.parent].tree
-    assert list(repo.refs) == ["main", "refs/pr/1"]
-    # Over another model, and cut off between the two commits.
+def test_publish_many_files_with_one_commit(
+    hub: Hub, run: RunOnHub, moe: Path, llama: Path, tmp_path: Path
+) -> None:
+    many, options = tmp_path / "many", Options(max_shard_bytes=8_000)
+    convert(llama, many, Recipe(expansion=4, granularity=1, top_k=2), options=options)
+    assert len(list(many.glob("*.safetensors"))) > 20
     run("push", moe, MOE)
-    commit = repo.refs["main"]
-    hub.most_commits = 1
-    assert_says(run("push", many, MOE, expect=2), "no more commits")
-    hub.most_commits = None
-    assert repo.commits[repo.refs["main"]].parent == commit
-    assert not {"config.json", "upcycle.json", "model.safetensors.index.json"} & {*files_of(hub)}
-    assert json.loads(run("push", many, MOE, "--json").stdout)["status"] == "pushed"
+    before = len(hub.store.repos[MOE].commits)
+    run("push", many, MOE)
     assert files_of(hub) == files_in(many)
-    assert json.loads(run("push", many, MOE, "--json").stdout)["status"] == "already there"
-
-
-def test_name_an_incomplete_pull_request(hub: Hub, run: RunOnHub, many: Path) -> None:
-    hub.store.create(MOE)
-    hub.most_commits = 1
-    failed = run("push", many, MOE, "--create-pr", expect=2)
-    assert_says(failed, "discussions/1 is open, but not complete", "--revision refs/pr/1")
-    hub.most_commits = None
-    run("push", many, MOE, "--revision", "refs/pr/1")
-    assert files_of(hub, revision="refs/pr/1") == files_in(many)
+    assert len(hub.store.repos[MOE].commits) == before + 1
 
 
 def test_xet_stores_equal_experts_once(

@@ -1,16 +1,13 @@
 """Upload a finished output to a repo on the Hub, after checking it.
 
-Nothing appears on the branch before all files are uploaded. Files that the Hub has already are not
-sent again, so the same command resumes a push that was interrupted.
+All files appear on the branch with one commit. Files that the Hub has already are not sent again,
+so the same command resumes a push that was interrupted.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +15,6 @@ from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
-    CONFIG_NAME,
     INDEX_NAME,
     RECORD_NAME,
     REPORT_NAME,
@@ -48,10 +44,7 @@ from upcycle_cli.write.staging import MARKER
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-# huggingface_hub splits a larger commit when the Hub refuses it as a whole.
-_MAX_FILES_PER_COMMIT = 20
 _UPLOAD_ATTEMPTS = 3
-_LAST = (CONFIG_NAME, INDEX_NAME, RECORD_NAME)  # without these nothing loads the repo as a model
 # Files of another model that loaders would read, or that do not match the pushed files.
 _REPLACED = (WEIGHTS_NAME, "model-?????-of-?????.safetensors", INDEX_NAME, CHECKSUMS_NAME)
 
@@ -161,8 +154,9 @@ def push(
         nbytes = sum(path.stat().st_size for path in files.values())
         on_start(len(files), nbytes)
         stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _REPLACED))
-        with _staged(directory.resolve().name, files, card) as folder:
-            info = run_interruptibly(lambda: _upload(folder, [*files], stale, there, destination))
+        message = destination.message or f"Upload {directory.resolve().name}"
+        destination = replace(destination, message=message)
+        info = run_interruptibly(lambda: _commit(files, card, stale, destination))
         checked_commit(info.oid)
     url, pull_request = f"{endpoint()}/{destination.repo}", _pull_request(destination, info)
     branch = destination.revision
@@ -244,79 +238,33 @@ def _edited_card(there: Repo, card: str, destination: Destination) -> str | None
     """Return the repo's card if somebody has written or edited it, so that it must stay."""
     if CARD_NAME not in there.sizes:
         return None
-    text = _download(there, CARD_NAME, destination).decode(errors="replace")
+    with download_limit(MOST_JSON_BYTES):
+        # By its commit: the cache may know an older one for the branch.
+        path = retry(lambda: fetch(destination.repo, CARD_NAME, there.commit))
+    text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 
 
-def _download(there: Repo, name: str, destination: Destination) -> bytes:
-    # By its commit: the cache may know an older one for the branch.
-    with download_limit(MOST_JSON_BYTES):
-        path = retry(lambda: fetch(destination.repo, name, there.commit))
-    return read_small(path, MOST_JSON_BYTES)
-
-
-@contextmanager
-def _staged(title: str, files: Mapping[str, Path], card: str) -> Iterator[Path]:
-    """Yield a directory of links to the files, with this card."""
-    with tempfile.TemporaryDirectory(prefix="upcycle-push-", ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch) / title
-        for name, real in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if name == CARD_NAME:
-                path.write_text(card, encoding="utf-8")
-            else:
-                path.symlink_to(real)
-        yield folder
-
-
-def _upload(
-    folder: Path, names: list[str], stale: list[str], there: Repo, destination: Destination
+def _commit(
+    files: Mapping[str, Path], card: str, stale: Sequence[str], destination: Destination
 ) -> CommitInfo:
-    """Upload files and remove stale ones, in two commits if there are many; return the last."""
-    if len(names) <= _MAX_FILES_PER_COMMIT:
-        return _upload_together(folder, names, stale, destination)
-    record = _download(there, RECORD_NAME, destination) if RECORD_NAME in there.sizes else None
-    if record != (folder / RECORD_NAME).read_bytes():
-        # Between the two commits nothing loads the repo, which is better than half of each model.
-        stale = [*stale, *(name for name in _LAST if name in there.sizes and name not in stale)]
-    early = [name for name in names if name not in _LAST]
-    late = [name for name in names if name in _LAST]
-    first = _upload_together(folder, early, stale, destination)
-    if first.pr_revision is None:
-        return _upload_together(folder, late, [], destination)
-    in_pr = replace(destination, create_pr=False, revision=first.pr_revision)
-    try:
-        with hub_session(destination.repo, first.pr_revision):
-            last = _upload_together(folder, late, [], in_pr)
-    except UpcycleError as error:
-        raise UpcycleError(
-            f"the pull request {_pull_request(destination, first)} is open, but not complete: "
-            f"{error.message}",
-            f"{error.hint or ''}\nContinue with --revision {first.pr_revision} instead of "
-            "--create-pr.".strip(),
-        ) from error
-    last.pr_num = first.pr_num
-    return last
-
-
-def _upload_together(
-    folder: Path, names: Sequence[str], stale: Sequence[str], destination: Destination
-) -> CommitInfo:
-    from huggingface_hub import HfApi
+    """Upload files with this card, and commit them together with the removal of stale ones."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
 
     api = HfApi()
 
     def upload() -> CommitInfo:
-        return api.upload_folder(
-            repo_id=destination.repo,
-            folder_path=folder,
-            commit_message=destination.message or f"Upload {folder.name}",
+        added = {name: card.encode() if name == CARD_NAME else path for name, path in files.items()}
+        return api.create_commit(
+            destination.repo,
+            [
+                *(CommitOperationAdd(name, content) for name, content in added.items()),
+                *(CommitOperationDelete(name, is_folder=False) for name in stale),
+            ],
+            commit_message=destination.message or "",
             revision=destination.revision,
             create_pr=destination.create_pr,
-            allow_patterns=[escape(name) for name in names],
-            delete_patterns=[escape(name) for name in stale] or None,
         )
 
     try:
