@@ -14,19 +14,15 @@ from conftest import clone, read_json, snapshot
 from engine_fixtures import (
     CannotMountError,
     contents,
-    convert_command,
     execute,
     make_dense,
     mounted,
     plan_of,
-    run,
     system,
-    torchrun_command,
 )
 from refusals import Refuses, assert_refused, invoke
 
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.write import preflight
 from upcycle_cli.write.preflight import check_space
 from upcycle_cli.write.staging import partial_of
@@ -235,46 +231,3 @@ def test_a_disk_that_fills_up_during_the_run(
         assert contents(output) == reference
         assert level < levels // 2 or done.reused_bytes > 0
         shutil.rmtree(output)
-
-
-def test_a_quota(
-    tmp_path: Path, dense: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Btrfs holds root to its quotas, too."""
-    disk_with(monkeypatch, 1 << 60)
-    monkeypatch.setattr("upcycle_cli.write.writer.can_share", lambda _: False)
-    plan = plan_of(dense, max_shard_bytes=MIB)
-    try:
-        with mounted("btrfs", tmp_path / "fs", 300 * MIB) as disk:
-            enabled = system("btrfs", "quota", "enable", disk)
-            limited = system("btrfs", "qgroup", "limit", str(plan.nbytes // 2), disk)
-            if enabled.returncode or limited.returncode:
-                pytest.skip(f"no quotas: {enabled.stderr}{limited.stderr}")
-            with pytest.raises(ResumableError, match=r"[Qq]uota"):
-                execute(plan, disk / "moe")
-            assert not (disk / "moe").exists()
-            system("btrfs", "qgroup", "limit", "none", disk).check_returncode()
-            assert execute(plan, disk / "moe").reused_bytes > 0
-            assert contents(disk / "moe") == reference
-    except CannotMountError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_limit_on_the_size_of_files(
-    tmp_path: Path, dense: Path, reference: dict[str, str], ranks: int
-) -> None:
-    if shutil.which("prlimit") is None:
-        pytest.skip("prlimit is not installed")
-    output = tmp_path / "moe"
-    command = convert_command(dense, output, "--max-shard-size", "1MiB")
-    command = command if ranks == 1 else torchrun_command(ranks, command)
-    done = run(["prlimit", "--fsize=500000", *command])
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert "File too large" in done.stderr
-    assert not output.exists()
-    assert partial_of(output).is_dir()
-    done = run(command)
-    assert done.returncode == 0, done.stderr
-    assert contents(output) == reference

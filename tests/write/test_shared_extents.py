@@ -126,23 +126,3 @@ def test_share_is_false_where_the_file_system_cannot(tmp_path: Path) -> None:
             assert not can_share(path)
     except CannotMountError as error:
         pytest.skip(str(error))
-
-
-@pytest.mark.slow
-def test_a_7b_model_becomes_94_gb_on_40(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    if free < 45e9:
-        pytest.skip(f"needs 45 GB free, there are {free / 1e9:.0f}")
-    dense = make_dense(
-        tmp_path / "dense", hidden=4096, inner=14336, layers=32, vocab=32000, hollow=True
-    )
-    plan = plan_of(dense)
-    try:
-        with mounted("xfs", tmp_path / "fs", 40_000_000_000) as path:
-            empty = used_bytes(path)
-            done = execute(plan, path / "moe")
-            assert plan.nbytes > 90e9
-            assert used_bytes(path) - empty <= most_bytes(plan)
-            assert done.shared_bytes == plan.nbytes - unique_bytes(plan.shards)
-    except CannotMountError as error:
-        pytest.skip(str(error))

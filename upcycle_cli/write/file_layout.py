@@ -15,9 +15,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BufferedReader
-from typing import Generic, TypeVar
 
 from xxhash import xxh3_128
 
@@ -26,7 +25,6 @@ from upcycle_cli.plan.expressions import Expr, leaves, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role, Shard
 from upcycle_cli.write.transpose import draws
 
-_Origin = TypeVar("_Origin")
 _PIECE_BYTES = 1 << 20
 
 
@@ -70,44 +68,6 @@ def lay_out(shard: Shard) -> Layout:
     found = first.items()
     parts = tuple(Part(leaf, tensor, nbytes, tuple(at)) for leaf, (tensor, nbytes, at) in found)
     return Layout(header, parts, position)
-
-
-@dataclass(eq=False)
-class Run(Generic[_Origin]):
-    """Consecutive places whose bytes are, one after the other, at `source` in a file."""
-
-    origin: _Origin
-    source: int
-    target: int
-    nbytes: int = 0
-    places: list[tuple[Part, int]] = field(default_factory=list)
-
-    def goes_on(self, origin: _Origin, source: int, target: int, nbytes: int) -> bool:
-        """Whether a part continues this run; only whole blocks can be shared."""
-        follows = (self.source + self.nbytes, self.target + self.nbytes) == (source, target)
-        return origin is self.origin and follows and not (nbytes | self.nbytes) % BLOCK_BYTES
-
-
-def repetitions(
-    layout: Layout, own: _Origin, first: Mapping[Expr, tuple[_Origin, int]]
-) -> list[Run[_Origin]]:
-    """Return all places but the first of each part; neighbours form one run.
-
-    `first` maps each part to the file that holds it first and the offset there; `own` is the file
-    laid out here. The copies of an expert, or of a whole group, repeat its parts in order.
-    """
-    places: list[tuple[int, Part, _Origin, int]] = []
-    for part in layout.parts:
-        origin, source = first[part.expr]
-        offsets = part.offsets[1:] if origin is own else part.offsets
-        places += [(offset, part, origin, source) for offset in offsets]
-    runs: list[Run[_Origin]] = []
-    for offset, part, origin, source in sorted(places, key=lambda place: place[0]):
-        if not (runs and runs[-1].goes_on(origin, source, offset, part.nbytes)):
-            runs.append(Run(origin, source, offset))
-        runs[-1].places.append((part, offset))
-        runs[-1].nbytes += part.nbytes
-    return runs
 
 
 def unique_bytes(shards: Iterable[Shard]) -> int:

@@ -24,7 +24,7 @@ from upcycle_cli.core.safe_files import (
     ListedFile,
     listed_files,
     open_regular,
-    parse_checksums,
+    read_checksums,
     read_header,
     read_small,
 )
@@ -126,7 +126,7 @@ def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: 
         card = read_small(path, MOST_JSON_BYTES)
         return "" if _is_untouched(card) else "which somebody has edited"
     if name == CHECKSUMS_NAME:
-        ours = _are_ours(read_small(path, MOST_JSON_BYTES), listed, record)
+        ours = read_checksums(path).keys() == {*listed, RECORD_NAME}
     elif name == REPORT_NAME:  # a report on this output quotes the digest of its record
         digest = hashlib.sha256(record).hexdigest()
         ours = digest.encode() in read_small(path, MOST_JSON_BYTES)
@@ -154,16 +154,6 @@ def _is_untouched(card: bytes) -> bool:
     text = card.decode(errors="replace")
     # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
     return "Made by upcycle" in text and not is_edited(text)
-
-
-def _are_ours(sums: bytes, listed: Mapping[str, ListedFile], record: bytes) -> bool:
-    """Whether these are checksums of the listed files; those of weights are not checked."""
-    try:
-        found = parse_checksums(sums)
-    except UpcycleError:
-        return False
-    wanted = {name: file.sha256 or found.get(name) for name, file in listed.items()}
-    return found == wanted | {RECORD_NAME: hashlib.sha256(record).hexdigest()}
 
 
 def _identity(status: os.stat_result) -> _Identity:

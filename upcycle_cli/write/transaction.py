@@ -259,45 +259,38 @@ def _discard(path: Path) -> None:
 # After a kill ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Interrupted:
-    """A publication that a kill has cut short."""
-
-    output: Path
-    replaces: str | None
-    aside: bool
-    """Whether OUTPUT is missing: the old one was renamed, and the new one was not."""
-
-    def end(self) -> str | None:
-        """Finish it, or undo it where OUTPUT is missing; return a warning or a note."""
-        with locked(partial_of(self.output) if self.aside else self.output):
-            if not self.aside:
-                return _finish(self.output, self.replaces, durable=True)
-            aside_of(self.output).rename(self.output)
-        return (
-            f"{self.output} had been set aside as {aside_of(self.output).name} by a run that was "
-            "killed, and is back."
-        )
-
-
 def recover(output: Path) -> str | None:
-    """Finish or undo the publication that a kill cut short; UpcycleError if it still runs."""
-    found = _find_interrupted(output)
-    return None if found is None else found.end()
+    """Finish or undo the publication that a kill cut short; return a warning or a note.
+
+    Raises UpcycleError if another process still publishes.
+    """
+    new, replaces = _find_interrupted(output)
+    if new is None:
+        return None
+    with locked(new):
+        if new == output:
+            return _finish(output, replaces, durable=True)
+        aside_of(output).rename(output)
+    return (
+        f"{output} had been set aside as {aside_of(output).name} by a run that was killed, and is "
+        "back."
+    )
 
 
-def _find_interrupted(output: Path) -> Interrupted | None:
+def _find_interrupted(output: Path) -> tuple[Path | None, str | None]:
+    """Return the new directory of an interrupted publication, and what it replaces.
+
+    That is OUTPUT if it was renamed already, and OUTPUT.partial if there is no OUTPUT.
+    """
     for new in (output, partial_of(output)):
         state = read_state(new / MARKER) if is_directory(new) else {}
         if state.get("output") != output.name or "replaces" not in state:
             continue
         replaces = state["replaces"] if isinstance(state["replaces"], str) else None
-        if new == output:
-            return Interrupted(output, replaces, aside=False)
-        old = aside_of(output)
-        if replaces and not output.exists() and is_directory(old):
-            return Interrupted(output, replaces, True) if record_digest(old) == replaces else None
-    return None
+        missing = replaces and not output.exists() and record_digest(aside_of(output)) == replaces
+        if new == output or missing:
+            return new, replaces
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -313,10 +306,10 @@ class Leftover:
 def clean(output: Path, *, remove: bool) -> Leftover:
     """Return what an interrupted run left of OUTPUT, and remove it when asked; UpcycleError."""
     partial, aside = partial_of(output), aside_of(output)
-    interrupted = _find_interrupted(output)
-    if interrupted is not None and not interrupted.aside and is_directory(aside):
+    new, _ = _find_interrupted(output)
+    if new == output and is_directory(aside):
         found = Leftover(aside, disk_bytes(aside), f"what {output} was before")
-        if remove and (left := interrupted.end()):
+        if remove and (left := recover(output)):
             raise UpcycleError(left)
         return found
     if not is_directory(partial):
@@ -324,9 +317,8 @@ def clean(output: Path, *, remove: bool) -> Leftover:
     if not is_staging(partial, output.name):
         raise UpcycleError(f"{partial} is no unfinished conversion of upcycle.", "Remove it.")
     check_private(partial)
-    note, nbytes = None, disk_bytes(partial)
-    if remove and interrupted is not None and interrupted.aside:
-        note = interrupted.end()
+    nbytes = disk_bytes(partial)
+    note = recover(output) if remove and new == partial else None
     with locked(partial):
         if remove:
             _discard(partial)

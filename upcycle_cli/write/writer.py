@@ -35,7 +35,7 @@ from upcycle_cli.plan.expressions import Expr, gather_input, source_names
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.file_layout import Layout, Part, file_digest, lay_out, read_back, repetitions
+from upcycle_cli.write.file_layout import Layout, Part, file_digest, lay_out, read_back
 from upcycle_cli.write.running_stats import Moments, noted_moments
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 from upcycle_cli.write.transpose import in_pieces
@@ -289,18 +289,21 @@ class _Task:
 
     def _share_parts(self, descriptor: int) -> None:
         """Share the extents of each part's first place, or write the part where that fails."""
-        unshared: dict[Part, list[int]] = {}
-        for run in repetitions(self.layout, self, self.crew.first):
-            with nullcontext(descriptor) if run.origin is self else run.origin.opened() as origin:
-                shared = share(origin, run.source, descriptor, run.target, run.nbytes)
-            if shared:
-                self.written.shared_bytes += run.nbytes
-                self._advance(run.nbytes)
+        for part in self.layout.parts:
+            origin, source = self.crew.first[part.expr]
+            offsets = part.offsets[origin is self :]
+            if not offsets:
                 continue
-            for part, offset in run.places:
-                unshared.setdefault(part, []).append(offset)
-        for part, offsets in unshared.items():
-            self._write_data(descriptor, part, self._data(part), offsets)
+            unshared = []
+            with nullcontext(descriptor) if origin is self else origin.opened() as first:
+                for offset in offsets:
+                    if share(first, source, descriptor, offset, part.nbytes):
+                        self.written.shared_bytes += part.nbytes
+                        self._advance(part.nbytes)
+                    else:
+                        unshared.append(offset)
+            if unshared:
+                self._write_data(descriptor, part, self._data(part), unshared)
 
     def _data(self, part: Part) -> memoryview:
         # Imported here, since it imports numpy.
