@@ -1,0 +1,81 @@
+"""A conversion that is resumed uses the calibration that it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import contents
+
+from upcycle_cli import Recipe, convert
+from upcycle_cli.api import Request, carry_out
+from upcycle_cli.calibrate import collect
+from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
+
+RECIPE = Recipe(
+    expansion=4,
+    granularity=2,
+    top_k=4,
+    router_init=RouterInit.BALANCED,
+    neuron_order=NeuronOrder.CLUSTERED,
+)
+
+
+class _KilledError(BaseException):
+    pass
+
+
+class _Kill(Hooks[Any, Any]):
+    def advance(self, num_bytes: int) -> None:
+        raise _KilledError(num_bytes)
+
+
+def _without_orders(data: bytes) -> bytes:
+    found = Calibration.from_bytes(data)
+    layers = {n: dataclasses.replace(of, order=None) for n, of in found.layers.items()}
+    return dataclasses.replace(found, layers=layers).to_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(llama, tmp_path_factory.mktemp("undisturbed") / "moe", RECIPE).output
+
+
+@pytest.mark.parametrize(
+    ("spoil", "runs"),
+    [
+        (lambda data: data, 0),
+        (lambda _: b"not what was written", 1),
+        (_without_orders, 1),  # as for another recipe
+    ],
+)
+def test_a_calibration_runs_again_only_if_it_is_damaged(
+    llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[bytes], bytes],
+    runs: int,
+) -> None:
+    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
+    with pytest.raises(_KilledError):
+        carry_out(request, hooks=_Kill())
+    cached = tmp_path / "moe.partial" / ".upcycle-calibration"
+    cached.write_bytes(spoil(cached.read_bytes()))
+    found, calibrate = [], collect.calibrate
+
+    def counted(*arguments: Any) -> Calibration:  # noqa: ANN401
+        found.append(1)
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(collect, "calibrate", counted)
+    done = carry_out(request)
+    assert len(found) == runs
+    assert contents(done.output) == contents(undisturbed)
+    assert carry_out(request).already_done
+    assert len(found) == runs

@@ -1,0 +1,327 @@
+"""Calibrations collect what transformers computes, and conversions keep their promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeDense, clone, contents, read_json, read_tensors
+from refusals import assert_refused, invoke
+from wrapped import FAMILIES, ROWS, save_wrapper
+
+from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
+from upcycle_cli.calibrate.collect import TOKENS, calibrate
+from upcycle_cli.calibrate.router_rows import loads
+from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.families import targets_of
+from upcycle_cli.plan.calibration import Calibration
+from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
+from upcycle_cli.verification.prompts import TextOptions
+
+FEW = TextOptions(tokens=512)
+ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
+
+
+def recipe(name: tuple[int, int, int] = (4, 2, 4), **how: Any) -> Recipe:  # noqa: ANN401
+    expansion, granularity, top_k = name
+    return Recipe(expansion=expansion, granularity=granularity, top_k=top_k, **how)
+
+
+def clustered(**how: Any) -> Recipe:  # noqa: ANN401
+    return recipe((3, 4, how.pop("top_k", 8)), neuron_order="clustered", **how)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of which a tiny model's tokenizer makes a token a byte."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(f"{i} sheep and {i * i % 97} goats went by.\n" for i in range(200)))
+    return path
+
+
+# The run ------------------------------------------------------------------------------------------
+
+
+def calibrate_few(dense: Path, target: str, folder: Path) -> None:
+    """Run a calibration, and check its shapes and the size of its logits."""
+    text = folder / "few.txt"
+    text.write_text("More than enough. " * 20)
+    inputs = RouterInputs.read(calibration=text, rows=None)
+    source = open_checkpoint(dense)
+    plan = build_plan(recipe(router_init="balanced"), source, target=target, inputs=inputs)
+    found = calibrate(plan, Watch())
+    assert tuple(found.layers) == plan.family.layers
+    for layer in found.layers.values():
+        assert layer.statistics.logit_std == pytest.approx(1, rel=0.02)
+        assert layer.input_mean.shape == (plan.family.dense.hidden_size,)
+        assert layer.activity.shape == (plan.family.dense.intermediate_size,)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in DENSE.items() if targets_of(row)])
+def test_every_dense_type_can_be_calibrated(
+    make_dense: MakeDense, tmp_path: Path, model_type: str
+) -> None:
+    calibrate_few(make_dense(model_type), targets_of(DENSE[model_type])[-1], tmp_path)
+
+
+@pytest.mark.parametrize(("wrapper", "text_type"), sorted({row[:2] for row in ROWS}))
+def test_a_text_model_inside_a_wrapper_can_be_calibrated(
+    tmp_path: Path, wrapper: str, text_type: str
+) -> None:
+    dense = save_wrapper(tmp_path / "dense", wrapper, text_type, {})
+    calibrate_few(dense, targets_of(FAMILIES[wrapper][text_type])[-1], tmp_path)
+
+
+def mlp_inputs(dense: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The input of each layer's MLP (P, H), by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    found: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, held: found.append(held[0].flatten(0, -2)))
+    with torch.no_grad():
+        model.model(ids, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("init", [RouterInit.BALANCED, RouterInit.CENTROIDS])
+def test_statistics_are_those_of_transformers_own_run(
+    llama: Path, text: Path, tmp_path: Path, init: RouterInit
+) -> None:
+    wanted = recipe(router_init=init, router_logit_std=0.5)
+    done = convert(llama, tmp_path / "moe", wanted, calibration=text)
+    found = done.plan.calibration
+    assert found is not None
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(llama)(text.read_text())["input_ids"][:TOKENS]
+    tensors = read_tensors(done.output)
+    for layer, inputs_PH in enumerate(mlp_inputs(llama, torch.tensor(ids).reshape(-1, 128))):
+        of = found.layers[layer]
+        assert torch.allclose(torch.from_numpy(of.input_mean), inputs_PH.mean(0), atol=1e-5)
+        squares_H = inputs_PH.square().mean(0)
+        assert torch.allclose(torch.from_numpy(of.input_square), squares_H, rtol=1e-4)
+        logits_PE = inputs_PH @ tensors[ROUTER.format(layer)][::2].T
+        assert float(logits_PE.std(0).mean()) == pytest.approx(0.5, rel=1e-3)
+        # No group is ahead of the others by what all tokens share.
+        assert float(logits_PE.mean(0).abs().max()) < 1e-4
+        load_E = loads(logits_PE.double().numpy(), 2)
+        assert of.statistics.load_cv == pytest.approx(load_E.std() / load_E.mean(), abs=1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_the_pages_of_a_layer_are_released(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")  # this process may have mapped the other file
+
+    class Pages(Watch):
+        held: tuple[str, ...] = ()
+
+        def checked(self, done: int, total: int, unit: str) -> None:
+            _, *maps = Path("/proc/self/smaps").read_text().split(str(dense / "model.safetensors"))
+            pages = [of.split("Rss:")[1].split()[0] for of in maps]
+            self.held += (f"{done} of {total} {unit}", *pages)
+
+    watch, plan = Pages(), build_plan(recipe(router_init="balanced"), open_checkpoint(dense))
+    calibrate(plan, watch)
+    assert watch.held == ("1 of 2 layers", "0", "2 of 2 layers", "0"), "kilobytes"
+
+
+def test_a_calibration_can_be_saved_and_read(llama: Path) -> None:
+    found = calibrate(build_plan(clustered(), open_checkpoint(llama)), Watch())
+    data = found.to_bytes()
+    assert Calibration.from_bytes(data).digest == found.digest
+    with pytest.raises(ValueError, match="deserializing"):
+        Calibration.from_bytes(data[:-1])
+
+
+# Conversions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "how"),
+    [
+        ("llama", "mixtral", recipe(router_init="balanced")),
+        ("llama", "mixtral", recipe((2, 2, 2), router_init="centroids")),  # in one direction
+        ("llama", "qwen2_moe", recipe(router_init="balanced", routing="softmax-topk")),
+        ("llama", "qwen2_moe", recipe(router_init="balanced", layers="1")),
+        ("qwen3", "glm4_moe", recipe(router_init="centroids", neuron_order="shuffled")),
+        ("nemotron", "upcycled", recipe(router_init="balanced", routing="sigmoid-topk")),
+        ("olmo2", "upcycled", recipe(router_init="balanced")),  # no norm before the MLP
+        ("llama", "mixtral", clustered()),
+        ("llama", "qwen2_moe", clustered(routing="softmax-topk", top_k=12)),  # all: exact
+        ("llama", "glm4_moe", clustered(routing="sigmoid-topk", top_k=4, shared_experts=2)),
+        ("granite", "granitemoe", clustered()),
+        ("gpt2", "upcycled", clustered(routing="sigmoid-topk")),
+    ],
+    ids=str,
+)
+def test_calibrated_conversions_keep_the_promise(
+    make_dense: MakeDense, tmp_path: Path, model_type: str, target: str, how: Recipe
+) -> None:
+    dense = make_dense(model_type, dtype="bfloat16")
+    done = convert(dense, tmp_path / "moe", how, target=target)
+    assert done.plan.promise is not Promise.NONE
+    report = verify(dense, done.output, texts=FEW)
+    assert report.passed, report.to_json()
+    found = done.plan.calibration
+    assert found is not None
+    assert found.tokens == TOKENS
+    assert tuple(found.layers) == done.plan.family.layers
+    if how.router_init is not RouterInit.NORMAL:
+        for layer in found.layers.values():
+            std = done.plan.recipe.router_logit_std
+            assert layer.statistics.logit_std == pytest.approx(std, rel=0.02)
+
+
+def test_the_most_active_shards_are_shared(llama: Path, tmp_path: Path) -> None:
+    wanted = clustered(top_k=4, shared_experts=2, routing="sigmoid-topk")
+    done = convert(llama, tmp_path / "moe", wanted, target="glm4_moe")
+    found = done.plan.calibration
+    assert found is not None
+    dense, made = read_tensors(llama), read_tensors(done.output)
+    for layer, of in found.layers.items():
+        assert of.order is not None
+        order = np.frombuffer(of.order, "<u4").astype(np.int64)
+        activity_G = of.activity[order].reshape(4, -1).mean(1)
+        assert activity_G[:2].min() >= activity_G[2:].max()
+        gate, prefix = dense[f"model.layers.{layer}.mlp.gate_proj.weight"], f"model.layers.{layer}"
+        assert torch.equal(made[f"{prefix}.mlp.shared_experts.gate_proj.weight"], gate[order[:24]])
+        for expert in range(6):  # all groups have the same order
+            shard = order[24:].reshape(2, 12)[expert % 2]
+            assert torch.equal(made[f"{prefix}.mlp.experts.{expert}.gate_proj.weight"], gate[shard])
+
+
+def test_an_output_is_a_function_of_model_recipe_and_text(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    wanted = clustered(router_init="balanced")
+    one = convert(llama, tmp_path / "one", wanted)
+    assert contents(convert(llama, tmp_path / "two", wanted).output) == contents(one.output)
+    other = convert(llama, tmp_path / "three", wanted, calibration=text)
+    assert other.plan.digest != one.plan.digest
+    assert contents(other.output) != contents(one.output)
+
+
+def test_a_text_that_nothing_is_fitted_to_changes_no_weight(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    plain = convert(llama, tmp_path / "plain", recipe())
+    done = convert(llama, tmp_path / "moe", recipe(), calibration=text)
+    for name in ("model.safetensors", "config.json"):
+        assert (done.output / name).read_bytes() == (plain.output / name).read_bytes()
+    record = read_json(done.output / "upcycle.json")["calibration"]
+    assert record["text"] == "words.txt"
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1]
+    assert read_json(plain.output / "upcycle.json")["calibration"] is None
+    assert verify(llama, done.output, texts=FEW).passed
+
+
+@pytest.mark.parametrize(("std", "promise"), [(1.0, Promise.NONE), (0.001, Promise.APPROXIMATE)])
+def test_a_measured_scale_makes_the_mean_gain_one(
+    llama: Path, tmp_path: Path, std: float, promise: Promise
+) -> None:
+    how: dict[str, Any] = {"routing": "softmax-topk", "router_logit_std": std}
+    gains = {}
+    for scaling in ("exact", "measured"):
+        wanted = recipe((8, 2, 4), scaling=scaling, router_init="balanced", **how)
+        done = convert(llama, tmp_path / scaling, wanted, target="qwen2_moe")
+        assert done.plan.promise is promise
+        report = verify(llama, done.output, allow_inexact=promise is Promise.NONE)
+        assert report.accepted, report.to_json()
+        layers = report.checks[-1].layers
+        gains[scaling] = sum(layer.gain for layer in layers) / len(layers)
+    assert abs(gains["measured"] - 1) < 0.05
+    found = done.plan.calibration
+    assert found is not None
+    assert done.plan.factors.c == pytest.approx(2 / found.gates)
+    if promise is Promise.NONE:
+        assert gains["exact"] > 1.2
+    again = convert(llama, done.output, wanted, target="qwen2_moe")
+    assert again.already_done
+    assert again.plan.factors == done.plan.factors
+
+
+def test_gates_that_sum_to_one_need_no_measured_scale(llama: Path) -> None:
+    plan = build_plan(recipe(scaling="measured"), open_checkpoint(llama))
+    assert plan.recipe.scaling is Scaling.EXACT
+    assert plan.inputs.text is None
+
+
+def test_torch_is_only_imported_for_a_calibration(llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from upcycle_cli.cli.app import app\n"
+        f"try: app(['convert', {str(llama)!r}, {str(tmp_path / 'moe')!r}, '-r', 'E4G2T4', '-q'])\n"
+        "except SystemExit as done: assert not done.code\n"
+        "print({'torch', 'upcycle_cli.calibrate.collect'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("set()")
+
+
+# What the user reads ------------------------------------------------------------------------------
+
+
+def test_screens_card_and_recipe_file_name_the_calibration(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "recipe.toml"
+    options = ["--router-init", "balanced", "--neuron-order", "clustered"]
+    more: list[str | Path] = ["--calibration", text, "--save-config", saved]
+    made = invoke("convert", llama, tmp_path / "one", "-r", "E4G2T4", *options, *more)
+    assert made.exit_code == 0, made.stderr
+    record = read_json(tmp_path / "one" / "upcycle.json")
+    assert record["recipe"]["neuron_order"] == "clustered"
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert all(word in card for word in ("balanced rows", "words.txt"))
+    assert invoke("convert", llama, tmp_path / "two", "--config", saved).exit_code == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    shown = invoke("inspect", llama, "-r", "E4G2T4", *options, "--tensors").stdout
+    assert all(word in shown for word in ("calibrated on builtin", "layers.1.neuron_order["))
+
+
+Spoil = Callable[[Path], list[str | Path]]
+
+
+def _text(content: bytes, name: str = "text.txt") -> Spoil:
+    def make(folder: Path) -> list[str | Path]:
+        (folder / name).write_bytes(content)
+        return ["--calibration", folder / name]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (_text(b" \n\n"), ["text.txt", "no text"]),
+        (_text(b"\x00\xff\xfe\x81"), ["text.txt", "not UTF-8"]),
+        (_text(b"Too short."), ["text.txt", "too short", "256"]),
+        (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 is not JSON"]),
+        (_text(b'{"text": 1}\n', "text.jsonl"), ["line 1 has neither text nor messages"]),
+        (lambda _: ["--calibration", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+    ],
+)
+def test_unusable_texts_are_refused(
+    llama: Path, tmp_path: Path, options: Spoil, words: list[str]
+) -> None:
+    result = invoke("convert", llama, tmp_path / "moe", "-r", "E4G2T4", *options(tmp_path))
+    assert_refused(result, *words)
+    assert not list(tmp_path.glob("moe*"))
+
+
+def test_a_calibration_needs_a_tokenizer(llama: Path, tmp_path: Path) -> None:
+    dense = clone(llama, tmp_path / "dense")
+    for file in dense.glob("*token*"):
+        file.unlink()
+    result = invoke("convert", dense, tmp_path / "moe", "-r", "E4G2T4", "--router-init", "balanced")
+    assert_refused(result, "needs text as tokens", "tokenizer", "--router-init normal")
+    assert not list(tmp_path.glob("moe*"))
