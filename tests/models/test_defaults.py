@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from family_defaults import (
-    KINDS,
     MOE,
     TARGET,
     config_class,
@@ -30,12 +29,6 @@ from upcycle_cli.models.moe_rows import NATIVE
 FILE: dict[str, Any] = json.loads(TARGET.read_text("utf-8"))
 DENSE = tuple(FILE["tensors"])
 TYPES = tuple(FILE["defaults"])
-LEFT_NULL = {
-    "nemotron": "num_key_value_heads",
-    "hunyuan_v1_dense": "head_dim",
-    "ministral": "head_dim",
-}
-"""Keys whose null transformers does not fill in, and fails on."""
 
 pytestmark = pytest.mark.skipif(
     installed() != FILE["transformers"],
@@ -82,23 +75,6 @@ def test_the_shapes_are_the_models_for_all_flags(model_type: str) -> None:
         config = tiny_config(model_type, **dict(zip(flags, states, strict=True)))
         ours = tensor_shapes(model_type, config.to_dict(), kinds(model_type))
         assert ours == model_shapes(config), dict(zip(flags, states, strict=True))
-
-
-@pytest.mark.parametrize("model_type", DENSE)
-def test_the_shapes_are_the_models_by_default(model_type: str) -> None:
-    effective = dict(defaults_of(model_type))
-    if effective["num_key_value_heads"] is None:
-        effective["num_key_value_heads"] = effective["num_attention_heads"]
-    if effective["head_dim"] is None:
-        effective["head_dim"] = effective["hidden_size"] // effective["num_attention_heads"]
-    layers = KINDS.get(model_type, (LAYER, LAYER))
-    settings: dict[str, Any] = {"num_hidden_layers": 2}
-    if model_type in KINDS:
-        settings = {"layers_block_type": list(layers)}
-    elif key := LEFT_NULL.get(model_type):
-        settings |= {key: effective[key]}
-    theirs = model_shapes(config_class(model_type)(**settings))
-    assert tensor_shapes(model_type, effective, layers) == theirs
 
 
 @pytest.mark.parametrize("model_type", sorted(TYPES))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import MakeDense, difference, logits, random_ids, read_json, sizes_of
+from configs import converted
+from conftest import sizes_of
 from shapes import make_recipe, tiny_config
 
-from upcycle_cli import UpcycleError, convert, inspect, verify
+from upcycle_cli import UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.layers import format_layers, layer_finder, parse_layers
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.recipe.recipe import SHIPPED
 
 HAVING_MLPS = (1, 3, 4, 5, 7)
 
@@ -92,25 +91,17 @@ BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
         ("olmo2", SHIPPED, "0,3", {"moe_layers": [0, 3]}),
     ],
 )
-def test_layers_that_stay_dense(
-    make_dense: MakeDense,
-    tmp_path: Path,
-    model_type: str,
-    target: str,
-    layers: str | None,
-    stated: dict[str, Any],
+def test_the_layers_are_in_the_config(
+    model_type: str, target: str, layers: str | None, stated: dict[str, Any]
 ) -> None:
-    fixed = sizes_of(model_type).keys() & {"layer_types", "layers_block_type"}
-    sizes: dict[str, Any] = {} if fixed else {"num_hidden_layers": 4}
-    dense, moe = make_dense(model_type, **sizes), tmp_path / "moe"
-    routing = Routing.TOPK_SOFTMAX if target in (SHIPPED, "qwen2_moe") else None
-    done = convert(dense, moe, make_recipe("E2G2T2", routing, layers=layers), target=target)
-    config = read_json(moe / "config.json")
-    assert {key: config[key] for key in stated} == stated
-    assert inspect(moe).moe_layers == done.plan.family.layers
-    wanted, got = (logits(path, random_ids(), torch.float32) for path in (dense, moe))
-    assert difference(got, wanted) < 1e-4
-    assert verify(dense, moe).passed
+    sizes = sizes_of(model_type)
+    if not sizes.keys() & {"layer_types", "layers_block_type"}:
+        sizes["num_hidden_layers"] = 4
+    recipe = make_recipe("E2G2T2", layers=layers)
+    moe = converted({"model_type": model_type, **sizes}, target, recipe)
+    assert moe | stated == moe
+    family = choose({"model_type": model_type, **sizes}, target, None, layers=layers)
+    assert family.target.moe_layers(moe, len(family.dense.kinds)) == family.layers
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from configs import dense_model, model_shapes
 from shapes import FIXTURES, write_hollow
 
-from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
+from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import Promise, Routing, ScaleSplit, Scaling
 from upcycle_cli.recipe.scaling import MlpKind
-
-if TYPE_CHECKING:
-    from conftest import MakeDense
 
 NAMES = (
     *("nemotron-4-15b", "nemotron-4-340b", "minitron-4b-base"),
@@ -129,23 +126,3 @@ def test_where_factors_go(sources: Path) -> None:
         plan = planned(sources, name, replace(FINE, routing=routing))
         assert (plan.factors.up, plan.factors.down) == (1.0, 1.0)  # the default is the config
         assert plan.config["routed_scaling_factor"] == plan.factors.config == c
-
-
-@pytest.mark.parametrize(
-    ("top_k", "routing", "promise"),
-    [
-        (2, SOFTMAX, Promise.APPROXIMATE),
-        (4, SOFTMAX, Promise.EXACT),
-        (2, RENORMALISED, Promise.EXACT),
-        (2, Routing.SIGMOID_TOPK, Promise.EXACT),
-    ],
-)
-def test_verify_accepts_the_papers_scaling(
-    make_dense: MakeDense, tmp_path: Path, top_k: int, routing: Routing, promise: Promise
-) -> None:
-    dense = make_dense("nemotron")
-    recipe = Recipe(expansion=2, granularity=2, top_k=top_k, routing=routing, scaling=Scaling.PAPER)
-    assert convert(dense, tmp_path / "moe", recipe).plan.promise is promise
-    report = verify(dense, tmp_path / "moe")
-    assert report.passed, report
-    assert report.promise == promise
