@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.merge import Rest
 from upcycle_cli.plan.permutation_file import read_permutation_file
-from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification.result import Status
 
 COMPARED = ("directory", "weights")
@@ -196,6 +197,24 @@ def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest:
     assert report.status is Status.FAILED
 
 
+def test_three_models_with_rows_made_of_prompts(models: list[Path], tmp_path: Path) -> None:
+    """As of mergekit's file; the rows are in one plane, since their mean is taken out."""
+    words = {"good": "sums and proofs", "bad": "rhymes and verses", "ugly": "tests and bugs"}
+    prompts = {model.name: [text] for model, text in zip(models, words.values(), strict=True)}
+    write_json(tmp_path / "prompts.json", prompts)
+    moe, recipe = tmp_path / "moe", Recipe(expansion=3, granularity=1, top_k=2)
+    convert(
+        models[0],
+        moe,
+        replace(recipe, router_init=RouterInit.PROMPTS),
+        merge=MergeRequest(experts_from=models, source_too=False),
+        positive_prompts=tmp_path / "prompts.json",
+    )
+    report = verify(models[0], moe, experts_from=models[1:])
+    assert [check.status for check in report.checks] == ["passed", "measured", "measured"]
+    assert "made of prompts" in report.checks[1].detail
+
+
 @pytest.mark.parametrize(
     ("growth", "statuses"),
     [
@@ -256,6 +275,17 @@ def test_what_transformers_saves_again_passes(
     if target != "nemotron_h":  # whose names in memory begin in another way
         memory = saved_again(moe, tmp_path / "memory", save_original_format=False)
         assert verify(dense, memory, checks=COMPARED).accepted
+
+
+def test_generation_settings_that_transformers_adds(dense: Path, tmp_path: Path) -> None:
+    source = clone(dense, tmp_path / "dense")
+    (source / "generation_config.json").unlink()
+    convert(source, tmp_path / "moe", G2())
+    again = saved_again(tmp_path / "moe", tmp_path / "again")
+    assert (again / "generation_config.json").exists()
+    assert verify(source, again, checks=COMPARED).accepted
+    write_json(again / "generation_config.json", {"eos_token_id": 5})
+    assert verify(source, again, checks=["directory"]).status is Status.FAILED
 
 
 def test_tensors_that_are_stored_wider_are_compared_wider(dense: Path, tmp_path: Path) -> None:

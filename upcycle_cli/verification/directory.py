@@ -349,12 +349,16 @@ def _saved_tokenizer(dense: Path, again: Path) -> None:
 
 
 def _saved_generation(dense: Path, again: Path) -> None:
-    from upcycle_cli.run.models import transformers_errors
+    from upcycle_cli.run.models import load_config, transformers_errors
 
     with transformers_errors():
         from transformers import GenerationConfig
 
-        GenerationConfig.from_pretrained(dense, local_files_only=True).save_pretrained(again)
+        if (dense / GENERATION_NAME).exists():
+            settings = GenerationConfig.from_pretrained(dense, local_files_only=True)
+        else:  # then transformers saves what the model's config says
+            settings = GenerationConfig.from_model_config(load_config(dense))
+        settings.save_pretrained(again)
 
 
 def _contents(model: Checkpoint, name: str) -> bytes | None:

@@ -99,8 +99,8 @@ def rebuild(
                 "an MoE grows from one model and takes its routers from it.",
                 "Leave out --experts-from and --router-init.",
             )
-        growth = _read(Growth, record["growth"], "growth", _GROWN_FROM) | {"allow_inexact": True}
-        return _planned(lambda options: build_growth(Growth(**growth), dense, options), record, moe)
+        growth = _growth(record)
+        return _planned(lambda options: build_growth(growth, dense, options), record, moe)
     recipe = _recipe(record)
     merge = _merge(record, recipe, others)
     target = record.get("target", record.get("target_type"))
@@ -158,6 +158,16 @@ def text_at_hand(record: Record, given: CalibrationText | None) -> CalibrationTe
     return builtin if builtin.digest == digest else None
 
 
+_TEXT, _NUMBER, _NONE = (str,), (int, float), type(None)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("virtual_groups", "allow_inexact"), (bool,)),
+    **dict.fromkeys(("neuron_order", "router_init", "routing", "scale_split"), _TEXT),
+    **dict.fromkeys(("noise", "reinit"), _NUMBER),
+    "scaling": (*_TEXT, *_NUMBER),
+    "layers": (*_TEXT, _NONE),
+    "router_logit_std": (*_NUMBER, _NONE),
+}
+"""The JSON types of the fields of a recipe or growth that are no integers."""
 _GROWN_FROM = {"routing", "source_num_experts", "source_top_k"}
 _NAMED = {"name"}
 
@@ -169,20 +179,28 @@ def _read(kind: type[Any], held: object, where: str, more: set[str]) -> dict[str
         raise RecordError(f"{RECORD_NAME} has no {where}")
     if odd := held.keys() - known - more:
         raise RecordError(f"{RECORD_NAME}: {where}.{min(odd)} is unknown to this version")
-    return {key: value for key, value in held.items() if key in known}
+    found = {key: value for key, value in held.items() if key in known}
+    for key, value in found.items():
+        if type(value) not in _TYPES.get(key, (int,)):
+            raise RecordError(f"{RECORD_NAME}: {where}.{key} is {shown(value)}")
+    return found
+
+
+def _growth(record: Record) -> Growth:
+    values = _read(Growth, record["growth"], "growth", _GROWN_FROM)
+    try:
+        return Growth(**values | {"allow_inexact": True})
+    except UpcycleError as error:
+        raise RecordError(f"{RECORD_NAME}: {error.message.rstrip('.')}") from error
 
 
 def _recipe(record: Record) -> Recipe:
     values = _read(Recipe, record["recipe"], "recipe", _NAMED)
     try:
         recipe = Recipe(**values | {"allow_inexact": True})
-        if recipe.routing is None or recipe.scale_split is None:
-            raise RecordError(f"{RECORD_NAME}: recipe names no routing or no scale_split")
         return replace(recipe, allow_inexact=bool(values.get("allow_inexact")))
     except UpcycleError as error:
         raise RecordError(f"{RECORD_NAME}: {error.message.rstrip('.')}") from error
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{RECORD_NAME}: recipe cannot be read ({error})") from error
 
 
 def _planned(plan: Callable[[Options], Plan], record: Record, moe: Checkpoint) -> Plan:
@@ -226,7 +244,7 @@ def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merg
     groups, rest = held.get("groups"), held.get("rest")
     whole = isinstance(groups, list) and len(groups) == recipe.expansion
     known = whole and all(type(g) is int and 0 <= g <= len(models) for g in groups)
-    if not known or rest not in set(Rest):
+    if not known or rest not in [*Rest]:
         raise RecordError(
             f"{RECORD_NAME}: experts_from must name the model of each of {recipe.expansion} groups"
             f" and rest ({' or '.join(Rest)})"
