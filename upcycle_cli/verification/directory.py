@@ -332,12 +332,17 @@ def _equals_saved(
                 values = [parse_json(data, name) for data in (wanted, held)]
             except UpcycleError:
                 return False
-            for value in values:
-                if isinstance(value, dict):
-                    value.pop("transformers_version", None)
-            if not same(*values):
+            if not same(*map(_without_defaults, values)):
                 return False
     return True
+
+
+def _without_defaults(value: object) -> object:
+    """Leave out the version, and flags of generation that transformers writes or not."""
+    flags = [(flag, False) for flag in ("output_attentions", "output_hidden_states")]
+    held = value.items() if isinstance(value, dict) else ()
+    kept = {k: v for k, v in held if k != "transformers_version" and (k, v) not in flags}
+    return kept if isinstance(value, dict) else value
 
 
 def _saved_tokenizer(dense: Path, again: Path) -> None:
