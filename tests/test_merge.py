@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,15 +117,11 @@ def test_a_report_lists_all_models(models: list[Path], mixed: Path, tmp_path: Pa
     page.unlink()
     assert invoke("inspect", mixed, "--report", page).exit_code == 0
     for text in (html, page.read_text()):
-        for number, model in enumerate(models, 1):
+        assert ">experts_from.groups</th><td>0, 1, 2, 0, 1, 2<" in text
+        for model in models:
             config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
-            for name, value in (
-                ("", model.name),
-                (": virtual groups", f"{number - 1}, {number + 2}"),
-                (": config.json", config),
-            ):
-                row = rf">source {number}{name}</th>\s*<td[^>]*>{re.escape(value)}<"
-                assert re.search(row, text), row
+            assert f"<td>{model.name}</td>" in text
+            assert f"<td>{config}</td>" in text
 
 
 def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -150,12 +150,18 @@ def _origin_section(
 
 
 def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every value inside a JSON value, with the keys that lead to it."""
-    if isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+    """Yield every value inside a JSON value with the keys that lead to it; short lists as one."""
+    match value:
+        case dict():
+            for name, item in value.items():
+                yield from _flat(item, f"{key}.{name}" if key else str(name))
+        case list() if any(isinstance(item, dict | list) for item in value):
+            for number, item in enumerate(value):
+                yield from _flat(item, f"{key}.{number}")
+        case list():
+            yield key, ", ".join(map(value_text, value))
+        case _:
+            yield key, value
 
 
 def _version(package: str) -> str:
