@@ -1,0 +1,192 @@
+"""What a user can get wrong: one clear message, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import clone, contents, read_json
+from refusals import assert_refused, invoke, save_tensors
+
+from upcycle_cli import Recipe, convert
+
+if TYPE_CHECKING:
+    from conftest import MakeDense
+    from refusals import Refuses
+
+SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "absent": (lambda path: None, ("does not exist",)),  # noqa: ARG005
+    "file": (lambda path: path.write_text("hello"), ("is not a directory",)),
+    "dangling": (lambda path: path.symlink_to("nowhere"), ("does not exist",)),
+    "loop": (lambda path: path.symlink_to(path), ("loop",)),
+    "x" * 300: (lambda path: None, ("x" * 300,)),  # noqa: ARG005
+    "empty": (Path.mkdir, ("has no config.json",)),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_refuse_a_source_that_is_none(refuses: Refuses, tmp_path: Path, name: str) -> None:
+    make, words = SOURCES[name]
+    make(tmp_path / name)
+    message = refuses(tmp_path / name, *words)
+    assert "hf download" not in message  # an absolute path is no repo
+
+
+def test_suggest_the_download_of_a_repo(refuses: Refuses) -> None:
+    words = "some-org/some-model is neither a directory nor complete in the cache"
+    refuses(Path("some-org/some-model"), words, "hf download some-org/some-model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["no recipe", "--recipe E8G1T2"]),
+        (("--recipe", "8x2"), ["'8x2' is not a recipe", "E8G1T2"]),
+        (("--recipe", "[bold]"), ["'[bold]' is not a recipe"]),
+        (("--recipe", "E" + "9" * 5000 + "G1T2"), ["recipe"]),
+        (("--recipe", "E999999999G999999999T999999999"), ["experts per layer", "4096"]),
+        (("--recipe", "E2G2T3"), ["not a multiple of granularity 2", "2 or 4", "--allow-inexact"]),
+        (("--recipe", "E2G5T5"), ["48 is not divisible by granularity 5", "4 or 6"]),
+        (("--recipe", "E2G2T2", "--expansion", "2"), ["Use one or the other"]),
+        (("-E", "2"), ["--granularity and --top-k missing"]),
+        (("-r", "E2G2T2", "--scaling=abc"), ["exact, paper, none, measured or a number"]),
+        (("-r", "E2G2T2", "--scaling=1e-400"), ["positive number"]),
+        (("-r", "E2G2T2", "--scaling=1e308"), ["infinite"]),
+        # Infinite weights, or zeros that would tie every group.
+        (("-r", "E2G2T2", "--router-logit-std=1e300"), ["overflow float32"]),
+        (("-r", "E2G2T2", "--router-logit-std=1e-300"), ["cannot hold"]),
+        (("-r", "E2G2T2", "--max-shard-size=x"), ["'x' is not a size"]),
+        (("-r", "E2G2T2", "--max-shard-size=-5GB"), ["is not a size"]),
+        (("-r", "E2G2T2", "--max-shard-size=0.1B"), ["positive"]),
+        (
+            ("-r", "E2G2T2", "--routing", "softmax-topk", "--target", "mixtral"),
+            ["no softmax-topk routing", "--target qwen2_moe"],
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_refuse_options(
+    llama: Path, refuses: Refuses, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    refuses(llama, *words, arguments=arguments)
+
+
+def test_allow_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
+    done = invoke("convert", llama, tmp_path / "moe", "-r", "E2G2T3", "--allow-inexact")
+    assert done.exit_code == 0, done.stderr
+    assert "top-k 3 is not a multiple of G = 2" in " ".join(done.stderr.split())
+    assert read_json(tmp_path / "moe" / "config.json")["num_experts_per_tok"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--target", "gpt"), ("--routing", "random"), ("--dtype", "int8")),
+        *(("--scale-split", "up"), ("--expert-layout", "packed"), ("--seed", "1.5")),
+        *(("--top-k", "two"), ("--no-such-option",), ("surplus",)),
+    ],
+)
+def test_refuse_words_that_are_no_choice(
+    llama: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    result = invoke("convert", llama, tmp_path / "moe", "--recipe", "E2G2T2", *arguments)
+    assert isinstance(result.exception, SystemExit)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert arguments[0] in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# Other commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "moe"
+    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
+    return path
+
+
+def test_refuse_a_mixture_of_experts(moe: Path, refuses: Refuses) -> None:
+    refuses(moe, "mixture of experts already")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inspect ABSENT", "does not exist"),
+        ("inspect org/name", "hf download org/name"),
+        ("inspect MOE --recipe E2G2T2", "mixture of experts already"),
+        ("inspect DENSE --recipe E2", "is not a recipe"),
+        ("inspect DENSE --recipe E2G5T5", "not divisible"),
+        ("inspect DENSE --weights", "--weights"),
+        ("inspect MOE --dense DENSE", "--weights"),
+        ("inspect MOE --weights --dense MOE", "mixture of experts"),
+        ("inspect MOE --weights --dense ABSENT", "does not exist"),
+        ("verify ABSENT MOE", "absent"),
+        ("verify DENSE ABSENT", "absent"),
+        ("verify DENSE DENSE", "llama"),
+        ("verify MOE MOE", "The dense model comes first"),
+        ("verify MOE DENSE", "llama"),
+        ("verify DENSE MOE --checks all", "'all' is not a check"),
+        ("verify DENSE MOE --prompts ABSENT", "absent"),
+        ("verify DENSE MOE --prompts EMPTY", "empty"),
+        ("demo FULL", "exists and is not empty"),
+        ("demo EMPTY", "empty"),
+    ],
+)
+def test_refuse_arguments_of_other_commands(
+    llama: Path, moe: Path, tmp_path: Path, command: str, words: str
+) -> None:
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    places = {"DENSE": llama, "MOE": moe, "ABSENT": tmp_path / "absent"}
+    places |= {"EMPTY": tmp_path / "empty", "FULL": tmp_path / "full"}
+    assert_refused(invoke(*(str(places.get(word, word)) for word in command.split())), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"num_local_experts": value} for value in ("4", 0, None, 3, 8)),
+        *({"num_experts_per_tok": value} for value in ([2], -1, 9)),
+        *({"num_hidden_layers": value} for value in ("2", 5, None)),
+    ],
+    ids=json.dumps,
+)
+def test_refuse_to_inspect_an_moe_whose_config_is_wrong(
+    moe: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    broken = clone(moe, tmp_path / "moe", **changes)
+    assert_refused(invoke("inspect", broken, "--weights"))
+
+
+@pytest.mark.parametrize("record", [b"", b"{", b"[]", b"{}", b'{"recipe": 3, "source": []}'])
+def test_inspect_an_moe_whose_record_is_wrong(moe: Path, tmp_path: Path, record: bytes) -> None:
+    broken = clone(moe, tmp_path / "moe")
+    (broken / "upcycle.json").write_bytes(record)
+    for form in ((), ("--json",)):
+        result = invoke("inspect", broken, *form)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_refuse_another_dense_model(moe: Path, make_dense: MakeDense, tmp_path: Path) -> None:
+    smaller = make_dense("llama", hidden_size=16, intermediate_size=16)
+    assert_refused(invoke("inspect", moe, "--weights", "--dense", smaller), "is not the source")
+    lacking = clone(make_dense("llama"), tmp_path / "dense")
+    save_tensors(lacking, lambda tensors: tensors.pop("model.layers.0.mlp.gate_proj.weight"))
+    assert_refused(invoke("inspect", moe, "--weights", "--dense", lacking), "lacks")
+
+
+def test_refuse_to_read_quantised_experts(moe: Path, tmp_path: Path) -> None:
+    broken = clone(moe, tmp_path / "moe")
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    save_tensors(broken, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    assert invoke("inspect", broken).exit_code == 0
+    assert_refused(invoke("inspect", broken, "--weights"), name, "I8")
