@@ -12,79 +12,23 @@ fit, whole and in float32 on as many tokens; its time is scaled to all layers. I
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from speed.dense import MISTRAL_7B, make_layers
 from speed.loop import file_system
 from speed.measure import measure
 
 from upcycle_cli import Recipe, convert
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 8, 32000
 _PLAIN_LAYERS = 8
 """7 GB in float32."""
-
-_SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-}
-
-
-def make(path: Path, layers: int) -> None:
-    """Write the dense checkpoint, a shard per layer."""
-    path.mkdir()
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HIDDEN // HEADS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    shards = [
-        {f"model.layers.{layer}.{name}.weight": shape for name, shape in _SHAPES.items()}
-        for layer in range(layers)
-    ]
-    ends = ("model.embed_tokens.weight", "lm_head.weight")
-    shards.append({**dict.fromkeys(ends, (VOCAB, HIDDEN)), "model.norm.weight": (HIDDEN,)})
-    generator, total = torch.Generator().manual_seed(0), 0
-    places: dict[str, str] = {}
-    for number, shapes in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weights = {
-            key: torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 1
-            else torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03, generator=generator)
-            for key, shape in shapes.items()
-        }
-        save_file(weights, path / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(weights, name)
-        total += sum(weight.nbytes for weight in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def plain_seconds(path: Path, layers: int, tokens: int) -> tuple[float, float]:
@@ -94,7 +38,9 @@ def plain_seconds(path: Path, layers: int, tokens: int) -> tuple[float, float]:
 
     logging.set_verbosity(logging.CRITICAL)  # of layers that are left out
     logging.disable_progress_bar()
-    ids = torch.randint(VOCAB, (1, min(tokens, 512)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        MISTRAL_7B.vocab, (1, min(tokens, 512)), generator=torch.Generator().manual_seed(0)
+    )
     ids = ids.expand(max(1, tokens // 512), -1)
     found = []
     for count in (1, layers):
@@ -120,15 +66,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
-    layer_bytes = 2 * sum(a[0] * (a[1] if len(a) > 1 else 1) for a in _SHAPES.values())
     # The dense model, one copy of its MLPs at most, and what the file system needs for itself.
-    size = int(2.2 * (options.layers * layer_bytes + 4 * VOCAB * HIDDEN)) + (1 << 30)
+    ends = 4 * MISTRAL_7B.vocab * MISTRAL_7B.hidden
+    size = int(2.2 * (options.layers * MISTRAL_7B.layer_bytes + ends)) + (1 << 30)
     with (
         tempfile.TemporaryDirectory(dir=options.directory) as folder,
         file_system("XFS", Path(folder), size) as mount,
     ):
         dense, moe = mount / "dense", mount / "moe"
-        make(dense, options.layers)
+        make_layers(dense, MISTRAL_7B, options.layers, shards=True)
         done = convert(dense, moe, Recipe(expansion=8, granularity=1, top_k=2))
         print(f"{done.plan.total_parameters / 1e9:.1f}B parameters, {options.layers} layers")
         command = [sys.executable, "-m", "upcycle_cli", "verify", str(dense), str(moe)]

@@ -111,3 +111,12 @@ def test_tests_mirror_packages_under_names_of_their_own() -> None:
     kinds = {*ORDER, "contracts", "hostile", "end_to_end", "benchmarks", "interoperability"}
     folders = {path.relative_to(Path(__file__).parent.parent).parts[0] for path in tests}
     assert folders <= kinds, sorted(folders - kinds)
+
+
+def test_the_outputs_check_shares_nothing_with_planner_and_writer() -> None:
+    found, new = set[str](), {"verification.outputs"}
+    while new:
+        found |= new
+        new = {module for name in new for module in GRAPH[name]} - found
+    shared = {name for name in found if name.partition(".")[0] in ("plan", "write", "api")}
+    assert shared == {"plan.texts"}  # which reads files of text

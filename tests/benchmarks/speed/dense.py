@@ -1,93 +1,126 @@
-"""A dense checkpoint of TinyLlama's shape, as many layers as it takes to be of a given size."""
+"""Dense checkpoints with random weights in the shapes of released models, as large as asked for."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-HIDDEN = 2048
-INTERMEDIATE = 5632
-HEADS, KV_HEADS, HEAD_DIM = 32, 4, 64
-VOCAB = 32000
 
-_LAYER = {
-    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-}
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model type; heads are of `head_dim`."""
+
+    model_type: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int = 32000
+
+    @property
+    def layer(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer, by their names in it."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (width, self.hidden),
+            "self_attn.k_proj": (kv_width, self.hidden),
+            "self_attn.v_proj": (kv_width, self.hidden),
+            "self_attn.o_proj": (self.hidden, width),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+            "input_layernorm": (self.hidden,),
+            "post_attention_layernorm": (self.hidden,),
+        }
+
+    @property
+    def layer_bytes(self) -> int:
+        """The bytes of a layer in bfloat16."""
+        return 2 * sum(map(math.prod, self.layer.values()))
+
+    def config(self, num_layers: int) -> dict[str, object]:
+        """Return config.json."""
+        return {
+            "architectures": [f"{self.model_type.title()}ForCausalLM"],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **({"sliding_window": 4096} if self.model_type == "mistral" else {}),
+        }
+
+
+TINYLLAMA = Shape("llama", 2048, 5632, 32, 4, 64)
+A_QUARTER = Shape("llama", 512, 1408, 8, 1, 64, 8000)
+MISTRAL_7B = Shape("mistral", 4096, 14336, 32, 8, 128)
 
 
 def make_dense(path: Path, gigabytes: float) -> int:
-    """Write a checkpoint of about that size, in bfloat16, and return the bytes of its weights."""
-    layer_bytes = 2 * sum(_size(shape) for shape in _LAYER.values())
-    return _make(path, max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes)))
+    """Write TinyLlama with as many layers as make that size; return the bytes of its weights."""
+    ends = 4 * TINYLLAMA.vocab * TINYLLAMA.hidden
+    return make_layers(
+        path, TINYLLAMA, max(1, round((gigabytes * 1e9 - ends) / TINYLLAMA.layer_bytes))
+    )
 
 
 def make_small(path: Path) -> int:
-    """Write a checkpoint of one layer, a quarter as wide: converting it is all start-up."""
-    return _make(path, 1, part=4)
+    """Write one layer, a quarter as wide: converting it is all start-up."""
+    return make_layers(path, A_QUARTER, 1)
 
 
-def _make(path: Path, num_layers: int, *, part: int = 1) -> int:
-    """Write a checkpoint whose every size is TinyLlama's divided by `part`."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCAB, HIDDEN),
-    }
-    for layer in range(num_layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in _LAYER.items()}
-    shapes = {name: tuple(length // part for length in shape) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator)
-        for name, shape in shapes.items()
-    }
+def make_layers(path: Path, shape: Shape, num_layers: int, *, shards: bool = False) -> int:
+    """Write a bfloat16 checkpoint, in one file or a file a layer; return its weights' bytes."""
     path.mkdir(parents=True)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    _write_json(path / "config.json", _config(num_layers, part))
-    _make_tokenizer(path)
-    return sum(tensor.nbytes for tensor in weights.values())
+    parts = [*_parts(shape, num_layers)]
+    if not shards:
+        parts = [{name: size for part in parts for name, size in part.items()}]
+    generator, total = torch.Generator().manual_seed(0), 0
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        several = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        file = several if shards else "model.safetensors"
+        weights = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1
+            else torch.empty(size, dtype=torch.bfloat16).uniform_(-0.03, 0.03, generator=generator)
+            for name, size in part.items()
+        }
+        save_file(weights, path / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(weights, file)
+        total += sum(weight.nbytes for weight in weights.values())
+    if not shards:
+        _make_tokenizer(path)
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(path / "model.safetensors.index.json", index)
+    _write_json(path / "config.json", shape.config(num_layers))
+    return total
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _config(num_layers: int, part: int) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN // part,
-        "intermediate_size": INTERMEDIATE // part,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS // part,
-        "num_key_value_heads": KV_HEADS // part,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB // part,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+def _parts(shape: Shape, num_layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    yield {**dict.fromkeys(ends, (shape.vocab, shape.hidden)), "model.norm.weight": (shape.hidden,)}
+    for layer in range(num_layers):
+        yield {f"model.layers.{layer}.{name}.weight": size for name, size in shape.layer.items()}
 
 
 def _make_tokenizer(path: Path) -> None:
