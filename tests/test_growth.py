@@ -606,7 +606,7 @@ def test_tensors_that_are_not_as_they_should_be(
         (("--expand", "2", "--expert-layout", "stacked"), "qwen3_moe has no stacked layout"),
         (("--expand", "two"), "Input should be a valid integer"),
         (("-r", "E2G1T1"), "--expand 2"),
-        (("--expand", "2", "--experts-from", "other"), "takes no other models'"),
+        (("--expand", "2", "--experts-from", "other"), "cannot add those of other models"),
         ((), "--expand 2"),
     ],
 )
