@@ -214,22 +214,3 @@ def test_refuse_an_adapter_without_its_base(llama: Path, tmp_path: Path) -> None
         ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
     ):
         assert_refused(invoke(*command), f"{adapter} is an adapter", "merge_and_unload()", "MODEL")
-
-
-@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
-def test_an_adapter_to_shipped_code_names_the_code(
-    llama: Path, tmp_path: Path, task: str | None
-) -> None:
-    """peft states the class of the base if it was given no task, and else its path."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    convert(llama, base, Recipe(expansion=2, granularity=1, top_k=1), target="upcycled")
-    adapter.mkdir()
-    library = "transformers_modules.base.cbb8e9bf.modeling_upcycled"
-    mapping, where = (None, str(base)) if task else ({"parent_library": library}, "org/base")
-    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": where}
-    write_json(adapter / "adapter_config.json", config | {"auto_mapping": mapping})
-    told = assert_refused(invoke("inspect", adapter), where)
-    assert f'M.from_pretrained("{where}", dtype="auto", trust_remote_code=True)' in told
-    native = {"parent_library": "transformers.models.mixtral.modeling_mixtral"}
-    write_json(adapter / "adapter_config.json", config | {"auto_mapping": native})
-    assert "trust_remote_code" not in invoke("inspect", adapter).stderr

@@ -36,8 +36,6 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
 """The config file of a peft adapter."""
-_DYNAMIC_MODULES = "transformers_modules"
-"""The package into which transformers imports code that a model ships."""
 
 COMPANIONS = (
     GENERATION_NAME,
@@ -201,42 +199,22 @@ def find_adapter(storage: Storage) -> UpcycleError | None:
     """Return the error for a directory with an adapter and no model; None for others."""
     if not storage.has(ADAPTER_NAME):
         return None
-    config = read_json(storage.local(ADAPTER_NAME))
-    base = config.get("base_model_name_or_path")
-    base = base if isinstance(base, str) and base else "MODEL"
-    return adapter(
-        str(storage.path), base, ships_code=_ships_code(base, config.get("auto_mapping"))
-    )
+    base = read_json(storage.local(ADAPTER_NAME)).get("base_model_name_or_path")
+    return adapter(str(storage.path), base if isinstance(base, str) and base else "MODEL")
 
 
-def _ships_code(base: str, mapping: object) -> bool | None:
-    """Whether the base model of an adapter ships code; None if that is unknown."""
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
-    if isinstance(library, str):  # only adapters without a task type have it
-        return library.startswith(_DYNAMIC_MODULES)
-    directory = Storage(Path(base))
-    if not directory.path.is_dir() or not directory.has(CONFIG_NAME):
-        return None
-    return "auto_map" in read_json(directory.local(CONFIG_NAME))
-
-
-def adapter(place: str, base: str = "MODEL", *, ships_code: bool | None = None) -> UpcycleError:
+def adapter(place: str, base: str = "MODEL") -> UpcycleError:
     """Return the error for an adapter in place of a model, which says how to merge it."""
     model, own, merged = map(json.dumps, (base, place, f"{place}-merged"))
-    trust, words = "trust_remote_code=True", "Merge it into its base model and give the result"
-    if ships_code:
-        words += f" (this runs the code that {base} ships)"
-    elif ships_code is None:
-        words += f" (if the model ships code, add {trust} after dtype)"
-    how = f'dtype="auto", {trust}' if ships_code else 'dtype="auto"'
     code = (
         "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f"P.from_pretrained(M.from_pretrained({model}, {how}), {own})"
+        f'P.from_pretrained(M.from_pretrained({model}, dtype="auto"), {own})'
         f".merge_and_unload().save_pretrained({merged})"
     )
     return UpcycleError(
         f"{place} is an adapter, not a whole model.",
-        f"{words}:\n  {shell_line(['python', '-c', code])}",
+        "Merge it into its base model and give the result (if the base ships code, add "
+        f"trust_remote_code=True after dtype):\n  {shell_line(['python', '-c', code])}",
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.mlp import locate
@@ -144,12 +144,11 @@ def _complement(neurons: torch.Tensor, count: int) -> torch.Tensor:
     return kept.nonzero().flatten()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A virtual group, and the dense model that it is compared with."""
+class _Group(NamedTuple):
+    """A virtual group, the dense model that it is compared with, and which neurons match."""
 
     start: int
-    """Its first expert."""
+    """The first expert."""
     model: int
     order: torch.Tensor | None
     """For each dense neuron, its position in the group; None when the order is unchanged."""
@@ -290,15 +289,9 @@ class _Layer:
             model = max(range(len(matches)), key=lambda number: matches[number].similarity)
             found = matches[model]
             matched = found.matched if found.matched.any() else ~found.matched
-            groups.append(
-                _Group(
-                    start,
-                    model,
-                    None if found.order is None else torch.from_numpy(found.order),
-                    torch.from_numpy(matched),
-                    1 - float(found.matched.mean()),
-                )
-            )
+            order = None if found.order is None else torch.from_numpy(found.order)
+            unlike = 1 - float(found.matched.mean())
+            groups.append(_Group(start, model, order, torch.from_numpy(matched), unlike))
         return groups
 
 
