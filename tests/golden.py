@@ -3,8 +3,8 @@
     PYTHONPATH=<a worktree of the reference> python tests/golden.py --write
 
 converts tiny dense models by the `upcycle_cli` that is installed, or is on PYTHONPATH, and records
-the digests of the outputs in fixtures/golden.json, with the commit that it was. The models are made
-of whole numbers that numpy's frozen generator draws, so that they are the same bytes whatever
+the digests of the cases of fixtures/golden.json again, with the commit that it was. The models are
+made of whole numbers that numpy's frozen generator draws, so that they are the same bytes whatever
 version of torch, transformers or numpy is here; and only the public functions are called, so that
 an old converter and a new one can both be run.
 
@@ -62,15 +62,15 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 """Every value of every option: each comes with each pair, and with each value of each other option
 in some pair. "untie" is a tied source whose output has a head of its own."""
-_CASES_PER_PAIR = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One conversion: which model, into what, and the value of each option."""
+    """One conversion: which model, into what, the value of each option, and the digest of it."""
 
     source: str
     target: str
+    digest: str
     options: Mapping[str, Any]
 
     @property
@@ -95,50 +95,16 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """Return every case by its name: for each pair, rows that cover what `CHOICES` lists.
-
-    Each row takes, option by option, the value that has come least often with this pair and with
-    the values chosen already; a tie goes to the first one.
-    """
-    seen: dict[tuple[object, ...], int] = {}
-    found: dict[str, Case] = {}
-    for pair in PAIRS:
-        allowed = dict(CHOICES)
-        if pair[1] == "mixtral":  # its gates always sum to 1
-            allowed["routing"] = ("topk-softmax", None)
-        for _ in range(_CASES_PER_PAIR):
-            row: dict[str, Any] = {}
-            for option, values in allowed.items():
-                row[option] = min(values, key=lambda value: _worth(seen, pair, row, option, value))
-            _count(seen, pair, row)
-            case = Case(source=pair[0], target=pair[1], options=row)
-            assert case.name not in found
-            found[case.name] = case
+    """Return every case of the fixture by its name."""
+    found = {}
+    for row in json.loads(FIXTURE.read_text(encoding="utf-8"))["cases"]:
+        options = {option: row[option] for option in CHOICES}
+        options["recipe"] = tuple(options["recipe"])
+        case = Case(
+            source=row["source"], target=row["target"], digest=row["digest"], options=options
+        )
+        found[case.name] = case
     return found
-
-
-def _worth(
-    seen: Mapping[tuple[object, ...], int],
-    pair: tuple[str, str],
-    row: Mapping[str, Any],
-    option: str,
-    value: object,
-) -> tuple[int, int, int]:
-    """How little a value is wanted next: one that is new to its pair comes before all others."""
-    with_pair = seen.get((pair, option, value), 0)
-    with_others = [seen.get((other, row[other], option, value), 0) for other in row]
-    return (min(with_pair, 1), -with_others.count(0), with_pair + sum(with_others))
-
-
-def _count(
-    seen: dict[tuple[object, ...], int], pair: tuple[str, str], row: Mapping[str, Any]
-) -> None:
-    options = list(row)
-    for i, option in enumerate(options):
-        keys: list[tuple[object, ...]] = [(pair, option, row[option])]
-        keys += [(other, row[other], option, row[option]) for other in options[:i]]
-        for key in keys:
-            seen[key] = seen.get(key, 0) + 1
 
 
 def write_dense(directory: Path, model_type: str, *, tied: bool) -> Path:
@@ -290,12 +256,6 @@ class Sources:
         return path if path.exists() else write_dense(path, case.source, tied=case.tied)
 
 
-def read_fixture() -> dict[str, str]:
-    """Return the recorded digest of each case."""
-    result: dict[str, str] = json.loads(FIXTURE.read_text(encoding="utf-8"))["cases"]
-    return result
-
-
 def _commit() -> str:
     """Return the commit of the converter that runs here; nothing of it may have been changed."""
     package = Path(upcycle_cli.__file__).parent
@@ -312,13 +272,13 @@ def _commit() -> str:
 def _write_fixture() -> None:
     made_with = _commit()
     with tempfile.TemporaryDirectory() as temporary:
-        sources = Sources(Path(temporary) / "dense")
-        digests = {
-            name: run(case, sources.of(case), Path(temporary) / "moe" / str(i))
-            for i, (name, case) in enumerate(cases().items())
-        }
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(digests[name])}" for name in digests)
-    text = f'{{\n "made_with": "{made_with}",\n "cases": {{\n{lines}\n }}\n}}\n'
+        sources, rows = Sources(Path(temporary) / "dense"), []
+        for i, case in enumerate(cases().values()):
+            found = run(case, sources.of(case), Path(temporary) / "moe" / str(i))
+            row = {"source": case.source, "target": case.target, **case.options, "digest": found}
+            rows.append(f"  {json.dumps(row)}")
+    lines = ",\n".join(rows)
+    text = f'{{\n "made_with": "{made_with}",\n "cases": [\n{lines}\n ]\n}}\n'
     FIXTURE.write_text(text, encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.recipe.options import NeuronOrder
 
 SHIPPED = ("llama", "nemotron", "olmo2", "gpt2")
 ROWS = [(name, target) for name, row in DENSE.items() for target in row.targets]
@@ -180,3 +181,21 @@ def test_the_bytes_are_those_of_the_formulas(
         if w.orders is not None:
             w = replace(w, orders=orders_of_groups(w, dense))
         check(dense, converted(dense, tmp_path / f"moe{number}", w), w)
+
+
+def test_clustered_neurons_have_one_order_for_all_groups(llama: Path, tmp_path: Path) -> None:
+    """What a calibration finds is read from the first group's gates, which no factor scales."""
+    recipe = Recipe(expansion=2, granularity=3, top_k=3, neuron_order=NeuronOrder.CLUSTERED)
+    moe = convert(llama, tmp_path / "moe", recipe, target="mixtral").output
+    dense, found = read_tensors(llama), read_tensors(moe)
+    orders = {}
+    for layer in range(2):
+        gate = dense[f"model.layers.{layer}.mlp.gate_proj.weight"]
+        experts = f"model.layers.{layer}.block_sparse_moe.experts"
+        rows = torch.cat([found[f"{experts}.{e}.w1.weight"] for e in range(3)])
+        order = torch.tensor([int((gate == row).all(1).nonzero()) for row in rows])
+        assert sorted(order.tolist()) == list(range(len(gate)))
+        orders[layer] = [order] * 2
+    assert any(orders[layer][0].diff().ne(1).any() for layer in orders)
+    w = Wanted(target="mixtral", layout="per-expert", routing="topk-softmax", E=2, G=3, T=3, K=0)
+    check(llama, moe, replace(w, orders=orders))
