@@ -196,9 +196,9 @@ def execute(
             team.exchange(None)  # the other ranks may end
         else:
             done = _assist(plan, request, team)
-    told = tuple(filter(None, [recovered, *done.warnings]))
+    warnings = tuple(filter(None, [recovered, *done.warnings]))
     seconds = 0.0 if finished else time.monotonic() - started
-    done = replace(done, output=output, warnings=told, seconds=seconds)
+    done = replace(done, output=output, warnings=warnings, seconds=seconds)
     hooks.finished(done)
     return done
 
@@ -341,7 +341,7 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
         )
     except UpcycleError as error:
         # The weights are good: a missing library must not cost hours of work.
-        kept = "The weights are kept: the same command goes on from there."
+        kept = "The weights are kept: the same command resumes from there."
         raise ResumableError(f"{error.message} {kept}", error.hint) from error
 
 

@@ -188,7 +188,7 @@ def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
             for key in ("name", "size", "sha256", "header_sha256")
         )
         if not is_inner_name(name) or type(size) is not int or size < 0:
-            raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is no file.")
+            raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is not a file.")
         if sorted(map(is_digest, digests)) != [False, True] or None not in digests:
             raise UpcycleError(f"upcycle.json lists {name} without a digest.")
         found[name] = ListedFile(name, size, *digests)

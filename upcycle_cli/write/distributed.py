@@ -169,7 +169,7 @@ def _number(variable: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise _leftover(f"{variable} is {shown(text)}, which is no number.") from None
+        raise _leftover(f"{variable} is {shown(text)}, which is not a number.") from None
 
 
 def _leftover(message: str) -> UpcycleError:

@@ -118,7 +118,7 @@ def _listed(output: Path, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[st
 def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: bytes) -> str:
     """Return why upcycle did not write a file in this form; empty if it did."""
     if not path.is_file() or path.is_symlink():
-        return "which is no regular file"
+        return "which is not a regular file"
     file = listed.get(name)
     if name == RECORD_NAME:
         return ""

@@ -58,7 +58,7 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     if problem is not None:
         raise UpcycleError(problem, "Choose another directory.")
     if output.name in {"", ".."}:
-        raise UpcycleError(f"{output} is no name for a directory.", "Write the name itself.")
+        raise UpcycleError(f"{output} does not name a directory.", "Write its name.")
     check_kind(output)
     if occupied and not overwrite:
         raise UpcycleError(

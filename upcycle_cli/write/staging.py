@@ -42,7 +42,7 @@ _OTHERS_WRITE = 0o022
 
 
 def is_note(name: str) -> bool:
-    """Whether this file of an output holds state of upcycle, and is no part of the model."""
+    """Whether a file holds the state of a conversion, and does not belong to the model."""
     return name in {MARKER, CALIBRATION} or name.endswith(NOTE_SUFFIX)
 
 

@@ -104,10 +104,10 @@ class Transaction:
 def transaction(
     output: Path, plan: Plan, *, overwrite: bool, durable: bool
 ) -> Iterator[Transaction]:
-    """Yield a transaction, whose staging directory is to be filled; UpcycleError if there is none.
+    """Yield a transaction with a staging directory to fill; UpcycleError if it cannot be made.
 
-    The directory is removed if the content is no good (any UpcycleError) or is not published. It
-    stays if a signal or the system (a full disk) cuts the run short: the same plan resumes from it.
+    The directory is removed if an UpcycleError shows that its content is useless, or if it is not
+    published. It stays if a signal or the system (a full disk) ends the run: the same plan resumes.
     """
     with ExitStack() as entered:
         try:
@@ -181,7 +181,7 @@ def _claimed(output: Path) -> Iterator[None]:
         raise UpcycleError(f"{path} is a symbolic link or a file, not a directory.", "Remove it.")
     if not is_staging(path, output.name):
         raise UpcycleError(
-            f"{path} is in the way, and is no unfinished conversion of upcycle.",
+            f"{path} is in the way: it is not an unfinished conversion of upcycle.",
             "Move it elsewhere, or choose another OUTPUT.",
         )
     check_private(path)
@@ -280,7 +280,7 @@ def recover(output: Path) -> str | None:
 def _find_interrupted(output: Path) -> tuple[Path | None, str | None]:
     """Return the new directory of an interrupted publication, and what it replaces.
 
-    That is OUTPUT if it was renamed already, and OUTPUT.partial if there is no OUTPUT.
+    The new directory is OUTPUT if it was renamed already, OUTPUT.partial if OUTPUT is missing.
     """
     for new in (output, partial_of(output)):
         state = read_state(new / MARKER) if is_directory(new) else {}
@@ -315,7 +315,7 @@ def clean(output: Path, *, remove: bool) -> Leftover:
     if not is_directory(partial):
         raise UpcycleError(f"there is no {partial}.", "Nothing to clean.")
     if not is_staging(partial, output.name):
-        raise UpcycleError(f"{partial} is no unfinished conversion of upcycle.", "Remove it.")
+        raise UpcycleError(f"{partial} is not an unfinished conversion of upcycle.", "Remove it.")
     check_private(partial)
     nbytes = disk_bytes(partial)
     note = recover(output) if remove and new == partial else None

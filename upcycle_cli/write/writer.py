@@ -108,10 +108,12 @@ def write_weights(
         for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
-        crew.run([task.take_over for task in tasks if staging.noted(task.name)])
+        threads = options.num_threads
+        crew.run([task.take_over for task in tasks if staging.noted(task.name)], threads)
         missing = [task for task in tasks if not task.complete.is_set()]
-        crew.threads_per_file = options.num_threads // min(options.num_threads, len(missing) or 1)
-        crew.run([task.write for task in missing])
+        # Several files at once: while the disk has one, the next is filled.
+        crew.threads_per_file = threads // min(threads, len(missing) or 1)
+        crew.run([task.write for task in missing], threads)
     written = Written()
     for task in tasks:
         written.add(task.written)
@@ -136,14 +138,9 @@ class _Crew:
     stopping: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
 
-    def run(self, work: Sequence[Callable[[], None]]) -> None:
-        """Do this for several files at once: while the disk has one, the next is filled."""
-        if work:
-            self.run_in(min(self.options.num_threads, len(work)), "upcycle-file", work)
-
-    def run_in(self, threads: int, name: str, work: Sequence[Callable[[], None]]) -> None:
+    def run(self, work: Sequence[Callable[[], None]], threads: int) -> None:
         """Do this in new threads; raise the first failure, once all have ended."""
-        with ThreadPoolExecutor(threads, name) as pool:
+        with ThreadPoolExecutor(max(1, min(threads, len(work))), "upcycle-writer") as pool:
             try:
                 jobs = [pool.submit(each) for each in work]
                 if wait(jobs, return_when=FIRST_EXCEPTION).not_done:
@@ -229,7 +226,7 @@ class _Task:
                 _write_at(descriptor, memoryview(self.layout.header), 0)
                 work = [partial(self._write_parts, each, descriptor) for each in self._bundles()]
                 with _flushed(descriptor) if durable else nullcontext():
-                    self.crew.run_in(self.crew.threads_per_file, "upcycle-writer", work)
+                    self.crew.run(work, self.crew.threads_per_file)
                 if self.crew.shares:
                     start_writeback(descriptor)  # otherwise each sharing waits for the disk
                     self._share_parts(descriptor)
