@@ -54,12 +54,12 @@ def test_an_approximate_conversion_passes(dense: Path, qwen2_moe: Path) -> None:
 REASONS: tuple[tuple[Recipe, str], ...] = (
     (G2(scaling="none"), "scaling none"),
     (G2(scaling="paper"), "scaling paper"),
-    (G2(scaling=1.5), "the scale was set to 1.5, and the routing needs 2"),
+    (G2(scaling=1.5), "the experts are scaled by 1.5"),
     (G2(noise=0.1), "noise of 0.1"),
-    (G2(reinit=0.5), "0.5 of each expert's neurons"),
-    (G2(top_k=1, allow_inexact=True), "top-k 1 is not a multiple of the 2 routed shards"),
+    (G2(reinit=0.5), "16 of 32 neurons"),
+    (G2(top_k=1, allow_inexact=True), "top-k 1 is not a multiple of G = 2"),
     (G2(virtual_groups=False), "without virtual groups"),
-    (G2(routing="softmax-topk", router_logit_std=2.0), "logits are too large"),
+    (G2(routing="softmax-topk", router_logit_std=2.0), "logits of standard deviation 2"),
 )  # fmt: skip
 
 

@@ -224,7 +224,7 @@ class _Case:
         return Evidence(fitted=calibrate(plan, self.watch))
 
     def _outputs(self) -> CheckResult:
-        from upcycle_cli.verification.directory import unsafe_settings
+        from upcycle_cli.verification.settings import unsafe_settings
 
         allowed = () if self.plan is None else self.plan.config.keys() & {"auto_map"}
         if unsafe := unsafe_settings(self.moe.config, allowed):
