@@ -1,8 +1,7 @@
-"""Several dense models in one mixture of experts: whose each group is, and who is refused."""
+"""Several dense models in one mixture of experts."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from conftest import (
     validate_json,
     write_json,
 )
-from engine_fixtures import Advance, execute
+from engine_fixtures import execute
 from refusals import invoke
 from safetensors.torch import load_file, save_file
 
@@ -36,14 +35,12 @@ from upcycle_cli import (
     Options,
     Recipe,
     UpcycleError,
-    WriteOptions,
     convert,
     open_checkpoint,
     verify,
 )
 from upcycle_cli.plan.expressions import Mean, Source
 from upcycle_cli.plan.merge import Rest
-from upcycle_cli.plan.mergekit import read_mergekit
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
@@ -56,7 +53,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 INTERMEDIATE = 48
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
-DENSE_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def edit(path: Path, change: Callable[[Tensors], object]) -> Path:
@@ -103,27 +99,6 @@ def weights_of(models: Sequence[Path], moe: Path, **options: Any) -> CheckResult
     return report.checks[0]
 
 
-def test_a_report_lists_all_models(models: list[Path], mixed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    page = tmp_path / "page.html"
-    others = [word for model in models[1:] for word in ("--experts-from", str(model))]
-    checked = ["--checks", "directory", "--allow-inexact", "--report", str(page)]
-    done = invoke("verify", models[0], mixed, *others, *checked)
-    assert done.exit_code == 0, done.stderr
-    html = page.read_text()
-    for number, model in enumerate(models, 1):
-        assert f'<th scope="row">dense model{f" {number}" if number > 1 else ""}<' in html
-        assert f">{model}<" in html
-    page.unlink()
-    assert invoke("inspect", mixed, "--report", page).exit_code == 0
-    for text in (html, page.read_text()):
-        assert ">experts_from.groups</th><td>0, 1, 2, 0, 1, 2<" in text
-        for model in models:
-            config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
-            assert f"<td>{model.name}</td>" in text
-            assert f"<td>{config}</td>" in text
-
-
 def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = tensors[0].float()
     for tensor in tensors[1:]:
@@ -131,12 +106,12 @@ def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return total / len(tensors)
 
 
-# What is made ------------------------------------------------------------------------------------
+# Experts of several models -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rest", Rest)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_group_is_of_its_model(
+def test_each_virtual_group_comes_from_its_model(
     models: list[Path], tmp_path: Path, layout: ExpertLayout, rest: Rest
 ) -> None:
     before = [snapshot(model) for model in models]
@@ -174,23 +149,9 @@ def test_each_group_is_of_its_model(
     assert weights_of(models, tmp_path / "moe").status == "passed"
 
 
-def test_a_mean_is_rounded_once(models: list[Path], tmp_path: Path) -> None:
-    convert(
-        models[0],
-        tmp_path / "moe",
-        Recipe(expansion=3, granularity=1, top_k=2),
-        options=Options(dtype="float32"),
-        merge=MergeRequest(experts_from=models[1:], rest=Rest.MEAN),
-    )
-    name = "model.layers.0.self_attn.q_proj.weight"
-    wanted = mean_of([read_tensors(model)[name] for model in models])
-    assert torch.equal(read_tensors(tmp_path / "moe")[name], wanted)
-    assert weights_of(models, tmp_path / "moe").status == "passed"
-
-
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("shape", [(), (5,), (70_000, 3)])
-def test_means_are_those_of_torch(dtype: str, shape: tuple[int, ...]) -> None:
+def test_means_equal_those_of_torch(dtype: str, shape: tuple[int, ...]) -> None:
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(kinds["BF16"]) for _ in range(3)]
@@ -245,117 +206,73 @@ def test_all_checks_agree(
     assert {*by_name.values()} == {"passed"}
 
 
-# What is verified --------------------------------------------------------------------------------
+# Verification ------------------------------------------------------------------------------------
+
+
+def swap_groups(tensors: Tensors) -> None:
+    for part in ("w1", "w3", "w2"):
+        for shard in range(2):
+            one, other = (EXPERT.format(0, 2 * group + shard, part) for group in (1, 2))
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def raise_one(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors[name][0, 0].add_(1)
+
+
+ONE_OF = [EXPERT.format(1, 2 * group + 1, "w3") for group in range(3)]
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    **{f"group {group}": (raise_one(ONE_OF[group]), ONE_OF[group]) for group in range(3)},
+    "exchanged groups": (swap_groups, "experts"),
+    "attention": (raise_one(O_PROJ), O_PROJ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_find_damage_to_any_model(
+    models: list[Path], mixed: Path, tmp_path: Path, kind: str
+) -> None:
+    damage, words = DAMAGES[kind]
+    found = weights_of(models, edit(clone(mixed, tmp_path / "moe"), damage))
+    assert found.status == "failed"
+    assert words in found.failures[0]
+
+
+def test_refuse_other_models_than_the_recorded(
+    models: list[Path], mixed: Path, tmp_path: Path
+) -> None:
+    other = edit(clone(models[1], tmp_path / "d"), reseed(9))
+    for given in ([], [models[1]], [other, models[2]], [*models[1:], other]):
+        with pytest.raises(UpcycleError):
+            verify(models[0], mixed, experts_from=given, checks=["directory"])
+
+
+@pytest.mark.parametrize(
+    "record", [None, {"groups": [0, 1]}, {"rest": "last"}, {"models": []}], ids=str
+)
+def test_a_damaged_record_does_not_pass(
+    models: list[Path], mixed: Path, tmp_path: Path, record: dict[str, Any] | None
+) -> None:
+    moe = clone(mixed, tmp_path / "moe")
+    held = read_json(moe / "upcycle.json")
+    held["experts_from"] = record and held["experts_from"] | record
+    write_json(moe / "upcycle.json", held)
+    try:
+        status = str(verify(models[0], moe, experts_from=models[1:], checks=["weights"]).status)
+    except UpcycleError:
+        status = "refused"
+    assert status != "passed"
 
 
 @pytest.mark.parametrize("given", [[0, 1, 2], [0, 2, 1]], ids=str)
-def test_models_are_known_whatever_their_order(
+def test_verify_knows_the_models_in_any_order(
     models: list[Path], mixed: Path, given: list[int]
 ) -> None:
     assert weights_of([models[i] for i in given], mixed).status == "passed"
 
 
-@pytest.mark.parametrize("group", range(6))
-def test_damage_to_any_group_is_found(
-    models: list[Path], mixed: Path, tmp_path: Path, group: int
-) -> None:
-    moe = clone(mixed, tmp_path / "moe")
-    name = EXPERT.format(1, 2 * group + 1, ("w1", "w2", "w3")[group % 3])
-
-    def damage(tensors: Tensors) -> None:
-        tensors[name][3, 3] += 1
-
-    edit(moe, damage)
-    found = weights_of(models, moe)
-    assert found.status == "failed"
-    [failure] = found.failures
-    assert name in failure
-    assert failure.endswith(f"of {models[group % 3].name}")
-
-
-def test_groups_in_one_anothers_place_are_found(
-    models: list[Path], mixed: Path, tmp_path: Path
-) -> None:
-    def swap(tensors: Tensors) -> None:
-        for part in DENSE_PARTS:
-            for shard in range(2):
-                one, other = (EXPERT.format(0, 2 * group + shard, part) for group in (1, 2))
-                tensors[one], tensors[other] = tensors[other], tensors[one]
-
-    found = weights_of(models, edit(clone(mixed, tmp_path / "moe"), swap))
-    assert found.status == "failed"
-
-
-@pytest.mark.parametrize("rest", Rest)
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
-def test_damage_to_the_rest_is_found(
-    models: list[Path], tmp_path: Path, rest: Rest, name: str
-) -> None:
-    merge = MergeRequest(experts_from=models[1:], rest=rest)
-    recipe = Recipe(expansion=3, granularity=1, top_k=2)
-    convert(models[0], tmp_path / "moe", recipe, merge=merge)
-    of_b = read_tensors(models[1])[name]
-    edit(tmp_path / "moe", lambda tensors: tensors.update({name: of_b}))
-    found = weights_of(models, tmp_path / "moe")
-    assert found.status == "failed"
-    assert name in found.failures[0]
-
-
-def test_without_a_record_groups_take_turns(
-    models: list[Path], mixed: Path, tmp_path: Path
-) -> None:
-    moe = clone(mixed, tmp_path / "moe")
-    (moe / "upcycle.json").unlink()
-    assert weights_of(models, moe, allow_inexact=True).status == "passed"
-    wrong = [models[0], models[2], models[1]]
-    assert weights_of(wrong, moe, allow_inexact=True).status == "failed"
-
-
-def test_other_models_than_the_recorded_are_refused(
-    models: list[Path], mixed: Path, tmp_path: Path
-) -> None:
-    other = edit(clone(models[1], tmp_path / "d"), reseed(9))
-    for given, words in (
-        ([], "only"),
-        ([models[1]], "none of the models that are given is 'c'"),
-        ([other, models[2]], "none of the models that are given is 'b'"),
-        ([*models[1:], other], f"no expert is of {other}"),
-    ):
-        with pytest.raises(UpcycleError, match=words):
-            verify(models[0], mixed, experts_from=given)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        *(None, [], {}, {"groups": [0, 1, 2, 3, 0, 1]}, {"groups": [0, 1]}, {"rest": "last"}),
-        *({"models": "b"}, {"models": []}, {"groups": [0, 1, 2, -1, 0, 1]}),
-    ],
-    ids=str,
-)
-def test_a_record_that_makes_no_sense_is_damage(
-    models: list[Path],
-    mixed: Path,
-    tmp_path: Path,
-    record: Any,  # noqa: ANN401
-) -> None:
-    moe = clone(mixed, tmp_path / "moe")
-    held = read_json(moe / "upcycle.json")
-    sound = held["experts_from"]
-    held["experts_from"] = sound | record if isinstance(record, dict) and record else record
-    write_json(moe / "upcycle.json", held)
-    report = verify(models[0], moe, experts_from=models[1:], checks=["directory"])
-    assert report.status == "failed"
-
-
-def test_a_claim_of_equality_is_found(models: list[Path], mixed: Path, tmp_path: Path) -> None:
-    moe = clone(mixed, tmp_path / "moe")
-    write_json(moe / "upcycle.json", read_json(moe / "upcycle.json") | {"promise": "exact"})
-    report = verify(models[0], moe, experts_from=models[1:], checks=["directory"])
-    assert any("promise is 'exact'" in failure for failure in report.checks[0].failures)
-
-
-# Who is refused ----------------------------------------------------------------------------------
+# Models that do not fit ---------------------------------------------------------------------------
 
 
 def _tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -401,7 +318,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_another_kind_of_model_is_refused(models: list[Path], tmp_path: Path, case: str) -> None:
+def test_refuse_a_model_of_another_kind(models: list[Path], tmp_path: Path, case: str) -> None:
     spoil, words = REFUSED[case]
     other = clone(models[1], tmp_path / "other")
     spoil(other)
@@ -415,7 +332,7 @@ def test_another_kind_of_model_is_refused(models: list[Path], tmp_path: Path, ca
     assert not list(tmp_path.glob("moe*"))
 
 
-def test_what_no_forward_pass_reads_may_differ(models: list[Path], tmp_path: Path) -> None:
+def test_keys_that_no_forward_pass_reads_may_differ(models: list[Path], tmp_path: Path) -> None:
     other = clone(
         models[1],
         tmp_path / "other",
@@ -428,14 +345,14 @@ def test_what_no_forward_pass_reads_may_differ(models: list[Path], tmp_path: Pat
     assert convert(models[0], tmp_path / "moe", recipe, merge=merge).published
 
 
-def test_an_expansion_that_does_not_fit_is_refused(models: list[Path], tmp_path: Path) -> None:
+def test_refuse_an_expansion_that_does_not_fit(models: list[Path], tmp_path: Path) -> None:
     merge = MergeRequest(experts_from=models[1:])
     with pytest.raises(UpcycleError, match="4 is not a multiple of the 3 models") as caught:
         convert(models[0], tmp_path / "m", Recipe(expansion=4, granularity=1, top_k=2), merge=merge)
     assert "3 or 6" in str(caught.value)
 
 
-def test_no_source_is_written_into(models: list[Path], tmp_path: Path) -> None:
+def test_write_into_no_source(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     merge = MergeRequest(experts_from=[other])
     recipe = Recipe(expansion=2, granularity=1, top_k=1)
@@ -460,7 +377,7 @@ def plan_of(models: Sequence[Path], expansion: int = 2) -> Plan:
     return build_plan(recipe, source, options=options, merge=merge)
 
 
-def test_the_digest_is_of_every_source(models: list[Path], tmp_path: Path) -> None:
+def test_the_digest_covers_every_source(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     shutil.copystat(models[1] / "model.safetensors", other / "model.safetensors")
     first = plan_of([models[0], other]).digest
@@ -470,33 +387,13 @@ def test_the_digest_is_of_every_source(models: list[Path], tmp_path: Path) -> No
     assert plan_of([models[0], models[1]]).digest != plan_of([models[0], models[2]]).digest
 
 
-def test_a_model_that_changes_meanwhile_is_refused(models: list[Path], tmp_path: Path) -> None:
+def test_refuse_a_model_that_changes_meanwhile(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     plan = plan_of([models[0], other])
     os.utime(other / "model.safetensors", ns=(1, 1))
     with pytest.raises(UpcycleError, match="changed"):
         execute(plan, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
-
-
-def test_a_conversion_that_was_stopped_goes_on(models: list[Path], tmp_path: Path) -> None:
-    told = 0
-
-    def stop(nbytes: int) -> None:
-        nonlocal told
-        told += nbytes
-        if told > 60_000:
-            raise KeyboardInterrupt
-
-    plan, one = plan_of(models[:2]), WriteOptions(workers=1)
-    execute(plan, tmp_path / "reference")
-    with pytest.raises(KeyboardInterrupt):
-        execute(plan, tmp_path / "moe", writing=one, hooks=Advance(stop))
-    assert not (tmp_path / "moe").exists()
-    done = execute(plan_of(models[:2]), tmp_path / "moe", writing=one)
-    assert 0 < done.reused_bytes < plan.nbytes
-    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
-    assert execute(plan, tmp_path / "moe").already_done
 
 
 # The command line --------------------------------------------------------------------------------
@@ -525,15 +422,6 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, run_cli: RunCli
     assert accepted.returncode == 0
 
 
-@pytest.mark.parametrize("options", [("--rest", "mean"), ("--no-source-experts",)])
-def test_options_for_several_models_need_some(
-    models: list[Path], tmp_path: Path, run_cli: RunCli, options: Sequence[str]
-) -> None:
-    done = run_cli("convert", models[0], tmp_path / "moe", "-r", "E2G1T1", *options)
-    assert done.returncode == 2
-    assert "--experts-from" in done.stderr
-
-
 def test_models_on_the_hub(hub: Hub, run: RunOnHub, models: list[Path], tmp_path: Path) -> None:
     commits = [hub.store.upload(f"acme/{name}", m) for name, m in zip("abc", models, strict=True)]
     others = ["--experts-from", f"acme/b@{commits[1]}", "--experts-from", "acme/c"]
@@ -549,7 +437,7 @@ def test_models_on_the_hub(hub: Hub, run: RunOnHub, models: list[Path], tmp_path
     run("verify", "acme/a", "out", *others, "--checks", "directory,weights", "--allow-inexact")
 
 
-def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: Path) -> None:
+def test_inherit_no_licence_that_differs(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     (other / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     recipe = Recipe(expansion=2, granularity=1, top_k=1)
@@ -563,7 +451,7 @@ def test_licences_that_differ_are_not_taken_over(models: list[Path], tmp_path: P
     assert same.plan.card_metadata.values["license"] == "apache-2.0"
 
 
-# Prompts -----------------------------------------------------------------------------------------
+# Prompts and mergekit's files --------------------------------------------------------------------
 
 PROMPTS = (
     ["Once upon a time there was a king.", "She walked along the river, slowly."],
@@ -572,14 +460,14 @@ PROMPTS = (
 )
 
 
-def save_prompts(path: Path, models: Sequence[Path], **changes: Any) -> Path:  # noqa: ANN401
-    said = dict(zip((model.name for model in models), PROMPTS, strict=True)) | changes
-    path.write_text(yaml.safe_dump({key: value for key, value in said.items() if value}))
+def save_prompts(path: Path, models: Sequence[Path]) -> Path:
+    content = dict(zip((model.name for model in models), PROMPTS, strict=True))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-def test_rows_are_what_prompts_look_like(models: list[Path], tmp_path: Path) -> None:
-    """Each row is what transformers' own run shows of a model's prompts, but for what all share."""
+def test_router_rows_are_made_of_the_prompts(models: list[Path], tmp_path: Path) -> None:
+    """Each row is a mean of transformers' own hidden states, without what all prompts share."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = save_prompts(tmp_path / "prompts.yml", models)
@@ -616,91 +504,32 @@ def test_rows_are_what_prompts_look_like(models: list[Path], tmp_path: Path) -> 
     assert torch.allclose(router[::2].double(), rows_EH, rtol=1e-3, atol=1e-4)
 
 
-def test_two_models_can_be_told_apart(models: list[Path], tmp_path: Path) -> None:
-    """Their rows are opposites, which is no fault."""
-    file = save_prompts(tmp_path / "p.yml", models, c=None)
-    recipe = Recipe(expansion=2, granularity=1, top_k=1, router_init=RouterInit.PROMPTS)
-    merge = MergeRequest(experts_from=models[1:2])
-    convert(models[0], tmp_path / "moe", recipe, merge=merge, positive_prompts=file)
-    assert weights_of(models[:2], tmp_path / "moe").status == "passed"
-
-
-def test_negative_prompts_count(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
-    digests = set()
-    given = [each for other in models[1:] for each in ("--experts-from", other)]
-    for negative in ([], ["a poem"], ["a song"]):
-        held = {"positive_prompts": PROMPTS[1], "negative_prompts": negative}
-        file = save_prompts(tmp_path / "p.json", models, b=held)
-        options = ("--positive-prompts", file, "--json", "--dry-run")
-        done = run_cli("convert", models[0], tmp_path / "moe", "-r", "E3G1T2", *given, *options)
-        found = validate_json("convert", done.stdout)
-        assert found["router_init"] == "prompts"
-        digests.add(found["plan_sha256"])
-    assert len(digests) == 3
-
-
-REFUSED_PROMPTS: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
-    "no yaml": ("[", (), ("no YAML",)),
-    "a list": (["a"], (), ("no prompts of models",)),
-    "unnamed": ({"b": None}, (), ("no prompts for b",)),
-    "unknown": ({"zzz": ["x"]}, (), ("prompts for zzz",)),
-    "no texts": ({"b": [1]}, (), ("positive_prompts of b must be a list of texts",)),
-    "empty": ({"b": {"negative_prompts": ["x"]}}, (), ("b has no positive prompts",)),
-    "key": ({"b": {"positive": ["x"]}}, (), ("'positive'",)),
-    "groups": ({}, ("-r", "E6G1T2"), ("6 router rows", "expansion of 3")),
-    "rows": ({}, ("--router-init", "balanced"), ("--router-init is balanced",)),
-    "text": ({}, ("--calibration", "builtin"), ("two texts",)),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_PROMPTS)
-def test_prompts_that_are_none_are_refused(
-    models: list[Path], tmp_path: Path, run_cli: RunCli, case: str
-) -> None:
-    changes, options, words = REFUSED_PROMPTS[case]
-    file = save_prompts(tmp_path / "p.yml", models, **changes if isinstance(changes, dict) else {})
-    if not isinstance(changes, dict):
-        file.write_text(changes if isinstance(changes, str) else yaml.safe_dump(changes))
-    given = [each for other in models[1:] for each in ("--experts-from", other)]
-    recipe = () if "-r" in options else ("-r", "E3G1T2")
-    done = run_cli(
-        "convert", models[0], "moe", *recipe, *given, "--positive-prompts", file, *options,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    for word in words:
-        assert word in " ".join(done.stderr.split())
-
-
-def test_prompts_need_several_models(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
-    file = save_prompts(tmp_path / "p.yml", models)
-    for options, words in (
-        (("--positive-prompts", file), "tell models apart"),
-        (("--router-init", "prompts"), "--positive-prompts FILE"),
-    ):
-        done = run_cli("convert", models[0], "moe", "-r", "E2G1T1", *options, cwd=tmp_path)
-        assert done.returncode == 2
-        assert words in " ".join(done.stderr.split())
-
-
-# mergekit ----------------------------------------------------------------------------------------
-
-
-def mergekit_file(path: Path, models: Sequence[Path], **changes: Any) -> Path:  # noqa: ANN401
+def mergekit_file(path: Path, models: Sequence[Path], **changes: object) -> Path:
     experts = [
         {"source_model": str(model), "positive_prompts": prompts}
         for model, prompts in zip(models, PROMPTS, strict=False)
     ]
     content = {"base_model": str(models[0]), "experts": experts, "dtype": "bfloat16"} | changes
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not REMOVED}))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-def test_a_file_of_mergekits_is_read(models: list[Path], tmp_path: Path, run_cli: RunCli) -> None:
-    file = mergekit_file(tmp_path / "moe.yml", models, gate_mode="random", experts_per_token=1)
-    done = run_cli("convert", "moe", "--from-mergekit", file, "--json", cwd=tmp_path)
+def test_convert_by_a_mergekit_file(models: list[Path], tmp_path: Path) -> None:
+    """Router rows made of three prompts can lie in few directions, which verify must accept."""
+    file = mergekit_file(tmp_path / "moe.yml", models)
+    command = ("convert", str(tmp_path / "moe"), "--from-mergekit", str(file))
+    done = invoke(*command, "--verify", "--json")
+    assert done.exit_code == 0, done.stderr
     found = validate_json("convert", done.stdout)
-    assert (found["recipe"], found["router_init"]) == ("E3G1T1", "normal")
+    assert (found["recipe"], found["router_init"]) == ("E3G1T2", "prompts")
+    assert found["verification"]["status"] == "measured"
+    statuses = {check["name"]: check["status"] for check in found["verification"]["checks"]}
+    assert "failed" not in statuses.values()
+    planned = invoke(*command, "--overwrite", "-T", "3", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["recipe"] == "E3G1T3"
+    random = mergekit_file(tmp_path / "random.yml", models, gate_mode="random", experts_per_token=1)
+    made = invoke("convert", str(tmp_path / "r"), "--from-mergekit", str(random), "--quiet")
+    assert made.exit_code == 0, made.stderr
     convert(
         models[0],
         tmp_path / "same",
@@ -708,73 +537,4 @@ def test_a_file_of_mergekits_is_read(models: list[Path], tmp_path: Path, run_cli
         options=Options(dtype="bfloat16"),
         merge=MergeRequest(experts_from=models, source_too=False),
     )
-    assert contents(tmp_path / "moe") == contents(tmp_path / "same")
-
-
-def test_its_prompts_and_its_order_are_read(
-    models: list[Path], tmp_path: Path, run_cli: RunCli
-) -> None:
-    file = mergekit_file(tmp_path / "m.yml", [models[1], models[2]], base_model=str(models[0]))
-    options = ("--from-mergekit", file, "--seed", "3", "--save-config", "u.toml", "--json")
-    found = json.loads(run_cli("convert", "moe", *options, cwd=tmp_path).stdout)
-    assert (found["router_init"], found["seed"]) == ("prompts", 3)
-    assert found["experts_from"]["groups"] == [1, 2]
-    again = run_cli("convert", "--config", "u.toml", "moe", "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["status"] == "already done"
-
-
-def test_options_go_before_what_it_says(
-    models: list[Path], tmp_path: Path, run_cli: RunCli
-) -> None:
-    file = mergekit_file(tmp_path / "m.yml", models, gate_mode="uniform_random")
-    options = ("--from-mergekit", file, "--dtype", "float32", "-T", "3", "--dry-run", "--json")
-    found = json.loads(run_cli("convert", models[0], "moe", *options, cwd=tmp_path).stdout)
-    assert found["recipe"] == "E3G1T3"
-    assert found["router_logit_std"] == pytest.approx(3**-0.5, rel=1e-5)
-
-
-def _experts(**changes: object) -> dict[str, Any]:
-    return {"experts": [{"source_model": "b", "positive_prompts": ["x"]} | changes]}
-
-
-NOT_READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "cheap_embed": ({"gate_mode": "cheap_embed"}, ("gate_mode", "'cheap_embed'")),
-    "shared": ({"shared_experts": [{"source_model": "b"}]}, ("shared_experts",)),
-    "qwen": ({"architecture": "qwen"}, ("architecture", "'qwen'")),
-    "dtype": ({"dtype": "int8"}, ("dtype", "'int8'")),
-    "unknown": ({"merge_method": "slerp"}, ("merge_method",)),
-    "top-k": ({"experts_per_token": 0}, ("experts_per_token",)),
-    "none": ({"experts": []}, ("experts must be",)),
-    "base": ({"base_model": REMOVED}, ("base_model",)),
-    "noise": (_experts(noise_scale=0.1), ("experts[0].noise_scale",)),
-    "residual": (_experts(residual_scale=0.5), ("experts[0].residual_scale",)),
-    "adapter": (_experts(source_model="b+lora"), ("experts[0].source_model", "adapter")),
-    "lora": (
-        _experts(source_model={"model": {"path": "b"}, "lora": {"path": "c"}}),
-        ("experts[0].source_model.lora",),
-    ),
-    "odd": (_experts(weight=1), ("experts[0].weight",)),
-}
-
-
-@pytest.mark.parametrize("case", NOT_READ)
-def test_what_mergekit_means_otherwise_is_refused(
-    models: list[Path], tmp_path: Path, run_cli: RunCli, case: str
-) -> None:
-    changes, words = NOT_READ[case]
-    file = mergekit_file(tmp_path / "m.yml", models, **changes)
-    done = run_cli("convert", "moe", "--from-mergekit", file, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    for word in words:
-        assert word in " ".join(done.stderr.split())
-    assert not (tmp_path / "moe").exists()
-
-
-def test_its_models_have_revisions(tmp_path: Path) -> None:
-    held = {"model": {"path": "org/c", "revision": "v1"}, "lora": None}
-    content: dict[str, Any] = {"base_model": "org/a@main", "gate_mode": "random"}
-    content["experts"] = [{"source_model": name} for name in ("org/b@v2", held)]
-    (tmp_path / "m.yml").write_text(yaml.safe_dump(content))
-    found = read_mergekit(tmp_path / "m.yml")
-    assert (found["source"], found["revision"]) == ("org/a", "main")
-    assert found["experts_from"] == ["org/b@v2", "org/c@v1"]
+    assert contents(tmp_path / "r") == contents(tmp_path / "same")
