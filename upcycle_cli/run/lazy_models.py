@@ -39,7 +39,7 @@ Find = Callable[[str, str], "Stored | None"]
 Round = Callable[[str, torch.Tensor], torch.dtype]
 """Returns the dtype that a weight is rounded to first, by its name in memory and what is stored."""
 Observe = Callable[[str, torch.Tensor], None]
-"""Sees what each stored weight multiplies, and the products; called with the weight's name."""
+"""Sees what each stored weight multiplies, the products, and the outputs of layers, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +128,21 @@ def lazy_model(
 
     net = _net(checkpoint.path, tensor, stacks)
     model = LazyModel(checkpoint, net, experts, mlp, weights)
-    if experts is not None:
-        for layer in experts.layers if merge_copies else ():
+    if observe is not None:
+        _observe_layers(net, observe)
+    if experts is not None and merge_copies:
+        for layer in experts.layers:
             module = model.layer(layer).get_submodule(experts.target.in_memory.module)
-            merge = MergeCopies(experts, reader, layer)
-            module.register_forward_pre_hook(merge)
+            module.register_forward_pre_hook(MergeCopies(experts, reader, layer))
     return model
+
+
+def _observe_layers(net: Model, observe: Observe) -> None:
+    def note(name: str, _layer: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
+        observe(name, output[0] if isinstance(output, tuple) else output)
+
+    for number, layer in enumerate(decoder_layers(net)):
+        layer.register_forward_hook(partial(note, f"layers.{number}"))
 
 
 def _expert(

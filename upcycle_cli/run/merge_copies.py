@@ -5,6 +5,9 @@ Legend: S tokens, N experts, T top-k, H hidden size.
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+
 import torch
 
 from upcycle_cli.checkpoint.checkpoint import Reader, raw_bytes
@@ -62,12 +65,18 @@ class MergeCopies:
 
     def _same(self, one: int, other: int) -> bool:
         pairs = zip(self._parts(one), self._parts(other), strict=True)
-        return all(torch.equal(_bits(left), _bits(right)) for left, right in pairs)
+        return all(_same_bytes(left, right) for left, right in pairs)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bits as integers, large ones if possible: they are compared faster."""
-    try:
-        return tensor.view(torch.int64)
-    except RuntimeError:  # its rows are no multiple of eight bytes, or lie apart
-        return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.is_contiguous() and right.is_contiguous():  # several times as fast as torch
+        return not _libc().memcmp(left.data_ptr(), right.data_ptr(), left.nbytes)
+    dtype = torch.int32 if left.element_size() == 4 else torch.int16
+    return torch.equal(left.view(dtype), right.view(dtype))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return libc
