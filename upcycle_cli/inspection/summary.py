@@ -21,9 +21,8 @@ from upcycle_cli.hub.remote_checkpoint import (
     open_source,
     split_revision,
 )
-from upcycle_cli.models.engines import Engine, engines
+from upcycle_cli.models.engines import Engine, engines_of
 from upcycle_cli.models.families import dense_family, is_target, targets_of
-from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.trainers import Trainer, trainers
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
@@ -161,8 +160,7 @@ def _inspect_moe(
 
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
-    config = text_config_of(checkpoint.config)
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = bool(text_config_of(checkpoint.config).get("tie_word_embeddings", False))
     fused = experts.layout is ExpertLayout.FUSED
     total = checkpoint.num_parameters
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
@@ -193,14 +191,12 @@ def _inspect_moe(
         total_parameters=total,
         active_parameters=total - idle,
         dense_parameters=recorded if type(recorded) is int else None,
-        engines=engines(
-            target.title,
+        engines=engines_of(
+            target,
+            checkpoint.config,
             experts.routing,
-            tied=tied,
             fused=fused,
-            plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
             every_layer=experts.every_layer,
-            scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
             shared=experts.shares,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),

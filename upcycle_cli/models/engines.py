@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from upcycle_cli.models.defaults import table
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import Routing
 
 
@@ -67,6 +71,29 @@ _OTHER_SUPPORT: Mapping[str, Support] = {
     CHANGED: Support.CHANGES,
     FAILS: Support.REFUSES,
 }
+
+
+def engines_of(
+    target: Target,
+    config: Mapping[str, Any],
+    routing: Routing,
+    *,
+    fused: bool,
+    every_layer: bool,
+    shared: bool,
+) -> tuple[Engine, ...]:
+    """Return what is known of each tested engine and an MoE; `config` is the MoE's."""
+    config = text_config_of(config)
+    return engines(
+        target.title,
+        routing,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        fused=fused,
+        plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
+        every_layer=every_layer,
+        scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
+        shared=shared,
+    )
 
 
 def engines(

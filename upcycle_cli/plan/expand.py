@@ -26,7 +26,6 @@ from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import Layout
 from upcycle_cli.models.moe_config import remove_local_path
-from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
 from upcycle_cli.plan.moe_experts import Experts, find_experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
@@ -70,7 +69,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         every_layer=experts.every_layer,
         shares=experts.shares,
         expert_layout=layout,
-        rotary_share=target.rotary_share(text_config_of(source.config)),
         promise=Promise.EXACT if top_k == growth.expand * experts.top_k else Promise.NONE,
         dense_parameters=source.num_parameters,
         method=Expansion(growth=growth, experts=experts),

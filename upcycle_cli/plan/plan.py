@@ -19,11 +19,9 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.models.choose import Family
-from upcycle_cli.models.engines import Engine, engines
+from upcycle_cli.models.engines import Engine, engines_of
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
-from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.compatibility import merged_card_metadata
 from upcycle_cli.plan.expressions import loses_bits
 from upcycle_cli.plan.merge import Merge, MergedReader, model_of, open_readers
@@ -94,8 +92,6 @@ class Plan:
     shares: bool
     """Whether a shared expert computes something."""
     expert_layout: ExpertLayout
-    rotary_share: float
-    """The part of each attention head that the target's own attention rotates."""
     promise: Promise
     """What the output owes its source."""
     dense_parameters: int
@@ -322,15 +318,12 @@ class Plan:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """What each inference engine makes of this output."""
-        config = text_config_of(self.config)
-        return engines(
-            self.target.title,
+        return engines_of(
+            self.target,
+            self.config,
             self.routing,
-            tied=bool(config.get("tie_word_embeddings", False)),
             fused=self.expert_layout is ExpertLayout.FUSED,
-            plain_attention=has_plain_attention(config, rotary_share=self.rotary_share),
             every_layer=self.every_layer,
-            scaled=config.get(self.target.keys.scale or "", 1.0) != 1.0,
             shared=self.shares,
         )
 

@@ -121,7 +121,6 @@ def build_plan(
         every_layer=family.layers == dense.mlp_layers,
         shares=recipe.shared_experts > 0,
         expert_layout=layout,
-        rotary_share=family.rotary_share,
         promise=Promise.NONE if merge is not None else recipe.promise(dense.mlp_kind),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
