@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import Checkpoint
 
 _CONFIG_KEYS: Mapping[str, str] = {
-    "attribute_map": "gives settings other names",
-    "auto_map": "names code of its own",
+    "attribute_map": "renames settings",
+    "auto_map": "names code that the model ships",
     "compression_config": "says that the weights are compressed",
     "configuration_files": "makes transformers read another config",
     "distributed_config": "changes how transformers loads the weights",
@@ -28,22 +28,18 @@ _CONFIG_KEYS: Mapping[str, str] = {
 }
 _HEADS_BY_LAYER = ("gemma4_text", "upcycled_gemma4_text")
 """Types whose config class uses `per_layer_config` for the attention heads of each layer."""
-_OF_HEADS = {"head_dim", "num_key_value_heads"}
+_HEAD_KEYS = {"head_dim", "num_key_value_heads"}
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 """Keys that name an implementation in transformers, or a repo with kernels to download."""
 _TOKENIZER_KEYS: Mapping[str, str] = {
-    "auto_map": "names code of its own",
+    "auto_map": "names code that the model ships",
     "fast_tokenizer_files": "makes transformers read another tokenizer",
 }
-UNSAFE_KEYS = frozenset(
-    {*_CONFIG_KEYS, *_IMPLEMENTATIONS}
-)  # the keys that `unsafe_config_settings` looks at
-
 _FILES: Mapping[str, str] = {
-    "adapter_config.json": "is an adapter, which transformers puts on top of the weights",
+    "adapter_config.json": "is an adapter, which transformers adds to the weights",
     "*.py": "is code, which loaders run with trust_remote_code",
     "custom_generate/": "is a link to a directory from which transformers would run code",
     "custom_generate/*.py": "is code, which transformers runs with trust_remote_code",
@@ -54,10 +50,13 @@ def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = (
     """Describe each unsafe key of a config; `parts` are the keys of known nested configs."""
     for part in parts:
         yield from (f"{part}: {failure}" for failure in unsafe_config_settings(config[part]))
-    keys = {**_CONFIG_KEYS}
-    if config.get("model_type") in _HEADS_BY_LAYER and _is_of_heads(config.get("per_layer_config")):
-        del keys["per_layer_config"]
-    yield from _named(config, keys)
+    layers = config.get("per_layer_config")
+    only_heads = isinstance(layers, dict) and all(
+        isinstance(changes, dict) and changes.keys() <= _HEAD_KEYS for changes in layers.values()
+    )
+    if only_heads and config.get("model_type") in _HEADS_BY_LAYER:
+        config = {key: value for key, value in config.items() if key != "per_layer_config"}
+    yield from _named(config, _CONFIG_KEYS)
     for key in _IMPLEMENTATIONS:
         value = config.get(key)
         values = value.values() if isinstance(value, dict) else (value,)
@@ -70,47 +69,32 @@ def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = (
             yield f"{key} is the config of another model (model_type {shown(value['model_type'])})"
 
 
-def _is_of_heads(layers: object) -> bool:
-    """Whether the layers differ only in their attention heads."""
-    return isinstance(layers, dict) and all(
-        isinstance(changed, dict) and changed.keys() <= _OF_HEADS for changed in layers.values()
-    )
-
-
 def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
     for key, effect in keys.items():
         if config.get(key):
             yield f"{key} is {shown(config[key])}, which {effect}"
 
 
-def unsafe_files(names: Collection[str]) -> Iterator[str]:
-    """Describe each file that loaders run, or read beside the config and the weights."""
-    for name in sorted(names):
-        for pattern, effect in _FILES.items():
-            # Many file systems ignore case.
-            if matches(name.casefold(), [pattern]):
-                yield f"{name} {effect}"
-
-
 def refuse_unsafe_settings(
-    source: Checkpoint, *, outgrown: bool = False, parts: Iterable[str] = ()
+    source: Checkpoint, *, ignore_code: bool = False, parts: Iterable[str] = ()
 ) -> None:
     """Raise UpcycleError for a source with unsafe settings or files.
 
-    With `outgrown`, code in the source is ignored: models of this type shipped it before
+    With `ignore_code`, code in the source is no reason: models of this type shipped it before
     transformers had the architecture. `parts` is as for `unsafe_config_settings`.
     """
     config, names = source.config, source.storage.names()
-    if outgrown:
+    if ignore_code:
         config = {key: value for key, value in config.items() if key != "auto_map"}
         names = [name for name in names if not name.endswith(".py") or "/" in name]
-    for origin, found in (
-        ("config.json: ", unsafe_config_settings(config, tuple(parts))),
-        ("tokenizer_config.json: ", _named(source.tokenizer_config(), _TOKENIZER_KEYS)),
-        ("", unsafe_files(names)),
-    ):
-        for setting in found:
-            raise UpcycleError(
-                f"{origin}{setting}. A conversion would not be the model that its users run.",
-                "If it is not needed, remove it from a copy of the model and convert that.",
-            )
+    found = [f"config.json: {each}" for each in unsafe_config_settings(config, tuple(parts))]
+    keys = _named(source.tokenizer_config(), _TOKENIZER_KEYS)
+    found += [f"tokenizer_config.json: {each}" for each in keys]
+    for pattern, effect in _FILES.items():
+        # Many file systems ignore case.
+        found += [f"{name} {effect}" for name in names if matches(name.casefold(), [pattern])]
+    if found:
+        raise UpcycleError(
+            f"{found[0]}. A conversion would not be the model that its users run.",
+            "If it is not needed, remove it from a copy of the model and convert that.",
+        )

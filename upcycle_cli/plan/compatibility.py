@@ -70,7 +70,7 @@ def _check_compatible(
             "Only models of one family can give experts to one mixture.",
         )
     refuse_unsafe_settings(
-        other, outgrown=found.family.has_obsolete_code, parts=nested_configs(other.config)
+        other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
     )
     dropped = check_source(other, found)
     _check_settings(source, dense, other, found)

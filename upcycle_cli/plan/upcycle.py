@@ -63,8 +63,8 @@ def build_plan(
         shared_experts=recipe.shared_experts,
     )
     dense, row = family.dense, family.target
-    outgrown = dense.family.has_obsolete_code
-    refuse_unsafe_settings(source, outgrown=outgrown, parts=nested_configs(source.config))
+    obsolete = dense.family.has_obsolete_code
+    refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     assert recipe.routing is not None
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:

@@ -351,8 +351,8 @@ def _open_sources(*paths: Path) -> list[Checkpoint]:
     """Open the source and the other models that experts were made of; UpcycleError."""
     sources = [open_checkpoint(path) for path in paths]
     for each in sources:
-        outgrown = not is_target(each.config) and dense_family(each.config).has_obsolete_code
-        refuse_unsafe_settings(each, outgrown=outgrown, parts=nested_configs(each.config))
+        obsolete = not is_target(each.config) and dense_family(each.config).has_obsolete_code
+        refuse_unsafe_settings(each, ignore_code=obsolete, parts=nested_configs(each.config))
         _check_readable(each)
     return sources
 
