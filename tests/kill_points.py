@@ -46,7 +46,7 @@ def convert(dense: Path, output: Path, *, step: int, told: Path) -> bool:
     """Convert in a child that is killed before a step, 0 for none; return whether it was."""
     child = os.fork()
     if child == 0:
-        plan = plan_of(dense, "E2G2T2", max_shard_bytes=40_000)
+        plan = plan_of(dense, "E2G2T2", max_shard_bytes=60_000)
         if step:
             kill_before(step, output.parent, told)
         execute(plan, output, overwrite=True)
