@@ -207,7 +207,7 @@ def test_an_inspection(llama: Path, moe: Path) -> None:
     assert page.tags.count("img") == 2  # drift and load
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [math.nan, math.inf], [1e-7, *ODD, 1e-3]])
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [math.nan, math.inf], [1e-7, *ODD, 1e-3]])
 def test_odd_values_are_plotted(values: list[float]) -> None:
     fields = ("added_rms", "added_max", "hidden_rms", "gain", "router_margin", "whole_share")
     changed: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in values]
@@ -215,12 +215,8 @@ def test_odd_values_are_plotted(values: list[float]) -> None:
     kl = [value if math.isfinite(value) else None for value in values]
     texts = (TextMeasure(tokens=["a"] * len(values), kl=kl),)
     Page(html_of(report_of(*layers, texts=texts)))
-
-
-def test_empty_measurements() -> None:
-    Page(html_of(report_of(replace(layer(0), load=[0, 0, 0]))))
-    Page(html_of(report_of(replace(layer(0), load=[]), texts=(TextMeasure(tokens=[], kl=[]),))))
-    Page(html_of(Report(checks=())))
+    idle = [replace(layer(0), load=load) for load in ([0, 0, 0], [])]
+    Page(html_of(report_of(*idle)))
 
 
 def test_a_large_model_makes_no_large_page() -> None:
