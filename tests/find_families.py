@@ -22,10 +22,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from upcycle_cli.models.defaults import refused_types
 from upcycle_cli.models.dense_rows import DENSE
-
-REFUSED = refused_types()
+from upcycle_cli.models.families import REFUSED
 
 EXPERTS = "Experts"
 """How the name of a class ends that holds experts."""

@@ -45,14 +45,6 @@ def known_names(of: str) -> Sequence[str]:
     return names
 
 
-def refused_types() -> Mapping[str, str]:
-    """Return the dense model types that cannot be upcycled, with reasons.
-
-    A reason is the rest of the sentence "X cannot be upcycled: …".
-    """
-    return table("refused")
-
-
 def tensor_shapes(
     model_type: str, values: Mapping[str, Any], kinds: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:

@@ -80,10 +80,6 @@ class DenseFamily:
     inside: Inside | None = None
     """The wrapper around it, if any; tensor names are then those in the wrapper."""
 
-    def key(self, usual: str) -> str:
-        """Return this type's name for a common config key."""
-        return self.keys.get(usual, usual)
-
     def with_current_keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config with former keys renamed."""
         stated = {new: config[old] for old, new in self.old_keys.items() if old in config}

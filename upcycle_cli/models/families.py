@@ -7,17 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.defaults import refused_types
+from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.shipped_row import shipped
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, full_model
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside
 from upcycle_cli.models.wrappers import TEXTS, WRAPPERS, text_config_of, wrapper_of
 from upcycle_cli.recipe.recipe import SHIPPED
 
+REFUSED: Mapping[str, str] = table("refused")
+"""Dense model types that cannot be upcycled, with reasons: "X cannot be upcycled: …"."""
 _HINT = "`upcycle families` lists the supported model types."
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -39,9 +41,8 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
         )
     is_wrapper = wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
-        why = refused_types().get(model_type)
-        words = f": {why}." if why else " yet."
-        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{words}", _HINT)
+        why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
+        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -138,7 +139,7 @@ def native_target(name: str, inside: Inside | None) -> Target:
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
     return replace(
         target,
-        architecture=full_model(inside.wrapper.natives[target.model_type][1]),
+        architecture=f"{inside.wrapper.natives[target.model_type][1]}ForConditionalGeneration",
         layer=inside.wrapped(target.layer),
         head=inside.wrapped(target.head),
         inside=inside,

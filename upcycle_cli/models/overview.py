@@ -8,10 +8,10 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
-from upcycle_cli.models.defaults import refused_types
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import Support, engines
 from upcycle_cli.models.families import (
+    REFUSED,
     dense_family,
     native_target,
     shipped_target,
@@ -83,7 +83,7 @@ def overview() -> Overview:
             for name, families in wrapped_families().items()
         },
         targets=tuple(_facts(name, row) for name, row in rows.items()),
-        refused=refused_types(),
+        refused=REFUSED,
     )
 
 

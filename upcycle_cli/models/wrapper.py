@@ -17,11 +17,6 @@ LAYER_PREFIX = MODEL_PREFIX + "layers.{layer}."
 HEAD = "lm_head.weight"
 
 
-def full_model(class_prefix: str) -> str:
-    """Return the name of a wrapper's full model in transformers."""
-    return f"{class_prefix}ForConditionalGeneration"
-
-
 def replace_parts(name: str, renamed: tuple[tuple[str, str], ...]) -> str:
     """Return a tensor name with parts replaced, in order; each pair is (old, new)."""
     for old, new in renamed:
@@ -74,7 +69,7 @@ class Wrapper:
     def classes(self) -> tuple[str, str, str]:
         """Its config, base model and full model in transformers."""
         name = self.class_prefix
-        return f"{name}Config", f"{name}Model", full_model(name)
+        return f"{name}Config", f"{name}Model", f"{name}ForConditionalGeneration"
 
     @property
     def types(self) -> tuple[str, ...]:
