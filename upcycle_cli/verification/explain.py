@@ -165,7 +165,7 @@ def _router_words(name: str, held: Floats, expr: Expr) -> str | None:
         return None
     if not np.isfinite(held).all():
         return f"{name} holds values that are not finite"
-    rows = held.reshape(-1, expr.times, held.shape[-1])
+    rows = held.reshape(len(held) // expr.times, expr.times, -1)
     for group, own in enumerate(rows):
         for place in range(1, expr.times):
             if not np.array_equal(own[0], own[place]):

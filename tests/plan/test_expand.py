@@ -1,0 +1,450 @@
+"""Growing an MoE: the same function from several copies of each expert.
+
+Sources are tiny MoEs that transformers makes and saves, of each type that can be grown and with
+each routing that it can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+from conftest import (
+    REMOVED,
+    TINY,
+    clone,
+    difference,
+    logits,
+    random_ids,
+    random_weight,
+    read_json,
+    read_tensors,
+    save_companions,
+    validate_json,
+    write_json,
+)
+from refusals import assert_refused, invoke, save_tensors
+from safetensors.torch import save_file
+
+from upcycle_cli import Growth, Options, Recipe, UpcycleError, convert, inspect, verify
+from upcycle_cli.models.growable import GROWABLE
+from upcycle_cli.recipe.options import ExpertLayout
+from upcycle_cli.verification.prompts import TextOptions
+
+N, T = 4, 2
+_SIGMOID: Mapping[str, Any] = {
+    "n_routed_experts": N,
+    "num_experts_per_tok": T,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "norm_topk_prob": True,
+}
+_LATENT: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"num_local_experts": N},
+    "qwen2_moe": {
+        "num_experts": N,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0],
+        "num_hidden_layers": 3,
+    },
+    "qwen3_moe": {"num_experts": N, "moe_intermediate_size": 24, "head_dim": 8},
+    "granitemoe": {"num_local_experts": N},
+    "glm4_moe": {**_SIGMOID, "head_dim": 8},
+    "olmoe": {"num_experts": N},
+    "flex_olmo": {"num_experts": N},
+    "deepseek_v3": {**_SIGMOID, **_LATENT},
+    "dots1": {**_SIGMOID, "head_dim": 8},
+    "solar_open": {**_SIGMOID, "head_dim": 8, "num_hidden_layers": 2},
+}
+BY_NORM = ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")
+KINDS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in SIZES if name not in BY_NORM] + [
+    (name, {"norm_topk_prob": norm}) for name in BY_NORM for norm in (True, False)
+]
+FEW = TextOptions(tokens=64)
+
+
+class MakeMoe(Protocol):
+    """Makes an MoE with random weights, once per set of arguments. Read only: it is shared."""
+
+    def __call__(self, model_type: str = "qwen3_moe", **config: Any) -> Path: ...  # noqa: ANN401
+
+
+@pytest.fixture(scope="session")
+def make_moe(tmp_path_factory: pytest.TempPathFactory) -> MakeMoe:
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "qwen3_moe", **config: Any) -> Path:  # noqa: ANN401
+        key = f"{model_type} {config}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(model_type) / "source"
+            _save(made[key], model_type, config)
+        return made[key]
+
+    return make
+
+
+def _save(path: Path, model_type: str, config: Mapping[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    sizes = {**TINY, **tokens, "num_experts_per_tok": T, **SIZES[model_type], **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    generator = torch.Generator().manual_seed(0)
+    biases = [held for held in model.named_buffers() if held[0].endswith("correction_bias")]
+    for name, tensor in [*model.named_parameters(), *biases]:
+        tensor.data = random_weight(name, tensor.shape, generator).to(tensor.dtype)
+    model.config.dtype = torch.float32
+    model.save_pretrained(path)
+    save_companions(path)
+
+
+def test_every_growable_type_has_sizes() -> None:
+    assert {*SIZES} == {*GROWABLE}
+
+
+@pytest.mark.parametrize(("model_type", "config"), KINDS, ids=str)
+@pytest.mark.parametrize("expand", [2, 3])
+def test_a_grown_moe_computes_the_same(
+    make_moe: MakeMoe, tmp_path: Path, model_type: str, config: dict[str, Any], expand: int
+) -> None:
+    source, ids = make_moe(model_type, **config), random_ids(length=48)
+    made = convert(source, tmp_path / "moe", Growth(expand=expand)).output
+    wanted, got = (logits(path, ids, torch.float32) for path in (source, made))
+    assert difference(got, wanted) < 1e-5
+    before, after = (read_json(path / "config.json") for path in (source, made))
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    counts = {
+        "num_local_experts": expand * N,
+        "num_experts": expand * N,
+        "n_routed_experts": expand * N,
+        "num_experts_per_tok": expand * T,
+    }
+    assert changed.items() <= counts.items()
+    assert len(changed) == 2 + ("num_experts" in before and "num_local_experts" in before)
+    assert before.keys() == after.keys()
+    if expand == 2:
+        report = verify(source, made, texts=FEW)
+        assert (report.status, report.promise) == ("passed", "exact"), report
+        assert {check.status for check in report.checks} == {"passed"}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "glm4_moe"])
+def test_convert_any_layout_to_any(make_moe: MakeMoe, tmp_path: Path, model_type: str) -> None:
+    source, ids = make_moe(model_type), random_ids()
+    wanted = logits(source, ids, torch.float32)
+    native = ExpertLayout.STACKED if model_type == "granitemoe" else ExpertLayout.PER_EXPERT
+    fused = convert(
+        source,
+        tmp_path / "fused",
+        Growth(expand=2),
+        options=Options(expert_layout=ExpertLayout.FUSED),
+    ).output
+    assert inspect(fused).expert_layout == "fused"
+    again = convert(
+        fused,
+        tmp_path / "again",
+        Growth(expand=2),
+        options=Options(expert_layout=native),
+    ).output
+    kept = convert(fused, tmp_path / "kept", Growth(expand=2)).output
+    assert (inspect(again).expert_layout, inspect(kept).expert_layout) == (native, "fused")
+    for origin, made in ((source, fused), (fused, again), (fused, kept)):
+        assert difference(logits(made, ids, torch.float32), wanted) < 1e-5
+        assert verify(origin, made, texts=FEW).passed
+    assert (inspect(again).num_experts, inspect(again).top_k) == (4 * N, 4 * T)
+
+
+def test_copies_lie_side_by_side_and_everything_else_is_copied(
+    make_moe: MakeMoe, tmp_path: Path
+) -> None:
+    source = make_moe("glm4_moe")
+    held = read_tensors(source)
+    made = read_tensors(convert(source, tmp_path / "moe", Growth(expand=3)).output)
+    for name, tensor in made.items():
+        if name.endswith(("mlp.gate.weight", "e_score_correction_bias")):
+            assert torch.equal(tensor, held[name].repeat_interleave(3, 0))
+        elif ".experts." in name:
+            before, after = name.split(".experts.")
+            number, matrix = after.split(".", 1)
+            assert torch.equal(tensor, held[f"{before}.experts.{int(number) // 3}.{matrix}"])
+        else:
+            assert torch.equal(tensor, held[name])
+    assert len(made) - len(held) == 2 * 2 * N * 3  # in two layers, of three matrices each
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_round_weights_on_demand(
+    make_moe: MakeMoe, tmp_path: Path, model_type: str, dtype: str
+) -> None:
+    source = make_moe(model_type)
+    options = Options(dtype=dtype, max_shard_bytes=40_000)
+    made = convert(source, tmp_path / "moe", Growth(expand=2), options=options).output
+    dtypes = {name: held.dtype for name, held in read_tensors(made).items()}
+    wide = {name for name, held in dtypes.items() if held == torch.float32}
+    # The correction bias moves by small steps, and keeps its dtype.
+    assert all(name.endswith("e_score_correction_bias") for name in wide)
+    assert {*dtypes.values()} - {torch.float32} == {getattr(torch, dtype)}
+    report = verify(source, made, texts=FEW)
+    assert report.passed, report
+    assert report.checks[-1].metrics["kl_mean_rounding"] != 0
+
+
+def test_copies_get_equal_gradients(make_moe: MakeMoe, tmp_path: Path) -> None:
+    """Nothing in training tells copies apart, as the warning says."""
+    from transformers import AutoModelForCausalLM
+
+    made = convert(make_moe("mixtral"), tmp_path / "moe", Growth(expand=2)).output
+    model = AutoModelForCausalLM.from_pretrained(made, experts_implementation="eager")
+    ids = random_ids()
+    model(ids, labels=ids, output_router_logits=True).loss.backward()
+    for layer in model.model.layers:
+        for held in (layer.mlp.experts.gate_up_proj, layer.mlp.gate.weight):
+            grad = held.grad
+            assert grad.abs().max() > 0
+            assert torch.allclose(grad[::2], grad[1::2], rtol=1e-4, atol=1e-7)
+
+
+def test_layers_that_predict_further_tokens_grow_too(make_moe: MakeMoe, tmp_path: Path) -> None:
+    source = clone(make_moe("glm4_moe"), tmp_path / "source", num_nextn_predict_layers=1)
+    held = read_tensors(source)
+    more = {
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in held.items()
+        if "layers.2." in name
+    } | {"model.layers.3.eh_proj.weight": torch.randn(32, 64)}
+    save_file(held | more, source / "model.safetensors", metadata={"format": "pt"})
+    made = convert(source, tmp_path / "moe", Growth(expand=2)).output
+    assert f"model.layers.3.mlp.experts.{2 * N - 1}.up_proj.weight" in read_tensors(made)
+    assert verify(source, made, texts=FEW).passed
+    spoil(made, "model.layers.3.mlp.experts.3.up_proj.weight")
+    assert verify(source, made, texts=FEW, checks=["weights"]).status == "failed"
+
+
+def test_another_top_k_is_measured(make_moe: MakeMoe, tmp_path: Path) -> None:
+    source = make_moe()
+    with pytest.raises(UpcycleError, match="top-k 2 is not 2 times the source's 2"):
+        convert(source, tmp_path / "moe", Growth(expand=2, top_k=T))
+    growth = Growth(expand=2, top_k=T, allow_inexact=True)
+    done = convert(source, tmp_path / "moe", growth, verify=True)
+    assert done.published
+    assert read_json(done.output / "config.json")["num_experts_per_tok"] == T
+    report = verify(source, done.output, texts=FEW)
+    assert (report.status, report.promise) == ("measured", "none")
+    assert 1e-6 < float(report.checks[-1].metrics["kl_mean"]) < 10
+
+
+def spoil(path: Path, name: str, change: Callable[[torch.Tensor], object] | None = None) -> None:
+    """Change a tensor of a checkpoint, by default one value a little."""
+    tensors = read_tensors(path)
+    held = tensors[name]
+    (change or (lambda tensor: tensor.view(-1)[0].add_(1e-3)))(held)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("glm4_moe", {"n_group": 2, "topk_group": 1}, "tokens choose 1 of 2 groups of experts"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob must be True, not False"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "weights are quantised"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
+        ("mixtral", {"num_experts_per_tok": 9}, "more than the 4 experts"),
+        ("mixtral", {"num_hidden_layers": 3}, "lacks layer 2"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer is a mixture of experts"),
+        ("mixtral", {"intermediate_size": 24}, "but config.json implies [24, 32]"),
+        ("mixtral", {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map"),
+        ("mixtral", {"model_type": "jamba"}, "model type jamba cannot be grown yet"),
+    ],
+)
+def test_refuse_a_config_that_cannot_be_grown(
+    make_moe: MakeMoe, tmp_path: Path, model_type: str, changes: dict[str, Any], words: str
+) -> None:
+    source = clone(make_moe(model_type), tmp_path / "source", **changes)
+    with pytest.raises(UpcycleError) as refused:
+        convert(source, tmp_path / "moe", Growth(expand=2))
+    assert words in str(refused.value)
+    assert not (tmp_path / "moe").exists()
+
+
+LAYER = "model.layers.1.mlp"
+
+
+def reorder(*experts: int) -> Callable[[torch.Tensor], object]:
+    return lambda held: held.copy_(held[[*experts]].clone())
+
+
+DAMAGES: Mapping[str, tuple[str, Callable[[torch.Tensor], object] | None]] = {
+    "an expert": (f"{LAYER}.experts.3.up_proj.weight", None),
+    "the router": (f"{LAYER}.gate.weight", None),
+    "exchanged router rows": (f"{LAYER}.gate.weight", reorder(0, 2, 1, 3, 4, 5, 6, 7)),
+    "a copied router row": (f"{LAYER}.gate.weight", reorder(0, 0, 0, 0, 4, 5, 6, 7)),
+    "the correction bias": (f"{LAYER}.gate.e_score_correction_bias", None),
+    "the shared expert": (f"{LAYER}.shared_experts.up_proj.weight", None),
+    "a dense layer": ("model.layers.0.mlp.up_proj.weight", None),
+    "the sign of a zero": (
+        "model.layers.0.mlp.up_proj.weight",
+        lambda held: held.view(-1)[0].fill_(-0.0),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def grown(make_moe: MakeMoe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("grown") / "moe"
+    return convert(make_moe("glm4_moe"), path, Growth(expand=2)).output
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_find_damage_to_a_tensor_of_each_role(
+    make_moe: MakeMoe, grown: Path, tmp_path: Path, damage: str
+) -> None:
+    name, change = DAMAGES[damage]
+    made = clone(grown, tmp_path / "moe")
+    spoil(made, name, change)
+    report = verify(make_moe("glm4_moe"), made, checks=["weights"])
+    assert report.status == "failed"
+    assert name in report.checks[0].failures[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "rms_norm_eps", 1e-3),
+        ("config.json", "hidden_act", REMOVED),
+        ("config.json", "n_routed_experts", N),
+        ("upcycle.json", "growth", {"expand": 3}),
+        ("upcycle.json", "growth", REMOVED),
+        ("upcycle.json", "promise", "none"),
+        ("upcycle.json", "expert_layout", "fused"),
+    ],
+)
+def test_a_damaged_config_or_record_does_not_pass(
+    make_moe: MakeMoe, grown: Path, tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    made = clone(grown, tmp_path / "moe")
+    held = read_json(made / file)
+    held.pop(key)
+    write_json(made / file, held if value is REMOVED else held | {key: value})
+    try:
+        status = str(verify(make_moe("glm4_moe"), made, checks=["directory", "weights"]).status)
+    except UpcycleError:
+        status = "refused"
+    assert status != "passed"
+
+
+def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Path) -> None:
+    """A group of G experts becomes one of k·G that has each shard k times."""
+    recipe = Recipe(expansion=2, granularity=4, top_k=2, shared_experts=2)
+    first = convert(llama, tmp_path / "first", recipe, target="glm4_moe").output
+    made, ids = (
+        convert(first, tmp_path / "so grown", Growth(expand=2)).output,
+        random_ids(length=48),
+    )
+    assert difference(logits(made, ids), logits(llama, ids)) < 1e-5
+    report = verify(first, made, texts=FEW)
+    assert (report.status, report.promise) == ("passed", "exact"), report
+    steps = f"upcycle verify {llama} first && upcycle verify first '{made}'"
+    assert_refused(invoke("verify", llama, made), "has grown from the MoE first", steps)
+
+
+def without(part: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    def remove(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return remove
+
+
+def adding(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+MOE = "model.layers.0.block_sparse_moe"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (without("layers.1.block_sparse_moe.gate"), "lacks model.layers.1."),
+        (without("layers.1.block_sparse_moe.experts.2.w1"), "experts.2.w1"),
+        (without("layers.1.self_attn.q_proj"), "one alone has self_attn.q_proj"),
+        (without("embed_tokens"), "lacks model.embed_tokens.weight"),
+        (without("lm_head"), "lacks lm_head.weight"),
+        (adding(f"{MOE}.experts.0.w1.scale", torch.ones(1)), "unknown tensor"),
+        (adding(f"{MOE}.gate.bias", torch.ones(N)), f"unknown tensor {MOE}.gate.bias"),
+        (adding("model.norm.weight", torch.ones(32, dtype=torch.float8_e4m3fn)), "as F8_E4M3"),
+    ],
+)
+def test_refuse_tensors_that_the_config_does_not_imply(
+    make_moe: MakeMoe,
+    tmp_path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    words: str,
+) -> None:
+    source = clone(make_moe("mixtral"), tmp_path / "source")
+    save_tensors(source, edit)
+    with pytest.raises(UpcycleError) as refused:
+        convert(source, tmp_path / "moe", Growth(expand=2))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--expand", "2000"), "makes 8000 experts per layer of 4"),
+        (("--expand", "2", "-T", "9", "--allow-inexact"), "top-k 9 is more than the 8 experts"),
+        (("--expand", "2", "--top-k", "2"), "Leave out --top-k, which then is 4"),
+        (("--expand", "2", "-r", "E2G2T2"), "--recipe"),
+        (("--expand", "2", "--target", "qwen3_moe"), "--target"),
+        (("--expand", "2", "--expert-layout", "stacked"), "qwen3_moe has no stacked layout"),
+        (("-r", "E2G1T1"), "--expand 2"),
+        ((), "--expand 2"),
+    ],
+    ids=str,
+)
+def test_refuse_options(
+    make_moe: MakeMoe, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    done = invoke("convert", make_moe(norm_topk_prob=True), tmp_path / "moe", *options)
+    assert done.exit_code == 2
+    assert words in " ".join(done.stderr.split())
+    assert not (tmp_path / "moe").exists()
+
+
+def test_refuse_to_grow_a_dense_model(llama: Path, tmp_path: Path) -> None:
+    for command in (("convert", llama, tmp_path / "moe"), ("inspect", llama)):
+        assert_refused(invoke(*command, "--expand", "2"), "this is a dense llama model", "--recipe")
+
+
+def test_grow_verify_and_inspect_on_the_command_line(make_moe: MakeMoe, tmp_path: Path) -> None:
+    source, output = make_moe("olmoe"), tmp_path / "moe"
+    command = ("convert", source, output, "--expand", "2", "--checksums")
+    saved = ("--save-config", tmp_path / "grow.json")
+    planned = validate_json("convert", invoke(*command, "--dry-run", "--json", *saved).stdout)
+    assert (planned["status"], planned["promise"]) == ("planned", "exact")
+    assert read_json(tmp_path / "grow.json").keys() >= {"expand", "top-k", "expert-layout"}
+    made = validate_json("convert", invoke(*command, "--verify", "--json").stdout)
+    assert (made["status"], made["verification"]["status"]) == ("converted", "passed")
+    assert made["plan_sha256"] == planned["plan_sha256"]
+    again = validate_json("convert", invoke(*command, "--json").stdout)
+    assert again["status"] == "already done"
+    found = validate_json("inspect", invoke("inspect", output, "--json", "--expand", "2").stdout)
+    assert (found["num_experts"], found["plan"]["num_experts"]) == (2 * N, 4 * N)
+    assert "| weights | passed |" in (output / "README.md").read_text(encoding="utf-8")
