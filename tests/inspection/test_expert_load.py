@@ -13,7 +13,7 @@ from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.inspection.expert_load import TOKENS, Load
+from upcycle_cli.inspection.expert_load import TOKENS, ExpertLoad
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED
@@ -29,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load_of(moe: Path, text: Path | str, dense: Path | None = None) -> Load:
+def load_of(moe: Path, text: Path | str, dense: Path | None = None) -> ExpertLoad:
     found = inspect(moe, load=text, dense=dense).load
     assert found is not None
     return found

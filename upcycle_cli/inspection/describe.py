@@ -12,7 +12,7 @@ from upcycle_cli.models.engines import Engine, support_lines
 from upcycle_cli.models.layers import format_layers
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.expert_load import Load
+    from upcycle_cli.inspection.expert_load import ExpertLoad
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.inspection.weight_drift import LayerDrift
@@ -144,7 +144,7 @@ def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
     yield "split groups", [f"{split:,} of {num_groups:,}{where}"]
 
 
-def _load_rows(found: Load) -> Iterator[Row]:
+def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     layers = found.layers
     worst = max(layers, key=lambda each: each.load_cv)
     mean = sum(each.load_cv for each in layers) / len(layers)

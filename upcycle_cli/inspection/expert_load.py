@@ -43,7 +43,7 @@ class LayerLoad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class ExpertLoad:
     """The loads of all MoE layers."""
 
     text: str
@@ -54,7 +54,7 @@ class Load:
 
 def measure_expert_load(
     experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Watch
-) -> Load:
+) -> ExpertLoad:
     """Run an MoE on the first TOKENS tokens of a text.
 
     If the MoE has no usable tokenizer, the one of `dense` is used. Raises UpcycleError when neither
@@ -81,7 +81,7 @@ def measure_expert_load(
             layers = tuple(_run(experts, reader, as_rows(tokens, config), len(tokens), watch))
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {moe.path}: {error}") from error
-    return Load(text=text.name, tokens=len(tokens), layers=layers)
+    return ExpertLoad(text=text.name, tokens=len(tokens), layers=layers)
 
 
 def _run(

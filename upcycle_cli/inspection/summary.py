@@ -28,7 +28,7 @@ from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.expert_load import Load
+    from upcycle_cli.inspection.expert_load import ExpertLoad
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
     from upcycle_cli.plan.budget import Budget, Fit, Wanted
@@ -64,7 +64,7 @@ class Inspection:
     record: Mapping[str, Any] | None = None
     plan: Plan | None = None
     weights: WeightFacts | None = None
-    load: Load | None = None
+    load: ExpertLoad | None = None
     """Which experts the tokens of a text choose, if requested."""
 
 

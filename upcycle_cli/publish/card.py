@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 _PATH = r'path = "([^"]+)"'  # the line of the loading code that names the model
 _SERVING = {
-    "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {place}",),
+    "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {location}",),
     "llama.cpp": (
-        "hf download {place} --local-dir model",
+        "hf download {location} --local-dir model",
         "python convert_hf_to_gguf.py model --outfile model.gguf",
         "python -m llama_cpp.server --model model.gguf",
     ),
@@ -58,7 +58,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         k = plan.expansion.growth.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
-    place = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
+    location = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
     text = Template((files(__package__) / template).read_text(encoding="utf-8")).substitute(
         own,
         front_matter=_front_matter(plan),
@@ -67,10 +67,10 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         promise=_promise(plan),
         results=_results(report),
-        verify_command=shell_line(_verify_command(plan, place)),
-        place=json.dumps(place),
+        verify_command=shell_line(_verify_command(plan, location)),
+        location=json.dumps(location),
         parallel=any_of(expert_parallel_sizes(plan.num_experts)),
-        engines=_engines_text(plan, place),
+        engines=_engines_text(plan, location),
     )
     return sealed(text.strip())
 
@@ -94,9 +94,9 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
     }
 
 
-def _verify_command(plan: Plan, place: str) -> Iterator[str]:
+def _verify_command(plan: Plan, location: str) -> Iterator[str]:
     unnamed = "SOURCE" if plan.expansion else "DENSE"
-    yield from ("upcycle", "verify", plan.source.repo or unnamed, place)
+    yield from ("upcycle", "verify", plan.source.repo or unnamed, location)
     if plan.source.revision:
         yield from ("--dense-revision", plan.source.revision)
     if plan.merge is not None:
@@ -259,19 +259,19 @@ def _trainers(plan: Plan) -> str:
         for trainer in found
     ]
     if not found and plan.target.has_balancing_loss:
-        place = "model.config.text_config" if plan.target.inside else "model.config"
-        lines = [f"transformers: `{place}.output_router_logits = True` adds the auxiliary loss."]
+        where = "model.config.text_config" if plan.target.inside else "model.config"
+        lines = [f"transformers: `{where}.output_router_logits = True` adds the auxiliary loss."]
     elif not found:
         lines = ["transformers: it adds no auxiliary loss for this architecture."]
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _engines_text(plan: Plan, place: str) -> str:
+def _engines_text(plan: Plan, location: str) -> str:
     """Return a table row for each tested engine, and the commands that serve the model."""
     text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
             trust = " --trust-remote-code" if plan.target.ships_code else ""
-            lines = "\n".join(_SERVING[engine.name]).format(place=shell_line([place]) + trust)
+            lines = "\n".join(_SERVING[engine.name]).format(location=shell_line([location]) + trust)
             text += f"\n\nTo serve it with {engine.name}:\n\n```sh\n{lines}\n```"
     return text

@@ -146,14 +146,14 @@ def push(
     has_report = REPORT_NAME in files
     card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
     with hub_session(destination.repo, destination.revision):
-        there = _prepare(destination)
-        kept = None if destination.replace_card else _edited_card(there, card, destination)
+        existing = _create_repo(destination)
+        kept = None if destination.replace_card else _edited_card(existing, card, destination)
         if kept is not None:
             card = kept
             del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
         on_start(len(files), nbytes)
-        stale = sorted(name for name in {*there.sizes} - {*files} if matches(name, _REPLACED))
+        stale = sorted(name for name in {*existing.sizes} - {*files} if matches(name, _REPLACED))
         message = destination.message or f"Upload {directory.resolve().name}"
         destination = replace(destination, message=message)
         info = run_interruptibly(lambda: _commit(files, card, stale, destination))
@@ -165,13 +165,13 @@ def push(
         url=(pull_request or url) if branch is None else f"{url}/tree/{branch}",
         commit=info.oid,
         pull_request=pull_request,
-        changed=info.oid != there.commit,
+        changed=info.oid != existing.commit,
         files=len(files),
         nbytes=nbytes,
         card_kept=kept is not None,
         left_out=manifest.left_out,
         removed=tuple(stale),
-        reminders=reminders(_licence(card), card, destination.repo, {*files, *there.sizes}),
+        reminders=reminders(_licence(card), card, destination.repo, {*files, *existing.sizes}),
     )
 
 
@@ -221,7 +221,7 @@ def _licence(card: str) -> Mapping[str, object]:
         return {}
 
 
-def _prepare(destination: Destination) -> Repo:
+def _create_repo(destination: Destination) -> Repo:
     """Create the repo and the branch if necessary; return what they contain."""
     from huggingface_hub import HfApi
 
@@ -234,13 +234,13 @@ def _prepare(destination: Destination) -> Repo:
     return read_repo(retry(lambda: api.model_info(repo, revision=revision)))
 
 
-def _edited_card(there: Repo, card: str, destination: Destination) -> str | None:
+def _edited_card(existing: Repo, card: str, destination: Destination) -> str | None:
     """Return the repo's card if somebody has written or edited it, so that it must stay."""
-    if CARD_NAME not in there.sizes:
+    if CARD_NAME not in existing.sizes:
         return None
     with download_limit(MOST_JSON_BYTES):
         # By its commit: the cache may know an older one for the branch.
-        path = retry(lambda: fetch(destination.repo, CARD_NAME, there.commit))
+        path = retry(lambda: fetch(destination.repo, CARD_NAME, existing.commit))
     text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 
