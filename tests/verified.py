@@ -1,4 +1,4 @@
-"""Small conversions to verify, ways to damage them, and what a report must say.
+"""Small conversions to verify, ways to damage them, and what a report says.
 
 Both this and refusals.py are plugins in conftest.py, for their fixtures.
 """
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.recipe.recipe import Routing
-from upcycle_cli.verification.result import CheckResult, Report, Status
+from upcycle_cli.verification.result import Report
 
 Tensors = dict[str, torch.Tensor]
 
@@ -134,40 +134,6 @@ def text_of(report: Report) -> str:
         f"{check.name} {check.status}: {check.detail} {' '.join(check.failures)}"
         for check in report.checks
     )
-
-
-def result(report: Report, check: str) -> tuple[Status, str]:
-    """Return a check's status and all its text."""
-    found = next(item for item in report.checks if item.name == check)
-    return found.status, "\n".join((found.detail, *found.failures))
-
-
-def assert_fails(report: Report, check: str, *words: str) -> None:
-    status, text = result(report, check)
-    assert status is Status.FAILED, text
-    assert report.status is Status.FAILED
-    for word in words:
-        assert word in text
-
-
-def assert_passes(report: Report, *names: str) -> None:
-    """All checks passed, or those that are named."""
-    for check in report.checks:
-        if not names or check.name in names:
-            assert check.status is Status.PASSED, (check.name, check.detail, check.failures)
-
-
-def assert_measured(report: Report) -> None:
-    """Nothing is wrong, and nothing is proven."""
-    for check in report.checks:
-        wanted = Status.MEASURED if check.name == "outputs" else Status.PASSED
-        assert check.status is wanted, (check.name, check.detail, check.failures)
-    assert report.status is Status.MEASURED
-    assert not report.passed
-
-
-def check(report: Report, name: str) -> CheckResult:
-    return next(item for item in report.checks if item.name == name)
 
 
 class Heard(Watch):
