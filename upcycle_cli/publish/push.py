@@ -253,21 +253,20 @@ def _commit(
     from huggingface_hub.errors import HTTPError
 
     api = HfApi()
+    contents = {name: card.encode() if name == CARD_NAME else path for name, path in files.items()}
 
     def upload() -> CommitInfo:
-        added = {name: card.encode() if name == CARD_NAME else path for name, path in files.items()}
         return api.create_commit(
             destination.repo,
-            [
-                *(CommitOperationAdd(name, content) for name, content in added.items()),
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            ],
+            [*added, *(CommitOperationDelete(name, is_folder=False) for name in stale)],
             commit_message=destination.message or "",
             revision=destination.revision,
             create_pr=destination.create_pr,
         )
 
     try:
+        # Made once, since it reads every file for its digest.
+        added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         # A retry after a lost answer could open a second pull request.
         return upload() if destination.create_pr else retry(lambda: _reconnect(upload))
     except HTTPError:
