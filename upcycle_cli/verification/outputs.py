@@ -45,6 +45,7 @@ _MOST_SPLIT = 1e-2
 _LARGEST_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits softmax-topk promises nothing."""
 _FLOAT16_MAX = 65504.0
+_NOT_COMPARED = "The outputs could not be compared."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,6 @@ def check_outputs(
             return findings.result(_NAME, "", note=_NOT_COMPARED)
 
 
-_NOT_COMPARED = "The outputs could not be compared."
-
-
 class _UnsoundError(Exception):
     """The config of the MoE makes no sense."""
 
@@ -109,8 +107,10 @@ def _compare(
 ) -> CheckResult:
     dense_reader, moe_reader = readers
     overflow = _Overflow()
+    is_float16 = any(entry.dtype == "F16" for entry in moe.tensors.values())
+    observe = overflow.note if is_float16 else None
     try:
-        upcycled = lazy_model(moe, moe_reader, observe=overflow.note(moe), merge_copies=True)
+        upcycled = lazy_model(moe, moe_reader, observe=observe, merge_copies=True)
     except UpcycleError as error:
         raise _UnsoundError(error.message) from error
     experts = upcycled.experts
@@ -162,20 +162,15 @@ def _dense_model(dense: Checkpoint, reader: Reader) -> LazyModel:
 
 
 class _Overflow:
-    """Finds products that float16 cannot hold, where the weights are stored in float16."""
+    """Finds values that float16 cannot hold, in an MoE that is stored in float16."""
 
     def __init__(self) -> None:
         self.largest, self._name = 0.0, ""
 
-    def note(self, moe: Checkpoint) -> Any:  # noqa: ANN401
-        """Return what sees each product, None where nothing is stored in float16."""
-        if all(entry.dtype != "F16" for entry in moe.tensors.values()):
-            return None
-        return self._note
-
-    def _note(self, name: str, values: torch.Tensor) -> None:
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """Note the largest magnitude of values, and the weight that they belong to."""
         largest = float(values.abs().max()) if values.numel() else 0.0
-        if not largest <= self.largest:
+        if not (math.isnan(self.largest) or largest <= self.largest):
             self.largest, self._name = largest, name
 
     def failures(self) -> Iterator[str]:
