@@ -14,6 +14,8 @@ from upcycle_cli import Recipe, verify
 from upcycle_cli.models.families import native_target, targets_of, wrapped_families
 from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.verification.result import CHECK_NAMES
 
 IMAGE, SOUND = 250, 252
 _TEXT: Mapping[str, Any] = {
@@ -155,9 +157,9 @@ def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any])
     return path
 
 
-def failures(dense: Path, moe: Path, checks: Sequence[str] | None = None) -> list[str]:
+def failures(dense: Path, moe: Path, checks: Sequence[str] = CHECK_NAMES) -> list[str]:
     """All that verify finds wrong."""
-    report = verify(dense, moe) if checks is None else verify(dense, moe, checks=checks)
+    report = verify(dense, moe, checks=checks, texts=TextOptions(tokens=64))
     return [failure for check in report.checks for failure in check.failures]
 
 
