@@ -205,14 +205,11 @@ def checksums_text(digests: Mapping[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
-def parse_checksums(data: bytes) -> dict[str, str]:
-    """Return the digests of a SHA256SUMS file by name; raises UpcycleError for a bad line."""
-    try:
-        lines = data.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{CHECKSUMS_NAME} cannot be read: {error}") from error
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return the digests in a SHA256SUMS file by name; raises UpcycleError for a bad line."""
+    text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
     found: dict[str, str] = {}
-    for line in lines[:-1] if lines[-1] == "" else lines:
+    for line in text.removesuffix("\n").split("\n"):
         match = _CHECKSUM.fullmatch(line)
         if match is None or not is_inner_name(match[2]):
             words = f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
@@ -220,11 +217,6 @@ def parse_checksums(data: bytes) -> dict[str, str]:
         if found.setdefault(match[2], match[1]) != match[1]:
             raise UpcycleError(f"{CHECKSUMS_NAME} has two digests of {match[2]}")
     return found
-
-
-def read_checksums(path: Path) -> dict[str, str]:
-    """Return the digests in a SHA256SUMS file by name; raises UpcycleError."""
-    return parse_checksums(read_small(path, MOST_JSON_BYTES))
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from upcycle_cli.checkpoint.card_metadata import is_edited
@@ -28,25 +26,14 @@ from upcycle_cli.core.safe_files import (
     read_header,
     read_small,
 )
-from upcycle_cli.write.staging import MARKER, read_state
+from upcycle_cli.write.staging import MARKER, is_directory, read_state, remove
 
 _HINT = "Move or remove it yourself if it is not needed."
 _FOREIGN = "which upcycle did not write"
 
-_Identity = tuple[int, int, int, int]
 
-
-@dataclass(frozen=True)
-class Inventory:
-    """All files of an output, and what each was like when it was checked."""
-
-    record_digest: str  # the SHA-256 of upcycle.json, which identifies an output
-    files: Mapping[str, _Identity]
-    directories: tuple[str, ...]
-
-
-def take_inventory(output: Path) -> Inventory:
-    """Return the files of a finished output; UpcycleError for a file upcycle did not write."""
+def check_ownership(output: Path) -> str:
+    """Return the digest of an output's record; UpcycleError for a file upcycle did not write."""
     if not os.path.lexists(output / RECORD_NAME):
         raise UpcycleError(
             f"{output} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
@@ -54,45 +41,32 @@ def take_inventory(output: Path) -> Inventory:
     record = read_small(output / RECORD_NAME, MOST_JSON_BYTES)
     listed, routers = _listed(output, record)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    files: dict[str, _Identity] = {}
-    directories = []
     for folder, inner, names in os.walk(output, topdown=False):
         for path in (Path(folder, each) for each in sorted(inner + names)):
-            name, status = path.relative_to(output).as_posix(), path.lstat()
-            if stat.S_ISDIR(status.st_mode) and name in parents:
-                directories.append(name)
-                continue
-            files[name] = _identity(status)  # before the content, so that a later change shows
-            reason = _FOREIGN
-            if not stat.S_ISDIR(status.st_mode):
+            name = path.relative_to(output).as_posix()
+            if is_directory(path):
+                reason = "" if name in parents else _FOREIGN
+            else:
                 reason = _objection(path, name, listed, record)
             if not reason and name.endswith(".safetensors"):
                 reason = _changed_router(path, name, routers)
             if reason:
                 raise UpcycleError(f"{output} holds {name}, {reason}; it is left as it is.", _HINT)
-    return Inventory(hashlib.sha256(record).hexdigest(), files, tuple(directories))
+    return hashlib.sha256(record).hexdigest()
 
 
-def remove_all(output: Path, inventory: Inventory) -> None:
-    """Remove the files of an inventory, the record last; UpcycleError for new or changed files."""
-
-    def unchanged(name: str) -> bool:
-        path = output / name
-        return os.path.lexists(path) and _identity(path.lstat()) == inventory.files.get(name)
-
-    for name in filter(unchanged, inventory.files):
-        if name != RECORD_NAME:
-            (output / name).unlink()
-    for name in inventory.directories:  # the inner ones first
-        (output / name).rmdir()
+def remove_output(output: Path) -> None:
+    """Remove an output, the record last; UpcycleError or OSError if it holds anything else."""
+    check_ownership(output)
     for path in output.iterdir():
-        if path.name != RECORD_NAME or not unchanged(RECORD_NAME):
-            raise UpcycleError(f"{path.name} is new there.")
+        if path.name != RECORD_NAME:
+            remove(path)
     (output / RECORD_NAME).unlink()
+    output.rmdir()
 
 
 def record_digest(output: Path) -> str | None:
-    """Return the digest of an output's record, as an inventory has it; None without a record."""
+    """Return the digest of an output's record, which identifies the output; None without one."""
     try:
         return hashlib.sha256(read_small(output / RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
     except UpcycleError:
@@ -154,7 +128,3 @@ def _is_untouched(card: bytes) -> bool:
     text = card.decode(errors="replace")
     # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
     return "Made by upcycle" in text and not is_edited(text)
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

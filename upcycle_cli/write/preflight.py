@@ -15,7 +15,7 @@ from upcycle_cli.hub.remote_checkpoint import check_download_space
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.file_layout import unique_bytes
-from upcycle_cli.write.ownership import take_inventory
+from upcycle_cli.write.ownership import check_ownership
 from upcycle_cli.write.staging import ASIDE, SUFFIX, disk_bytes, is_directory, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
@@ -66,7 +66,7 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
             "Choose another name, or pass --overwrite to replace it.",
         )
     if occupied:
-        take_inventory(output)
+        check_ownership(output)
 
 
 def check_kind(output: Path) -> None:

@@ -21,7 +21,7 @@ from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.platform import sync_directory
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.ownership import record_digest, remove_all, take_inventory
+from upcycle_cli.write.ownership import check_ownership, record_digest, remove_output
 from upcycle_cli.write.preflight import check_kind
 from upcycle_cli.write.staging import (
     ASIDE,
@@ -73,7 +73,7 @@ class Transaction:
         mode = _usual_mode(new)
         self.staging.seal(replaces=replaces)
         # Check again: somebody may have used the old output in the hours since the first check.
-        if occupied and take_inventory(output).record_digest != replaces:
+        if occupied and check_ownership(output) != replaces:
             raise UpcycleError(f"{output} was replaced meanwhile; nothing was published.")
         _set_mode(new, mode)
         try:
@@ -229,7 +229,10 @@ def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:
     left, aside = None, aside_of(output)
     if replaces is not None and is_directory(aside):
         try:
-            _remove_replaced(aside, replaces)
+            if record_digest(aside) == replaces:
+                remove_output(aside)
+            elif not any(aside.iterdir()):
+                aside.rmdir()  # a kill came after the record had gone
         except (OSError, UpcycleError) as error:
             reason = error.message if isinstance(error, UpcycleError) else error.strerror
             left = f"{aside} is what {output.name} was before, and is left: {reason}"
@@ -237,14 +240,6 @@ def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:
     if durable:
         sync_directory(output)
     return left
-
-
-def _remove_replaced(aside: Path, replaces: str) -> None:
-    if record_digest(aside) == replaces:
-        remove_all(aside, take_inventory(aside))
-    elif any(aside.iterdir()):
-        return  # another directory
-    aside.rmdir()
 
 
 def _discard(path: Path) -> None:
