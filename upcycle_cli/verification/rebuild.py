@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
@@ -94,14 +94,9 @@ def rebuild(
     """
     given = given or Given()
     if "growth" in record:
-        if given.router_file or others:
-            raise UpcycleError(
-                "an MoE grows from one model and takes its routers from it.",
-                "Leave out --experts-from and --router-init.",
-            )
-        growth = _growth(record)
+        growth = _made(Growth, record["growth"], "growth", _GROWN_FROM)
         return _planned(lambda options: build_growth(growth, dense, options), record, moe)
-    recipe = _recipe(record)
+    recipe = _made(Recipe, record["recipe"], "recipe", {"name"})
     merge = _merge(record, recipe, others)
     target = record.get("target", record.get("target_type"))
     if not isinstance(target, str):
@@ -169,38 +164,25 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 """The JSON types of the fields of a recipe or growth that are no integers."""
 _GROWN_FROM = {"routing", "source_num_experts", "source_top_k"}
-_NAMED = {"name"}
+_Made = TypeVar("_Made", Recipe, Growth)
 
 
-def _read(kind: type[Any], held: object, where: str, more: set[str]) -> dict[str, Any]:
-    """Return the recorded fields of a value; RecordError for unknown ones, or none."""
+def _made(kind: type[_Made], held: object, where: str, more: set[str]) -> _Made:
+    """Return a recorded recipe or growth; RecordError for unknown fields, or values of no use."""
     known = {field.name for field in fields(kind)}
     if not isinstance(held, dict) or not held:
         raise RecordError(f"{RECORD_NAME} has no {where}")
     if odd := held.keys() - known - more:
         raise RecordError(f"{RECORD_NAME}: {where}.{min(odd)} is unknown to this version")
-    found = {key: value for key, value in held.items() if key in known}
+    found: dict[str, Any] = {key: value for key, value in held.items() if key in known}
     for key, value in found.items():
         if type(value) not in _TYPES.get(key, (int,)):
             raise RecordError(f"{RECORD_NAME}: {where}.{key} is {shown(value)}")
-    return found
-
-
-def _growth(record: Record) -> Growth:
-    values = _read(Growth, record["growth"], "growth", _GROWN_FROM)
     try:
-        return Growth(**values | {"allow_inexact": True})
-    except UpcycleError as error:
-        raise RecordError(f"{RECORD_NAME}: {error.message.rstrip('.')}") from error
-
-
-def _recipe(record: Record) -> Recipe:
-    values = _read(Recipe, record["recipe"], "recipe", _NAMED)
-    try:
-        recipe = Recipe(**values | {"allow_inexact": True})
-        return replace(recipe, allow_inexact=bool(values.get("allow_inexact")))
-    except UpcycleError as error:
-        raise RecordError(f"{RECORD_NAME}: {error.message.rstrip('.')}") from error
+        return kind(**{"allow_inexact": kind is Growth} | found)
+    except (UpcycleError, TypeError) as error:
+        words = error.message if isinstance(error, UpcycleError) else str(error)
+        raise RecordError(f"{RECORD_NAME}: {words.rstrip('.')}") from error
 
 
 def _planned(plan: Callable[[Options], Plan], record: Record, moe: Checkpoint) -> Plan:

@@ -31,6 +31,7 @@ from upcycle_cli.plan.expressions import (
     Transpose,
     leaves,
     num_bytes,
+    operands,
     source_names,
     type_of,
 )
@@ -74,16 +75,10 @@ class Known:
 def is_open(expr: Expr) -> bool:
     """Whether an expression has a value that is not known."""
     match expr:
-        case Constant(data=data):
-            return data is None
-        case Gather(of=of, order=order):
-            return (order.seed is None and order.indices is None) or is_open(of)
-        case Concat(parts) | Stack(parts):
-            return any(map(is_open, parts))
-        case Cast(of) | Scale(of) | AddNoise(of) | Reinit(of) | Transpose(of) | Repeat(of):
-            return is_open(of)
+        case Constant(data=None) | Gather(order=Permutation(seed=None, indices=None)):
+            return True
         case _:
-            return False
+            return any(map(is_open, operands(expr)))
 
 
 # Router rows --------------------------------------------------------------------------------------
@@ -91,11 +86,8 @@ def is_open(expr: Expr) -> bool:
 
 def read_rows(tensor: OutputTensor, held: memoryview, dtype: str, known: Known) -> Iterator[str]:
     """Take the rows of a router from the MoE; yield what makes them unusable."""
-    expr: Expr = tensor.expr
-    times = 1
-    if isinstance(expr, Repeat):
-        times = expr.times
-        expr = expr.of
+    times = tensor.expr.times if isinstance(tensor.expr, Repeat) else 1
+    expr = tensor.expr.of if isinstance(tensor.expr, Repeat) else tensor.expr
     while isinstance(expr, Cast):
         expr = expr.of
     if not isinstance(expr, Constant) or expr.data is not None:
@@ -138,15 +130,17 @@ class _Neurons:
     size: int
     held: dict[str, Hashes] = field(default_factory=dict)
     wanted: dict[str, Hashes] = field(default_factory=dict)
-    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    seen: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen = np.zeros(self.size, np.bool_)
 
     def note(self, part: str, start: int, held: Hashes, wanted: Hashes) -> None:
         """Note the neurons held from place `start` on; `wanted` are all of the dense MLP's."""
         places = slice(start, start + len(held))
         self.held.setdefault(part, np.zeros(self.size, np.uint64))[places] = held
         self.wanted.setdefault(part, wanted.copy())[places] = wanted[places]
-        self.seen = self.seen if len(self.seen) else np.zeros(self.size, np.bool_)
-        self.seen[start : start + len(held)] = True
+        self.seen[places] = True
 
 
 class Orders:
