@@ -36,7 +36,7 @@ UNMADE = (
 USUAL = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
 WIDTHS = ("intermediate", "inner", "ffn", "ff", "mlp")
 """Parts of the names of keys that may be the intermediate size, and are tried first."""
-UNSEEN = "targets, older"
+UNSEEN = "targets, old_keys"
 """What no model shows."""
 TINY = 10**7
 """Parameters of the largest model that is made."""
