@@ -34,11 +34,13 @@ def test_every_option_of_convert_is_in_the_readme() -> None:
     assert {option for option in options if option not in README} == set()
 
 
-def test_relative_links_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+def test_links_and_paths_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        for path in re.findall(r"(?<![\w/])(?:tests|upcycle_cli|docs)/[\w/.-]*\w", text):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 def test_the_quick_start_installs_extras_that_exist() -> None:
