@@ -1,13 +1,14 @@
-"""Which recipes fit a budget: parameters, active parameters, and the memory of the GPUs.
+"""Which recipes fit a budget of parameters, active parameters and GPU memory.
 
-What a recipe adds is affine in the virtual groups E, so one plan for each granularity tells the
-sizes of all. Memory is that of the parameters alone: a KV cache and activations come on top.
+Sizes are affine in E, so one plan for each granularity gives the sizes of all recipes. Memory is
+that of the parameters alone: a KV cache and activations need more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -18,10 +19,10 @@ from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Recipe
 
 WEIGHT_BYTES = 2
-"""Of a parameter in bfloat16."""
+"""A parameter in bfloat16."""
 TRAINING_BYTES = 16
-"""Of a parameter in training with AdamW: weight and gradient in bfloat16, and in float32 the master
-weight and both moments (2 + 2 + 4 + 4 + 4)."""
+"""A parameter in training with AdamW: weight and gradient in bfloat16, and the master weight and
+both moments in float32 (2 + 2 + 4 + 4 + 4)."""
 _EXPANSIONS = (2, 4, 8, 16, 32, 64)
 _GRANULARITIES = (1, 2, 4, 8, 16)
 _GROUPS_CHOSEN = (1, 2, 4)
@@ -30,43 +31,49 @@ _MOST_EXPERTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that a conversion may have of each; None is no limit."""
+    """The limits of a model; None is no limit."""
 
     max_params: int | None = None
     max_active: int | None = None
     gpu_bytes: int | None = None
     """The memory of all GPUs together, which bfloat16 weights must fit."""
 
+    def allows(self, fit: Fit) -> bool:
+        """Whether a recipe's sizes are within every limit."""
+        sizes = (fit.total_parameters, fit.active_parameters, fit.weight_bytes)
+        limits = (self.max_params, self.max_active, self.gpu_bytes)
+        return all(most is None or size <= most for size, most in zip(sizes, limits, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A recipe and what it costs."""
+    """A recipe and its costs."""
 
     recipe: Recipe
     target: str
-    """The architecture that sizes are those of, as --target has it."""
+    """The target that the sizes are for, as --target has it."""
     total_parameters: int
     active_parameters: int
     flops_per_token: int
-    """As `Plan.flops_per_token` has them."""
+    """As `Plan.flops_per_token`."""
     flops_ratio: float
-    """As a multiple of the dense model's."""
+    """FLOPs per token as a multiple of the dense model's."""
     trains: bool | None
-    """Whether training fits the memory of the GPUs; None where that is not given."""
+    """Whether training fits the GPUs' memory; None without a limit."""
 
     @property
     def weight_bytes(self) -> int:
-        """What its weights take in bfloat16."""
+        """The size of its weights in bfloat16."""
         return WEIGHT_BYTES * self.total_parameters
 
     @property
     def training_bytes(self) -> int:
-        """What training takes with AdamW, activations aside."""
+        """The memory of training with AdamW, without activations."""
         return TRAINING_BYTES * self.total_parameters
 
     @property
     def paper(self) -> tuple[str, ...]:
-        """What the paper (He et al., arXiv 2410.07524) says of such a recipe."""
+        """What the paper (He et al., arXiv 2410.07524) found for such recipes."""
         words = tuple(words for names, words in _NAMED if names(self.recipe))
         return (*words, _HIGHER_T) if self.recipe.rows_chosen > 1 else words
 
@@ -86,25 +93,23 @@ _NAMED: tuple[tuple[Callable[[Recipe], bool], str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What is wanted of the models beside their size."""
+    """The choices that all recipes of a budget share."""
 
     target: str = "auto"
     options: Options = field(default_factory=Options)
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """What a Recipe has beside E, G and T."""
+    """The fields of a Recipe except E, G and T."""
 
 
 def fitting(source: Checkpoint, budget: Budget, wanted: Wanted | None = None) -> tuple[Fit, ...]:
-    """Return the recipes within a budget, smaller ones first.
+    """Return the recipes within a budget, smallest first.
 
-    They are those whose E and G are powers of two, with 1, 2 or 4 whole groups a token, and up to
-    256 experts. Raises UpcycleError when none fits, and as `build_plan` does.
+    E and G are powers of two, a token chooses 1, 2 or 4 whole groups, and a layer has at most 256
+    experts. Raises UpcycleError when none fits, and as `build_plan` does.
     """
-    candidates = [
-        fit for plan in _plans(source, wanted or Wanted()) for fit in _candidates(plan, budget)
-    ]
+    candidates = [fit for plan in _plans(source, wanted or Wanted()) for fit in _fits(plan, budget)]
     candidates.sort(key=lambda fit: (fit.total_parameters, fit.active_parameters))
-    found = tuple(fit for fit in candidates if _is_within(fit, budget))
+    found = tuple(fit for fit in candidates if budget.allows(fit))
     if not found:
         smallest = candidates[0]
         raise UpcycleError(
@@ -116,8 +121,8 @@ def fitting(source: Checkpoint, budget: Budget, wanted: Wanted | None = None) ->
 
 
 def notable(fits: Sequence[Fit]) -> tuple[Fit, ...]:
-    """Return those of the largest E, of each G and T, and those that the paper names."""
-    # Smaller ones come first.
+    """Return the recipe with the largest E for each G and T, and those that the paper names."""
+    # fits are sorted, smallest first
     largest = {(fit.recipe.granularity, fit.recipe.top_k): fit for fit in fits}
     return tuple(fit for fit in fits if fit in largest.values() or {*fit.paper} - {_HIGHER_T})
 
@@ -127,7 +132,6 @@ def _plans(source: Checkpoint, wanted: Wanted) -> Iterator[Plan]:
     shared, refusal, planned = wanted.recipe.get("shared_experts", 0), None, False
     for granularity in _GRANULARITIES:
         try:
-            # A recipe of its own, that it is refused as convert would refuse it.
             recipe = Recipe(
                 expansion=2, granularity=granularity, top_k=granularity - shared, **wanted.recipe
             )
@@ -139,70 +143,32 @@ def _plans(source: Checkpoint, wanted: Wanted) -> Iterator[Plan]:
         raise refusal
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """How many parameters there are of what, for one granularity."""
-
-    fixed: int
-    per_group: int
-    """With E: experts, and what routers have for each."""
-    an_expert: int
-    dense: int
-    """What a token is multiplied with of the dense model."""
-    lookup: int
-    """What it is not, of the MoE."""
-
-    @classmethod
-    def of(cls, plan: Plan) -> _Sizes:
-        """Take them from a plan of two groups."""
-        by_role = dict.fromkeys(Role, 0)
-        for tensor in plan.tensors:
-            by_role[tensor.role] += tensor.num_elements
-        grows = sum(by_role[role] for role in (Role.EXPERT, Role.ROUTER, Role.CORRECTION_BIAS))
-        each = sum(added.per_expert for added in plan.target.extra_tensors)
-        grows += each * len(plan.layers) * plan.num_experts
-        multiplied, dense = plan.multiplied
-        return cls(
-            fixed=plan.total_parameters - grows,
-            per_group=grows // plan.recipe.expansion,
-            an_expert=by_role[Role.EXPERT] // plan.num_experts,
-            dense=dense,
-            lookup=plan.active_parameters - multiplied,
+def _fits(plan: Plan, budget: Budget) -> Iterator[Fit]:
+    """Yield every recipe of a plan's granularity, with its sizes derived from the plan's."""
+    by_role = dict.fromkeys(Role, 0)
+    for tensor in plan.tensors:
+        by_role[tensor.role] += tensor.num_elements
+    # Experts, their router rows and what the target adds per expert grow with E.
+    growing = sum(by_role[role] for role in (Role.EXPERT, Role.ROUTER, Role.CORRECTION_BIAS))
+    added = sum(row.per_expert for row in plan.target.extra_tensors)
+    growing += added * len(plan.layers) * plan.num_experts
+    fixed, per_group = plan.total_parameters - growing, growing // plan.recipe.expansion
+    expert = by_role[Role.EXPERT] // plan.num_experts
+    multiplied, dense = plan.multiplied
+    lookup = plan.active_parameters - multiplied
+    size = plan.recipe.group_size
+    for expansion, groups in product(_EXPANSIONS, _GROUPS_CHOSEN):
+        if groups > expansion or expansion * size > _MOST_EXPERTS:
+            continue
+        total = fixed + expansion * per_group
+        active = total - (expansion - groups) * size * expert
+        memory = budget.gpu_bytes
+        yield Fit(
+            recipe=replace(plan.recipe, expansion=expansion, top_k=groups * size),
+            target=plan.family.choice,
+            total_parameters=total,
+            active_parameters=active,
+            flops_per_token=2 * (active - lookup),
+            flops_ratio=(active - lookup) / dense,
+            trains=None if memory is None else TRAINING_BYTES * total <= memory,
         )
-
-
-def _candidates(plan: Plan, budget: Budget) -> Iterator[Fit]:
-    sizes, planned = _Sizes.of(plan), plan.recipe
-    for expansion in _EXPANSIONS:
-        for groups in _GROUPS_CHOSEN:
-            experts = expansion * planned.group_size
-            if groups <= expansion and experts <= _MOST_EXPERTS:
-                top_k = groups * planned.group_size
-                recipe = replace(planned, expansion=expansion, top_k=top_k)
-                yield _fit(sizes, recipe, plan.family.choice, budget)
-
-
-def _fit(sizes: _Sizes, recipe: Recipe, target: str, budget: Budget) -> Fit:
-    total = sizes.fixed + recipe.expansion * sizes.per_group
-    active = total - (recipe.num_experts - recipe.top_k) * sizes.an_expert
-    multiplied = active - sizes.lookup
-    return Fit(
-        recipe=recipe,
-        target=target,
-        total_parameters=total,
-        active_parameters=active,
-        flops_per_token=2 * multiplied,
-        flops_ratio=multiplied / sizes.dense,
-        trains=None if budget.gpu_bytes is None else TRAINING_BYTES * total <= budget.gpu_bytes,
-    )
-
-
-def _is_within(fit: Fit, budget: Budget) -> bool:
-    return all(
-        most is None or size <= most
-        for size, most in (
-            (fit.total_parameters, budget.max_params),
-            (fit.active_parameters, budget.max_active),
-            (fit.weight_bytes, budget.gpu_bytes),
-        )
-    )
