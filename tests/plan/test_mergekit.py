@@ -92,7 +92,7 @@ def test_refuse_what_means_something_else_here(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[", "no YAML"),
+        ("[", "not YAML"),
         (["a"], "no prompts of models"),
         ({"b": [1]}, "positive_prompts of b must be a list of texts"),
         ({"b": {"negative_prompts": ["x"]}}, "b has no positive prompts"),

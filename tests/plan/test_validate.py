@@ -50,10 +50,11 @@ def test_refuse_tensors_that_the_config_does_not_imply(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Changes, words: str, *, listed: bool
 ) -> None:
     """Where no shapes are known, the first layer shows what each layer of its kind must have."""
+    source = source_with(tmp_path, changes)
     if not listed:
         monkeypatch.setattr("upcycle_cli.models.dense.tensor_shapes", lambda *_: {})
     with pytest.raises(UpcycleError) as caught:
-        build_plan(RECIPE, source_with(tmp_path, changes))
+        build_plan(RECIPE, source)
     assert words in caught.value.message
     assert next(iter(changes)) in caught.value.message
 
@@ -82,9 +83,10 @@ def test_count_missing_tensors(tmp_path: Path) -> None:
 def test_a_row_of_the_table_of_families_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [*build_plan(RECIPE, source_with(tmp_path, {})).tensors]
+    source = source_with(tmp_path, {})
+    wanted = [*build_plan(RECIPE, source).tensors]
     monkeypatch.setattr("upcycle_cli.models.dense.tensor_shapes", lambda *_: {})
-    assert [*build_plan(RECIPE, source_with(tmp_path / "other", {})).tensors] == wanted
+    assert [*build_plan(RECIPE, source).tensors] == wanted
 
 
 def test_rotary_frequencies_are_dropped_with_a_reason(tmp_path: Path) -> None:

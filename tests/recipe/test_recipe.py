@@ -82,7 +82,7 @@ def test_the_name_holds_every_size(expansion: int, granularity: int, groups: int
         ({"seed": 2**63}, "the seed must be between"),
         ({"noise": 1e-7}, "noise must be"),
         ({"noise": 1.5}, "noise must be"),
-        ({"reinit": 1.5}, "reinit must be"),
+        ({"reinit": 1.5}, "must be between 0 and 1"),
         ({"noise": 0.1, "reinit": 0.1}, "Give --noise or --reinit"),
         ({"noise": 0.1, "shared_experts": 1, "top_k": 1}, "--shared-experts"),
     ],

@@ -1,4 +1,4 @@
-"""What a calibration has found: statistics of each layer, and the router rows fitted to it.
+"""The results of a calibration: statistics of each layer, and router rows fitted to it.
 
 Legend: H hidden size, I dense intermediate size, E groups, G shards.
 """
@@ -20,61 +20,60 @@ _SHOWN_DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStatistics:
-    """What the router of a layer makes of the text. Where groups are no groups, of experts."""
+    """How a layer's router treats the text; without virtual groups, each expert is a group."""
 
     layer: int
     mean_share: float
-    """Of the squares of the MLP's input: how much lies in its mean, which all tokens share."""
+    """The share of the MLP input's squares that lies in its mean, which all tokens share."""
     logit_std: float
-    """The standard deviation of a group's logit over the tokens, mean over the groups."""
+    """The standard deviation of a group's logit over the tokens, averaged over the groups."""
     logit_spread: float
-    """The standard deviation over the groups of their mean logits, which no token changes."""
+    """The standard deviation of the groups' mean logits, which no token changes."""
     load_cv: float
-    """The standard deviation of the groups' loads, relative to their mean."""
+    """The coefficient of variation of the groups' loads."""
     idle: int
-    """Groups that no token chooses."""
+    """How many groups no token chooses."""
     gates: float
-    """Under softmax over all experts: what the gates of a token's chosen ones sum to, on
-    average."""
+    """The sum of a token's chosen gates under softmax over all experts, averaged over tokens."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerFound:
-    """What was found in a layer that becomes a mixture of experts."""
+    """The results for a layer that becomes a mixture of experts."""
 
     statistics: RouterStatistics
     input_mean: NDArray[np.float32]
     """The mean of the MLP's input (H,)."""
     input_square: NDArray[np.float32]
-    """The mean of the squares of each of its dimensions (H,)."""
+    """The mean square of the MLP's input (H,)."""
     activity: NDArray[np.float32]
-    """The mean magnitude of what each neuron gives to the down matrix (I,)."""
+    """The mean magnitude of each neuron's activation (I,)."""
     rows: bytes
-    """The router's rows in the dtype that they are stored in, one for each group."""
+    """The router's rows in the dtype in which they are stored, one for each group."""
     order: bytes | None = None
-    """The order of the neurons (I,) as 32-bit integers, where it was asked for."""
+    """The order of the neurons (I,) as 32-bit integers, where the recipe clusters them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration:
-    """All that was found, in the order of the layers."""
+    """The results for all layers, in their order."""
 
     tokens: int
     layers: Mapping[int, LayerFound] = field(default_factory=dict)
 
     @property
     def gates(self) -> float:
-        """What the gates of the chosen experts sum to, mean over tokens and layers."""
+        """The sum of the chosen gates, averaged over tokens and layers."""
         found = [layer.statistics.gates for layer in self.layers.values()]
         return sum(found) / len(found)
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all that was found."""
+        """The SHA-256 of all results."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def summary(self) -> Iterator[dict[str, Any]]:
-        """Yield what is said of each layer, in so many digits that a person reads them."""
+        """Yield the statistics of each layer, rounded for people."""
         for layer in self.layers.values():
             yield {
                 key: float(f"{value:.{_SHOWN_DIGITS}g}") if isinstance(value, float) else value
@@ -82,7 +81,7 @@ class Calibration:
             }
 
     def to_bytes(self) -> bytes:
-        """Return it as a safetensors file."""
+        """Return the results as a safetensors file."""
         import numpy as np
         from safetensors.numpy import save
 
@@ -100,7 +99,7 @@ class Calibration:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` has made; ValueError or KeyError for anything else."""
+        """Read what `to_bytes` made; ValueError or KeyError for anything else."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 

@@ -1,14 +1,10 @@
-"""An MoE grown: each expert, and its router row, becomes several that lie side by side.
+"""How an MoE grows: each expert and its router row become k copies, side by side.
 
-Expert e of the source becomes the experts k·e to k·e + k - 1. Their logits are equal, so that a
-top-k of k·T chooses all copies of the T experts that the source chooses, and each has a k-th of
-the gate: exact for every routing whose gates sum to one, and for a softmax over all experts too,
-whose gates each shrink to a k-th. (Expert upcycling, arXiv 2604.19835.)
-
-Copies lie side by side since two experts that tie are then chosen as in the source where ties go to
-the lowest index. A virtual group of G experts becomes one of k·G that has each shard k times.
-
-`build_growth` is pure, as `build_plan` is: it reads headers and fails before the first byte.
+Expert e of the source becomes the experts k·e to k·e + k - 1. Their logits are equal, so a top-k of
+k·T chooses all copies of the T experts that the source chooses, each with a k-th of the gate. That
+is exact for every routing whose gates sum to 1, and for a softmax over all experts. (Expert
+upcycling, arXiv 2604.19835.) Copies lie side by side so that ties are broken as in the source. A
+virtual group of G experts becomes a group of k·G that holds each shard k times.
 """
 
 from __future__ import annotations
@@ -39,10 +35,10 @@ _ALWAYS = (_EMBEDDING, "model.norm.weight")
 
 
 def build_growth(growth: Growth, source: Checkpoint, options: Options | None = None) -> Plan:
-    """Plan the growth of an MoE.
+    """Plan the growth of an MoE, from its headers.
 
     Raises UpcycleError when it cannot be grown, when its tensors are not what its config says, or
-    when it would not compute the same and `growth` does not allow that.
+    when the result would be inexact and `growth` does not allow that.
     """
     options, target = options or Options(), growable(source.config, source.tensors)
     refuse_unsafe_settings(source)
@@ -99,10 +95,10 @@ def _check_sizes(growth: Growth, experts: Experts) -> None:
 
 
 def _config(growth: Growth, experts: Experts, options: Options) -> dict[str, Any]:
-    """Return the source's config with what grew: all other keys stay as they are."""
+    """Return the source's config with the new counts; all other keys stay as they are."""
     result, keys = dict(experts.moe.config), experts.target.keys
     num_experts = growth.expand * experts.num_experts
-    # Aliases in transformers: one that is left behind would undo the other.
+    # transformers treats these as aliases: an old value of one would override the new one.
     names = {keys.num_experts, *keys.aliases}
     result |= dict.fromkeys(names & result.keys() or {keys.num_experts}, num_experts)
     result[keys.top_k] = growth.top_k or growth.expand * experts.top_k
@@ -116,7 +112,7 @@ def _config(growth: Growth, experts: Experts, options: Options) -> dict[str, Any
 
 @dataclass(frozen=True)
 class _Grower:
-    """Writes down the expression of each output tensor."""
+    """Makes the expression of each output tensor."""
 
     growth: Growth
     options: Options
@@ -139,14 +135,14 @@ class _Grower:
         if missing:
             raise UpcycleError(f"{source.path} lacks {missing[0]}, which its config.json implies.")
         for layer, names in rest.items():
-            taken = {} if layer is None else self._taken(layer, names)
+            growing = {} if layer is None else self._growing(layer, names)
             for name in names:
-                if name not in taken:
+                if name not in growing:
                     yield OutputTensor.of(name, self._source(name), Role.COPIED, layer)
-            if layer is not None and taken:
-                self._check(names, taken)
+            if layer is not None and growing:
+                self._check(names, growing)
                 yield from self._grown(layer)
-        self._check_alike(rest)
+        self._check_layers(rest)
         if self.options.untie_embeddings and target.head not in source.tensors:
             yield OutputTensor.of(target.head, self._source(_EMBEDDING), Role.HEAD)
 
@@ -154,11 +150,11 @@ class _Grower:
     def _held(self) -> Layout:
         return self.experts.target.layouts[self.experts.layout]
 
-    def _taken(self, layer: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Return the tensors of a layer that are not copied, with the shapes they must have."""
+    def _growing(self, layer: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of a layer that grow, with the shapes that they must have."""
         experts, prefix = self.experts, self.experts.target.prefix(layer)
         router = prefix + self._held.router
-        # Layers that predict further tokens come after those that the config counts.
+        # Multi-token prediction layers come after those that the config counts.
         if layer not in experts.layers and router not in names:
             return {}
         N, hidden = experts.num_experts, experts.moe.tensors[_ALWAYS[1]].num_elements
@@ -174,10 +170,10 @@ class _Grower:
                 found[prefix + weight.name] = (N, *shape)
         return found
 
-    def _check(self, names: Sequence[str], taken: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UpcycleError unless a layer has these tensors, and none beside them of theirs."""
+    def _check(self, names: Sequence[str], growing: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UpcycleError unless a layer's experts and router have exactly these tensors."""
         source = self.experts.moe
-        for name, shape in taken.items():
+        for name, shape in growing.items():
             if name not in source.tensors:
                 words = f"{source.path} lacks {name}, which its config.json implies."
                 raise UpcycleError(words)
@@ -187,17 +183,17 @@ class _Grower:
                     f"{source.path}: {name} has shape {list(held)}, but config.json implies "
                     f"{list(shape)}."
                 )
-        modules = {re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in taken}
+        modules = {re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in growing}
         for name in names:
-            if name not in taken and name.startswith((*modules,)):
+            if name not in growing and name.startswith((*modules,)):
                 raise UpcycleError(
                     f"{source.path}: unknown tensor {name} of experts or their router.",
                     "Growing without it could change the model. If it is not needed, remove it "
                     "from the checkpoint.",
                 )
 
-    def _check_alike(self, rest: Mapping[int | None, list[str]]) -> None:
-        """Raise UpcycleError where a layer has not the tensors of the first of its kind."""
+    def _check_layers(self, rest: Mapping[int | None, list[str]]) -> None:
+        """Raise UpcycleError where a layer lacks a tensor of the first layer of its kind."""
         experts = self.experts
         first: dict[bool, tuple[int, set[str]]] = {}
         for layer in range(experts.num_layers):
@@ -211,7 +207,7 @@ class _Grower:
                 )
 
     def _grown(self, layer: int) -> Iterator[OutputTensor]:
-        """Yield what the router and the experts of a layer become."""
+        """Yield the grown router and experts of a layer."""
         experts, target, k = self.experts, self.experts.target, self.growth.expand
         prefix, held = target.prefix(layer), self._held
         made = target.layouts[self.layout]
@@ -219,7 +215,7 @@ class _Grower:
         yield OutputTensor.of(prefix + made.router, rows, Role.ROUTER, layer)
         bias, renamed = (target.correction_bias_name(at, experts.routing) for at in (held, made))
         if bias is not None:
-            # In its own dtype whatever the rest is in: it moves by steps that others lose.
+            # It keeps its dtype: training moves it by steps that narrower dtypes would lose.
             grown = Repeat(self._stored(prefix + bias), k)
             yield OutputTensor.of(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
         for weight in made.experts:
@@ -236,7 +232,7 @@ class _Grower:
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
-        """Return one expert of the source as one of the output's weights holds it."""
+        """Return one expert of the source as a weight of the output holds it."""
         parts = [self._part(layer, part, expert) for part in weight.parts]
         return Concat((*parts,)) if len(parts) > 1 else parts[0]
 

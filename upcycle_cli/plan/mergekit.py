@@ -1,4 +1,4 @@
-"""mergekit's file for a mixture of several models, read as options of `convert`."""
+"""Reads a mergekit-moe file as options of `convert`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,36 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
 
 _TARGETS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "qwen3 moe": "qwen3_moe"}
-"""Architectures by the names that mergekit has for them, where both write the same."""
+"""mergekit's names of the architectures that both tools write alike."""
 _GATES = {
     "hidden": "prompts",
     "random": "normal",
     "uniform_random": "normal",
 }
-"""How routers are made, with --router-init's name for it."""
+"""mergekit's gate_mode, and the --router-init that means the same."""
 _KNOWN = {
     *("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture"),
     "shared_experts",
 }
 _EXPERT = {"source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"}
 _UNIFORM_STD = 1 / math.sqrt(3)
-"""Of the logits of rows that are even between -1/√H and 1/√H, on inputs of root mean square 1."""
+"""The logit std of rows uniform in ±1/√H, on inputs of root mean square 1."""
 
 Value = str | bool | list[str]
 
 
 def read_mergekit(path: Path) -> dict[str, Value]:
-    """Return what a file asks for, by the names of the options of `convert`.
+    """Return a file's settings as options of `convert`.
 
-    Raises UpcycleError, which names the key, for what means nothing here or another thing.
+    Raises UpcycleError, which names the key, for a setting that has no equivalent here.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise _refused(path, "base_model", "is missing")
     for key in content.keys() - _KNOWN:
-        raise _refused(path, str(key), "is no key of mergekit-moe's that is known here")
+        raise _refused(path, str(key), "is not a key that upcycle reads")
     if content.get("shared_experts"):
-        raise _refused(
-            path, "shared_experts", "asks for an expert that every token uses, made of a model"
-        )
+        raise _refused(path, "shared_experts", "asks for a shared expert made of a model")
     experts = content.get("experts")
     if not isinstance(experts, list) or not experts:
         raise _refused(path, "experts", "must be a list of models")
@@ -68,8 +66,7 @@ def _gates(path: Path, content: Mapping[str, Any]) -> dict[str, Value]:
         raise _refused(
             path,
             "gate_mode",
-            f"is {shown(mode)}, and rows are made of hidden states (hidden) or drawn (random, "
-            "uniform_random)",
+            f"is {shown(mode)}; use hidden, random or uniform_random",
         )
     if mode == "hidden":
         return {"positive_prompts": str(path)}
@@ -84,7 +81,7 @@ def _files(path: Path, content: Mapping[str, Any]) -> dict[str, Value]:
     dtype, architecture = content.get("dtype"), content.get("architecture")
     if dtype is not None:
         if dtype not in ("bfloat16", "float16", "float32"):
-            raise _refused(path, "dtype", f"is {shown(dtype)}, and no output can be")
+            raise _refused(path, "dtype", f"is {shown(dtype)}; use bfloat16, float16 or float32")
         found["dtype"] = dtype
     if architecture is not None:
         target = _TARGETS.get(str(architecture).lower())
@@ -92,8 +89,8 @@ def _files(path: Path, content: Mapping[str, Any]) -> dict[str, Value]:
             raise _refused(
                 path,
                 "architecture",
-                f"is {shown(architecture)}, of which mergekit makes a model with a shared expert "
-                "or another routing; mixtral and qwen3 are the same here",
+                f"is {shown(architecture)}, which mergekit writes with a shared expert or another "
+                "routing; use mixtral or qwen3",
             )
         found["target"] = target
     return found
@@ -104,24 +101,24 @@ def _expert(path: Path, number: int, expert: object) -> str:
     if not isinstance(expert, dict):
         raise _refused(path, key, "must have a source_model")
     for odd in expert.keys() - _EXPERT:
-        raise _refused(path, f"{key}.{odd}", "is no key of mergekit-moe's that is known here")
+        raise _refused(path, f"{key}.{odd}", "is not a key that upcycle reads")
     for name, neutral in (("noise_scale", 0), ("residual_scale", 1)):
         if expert.get(name) not in (None, neutral):
             raise _refused(
                 path,
                 f"{key}.{name}",
-                "changes the weights of the model, and experts are its weights bit for bit",
+                "changes weights, but experts keep their model's weights bit for bit",
             )
     return place_of(expert.get("source_model"), path, f"{key}.source_model")
 
 
 def place_of(value: object, path: Path, key: str = "source_model") -> str:
-    """Return a model as `--experts-from` takes it; raises UpcycleError."""
+    """Return a model in the form of `--experts-from`; raises UpcycleError."""
     held: Any = value
     if isinstance(held, dict):
         for odd in held.keys() - {"model"}:
             if held[odd] is not None:
-                raise _refused(path, f"{key}.{odd}", "asks for more than a model as it is")
+                raise _refused(path, f"{key}.{odd}", "asks for a change of the model")
         held = held.get("model")
     if isinstance(held, dict):
         name, revision = held.get("path"), held.get("revision")
@@ -134,16 +131,14 @@ def place_of(value: object, path: Path, key: str = "source_model") -> str:
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
-    """Return what a small file of YAML or JSON holds, plain values only; raises UpcycleError."""
+    """Return the plain values of a small YAML or JSON file; raises UpcycleError."""
     import yaml  # type: ignore[import-untyped]
 
     try:
         return yaml.safe_load(read_small(path, MOST_JSON_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path} is no YAML: {shown(str(error))}.") from error
+        raise UpcycleError(f"{path} is not YAML: {shown(str(error))}.") from error
 
 
 def _refused(path: Path, key: str, why: str) -> UpcycleError:
-    return UpcycleError(
-        f"{path}: {key} {why}.", "docs/merging.md says what of mergekit's file is read."
-    )
+    return UpcycleError(f"{path}: {key} {why}.", "docs/merging.md lists the keys that are read.")

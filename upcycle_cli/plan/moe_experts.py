@@ -37,18 +37,18 @@ class Experts:
     expert_size: int
     routing: Routing
     layers: tuple[int, ...]
-    """Those that are mixtures of experts."""
+    """The layers that are mixtures of experts."""
     num_layers: int
 
     @property
     def every_layer(self) -> bool:
-        """Whether no dense MLP is left."""
+        """Whether every MLP is a mixture of experts."""
         mlps = self.target.layers.mlps(text_config_of(self.moe.config))
         return len(self.layers) == (self.num_layers if mlps is None else mlps)
 
     @cached_property
     def layout(self) -> ExpertLayout:
-        """How they are named on disk."""
+        """How the experts are named on disk."""
         return self.target.stored_layout(self.moe.tensors, text_config_of(self.moe.config))
 
     @property

@@ -1,8 +1,8 @@
 """A file of neuron orders: one safetensors file, with a tensor `layers.3.neuron_order` per layer.
 
-Each is a permutation of the dense MLP's neurons, (I,), the same for every virtual group, or (E, I),
-one for each group, of 32- or 64-bit integers. Shard s of a group holds the neurons that places
-[s·I/G, (s+1)·I/G) name. Layers are counted from 0, and those that stay dense have no order.
+Each is a permutation of the dense MLP's neurons of shape (I,), for every virtual group, or (E, I),
+one for each group, in 32- or 64-bit integers. Shard s of a group gets the neurons at places
+[s·I/G, (s+1)·I/G). Layers are counted from 0; layers that stay dense have no permutation.
 """
 
 from __future__ import annotations

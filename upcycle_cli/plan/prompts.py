@@ -1,6 +1,6 @@
-"""Prompts that say what each model is good at: router rows are made of what they look like.
+"""Prompts for each model of a merge, from whose hidden states router rows are made.
 
-A file of YAML or JSON: from each model to its prompts, or mergekit's own file for such a merge.
+The file is YAML or JSON and maps each model to its prompts, or it is a mergekit-moe file.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _FORM = (
 
 @dataclass(frozen=True)
 class ModelPrompts:
-    """Those that are for a model, and those that are not."""
+    """The prompts that a model is for, and those that it is not for."""
 
     model: str
     positive: tuple[str, ...]
     negative: tuple[str, ...] = ()
 
     def means(self, model: Checkpoint) -> bool:
-        """Whether it names this model: by its path, its name or the last part of that."""
+        """Whether `model` is meant: by its path, its name or the last part of its name."""
         name = self.model.partition("@")[0]
         return name in (model.name, model.name.rpartition("/")[2]) or (
             Path(name).resolve() == model.path.resolve()
@@ -42,21 +42,21 @@ class ModelPrompts:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of each model, and the name of the file that they are from."""
+    """The prompts of each model, and the name of their file."""
 
     name: str
     models: tuple[ModelPrompts, ...]
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all that is in them."""
+        """The SHA-256 of all prompts."""
         said = [asdict(model) for model in self.models]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def of_groups(self, models: Sequence[Checkpoint]) -> tuple[ModelPrompts, ...]:
-        """Return the prompts of each group, whose models these are; UpcycleError for others.
+        """Return the prompts of each group from the groups' models; UpcycleError if some lack any.
 
-        Where a model has several groups, the file says in the same order what is for each.
+        A model with several groups needs as many entries, in the order of the groups.
         """
         left, found = list(self.models), []
         for model in models:
@@ -75,7 +75,7 @@ class Prompts:
 
 
 def read_prompts(path: Path) -> Prompts:
-    """Return the prompts of a file; UpcycleError when it has another form."""
+    """Return the prompts of a file; UpcycleError for a file of another form."""
     content = read_yaml(path)
     if isinstance(content, dict) and isinstance(content.get("experts"), list):
         items = [

@@ -1,4 +1,4 @@
-"""Whether a source is whole: whether it has the tensors that its config implies."""
+"""Whether a source has exactly the tensors that its config implies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from upcycle_cli.models.layers import layer_finder
 
 
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
-    """Compare the source's tensors with what its config implies; return those to drop, and why.
+    """Return the tensors to drop, each with the reason.
 
-    Raises UpcycleError for what is missing, unknown, misshapen or quantised.
+    Raises UpcycleError for tensors that are missing, unknown, misshapen or quantised.
     """
     dropped: dict[str, str] = {}
     for name, entry in source.tensors.items():
@@ -25,10 +25,10 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
     shapes = dict(dense.shapes) or _regular(source, dense, held)
     head = dense.family.head
-    # Of what is around a text model nothing is changed, so nothing needs to be known.
+    # Tensors around a text model are copied, whatever their shapes are.
     shapes |= {name: shape for name, shape in held.items() if not dense.family.has(name)}
     if head in held:
-        # A tied model may carry its head; copied, it means to every engine what it meant before.
+        # A tied model may carry its head: it is copied, and engines treat it as before.
         shapes[head] = shapes[dense.family.embedding]
     missing = [name for name in shapes if name not in held]
     if missing:
@@ -53,7 +53,7 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
 
 
 def check_dtype(source: Checkpoint, entry: TensorEntry) -> None:
-    """Raise UpcycleError for a tensor whose dtype is no weight's."""
+    """Raise UpcycleError for a tensor whose dtype is not float32, float16 or bfloat16."""
     if entry.dtype not in TORCH_DTYPES:
         raise UpcycleError(
             f"{source.path}: {entry.name} is stored as {entry.dtype}; the weights are quantised, "
@@ -65,9 +65,10 @@ def check_dtype(source: Checkpoint, entry: TensorEntry) -> None:
 def _regular(
     source: Checkpoint, dense: DenseModel, held: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return what tensors must be there where the family's are not known.
+    """Return the tensors that a source must have where no list of the family's tensors exists.
 
-    Every layer of a kind has the tensors of the first of that kind, the MLP those of its row.
+    Every layer of a kind needs the tensors of the first layer of that kind, and the MLP those of
+    the family's row.
     """
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}

@@ -1,4 +1,4 @@
-"""What can be chosen of a recipe, by name, and what a recipe can promise.
+"""The choices that a recipe names, and the promises that it can make.
 
 Notation is the paper's (He et al., arXiv 2410.07524), as in `recipe.py`.
 """
@@ -8,29 +8,29 @@ from __future__ import annotations
 from enum import StrEnum
 
 SHIPPED = "upcycled"
-"""What --target calls the code that is shipped with the model."""
+"""The --target whose modeling code is shipped with the model."""
 
 
 class Routing(StrEnum):
     """How a token's gates come from its router logits."""
 
     SOFTMAX_TOPK = "softmax-topk"
-    """Softmax over all experts, then top-k; the gates are used as they are."""
+    """Softmax over all experts, then top-k without renormalisation."""
     TOPK_SOFTMAX = "topk-softmax"
-    """Top-k, then gates that sum to 1 (softmax over the chosen, or renormalised)."""
+    """Top-k, then gates that sum to 1: softmax over the chosen, or renormalised."""
     SIGMOID_TOPK = "sigmoid-topk"
-    """Sigmoid, top-k of it plus a correction bias, then gates that sum to 1."""
+    """Sigmoid, top-k of its output plus a correction bias, then gates that sum to 1."""
 
 
 class ExpertLayout(StrEnum):
     """How expert weights are named on disk."""
 
     PER_EXPERT = "per-expert"
-    """A tensor per matrix and expert, as in the released checkpoints; every engine reads it."""
+    """A tensor for each matrix of each expert, as in most released checkpoints."""
     STACKED = "stacked"
-    """A tensor per matrix and layer for all experts, as in the released checkpoints of some."""
+    """A tensor for each matrix of all experts of a layer, as some models are released."""
     FUSED = "fused"
-    """A tensor per layer for gate and up, one for down, as transformers 5 holds them in memory."""
+    """A tensor for all gates and ups of a layer and one for all downs, as in transformers 5."""
 
 
 class Scaling(StrEnum):
@@ -40,49 +40,49 @@ class Scaling(StrEnum):
     PAPER = "paper"
     NONE = "none"
     MEASURED = "measured"
-    """As exact, but for softmax-topk: there c is such that the mean gain is 1 in a calibration.
-    Once that has run, the recipe has c itself."""
+    """As exact, but with softmax-topk a calibration finds the c for which the mean gain is 1. Once
+    it has run, the recipe holds c itself."""
 
 
 class RouterInit(StrEnum):
     """Where router rows come from."""
 
     NORMAL = "normal"
-    """Drawn at random, blind to what they will see."""
+    """Drawn at random, without looking at inputs."""
     BALANCED = "balanced"
-    """Drawn at random, and fitted to a calibration such that the experts are chosen evenly."""
+    """Drawn at random, then fitted to a calibration so that experts are chosen evenly."""
     CENTROIDS = "centroids"
-    """The centres of clusters of what a calibration has seen."""
+    """The centroids of the MLP inputs of a calibration, clustered."""
     PROMPTS = "prompts"
-    """What the prompts of each of several models look like."""
+    """The mean hidden states of each model's prompts."""
     FILE = "file"
-    """Given by the user."""
+    """Read from the user's file."""
 
 
 class ScaleSplit(StrEnum):
     """Where the factor c goes."""
 
     CONFIG = "config"
-    """Into the config, where the target multiplies its gates by a factor: experts are slices."""
+    """In the config, where the target has a factor on its gates: experts stay plain slices."""
     BALANCED = "balanced"
     DOWN = "down"
 
 
 class NeuronOrder(StrEnum):
-    """In which order the neurons of the dense MLP are sliced; any is exact."""
+    """The order in which the dense MLP's neurons are sliced; any order is exact."""
 
     SLICED = "sliced"
-    """As they come: the groups are copies of one another."""
+    """The dense MLP's order: groups are copies of one another."""
     SHUFFLED = "shuffled"
-    """Each group but the first in an order of its own, drawn from the seed."""
+    """A random order for each group but the first, drawn from the seed."""
     CLUSTERED = "clustered"
-    """Those together that are active together in a calibration, the same in each group."""
+    """Neurons that are active together in a calibration lie together, the same in each group."""
     FILE = "file"
-    """By permutations that are given."""
+    """The permutations of the user's file."""
 
 
 class Promise(StrEnum):
-    """What the converted model owes the dense one."""
+    """How the converted model's function relates to the dense model's."""
 
     EXACT = "exact"
     """The same function, up to the rounding of the arithmetic."""

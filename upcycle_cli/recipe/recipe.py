@@ -1,4 +1,4 @@
-"""What the user wants: the recipe, and the arithmetic that follows from it alone.
+"""The recipe: how a dense model becomes a mixture of experts, and the arithmetic of that.
 
 Notation is the paper's (He et al., arXiv 2410.07524): E expansion, G granularity, T top-k; a layer
 gets N = E·G experts. Nothing here reads a file or imports torch.
@@ -36,7 +36,7 @@ DEFAULT_LOGIT_STD = {
     Routing.SIGMOID_TOPK: 1.0,
 }
 TIE_LOGIT_STD = 0.001
-"""Below this nominal logit standard deviation float32 softmax itself ties groups."""
+"""Below this nominal logit standard deviation the float32 softmax itself ties groups."""
 
 _CHOICES = {
     "routing": Routing,
@@ -46,21 +46,21 @@ _CHOICES = {
     "router_init": RouterInit,
 }
 
-MAX_EXPERTS = 4096  # several times what anybody has trained; a plan holds every tensor of them
+MAX_EXPERTS = 4096  # several times the largest trained model; a plan lists every tensor
 
 APPROXIMATE_LOGIT_STD = 0.05
 """Above this nominal logit standard deviation softmax-topk is too far from the dense model to
 promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
 
 FITTED_LOGIT_STD = 0.01
-"""The same of rows that are fitted to their input, where the standard deviation is what was
-measured: nominally they are larger, on SmolLM2-135M up to 2.3 times, elsewhere it may be more."""
+"""The limit for rows fitted to a calibration, whose standard deviation is measured: nominally it is
+larger, on SmolLM2-135M up to 2.3 times."""
 
 _OFF_BY_STD = 4.0
-"""The best of a thousand normal logits are so many standard deviations above their mean."""
+"""The largest of a thousand normal logits lie this many standard deviations above their mean."""
 
 _LEAST_NOISE = 1e-6
-"""Less than any dtype can tell of most weights."""
+"""Smaller noise is lost to rounding in every dtype."""
 
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 
@@ -69,8 +69,8 @@ _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 class Recipe:
     """How a dense model becomes a mixture of experts; valid by construction.
 
-    `routing`, `scale_split` and `router_logit_std` may be None, meaning the target's own default;
-    `resolve` fills them in.
+    A `routing`, `scale_split` or `router_logit_std` of None means the target's default, which
+    `resolve` fills in.
 
     Raises UpcycleError when the values cannot describe any mixture of experts.
     """
@@ -79,24 +79,24 @@ class Recipe:
     granularity: int
     top_k: int
     shared_experts: int = 0
-    """K: how many of the G shards are an expert for every token, beside the routed ones."""
+    """K: how many of the G shards form an expert that every token uses."""
     routing: Routing | None = None
     scaling: Scaling | float = Scaling.EXACT
     scale_split: ScaleSplit | None = None
     layers: str | None = None
-    """Which layers become mixtures of experts, as `layers.parse_layers` reads it; None for all."""
+    """The layers that become mixtures of experts, as `parse_layers` reads them; None for all."""
     virtual_groups: bool = True
     neuron_order: NeuronOrder = NeuronOrder.SLICED
     router_init: RouterInit = RouterInit.NORMAL
     router_logit_std: float | None = None
-    """Of the router's logits: nominal for normal rows, measured for those that are fitted, and
-    None for rows of a file, which are taken as they are."""
+    """The standard deviation of the router's logits: nominal for normal rows, measured for fitted
+    rows, and None for rows of a file, which are not scaled."""
     seed: int = 0
     allow_inexact: bool = False
     noise: float = 0.0
-    """Of what is added to each expert's matrices: its standard deviation, relative to theirs."""
+    """The standard deviation of the noise on each expert matrix, relative to the matrix's own."""
     reinit: float = 0.0
-    """The share of each expert's neurons that are drawn anew."""
+    """The share of each expert's neurons that are initialised again."""
 
     def __post_init__(self) -> None:
         if isinstance(self.scaling, int):
@@ -120,7 +120,7 @@ class Recipe:
                 raise UpcycleError(f"{label} must be at least 1, not {value}.")
         if not 0 <= self.shared_experts < self.granularity:
             raise UpcycleError(
-                f"of {self.granularity} shards (G) there cannot be {self.shared_experts} shared.",
+                f"{self.shared_experts} of {self.granularity} shards (G) cannot be shared.",
                 "Shared experts are fewer than G: some shards are routed.",
             )
         if self.num_experts > MAX_EXPERTS:
@@ -159,8 +159,7 @@ class Recipe:
             )
         if std is not None and self.router_init is RouterInit.FILE:
             raise UpcycleError(
-                "a standard deviation was given for router logits, and rows of a file are taken as "
-                "they are.",
+                "router rows of a file are not scaled to a standard deviation.",
                 "Leave out --router-logit-std.",
             )
         if not 0 <= self.seed < 2**63:
@@ -172,23 +171,23 @@ class Recipe:
             )
         if not 0 <= self.reinit <= 1:
             raise UpcycleError(
-                f"reinit must be between 0 and 1, the share of neurons to draw anew, not "
+                f"reinit, the share of neurons to initialise again, must be between 0 and 1, not "
                 f"{self.reinit}."
             )
         if self.noise and self.reinit:
             raise UpcycleError(
-                "with noise on all of them nothing shows which neurons were drawn anew.",
+                "noise and initialising neurons again exclude each other.",
                 "Give --noise or --reinit.",
             )
         if self.perturbed and self.shared_experts:
             raise UpcycleError(
-                "a shared expert cannot be perturbed, nor what stands beside one.",
+                "experts cannot be perturbed beside a shared expert.",
                 "Leave out --shared-experts, or --noise and --reinit.",
             )
 
     @property
     def perturbed(self) -> bool:
-        """Whether no expert is made of the dense model's weights alone."""
+        """Whether experts differ from their shards by noise or new neurons."""
         return bool(self.noise or self.reinit)
 
     def reinit_count(self, expert_size: int) -> int:
@@ -211,12 +210,12 @@ class Recipe:
 
     @property
     def router_rows(self) -> int:
-        """The rows of a router that differ: one a virtual group, or one an expert without them."""
+        """The distinct router rows: one per virtual group, or one per expert without groups."""
         return self.expansion if self.virtual_groups else self.num_experts
 
     @property
     def rows_chosen(self) -> int:
-        """How many of these a token chooses."""
+        """How many distinct router rows a token chooses."""
         return -(-self.top_k // self.group_size) if self.virtual_groups else self.top_k
 
     @property
@@ -230,7 +229,7 @@ class Recipe:
         return self.top_k % self.group_size == 0
 
     def check_width(self, intermediate_size: int) -> None:
-        """Raise UpcycleError for a dense MLP that cannot be cut into G shards of one size."""
+        """Raise UpcycleError for an intermediate size that G does not divide."""
         size, rest = divmod(intermediate_size, self.granularity)
         if rest:
             divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
@@ -243,7 +242,7 @@ class Recipe:
             )
         if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
-                f"a share of {self.reinit:g} of an expert {size} wide is no neuron at all.",
+                f"a share of {self.reinit:g} of an expert {size} wide rounds to 0 neurons.",
                 f"Use a --reinit of at least {0.5 / size:.3g}.",
             )
 
@@ -251,8 +250,8 @@ class Recipe:
     def splits_soon(self) -> bool:
         """Whether training splits virtual groups from its first step on.
 
-        Gates that do not sum to 1 weigh a whole layer, so that each row has a gradient of its own,
-        large beside rows that are small to be nearly uniform.
+        Gates that do not sum to 1 scale a whole layer, so each row gets its own gradient, large
+        compared with rows that are small to keep the gates nearly uniform.
         """
         return self._has_groups and self.routing is Routing.SOFTMAX_TOPK
 
@@ -267,7 +266,7 @@ class Recipe:
         return self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
 
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
-        """Return the recipe with what it left to the target filled in.
+        """Return the recipe with the target's defaults filled in.
 
         `scales_in_config` says whether the target's config has a factor on the gates.
         """
@@ -276,13 +275,13 @@ class Recipe:
         given = self.router_init is RouterInit.FILE
         scaling, uniform = self.scaling, routing is not Routing.SOFTMAX_TOPK
         if scaling is Scaling.MEASURED and (uniform or self.top_k == self.num_experts):
-            scaling = Scaling.EXACT  # whatever is measured, the gates sum to 1
+            scaling = Scaling.EXACT  # the gates sum to 1, so the gain needs no measurement
         if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
             raise UpcycleError(
-                "a measured c goes into the experts.", "Use --scale-split balanced or down."
+                "a measured c cannot go into the config.", "Use --scale-split balanced or down."
             )
         scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
-        # There, experts stay slices of the dense MLP for every G, and nothing can overflow.
+        # With c in the config, experts stay slices of the dense MLP, and nothing can overflow.
         split = self.scale_split or (ScaleSplit.CONFIG if scales_in_config else ScaleSplit.BALANCED)
         return replace(
             self,
@@ -295,10 +294,9 @@ class Recipe:
     def factors(self, kind: MlpKind = GATED) -> Factors:
         """Return the factors for an MLP of a kind; the recipe must be resolved.
 
-        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2), with G − K in
-        the place of G where experts are shared, which need none of it. The paper and Megatron-LM
-        multiply every matrix by ∛c, or by √c where the activation is neither gated nor a squared
-        ReLU.
+        c is G for gates that sum to 1, and E·G²/T for softmax-topk (paper, eq. 2), with G − K for
+        G where experts are shared. The paper and Megatron-LM multiply every matrix by ∛c, or by √c
+        where the activation is neither gated nor a squared ReLU.
         """
         c = float(self.scaling) if isinstance(self.scaling, float) else self._compensation()
         gate = up = down = config = 1.0
@@ -321,12 +319,12 @@ class Recipe:
         return Factors(c=c, gate=gate, up=up, down=down, down_bias=bias, config=config)
 
     def promise(self, kind: MlpKind = GATED) -> Promise:
-        """Return what a model converted by this (resolved) recipe owes the dense one."""
+        """Return the promise of this (resolved) recipe."""
         factors, needed = self.factors(kind), self._compensation()
         uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
         given = self.router_init is RouterInit.FILE
         std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
-        # What is approximate anyway stays that with a c that is off by as much as the gates are.
+        # An approximate recipe stays approximate with a c that is off by as much as its gates.
         slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
         scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
         whole = self.picks_whole_groups and (self.virtual_groups or self.group_size == 1)
@@ -339,13 +337,13 @@ class Recipe:
 
     @property
     def largest_approximate_std(self) -> float:
-        """Up to which standard deviation of the router's logits softmax-topk promises anything."""
+        """The largest standard deviation of logits for which softmax-topk promises anything."""
         normal = self.router_init is RouterInit.NORMAL
         return APPROXIMATE_LOGIT_STD if normal else FITTED_LOGIT_STD
 
     @property
     def calibrates(self) -> bool:
-        """Whether this (resolved) recipe cannot be carried out without a calibration."""
+        """Whether this (resolved) recipe needs a calibration."""
         fitted = self.router_init not in (RouterInit.NORMAL, RouterInit.FILE)
         clustered = self.neuron_order is NeuronOrder.CLUSTERED
         return fitted or clustered or self.scaling is Scaling.MEASURED

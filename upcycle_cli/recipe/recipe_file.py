@@ -1,6 +1,6 @@
-"""Recipe files: the options of `convert` as TOML or JSON, to keep beside the code and run again.
+"""Recipe files: the options of `convert` as TOML or JSON.
 
-A file's options are defaults: the command line and the environment override them.
+Command-line options and environment variables override them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = str | int | float | bool | list[str]
 
 
 class Kind(Enum):
-    """What an option takes: a value, nothing, or several values."""
+    """The kind of an option: it takes a value, no value, or several values."""
 
     VALUE = "value"
     FLAG = "flag"
@@ -34,11 +34,11 @@ _ALWAYS_SAVED = (
     {"source", "output", "recipe", "target", "routing"},
     {"source", "output", "expand", "top_k", "expert_layout"},
 )
-"""Of an upcycling, and of a growth."""
+"""The options in every saved file: of an upcycling, and of a growth."""
 
 
 def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
-    """Read a recipe file; returns its values by the names of `known`; UpcycleError."""
+    """Return the options of a recipe file by the names of `known`; raises UpcycleError."""
     raw = read_small(path, _MOST_BYTES)
     try:
         content = json.loads(raw) if _is_json(path) else tomllib.loads(raw.decode())
@@ -62,7 +62,7 @@ def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
             raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
         if isinstance(value, bool) and known[name] is not Kind.FLAG:
             raise UpcycleError(f"{path}: {key} is not an option that is true or false.")
-        # As on the command line, where the option itself says what a number is to it.
+        # Text, as on the command line: the option parses its own numbers.
         values[name] = value if isinstance(value, bool) else str(value)
     return values
 
@@ -70,10 +70,10 @@ def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
 def save_config(
     path: Path, values: Mapping[str, Value], known: Collection[str], *, keep_out_of: Sequence[Path]
 ) -> None:
-    """Write a recipe file, as JSON where its name says so; OSError when that fails.
+    """Write a recipe file, as JSON if its name ends in .json; OSError when that fails.
 
-    Raises UpcycleError where another file is than one that was written here, whose options are
-    `known`, and for a place in one of the directories `keep_out_of`.
+    Raises UpcycleError where it would replace a file that no --save-config wrote, and for a path in
+    one of the directories `keep_out_of`. `known` are the names of all options.
     """
     named = {name.replace("_", "-"): value for name, value in values.items()}
     if _is_json(path):
@@ -106,7 +106,7 @@ def save_config(
 
 
 def _is_saved(path: Path, known: Collection[str]) -> bool:
-    """Whether a file is one that `save_config` has written, whatever was changed in it since."""
+    """Whether `save_config` wrote a file, which may have been edited since."""
     # A link, a device and what is no such text are not.
     with suppress(OSError, UpcycleError, ValueError, RecursionError):
         raw = b"" if path.is_symlink() else read_small(path, _MOST_BYTES)
