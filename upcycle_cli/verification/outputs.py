@@ -121,12 +121,12 @@ def _compare(
     rounded = None
     if round_to is not None:
         rounded = lazy_model(dense, dense_reader, round_to=round_to, merge_copies=True)
-    secret = b"".join(
+    seed_bytes = b"".join(
         bytes(moe_reader.mapped(name))
         for name in map(experts.router_name, experts.layers)
         if name in moe.tensors
     )
-    prompt = make_prompt(dense, texts, secret)
+    prompt = make_prompt(dense, texts, seed_bytes)
     found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
     findings = Findings(_not_finite(found.comparison))
     if findings:

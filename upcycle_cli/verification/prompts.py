@@ -69,11 +69,11 @@ class Prompt:
         return targets_BS.flatten()
 
 
-def make_prompt(dense: Checkpoint, options: TextOptions, secret: bytes) -> Prompt:
+def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> Prompt:
     """Return text, if the dense model has a tokenizer, and random tokens of the whole vocabulary.
 
-    Text alone is not enough: a router can be made to fit it. `secret` seeds the random tokens; it
-    should depend on the routers, so that no router can be made to fit those either. Raises
+    Text alone is not enough: a router can be made to fit it. `seed_bytes` seed the random tokens;
+    they should depend on the routers, so that no router can be made to fit those either. Raises
     UpcycleError for prompts and contexts that cannot be used, TransformersError for a config.
     """
     import torch
@@ -102,7 +102,7 @@ def make_prompt(dense: Checkpoint, options: TextOptions, secret: bytes) -> Promp
         rows = [[] for _ in range(0, context or options.tokens or ROW_TOKENS, length)]
     if context is None and len(rows) * length - len(text) < min(_FEWEST_RANDOM, length):
         rows.append([])
-    seed = int.from_bytes(hashlib.sha256(secret).digest()[:8], "little") >> 1  # 63 bits for torch
+    seed = int.from_bytes(hashlib.sha256(seed_bytes).digest()[:8], "little") >> 1  # torch takes 63
     generator = torch.Generator().manual_seed(seed)
     filled = [
         row + torch.randint(config.vocab_size, (length - len(row),), generator=generator).tolist()
