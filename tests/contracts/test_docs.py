@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def _generator() -> ModuleType:
+@functools.cache
+def _generated() -> tuple[str, Path]:
+    """Return the CLI reference as `--help` has it now, and where the page lies."""
     spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.page(), module.PAGE
 
 
 def test_the_cli_reference_is_what_help_prints() -> None:
-    generator = _generator()
-    found = generator.PAGE.read_text(encoding="utf-8")
-    assert found == generator.page(), "run `python docs/generate_cli.py`"
+    reference, page = _generated()
+    assert page.read_text(encoding="utf-8") == reference, "run `python docs/generate_cli.py`"
 
 
 def test_every_option_of_convert_is_in_the_readme() -> None:
-    reference = _generator().page()
+    reference, _ = _generated()
     convert = reference[reference.index("## upcycle convert") :].split("\n## ")[0]
     options = set(re.findall(r"--[a-z][a-z-]+", convert)) - {"--help", "--no-virtual-groups"}
     assert {option for option in options if option not in README} == set()
