@@ -32,7 +32,7 @@ from shapes import make_recipe
 from smollm2 import dense_and_scratch
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit, Routing, parse_recipe_name
 

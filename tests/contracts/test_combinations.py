@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.options import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
 
 TARGETS = ("mixtral", "qwen2_moe", "glm4_moe")

@@ -21,7 +21,7 @@ from shapes import same_bits
 from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.options import NeuronOrder
 
 SHIPPED = ("llama", "nemotron", "olmo2", "gpt2")

@@ -25,7 +25,7 @@ from verified import (
 )
 
 from upcycle_cli import Options, Recipe, UpcycleError, convert, verify
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.verification.result import Status
 
 Attack = Callable[[Path], object]

@@ -15,7 +15,7 @@ from shapes import write_orders
 
 from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
 from upcycle_cli.inspection.experts import WeightFacts
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder
 
 SIZES: Mapping[str, Any] = {"expansion": 2, "granularity": 3, "top_k": 3, "allow_inexact": True}

@@ -24,7 +24,7 @@ from upcycle_cli import (
 )
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 from upcycle_cli.verification.prompts import TextOptions
 

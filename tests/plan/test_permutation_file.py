@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert
 from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.write import evaluate as evaluation
 
 QUICKLY = WriteOptions(workers=1, fsync=False)

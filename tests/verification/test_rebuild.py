@@ -20,7 +20,7 @@ from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, con
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.merge import Rest
-from upcycle_cli.plan.permutation_file import read_permutation_file
+from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification.result import Status
 

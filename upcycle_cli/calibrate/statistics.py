@@ -26,9 +26,8 @@ from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan.calibration import LayerFound, RouterStatistics
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
-from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.router_file import router_stream
+from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 from upcycle_cli.write.evaluate import check_rows, evaluate
 from upcycle_cli.write.rng import standard_normal

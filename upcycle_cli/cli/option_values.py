@@ -82,7 +82,7 @@ def to_options(moe: MoeOptions) -> Options:
 
     orders, file = None, _order_file(moe)
     if file is not None:
-        from upcycle_cli.plan.permutation_file import read_permutation_file
+        from upcycle_cli.plan.tensor_files import read_permutation_file
 
         orders = read_permutation_file(file)
     return Options(

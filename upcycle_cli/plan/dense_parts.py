@@ -13,16 +13,7 @@ from typing import NamedTuple
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.mlp import Weight, locate
-from upcycle_cli.plan.expressions import (
-    Expr,
-    Gather,
-    Mean,
-    Normal,
-    Permutation,
-    Slice,
-    Source,
-    type_of,
-)
+from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.merge import Merge, Rest, tensor_of
 from upcycle_cli.plan.output import Options
 from upcycle_cli.recipe.recipe import Recipe
@@ -32,7 +23,7 @@ class VirtualGroup(NamedTuple):
     """The model that a virtual group is made of, and the order of its neurons."""
 
     model: int = 0
-    permutation: Permutation | None = None
+    permutation: ex.Permutation | None = None
     """None for the dense MLP's own order."""
 
 
@@ -46,22 +37,22 @@ class DenseParts:
     source: Checkpoint
     merge: Merge | None
 
-    def tensor(self, name: str) -> Expr:
+    def tensor(self, name: str) -> ex.Expr:
         """Return a tensor that is no expert's, in the output dtype."""
         return self.options.cast(self.uncast(name))
 
-    def uncast(self, name: str) -> Source | Mean:
+    def uncast(self, name: str) -> ex.Source | ex.Mean:
         """Return a tensor that is no expert's: the source's, or the mean of all models."""
         stored = self._stored(name)
         if self.merge is None or self.merge.rest is Rest.FIRST:
             return stored
         others = (self._stored(name, model + 1) for model in range(len(self.merge.others)))
         # The mean is rounded once, to the dtype in which it is written.
-        return Mean((stored, *others), self.options.storage_dtype or stored.dtype)
+        return ex.Mean((stored, *others), self.options.storage_dtype or stored.dtype)
 
     def mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
         """Return the dtype of a layer's MLP in the output."""
-        return type_of(self.tensor(self.family.dense.prefix(layer) + mlp[0].name)).dtype
+        return ex.type_of(self.tensor(self.family.dense.prefix(layer) + mlp[0].name)).dtype
 
     def neurons(
         self,
@@ -70,7 +61,7 @@ class DenseParts:
         part: str,
         places: tuple[int, int],
         group: VirtualGroup | None = None,
-    ) -> Expr:
+    ) -> ex.Expr:
         """Return a part of the dense MLP for the neurons at [start, stop) of a group's order.
 
         A permutation of fewer neurons than the MLP has applies to the last ones.
@@ -84,18 +75,18 @@ class DenseParts:
             before = dense.intermediate_size - permutation.size
             start, stop = (place - before for place in places)
             offset = found.start - start
-            return self.options.cast(Gather(stored, dim, permutation, start, stop, offset))
+            return self.options.cast(ex.Gather(stored, dim, permutation, start, stop, offset))
         if dim is None or stored.shape[dim] == width:
             return self.options.cast(stored)
-        return self.options.cast(Slice(stored, dim, found.start, found.stop))
+        return self.options.cast(ex.Slice(stored, dim, found.start, found.stop))
 
     def random_rows(
         self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
-    ) -> Expr:
+    ) -> ex.Expr:
         """Return random rows whose logits have this standard deviation behind the MLP's norm."""
         dense = self.family.dense
         norm = dense.norm(self.source.tensors, layer)
-        return Normal(
+        return ex.Normal(
             seed=self.recipe.seed,
             stream=f"layers.{layer}.{purpose}",
             dtype=self.mlp_dtype(layer, mlp),
@@ -105,7 +96,7 @@ class DenseParts:
             offset=dense.family.norm_offset,
         )
 
-    def _stored(self, name: str, model: int = 0) -> Source:
+    def _stored(self, name: str, model: int = 0) -> ex.Source:
         others = () if self.merge is None else self.merge.others
         entry = (self.source, *others)[model].tensors[name]
-        return Source(tensor_of(model, name), entry.dtype, entry.shape)
+        return ex.Source(tensor_of(model, name), entry.dtype, entry.shape)

@@ -10,7 +10,7 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
-from upcycle_cli.plan.permutation_file import PermutationFile
+from upcycle_cli.plan.tensor_files import PermutationFile
 from upcycle_cli.recipe.recipe import ExpertLayout
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

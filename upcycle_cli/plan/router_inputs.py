@@ -10,9 +10,8 @@ from typing import Self
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.prompts import Prompts, read_prompts
-from upcycle_cli.plan.router_file import RouterFile, RouterRows, read_router_file
+from upcycle_cli.plan.tensor_files import RouterFile, RouterRows, order_name, read_router_file
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 
@@ -38,8 +37,7 @@ class RouterInputs:
                     "prompts and a text for a calibration are two texts.", "Leave one out."
                 )
             text = read_prompts(prompts)
-        others = "normal, balanced, centroids, or "
-        return cls(text=text, rows=None if rows is None else read_router_file(rows, others=others))
+        return cls(text=text, rows=None if rows is None else read_router_file(rows))
 
     def for_recipe(self, recipe: Recipe) -> RouterInputs:
         """Return the inputs of a resolved recipe, with the built-in text where it needs a text.

@@ -14,28 +14,12 @@ from dataclasses import dataclass, replace
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, find_weight, parts_of
 from upcycle_cli.models.tensor_pieces import Piece
+from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
-from upcycle_cli.plan.expressions import (
-    Cast,
-    Concat,
-    Constant,
-    Expr,
-    Full,
-    Halves,
-    Permutation,
-    Repeat,
-    Scale,
-    Slice,
-    Stack,
-    Transpose,
-    Zeros,
-    type_of,
-)
 from upcycle_cli.plan.output import OutputTensor, Role
-from upcycle_cli.plan.permutation_file import order_name
 from upcycle_cli.plan.perturbation import perturbed
-from upcycle_cli.plan.router_file import RouterRows, router_stream
 from upcycle_cli.plan.shared_expert import shared_expert
+from upcycle_cli.plan.tensor_files import RouterRows, order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder
 from upcycle_cli.recipe.scaling import Factors
 
@@ -48,7 +32,7 @@ class TensorMaker:
     factors: Factors
     rows: RouterRows | None
     """Router rows that are not drawn."""
-    permutations: Mapping[int, Permutation]
+    permutations: Mapping[int, ex.Permutation]
     """By layer, the order of the neurons that a calibration finds."""
 
     def tensors(self, names: Sequence[str]) -> Iterator[OutputTensor]:
@@ -94,10 +78,10 @@ class TensorMaker:
         start, stored = 0, self.parts.uncast(name)
         for piece in pieces:
             stop = start + family.dense.size(piece.rows)
-            whole = stop - start == type_of(stored).shape[0]
-            expr: Expr = stored if whole else Slice(stored, 0, start, stop)
+            whole = stop - start == ex.type_of(stored).shape[0]
+            expr: ex.Expr = stored if whole else ex.Slice(stored, 0, start, stop)
             if piece.halves:
-                expr = Halves(expr, family.dense.size("head_dim"), family.dense.rotary_dim)
+                expr = ex.Halves(expr, family.dense.size("head_dim"), family.dense.rotary_dim)
             new_name = family.target.prefix(layer) + piece.name
             yield OutputTensor.of(new_name, self.parts.options.cast(expr), Role.COPIED, layer)
             start = stop
@@ -107,8 +91,8 @@ class TensorMaker:
         prefix = self.parts.family.target.prefix(layer)
         for linear in self.parts.family.target.required_biases:
             if f"{prefix}{linear}.bias" not in names:
-                weight = type_of(self.parts.tensor(f"{prefix}{linear}.weight"))
-                bias = Zeros(weight.dtype, weight.shape[:1])
+                weight = ex.type_of(self.parts.tensor(f"{prefix}{linear}.weight"))
+                bias = ex.Zeros(weight.dtype, weight.shape[:1])
                 yield OutputTensor.of(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
 
     def _mixture(self, layer: int, mlp: Sequence[Weight]) -> Iterator[OutputTensor]:
@@ -119,7 +103,7 @@ class TensorMaker:
         yield OutputTensor.of(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
         name = target.correction_bias_name(layout, str(recipe.routing))
         if target.correction_bias is not None and name is not None:
-            bias = Zeros("F32", target.correction_bias.shape(recipe.num_experts))
+            bias = ex.Zeros("F32", target.correction_bias.shape(recipe.num_experts))
             yield OutputTensor.of(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         groups = self._groups(layer)
         weights = [weight for weight in layout.experts if {*weight.parts} <= {*parts_of(mlp)}]
@@ -128,15 +112,15 @@ class TensorMaker:
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
                 name = prefix + weight.name.format(expert=e)
-                expr = Stack((*exprs,)) if e is None else exprs[e]
+                expr = ex.Stack((*exprs,)) if e is None else exprs[e]
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
         for name, expr in shared_expert(parts, layer, mlp, layout, groups[0]):
             yield OutputTensor.of(prefix + name, expr, Role.SHARED_EXPERT, layer)
         for name, expr in self._added(layer, mlp):
             yield OutputTensor.of(prefix + name, expr, Role.ADDED, layer)
 
-    def _router(self, layer: int, mlp: Sequence[Weight]) -> Expr:
-        expr: Expr
+    def _router(self, layer: int, mlp: Sequence[Weight]) -> ex.Expr:
+        expr: ex.Expr
         recipe, rows = self.parts.recipe, self.rows
         if rows is None:
             std = recipe.router_logit_std or 1.0
@@ -145,17 +129,17 @@ class TensorMaker:
             stored = self.parts.mlp_dtype(layer, mlp)
             dtype, data = rows.dtype or stored, rows.by_layer.get(layer)
             shape = recipe.router_rows, self.parts.family.dense.hidden_size
-            expr = Constant(router_stream(layer), dtype, shape, rows.origin, data)
-            expr = expr if dtype == stored else Cast(expr, stored)
+            expr = ex.Constant(router_stream(layer), dtype, shape, rows.origin, data)
+            expr = expr if dtype == stored else ex.Cast(expr, stored)
         repeated = recipe.virtual_groups and recipe.group_size > 1
-        return Repeat(expr, recipe.group_size) if repeated else expr
+        return ex.Repeat(expr, recipe.group_size) if repeated else expr
 
     def _groups(self, layer: int) -> list[VirtualGroup]:
         """Return the model and the order of neurons of each virtual group."""
         recipe, merge, options = self.parts.recipe, self.parts.merge, self.parts.options
         count = recipe.expansion
         models = (0,) * count if merge is None else merge.of_groups(count)
-        orders: list[Permutation | None] = [None] * count
+        orders: list[ex.Permutation | None] = [None] * count
         match recipe.neuron_order:
             case NeuronOrder.FILE:
                 assert options.neuron_orders is not None
@@ -169,12 +153,12 @@ class TensorMaker:
                 width = self.parts.family.dense.intermediate_size // recipe.granularity
                 size = width * recipe.group_size
                 for group in range(1, count):
-                    orders[group] = Permutation(size, order_name(layer, group), recipe.seed)
+                    orders[group] = ex.Permutation(size, order_name(layer, group), recipe.seed)
         return [VirtualGroup(*pair) for pair in zip(models, orders, strict=True)]
 
     def _experts(
         self, layer: int, mlp: Sequence[Weight], weight: Weight, groups: Sequence[VirtualGroup]
-    ) -> list[Expr]:
+    ) -> list[ex.Expr]:
         """Return one weight of each expert of a layer."""
         recipe = self.parts.recipe
         routed = range(recipe.shared_experts, recipe.granularity)
@@ -188,11 +172,11 @@ class TensorMaker:
         plain = (expr for group in groups for expr in shards[group])
         experts = perturbed(recipe, replace(weight, split_dim=cut), layer, plain)
         transposed = {cut, weight.split_dim} == {0, 1}
-        return [Transpose(expr) for expr in experts] if transposed else experts
+        return [ex.Transpose(expr) for expr in experts] if transposed else experts
 
     def _shard(
         self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: VirtualGroup
-    ) -> Expr:
+    ) -> ex.Expr:
         """Return one shard of the dense MLP as a weight of an expert holds it."""
         size = self.parts.family.dense.intermediate_size // self.parts.recipe.granularity
         parts = []
@@ -200,17 +184,17 @@ class TensorMaker:
             places = shard * size, (shard + 1) * size
             expr = self.parts.neurons(layer, mlp, part, places, group)
             factor = self.factors.of(part)
-            parts.append(expr if factor == 1.0 else Scale(expr, factor))
-        return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
+            parts.append(expr if factor == 1.0 else ex.Scale(expr, factor))
+        return ex.Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
-    def _added(self, layer: int, mlp: Sequence[Weight]) -> Iterator[tuple[str, Expr]]:
+    def _added(self, layer: int, mlp: Sequence[Weight]) -> Iterator[tuple[str, ex.Expr]]:
         """Yield what the target's row adds to a layer: a constant, or a scaled dense tensor."""
         dense, target = self.parts.family.dense, self.parts.family.target
         for row in target.extra_tensors:
             value = row.value(dense.values)
             if row.of is None:
                 size = self.parts.recipe.num_experts if row.per_expert else dense.hidden_size
-                yield row.name, Full(self.parts.mlp_dtype(layer, mlp), (size,), value)
+                yield row.name, ex.Full(self.parts.mlp_dtype(layer, mlp), (size,), value)
             else:
                 stored = self.parts.tensor(dense.prefix(layer) + row.of)
-                yield row.name, stored if value == 1.0 else Scale(stored, value)
+                yield row.name, stored if value == 1.0 else ex.Scale(stored, value)

@@ -23,11 +23,10 @@ from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.merge import Merge, Rest
 from upcycle_cli.plan.output import Options
-from upcycle_cli.plan.permutation_file import PermutationFile, order_name
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.prompts import ModelPrompts, Prompts
-from upcycle_cli.plan.router_file import RouterFile, RouterRows
 from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRows, order_name
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.growth import Growth
@@ -293,11 +292,8 @@ class _UnknownOrders(PermutationFile):
 
     size: int = 0
 
-    def check(self, layers: Collection[int], expansion: int, size: int) -> None:
+    def check(self, layers: Collection[int], recipe: Recipe, size: int) -> None:
         """Accept any layers."""
-
-    def check_shared(self, width: int) -> None:
-        """Accept any order."""
 
     def of_layer(self, layer: int, expansion: int) -> list[Permutation | None]:
         return [Permutation(self.size, order_name(layer, group)) for group in range(expansion)]

@@ -273,7 +273,7 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
 def _read_given(
     router_init: Path | str | None, calibration: CalibrationText | Path | str | None
 ) -> Given:
-    from upcycle_cli.plan.router_file import read_router_file
+    from upcycle_cli.plan.tensor_files import read_router_file
     from upcycle_cli.plan.texts import CalibrationText, calibration_text
     from upcycle_cli.verification.rebuild import Given
 
