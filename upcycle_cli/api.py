@@ -187,12 +187,12 @@ def execute(
     if request.verify or not finished:
         plan = _bring_sources(plan, hooks, team)
     durable = request.writing.fsync
-    with hooks.writing(plan.nbytes):
+    with hooks.writing(plan.nbytes) as progress:
         if finished:
-            done = _finish_again(plan, request, hooks) if team.leads else Conversion(plan=plan)
+            done = _finish_again(plan, request, progress) if team.leads else Conversion(plan=plan)
         elif team.leads:
             with transaction(output, plan, overwrite=overwrite, durable=durable) as running:
-                done = _make(plan, request, running, hooks, team)
+                done = _make(plan, request, running, progress, team)
             team.exchange(None)  # the other ranks may end
         else:
             done = _assist(plan, request, team)
@@ -257,7 +257,7 @@ def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Pl
     return plan.with_sources(team.agree(bring))
 
 
-def _finish_again(plan: Plan, request: Request, hooks: Progress) -> Conversion:
+def _finish_again(plan: Plan, request: Request, progress: Progress) -> Conversion:
     """Verify an output that this plan has made before, and add SHA256SUMS if it is missing."""
     from upcycle_cli.write.record import write_checksums
 
@@ -266,7 +266,7 @@ def _finish_again(plan: Plan, request: Request, hooks: Progress) -> Conversion:
     if request.checksums and not (output / CHECKSUMS_NAME).exists():
         write_checksums(plan, output)
     # is_finished has compared sizes and config; only verify reads the weights.
-    report = _verify(plan, output, hooks) if request.verify else None
+    report = _verify(plan, output, progress) if request.verify else None
     accepted = report is None or report.accepted
     return Conversion(plan=plan, report=report, published=accepted, already_done=True)
 
@@ -275,7 +275,7 @@ def _make(
     plan: Plan,
     request: Request,
     running: Transaction,
-    hooks: Hooks[Plan, Conversion],
+    progress: Progress,
     team: Team,
 ) -> Conversion:
     """Calibrate, write, verify and publish, on the rank that leads."""
@@ -285,10 +285,10 @@ def _make(
 
     team.exchange(None)  # the directory exists: the other ranks join
     staging, repo = running.staging, None if request.push is None else request.push.repo
-    plan = with_calibration(plan, staging, team, hooks)
-    written = write_together(plan, lambda: staging, request.writing, team, hooks)
+    plan = with_calibration(plan, staging, team, progress)
+    written = write_together(plan, lambda: staging, request.writing, team, progress)
     write_metadata(plan, staging, written)
-    report = _verify(plan, staging.path, hooks) if request.verify else None
+    report = _verify(plan, staging.path, progress) if request.verify else None
     staging.write(CARD_NAME, model_card(plan, report, repo).encode())
     accepted = report is None or report.accepted
     if request.checksums and accepted:

@@ -36,12 +36,12 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "code", "not_imported"),
     [
-        (("--help",), 0, (*PLANNING, *RESULTS, *MOES, "models", "cli.render")),
+        (("--help",), 0, (*PLANNING, *RESULTS, *MOES, "models")),
         (("--version",), 0, (*PLANNING, *RESULTS, *MOES, *COMMANDS)),
         (("no-such-command",), 2, (*PLANNING, *RESULTS, *COMMANDS)),
         (("verify", "--help"), 0, (*PLANNING, *RESULTS, *MOES, *COMMANDS)),
         (("convert", "--help"), 0, (*PLANNING, *RESULTS, *MOES, "models")),
-        (("convert",), 2, (*PLANNING, *RESULTS, *MOES, "models", "cli.render")),
+        (("convert",), 2, (*PLANNING, *RESULTS, *MOES, "models")),
         (("families",), 0, (*PLANNING, *RESULTS, *MOES, "cli.commands.convert")),
         (("inspect", "DENSE"), 0, (*PLANNING, *RESULTS, *MOES, "cli.commands.convert")),
         (("inspect", "MOE", "--json"), 0, (*PLANNING, *RESULTS, "models.overview")),

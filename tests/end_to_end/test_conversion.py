@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
 from upcycle_cli.api import Conversion, Request, carry_out, preview
-from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write.writer import WriteOptions
@@ -310,9 +310,9 @@ class Listener(Hooks[Plan, Conversion]):
         self.heard.append(f"planned {plan.how['recipe']['name']}")
 
     @contextmanager
-    def writing(self, num_bytes: int) -> Iterator[None]:
+    def writing(self, num_bytes: int) -> Iterator[Progress]:
         self.heard.append("writing")
-        yield
+        yield self
         assert self.nbytes == num_bytes
         self.heard.append("written")
 

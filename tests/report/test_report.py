@@ -22,8 +22,8 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.manifest import read_manifest
-from upcycle_cli.report import inspection_html, verification_html
-from upcycle_cli.report.report_file import ReportFile
+from upcycle_cli.report.contents import inspection_html, verification_html
+from upcycle_cli.report.report_file import check_report_file
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import (
     CHECK_NAMES,
@@ -109,7 +109,7 @@ class Page(HTMLParser):
 
 
 def html_of(report: Report, moe: str = "moe") -> str:
-    return verification_html(report, dense="dense", moe=moe, command="upcycle verify dense moe")
+    return verification_html(report, models=["dense", moe], command="upcycle verify dense moe")
 
 
 def layer(number: int, /, *, experts: int = 8, **changes: Any) -> LayerMeasure:  # noqa: ANN401
@@ -280,14 +280,13 @@ def _page_with(text: str, moe: Path) -> str:
         texts=(TextMeasure(tokens=[text, "b"], kl=[0.5, None]),),
     )
     report = Report(checks=(check,), promise=None, paths=(moe, moe))
-    return verification_html(report, dense=text, moe=text, command=text)
+    return verification_html(report, models=[text, text], command=text)
 
 
 def test_the_home_directory_is_not_named(found: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    html = verification_html(
-        found, dense="/home/somebody/d", moe="/home/somebody2/m", command="verify /home/somebody/d"
-    )
+    models = ["/home/somebody/d", "/home/somebody2/m"]
+    html = verification_html(found, models=models, command="verify /home/somebody/d")
     assert "/home/somebody/" not in html
     assert "verify ~/d" in html
     assert "/home/somebody2/m" in html
@@ -311,9 +310,9 @@ def test_bad_places_are_refused(llama: Path, moe: Path, tmp_path: Path) -> None:
         (Path("/proc/r.html"), "cannot write"),
     ):
         with pytest.raises(UpcycleError) as caught:
-            ReportFile(file).check(llama)
+            check_report_file(file, llama)
         assert words in str(caught.value)
-    ReportFile(moe / "r.html").check(llama)
+    check_report_file(moe / "r.html", llama)
     assert not (moe / "r.html").exists()
 
 

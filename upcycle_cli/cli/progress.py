@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import rich.progress as bars
-
+from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.core.callbacks import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -22,14 +22,27 @@ class _Lines(Progress):
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total, self.written = console, total, 0
-        self.start("writing")
+        self.calibrated()
 
-    def start(self, name: str) -> None:
-        """Begin a task; the speed of the last one means nothing for it."""
-        self.name, self.started = name, time.monotonic()
-        self.last = self.started
-        if name != "writing":
-            self.console.print(name)
+    def advance(self, num_bytes: int) -> None:
+        self.written += num_bytes
+        self.checked(self.written, self.total, "bytes")
+
+    def calibrated(self) -> None:
+        self.name, self.started, self.last = "writing", time.monotonic(), time.monotonic()
+
+    def begins(self, what: str) -> None:
+        raise_signal()
+        self.name, self.started, self.last = what, time.monotonic(), time.monotonic()
+        self.console.print(what)
+
+    def checked(self, done: int, total: int, unit: str) -> None:
+        raise_signal()
+        amount, now = f"{done} of {total} {unit}", time.monotonic()
+        if unit == "bytes":
+            speed = done / max(now - self.started, 1e-3)
+            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
+        self.show(done, total, amount)
 
     def show(self, done: int, total: int, amount: str) -> None:
         """Show how much of the task is done, also in words."""
@@ -39,37 +52,24 @@ class _Lines(Progress):
             self.console.print(f"{self.name}: {amount}, {left:.0f} s left")
             self.last = now
 
-    def advance(self, num_bytes: int) -> None:
-        self.written += num_bytes
-        self.checked(self.written, self.total, "bytes")
-
-    def calibrated(self) -> None:
-        self.start("writing")
-
-    def begins(self, what: str) -> None:
-        self.start(what)
-
-    def checked(self, done: int, total: int, unit: str) -> None:
-        amount = f"{done} of {total} {unit}"
-        if unit == "bytes":
-            speed = done / max(time.monotonic() - self.started, 1e-3)
-            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
-        self.show(done, total, amount)
-
 
 class _Bar(_Lines):
     """Shows the current task as a bar."""
 
-    def __init__(self, progress: bars.Progress, total: int) -> None:
+    def __init__(self, progress: Bars, total: int) -> None:
         self.progress = progress
         super().__init__(progress.console, total)
 
-    def start(self, name: str) -> None:
+    def calibrated(self) -> None:
+        self.begins("writing")
+
+    def begins(self, what: str) -> None:
+        raise_signal()
         self.started = time.monotonic()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-        visible = name != "writing" or self.total > 0
-        self.task = self.progress.add_task(name, total=None, amount="", visible=visible)
+        visible = what != "writing" or self.total > 0
+        self.task = self.progress.add_task(what, total=None, amount="", visible=visible)
 
     def show(self, done: int, total: int, amount: str) -> None:
         self.progress.update(self.task, completed=done, total=total, amount=amount)
@@ -83,6 +83,8 @@ def progress_bar(console: Console, *, total: int, silent: bool) -> Iterator[Prog
     elif not console.is_terminal:
         yield _Lines(console, total)
     else:
+        import rich.progress as bars
+
         name = bars.TextColumn("{task.description}", markup=False)
         amount = bars.TextColumn("{task.fields[amount]}", markup=False)
         columns = (name, bars.BarColumn(), amount, bars.TimeRemainingColumn())

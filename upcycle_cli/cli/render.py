@@ -1,15 +1,25 @@
-"""The tables that commands print; no logic."""
+"""The tables and messages that commands print."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.cli.terminal import properties_table, rows_table
-from upcycle_cli.core.text import counted, parameter_text, printable, size_text
+from upcycle_cli.cli.terminal import (
+    properties_table,
+    rows_table,
+    show,
+    show_all,
+    stdout,
+    talk,
+    warn,
+)
+from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
@@ -36,13 +46,32 @@ _SIZES_NOTE = (
 )
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return the summary of a plan."""
+def command_line() -> str:
+    """Return the command that runs, as one types it."""
+    return shell_line(["upcycle", *sys.argv[1:]])
+
+
+def show_hub_bars(*places: Path | None, silent: bool) -> None:
+    """Let huggingface_hub show progress bars on a terminal only.
+
+    Does nothing, and does not import it, if all of these places are local.
+    """
+    if places and all(place is None or place.exists() for place in places):
+        return
+    from upcycle_cli.hub.client import silence_library
+
+    silence_library(bars=not silent and sys.stderr.isatty())
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan, and the notes about it."""
     from upcycle_cli.inspection.describe import software_lines
     from upcycle_cli.plan.facts import facts
+    from upcycle_cli.plan.warnings import warnings
 
     rows = [(key, [text]) for key, text in facts(plan).items()]
-    return rows_table([*rows, ("engines", software_lines(plan.engines))])
+    show(rows_table([*rows, ("engines", software_lines(plan.engines))]))
+    warn(*warnings(plan))
 
 
 def report_table(report: Report) -> Table:
@@ -56,20 +85,28 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def push_rows(push: Push) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield what a push did."""
-    yield "repo", [push.url]
-    yield "commit", [push.commit]
+def announce_push(repo: str, files: int, nbytes: int) -> None:
+    """Say that a push begins."""
+    talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {repo} …")
+
+
+def show_push(push: Push) -> None:
+    """Print what a push did, and what the licence requires."""
+    rows = [("repo", [push.url]), ("commit", [push.commit])]
     if push.pull_request is not None:
-        yield "pull request", [push.pull_request]
+        rows.append(("pull request", [push.pull_request]))
     what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
-    yield "uploaded", [what if push.changed else f"nothing: the repo has all {what}"]
+    rows.append(("uploaded", [what if push.changed else f"nothing: the repo has all {what}"]))
     if push.card_kept:
-        yield "card", ["README.md was edited there and is kept (--replace-card replaces it)"]
+        words = "README.md was edited there and is kept (--replace-card replaces it)"
+        rows.append(("card", [words]))
     for label, names in (("removed there", push.removed), ("left out", push.left_out)):
         if names:
             more = [f"and {len(names) - _MAX_NAMES} more"] if len(names) > _MAX_NAMES else []
-            yield label, [*names[:_MAX_NAMES], *more]
+            rows.append((label, [*names[:_MAX_NAMES], *more]))
+    # Without a terminal, keep addresses in one piece.
+    show(rows_table(rows), stdout(None if sys.stdout.isatty() else 200))
+    warn(*push.reminders)
 
 
 def tensor_lines(inspection: Inspection) -> Iterator[str]:
@@ -87,11 +124,14 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
         yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
 
 
-def fits_tables(fits: Sequence[Fit]) -> Iterator[Table]:
-    """Yield the recipes that fit a budget, and what the paper says about them."""
+def show_fits(fits: Sequence[Fit]) -> None:
+    """Print the recipes that fit a budget, and what the paper says about them."""
+    from upcycle_cli.plan.budget import notable
+
+    shown = notable(fits)
     table = _table("recipe", "parameters", "active", "FLOPs per token", "weights", "training")
     comments: dict[str, list[str]] = {}
-    for fit in fits:
+    for fit in shown:
         training = size_text(fit.training_bytes)
         table.add_row(
             fit.recipe.name,
@@ -103,21 +143,16 @@ def fits_tables(fits: Sequence[Fit]) -> Iterator[Table]:
         )
         for words in fit.paper:
             comments.setdefault(words, []).append(fit.recipe.name)
-    yield table
-    rows = [("sizes of", [fits[0].target])]
+    rows = [("sizes of", [shown[0].target])]
     if comments:
         # A comment on more than four recipes is a general one.
         names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in comments.values())
         lines = [name + words for name, words in zip(names, comments, strict=True)]
         rows.append(("arXiv 2410.07524", lines))
-    yield rows_table(rows)
-
-
-def fits_notes(fits: Sequence[Fit], shown: Sequence[Fit]) -> Iterator[str]:
-    """Yield notes about the recipes that fit, of which some are shown."""
-    yield _SIZES_NOTE
+    show_all([table, rows_table(rows)])
+    warn(_SIZES_NOTE)
     if more := len(fits) - len(shown):
-        yield f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all."
+        warn(f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all.")
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:

@@ -12,13 +12,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from json import dumps
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.segment import Segment
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -39,23 +37,6 @@ class _Console(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401
         return super().render_str(printable_lines(blotted(text)), **options)
-
-
-@dataclass
-class _Trimmed:
-    """A table without spaces at the ends of its lines."""
-
-    table: RenderableType
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(self.table, options, pad=False):
-            while line and not line[-1].text.rstrip(" "):
-                line.pop()
-            if line:
-                text, style, _ = line.pop()
-                line.append(Segment(text.rstrip(" "), style))
-            yield from line
-            yield Segment.line()
 
 
 def stdout(width: int | None = None) -> Console:
@@ -87,8 +68,12 @@ def properties_table(columns_between: int = 0) -> Table:
 
 
 def show(table: RenderableType, console: Console | None = None) -> None:
-    """Print a table to stdout, or to another console."""
-    (console or stdout()).print(_Trimmed(table))
+    """Print a table to stdout, or to another console, without spaces at the ends of lines."""
+    console = console or stdout()
+    for parts in console.render_lines(table, pad=False):
+        line = Text.assemble(*((part.text, part.style or "") for part in parts))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
 def show_all(tables: Iterable[RenderableType]) -> None:

@@ -39,9 +39,9 @@ class Hooks(Progress, Generic[_Plan, _Result]):
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         """Receive the names of the sources and how many bytes will be downloaded."""
 
-    def writing(self, num_bytes: int) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return a context to enter while OUTPUT, of so many bytes, is written and verified."""
-        return nullcontext()
+    def writing(self, num_bytes: int) -> AbstractContextManager[Progress]:  # noqa: ARG002
+        """Return a context for writing and verifying OUTPUT, which receives the progress."""
+        return nullcontext(self)
 
     def finished(self, result: _Result) -> None:
         """Receive the result, before it is pushed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
+from upcycle_cli.core.safe_files import locate, sha256_of
 from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.describe import inspection_rows
-from upcycle_cli.report.page import Page, Section, Table, properties, value_text
+from upcycle_cli.report.page import Page, Section, Table, properties, render, value_text
 from upcycle_cli.report.sections import (
     drift_section,
     errors_section,
@@ -44,7 +43,7 @@ _PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
 _MAX_ROWS = 400
 
 
-def verification_page(report: Report, *, models: Sequence[str], command: str) -> Page:
+def verification_html(report: Report, *, models: Sequence[str], command: str) -> str:
     """Return the page of a verification; `models` are the dense models, and the MoE last."""
     name = Path(models[-1]).name or models[-1]
     dense = "smaller MoE" if report.grown else "dense model"
@@ -54,12 +53,9 @@ def verification_page(report: Report, *, models: Sequence[str], command: str) ->
     texts = [text for check in report.checks for text in check.texts]
     continuation = next((c.continuation for c in report.checks if c.continuation), None)
     digests = {
-        f"{file} of the {kind}": _digest(path, file)
-        for kind, path, file in (
-            (dense, paths[0], CONFIG_NAME),
-            ("MoE", paths[1], CONFIG_NAME),
-            ("MoE", paths[1], RECORD_NAME),
-        )
+        f"{CONFIG_NAME} of the {dense}": _digest(paths[0] / CONFIG_NAME),
+        f"{CONFIG_NAME} of the MoE": _digest(paths[1] / CONFIG_NAME),
+        f"{RECORD_NAME} of the MoE": _digest(paths[1] / RECORD_NAME),
     }
     names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
     sections = (
@@ -71,7 +67,7 @@ def verification_page(report: Report, *, models: Sequence[str], command: str) ->
         load_section(layers),
         _origin_section(dict(zip(names, models, strict=True)), digests, record, command),
     )
-    return Page(
+    page = Page(
         title=f"{name}: {report.status} (upcycle verify)",
         kind=f"Verification of a Mixture of Experts against the {dense} it was made from",
         heading=name,
@@ -79,9 +75,10 @@ def verification_page(report: Report, *, models: Sequence[str], command: str) ->
         verdict=_verdict(report, dense),
         sections=[section for section in sections if section is not None],
     )
+    return render(page)
 
 
-def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
+def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     """Return the page of an inspected MoE."""
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
@@ -96,7 +93,7 @@ def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
         None if inspection.load is None else load_section(inspection.load.layers),
         _origin_section({"MoE": name}, digests, record, command),
     )
-    return Page(
+    page = Page(
         title=f"{heading} (upcycle inspect)",
         kind="Inspection of a Mixture of Experts",
         heading=heading,
@@ -104,6 +101,7 @@ def inspection_page(inspection: Inspection, *, name: str, command: str) -> Page:
         "model computes is the question of upcycle verify.",
         sections=[section for section in sections if section is not None],
     )
+    return render(page)
 
 
 def _verdict(report: Report, dense: str) -> str:
@@ -123,10 +121,10 @@ def _record(directory: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _digest(directory: Path, name: str) -> str:
+def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(read_small(locate(directory, name), MOST_JSON_BYTES)).hexdigest()
-    except UpcycleError:
+        return sha256_of(path)
+    except (OSError, UpcycleError):
         return "missing or unreadable"
 
 

@@ -6,11 +6,11 @@ Text can come from any checkpoint: it is escaped here, in one place.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.core.secrets import blotted
@@ -83,20 +83,13 @@ def render(page: Page) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    folder = files("upcycle_cli") / "report"
     environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        # Jinja escapes the result, unless it is markup.
-        finalize=lambda value: (
-            _visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
-        trim_blocks=True,
-        keep_trailing_newline=True,
+        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True
     )
     environment.filters["properties"] = properties
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    css = Markup((folder / "page.css").read_text(encoding="utf-8"))  # noqa: S704 - our own
+    folder = files(__package__)
+    template = environment.from_string((folder / "page.html").read_text("utf-8"))
+    css = Markup((folder / "page.css").read_text("utf-8"))  # noqa: S704 - our own
     return template.render(page=page, css=css, signs=_SIGNS)
 
 
@@ -138,12 +131,14 @@ def spread(values: Iterable[float], layers: Sequence[int]) -> str:
     return f"{found[low]:.3g} (layer {low}) to {found[high]:.3g} (layer {high})"
 
 
-def _visible(text: str) -> str:
-    """Return a text without secrets, with ~ for the home directory and visible characters."""
-    try:
-        home = str(Path.home())
-    except RuntimeError:
-        home = ""
+def _visible(value: object) -> object:
+    """Return a text without secrets, with ~ for the home directory and visible characters.
+
+    Jinja then escapes it. Other values, and markup, stay as they are.
+    """
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    home = os.environ.get("HOME", "")
     if len(home) > 1:
-        text = re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", text)
-    return printable_lines(blotted(text))
+        value = re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", value)
+    return printable_lines(blotted(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 _LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
 """The KL from which a token is marked, and marked more strongly."""
 _MAX_TOKENS = 16_384
+_AS_NUMBERS = "The same as numbers"
 
 
 def recipe_section(record: Mapping[str, Any]) -> Section:
@@ -46,111 +46,87 @@ def recipe_section(record: Mapping[str, Any]) -> Section:
     return Section(key="recipe", title=title, tables=[properties(values, caption)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plot:
-    """Columns of a table by layer that share a figure."""
-
-    title: str
-    columns: Sequence[str]
-    unit: str
-    note: str
-    log: bool = False
-    span: tuple[float, float] | None = None
-
-
 def _by_layer(
     key: str,
     title: str,
     layers: Sequence[LayerMeasure | LayerDrift],
     columns: Mapping[str, Sequence[float]],
-    plots: Sequence[_Plot],
+    figures: Sequence[Figure],
     words: Sequence[str] = (),
 ) -> Section:
     """Return a section with values by layer, as figures and as one table."""
-    numbers = [each.layer for each in layers]
-    figures = []
-    for plot in plots:
-        series = {name: columns[name] for name in plot.columns}
-        ranges = "; ".join(f"{name}: {spread(v, numbers)}" for name, v in series.items())
-        figure = Figure(
-            image=draw_lines(numbers, series, unit=plot.unit, log=plot.log, span=plot.span),
-            title=plot.title,
-            description=f"{ranges[0].upper()}{ranges[1:]}. {plot.note}",
-        )
-        figures.append(figure)
     values = zip(*columns.values(), strict=True)
     rows = [
-        (str(number), *(f"{v:.6g}" for v in row))
-        for number, row in zip(numbers, values, strict=True)
+        (str(each.layer), *(f"{v:.6g}" for v in row))
+        for each, row in zip(layers, values, strict=True)
     ]
     table = Table(
-        caption=f"{title}, by layer",
-        columns=("layer", *columns),
-        rows=rows,
-        folded="The same as numbers",
+        caption=f"{title}, by layer", columns=("layer", *columns), rows=rows, folded=_AS_NUMBERS
     )
     return Section(key=key, title=title, words=words, figures=figures, tables=[table])
+
+
+def _plot(
+    title: str,
+    layers: Sequence[LayerMeasure | LayerDrift],
+    series: Mapping[str, Sequence[float]],
+    note: str = "",
+    **drawn: Any,  # noqa: ANN401 - as draw_lines has them
+) -> Figure:
+    """Return a figure of values by layer, with their ranges in words."""
+    numbers = [each.layer for each in layers]
+    ranges = "; ".join(f"{name}: {spread(values, numbers)}" for name, values in series.items())
+    words = f"{ranges[0].upper()}{ranges[1:]}. {note}"
+    return Figure(image=draw_lines(numbers, series, **drawn), title=title, description=words)
 
 
 def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
     """Return the errors by layer, None without any."""
     if not layers:
         return None
-    columns = {
+    title = "Error by layer"
+    errors = {
         "added, rms": [each.added_rms for each in layers],
         "added, largest": [each.added_max for each in layers],
         "hidden state": [each.hidden_rms for each in layers],
-        "gain": [each.gain for each in layers],
     }
-    errors = _Plot(
-        title="Error by layer",
-        columns=("added, rms", "added, largest", "hidden state"),
-        unit="relative error",
-        note="",
-        log=True,
-    )
-    gain = _Plot(
-        title="Gain by layer",
-        columns=("gain",),
-        unit="gain",
-        note="The experts' output projected on the dense MLP's; 1 is the same function.",
-        span=(0.9, 1.1),
+    gain = {"gain": [each.gain for each in layers]}
+    note = "The experts' output projected on the dense MLP's; 1 is the same function."
+    figures = (
+        _plot(title, layers, errors, unit="relative error", log=True),
+        _plot("Gain by layer", layers, gain, note, unit="gain", span=(0.9, 1.1)),
     )
     words = (
         "Errors are relative to the root mean square of the dense model's values. The added error "
         "of a layer is measured on the dense model's own input; the hidden state accumulates the "
         "errors of all layers before it."
     )
-    return _by_layer("errors", "Error by layer", layers, columns, (errors, gain), [words])
+    return _by_layer("errors", title, layers, errors | gain, figures, [words])
 
 
 def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
     """Return the routers' choices by layer, None without any."""
     if not layers:
         return None
-    columns = {
+    routers = {
         "margin": [each.router_margin for each in layers],
         "entropy": [each.router_entropy for each in layers],
-        "whole groups": [each.whole_share for each in layers],
+    }
+    groups = {"whole groups": [each.whole_share for each in layers]}
+    load = {
         "load, std / mean": [each.load_cv for each in layers],
         "idle experts": [float(each.idle_experts) for each in layers],
     }
-    routers = _Plot(
-        title="Router margin and entropy by layer",
-        columns=("margin", "entropy"),
-        unit="mean over tokens",
-        note="The margin is between the best two groups; where it is small, rounding can change "
-        "the choice. The entropy is in nats.",
-        span=(0, 1),
+    note = (
+        "The margin is between the best two groups; where it is small, rounding can change the "
+        "choice. The entropy is in nats."
     )
-    groups = _Plot(
-        title="Whole groups by layer",
-        columns=("whole groups",),
-        unit="share of tokens",
-        note="The share of tokens that use whole virtual groups, which together are the dense MLP.",
-        span=(0, 1.02),
-    )
-    return _by_layer("routing", "Routing", layers, columns, (routers, groups))
+    title, unit = "Router margin and entropy by layer", "mean over tokens"
+    figures = [_plot(title, layers, routers, note, unit=unit, span=(0, 1))]
+    note = "The share of tokens that use whole virtual groups, which together are the dense MLP."
+    title, unit = "Whole groups by layer", "share of tokens"
+    figures.append(_plot(title, layers, groups, note, unit=unit, span=(0, 1.02)))
+    return _by_layer("routing", "Routing", layers, routers | groups | load, figures)
 
 
 def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
@@ -163,15 +139,13 @@ def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
         "apart": [each.apart for each in layers],
     }
     split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
-    plot = _Plot(
-        title="Weight drift by layer",
-        columns=[*columns],
-        unit="relative distance",
-        note="Distances from the dense shard (most moved, mean) and from the mean of the shard's "
-        f"copies (apart), relative to its norm. {split:,} of {groups:,} virtual groups are split.",
-        log=True,
+    note = (
+        "Distances from the dense shard (most moved, mean) and from the mean of the shard's "
+        f"copies (apart), relative to its norm. {split:,} of {groups:,} virtual groups are split."
     )
-    return _by_layer("drift", "Training", layers, columns, (plot,))
+    title = "Weight drift by layer"
+    figure = _plot(title, layers, columns, note, unit="relative distance", log=True)
+    return _by_layer("drift", "Training", layers, columns, [figure])
 
 
 def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
@@ -197,7 +171,7 @@ def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
         caption="Number of tokens that chose each expert",
         columns=("layer", *(str(expert) for expert in range(experts))),
         rows=[(str(layer.layer), *map(str, layer.load)) for layer in layers],
-        folded="The same as numbers",
+        folded=_AS_NUMBERS,
     )
     words = "The number of tokens that chose each expert, relative to an even load."
     return Section(key="load", title="Expert load", words=[words], figures=[figure], tables=[table])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import messages, options, terminal
 from upcycle_cli.cli import option_values as values
+from upcycle_cli.cli import options, render, terminal
 from upcycle_cli.cli.option_sources import places, save_options, use_config, use_mergekit
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
+from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.text import shell_line, size_text
 from upcycle_cli.recipe.recipe import Promise, RouterInit
@@ -100,7 +101,7 @@ def convert(
                 quiet=quiet or not team.leads,
             )
             read = (source, *experts_from) if dry_run else ()
-            messages.show_hub_bars(*read, silent=screen.silent)
+            render.show_hub_bars(*read, silent=screen.silent)
             if dry_run:
                 screen.show_forecast(*preview(request, hooks=screen, team=team))
             else:
@@ -116,7 +117,6 @@ class _Screen(Hooks["Plan", "Conversion"]):
     save_config: Path | None
     as_json: bool
     quiet: bool
-    progress: Progress = field(init=False)
 
     @property
     def silent(self) -> bool:
@@ -130,28 +130,8 @@ class _Screen(Hooks["Plan", "Conversion"]):
         if not self.silent:
             terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
 
-    @contextmanager
-    def writing(self, num_bytes: int) -> Iterator[None]:
-        from upcycle_cli.cli.progress import progress_bar
-
-        bar = progress_bar(terminal.stderr(), total=num_bytes, silent=self.silent)
-        with bar as self.progress:
-            yield
-
-    def advance(self, num_bytes: int) -> None:
-        raise_signal()
-        self.progress.advance(num_bytes)
-
-    def begins(self, what: str) -> None:
-        raise_signal()
-        self.progress.begins(what)
-
-    def calibrated(self) -> None:
-        self.progress.calibrated()
-
-    def checked(self, done: int, total: int, unit: str) -> None:
-        raise_signal()
-        self.progress.checked(done, total, unit)
+    def writing(self, num_bytes: int) -> AbstractContextManager[Progress]:
+        return progress_bar(terminal.stderr(), total=num_bytes, silent=self.silent)
 
     def finished(self, result: Conversion) -> None:
         if not self.silent:
@@ -159,7 +139,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
 
     def pushing(self, num_files: int, num_bytes: int) -> None:
         if not self.silent and self.request.push is not None:
-            messages.announce_push(self.request.push.repo, num_files, num_bytes)
+            render.announce_push(self.request.push.repo, num_files, num_bytes)
 
     def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
         if self.as_json:
@@ -168,7 +148,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
             status = {"status": "planned", "output": str(self.request.output)}
             terminal.print_json(status | plan_json(plan, warnings))
         elif not self.quiet:
-            messages.show_plan(plan)
+            render.show_plan(plan)
             terminal.warn(*warnings)
             terminal.talk("Nothing was written (--dry-run).")
 
@@ -177,7 +157,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
         if done.pushed is not None:
             raise_signal()
             if not self.silent:
-                messages.show_push(done.pushed)
+                render.show_push(done.pushed)
         if self.as_json:
             from upcycle_cli.cli.render_json import conversion_json
 
@@ -185,9 +165,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
         if done.published:
             return
         if self.quiet and done.report is not None:
-            from upcycle_cli.cli.render import report_table
-
-            terminal.show(report_table(done.report), terminal.stderr())
+            terminal.show(render.report_table(done.report), terminal.stderr())
         found = "verification failed; nothing was published."
         if done.already_done:
             found = f"{done.output} is damaged. Convert again with --overwrite."
@@ -195,14 +173,12 @@ class _Screen(Hooks["Plan", "Conversion"]):
 
 
 def _print_conversion(done: Conversion, *, to_push: bool) -> None:
-    from upcycle_cli.cli.render import report_table
-
     if not done.already_done:
-        messages.show_plan(done.plan)
+        render.show_plan(done.plan)
     if done.report is not None:
         if not done.already_done:
             terminal.stdout().print()
-        terminal.show(report_table(done.report))
+        terminal.show(render.report_table(done.report))
     terminal.warn(*done.warnings)
     if done.already_done and done.published:
         terminal.talk(f"{done.output} is already the output of this command; nothing to do.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from upcycle_cli.cli import options
+from upcycle_cli.cli import options, render
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show_all
 
 
 def families(*, json: bool = options.JSON) -> None:
     """List the supported model types with their targets, engines and trainers."""
     with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli.render import overview_tables
         from upcycle_cli.cli.render_json import overview_json
         from upcycle_cli.models.overview import overview
 
@@ -17,4 +16,4 @@ def families(*, json: bool = options.JSON) -> None:
         if json:
             print_json(overview_json(found))
         else:
-            show_all(overview_tables(found))
+            show_all(render.overview_tables(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle_cli.cli import messages, options
+from upcycle_cli.cli import options, render
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json
 
@@ -34,7 +34,7 @@ def push(
         from upcycle_cli.publish.push import push as push_directory
 
         silent = quiet or json
-        messages.show_hub_bars(silent=silent)
+        render.show_hub_bars(silent=silent)
         destination = Destination(
             repo=repo,
             revision=revision,
@@ -46,11 +46,11 @@ def push(
 
         def announce(files: int, nbytes: int) -> None:
             if not silent:
-                messages.announce_push(repo, files, nbytes)
+                render.announce_push(repo, files, nbytes)
 
         done = push_directory(directory, destination, on_start=announce)
         raise_signal()
         if json:
             print_json(push_json(done))
         elif not quiet:
-            messages.show_push(done)
+            render.show_push(done)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import typer
 
-from upcycle_cli.cli import messages, options, terminal
+from upcycle_cli.cli import options, render, terminal
 from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
+from upcycle_cli.cli.progress import progress_bar
 
 _option = options.options_of("verify")
 
@@ -35,15 +36,17 @@ def verify(
     Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
     with terminal.errors_to_exit_codes(as_json=json):
-        page = messages.report_file(report, dense)
-        from upcycle_cli.cli import render
-        from upcycle_cli.cli.progress import progress_bar
+        if report is not None:
+            from upcycle_cli.report.report_file import check_report_file
+
+            check_report_file(report, dense)
         from upcycle_cli.verification import verify as verification
         from upcycle_cli.verification.prompts import TextOptions
 
-        messages.show_hub_bars(silent=quiet or json)
+        silent = quiet or json
+        render.show_hub_bars(silent=silent)
         names = [name.strip() for name in checks.split(",") if name.strip()]
-        with progress_bar(terminal.stderr(), total=0, silent=quiet or json) as watch:
+        with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
             found = verification.verify(
                 dense,
                 moe,
@@ -52,7 +55,7 @@ def verify(
                 calibration=calibration,
                 checks=names,
                 texts=TextOptions(
-                    prompts=prompts, tokens=tokens, context=context, continuation=page is not None
+                    prompts=prompts, tokens=tokens, context=context, continuation=report is not None
                 ),
                 fail_fast=fail_fast,
                 dense_revision=dense_revision,
@@ -61,23 +64,19 @@ def verify(
                 watch=watch,
             )
         raise_signal()
-        if not quiet and not json:
+        if not silent:
             terminal.show(render.report_table(found))
         elif not json and not found.accepted:
             terminal.show(render.report_table(found), terminal.stderr())
-        if page is not None:
-            from upcycle_cli.report import verification_html
+        if report is not None:
+            from upcycle_cli.report.contents import verification_html
+            from upcycle_cli.report.report_file import write_report
 
-            html = verification_html(
-                found,
-                dense=str(dense),
-                moe=str(moe),
-                command=messages.command_line(),
-                experts_from=[str(model) for model in experts_from],
-            )
-            page.write(html)
-            if not quiet and not json:
-                terminal.talk(f"Wrote {page.path}.")
+            models = [*map(str, (dense, *experts_from, moe))]
+            html = verification_html(found, models=models, command=render.command_line())
+            write_report(report, html)
+            if not silent:
+                terminal.talk(f"Wrote {report}.")
         if json:
             terminal.print_json(found.to_json())
         if found.status == "skipped":
