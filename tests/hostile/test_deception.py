@@ -461,16 +461,22 @@ def test_without_a_record_that_can_be_read_nothing_passes(
 
 RECORDS: tuple[tuple[str, Attack, str], ...] = (
     ("no recipe", record(lambda r: r.update(recipe=None)), "has no recipe"),
-    ("a list for E", record(lambda r: r["recipe"].update(expansion=[2])), "recipe"),
+    ("a list for E", record(lambda r: r["recipe"].update(expansion=[2])), "expansion is [2]"),
     ("G of 0", record(lambda r: r["recipe"].update(granularity=0)), "at least 1"),
     ("a huge T", record(lambda r: r["recipe"].update(top_k=10**400)), "top-k"),
     ("no routing", record(lambda r: r["recipe"].update(routing=None)), "routing is None"),
     ("unknown scaling", record(lambda r: r["recipe"].update(scaling="best")), "scaling"),
-    ("unknown key", record(lambda r: r["recipe"].update(trick=1)), "recipe.trick is unknown"),
+    (
+        "unknown key",
+        record(lambda r: r["recipe"].update(trick=1)),
+        "trick is unknown to this",
+    ),
     ("unknown dtype", record(lambda r: r.update(dtype="float8")), "float8"),
     ("layers of no text", record(lambda r: r["recipe"].update(layers=7)), "layers is 7"),
     ("half an expert", record(lambda r: r["recipe"].update(top_k=2.0)), "top_k is 2.0"),
-    ("no target", record(lambda r: r.update(target=7)), "target_type"),
+    ("no promise", record(lambda r: r.pop("promise")), "upcycle.json has no promise"),
+    ("no source", record(lambda r: r.pop("source")), "upcycle.json has no source"),
+    ("no target", record(lambda r: r.update(target=7)), "target is 7"),
 )
 
 

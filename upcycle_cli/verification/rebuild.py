@@ -7,17 +7,18 @@ a file) stays open here; `unknowns.py` fills it in.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.families import dense_model
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import text_config_of
+from upcycle_cli.core.text import printable
+from upcycle_cli.models.families import dense_model, is_moe
 from upcycle_cli.plan.expand import build_growth
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.facts import why_no_promise
@@ -30,20 +31,14 @@ from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRow
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.growth import Growth
-from upcycle_cli.recipe.recipe import (
-    SHIPPED,
-    ExpertLayout,
-    NeuronOrder,
-    Promise,
-    Recipe,
-    RouterInit,
-)
+from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Recipe, RouterInit
+from upcycle_cli.write.record import FORMAT, described, origin
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.outputs import Expectation
 
-FORMAT = 1
 Record = Mapping[str, Any]
+Planner = Callable[[Options], Plan]
 
 
 class RecordError(Exception):
@@ -93,39 +88,87 @@ def rebuild(
     """
     given = given or Given()
     if "growth" in record:
-        growth = _made(Growth, record["growth"], "growth", _GROWN_FROM)
-        return _planned(lambda options: build_growth(growth, dense, options), record, moe)
-    recipe = _made(Recipe, record["recipe"], "recipe", {"name"})
-    merge = _merge(record, recipe, others)
-    target = record.get("target", record.get("target_type"))
+        if not is_moe(dense.config):
+            raise _two_steps(record, dense, moe)
+        if others or given != Given():
+            raise UpcycleError(
+                "an MoE grows from one model, with that model's routers.",
+                "Leave out --experts-from, --router-init and --calibration.",
+            )
+        growth = _made(Growth, record["growth"], {"routing", "source_num_experts", "source_top_k"})
+        plan: Planner = partial(build_growth, growth, dense)
+    else:
+        plan = _upcycling(record, dense, others, given)
+    try:
+        options = Options(
+            dtype=record.get("dtype"),
+            expert_layout=record.get("expert_layout"),
+            max_shard_bytes=record.get("max_shard_bytes", Options.max_shard_bytes),
+            untie_embeddings=record.get("untie_embeddings") is True,
+        )
+    except (UpcycleError, TypeError) as error:
+        raise RecordError(f"{RECORD_NAME}: {error}") from error
+    names = moe.tensors.keys()
+    try:
+        made = plan(options)
+        for layout in made.target.layouts:  # transformers can save an MoE in another layout
+            if names != {tensor.name for tensor in made.tensors}:
+                other = plan(replace(options, expert_layout=ExpertLayout(layout)))
+                made = other if names == {tensor.name for tensor in other.tensors} else made
+    except UpcycleError as error:
+        raise MismatchError(error.message) from error
+    whole = [*described(made), "tool", "source", "plan_sha256", "files"]
+    if missing := [key for key in whole if key not in record]:
+        raise RecordError(f"{RECORD_NAME} has no {missing[0]}")
+    return made
+
+
+def _two_steps(record: Record, dense: Checkpoint, moe: Checkpoint) -> UpcycleError:
+    """Return the error for a dense model, and an MoE that grew from another MoE."""
+    source = record.get("source")
+    name = source.get("name") if isinstance(source, dict) else None
+    between = printable(name) if isinstance(name, str) and name else "SOURCE"
+    here, there, grown = (shlex.quote(str(word)) for word in (dense.path, between, moe.path))
+    return UpcycleError(
+        f"{moe.path} was not made from a dense model: it has grown from the MoE {between}, says "
+        f"its {RECORD_NAME}.",
+        "Each step is proven by itself, with that MoE's directory: "
+        f"upcycle verify {here} {there} && upcycle verify {there} {grown}",
+    )
+
+
+def _upcycling(
+    record: Record, dense: Checkpoint, others: Sequence[Checkpoint], given: Given
+) -> Planner:
+    """Return the planner of a recorded recipe, for some options."""
+    recipe, target = _made(Recipe, record["recipe"], {"name"}), record.get("target")
     if not isinstance(target, str):
-        raise RecordError(f"{RECORD_NAME}: target_type is {shown(target)}")
-    if target.startswith(UPCYCLED_PREFIX):
-        target = SHIPPED
-    elif "target" not in record:  # earlier versions recorded the model type of the wrapper
-        target = str(text_config_of(moe.config).get("model_type"))
-    if given.router_file is not None and recipe.router_init is not RouterInit.FILE:
+        raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")
+    merge = _merge(record, recipe, others)
+    from_file = recipe.router_init is RouterInit.FILE
+    if given.router_file is not None and not from_file:
         raise UpcycleError(
-            f"the routers of {moe.path} were not given in a file, says its {RECORD_NAME}.",
+            f"the routers of this MoE were not given in a file, says its {RECORD_NAME}.",
             "Leave out --router-init.",
         )
-    models = [] if merge is None else [(dense, *merge.others)[group] for group in merge.cycle]
-    inputs = RouterInputs(
-        text=_text(record, recipe, models, given.text),
-        rows=given.router_file or _unknown_rows(recipe),
-    )
-    orders = _unknown_orders(recipe, dense)
-    return _planned(
-        lambda options: build_plan(
-            recipe,
-            dense,
-            target=target,
-            options=replace(options, neuron_orders=orders),
-            inputs=inputs,
-            merge=merge,
-        ),
-        record,
-        moe,
+    rows = given.router_file or (_UnknownRows(Path(), {}, {}, "") if from_file else None)
+    text: CalibrationText | Prompts | None = text_at_hand(record, given.text)
+    if recipe.router_init is RouterInit.PROMPTS and merge is not None:
+        models = [(dense, *merge.others)[group] for group in merge.cycle]
+        text = Prompts("", tuple(ModelPrompts(model.name, ("",)) for model in models))
+    elif text is None and record.get("calibration"):
+        text = CalibrationText("", ())  # stands for one that is not at hand
+    orders = None
+    if recipe.neuron_order is NeuronOrder.FILE:
+        size = dense_model(dense.config, dense.tensors).intermediate_size
+        orders = _UnknownOrders(Path(), {}, {}, "", size=size)
+    return lambda options: build_plan(
+        recipe,
+        dense,
+        target=target,
+        options=replace(options, neuron_orders=orders),
+        inputs=RouterInputs(text=text, rows=rows),
+        merge=merge,
     )
 
 
@@ -162,50 +205,25 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "router_logit_std": (*_NUMBER, _NONE),
 }
 """The JSON types of the fields of a recipe or growth that are no integers."""
-_GROWN_FROM = {"routing", "source_num_experts", "source_top_k"}
 _Made = TypeVar("_Made", Recipe, Growth)
 
 
-def _made(kind: type[_Made], held: object, where: str, more: set[str]) -> _Made:
-    """Return a recorded recipe or growth; RecordError for unknown fields, or values of no use."""
-    known = {field.name for field in fields(kind)}
-    if not isinstance(held, dict) or not held:
-        raise RecordError(f"{RECORD_NAME} has no {where}")
-    if odd := held.keys() - known - more:
-        raise RecordError(f"{RECORD_NAME}: {where}.{min(odd)} is unknown to this version")
-    found: dict[str, Any] = {key: value for key, value in held.items() if key in known}
+def _made(kind: type[_Made], held: Record, more: Collection[str]) -> _Made:
+    """Return a recorded recipe or growth; RecordError for unknown fields, or values of no use.
+
+    `more` are the fields that only the record has.
+    """
+    found = {key: value for key, value in held.items() if key not in more}
     for key, value in found.items():
+        if key not in kind.__dataclass_fields__:
+            raise RecordError(f"{RECORD_NAME}: {key} is unknown to this version")
         if type(value) not in _TYPES.get(key, (int,)):
-            raise RecordError(f"{RECORD_NAME}: {where}.{key} is {shown(value)}")
+            raise RecordError(f"{RECORD_NAME}: {key} is {shown(value)}")
     try:
         return kind(**{"allow_inexact": kind is Growth} | found)
-    except (UpcycleError, TypeError) as error:
+    except (UpcycleError, TypeError) as error:  # TypeError: a field is missing
         words = error.message if isinstance(error, UpcycleError) else str(error)
         raise RecordError(f"{RECORD_NAME}: {words.rstrip('.')}") from error
-
-
-def _planned(plan: Callable[[Options], Plan], record: Record, moe: Checkpoint) -> Plan:
-    """Return the plan whose layout of experts the MoE has: another one can be saved again."""
-    try:
-        options = Options(
-            dtype=record.get("dtype"),
-            expert_layout=record.get("expert_layout"),
-            max_shard_bytes=record.get("max_shard_bytes", Options.max_shard_bytes),
-            untie_embeddings=record.get("untie_embeddings") is True,
-        )
-    except (UpcycleError, TypeError) as error:
-        raise RecordError(f"{RECORD_NAME}: {error}") from error
-    try:
-        made = plan(options)
-        names = moe.tensors.keys()
-        if names != {tensor.name for tensor in made.tensors}:
-            for layout in made.target.layouts:
-                other = plan(replace(options, expert_layout=ExpertLayout(layout)))
-                if names == {tensor.name for tensor in other.tensors}:
-                    return other
-    except UpcycleError as error:
-        raise MismatchError(error.message) from error
-    return made
 
 
 # Several models -----------------------------------------------------------------------------------
@@ -215,9 +233,7 @@ def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merg
     held = record.get("experts_from")
     if held is None:
         if others:
-            raise UpcycleError(
-                f"no expert is made of {others[0].path}, says {RECORD_NAME}.", "Leave it out."
-            )
+            raise _not_of(others[0])
         return None
     models = held.get("models") if isinstance(held, dict) else None
     if not isinstance(models, list) or not all(isinstance(each, dict) for each in models):
@@ -253,27 +269,22 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
         left.remove(fits)
         found.append(fits)
     if left:
-        raise UpcycleError(
-            f"no expert is made of {left[0].path}, says {RECORD_NAME}.", "Leave it out."
-        )
+        raise _not_of(left[0])
     return found
+
+
+def _not_of(model: Checkpoint) -> UpcycleError:
+    return UpcycleError(f"no expert is made of {model.path}, says {RECORD_NAME}.", "Leave it out.")
 
 
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     """Whether a model has the recorded config, headers and sample of its weights."""
-    files = [
-        {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
-        for shard in model.shards
-    ]
-    said = {"config_sha256": model.config_digest, "files": files}
-    held = recorded.get("sample")
-    sample = held if isinstance(held, dict) else {}
-    name = str(sample.get("tensor"))
-    return (
-        said.items() <= recorded.items()
-        and name in model.tensors
-        and sample.get("sha256") == model.tensor_digest(name)
-    )
+    sample = recorded.get("sample")
+    name = str(sample.get("tensor")) if isinstance(sample, dict) else ""
+    if name not in model.tensors:
+        return False
+    held = origin(model) | {"sample": {"tensor": name, "sha256": model.tensor_digest(name)}}
+    return all(recorded.get(key) == held[key] for key in ("config_sha256", "files", "sample"))
 
 
 # What only the MoE knows -----------------------------------------------------------------------
@@ -297,27 +308,6 @@ class _UnknownOrders(PermutationFile):
 
     def of_layer(self, layer: int, expansion: int) -> list[Permutation | None]:
         return [Permutation(self.size, order_name(layer, group)) for group in range(expansion)]
-
-
-def _unknown_rows(recipe: Recipe) -> RouterFile | None:
-    return _UnknownRows(Path(), {}, {}, "") if recipe.router_init is RouterInit.FILE else None
-
-
-def _unknown_orders(recipe: Recipe, dense: Checkpoint) -> PermutationFile | None:
-    if recipe.neuron_order is not NeuronOrder.FILE:
-        return None
-    size = dense_model(dense.config, dense.tensors).intermediate_size
-    return _UnknownOrders(Path(), {}, {}, "", size=size)
-
-
-def _text(
-    record: Record, recipe: Recipe, models: Sequence[Checkpoint], given: CalibrationText | None
-) -> CalibrationText | Prompts | None:
-    """Return the text of the calibration, or one that stands for it where it is not at hand."""
-    if recipe.router_init is RouterInit.PROMPTS:
-        return Prompts("", tuple(ModelPrompts(model.name, ("",)) for model in models))
-    stand_in = CalibrationText("", ()) if record.get("calibration") else None
-    return text_at_hand(record, given) or stand_in
 
 
 # What the plan promises -------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
         "numpy": version("numpy"),
         **described(plan),
-        "source": _origin(plan.source),
+        "source": origin(plan.source),
         **_merged(plan),
         "routers": dict(written.routers),
         **_picked(how, "calibration", "router_file", "order_file"),
@@ -74,7 +74,8 @@ def described(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _origin(source: Checkpoint) -> dict[str, Any]:
+def origin(source: Checkpoint) -> dict[str, Any]:
+    """Return what identifies a source: its name, and digests of its config and headers."""
     return {
         "name": source.name,
         "revision": source.revision,
@@ -94,7 +95,7 @@ def _merged(plan: Plan) -> dict[str, Any]:
     dense, last = plan.family.dense, plan.family.layers[-1]
     name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
     models = [
-        _origin(other) | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
+        origin(other) | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
         for other in plan.sources[1:]
     ]
     return {"experts_from": found | {"models": models}}
