@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "tokens": (_tokenizer(_swap_tokens), ("tokenizer of", "here")),
     "more tokens": (
         _tokenizer(lambda content: content["model"]["vocab"].update({"zz": 999})),
-        ("it has 1 tokens more, such as 'zz'",),
+        ("the id of 'zz' is 999 there",),
     ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("no tokenizer",)),
     "dtype": (

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.recipe import Recipe
 
@@ -64,6 +66,34 @@ class Merge:
                 f"Use an expansion of {count} or {2 * count}.",
             )
         return self.cycle * (expansion // count)
+
+    def check_dtypes(self, source: Checkpoint, names: Iterable[str]) -> None:
+        """Raise UpcycleError where experts would be of several dtypes, made of these matrices."""
+        for name in names:
+            for other in self.others:
+                one, two = source.tensors[name].dtype, other.tensors[name].dtype
+                if one != two:
+                    raise UpcycleError(
+                        f"{name} is {two} in {other.path}, and {one} in {source.path}.",
+                        "Choose one with --dtype.",
+                    )
+
+
+def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
+    """Return the metadata for the new card; a licence only where all sources have the same one."""
+    first, *others = (read_card_metadata(source.path, CARD_NAME) for source in sources)
+    license_of = first.values.get("license")
+    notes = tuple(
+        f"{model.name} is under the licence {found or 'that its card does not name'}, and "
+        f"{sources[0].name} under {license_of or 'one that its card does not name'}: the new card "
+        "names none; see what each asks for."
+        for model, other in zip(sources[1:], others, strict=True)
+        if (found := other.values.get("license")) != license_of
+    )
+    if not notes:
+        return first
+    kept = {key: value for key, value in first.values.items() if not key.startswith("license")}
+    return CardMetadata(kept, first.notes + notes)
 
 
 def tensor_of(model: int, name: str) -> str:

@@ -1,15 +1,34 @@
-"""A request to merge several models, which opens them and checks that they fit the source."""
+"""A request to merge several models, which opens them and checks that only their weights differ."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.storage import CONFIG_NAME
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
-from upcycle_cli.plan.compatibility import check_compatible
+from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.dense import DenseModel
+from upcycle_cli.models.families import dense_model
+from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.validate import check_source
+
+_IGNORED_KEYS = {
+    *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "resid_pdrop"),
+    *("embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
+}
+"""Keys that a forward pass does not read, and rope_parameters, which rope_theta and rope_scaling
+state too."""
+_TOKENIZER = "tokenizer.json"
+_OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Files that define the tokens where there is no tokenizer.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +44,10 @@ class MergeRequest:
     source_too: bool = True
 
     def open(self, source: Checkpoint) -> Merge | None:
-        """Open the models; None if all are the source. UpcycleError if one does not fit it."""
+        """Open the models; None if all are the source. UpcycleError if one does not fit it.
+
+        Each must be whole, of the same family, with the same settings, tensors and tokens.
+        """
         models, cycle = [source], [0] * self.source_too
         for place in self.experts_from:
             model = open_source(*split_revision(str(place)))
@@ -34,5 +56,88 @@ class MergeRequest:
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
             return None
-        others = check_compatible(source, models[1:])
-        return Merge(others=others, cycle=tuple(cycle), rest=Rest(self.rest))
+        dense = dense_model(source.config, source.tensors)
+        for other in models[1:]:
+            _check_compatible(source, dense, other)
+        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=Rest(self.rest))
+
+
+def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:
+    found = dense_model(other.config, other.tensors)
+    if found.family.title != dense.family.title:
+        raise UpcycleError(
+            f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
+            "Only models of one family can give experts to one mixture.",
+        )
+    refuse_unsafe_settings(
+        other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
+    )
+    here, there = _shapes(source, dense), _shapes(other, found)
+    _check_settings(source, dense, other, found)
+    for name in sorted({name for name, _ in here.items() ^ there.items()}):
+        one, two = (shapes.get(name, "missing") for shapes in (here, there))
+        raise UpcycleError(
+            f"the shape of {name} is {two} in {other.path}, and {one} in {source.path}.",
+            "Only models of the same tensors can give experts to one mixture.",
+        )
+    difference = _tokenizer_difference(source, other)
+    if difference is not None:
+        raise UpcycleError(
+            f"the tokenizer of {other.path} is not that of {source.path}: {difference}.",
+            "Only models that have the same tokens can give experts to one mixture.",
+        )
+
+
+def _shapes(model: Checkpoint, dense: DenseModel) -> dict[str, tuple[int, ...]]:
+    dropped = check_source(model, dense)
+    return {name: entry.shape for name, entry in model.tensors.items() if name not in dropped}
+
+
+def _check_settings(
+    source: Checkpoint, dense: DenseModel, other: Checkpoint, found: DenseModel
+) -> None:
+    """Raise UpcycleError for a setting that the forward pass reads, and that differs."""
+    keys = {*defaults_of(dense.model_type), "rope_theta", "rope_scaling", *dense.family.keys}
+    if dense.values.get("rope_scaling") is None and "rope_theta" in dense.values:
+        keys -= {"max_position_embeddings"}  # no table of positions, no stretching
+    for key in sorted(keys - _IGNORED_KEYS):
+        one, two = dense.values.get(key), found.values.get(key)
+        if one != two:
+            raise UpcycleError(
+                f"{key} is {shown(two)} in {other.path / CONFIG_NAME}, and {shown(one)} in that of "
+                f"{source.path}.",
+                "The layers of one mixture compute by one config: its experts would be given what "
+                "they were not trained on.",
+            )
+    if (dense.kinds, dense.windows) != (found.kinds, found.windows):
+        raise UpcycleError(f"the layers of {other.path} are of other kinds than {source.path}'s.")
+
+
+def _tokenizer_difference(source: Checkpoint, other: Checkpoint) -> str | None:
+    """Say how the tokens of two models differ, None where they do not or one has no tokenizer."""
+    if not all(model.storage.has(_TOKENIZER) for model in (source, other)):
+        shared = [n for n in _OLD_TOKENIZERS if source.storage.has(n) and other.storage.has(n)]
+        odd = [name for name in shared if _file(source, name) != _file(other, name)]
+        return f"{odd[0]} is another file" if odd else None
+    (one, merges), (two, others) = map(_tokens, (source, other))
+    for token in sorted({token for token, _ in one.items() ^ two.items()}):
+        return f"the id of {shown(token)} is {two.get(token)} there, and {one.get(token)} here"
+    return None if merges == others else "it merges tokens differently"
+
+
+def _file(model: Checkpoint, name: str) -> bytes:
+    return read_small(model.storage.local(name), MOST_COMPANION_BYTES)
+
+
+def _tokens(model: Checkpoint) -> tuple[dict[str, int], object]:
+    """Return the ids of all tokens, those that were added too, and how they are merged."""
+    try:
+        content = json.loads(_file(model, _TOKENIZER))
+        inside = content["model"]
+        vocabulary = inside["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        return {**vocabulary, **added}, inside.get("merges")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UpcycleError(f"{model.path / _TOKENIZER} describes no tokenizer.") from error

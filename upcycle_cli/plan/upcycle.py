@@ -21,7 +21,6 @@ from upcycle_cli.models.mlp import Weight, parts_of
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.compatibility import check_dtypes
 from upcycle_cli.plan.dense_parts import DenseParts
 from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.merge import Merge, model_of
@@ -92,7 +91,7 @@ def build_plan(
         _check_can_merge(recipe)
         if options.dtype is None:
             prefixes = map(dense.prefix, family.layers)
-            check_dtypes(source, merge.others, (p + w.name for p in prefixes for w in mlp))
+            merge.check_dtypes(source, (p + w.name for p in prefixes for w in mlp))
     if isinstance(inputs.text, Prompts):
         _check_prompts(inputs.text, recipe, source, merge)
     method = Upcycling(
