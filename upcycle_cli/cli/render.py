@@ -65,12 +65,12 @@ def show_hub_bars(*places: Path | None, silent: bool) -> None:
 
 def show_plan(plan: Plan) -> None:
     """Print a plan, and the notes about it."""
-    from upcycle_cli.inspection.describe import software_lines
+    from upcycle_cli.models.engines import support_lines
     from upcycle_cli.plan.facts import facts
     from upcycle_cli.plan.warnings import warnings
 
     rows = [(key, [text]) for key, text in facts(plan).items()]
-    show(rows_table([*rows, ("engines", software_lines(plan.engines))]))
+    show(rows_table([*rows, ("engines", support_lines(plan.engines))]))
     warn(*warnings(plan))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.core.errors import shown
 from upcycle_cli.core.text import counted, parameter_text, size_text
-from upcycle_cli.models.engines import Engine, support_lines
+from upcycle_cli.models.engines import support_lines
 from upcycle_cli.models.layers import format_layers
 
 if TYPE_CHECKING:
@@ -16,12 +16,9 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.inspection.weight_drift import LayerDrift
-    from upcycle_cli.models.trainers import Trainer
 
 Row = tuple[str, Sequence[str]]
 
-_MAX_VALUE_LENGTH = 100
-"""Longer values from a record are cut."""
 _MAX_LAYERS = 8
 """More layers with idle experts are counted, not named; --json and --report have all."""
 
@@ -50,22 +47,17 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         if refused := [target.refusal for target in inspection.becomes if target.refusal]:
             yield "but not", refused
     if inspection.kind == "moe":
-        yield "upcycle.json", [record_text(inspection.record)]
-        yield "engines", software_lines(inspection.engines)
+        yield "upcycle.json", [_record_text(inspection.record)]
+        yield "engines", support_lines(inspection.engines)
         if inspection.trainers:
-            yield "trainers", software_lines(inspection.trainers)
+            yield "trainers", support_lines(inspection.trainers)
     if inspection.weights is not None:
         yield from _weight_rows(inspection.weights, inspection.num_experts)
     if inspection.load is not None:
         yield from _load_rows(inspection.load)
 
 
-def software_lines(found: Iterable[Engine | Trainer]) -> list[str]:
-    """Return the names of engines or trainers, a line for each kind of support."""
-    return support_lines((each.name, each.support) for each in found)
-
-
-def record_text(record: Mapping[str, Any] | None) -> str:
+def _record_text(record: Mapping[str, Any] | None) -> str:
     """Return what upcycle.json says about the conversion; its values can be anything."""
     if record is None:
         return "missing: nothing says how this MoE was made"
@@ -76,20 +68,18 @@ def record_text(record: Mapping[str, Any] | None) -> str:
         return f"grown: each expert {expand} times, from {name}"
     if not isinstance(recipe, dict) or not isinstance(source, dict):
         return "not in a format that this version reads"
-    keys = ("name", "expansion", "granularity", "scaling", "seed")
-    name, expansion, granularity, scaling, seed = (_value_text(recipe.get(key)) for key in keys)
-    # An earlier version drew all rows.
-    rows = _value_text(recipe.get("router_init", "normal"))
-    groups = f"{expansion} group{'' if expansion == '1' else 's'} of {granularity}"
+    value = {key: _value_text(each) for key, each in recipe.items()}.get
+    groups = f"{value('expansion')} group{'' if recipe.get('expansion') == 1 else 's'} of "
+    groups += value("granularity", "")
     if recipe.get("shared_experts"):
-        groups += f" shards, {_value_text(recipe['shared_experts'])} of them shared"
-    made = f"{name} ({groups}), {scaling} scaling, {rows} rows, seed {seed}"
+        groups += f" shards, {value('shared_experts')} of them shared"
+    made = f"{value('name')} ({groups}), {value('scaling')} scaling, "
+    made += f"{value('router_init')} rows, seed {value('seed')}"
     return f"{made}, from {_value_text(source.get('name'))}"
 
 
 def _value_text(value: object) -> str:
-    text = value if isinstance(value, str) else shown(value)
-    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
+    return value[:100] if isinstance(value, str) else shown(value)
 
 
 def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]:
@@ -111,10 +101,8 @@ def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]
     if weights.movement is not None:
         if len(weights.sources) > 1:
             of = Counter(model for each in weights.movement for model in each.models)
-            yield (
-                "most like",
-                [f"{counted(of[i], 'group')} of {name}" for i, name in enumerate(weights.sources)],
-            )
+            alike = [f"{counted(of[i], 'group')} of {n}" for i, n in enumerate(weights.sources)]
+            yield "most like", alike
         yield from _drift_rows(weights.movement)
 
 
@@ -125,36 +113,25 @@ def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
     unlike = sum(each.unlike for each in layers) / len(layers)
     apart = sum(each.apart for each in layers) / len(layers)
     if most:
-        yield (
-            "moved",
-            [f"{mean:.2%} on average, {most:.2%} at most (layer {layer}, expert {expert})"],
-        )
+        where = f"layer {layer}, expert {expert}"
+        yield "moved", [f"{mean:.2%} on average, {most:.2%} at most ({where})"]
         yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
     else:
         yield "moved", ["not at all"]
     if unlike:
-        yield (
-            "new neurons",
-            [f"{unlike:.2%} match no neuron of the dense model; not counted above"],
-        )
-    split, num_groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
-    where = (
-        f", in layers {format_layers([e.layer for e in layers if e.split_groups])}" if split else ""
-    )
-    yield "split groups", [f"{split:,} of {num_groups:,}{where}"]
+        words = "match no neuron of the dense model; not counted above"
+        yield "new neurons", [f"{unlike:.2%} {words}"]
+    split, total = sum(e.split_groups for e in layers), sum(e.num_groups for e in layers)
+    where = format_layers([each.layer for each in layers if each.split_groups])
+    yield "split groups", [f"{split:,} of {total:,}" + (f", in layers {where}" if split else "")]
 
 
 def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     layers = found.layers
     worst = max(layers, key=lambda each: each.load_cv)
     mean = sum(each.load_cv for each in layers) / len(layers)
-    yield (
-        "load",
-        [
-            f"varies by {mean:.2f} on average, {worst.load_cv:.2f} in layer {worst.layer} "
-            f"({found.tokens:,} tokens of {found.text})"
-        ],
-    )
+    varies = f"varies by {mean:.2f} on average, {worst.load_cv:.2f} in layer {worst.layer}"
+    yield "load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
     idle = [(each.layer, format_layers(each.idle)) for each in layers if each.idle]
     number, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)
     lines = [f"layer {layer}: {experts}" for layer, experts in idle[:_MAX_LAYERS]]

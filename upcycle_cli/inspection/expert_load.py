@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.moe_experts import Experts
     from upcycle_cli.run.models import Model
 
-TOKENS = 2048
-"""The number of tokens that are used at most."""
+TOKENS = 2048  # at most
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,13 +62,12 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
         for layer in experts.layers:
             digests = [_digest(experts, reader, layer, e) for e in range(experts.num_experts)]
             most = max(most, len(set(digests)))
-            first, neurons = digests[:granularity], None
+            first, neurons = digests[:granularity], b""
             for start in range(granularity, experts.num_experts, granularity):
                 others = digests[start : start + granularity]
                 if others == first:
                     continue
-                if neurons is None:
-                    neurons = _neurons(experts, reader, layer, range(granularity))
+                neurons = neurons or _neurons(experts, reader, layer, range(granularity))
                 group = range(start, start + granularity)
                 if _neurons(experts, reader, layer, group) == neurons:
                     reordered += 1

@@ -114,18 +114,17 @@ def inspect(
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Watch())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
-    if weights:
-        raise UpcycleError(f"{path} is a dense model without experts.", "Leave out --weights.")
-    if text is not None:
-        raise UpcycleError(f"{path} is a dense model without experts.", "Leave out --load.")
+    if weights or text is not None:
+        hint = f"Leave out {'--weights' if weights else '--load'}."
+        raise UpcycleError(f"{path} is a dense model without experts.", hint)
     from upcycle_cli.models.overview import becomes
 
-    made = None
+    plan = None
     if isinstance(recipe, Recipe):
         from upcycle_cli.plan.upcycle import build_plan
 
-        made = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
-    total = checkpoint.num_parameters if made is None else made.dense_parameters
+        plan = build_plan(recipe, checkpoint, target=target, options=options, inputs=inputs)
+    total = checkpoint.num_parameters if plan is None else plan.dense_parameters
     return Inspection(
         checkpoint=checkpoint,
         kind="dense",
@@ -135,7 +134,7 @@ def inspect(
         total_parameters=total,
         active_parameters=total,
         dense_parameters=total,
-        plan=made,
+        plan=plan,
     )
 
 
@@ -162,18 +161,21 @@ def _inspect_moe(
     num_experts, target = experts.num_experts, experts.target
     tied = bool(text_config_of(checkpoint.config).get("tie_word_embeddings", False))
     fused = experts.layout is ExpertLayout.FUSED
-    total = checkpoint.num_parameters
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
-    record = facts = None
+    record = facts = found = None
     if checkpoint.storage.has(RECORD_NAME):
         record = read_json(checkpoint.storage.local(RECORD_NAME))
     # From the record, since the expansion cannot be seen in the MoE.
     parameters = (record or {}).get("parameters")
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
-        _check_all_sources_given(checkpoint, record or {}, sources)
+        if len(sources) == 1 and isinstance((record or {}).get("experts_from"), dict):
+            raise UpcycleError(
+                f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only "
+                f"{sources[0].path} is given.",
+                "Give the others with --experts-from, once for each.",
+            )
         facts = examine_weights(experts, sources)
-    found = None
     if text is not None:
         from upcycle_cli.inspection.expert_load import measure_expert_load
 
@@ -188,8 +190,8 @@ def _inspect_moe(
         expert_layout=experts.layout,
         moe_layers=experts.layers,
         num_layers=experts.num_layers,
-        total_parameters=total,
-        active_parameters=total - idle,
+        total_parameters=checkpoint.num_parameters,
+        active_parameters=checkpoint.num_parameters - idle,
         dense_parameters=recorded if type(recorded) is int else None,
         engines=engines_of(
             target,
@@ -204,15 +206,3 @@ def _inspect_moe(
         weights=facts,
         load=found,
     )
-
-
-def _check_all_sources_given(
-    moe: Checkpoint, record: Mapping[str, Any], sources: Sequence[Checkpoint]
-) -> None:
-    """Raise UpcycleError when an MoE was made of several models and only one is given."""
-    if len(sources) == 1 and isinstance(record.get("experts_from"), dict):
-        raise UpcycleError(
-            f"{moe.path} has experts of several models by its {RECORD_NAME}, and only "
-            f"{sources[0].path} is given.",
-            "Give the others with --experts-from, once for each.",
-        )

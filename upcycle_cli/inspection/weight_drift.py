@@ -1,11 +1,12 @@
 """How far training has moved the experts: from the dense model's shards, and from one another.
 
 Distances are relative Frobenius norms over all parts of an expert. Each part is compared with the
-dense part times the factor that the conversion applied. Neurons are matched in any order, by some
-of their weights, since training moves them by less than they differ; if there are several dense
-models, each group is compared with the most similar one.
-Legend: N experts, G shards, I dense intermediate size; expert e = g·G + s started as shard s of
-virtual group g. Neurons of the shared expert are left out: G counts the routed shards.
+dense part times the factor that the conversion applied. Neurons are matched in any order, by the
+direction of some of their weights, since training moves them by less than they differ; if there are
+several dense models, each group is compared with the most similar one.
+Legend: N experts, G shards, I dense intermediate size, K weights of a neuron; expert e = g·G + s
+started as shard s of virtual group g. Neurons of the shared expert are left out: G counts the
+routed shards.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.mlp import locate
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
     from upcycle_cli.models.dense import DenseModel
@@ -30,9 +34,10 @@ if TYPE_CHECKING:
 
 _SKETCH_SIZE = 32
 """How many weights of a neuron's part identify it."""
-_SIMILAR = 0.7
-"""The cosine above which two sketches are of the same neuron, trained; others are near 0."""
-_ROWS = 1024
+_SIMILAR = 0.5
+"""The cosine above which two sketches are of one neuron; noise of the weights' size leaves 0.7."""
+_MOSTLY = 0.9
+_BLOCK_ROWS = 1024
 _MAX_DENOMINATOR, _ROUNDING = 16, 2e-4
 """A measured factor this close to a simple fraction is taken to be that fraction."""
 
@@ -65,9 +70,8 @@ def measure_drift(
 ) -> tuple[dict[str, float], tuple[LayerDrift, ...], int]:
     """Return each part's scale factor, the drift of each layer, and the number of shared neurons.
 
-    The shared neurons are those of the first source. In memory are one part of one expert and the
-    sum of its copies; for a group with its own neuron order, one part of the group. Raises
-    UpcycleError when the sizes of a dense model do not fit.
+    The shared neurons are those of the first source. Each part of one group is in memory at a time.
+    Raises UpcycleError when the sizes of a dense model do not fit.
     """
     shared = _shared_neurons(experts, moe, sources[0], experts.layers[0])
     for checkpoint, model, _ in sources:
@@ -83,15 +87,12 @@ def measure_drift(
     def layers() -> Iterator[_Layer]:
         for layer in experts.layers:
             own = _shared_neurons(experts, moe, sources[0], layer) if len(shared) else shared
-            routed = _complement(own if len(own) else shared, sources[0][1].intermediate_size)
-            dense_mlps = []
-            for source in sources:
-                mlp = {part: _dense_part(source, layer, part) for part in parts}
-                for part, matrix in mlp.items() if len(shared) else ():
-                    dim = experts.cut(part)
-                    mlp[part] = matrix if dim is None else matrix.index_select(dim, routed)
-                dense_mlps.append(mlp)
-            yield _Layer(experts, moe, layer, group_size, dense_mlps)
+            left_out = own if len(own) else shared
+            dense = [
+                {part: _dense_rows(source, layer, part, left_out) for part in parts}
+                for source in sources
+            ]
+            yield _Layer(experts, moe, layer, group_size, dense)
 
     compared = layers()
     first = next(compared)  # kept, so that its neurons are matched once for factors and drift
@@ -100,58 +101,88 @@ def measure_drift(
     return factors, drifts, len(shared)
 
 
-def _shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> torch.Tensor:
-    """Return the dense index of each neuron of a layer's shared expert; empty if none match."""
-    import torch
-
-    none, width = torch.zeros(0, dtype=torch.int64), experts.shared_width
+def _shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) -> NDArray[np.intp]:
+    """Return the dense index of each neuron of a layer's shared expert; empty if few match."""
+    none, width = np.zeros(0, np.intp), experts.shared_width
     if not 0 < width < dense[1].intermediate_size:
         return none
-    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    ours, theirs = [], []
     for part in ("gate", "up", "down"):
         matrix = experts.shared_part(moe, layer, part)
         if matrix is not None:
-            dim = experts.cut(part)
-            assert dim is not None
-            for side, each in zip(sides, (matrix, _dense_part(dense, layer, part)), strict=True):
-                side.append(_normalized(_sketch(each, dim)))
-    if not sides[0]:
+            ours.append(_sketch(_by_neuron(matrix, experts.cut(part))))
+            theirs.append(_sketch(_dense_rows(dense, layer, part, none)))
+    if not ours:
         return none
-    ours, theirs = (torch.cat(side, 1) / len(side) ** 0.5 for side in sides)
-    if float((ours * theirs[:width]).sum(1).median()) > _SIMILAR:
-        return torch.arange(width)
-    best = [(ours[i : i + _ROWS] @ theirs.T).max(1) for i in range(0, width, _ROWS)]
-    found = torch.cat([each.indices for each in best])
-    similar = float(torch.cat([each.values for each in best]).median()) > _SIMILAR
-    return found if similar and len({*found.tolist()}) == width else none
+    order, matched, _ = match_neurons(np.concatenate(ours, 1), np.concatenate(theirs, 1))
+    if matched.mean() < _MOSTLY:
+        return none
+    return np.arange(width) if order is None else order
 
 
-def _dense_part(dense: Source, layer: int, part: str) -> torch.Tensor:
+def _dense_rows(dense: Source, layer: int, part: str, left_out: NDArray[np.intp]) -> torch.Tensor:
+    """Return a part of a dense MLP, a row for each neuron that is not left out."""
+    import torch
+
     checkpoint, model, reader = dense
     mlp = model.mlp(checkpoint.tensors, layer)
     found = locate(mlp, part, width=model.intermediate_size)
     name = model.prefix(layer) + found.tensor
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
-    return reader.tensor(name)[found.index]
+    rows = _by_neuron(reader.tensor(name)[found.index], found.split_dim)
+    if found.split_dim is None or not len(left_out):
+        return rows
+    return rows[torch.from_numpy(np.setdiff1d(np.arange(len(rows)), left_out))]
 
 
-def _complement(neurons: torch.Tensor, count: int) -> torch.Tensor:
-    import torch
+class Matches(NamedTuple):
+    """Which of their neurons is which of ours."""
 
-    kept = torch.ones(count, dtype=torch.bool)
-    kept[neurons] = False
-    return kept.nonzero().flatten()
+    order: NDArray[np.intp] | None
+    """For each of our neurons its place among theirs, any free place for one without a match; None
+    when all matches are in their own place."""
+    matched: NDArray[np.bool_]
+    """Which of our neurons have a match."""
+    similarity: float
+    """The sum of the cosines."""
 
 
-class _Group(NamedTuple):
-    """A virtual group, the dense model that it is compared with, and which neurons match."""
+def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Matches:
+    """Match neurons by the direction of sketches, (I, K); there may be more of theirs."""
+    ours, theirs = (
+        rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-30) for rows in (ours, theirs)
+    )
+    cosines = (ours * theirs[: len(ours)]).sum(1)
+    in_place = cosines > _SIMILAR
+    unmoved = Matches(None, in_place, float(cosines.sum()))
+    if in_place.all():
+        return unmoved
+    order, best = np.empty(len(ours), np.intp), np.empty(len(ours), np.float32)
+    for start in range(0, len(ours), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        block = ours[rows] @ theirs.T
+        order[rows], best[rows] = block.argmax(1), block.max(1)
+    similar = np.flatnonzero(best > _SIMILAR)
+    places, first = np.unique(order[similar], return_index=True)
+    if in_place.sum() >= _MOSTLY * len(places):
+        return unmoved
+    similar = similar[first]
+    matched = np.zeros(len(order), np.bool_)
+    matched[similar] = True
+    order[~matched] = np.setdiff1d(np.arange(len(theirs)), places)[: (~matched).sum()]
+    return Matches(order, matched, float(best[similar].sum()))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A virtual group, and how its neurons match those of the dense model that is most similar."""
 
     start: int
     """The first expert."""
     model: int
-    order: torch.Tensor | None
-    """For each dense neuron, its position in the group; None when the order is unchanged."""
+    order: torch.Tensor
+    """For each dense neuron, its position in the group."""
     matched: torch.Tensor
     """Which dense neurons are compared: those that match, or all if none does."""
     unlike: float
@@ -167,25 +198,18 @@ class _Layer:
     layer: int
     group_size: int
     dense_mlps: Sequence[Mapping[str, torch.Tensor]]
-    """For each source, the parts of its MLP."""
+    """For each source, the parts of its MLP, (I, K)."""
 
     def factors(self) -> dict[str, float]:
         """Return for each part the least-squares ratio of the first group to its dense MLP."""
         group, found = self._groups[0], {}
-        for part, dim in self._dims.items():
-            products = dense_squares = squares = 0.0
-            for shard in range(self.group_size):
-                dense, matched = self._dense_shard(part, group, shard)
-                actual = self._expert_shard(part, group, shard)[0]
-                dense, actual = dense.to(actual.dtype).double(), actual.double()
-                if actual.shape != dense.shape:
-                    raise UpcycleError("the dense model has MLPs of other sizes: not the source.")
-                products += float((_sum_by_neuron(actual * dense, dim) * matched).sum())
-                dense_squares += float((_sum_by_neuron(dense.square(), dim) * matched).sum())
-                squares += float(actual.square().sum())
-            ratio = products / dense_squares if dense_squares else 1.0
-            if group.unlike == 1 and dense_squares:
-                ratio = math.sqrt(squares / dense_squares)  # reinitialized neurons keep the scale
+        for part in self.dense_mlps[0]:
+            actual, dense, matched, _ = self._compared(part, group)
+            actual, dense = actual.double(), dense.double()
+            dense_squares = float((dense.square() * matched).sum())
+            ratio = float((actual * dense * matched).sum()) / dense_squares if dense_squares else 1
+            if group.unlike == 1 and dense_squares:  # reinitialized neurons keep the scale
+                ratio = math.sqrt(float(actual.square().sum()) / dense_squares)
             simple = float(Fraction(ratio).limit_denominator(_MAX_DENOMINATOR))
             found[part] = simple if math.isclose(simple, ratio, rel_tol=_ROUNDING) else ratio
         return found
@@ -196,25 +220,21 @@ class _Layer:
 
         squares, lengths = torch.zeros(2, self.experts.num_experts, dtype=torch.float64)
         apart = 0.0
-        for part, dim in self._dims.items():
-            for shard in range(self.group_size):
-                total: dict[int, torch.Tensor] = {}
-                copies: dict[int, torch.Tensor] = {}
-                for group in self._groups:
-                    actual, owners = self._expert_shard(part, group, shard)
-                    dense, matched = self._dense_shard(part, group, shard)
-                    # A conversion casts first, then multiplies and rounds.
-                    dense = (dense.to(actual.dtype) * factors[part]).double()
-                    difference = _masked(actual.double() - dense, matched, dim)
-                    for sums, values in ((squares, difference), (lengths, dense)):
-                        own = _sum_by_neuron(values.square(), dim) * matched
-                        sums.index_add_(0, owners.expand(len(own)), own)
-                    apart += float(difference.square().sum())
-                    total[group.model] = total.get(group.model, 0) + difference
-                    copies[group.model] = copies.get(group.model, 0) + matched
-                for model, each in total.items():
-                    mean = _sum_by_neuron(each.square(), dim) / copies[model].clamp(min=1)
-                    apart -= float(mean.sum())
+        for part in self.dense_mlps[0]:
+            total: dict[int, Any] = {}
+            copies: dict[int, Any] = {}
+            for group in self._groups:
+                actual, dense, matched, owners = self._compared(part, group)
+                # A conversion casts first, then multiplies and rounds.
+                dense = (dense * factors[part]).double() * matched
+                difference = actual.double() * matched - dense
+                squares.index_add_(0, owners, difference.square().sum(1))
+                lengths.index_add_(0, owners, dense.square().sum(1))
+                apart += float(difference.square().sum())
+                total[group.model] = total.get(group.model, 0) + difference
+                copies[group.model] = copies.get(group.model, 0) + matched
+            for model, each in total.items():
+                apart -= float((each.square() / copies[model].clamp(min=1)).sum())
         rows = self.experts.router(self.moe, self.layer)
         routers = rows.reshape(-1, self.group_size, rows.shape[-1])
         return LayerDrift(
@@ -227,92 +247,65 @@ class _Layer:
             models=tuple(group.model for group in self._groups),
         )
 
-    @cached_property
-    def _dims(self) -> dict[str, int | None]:
-        """For each part, the dimension that counts neurons; None for a part without one."""
-        return {part: self.experts.cut(part) for part in self.dense_mlps[0]}
+    def _compared(
+        self, part: str, group: _Group
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a group's part and the dense one, (I, K), which rows count, and their experts.
 
-    def _dense_shard(
-        self, part: str, group: _Group, shard: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a shard's part of the dense MLP, and which of its neurons are compared."""
+        A part without neurons has a row for each expert.
+        """
         import torch
 
-        size, dim = self.experts.expert_size, self._dims[part]
-        matrix = self.dense_mlps[group.model][part]
-        if dim is None:
-            return matrix.double(), torch.ones(1)
-        start = shard * size
-        return matrix.narrow(dim, start, size).double(), group.matched[start : start + size]
+        actual = self._rows(part, group.start)
+        dense = self.dense_mlps[group.model][part].to(actual.dtype)
+        owners, matched = torch.arange(self.group_size), torch.ones(self.group_size)
+        if self.experts.cut(part) is None:
+            dense = dense.expand(self.group_size, -1)
+        else:
+            actual, matched = actual[group.order], group.matched
+            owners = group.order // self.experts.expert_size
+        if actual.shape != dense.shape:
+            raise UpcycleError("the dense model has MLPs of other sizes: not the source.")
+        return actual, dense, matched[:, None], group.start + owners
 
-    def _expert_shard(
-        self, part: str, group: _Group, shard: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a group's part of a shard in the dense order, and each neuron's expert."""
+    def _rows(self, part: str, start: int, columns: int | None = None) -> torch.Tensor:
+        """Return the first `columns` of a part of the group that starts with this expert."""
         import torch
 
-        size, dim = self.experts.expert_size, self._dims[part]
-        if group.order is None or dim is None:
-            expert = group.start + shard
-            return self.experts.part(self.moe, self.layer, expert, part), torch.tensor([expert])
-        places = group.order[shard * size : (shard + 1) * size]
-        matrix = torch.cat(self._group_parts(part, group.start), dim).index_select(dim, places)
-        return matrix, group.start + places // size
-
-    def _group_parts(self, part: str, start: int) -> list[torch.Tensor]:
-        experts = range(start, start + self.group_size)
-        return [self.experts.part(self.moe, self.layer, expert, part) for expert in experts]
+        experts, dim = range(start, start + self.group_size), self.experts.cut(part)
+        matrices = (self.experts.part(self.moe, self.layer, e, part) for e in experts)
+        return torch.cat([_by_neuron(matrix, dim)[:, :columns] for matrix in matrices])
 
     @cached_property
     def _groups(self) -> list[_Group]:
         import torch
 
-        from upcycle_cli.inspection.neuron_matching import match_neurons
-
-        dims = {
-            part: dim
-            for part, dim in self._dims.items()
-            if dim is not None and self.dense_mlps[0][part].dim() == 2
-        }
-        dense = [
-            torch.cat([_normalized(_sketch(mlp[part], dim)) for part, dim in dims.items()], 1)
-            for mlp in self.dense_mlps
-        ]
+        parts = [part for part in ("gate", "up", "down") if part in self.dense_mlps[0]]
+        dense = [np.concatenate([_sketch(m[part]) for part in parts], 1) for m in self.dense_mlps]
         groups = []
         for start in range(0, self.experts.num_experts, self.group_size):
-            sketches = [
-                _normalized(torch.cat([_sketch(m, dim) for m in self._group_parts(part, start)]))
-                for part, dim in dims.items()
-            ]
-            ours = torch.cat(sketches, 1).numpy()
-            matches = [match_neurons(rows.numpy(), ours) for rows in dense]
+            sketches = [_sketch(self._rows(part, start, _SKETCH_SIZE)) for part in parts]
+            matches = [match_neurons(rows, np.concatenate(sketches, 1)) for rows in dense]
             model = max(range(len(matches)), key=lambda number: matches[number].similarity)
-            found = matches[model]
-            matched = found.matched if found.matched.any() else ~found.matched
-            order = None if found.order is None else torch.from_numpy(found.order)
-            unlike = 1 - float(found.matched.mean())
-            groups.append(_Group(start, model, order, torch.from_numpy(matched), unlike))
+            order, matched, _ = matches[model]
+            order = np.arange(len(matched)) if order is None else order
+            compared = torch.from_numpy(matched if matched.any() else ~matched)
+            unlike = 1 - float(matched.mean())
+            groups.append(_Group(start, model, torch.from_numpy(order), compared, unlike))
         return groups
 
 
-def _masked(values: torch.Tensor, matched: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """Return a part with zeros for the neurons that are not compared."""
-    return values if dim is None else (values.movedim(dim, -1) * matched).movedim(-1, dim)
+def _by_neuron(part: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """Return a part with a row for each neuron; one row for a part without neurons."""
+    rows = part[None] if dim is None else part.movedim(dim, 0)
+    return rows.reshape(len(rows), -1)
 
 
-def _normalized(rows: torch.Tensor) -> torch.Tensor:
-    lengths: torch.Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / (lengths + 1e-30)
-
-
-def _sketch(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the first weights of each neuron, (I, K)."""
-    return matrix.movedim(dim, 0)[:, :_SKETCH_SIZE].float()
-
-
-def _sum_by_neuron(values: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """Return the sum of each neuron's values; one sum for a part without neurons."""
-    return values.sum().reshape(1) if dim is None else values.movedim(dim, 0).flatten(1).sum(1)
+def _sketch(rows: torch.Tensor) -> NDArray[np.float32]:
+    """Return the first weights of each neuron, (I, K), with norm 1."""
+    sketch = rows[:, :_SKETCH_SIZE].float()
+    found: NDArray[np.float32] = (sketch / (sketch.norm(dim=1, keepdim=True) + 1e-30)).numpy()
+    return found
 
 
 def _ratio(square: float, whole: float) -> float:

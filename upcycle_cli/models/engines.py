@@ -146,11 +146,11 @@ def _verdicts(target: str, engine: str) -> Mapping[str, str]:
     return found
 
 
-def support_lines(found: Iterable[tuple[str, Support]]) -> list[str]:
+def support_lines(found: Iterable[Engine]) -> list[str]:
     """Return names of engines or trainers, a line for each kind of support."""
     lines: dict[Support, list[str]] = {}
-    for name, support in found:
-        lines.setdefault(support, []).append(name)
+    for each in found:
+        lines.setdefault(each.support, []).append(each.name)
     return [
         ", ".join(names) + ("" if support is Support.RUNS else f": {support}")
         for support, names in lines.items()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from string import Template
 
 from upcycle_cli.models.defaults import table
-from upcycle_cli.models.engines import ALL_SHIPPED, Support
+from upcycle_cli.models.engines import ALL_SHIPPED, Engine, Support
 from upcycle_cli.models.moe import Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
@@ -27,11 +27,9 @@ _LOSS, _NO_LOSS = "loss", "no loss"
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Trainer(Engine):
     """What is known of a trainer and one model."""
 
-    name: str
-    support: Support
     settings: str
     """What to set: the rest of a sentence that begins with the trainer's name."""
     precision: str
