@@ -58,7 +58,7 @@ STRANGE = {
     ),
     "not YAML": (front("license: ["), {}, "not YAML"),
     "tabs": (front("license:\n\t- x"), {}, "not YAML"),
-    "deep": (front("a: " + "[" * 5000), {}, "nested too deeply"),
+    "deep": (front("a: " + "[" * 5000), {}, "not YAML"),
     "large": (front("x: " + "y" * 1_100_000), {}, "characters"),
     "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
     "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),

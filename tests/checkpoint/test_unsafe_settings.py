@@ -216,7 +216,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         ({"attention_dropout": 1.5}, ["attention_dropout", "less than 1"]),
         ({"hidden_act": "silou"}, ["hidden_act"]),
         ({"hidden_act": "prelu"}, ["hidden_act"]),  # has weights of its own
-        ({"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, ["rope_theta", " 0"]),
+        ({"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, ["rope_theta", "0"]),
         ({"rope_parameters": {"rope_theta": NAN, "rope_type": "default"}}, ["rope_theta", "nan"]),
         ({"rope_parameters": None, "rope_theta": INFINITY}, ["rope_theta"]),
         ({"rope_parameters": YARN | {"factor": "4"}}, ["factor", "'4'"]),
@@ -226,7 +226,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             ["long_factor"],
         ),
         ({"rope_parameters": YARN | {"rope_type": "yarrn"}}, ["rope_type", "dynamic"]),
-        ({"num_hidden_layers": 10**18}, ["num_hidden_layers must be at most"]),
+        ({"num_hidden_layers": 10**18}, ["num_hidden_layers", "at most"]),
     ],
     ids=str,
 )

@@ -97,7 +97,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a negative shape": (header(lambda held: entry(held).update(shape=[-1])), ("invalid shape",)),
     "an overflowing shape": (
         header(lambda held: entry(held).update(shape=[2**62, 2**62])),
-        ("invalid shape",),
+        ("needs",),
     ),
     **{
         f"{dtype}": (

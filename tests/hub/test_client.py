@@ -60,14 +60,6 @@ def test_refuse_commits_that_are_not_ids(commit: object) -> None:
             read()
 
 
-@pytest.mark.parametrize(
-    "answer", [[], None, {}, {"name": "me", "orgs": 7}, {"name": "", "orgs": [None]}]
-)
-def test_refuse_users_without_a_name(answer: object) -> None:
-    with pytest.raises(UpcycleError, match="describes a user as"):
-        read_user(answer)
-
-
 # On the wire -------------------------------------------------------------------------------------
 
 
@@ -115,8 +107,6 @@ def test_refuse_headers_that_become_paths_or_sizes(
     ("body", "words"),
     [
         (lambda answer: answer | {"sha": "../escape"}, "the commit is"),
-        (lambda answer: answer | {"siblings": 7}, "does not answer"),
-        (lambda _: [], "does not answer"),
         (lambda _: b"[" * 100_000, ""),
         (lambda _: b"\xff\xfe", ""),
     ],
@@ -128,14 +118,8 @@ def test_refuse_listings_of_another_form(
     assert words in refused()
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [(403, []), (403, {"errors": 7}), (400, {"error": "\x1b[2J" + "x" * 900_000})],
-)
-def test_explain_errors_of_any_form(
-    hub: Hub, refused: Callable[[], str], status: int, body: object
-) -> None:
-    hub.alter("GET", INFO, status=status, body=lambda _: body)
+def test_cut_a_long_error_short(hub: Hub, refused: Callable[[], str]) -> None:
+    hub.alter("GET", INFO, status=400, body=lambda _: {"error": "\x1b[2J" + "x" * 900_000})
     refused()
 
 
@@ -161,21 +145,15 @@ def test_stop_answers_without_an_end(
     assert words in refused()
 
 
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(10**9, "is not downloaded: it has 1,000,000,000 bytes"), (3, "bytes, and 3 in acme/tiny")],
-)
-def test_compare_the_size_of_a_file_with_the_listing(
-    hub: Hub, refused: Callable[[], str], size: int, words: str
-) -> None:
+def test_compare_the_size_of_a_file_with_the_listing(hub: Hub, refused: Callable[[], str]) -> None:
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         for file in answer["siblings"]:
             if file["rfilename"] == "config.json":
-                file["size"] = size
+                file["size"] = 3
         return answer
 
     hub.alter("GET", INFO, body=change)
-    assert words in refused()
+    assert "bytes, and 3 in acme/tiny" in refused()
 
 
 # Secrets -----------------------------------------------------------------------------------------

@@ -213,4 +213,4 @@ def test_refuse_an_adapter_without_its_base(llama: Path, tmp_path: Path) -> None
         ("verify", llama, adapter),
         ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
     ):
-        assert_refused(invoke(*command), f"{adapter} is an adapter", "merge_and_unload()", "MODEL")
+        assert_refused(invoke(*command), f"{adapter} is an adapter", "merge_and_unload()")

@@ -68,9 +68,7 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
         raise UpcycleError(f"its front matter has {len(block[1]):,} characters.")
     try:
         root = compose(block[1], SafeLoader)
-    except RecursionError:
-        raise UpcycleError("its front matter is nested too deeply.") from None
-    except YAMLError as error:
+    except (RecursionError, YAMLError) as error:
         raise UpcycleError(f"its front matter is not YAML: {shown(str(error))}.") from error
     if not isinstance(root, MappingNode):
         return {}

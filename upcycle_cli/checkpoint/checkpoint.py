@@ -8,7 +8,6 @@ them. What a model may contain is decided elsewhere, in `models`.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -42,7 +41,7 @@ from upcycle_cli.core.safe_files import (
     open_regular,
     read_small,
 )
-from upcycle_cli.core.text import printable, shell_line
+from upcycle_cli.core.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -320,14 +319,10 @@ def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleErro
     path = storage.path
     pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
     if pickles:
-        here, there = (json.dumps(f"{path}{suffix}") for suffix in ("", "-safetensors"))
-        code = (
-            "from transformers import AutoModelForCausalLM as M; "
-            f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
-        )
         return UpcycleError(
             f"{path} has its weights as pickle ({pickles[0]}), which can run code when opened.",
-            f"Convert it first, if you trust it:\n  {shell_line(['python', '-c', code])}",
+            "If you trust it, load it with transformers' from_pretrained, save it with "
+            "save_pretrained, and give the new directory.",
         )
     if "model_type" not in config:
         return UpcycleError(f"{path} has neither weights nor a model_type in {CONFIG_NAME}.")
@@ -340,13 +335,11 @@ def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleErro
 def _check_index(
     path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
 ) -> None:
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise UpcycleError(f"{path / INDEX_NAME} lists {name} in {shard}, which lacks it.")
-        if tensors[name].shard != shard:
-            raise UpcycleError(
-                f"{path / INDEX_NAME} lists {name} in {shard}, but it is in {tensors[name].shard}."
-            )
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            raise UpcycleError(f"{path / INDEX_NAME} does not list {name} of {entry.shard}.")
+    stored = {name: entry.shard for name, entry in tensors.items()}
+    for name in (*weight_map, *stored):
+        listed, found = weight_map.get(name), stored.get(name)
+        if listed is None:
+            raise UpcycleError(f"{path / INDEX_NAME} does not list {name} of {found}.")
+        if found != listed:
+            where = f"but it is in {found}" if found else "which lacks it"
+            raise UpcycleError(f"{path / INDEX_NAME} lists {name} in {listed}, {where}.")

@@ -33,7 +33,6 @@ LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
-_MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +96,12 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
         where = f"{file_path}: tensor {name}"
         if not isinstance(info, dict):
             raise UpcycleError(f"{where} is not described by a JSON object.")
-        values: list[object] = [info.get(key) for key in ("dtype", "shape", "data_offsets")]
-        dtype, shape, offsets = values
+        dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise UpcycleError(f"{where} has an unknown dtype {shown(dtype)}.")
-        if not _is_size_list(shape) or math.prod(shape) > _MAX_SIZE:
-            raise UpcycleError(f"{where} has an invalid shape {shown(shape)}.")
-        if not _is_size_list(offsets) or len(offsets) != 2:
-            raise UpcycleError(f"{where} has invalid offsets {shown(offsets)}.")
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+            words = f"shape {shown(shape)} and offsets {shown(offsets)}"
+            raise UpcycleError(f"{where} has an invalid {words}.")
         begin, end = offsets
         entry = TensorEntry(name, dtype, tuple(shape), shard_name, 8 + len(raw) + begin)
         if end - begin != entry.nbytes:
@@ -136,9 +133,7 @@ def _check_extents(
         raise UpcycleError(f"{file_path} has {file_bytes - position} bytes after the last tensor.")
 
 
-def _is_size_list(value: object) -> TypeGuard[list[int]]:
-    return (
-        isinstance(value, list)
-        and len(value) <= _MAX_DIMENSIONS
-        and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
-    )
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 63 for size in value)

@@ -23,7 +23,6 @@ from upcycle_cli.core.safe_files import (
     open_regular,
     read_small,
 )
-from upcycle_cli.core.text import shell_line
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -197,24 +196,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def find_adapter(storage: Storage) -> UpcycleError | None:
     """Return the error for a directory with an adapter and no model; None for others."""
-    if not storage.has(ADAPTER_NAME):
-        return None
-    base = read_json(storage.local(ADAPTER_NAME)).get("base_model_name_or_path")
-    return adapter(str(storage.path), base if isinstance(base, str) and base else "MODEL")
+    return adapter(str(storage.path)) if storage.has(ADAPTER_NAME) else None
 
 
-def adapter(place: str, base: str = "MODEL") -> UpcycleError:
+def adapter(place: str) -> UpcycleError:
     """Return the error for an adapter in place of a model, which says how to merge it."""
-    model, own, merged = map(json.dumps, (base, place, f"{place}-merged"))
-    code = (
-        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f'P.from_pretrained(M.from_pretrained({model}, dtype="auto"), {own})'
-        f".merge_and_unload().save_pretrained({merged})"
-    )
     return UpcycleError(
         f"{place} is an adapter, not a whole model.",
-        "Merge it into its base model and give the result (if the base ships code, add "
-        f"trust_remote_code=True after dtype):\n  {shell_line(['python', '-c', code])}",
+        "Load its base model and it with peft, merge it (merge_and_unload()), save the result "
+        "(save_pretrained(DIRECTORY)) and give that directory.",
     )
 
 

@@ -22,13 +22,11 @@ from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     COMPANIONS,
     CONFIG_NAME,
-    GENERATION_NAME,
     INDEX_NAME,
     RECORD_NAME,
     FileStamp,
     Storage,
     adapter,
-    is_weight_file,
 )
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
@@ -47,12 +45,6 @@ _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # the first request for a header: most are smaller
 _CONNECTIONS = 8
 _FILES_FOR_VERIFY = (RECORD_NAME, CARD_NAME, INDEX_NAME, files.CHECKSUMS_NAME)
-_MAX_BYTES = {
-    **dict.fromkeys((CONFIG_NAME, GENERATION_NAME, RECORD_NAME, CARD_NAME), files.MOST_JSON_BYTES),
-    files.CHECKSUMS_NAME: files.MOST_JSON_BYTES,
-    INDEX_NAME: files.MOST_LISTING_BYTES,
-}
-"""Files that are read only up to this size, so larger ones are not downloaded either."""
 
 
 def is_repo_id(source: Path | str) -> bool:
@@ -193,8 +185,6 @@ class RepoStorage(Storage):
         from huggingface_hub import snapshot_download
 
         if missing := self._missing(names):
-            for name in missing:
-                _check_size(self.repo, name, self.sizes.get(name, 0))
             nbytes = self.bytes_to_download(missing)
             download = partial(snapshot_download, self.repo, revision=self.commit)
             patterns, bar = [escape(name) for name in missing], download_bar(nbytes)
@@ -269,7 +259,6 @@ def _find_repo(repo: str, revision: str | None) -> RepoStorage:
                 raise adapter(repo)
             hint = "Give the repo of a Hugging Face model."
             raise UpcycleError(f"{repo} has no {CONFIG_NAME}.", hint)
-        _check_size(repo, CONFIG_NAME, info.sizes[CONFIG_NAME])
         with download_limit(info.sizes[CONFIG_NAME]):
             # By the revision first: the cache then knows which commit it is, for offline use.
             path = retry(lambda: fetch(repo, CONFIG_NAME, revision))
@@ -277,13 +266,3 @@ def _find_repo(repo: str, revision: str | None) -> RepoStorage:
                 # The branch moved, or the Hub failed and the cache answered with an older commit.
                 path = retry(lambda: fetch(repo, CONFIG_NAME, info.commit))
     return RepoStorage(path.parent, repo, info.commit, info.sizes)
-
-
-def _check_size(repo: str, name: str, nbytes: int) -> None:
-    """Raise UpcycleError for a file that is too large to be read, before it is downloaded."""
-    most = _MAX_BYTES.get(name, files.MOST_COMPANION_BYTES)
-    if nbytes > most and not is_weight_file(name):
-        raise UpcycleError(
-            f"{name} of {repo} is not downloaded: it has {nbytes:,} bytes, and at most {most:,} "
-            "are allowed."
-        )

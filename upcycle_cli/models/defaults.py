@@ -70,14 +70,7 @@ def _shapes(entries: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, 
     found = {}
     for name, entry in entries.items():
         shape, *condition = entry.split(" ")
-        match condition:
-            case []:
-                exists = True
-            case ["if" | "unless" as word, key]:
-                exists = bool(values[key]) == (word == "if")
-            case _:
-                raise ValueError(f"defaults.json: unknown condition: {' '.join(condition)}")
-        if exists:
+        if not condition or bool(values[condition[1]]) == (condition[0] == "if"):
             found[name] = tuple(dimension(text, values) for text in shape.split(","))
     return found
 

@@ -17,7 +17,6 @@ from upcycle_cli.models.defaults import LAYER, defaults_of, dimension, tensor_sh
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
 from upcycle_cli.models.settings import ConfigValues
-from upcycle_cli.models.tensor_pieces import Pieces
 from upcycle_cli.models.wrapper import HEAD, LAYER_PREFIX, Inside
 from upcycle_cli.recipe.scaling import MlpKind
 
@@ -25,6 +24,26 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 Windows = tuple[int | None, ...]
 """The sliding window of each layer, in tokens; None for full attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a dense tensor, and the target's tensor that holds them.
+
+    Native targets store some non-expert tensors split, or with permuted rows: some dense types fuse
+    the attention matrices, or rotate adjacent rows of a head where most rotate its halves.
+    """
+
+    name: str
+    """Within the layer."""
+    rows: str
+    """Their number, as a product of config keys: "num_attention_heads*head_dim"."""
+    halves: bool = False
+    """Whether each head's rotary part is reordered: even rows first, then odd rows."""
+
+
+Pieces = Mapping[str, tuple[Piece, ...]]
+"""The pieces of each dense tensor (by its name within the layer), from the first row on."""
 
 _UNREAD: Sequence[tuple[re.Pattern[str], str]] = (
     (

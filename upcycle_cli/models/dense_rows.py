@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.dense import DenseFamily
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Piece, Pieces, Windows
 from upcycle_cli.models.mlp import Weight, linear_layers, swiglu
-from upcycle_cli.models.tensor_pieces import GATE_UP, INTERLEAVED, QKV
-from upcycle_cli.models.windows import (
-    all_but_each_fourth,
-    all_slide,
-    by_kinds,
-    some_slide,
-    three_of_four,
-)
+from upcycle_cli.models.settings import ConfigValues
 
 
 def _lfm2_width(values: Mapping[str, Any]) -> int:
@@ -39,6 +32,87 @@ def _gemma4_width(values: Mapping[str, Any]) -> int:
         )
     return int(values["intermediate_size"])
 
+
+def _all_slide(values: ConfigValues, count: int) -> Windows:
+    """All layers have the same window, or none."""
+    return (values["sliding_window"],) * count
+
+
+def _some_slide(values: ConfigValues, count: int) -> Windows:
+    """The rule of qwen2 and qwen3.
+
+    With `use_sliding_window`, layers from `max_window_layers` on slide, unless `layer_types` is
+    given.
+    """
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    first = count if window is None else values["max_window_layers"]
+    return _by_layer_types(values, count, window, lambda layer: layer >= first)
+
+
+def _by_kinds(values: ConfigValues, count: int) -> Windows:
+    """`layer_types` states which layers slide; all slide without it."""
+    if values.config.get("layer_types") is None:
+        return _all_slide(values, count)
+    return _by_layer_types(values, count, values["sliding_window"], bool)
+
+
+def _three_of_four(values: ConfigValues, count: int) -> Windows:
+    """All layers but 0, 4, 8, … slide, unless `layer_types` is given."""
+    return _by_layer_types(values, count, values["sliding_window"], lambda layer: layer % 4 != 0)
+
+
+def _all_but_each_fourth(values: ConfigValues, count: int) -> Windows:
+    """The rule of cohere2: all but each fourth layer slide (`sliding_window_pattern`)."""
+    window = values["sliding_window"]
+    if window is None:
+        return (None,) * count
+    pattern = values.config.get("sliding_window_pattern", 4)
+    return _by_layer_types(values, count, window, lambda layer: (layer + 1) % pattern != 0)
+
+
+def _by_layer_types(
+    values: ConfigValues, count: int, window: int | None, slides: Callable[[int], bool]
+) -> Windows:
+    """Return windows as `layer_types` states them, or else `slides`."""
+    kinds = values.config.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if slides(layer) else FULL for layer in range(count)]
+    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise UpcycleError(
+            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
+        )
+    if len(kinds) != count:
+        raise UpcycleError(f"config.json: layer_types has {len(kinds)} entries for {count} layers.")
+    if SLIDING in kinds and window is None:
+        raise UpcycleError(
+            "config.json: layer_types has sliding layers, but use_sliding_window is false "
+            "or sliding_window is null."
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+_QUERIES, _KEYS = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
+
+_QKV: Pieces = {
+    "self_attn.qkv_proj.weight": (
+        Piece("self_attn.q_proj.weight", _QUERIES),
+        Piece("self_attn.k_proj.weight", _KEYS),
+        Piece("self_attn.v_proj.weight", _KEYS),
+    )
+}
+_GATE_UP_ROWS: Pieces = {
+    "mlp.gate_up_proj.weight": (
+        Piece("mlp.gate_proj.weight", "intermediate_size"),
+        Piece("mlp.up_proj.weight", "intermediate_size"),
+    )
+}
+"""For layers that stay dense."""
+_INTERLEAVED: Pieces = {
+    f"self_attn.{matrix}_proj.{kind}": (Piece(f"self_attn.{matrix}_proj.{kind}", rows, True),)
+    for matrix, rows in (("q", _QUERIES), ("k", _KEYS))
+    for kind in ("weight", "bias")
+}
+"""From rotating row 2i of a head against row 2i + 1, to rotating i against i + half."""
 
 _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = (
@@ -78,12 +152,12 @@ _LLAMA = ("LlamaModel", "LlamaForCausalLM")
 
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily("llama", "Llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open")),
-    DenseFamily("mistral", "Mistral", windows=all_slide, targets=("mixtral", "qwen2_moe")),
-    DenseFamily("qwen2", "Qwen2", windows=some_slide, targets=("qwen2_moe", "glm4_moe")),
+    DenseFamily("mistral", "Mistral", windows=_all_slide, targets=("mixtral", "qwen2_moe")),
+    DenseFamily("qwen2", "Qwen2", windows=_some_slide, targets=("qwen2_moe", "glm4_moe")),
     DenseFamily(
         "qwen3",
         "Qwen3",
-        windows=some_slide,
+        windows=_some_slide,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
     ),
     DenseFamily("apertus", "Apertus", **_FEEDFORWARD_NORM),
@@ -99,7 +173,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("codegen", "CodeGen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", "Cohere", norm=_PARALLEL),
     DenseFamily(
-        "cohere2", "Cohere2", norm=_PARALLEL, windows=all_but_each_fourth, targets=("cohere2_moe",)
+        "cohere2", "Cohere2", norm=_PARALLEL, windows=_all_but_each_fourth, targets=("cohere2_moe",)
     ),
     DenseFamily("cwm", "Cwm"),
     DenseFamily("diffllama", "DiffLlama"),
@@ -135,7 +209,11 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("gemma4_text",),
     ),
     DenseFamily(
-        "glm", "Glm", mlp=_GATE_UP, pieces={**INTERLEAVED, **GATE_UP}, targets=("glm4_moe",)
+        "glm",
+        "Glm",
+        mlp=_GATE_UP,
+        pieces={**_INTERLEAVED, **_GATE_UP_ROWS},
+        targets=("glm4_moe",),
     ),
     DenseFamily("glm4", "Glm4", mlp=_GATE_UP),
     DenseFamily(
@@ -171,7 +249,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("gptj", "GPTJ", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("granite", "Granite", targets=("granitemoe", "granitemoehybrid")),
-    DenseFamily("granite_swa", "GraniteSWA", windows=three_of_four, targets=("granitemoe_swa",)),
+    DenseFamily("granite_swa", "GraniteSWA", windows=_three_of_four, targets=("granitemoe_swa",)),
     DenseFamily(
         "granitemoehybrid",
         mlp=(
@@ -200,7 +278,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("lfm3", "Lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily("minicpm3", "MiniCPM3"),
-    DenseFamily("ministral", "Ministral", windows=by_kinds, targets=("qwen2_moe",)),
+    DenseFamily("ministral", "Ministral", windows=_by_kinds, targets=("qwen2_moe",)),
     DenseFamily("ministral3", "Ministral3"),
     DenseFamily(
         "modernbert-decoder",
@@ -223,7 +301,9 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("olmo3", "Olmo3", norm=None),
     DenseFamily("persimmon", "Persimmon", mlp=_H_TO_4H),
     DenseFamily("phi", "Phi", mlp=_FC1_FC2, norm=_PARALLEL),
-    DenseFamily("phi3", "Phi3", mlp=_GATE_UP, windows=all_slide, pieces=QKV, targets=("mixtral",)),
+    DenseFamily(
+        "phi3", "Phi3", mlp=_GATE_UP, windows=_all_slide, pieces=_QKV, targets=("mixtral",)
+    ),
     DenseFamily(
         "qwen3_5_text",
         ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),

@@ -10,18 +10,25 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.moe import Target
+from upcycle_cli.models.layers import MOE_LAYERS
+from upcycle_cli.models.mlp import parts_of, stacked
+from upcycle_cli.models.moe import CorrectionBias, Keys, Layout, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.shipped_row import shipped
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside
+from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
+from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, replace_parts
 from upcycle_cli.models.wrappers import TEXTS, WRAPPERS, text_config_of, wrapper_of
-from upcycle_cli.recipe.recipe import SHIPPED
+from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 REFUSED: Mapping[str, str] = table("refused")
 """Dense model types that cannot be upcycled, with reasons: "X cannot be upcycled: …"."""
 _HINT = "`upcycle families` lists the supported model types."
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+GROWABLE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "olmoe", "flex_olmo"),
+    *("deepseek_v3", "dots1", "solar_open"),
+)
+"""The MoE types that --expand supports: it replaces experts, routers and a few config keys."""
 
 
 def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
@@ -154,7 +161,35 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     if family.inside is not None:
         inside = Inside(family.inside.wrapper, IN_MEMORY_PREFIXES)
         family = _inside(TEXTS[family.model_type], inside)
-    return shipped(family, activation, biased=biased)
+    gated = "gate" in parts_of(family.mlp)
+    swiglu = gated and activation in ("silu", "swish") and not biased
+    module = family.mlp[0].name.split(".")[0]
+    # vLLM replaces any child named `experts` by its own SwiGLU.
+    prefix = f"{module}.{'experts' if swiglu else 'expert_mlps'}"
+    layout = Layout(
+        experts=stacked(
+            prefix, gated=gated, biases=biased, transposed=family.mlp[0].split_dim == 1
+        ),
+        router=f"{module}.gate.weight",
+    )
+    return Target(
+        model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
+        architecture=ARCHITECTURE if family.inside is None else WRAPPED_ARCHITECTURE,
+        routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
+        layouts={ExpertLayout.FUSED: layout},
+        keys=Keys(
+            num_experts="num_experts",
+            renamed=family.keys,
+            routing=("routing", {str(routing): routing for routing in Routing}),
+            scale="routed_scaling_factor",
+        ),
+        layers=MOE_LAYERS,
+        layer=family.layer,
+        renamed=family.renamed,
+        head=replace_parts(family.head, family.renamed),
+        correction_bias=CorrectionBias(name=f"{module}.gate.e_score_correction_bias"),
+        inside=family.inside,
+    )
 
 
 def wrapped_family(config: Mapping[str, Any], names: Collection[str]) -> DenseFamily:
@@ -189,3 +224,38 @@ def _inside(row: DenseFamily, inside: Inside) -> DenseFamily:
         classes=inside.wrapper.classes,
         inside=inside,
     )
+
+
+def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
+    """Return the row of an MoE that can be grown; `names` are its tensors.
+
+    Raises UpcycleError for a dense or quantised model, an unsupported architecture, and a model
+    that would not compute the same with copied experts.
+    """
+    model_type = config.get("model_type")
+    if not is_moe(config):
+        raise UpcycleError(
+            f"--expand needs a mixture of experts, and this is a dense {model_type} model.",
+            "Upcycle it first with --recipe E8G1T2.",
+        )
+    if model_type not in GROWABLE or wrapper_of(config) is not None:
+        raise UpcycleError(
+            f"a mixture of experts of model type {model_type} cannot be grown yet.",
+            f"These can: {', '.join(GROWABLE)}.",
+        )
+    if config.get("quantization_config") is not None:
+        raise UpcycleError(
+            "the weights are quantised (quantization_config in config.json).",
+            "Grow the bf16 or fp16 release of the model, and quantise the result.",
+        )
+    target = target_of(config, names)
+    groups, chosen = (target.value(config, key) for key in ("n_group", "topk_group"))
+    if groups not in (None, 1) and groups != chosen:
+        # The score of a group is the sum of its two best experts, which would be two copies.
+        raise UpcycleError(
+            f"tokens choose {chosen} of {groups} groups of experts (n_group, topk_group) by the "
+            "two best experts of each group. With copied experts those are one expert and its "
+            "copy, so tokens would choose other groups.",
+            "Only models with one group, or with all groups chosen, can be grown.",
+        )
+    return target

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import defaults_of, known_names
 
-_Rules = Sequence[tuple[Callable[[Any], bool], str]]
-"""Conditions that a value must meet, in order, each with what it must be in words."""
+_Rule = tuple[Callable[[Any], bool], str]
+"""A condition that a value must meet, and what it must be, in words."""
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
 
 
 def _is_count(value: object) -> bool:
@@ -22,44 +22,40 @@ def _is_count(value: object) -> bool:
 
 
 def _is_token(value: object) -> bool:
-    return value is None or type(value) is int
+    tokens = value if isinstance(value, list) else [value]
+    return value is None or all(type(token) is int for token in tokens)
 
 
-def _are_tokens(value: object) -> bool:
-    return _is_token(value) or (isinstance(value, list) and all(type(i) is int for i in value))
-
-
-def _is_activation(value: object) -> bool:
-    return isinstance(value, str) and value in known_names("activations")
-
-
+_COUNT: _Rule = (_is_count, "a positive integer")
+_OPTIONAL: _Rule = (lambda value: value is None or _is_count(value), "a positive integer")
+_NUMBER: _Rule = (_is_number, "a finite number and at least 0")
+_FLAG: _Rule = (lambda value: type(value) is bool, "true or false")
+_TOKEN: _Rule = (_is_token, "a token id or null")
+_ACTIVATION: _Rule = (
+    lambda value: value in known_names("activations"),
+    "an activation that transformers knows, such as silu or gelu",
+)
 _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
-_COUNT: _Rules = [(_is_count, "a positive integer")]
-_OPTIONAL: _Rules = [(lambda value: value is None or _is_count(value), "a positive integer")]
-_NUMBER: _Rules = [
-    (_is_number, "a number"),
-    (lambda value: 0 <= value < math.inf, "a finite number and at least 0"),
-]
-_FLAG: _Rules = [(lambda value: type(value) is bool, "true or false")]
-_TOKEN: _Rules = [(_is_token, "a token id or null")]
-_ACTIVATION: _Rules = [
-    (_is_activation, "an activation that transformers knows, such as silu or gelu")
-]
-_CHECKED: Mapping[str, _Rules] = {
+_CHECKED: Mapping[str, _Rule] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _COUNT),
-    "num_hidden_layers": [*_COUNT, (lambda v: v <= _MAX_LAYERS, f"at most {_MAX_LAYERS}")],
+    "num_hidden_layers": (
+        lambda value: _is_count(value) and value <= _MAX_LAYERS,
+        f"a positive integer, at most {_MAX_LAYERS}",
+    ),
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), _OPTIONAL),
     **dict.fromkeys(("hidden_act", "mlp_hidden_act"), _ACTIVATION),
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), _NUMBER),
-    "attention_dropout": [_NUMBER[0], (lambda v: 0 <= v < 1, "less than 1 and at least 0")],
+    "attention_dropout": (
+        lambda value: _is_number(value) and value < 1,
+        "a number less than 1 and at least 0",
+    ),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
-    "eos_token_id": [(_are_tokens, "a token id or null")],
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), _TOKEN),
 }
 """Keys that every forward pass reads, if a model type has them."""
-_CHECKED_IF_READ: Mapping[str, _Rules] = {
-    "rope_theta": [*_NUMBER, (lambda value: value != 0, "larger than 0")],
+_CHECKED_IF_READ: Mapping[str, _Rule] = {
+    "rope_theta": (lambda value: _is_number(value) and value > 0, "a finite number above 0"),
     "sliding_window": _OPTIONAL,
     "use_sliding_window": _FLAG,
     "max_window_layers": _NUMBER,
@@ -84,14 +80,13 @@ class ConfigValues:
         default = self.defaults.get(own)
         if default is not None and type(value) is type(default) and value == default:
             return value
-        rules = _CHECKED.get(key) or _CHECKED_IF_READ.get(key, ())
+        rule = _CHECKED.get(key) or _CHECKED_IF_READ.get(key)
         # A type with its own default does not derive head_dim if a config says null.
         if key == "head_dim" and default is not None:
-            rules = _COUNT
-        for holds, wanted in rules:
-            if not holds(value):
-                found = "null" if value is None else shown(value)
-                raise UpcycleError(f"config.json: {own} must be {wanted}, not {found}.")
+            rule = _COUNT
+        if rule is not None and not rule[0](value):
+            found = "null" if value is None else shown(value)
+            raise UpcycleError(f"config.json: {own} must be {rule[1]}, not {found}.")
         return value
 
     def effective(self) -> dict[str, Any]:
@@ -136,9 +131,8 @@ def _read_rope(values: ConfigValues) -> tuple[float, Mapping[str, Any] | None]:
     key = "rope_scaling" if values.config.get("rope_scaling") else "rope_parameters"
     parameters = values.config.get(key) or {}
     if not isinstance(parameters, dict):
-        raise UpcycleError(
-            f"config.json: {key} must be an object or null, not {shown(parameters)}."
-        )
+        words = f"{key} must be an object or null, not {shown(parameters)}"
+        raise UpcycleError(f"config.json: {words}.")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UpcycleError(
             f"config.json: {key} differs from layer to layer, which no target can express."
@@ -156,7 +150,8 @@ def _read_rope(values: ConfigValues) -> tuple[float, Mapping[str, Any] | None]:
         )
     for name, value in {**scaling, "rope_theta": theta}.items():
         numbers = value if isinstance(value, list) else [value]
-        if name not in _NOT_NUMBERS and not all(map(_is_rope_setting, numbers)):
+        fit = (x in (None, False) or (_is_number(x) and x > 0) or x is True for x in numbers)
+        if name not in _NOT_NUMBERS and not all(fit):
             raise UpcycleError(f"config.json: {name} in {key} cannot be {shown(value)}.")
     if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
         return theta, None
@@ -173,10 +168,3 @@ def _rotary_share(config: Mapping[str, Any], known: Mapping[str, Any]) -> float:
             f"config.json: {key} must be a number above 0 and at most 1, not {shown(share)}."
         )
     return float(share)
-
-
-def _is_rope_setting(value: object) -> bool:
-    """Whether this is null, a flag or a positive number."""
-    if value is None or isinstance(value, bool):
-        return True
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0

@@ -17,7 +17,7 @@ from typing import Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.growable import growable
+from upcycle_cli.models.families import growable
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import Layout

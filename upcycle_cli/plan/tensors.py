@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from upcycle_cli.models.dense import Piece
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import Weight, find_weight, parts_of
-from upcycle_cli.models.tensor_pieces import Piece
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
 from upcycle_cli.plan.output import OutputTensor, Role

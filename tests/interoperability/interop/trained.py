@@ -15,10 +15,9 @@ from interop.software import Software
 from interop.wrapped import WRAPPED, draw_weights, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import DIFFERS, SAME, Support
-from upcycle_cli.models.families import native_target
+from upcycle_cli.models.families import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.shipped_row import shipped
 from upcycle_cli.models.trainers import Trainer, trainers
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
 from upcycle_cli.models.wrappers import WRAPPERS
@@ -174,7 +173,7 @@ def contradiction(case: Case, name: str, cell: Cell, said: Iterable[Trainer]) ->
 
 def settings_table() -> list[str]:
     """Return what upcycle says is to be set, as lines of Markdown: a row for each thing to say."""
-    anyone = shipped(DENSE["nemotron"], "relu2", biased=False)
+    anyone = shipped_target(DENSE["nemotron"], "relu2", biased=False)
     targets = (*NATIVE.values(), *_inside(), anyone)
     routings = {target.title: target.routings for target in targets}
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
