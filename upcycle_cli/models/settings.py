@@ -150,7 +150,7 @@ def _read_rope(values: ConfigValues) -> tuple[float, Mapping[str, Any] | None]:
         )
     for name, value in {**scaling, "rope_theta": theta}.items():
         numbers = value if isinstance(value, list) else [value]
-        fit = (x in (None, False) or (_is_number(x) and x > 0) or x is True for x in numbers)
+        fit = (x is None or type(x) is bool or (_is_number(x) and x > 0) for x in numbers)
         if name not in _NOT_NUMBERS and not all(fit):
             raise UpcycleError(f"config.json: {name} in {key} cannot be {shown(value)}.")
     if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
