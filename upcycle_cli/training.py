@@ -58,11 +58,8 @@ def tie_virtual_groups(model: Module) -> TiedGroups:
     if size == 1:
         return TiedGroups(1, (), ())
     mean = partial(_mean_of_groups, size=size)
-    handles = tuple(
-        weight.register_hook(mean)  # type: ignore[no-untyped-call]
-        for weight in routers.values()
-    )
-    return TiedGroups(size, tuple(routers), handles)
+    handles = [weight.register_hook(mean) for weight in routers.values()]  # type: ignore[no-untyped-call]
+    return TiedGroups(size, tuple(routers), tuple(handles))
 
 
 def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
@@ -93,15 +90,14 @@ def _group_size(name: str, weight: Parameter) -> int:
             f"{name} is split among processes: its shape here is {tuple(weight.shape)}.",
             "Call tie_virtual_groups before the model is split.",
         )
-    rows = weight.detach()
-    starts = [0] + [i for i in range(1, len(rows)) if not bool((rows[i] == rows[i - 1]).all())]
-    sizes = {stop - start for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)}
-    if len(sizes) > 1:
+    rows: Any = weight.detach()
+    _, sizes = rows.unique_consecutive(return_counts=True, dim=0)
+    if len({*sizes.tolist()}) > 1:
         raise UpcycleError(
-            f"some virtual groups of {name} are split: {len(starts)} of its rows differ.",
+            f"some virtual groups of {name} are split: {len(sizes)} of its rows differ.",
             "Only groups that were tied from the first step on stay whole.",
         )
-    return sizes.pop()
+    return int(sizes[0])
 
 
 def _mean_of_groups(gradient: Tensor, *, size: int) -> Tensor:

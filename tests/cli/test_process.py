@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -207,20 +206,6 @@ def test_exit_code_1_always_means_a_failed_verification(
     done = shell(f"convert '{llama}' moe --recipe E2G2T2 {redirection}", tmp_path)
     assert done.returncode == (2 if redirection in DATA_IS_LOST else 0)
     assert contents(tmp_path / "moe") == contents(moe)
-
-
-def test_a_pipe_that_does_not_block(llama: Path) -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    command = [*forked.command(), "inspect", str(llama)]
-    command += ["--recipe", "E64G1T1", "--tensors", "--json"]
-    with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE) as process:
-        os.close(writing)
-        with open(reading, "rb") as file:  # noqa: PTH123 - a descriptor
-            text = file.read()
-    assert process.returncode == 0
-    assert len(text) > 1 << 16  # more than a pipe holds
-    assert len(json.loads(text)["tensors"]) > 300
 
 
 # Errors -------------------------------------------------------------------------------------------

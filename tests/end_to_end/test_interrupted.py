@@ -1,19 +1,13 @@
-"""A conversion that is cut short leaves nothing under OUTPUT, and the same command resumes it.
-
-`UPCYCLE_KILLS=100 pytest tests/end_to_end/test_interrupted.py -k random` is the full measure; the
-default is a few kills, so that the tests stay quick.
-"""
+"""A conversion that is cut short leaves nothing under OUTPUT, and the same command resumes it."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +24,11 @@ from engine_fixtures import (
     convert_command,
     environment,
     execute,
-    kill_all,
     make_dense,
     plan_of,
     run,
     start,
     system,
-    torchrun_command,
     wait_until,
 )
 
@@ -45,7 +37,6 @@ from upcycle_cli.verification.result import Report
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.writer import WriteOptions
 
-KILLS = int(os.environ.get("UPCYCLE_KILLS", "2"))
 NUM_SHARDS = 24
 SHARDED = ("--max-shard-size", "5MB")
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
@@ -57,21 +48,18 @@ class Job:
 
     dense: Path
     reference: dict[str, str]
-    seconds: float
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     path = tmp_path_factory.mktemp("job")
     dense = make_dense(path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
-    started = time.monotonic()
     process = start(convert_command(dense, path / "moe", *SHARDED))
     _, said = process.communicate(timeout=SUBPROCESS_SECONDS)
-    seconds = time.monotonic() - started
     assert process.returncode == 0, said
     reference = contents(path / "moe")
     assert sum(name.endswith(".safetensors") for name in reference) >= NUM_SHARDS
-    return Job(dense, reference, seconds)
+    return Job(dense, reference)
 
 
 @pytest.fixture(scope="module")
@@ -84,34 +72,6 @@ def notes(output: Path) -> list[Path]:
 
 
 # Kills and signals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.long
-def test_random_kills(job: Job, tmp_path: Path, ranks: int) -> None:
-    output = tmp_path / "moe"
-    plain = convert_command(job.dense, output, *SHARDED)
-    for number in range(KILLS):
-        chance = random.Random(number)  # noqa: S311 - not for secrets
-        process = start(plain if ranks == 1 else torchrun_command(ranks, plain))
-        delay = chance.uniform(0, job.seconds)
-        if number % 2:
-            # Python's start takes most of the time: every other kill comes while there is writing.
-            wait_until(partial_of(output).is_dir, process)
-            delay = chance.uniform(0, job.seconds / 4)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-        else:
-            process.communicate()
-        if output.exists():
-            assert contents(output) == job.reference, f"kill {number}: OUTPUT is not complete"
-        done = run(plain)
-        assert done.returncode == 0, f"kill {number}: {done.stderr}"
-        assert contents(output) == job.reference, f"kill {number}"
-        assert not partial_of(output).exists()
-        shutil.rmtree(output)
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])

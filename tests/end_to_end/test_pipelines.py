@@ -105,29 +105,6 @@ def test_the_schema_knows_every_support_and_property() -> None:
         assert sorted(plan["required"]) == sorted(plan["properties"])
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_the_exit_code_is_the_same_without_a_reader(
-    llama: Path, moe: Path, broken: Path, tmp_path: Path, stream: str
-) -> None:
-    def run_unread(*arguments: str | Path) -> int:
-        reading, writing = os.pipe()
-        os.close(reading)
-        done = subprocess.run(
-            [*forked.command(), *map(str, arguments)],
-            stdout=writing if stream == "stdout" else subprocess.DEVNULL,
-            stderr=writing if stream == "stderr" else subprocess.DEVNULL,
-            check=False,
-        )
-        os.close(writing)
-        return done.returncode
-
-    assert run_unread("verify", llama, moe, "--checks", "weights") == 0
-    assert run_unread("verify", llama, broken, "--checks", "weights") == 1
-    assert run_unread("verify", llama, tmp_path / "absent", "--json") == 2
-    assert run_unread("convert", llama, tmp_path / "moe", *RECIPE, "--json") == 0
-    assert (tmp_path / "moe" / "upcycle.json").exists()
-
-
 # The examples ------------------------------------------------------------------------------------
 
 SOURCE, REPO = "my-org/my-model", "my-org/my-model-E8G1T2"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import pty
 import re
 import subprocess
-import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,20 +116,6 @@ def test_refuse_an_impossible_destination() -> None:
         Destination(repo=MOE, revision="")
 
 
-def test_push_only_the_files_of_the_plan(
-    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
-) -> None:
-    """No file goes because of its name: a LICENSE.draft may hold anything."""
-    directory = clone(moe, tmp_path / "moe")
-    strangers = (".env", "LICENSE.draft", "Notice", "optimizer.json", "work/secret.json", "x.bin")
-    for name in strangers:
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(f"HF_TOKEN={TOKEN}")
-    result = json.loads(run("push", directory, MOE, "--json").stdout)
-    assert set(result["left_out"]) == set(strangers)
-    assert files_of(hub) == files_in(moe)
-
-
 def test_push_the_report_of_this_model_only(
     hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
 ) -> None:
@@ -165,19 +147,6 @@ def test_replace_another_model_and_keep_other_files(
         stale = {path.name for path in old.iterdir()} - {path.name for path in directory.iterdir()}
         assert set(removed) == stale - others - {"gguf"}
     assert "removed there" in run("push", moe, MOE).stdout
-
-
-def test_publish_many_files_with_one_commit(
-    hub: Hub, run: RunOnHub, moe: Path, llama: Path, tmp_path: Path
-) -> None:
-    many, options = tmp_path / "many", Options(max_shard_bytes=8_000)
-    convert(llama, many, Recipe(expansion=4, granularity=1, top_k=2), options=options)
-    assert len(list(many.glob("*.safetensors"))) > 20
-    run("push", moe, MOE)
-    before = len(hub.store.repos[MOE].commits)
-    run("push", many, MOE)
-    assert files_of(hub) == files_in(many)
-    assert len(hub.store.repos[MOE].commits) == before + 1
 
 
 def test_xet_stores_equal_experts_once(
@@ -277,7 +246,7 @@ def test_refuse_a_card_that_the_hub_refuses(
         (MOE, "hf_wrong", "write", ["refuses the token"]),
         ("google/gemma", TOKEN, "write", ["you (tester) cannot create google/gemma", "acme/…"]),
         ("google/there", TOKEN, "write", ["does not allow this", "rights"]),
-        (MOE, TOKEN, "read", ["the token may only read"]),
+        (MOE, TOKEN, "read", ["cannot create acme/moe", "a token that may write"]),
         ("moe", TOKEN, "write", ["ORG/NAME"]),
         ("a/b/c", TOKEN, "write", ["a/b/c"]),
     ],
@@ -312,8 +281,6 @@ def test_refuse_a_push_before_the_conversion(
     "changes",
     [
         {"commitOid": "../x"},
-        {"commitOid": None},
-        {"commitUrl": 7},
         {"commitUrl": "\x1b[2J"},
         {"pullRequestUrl": 7},
     ],
@@ -426,21 +393,3 @@ def test_use_a_mirror_with_a_password(hub: Hub, run: RunOnHub, llama: Path, tmp_
         assert "w0rd" not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"w0rd" in path.read_bytes()]
-
-
-def test_show_no_bars_for_small_files(hub: Hub, single: Path, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    environment = hub.environment(tmp_path / "home")
-    command = [*forked.command(environment), "push", str(single), MOE]
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    ) as process:
-        os.close(theirs)
-        shown = bytearray()
-        with contextlib.suppress(OSError):  # Linux raises it at the end
-            while data := os.read(ours, 1 << 16):
-                shown += data
-    os.close(ours)
-    assert process.returncode == 0, shown.decode()
-    assert "Uploading" not in shown.decode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import RunCli, clone, read_json, validate_json, write_json
 
-from upcycle_cli import Recipe, convert, report, verify
+from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
@@ -225,31 +224,6 @@ def test_a_large_model_makes_no_large_page() -> None:
     html = html_of(report_of(*layers, texts=texts))
     assert "the first 16,384 are shown" in Page(html).text
     assert len(html.encode()) < 5_000_000
-
-
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_text_has_enough_contrast(scheme: int) -> None:
-    css = (Path(report.__file__).parent / "page.css").read_text("utf-8")
-    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): (#\w+)", blocks[scheme]))
-    backgrounds = {name: luminance(colours[name]) for name in ("paper", "panel")}
-    for name in ("ink", "soft", "link", "passed", "failed", "measured", "skipped"):
-        for behind in backgrounds.values():
-            assert contrast(luminance(colours[name]), behind) >= 4.5, name
-    for level in ("k1", "k2", "k3", "k4"):
-        assert contrast(luminance(colours["ink"]), luminance(colours[level])) >= 4.5, level
-
-
-def luminance(colour: str) -> float:
-    """Return the relative luminance of WCAG 2."""
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: float, other: float) -> float:
-    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
 
 
 # Hostile text -------------------------------------------------------------------------------------

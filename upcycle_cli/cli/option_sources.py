@@ -74,7 +74,11 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         if name not in _NOT_SAVED and given[name] is not None and given[name] not in ([], ())
     }
     if plan.expansion is None:
-        values |= _choices(plan)
+        recipe = plan.recipe  # with what `auto` chose, so that a later version does the same
+        values |= {"recipe": recipe.name, "target": plan.family.choice}
+        values |= {"routing": str(recipe.routing), "scale_split": str(recipe.scale_split)}
+        if recipe.router_logit_std is not None:
+            values["router_logit_std"] = recipe.router_logit_std
         if plan.inputs.text is not None and "positive_prompts" not in values:
             values.setdefault("calibration", plan.inputs.text.name)
     else:
@@ -92,29 +96,15 @@ def _file_options(context: typer.Context) -> dict[str, Kind]:
     """Return the options that a recipe file can set, and the kind of value each takes."""
     from upcycle_cli.recipe.recipe_file import Kind
 
-    def kind(option: object) -> Kind:
-        if getattr(option, "multiple", False):
-            return Kind.LIST
-        return Kind.FLAG if getattr(option, "is_flag", False) else Kind.VALUE
-
-    names = {each.name: each for each in context.command.params if each.name}
-    return {name: kind(each) for name, each in names.items() if name not in _NOT_IN_FILE}
+    kinds: dict[str, Kind] = {}
+    for option in context.command.params:
+        if option.name and option.name not in _NOT_IN_FILE:
+            single = Kind.FLAG if getattr(option, "is_flag", False) else Kind.VALUE
+            kinds[option.name] = Kind.LIST if getattr(option, "multiple", False) else single
+    return kinds
 
 
 def _saved_value(value: object) -> Value:
     if isinstance(value, list | tuple):
         return [str(item) for item in value]
     return value if isinstance(value, bool | int | float) else str(value)
-
-
-def _choices(plan: Plan) -> dict[str, Value]:
-    """Return what `auto` chose, so that a later version does the same."""
-    values: dict[str, Value] = {
-        "recipe": plan.recipe.name,
-        "target": plan.family.choice,
-        "routing": str(plan.recipe.routing),
-        "scale_split": str(plan.recipe.scale_split),
-    }
-    if plan.recipe.router_logit_std is not None:
-        values["router_logit_std"] = plan.recipe.router_logit_std
-    return values

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.cli.option_sources import SIZES, is_given, source_of
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.growth import Growth
 from upcycle_cli.recipe.recipe import (
     NeuronOrder,
     Recipe,
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.publish.push import Destination
-    from upcycle_cli.recipe.growth import Growth
 
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
-_COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMBT]?)", re.IGNORECASE)
+_NUMBER = r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*"
+_SIZE = re.compile(_NUMBER + r"([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+_COUNT = re.compile(_NUMBER + r"([KMBT]?)\s*", re.IGNORECASE)
 _TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
 
 
@@ -54,10 +55,10 @@ def needs_recipe(context: typer.Context) -> bool:
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
-        from upcycle_cli.recipe.growth import Growth
-
-        _refuse_all_but(context, _WITH_EXPAND, "--expand duplicates the experts of an MoE, without")
+        words = "--expand duplicates the experts of an MoE; it takes no"
+        _refuse_all_but(context, _WITH_EXPAND, words)
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
+    order, router = moe.neuron_order, moe.router_init
     return Recipe(
         **_recipe_sizes(context),
         shared_experts=moe.shared_experts,
@@ -66,8 +67,8 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
         scaling=_scaling(moe.scaling),
         scale_split=moe.scale_split,
         virtual_groups=moe.virtual_groups,
-        neuron_order=NeuronOrder.FILE if _order_file(moe) else NeuronOrder(moe.neuron_order),
-        router_init=RouterInit.FILE if _router_file(moe) else RouterInit(moe.router_init),
+        neuron_order=NeuronOrder(order) if order in {*NeuronOrder} else NeuronOrder.FILE,
+        router_init=RouterInit(router) if router in {*RouterInit} else RouterInit.FILE,
         router_logit_std=moe.router_logit_std,
         noise=moe.noise,
         reinit=moe.reinit,
@@ -80,7 +81,7 @@ def to_options(moe: MoeOptions) -> Options:
     """Return the options for the output files; UpcycleError for a bad size or file."""
     from upcycle_cli.plan.output import Options
 
-    orders, file = None, _order_file(moe)
+    orders, file = None, _file(moe.neuron_order, NeuronOrder)
     if file is not None:
         from upcycle_cli.plan.tensor_files import read_permutation_file
 
@@ -98,7 +99,8 @@ def to_inputs(moe: MoeOptions, prompts: Path | None = None) -> RouterInputs:
     """Return what the routers are made from; UpcycleError for a bad text or file."""
     from upcycle_cli.plan.router_inputs import RouterInputs
 
-    return RouterInputs.read(calibration=moe.calibration, rows=_router_file(moe), prompts=prompts)
+    rows = _file(moe.router_init, RouterInit)
+    return RouterInputs.read(calibration=moe.calibration, rows=rows, prompts=prompts)
 
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
@@ -147,7 +149,7 @@ def to_wanted(moe: MoeOptions, context: typer.Context) -> Wanted:
     """Return what the recipes in a budget have in common; UpcycleError for a recipe's options."""
     from upcycle_cli.plan.budget import Wanted
 
-    _refuse_all_but(context, _WITH_BUDGET, "a budget lists all recipes that fit, without")
+    _refuse_all_but(context, _WITH_BUDGET, "a budget lists all recipes that fit; it takes no")
     common = {
         "routing": _routing(moe),
         "layers": moe.layers,
@@ -163,7 +165,7 @@ def _refuse_all_but(context: typer.Context, allowed: Sequence[str], words: str) 
         flags = [_flag(name) for name in allowed if name != "expand"]
         raise UpcycleError(
             f"{words} {', '.join(given)}.",
-            f"Remove that; {', '.join(flags[:-1])} and {flags[-1]} are allowed.",
+            f"Remove it. {', '.join(flags[:-1])} and {flags[-1]} are allowed.",
         )
 
 
@@ -197,14 +199,9 @@ def _routing(moe: MoeOptions) -> Routing | None:
     return None if moe.routing == "auto" else Routing(moe.routing)
 
 
-def _router_file(moe: MoeOptions) -> Path | None:
-    return None if moe.router_init in {*RouterInit} - {RouterInit.FILE} else Path(moe.router_init)
-
-
-def _order_file(moe: MoeOptions) -> Path | None:
-    return (
-        None if moe.neuron_order in {*NeuronOrder} - {NeuronOrder.FILE} else Path(moe.neuron_order)
-    )
+def _file(value: str, names: type[StrEnum]) -> Path | None:
+    """Return the path that an option gives in place of a name."""
+    return None if value in {*names} - {"file"} else Path(value)
 
 
 def _scaling(text: str) -> Scaling | float:
@@ -219,27 +216,21 @@ def _scaling(text: str) -> Scaling | float:
 
 
 def _size(text: str, flag: str, example: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text)
     if match is None:
         raise UpcycleError(f"{flag} '{text}' is not a size.", f"Write {example}.")
     number, unit, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
-    if not math.isfinite(size):
-        raise UpcycleError(f"{flag} '{text[:20]}…' is too large.", f"Write {example}.")
-    return int(size)
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def _memory(text: str) -> int:
     times = _TIMES.search(text)
     each = text if times is None else text[: times.start()]
-    size = _size(each, "--gpu-memory", "80GB or 80GB×8") * (1 if times is None else int(times[1]))
-    if not size:
-        raise UpcycleError(f"--gpu-memory '{text}' is zero.", "Write 80GB or 80GB×8.")
-    return size
+    return _size(each, "--gpu-memory", "80GB or 80GB×8") * (1 if times is None else int(times[1]))
 
 
 def _count(flag: str, text: str) -> int:
-    match = _COUNT.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
+    match = _COUNT.fullmatch(text)
+    if match is None:
         raise UpcycleError(f"{flag} '{text}' is not a number of parameters.", "Write 50B or 700M.")
     return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))

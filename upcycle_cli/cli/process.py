@@ -11,7 +11,6 @@ import atexit
 import errno
 import io
 import os
-import select
 import signal
 import sys
 from contextlib import suppress
@@ -112,12 +111,10 @@ class _Sink(io.FileIO):
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
         try:
-            while (written := super().write(data)) is None:
-                select.select([], [self], [])  # a full pipe in non-blocking mode
+            return super().write(data)
         except OSError as error:
             self.lost = self.lost or error
             return memoryview(data).nbytes
-        return written
 
 
 _sinks: dict[str, _Sink] = {}

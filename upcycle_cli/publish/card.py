@@ -21,10 +21,10 @@ from upcycle_cli.models.engines import Support
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.trainers import expert_parallel_sizes, trainers
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.plan.facts import facts, why_no_promise
+from upcycle_cli.plan.facts import facts
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import training_warnings
-from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.result import Report
@@ -65,7 +65,6 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         title=_markdown(plan.source.name.split("/")[-1]) + title,
         origin=_origins(plan),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
-        promise=_promise(plan),
         results=_results(report),
         verify_command=shell_line(_verify_command(plan, location)),
         location=json.dumps(location),
@@ -78,10 +77,13 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
 def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
     """Return the fields of card.md that growth_card.md does not have."""
     ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
+    experts = "its experts become different and specialize"
+    if plan.merge is not None:
+        experts = "its routers learn which model's experts a token needs"
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan))
     return {
         "pronoun": "its" if plan.merge is None else "their",
-        "experts": _experts(plan),
+        "experts": experts,
         "options": ", trust_remote_code=True" if ships_code else "",
         "model_class": f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
         "reader": "AutoProcessor" if wrapped else "AutoTokenizer",
@@ -163,44 +165,21 @@ def _code(text: str) -> str:
 def _origins(plan: Plan) -> str:
     """Return the names of the sources, with their commits if they come from the Hub."""
     *others, last = map(_origin, plan.sources)
-    listed = ", ".join(other.removesuffix(",") for other in others)
-    return f"{listed} and {last}" if others else last
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _origin(source: Checkpoint) -> str:
     name, commit = source.name, source.revision
     if commit is None:
         return _code(name)
-    url = f"https://huggingface.co/{name}"  # repo ids and commits need no quoting
-    return f"[{name}]({url}), commit [`{commit[:12]}`]({url}/tree/{commit}),"
+    # Repo ids and commits need no quoting.
+    return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"
 
 
 def _facts(plan: Plan) -> dict[str, str]:
     """Return the rows of the card's table: the architecture, and what convert prints."""
     shown = {"architecture": plan.target.architecture} | facts(plan)
-    return {key: _markdown(text) for key, text in shown.items() if key != "promise"}
-
-
-def _promise(plan: Plan) -> str:
-    origin = "source" if plan.expansion else "dense model"
-    if plan.promise is Promise.NONE:
-        return f"It does not compute the same function as the {origin}: {why_no_promise(plan)}."
-    limit = f", with weights rounded to {plan.rounded_to}" if plan.rounded_to else ""
-    if plan.promise is Promise.APPROXIMATE:
-        limit = " up to an error of the size of the router's logits"
-    return f"Before further training it computes the same function as the {origin}{limit}."
-
-
-def _experts(plan: Plan) -> str:
-    """Say what training does to the experts."""
-    if plan.merge is not None:
-        return "its routers learn which model's experts a token needs"
-    if plan.recipe.perturbed:
-        return "its experts differ slightly and specialize further"
-    copies = plan.recipe.neuron_order in (NeuronOrder.SLICED, NeuronOrder.CLUSTERED)
-    if copies or plan.recipe.group_size == 1:
-        return "its experts are copies and specialize"
-    return "its experts combine the dense MLP's neurons in different ways and specialize"
+    return {key: _markdown(text) for key, text in shown.items()}
 
 
 def _results(report: Report | None) -> str:

@@ -10,26 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple
-
-
-class _Rule(NamedTuple):
-    """What a licence requires; an empty string requires nothing."""
-
-    licence: str
-    pattern: str  # for `license`, or for `license_name` where the licence is "other"
-    notice: str  # what a text file named Notice must say
-    prefix: str = ""  # how the model's name must begin
-    phrase: str = ""  # what the card must say
-
-
-@cache
-def _rules() -> Sequence[_Rule]:
-    text = (files("upcycle_cli.publish") / "licences.json").read_text("utf-8")
-    return [_Rule(**rule) for rule in json.loads(text)]
+from collections.abc import Collection, Iterator, Mapping
+from importlib.resources import files as resources
+from typing import Any
 
 
 def reminders(
@@ -38,31 +21,28 @@ def reminders(
     """Return what the licence named in the card's metadata requires and the repo does not have."""
     named = (metadata.get("license_name"), metadata.get("license"))
     names = [name.lower() for name in named if isinstance(name, str)]
-    for rule in _rules():
-        if any(re.fullmatch(rule.pattern, name) for name in names):
+    rules = json.loads((resources(__package__) / "licences.json").read_text("utf-8"))
+    for rule in rules:
+        # The pattern is for `license`, or for `license_name` where the licence is "other".
+        if any(re.fullmatch(rule["pattern"], name) for name in names):
             return tuple(_missing(rule, card, repo, files))
     return ()
 
 
-def _missing(rule: _Rule, card: str, repo: str, files: Collection[str]) -> Iterator[str]:
-    model_name = repo.rsplit("/", maxsplit=1)[-1]
-    if not _letters(model_name).startswith(_letters(rule.prefix)):
-        yield (
-            f'the {rule.licence} wants the name of the model to begin with "{rule.prefix}"; '
-            f'"{model_name}" does not.'
-        )
-    if rule.phrase.lower() not in card.lower():
-        yield f'the {rule.licence} wants the model card to say "{rule.phrase}".'
+def _missing(
+    rule: Mapping[str, str], card: str, repo: str, files: Collection[str]
+) -> Iterator[str]:
+    wants, name = f"the {rule['licence']} wants", repo.rsplit("/", maxsplit=1)[-1]
+    prefix, phrase = rule.get("prefix", ""), rule.get("phrase", "")
+    if not _letters(name).startswith(_letters(prefix)):
+        yield f'{wants} the name of the model to begin with "{prefix}"; "{name}" does not.'
+    if phrase.lower() not in card.lower():
+        yield f'{wants} the model card to say "{phrase}".'
     if not any(name.upper().startswith("NOTICE") for name in files):
-        yield (
-            f'the {rule.licence} wants a file "Notice" in the repo that says: "{rule.notice}". '
-            f"Add it with `hf upload {repo} Notice`."
-        )
+        words = f'{wants} a file "Notice" in the repo that says: "{rule["notice"]}".'
+        yield f"{words} Add it with `hf upload {repo} Notice`."
     if not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in files):
-        yield (
-            f"the {rule.licence} wants a copy of itself in the repo. Add it with "
-            f"`hf upload {repo} LICENSE`."
-        )
+        yield f"{wants} a copy of itself in the repo. Add it with `hf upload {repo} LICENSE`."
 
 
 def _letters(name: str) -> str:

@@ -46,12 +46,9 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     try:
         listed = listed_files(record)
     except UpcycleError as error:
-        raise UpcycleError(
-            f"{moe.path} does not say which files belong to it: {error.message} Earlier versions "
-            "of upcycle wrote no list.",
-            "Make it again with `upcycle convert --overwrite`, or upload it as it is with "
-            "`hf upload`.",
-        ) from error
+        words = f"{moe.path} does not say which files belong to it: {error.message}"
+        hint = "Make it again with `upcycle convert --overwrite`, or upload it with `hf upload`."
+        raise UpcycleError(words, hint) from error
     names = [*listed, RECORD_NAME, CARD_NAME]
     present = moe.storage.names()
     if REPORT_NAME in present and _is_report_on(moe):
@@ -67,7 +64,11 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     for name in names:
         try:
             files[name] = locate(moe.path, name)
-            failures += _changes(files[name], listed[name]) if name in listed else ()
+            with open_regular(files[name]) as file:
+                if name in listed and not listed[name].describes(file):
+                    failures.append(f"{name} is not the file that {RECORD_NAME} lists")
+        except OSError as error:
+            failures.append(f"cannot read {moe.path / name}: {error.strerror}")
         except UpcycleError as error:
             failures.append(error.message)
     failures += _router_changes(moe, record.get("routers"))
@@ -84,19 +85,6 @@ def _is_report_on(moe: Checkpoint) -> bool:
         return sha256_of(locate(moe.path, RECORD_NAME)).encode() in page
     except (OSError, UpcycleError):
         return False
-
-
-def _changes(path: Path, listed: ListedFile) -> Iterator[str]:
-    try:
-        with open_regular(path) as file:
-            size, unchanged = path.stat().st_size, listed.describes(file)
-    except OSError as error:
-        yield f"cannot read {path}: {error.strerror}"
-        return
-    if size != listed.size:
-        yield f"{listed.name} has {size:,} bytes, and {RECORD_NAME} lists {listed.size:,}"
-    elif not unchanged:
-        yield f"{listed.name} changed since the conversion: its digest is not in {RECORD_NAME}"
 
 
 def _router_changes(moe: Checkpoint, routers: object) -> Iterator[str]:
@@ -117,15 +105,12 @@ def _checksum_failures(
     except UpcycleError as error:
         yield error.message
         return
-    for name in sorted({*listed, RECORD_NAME} - sums.keys()):
-        yield f"{CHECKSUMS_NAME} does not list {name}"
-    for name, digest in sums.items():
-        if name == CARD_NAME:
-            yield f"{CHECKSUMS_NAME} lists {name}, which a push changes to name the repo"
-        elif name not in files:
-            yield f"{CHECKSUMS_NAME} lists {name}, which is not published"
-        else:
-            recorded = listed[name].sha256 if name in listed else None
-            # The file has the recorded digest, or that is a failure already.
-            if digest != (recorded or sha256_of(files[name])):
-                yield f"{name} does not match its checksum in {CHECKSUMS_NAME}"
+    expected = {*listed, RECORD_NAME}
+    for name in sorted(expected ^ sums.keys()):
+        # A push changes the card, to name the repo.
+        yield f"{CHECKSUMS_NAME} {'lists' if name in sums else 'does not list'} {name}"
+    for name in expected & sums.keys() & files.keys():
+        recorded = listed[name].sha256 if name in listed else None
+        # The file has the recorded digest, or that is a failure already.
+        if sums[name] != (recorded or sha256_of(files[name])):
+            yield f"{name} does not match its checksum in {CHECKSUMS_NAME}"

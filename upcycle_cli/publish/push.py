@@ -109,17 +109,11 @@ def check_destination(destination: Destination) -> None:
             if not destination.create_pr:  # every reader may open a pull request
                 retry(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
-            if may_only_read:
+            if may_only_read or repo.split("/")[0] not in owners:
                 raise UpcycleError(
-                    f"the token may only read, and {repo} does not exist yet.",
-                    "Use a token that may write (`hf auth login`, HF_TOKEN).",
-                ) from None
-            if repo.split("/")[0] not in owners:
-                raise UpcycleError(
-                    f"you ({owners[0]}) cannot create {repo}: {repo.split('/')[0]} is neither you "
-                    "nor an organization of yours.",
-                    f"Choose from {', '.join(f'{name}/…' for name in owners)}, or use another "
-                    "token.",
+                    f"you ({owners[0]}) cannot create {repo} with this token.",
+                    f"Choose from {', '.join(f'{name}/…' for name in owners)}, with a token that "
+                    "may write (`hf auth login`, HF_TOKEN).",
                 ) from None
             return
     if public and destination.private:
@@ -158,8 +152,8 @@ def push(
         destination = replace(destination, message=message)
         info = run_interruptibly(lambda: _commit(files, card, stale, destination))
         checked_commit(info.oid)
-    url, pull_request = f"{endpoint()}/{destination.repo}", _pull_request(destination, info)
-    branch = destination.revision
+    url, branch = f"{endpoint()}/{destination.repo}", destination.revision
+    pull_request = None if info.pr_num is None else f"{url}/discussions/{info.pr_num}"
     return Push(
         repo=destination.repo,
         url=(pull_request or url) if branch is None else f"{url}/tree/{branch}",
@@ -190,12 +184,10 @@ def _check_complete(directory: Path) -> Manifest:
     manifest = read_manifest(open_checkpoint(directory))
     if failures := manifest.failures:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
-        more = f"\n- and {len(failures) - 8} more" if len(failures) > 8 else ""
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
-            f"{listed}{more}\n"
-            "Make it again with `upcycle convert --overwrite`. If you trained the model further, "
-            "its card and record do not describe it any more: upload it with `hf upload`.",
+            f"{listed}\nMake it again with `upcycle convert --overwrite`. If you trained the model "
+            "further, its card and record do not describe it any more: upload it with `hf upload`.",
         )
     return manifest
 
@@ -295,10 +287,3 @@ def _reconnect(upload: Callable[[], CommitInfo]) -> CommitInfo:
             if not isinstance(error.__cause__, RuntimeError):
                 raise
     return upload()
-
-
-def _pull_request(destination: Destination, info: CommitInfo) -> str | None:
-    """Return the address of a pull request, made from its number."""
-    if info.pr_num is None:
-        return None
-    return f"{endpoint()}/{destination.repo}/discussions/{info.pr_num}"

@@ -134,8 +134,26 @@ class _Screen(Hooks["Plan", "Conversion"]):
         return progress_bar(terminal.stderr(), total=num_bytes, silent=self.silent)
 
     def finished(self, result: Conversion) -> None:
-        if not self.silent:
-            _print_conversion(result, to_push=self.request.push is not None)
+        if self.silent:
+            return
+        if not result.already_done:
+            render.show_plan(result.plan)
+        if result.report is not None:
+            if not result.already_done:
+                terminal.show("")
+            terminal.show(render.report_table(result.report))
+        terminal.warn(*result.warnings)
+        if result.already_done and result.published:
+            terminal.talk(f"{result.output} is already the output of this command; nothing to do.")
+        elif result.published:
+            said = f"Wrote {result.output} in {result.seconds:.1f} s."
+            if result.shared_bytes:
+                said += f" {size_text(result.shared_bytes)} share disk space with equal bytes."
+            if result.reused_bytes:
+                said += f" {size_text(result.reused_bytes)} were reused from an unfinished run."
+            terminal.talk("", said)
+            if self.request.push is None:
+                terminal.talk(f"Next: {shell_line(_next_step(result))}")
 
     def pushing(self, num_files: int, num_bytes: int) -> None:
         if not self.silent and self.request.push is not None:
@@ -172,22 +190,6 @@ class _Screen(Hooks["Plan", "Conversion"]):
         terminal.fail(found, terminal.EXIT_VERIFICATION_FAILED)
 
 
-def _print_conversion(done: Conversion, *, to_push: bool) -> None:
-    if not done.already_done:
-        render.show_plan(done.plan)
-    if done.report is not None:
-        if not done.already_done:
-            terminal.stdout().print()
-        terminal.show(render.report_table(done.report))
-    terminal.warn(*done.warnings)
-    if done.already_done and done.published:
-        terminal.talk(f"{done.output} is already the output of this command; nothing to do.")
-    elif done.published:
-        terminal.talk("", f"Wrote {done.output} in {done.seconds:.1f} s.{_savings(done)}")
-        if not to_push:
-            terminal.talk(f"Next: {shell_line(_next_step(done))}")
-
-
 def _next_step(done: Conversion) -> list[str]:
     from upcycle_cli.publish.card import repo_name
 
@@ -200,12 +202,3 @@ def _next_step(done: Conversion) -> list[str]:
     if done.plan.promise is Promise.NONE:
         flags.append("--allow-inexact")
     return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *flags]
-
-
-def _savings(done: Conversion) -> str:
-    text = ""
-    if done.shared_bytes:
-        text += f" {size_text(done.shared_bytes)} share disk space with equal bytes."
-    if done.reused_bytes:
-        text += f" {size_text(done.reused_bytes)} were reused from an unfinished run."
-    return text
