@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -253,21 +251,6 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
         env=given,
         timeout=SUBPROCESS_SECONDS,
     )
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a process and its descendants, and wait until all of them have ended."""
-    doomed = []
-    for pid in [process.pid, *descendants(process.pid)]:
-        with suppress(ProcessLookupError):
-            doomed.append(os.pidfd_open(pid))
-    for descriptor in doomed:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    process.communicate(timeout=SUBPROCESS_SECONDS)
-    for descriptor in doomed:
-        assert select.select([descriptor], [], [], SUBPROCESS_SECONDS)[0]
-        os.close(descriptor)
 
 
 def descendants(pid: int) -> list[int]:

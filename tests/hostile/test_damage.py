@@ -35,7 +35,6 @@ def w(layer: int, expert: int, matrix: int) -> str:
 
 QWEN_ROUTER = "model.layers.0.mlp.gate.weight"
 SHARED = "model.layers.{}.mlp.shared_expert"
-EIGHT = "model.layers.0.block_sparse_moe.experts"
 
 
 def tensors(edit: Callable[[Tensors], object]) -> Damage:
