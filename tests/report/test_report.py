@@ -25,7 +25,6 @@ from upcycle_cli.report.contents import inspection_html, verification_html
 from upcycle_cli.report.report_file import check_report_file
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import (
-    CHECK_NAMES,
     CheckResult,
     LayerMeasure,
     Report,
@@ -353,19 +352,13 @@ def test_a_report_beside_the_model_is_published(
     assert not (model / "verification.html").exists()
 
 
-def test_the_card_links_each_check_to_the_report(
-    llama: Path, tmp_path: Path, found: Report
-) -> None:
+def test_the_card_links_to_the_report(llama: Path, tmp_path: Path) -> None:
     model = tmp_path / "moe"
-    convert(llama, model, Recipe(expansion=2, granularity=2, top_k=2), verify=True)
-    card, page = (model / "README.md").read_text("utf-8"), html_of(found)
+    convert(llama, model, Recipe(expansion=2, granularity=2, top_k=2))
+    card = (model / "README.md").read_text("utf-8")
     plain, linked = card_for_repo(card, "me/moe"), card_for_repo(card, "me/moe", with_report=True)
     assert "(verification.html)" not in plain
     assert linked.count("(verification.html)") == 1
-    for name in CHECK_NAMES:
-        assert f"\n| {name} | passed |" in plain
-        assert f"\n| [{name}](verification.html#check-{name}) | passed |" in linked
-        assert f'id="check-{name}"' in page
     assert not is_edited(linked)
     assert card_for_repo(linked, "me/moe", with_report=True) == linked
     assert card_for_repo(linked, "me/moe") == plain

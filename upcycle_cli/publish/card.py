@@ -24,7 +24,7 @@ from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.facts import facts
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import training_warnings
-from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, Promise
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.result import Report
@@ -41,11 +41,6 @@ _SERVING = {
 """The commands on the card, which tests/interoperability/serving.py runs."""
 _AFTER_LINK = "To verify it yourself:"
 _LINK = f"[{REPORT_NAME}]({REPORT_NAME}) has figures by layer and by token.\n\n"
-_CHECK = re.compile(
-    r"^\| \[?(?P<name>\w+)(?:\]\([^)]*\))? (?=\| (?:passed|failed|measured|skipped) \|)",
-    re.MULTILINE,
-)
-"""The name of a check in the table of results, with or without a link."""
 _MAX_REPO_NAME = 96
 
 
@@ -66,7 +61,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         origin=_origins(plan),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         results=_results(report),
-        verify_command=shell_line(_verify_command(plan, location)),
+        verify_command=shell_line(verify_command(plan, location)),
         location=json.dumps(location),
         parallel=any_of(expert_parallel_sizes(plan.num_experts)),
         engines=_engines_text(plan, location),
@@ -90,20 +85,21 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
         "reads": "processor" if wrapped else "tokenizer",
         "about_code": _about_code(plan) if ships_code else "",
         "trainers": _trainers(plan),
-        "megatron": _megatron_options(plan),
-        "top_k": plan.top_k,
         "notes": f"\n\n{notes}" if notes else "",
     }
 
 
-def _verify_command(plan: Plan, location: str) -> Iterator[str]:
+def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str]:
+    """Yield the words of the command that verifies an output; `paths` names local sources."""
+    source, *others = plan.sources
     unnamed = "SOURCE" if plan.expansion else "DENSE"
-    yield from ("upcycle", "verify", plan.source.repo or unnamed, location)
-    if plan.source.revision:
-        yield from ("--dense-revision", plan.source.revision)
-    if plan.merge is not None:
-        for other in plan.merge.others:
-            yield from ("--experts-from", other.name if other.repo is None else other.location)
+    dense = source.repo or (str(source.path) if paths else unnamed)
+    yield from ("upcycle", "verify", dense, moe)
+    if source.revision:
+        yield from ("--dense-revision", source.revision)
+    for other in others:
+        yield from ("--experts-from", other.location if paths or other.repo else other.name)
+    if plan.promise is Promise.NONE:
         yield "--allow-inexact"
 
 
@@ -115,9 +111,9 @@ def repo_name(text: str, suffix: str = "") -> str:
 
 
 def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
-    """Return the card with `repo` in its commands and code; an edited card stays as it is.
+    """Return the card with `repo` in its commands and code, and a link to a report.
 
-    With a report, the card links to it, and each check to its section.
+    An edited card stays as it is.
     """
     found = re.search(_PATH, card)
     if found is None or is_edited(card):
@@ -125,8 +121,6 @@ def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     text = unsealed(card)
     old = rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])"
     text = re.sub(old, lambda _: repo, text).replace(_LINK, "")
-    link = rf"[\g<name>]({REPORT_NAME}#check-\g<name>)" if with_report else r"\g<name>"
-    text = _CHECK.sub(rf"| {link} ", text)
     if with_report:
         text = text.replace(_AFTER_LINK, _LINK + _AFTER_LINK, 1)
     return sealed(text)
@@ -203,21 +197,6 @@ def _about_code(plan: Plan) -> str:
         f"Everything else is transformers' own {model_type}. `upcycle verify` compares the file "
         "with the code that upcycle writes."
     )
-
-
-def _megatron_options(plan: Plan) -> str:
-    """Return the options with which Megatron-LM routes as the model does."""
-    options = {
-        Routing.SOFTMAX_TOPK: "`--moe-router-pre-softmax`",
-        Routing.TOPK_SOFTMAX: "no `--moe-router-pre-softmax`",
-        Routing.SIGMOID_TOPK: "`--moe-router-score-function sigmoid`",
-    }[plan.recipe.routing or Routing.TOPK_SOFTMAX]
-    if plan.factors.config != 1.0:
-        options += f", `--moe-router-topk-scaling-factor {plan.factors.config:g}`"
-    if plan.recipe.shared_experts:
-        width = plan.recipe.shared_experts * plan.expert_size
-        options += f", `--moe-shared-expert-intermediate-size {width}`"
-    return options
 
 
 def _trainers(plan: Plan) -> str:

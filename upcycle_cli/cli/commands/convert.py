@@ -18,7 +18,7 @@ from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.text import shell_line, size_text
-from upcycle_cli.recipe.recipe import Promise, RouterInit
+from upcycle_cli.recipe.recipe import RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion, Request
@@ -191,14 +191,8 @@ class _Screen(Hooks["Plan", "Conversion"]):
 
 
 def _next_step(done: Conversion) -> list[str]:
-    from upcycle_cli.publish.card import repo_name
+    from upcycle_cli.publish.card import repo_name, verify_command
 
-    if done.report is not None:
-        return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]
-    source, *others = done.plan.sources
-    flags = ["--dense-revision", source.revision] if source.revision else []
-    for other in others:
-        flags += ["--experts-from", other.location]
-    if done.plan.promise is Promise.NONE:
-        flags.append("--allow-inexact")
-    return ["upcycle", "verify", source.repo or str(source.path), str(done.output), *flags]
+    if done.report is None:
+        return [*verify_command(done.plan, str(done.output), paths=True)]
+    return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]
