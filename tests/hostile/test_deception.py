@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -108,21 +109,27 @@ def test_another_setting_is_a_difference(dense: Path, moe: Path, changes: dict[s
 
 def test_every_key_counts(dense: Path, moe: Path) -> None:
     """Missing, or another value of the same type; transformers writes no other version's name."""
-    config = read_json(moe / "config.json")
+    path = moe / "config.json"
+    config, missing = read_json(path), set()
     unnoticed = []
     for key, value in config.items():
         others: dict[type, Any] = {bool: not value, str: f"{value}x"}
         if isinstance(value, int | float) and not isinstance(value, bool):
             others[type(value)] = value + 1
-        other = others.get(type(value), 7)
-        edit_json(moe / "config.json", lambda held: held.update({key: other}))  # noqa: B023
-        try:
-            if verify(dense, moe, checks=["directory"]).status is not Status.FAILED:
-                unnoticed.append(key)
-        except UpcycleError:
-            assert key == "model_type"
-        edit_json(moe / "config.json", lambda held: held.update({key: value}))  # noqa: B023
+        without = {name: held for name, held in config.items() if name != key}
+        for changed in (without, config | {key: others.get(type(value), 7)}):
+            edit_json(path, lambda held: (held.clear(), held.update(changed)))  # noqa: B023
+            try:
+                if verify(dense, moe, checks=["directory"]).status is not Status.FAILED:
+                    (missing.add if changed is without else unnoticed.append)(key)
+            except UpcycleError:
+                assert key == "model_type"
     assert set(unnoticed) <= {"transformers_version"}
+    # transformers saves rope_theta in rope_parameters, and leaves out what is null by default.
+    assert {"rope_theta"} <= missing
+    assert {key for key in missing if config[key] is not None} == {
+        *("rope_theta", "tie_word_embeddings", "transformers_version"),
+    }
 
 
 def test_keys_of_a_wrapper_count(tmp_path: Path) -> None:
@@ -167,6 +174,7 @@ READ = (
     "ADAPTER_CONFIG.json",
     "vocab.json",
     "vocab.txt",
+    "MERGES.TXT",
     "merges.txt",
     "tokenizer.model",
     "x.tiktoken",
@@ -293,6 +301,24 @@ def test_exchanged_chat_templates(dense: Path, tmp_path: Path) -> None:
     for name, other in zip(names, reversed(names), strict=True):
         (tmp_path / "moe" / folder / name).write_text(other)
     assert_caught(source, tmp_path / "moe", "directory", "one.jinja is not", "two.jinja is not")
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_half_of_what_transformers_saves_is_a_difference(
+    dense: Path, tmp_path: Path, name: str
+) -> None:
+    """transformers 5 moves what these files say to those that it saves."""
+    from transformers import AutoTokenizer
+
+    source, moe = clone(dense, tmp_path / "dense"), tmp_path / "moe"
+    said = {"added_tokens.json": {"<new>": 258}, "special_tokens_map.json": {"eos_token": "</s>"}}
+    edit_json(source / "tokenizer_config.json", lambda value: value.pop("eos_token"))
+    (source / name).write_text(json.dumps(said[name]))
+    convert(source, moe, RECIPE)
+    (moe / name).unlink()
+    assert_caught(source, moe, "directory", f"{name} is missing")
+    AutoTokenizer.from_pretrained(source).save_pretrained(moe)
+    assert verify(source, moe, checks=["directory"]).accepted
 
 
 def test_weights_behind_a_link_are_not_read(dense: Path, moe: Path) -> None:

@@ -26,6 +26,8 @@ _REWRITTEN: Mapping[str, str] = {
     "transformers_version": "names the version that saved it",
 }
 """Keys of config.json that transformers sets when it saves a model, each with its meaning."""
+_LEFT_OUT = ("dtype", "tie_word_embeddings")
+"""Keys that some versions of transformers save under another name, or only if no default."""
 
 
 def same(one: object, other: object) -> bool:
@@ -88,7 +90,8 @@ def _means_the_same(wanted: Settings, held: Settings) -> bool:
     """Whether a config is one that transformers may save of another one.
 
     Each key must mean the same to transformers. Since other engines read the file itself, each
-    value must also be the other config's, or the one that transformers writes for it.
+    value must also be the other config's, or the one that transformers writes for it, and no key
+    may be missing that transformers writes.
     """
     from upcycle_cli.run.models import TransformersError, saved_config
 
@@ -102,7 +105,8 @@ def _means_the_same(wanted: Settings, held: Settings) -> bool:
         known = [side[key] for side in (wanted, written, meant) if key in side]
         if key in held and not any(same(held[key], value) for value in known):
             return False
-    return True
+    kept = {key for key in wanted.keys() & written if wanted[key] is not None}
+    return kept <= {*held, *_REWRITTEN, *_LEFT_OUT}
 
 
 def record_failures(plan: Plan, record: Settings) -> Iterator[str]:
