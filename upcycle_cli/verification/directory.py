@@ -53,6 +53,8 @@ _GIT = (".gitattributes", ".gitignore")
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg")
 """Suffixes of files that no loader reads, unless they have the name of a tokenizer's file."""
+_SAVED_BY = ("transformers_version", "is_local", "local_files_only")
+"""Keys that transformers adds when it saves, which nothing reads."""
 _MOST_NAMED = 5
 Save = Callable[[Path, Path], None]
 """Has transformers load files of a directory, and save them in another one."""
@@ -213,11 +215,11 @@ def _equals_saved(dense: Checkpoint, moe: Checkpoint, names: set[str], save: Sav
 
 
 def _without_defaults(value: object) -> object:
-    """Leave out the version, and flags of generation that transformers writes or not."""
+    """Leave out keys of who saved it, and flags of generation that transformers writes or not."""
     if not isinstance(value, dict):
         return value
     flags = [(flag, False) for flag in ("output_attentions", "output_hidden_states")]
-    return {k: v for k, v in value.items() if k != "transformers_version" and (k, v) not in flags}
+    return {k: v for k, v in value.items() if k not in _SAVED_BY and (k, v) not in flags}
 
 
 def _save_tokenizer(dense: Path, again: Path) -> None:
