@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import clone, contents, read_json
+from conftest import clone, contents
 from refusals import assert_refused, invoke, save_tensors
 
 from upcycle_cli import Recipe, convert
@@ -22,8 +22,6 @@ SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "absent": (lambda path: None, ("does not exist",)),  # noqa: ARG005
     "file": (lambda path: path.write_text("hello"), ("is not a directory",)),
     "dangling": (lambda path: path.symlink_to("nowhere"), ("does not exist",)),
-    "loop": (lambda path: path.symlink_to(path), ("loop",)),
-    "x" * 300: (lambda path: None, ("x" * 300,)),  # noqa: ARG005
     "empty": (Path.mkdir, ("has no config.json",)),
 }
 
@@ -45,19 +43,15 @@ def test_suggest_the_download_of_a_repo(refuses: Refuses) -> None:
     ("arguments", "words"),
     [
         (("--recipe", "8x2"), ["'8x2' is not a recipe", "E8G1T2"]),
-        (("--recipe", "[bold]"), ["'[bold]' is not a recipe"]),
-        (("--recipe", "E" + "9" * 5000 + "G1T2"), ["recipe"]),
         (("--recipe", "E999999999G999999999T999999999"), ["experts per layer", "4096"]),
         (("--recipe", "E2G2T3"), ["not a multiple of granularity 2", "2 or 4", "--allow-inexact"]),
         (("--recipe", "E2G5T5"), ["48 is not divisible by granularity 5", "4 or 6"]),
         (("-r", "E2G2T2", "--scaling=abc"), ["exact, paper, none, measured or a number"]),
-        (("-r", "E2G2T2", "--scaling=1e-400"), ["positive number"]),
         (("-r", "E2G2T2", "--scaling=1e308"), ["infinite"]),
         # Infinite weights, or zeros that would tie every group.
         (("-r", "E2G2T2", "--router-logit-std=1e300"), ["overflow float32"]),
         (("-r", "E2G2T2", "--router-logit-std=1e-300"), ["cannot hold"]),
         (("-r", "E2G2T2", "--max-shard-size=x"), ["'x' is not a size"]),
-        (("-r", "E2G2T2", "--max-shard-size=-5GB"), ["is not a size"]),
         (("-r", "E2G2T2", "--max-shard-size=0.1B"), ["positive"]),
         (
             ("-r", "E2G2T2", "--routing", "softmax-topk", "--target", "mixtral"),
@@ -70,13 +64,6 @@ def test_refuse_options(
     llama: Path, refuses: Refuses, arguments: tuple[str, ...], words: list[str]
 ) -> None:
     refuses(llama, *words, arguments=arguments)
-
-
-def test_allow_an_inexact_top_k_on_demand(llama: Path, tmp_path: Path) -> None:
-    done = invoke("convert", llama, tmp_path / "moe", "-r", "E2G2T3", "--allow-inexact")
-    assert done.exit_code == 0, done.stderr
-    assert "top-k 3 is not a multiple of G = 2" in " ".join(done.stderr.split())
-    assert read_json(tmp_path / "moe" / "config.json")["num_experts_per_tok"] == 3
 
 
 @pytest.mark.parametrize(
@@ -115,19 +102,14 @@ def test_refuse_a_mixture_of_experts(moe: Path, refuses: Refuses) -> None:
     ("command", "words"),
     [
         ("inspect ABSENT", "does not exist"),
-        ("inspect org/name", "hf download org/name"),
         ("inspect MOE --recipe E2G2T2", "mixture of experts already"),
         ("inspect DENSE --recipe E2", "is not a recipe"),
-        ("inspect DENSE --recipe E2G5T5", "not divisible"),
         ("inspect DENSE --weights", "--weights"),
         ("inspect MOE --weights --dense MOE", "mixture of experts"),
-        ("inspect MOE --weights --dense ABSENT", "does not exist"),
         ("verify ABSENT MOE", "absent"),
         ("verify DENSE ABSENT", "absent"),
         ("verify DENSE DENSE", "llama"),
         ("verify MOE MOE", "The dense model comes first"),
-        ("verify MOE DENSE", "llama"),
-        ("verify DENSE MOE --prompts ABSENT", "absent"),
         ("verify DENSE MOE --prompts EMPTY", "empty"),
         ("demo FULL", "exists and is not empty"),
         ("demo EMPTY", "empty"),

@@ -17,8 +17,6 @@ from upcycle_cli import UpcycleError, open_checkpoint
 
 Damage = Callable[[Path], object]
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
-EXPERT = "model.layers.1.block_sparse_moe.experts"
-FLOAT16 = ("--recipe", "E2G2T2", "--dtype", "float16")
 
 
 def rename(name: str) -> Damage:
@@ -77,34 +75,24 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "an adapter": (rename("adapter_model.safetensors"), (f"no {WEIGHTS}",)),
     "nothing": (replace(lambda path: None), (f"no {WEIGHTS}",)),  # noqa: ARG005
     "a directory": (replace(Path.mkdir), (WEIGHTS,)),
-    "a dangling link": (replace(lambda path: path.symlink_to("gone")), (WEIGHTS,)),
     "a git-lfs pointer": (replace(lambda path: path.write_text(POINTER)), (WEIGHTS, "Download")),
     "another shape": (tensors(lambda t: t.update({UP: t[UP].T.contiguous()})), (UP, "[32, 48]")),
     "a missing tensor": (tensors(lambda t: t.pop(UP)), (f"lacks {UP}",)),
     "an unknown tensor": (tensors(lambda t: t.update(vision=torch.zeros(3))), ("unknown tensor",)),
-    "markup for a name": (tensors(lambda t: t.update({"[b]x[/b]": torch.zeros(3)})), ("[b]x[/b]",)),
     "a norm of zeros": (tensors(lambda t: t[NORM].fill_(0.0)), (NORM,)),
-    "a norm of NaN": (tensors(lambda t: t[NORM].fill_(float("nan"))), (NORM,)),
     "truncated": (bytes_of(lambda raw: raw[:-1]), (WEIGHTS, "truncated", "Download or copy it")),
-    "empty": (bytes_of(lambda raw: raw[:0]), (WEIGHTS, "truncated")),
     "a surplus": (bytes_of(lambda raw: raw + b"1234567"), ("7 bytes after the last tensor",)),
     "an overlap": (header(lambda held: shift(held, 1, -4)), (WEIGHTS, "overlaps")),
     "a hole": (header(lambda held: shift(held, 1, 4)), (WEIGHTS, "leaves a hole")),
-    "a hole first": (header(lambda held: shift(held, 0, 4)), ("leaves a hole after the header",)),
-    "past the end": (header(lambda held: shift(held, -1, 10**15)), ("leaves a hole",)),
     "a wrong size": (header(lambda held: entry(held).update(dtype="F16")), ("its offsets span",)),
     "an unknown dtype": (header(lambda held: entry(held).update(dtype="F4")), ("'F4'",)),
     "a negative shape": (header(lambda held: entry(held).update(shape=[-1])), ("invalid shape",)),
-    "an overflowing shape": (
-        header(lambda held: entry(held).update(shape=[2**62, 2**62])),
-        ("needs",),
-    ),
     **{
         f"{dtype}": (
             tensors(lambda t, dtype=dtype: t.update({UP: t[UP].to(dtype)})),  # type: ignore[misc]
             (UP, "F32, F16, BF16"),
         )
-        for dtype in (torch.int8, torch.float8_e4m3fn, torch.float64)
+        for dtype in (torch.int8, torch.float64)
     },
 }
 
@@ -115,28 +103,6 @@ def test_refuse_damaged_weights(llama: Path, tmp_path: Path, refuses: Refuses, k
     dense = clone(llama, tmp_path / "dense")
     damage(dense)
     refuses(dense, *words)
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "value", "words"),
-    [
-        (UP, (40, 5), 1e10, (f"{EXPERT}.1.w3.weight", "infinite", "f16")),  # in shard 1
-        ("lm_head.weight", (0, 0), -1e10, ("lm_head.weight", "infinite")),
-        (UP, (0, 0), 60000.0, (f"{EXPERT}.0.w3.weight", "infinite")),  # by the scale
-    ],
-)
-def test_refuse_values_that_overflow(
-    llama: Path,
-    tmp_path: Path,
-    refuses: Refuses,
-    name: str,
-    place: tuple[int, int],
-    value: float,
-    words: tuple[str, ...],
-) -> None:
-    dense = clone(llama, tmp_path / "dense")
-    save_tensors(dense, lambda held: held[name].__setitem__(place, value))
-    refuses(dense, *words, arguments=FLOAT16)
 
 
 def test_refuse_to_fuse_experts_of_two_dtypes(
@@ -150,13 +116,10 @@ def test_refuse_to_fuse_experts_of_two_dtypes(
     assert done.exit_code == 0, done.stderr
 
 
-@pytest.mark.parametrize("length", [2**63, 10**9, 200_000_000])
+@pytest.mark.parametrize("length", [2**63, 10**9])
 def test_refuse_a_huge_header(llama: Path, tmp_path: Path, length: int) -> None:
     path = clone(llama, tmp_path / "dense") / WEIGHTS
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    assert_refused(invoke("convert", path.parent, tmp_path / "moe", "-r", "E2G2T2"), "header")
-    with path.open("r+b") as file:
-        file.truncate(300_000_000)  # a hole: it takes no space
     assert_refused(invoke("convert", path.parent, tmp_path / "moe", "-r", "E2G2T2"), "header")
 
 
@@ -237,23 +200,17 @@ def second(sharded: Path) -> Path:
 
 
 ELSEWHERE: tuple[object, ...] = (
-    *("../elsewhere.safetensors", "sub/../../elsewhere.safetensors", "/etc/passwd", "", ".."),
-    *("sub\\shard.safetensors", "nul\0byte", None, 3, ["a.safetensors"], {}),
+    *("sub/../../elsewhere.safetensors", "/etc/passwd", "", "sub\\shard.safetensors"),
+    *("nul\0byte", None, ["a.safetensors"]),
 )
 OUTSIDE = "not a file of this directory"
 SHARD_DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a missing shard": (lambda d: second(d).unlink(), ("missing", "Download or copy it again")),
-    "a truncated shard": (
-        lambda d: second(d).write_bytes(second(d).read_bytes()[:-1]),
-        ("truncated",),
-    ),
     "no index": (lambda d: (d / INDEX).unlink(), (INDEX,)),
     "an empty index": (lambda d: (d / INDEX).write_text(""), (INDEX,)),
-    "an index of a list": (lambda d: (d / INDEX).write_text("[]"), (INDEX,)),
     "an index without places": (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), (INDEX,)),
     **{f"placed in {value!r}": (place(value), (OUTSIDE,)) for value in ELSEWHERE},
     "a shard outside": (move_out, ("elsewhere.safetensors", OUTSIDE)),
-    "a name too long": (place("x" * 5000), ("missing or unreadable",)),
     "a shard that is not there": (place("model-00099-of-00099.safetensors"), ("missing",)),
     "a tensor in another shard": (index_of(misplace), (INDEX, "model.norm.weight")),
     "a tensor that is not there": (

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import pytest
 import torch
 from conftest import (
-    REMOVED,
     TINY,
     clone,
     difference,
@@ -24,7 +23,6 @@ from conftest import (
     read_tensors,
     save_companions,
     validate_json,
-    write_json,
 )
 from refusals import assert_refused, invoke, save_tensors
 from safetensors.torch import save_file
@@ -129,14 +127,8 @@ def test_a_grown_moe_computes_the_same(
     assert difference(got, wanted) < 1e-5
     before, after = (read_json(path / "config.json") for path in (source, made))
     changed = {key: after[key] for key in after if after[key] != before[key]}
-    counts = {
-        "num_local_experts": expand * N,
-        "num_experts": expand * N,
-        "n_routed_experts": expand * N,
-        "num_experts_per_tok": expand * T,
-    }
-    assert changed.items() <= counts.items()
-    assert len(changed) == 2 + ("num_experts" in before and "num_local_experts" in before)
+    names = {"num_local_experts", "num_experts", "n_routed_experts"} & before.keys()
+    assert changed == dict.fromkeys(names, expand * N) | {"num_experts_per_tok": expand * T}
     assert before.keys() == after.keys()
     if expand == 2:
         report = verify(source, made, texts=FEW)
@@ -144,30 +136,21 @@ def test_a_grown_moe_computes_the_same(
         assert {check.status for check in report.checks} == {"passed"}
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "glm4_moe"])
-def test_convert_any_layout_to_any(make_moe: MakeMoe, tmp_path: Path, model_type: str) -> None:
-    source, ids = make_moe(model_type), random_ids()
-    wanted = logits(source, ids, torch.float32)
-    native = ExpertLayout.STACKED if model_type == "granitemoe" else ExpertLayout.PER_EXPERT
-    fused = convert(
-        source,
-        tmp_path / "fused",
-        Growth(expand=2),
-        options=Options(expert_layout=ExpertLayout.FUSED),
-    ).output
-    assert inspect(fused).expert_layout == "fused"
-    again = convert(
-        fused,
-        tmp_path / "again",
-        Growth(expand=2),
-        options=Options(expert_layout=native),
-    ).output
-    kept = convert(fused, tmp_path / "kept", Growth(expand=2)).output
-    assert (inspect(again).expert_layout, inspect(kept).expert_layout) == (native, "fused")
-    for origin, made in ((source, fused), (fused, again), (fused, kept)):
-        assert difference(logits(made, ids, torch.float32), wanted) < 1e-5
-        assert verify(origin, made, texts=FEW).passed
-    assert (inspect(again).num_experts, inspect(again).top_k) == (4 * N, 4 * T)
+@pytest.mark.parametrize(
+    ("model_type", "native"),
+    [("mixtral", ExpertLayout.PER_EXPERT), ("granitemoe", ExpertLayout.STACKED)],
+)
+def test_grow_into_another_layout_and_back(
+    make_moe: MakeMoe, tmp_path: Path, model_type: str, native: ExpertLayout
+) -> None:
+    source, ids, made = make_moe(model_type), random_ids(), [make_moe(model_type)]
+    for layout in (ExpertLayout.FUSED, None, native):
+        options, output = Options(expert_layout=layout), tmp_path / f"{len(made)}"
+        made.append(convert(made[-1], output, Growth(expand=2), options=options).output)
+        assert inspect(output).expert_layout == (layout or "fused")
+        assert verify(made[-2], output, texts=FEW).passed
+        assert difference(*(logits(path, ids, torch.float32) for path in (output, source))) < 1e-5
+    assert (inspect(made[-1]).num_experts, inspect(made[-1]).top_k) == (8 * N, 8 * T)
 
 
 def test_copies_lie_side_by_side_and_everything_else_is_copied(
@@ -188,12 +171,9 @@ def test_copies_lie_side_by_side_and_everything_else_is_copied(
     assert len(made) - len(held) == 2 * 2 * N * 3  # in two layers, of three matrices each
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "glm4_moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_round_weights_on_demand(
-    make_moe: MakeMoe, tmp_path: Path, model_type: str, dtype: str
-) -> None:
-    source = make_moe(model_type)
+def test_round_weights_on_demand(make_moe: MakeMoe, tmp_path: Path, dtype: str) -> None:
+    source = make_moe("glm4_moe")
     options = Options(dtype=dtype, max_shard_bytes=40_000)
     made = convert(source, tmp_path / "moe", Growth(expand=2), options=options).output
     dtypes = {name: held.dtype for name, held in read_tensors(made).items()}
@@ -204,21 +184,6 @@ def test_round_weights_on_demand(
     report = verify(source, made, texts=FEW)
     assert report.passed, report
     assert report.checks[-1].metrics["kl_mean_rounding"] != 0
-
-
-def test_copies_get_equal_gradients(make_moe: MakeMoe, tmp_path: Path) -> None:
-    """Nothing in training tells copies apart, as the warning says."""
-    from transformers import AutoModelForCausalLM
-
-    made = convert(make_moe("mixtral"), tmp_path / "moe", Growth(expand=2)).output
-    model = AutoModelForCausalLM.from_pretrained(made, experts_implementation="eager")
-    ids = random_ids()
-    model(ids, labels=ids, output_router_logits=True).loss.backward()
-    for layer in model.model.layers:
-        for held in (layer.mlp.experts.gate_up_proj, layer.mlp.gate.weight):
-            grad = held.grad
-            assert grad.abs().max() > 0
-            assert torch.allclose(grad[::2], grad[1::2], rtol=1e-4, atol=1e-7)
 
 
 def test_layers_that_predict_further_tokens_grow_too(make_moe: MakeMoe, tmp_path: Path) -> None:
@@ -233,8 +198,6 @@ def test_layers_that_predict_further_tokens_grow_too(make_moe: MakeMoe, tmp_path
     made = convert(source, tmp_path / "moe", Growth(expand=2)).output
     assert f"model.layers.3.mlp.experts.{2 * N - 1}.up_proj.weight" in read_tensors(made)
     assert verify(source, made, texts=FEW).passed
-    spoil(made, "model.layers.3.mlp.experts.3.up_proj.weight")
-    assert verify(source, made, texts=FEW, checks=["weights"]).status == "failed"
 
 
 def test_another_top_k_is_measured(make_moe: MakeMoe, tmp_path: Path) -> None:
@@ -248,14 +211,6 @@ def test_another_top_k_is_measured(make_moe: MakeMoe, tmp_path: Path) -> None:
     report = verify(source, done.output, texts=FEW)
     assert (report.status, report.promise) == ("measured", "none")
     assert 1e-6 < float(report.checks[-1].metrics["kl_mean"]) < 10
-
-
-def spoil(path: Path, name: str, change: Callable[[torch.Tensor], object] | None = None) -> None:
-    """Change a tensor of a checkpoint, by default one value a little."""
-    tensors = read_tensors(path)
-    held = tensors[name]
-    (change or (lambda tensor: tensor.view(-1)[0].add_(1e-3)))(held)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -281,72 +236,6 @@ def test_refuse_a_config_that_cannot_be_grown(
         convert(source, tmp_path / "moe", Growth(expand=2))
     assert words in str(refused.value)
     assert not (tmp_path / "moe").exists()
-
-
-LAYER = "model.layers.1.mlp"
-
-
-def reorder(*experts: int) -> Callable[[torch.Tensor], object]:
-    return lambda held: held.copy_(held[[*experts]].clone())
-
-
-DAMAGES: Mapping[str, tuple[str, Callable[[torch.Tensor], object] | None]] = {
-    "an expert": (f"{LAYER}.experts.3.up_proj.weight", None),
-    "the router": (f"{LAYER}.gate.weight", None),
-    "exchanged router rows": (f"{LAYER}.gate.weight", reorder(0, 2, 1, 3, 4, 5, 6, 7)),
-    "a copied router row": (f"{LAYER}.gate.weight", reorder(0, 0, 0, 0, 4, 5, 6, 7)),
-    "the correction bias": (f"{LAYER}.gate.e_score_correction_bias", None),
-    "the shared expert": (f"{LAYER}.shared_experts.up_proj.weight", None),
-    "a dense layer": ("model.layers.0.mlp.up_proj.weight", None),
-    "the sign of a zero": (
-        "model.layers.0.mlp.up_proj.weight",
-        lambda held: held.view(-1)[0].fill_(-0.0),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def grown(make_moe: MakeMoe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("grown") / "moe"
-    return convert(make_moe("glm4_moe"), path, Growth(expand=2)).output
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_find_damage_to_a_tensor_of_each_role(
-    make_moe: MakeMoe, grown: Path, tmp_path: Path, damage: str
-) -> None:
-    name, change = DAMAGES[damage]
-    made = clone(grown, tmp_path / "moe")
-    spoil(made, name, change)
-    report = verify(make_moe("glm4_moe"), made, checks=["weights"])
-    assert report.status == "failed"
-    assert name in report.checks[0].failures[0]
-
-
-@pytest.mark.parametrize(
-    ("file", "key", "value"),
-    [
-        ("config.json", "rms_norm_eps", 1e-3),
-        ("config.json", "hidden_act", REMOVED),
-        ("config.json", "n_routed_experts", N),
-        ("upcycle.json", "growth", {"expand": 3}),
-        ("upcycle.json", "growth", REMOVED),
-        ("upcycle.json", "promise", "none"),
-        ("upcycle.json", "expert_layout", "fused"),
-    ],
-)
-def test_a_damaged_config_or_record_does_not_pass(
-    make_moe: MakeMoe, grown: Path, tmp_path: Path, file: str, key: str, value: object
-) -> None:
-    made = clone(grown, tmp_path / "moe")
-    held = read_json(made / file)
-    held.pop(key)
-    write_json(made / file, held if value is REMOVED else held | {key: value})
-    try:
-        status = str(verify(make_moe("glm4_moe"), made, checks=["directory", "weights"]).status)
-    except UpcycleError:
-        status = "refused"
-    assert status != "passed"
 
 
 def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Path) -> None:
@@ -426,11 +315,6 @@ def test_refuse_options(
     assert done.exit_code == 2
     assert words in " ".join(done.stderr.split())
     assert not (tmp_path / "moe").exists()
-
-
-def test_refuse_to_grow_a_dense_model(llama: Path, tmp_path: Path) -> None:
-    for command in (("convert", llama, tmp_path / "moe"), ("inspect", llama)):
-        assert_refused(invoke(*command, "--expand", "2"), "this is a dense llama model", "--recipe")
 
 
 def test_grow_verify_and_inspect_on_the_command_line(make_moe: MakeMoe, tmp_path: Path) -> None:

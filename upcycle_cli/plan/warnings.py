@@ -7,21 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
-from upcycle_cli.core.text import any_of
 from upcycle_cli.models.engines import Support
-from upcycle_cli.models.families import targets_of
-from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
 from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import (
-    SHIPPED,
     TIE_LOGIT_STD,
     NeuronOrder,
     Promise,
     Routing,
-    ScaleSplit,
 )
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -185,22 +180,9 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         yield (
             f"c = {plan.factors.c:g} is no power of two: {part} of the experts is multiplied by "
             f"{plan.factors.of(part):g}, which {TORCH_DTYPES[dtype]} rounds, and the outputs "
-            f"differ by that. --dtype float32 keeps the product{_scale_elsewhere(plan)}."
+            "differ by that. --dtype float32 keeps the product, and so does a target whose config "
+            "holds c, by --scale-split config."
         )
-
-
-def _scale_elsewhere(plan: Plan) -> str:
-    """Say how else c is kept out of the experts: by a config that holds it, where one can."""
-    if plan.recipe.scale_split is ScaleSplit.CONFIG:
-        return ""
-    if plan.target.keys.scale is not None:
-        return ", --scale-split config keeps c in the config"
-    shared, family = plan.recipe.shared_experts, plan.family.dense.family
-    rows = [NATIVE[name] for name in targets_of(family) if name in NATIVE]
-    able = [row.model_type for row in rows if row.keys.scale and (row.shared or not shared)]
-    if family.classes and not shared:
-        able.append(SHIPPED)
-    return f", and the config of {any_of(able)} holds c itself (--target)" if able else ""
 
 
 def _source_warnings(plan: Plan) -> Iterator[str]:
