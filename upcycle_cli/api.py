@@ -213,7 +213,7 @@ def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> 
         source = open_source(request.source, request.revision)
         if not isinstance(request.recipe, Recipe):
             from upcycle_cli.plan.expand import build_growth
-            from upcycle_cli.plan.prompts import Prompts
+            from upcycle_cli.plan.texts import Prompts
 
             prompts = request.inputs is not None and isinstance(request.inputs.text, Prompts)
             if request.merge is not None or prompts:

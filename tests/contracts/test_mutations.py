@@ -33,7 +33,6 @@ from upcycle_cli.plan.expressions import (
     Scale,
     Slice,
     Source,
-    Zeros,
     type_of,
 )
 from upcycle_cli.recipe.recipe import Promise
@@ -273,8 +272,8 @@ ROWS: tuple[Row, ...] = (
     ("rows take turns between groups", "mixtral",
      nodes(r"\.gate\.weight", Repeat, lambda node: Concat((node.of, node.of)))),
     ("a correction bias prefers an expert", "by the config",
-     nodes("correction_bias", Zeros,
-           lambda _: Concat((Full("F32", (1,), 9.0), Zeros("F32", (3,)))))),
+     nodes("correction_bias", Full,
+           lambda _: Concat((Full("F32", (1,), 9.0), Full("F32", (3,)))))),
     # What is copied.
     ("k and v are exchanged", "mixtral", exchanged("v_proj", "k_proj", "layers.1")),
     ("norms are exchanged", "mixtral", exchanged("post_attention_layer", "input_layer")),

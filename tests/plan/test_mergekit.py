@@ -12,8 +12,8 @@ from shapes import make_recipe, tiny_config, write_hollow
 from upcycle_cli import UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.plan.merge import Merge
 from upcycle_cli.plan.mergekit import read_mergekit
-from upcycle_cli.plan.prompts import read_prompts
 from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.plan.texts import read_prompts
 
 CONTENT = {
     "base_model": "a",

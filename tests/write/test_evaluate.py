@@ -29,7 +29,6 @@ from upcycle_cli.plan.expressions import (
     Stack,
     TensorType,
     Transpose,
-    Zeros,
     contiguous_source,
     num_bytes,
     source_names,
@@ -84,7 +83,7 @@ VALUES: tuple[tuple[Expr, Compute], ...] = (
     (Halves(Concat((A, B, A, Slice(B, 0, 0, 2))), 7, 6),
      lambda t: torch.cat([t["a"], t["b"], t["a"], t["b"][:2]])[
          [0, 2, 4, 1, 3, 5, 6, 7, 9, 11, 8, 10, 12, 13]]),
-    (Zeros("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
+    (Full("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
     (Full("BF16", (5,), 0.001), lambda _: torch.full((5,), 0.001, dtype=torch.bfloat16)),
     (Full("F16", (2, 3), 0.1), lambda _: torch.full((2, 3), 0.1, dtype=torch.float16)),
 )
@@ -101,7 +100,7 @@ STRETCHES: tuple[tuple[Expr, tuple[str, int, int] | None], ...] = (
     (Slice(CUBE, 2, 0, 3), None),
     (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
     *((expr, None) for expr in (Cast(A, "F32"), Scale(A, 2.0), Repeat(A, 1), Transpose(A),
-                                Halves(A, 4, 2), Concat((A, B)), Stack((A,)), Zeros("F32", (2,)))),
+                                Halves(A, 4, 2), Concat((A, B)), Stack((A,)), Full("F32", (2,)))),
 )
 UNFIT: tuple[Expr, ...] = (
     Slice(A, 2, 0, 1), Slice(A, 0, 0, 5), Slice(A, 0, -1, 2), Slice(A, 1, 3, 2),
@@ -122,7 +121,6 @@ WORDS: tuple[tuple[Expr, str], ...] = (
     (Transpose(Slice(A, 0, 1, 3)), "transpose(a[1:3])"),
     (Slice(Select(STACK, 1), 0, 0, 2), "select(stack, 1)[0:2]"),
     (Halves(Slice(A, 0, 0, 4), 4, 2), "halves(a[0:4], 4, 2)"),
-    (Zeros("F32", (1,)), "zeros(F32, (1,))"),
     (Full("F32", (1,), 0.001), "full(F32, (1,), 0.001)"),
 )
 # fmt: on
@@ -180,7 +178,7 @@ def test_source_names_are_everything_that_is_read(tensors: Tensors) -> None:
     for expr in (Stack((joined, joined)), normal()):
         evaluate(expr, spy)
     assert read == {*source_names(joined), *source_names(normal())} == {"a", "b", "norm"}
-    assert list(source_names(Zeros("F32", (1,)))) == []
+    assert list(source_names(Full("F32", (1,)))) == []
 
 
 # Rounding ----------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from upcycle_cli.plan.calibration import Calibration, LayerFound
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.prompts import Prompts
-from upcycle_cli.plan.texts import CalibrationText
+from upcycle_cli.plan.texts import CalibrationText, Prompts
 from upcycle_cli.run.models import Model, TransformersError, load_config, transformers_errors
 from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
 

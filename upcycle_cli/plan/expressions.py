@@ -201,20 +201,12 @@ class Reinit:
 
 
 @dataclass(frozen=True, slots=True)
-class Zeros:
-    """All zeros."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Full:
     """A constant, rounded to float32 and then to the dtype."""
 
     dtype: str
     shape: tuple[int, ...]
-    value: float
+    value: float = 0.0
 
 
 Expr: TypeAlias = (
@@ -235,7 +227,6 @@ Expr: TypeAlias = (
     | RandomLike
     | AddNoise
     | Reinit
-    | Zeros
     | Full
 )
 
@@ -255,7 +246,7 @@ class TensorType:
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; ValueError when its parts do not fit."""
     match expr:
-        case Source() | Zeros() | Full() | Normal() | Constant():
+        case Source() | Full() | Normal() | Constant():
             return TensorType(expr.dtype, expr.shape)
         case Mean(parts, dtype):
             return TensorType(dtype, parts[0].shape)
@@ -362,7 +353,7 @@ def gather_input(expr: Expr) -> Expr | None:
 def operands(expr: Expr) -> tuple[Expr, ...]:
     """Return the expressions that one is made of."""
     match expr:
-        case Source() | Constant() | Zeros() | Full():
+        case Source() | Constant() | Full():
             return ()
         case Normal(norm=norm):
             return () if norm is None else (norm,)

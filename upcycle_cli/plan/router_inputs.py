@@ -10,9 +10,8 @@ from typing import Self
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.prompts import Prompts, read_prompts
 from upcycle_cli.plan.tensor_files import RouterFile, RouterRows, order_name, read_router_file
-from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, Prompts, calibration_text, read_prompts
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 
 
@@ -46,17 +45,15 @@ class RouterInputs:
         """
         if (self.rows is not None) != (recipe.router_init is RouterInit.FILE):
             raise UpcycleError(
-                "rows of a router come from a file, and there is none."
-                if self.rows is None
-                else f"a file of router rows was given, and --router-init is {recipe.router_init}.",
+                f"--router-init is {recipe.router_init}, and "
+                f"{'no file' if self.rows is None else 'a file'} of router rows was given.",
                 "Give the file itself: --router-init ROWS.safetensors.",
             )
         text = self.text
         if isinstance(text, Prompts) != (recipe.router_init is RouterInit.PROMPTS):
             raise UpcycleError(
-                f"prompts are given, and --router-init is {recipe.router_init}."
-                if isinstance(text, Prompts)
-                else "rows are to be made of prompts, and there are none.",
+                f"--router-init is {recipe.router_init}, and "
+                f"{'prompts' if isinstance(text, Prompts) else 'no prompts'} were given.",
                 "Give both, or neither: --router-init prompts and --positive-prompts FILE.",
             )
         if text is None and recipe.calibrates:

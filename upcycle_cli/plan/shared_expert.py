@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Layout
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
-from upcycle_cli.plan.expressions import Concat, Expr, RandomLike, Scale, Zeros
+from upcycle_cli.plan.expressions import Concat, Expr, Full, RandomLike, Scale
 
 _SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale
 _HALF_LOGIT_STD = 1e-9
@@ -53,7 +53,7 @@ def _inert(parts: DenseParts, layer: int, mlp: Sequence[Weight], part: str, size
     hidden = parts.family.dense.hidden_size
     shared = parts.family.target.shared
     if part == "down" and shared is not None and shared.norm is None:
-        return Zeros(parts.mlp_dtype(layer, mlp), (hidden, size))
+        return Full(parts.mlp_dtype(layer, mlp), (hidden, size))
     rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
     sample = parts.neurons(layer, mlp, part, (0, rows))
     stream = f"layers.{layer}.shared_expert.{part}"

@@ -92,7 +92,7 @@ class TensorMaker:
         for linear in self.parts.family.target.required_biases:
             if f"{prefix}{linear}.bias" not in names:
                 weight = ex.type_of(self.parts.tensor(f"{prefix}{linear}.weight"))
-                bias = ex.Zeros(weight.dtype, weight.shape[:1])
+                bias = ex.Full(weight.dtype, weight.shape[:1])
                 yield OutputTensor.of(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
 
     def _mixture(self, layer: int, mlp: Sequence[Weight]) -> Iterator[OutputTensor]:
@@ -103,7 +103,7 @@ class TensorMaker:
         yield OutputTensor.of(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
         name = target.correction_bias_name(layout, str(recipe.routing))
         if target.correction_bias is not None and name is not None:
-            bias = ex.Zeros("F32", target.correction_bias.shape(recipe.num_experts))
+            bias = ex.Full("F32", target.correction_bias.shape(recipe.num_experts))
             yield OutputTensor.of(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         groups = self._groups(layer)
         weights = [weight for weight in layout.experts if {*weight.parts} <= {*parts_of(mlp)}]

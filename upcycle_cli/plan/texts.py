@@ -1,21 +1,33 @@
-"""The texts that a model is run on, as files hold them, and the digest that identifies them."""
+"""The texts and prompts that a model is run on, as files hold them, and their digests.
+
+A file of prompts is YAML or JSON and maps each model of a merge to its prompts, from whose hidden
+states router rows are made; or it is a mergekit-moe file.
+"""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import open_regular
 from upcycle_cli.core.text import printable
+from upcycle_cli.plan.mergekit import place_of, read_yaml
 
 BUILTIN = "builtin"
 _MOST_BYTES = 1_000_000
+_KINDS = ("positive_prompts", "negative_prompts")
+_FORM = (
+    'Write {"MODEL": ["a prompt", …]} for each, or {"MODEL": {"positive_prompts": […], '
+    '"negative_prompts": […]}}.'
+)
 
 Text = str | list[dict[str, Any]]
 """A text, or the messages of a chat."""
@@ -32,7 +44,11 @@ class CalibrationText:
     @property
     def digest(self) -> str:
         """The SHA-256 of all texts."""
-        return hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()
+        return _digest(self.texts)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def calibration_text(place: str | Path, what: str = "the calibration text") -> CalibrationText:
@@ -98,3 +114,86 @@ def builtin_texts() -> list[Text]:
     found: list[Text] = [(texts / f"{name}.txt").read_text(encoding="utf-8") for name in names]
     chats = (texts / "chat.jsonl").read_text(encoding="utf-8").splitlines()
     return found + [json.loads(line)["messages"] for line in chats]
+
+
+@dataclass(frozen=True)
+class ModelPrompts:
+    """The prompts that a model is for, and those that it is not for."""
+
+    model: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+
+    def means(self, model: Checkpoint) -> bool:
+        """Whether `model` is meant: by its path, its name or the last part of its name."""
+        name = self.model.partition("@")[0]
+        return name in (model.name, model.name.rpartition("/")[2]) or (
+            Path(name).resolve() == model.path.resolve()
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of each model, and the name of their file."""
+
+    name: str
+    models: tuple[ModelPrompts, ...]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all prompts."""
+        return _digest([asdict(model) for model in self.models])
+
+    def of_groups(self, models: Sequence[Checkpoint]) -> tuple[ModelPrompts, ...]:
+        """Return the prompts of each group from the groups' models; UpcycleError if some lack any.
+
+        A model with several groups needs as many entries, in the order of the groups.
+        """
+        left, found = list(self.models), []
+        for model in models:
+            fits = next((each for each in left if each.means(model)), None)
+            if fits is None:
+                named = ", ".join(each.model for each in left) or "no other"
+                raise UpcycleError(
+                    f"{self.name} has no prompts for {model.name}; there is {named}.",
+                    "Each group needs prompts of its own, or some would be chosen alike.",
+                )
+            left.remove(fits)
+            found.append(fits)
+        if left:
+            raise UpcycleError(f"{self.name} has prompts for {left[0].model}, and no group is its.")
+        return tuple(found)
+
+
+def read_prompts(path: Path) -> Prompts:
+    """Return the prompts of a file; UpcycleError for a file of another form."""
+    content = read_yaml(path)
+    if isinstance(content, dict) and isinstance(content.get("experts"), list):
+        items = [
+            (place_of(each.get("source_model"), path), {key: each.get(key) for key in _KINDS})
+            for each in content["experts"]
+            if isinstance(each, dict)
+        ]
+    elif isinstance(content, dict):
+        items = [(str(model), said) for model, said in content.items()]
+    else:
+        raise UpcycleError(f"{path} has no prompts of models.", _FORM)
+    return Prompts(printable(path.name), tuple(_prompts(path, items)))
+
+
+def _prompts(path: Path, items: Sequence[tuple[str, Any]]) -> Iterator[ModelPrompts]:
+    for model, said in items:
+        held = said if isinstance(said, dict) else {"positive_prompts": said}
+        if odd := held.keys() - {*_KINDS}:
+            raise UpcycleError(f"{path}: {model} has {shown(min(odd))}, which is unknown.", _FORM)
+        positive, negative = (_prompt_texts(path, model, key, held.get(key)) for key in _KINDS)
+        if not positive:
+            raise UpcycleError(f"{path}: {model} has no positive prompts.", _FORM)
+        yield ModelPrompts(model, positive, negative)
+
+
+def _prompt_texts(path: Path, model: str, key: str, value: object) -> tuple[str, ...]:
+    texts = [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise UpcycleError(f"{path}: {key} of {model} must be a list of texts.", _FORM)
+    return tuple(texts)

@@ -26,10 +26,10 @@ from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.merge import Merge, model_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Plan, Upcycling
-from upcycle_cli.plan.prompts import Prompts
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import check_neuron_orders
 from upcycle_cli.plan.tensors import TensorMaker
+from upcycle_cli.plan.texts import Prompts
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise, Recipe, ScaleSplit, Scaling
 

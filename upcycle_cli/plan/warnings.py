@@ -62,7 +62,6 @@ def warnings(plan: Plan) -> Iterator[str]:
         )
     if plan.expansion is None:
         yield from training_warnings(plan)
-        yield from _tie_warnings(plan)
         yield from _storage_warnings(plan)
         yield from _source_warnings(plan)
     for engine in plan.engines:
@@ -108,6 +107,12 @@ def training_warnings(plan: Plan) -> Iterator[str]:
             "trained better where both were measured, at a tiny scale; with granularity, so did "
             "--router-logit-std 1, at the price of equality."
         )
+        std = recipe.router_logit_std or 1.0
+        if recipe.group_size > 1 and recipe.expansion > 1 and std < TIE_LOGIT_STD:
+            yield (
+                f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
+                f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
+            )
 
 
 def _no_gradient(plan: Plan) -> str:
@@ -129,17 +134,6 @@ def _no_gradient(plan: Plan) -> str:
             "trained better, at a tiny scale."
         )
     return text
-
-
-def _tie_warnings(plan: Plan) -> Iterator[str]:
-    recipe, std = plan.recipe, plan.recipe.router_logit_std or 1.0
-    approximate = plan.promise is Promise.APPROXIMATE
-    splittable = recipe.group_size > 1 and recipe.expansion > 1
-    if approximate and splittable and std < TIE_LOGIT_STD:
-        yield (
-            f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
-            f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
-        )
 
 
 def _storage_warnings(plan: Plan) -> Iterator[str]:

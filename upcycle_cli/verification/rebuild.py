@@ -25,10 +25,9 @@ from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.merge import Merge, Rest
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.prompts import ModelPrompts, Prompts
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRows, order_name
-from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, ModelPrompts, Prompts, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.growth import Growth
 from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Recipe, RouterInit

@@ -36,7 +36,6 @@ from upcycle_cli.plan.expressions import (
     Source,
     Stack,
     Transpose,
-    Zeros,
     contiguous_source,
     leaves,
     type_of,
@@ -182,8 +181,6 @@ def _value(  # noqa: C901, PLR0911, PLR0912 - one case per kind
             return _normal(expr, _norm(values) / math.sqrt(max(1, values.size)), dtype)
         case AddNoise(of=of) | Reinit(of=of):
             return drawn_on(expr, _value(of, read, vanished))[0]
-        case Zeros(dtype, shape):
-            return np.zeros(shape, NUMPY_DTYPES[dtype])
         case Full(dtype, shape, value):
             return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
         case _:
