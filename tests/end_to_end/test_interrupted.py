@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,6 @@ from engine_fixtures import (
     plan_of,
     run,
     start,
-    system,
     wait_until,
 )
 
@@ -287,79 +285,71 @@ def test_a_verification_that_cannot_run_keeps_the_weights(
 
 # Durability ---------------------------------------------------------------------------------------
 
-_CALL = re.compile(r"(?P<pid>\d+)\s+(?P<name>\w+)\((?P<arguments>.*)")
-_DESCRIPTOR = re.compile(r"\d+<(?P<path>/[^>]*)>")
-_QUOTED = re.compile(r'"(?P<path>/[^"]*)"')
-WRITES = {"write", "pwrite64", "writev", "sendfile", "copy_file_range", "ioctl", "ftruncate"}
-CALLS = ",".join(WRITES) + ",fsync,fdatasync,sync,syncfs,rename,renameat,renameat2,unlink,unlinkat"
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Each call that makes something durable or changes a name, with the path that it was about."""
+    found: list[tuple[str, str]] = []
 
-def trace(command: list[str], tmp_path: Path) -> list[tuple[str, list[str]]]:
-    """Run a command; return each of its calls in order, with the paths that it was about."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    probe = system("strace", "-f", "true")
-    if probe.returncode:
-        pytest.skip(f"strace cannot trace here: {probe.stderr.strip()}")
-    log, calls = tmp_path / "trace", list[tuple[str, list[str]]]()
-    words = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(log), *command]
-    done = run(words)
-    assert done.returncode == 0, done.stderr
-    for line in log.read_text().splitlines():
-        match = _CALL.match(line)
-        if match is not None and " = -1 " not in line:
-            named = match["name"].startswith(("rename", "unlink"))
-            calls.append((match["name"], (_QUOTED if named else _DESCRIPTOR).findall(line)))
-    return calls
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+            place = arguments[name in {"rename", "replace"}]  # the new name
+            path = str(place)
+            if isinstance(place, int):
+                path = str(Path(f"/proc/self/fd/{place}").readlink())
+            result = real(*arguments, **options)
+            found.append((name, path))
+            return result
+
+        return call
+
+    for name in ("pwrite", "fsync", "fdatasync", "rename", "replace", "unlink"):
+        monkeypatch.setattr(os, name, watched(name))
+    return found
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
 def test_everything_is_durable_before_it_is_published(
-    small: Path, tmp_path: Path, *, replacing: bool
+    small: Path, tmp_path: Path, calls: list[tuple[str, str]], *, replacing: bool
 ) -> None:
-    options = ["--max-shard-size", "40KB", "--checksums"]
     output = tmp_path / "new" / "and deeper" / "moe"
     if replacing:
         execute(plan_of(small, "E2G1T2"), output)
-        options.append("--overwrite")
-    calls = trace(convert_command(small, output, *options, recipe="E4G1T2"), tmp_path)
+        calls.clear()
+    execute(plan_of(small, "E4G1T2", max_shard_bytes=40_000), output, overwrite=replacing)
     partial = partial_of(output)
-    published = calls.index(("rename", [str(partial), str(output)]))
-
-    def last(names: set[str], path: Path, before: int = published) -> int:
-        """The last call on a path before another, −1 for none; a copy's target comes last."""
-        return max(
-            (i for i, (name, paths) in enumerate(calls[:before])
-             if name in names and str(path) in (paths[:1] if name != "copy_file_range" else paths)),
-            default=-1,
-        )  # fmt: skip
-
+    published = calls.index(("rename", str(output)))
     shards = [name for name in contents(output) if name.endswith(".safetensors")]
     assert len(shards) > 3
     for name in shards:
-        temporary = partial / (name + TEMPORARY_SUFFIX)
-        named = calls.index(("rename", [str(temporary), str(partial / name)]))
-        assert 0 <= last(WRITES, temporary) < last({"fsync"}, temporary, named) < named
-    for name in contents(output):
-        assert last({"fsync"}, partial / name) > last(WRITES, partial / name), name
-    entries_changed = max(
-        i for i, (name, paths) in enumerate(calls[:published])
-        if name.startswith(("rename", "unlink")) and paths and Path(paths[-1]).parent == partial
-    )  # fmt: skip
-    assert last({"fsync"}, partial) > entries_changed
-    assert ("fsync", [str(output.parent)]) in calls[published:]
+        temporary = str(partial / (name + TEMPORARY_SUFFIX))
+        named = calls.index(("rename", str(partial / name)))
+        written = max(i for i, call in enumerate(calls) if call == ("pwrite", temporary))
+        assert written < calls.index(("fsync", temporary), written) < named
+    for name in contents(output).keys() - {*shards}:
+        path = str(partial / name)  # flushed under its name, or before it gets the name
+        named = calls.index(("replace", path)) if ("replace", path) in calls else -1
+        assert ("fsync", path) in calls[:published] or calls[named - 1][0] == "fsync", name
+    changed = [
+        i
+        for i, (name, path) in enumerate(calls[:published])
+        if name in {"rename", "replace", "unlink"} and Path(path).parent == partial
+    ]
+    assert ("fsync", str(partial)) in calls[max(changed) : published]
+    after = calls[published:]
+    assert ("fsync", str(output.parent)) in after
     if replacing:
         # The old one goes only once it is certain that the new one stays.
-        removed = next(i for i, (name, paths) in enumerate(calls)
-                       if i > published and name.startswith("unlink") and paths)  # fmt: skip
-        assert calls.index(("fsync", [str(output.parent)]), published) < removed
+        removed = next(i for i, (name, _) in enumerate(after) if name == "unlink")
+        assert after.index(("fsync", str(output.parent))) < removed
     else:
         for parent in output.parent.parents[:2]:
-            assert ("fsync", [str(parent)]) in calls[published:]
+            assert ("fsync", str(parent)) in after
 
 
-def test_no_fsync_is_no_fsync(small: Path, tmp_path: Path) -> None:
-    options = ("--max-shard-size", "40KB", "--no-fsync")
-    calls = trace(convert_command(small, tmp_path / "moe", *options, recipe="E4G1T2"), tmp_path)
-    assert any(name == "pwrite64" for name, _ in calls)
+def test_no_fsync_is_no_fsync(small: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    execute(plan_of(small, "E4G1T2"), tmp_path / "moe", writing=WriteOptions(fsync=False))
+    assert "pwrite" in {name for name, _ in calls}
     assert not [name for name, _ in calls if "sync" in name]
