@@ -39,16 +39,6 @@ def neuron_hashes(matrix: NDArray[Any], dim: int, part: str) -> Hashes:
     return total
 
 
-def match_hashes(held: Hashes, wanted: Hashes) -> NDArray[np.intp] | None:
-    """Return by held neuron the wanted one with its hash, each once; None where there is none."""
-    by_held, by_wanted = np.argsort(held, kind="stable"), np.argsort(wanted, kind="stable")
-    if not np.array_equal(held[by_held], wanted[by_wanted]):
-        return None
-    order = np.empty(len(held), np.intp)
-    order[by_held] = by_wanted
-    return order
-
-
 @lru_cache(maxsize=32)
 def _factors(part: str, count: int) -> Hashes:
     seed = np.frombuffer(part.encode(), np.uint8).astype(np.uint32)
