@@ -11,15 +11,16 @@ import mmap
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from threading import Event, Lock
 from typing import NamedTuple
 
 import numpy as np
 
+from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.checkpoint.header import TensorEntry
+from upcycle_cli.checkpoint.header import ITEM_BYTES, TensorEntry
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, gather_input, leaves, num_bytes
@@ -76,19 +77,16 @@ def check_weights(
         notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
     if known.orders:
         notes.append(f"{len(known.orders)} orders of neurons were found by their weights.")
-    if skipped and not findings:
-        notes.append(f"{len(skipped)} tensors could not be compared: {open_experts}.")
-    unproven = evidence.unproven or (open_experts if skipped else None)
+    if skipped:
+        notes.append(f"{len(skipped)} tensors could not be compared.")
     metrics = {"tensors": len(compared), "bytes": sum(moe.tensors[t.name].nbytes for t in compared)}
     passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
-    if unproven is not None and not findings:
+    unproven = evidence.unproven or (open_experts if skipped else None)
+    if unproven is not None:
         passed = f"Nothing differs, but not everything is proven: {unproven}."
     found = findings.result(NAME, passed, metrics, " ".join(notes))
-    if unproven is not None and not findings:
-        found = CheckResult(
-            name=NAME, status=Status.MEASURED, detail=found.detail, metrics=found.metrics
-        )
-    return found
+    is_measured = unproven is not None and not findings
+    return replace(found, status=Status.MEASURED) if is_measured else found
 
 
 def _matched(
@@ -197,8 +195,7 @@ class _Scan:
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-        names = [*tensors]
-        order = {name: number for number, name in enumerate(names)}
+        order = {name: number for number, name in enumerate(tensors)}
         return sorted(self.differing, key=lambda each: (order[each.name], each.start))
 
     def _compare(self, leaves_: Mapping[Expr, Sequence[Place]]) -> int:
@@ -235,7 +232,7 @@ class _Scan:
         _populate(addresses[0], len(one))
         if _libc().memcmp(*addresses, len(one)) == 0:
             return True
-        return equal_but_nan(data, value, self.entries[place.name].dtype)
+        return _equal_but_nan(data, value, self.entries[place.name].dtype)
 
     def _count(self, nbytes: int) -> None:
         with self._lock:
@@ -247,17 +244,12 @@ class _Scan:
             self.held.release()
 
 
-def equal_but_nan(one: memoryview, other: memoryview, dtype: str) -> bool:
+def _equal_but_nan(one: memoryview, other: memoryview, dtype: str) -> bool:
     """Whether values are equal but for which nan they hold: that depends on who computed it."""
-    kind, infinity = {
-        "F32": ("<u4", 0xFF << 24),
-        "F16": ("<u2", 0x1F << 11),
-        "BF16": ("<u2", 0xFF << 8),
-    }[dtype]
-    left, right = (np.frombuffer(bytes(data), kind) for data in (one, other))
-    differ = left != right
-    nans = ((left << 1) > infinity) & ((right << 1) > infinity)
-    return not (differ & ~nans).any()
+    shape = (len(one) // ITEM_BYTES[dtype],)
+    left, right = (as_float32(bytes(data), dtype, shape) for data in (one, other))
+    same = (left.view("<u4") == right.view("<u4")) | (np.isnan(left) & np.isnan(right))
+    return bool(same.all())
 
 
 def _populate(address: int, nbytes: int) -> None:
