@@ -122,6 +122,11 @@ def plan_of(dense: Path, recipe: str = "E8G1T2", **options: Any) -> Plan:  # noq
     return build_plan(wanted, open_checkpoint(dense), options=Options(**options))
 
 
+def unique_bytes(plan: Plan) -> int:
+    """The bytes of an output that shares the extents of all copies."""
+    return plan.source.nbytes + sum(t.nbytes for t in plan.tensors if t.role == "router")
+
+
 class Advance(Hooks[Any, Any]):
     """Call a function with the bytes of each step of writing."""
 

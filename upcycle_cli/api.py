@@ -159,7 +159,7 @@ def preview(
     try:
         if not overwrite and is_finished(plan, output):
             return plan, [f"{output} is already what this command makes."]
-        check_before(plan, output, overwrite=overwrite, team=Team())
+        check_before(plan, output, overwrite=overwrite)
     except UpcycleError as error:
         return plan, [f"without --dry-run this is refused: {' '.join(str(error).split())}"]
     if not partial_of(output).exists():
@@ -179,7 +179,7 @@ def execute(
         recovered = recover(output) if team.leads else None
         finished = team.leads and not overwrite and is_finished(plan, output)
         if team.leads and not finished:
-            check_before(plan, output, overwrite=overwrite, team=team)
+            check_before(plan, output, overwrite=overwrite)
         return recovered, finished
 
     # Refuse whatever can be refused before gigabytes are downloaded.

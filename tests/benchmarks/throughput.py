@@ -57,7 +57,6 @@ from upcycle_cli import Recipe
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
-from upcycle_cli.write.file_layout import unique_bytes
 
 SHORT = Recipe(expansion=8, granularity=1, top_k=2)
 START_UP_COUNTS_FROM_GB = 2.4
@@ -149,7 +148,7 @@ class _Benchmark:
         dense = self.directory / "dense"
         dense_bytes = make_dense(dense, gigabytes)
         plan = _plan(dense)
-        unique = unique_bytes(plan.shards)
+        unique = dense_bytes + sum(t.nbytes for t in plan.tensors if t.role == "router")
         title = (
             f"{kind}, {dense_bytes / 1e9:.2f} GB dense, {plan.nbytes / 1e9:.2f} GB of MoE, "
             f"of which {unique / 1e9:.2f} GB are unique"

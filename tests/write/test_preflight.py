@@ -86,7 +86,7 @@ def test_outputs_that_cannot_be_made(
         ("dangling", "is a symbolic link"),
         ("loop", "loop"),
         ("loop/moe", "loop"),
-        (long, long, "too long", "at most 255 bytes"),
+        (long, long, "too long"),
         ("/proc/moe", "/proc/moe"),  # not even root can make a directory there
         ("/dev/shm", "mount point", "/dev/shm/moe"),  # noqa: S108
     ):
@@ -163,13 +163,12 @@ def test_what_an_earlier_run_left_counts_as_free(
 ) -> None:
     output = tmp_path / "moe"
     partial_of(output).mkdir()
-    shared = 150_000 if shares else 1_000_000
-    disk_with(monkeypatch, shared // 2, shares=shares)
-    with pytest.raises(UpcycleError, match="not enough disk space"):
-        check_space(output, 1_000_000, shared=shared)
-    # The system counts shared extents once for each file: what is left counts in proportion.
+    disk_with(monkeypatch, 500_000, shares=shares)
+    if not shares:  # nobody knows how much shared extents will take
+        with pytest.raises(UpcycleError, match="not enough disk space"):
+            check_space(output, 1_000_000)
     (partial_of(output) / "shard").write_bytes(bytes(600_000))
-    check_space(output, 1_000_000, shared=shared)
+    check_space(output, 1_000_000)
 
 
 @pytest.fixture(scope="module")

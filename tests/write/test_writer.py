@@ -51,7 +51,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write import evaluate as evaluation
 from upcycle_cli.write import writer
 from upcycle_cli.write.evaluate import Read, evaluate
-from upcycle_cli.write.file_layout import lay_out, unique_bytes
+from upcycle_cli.write.file_layout import lay_out
 from upcycle_cli.write.record import index_of
 from upcycle_cli.write.writer import WriteOptions, write_weights
 
@@ -417,12 +417,6 @@ def test_threads_and_fsync_do_not_change_a_byte(
         execute(plan, tmp_path / str(number), writing=writing, hooks=Advance(told.append))
         assert contents(tmp_path / "one") == contents(tmp_path / str(number))
     assert sum(told) == 3 * plan.nbytes
-
-
-def test_unique_bytes_are_the_dense_model_and_the_routers(tmp_path: Path) -> None:
-    plan = plan_of(make_dense(tmp_path / "dense", hidden=64, inner=512, vocab=64), "E8G1T2")
-    routers = sum(tensor.nbytes for tensor in plan.tensors if tensor.role is Role.ROUTER)
-    assert unique_bytes(plan.shards) == plan.source.nbytes + routers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

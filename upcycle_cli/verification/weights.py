@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,15 +23,15 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TensorEntry
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.expressions import Cast, Expr, gather_input, leaves, num_bytes
+from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Difference, explain
 from upcycle_cli.verification.result import CheckResult, Findings, Status
 from upcycle_cli.verification.unknowns import Known, Orders, is_open, read_rows, rows_differ
-from upcycle_cli.write.evaluate import evaluate, evaluate_together
-from upcycle_cli.write.transpose import in_pieces
+from upcycle_cli.write.evaluate import evaluate_together
+from upcycle_cli.write.file_layout import bundles
 
 NAME = "weights"
 _THREADS = 4  # a disk answers several questions at once
@@ -176,10 +176,6 @@ class _Scan:
                 if nbytes:
                     places.setdefault(leaf, []).append(Place(name, start, nbytes))
                 start += nbytes
-        bundles: dict[tuple[Expr, bool], list[Expr]] = {}
-        for leaf in places:
-            rows = gather_input(leaf)
-            bundles.setdefault((rows or leaf, rows is None), []).append(leaf)
         total = sum(place.nbytes for found in places.values() for place in found)
         done = 0
         self.watch.checked(0, total, "bytes")
@@ -187,7 +183,7 @@ class _Scan:
         try:
             jobs = [
                 pool.submit(self._compare, {leaf: places[leaf] for leaf in bundle})
-                for bundle in bundles.values()
+                for bundle in bundles([*places])
             ]
             for job in as_completed(jobs):
                 done += job.result()
@@ -204,7 +200,7 @@ class _Scan:
         if self._stop.is_set():
             return 0
         positions = [0] * len(exprs)
-        for number, value in self._values(exprs):
+        for number, value in evaluate_together(exprs, self.source.mapped):
             start, expr = positions[number], exprs[number]
             positions[number] += len(value)
             for step in range(0, len(value), _STEP_BYTES):
@@ -215,12 +211,6 @@ class _Scan:
         with self._lock:
             self.differing += [Difference(p.name, p.start, expr) for expr, p in wrong]
         return sum(place.nbytes for found in leaves_.values() for place in found)
-
-    def _values(self, exprs: Sequence[Expr]) -> Iterator[tuple[int, memoryview]]:
-        if len(exprs) > 1 or in_pieces(exprs[0]):
-            yield from evaluate_together(exprs, self.source.mapped, lambda _: None)
-        else:
-            yield 0, evaluate(exprs[0], self.source.mapped)
 
     def _holds(self, place: Place, start: int, value: memoryview) -> bool:
         """Whether the bytes of a place from `start` on are these."""

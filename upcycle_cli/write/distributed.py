@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
@@ -21,9 +21,6 @@ from upcycle_cli.plan.output import Shard
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import WriteOptions, Written, write_weights
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest one, however large the model
@@ -44,11 +41,9 @@ class Team:
         size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
         if not 0 <= rank < size:
             raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
-        if size > 1:
-            missing = [name for name in _NEEDED if not os.environ.get(name)]
-            if missing:
-                raise _leftover(f"WORLD_SIZE is {size}, without {', '.join(missing)}.")
-            _number("MASTER_PORT", 0)
+        missing = [name for name in _NEEDED if not os.environ.get(name)]
+        if size > 1 and missing:
+            raise _leftover(f"WORLD_SIZE is {size}, without {', '.join(missing)}.")
         return cls(rank, size)
 
     @property
@@ -66,11 +61,9 @@ class Team:
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)
         limit = timedelta(seconds=seconds)
         try:
-            store: Store
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=limit))
             names = [f"upcycle/{rank}" for rank in range(self.size)]
             store.set(names[self.rank], "here")
@@ -78,7 +71,7 @@ class Team:
         except (RuntimeError, ValueError) as error:
             raise _leftover(
                 f"WORLD_SIZE says that {self.size} processes share this, and within {seconds} s "
-                f"not all of them came to {place}."
+                f"not all of them came to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
             ) from error
         dist.init_process_group(
             "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE

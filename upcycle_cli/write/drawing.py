@@ -16,7 +16,7 @@ from upcycle_cli.checkpoint.arrays import rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
 from upcycle_cli.write.rng import generator, permutation
-from upcycle_cli.write.rounding import OverflowInCastError
+from upcycle_cli.write.rows import OverflowInCastError
 from upcycle_cli.write.running_stats import Moments
 
 if TYPE_CHECKING:

@@ -11,19 +11,17 @@ what disks and copies do to bytes; it does not stop somebody who wants to deceiv
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 
 from xxhash import xxh3_128
 
 from upcycle_cli.core.platform import BLOCK_BYTES
-from upcycle_cli.plan.expressions import Expr, leaves, num_bytes
-from upcycle_cli.plan.output import OutputTensor, Role, Shard
-from upcycle_cli.write.transpose import draws
+from upcycle_cli.plan.expressions import Expr, gather_input, leaves, num_bytes
+from upcycle_cli.plan.output import OutputTensor, Shard
 
 _PIECE_BYTES = 1 << 20
 
@@ -46,11 +44,6 @@ class Layout:
     parts: tuple[Part, ...]
     nbytes: int
 
-    @property
-    def drawn(self) -> list[str]:
-        """The streams of the noise and the new neurons of experts."""
-        return [stream for part in self.parts for stream in draws(part.expr)]
-
 
 def lay_out(shard: Shard) -> Layout:
     """Return the layout of a file of the output."""
@@ -70,18 +63,14 @@ def lay_out(shard: Shard) -> Layout:
     return Layout(header, parts, position)
 
 
-def unique_bytes(shards: Iterable[Shard]) -> int:
-    """Return the bytes that files take on a file system that shares extents."""
-    shared: dict[Expr, int] = {}
-    unshared = 0
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        for leaf in leaves(tensor.expr):
-            nbytes = tensor.nbytes if leaf is tensor.expr else num_bytes(leaf)
-            if tensor.nbytes % BLOCK_BYTES == 0 and nbytes % BLOCK_BYTES == 0:
-                shared[leaf] = nbytes
-            else:
-                unshared += nbytes
-    return unshared + sum(shared.values())
+def bundles(exprs: Sequence[Expr]) -> list[list[Expr]]:
+    """Return expressions in groups to be evaluated together: those with columns of equal rows."""
+    found: dict[tuple[Expr, bool], list[Expr]] = {}
+    for expr in exprs:
+        rows = gather_input(expr)
+        # The rows can be a part, too.
+        found.setdefault((rows or expr, rows is None), []).append(expr)
+    return [*found.values()]
 
 
 def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
@@ -90,11 +79,11 @@ def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
 
 
 def read_back(
-    file: BufferedReader, layout: Layout, advance: Callable[[int], None]
-) -> tuple[dict[Expr, bytes], dict[str, str]] | None:
-    """Return the digest of each part and the SHA-256 of each router; None for another layout.
+    file: BufferedReader, layout: Layout, check_running: Callable[[], None]
+) -> dict[Expr, bytes] | None:
+    """Return the digest of each part; None for another layout. Raises OSError.
 
-    `advance` receives the bytes that were read. Raises OSError.
+    `check_running` is called before each piece, and may raise to stop.
     """
     buffer = memoryview(bytearray(max(_PIECE_BYTES, len(layout.header))))
     header = buffer[: len(layout.header)]
@@ -103,24 +92,18 @@ def read_back(
     if file.readinto(header) < len(header) or header != layout.header:
         return None
     parts: dict[Expr, bytes] = {}
-    routers: dict[str, str] = {}
     places = [(offset, part) for part in layout.parts for offset in part.offsets]
     for _, part in sorted(places, key=lambda place: place[0]):
-        digest, router = xxh3_128(), hashlib.sha256()
-        is_router = part.tensor.role is Role.ROUTER
+        digest = xxh3_128()
         for start in range(0, part.nbytes, _PIECE_BYTES):
+            check_running()
             piece = buffer[: min(_PIECE_BYTES, part.nbytes - start)]
             if file.readinto(piece) < len(piece):
                 return None
             digest.update(piece)
-            if is_router:
-                router.update(piece)
-            advance(len(piece))
         if parts.setdefault(part.expr, digest.digest()) != digest.digest():
             return None
-        if is_router:
-            routers[part.tensor.name] = router.hexdigest()
-    return parts, routers
+    return parts
 
 
 def _header(tensors: list[OutputTensor]) -> bytes:

@@ -41,17 +41,16 @@ def check_ownership(output: Path) -> str:
     record = read_small(output / RECORD_NAME, MOST_JSON_BYTES)
     listed, routers = _listed(output, record)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    for folder, inner, names in os.walk(output, topdown=False):
-        for path in (Path(folder, each) for each in sorted(inner + names)):
-            name = path.relative_to(output).as_posix()
-            if is_directory(path):
-                reason = "" if name in parents else _FOREIGN
-            else:
-                reason = _objection(path, name, listed, record)
-            if not reason and name.endswith(".safetensors"):
-                reason = _changed_router(path, name, routers)
-            if reason:
-                raise UpcycleError(f"{output} holds {name}, {reason}; it is left as it is.", _HINT)
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if is_directory(path):
+            reason = "" if name in parents else _FOREIGN
+        else:
+            reason = _objection(path, name, listed, record)
+        if not reason and name.endswith(".safetensors"):
+            reason = _changed_router(path, name, routers)
+        if reason:
+            raise UpcycleError(f"{output} holds {name}, {reason}; it is left as it is.", _HINT)
     return hashlib.sha256(record).hexdigest()
 
 
@@ -73,18 +72,15 @@ def record_digest(output: Path) -> str | None:
         return None
 
 
-def _listed(output: Path, raw: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
+def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
     """Return the files that a record lists, and the digests of the routers."""
     try:
-        record = json.loads(raw)
-        record = record if isinstance(record, dict) else {}
-        routers = record.get("routers")
-        return listed_files(record), routers if isinstance(routers, dict) else {}
-    except (ValueError, RecursionError, UpcycleError) as error:
-        what = error.message if isinstance(error, UpcycleError) else f"{RECORD_NAME}: {error}."
+        value = json.loads(record)
+        return listed_files(value), dict(value["routers"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UpcycleError) as error:
         raise UpcycleError(
-            f"{output} does not say which of its files upcycle wrote, so it is left as it is: "
-            f"{what}",
+            f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is left "
+            "as it is.",
             _HINT,
         ) from error
 
@@ -97,8 +93,10 @@ def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: 
     if name == RECORD_NAME:
         return ""
     if name == CARD_NAME:
-        card = read_small(path, MOST_JSON_BYTES)
-        return "" if _is_untouched(card) else "which somebody has edited"
+        card = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
+        # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
+        untouched = "Made by upcycle" in card and not is_edited(card)
+        return "" if untouched else "which somebody has edited"
     if name == CHECKSUMS_NAME:
         ours = read_checksums(path).keys() == {*listed, RECORD_NAME}
     elif name == REPORT_NAME:  # a report on this output quotes the digest of its record
@@ -122,9 +120,3 @@ def _changed_router(path: Path, name: str, routers: Mapping[str, object]) -> str
                 if found != routers[entry.name]:
                     return f"whose router {entry.name} was changed"
     return ""
-
-
-def _is_untouched(card: bytes) -> bool:
-    text = card.decode(errors="replace")
-    # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
-    return "Made by upcycle" in text and not is_edited(text)

@@ -13,27 +13,17 @@ from upcycle_cli.core.platform import can_share
 from upcycle_cli.core.safe_files import is_in, is_same, locate
 from upcycle_cli.hub.remote_checkpoint import check_download_space
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.distributed import Team
-from upcycle_cli.write.file_layout import unique_bytes
 from upcycle_cli.write.ownership import check_ownership
-from upcycle_cli.write.staging import ASIDE, SUFFIX, disk_bytes, is_directory, partial_of
+from upcycle_cli.write.staging import ASIDE, disk_bytes, is_directory, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
+_LONGEST_NAME = 255  # bytes, on most file systems
 
 
 def check_name(output: Path) -> None:
-    """Raise UpcycleError if the names of OUTPUT.partial and OUTPUT.replaced would be too long."""
-    try:
-        longest = os.pathconf(_parent(output), "PC_NAME_MAX")
-    except (OSError, RuntimeError):
-        return  # check_output reports what is wrong with the directory
-    size = len(os.fsencode(output.name)) + max(map(len, (SUFFIX, ASIDE)))
-    if size > longest:
-        raise UpcycleError(
-            f"the name of {output} is too long: it is written as {output.name}{SUFFIX} first, and "
-            f"names there have at most {longest} bytes.",
-            "Choose a shorter one.",
-        )
+    """Raise UpcycleError if OUTPUT.partial and OUTPUT.replaced would have too long names."""
+    if len(os.fsencode(output.name + ASIDE)) > _LONGEST_NAME:
+        raise UpcycleError(f"the name of {output} is too long.", "Choose a shorter one.")
 
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
@@ -85,20 +75,16 @@ def check_kind(output: Path) -> None:
         raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
 
 
-def check_space(output: Path, needed: int, *, shared: int) -> None:
+def check_space(output: Path, needed: int) -> None:
     """Raise UpcycleError when the file system of OUTPUT has less than `needed` bytes free.
 
-    `shared` is needed where extents can be shared. What a killed run left counts as free.
+    What a killed run left counts as free. Where files share extents, fewer bytes may do.
     """
-    parent, partial = _parent(output), partial_of(output)
+    parent = next((parent for parent in output.absolute().parents if parent.exists()), output)
+    partial = partial_of(output)
     free = shutil.disk_usage(parent).free
-    left = disk_bytes(partial) if is_directory(partial) else 0
-    if needed > free and can_share(parent):
-        # The system counts shared extents once for each file that has them.
-        left = left * shared // needed
-        needed = shared
-    free += left
-    if needed > free:
+    free += disk_bytes(partial) if is_directory(partial) else 0
+    if needed > free and not can_share(parent):
         raise UpcycleError(
             f"not enough disk space for {output}: {needed / 1e6:,.0f} MB needed, "
             f"{free / 1e6:,.0f} MB free.",
@@ -106,22 +92,14 @@ def check_space(output: Path, needed: int, *, shared: int) -> None:
         )
 
 
-def _parent(output: Path) -> Path:
-    """Return the nearest existing directory above OUTPUT."""
-    above = output.absolute().parents
-    return next((parent for parent in above if parent.exists()), output)
-
-
-def check_before(plan: Plan, output: Path, *, overwrite: bool, team: Team) -> None:
+def check_before(plan: Plan, output: Path, *, overwrite: bool) -> None:
     """Raise UpcycleError for every problem that shows before a download or the first byte."""
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
         source.check_readable()
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
     spare += check_download_space(plan.sources, beside=output)
-    # Each rank shares extents within its own files.
-    shares = (team.share_of(plan.shards, rank) for rank in range(team.size))
-    check_space(output, plan.nbytes + spare, shared=spare + sum(map(unique_bytes, shares)))
+    check_space(output, plan.nbytes + spare)
 
 
 def is_finished(plan: Plan, output: Path) -> bool:

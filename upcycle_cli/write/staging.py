@@ -94,10 +94,8 @@ class Staging:
                 f"{self.path} holds an unfinished conversion of another recipe or source.",
                 f"Pass --overwrite to start over, or remove it with `{shell_line(clean)}`.",
             )
-        sealed = state.get("notes") if digest == self.plan_digest else None
-        for name, note in sealed.items() if isinstance(sealed, dict) else ():
-            if name in self.shards and isinstance(note, dict):
-                self.note(name, note)
+        for name, note in state.get("notes", {}).items() if digest == self.plan_digest else ():
+            self.note(name, note)
         # The marker comes before any removal, so that a kill leaves a directory known as ours. It
         # is not rewritten: a full disk may have no room for it.
         if state != self._marker:

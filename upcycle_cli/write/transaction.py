@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME
 from upcycle_cli.core.errors import ResumableError, UpcycleError
@@ -37,6 +36,7 @@ from upcycle_cli.write.staging import (
     remove,
 )
 
+_PROBE = ".upcycle-mode"
 _IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
@@ -47,7 +47,6 @@ class Transaction:
     staging: Staging
     output: Path
     overwrite: bool
-    made: list[Path]  # parent directories that were made for it
     published: bool = False
 
     def publish(self) -> str | None:
@@ -57,36 +56,27 @@ class Transaction:
         """
         try:
             check_kind(self.output)
-            left = self._publish()
+            return self._publish()
         except UpcycleError as error:
             hint = f"{error.hint or ''} The finished output stays in {self.staging.path}: "
             hint += "the same command publishes it."
             raise ResumableError(error.message, hint.strip()) from error
-        for directory in self.made if self.staging.durable else ():
-            sync_directory(directory.parent)
-        return left
 
     def _publish(self) -> str | None:
         output, new, durable = self.output, self.staging.path, self.staging.durable
         occupied = self.overwrite and is_directory(output) and any(output.iterdir())
         replaces = record_digest(output) if occupied else None
-        mode = _usual_mode(new)
         self.staging.seal(replaces=replaces)
         # Check again: somebody may have used the old output in the hours since the first check.
         if occupied and check_ownership(output) != replaces:
             raise UpcycleError(f"{output} was replaced meanwhile; nothing was published.")
-        _set_mode(new, mode)
+        if occupied:
+            _rename(output, aside_of(output))
         try:
-            if occupied:
-                _rename(output, aside_of(output))
-            try:
-                _rename(new, output)
-            except BaseException:
-                if occupied:
-                    aside_of(output).rename(output)
-                raise
+            _rename(new, output)
         except BaseException:
-            _set_mode(new, 0o700)
+            if occupied:
+                aside_of(output).rename(output)
             raise
         self.published = True
         if durable:
@@ -113,35 +103,28 @@ def transaction(
         try:
             made = [parent for parent in output.parents if not parent.exists()]
             output.parent.mkdir(parents=True, exist_ok=True)
+            for parent in made if durable else ():
+                sync_directory(parent.parent)
             entered.enter_context(_claimed(output))
         except OSError as error:
             raise UpcycleError(f"cannot write {partial_of(output)}: {error.strerror}.") from error
         staging = _staging(output, plan, durable=durable)
-        running = Transaction(staging, output, overwrite, made)
-        with _resumable(running):
-            staging.take_over(restart=overwrite)
+        running = Transaction(staging, output, overwrite)
         try:
-            with _resumable(running):
+            staging.take_over(restart=overwrite)
+            try:
                 yield running
-        except UpcycleError as error:
-            if not isinstance(error, ResumableError):
-                running.discard()
-            raise
+            except UpcycleError as error:
+                if not isinstance(error, ResumableError):
+                    running.discard()
+                raise
+        except OSError as error:
+            where = staging.path / str(error.filename) if error.filename else output
+            raise ResumableError(
+                f"writing {where} failed: {error.strerror}.",
+                f"Finished files stay in {staging.path}: the same command resumes from there.",
+            ) from error
         running.discard()
-
-
-@contextmanager
-def _resumable(running: Transaction) -> Iterator[None]:
-    """Explain that what is finished is kept when the system refuses something."""
-    path = running.staging.path
-    try:
-        yield
-    except OSError as error:
-        where = path / str(error.filename) if error.filename else running.output
-        raise ResumableError(
-            f"writing {where} failed: {error.strerror}.",
-            f"Finished files stay in {path}: the same command resumes from there.",
-        ) from error
 
 
 def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
@@ -190,15 +173,13 @@ def _claimed(output: Path) -> Iterator[None]:
         yield
 
 
-def _usual_mode(path: Path) -> int:
+def _usual_mode(directory: Path) -> int:
     """Return the mode that a new directory gets by the umask."""
-    fresh = Path(mkdtemp(dir=path))
+    fresh = directory / _PROBE
+    fresh.mkdir(exist_ok=True)
+    mode = stat.S_IMODE(fresh.lstat().st_mode)
     fresh.rmdir()
-    fresh.mkdir()
-    try:
-        return stat.S_IMODE(fresh.lstat().st_mode)
-    finally:
-        fresh.rmdir()
+    return mode
 
 
 def _set_mode(path: Path, mode: int) -> None:
@@ -211,12 +192,6 @@ def _rename(old: Path, new: Path) -> None:
     try:
         old.rename(new)  # also onto an empty directory
     except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise UpcycleError(
-                f"{old} cannot be renamed, and so not be replaced: it is in a lower layer of an "
-                "overlay file system.",
-                "Move or remove it yourself.",
-            ) from error
         if error.errno not in _IN_THE_WAY:
             raise
         raise UpcycleError(
@@ -226,6 +201,7 @@ def _rename(old: Path, new: Path) -> None:
 
 def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:
     """Remove the old output and then the marker; return a warning if the old output is left."""
+    _set_mode(output, _usual_mode(output))
     left, aside = None, aside_of(output)
     if replaces is not None and is_directory(aside):
         try:

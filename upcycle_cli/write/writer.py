@@ -13,10 +13,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Event, Lock
 
@@ -31,14 +31,13 @@ from upcycle_cli.core.platform import (
     share,
     start_writeback,
 )
-from upcycle_cli.plan.expressions import Expr, gather_input, source_names
+from upcycle_cli.plan.expressions import Expr, source_names
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.file_layout import Layout, Part, file_digest, lay_out, read_back
-from upcycle_cli.write.running_stats import Moments, noted_moments
+from upcycle_cli.write.file_layout import Layout, Part, bundles, file_digest, lay_out, read_back
+from upcycle_cli.write.running_stats import Moments
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
-from upcycle_cli.write.transpose import in_pieces
 
 # Much less than a huge page: docs/decisions.md says why.
 _PIECE_BYTES = 1 << 19
@@ -179,29 +178,27 @@ class _Task:
     complete: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
     """Two threads that write one file at once spin on its lock in the kernel."""
-    reported: int = 0
-    """Bytes that were reported when they were checked, and are now written again."""
 
     def take_over(self) -> None:
         """Keep the file that an earlier run has written, if every byte is still the same."""
         noted = self.crew.staging.noted(self.name)
         try:
             with (self.crew.staging.path / self.name).open("rb") as file:
-                found = read_back(file, self.layout, self._advance_checking)
+                found = read_back(file, self.layout, self.crew.check_running)
         except OSError:
             return  # an unreadable file is written again
-        moments = noted_moments(noted.get("moments"), self.layout.drawn)
-        shared, vanished = noted.get("shared_bytes"), noted.get("vanished")
-        if not (found and isinstance(shared, int) and isinstance(vanished, dict)):
+        if found is None or noted["xxh3_128"] != file_digest(self.layout, found):
             return
-        if moments is None or noted.get("xxh3_128") != file_digest(self.layout, found[0]):
-            return
-        digests, self.written.routers = found
-        self.written.moments, self.written.shared_bytes = moments, shared
-        exprs = [part.expr for part in self.layout.parts]
-        self.written.vanished = {exprs[int(index)]: count for index, count in vanished.items()}
-        self.written.reused_bytes = self.layout.nbytes - len(self.layout.header)
-        self.crew.digests |= digests
+        parts, weights = self.layout.parts, self.layout.nbytes - len(self.layout.header)
+        self.written = Written(
+            routers=noted["routers"],
+            vanished={parts[int(i)].expr: count for i, count in noted["vanished"].items()},
+            moments={name: Moments(*each) for name, each in noted["moments"].items()},
+            shared_bytes=noted["shared_bytes"],
+            reused_bytes=weights,
+        )
+        self.crew.digests |= found
+        self.crew.advance(weights)
         self.complete.set()
 
     def _facts(self) -> dict[str, object]:
@@ -209,9 +206,10 @@ class _Task:
         counts = [self.written.vanished.get(part.expr) for part in self.layout.parts]
         return {
             "xxh3_128": file_digest(self.layout, self.crew.digests),
+            "routers": self.written.routers,
             "shared_bytes": self.written.shared_bytes,
-            "vanished": {str(index): count for index, count in enumerate(counts) if count},
-            "moments": {name: astuple(each) for name, each in self.written.moments.items()},
+            "vanished": {index: count for index, count in enumerate(counts) if count},
+            "moments": self.written.moments,
         }
 
     def write(self) -> None:
@@ -224,7 +222,11 @@ class _Task:
                 descriptor = file.fileno()
                 os.ftruncate(descriptor, self.layout.nbytes)
                 _write_at(descriptor, memoryview(self.layout.header), 0)
-                work = [partial(self._write_parts, each, descriptor) for each in self._bundles()]
+                parts = {part.expr: part for part in self.layout.parts}
+                work = [
+                    partial(self._write_own, [parts[expr] for expr in bundle], descriptor)
+                    for bundle in bundles([*parts])
+                ]
                 with _flushed(descriptor) if durable else nullcontext():
                     self.crew.run(work, self.crew.threads_per_file)
                 if self.crew.shares:
@@ -242,47 +244,37 @@ class _Task:
             raise OSError(error.errno, error.strerror, str(path)) from error
         self.complete.set()
 
-    def _bundles(self) -> list[list[Part]]:
-        """Return the parts; those that gather their columns from the same rows go together."""
-        bundles: dict[tuple[Expr, bool], list[Part]] = {}
-        for part in self.layout.parts:
-            rows = gather_input(part.expr)
-            # The rows can be a part, too.
-            bundles.setdefault((rows or part.expr, rows is None), []).append(part)
-        return [*bundles.values()]
-
-    def _write_parts(self, parts: Sequence[Part], descriptor: int) -> None:
+    def _write_own(self, parts: Sequence[Part], descriptor: int) -> None:
         """Write parts to the places that do not share extents."""
-        self.crew.check_running()
-        if len(parts) == 1 and not in_pieces(parts[0].expr):
-            self._write_part(parts[0], descriptor)
-            return
-        written = {part: offsets for part in parts if (offsets := self._own_offsets(part))}
-        places, done = [*written.values()], [0] * len(written)
-        digests = [xxh3_128() for _ in written]
-        for i, piece in self._pieces([*written]) if written else ():
-            digests[i].update(piece)
+        places = {part: part.offsets for part in parts}
+        if self.crew.shares:
+            origins = {part: self.crew.first[part.expr][0] for part in parts}
+            places = {part: part.offsets[: origins[part] is self] for part in parts}
+        # The digest of a router is recorded, even where all its places share extents.
+        wanted = {p: at for p, at in places.items() if at or p.tensor.role is Role.ROUTER}
+        if wanted:
+            self._write_parts(wanted, descriptor)
+
+    def _write_parts(self, places: Mapping[Part, Sequence[int]], descriptor: int) -> None:
+        """Write parts to several places, piece by piece: memory is read once per piece."""
+        parts, done = [*places], [0] * len(places)
+        digests, routers = [xxh3_128() for _ in parts], [hashlib.sha256() for _ in parts]
+        for i, data in self._values(parts):
             with self.turn:
-                for offset in places[i]:
-                    _write_at(descriptor, piece, offset + done[i])
-                    self._advance(len(piece))
-            done[i] += len(piece)
-        for part, digest in zip(written, digests, strict=True):
+                for start in range(0, len(data), _PIECE_BYTES):
+                    self.crew.check_running()
+                    piece = data[start : start + _PIECE_BYTES]
+                    digests[i].update(piece)
+                    if parts[i].tensor.role is Role.ROUTER:
+                        routers[i].update(piece)
+                    for offset in places[parts[i]]:
+                        _write_at(descriptor, piece, offset + done[i] + start)
+                        self.crew.advance(len(piece))
+            done[i] += len(data)
+        for part, digest, router in zip(parts, digests, routers, strict=True):
             self.crew.digests[part.expr] = digest.digest()
-
-    def _own_offsets(self, part: Part) -> tuple[int, ...]:
-        """Return where a part is to be written; elsewhere it shares extents."""
-        if not self.crew.shares:
-            return part.offsets
-        return part.offsets[:1] if self.crew.first[part.expr][0] is self else ()
-
-    def _write_part(self, part: Part, descriptor: int) -> None:
-        offsets, router = self._own_offsets(part), part.tensor.role is Role.ROUTER
-        if offsets or router:
-            data = self._data(part)
-            if router:
-                self.written.routers[part.tensor.name] = hashlib.sha256(data).hexdigest()
-            self._write_data(descriptor, part, data, offsets)
+            if part.tensor.role is Role.ROUTER:
+                self.written.routers[part.tensor.name] = router.hexdigest()
 
     def _share_parts(self, descriptor: int) -> None:
         """Share the extents of each part's first place, or write the part where that fails."""
@@ -296,30 +288,28 @@ class _Task:
                 for offset in offsets:
                     if share(first, source, descriptor, offset, part.nbytes):
                         self.written.shared_bytes += part.nbytes
-                        self._advance(part.nbytes)
+                        self.crew.advance(part.nbytes)
                     else:
                         unshared.append(offset)
             if unshared:
-                self._write_data(descriptor, part, self._data(part), unshared)
+                self._write_parts({part: unshared}, descriptor)
 
-    def _data(self, part: Part) -> memoryview:
+    def _values(self, parts: Sequence[Part]) -> Iterator[tuple[int, memoryview]]:
+        """Yield pieces of parts with the part's index; vanished values count for the first part."""
         # Imported here, since it imports numpy.
-        from upcycle_cli.write.evaluate import evaluate
+        from upcycle_cli.write.evaluate import OverflowInCastError, evaluate_together
 
         vanished, drawn = list[int](), self.written.moments.__setitem__
-        with _overflow_explained(part):
-            data = evaluate(part.expr, self.crew.reader.mapped, vanished.append, drawn)
-        if vanished:
-            self.written.vanished[part.expr] = sum(vanished)
-        return data
-
-    def _pieces(self, parts: Sequence[Part]) -> Iterator[tuple[int, memoryview]]:
-        """Yield a few rows of a part and its index; vanished values count for the first part."""
-        from upcycle_cli.write.evaluate import evaluate_together
-
-        vanished, exprs = list[int](), [part.expr for part in parts]
-        with _overflow_explained(parts[0]):
-            yield from evaluate_together(exprs, self.crew.reader.mapped, vanished.append)
+        exprs, read = [part.expr for part in parts], self.crew.reader.mapped
+        try:
+            yield from evaluate_together(exprs, read, vanished.append, drawn)
+        except OverflowInCastError as error:
+            tensor = parts[0].tensor
+            raise UpcycleError(
+                f"{tensor.name}: a finite value of the dense model becomes infinite "
+                f"in {tensor.dtype.lower()}.",
+                "Use --dtype bfloat16 or float32.",
+            ) from error
         if vanished:
             self.written.vanished[parts[0].expr] = sum(vanished)
 
@@ -335,44 +325,6 @@ class _Task:
             self.crew.check_running()
         with (self.crew.staging.path / self.name).open("rb") as file:
             yield file.fileno()
-
-    def _write_data(
-        self, descriptor: int, part: Part, data: memoryview, offsets: Sequence[int]
-    ) -> None:
-        """Write a part to several places, piece by piece: memory is read once per piece."""
-        digest = xxh3_128()
-        with self.turn:
-            for start in range(0, len(data), _PIECE_BYTES):
-                piece = data[start : start + _PIECE_BYTES]
-                digest.update(piece)
-                for offset in offsets:
-                    _write_at(descriptor, piece, offset + start)
-                    self._advance(len(piece))
-        self.crew.digests[part.expr] = digest.digest()
-
-    def _advance_checking(self, nbytes: int) -> None:
-        self.reported += nbytes
-        self.crew.advance(nbytes)
-
-    def _advance(self, nbytes: int) -> None:
-        """Report bytes that are in place, unless they were reported when they were checked."""
-        known = min(self.reported, nbytes)
-        self.reported -= known
-        self.crew.advance(nbytes - known)
-
-
-@contextmanager
-def _overflow_explained(part: Part) -> Iterator[None]:
-    from upcycle_cli.write.evaluate import OverflowInCastError
-
-    try:
-        yield
-    except OverflowInCastError as error:
-        raise UpcycleError(
-            f"{part.tensor.name}: a finite value of the dense model becomes infinite "
-            f"in {part.tensor.dtype.lower()}.",
-            "Use --dtype bfloat16 or float32.",
-        ) from error
 
 
 @contextmanager

@@ -31,9 +31,9 @@ from upcycle_cli.plan.expressions import (
     type_of,
 )
 from upcycle_cli.recipe.recipe import ExpertLayout
-from upcycle_cli.write import transpose
+from upcycle_cli.write import evaluate as module
 from upcycle_cli.write.evaluate import evaluate, evaluate_together
-from upcycle_cli.write.transpose import in_pieces, pieces
+from upcycle_cli.write.file_layout import bundles
 
 EXPERTS = "model.language_model.layers.{}.mlp.experts.{}_proj"
 USUAL: Mapping[str, Any] = {"expansion": 2, "granularity": 2, "top_k": 2}
@@ -137,25 +137,35 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     rows, columns = type_of(expr).shape
     before = np.frombuffer(evaluate(expr.of, read), f"u{len(whole) // (rows * columns)}")
     assert whole == before.reshape(columns, rows).T.tobytes()
-    monkeypatch.setattr(transpose, "_PIECE_ITEMS", 1)
-    monkeypatch.setattr(transpose, "TILE", 64)
-    assert in_pieces(expr)
-    made = [bytes(piece) for _, piece in evaluate_together([expr], read, lambda _: None)]
+    monkeypatch.setattr(module, "_TRANSPOSED_ITEMS", 1)
+    monkeypatch.setattr(module, "TILE", 64)
+    made = [bytes(piece) for _, piece in evaluate_together([expr], read)]
     assert len(made) == -(-type_of(expr).shape[0] // 64)
     assert b"".join(made) == whole
 
 
-def test_pieces_are_small() -> None:
-    """Of an MLP of 30 GB that is transposed, none takes more than a few megabytes."""
-    whole = Source("a", "BF16", (1 << 17, 1 << 16))
-    parts = pieces(Transpose(Concat((whole, Scale(whole, 2.0)))))
-    sizes = [type_of(piece).shape for piece in parts]
-    assert {rows for rows, _ in sizes} == {1 << 18}
-    assert sum(columns for _, columns in sizes) == 1 << 16
-    assert max(columns for _, columns in sizes) <= transpose.TILE
+@pytest.mark.parametrize("cast", [None, "BF16"])
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0])
+def test_columns_that_are_gathered_together_are_those_that_are_gathered_alone(
+    cast: str | None, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+
+    def expert(start: int) -> Expr:
+        part: Expr = Gather(A, 1, order(500), start, start + 100, 50)
+        part = part if cast is None else Cast(part, cast)
+        return part if factor == 1.0 else Scale(part, factor)
+
+    exprs = [expert(start) for start in range(0, 500, 100)]
+    assert bundles([*exprs, A]) == [exprs, [A]]
+    monkeypatch.setattr(module, "_TOGETHER_ITEMS", 7 * 500)
+    made = [b""] * len(exprs)
+    for number, piece in evaluate_together(exprs, lambda _: raw_bytes(tensor)):
+        made[number] += bytes(piece)
+    assert made == [bytes(evaluate(expr, lambda _: raw_bytes(tensor))) for expr in exprs]
 
 
 def test_draws_need_the_whole_matrix() -> None:
-    assert not in_pieces(Transpose(Concat((AddNoise(A, 0.1, 0, "one"), B))))
-    assert in_pieces(Transpose(Concat((A, B))))
-    assert not in_pieces(A)
+    tensor = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+    expr = Transpose(Concat((AddNoise(A, 0.1, 0, "one"), B)))
+    assert len([*evaluate_together([expr], lambda _: raw_bytes(tensor))]) == 1

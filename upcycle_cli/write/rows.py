@@ -1,9 +1,13 @@
-"""Casts and scales values, a few rows at a time, and reports what the output dtype cannot hold."""
+"""Gathers, casts, scales and transposes matrices a few rows at a time, so that they stay in cache.
+
+Casts report what the output dtype cannot hold.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,8 +19,10 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PIECE_ITEMS = 1 << 16
-"""Few enough that everything computed from them stays in the processor's cache."""
+TILE = 256
+"""Rows and columns that are transposed at once."""
+_PIECE_ITEMS = 1 << 16
+_WORD_BYTES = 8
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
 _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
 
@@ -47,7 +53,7 @@ def converted(
     out = np.empty(rows.shape, NUMPY_DTYPES[after])
     if not out.size:
         return out
-    step, lost = max(1, PIECE_ITEMS * len(rows) // out.size), 0
+    step, lost = max(1, _PIECE_ITEMS * len(rows) // out.size), 0
     for start in range(0, len(rows), step):
         values, piece = rows[start : start + step], out[start : start + step]
         if before == after and _shift_exponents(values, after, factor, piece):
@@ -95,3 +101,66 @@ def _largest(dtype: str) -> float:
 def _smallest(dtype: str) -> float:
     """Return the smallest value above zero."""
     return float(finfo(_DTYPES[dtype]).smallest_subnormal)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The rows of a Gather, gathered as they are asked for."""
+
+    values: NDArray[Any]
+    dim: int
+    indices: NDArray[np.intp]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all rows together."""
+        shape = self.values.shape
+        return (*shape[: self.dim], len(self.indices), *shape[self.dim + 1 :])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        # numpy's check of the indices costs more than gathering; a permutation's are right.
+        if self.dim:
+            return self.values[rows].take(self.indices, axis=1, mode="wrap")
+        return self.values.take(self.indices[rows], axis=0, mode="wrap")
+
+    def all(self) -> NDArray[Any]:
+        """Gather all rows."""
+        out = np.empty(self.shape, self.values.dtype)
+        # A few rows at a time, whose columns then come from the processor's cache.
+        step = max(1, _PIECE_ITEMS * len(self.values) // max(1, self.values.size))
+        for start in range(0, len(out), step):
+            out[start : start + step] = self[start : start + step]
+        return out
+
+
+def transposed(parts: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the transpose, of this shape, of matrices that lie one below the other."""
+    out, start = None, 0
+    for part in parts:
+        if out is None:
+            out = np.empty(shape, part.dtype)
+        stop = start + len(part)
+        _transpose(part, out[:, start:stop])
+        start = stop
+    assert out is not None
+    return out
+
+
+def _transpose(values: NDArray[Any], out: NDArray[Any]) -> None:
+    lanes = _WORD_BYTES // values.itemsize
+    for row in range(0, len(values), TILE):
+        rows = values[row : row + TILE]
+        for column in range(0, rows.shape[1], TILE):
+            tile = rows[:, column : column + TILE]
+            place = out[column : column + TILE, row : row + TILE]
+            if tile.shape[1] % lanes or tile.strides[1] != tile.itemsize:
+                place[...] = tile.T
+                continue
+            # Values of neighbouring columns move as one word, and part where they are close by.
+            words = np.ascontiguousarray(tile.view("<u8").T)
+            held = words.view(tile.dtype).reshape(*words.shape, lanes)
+            for lane in range(lanes):
+                place[lane::lanes] = held[..., lane]
