@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.output import Options as Options
     from upcycle_cli.plan.upcycle import build_plan as build_plan
     from upcycle_cli.publish.push import Destination as Destination
-    from upcycle_cli.recipe.growth import Growth as Growth
+    from upcycle_cli.recipe.recipe import Growth as Growth
     from upcycle_cli.recipe.recipe import Recipe as Recipe
     from upcycle_cli.verification.verify import verify as verify
     from upcycle_cli.write.writer import WriteOptions as WriteOptions
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "Destination": "publish.push",
     "MergeRequest": "plan.merge_request",
-    "Growth": "recipe.growth",
+    "Growth": "recipe.recipe",
     "Options": "plan.output",
     "Recipe": "recipe.recipe",
     "UpcycleError": "core.errors",

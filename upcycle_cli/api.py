@@ -17,7 +17,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.errors import ResumableError, UpcycleError
-from upcycle_cli.core.safe_files import CHECKSUMS_NAME, check_utf8, locate
+from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source
 from upcycle_cli.plan.output import Options
@@ -25,7 +25,7 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
-from upcycle_cli.recipe.recipe import Promise, Recipe
+from upcycle_cli.recipe.recipe import Growth, Promise, Recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
 from upcycle_cli.write.staging import partial_of
@@ -34,7 +34,6 @@ from upcycle_cli.write.writer import WriteOptions
 if TYPE_CHECKING:
     from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.publish.push import Destination, Push
-    from upcycle_cli.recipe.growth import Growth
     from upcycle_cli.verification.result import Report
     from upcycle_cli.write.transaction import Transaction
 
@@ -206,8 +205,6 @@ def execute(
 def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
     """Make the plan on every rank; UpcycleError unless all ranks have made the same one."""
     check_name(request.output)
-    for path in (Path(request.source), request.output.absolute()) if request.verify else ():
-        check_utf8(path)
 
     def make() -> Plan:
         source = open_source(request.source, request.revision)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from upcycle_cli.cli.option_sources import SIZES, is_given, source_of
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.recipe.growth import Growth
 from upcycle_cli.recipe.recipe import (
+    Growth,
     NeuronOrder,
     Recipe,
     RouterInit,

@@ -124,15 +124,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_utf8(path: Path) -> None:
-    """Raise UpcycleError for a path that is not UTF-8: transformers could not open it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        words = f"{path} is not UTF-8, and the libraries that load models read no such path."
-        raise UpcycleError(words, "Rename it.") from error
-
-
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name matches one of these patterns, folder by folder."""
     # fnmatch lets * match slashes, too.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.plan.texts import CalibrationText
-    from upcycle_cli.recipe.growth import Growth
+    from upcycle_cli.recipe.recipe import Growth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,7 @@ from upcycle_cli.plan.moe_experts import Experts, find_experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Expansion, Plan
 from upcycle_cli.plan.validate import check_dtype
-from upcycle_cli.recipe.growth import Growth
-from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Promise
+from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth, Promise
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ALWAYS = (_EMBEDDING, "model.norm.weight")

@@ -27,8 +27,7 @@ from upcycle_cli.plan.merge import Merge, MergedReader, merged_card_metadata, mo
 from upcycle_cli.plan.moe_experts import Experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
 from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.recipe.growth import Growth
-from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Recipe, Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Promise, Recipe, Routing
 from upcycle_cli.recipe.scaling import Factors, is_power_of_two
 
 if TYPE_CHECKING:

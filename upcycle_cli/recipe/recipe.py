@@ -1,4 +1,4 @@
-"""The recipe: how a dense model becomes a mixture of experts, and the arithmetic of that.
+"""Recipe: how a dense model becomes a mixture of experts. Growth: how an MoE gets more experts.
 
 Notation is the paper's (He et al., arXiv 2410.07524): E expansion, G granularity, T top-k; a layer
 gets N = E·G experts. Nothing here reads a file or imports torch.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import any_of
 from upcycle_cli.recipe.options import (
     SHIPPED,
     ExpertLayout,
@@ -26,7 +27,7 @@ from upcycle_cli.recipe.scaling import GATED, Factors, MlpKind, balanced_factors
 
 __all__ = [
     "APPROXIMATE_LOGIT_STD", "DEFAULT_LOGIT_STD", "SHIPPED", "TIE_LOGIT_STD", "ExpertLayout",
-    "NeuronOrder", "Promise", "Recipe", "RouterInit", "Routing", "ScaleSplit", "Scaling",
+    "Growth", "NeuronOrder", "Promise", "Recipe", "RouterInit", "Routing", "ScaleSplit", "Scaling",
     "parse_recipe_name",
 ]  # fmt: skip
 
@@ -111,11 +112,12 @@ class Recipe:
         self._check_numbers()
 
     def _check_sizes(self) -> None:
-        for label, value in (
-            ("expansion (E)", self.expansion),
-            ("granularity (G)", self.granularity),
-            ("top-k (T)", self.top_k),
-        ):
+        sizes = {
+            "expansion (E)": self.expansion,
+            "granularity (G)": self.granularity,
+            "top-k (T)": self.top_k,
+        }
+        for label, value in sizes.items():
             if value < 1:
                 raise UpcycleError(f"{label} must be at least 1, not {value}.")
         if not 0 <= self.shared_experts < self.granularity:
@@ -123,15 +125,13 @@ class Recipe:
                 f"{self.shared_experts} of {self.granularity} shards (G) cannot be shared.",
                 "Shared experts are fewer than G: some shards are routed.",
             )
+        product = "E·(G − K)" if self.shared_experts else "E·G"
+        made = f"{self.num_experts} experts per layer ({product})"
         if self.num_experts > MAX_EXPERTS:
-            raise UpcycleError(
-                f"{self.name} makes {self.num_experts} experts per layer ({self._product}).",
-                f"At most {MAX_EXPERTS} can be made.",
-            )
+            raise UpcycleError(f"{self.name} makes {made}.", f"At most {MAX_EXPERTS} can be made.")
         if self.top_k > self.num_experts:
             raise UpcycleError(
-                f"top-k {self.top_k} is more than the {self.num_experts} experts "
-                f"that {self.name} makes ({self._product}).",
+                f"top-k {self.top_k} is too large: {self.name} makes {made}.",
                 f"Use a top-k of at most {self.num_experts}.",
             )
         if not self.picks_whole_groups and not self.allow_inexact:
@@ -144,46 +144,36 @@ class Recipe:
             raise UpcycleError(
                 f"top-k {self.top_k} is not a multiple of {words}: a token would miss "
                 "some shards of the dense MLP, so the outputs would differ.",
-                f"Use a top-k of {' or '.join(map(str, near))}, "
-                "or pass --allow-inexact to convert all the same.",
+                f"Use a top-k of {any_of(near)}, or pass --allow-inexact to convert all the same.",
             )
 
     def _check_numbers(self) -> None:
         scale, std = self.scaling, self.router_logit_std
-        if isinstance(scale, float) and not 0 < scale < math.inf:
-            raise UpcycleError(f"the scale must be a positive number, not {scale}.")
-        if std is not None and not 0 < std < math.inf:
-            raise UpcycleError(
-                f"the router logit standard deviation must be a positive number, not {std}.",
-                "Equal logits would tie every group; 0.001 is close enough to uniform.",
-            )
-        if std is not None and self.router_init is RouterInit.FILE:
-            raise UpcycleError(
-                "router rows of a file are not scaled to a standard deviation.",
-                "Leave out --router-logit-std.",
-            )
-        if not 0 <= self.seed < 2**63:
-            raise UpcycleError(f"the seed must be between 0 and 2^63 - 1, not {self.seed}.")
-        if self.noise != 0 and not _LEAST_NOISE <= self.noise <= 1:
-            raise UpcycleError(
-                f"noise must be 0, or between {_LEAST_NOISE:g} and 1 times the standard deviation "
-                f"of each matrix, not {self.noise}."
-            )
-        if not 0 <= self.reinit <= 1:
-            raise UpcycleError(
-                f"reinit, the share of neurons to initialise again, must be between 0 and 1, not "
-                f"{self.reinit}."
-            )
-        if self.noise and self.reinit:
-            raise UpcycleError(
-                "noise and initialising neurons again exclude each other.",
-                "Give --noise or --reinit.",
-            )
-        if self.perturbed and self.shared_experts:
-            raise UpcycleError(
-                "experts cannot be perturbed beside a shared expert.",
-                "Leave out --shared-experts, or --noise and --reinit.",
-            )
+        wrong = {
+            f"the scale must be a positive number, not {scale}.": (
+                isinstance(scale, float) and not 0 < scale < math.inf
+            ),
+            f"the router logit standard deviation must be a positive number, not {std}.": (
+                std is not None and not 0 < std < math.inf
+            ),
+            "router rows of a file are not scaled: leave out --router-logit-std.": (
+                std is not None and self.router_init is RouterInit.FILE
+            ),
+            f"the seed must be between 0 and 2^63 - 1, not {self.seed}.": (
+                not 0 <= self.seed < 2**63
+            ),
+            f"noise must be 0, or between {_LEAST_NOISE:g} and 1 times the standard deviation of "
+            f"each matrix, not {self.noise}.": self.noise and not _LEAST_NOISE <= self.noise <= 1,
+            f"reinit is a share of neurons and must be between 0 and 1, not {self.reinit}.": (
+                not 0 <= self.reinit <= 1
+            ),
+            "--noise and --reinit exclude each other.": self.noise and self.reinit,
+            "experts cannot be perturbed beside a shared expert: leave out --shared-experts, or "
+            "--noise and --reinit.": self.perturbed and self.shared_experts,
+        }
+        for message, applies in wrong.items():
+            if applies:
+                raise UpcycleError(message)
 
     @property
     def perturbed(self) -> bool:
@@ -203,10 +193,6 @@ class Recipe:
     def num_experts(self) -> int:
         """N = E·(G − K), the routed experts of one layer."""
         return self.expansion * self.group_size
-
-    @property
-    def _product(self) -> str:
-        return "E·(G − K)" if self.shared_experts else "E·G"
 
     @property
     def router_rows(self) -> int:
@@ -238,7 +224,7 @@ class Recipe:
             raise UpcycleError(
                 f"intermediate size {intermediate_size} is not divisible by granularity "
                 f"{self.granularity}.",
-                f"Try {' or '.join(map(str, near))}.",
+                f"Try {any_of(near)}.",
             )
         if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
@@ -354,6 +340,27 @@ class Recipe:
         if self.routing is Routing.SOFTMAX_TOPK:
             return self.expansion * self.group_size**2 / self.top_k
         return float(self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Duplicate each expert `expand` times and let a token use `top_k` of them.
+
+    A `top_k` of None means `expand` times the source's, which is exact. Raises UpcycleError for
+    values that no MoE can have.
+    """
+
+    expand: int
+    top_k: int | None = None
+    allow_inexact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.expand < 2:
+            raise UpcycleError(
+                f"--expand must be at least 2, not {self.expand}.", "2 doubles the experts."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")
 
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:

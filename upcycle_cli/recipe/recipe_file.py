@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
-from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import is_in, read_small, write_whole
 from upcycle_cli.core.text import shell_line
 
@@ -30,11 +30,6 @@ class Kind(Enum):
 
 _MOST_BYTES = 1_000_000  # more than any recipe file has
 _FIRST_LINE = "# upcycle convert --config "
-_ALWAYS_SAVED = (
-    {"source", "output", "recipe", "target", "routing"},
-    {"source", "output", "expand", "top_k", "expert_layout"},
-)
-"""The options in every saved file: of an upcycling, and of a growth."""
 
 
 def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
@@ -68,12 +63,16 @@ def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
 
 
 def save_config(
-    path: Path, values: Mapping[str, Value], known: Collection[str], *, keep_out_of: Sequence[Path]
+    path: Path,
+    values: Mapping[str, Value],
+    known: Mapping[str, Kind],
+    *,
+    keep_out_of: Sequence[Path],
 ) -> None:
     """Write a recipe file, as JSON if its name ends in .json; OSError when that fails.
 
     Raises UpcycleError where it would replace a file that no --save-config wrote, and for a path in
-    one of the directories `keep_out_of`. `known` are the names of all options.
+    one of the directories `keep_out_of`. `known` are all options, as in `load_config`.
     """
     named = {name.replace("_", "-"): value for name, value in values.items()}
     if _is_json(path):
@@ -83,14 +82,6 @@ def save_config(
 
         command = shell_line(["upcycle", "convert", "--config", path.name])
         text = f"# {command}\n\n{tomli_w.dumps(named)}"
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError as error:
-        raise UpcycleError(
-            f"{path} cannot hold {shown(error.object[error.start : error.end])}, which a name has: "
-            "recipe files are UTF-8.",
-            "Rename it, or leave out --save-config.",
-        ) from error
     for directory in keep_out_of:
         if is_in(path.absolute().parent, directory):
             raise UpcycleError(
@@ -102,19 +93,17 @@ def save_config(
             f"{path} is there, and is not what --save-config has written; it is left as it is.",
             "Name another file.",
         )
-    write_whole(path.absolute(), encoded)
+    write_whole(path.absolute(), text.encode(errors="replace"))  # a path need not be UTF-8
 
 
-def _is_saved(path: Path, known: Collection[str]) -> bool:
+def _is_saved(path: Path, known: Mapping[str, Kind]) -> bool:
     """Whether `save_config` wrote a file, which may have been edited since."""
-    # A link, a device and what is no such text are not.
-    with suppress(OSError, UpcycleError, ValueError, RecursionError):
-        raw = b"" if path.is_symlink() else read_small(path, _MOST_BYTES)
-        if not _is_json(path):
-            return raw.startswith(_FIRST_LINE.encode())
-        content = json.loads(raw)
-        names = {name.replace("-", "_") for name in content} if isinstance(content, dict) else set()
-        return any(always <= names <= set(known) for always in _ALWAYS_SAVED)
+    if path.is_symlink():
+        return False
+    with suppress(OSError, UpcycleError):
+        if _is_json(path):
+            return "source" in load_config(path, known)
+        return read_small(path, _MOST_BYTES).startswith(_FIRST_LINE.encode())
     return False
 
 

@@ -29,8 +29,7 @@ from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRows, order_name
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, ModelPrompts, Prompts, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
-from upcycle_cli.recipe.growth import Growth
-from upcycle_cli.recipe.recipe import ExpertLayout, NeuronOrder, Promise, Recipe, RouterInit
+from upcycle_cli.recipe.recipe import ExpertLayout, Growth, NeuronOrder, Promise, Recipe, RouterInit
 from upcycle_cli.write.record import FORMAT, described, origin
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_config_settings
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import check_utf8
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.families import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -79,8 +78,6 @@ def verify(  # noqa: PLR0913 - options, by name
         calibration = calibration_text(calibration)
     rows = None if router_init is None else read_router_file(Path(router_init))
     given = rebuild.Given(router_file=rows, text=calibration)
-    for place in (*places, *others):
-        check_utf8(place.path)
     try:
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)

@@ -15,7 +15,6 @@ from rich.text import Text
 from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import check_utf8
 from upcycle_cli.core.text import shell_line
 
 _option = options.options_of("demo")
@@ -38,7 +37,6 @@ def demo(
         folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UpcycleError(f"{folder} exists and is not empty.", "Choose another directory.")
-        check_utf8(folder)
         dense, moe = str(folder / "dense"), str(folder / f"moe-{_RECIPE}")
         if not json:
             talk(f"Making a small dense model (llama, random weights) in {dense} …")
