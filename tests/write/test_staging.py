@@ -21,7 +21,6 @@ from engine_fixtures import (
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write import transaction
 from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, partial_of
 from upcycle_cli.write.transaction import clean
 from upcycle_cli.write.writer import WriteOptions
@@ -177,13 +176,16 @@ def test_a_sealed_partial_is_published_by_the_next_run(
 ) -> None:
     """A run can be killed between the sealing and the renaming."""
 
-    def refuse(*_: object) -> None:
-        raise OSError(5, "stopped by the test")
+    output, rename = tmp_path / "sealed", Path.rename
 
-    output = tmp_path / "sealed"
+    def refuse(path: Path, target: Path) -> Path:
+        if target == output:
+            raise OSError(5, "stopped by the test")
+        return rename(path, target)
+
     for then in ("clean", "convert"):
         with monkeypatch.context() as patched:
-            patched.setattr(transaction, "_rename", refuse)
+            patched.setattr(Path, "rename", refuse)
             with pytest.raises(UpcycleError, match="stopped by the test"):
                 execute(plan, output)
         assert not notes(output)

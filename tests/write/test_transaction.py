@@ -224,7 +224,7 @@ def test_a_directory_in_the_way_is_left_alone(
         if not theirs.exists():
             shutil.copytree(old, theirs)
 
-    with pytest.raises(ResumableError, match=f"{name} is in the way"):
+    with pytest.raises(ResumableError, match=f"{name} failed: Directory not empty"):
         execute(plan, output, overwrite=overwrite, hooks=Advance(take))
     assert contents(output) == contents(theirs) == contents(old)
     shutil.rmtree(theirs)

@@ -30,9 +30,6 @@ CHECKSUMS_NAME = "SHA256SUMS"
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".upcycle-", ".new"
 _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
-# Keyed by the letters of `ls -l`.
-_KINDS = {"d": "a directory", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
-
 
 def is_same(one: Path, other: Path) -> bool:
     """Whether two paths name one directory, which can have two names or be mounted twice."""
@@ -213,8 +210,7 @@ def read_checksums(path: Path) -> dict[str, str]:
 def check_regular(path: Path, status: os.stat_result) -> None:
     """Raise UpcycleError unless this is the status of a regular file."""
     if not stat.S_ISREG(status.st_mode):
-        what = _KINDS.get(stat.filemode(status.st_mode)[0], "something else")
-        raise UpcycleError(f"cannot read {path}: it is {what}, not a regular file.")
+        raise UpcycleError(f"cannot read {path}: it is not a regular file.")
 
 
 def _blobs(root: Path) -> tuple[Path, ...]:

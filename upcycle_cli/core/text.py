@@ -6,7 +6,6 @@ reverse a line, or line breaks that forge a line of ours. All text from elsewher
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable
 
@@ -22,19 +21,8 @@ def printable_lines(text: str) -> str:
 
 
 def shell_line(words: Iterable[str]) -> str:
-    """Return a command as one line that a shell reads back as the same words."""
-    return " ".join(map(_shell_word, words))
-
-
-def _shell_word(word: str) -> str:
-    if word.isprintable():
-        return shlex.quote(word)
-    # bash, zsh and POSIX 2024 read this notation for unprintable bytes.
-    quoted = "".join(
-        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
-        for byte in os.fsencode(word)
-    )
-    return f"$'{quoted}'"
+    """Return a command as one line for a shell."""
+    return printable(shlex.join(words))
 
 
 def any_of(names: Iterable[object]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
 from upcycle_cli.write.rng import generator, permutation
 from upcycle_cli.write.rows import OverflowInCastError
-from upcycle_cli.write.running_stats import Moments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +25,30 @@ if TYPE_CHECKING:
 
 _PIECE_ITEMS = 1 << 16
 """Few enough that everything computed from them stays in the processor's cache."""
+
+
+class Moments(NamedTuple):
+    """The number of values, their sum, and the sum of their squares."""
+
+    num_values: int
+    total: float
+    squares: float
+
+    @classmethod
+    def pooled(cls, several: Iterable[Moments]) -> Moments:
+        """Pool several sets; their order does not matter."""
+        counts, totals, squares = zip(*several, strict=True)
+        return cls(sum(counts), math.fsum(totals), math.fsum(squares))
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        return self.total / self.num_values
+
+    @property
+    def std(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(max(0.0, self.squares / self.num_values - self.mean**2))
 
 
 def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any], Moments]:

@@ -17,14 +17,12 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.describe import describe
-from upcycle_cli.write.drawing import drawn_on
+from upcycle_cli.write.drawing import Moments, drawn_on
 from upcycle_cli.write.rng import permutation, standard_normal
 from upcycle_cli.write.rows import TILE, Gathered, OverflowInCastError, Rows, converted, transposed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from upcycle_cli.write.running_stats import Moments
 
 __all__ = ["OverflowInCastError", "check_rows", "evaluate", "evaluate_together"]
 

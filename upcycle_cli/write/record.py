@@ -26,7 +26,7 @@ from upcycle_cli.core.safe_files import (
 )
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.running_stats import Moments
+from upcycle_cli.write.drawing import Moments
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import Written
 
@@ -105,7 +105,7 @@ def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: how[key] for key in keys if key in how}
 
 
-def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
+def _perturbation(found: Mapping[str, tuple[int, float, float]]) -> list[dict[str, Any]]:
     """Return the mean and standard deviation that draws followed, by layer and part.
 
     They are taken over all experts of a layer: over the matrices that got noise, or over the
@@ -114,7 +114,7 @@ def _perturbation(found: Mapping[str, Moments]) -> list[dict[str, Any]]:
     layers: dict[int, dict[str, list[Moments]]] = {}
     for stream, moments in found.items():
         _, layer, _, _, part = stream.split(".")
-        layers.setdefault(int(layer), {}).setdefault(part, []).append(moments)
+        layers.setdefault(int(layer), {}).setdefault(part, []).append(Moments(*moments))
     return [
         {"layer": layer}
         | {

@@ -8,7 +8,6 @@ is cut short leaves OUTPUT.partial, and the same plan resumes from there.
 
 from __future__ import annotations
 
-import errno
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,7 +36,6 @@ from upcycle_cli.write.staging import (
 )
 
 _PROBE = ".upcycle-mode"
-_IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 @dataclass
@@ -71,9 +69,9 @@ class Transaction:
         if occupied and check_ownership(output) != replaces:
             raise UpcycleError(f"{output} was replaced meanwhile; nothing was published.")
         if occupied:
-            _rename(output, aside_of(output))
+            output.rename(aside_of(output))
         try:
-            _rename(new, output)
+            new.rename(output)  # also onto an empty directory
         except BaseException:
             if occupied:
                 aside_of(output).rename(output)
@@ -119,7 +117,7 @@ def transaction(
                     running.discard()
                 raise
         except OSError as error:
-            where = staging.path / str(error.filename) if error.filename else output
+            where = staging.path / str(error.filename2 or error.filename or output)
             raise ResumableError(
                 f"writing {where} failed: {error.strerror}.",
                 f"Finished files stay in {staging.path}: the same command resumes from there.",
@@ -186,17 +184,6 @@ def _set_mode(path: Path, mode: int) -> None:
     # A directory that was published in spite of an error, or a file system with one mode for all.
     with suppress(FileNotFoundError, PermissionError):
         path.chmod(mode)
-
-
-def _rename(old: Path, new: Path) -> None:
-    try:
-        old.rename(new)  # also onto an empty directory
-    except OSError as error:
-        if error.errno not in _IN_THE_WAY:
-            raise
-        raise UpcycleError(
-            f"{new} is in the way: it was not there before.", "Move it elsewhere."
-        ) from error
 
 
 def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:

@@ -36,7 +36,6 @@ from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import Layout, Part, bundles, file_digest, lay_out, read_back
-from upcycle_cli.write.running_stats import Moments
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 
 # Much less than a huge page: docs/decisions.md says why.
@@ -72,8 +71,8 @@ class Written:
     """The SHA-256 of each router, by tensor name."""
     vanished: dict[Expr, int] = field(default_factory=dict)
     """How many nonzero values of an expression became zero."""
-    moments: dict[str, Moments] = field(default_factory=dict)
-    """The statistics that the draws of each stream followed."""
+    moments: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    """What the draws of each stream followed: the fields of `drawing.Moments`."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0
@@ -193,7 +192,7 @@ class _Task:
         self.written = Written(
             routers=noted["routers"],
             vanished={parts[int(i)].expr: count for i, count in noted["vanished"].items()},
-            moments={name: Moments(*each) for name, each in noted["moments"].items()},
+            moments=noted["moments"],
             shared_bytes=noted["shared_bytes"],
             reused_bytes=weights,
         )
