@@ -191,10 +191,17 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UpcycleError(f"cannot write {path}: {error.strerror}.") from error
     try:
-        if not lock(descriptor):
+        # The process that held the lock may have published or removed the directory meanwhile.
+        if not lock(descriptor) or not _is_at(path, descriptor):
             raise UpcycleError(
                 f"another upcycle process is writing {path}.", "Wait for it, or stop it."
             )
         yield
     finally:
         os.close(descriptor)  # which releases the lock
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    return False
