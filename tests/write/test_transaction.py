@@ -155,8 +155,8 @@ STOPS: dict[str, tuple[Callable[[Path], None], str]] = {
         "SHA256SUMS",
     ),
     "no record": (lambda output: (output / "upcycle.json").unlink(), "not made by upcycle"),
-    "half a record": (edit("upcycle.json", lambda data: data[:99]), "does not say which of its"),
-    "a record of no files": (forget_the_files, "does not say which of its files"),
+    "half a record": (edit("upcycle.json", lambda data: data[:99]), "does not say which files"),
+    "a record of no files": (forget_the_files, "does not say which files"),
 }
 
 

@@ -26,7 +26,6 @@ from upcycle_cli.core.safe_files import (
 )
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.drawing import Moments
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import Written
 
@@ -111,6 +110,8 @@ def _perturbation(found: Mapping[str, tuple[int, float, float]]) -> list[dict[st
     They are taken over all experts of a layer: over the matrices that got noise, or over the
     neurons that were replaced. `found` is by stream.
     """
+    from upcycle_cli.write.drawing import Moments  # which imports numpy
+
     layers: dict[int, dict[str, list[Moments]]] = {}
     for stream, moments in found.items():
         _, layer, _, _, part = stream.split(".")
