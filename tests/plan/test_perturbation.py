@@ -148,7 +148,7 @@ def test_the_record_states_what_the_draws_were_based_on(
         ({"noise": float("nan")}, "noise must be 0, or between"),
         ({"reinit": -0.5}, "must be between 0 and 1"),
         ({"reinit": 1.01}, "must be between 0 and 1"),
-        ({"reinit": 0.5, "noise": 0.1}, "--noise or --reinit"),
+        ({"reinit": 0.5, "noise": 0.1}, "--noise and --reinit"),
         ({"reinit": 0.01}, "--reinit of at least"),
     ],
 )

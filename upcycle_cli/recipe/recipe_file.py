@@ -93,7 +93,12 @@ def save_config(
             f"{path} is there, and is not what --save-config has written; it is left as it is.",
             "Name another file.",
         )
-    write_whole(path.absolute(), text.encode(errors="replace"))  # a path need not be UTF-8
+    try:
+        write_whole(path.absolute(), text.encode())
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{path} cannot hold a name that is not UTF-8.", "Leave out --save-config."
+        ) from error
 
 
 def _is_saved(path: Path, known: Mapping[str, Kind]) -> bool:
