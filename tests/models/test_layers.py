@@ -124,11 +124,9 @@ def test_layers_that_a_target_cannot_keep_dense(target: str, layers: str, reason
     [
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ("qwen2_moe", {"mlp_only_layers": "0"}, "mlp_only_layers is '0'"),
-        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4"),
-        ("glm4_moe", {"first_k_dense_replace": True}, "first_k_dense_replace is True"),
+        ("glm4_moe", {"first_k_dense_replace": "4"}, "first_k_dense_replace is '4'"),
         ("nemotron_h", {"hybrid_override_pattern": "M?"}, "hybrid_override_pattern is 'M?'"),
         ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type is"),
-        ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts is None"),
         ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval is 0"),
         ("ernie4_5_moe", {"moe_layer_start_index": [1, 1]}, "moe_layer_start_index is [1, 1]"),
     ],

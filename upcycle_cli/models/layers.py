@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,11 +75,13 @@ def layer_finder(template: str) -> Callable[[str], int | None]:
 class LayerChoice:
     """How configs of an architecture state which layers are mixtures of experts."""
 
+    keys: tuple[str, ...]
+    """The config keys that state it."""
     write: Callable[[_Layers, Sequence[str]], dict[str, Any]]
     """From the MoE layers, and the kinds of all dense layers, to config keys."""
-    read: Callable[[_Config, int], tuple[int, ...]]
-    """From a config with its defaults, and its number of layers, to the MoE layers. Raises
-    ValueError for an inconsistent config."""
+    read: Callable[[_Config, int], Iterable[int]]
+    """From a config with its defaults, and its number of layers, to the MoE layers. Raises any of
+    INVALID for an inconsistent config."""
     count: Callable[[_Config], int | None] = lambda _: None
     """The number of layers; None if num_hidden_layers states it."""
     mlps: Callable[[_Config], int | None] = lambda _: None
@@ -93,29 +95,16 @@ class LayerChoice:
         scopes = {"any": (0, 2), "a range": (1, 2), "the last ones": (2, 3)}
         return next((name for name, ls in scopes.items() if not self.objection(ls, 4)), "all")
 
-
-def _checked(config: _Config, key: str, is_valid: Callable[[Any], bool]) -> Any:  # noqa: ANN401
-    """Return a config's value; raises ValueError if it is invalid."""
-    value = config.get(key)
-    if not is_valid(value):
-        raise ValueError(f"{key} is {shown(value)}")
-    return value
-
-
-def _integer(config: _Config, key: str, least: int, most: int | None = None) -> int:
-    def is_valid(value: object) -> bool:
-        return type(value) is int and value >= least and (most is None or value <= most)
-
-    value: int = _checked(config, key, is_valid)
-    return value
+    def layers(self, config: _Config, count: int) -> tuple[int, ...]:
+        """Return the MoE layers that a config states; raises ValueError if it is inconsistent."""
+        try:
+            return tuple(self.read(config, count))
+        except INVALID as error:
+            values = ", ".join(f"{key} is {shown(config.get(key))}" for key in self.keys)
+            raise ValueError(f"which layers have experts is unclear: {values}") from error
 
 
-def _are_layers(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _others(layers: _Layers, count: int) -> list[int]:
-    return [layer for layer in range(count) if layer not in layers]
+INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def _only_all(layers: _Layers, count: int) -> str | None:
@@ -135,16 +124,16 @@ def _first_dense(key: str) -> LayerChoice:
         return f"its dense layers can only be the first ones ({key})"
 
     return LayerChoice(
+        (key,),
         lambda layers, kinds: {key: len(kinds) - len(layers)},
-        lambda config, count: tuple(range(_integer(config, key, 0, count - 1), count)),
+        lambda config, count: [layer for layer in range(count) if layer >= config[key]],
         objection=objection,
     )
 
 
-def _read_mlp_only(config: _Config, count: int) -> tuple[int, ...]:
-    step = _integer(config, "decoder_sparse_step", 1)
-    dense = _checked(config, "mlp_only_layers", lambda value: not value or _are_layers(value))
-    return tuple(layer for layer in _others(dense or [], count) if (layer + 1) % step == 0)
+def _read_mlp_only(config: _Config, count: int) -> list[int]:
+    dense, step = config["mlp_only_layers"] or (), config["decoder_sparse_step"]
+    return [layer for layer in range(count) if (layer + 1) % step == 0 and layer not in dense]
 
 
 _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
@@ -155,37 +144,16 @@ def _write_range(layers: _Layers) -> dict[str, Any]:
     return dict(zip(_RANGE_KEYS, (layers[0], layers[-1], interval), strict=True))
 
 
-def _read_range(config: _Config, count: int) -> tuple[int, ...]:
-    bounds = zip(_RANGE_KEYS, (0, -1, 1), strict=True)
-    first, last, interval = (_integer(config, key, least) for key, least in bounds)
-    last = count - 1 if last == -1 else min(last, count - 1)
-    return tuple(layer for layer in range(first, last + 1) if (layer + 1) % interval == 0)
+def _read_range(config: _Config, count: int) -> list[int]:
+    first, last, interval = (config[key] for key in _RANGE_KEYS)
+    inside = range(count)[first:] if last == -1 else range(count)[first : last + 1]
+    return [layer for layer in inside if (layer + 1) % interval == 0]
 
 
 def _only_range(layers: _Layers, count: int) -> str | None:
-    if not layers or _read_range(_write_range(layers), count) == tuple(layers):
+    if not layers or _read_range(_write_range(layers), count) == list(layers):
         return None
     return "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it"
-
-
-def _read_named(config: _Config, count: int) -> tuple[int, ...]:
-    def are_some(value: Any) -> bool:  # noqa: ANN401
-        return _are_layers(value) and value and sorted({*value} & {*range(count)}) == value
-
-    return tuple(_checked(config, "moe_layers", are_some))
-
-
-def _read_mlp_types(config: _Config, count: int) -> tuple[int, ...]:
-    def are_types(value: Any) -> bool:  # noqa: ANN401
-        return isinstance(value, list) and len(value) == count and {*value} <= {"sparse", "dense"}
-
-    types = _checked(config, "mlp_layer_types", are_types)
-    return tuple(layer for layer, kind in enumerate(types) if kind == "sparse")
-
-
-def _read_switch(config: _Config, count: int) -> tuple[int, ...]:
-    enabled = _checked(config, "enable_moe_block", lambda value: type(value) is bool)
-    return tuple(range(count if enabled else 0))
 
 
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -216,30 +184,42 @@ def _write_blocks(layers: _Layers, kinds: Sequence[str]) -> dict[str, Any]:
     return {"layers_block_type": found, "hybrid_override_pattern": pattern}
 
 
-ALL = LayerChoice(lambda *_: {}, lambda _, count: tuple(range(count)), objection=_only_all)
+ALL = LayerChoice((), lambda *_: {}, lambda _, count: range(count), objection=_only_all)
 ALL_OR_NONE = replace(  # the model is dense if it has no experts
     ALL,
-    read=lambda config, count: tuple(
-        range(count if _integer(config, "num_local_experts", 0) else 0)
-    ),
+    keys=("num_local_experts",),
+    read=lambda config, count: range(count if config["num_local_experts"] else 0),
 )
-ENABLED = LayerChoice(lambda *_: {"enable_moe_block": True}, _read_switch, objection=_only_all)
+ENABLED = LayerChoice(
+    ("enable_moe_block",),
+    lambda *_: {"enable_moe_block": True},
+    lambda config, count: range(count if config["enable_moe_block"] else 0),
+    objection=_only_all,
+)
 FIRST_K_DENSE = _first_dense("first_k_dense_replace")
 NUM_DENSE_LAYERS = _first_dense("num_dense_layers")
-MOE_LAYERS = LayerChoice(lambda layers, _: {"moe_layers": list(layers)}, _read_named)
-MOE_RANGE = LayerChoice(lambda layers, _: _write_range(layers), _read_range, objection=_only_range)
+MOE_LAYERS = LayerChoice(
+    ("moe_layers",),
+    lambda layers, _: {"moe_layers": list(layers)},
+    lambda config, count: [layer for layer in range(count) if layer in config["moe_layers"]],
+)
+MOE_RANGE = LayerChoice(
+    _RANGE_KEYS, lambda layers, _: _write_range(layers), _read_range, objection=_only_range
+)
 MLP_ONLY_LAYERS = LayerChoice(
+    ("decoder_sparse_step", "mlp_only_layers"),
     lambda layers, kinds: {
         "decoder_sparse_step": 1,
-        "mlp_only_layers": _others(layers, len(kinds)),
+        "mlp_only_layers": [layer for layer in range(len(kinds)) if layer not in layers],
     },
     _read_mlp_only,
 )
 MLP_TYPES = LayerChoice(
+    ("mlp_layer_types",),
     lambda layers, kinds: {
         "mlp_layer_types": ["sparse" if i in layers else "dense" for i in range(len(kinds))]
     },
-    _read_mlp_types,
+    lambda config, count: [i for i in range(count) if config["mlp_layer_types"][i] == "sparse"],
 )
 MLP_TYPES_AND_FIRST_DENSE = replace(
     MLP_TYPES,
@@ -250,6 +230,7 @@ MLP_TYPES_AND_FIRST_DENSE = replace(
     },
 )
 BLOCK_TYPES = LayerChoice(
+    ("layers_block_type", "hybrid_override_pattern"),
     _write_blocks,
     lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
     count=lambda config: len(block_types(config)),

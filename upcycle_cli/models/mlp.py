@@ -12,19 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Protocol, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
 
 
-class _Array(Protocol):
-    """What numpy arrays and torch tensors have in common."""
-
-    def __getitem__(self, index: Index, /) -> Self: ...
-    def swapaxes(self, one: int, other: int, /) -> Self: ...
-
-
-_Matrix = TypeVar("_Matrix", bound=_Array)
+_Matrix = TypeVar("_Matrix", bound=Any)  # a numpy array or a torch tensor
 BIAS = "_bias"
 """The suffix of the parts gate_bias, up_bias and down_bias."""
 
@@ -84,8 +77,10 @@ class Location:
 
     def select(self, tensor: _Matrix, split_dim: int | None) -> _Matrix:
         """Return the part of a tensor, transposed if its `split_dim` is not the wanted one."""
-        found = tensor[self.index]
-        return found.swapaxes(0, 1) if {split_dim, self.split_dim} == {0, 1} else found
+        found: _Matrix = tensor[self.index]
+        if {split_dim, self.split_dim} == {0, 1}:
+            found = found.swapaxes(0, 1)
+        return found
 
     @property
     def dimension(self) -> int | None:

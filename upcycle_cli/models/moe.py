@@ -375,4 +375,4 @@ class Target:
 
     def moe_layers(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
         """Return the layers with experts; raises ValueError if the config is inconsistent."""
-        return self.layers.read({**defaults_of(self.model_type), **config}, num_layers)
+        return self.layers.layers({**defaults_of(self.model_type), **config}, num_layers)

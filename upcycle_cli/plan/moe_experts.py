@@ -148,6 +148,8 @@ def find_experts(moe: Checkpoint) -> Experts:
         routing = target.routing(config)
     except ValueError as error:
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
+    if not layers:
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: no layer has experts.")
     if top_k > num_experts:
         words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
