@@ -1,11 +1,10 @@
-"""Reads out of transformers what `upcycle_cli/models/knowledge/defaults.json` says.
+"""Generates `upcycle_cli/models/knowledge/defaults.json` from transformers.
 
     python tests/family_defaults.py [--write]
 
-prints the file, or writes it. Defaults are those of the config classes before they derive anything
-from them. Tensors are those that a tiny model of each type has once saved: its sizes are such that
-every dimension can mean one thing only, and every boolean of its config is flipped once, to see
-which tensors come and go with it.
+prints the file, or writes it. Defaults are those that config classes declare. Tensors are those
+that a tiny model of each type saves: each of its sizes stands for one dimension, and every boolean
+of its config is flipped once, to see which tensors depend on it.
 """
 
 from __future__ import annotations
@@ -34,24 +33,15 @@ TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" /
 
 DENSE, MOE = tuple(families.DENSE), (*NATIVE, *GROW_ONLY)
 TEXTS = {*WRAPPED_TARGETS, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
-"""Text models that are inside of others alone."""
+"""Text models that exist only inside wrappers."""
 KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
-"""The kinds of layers of the types whose layers are not all alike, as far as they are dense."""
+"""The kinds of dense layers, for types whose layers differ."""
 WITHOUT_TABLE = {
-    *(
-        "apertus",
-        "apertus1p5_text",
-        "doge",
-        "internlm3",
-        "minicpm3",
-        "persimmon",
-        "phi",
-        "stablelm",
-    ),
-    *("gpt_neox", "youtu"),
+    *("apertus", "apertus1p5_text", "doge", "internlm3", "minicpm3", "persimmon", "phi"),
+    *("stablelm", "gpt_neox", "youtu"),
     *(name for name, row in families.DENSE.items() if row.keys or row.layers_differ),
 }
-"""Types of which no table says what tensors they have: it depends on keys of their own."""
+"""Types without a table of tensors, since these depend on keys of their own."""
 
 SIZES = {
     "vocab_size": 97,
@@ -123,30 +113,7 @@ def installed() -> str:
 
 
 def formatted(content: Mapping[str, Any]) -> str:
-    """Write a line per tensor, and the defaults as many to a line as fit."""
-    lines = ["{", f'"transformers": {json.dumps(content["transformers"])},']
-    lines += [
-        f'"{key}": [\n  {_in_rows([json.dumps(name) for name in content[key]])}],'
-        for key in ("activations", "rope_kinds")
-    ]
-    lines.append('"defaults": {')
-    blocks = []
-    for model_type, values in content["defaults"].items():
-        items = [f"{json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values)]
-        blocks.append(f"{json.dumps(model_type)}: {{\n  {_in_rows(items)}}}")
-    tables = json.dumps(content["tensors"], indent=1)
-    lines += [",\n".join(blocks), "},", f'"tensors": {tables}', "}"]
-    return "\n".join(lines) + "\n"
-
-
-def _in_rows(items: Sequence[str]) -> str:
-    rows = [items[0]]
-    for item in items[1:]:
-        if len(rows[-1]) + len(item) < 96:
-            rows[-1] += f", {item}"
-        else:
-            rows.append(item)
-    return ",\n  ".join(rows)
+    return json.dumps(content, indent=1) + "\n"
 
 
 # Defaults ----------------------------------------------------------------------------------------

@@ -30,22 +30,15 @@ STRANGE = {
     # Other keys of any kind do no harm.
     "tags": (front(f"tags: 5\n{GOOD}"), KEPT, ""),
     "a number as key": (front(f"1: 2\n{GOOD}"), KEPT, ""),
-    "a list as key": (front(f"? [a, b]\n: c\n{GOOD}"), KEPT, ""),
-    "self": (front(f"self: 1\n{GOOD}"), KEPT, ""),
-    "eval_results": (front(f"eval_results: 5\nmodel-index: x\n{GOOD}"), KEPT, ""),
     "a date": (front(f"date: 2024-13-45\nday: 2024-01-01\n{GOOD}"), KEPT, ""),
     "a long number": (front(f"n: {'9' * 10000}\n{GOOD}"), KEPT, ""),
-    "a tag": (front(f"x: !!python/object/apply:os.system [id]\n{GOOD}"), KEPT, ""),
     "laughs": (front(LAUGHS + GOOD), KEPT, ""),
     "merges": (front(MERGES + GOOD), KEPT, ""),
-    "carriage returns": (front(GOOD).replace(b"\n", b"\r\n"), KEPT, ""),
     # Values that are not lines of text are reported.
     "a number": (front("license: 5\nlanguage: [en]"), {"language": ["en"]}, "license"),
-    "a mapping": (front("license: mit\nlanguage: {}"), {"license": "mit"}, "language"),
     "a mixed list": (front("license: mit\nlanguage: [en, 5]"), {"license": "mit"}, "language"),
     "an alias": (front(f"{LAUGHS}license: *j\nlanguage: [en]"), {"language": ["en"]}, "license"),
     "two lines": (front('license: "a\\nb"\nlanguage: [en]'), {"language": ["en"]}, "license"),
-    "an escape": (front('license: "\\e[31m"\nlanguage: [en]'), {"language": ["en"]}, "license"),
     "a long line": (
         front(f"license: {'x' * 1000}\nlanguage: [en]"),
         {"language": ["en"]},
@@ -57,15 +50,12 @@ STRANGE = {
         "la",
     ),
     "not YAML": (front("license: ["), {}, "not YAML"),
-    "tabs": (front("license:\n\t- x"), {}, "not YAML"),
     "deep": (front("a: " + "[" * 5000), {}, "not YAML"),
     "large": (front("x: " + "y" * 1_100_000), {}, "characters"),
     "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
     "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),
     # A card without a licence is not reported.
-    "a list": (front("[a, b]"), {}, ""),
     "nothing": (front(""), {}, ""),
-    "null": (front("license:\nlanguage: null"), {}, ""),
     "no front matter": (b"# Model\n---\nlicense: mit\n---\n", {}, ""),
     "empty": (b"", {}, ""),
 }

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import MakeDense, clone, read_json, snapshot, write_json
-from transformers.activations import ACT2CLS
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.models.defaults import known_names
 from upcycle_cli.plan.warnings import warnings
 
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
@@ -171,16 +168,6 @@ def test_follow_links_into_the_hub_cache_only(llama: Path, tmp_path: Path, folde
         assert not (tmp_path / "moe" / "LICENSE").is_symlink()
 
 
-def test_follow_links_inside_the_source(llama: Path, tmp_path: Path) -> None:
-    dense = clone(llama, tmp_path / "dense")
-    (dense / "store").mkdir()
-    for name in ("config.json", "model.safetensors", "LICENSE"):
-        (dense / name).rename(dense / "store" / name)
-        (dense / name).symlink_to(Path("store") / name)
-    (tmp_path / "link").symlink_to(dense)
-    assert convert(tmp_path / "link", tmp_path / "moe", RECIPE).published
-
-
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json", "LICENSE"]
 )
@@ -192,51 +179,3 @@ def test_refuse_gigabytes_in_place_of_kilobytes(llama: Path, tmp_path: Path, nam
         file.truncate(40_000_000_000)  # sparse
     with pytest.raises(UpcycleError, match=f"{name}.*40,000,000,000 bytes"):
         convert(dense, tmp_path / "moe", RECIPE)
-
-
-def test_refuse_a_key_that_appears_twice(llama: Path, tmp_path: Path) -> None:
-    """Python reads the last value, other parsers the first."""
-    dense = clone(llama, tmp_path / "dense")
-    text = (dense / "config.json").read_text()
-    (dense / "config.json").write_text(text.replace("{", '{"hidden_act": "relu",', 1))
-    assert_refused(dense, tmp_path, "config.json is not valid JSON: 'hidden_act' appears twice")
-
-
-# Settings that no model has ----------------------------------------------------------------------
-
-NAN, INFINITY = float("nan"), float("inf")
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"rms_norm_eps": NAN}, ["rms_norm_eps", "finite number"]),
-        ({"rms_norm_eps": -1e-6}, ["rms_norm_eps", "at least 0"]),
-        ({"attention_dropout": 1.5}, ["attention_dropout", "less than 1"]),
-        ({"hidden_act": "silou"}, ["hidden_act"]),
-        ({"hidden_act": "prelu"}, ["hidden_act"]),  # has weights of its own
-        ({"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, ["rope_theta", "0"]),
-        ({"rope_parameters": {"rope_theta": NAN, "rope_type": "default"}}, ["rope_theta", "nan"]),
-        ({"rope_parameters": None, "rope_theta": INFINITY}, ["rope_theta"]),
-        ({"rope_parameters": YARN | {"factor": "4"}}, ["factor", "'4'"]),
-        ({"rope_parameters": YARN | {"original_max_position_embeddings": -1}}, ["-1"]),
-        (
-            {"rope_parameters": YARN | {"rope_type": "longrope", "long_factor": [1, NAN]}},
-            ["long_factor"],
-        ),
-        ({"rope_parameters": YARN | {"rope_type": "yarrn"}}, ["rope_type", "dynamic"]),
-        ({"num_hidden_layers": 10**18}, ["num_hidden_layers", "at most"]),
-    ],
-    ids=str,
-)
-def test_refuse_settings_that_no_model_has(
-    llama: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
-) -> None:
-    assert_refused(clone(llama, tmp_path / "dense", **changes), tmp_path, *words)
-
-
-def test_know_the_names_that_transformers_has() -> None:
-    with_weights = {"prelu", "xielu"}
-    assert {*known_names("activations")} == {*ACT2CLS} - with_weights
-    assert {*known_names("rope_kinds")} >= {*ROPE_INIT_FUNCTIONS} - {"proportional"}

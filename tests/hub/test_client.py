@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from conftest import IMPATIENT, RunOnHub
 
 from hub.server import TOKEN, Hub
 from upcycle_cli import UpcycleError
-from upcycle_cli.hub.client import checked_commit, download_bar, read_repo, read_user
+from upcycle_cli.hub.client import checked_commit, read_repo, read_user
 
 REPO = "acme/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,12 +43,6 @@ def test_read_a_repo_and_a_user() -> None:
 def test_refuse_file_names_that_leave_the_repo(name: object) -> None:
     with pytest.raises(UpcycleError, match="a file is named"):
         read_repo(info(rfilename=name))
-
-
-@pytest.mark.parametrize("size", [None, -1, "1", 1.5, True])
-def test_refuse_sizes_that_are_not_numbers_of_bytes(size: object) -> None:
-    with pytest.raises(UpcycleError, match="the size of x"):
-        read_repo(info(size=size), with_sizes=True)
 
 
 @pytest.mark.parametrize("commit", [None, 7, "../../../../escape", "A" * 40, "0" * 41])
@@ -123,12 +115,6 @@ def test_cut_a_long_error_short(hub: Hub, refused: Callable[[], str]) -> None:
     refused()
 
 
-@pytest.mark.parametrize("wait", ["²", "1e9", "nan", "9" * 5000])
-def test_ignore_waits_that_are_not_seconds(hub: Hub, refused: Callable[[], str], wait: str) -> None:
-    hub.alter("GET", INFO, status=429, headers={"Retry-After": wait})
-    assert "limits your requests" in refused()
-
-
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
@@ -199,21 +185,3 @@ def test_hide_the_token_that_an_answer_quotes(hub: Hub, run: RunOnHub) -> None:
 
 
 # Progress ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("least", [0, 10**9])
-def test_show_one_bar_for_a_large_download(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle_cli.hub.client._MIN_BYTES_FOR_A_BAR", least)
-    screen, bar = io.StringIO(), download_bar(4_000)
-    library = sys.modules["huggingface_hub.utils.tqdm"]
-    monkeypatch.setattr(library, "HF_HUB_DISABLE_PROGRESS_BARS", None)
-    monkeypatch.setattr(library, "progress_bar_states", {})
-    transfer = "huggingface_hub.snapshot_download.transfer"
-    for options in ({"unit": "B", "name": transfer}, {"desc": "Fetching 2 files"}):
-        bar(total=2, file=screen, **options).update(1)
-    assert not screen.getvalue()
-    with bar(total=4_000, file=screen, unit="B", unit_scale=True) as shown:
-        shown.update(1_000)
-        shown.refresh()
-    found = screen.getvalue()
-    assert ("25%" in found and "downloading" in found) == (least == 0), found

@@ -70,19 +70,6 @@ def test_convert_a_repo_like_a_directory(
     assert not list((tmp_path / "home").rglob(WEIGHTS))
 
 
-def test_refuse_and_plan_without_downloading_weights(
-    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
-) -> None:
-    hub.store.upload(REPO, llama)
-    assert_says(run("convert", REPO, "out", "-r", "E4G7T7", expect=2), "not divisible")
-    plan = json.loads(run(*CONVERT, "--dry-run", "--json").stdout)
-    assert plan["source"] == REPO
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
-    assert_says(run(*CONVERT, expect=2), "is not empty")
-    assert not list((tmp_path / "home").rglob(WEIGHTS))
-
-
 def test_inspect_reads_kilobytes_of_a_large_repo(hub: Hub, run: RunOnHub, tmp_path: Path) -> None:
     """30 shards of 141 GB, which do not exist."""
     dense = write_hollow(tmp_path / "dense", big_config("llama-3.1-70b"))
@@ -176,16 +163,6 @@ def test_tell_repo_ids_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_refuse_a_revision(llama: Path, source: str, revision: str, words: str) -> None:
     with pytest.raises(UpcycleError, match=words):
         locate_model(llama if source == "LLAMA" else source, revision)
-
-
-def test_name_the_source_of_a_cached_snapshot_without_a_revision(
-    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
-) -> None:
-    commit = hub.store.upload(REPO, llama)
-    run(*CONVERT)
-    snapshot = tmp_path / "home/hub/models--acme--tiny/snapshots" / commit
-    run("convert", snapshot, "x", "-r", "E2G1T1", "--dry-run", "--save-config", "u.toml")
-    run("convert", "--config", "u.toml", "--dry-run")
 
 
 # Errors ------------------------------------------------------------------------------------------
@@ -320,24 +297,6 @@ def test_count_the_space_that_downloads_need(
     with pytest.raises(UpcycleError, match="not enough disk space to download") as caught:
         check_download_space([checkpoint], beside=Path("/proc/out"))
     assert "HF_HOME" in str(caught.value)
-
-
-def test_say_that_the_cache_cannot_be_written(
-    hub: Hub, run: RunOnHub, llama: Path, tmp_path: Path
-) -> None:
-    hub.store.upload(REPO, llama)
-    run("inspect", REPO)
-    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", sys.executable, "-m", "upcycle_cli"]
-    result = subprocess.run(
-        [*limited, *CONVERT],
-        env=hub.environment(tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    assert_says(result, f"a request to the Hub for {REPO} failed", "File too large", "hub)")
 
 
 def test_end_a_hanging_download_at_a_signal(hub: Hub, llama: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.families import dense_family, is_moe, is_target
-from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 SIGMOID, SOFTMAX, RENORMALISED = (
@@ -53,14 +52,6 @@ def test_auto_takes_the_first_possible_target(
     assert family.target.model_type == wanted
     assert family.dense == read_dense(DENSE[model_type], config)
     assert choose(config, target, routing).target.model_type == wanted
-
-
-def test_the_default_routing_is_that_of_released_models() -> None:
-    """Every engine implements that one."""
-    sigmoid = ("glm4_moe", "dots1", "hy_v3", "solar_open", "deepseek_v3", "lfm2_moe", "nemotron_h")
-    for name, target in NATIVE.items():
-        wanted = SIGMOID if name in sigmoid else RENORMALISED
-        assert target.routings[0] is (SOFTMAX if name == "qwen2_moe" else wanted)
 
 
 PHI3 = {"model_type": "phi3", **SIZES}
@@ -110,19 +101,6 @@ def test_a_target_that_cannot_express_a_model(
     with pytest.raises(UpcycleError, match=re.escape(words)) as caught:
         choose(config, target, routing)
     assert hint in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("config", "target"),
-    [
-        (tiny_config("llama", attention_bias=True), "upcycled_llama"),
-        (PHI3 | {"partial_rotary_factor": 0.5}, "upcycled_phi3"),
-        ({"model_type": "ernie4_5", **sizes_of("ernie4_5"), "use_bias": True}, "upcycled_ernie4_5"),
-        (tiny_config("qwen3", **MIXED), "dots1"),
-    ],
-)
-def test_auto_passes_over_targets_that_cannot(config: dict[str, Any], target: str) -> None:
-    assert choose(config, "auto", None).target.model_type == target
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from family_defaults import (
 )
 
 from upcycle_cli.models import dense_rows as families
-from upcycle_cli.models.defaults import LAYER, defaults_of, tensor_shapes
+from upcycle_cli.models.defaults import defaults_of, tensor_shapes
 from upcycle_cli.models.moe_rows import NATIVE
 
 FILE: dict[str, Any] = json.loads(TARGET.read_text("utf-8"))
@@ -99,28 +99,3 @@ def test_the_file_is_what_transformers_says() -> None:
     fresh = generated([name for name in TYPES if name not in MOE or name in DENSE])
     assert fresh == FILE
     assert TARGET.read_text("utf-8") == formatted(fresh), "python tests/family_defaults.py --write"
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        name
-        for name in DENSE
-        if "rope_theta" in defaults_of(name) and name != "phi3"  # which knows one kind alone
-    ],
-)
-def test_theta_stays_when_only_the_scaling_is_given(model_type: str) -> None:
-    config = config_class(model_type)(rope_scaling={"rope_type": "linear", "factor": 2.0})
-    assert config.rope_parameters["rope_theta"] == defaults_of(model_type)["rope_theta"]
-    factor = defaults_of(model_type).get("partial_rotary_factor")
-    assert config.rope_parameters.get("partial_rotary_factor") == factor
-
-
-def test_tensors_come_in_the_order_of_a_forward_pass() -> None:
-    config = tiny_config("llama", attention_bias=True).to_dict()
-    names = list(tensor_shapes("llama", config, (LAYER, LAYER)))
-    first, second = (names.index(f"model.layers.{i}.input_layernorm.weight") for i in (0, 1))
-    assert names[0] == "model.embed_tokens.weight"
-    assert names[first + 1] == "model.layers.0.post_attention_layernorm.weight"
-    assert 1 == first < second
-    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]

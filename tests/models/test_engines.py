@@ -93,17 +93,6 @@ def test_an_engine_that_ignores_the_factor_on_gates_needs_it_in_the_weights() ->
     assert odd["vLLM"] is WRONG
 
 
-def test_a_wrong_routing_is_reported_before_a_wrong_layout() -> None:
-    found = support("qwen2_moe", RENORMALISED, tied=True, fused=True)
-    assert (found["llama.cpp"], found["MLX"]) == (WRONG, WRONG)
-
-
-@pytest.mark.parametrize("every_layer", [True, False])
-def test_a_tied_head_that_an_engine_gets_wrong_silently(*, every_layer: bool) -> None:
-    for tied, wanted in ((True, Support.UNTIED_OR_WRONG), (False, RUNS)):
-        assert support("glm4_moe", SIGMOID, tied=tied, every_layer=every_layer)["vLLM"] is wanted
-
-
 def test_plain_attention() -> None:
     own = {name for name in DENSE if has_plain_attention({"model_type": name, "sliding_window": 8})}
     assert own == {"gemma3_text", "gemma4_text"}

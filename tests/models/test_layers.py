@@ -13,7 +13,7 @@ from shapes import make_recipe, tiny_config
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.models.choose import choose
-from upcycle_cli.models.layers import format_layers, layer_finder, parse_layers
+from upcycle_cli.models.layers import format_layers, parse_layers
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -61,12 +61,6 @@ def test_refuse_other_text(text: str, message: str) -> None:
 def test_format_layers() -> None:
     assert format_layers((0, 2, 4, 5, 6, 9)) == "0, 2, 4-6, 9"
     assert format_layers(()) == ""
-
-
-def test_the_layer_of_a_tensor() -> None:
-    layer_of = layer_finder("model.layers.{layer}.")
-    assert layer_of("model.layers.12.mlp.up_proj.weight") == 12
-    assert layer_of("model.norm.weight") is None
 
 
 MIDDLE = ["dense", "sparse", "sparse", "dense"]
@@ -146,10 +140,3 @@ def test_a_config_reads_the_layers_that_it_states(target: str) -> None:
             if row.layers.objection(chosen, count) is None:
                 stated = row.layers.write(chosen, ("mlp",) * count)
                 assert row.moe_layers(stated, count) == chosen
-
-
-def test_layers_in_a_range() -> None:
-    layers = NATIVE["ernie4_5_moe"].layers
-    assert layers.scope == "a range"
-    assert not any(layers.objection(chosen, 6) for chosen in ((1, 2, 3), (1, 3, 5), (4,)))
-    assert all(layers.objection(chosen, 6) for chosen in ((0, 2, 4), (0, 1, 3)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from configs import SIZES, SLIDING, converted, transformers_config
 from conftest import sizes_of
@@ -12,7 +10,7 @@ from test_dense import ANY, YARN
 
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.recipe.recipe import Routing
 
 RECIPE = make_recipe("E2G1T1")
 NOT_READ = {
@@ -55,17 +53,6 @@ def test_the_recipe_is_in_the_config(target: str) -> None:
         assert getattr(theirs, "router_aux_loss_coef", 0.01) == 0.01
 
 
-@pytest.mark.parametrize("routing", Routing)
-def test_the_recipe_is_in_the_config_of_shipped_code(routing: Routing) -> None:
-    config = {"model_type": "olmo2", **sizes_of("olmo2")}
-    moe = converted(config, SHIPPED, make_recipe("E4G3T6", routing))
-    c = 4 * 3**2 / 6 if routing is Routing.SOFTMAX_TOPK else 3
-    assert moe["model_type"] == "upcycled_olmo2"
-    stated: dict[str, Any] = {"num_experts": 12, "num_experts_per_tok": 6, "intermediate_size": 48}
-    stated |= {"moe_intermediate_size": 16, "routing": routing, "moe_layers": [0, 1]}
-    assert moe | stated | {"routed_scaling_factor": c} == moe
-
-
 def test_the_routing_that_a_config_states() -> None:
     for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
         theirs = transformers_config({"model_type": name})
@@ -92,14 +79,6 @@ def test_unknown_keys_survive_and_local_paths_do_not() -> None:
     assert not {"_name_or_path", "dtype"} & moe.keys()
     named = converted(tiny_config("llama", _name_or_path="meta/llama"), "mixtral", RECIPE)
     assert named["_name_or_path"] == "meta/llama"
-
-
-def test_the_sources_config_is_not_changed() -> None:
-    config = tiny_config("qwen2", rope_parameters={**YARN, "rope_theta": 7e4})
-    before = repr(config)
-    moe = converted(config, "qwen2_moe", RECIPE)
-    moe["rope_parameters"]["factor"] = moe["rope_scaling"]["factor"] = 9.0
-    assert repr(config) == before
 
 
 def test_old_rope_keys_are_written_for_new_ones() -> None:
@@ -137,15 +116,6 @@ def test_windows_are_stated_in_every_key(model_type: str, variant: str, first: i
     assert moe["max_window_layers"] == (first if slides else 4)
     assert moe["sliding_window"] == (8 if slides else None)
     assert (SLIDING in moe["layer_types"]) is slides
-
-
-def test_options_are_in_the_config() -> None:
-    config: dict[str, Any] = tiny_config("llama", tie_word_embeddings=True, torch_dtype="bfloat16")
-    assert converted(config, "mixtral", RECIPE)["tie_word_embeddings"] is True
-    untied = converted(config, "mixtral", RECIPE, untie_embeddings=True)
-    assert untied["tie_word_embeddings"] is False
-    cast = converted(config, "mixtral", RECIPE, dtype="float16")
-    assert (cast["dtype"], cast["torch_dtype"]) == ("float16", "float16")
 
 
 def test_former_keys_win() -> None:

@@ -18,7 +18,6 @@ from upcycle_cli import (
     UpcycleError,
     build_plan,
     convert,
-    inspect,
     open_checkpoint,
     verify,
 )
@@ -185,21 +184,3 @@ def test_refuse_other_sources_of_shared_neurons(
     merge = MergeRequest(experts_from=[make_dense("llama", dtype="bfloat16")])
     with pytest.raises(UpcycleError, match="several models"):
         convert(llama, tmp_path / "moe", shared(), target="glm4_moe", merge=merge)
-
-
-def test_auto_takes_a_target_with_a_shared_expert(llama: Path) -> None:
-    plan = build_plan(shared(), open_checkpoint(llama))
-    assert plan.family.target.model_type == "qwen2_moe"
-
-
-@pytest.mark.parametrize(("count", "width"), [(2, 32), (0, 16)])
-def test_inspect_shows_shared_experts(llama: Path, tmp_path: Path, count: int, width: int) -> None:
-    moe = convert(llama, tmp_path / "moe", shared(count), target="glm4_moe").output
-    found = inspect(moe, weights=True, dense=llama).weights
-    assert found is not None
-    neurons = width if count else 0
-    assert (found.shared_width, found.shared_works, found.shared_neurons) == (
-        width,
-        count > 0,
-        neurons,
-    )

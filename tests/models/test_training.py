@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, random_ids, read_json, read_tensors, write_json
+from conftest import MakeDense, random_ids, read_json, write_json
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
@@ -158,49 +158,6 @@ def test_the_example_trains_from_the_dense_models_loss(
         assert 0 < layer.apart < max(layer.moved)
         assert (layer.num_groups, layer.split_groups) == (4, 0)
     assert {d for layer in untrained.movement for d in (*layer.moved, layer.apart)} == {0.0}
-
-
-def test_inspect_counts_split_groups(make_dense: MakeDense, tmp_path: Path, load: Any) -> None:  # noqa: ANN401
-    model = load("qwen3_moe", granularity=2)
-    train(model)
-    model.save_pretrained(tmp_path / "trained")
-    weights = inspect(tmp_path / "trained", weights=True, dense=make_dense("qwen3")).weights
-    assert weights is not None
-    assert weights.movement is not None
-    assert [(layer.num_groups, layer.split_groups) for layer in weights.movement] == [(4, 4)] * 2
-    with pytest.raises(UpcycleError, match="24 are not shards of its MLPs of width 40"):
-        inspect(tmp_path / "moe", weights=True, dense=make_dense("qwen3", intermediate_size=40))
-
-
-@pytest.mark.parametrize("target", ["mixtral", SHIPPED])
-def test_inspect_reads_what_trl_saves(make_dense: MakeDense, tmp_path: Path, target: str) -> None:
-    """TRL 1.16 and peft 0.21 save what transformers does, with other settings in the config."""
-    dense, recipe = make_dense("llama"), Recipe(expansion=4, granularity=2, top_k=4)
-    moe = convert(dense, tmp_path / "moe", recipe, target=target).output
-    (moe / "upcycle.json").unlink()
-    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
-        (moe / name).write_bytes(b"a pickle that must not be read")
-    config = read_json(moe / "config.json") | {"output_router_logits": True, "use_cache": False}
-    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    config |= {"virtual_group_size": 1} if target == SHIPPED else {}
-    old = ("rope_theta", "rope_scaling")
-    write_json(moe / "config.json", {k: v for k, v in config.items() if k not in old})
-    tensors = read_tensors(moe)
-    router = next(name for name in tensors if re.search(r"\.1\..*gate\.weight", name))
-    tensors[router][5] *= 1.5
-    for name, held in tensors.items():
-        if ".layers.1." in name and re.search(r"experts\.(5\.w2|down)", name):
-            (held[5] if held.dim() == 3 else held).mul_(1.5)
-    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
-    found = inspect(moe, weights=True, dense=dense, load="builtin")
-    assert found.weights is not None
-    assert found.weights.movement is not None
-    assert found.load is not None
-    moved = [distance for layer in found.weights.movement for distance in layer.moved]
-    assert [i for i, distance in enumerate(moved) if distance] == [13]
-    assert 0.1 < moved[13] < 0.5
-    assert [layer.split_groups for layer in found.weights.movement] == [0, 1]
-    assert [sum(layer.load) for layer in found.load.layers] == [4 * found.load.tokens] * 2
 
 
 def test_refuse_an_adapter_without_its_base(llama: Path, tmp_path: Path) -> None:
