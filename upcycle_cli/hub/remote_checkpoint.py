@@ -35,11 +35,11 @@ from upcycle_cli.hub.client import (
     download_limit,
     fetch,
     hub_session,
+    not_cached,
     read_repo,
     retry,
     run_interruptibly,
 )
-from upcycle_cli.hub.errors import not_cached
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # the first request for a header: most are smaller

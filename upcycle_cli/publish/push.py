@@ -24,9 +24,12 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub.client import (
+    SIGN_IN,
     Repo,
     checked_commit,
     download_limit,
+    endpoint,
+    error_text,
     fetch,
     hub_session,
     read_repo,
@@ -34,7 +37,6 @@ from upcycle_cli.hub.client import (
     retry,
     run_interruptibly,
 )
-from upcycle_cli.hub.errors import SIGN_IN, endpoint, error_text
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
