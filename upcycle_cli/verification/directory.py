@@ -7,7 +7,7 @@ is accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -56,8 +56,6 @@ _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".
 _SAVED_BY = ("transformers_version", "is_local", "local_files_only")
 """Keys that transformers adds when it saves, which nothing reads."""
 _MOST_NAMED = 5
-Save = Callable[[Path, Path], None]
-"""Has transformers load files of a directory, and save them in another one."""
 
 
 def check_directory(
@@ -98,10 +96,12 @@ def _has_index(moe: Checkpoint) -> bool:
 
 
 def _code_failures(plan: Plan, moe: Checkpoint) -> Iterator[str]:
-    held = None if plan.code is None else _contents(moe, CODE_NAME)
-    if plan.code is not None and held is None:
+    if plan.code is None:
+        return
+    held = _contents(moe, CODE_NAME)
+    if held is None:
         yield f"{CODE_NAME} is missing"
-    elif plan.code is not None and held != plan.code.encode():
+    elif held != plan.code.encode():
         yield f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
 
 
@@ -112,12 +112,8 @@ def _foreign_failures(
     expected = {*_OWN, *_GIT, *(shard.name for shard in moe.shards)}
     expected |= {INDEX_NAME} if _has_index(moe) else set()
     expected |= {CODE_NAME} if plan.code is not None else set()
-    spelt: dict[str, str] = {}
     inert = []
     for name in names:
-        other = spelt.setdefault(name.casefold(), name)
-        if other != name:
-            yield f"{name} and {other} are one file where case does not count"
         path, odd = PurePosixPath(name), is_weight_file(name) or name.endswith((".py", "/"))
         if name in expected or is_note(name) or (not odd and matches(name, COMPANIONS)):
             continue
@@ -155,12 +151,9 @@ def _companion_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) ->
     names = {file.name for model in (dense, moe) for file in model.companions}
     licences = {name for name in names if matches(name, _LICENCES)}
     generation = names & {GENERATION_NAME}
-    for some, save in (
-        (generation, _save_generation),
-        (names - licences - generation, _save_tokenizer),
-    ):
+    for some in (generation, names - licences - generation):
         found = [*_differing(dense, moe, sorted(some))]
-        if found and _equals_saved(dense, moe, some, save):
+        if found and _equals_saved(dense, moe, some):
             saved = ", ".join(sorted(some))
             notes.append(f"Saved again by transformers, and the same: {saved}.")
         else:
@@ -186,32 +179,46 @@ def _differing(dense: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> Iter
             yield error.message
 
 
-def _equals_saved(dense: Checkpoint, moe: Checkpoint, names: set[str], save: Save) -> bool:
+def _equals_saved(dense: Checkpoint, moe: Checkpoint, names: set[str]) -> bool:
     """Whether the MoE's files are what transformers writes when it saves the dense model's."""
     from upcycle_cli.run.models import TransformersError
 
-    with TemporaryDirectory(prefix="upcycle-verify-") as scratch:
-        again = Path(scratch)
-        try:
-            save(dense.path, again)
-        except TransformersError:
-            return False
-        files = [path for path in again.rglob("*") if path.is_file()]
-        written = {path.relative_to(again).as_posix(): path.read_bytes() for path in files}
-        try:
-            for name in names | written.keys():
-                wanted, held = written.get(name), _contents(moe, name)
-                # What transformers no longer writes it has moved to a file that it does write.
-                if wanted == held or (wanted is None and held == _contents(dense, name)):
-                    continue
-                if wanted is None or held is None or not name.endswith(".json"):
-                    return False
-                values = [parse_json(data, name) for data in (wanted, held)]
-                if not same(*map(_without_defaults, values)):
-                    return False
-        except UpcycleError:
-            return False
+    try:
+        written = _saved(dense.path, generation=GENERATION_NAME in names)
+    except TransformersError:
+        return False
+    try:
+        for name in names | written.keys():
+            wanted, held = written.get(name), _contents(moe, name)
+            # What transformers no longer writes it has moved to a file that it does write.
+            if wanted == held or (wanted is None and held == _contents(dense, name)):
+                continue
+            if wanted is None or held is None or not name.endswith(".json"):
+                return False
+            values = [parse_json(data, name) for data in (wanted, held)]
+            if not same(*map(_without_defaults, values)):
+                return False
+    except UpcycleError:
+        return False
     return True
+
+
+def _saved(dense: Path, *, generation: bool) -> dict[str, bytes]:
+    """Return what transformers writes when it saves the tokenizer, or the generation settings."""
+    from upcycle_cli.run.models import load_config, load_tokenizer, transformers_errors
+
+    tokenizer = None if generation else load_tokenizer(dense)
+    with TemporaryDirectory(prefix="upcycle-verify-") as again, transformers_errors():
+        from transformers import GenerationConfig
+
+        if tokenizer is not None:
+            tokenizer.save_pretrained(again)
+        elif (dense / GENERATION_NAME).exists():
+            GenerationConfig.from_pretrained(dense, local_files_only=True).save_pretrained(again)
+        else:  # then transformers saves what the model's config says
+            GenerationConfig.from_model_config(load_config(dense)).save_pretrained(again)
+        files = [path for path in Path(again).rglob("*") if path.is_file()]
+        return {path.relative_to(again).as_posix(): path.read_bytes() for path in files}
 
 
 def _without_defaults(value: object) -> object:
@@ -220,27 +227,6 @@ def _without_defaults(value: object) -> object:
         return value
     flags = [(flag, False) for flag in ("output_attentions", "output_hidden_states")]
     return {k: v for k, v in value.items() if k not in _SAVED_BY and (k, v) not in flags}
-
-
-def _save_tokenizer(dense: Path, again: Path) -> None:
-    from upcycle_cli.run.models import load_tokenizer, transformers_errors
-
-    tokenizer = load_tokenizer(dense)
-    with transformers_errors():
-        tokenizer.save_pretrained(again)
-
-
-def _save_generation(dense: Path, again: Path) -> None:
-    from upcycle_cli.run.models import load_config, transformers_errors
-
-    with transformers_errors():
-        from transformers import GenerationConfig
-
-        if (dense / GENERATION_NAME).exists():
-            settings = GenerationConfig.from_pretrained(dense, local_files_only=True)
-        else:  # then transformers saves what the model's config says
-            settings = GenerationConfig.from_model_config(load_config(dense))
-        settings.save_pretrained(again)
 
 
 def _contents(model: Checkpoint, name: str) -> bytes | None:

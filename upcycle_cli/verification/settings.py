@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME
-from upcycle_cli.checkpoint.unsafe_settings import unsafe_config_settings
 from upcycle_cli.core.errors import shown
-from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.write.record import described
 
 Settings = Mapping[str, Any]
 _REWRITTEN: Mapping[str, str] = {
@@ -111,10 +110,8 @@ def _means_the_same(wanted: Settings, held: Settings) -> bool:
 
 def record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     """Compare what the record states beside its recipe with the plan of that recipe."""
-    from upcycle_cli.write.record import described
-
     for key, value in json.loads(json.dumps(described(plan))).items():
-        if key in record and key != "expert_layout":  # which transformers may change
+        if key != "expert_layout":  # which transformers may change
             yield from (f"{RECORD_NAME}: {each}" for each in differences(value, record[key], key))
     source, dense = record.get("source"), plan.source
     held = source if isinstance(source, dict) else {}
@@ -125,9 +122,3 @@ def record_failures(plan: Plan, record: Settings) -> Iterator[str]:
             f"{RECORD_NAME}: source is {shown(found[0])} at {shown(found[1])} instead of "
             f"{shown(wanted[0])} at {shown(wanted[1])}"
         )
-
-
-def unsafe_settings(config: Settings, allowed: Collection[str]) -> list[str]:
-    """Name the settings by which loading a model would run code or fetch something else."""
-    found = unsafe_config_settings(config, tuple(nested_configs(config)))
-    return [each for each in found if each.partition(" ")[0] not in allowed]
