@@ -22,7 +22,7 @@ from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report.contents import inspection_html, verification_html
-from upcycle_cli.report.report_file import check_report_file
+from upcycle_cli.report.page import check_report_file
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import (
     CheckResult,

@@ -109,12 +109,8 @@ def main() -> None:
     except process.StoppedError:  # before a command began, or during another signal's message
         code, word = process.stopped()
         process.print_error(f"{word}.")
-    except BaseException as error:  # noqa: BLE001 - a bug, or no memory to print another error
-        if words := terminal.in_words(error):
-            code = process.EXIT_ERROR
-            process.print_error(words.message)
-        else:
-            terminal.talk(*traceback.format_exc().splitlines())
-            terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
+    except BaseException:  # noqa: BLE001 - a bug
+        terminal.talk(*traceback.format_exc().splitlines())
+        terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
     finally:
         process.finish(code)

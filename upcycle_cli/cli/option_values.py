@@ -1,4 +1,4 @@
-"""From the values of options to a recipe, file options, router inputs, a merge and a budget."""
+"""Where option values come from (command line, variable, recipe file), and what is made of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.cli.option_sources import SIZES, is_given, source_of
-from upcycle_cli.cli.options import MoeOptions
+import typer  # noqa: TC002 - it reads the annotations of a callback
+
+from upcycle_cli.cli.options import MoeOptions, read_path
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.recipe import (
     Growth,
@@ -23,14 +24,18 @@ from upcycle_cli.recipe.recipe import (
 )
 
 if TYPE_CHECKING:
-    import typer
-
     from upcycle_cli.plan.budget import Budget, Wanted
     from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.plan.output import Options
+    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.publish.push import Destination
+    from upcycle_cli.recipe.recipe_file import Kind, Value
 
+_SIZES = ("expansion", "granularity", "top_k")
+_NOT_IN_FILE = ("config", "from_mergekit", "save_config", "dry_run", "help")
+_NOT_SAVED = (*_SIZES, "json", "quiet")
+"""The recipe has the first three; the others belong to one run."""
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
@@ -40,11 +45,108 @@ _COUNT = re.compile(_NUMBER + r"([KMBT]?)\s*", re.IGNORECASE)
 _TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
 
 
+# Sources ------------------------------------------------------------------------------------------
+
+
+def use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a recipe file the defaults of the options that are parsed after it."""
+    if path is not None and not context.resilient_parsing:
+        from upcycle_cli.recipe.recipe_file import load_config
+
+        values = load_config(path, _file_options(context))
+        context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def use_mergekit(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a mergekit-moe file the defaults of the options parsed after it."""
+    if path is not None and not context.resilient_parsing:
+        from upcycle_cli.plan.mergekit import read_mergekit
+
+        context.default_map = {**(context.default_map or {}), **read_mergekit(path)}
+    return path
+
+
+def _source_of(context: typer.Context, name: str) -> str:
+    """Return who set an option: COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (a file) or DEFAULT."""
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
+
+
+def _is_given(context: typer.Context, *names: str) -> bool:
+    """Whether one of these options was set."""
+    return any(_source_of(context, name) != "DEFAULT" for name in names)
+
+
+def places(context: typer.Context, source: Path | None, output: Path | None) -> tuple[Path, Path]:
+    """Return SOURCE and OUTPUT; a single argument is OUTPUT if a recipe file names the source."""
+    named = (context.default_map or {}).get("source")
+    alone = [_source_of(context, name) == "COMMANDLINE" for name in ("source", "output")]
+    if named is not None and alone == [True, False]:
+        source, output = read_path(named), source
+    if source is None or output is None:
+        context.fail(f"Missing argument '{'SOURCE' if source is None else 'OUTPUT'}'.")
+    context.params |= {"source": source, "output": output}
+    return source, output
+
+
+def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
+    """Write a recipe file with every option and what `auto` chose; UpcycleError, OSError."""
+    from upcycle_cli.hub.remote_checkpoint import is_repo_id
+    from upcycle_cli.recipe.recipe_file import save_config
+    from upcycle_cli.write.staging import partial_of
+
+    given, known = context.params, _file_options(context)
+    values = {
+        name: _saved_value(given[name])
+        for name in known
+        if name not in _NOT_SAVED and given[name] is not None and given[name] not in ([], ())
+    }
+    if plan.expansion is None:
+        recipe = plan.recipe  # with what `auto` chose, so that a later version does the same
+        values |= {"recipe": recipe.name, "target": plan.family.choice}
+        values |= {"routing": str(recipe.routing), "scale_split": str(recipe.scale_split)}
+        if recipe.router_logit_std is not None:
+            values["router_logit_std"] = recipe.router_logit_std
+        if plan.inputs.text is not None and "positive_prompts" not in values:
+            values.setdefault("calibration", plan.inputs.text.name)
+    else:
+        values = {name: value for name, value in values.items() if _is_given(context, name)}
+        values["top_k"] = plan.top_k
+    values["expert_layout"] = str(plan.expert_layout)
+    if is_repo_id(given["source"]) and plan.source.revision is not None:
+        values["revision"] = plan.source.revision
+    output = given["output"]
+    keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
+    save_config(path, values, known, keep_out_of=keep_out_of)
+
+
+def _file_options(context: typer.Context) -> dict[str, Kind]:
+    """Return the options that a recipe file can set, and the kind of value each takes."""
+    from upcycle_cli.recipe.recipe_file import Kind
+
+    kinds: dict[str, Kind] = {}
+    for option in context.command.params:
+        if option.name and option.name not in _NOT_IN_FILE:
+            single = Kind.FLAG if getattr(option, "is_flag", False) else Kind.VALUE
+            kinds[option.name] = Kind.LIST if getattr(option, "multiple", False) else single
+    return kinds
+
+
+def _saved_value(value: object) -> Value:
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
 def needs_recipe(context: typer.Context) -> bool:
     """Whether a recipe or a growth is given; UpcycleError for options that lack one."""
-    if is_given(context, "recipe", "expand", *SIZES):
+    if _is_given(context, "recipe", "expand", *_SIZES):
         return True
-    if is_given(context, *(each.name for each in fields(MoeOptions))):
+    if _is_given(context, *(each.name for each in fields(MoeOptions))):
         raise UpcycleError(
             "these options need --recipe or --expand.",
             "Add --recipe E8G1T2, or --expand 2 for an MoE.",
@@ -160,7 +262,7 @@ def to_wanted(moe: MoeOptions, context: typer.Context) -> Wanted:
 
 def _refuse_all_but(context: typer.Context, allowed: Sequence[str], words: str) -> None:
     names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
-    given = [_flag(name) for name in names if is_given(context, name)]
+    given = [_flag(name) for name in names if _is_given(context, name)]
     if given:
         flags = [_flag(name) for name in allowed if name != "expand"]
         raise UpcycleError(
@@ -177,15 +279,15 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
     """Return E, G and T: the command line overrides variables, and these override a file."""
     found: dict[str, int] = {}
     for source in ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE"):
-        names = [name for name in ("recipe", *SIZES) if source_of(context, name) == source]
+        names = [name for name in ("recipe", *_SIZES) if _source_of(context, name) == source]
         given = {name: context.params[name] for name in names}
         if "recipe" in given:
             if len(given) > 1:
                 words = "--recipe already sets expansion, granularity and top-k."
                 raise UpcycleError(words, "Use one or the other.")
-            given = dict(zip(SIZES, parse_recipe_name(given["recipe"]), strict=True))
+            given = dict(zip(_SIZES, parse_recipe_name(given["recipe"]), strict=True))
         found |= given
-    missing = [_flag(name) for name in SIZES if name not in found]
+    missing = [_flag(name) for name in _SIZES if name not in found]
     if missing:
         raise UpcycleError(
             f"{' and '.join(missing)} missing." if found else "no recipe.",

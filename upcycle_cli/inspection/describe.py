@@ -33,7 +33,7 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         yield "experts", [f"{experts}, {stored}"]
         layers, num_layers = inspection.moe_layers or (), inspection.num_layers
         if len(layers) != num_layers:
-            yield "MoE layers", [f"{format_layers(layers)} of {num_layers}"]
+            yield "MoE layers", [f"{len(layers)} of {num_layers}: {format_layers(layers)}"]
     dense, parameters = inspection.dense_parameters, parameter_text(inspection.total_parameters)
     if inspection.kind == "moe":
         origin = "" if dense is None else f" (dense {parameter_text(dense)})"

@@ -65,7 +65,8 @@ def _growth(plan: Plan, expansion: Expansion) -> Iterator[tuple[str, str]]:
 
 def _layers(plan: Plan) -> Iterator[tuple[str, str]]:
     if len(plan.layers) < plan.num_layers:
-        yield "MoE layers", f"{format_layers(plan.layers)} of {plan.num_layers}"
+        layers = format_layers(plan.layers)
+        yield "MoE layers", f"{len(plan.layers)} of {plan.num_layers}: {layers}"
 
 
 def _parameters(plan: Plan) -> str:

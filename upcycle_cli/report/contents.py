@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ _PASSED = {
     "its router logits, as its recipe promises",
 }
 _PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
-_MAX_ROWS = 400
 
 
 def verification_html(report: Report, *, models: Sequence[str], command: str) -> str:
@@ -141,25 +140,10 @@ def _origin_section(
         properties(digests, "SHA-256 of files"),
     ]
     if record:
-        rows = [(name, value_text(value)) for name, value in islice(_flat(record), _MAX_ROWS)]
+        rows = [(key, value_text(dumps(value))) for key, value in record.items()]
         caption = f"The content of {RECORD_NAME}"
         tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=caption))
     return Section(key="origin", title="Origin", tables=tables)
-
-
-def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every value inside a JSON value with the keys that lead to it; short lists as one."""
-    match value:
-        case dict():
-            for name, item in value.items():
-                yield from _flat(item, f"{key}.{name}" if key else str(name))
-        case list() if any(isinstance(item, dict | list) for item in value):
-            for number, item in enumerate(value):
-                yield from _flat(item, f"{key}.{number}")
-        case list():
-            yield key, ", ".join(map(value_text, value))
-        case _:
-            yield key, value
 
 
 def _version(package: str) -> str:

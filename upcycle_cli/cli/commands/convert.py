@@ -12,7 +12,6 @@ import typer  # noqa: TC002 - it reads the annotations of a command
 
 from upcycle_cli.cli import option_values as values
 from upcycle_cli.cli import options, render, terminal
-from upcycle_cli.cli.option_sources import places, save_options, use_config, use_mergekit
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import progress_bar
@@ -39,7 +38,7 @@ def convert(
     source_experts: bool = _option("source_experts", True),
     positive_prompts: Path | None = _option("positive_prompts", None),
     from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "from_mergekit", None, callback=use_mergekit, is_eager=True
+        "from_mergekit", None, callback=values.use_mergekit, is_eager=True
     ),
     allow_inexact: bool = _option("allow_inexact", False),
     checksums: bool = _option("checksums", False),
@@ -56,7 +55,7 @@ def convert(
     private: bool = options.PRIVATE,
     create_pr: bool = options.CREATE_PR,
     config: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "config", None, callback=use_config, is_eager=True
+        "config", None, callback=values.use_config, is_eager=True
     ),
     save_config: Path | None = _option("save_config", None),
 ) -> None:
@@ -67,7 +66,7 @@ def convert(
     Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
     with terminal.errors_to_exit_codes(as_json=json):
-        source, output = places(context, source, output)  # before the slow imports
+        source, output = values.places(context, source, output)  # before the slow imports
         from upcycle_cli.api import Request, carry_out, preview
         from upcycle_cli.write.distributed import Team
         from upcycle_cli.write.writer import WriteOptions
@@ -124,7 +123,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
 
     def planned(self, plan: Plan) -> None:
         if self.save_config is not None:
-            save_options(self.save_config, self.context, plan)
+            values.save_options(self.save_config, self.context, plan)
 
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         if not self.silent:

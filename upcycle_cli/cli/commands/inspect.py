@@ -44,7 +44,7 @@ def inspect(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         if report is not None:
-            from upcycle_cli.report.report_file import check_report_file
+            from upcycle_cli.report.page import check_report_file
 
             check_report_file(report, dense)
         from upcycle_cli.inspection import summary
@@ -117,7 +117,7 @@ def _print_tables(found: Inspection, fits: tuple[Fit, ...] | None) -> None:
 
 def _write_report(report: Path, found: Inspection, path: Path) -> None:
     from upcycle_cli.report.contents import inspection_html
-    from upcycle_cli.report.report_file import write_report
+    from upcycle_cli.report.page import write_report
 
     if found.kind != "moe":
         raise UpcycleError(f"{path} is a dense model; --report needs an MoE.", "Remove --report.")

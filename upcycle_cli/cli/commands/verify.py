@@ -37,7 +37,7 @@ def verify(
     """
     with terminal.errors_to_exit_codes(as_json=json):
         if report is not None:
-            from upcycle_cli.report.report_file import check_report_file
+            from upcycle_cli.report.page import check_report_file
 
             check_report_file(report, dense)
         from upcycle_cli.verification import verify as verification
@@ -70,7 +70,7 @@ def verify(
             terminal.show(render.report_table(found), terminal.stderr())
         if report is not None:
             from upcycle_cli.report.contents import verification_html
-            from upcycle_cli.report.report_file import write_report
+            from upcycle_cli.report.page import write_report
 
             models = [*map(str, (dense, *experts_from, moe))]
             html = verification_html(found, models=models, command=render.command_line())
