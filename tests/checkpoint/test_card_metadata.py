@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml  # type: ignore[import-untyped]
-from conftest import RunCli, clone, read_json
 
 from upcycle_cli.checkpoint.card_metadata import is_edited, read_card_metadata
 
@@ -97,20 +95,3 @@ def test_inherit_nothing_from_what_is_not_a_file(tmp_path: Path, kind: str) -> N
 
 def test_say_nothing_without_a_card(tmp_path: Path) -> None:
     assert read_card_metadata(tmp_path, "README.md").notes == ()
-
-
-@pytest.mark.parametrize(
-    "text", ["tags: 5\neval_results: 5\nself: 1\nlicense: 7", "a: " + "[" * 999]
-)
-def test_convert_with_any_card(run_cli: RunCli, llama: Path, tmp_path: Path, text: str) -> None:
-    dense = clone(llama, tmp_path / "dense")
-    (dense / "README.md").write_bytes(front(text))
-    command = ("convert", dense, tmp_path / "moe", "--recipe", "E2G2T4")
-    planned = run_cli(*command, "--dry-run")
-    assert "README.md" in planned.stderr  # said before anything is written
-    done = run_cli(*command)
-    assert done.returncode == 0, done.stderr
-    assert "README.md" in done.stderr
-    _, block, _ = (tmp_path / "moe" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(block).keys() == {"library_name", "pipeline_tag", "tags"}
-    assert "README.md" not in str(read_json(tmp_path / "moe" / "upcycle.json"))

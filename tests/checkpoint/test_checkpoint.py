@@ -176,19 +176,6 @@ def test_read_values_at_odd_offsets(tmp_path: Path, dtype: str, shift: int) -> N
         assert same_bits(reader.tensor("scalar"), values[0, 1])
 
 
-def test_read_tensors_without_elements(tmp_path: Path) -> None:
-    tensors = {
-        "rows": ("BF16", [0, 4], b""),
-        "between": ("BF16", [1], b"\x80\x3f"),
-        "columns": ("F32", [4, 0], b""),
-    }
-    with open_checkpoint(write_raw(tmp_path / "dense", tensors)).reader() as reader:
-        assert reader.tensor("rows").shape == (0, 4)
-        assert reader.tensor("between").tolist() == [1.0]
-        assert reader.tensor("columns").shape == (4, 0)
-        assert reader.tensor("columns").dtype is torch.float32
-
-
 def test_keep_the_file_when_a_tensor_is_written_to(dense: Path) -> None:
     before = snapshot(dense)
     with open_checkpoint(dense).reader() as reader:

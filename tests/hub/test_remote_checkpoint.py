@@ -17,11 +17,8 @@ from shapes import big_config, write_hollow
 
 from hub.server import TOKEN, Hub
 from upcycle_cli import Recipe, UpcycleError, convert
-from upcycle_cli.checkpoint.checkpoint import open_checkpoint, open_storage
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.hub.remote_checkpoint import (
-    RepoStorage,
-    check_download_space,
     is_repo_id,
     locate_model,
     split_revision,
@@ -110,20 +107,6 @@ def test_verify_and_inspect_repos(hub: Hub, run: RunOnHub, llama: Path, tmp_path
     (moe / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
     hub.store.upload("acme/moe", moe)
     assert "SHA256SUMS" in run("verify", REPO, "acme/moe", "--json", expect=1).stdout
-
-
-def test_ranks_of_torchrun_share_one_download(hub: Hub, llama: Path, tmp_path: Path) -> None:
-    hub.store.upload(REPO, llama)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "upcycle_cli")
-    subprocess.run(
-        [sys.executable, *torchrun, *CONVERT, "--max-shard-size", "40KB"],
-        cwd=tmp_path,
-        env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    assert len([each for each in hub.asked("GET", "/_cdn/") if each.status == 200]) == 1
-    assert read_json(tmp_path / "out" / RECORD_NAME)["source"]["name"] == REPO
 
 
 # Names and revisions -----------------------------------------------------------------------------
@@ -276,27 +259,6 @@ def test_use_the_newest_commit_although_the_hub_fails_once(
     hub.fail("HEAD", "/config.json", 503, times=2)
     run("convert", REPO, "new", "-r", "E2G1T1")
     assert read_json(tmp_path / "new" / RECORD_NAME)["source"]["revision"] == newer
-
-
-def test_count_the_space_that_downloads_need(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = {file.name: file.stat().st_size for file in llama.iterdir()}
-    storage = RepoStorage(tmp_path / "cache", REPO, "c0ffee", sizes)
-    monkeypatch.setattr(RepoStorage, "local", lambda _, name: llama / name)
-    request = lambda _, name, nbytes: (llama / name).read_bytes()[:nbytes]  # noqa: E731
-    monkeypatch.setattr(RepoStorage, "_request", request)
-    checkpoint = open_storage(storage)
-    assert checkpoint.tensors == open_checkpoint(llama).tensors
-    needed = sum((llama / name).stat().st_size for name in checkpoint.files)
-    assert check_download_space([checkpoint], beside=tmp_path / "out") == needed
-    # Another file system: nothing is needed beside the output, but the cache must have the space.
-    assert check_download_space([checkpoint], beside=Path("/proc/out")) == 0
-    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UpcycleError, match="not enough disk space to download") as caught:
-        check_download_space([checkpoint], beside=Path("/proc/out"))
-    assert "HF_HOME" in str(caught.value)
 
 
 def test_end_a_hanging_download_at_a_signal(hub: Hub, llama: Path, tmp_path: Path) -> None:

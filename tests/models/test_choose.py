@@ -14,7 +14,6 @@ from upcycle_cli import UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.families import dense_family, is_moe, is_target
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 SIGMOID, SOFTMAX, RENORMALISED = (
@@ -123,26 +122,6 @@ def test_a_model_that_is_no_dense_one(config: dict[str, Any], message: str) -> N
     with pytest.raises(UpcycleError, match=re.escape(message)) as caught:
         choose(config, "auto", None)
     assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("dense", "moe"),
-    [
-        (
-            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-"},
-            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E"},
-        ),
-        (
-            {"model_type": "granitemoehybrid", "num_local_experts": 0},
-            {"model_type": "granitemoehybrid"},  # 8 of them by default
-        ),
-    ],
-)
-def test_a_model_type_that_can_be_dense_or_moe(dense: dict[str, Any], moe: dict[str, Any]) -> None:
-    assert (is_moe(dense), is_target(dense)) == (False, False)
-    assert (is_moe(moe), is_target(moe)) == (True, True)
-    with pytest.raises(UpcycleError, match="a mixture of experts already"):
-        dense_family(moe)
 
 
 @pytest.mark.parametrize(

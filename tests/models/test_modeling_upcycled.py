@@ -83,22 +83,6 @@ def gradients(model: Any, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_base_model_loads_by_itself(small: Small, tmp_path: Path, family: str) -> None:
-    from transformers import AutoModel
-
-    moe, _ = small(family)
-    base = AutoModel.from_pretrained(
-        tmp_path / "moe",
-        trust_remote_code=True,
-        dtype=torch.float64,
-        experts_implementation="eager",
-    )
-    assert type(base).__name__ == "UpcycledModel"
-    with torch.no_grad():
-        assert torch.equal(base(IDS).last_hidden_state, moe.model(IDS).last_hidden_state)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_it_generates_what_the_dense_model_does(small: Small, family: str) -> None:
     moe, source = small(family, "sigmoid-topk")
     mask = torch.ones_like(IDS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from configs import SIZES, SLIDING, converted, transformers_config
+from configs import converted, transformers_config
 from conftest import sizes_of
 from shapes import make_recipe, tiny_config
-from test_dense import ANY, YARN
+from test_dense import YARN
 
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
@@ -95,27 +95,6 @@ def test_old_rope_keys_are_written_for_new_ones() -> None:
     moe = converted(by_kind, "upcycled", make_recipe("E2G2T2"))
     assert moe["rope_theta"] == 1e6
     assert "rope_scaling" not in moe
-
-
-@pytest.mark.parametrize(
-    ("model_type", "variant", "first"),
-    [
-        ("mistral", "window", 0),
-        ("mistral", "no window", None),
-        ("llama", "window used", None),  # llama has no windows
-        ("qwen2", "window on the last", 3),
-        ("qwen2", "window by layer", 0),
-        ("qwen2", "window", None),
-    ],
-)
-def test_windows_are_stated_in_every_key(model_type: str, variant: str, first: int | None) -> None:
-    """Engines that ignore `layer_types` read the first layer that slides."""
-    config = {"model_type": model_type, **SIZES, **ANY[variant]}
-    moe, slides = converted(config, "qwen2_moe", RECIPE), first is not None
-    assert moe["use_sliding_window"] is slides
-    assert moe["max_window_layers"] == (first if slides else 4)
-    assert moe["sliding_window"] == (8 if slides else None)
-    assert (SLIDING in moe["layer_types"]) is slides
 
 
 def test_former_keys_win() -> None:

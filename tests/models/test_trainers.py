@@ -99,17 +99,3 @@ def test_the_documentation_agrees_with_the_table(case: Case) -> None:
     for name, verdict in row.items():
         assert contradiction(case, name, Cell(verdict), known) is None
     assert all(row[trainer.name] != NOT_TRIED for trainer in known)
-
-
-def test_settings_that_a_tied_head_changes() -> None:
-    changed = {
-        tuple(line.strip("| ").split(" | ")[:2])
-        for line in settings_table()
-        if "where the head shares the embedding" in line
-    }
-    assert changed == {
-        ("torchtitan", "qwen3_moe with topk-softmax"),
-        ("torchtitan", "qwen3_moe with softmax-topk"),
-        ("NeMo AutoModel", "qwen3_moe"),
-        ("NeMo AutoModel", "glm4_moe"),
-    }

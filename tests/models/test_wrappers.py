@@ -5,7 +5,6 @@ Models are tiny and random, the vision tower too, and run by transformers or by 
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,30 +247,3 @@ def test_refuse_a_wrapper(
     with pytest.raises(UpcycleError, match=words):
         convert(dense, tmp_path / "moe", SOME)
     assert not (tmp_path / "moe").exists()
-
-
-NO_LOSS = re.compile(r"- transformers: (nothing balances|it adds no auxiliary loss)")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        row
-        for row in ROWS
-        if row[1] in ("llama", "qwen3_vl_text") or row[:2] == ("mistral3", "mistral")
-    ],
-    ids="-".join,
-)
-def test_the_card_says_whether_a_loss_balances_experts(make_moe: MakeMoe, row: Row) -> None:
-    _, moe = make_moe(row)
-    card = (moe / "README.md").read_text()
-    assert "AutoModelForImageTextToText, AutoProcessor" in card
-    says_none, model = NO_LOSS.search(card) is not None, load(moe)
-    inputs = picture_and_text(model)
-    model.config.get_text_config().output_router_logits = True
-    try:
-        found = model.train()(**inputs, labels=inputs["input_ids"])
-    except TypeError:  # llava's output class has no field for the router logits
-        assert says_none
-        return
-    assert (found.get("aux_loss") is None) == says_none
