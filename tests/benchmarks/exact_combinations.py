@@ -7,9 +7,7 @@ makes a model of each way to make routers, with each order of neurons, number of
 routing, has its weights verified, runs it by plain transformers in float32 on 128 tokens of text
 and 128 random ones, and deletes it. It prints a Markdown table of the largest mean KL to the dense
 model, which runs once, and names what is not exact where gates sum to one. `SMOLLM2` names the
-model's directory, if there is one. What was measured is kept in `exact_combinations.json` (or the
-file that is named behind the command), and the command goes on where it was stopped. It takes about
-half an hour on one core.
+model's directory, if there is one. It takes about half an hour on one core.
 """
 
 from __future__ import annotations
@@ -214,8 +212,6 @@ def table(results: dict[str, dict[str, object]]) -> Iterator[str]:
             for name, result in results.items()
             if name.startswith(f"{cell.name} | ")
         }
-        if not found:
-            continue
         worst = max(found, key=lambda name: float(str(found[name]["kl"])))
         yield f"| {cell.name} | {len(found)} | {found[worst]['kl']:.1e} | {worst} |"
         for name, result in found.items():
@@ -230,23 +226,16 @@ def table(results: dict[str, dict[str, object]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure what was not yet, and print the table."""
-    place = Path(sys.argv[1] if len(sys.argv) > 1 else "exact_combinations.json")
-    results = json.loads(place.read_text()) if place.exists() else {}
-    wanted = {
-        f"{cell.name} | {init}, {order}": (cell, init, order)
-        for cell in CELLS
-        for init, order in cell.pairs
-    }
+    """Measure every combination, and print the table."""
+    results = {}
     with dense_and_scratch() as (dense, folder):
         os.environ["HF_MODULES_CACHE"] = str(folder)
-        left = {name: case for name, case in wanted.items() if name not in results}
-        bench = Bench(dense, folder) if left else None
-        for name, case in left.items():
-            assert bench is not None
-            results[name] = bench.measure(*case)
-            place.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+        bench = Bench(dense, folder)
+        for cell in CELLS:
+            for init, order in cell.pairs:
+                name = f"{cell.name} | {init}, {order}"
+                results[name] = bench.measure(cell, init, order)
+                print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
     print("\n".join(table(results)))
 
 

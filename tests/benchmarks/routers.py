@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ import numpy as np
 import torch
 from shapes import make_recipe
 from smollm2 import dense_and_scratch
+from speed.measure import measure
 
 from upcycle_cli import build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
@@ -114,32 +112,12 @@ def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
     return build_plan(make_recipe(name, router_init=init), open_checkpoint(path))
 
 
-def _resident(what: str) -> float:
-    """Return what /proc says of this process' memory, in GB."""
-    # Not by getrusage, which knows of the process that this one was forked from.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{what}:")[1].split()[0]) / 1e6
-
-
 def _measure_alone(path: Path) -> None:
-    """Print what one calibration takes; resident memory has pages of mapped files in it, too."""
-    before = _resident("VmHWM")
-    started, anonymous, ended = time.monotonic(), [0.0], threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(0.1):
-            anonymous.append(_resident("RssAnon"))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    found = calibrate(plan_for(path, "E8G1T2", RouterInit.BALANCED), Watch())
-    ended.set()
-    sampler.join()
-    seconds, cpu, peak = time.monotonic() - started, time.process_time(), _resident("VmHWM")
+    """Print what one calibration takes in a process of its own."""
+    run = measure([sys.executable, __file__, str(path)])
     print(
-        f"\n{found.tokens} tokens, {torch.get_num_threads()} threads: {seconds:.1f} s, {cpu:.1f} s "
-        f"of processors (imports included), {peak:.2f} GB of resident memory at most "
-        f"(after this script's imports {before:.2f}), {max(anonymous):.2f} GB of anonymous memory"
+        f"\nA calibration, imports included: {run.wall_seconds:.1f} s, {run.cpu_seconds:.1f} s of "
+        f"processors, {run.peak_anon_bytes / 1e9:.2f} GB of anonymous memory at most"
     )
 
 
@@ -161,11 +139,11 @@ def _print_tables(path: Path) -> None:
 def main() -> None:
     """Print the tables."""
     if len(sys.argv) > 1:
-        _measure_alone(Path(sys.argv[1]))
+        calibrate(plan_for(Path(sys.argv[1]), "E8G1T2", RouterInit.BALANCED), Watch())
         return
     with dense_and_scratch() as (path, _):
         _print_tables(path)
-        subprocess.run([sys.executable, __file__, str(path)], check=True)
+        _measure_alone(path)
 
 
 if __name__ == "__main__":

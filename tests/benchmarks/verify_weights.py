@@ -6,15 +6,13 @@ prints a Markdown table: for E8G1T2, E8G8T16 and that with shuffled neurons, of 
 (TinyLlama's shape, bfloat16, in GB), medians of several rounds, with all files in the page cache
 and with none, `cat` and check alternating in one run. The check's time is that of `check_weights`
 in a process that has started: Python, torch and the headers are not counted. It needs seven times
-the dense size on the disk, and as much free memory for the page cache; what of the files was in it
-as the check began is said.
+the dense size on the disk, and as much free memory for the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,8 +51,8 @@ def main() -> None:
     try:
         dense, moe = directory / "dense", directory / "moe"
         make_dense(dense, arguments.size)
-        print("| recipe | cache | GB | cat, s | check, s | ratio | RssAnon, MB | in memory |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| recipe | cache | GB | cat, s | check, s | ratio | RssAnon, MB |")
+        print("|---|---|---|---|---|---|---|")
         for name, order in RECIPES:
             convert(dense, moe, make_recipe(name, neuron_order=order), target="mixtral")
             for cold in (False, True):
@@ -67,7 +65,7 @@ def main() -> None:
 
 def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds: int) -> None:
     files = sorted([*dense.glob("*.safetensors"), *moe.glob("*.safetensors")])
-    cats, checks, held = [], [], []
+    cats, checks = [], []
     runs: list[Run] = []
     prepare = _drop if cold else _warm
     for _ in range(rounds):
@@ -77,7 +75,6 @@ def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds:
             subprocess.run(["cat", *map(str, files)], stdout=nowhere, check=True)
         cats.append(time.perf_counter() - started)
         prepare(files)
-        held.append(_cached_share(files))
         command = [sys.executable, __file__, "--check", str(dense), str(moe), str(result)]
         runs.append(measure(command))
         checks.append(json.loads(result.read_text(encoding="utf-8")))
@@ -86,8 +83,7 @@ def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds:
     kept = " " if check / cat <= LIMIT else " **over** "
     print(
         f"| {name} | {'cold' if cold else 'warm'} | {gigabytes:.1f} | {cat:.2f} | {check:.2f} |"
-        f"{kept}{check / cat:.2f} | {max(run.peak_anon_bytes for run in runs) / 1e6:.0f} | "
-        f"{statistics.median(held):.0%} |",
+        f"{kept}{check / cat:.2f} | {max(run.peak_anon_bytes for run in runs) / 1e6:.0f} |",
         flush=True,
     )
     print(f"{name}: cat {cats}, check {checks}", file=sys.stderr, flush=True)
@@ -122,26 +118,6 @@ def _drop(files: Iterable[Path]) -> None:
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _cached_share(files: Sequence[Path]) -> float:
-    """Return how much of the files is in the page cache."""
-    import ctypes
-
-    libc, here, pages = ctypes.CDLL(None), 0, 0
-    for path in files:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped,
-        ):
-            start = ctypes.c_char.from_buffer(mapped)
-            count = -(-len(mapped) // mmap.PAGESIZE)
-            flags = (ctypes.c_ubyte * count)()
-            address = ctypes.c_void_p(ctypes.addressof(start))
-            libc.mincore(address, ctypes.c_size_t(len(mapped)), flags)
-            here, pages = here + sum(flag & 1 for flag in flags), pages + count
-            del start
-    return here / pages
 
 
 if __name__ == "__main__":

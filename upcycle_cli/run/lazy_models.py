@@ -22,7 +22,6 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.wrapper import Inside
 from upcycle_cli.run.layerwise import Span
 from upcycle_cli.run.lazy_weights import Stack, Stored
-from upcycle_cli.run.merge_copies import MergeCopies
 from upcycle_cli.run.models import (
     Model,
     TransformersError,
@@ -32,7 +31,7 @@ from upcycle_cli.run.models import (
     names_on_disk,
     transformers_errors,
 )
-from upcycle_cli.run.moe_tensors import MoeTensors, moe_tensors
+from upcycle_cli.run.moe_tensors import MergeCopies, MoeTensors, moe_tensors
 
 Find = Callable[[str, str], "Stored | None"]
 """Returns a weight by the names that it has on disk and in memory; None when there is none."""

@@ -207,8 +207,6 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
     """
     comparison, whole_P = found.comparison, found.routing.whole_everywhere
     p, r, q = comparison.published, comparison.rounded, comparison.moe
-    points = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
-    quantiles = torch.quantile(comparison.kl, points).tolist()
     whole_kl_P, follows_P = comparison.conversion[whole_P], prompt.targets >= 0
     return {
         "kl_mean": float(comparison.kl.mean()),
@@ -222,7 +220,6 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
         "moe_nll": float(q.nll[follows_P].mean()),
         "tokens": prompt.ids.numel(),
         "text_tokens": sum(map(len, prompt.words)),
-        **dict(zip(("kl_median", "kl_p90", "kl_p99"), quantiles, strict=True)),
         "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
     }
 

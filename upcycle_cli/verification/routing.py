@@ -1,10 +1,9 @@
 """What the routers of an MoE choose, and whether each token gets whole virtual groups.
 
-All experts of a group have the same logit for every token. In 16 bits the logits of two groups tie
-for some tokens, and such a token may get parts of both groups, so each router is run once more in
-bfloat16.
+All experts of a group have the same logit for every token. Where the logits of two groups tie, a
+token may get parts of both groups.
 
-Legend: S tokens, H hidden size, N experts, T top-k, E groups.
+Legend: S tokens, N experts, T top-k, E groups.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 
@@ -31,8 +31,6 @@ class LayerRouting:
     """The entropy of the softmax over the groups' logits in nats, mean over tokens."""
     margin: float
     """The difference between the two largest of those probabilities, mean over tokens."""
-    bfloat16_split: float
-    """The share of tokens that get parts of groups when the router runs in bfloat16."""
 
     @property
     def load_cv(self) -> float:
@@ -61,9 +59,8 @@ class Routing:
         """Shares and means over all layers."""
         found = self.layers.values()
         return {
-            "split_token_layers": 1 - _mean([float(x.whole.double().mean()) for x in found]),
-            "split_token_layers_bfloat16": _mean([x.bfloat16_split for x in found]),
-            "expert_load_cv": _mean([x.load_cv for x in found]),
+            "split_token_layers": 1 - fmean([float(x.whole.double().mean()) for x in found]),
+            "expert_load_cv": fmean([x.load_cv for x in found]),
         }
 
 
@@ -99,12 +96,9 @@ class _RouterWatch:
     def note_logits(self, _linear: Model, _inputs: object, output: object) -> None:
         self.logits = output if isinstance(output, torch.Tensor) else None
 
-    def __call__(
-        self, router: Model, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
-    ) -> None:
+    def __call__(self, _router: Model, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
         found, experts = self.found, self.moe.experts
         assert experts is not None
-        states_SH = inputs[0].detach().flatten(0, -2)[: found.tokens]
         logits_SN, gates_ST, experts_ST = (held[: found.tokens] for held in output)
         if experts_ST.shape[-1] != experts.top_k:
             found.failures.append(
@@ -120,29 +114,7 @@ class _RouterWatch:
             load=torch.bincount(experts_ST.flatten(), minlength=experts.num_experts),
             entropy=float(torch.special.entr(groups_SE).sum(-1).mean()),
             margin=float((best_S2[:, 0] - best_S2[:, 1:].sum(-1)).mean()),
-            bfloat16_split=self._split_in_bfloat16(router, inputs[1:], states_SH),
         )
-
-    def _split_in_bfloat16(
-        self, router: Model, others: tuple[torch.Tensor, ...], states_SH: torch.Tensor
-    ) -> float:
-        """Return the share of tokens that get parts of groups."""
-        slots = [
-            (module._parameters, name, held)  # noqa: SLF001 - a lazy weight is no Parameter
-            for module in router.modules()
-            for name, held in module._parameters.items()  # noqa: SLF001
-            if held is not None
-        ]
-        try:
-            for slot, name, held in slots:
-                slot[name] = held[:].to(torch.bfloat16)
-            with torch.no_grad():
-                # `forward`, since calling the router would call this hook again.
-                _, gates_ST, experts_ST = router.forward(states_SH.to(torch.bfloat16), *others)
-        finally:
-            for slot, name, held in slots:
-                slot[name] = held
-        return 1 - float(self._whole(gates_ST, experts_ST).double().mean())
 
     def _whole(self, gates_ST: torch.Tensor, experts_ST: torch.Tensor) -> torch.Tensor:
         """Return which tokens got whole groups (S,); a gate of 0 counts as not chosen."""
@@ -152,7 +124,3 @@ class _RouterWatch:
         picked_SN.scatter_(1, experts_ST, (gates_ST != 0).float())
         per_group_SE = picked_SN.reshape(len(picked_SN), -1, size).sum(-1)
         return ((per_group_SE == 0) | (per_group_SE == size)).all(-1)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

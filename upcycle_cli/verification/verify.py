@@ -9,8 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -125,6 +128,7 @@ class _Case:
     """Why there is no plan to compare with; then nothing can pass."""
     mismatch: str = ""
     """Why the record cannot be one of this conversion; then the comparisons fail."""
+    imports: Thread | None = None
 
     def rebuild(self, others: Sequence[Checkpoint]) -> None:
         """Plan the recorded conversion again; UpcycleError where the user gave other models."""
@@ -142,7 +146,7 @@ class _Case:
         """Run the checks in their order."""
         checks: dict[str, Callable[[Plan], CheckResult]] = {
             "directory": lambda plan: check_directory(plan, self.moe, self.names, self.record),
-            "weights": self._weights,
+            "weights": partial(self._weights, ahead="outputs" in selected and not fail_fast),
         }
         results: list[CheckResult] = []
         for name in selected:
@@ -161,10 +165,14 @@ class _Case:
                 results.append(_skipped(name, f"Nothing to compare with: {self.unrecorded}."))
         return tuple(results)
 
-    def _weights(self, plan: Plan) -> CheckResult:
+    def _weights(self, plan: Plan, *, ahead: bool) -> CheckResult:
         from upcycle_cli.verification.weights import check_weights
 
-        return check_weights(plan, self.moe, self.watch, self._evidence(plan))
+        evidence = self._evidence(plan)
+        if ahead:
+            self.imports = Thread(target=_import_transformers)
+            self.imports.start()
+        return check_weights(plan, self.moe, self.watch, evidence)
 
     def _evidence(self, plan: Plan) -> Evidence:
         """Return what proves values that the plan leaves open; a calibration is run again."""
@@ -198,6 +206,8 @@ class _Case:
         ]
         if unsafe:
             return Findings(unsafe).result("outputs", "", note="The MoE was not run.")
+        if self.imports is not None:
+            self.imports.join()
         from upcycle_cli.run.models import transformers_errors
         from upcycle_cli.verification.outputs import Expectation, check_outputs
 
@@ -207,6 +217,14 @@ class _Case:
         if self.plan is not None:
             expected = rebuild.expectation(self.plan)
         return check_outputs(self.dense, self.moe, expected, self.texts, self.watch)
+
+
+def _import_transformers() -> None:
+    """Import what the check `outputs` needs, while other checks read files."""
+    with suppress(Exception):  # the check imports it again, and reports why that fails
+        import transformers.modeling_utils  # noqa: F401
+
+        from upcycle_cli.verification import outputs  # noqa: F401
 
 
 def _skipped(name: str, detail: str) -> CheckResult:
