@@ -10,7 +10,6 @@ a router.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +22,7 @@ from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import CalibrationText, Prompts
-from upcycle_cli.run.models import Model, TransformersError, load_config, transformers_errors
+from upcycle_cli.run.models import Model, load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
 
 if TYPE_CHECKING:
@@ -45,13 +44,11 @@ def calibrate(plan: Plan, watch: Watch) -> Calibration:
     """
     source, text = plan.source, plan.inputs.text
     assert text is not None
-    try:
+    with source_errors(source.path):
         tokens = _prompts(plan, text) if isinstance(text, Prompts) else _text(source, text)
         watch.begins("calibrating")
         with plan.reader() as reader:
             layers = {layer.statistics.layer: layer for layer in _run(plan, reader, tokens, watch)}
-    except TransformersError as error:
-        raise UpcycleError(f"transformers cannot run {source.path}: {error}") from error
     watch.calibrated()
     return Calibration(tokens=len(tokens.positions), layers=layers)
 
@@ -132,33 +129,23 @@ def _run(
     model = lazy_model(plan.source, cast("Reader", reader))
     parts = dense.mlp(plan.source.tensors, layers[0])
     down = find_weight(parts, "down").name.removesuffix(".weight")
-    with ExitStack() as stack, transformers_errors():
-        modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
-        run = stack.enter_context(started(model.net, tokens.ids, modules))
+    activity: list[torch.Tensor] = []
+
+    def note(_: Model, inputs: tuple[torch.Tensor, ...]) -> None:
+        # The magnitude of each neuron's activation at each position (P, I).
+        activity.append(inputs[0].flatten(0, -2)[tokens.positions].abs())
+
+    modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
+    with started(model.net, tokens.ids, modules) as run:
         for layer in range(dense.num_layers):
             if layer not in layers:
                 run.steps.advance()
                 continue
-            down_module = model.layer(layer).get_submodule(down)
-            with _activity(down_module, tokens.positions) as activity:
-                run.steps.advance()
+            handle = model.layer(layer).get_submodule(down).register_forward_pre_hook(note)
+            run.steps.advance()
+            handle.remove()
             inputs_PH = run.mlp_input.flatten(0, -2)[tokens.positions].double().numpy()
             fit = LayerCalibration(plan, reader, routers[layer], layer, tokens.weights)
             yield fit.evaluate(inputs_PH, activity.pop().numpy())
             reader.release()
             watch.checked(layer + 1, dense.num_layers, "layers")
-
-
-@contextmanager
-def _activity(down: Model, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Note the magnitude of each neuron's activation at each position (P, I)."""
-    found: list[torch.Tensor] = []
-
-    def note(_module: Model, inputs: tuple[torch.Tensor, ...]) -> None:
-        found.append(inputs[0].flatten(0, -2)[positions_P].abs())
-
-    handle = down.register_forward_pre_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -33,10 +33,10 @@ class TransformersError(Exception):
     """transformers failed; the message is its own."""
 
 
-def _transformers() -> tuple[Any, Any, Any]:
-    """Return AutoConfig, AutoModelForCausalLM and AutoTokenizer; UpcycleError for no import."""
+def _import_transformers() -> None:
+    """Raise UpcycleError where transformers cannot be imported."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     except Exception as error:
         # A broken installation raises ImportError mostly, but AttributeError or OSError as well,
         # from a library that does not fit.
@@ -45,13 +45,12 @@ def _transformers() -> tuple[Any, Any, Any]:
             f"transformers cannot be imported: {words[:300]}",
             "Install it again: pip install --force-reinstall transformers",
         ) from error
-    return AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @contextmanager
 def transformers_errors() -> Iterator[None]:
     """Keep transformers quiet and offline, and turn what it raises into TransformersError."""
-    _transformers()
+    _import_transformers()
     from huggingface_hub import constants
     from transformers.utils import logging
 
@@ -88,6 +87,16 @@ def transformers_errors() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """Raise UpcycleError where transformers cannot run the model that a conversion starts from."""
+    try:
+        with transformers_errors():
+            yield
+    except TransformersError as error:
+        raise UpcycleError(f"transformers cannot run {path}: {error}") from error
+
+
 def _set_verbosity(verbosity: int) -> None:
     from transformers.utils import logging
 
@@ -97,9 +106,10 @@ def _set_verbosity(verbosity: int) -> None:
 
 def load_config(path: Path) -> Config:
     """Return transformers' config of a checkpoint; raises TransformersError."""
-    auto_config, _, _ = _transformers()
     with transformers_errors(), registered(_model_type(path)):
-        config = auto_config.from_pretrained(path, **_OFFLINE)
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, **_OFFLINE)
         text = config.get_text_config()
         if getattr(text, "is_heterogeneous", False):
             # Else reading a setting that differs between layers raises an error.
@@ -163,9 +173,10 @@ def names_on_disk(model: Model, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
     """Return the tokenizer of a directory; raises TransformersError."""
-    _, _, auto_tokenizer = _transformers()
     with transformers_errors(), registered(_model_type(path)):
-        return auto_tokenizer.from_pretrained(path, **_OFFLINE)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, **_OFFLINE)
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:

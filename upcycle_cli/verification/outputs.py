@@ -21,8 +21,8 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
-from upcycle_cli.run.lazy_models import LazyModel, lazy_model
-from upcycle_cli.run.models import TransformersError
+from upcycle_cli.run.lazy_models import lazy_model
+from upcycle_cli.run.models import TransformersError, source_errors
 from upcycle_cli.verification.distributions import Comparison
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
@@ -88,13 +88,9 @@ def check_outputs(
         readers = stack.enter_context(dense.reader()), stack.enter_context(moe.reader())
         try:
             return _compare(dense, moe, readers, expected, texts, watch or Watch())
-        except (TransformersError, _UnsoundError) as error:
+        except TransformersError as error:
             findings.add(f"transformers could not run the MoE: {error}")
             return findings.result(_NAME, "", note=_NOT_COMPARED)
-
-
-class _UnsoundError(Exception):
-    """The config of the MoE makes no sense."""
 
 
 def _compare(
@@ -112,11 +108,12 @@ def _compare(
     try:
         upcycled = lazy_model(moe, moe_reader, observe=observe, merge_copies=True)
     except UpcycleError as error:
-        raise _UnsoundError(error.message) from error
+        raise TransformersError(error.message) from error
     experts = upcycled.experts
     if experts is None or experts.num_experts % expected.group_size:
-        raise _UnsoundError("config.json describes no mixture of experts in such groups")
-    published = _dense_model(dense, dense_reader)
+        raise TransformersError("config.json describes no mixture of experts in such groups")
+    with source_errors(dense.path):
+        published = lazy_model(dense, dense_reader, merge_copies=True)
     round_to = rounding(published, upcycled)
     rounded = None
     if round_to is not None:
@@ -152,13 +149,6 @@ def _compare(
         texts=_texts(found, prompt),
         continuation=continue_text(published, upcycled, prompt) if texts.continuation else None,
     )
-
-
-def _dense_model(dense: Checkpoint, reader: Reader) -> LazyModel:
-    try:
-        return lazy_model(dense, reader, merge_copies=True)
-    except TransformersError as error:
-        raise UpcycleError(f"transformers cannot run {dense.path}: {error}") from error
 
 
 class _Overflow:

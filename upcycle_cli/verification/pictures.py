@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.run.lazy_models import LazyModel
-from upcycle_cli.run.models import Model, TransformersError, transformers_errors
+from upcycle_cli.run.models import Model, source_errors, transformers_errors
 
 _BEFORE, _AFTER = 4, 12
 """Tokens of text; the positions after the picture, and its last, are compared."""
@@ -34,12 +33,9 @@ def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
     """
     if getattr(dense.net.config, "vision_config", None) is None:
         return {}
-    try:
-        with transformers_errors(), torch.no_grad():
-            inputs = _inputs(dense.net)
-            wanted_KV = _logits(dense.net, inputs)
-    except TransformersError as error:
-        raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
+    with source_errors(dense.checkpoint.path), torch.no_grad():
+        inputs = _inputs(dense.net)
+        wanted_KV = _logits(dense.net, inputs)
     with transformers_errors(), torch.no_grad():
         found_KV = _logits(moe.net, inputs)
     p_KV, q_KV = (logits.log_softmax(-1) for logits in (wanted_KV, found_KV))

@@ -18,10 +18,9 @@ import torch
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.callbacks import Watch
-from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
-from upcycle_cli.run.models import TransformersError, transformers_errors
+from upcycle_cli.run.models import source_errors, transformers_errors
 from upcycle_cli.verification.distributions import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import Continuation, LayerMeasure
@@ -85,13 +84,17 @@ def run_side_by_side(
             blocks = [model.block(layer, target) for layer in moe.experts.layers]  # type: ignore[union-attr]
             return stack.enter_context(started(model.net, prompt.ids, blocks))
 
+        def advance_dense() -> None:
+            with source_errors(dense.checkpoint.path):
+                for each in runs:
+                    each.steps.advance()
+
         runs = [start(model) for model in (dense, rounded) if model is not None]
         run, own = start(moe), runs[-1]
         routing = stack.enter_context(watched_routers(moe, P, group_size))
         measures = []
         for layer in range(moe.num_layers):
-            for other in runs:
-                _advance_dense(dense, other)
+            advance_dense()
             has_experts = layer in moe.experts.layers
             if has_experts:
                 run.extra = own.mlp_input.flatten(0, -2)[sample]
@@ -100,22 +103,13 @@ def run_side_by_side(
             if has_experts:
                 measures.append(_measure(own, run, routing.layers[layer], layer, sample))
             watch.checked(layer + 1, moe.num_layers, "layers")
-        for other in runs:
-            _advance_dense(dense, other)
+        advance_dense()
         with transformers_errors():
             run.steps.advance()
             endings = [_ending(each) for each in (*runs, run)]
             middle = endings[1] if rounded is not None else None
             comparison = compare(endings[0], middle, endings[-1], prompt.targets)
     return Found(comparison, tuple(measures), routing)
-
-
-def _advance_dense(dense: LazyModel, run: Run) -> None:
-    try:
-        with transformers_errors():
-            run.steps.advance()
-    except TransformersError as error:
-        raise UpcycleError(f"transformers cannot run {dense.checkpoint.path}: {error}") from error
 
 
 def _ending(run: Run) -> Ending:
