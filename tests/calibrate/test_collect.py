@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.families import targets_of
-from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
 from upcycle_cli.verification.prompts import TextOptions
@@ -135,14 +132,6 @@ def test_the_pages_of_a_layer_are_released(llama: Path, tmp_path: Path) -> None:
     assert watch.held == ("1 of 2 layers", "0", "2 of 2 layers", "0"), "kilobytes"
 
 
-def test_a_calibration_can_be_saved_and_read(llama: Path) -> None:
-    found = calibrate(build_plan(clustered(), open_checkpoint(llama)), Watch())
-    data = found.to_bytes()
-    assert Calibration.from_bytes(data).digest == found.digest
-    with pytest.raises(ValueError, match="deserializing"):
-        Calibration.from_bytes(data[:-1])
-
-
 # Conversions --------------------------------------------------------------------------------------
 
 
@@ -254,17 +243,6 @@ def test_gates_that_sum_to_one_need_no_measured_scale(llama: Path) -> None:
     plan = build_plan(recipe(scaling="measured"), open_checkpoint(llama))
     assert plan.recipe.scaling is Scaling.EXACT
     assert plan.inputs.text is None
-
-
-def test_torch_is_only_imported_for_a_calibration(llama: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from upcycle_cli.cli.app import app\n"
-        f"try: app(['convert', {str(llama)!r}, {str(tmp_path / 'moe')!r}, '-r', 'E4G2T4', '-q'])\n"
-        "except SystemExit as done: assert not done.code\n"
-        "print({'torch', 'upcycle_cli.calibrate.collect'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("set()")
 
 
 # What the user reads ------------------------------------------------------------------------------

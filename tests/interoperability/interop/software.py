@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import venv
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from sysconfig import get_path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from interop.conversions import UPCYCLED, Case, cases, first_of_each
-from interop.results import Cell, Output
+from interop.results import Cell, Output, table
 from upcycle_cli.models.engines import FAILS
 
 Asked = Mapping[str, str]
@@ -246,6 +248,69 @@ class Worker:
             self._process.stdin.close()
         self._process.wait()
         self._log.close()
+
+
+class Session:
+    """The software that could be installed, and what each made of each conversion."""
+
+    def __init__(
+        self, scratch: Path, software: Sequence[Software], wanted: Sequence[str], *, quick: bool
+    ) -> None:
+        self.scratch, self.quick = scratch, quick
+        self.workers: dict[Software, Worker] = {}
+        self.versions: dict[str, str] = {}
+        self.not_installed: dict[str, str] = {}
+        self.rows: dict[Case, dict[str, Cell]] = {}
+        self.contradictions: list[str] = []
+        for each in software:
+            if each.name in wanted:
+                self._install(each)
+
+    def _install(self, software: Software) -> None:
+        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
+        try:
+            python = install_beside(software, self.scratch) if self.quick else install(software)
+        except NotInstalledError as error:
+            self.not_installed[software.name] = str(error)
+        else:
+            self.workers[software] = Worker(software, python, self.scratch)
+            self.versions[software.name] = f"{software.package} {version(python, software.package)}"
+
+    def note(self, case: Case, software: str, cell: Cell, contradiction: str | None) -> None:
+        """Fill a cell of the table."""
+        self.rows.setdefault(case, {})[software] = cell
+        print(f"{software}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
+        self.contradictions += [contradiction] if contradiction else []
+
+    def close(self) -> None:
+        """End the processes of the software."""
+        for worker in self.workers.values():
+            worker.close()
+
+    def report(self, subject: str, *more: str) -> str:
+        """Return all that was found, as Markdown, with `more` below the table."""
+        verdict = [f"Nothing contradicts what upcycle says of {subject}."]
+        if self.contradictions:
+            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
+        absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
+        return "\n".join(
+            [
+                *(f"- {key}: {value}" for key, value in machine().items()),
+                *("", "| software | version |", "|---|---|"),
+                *(f"| {name} | {text} |" for name, text in self.versions.items()),
+                *(["", "Not run:", "", *absent] if absent else []),
+                *("", table(self.rows, list(self.versions)), "", *more, *verdict),
+            ]
+        )
+
+
+def machine() -> dict[str, str]:
+    """Return what a report says of this machine."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
+        "Python": platform.python_version(),
+    }
 
 
 def _pip(python: Path, *arguments: str) -> None:
