@@ -16,6 +16,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.core.errors import shown
+from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.record import described
 
@@ -62,9 +63,7 @@ def config_failures(
     found, stored = [*differences(wanted, moe.config)], _main_dtype(moe)
     if not found:
         return
-    # transformers names the dtype that it loaded the model in, which `weights` compares.
-    named = {key: stored for key in ("dtype", "torch_dtype") if moe.config.get(key) == stored}
-    if _means_the_same({**wanted, **named}, moe.config):
+    if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
         notes.append(f"{CONFIG_NAME} was saved again by transformers, and says the same.")
         return
     yield from (f"{CONFIG_NAME}: {each}" for each in found)
@@ -83,6 +82,17 @@ def _main_dtype(moe: Checkpoint) -> str:
     for entry in moe.tensors.values():
         nbytes[entry.dtype] += entry.nbytes
     return TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")
+
+
+def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:
+    """Name the dtype where transformers names the one it loaded, which `weights` compares."""
+    named = {key: stored for key in ("dtype", "torch_dtype") if held.get(key) == stored}
+    nested = {
+        key: _with_dtype(wanted[key], held[key], stored)
+        for key in nested_configs(wanted)
+        if isinstance(held.get(key), dict)
+    }
+    return {**wanted, **nested, **named}
 
 
 def _means_the_same(wanted: Settings, held: Settings) -> bool:

@@ -97,7 +97,7 @@ def _matched(
     found, widened = list[OutputTensor](), set[str]()
     findings.add(*(f"{name} is missing" for name in wanted if name not in moe.tensors))
     findings.add(*(f"{name} should not be there" for name in moe.tensors if name not in wanted))
-    for name in wanted.keys() & moe.tensors.keys():
+    for name in (name for name in wanted if name in moe.tensors):
         tensor, entry = wanted[name], moe.tensors[name]
         if entry.shape != tensor.shape:
             findings.add(f"{name} has shape {list(entry.shape)} instead of {list(tensor.shape)}")
@@ -142,7 +142,7 @@ def _read_open(
             held.release()
     findings.add(*orders.find(known))
     if orders.perturbed:
-        why = "experts were perturbed in an order of neurons that only the text gives"
+        why = "noise or new neurons hide the order of neurons, and its file or text is not here"
         for layer, found in fitted.items():
             if found.order is not None:
                 known.orders.setdefault(f"layers.{layer}.neuron_order", found.order)
