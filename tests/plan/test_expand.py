@@ -271,7 +271,7 @@ MOE = "model.layers.0.block_sparse_moe"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (without("layers.1.block_sparse_moe.gate"), "lacks model.layers.1."),
+        (without("layers.1.block_sparse_moe.gate"), "moe.gate.weight is missing"),
         (without("layers.1.block_sparse_moe.experts.2.w1"), "experts.2.w1"),
         (without("layers.1.self_attn.q_proj"), "one alone has self_attn.q_proj"),
         (without("embed_tokens"), "lacks model.embed_tokens.weight"),

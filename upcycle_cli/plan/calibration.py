@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SHOWN_DIGITS = 4
+_TENSORS = ("input_mean", "input_square", "activity", "rows", "order")
+"""The fields of a layer's results that a file holds as tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +87,19 @@ class Calibration:
         import numpy as np
         from safetensors.numpy import save
 
-        tensors: dict[str, NDArray[Any]] = {}
-        for number, layer in self.layers.items():
-            tensors[f"layers.{number}.input_mean"] = layer.input_mean
-            tensors[f"layers.{number}.input_square"] = layer.input_square
-            tensors[f"layers.{number}.activity"] = layer.activity
-            tensors[f"layers.{number}.rows"] = np.frombuffer(layer.rows, "u1")
-            if layer.order is not None:
-                tensors[f"layers.{number}.order"] = np.frombuffer(layer.order, "u1")
+        tensors: dict[str, NDArray[Any]] = {
+            f"{number}.{name}": np.frombuffer(held, "u1") if isinstance(held, bytes) else held
+            for number, layer in self.layers.items()
+            for name in _TENSORS
+            if (held := getattr(layer, name)) is not None
+        }
         statistics = [asdict(layer.statistics) for layer in self.layers.values()]
         found = json.dumps({"tokens": self.tokens, "layers": statistics})
         return save(tensors, {"calibration": found})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` made; ValueError or KeyError for anything else."""
+        """Read what `to_bytes` made; ValueError, KeyError or TypeError for anything else."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -111,14 +111,10 @@ class Calibration:
         found = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["calibration"])
         layers = {}
         for each in found["layers"]:
-            prefix = f"layers.{each['layer']}."
-            order = tensors.get(f"{prefix}order")
-            layers[each["layer"]] = LayerFound(
-                statistics=RouterStatistics(**each),
-                input_mean=tensors[f"{prefix}input_mean"],
-                input_square=tensors[f"{prefix}input_square"],
-                activity=tensors[f"{prefix}activity"],
-                rows=tensors[f"{prefix}rows"].tobytes(),
-                order=None if order is None else order.tobytes(),
-            )
+            names = {name: f"{each['layer']}.{name}" for name in _TENSORS}
+            held = {name: tensors[key] for name, key in names.items() if key in tensors}
+            values: dict[str, Any] = {
+                n: x.tobytes() if x.dtype == "u1" else x for n, x in held.items()
+            }
+            layers[each["layer"]] = LayerFound(statistics=RouterStatistics(**each), **values)
         return cls(tokens=found["tokens"], layers=layers)

@@ -6,8 +6,8 @@ and each virtual group names the model whose MLP it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -37,6 +37,12 @@ class DenseParts:
     source: Checkpoint
     merge: Merge | None
 
+    @cached_property
+    def mlps(self) -> dict[int, tuple[Weight, ...]]:
+        """By layer, the weights of each dense MLP that becomes experts."""
+        dense, names = self.family.dense, self.source.tensors
+        return {layer: dense.mlp(names, layer) for layer in self.family.layers}
+
     def tensor(self, name: str) -> ex.Expr:
         """Return a tensor that is no expert's, in the output dtype."""
         return self.options.cast(self.uncast(name))
@@ -50,24 +56,20 @@ class DenseParts:
         # The mean is rounded once, to the dtype in which it is written.
         return ex.Mean((stored, *others), self.options.storage_dtype or stored.dtype)
 
-    def mlp_dtype(self, layer: int, mlp: Sequence[Weight]) -> str:
+    def mlp_dtype(self, layer: int) -> str:
         """Return the dtype of a layer's MLP in the output."""
-        return ex.type_of(self.tensor(self.family.dense.prefix(layer) + mlp[0].name)).dtype
+        first = self.family.dense.prefix(layer) + self.mlps[layer][0].name
+        return ex.type_of(self.tensor(first)).dtype
 
     def neurons(
-        self,
-        layer: int,
-        mlp: Sequence[Weight],
-        part: str,
-        places: tuple[int, int],
-        group: VirtualGroup | None = None,
+        self, layer: int, part: str, places: tuple[int, int], group: VirtualGroup | None = None
     ) -> ex.Expr:
         """Return a part of the dense MLP for the neurons at [start, stop) of a group's order.
 
         A permutation of fewer neurons than the MLP has applies to the last ones.
         """
         dense, (model, permutation) = self.family.dense, group or VirtualGroup()
-        found = locate(mlp, part, width=dense.intermediate_size, shard=places)
+        found = locate(self.mlps[layer], part, width=dense.intermediate_size, shard=places)
         stored = self._stored(dense.prefix(layer) + found.tensor, model)
         dim, width = found.split_dim, found.stop - found.start
         if permutation is not None and dim is not None:
@@ -80,16 +82,14 @@ class DenseParts:
             return self.options.cast(stored)
         return self.options.cast(ex.Slice(stored, dim, found.start, found.stop))
 
-    def random_rows(
-        self, layer: int, mlp: Sequence[Weight], purpose: str, rows: int, logit_std: float
-    ) -> ex.Expr:
+    def random_rows(self, layer: int, purpose: str, rows: int, logit_std: float) -> ex.Expr:
         """Return random rows whose logits have this standard deviation behind the MLP's norm."""
         dense = self.family.dense
         norm = dense.norm(self.source.tensors, layer)
         return ex.Normal(
             seed=self.recipe.seed,
             stream=f"layers.{layer}.{purpose}",
-            dtype=self.mlp_dtype(layer, mlp),
+            dtype=self.mlp_dtype(layer),
             shape=(rows, dense.hidden_size),
             logit_std=logit_std,
             norm=None if norm is None else self.uncast(norm),

@@ -173,15 +173,11 @@ class _Grower:
         """Raise UpcycleError unless a layer's experts and router have exactly these tensors."""
         source = self.experts.moe
         for name, shape in growing.items():
-            if name not in source.tensors:
-                words = f"{source.path} lacks {name}, which its config.json implies."
-                raise UpcycleError(words)
-            held = source.tensors[name].shape
-            if held != shape:
-                raise UpcycleError(
-                    f"{source.path}: {name} has shape {list(held)}, but config.json implies "
-                    f"{list(shape)}."
-                )
+            held = source.tensors.get(name)
+            if held is None or held.shape != shape:
+                found = "is missing" if held is None else f"has shape {list(held.shape)}"
+                words = f"{name} {found}, but config.json implies {list(shape)}"
+                raise UpcycleError(f"{source.path}: {words}.")
         modules = {re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in growing}
         for name in names:
             if name not in growing and name.startswith((*modules,)):
@@ -232,18 +228,17 @@ class _Grower:
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
         """Return one expert of the source as a weight of the output holds it."""
-        parts = [self._part(layer, part, expert) for part in weight.parts]
+        parts, size = [], self.experts.expert_size
+        for part in weight.parts:
+            found = locate(self._held.experts, part, width=size, expert=expert)
+            whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
+            if found.row is not None:
+                whole = Select(whole, found.row)
+            dim, width = found.split_dim, found.stop - found.start
+            if dim is not None and type_of(whole).shape[dim] != width:
+                whole = Slice(whole, dim, found.start, found.stop)
+            parts.append(self.options.cast(whole))
         return Concat((*parts,)) if len(parts) > 1 else parts[0]
-
-    def _part(self, layer: int, part: str, expert: int) -> Expr:
-        found = locate(self._held.experts, part, width=self.experts.expert_size, expert=expert)
-        whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
-        if found.row is not None:
-            whole = Select(whole, found.row)
-        dim, width = found.split_dim, found.stop - found.start
-        if dim is not None and type_of(whole).shape[dim] != width:
-            whole = Slice(whole, dim, found.start, found.stop)
-        return self.options.cast(whole)
 
     def _stored(self, name: str) -> Source:
         entry = self.experts.moe.tensors[name]

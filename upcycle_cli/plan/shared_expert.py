@@ -6,9 +6,8 @@ scaled as the routed experts are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Layout
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
 from upcycle_cli.plan.expressions import Concat, Expr, Full, RandomLike, Scale
@@ -20,7 +19,7 @@ the logit, needs one other than 0."""
 
 
 def shared_expert(
-    parts: DenseParts, layer: int, mlp: Sequence[Weight], layout: Layout, group: VirtualGroup
+    parts: DenseParts, layer: int, layout: Layout, group: VirtualGroup
 ) -> Iterator[tuple[str, Expr]]:
     """Yield the names and expressions of a layer's shared expert; nothing where there is none.
 
@@ -34,18 +33,18 @@ def shared_expert(
         held: list[Expr] = []
         for part in weight.parts:
             if not count:
-                held.append(_inert(parts, layer, mlp, part, shared.size or expert_size))
+                held.append(_inert(parts, layer, part, shared.size or expert_size))
                 continue
-            expr = parts.neurons(layer, mlp, part, (0, count * expert_size), group)
+            expr = parts.neurons(layer, part, (0, count * expert_size), group)
             factor = shared.down_factor if part == "down" else 1.0
             held.append(expr if factor == 1.0 else Scale(expr, factor))
         yield weight.name, Concat(tuple(held)) if len(held) > 1 else held[0]
     if shared.router is not None:
         std = _HALF_LOGIT_STD if count else 1.0
-        yield shared.router, parts.random_rows(layer, mlp, "shared_expert_gate", 1, std)
+        yield shared.router, parts.random_rows(layer, "shared_expert_gate", 1, std)
 
 
-def _inert(parts: DenseParts, layer: int, mlp: Sequence[Weight], part: str, size: int) -> Expr:
+def _inert(parts: DenseParts, layer: int, part: str, size: int) -> Expr:
     """Return a part of a shared expert that outputs zero but can learn.
 
     Its down matrix is zero, or the weight of the norm behind it is.
@@ -53,9 +52,9 @@ def _inert(parts: DenseParts, layer: int, mlp: Sequence[Weight], part: str, size
     hidden = parts.family.dense.hidden_size
     shared = parts.family.target.shared
     if part == "down" and shared is not None and shared.norm is None:
-        return Full(parts.mlp_dtype(layer, mlp), (hidden, size))
+        return Full(parts.mlp_dtype(layer), (hidden, size))
     rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
-    sample = parts.neurons(layer, mlp, part, (0, rows))
+    sample = parts.neurons(layer, part, (0, rows))
     stream = f"layers.{layer}.shared_expert.{part}"
     shape = (hidden, size) if part == "down" else (size, hidden)
     return RandomLike(parts.recipe.seed, stream, shape, sample)

@@ -50,14 +50,13 @@ class TensorMaker:
         yield from self._copied(embedding)
         for layer in range(dense.num_layers):
             own, upcycled = by_layer.get(layer, []), layer in parts.family.layers
-            mlp = dense.mlp(parts.source.tensors, layer) if upcycled else ()
-            replaced = {dense.prefix(layer) + weight.name for weight in mlp}
+            replaced = {dense.prefix(layer) + weight.name for weight in parts.mlps.get(layer, ())}
             for name in own:
                 if name not in replaced:
                     yield from self._copied(name, layer)
             yield from self._zero_biases(layer, own)
             if upcycled:
-                yield from self._mixture(layer, mlp)
+                yield from self._mixture(layer)
         for name in by_layer.get(None, []):
             if name != embedding:
                 yield from self._copied(name)
@@ -95,38 +94,40 @@ class TensorMaker:
                 bias = ex.Full(weight.dtype, weight.shape[:1])
                 yield OutputTensor.of(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
 
-    def _mixture(self, layer: int, mlp: Sequence[Weight]) -> Iterator[OutputTensor]:
+    def _mixture(self, layer: int) -> Iterator[OutputTensor]:
         """Yield the tensors that a dense MLP becomes."""
         parts, target, recipe = self.parts, self.parts.family.target, self.parts.recipe
         layout = target.layouts[target.layout(parts.options.expert_layout)]
         prefix = target.prefix(layer)
-        yield OutputTensor.of(prefix + layout.router, self._router(layer, mlp), Role.ROUTER, layer)
+        yield OutputTensor.of(prefix + layout.router, self._router(layer), Role.ROUTER, layer)
         name = target.correction_bias_name(layout, str(recipe.routing))
         if target.correction_bias is not None and name is not None:
             bias = ex.Full("F32", target.correction_bias.shape(recipe.num_experts))
             yield OutputTensor.of(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         groups = self._groups(layer)
-        weights = [weight for weight in layout.experts if {*weight.parts} <= {*parts_of(mlp)}]
-        experts = [self._experts(layer, mlp, weight, groups) for weight in weights]
+        weights = [
+            weight for weight in layout.experts if {*weight.parts} <= {*parts_of(parts.mlps[layer])}
+        ]
+        experts = [self._experts(layer, weight, groups) for weight in weights]
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
             for weight, exprs in zip(weights, experts, strict=True):
                 name = prefix + weight.name.format(expert=e)
                 expr = ex.Stack((*exprs,)) if e is None else exprs[e]
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
-        for name, expr in shared_expert(parts, layer, mlp, layout, groups[0]):
+        for name, expr in shared_expert(parts, layer, layout, groups[0]):
             yield OutputTensor.of(prefix + name, expr, Role.SHARED_EXPERT, layer)
-        for name, expr in self._added(layer, mlp):
+        for name, expr in self._added(layer):
             yield OutputTensor.of(prefix + name, expr, Role.ADDED, layer)
 
-    def _router(self, layer: int, mlp: Sequence[Weight]) -> ex.Expr:
+    def _router(self, layer: int) -> ex.Expr:
         expr: ex.Expr
         recipe, rows = self.parts.recipe, self.rows
         if rows is None:
             std = recipe.router_logit_std or 1.0
-            expr = self.parts.random_rows(layer, mlp, "router", recipe.router_rows, std)
+            expr = self.parts.random_rows(layer, "router", recipe.router_rows, std)
         else:
-            stored = self.parts.mlp_dtype(layer, mlp)
+            stored = self.parts.mlp_dtype(layer)
             dtype, data = rows.dtype or stored, rows.by_layer.get(layer)
             shape = recipe.router_rows, self.parts.family.dense.hidden_size
             expr = ex.Constant(router_stream(layer), dtype, shape, rows.origin, data)
@@ -156,45 +157,41 @@ class TensorMaker:
                     orders[group] = ex.Permutation(size, order_name(layer, group), recipe.seed)
         return [VirtualGroup(*pair) for pair in zip(models, orders, strict=True)]
 
-    def _experts(
-        self, layer: int, mlp: Sequence[Weight], weight: Weight, groups: Sequence[VirtualGroup]
-    ) -> list[ex.Expr]:
+    def _experts(self, layer: int, weight: Weight, groups: Sequence[VirtualGroup]) -> list[ex.Expr]:
         """Return one weight of each expert of a layer."""
         recipe = self.parts.recipe
         routed = range(recipe.shared_experts, recipe.granularity)
         # Equal groups share their expressions.
         shards = {
-            group: [self._shard(layer, mlp, weight, shard, group) for shard in routed]
+            group: [self._shard(layer, weight, shard, group) for shard in routed]
             for group in {*groups}
         }
         # Noise is drawn in the layout of the dense matrices, whatever the output's layout is.
-        cut = find_weight(mlp, weight.parts[0]).split_dim
+        cut = find_weight(self.parts.mlps[layer], weight.parts[0]).split_dim
         plain = (expr for group in groups for expr in shards[group])
         experts = perturbed(recipe, replace(weight, split_dim=cut), layer, plain)
         transposed = {cut, weight.split_dim} == {0, 1}
         return [ex.Transpose(expr) for expr in experts] if transposed else experts
 
-    def _shard(
-        self, layer: int, mlp: Sequence[Weight], weight: Weight, shard: int, group: VirtualGroup
-    ) -> ex.Expr:
+    def _shard(self, layer: int, weight: Weight, shard: int, group: VirtualGroup) -> ex.Expr:
         """Return one shard of the dense MLP as a weight of an expert holds it."""
         size = self.parts.family.dense.intermediate_size // self.parts.recipe.granularity
         parts = []
         for part in weight.parts:
             places = shard * size, (shard + 1) * size
-            expr = self.parts.neurons(layer, mlp, part, places, group)
+            expr = self.parts.neurons(layer, part, places, group)
             factor = self.factors.of(part)
             parts.append(expr if factor == 1.0 else ex.Scale(expr, factor))
         return ex.Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
-    def _added(self, layer: int, mlp: Sequence[Weight]) -> Iterator[tuple[str, ex.Expr]]:
+    def _added(self, layer: int) -> Iterator[tuple[str, ex.Expr]]:
         """Yield what the target's row adds to a layer: a constant, or a scaled dense tensor."""
         dense, target = self.parts.family.dense, self.parts.family.target
         for row in target.extra_tensors:
             value = row.value(dense.values)
             if row.of is None:
                 size = self.parts.recipe.num_experts if row.per_expert else dense.hidden_size
-                yield row.name, ex.Full(self.parts.mlp_dtype(layer, mlp), (size,), value)
+                yield row.name, ex.Full(self.parts.mlp_dtype(layer), (size,), value)
             else:
                 stored = self.parts.tensor(dense.prefix(layer) + row.of)
                 yield row.name, stored if value == 1.0 else ex.Scale(stored, value)
