@@ -15,7 +15,6 @@ from refusals import assert_refused, invoke, save_tensors
 from upcycle_cli import Recipe, convert
 
 if TYPE_CHECKING:
-    from conftest import MakeDense
     from refusals import Refuses
 
 SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -94,10 +93,6 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_refuse_a_mixture_of_experts(moe: Path, refuses: Refuses) -> None:
-    refuses(moe, "mixture of experts already")
-
-
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -151,14 +146,6 @@ def test_inspect_an_moe_whose_record_is_wrong(moe: Path, tmp_path: Path, record:
     for form in ((), ("--json",)):
         result = invoke("inspect", broken, *form)
         assert result.exception is None or isinstance(result.exception, SystemExit)
-
-
-def test_refuse_another_dense_model(moe: Path, make_dense: MakeDense, tmp_path: Path) -> None:
-    smaller = make_dense("llama", hidden_size=16, intermediate_size=16)
-    assert_refused(invoke("inspect", moe, "--weights", "--dense", smaller), "is not the source")
-    lacking = clone(make_dense("llama"), tmp_path / "dense")
-    save_tensors(lacking, lambda tensors: tensors.pop("model.layers.0.mlp.gate_proj.weight"))
-    assert_refused(invoke("inspect", moe, "--weights", "--dense", lacking), "lacks")
 
 
 def test_refuse_to_read_quantised_experts(moe: Path, tmp_path: Path) -> None:

@@ -79,21 +79,9 @@ LLAMA_70B_MLP = 3 * 8192 * 28672
 LLAMA_70B = (
     2 * 128256 * 8192 + 8192 + 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + LLAMA_70B_MLP + 2 * 8192)
 )
-LLAMA_405B_MLP = 3 * 16384 * 53248
-LLAMA_405B = (
-    2 * 128256 * 16384
-    + 16384
-    + 126 * (2 * 16384 * 16384 + 2 * 16384 * 1024 + LLAMA_405B_MLP + 2 * 16384)
-)
 MISTRAL_7B_MLP = 3 * 4096 * 14336
 MISTRAL_7B = (
     2 * 32000 * 4096 + 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + MISTRAL_7B_MLP + 2 * 4096)
-)
-QWEN25_72B_MLP = 3 * 8192 * 29568
-QWEN25_72B = (
-    2 * 152064 * 8192
-    + 8192
-    + 80 * (2 * 8192 * 8192 + 8192 + 2 * (8192 * 1024 + 1024) + QWEN25_72B_MLP + 2 * 8192)
 )
 QWEN3_32B_MLP = 3 * 5120 * 25600
 QWEN3_32B = (
@@ -102,23 +90,18 @@ QWEN3_32B = (
     + 64 * (2 * 5120 * 8192 + 2 * 5120 * 1024 + 2 * 128 + QWEN3_32B_MLP + 2 * 5120)
 )
 # qwen2_moe insists on a shared expert, 64 wide, and its gate.
-SHARED_8192 = 3 * 64 * 8192 + 8192
 SHARED_4096 = 3 * 64 * 4096 + 4096
 
 
 def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
     worked_out = {
         "llama-3.1-70b": LLAMA_70B,
-        "llama-3.1-405b": LLAMA_405B,
         "mistral-7b-v0.1": MISTRAL_7B,
-        "qwen2.5-72b": QWEN25_72B,
         "qwen3-32b": QWEN3_32B,
     }
     assert worked_out == {
         "llama-3.1-70b": 70_553_706_496,
-        "llama-3.1-405b": 405_853_388_800,
         "mistral-7b-v0.1": 7_241_732_096,
-        "qwen2.5-72b": 72_706_203_648,
         "qwen3-32b": 32_762_123_264,
     }
     for name, count in worked_out.items():
@@ -128,7 +111,6 @@ def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
 
 # 32 query heads and 2 · 8 of keys and values get zero biases.
 MISTRAL_8_GROUPS = MISTRAL_7B + 32 * (64 * 4096 + SHARED_4096 + 4096 + 2 * 1024)
-QWEN25_4_GROUPS = QWEN25_72B + 80 * (16 * 8192 + SHARED_8192)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +119,6 @@ QWEN25_4_GROUPS = QWEN25_72B + 80 * (16 * 8192 + SHARED_8192)
         ("mistral-7b-v0.1", "E8G1T2", "mixtral", MISTRAL_7B + 32 * 8 * 4096, 32 * MISTRAL_7B_MLP),
         ("mistral-7b-v0.1", "E8G8T16", "qwen2_moe", MISTRAL_8_GROUPS, 32 * MISTRAL_7B_MLP),
         ("llama-3.1-70b", "E8G8T8", "mixtral", LLAMA_70B + 80 * 64 * 8192, 80 * LLAMA_70B_MLP),
-        ("llama-3.1-405b", "E8G1T2", "auto", LLAMA_405B + 126 * 8 * 16384, 126 * LLAMA_405B_MLP),
-        ("qwen2.5-72b", "E4G4T8", "qwen2_moe", QWEN25_4_GROUPS, 80 * QWEN25_72B_MLP),
         ("qwen3-32b", "E16G4T4", "qwen3_moe", QWEN3_32B + 64 * 64 * 5120, 64 * QWEN3_32B_MLP),
     ],
 )

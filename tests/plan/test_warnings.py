@@ -73,38 +73,29 @@ def kinds(plan: Plan) -> list[str]:
 SMALL = {"hidden_size": 16}  # rows of std 2⁻¹² / √16 = 2⁻¹⁴, the smallest normal float16
 DUE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("E8G1T2", {}, []),
-    ("E4G2T4", {}, []),
     ("E4G4T16", {"model_type": "qwen3"}, []),
     ("E4G2T4", {"scale_split": ScaleSplit.DOWN, "router_logit_std": 1e-6}, []),
     # Scaling that the routing does not need keeps the promise.
     ("E4G1T2", {"scaling": Scaling.PAPER}, []),
-    ("E4G1T2", {"scaling": Scaling.NONE}, []),
     ("E4G2T4", {"scaling": 2.0}, []),
     ("E8G1T1", {}, [NO_GRADIENT]),
     ("E4G4T4", {}, [NO_GRADIENT]),
     ("E1G4T4", {}, [NOTHING_TO_ROUTE]),
-    ("E1G1T1", {}, [NOTHING_TO_ROUTE]),
     # Without groups the gates of the chosen experts differ, unless one alone is chosen.
     ("E4G4T4", {"virtual_groups": False}, [NO_PROMISE]),
     ("E4G1T1", {"virtual_groups": False}, [NO_GRADIENT]),
     ("E8G1T2", {"routing": SOFTMAX_TOPK}, [APPROXIMATE]),
     ("E4G4T4", {"routing": SOFTMAX_TOPK}, [SPLITS, APPROXIMATE]),
-    # The shipped code keeps groups whole by itself.
-    ("E4G4T4", {"routing": SOFTMAX_TOPK, "target": "upcycled"}, [APPROXIMATE]),
     ("E4G2T8", {"routing": SOFTMAX_TOPK}, []),  # every expert is chosen: exact
-    ("E8G1T2", {"routing": SOFTMAX_TOPK, "scaling": Scaling.NONE}, [NO_PROMISE]),
     ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 0.05}, [APPROXIMATE]),
     ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 0.06}, [NO_PROMISE]),
     # Ties of whole experts do no harm, nor do ties of gates that sum to one.
     ("E4G4T4", {"routing": SOFTMAX_TOPK, "router_logit_std": 9e-4}, [SPLITS, APPROXIMATE, TIES]),
     ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 1e-6}, [APPROXIMATE]),
-    ("E4G4T8", {"routing": TOPK_SOFTMAX, "router_logit_std": 1e-6}, []),
     ("E8G2T4", {"options": HALF}, [OVERFLOW]),
     ("E8G1T2", {"options": HALF}, []),  # c = 1
-    ("E8G2T4", {"options": FULL}, []),
     ("E2G16T32", {}, [NARROW_ROWS]),
     ("E2G4T8", {}, []),  # 24 wide: 48 bytes in bfloat16
-    ("E2G16T32", {"options": FULL}, []),
     ("E8G1T2", {"router_logit_std": 2.0**-12, "options": HALF, "config": SMALL}, []),
     ("E8G1T2", {"router_logit_std": 0.99 * 2.0**-12, "options": HALF, "config": SMALL}, [FLOAT16]),
     ("E8G1T2", {"router_logit_std": 1e-5, "config": SMALL}, []),
@@ -136,9 +127,7 @@ def test_warn_where_it_is_due(
         ("E4G4T6", {"allow_inexact": True}, "top-k 6 is not a multiple of G = 4"),
         ("E4G2T4", {"virtual_groups": False}, "without virtual groups a token does not get"),
         ("E4G4T8", {"scaling": Scaling.PAPER}, "scaling paper does not preserve"),
-        ("E4G2T4", {"scaling": Scaling.NONE}, "scaling none does not preserve"),
         ("E4G2T4", {"scaling": 3.0}, "the experts are scaled by 3 in all"),
-        ("E8G1T2", {"routing": SOFTMAX_TOPK, "scaling": 3.0}, "the experts are scaled by 3 in all"),
         ("E8G1T2", {"routing": SOFTMAX_TOPK, "router_logit_std": 1.0}, "standard deviation 1 the"),
         ("E4G2T4", {"reinit": 0.5}, "24 of 48 neurons of each expert initialised again"),
     ],
@@ -159,7 +148,6 @@ def test_say_why_nothing_is_promised(
         ("E8G4T4", {}, "With a top-k of 8 or more", True),
         # Tying is advised where it was measured to help.
         ("E4G4T4", {}, "Tie virtual groups", True),
-        ("E8G1T1", {}, "Tie virtual groups", False),
         ("E4G4T8", {}, "Tie virtual groups", False),
         ("E4G4T4", {"target": "upcycled"}, "Tie virtual groups", False),
         # A routing that the target lacks is no remedy.
@@ -198,9 +186,7 @@ def test_warn_of_a_factor_that_rounds_the_experts(
     ("model_type", "target", "routing", "engines"),
     [
         ("llama", "mixtral", TOPK_SOFTMAX, []),
-        ("llama", "qwen2_moe", SOFTMAX_TOPK, []),
         ("llama", "qwen2_moe", TOPK_SOFTMAX, ["llama.cpp", "MLX"]),
-        ("qwen3", "qwen3_moe", TOPK_SOFTMAX, []),
         ("qwen3", "qwen3_moe", SOFTMAX_TOPK, ["llama.cpp"]),
     ],
 )
