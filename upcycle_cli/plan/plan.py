@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,6 @@ class Upcycling:
     family: Family
     factors: Factors
     """What the expert matrices are multiplied by."""
-    dropped: Mapping[str, str]
-    """Source tensors that are not used, each with the reason."""
-    inputs: RouterInputs
-    """The text or the rows that routers are made from, beside the recipe."""
-    merge: Merge | None = None
-    """The other models that give experts."""
-    calibration: Calibration | None = None
-    """What the dense model's run on the text found, once it has run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +87,14 @@ class Plan:
     dense_parameters: int
     """Parameters of the source, without the tensors that are dropped."""
     method: Upcycling | Expansion
+    inputs: RouterInputs = field(default_factory=RouterInputs)
+    """The text or the rows that routers are made from, beside the recipe."""
+    merge: Merge | None = None
+    """The other models that give experts."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Source tensors that are not used, each with the reason."""
+    calibration: Calibration | None = None
+    """What the dense model's run on the text found, once it has run."""
     bound_digest: str | None = None
     """The digest before a calibration was bound to the plan."""
 
@@ -125,26 +125,6 @@ class Plan:
         return self.upcycling.factors
 
     @property
-    def inputs(self) -> RouterInputs:
-        """The text or the rows that routers are made from; empty for a plan that grows an MoE."""
-        return RouterInputs() if self.expansion else self.upcycling.inputs
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What a calibration has found, once it has run."""
-        return None if self.expansion else self.upcycling.calibration
-
-    @property
-    def merge(self) -> Merge | None:
-        """The other models that give experts, if any do."""
-        return None if self.expansion else self.upcycling.merge
-
-    @property
-    def dropped(self) -> Mapping[str, str]:
-        """Source tensors that are not used, each with the reason."""
-        return {} if self.expansion else self.upcycling.dropped
-
-    @property
     def sources(self) -> tuple[Checkpoint, ...]:
         """All checkpoints that tensors are read from, the source first."""
         return (self.source, *(() if self.merge is None else self.merge.others))
@@ -157,10 +137,8 @@ class Plan:
     def with_sources(self, sources: Sequence[Checkpoint]) -> Plan:
         """Return the same plan for the same sources at another place."""
         source, *others = sources
-        method = self.method
-        if isinstance(method, Upcycling) and method.merge is not None:
-            method = replace(method, merge=replace(method.merge, others=tuple(others)))
-        return replace(self, source=source, method=method)
+        merge = self.merge and replace(self.merge, others=tuple(others))
+        return replace(self, source=source, merge=merge)
 
     def entry(self, name: str) -> TensorEntry:
         """Return the source tensor that an expression names."""

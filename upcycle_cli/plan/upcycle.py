@@ -94,22 +94,11 @@ def build_plan(
             merge.check_dtypes(source, (p + w.name for p in prefixes for w in mlp))
     if isinstance(inputs.text, Prompts):
         _check_prompts(inputs.text, recipe, source, merge)
-    method = Upcycling(
-        recipe=recipe,
-        family=family,
-        factors=recipe.factors(dense.mlp_kind),
-        dropped=dropped,
-        inputs=inputs,
-        merge=merge,
-    )
-    tensors = _tensors(method, options, source)
-    _check_router_range(recipe, tensors)
-    _check_all_used(method, tensors, source, mlp)
-    return Plan(
+    plan = Plan(
         options=options,
         source=source,
         config=config,
-        shards=fill_shards(tensors, options.max_shard_bytes),
+        shards=(),
         target=row,
         num_experts=recipe.num_experts,
         top_k=recipe.top_k,
@@ -123,8 +112,15 @@ def build_plan(
         promise=Promise.NONE if merge is not None else recipe.promise(dense.mlp_kind),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
-        method=method,
+        method=Upcycling(recipe=recipe, family=family, factors=recipe.factors(dense.mlp_kind)),
+        inputs=inputs,
+        merge=merge,
+        dropped=dropped,
     )
+    tensors = _tensors(plan)
+    _check_router_range(recipe, tensors)
+    _check_all_used(plan, tensors, mlp)
+    return replace(plan, shards=fill_shards(tensors, options.max_shard_bytes))
 
 
 def bind(plan: Plan, found: Calibration) -> Plan:
@@ -132,8 +128,7 @@ def bind(plan: Plan, found: Calibration) -> Plan:
 
     Nothing is decided again, and the digest stays the plan's.
     """
-    scale = plan.recipe.group_size / found.gates
-    return _bound(plan, replace(plan.upcycling, calibration=found), scale)
+    return _bound(plan, found, plan.recipe.group_size / found.gates)
 
 
 def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
@@ -146,37 +141,35 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
         or not isinstance(scale, float)
     ):
         return plan
-    return _bound(plan, plan.upcycling, scale)
+    return _bound(plan, plan.calibration, scale)
 
 
-def _bound(plan: Plan, method: Upcycling, scale: float) -> Plan:
+def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
+    method, kind = plan.upcycling, plan.family.dense.mlp_kind
     if method.recipe.scaling is Scaling.MEASURED:
         recipe = replace(method.recipe, scaling=scale)
-        factors = recipe.factors(method.family.dense.mlp_kind)
-        method = replace(method, recipe=recipe, factors=factors)
-    tensors = _tensors(method, plan.options, plan.source)
-    shards = fill_shards(tensors, plan.options.max_shard_bytes)
-    promise = method.recipe.promise(method.family.dense.mlp_kind)
-    return replace(
+        method = replace(method, recipe=recipe, factors=recipe.factors(kind))
+    bound = replace(
         plan,
         method=method,
-        shards=shards,
-        promise=Promise.NONE if method.merge is not None else promise,
+        calibration=found,
+        promise=Promise.NONE if plan.merge is not None else method.recipe.promise(kind),
         bound_digest=plan.digest,
     )
+    return replace(bound, shards=fill_shards(_tensors(bound), plan.options.max_shard_bytes))
 
 
-def _tensors(method: Upcycling, options: Options, source: Checkpoint) -> tuple[OutputTensor, ...]:
+def _tensors(plan: Plan) -> tuple[OutputTensor, ...]:
     """Return every output tensor; UpcycleError where the inputs do not fit the layers."""
-    recipe, family, found = method.recipe, method.family, method.calibration
+    recipe, family, found = plan.recipe, plan.family, plan.calibration
     width, hidden = family.dense.intermediate_size, family.dense.hidden_size
     maker = TensorMaker(
-        DenseParts(recipe, options, family, source, method.merge),
-        method.factors,
-        method.inputs.router_rows(recipe, family.layers, hidden, found),
-        method.inputs.permutations(recipe, family.layers, width, found),
+        DenseParts(recipe, plan.options, family, plan.source, plan.merge),
+        plan.factors,
+        plan.inputs.router_rows(recipe, family.layers, hidden, found),
+        plan.inputs.permutations(recipe, family.layers, width, found),
     )
-    return tuple(maker.tensors([name for name in source.tensors if name not in method.dropped]))
+    return tuple(maker.tensors([name for name in plan.source.tensors if name not in plan.dropped]))
 
 
 def _check_can_merge(recipe: Recipe) -> None:
@@ -217,17 +210,12 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
             )
 
 
-def _check_all_used(
-    method: Upcycling,
-    tensors: Collection[OutputTensor],
-    source: Checkpoint,
-    mlp: Collection[Weight],
-) -> None:
+def _check_all_used(plan: Plan, tensors: Collection[OutputTensor], mlp: Collection[Weight]) -> None:
     """Assert that every source tensor is used or dropped, and every part of the MLP is held."""
     used = {name for tensor in tensors for name in source_names(tensor.expr)}
-    if method.merge is not None:  # all models have the same tensors; each is used of some model
+    if plan.merge is not None:  # all models have the same tensors; each is used of some model
         used = {model_of(name)[1] for name in used}
-    unused = source.tensors.keys() - used - method.dropped.keys()
+    unused = plan.source.tensors.keys() - used - plan.dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"
     # A shared expert can use a part as a sample that no routed expert holds.
