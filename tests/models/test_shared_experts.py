@@ -154,8 +154,8 @@ def test_an_inert_one_learns(make_dense: MakeDense, tmp_path: Path, target: str)
 @pytest.mark.parametrize(
     ("settings", "options", "words"),
     [
-        ({"shared_experts": 3}, {}, "there cannot be 3 shared"),
-        ({"shared_experts": -1}, {}, "there cannot be -1 shared"),
+        ({"shared_experts": 3}, {}, "3 of 3 shards (G) cannot be shared"),
+        ({"shared_experts": -1}, {}, "-1 of 3 shards (G) cannot be shared"),
         ({"top_k": 3}, {}, "not a multiple of 2, the routed shards of granularity 3"),
         ({"top_k": 6}, {}, "more than the 4 experts that E2G3T6 makes (E·(G − K))"),
         ({}, {"target": "mixtral"}, "mixtral cannot express this model: it has no shared expert"),
