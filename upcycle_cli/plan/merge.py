@@ -18,7 +18,6 @@ from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadat
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -43,18 +42,6 @@ class Merge:
     others: tuple[Checkpoint, ...]
     cycle: tuple[int, ...]
     rest: Rest = Rest.FIRST
-
-    def check_prompts(self, recipe: Recipe) -> None:
-        """Raise UpcycleError unless each model has one group, and each group one router row.
-
-        Prompts tell models apart, but not several groups of one model.
-        """
-        if recipe.expansion != len(self.cycle) or recipe.router_rows != recipe.expansion:
-            raise UpcycleError(
-                f"{recipe.router_rows} router rows cannot be made of the prompts of "
-                f"{len(self.cycle)} models.",
-                f"Use an expansion of {len(self.cycle)}, and virtual groups.",
-            )
 
     def of_groups(self, expansion: int) -> tuple[int, ...]:
         """Return the model of each virtual group; UpcycleError where the cycle does not fit."""

@@ -20,22 +20,19 @@ def perturbed(recipe: Recipe, weight: Weight, layer: int, experts: Iterable[Expr
     """Return a weight of each expert of a layer, perturbed as the recipe says."""
     if not recipe.perturbed:
         return [*experts]
-    return [
-        _perturbed(recipe, weight, f"layers.{layer}.experts.{number}", expr)
-        for number, expr in enumerate(experts)
-    ]
+    found: list[Expr] = []
+    for number, expr in enumerate(experts):
+        stream = f"layers.{layer}.experts.{number}"
+        held = expr.parts if isinstance(expr, Concat) else (expr,)
+        parts = tuple(
+            _perturbed(recipe, part, weight.split_dim, stream, each)
+            for part, each in zip(weight.parts, held, strict=True)
+        )
+        found.append(Concat(parts) if len(parts) > 1 else parts[0])
+    return found
 
 
-def _perturbed(recipe: Recipe, weight: Weight, stream: str, expr: Expr) -> Expr:
-    held = expr.parts if isinstance(expr, Concat) else (expr,)
-    parts = tuple(
-        _part(recipe, part, weight.split_dim, stream, each)
-        for part, each in zip(weight.parts, held, strict=True)
-    )
-    return Concat(parts) if len(parts) > 1 else parts[0]
-
-
-def _part(recipe: Recipe, part: str, cut: int | None, stream: str, expr: Expr) -> Expr:
+def _perturbed(recipe: Recipe, part: str, cut: int | None, stream: str, expr: Expr) -> Expr:
     if recipe.noise:
         if part.endswith(BIAS):
             return expr

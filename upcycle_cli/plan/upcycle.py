@@ -87,13 +87,10 @@ def build_plan(
     )
     inputs = (inputs or RouterInputs()).for_recipe(recipe)
     mlp = dense.mlp(source.tensors, family.layers[0])
-    if merge is not None:
-        _check_can_merge(recipe)
-        if options.dtype is None:
-            prefixes = map(dense.prefix, family.layers)
-            merge.check_dtypes(source, (p + w.name for p in prefixes for w in mlp))
-    if isinstance(inputs.text, Prompts):
-        _check_prompts(inputs.text, recipe, source, merge)
+    _check_merge(merge, recipe, source, inputs)
+    if merge is not None and options.dtype is None:
+        prefixes = map(dense.prefix, family.layers)
+        merge.check_dtypes(source, (p + w.name for p in prefixes for w in mlp))
     plan = Plan(
         options=options,
         source=source,
@@ -172,28 +169,28 @@ def _tensors(plan: Plan) -> tuple[OutputTensor, ...]:
     return tuple(maker.tensors([name for name in plan.source.tensors if name not in plan.dropped]))
 
 
-def _check_can_merge(recipe: Recipe) -> None:
-    """Raise UpcycleError for a recipe that several models cannot share."""
-    if recipe.shared_experts:
-        raise UpcycleError(
-            "what is shared is one for all groups, and several models have nothing in common.",
-            "Leave out --shared-experts, or --experts-from.",
-        )
-    if recipe.perturbed:
-        raise UpcycleError(
-            "experts of several models differ already.", "Leave out --noise and --reinit."
-        )
-
-
-def _check_prompts(
-    prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
+def _check_merge(
+    merge: Merge | None, recipe: Recipe, source: Checkpoint, inputs: RouterInputs
 ) -> None:
-    """Raise UpcycleError unless the prompts name the model of each group."""
+    """Raise UpcycleError for a recipe or prompts that do not fit the models of a merge."""
+    if merge is not None and (recipe.shared_experts or recipe.perturbed):
+        raise UpcycleError(
+            "several models have no neurons in common, and their experts differ already.",
+            "Leave out --shared-experts, --noise and --reinit, or --experts-from.",
+        )
+    if not isinstance(inputs.text, Prompts):
+        return
     if merge is None:
         raise UpcycleError("prompts tell models apart, and there is one.", "Add --experts-from.")
-    merge.check_prompts(recipe)
+    # Prompts tell models apart, but not several groups of one model, nor experts of one group.
+    if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
+        raise UpcycleError(
+            f"{recipe.router_rows} router rows cannot be made of the prompts of "
+            f"{len(merge.cycle)} models.",
+            f"Use an expansion of {len(merge.cycle)}, and virtual groups.",
+        )
     models = (source, *merge.others)
-    prompts.of_groups([models[number] for number in merge.cycle])
+    inputs.text.of_groups([models[number] for number in merge.cycle])
 
 
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
