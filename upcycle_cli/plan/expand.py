@@ -42,9 +42,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     options, target = options or Options(), growable(source.config, source.tensors)
     refuse_unsafe_settings(source)
     experts = find_experts(source)
-    if not experts.layers:
-        words = f"{source.path}: by its config.json no layer is a mixture of experts."
-        raise UpcycleError(words)
     _check_sizes(growth, experts)
     top_k = growth.top_k or growth.expand * experts.top_k
     layout = target.layout(options.expert_layout or experts.layout)
