@@ -233,17 +233,19 @@ def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merg
         if others:
             raise _not_of(others[0])
         return None
-    models = held.get("models") if isinstance(held, dict) else None
-    if not isinstance(models, list) or not all(isinstance(each, dict) for each in models):
-        raise RecordError(f"{RECORD_NAME}: experts_from has no models")
-    groups, rest = held.get("groups"), held.get("rest")
-    whole = isinstance(groups, list) and len(groups) == recipe.expansion
-    known = whole and all(type(g) is int and 0 <= g <= len(models) for g in groups)
-    if not known or rest not in [*Rest]:
-        raise RecordError(
-            f"{RECORD_NAME}: experts_from must name the model of each of {recipe.expansion} groups"
-            f" and rest ({' or '.join(Rest)})"
-        )
+    found = held if isinstance(held, dict) else {}
+    models: list[Any] = found.get("models") or []
+    groups: list[Any] = found.get("groups") or []
+    rest: Any = found.get("rest")
+    if not (
+        isinstance(models, list)
+        and all(isinstance(each, dict) for each in models)
+        and isinstance(groups, list)
+        and all(type(group) is int and 0 <= group <= len(models) for group in groups)
+        and len(groups) == recipe.expansion
+        and rest in [*Rest]
+    ):
+        raise RecordError(f"{RECORD_NAME}: experts_from is incomplete")
     if not others:
         raise UpcycleError(
             f"{RECORD_NAME} says that experts were made of several models, and only one is given.",

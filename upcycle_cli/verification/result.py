@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -136,49 +136,33 @@ class Report:
 
 def _check_json(check: CheckResult) -> dict[str, Any]:
     found = asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
-    found["layers"] = [_finite(asdict(layer)) for layer in check.layers]
-    found["texts"] = [asdict(text) for text in check.texts]
+    found["layers"] = [
+        # JSON has no nan, which stands for what has no value.
+        {key: None if value != value else value for key, value in layer.items()}  # noqa: PLR0124
+        for layer in found["layers"]
+    ]
     measured = ("layers", "texts", "continuation")  # by one of the checks alone
     return {key: value for key, value in found.items() if value or key not in measured}
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON values; there is no nan among those, which stands for what has no value."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+class Findings(list[str]):
+    """Failures as they are found; a result has the first few in words, the rest as a count."""
 
-
-class Findings:
-    """Failures as they are found; the first few in words, the rest as a count."""
-
-    def __init__(self, failures: Iterable[str] = ()) -> None:
-        self._shown: list[str] = []
-        self._count = 0
-        self.add(*failures)
-
-    def add(self, *findings: str | Callable[[], str]) -> None:
-        """Note failures; a callable is asked for its words only when they will be shown."""
-        self._count += len(findings)
-        for finding in findings[: _MOST_SHOWN - len(self._shown)]:
-            self._shown.append(finding if isinstance(finding, str) else finding())
-
-    def __len__(self) -> int:
-        return self._count
+    def add(self, *failures: str) -> None:
+        """Note failures."""
+        self.extend(failures)
 
     def result(
         self, name: str, passed: str, metrics: Mapping[str, float] | None = None, note: str = ""
     ) -> CheckResult:
         """Return the check's result: in words `passed` when nothing was found, and `note`."""
-        hidden = self._count - len(self._shown)
-        problems = "1 problem" if self._count == 1 else f"{self._count} problems"
-        detail = f"{problems} found." if self._count else passed
+        hidden = len(self) - _MOST_SHOWN
+        problems = "1 problem" if len(self) == 1 else f"{len(self)} problems"
         return CheckResult(
             name=name,
-            status=Status.FAILED if self._count else Status.PASSED,
-            detail=f"{detail} {note}".strip(),
-            failures=(*self._shown, *([f"and {hidden} more"] if hidden else [])),
+            status=Status.FAILED if self else Status.PASSED,
+            detail=f"{f'{problems} found.' if self else passed} {note}".strip(),
+            failures=(*self[:_MOST_SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])),
             # What could not be measured is nan, and JSON has no such number.
             metrics={key: value for key, value in (metrics or {}).items() if math.isfinite(value)},
         )

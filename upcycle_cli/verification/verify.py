@@ -41,7 +41,6 @@ from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, 
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.verification.weights import Evidence
 
 
 def verify(  # noqa: PLR0913 - options, by name
@@ -166,36 +165,35 @@ class _Case:
         return tuple(results)
 
     def _weights(self, plan: Plan, *, ahead: bool) -> CheckResult:
+        from upcycle_cli.calibrate.collect import calibrate
         from upcycle_cli.verification.weights import check_weights
 
-        evidence = self._evidence(plan)
+        unproven = self._unproven(plan)
+        again = unproven is None and self._is_fitted(plan)
+        fitted = calibrate(plan, self.watch) if again else None
         if ahead:
             self.imports = Thread(target=_import_transformers)
             self.imports.start()
-        return check_weights(plan, self.moe, self.watch, evidence)
+        return check_weights(plan, self.moe, self.watch, fitted, unproven)
 
-    def _evidence(self, plan: Plan) -> Evidence:
-        """Return what proves values that the plan leaves open; a calibration is run again."""
-        from upcycle_cli.verification.weights import Evidence
-
+    def _is_fitted(self, plan: Plan) -> bool:
+        """Whether only the text of the calibration proves what the plan leaves open."""
         if plan.expansion is not None:
-            return Evidence()
-        init, recipe = plan.recipe.router_init, plan.recipe
-        if init is RouterInit.FILE and self.given.router_file is None:
-            return Evidence(
-                unproven="the file of the router rows is not given (--router-init FILE)"
-            )
-        if init is RouterInit.PROMPTS:
-            return Evidence(unproven="router rows were made of prompts, which are not at hand")
-        fitted = init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
-        if not fitted and not (recipe.perturbed and recipe.neuron_order is NeuronOrder.CLUSTERED):
-            return Evidence()
-        if rebuild.text_at_hand(self.record, self.given.text) is None:
-            words = "the text of the calibration is not given (--calibration FILE)"
-            return Evidence(unproven=words)
-        from upcycle_cli.calibrate.collect import calibrate
+            return False
+        recipe = plan.recipe
+        clustered = recipe.neuron_order is NeuronOrder.CLUSTERED and recipe.perturbed
+        return clustered or recipe.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
 
-        return Evidence(fitted=calibrate(plan, self.watch))
+    def _unproven(self, plan: Plan) -> str | None:
+        """Return why what the plan leaves open cannot be proven; None where it can."""
+        init = None if plan.expansion is not None else plan.recipe.router_init
+        if init is RouterInit.FILE and self.given.router_file is None:
+            return "the file of the router rows is not given (--router-init FILE)"
+        if init is RouterInit.PROMPTS:
+            return "router rows were made of prompts, which are not at hand"
+        if self._is_fitted(plan) and rebuild.text_at_hand(self.record, self.given.text) is None:
+            return "the text of the calibration is not given (--calibration FILE)"
+        return None
 
     def _outputs(self) -> CheckResult:
         allowed = () if self.plan is None else self.plan.config.keys() & {"auto_map"}

@@ -49,24 +49,22 @@ class Place(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What is known of rows that were fitted to a text, or given in a file, beside the plan."""
-
-    fitted: Calibration | None = None
-    """What the calibration finds when it is run again."""
-    unproven: str | None = None
-    """Why open values can only be measured; None where nothing is open, or `fitted` proves it."""
-
-
 def check_weights(
-    plan: Plan, moe: Checkpoint, watch: Watch, evidence: Evidence | None = None
+    plan: Plan,
+    moe: Checkpoint,
+    watch: Watch,
+    fitted: Calibration | None = None,
+    unproven: str | None = None,
 ) -> CheckResult:
-    """Compare every tensor with the plan's; the sources' files must be here."""
-    evidence, findings, notes = evidence or Evidence(), Findings(), list[str]()
+    """Compare every tensor with the plan's; the sources' files must be here.
+
+    `fitted` is what the calibration finds when it is run again. `unproven` says why values that
+    the plan leaves open can only be measured; None where none is open, or `fitted` proves them.
+    """
+    findings, notes = Findings(), list[str]()
     tensors, widened = _matched(plan, moe, findings)
     with plan.reader() as source, moe.reader() as held:
-        known, open_experts = _read_open(tensors, moe, source, held, evidence, findings)
+        known, open_experts = _read_open(tensors, moe, source, held, fitted, findings)
         exprs = {t.name: known.filled(t.expr) for t in tensors}
         skipped = {name for name, expr in exprs.items() if is_open(expr)}
         compared = [tensor for tensor in tensors if tensor.name not in skipped]
@@ -81,7 +79,7 @@ def check_weights(
         notes.append(f"{len(skipped)} tensors could not be compared.")
     metrics = {"tensors": len(compared), "bytes": sum(moe.tensors[t.name].nbytes for t in compared)}
     passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
-    unproven = evidence.unproven or (open_experts if skipped else None)
+    unproven = unproven or (open_experts if skipped else None)
     if unproven is not None:
         passed = f"Nothing differs, but not everything is proven: {unproven}."
     found = findings.result(NAME, passed, metrics, " ".join(notes))
@@ -116,12 +114,12 @@ def _read_open(
     moe: Checkpoint,
     source: Reader | MergedReader,
     held: Reader,
-    evidence: Evidence,
+    calibration: Calibration | None,
     findings: Findings,
 ) -> tuple[Known, str]:
     """Return the open values of a plan, read from the MoE, and why some stay open."""
     known, orders, why = Known(), Orders(source), ""
-    fitted = {} if evidence.fitted is None else evidence.fitted.layers
+    fitted = {} if calibration is None else calibration.layers
     for tensor in tensors:
         if not is_open(tensor.expr):
             continue
