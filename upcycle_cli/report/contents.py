@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ def _origin_section(
     record: Mapping[str, Any],
     command: str,
 ) -> Section:
-    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    versions = {"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     tables = [
         properties({**models, "command": command}, "Models and command"),
         properties(versions, "Versions"),
@@ -144,10 +144,3 @@ def _origin_section(
         caption = f"The content of {RECORD_NAME}"
         tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=caption))
     return Section(key="origin", title="Origin", tables=tables)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

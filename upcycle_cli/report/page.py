@@ -153,7 +153,16 @@ def _visible(value: object) -> object:
 
 def check_report_file(path: Path, dense: Path | None) -> None:
     """Raise UpcycleError if a report cannot be written there; never into the directory `dense`."""
-    _check_libraries()
+    # Without a home directory it warns on stderr about its font cache.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    try:
+        for name in ("matplotlib.backends.backend_svg", "jinja2"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UpcycleError(
+            f"--report needs matplotlib and jinja2, and one cannot be imported: {error}.",
+            "Install them with `pip install 'upcycle-cli[report]'`.",
+        ) from error
     # The suffix also keeps a page from replacing weights by a typing error.
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpcycleError(f"{path} does not end in .html.", "Choose a name that does.")
@@ -180,16 +189,3 @@ def write_report(path: Path, page: str) -> None:
     except OSError as error:
         words = f"writing {path} failed: {error.strerror}."
         raise UpcycleError(words, "The checks themselves have finished.") from error
-
-
-def _check_libraries() -> None:
-    # Without a home directory it warns on stderr about its font cache.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    try:
-        for name in ("matplotlib.backends.backend_svg", "jinja2"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UpcycleError(
-            f"--report needs matplotlib and jinja2, and one cannot be imported: {error}.",
-            "Install them with `pip install 'upcycle-cli[report]'`.",
-        ) from error
