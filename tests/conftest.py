@@ -455,19 +455,6 @@ def validate_json(command: str, text: str) -> dict[str, Any]:
     return value
 
 
-def stops_after(num_bytes: int) -> Callable[[int], None]:
-    """Return what hears of a run's progress and ends it when more has been written."""
-    left = num_bytes
-
-    def stop(written: int) -> None:
-        nonlocal left
-        left -= written
-        if left < 0:
-            raise OSError(5, "stopped by the test")
-
-    return stop
-
-
 def run_as_a_shell_would(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:

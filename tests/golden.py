@@ -1,6 +1,6 @@
 """Digests of what a reference converter writes, so that a later one can be held to the same bytes.
 
-    PYTHONPATH=<a worktree of the reference> python tests/golden.py --write
+    PYTHONPATH=<a worktree of the reference> python tests/golden.py --write COMMIT
 
 converts tiny dense models by the `upcycle_cli` that is installed, or is on PYTHONPATH, and records
 the digests of the cases of fixtures/golden.json again, with the commit that it was. The models are
@@ -19,16 +19,14 @@ import hashlib
 import json
 import math
 import struct
-import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import upcycle_cli
 from upcycle_cli import Options, Recipe, convert
 
 if TYPE_CHECKING:
@@ -195,23 +193,14 @@ def _bf16(name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
 
 def run(case: Case, source: Path, output: Path) -> str:
     """Convert `source` as the case says, and return the digest of `output`."""
-    o = case.options
-    expansion, granularity, top_k = o["recipe"]
-    recipe = Recipe(
-        expansion=expansion,
-        granularity=granularity,
-        top_k=top_k,
-        routing=o["routing"],
-        scaling=o["scaling"],
-        scale_split=o["scale_split"],
-        virtual_groups=o["virtual_groups"],
-        router_logit_std=o["router_logit_std"],
-        seed=o["seed"],
-    )
+    o = dict(case.options)
+    sizes = dict(zip(("expansion", "granularity", "top_k"), o.pop("recipe"), strict=True))
+    written = {key: o.pop(key) for key in ("dtype", "expert_layout", "embeddings")}
+    recipe = Recipe(**sizes, **o)
     options = Options(
-        dtype=o["dtype"],
-        expert_layout=o["expert_layout"],
-        untie_embeddings=o["embeddings"] == "untie",
+        dtype=written["dtype"],
+        expert_layout=written["expert_layout"],
+        untie_embeddings=written["embeddings"] == "untie",
         max_shard_bytes=100_000,  # several files: where a tensor lies is no part of the digest
     )
     convert(source, output, recipe, target=case.target, options=options)
@@ -256,21 +245,11 @@ class Sources:
         return path if path.exists() else write_dense(path, case.source, tied=case.tied)
 
 
-def _commit() -> str:
-    """Return the commit of the converter that runs here; nothing of it may have been changed."""
-    package = Path(upcycle_cli.__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    if git("status", "--porcelain", "."):
-        raise SystemExit(f"{package} differs from its commit: no reference can be made with it.")
-    return git("rev-parse", "--short=7", "HEAD")
-
-
-def _write_fixture() -> None:
-    made_with = _commit()
+def main() -> None:
+    """Rewrite the fixture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", metavar="COMMIT", required=True, help="of the converter")
+    made_with = parser.parse_args().write
     with tempfile.TemporaryDirectory() as temporary:
         sources, rows = Sources(Path(temporary) / "dense"), []
         for i, case in enumerate(cases().values()):
@@ -280,14 +259,6 @@ def _write_fixture() -> None:
     lines = ",\n".join(rows)
     text = f'{{\n "made_with": "{made_with}",\n "cases": [\n{lines}\n ]\n}}\n'
     FIXTURE.write_text(text, encoding="utf-8")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the fixture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", required=True, help=f"write {FIXTURE.name}")
-    parser.parse_args(arguments)
-    _write_fixture()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from upcycle_cli.cli.terminal import json_text
-from upcycle_cli.core.text import counted, printable, printable_lines, shell_line
+from upcycle_cli.core.text import printable, printable_lines, shell_line
 
 ODDITIES = {
     "escape": ("\x1b[31m", r"\x1b[31m"),
@@ -59,17 +59,3 @@ def test_json_is_visible_ascii(text: str) -> None:
     if "\udcff" in text:
         value = json.loads(json.dumps(value).replace(r"\udcff", r"\\udcff"))
     assert json.loads(printed) == value
-
-
-def test_json_holds_no_number_that_json_does_not_have() -> None:
-    assert json.loads(json_text({"a": [float("nan"), float("inf"), 1.5]})) == {
-        "a": [None, None, 1.5]
-    }
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(0, "0 shards"), (1, "1 shard"), (2, "2 shards"), (12345, "12,345 shards")],
-)
-def test_numbers_of_things(number: int, words: str) -> None:
-    assert counted(number, "shard") == words

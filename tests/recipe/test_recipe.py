@@ -9,8 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from shapes import make_recipe
 
 from upcycle_cli import Growth, Recipe, UpcycleError
@@ -22,7 +20,6 @@ from upcycle_cli.recipe.recipe import (
     Scaling,
     parse_recipe_name,
 )
-from upcycle_cli.recipe.scaling import Factors
 
 SOFTMAX_TOPK, TOPK_SOFTMAX, SIGMOID_TOPK = Routing
 
@@ -48,15 +45,6 @@ def test_refuse_other_notations_with_an_example(text: str) -> None:
         parse_recipe_name(text)
     assert text in caught.value.message
     assert "E8G1T2" in (caught.value.hint or "")
-
-
-@given(expansion=st.integers(1, 64), granularity=st.integers(1, 64), groups=st.integers(1, 64))
-def test_the_name_holds_every_size(expansion: int, granularity: int, groups: int) -> None:
-    top_k = granularity * min(groups, expansion)
-    recipe = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
-    assert parse_recipe_name(recipe.name) == (expansion, granularity, top_k)
-    assert recipe.num_experts == expansion * granularity
-    assert recipe.picks_whole_groups
 
 
 @pytest.mark.parametrize(
@@ -121,16 +109,6 @@ def test_resolving_fills_in_only_what_is_absent(default: Routing) -> None:
     assert resolved.resolve(TOPK_SOFTMAX) == resolved
     stated = make_recipe("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.5)
     assert stated.resolve(default) == replace(stated, scale_split=ScaleSplit.BALANCED)
-
-
-def test_the_config_holds_the_factor_where_the_target_can() -> None:
-    recipe = make_recipe("E8G8T8", SIGMOID_TOPK)
-    assert recipe.resolve(SIGMOID_TOPK).scale_split is ScaleSplit.BALANCED
-    in_config = recipe.resolve(SIGMOID_TOPK, scales_in_config=True)
-    held = Factors(c=8.0, gate=1.0, up=1.0, down=1.0, down_bias=0.125, config=8.0)
-    assert in_config.factors() == held
-    down = replace(recipe, scale_split=ScaleSplit.DOWN)
-    assert down.resolve(SIGMOID_TOPK, scales_in_config=True).scale_split is ScaleSplit.DOWN
 
 
 @pytest.mark.parametrize("granularity", [5, 7, 8, 24])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,15 +99,6 @@ def test_write_over_nothing_else(tmp_path: Path, name: str) -> None:
     with pytest.raises(UpcycleError, match="is not what --save-config has written"):
         save(tmp_path / name)
     assert {entry.name: entry.lstat() for entry in tmp_path.iterdir()} == before
-
-
-def test_a_planted_temporary_is_not_written_through(tmp_path: Path) -> None:
-    (tmp_path / "thesis").write_text("years of work")
-    for name in (".u.toml.new", "u.toml.new"):
-        (tmp_path / name).symlink_to(tmp_path / "thesis")
-    save(tmp_path / "u.toml")
-    assert (tmp_path / "thesis").read_text() == "years of work"
-    assert tomllib.loads((tmp_path / "u.toml").read_text()) == VALUES
 
 
 @pytest.mark.parametrize(

@@ -34,24 +34,6 @@ def lossless(factors: Factors) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "routing", "c", "paper"),
-    [
-        ("E8G8T8", SOFTMAX_TOPK, 64.0, 4.0),
-        ("E8G1T2", SOFTMAX_TOPK, 4.0, 1.5874),
-        ("E8G8T8", TOPK_SOFTMAX, 8.0, 2.0),
-        ("E8G1T2", TOPK_SOFTMAX, 1.0, 1.0),
-    ],
-)
-def test_paper_scaling_has_the_papers_values(
-    name: str, routing: Routing, c: float, paper: float
-) -> None:
-    factors = make_recipe(name, routing, scaling=Scaling.PAPER).factors()
-    assert factors.c == c
-    assert factors.gate == factors.up == factors.down == pytest.approx(paper, abs=5e-5)
-    assert factors.gate == paper or paper != round(paper)  # whole cube roots are whole
-
-
-@pytest.mark.parametrize(
     ("name", "routing", "c", "up", "down"),
     [
         ("E8G8T8", SOFTMAX_TOPK, 64.0, 8.0, 8.0),
@@ -71,15 +53,6 @@ def test_exact_factors(name: str, routing: Routing, c: float, up: float, down: f
     assert factors.preserve()
     all_down = make_recipe(name, routing, scale_split=ScaleSplit.DOWN).factors()
     assert (all_down.c, all_down.up, all_down.down) == (c, 1.0, c)
-
-
-@pytest.mark.parametrize("routing", list(Routing))
-def test_scaling_none_leaves_every_part_alone(routing: Routing) -> None:
-    factors = make_recipe("E8G8T8", routing, scaling=Scaling.NONE).factors()
-    parts = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    assert {factors.of(part) for part in parts} == {1.0}
-    assert factors.c == (64.0 if routing is SOFTMAX_TOPK else 8.0)
-    assert not factors.preserve()
 
 
 @pytest.mark.parametrize("name", ["E2G2T4", "E4G3T12", "E1G5T5", "E8G1T8"])
@@ -104,13 +77,6 @@ def test_factors_multiply_to_c(
     assert is_power_of_two(factors.up)
     assert 1 / 2 <= factors.up / factors.down <= 2
     assert lossless(factors) == is_power_of_two(factors.c)
-
-
-@given(c=st.floats(1, 1e9))
-def test_any_scale_of_at_least_1_has_factors_of_at_least_1(c: float) -> None:
-    factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=c).factors()
-    assert min(factors.up, factors.down) >= 1
-    assert factors.preserve()
 
 
 @given(exponent=st.integers(0, 30), degree=st.integers(0, 2))
@@ -155,17 +121,6 @@ def test_an_activation_that_is_not_homogeneous_leaves_up_alone() -> None:
     assert paper.promise(GELU) is Promise.NONE
     assert paper.promise(RELU2) is Promise.EXACT
     assert paper.promise() is Promise.NONE
-
-
-@pytest.mark.parametrize(
-    ("factors", "preserving"),
-    [((1.0, 2.0, 2.0), True), ((1.0, 1.0, 4.0), True), ((2.0, 2.0, 2.0), False)],
-)
-def test_a_scaled_gate_is_another_function(
-    factors: tuple[float, float, float], *, preserving: bool
-) -> None:
-    gate, up, down = factors
-    assert Factors(c=4.0, gate=gate, up=up, down=down).preserve() == preserving
 
 
 @pytest.mark.parametrize(

@@ -170,16 +170,6 @@ def test_an_incomplete_launcher_is_refused(
     assert run([PYTHON, "-m", "upcycle_cli", "inspect", str(dense)], **given).returncode == 0
 
 
-def test_a_rank_that_waits_for_others_can_be_stopped(dense: Path, tmp_path: Path) -> None:
-    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    job = start(command(dense, tmp_path / "moe"), **alone)
-    assert wait_until(lambda: len(list(Path(f"/proc/{job.pid}/task").iterdir())) > 1, job)
-    job.terminate()
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == 143
-    assert said.count("error: terminated") == 1
-
-
 # Failures -----------------------------------------------------------------------------------------
 
 
@@ -205,14 +195,6 @@ def test_a_failure_of_one_rank_is_said_once(dense: Path, tmp_path: Path, rank: i
     assert_fails(words, f"rank {rank}: {name}")
     assert not output.exists()
     assert not partial_of(output).exists()  # no run could ever complete it
-
-
-def test_a_refusal_is_said_once(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "moe").mkdir()
-    (tmp_path / "moe" / "thesis.tex").write_text("precious")
-    words = torchrun_command(2, command(dense, tmp_path / "moe"))
-    assert_fails(words, "exists and is not empty")
-    assert contents(tmp_path / "moe").keys() == {"thesis.tex"}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from upcycle_cli.plan.expressions import (
     Transpose,
     contiguous_source,
     num_bytes,
-    source_names,
     type_of,
 )
 from upcycle_cli.write import rows as rows_module
@@ -167,20 +166,6 @@ def test_expressions_in_words(expr: Expr, words: str) -> None:
     assert describe(expr) == words
 
 
-def test_source_names_are_everything_that_is_read(tensors: Tensors) -> None:
-    joined = Concat((Scale(Slice(A, 0, 0, 2), 2.0), Repeat(Cast(B, "BF16"), 1)))
-    read: set[str] = set()
-
-    def spy(name: str) -> memoryview:
-        read.add(name)
-        return raw_bytes(tensors[name])
-
-    for expr in (Stack((joined, joined)), normal()):
-        evaluate(expr, spy)
-    assert read == {*source_names(joined), *source_names(normal())} == {"a", "b", "norm"}
-    assert list(source_names(Full("F32", (1,)))) == []
-
-
 # Rounding ----------------------------------------------------------------------------------------
 
 
@@ -214,13 +199,6 @@ def test_every_value_in_another_dtype(dtype: str, wanted: str) -> None:
     values = all_values(dtype)
     source = Source("x", dtype, tuple(values.shape))
     assert same_bits(value_of(Cast(source, wanted), lambda _: values), values.to(TORCH[wanted]))
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0), (1, 200_001), (3, 2, 5)])
-def test_any_shape_can_be_computed_with(shape: tuple[int, ...]) -> None:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    found = value_of(Scale(Cast(Source("x", "F32", shape), "BF16"), 3.0), lambda _: values)
-    assert same_bits(found, (values.bfloat16().float() * 3).bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import clone, read_json, snapshot
-from engine_fixtures import (
-    CannotMountError,
-    contents,
-    execute,
-    make_dense,
-    mounted,
-    plan_of,
-    system,
-)
 from refusals import Refuses, invoke
 
 from upcycle_cli import Recipe, UpcycleError, convert
@@ -27,7 +15,6 @@ from upcycle_cli.write import preflight
 from upcycle_cli.write.preflight import check_space
 from upcycle_cli.write.staging import partial_of
 
-MIB = 1 << 20
 RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - what shutil returns
 
@@ -98,13 +85,6 @@ def test_outputs_that_cannot_be_made(
     refuses(llama, "current directory", output=tmp_path / "here", arguments=overwrite)
 
 
-def test_an_output_whose_name_just_fits(llama: Path, tmp_path: Path) -> None:
-    output = tmp_path / ("z" * 246)
-    for extra in ((), ("--overwrite", "--seed", "1")):
-        done = invoke("convert", llama, output, "--recipe", "E2G2T2", "--quiet", *extra)
-        assert done.exit_code == 0, done.stderr
-
-
 NOT_UTF8 = "x\udcff"
 
 
@@ -119,21 +99,6 @@ def test_paths_that_are_not_utf8(llama: Path, tmp_path: Path) -> None:
     shown = r"densex\udcff"
     assert read_json(moe / "upcycle.json")["source"]["name"] == shown
     assert shown in (moe / "README.md").read_text().replace(r"\\", "\\")
-
-
-def test_a_companion_that_may_not_be_read(
-    llama: Path, tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense = clone(llama, tmp_path / "dense")
-    real = os.open
-
-    def refuse(path: str | Path, *options: Any, **more: Any) -> int:  # noqa: ANN401
-        if str(path).endswith("dense/tokenizer.json"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *options, **more)
-
-    monkeypatch.setattr(os, "open", refuse)
-    refuses(dense, "tokenizer.json: Permission denied")
 
 
 # Space --------------------------------------------------------------------------------------------
@@ -165,64 +130,3 @@ def test_what_an_earlier_run_left_counts_as_free(
             check_space(output, 1_000_000)
     (partial_of(output) / "shard").write_bytes(bytes(600_000))
     check_space(output, 1_000_000)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("space") / "dense"
-    return make_dense(path, hidden=128, inner=688, layers=4, vocab=128)
-
-
-@pytest.fixture(scope="module")
-def reference(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    output = tmp_path_factory.mktemp("reference") / "moe"
-    execute(plan_of(dense, max_shard_bytes=MIB), output)
-    return contents(output)
-
-
-@pytest.fixture(scope="module", params=[("tmpfs", 64), ("ext4", 64)], ids=["tmpfs", "ext4"])
-def disk(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    kind, size = request.param
-    try:
-        with mounted(kind, tmp_path_factory.mktemp("disk") / "fs", size * MIB) as path:
-            yield path
-    except CannotMountError as error:
-        pytest.skip(str(error))
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """Fill a file system up to so many bytes."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (MIB, 4096):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-        file.truncate(max(0, file.tell() - leave))
-    system("sync", "-f", disk).check_returncode()
-    return filler
-
-
-def test_a_disk_that_fills_up_during_the_run(
-    disk: Path, dense: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk_with(monkeypatch, 1 << 60)  # as before others have filled it
-    plan, output, levels = plan_of(dense, max_shard_bytes=MIB), disk / "moe", 6
-    for level in range(levels):
-        filler = fill(disk, leave=plan.nbytes * level // levels)
-        for _ in range(2):  # a second run in the same place must not make it worse
-            with pytest.raises(UpcycleError, match="No space left on device") as failed:
-                execute(plan, output)
-            # There may not even be room for the directory.
-            assert "same command" in str(failed.value) or not partial_of(output).exists()
-            assert not output.exists()
-        filler.unlink()
-        system("sync", "-f", disk).check_returncode()  # the space is there once that is written
-        done = execute(plan, output)
-        assert contents(output) == reference
-        assert level < levels // 2 or done.reused_bytes > 0
-        shutil.rmtree(output)

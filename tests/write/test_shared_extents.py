@@ -5,8 +5,6 @@ The file systems lie in files on loop devices, which needs root; without it, the
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +12,11 @@ import pytest
 from engine_fixtures import (
     CannotMountError,
     contents,
-    convert_command,
     execute,
     make_dense,
     mounted,
     plan_of,
-    run,
     stopped_after,
-    system,
-    torchrun_command,
     unique_bytes,
     used_bytes,
 )
@@ -73,23 +67,6 @@ def test_copies_take_no_space(
     assert contents(output) == contents(tmp_path / "plain")
 
 
-def test_two_ranks_share_within_their_files(disk: Path, dense: Path) -> None:
-    plan, output = plan_of(dense, max_shard_bytes=4_000_000), disk / "moe"
-    empty = used_bytes(disk)
-    command = convert_command(dense, output, "--max-shard-size", "4MB", "--json")
-    done = run(torchrun_command(2, command))
-    assert done.returncode == 0, done.stderr
-    assert used_bytes(disk) - empty <= 2 * 1.15 * unique_bytes(plan)
-    assert json.loads(done.stdout)["shared_bytes"] >= plan.nbytes - 2 * unique_bytes(plan)
-
-
-def test_an_output_fits_that_shares_its_copies(disk: Path, dense: Path) -> None:
-    plan, output = plan_of(dense), disk / "moe"
-    size = shutil.disk_usage(disk).free - (unique_bytes(plan) + plan.nbytes) // 2
-    system("fallocate", "-l", str(size), disk / "filler").check_returncode()
-    assert execute(plan, output).published
-
-
 def test_share_makes_two_places_one(disk: Path) -> None:
     assert can_share(disk)
     data = bytes(range(256)) * (BLOCK_BYTES // 256)
@@ -102,11 +79,3 @@ def test_share_makes_two_places_one(disk: Path) -> None:
         # Not whole blocks: not tried.
         assert not share(one.fileno(), 0, other.fileno(), 100, BLOCK_BYTES)
         assert not share(one.fileno(), 0, other.fileno(), 0, 100)
-
-
-def test_share_is_false_where_the_file_system_cannot(tmp_path: Path) -> None:
-    try:
-        with mounted("tmpfs", tmp_path / "fs", MIB) as path:
-            assert not can_share(path)
-    except CannotMountError as error:
-        pytest.skip(str(error))

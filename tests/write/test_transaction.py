@@ -331,17 +331,6 @@ def test_a_marker_without_a_replaced_output_is_removed(
     assert names(tmp_path) == ["moe"]
 
 
-def test_a_marker_removes_no_other_directory(plan: Plan, output: Path, old: Path) -> None:
-    theirs = aside_of(output)
-    execute(plan, theirs)
-    before = contents(theirs)
-    state = {"plan_sha256": plan.digest, "output": "moe", "replaces": "0" * 64}
-    (output / MARKER).write_text(json.dumps(state))
-    assert "is left" not in (module.recover(output) or "")
-    assert contents(theirs) == before
-    assert contents(output) == contents(old)
-
-
 # The staging directory ----------------------------------------------------------------------------
 
 

@@ -33,7 +33,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shapes import (
     PAIRS,
-    TORCH,
     make_recipe,
     same_bits,
     tensor_shapes,
@@ -157,16 +156,6 @@ def test_safetensors_reads_the_values_of_the_expressions(
         }
 
 
-@pytest.mark.parametrize("dtype", list(TORCH))
-@pytest.mark.parametrize("wanted", [None, "float32", "float16", "bfloat16"])
-def test_dtypes(make: Make, output: Path, dtype: str, wanted: str | None) -> None:
-    plan = make(dtype=dtype, options=Options(dtype=wanted))
-    write(plan, output)
-    found = {entry["dtype"] for entry in header(output / "model.safetensors")[0].values()}
-    assert found == {dtype if wanted is None else plan.options.storage_dtype}
-    assert_holds(plan, output)
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -233,36 +222,6 @@ def test_copies_are_computed_once(
     assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
 
 
-def test_copied_tensors_are_not_computed(make: Make, output: Path, watch: Watch) -> None:
-    plan = make("E4G1T2")
-    write(plan, output)
-    assert watch.computed == [t.expr for t in plan.tensors if t.role is Role.ROUTER]
-
-
-def test_an_untied_head_is_computed_once_with_the_embedding(
-    make: Make, output: Path, watch: Watch
-) -> None:
-    options = Options(untie_embeddings=True, dtype="float32")
-    write(make(options=options, tie_word_embeddings=True), output)
-    assert sum("embed_tokens" in repr(expr) for expr in watch.computed) == 1
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_does_not_grow_with_layers_or_experts(
-    make: Make, output: Path, watch: Watch, layout: ExpertLayout
-) -> None:
-    options = Options(expert_layout=layout, dtype="float32")
-    largest = []
-    for number, (layers, recipe) in enumerate([(1, "E2G2T2"), (6, "E2G2T2"), (2, "E32G2T2")]):
-        (output / str(number)).mkdir()
-        watch.largest_bytes = 0
-        write(make(recipe, options=options, num_hidden_layers=layers), output / str(number))
-        largest.append(watch.largest_bytes)
-    assert largest[0] == largest[1] == 4 * 11 * 8  # the embedding
-    assert largest[2] == 4 * 64 * 8  # with 64 experts the router is larger than that
-    assert watch.most_alive == 0  # the part before is gone when the next is computed
-
-
 def test_a_process_takes_no_more_memory_for_more_layers(tmp_path: Path) -> None:
     measures = []
     for layers in (4, 22):
@@ -294,24 +253,6 @@ def test_a_source_that_is_truncated_meanwhile_is_noticed(
     monkeypatch.setattr(os, "pwrite", cut)
     with pytest.raises(UpcycleError, match=r"model\.safetensors changed while it was being read"):
         write(plan, output)
-
-
-def test_two_files_are_written_at_once(
-    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make("E2G1T2", options=SHARDED)
-    real, both = os.pwrite, threading.Event()
-    unfinished: set[str] = set()
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        unfinished.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-        if len(unfinished) == 2:
-            both.set()
-        assert both.wait(30), "a file waits for the one before"
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    write(plan, output, options=WriteOptions(fsync=False, workers=2))
 
 
 def test_an_error_names_the_file_that_failed(
