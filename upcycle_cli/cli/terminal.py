@@ -22,8 +22,7 @@ from rich.text import Text
 
 from upcycle_cli.cli.process import EXIT_ERROR, StoppedError, stopped
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
-from upcycle_cli.core.secrets import blotted
-from upcycle_cli.core.text import printable, printable_lines
+from upcycle_cli.core.text import blotted, printable, printable_lines
 
 EXIT_VERIFICATION_FAILED = 1
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h

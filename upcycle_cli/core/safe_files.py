@@ -79,7 +79,7 @@ def open_regular(path: Path) -> BufferedReader:
         raise
 
 
-def read_small(path: Path, most: int) -> bytes:
+def read_small(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
     try:
         with open_regular(path) as file:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import is_inner_name
-from upcycle_cli.core.secrets import blotted
+from upcycle_cli.core.text import blotted
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

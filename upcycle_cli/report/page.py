@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import is_in, write_whole
-from upcycle_cli.core.secrets import blotted
-from upcycle_cli.core.text import printable_lines
+from upcycle_cli.core.text import blotted, printable_lines
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.result import CheckResult

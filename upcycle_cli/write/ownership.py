@@ -18,7 +18,6 @@ from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
-    MOST_JSON_BYTES,
     ListedFile,
     listed_files,
     open_regular,
@@ -38,7 +37,7 @@ def check_ownership(output: Path) -> str:
         raise UpcycleError(
             f"{output} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
         )
-    record = read_small(output / RECORD_NAME, MOST_JSON_BYTES)
+    record = read_small(output / RECORD_NAME)
     listed, routers = _listed(output, record)
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     for path in sorted(output.rglob("*")):
@@ -67,7 +66,7 @@ def remove_output(output: Path) -> None:
 def record_digest(output: Path) -> str | None:
     """Return the digest of an output's record, which identifies the output; None without one."""
     try:
-        return hashlib.sha256(read_small(output / RECORD_NAME, MOST_JSON_BYTES)).hexdigest()
+        return hashlib.sha256(read_small(output / RECORD_NAME)).hexdigest()
     except UpcycleError:
         return None
 
@@ -93,7 +92,7 @@ def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: 
     if name == RECORD_NAME:
         return ""
     if name == CARD_NAME:
-        card = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
+        card = read_small(path).decode(errors="replace")
         # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
         untouched = "Made by upcycle" in card and not is_edited(card)
         return "" if untouched else "which somebody has edited"
@@ -101,7 +100,7 @@ def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: 
         ours = read_checksums(path).keys() == {*listed, RECORD_NAME}
     elif name == REPORT_NAME:  # a report on this output quotes the digest of its record
         digest = hashlib.sha256(record).hexdigest()
-        ours = digest.encode() in read_small(path, MOST_JSON_BYTES)
+        ours = digest.encode() in read_small(path)
     elif name == MARKER:  # of a killed run, in a directory that was renamed since
         ours = "plan_sha256" in read_state(path)
     else:
