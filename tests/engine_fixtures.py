@@ -11,8 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,19 +191,6 @@ def contents(path: Path) -> dict[str, str]:
     return found
 
 
-def used_bytes(path: Path) -> int:
-    """The bytes that a whole file system has in use, after what was written has arrived."""
-    system("sync", "-f", path).check_returncode()
-    status = os.statvfs(path)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize
-
-
-def system(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of the system."""
-    command = [shutil.which(program) or program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 # Child processes -----------------------------------------------------------------------------
 
 
@@ -318,41 +305,3 @@ def peak_anonymous_bytes(command: list[str]) -> int:
 def peak_of_a_new(output: Path, command: list[str]) -> int:
     shutil.rmtree(output, ignore_errors=True)
     return peak_anonymous_bytes(command)
-
-
-# File systems in files -----------------------------------------------------------------------
-
-
-class CannotMountError(Exception):
-    """No root, no loop device, no such file system."""
-
-
-@contextmanager
-def mounted(kind: str, directory: Path, nbytes: int) -> Iterator[Path]:
-    """Mount a new file system of a size; CannotMountError where that cannot be had."""
-    if os.geteuid() != 0:
-        raise CannotMountError("mounting needs root")
-    directory.mkdir(parents=True)
-    point, image = directory / "mnt", directory / "image"
-    point.mkdir()
-    if kind == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(point)]
-    else:
-        if shutil.which(f"mkfs.{kind}") is None:
-            raise CannotMountError(f"mkfs.{kind} is not installed")
-        with image.open("wb") as file:
-            file.truncate(nbytes)
-        _mount_step([f"mkfs.{kind}", "-q", str(image)])
-        command = ["mount", "-o", "loop", str(image), str(point)]
-    _mount_step(command)
-    try:
-        yield point
-    finally:
-        system("umount", point).check_returncode()
-        image.unlink(missing_ok=True)
-
-
-def _mount_step(command: list[str]) -> None:
-    done = system(*command)
-    if done.returncode:
-        raise CannotMountError(f"{command[0]}: {done.stderr.strip()}")

@@ -33,7 +33,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from file_systems import MAKE, UnavailableError, file_system, used_bytes
 from speed.contestants import (
     MERGEKIT,
     TRANSFORMERS,
@@ -49,7 +51,6 @@ from speed.contestants import (
     versions,
 )
 from speed.dense import make_dense, make_small
-from speed.loop import MAKE, UnavailableError, file_system, used_bytes
 from speed.measure import FailedError, disk_bytes, importing, measure
 from speed.report import Limit, Result, limits_table, sharing_limits, table, writing_limits
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from file_systems import file_system
 from speed.dense import MISTRAL_7B, make_layers
-from speed.loop import file_system
 from speed.measure import measure
 
 from upcycle_cli import Recipe, convert

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import (
-    CannotMountError,
     contents,
     execute,
     make_dense,
-    mounted,
     plan_of,
     stopped_after,
     unique_bytes,
-    used_bytes,
 )
+from file_systems import MAKE, UnavailableError, file_system, used_bytes
 
 from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
 
@@ -27,13 +25,13 @@ MIB = 1 << 20
 IMAGE_BYTES = 400 * MIB  # XFS wants 300 MiB at least
 
 
-@pytest.fixture(params=["xfs", "btrfs"])
+@pytest.fixture(params=MAKE)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     # New for every test: these systems take their time to give freed space back.
     try:
-        with mounted(request.param, tmp_path / "fs", IMAGE_BYTES) as path:
+        with file_system(request.param, tmp_path, IMAGE_BYTES) as path:
             yield path
-    except CannotMountError as error:
+    except UnavailableError as error:
         pytest.skip(str(error))
 
 
