@@ -1,6 +1,6 @@
 """How fast upcycle converts, against what the disk allows and against the other ways to do it.
 
-    python tests/benchmarks/throughput.py [--sizes 0.6,1.2,2.4] [--rounds 3] [--json FILE]
+    python tests/benchmarks/throughput.py [--sizes 0.6,1.2,2.4] [--rounds 3]
     sudo python tests/benchmarks/throughput.py --filesystems ...
 
 prints Markdown tables: for each size of a dense checkpoint (TinyLlama's shape, bfloat16, in GB),
@@ -20,14 +20,13 @@ writing to it, which would fall on whoever takes a second to start.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -76,12 +75,10 @@ def main() -> None:
                 report.sharing(kind, max(arguments.sizes))
     finally:
         shutil.rmtree(directory)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report.record, indent=2) + "\n", encoding="utf-8")
 
 
 class _Benchmark:
-    """Measures, prints, and keeps a record."""
+    """Measures and prints."""
 
     def __init__(self, directory: Path, rounds: int, peer_rounds: int) -> None:
         self.directory = directory
@@ -104,7 +101,6 @@ class _Benchmark:
             f"{self.torch.peak_anon_bytes / 1e6:.0f} MB of RssAnon",
             "mergekit": versions(self.mergekit) if self.mergekit else self.no_mergekit,
         }
-        self.record: dict[str, object] = {"machine": machine}
         print("\n".join(f"- {name}: {value}" for name, value in machine.items()), flush=True)
 
     def writing(self, gigabytes: float) -> None:
@@ -136,7 +132,7 @@ class _Benchmark:
         limits = writing_limits(
             results, start_up_counts=dense_bytes >= 0.95e9 * START_UP_COUNTS_FROM_GB
         )
-        self._show(
+        _show(
             f"{dense_bytes / 1e9:.2f} GB dense ({plan.family.dense.num_layers} layers), "
             f"{plan.nbytes / 1e9:.2f} GB of MoE",
             results,
@@ -176,10 +172,9 @@ class _Benchmark:
                     nbytes=2 * unique,  # in the cache of the file system, and of the loop device
                 )
             limits = sharing_limits(results, dense_bytes=dense_bytes)
-            self._show(title, results, limits)
+            _show(title, results, limits)
         except UnavailableError as error:
             print(f"\n### {title}\n\nSkipped: {error}.", flush=True)
-            self.record[title] = {"skipped": str(error)}
         shutil.rmtree(dense)
         shutil.rmtree(small)
 
@@ -233,18 +228,9 @@ class _Benchmark:
             return self.torch.peak_anon_bytes
         return self.numpy_anon_bytes
 
-    def _show(self, title: str, results: Sequence[Result], limits: Sequence[Limit]) -> None:
-        print(f"\n### {title}\n\n{table(results)}\n\n{limits_table(limits)}", flush=True)
-        self.record[title] = {
-            "results": {
-                result.contestant.key: {
-                    "failure": result.failure or None,
-                    "runs": [asdict(run) for run in result.runs],
-                }
-                for result in results
-            },
-            "limits": [asdict(limit) for limit in limits],
-        }
+
+def _show(title: str, results: Sequence[Result], limits: Sequence[Limit]) -> None:
+    print(f"\n### {title}\n\n{table(results)}\n\n{limits_table(limits)}", flush=True)
 
 
 def _plan(dense: Path) -> Plan:
@@ -301,7 +287,6 @@ def _arguments() -> argparse.Namespace:
         help="XFS and Btrfs with the largest size too, or only that; as root",
     )
     parser.add_argument("--directory", type=Path, help="where to write; default: the temporary one")
-    parser.add_argument("--json", type=Path, help="write all numbers of all runs to this file")
     return parser.parse_args()
 
 

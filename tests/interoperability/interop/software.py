@@ -295,22 +295,15 @@ class Session:
         absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
         return "\n".join(
             [
-                *(f"- {key}: {value}" for key, value in machine().items()),
+                f"- date: {datetime.now(UTC).date().isoformat()}",
+                f"- machine: {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
+                f"- Python: {platform.python_version()}",
                 *("", "| software | version |", "|---|---|"),
                 *(f"| {name} | {text} |" for name, text in self.versions.items()),
                 *(["", "Not run:", "", *absent] if absent else []),
                 *("", table(self.rows, list(self.versions)), "", *more, *verdict),
             ]
         )
-
-
-def machine() -> dict[str, str]:
-    """Return what a report says of this machine."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
-        "Python": platform.python_version(),
-    }
 
 
 def _pip(python: Path, *arguments: str) -> None:
