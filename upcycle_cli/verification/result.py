@@ -141,6 +141,7 @@ def _check_json(check: CheckResult) -> dict[str, Any]:
         {key: None if value != value else value for key, value in layer.items()}  # noqa: PLR0124
         for layer in found["layers"]
     ]
+    found["texts"] = [*found["texts"]]
     measured = ("layers", "texts", "continuation")  # by one of the checks alone
     return {key: value for key, value in found.items() if value or key not in measured}
 
