@@ -5,6 +5,7 @@ Models are tiny and random, the vision tower too, and run by transformers or by 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_every_wrapper_is_tested() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_the_moe_answers_a_picture_and_a_text_as_the_dense_model(
-    make_moe: MakeMoe, row: Row
+    make_moe: MakeMoe, row: Row, tmp_path: Path
 ) -> None:
     dense, moe = make_moe(row)
     before, after = load(dense), load(moe)
@@ -109,6 +110,9 @@ def test_the_moe_answers_a_picture_and_a_text_as_the_dense_model(
     how = {**inputs, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(after.generate(**how), before.generate(**how))
     assert failures(dense, moe) == []
+    again = Path(shutil.copytree(moe, tmp_path / "again"))
+    after.save_pretrained(again)
+    assert failures(dense, again, ["directory", "weights"]) == []
 
 
 def test_the_moe_answers_a_sound_and_a_text_as_the_dense_model(make_moe: MakeMoe) -> None:

@@ -8,13 +8,14 @@ a file) stays open here; `unknowns.py` fills it in.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import printable
@@ -106,19 +107,23 @@ def rebuild(
         )
     except (UpcycleError, TypeError) as error:
         raise RecordError(f"{RECORD_NAME}: {error}") from error
-    names = moe.tensors.keys()
+    shapes = _shapes(moe.tensors.values())
     try:
         made = plan(options)
         for layout in made.target.layouts:  # transformers can save an MoE in another layout
-            if names != {tensor.name for tensor in made.tensors}:
+            if shapes != _shapes(made.tensors):
                 other = plan(replace(options, expert_layout=ExpertLayout(layout)))
-                made = other if names == {tensor.name for tensor in other.tensors} else made
+                made = other if shapes == _shapes(other.tensors) else made
     except UpcycleError as error:
         raise MismatchError(error.message) from error
     whole = [*described(made), "tool", "source", "plan_sha256", "files"]
     if missing := [key for key in whole if key not in record]:
         raise RecordError(f"{RECORD_NAME} has no {missing[0]}")
     return made
+
+
+def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in tensors}
 
 
 def _two_steps(record: Record, dense: Checkpoint, moe: Checkpoint) -> UpcycleError:
