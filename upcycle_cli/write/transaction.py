@@ -64,6 +64,7 @@ class Transaction:
         output, new, durable = self.output, self.staging.path, self.staging.durable
         occupied = self.overwrite and is_directory(output) and any(output.iterdir())
         replaces = record_digest(output) if occupied else None
+        mode = _usual_mode(new)  # before the last moment: a full disk has no room for a directory
         self.staging.seal(replaces=replaces)
         # Check again: somebody may have used the old output in the hours since the first check.
         if occupied and check_ownership(output) != replaces:
@@ -77,6 +78,7 @@ class Transaction:
                 aside_of(output).rename(output)
             raise
         self.published = True
+        _set_mode(output, mode)
         if durable:
             sync_directory(output.parent)
         return _finish(output, replaces, durable=durable)
@@ -188,7 +190,6 @@ def _set_mode(path: Path, mode: int) -> None:
 
 def _finish(output: Path, replaces: str | None, *, durable: bool) -> str | None:
     """Remove the old output and then the marker; return a warning if the old output is left."""
-    _set_mode(output, _usual_mode(output))
     left, aside = None, aside_of(output)
     if replaces is not None and is_directory(aside):
         try:
@@ -227,6 +228,7 @@ def recover(output: Path) -> str | None:
         return None
     with locked(new):
         if new == output:
+            _set_mode(output, _usual_mode(output))
             return _finish(output, replaces, durable=True)
         aside_of(output).rename(output)
     return (
