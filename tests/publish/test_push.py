@@ -277,14 +277,7 @@ def test_refuse_a_push_before_the_conversion(
     assert files_of(hub) == files_in(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"commitOid": "../x"},
-        {"commitUrl": "\x1b[2J"},
-        {"pullRequestUrl": 7},
-    ],
-)
+@pytest.mark.parametrize("changes", [{"commitOid": "../x"}, {"commitUrl": "\x1b[2J"}])
 def test_refuse_a_commit_that_is_not_one(
     hub: Hub, run: RunOnHub, single: Path, changes: dict[str, Any]
 ) -> None:

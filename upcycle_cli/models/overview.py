@@ -112,19 +112,13 @@ def _facts(
     trains: dict[str, tuple[Routing, ...]] = {}
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
     for routing in row.routings:
-        for engine in engines(
-            row.title,
-            routing,
-            tied=tied,
-            fused=fused,
-            plain_attention=plain_attention,
-            scaled=scale is not None,
-        ):
-            if engine.support is Support.RUNS:
-                runs[engine.name] = (*runs.get(engine.name, ()), routing)
-        for trainer in trainers(row, routing, tied=tied, fused=fused):
-            if trainer.support is Support.RUNS:
-                trains[trainer.name] = (*trains.get(trainer.name, ()), routing)
+        facts: Any = {"plain_attention": plain_attention, "scaled": scale is not None}
+        found = engines(row.title, routing, tied=tied, fused=fused, **facts)
+        learned = trainers(row, routing, tied=tied, fused=fused)
+        for listed, software in ((runs, found), (trains, learned)):
+            for each in software:
+                if each.support is Support.RUNS:
+                    listed[each.name] = (*listed.get(each.name, ()), routing)
     balanced = "nothing" if row.correction_bias is None else "bias"
     if row.has_balancing_loss:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"

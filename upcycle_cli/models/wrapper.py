@@ -108,23 +108,20 @@ class Inside:
         """Whether a tensor belongs to the text model."""
         return name.startswith(self.prefixes.text) or name == self.prefixes.head
 
-    def in_memory(self, name: str, prefixes: NamePrefixes | None = None) -> str:
-        """Map a checkpoint name (with other `prefixes`, if given) to its in-memory name."""
-        name = _with_prefixes(name, prefixes or self.prefixes, IN_MEMORY_PREFIXES)
-        return replace_parts(name, self.wrapper.renamed)
+    def in_memory(self, name: str) -> str:
+        """Map a checkpoint name to its in-memory name."""
+        moved = self.moved(name, Inside(self.wrapper, IN_MEMORY_PREFIXES))
+        return replace_parts(moved, self.wrapper.renamed)
 
     def moved(self, name: str, other: Inside) -> str:
         """Map a name of this checkpoint to its name in another one.
 
         `renamed` parts stay: transformers 4 reads only the old names, and 5 reads both.
         """
-        return _with_prefixes(name, self.prefixes, other.prefixes)
-
-
-def _with_prefixes(name: str, before: NamePrefixes, after: NamePrefixes) -> str:
-    if name == before.head:
-        return after.head
-    for old, new in ((before.text, after.text), (before.rest, after.rest)):
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+        before, after = self.prefixes, other.prefixes
+        if name == before.head:
+            return after.head
+        for old, new in ((before.text, after.text), (before.rest, after.rest)):
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name

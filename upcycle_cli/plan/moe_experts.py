@@ -149,7 +149,7 @@ def find_experts(moe: Checkpoint) -> Experts:
     except ValueError as error:
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
     if not layers:
-        raise UpcycleError(f"{moe.path / CONFIG_NAME}: no layer has experts.")
+        raise UpcycleError(f"{moe.path / CONFIG_NAME}: no layer is a mixture of experts.")
     if top_k > num_experts:
         words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
         raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
