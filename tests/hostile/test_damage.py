@@ -115,17 +115,13 @@ def cut_off(moe: Path) -> None:
 WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
     ("a bit of an expert", flip(w(1, 3, 2)), "3.w2.weight differs in 1 of"),
-    ("a bit of the first expert", flip(w(0, 0, 1)), "0.w1.weight differs in 1 of"),
     ("a bit of attention", flip(ATTENTION), f"{ATTENTION} differs in 1 of"),
-    ("a bit of a norm", flip("model.layers.0.input_layernorm.weight"), "in 1 of 32"),
-    ("a bit of the head", flip("lm_head.weight"), "lm_head.weight differs in 1 of"),
     ("a bit of a router", flip(ROUTER), f"{ROUTER} | virtual group"),
     (
         "qwen: a row of a router",
         tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)),
         "row 3 differs | group 1",
     ),
-    ("equal rows", put(ROUTER, lambda t: t[ROUTER][:1].repeat(4, 1)), ROUTER),
     (
         "another router",
         put(ROUTER, lambda _: torch.randn(2, 32).repeat_interleave(2, 0).bfloat16()),
@@ -138,32 +134,16 @@ WEIGHTS: tuple[Row, ...] = (
         put(w(1, 2, 2), lambda t: t[w(1, 3, 2)]),
         "2.w2.weight holds shard 1 where shard 0 belongs",
     ),
-    (
-        "exchanged experts",
-        swapped(w(0, 0, 1), w(0, 1, 1)),
-        "0.w1.weight holds shard 1 where shard 0 | 1.w1.weight holds shard 0",
-    ),
     ("sharded: exchanged between files", swapped_between_files, "0.w1.weight holds shard 1"),
     ("gate and up exchanged", swapped(w(0, 0, 1), w(0, 0, 3)), "0.w1.weight | 0.w3.weight"),
     ("exchanged rows", swapped(EXPERT, EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
     ("exchanged columns", swapped(w(1, 3, 2), "", 1, 0, 20), "has columns 0 and 20 exchanged"),
-    ("reversed rows", put(EXPERT, lambda t: t[EXPERT].flip(0)), "32 of 32 moved"),
     (
         "scaled twice",
         scaled({"w3": 2}),
         "w3.weight is its expected value multiplied by a further 2",
     ),
-    (
-        "scaled twice in one layer",
-        scaled({"w3": 2}, (1,)),
-        "1.block_sparse_moe.experts.0.w3.weight is its expected | 4 problems",
-    ),
     ("one expert by 1.05", tensors(lambda t: t[EXPERT].mul_(1.05)), "multiplied by a further 1.05"),
-    (
-        "scaled gate",
-        scaled({"w1": 2, "w3": 0.5}),
-        "w1.weight is its expected value multiplied by a further 2 | further 0.5",
-    ),
     (
         "qwen: a bias that is to be zero",
         tensors(lambda t: t["model.layers.1.self_attn.q_proj.bias"].fill_(1.0)),
@@ -179,17 +159,7 @@ WEIGHTS: tuple[Row, ...] = (
         tensors(lambda t: t[f"{SHARED.format(1)}_gate.weight"].zero_()),
         "shared_expert_gate.weight",
     ),
-    (
-        "qwen: a gate that overflows",
-        tensors(lambda t: t[f"{SHARED.format(1)}_gate.weight"].mul_(1e38)),
-        "shared_expert_gate.weight",
-    ),
     ("a missing expert", tensors(lambda t: t.pop(EXPERT)), f"{EXPERT} is missing"),
-    (
-        "a missing norm",
-        tensors(lambda t: t.pop("model.norm.weight")),
-        "model.norm.weight is missing",
-    ),
     (
         "a renamed tensor",
         tensors(lambda t: t.update({f"{EXPERT}s": t.pop(EXPERT)})),
@@ -211,11 +181,6 @@ WEIGHTS: tuple[Row, ...] = (
         f"{EXPERT} is I8 instead of BF16",
     ),
     ("dtype of the record", record("dtype", "float32"), "is BF16 instead of F32"),
-    (
-        "half precision",
-        put(ATTENTION, lambda t: t[ATTENTION].half()),
-        f"{ATTENTION} is F16 instead of BF16",
-    ),
 )
 
 
@@ -223,20 +188,7 @@ FILES: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
     ("top-k", config(num_experts_per_tok=1), "num_experts_per_tok is 1 instead of 2"),
     ("experts", config(num_local_experts=6), "num_local_experts is 6 instead of 4"),
-    ("a text for a number", config(num_local_experts="4"), "num_local_experts is '4' instead of 4"),
-    ("expert size", config(intermediate_size=31), "intermediate_size is 31 instead of 32"),
-    ("norm", config(rms_norm_eps=0.01), "rms_norm_eps is 0.01 instead of 1e-06"),
-    ("activation", config(hidden_act="gelu"), "hidden_act is 'gelu' instead of 'silu'"),
-    ("heads", config(num_attention_heads=8, head_dim=4), "num_attention_heads is 8 instead of 4"),
-    ("window", config(sliding_window=16), "sliding_window is 16 instead of None"),
-    ("tied head", config(tie_word_embeddings=True), "tie_word_embeddings is True instead of False"),
-    ("end of text", config(eos_token_id=7), "eos_token_id is 7"),
-    ("negative size", config(hidden_size=-32), "hidden_size is -32"),
-    ("no heads", config(num_attention_heads=0), "num_attention_heads is 0"),
     ("qwen: routing", config(norm_topk_prob=True), "norm_topk_prob is True instead of False"),
-    ("class", config(architectures=["LlamaForCausalLM"]), "architectures[0] is 'LlamaForCausalLM'"),
-    ("dropout", config(attention_dropout=0.5), "attention_dropout is 0.5 instead of 0.0"),
-    ("jitter", config(router_jitter_noise=0.1), "router_jitter_noise is 0.1"),
     ("sharded: total size", index(total_size=5), "metadata.total_size is 5 instead of"),
     (
         "sharded: dtype of the index",
@@ -245,11 +197,6 @@ FILES: tuple[Row, ...] = (
     ),
     ("sharded: file of the index", another_file_of_the_index, f"{EXPERT} | cannot be read"),
     ("cut off", cut_off, "truncated | cannot be read"),
-    (
-        "source type",
-        record("source_type", "mistral"),
-        "source_type is 'mistral' instead of 'llama'",
-    ),
     ("E of the record", record("recipe/expansion", 4), "num_local_experts is 4 instead of 8"),
     ("G of the record", record("recipe/granularity", 1), "intermediate_size is 32 instead of 64"),
     ("T of the record", record("recipe/top_k", 4), "num_experts_per_tok is 2 instead of 4"),
@@ -263,11 +210,6 @@ FILES: tuple[Row, ...] = (
         "another target type",
         record("target_type", "qwen2_moe"),
         "target_type is 'qwen2_moe' instead of 'mixtral'",
-    ),
-    (
-        "name of the recipe",
-        record("recipe/name", "E8G8T8"),
-        "recipe.name is 'E8G8T8' instead of 'E2G2T2'",
     ),
     ("factors", record("factors/up", 4), "factors.up is 4 instead of 2.0"),
     ("promise", record("promise", "none"), "promise is 'none' instead of 'exact'"),

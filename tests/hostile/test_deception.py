@@ -40,12 +40,6 @@ def assert_caught(dense: Path, moe: Path, check: str, *words: str) -> None:
         assert word in text_of(report)
 
 
-def test_what_nobody_attacked_passes(dense: Path, moe: Path) -> None:
-    report = verify(dense, moe)
-    assert report.passed, text_of(report)
-    assert report.promise == "exact"
-
-
 # config.json --------------------------------------------------------------------------------------
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -54,11 +48,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}},
     {"configuration_files": ["config.4.0.0.json"]},
     {"attn_implementation": "kernels-community/flash-attn"},
-    {"attn_implementation": "sdpa"},
     {"_attn_implementation": 7},
     {"experts_implementation": "org/kernel"},
     {"quantization_config": {}},
-    {"quantization_config": {"quant_method": "fp8"}},
     {"compression_config": {"format": "pack-quantized"}},
     {"per_layer_config": {"0": {"num_key_value_heads": 1}}},
     {"fusion_config": {"patch_embeddings": True}},
@@ -66,38 +58,21 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"attribute_map": {"rms_norm_eps": "attention_dropout"}},
     {"text_config": {"model_type": "qwen2", "hidden_size": 8}},
     # what changes the function, now or for another engine
-    {"rope_theta": 5e5},
-    {"rope_theta": None},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    {"partial_rotary_factor": 0.5},
-    {"head_dim": 0},
     {"use_sliding_window": True},
     {"mlp_only_layers": [0]},
     {"decoder_sparse_step": 5},
-    {"qkv_bias": True},
-    {"temperature": 0.1},
     {"moe_norm_min": 0.5},
     {"routed_scaling_factor": 2.0},
     {"attention_multiplier": 2.0},
-    {"num_experts": 3},
-    {"num_local_experts": 10**9},
-    {"num_hidden_layers": 10**18},
-    {"max_position_embeddings": 4096},
     {"pad_token_id": 7},
     # what training or text generation goes by
-    {"router_aux_loss_coef": -0.5},
     {"router_aux_loss_coef": float("nan")},
-    {"router_aux_loss_coef": "0.01"},
-    {"output_router_logits": "yes"},
     {"output_router_logits": 0},
-    {"use_cache": False},
-    {"initializer_range": 7.0},
-    {"tokenizer_class": "BertTokenizer"},
     {"model_name": "x"},
     {"get_text_config": 1},
     {"dtype": "float16"},
-    {"torch_dtype": "float16"},
 )
 
 
@@ -157,26 +132,16 @@ READ = (
     "custom_generate/generate.py",
     "model-00001-of-00002.safetensors",
     "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
     "model.safetensors.index.json",
-    "consolidated.safetensors",
-    "params.json",
     "tekken.json",
-    "hf_quant_config.json",
-    "modules.json",
     "config.4.0.0.json",
     "model.gguf",
     "NOTICE.safetensors",
     "LICENSE.py",
     "Config.json",
-    "ADAPTER_CONFIG.json",
-    "vocab.json",
     "vocab.txt",
     "MERGES.TXT",
-    "merges.txt",
     "tokenizer.model",
-    "x.tiktoken",
-    "preprocessor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "additional_chat_templates/tools.jinja",
@@ -224,12 +189,6 @@ def swapped_ids(value: dict[str, Any]) -> None:
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
 
 
-def bomb(value: dict[str, Any]) -> None:
-    """A normalizer that doubles a letter, forty times over."""
-    double = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
-    value["normalizer"] = {"type": "Sequence", "normalizers": [double] * 40}
-
-
 def another_directory(name: str) -> Attack:
     def move(moe: Path) -> None:
         elsewhere = moe.parent / "elsewhere"
@@ -252,30 +211,20 @@ def other_format(metadata: dict[str, str] | None) -> Attack:
 FILES: tuple[tuple[str, Attack, str], ...] = (
     ("ids swapped", json_file("tokenizer.json", swapped_ids), "model.vocab.a is"),
     ("normalizer", tokenizer(normalizer={"type": "Lowercase"}), "tokenizer.json: normalizer"),
-    ("pre-tokenizer", tokenizer(pre_tokenizer=None), "pre_tokenizer is None"),
-    ("bomb", json_file("tokenizer.json", bomb), "normalizer"),
     ("no tokenizer", written("tokenizer.json", "{}"), "tokenizer.json: version is missing"),
     ("tokenizer gone", lambda moe: (moe / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ("longest text", setting(model_max_length=7), "model_max_length is 7"),
     ("end of text", setting(eos_token="a"), "eos_token is 'a' instead of '</s>'"),
     ("names of inputs", setting(model_input_names=["input_ids"]), "model_input_names"),
     ("special names", setting(extra_special_tokens={"image_token": "a"}), "extra_special_tokens"),
-    ("backend", setting(backend="sentencepiece"), "backend"),
     ("code", setting(auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
-    ("class", setting(tokenizer_class="BertTokenizer"), "tokenizer_class"),
-    ("side", setting(padding_side="left"), "padding_side"),
     ("template beside", setting(chat_template="{{ messages }}"), "chat_template"),
     ("template", written("chat_template.jinja", "{{ x }}"), "chat_template.jinja is not"),
     ("temperature", generation(temperature=9.0), "temperature is 9.0"),
-    ("a number for a flag", generation(do_sample=1), "do_sample is 1"),
-    ("tokens", generation(suppress_tokens=[5]), "suppress_tokens is [5]"),
     ("byte order mark", written("generation_config.json", b"\xef\xbb\xbf{}"), "not valid JSON"),
-    ("not JSON", written("generation_config.json", "{"), "generation_config.json"),
     ("link", another_directory("generation_config.json"), "is not followed"),
-    ("link of a tokenizer", another_directory("tokenizer.json"), "is not followed"),
     ("pipe", pipe, "generation_config.json"),
     ("wrong sums", written("SHA256SUMS", f"{'0' * 64}  config.json\n"), "SHA256SUMS describes"),
-    ("sum of nothing", written("SHA256SUMS", f"{'0' * 64}  gone\n"), "gone, which is not there"),
     ("sums elsewhere", written("SHA256SUMS", f"{'0' * 64}  ../x\n"), "SHA256SUMS"),
     ("no format", other_format(None), "loaders want 'pt'"),
     ("another format", other_format({"format": "mlx"}), "loaders want 'pt'"),
@@ -514,27 +463,6 @@ def test_a_record_that_makes_no_sense_proves_nothing(
     assert report.status is Status.SKIPPED
     assert words in text_of(report)
     assert not report.accepted
-
-
-def test_a_record_that_asks_for_less_is_measured(dense: Path, moe: Path) -> None:
-    """Experts 512 times too large, and a record that says that this was wanted."""
-
-    def scale(held: Tensors) -> None:
-        for name in held:
-            if name.endswith("w2.weight"):
-                held[name] *= 512
-
-    def ask(value: dict[str, Any]) -> None:
-        value["recipe"]["scaling"] = 1024.0
-        value["factors"] |= {"c": 1024.0, "up": 32.0, "down": 32.0}
-        value["promise"] = "none"
-
-    edit_tensors(moe, scale)
-    record(ask)(moe)
-    report = verify(dense, moe)
-    assert report.status is Status.FAILED  # 2 x 512 is another split than the planner's 32 x 32
-    assert report.promise == "none"
-    assert report.checks[2].status is Status.MEASURED
 
 
 def test_another_top_k_with_its_record_is_measured(dense: Path, moe: Path) -> None:

@@ -136,9 +136,10 @@ class Report:
 
 def _check_json(check: CheckResult) -> dict[str, Any]:
     found = asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
+    found["texts"] = [*found["texts"]]
     found["layers"] = [
-        # JSON has no nan, which stands for what has no value.
-        {key: None if value != value else value for key, value in layer.items()}  # noqa: PLR0124
+        # JSON has no number for what has no value.
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in layer.items()}
         for layer in found["layers"]
     ]
     found["texts"] = [*found["texts"]]
