@@ -6,12 +6,12 @@ states router rows are made; or it is a mergekit-moe file.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from upcycle_cli.core.text import printable
 from upcycle_cli.plan.mergekit import place_of, read_yaml
 
 BUILTIN = "builtin"
-_MOST_BYTES = 1_000_000
+_MOST_CHARACTERS = 1_000_000
 _KINDS = ("positive_prompts", "negative_prompts")
 _FORM = (
     'Write {"MODEL": ["a prompt", …]} for each, or {"MODEL": {"positive_prompts": […], '
@@ -69,10 +69,8 @@ def read_texts(path: Path, what: str) -> list[Text]:
     by `what` it is, such as "the prompts". Of a large file only the beginning is read.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(_MOST_BYTES)
-            whole = not file.read(1)
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
+        with TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            text, whole = file.read(_MOST_CHARACTERS), not file.read(1)
     except OSError as error:
         raise UpcycleError(f"cannot read {what} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
