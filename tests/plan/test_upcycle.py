@@ -286,15 +286,12 @@ def test_any_choice_changes_the_digest(dense: Path) -> None:
 def found_for(plan: Plan, gates: float) -> Calibration:
     """Return a calibration whose rows are all ones and whose orders are reversed."""
     width, hidden = plan.family.dense.intermediate_size, plan.family.dense.hidden_size
-    zeros = np.zeros(hidden, np.float32)
     numbers = dict.fromkeys(("mean_share", "logit_std", "logit_spread", "load_cv"), 0.0)
     return Calibration(
         tokens=7,
         layers={
             layer: LayerFound(
                 statistics=RouterStatistics(layer=layer, idle=0, gates=gates, **numbers),
-                input_mean=zeros,
-                input_square=zeros,
                 activity=np.zeros(width, np.float32),
                 rows=b"\x80\x3f" * (plan.recipe.router_rows * hidden),
                 order=np.arange(width, dtype="<u4")[::-1].tobytes(),

@@ -64,8 +64,6 @@ class LayerCalibration:
         )
         return LayerFound(
             statistics=statistics,
-            input_mean=mean_H.astype(np.float32),
-            input_square=square_H.astype(np.float32),
             activity=activity_PI.mean(0),
             rows=rows,
             order=self._order(inputs_PH, activity_PI),

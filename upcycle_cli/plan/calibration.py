@@ -1,6 +1,6 @@
 """The results of a calibration: statistics of each layer, and router rows fitted to it.
 
-Legend: H hidden size, I dense intermediate size, E groups, G shards.
+Legend: I dense intermediate size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SHOWN_DIGITS = 4
-_TENSORS = ("input_mean", "input_square", "activity", "rows", "order")
+_TENSORS = ("activity", "rows", "order")
 """The fields of a layer's results that a file holds as tensors."""
 
 
@@ -44,10 +44,6 @@ class LayerFound:
     """The results for a layer that becomes a mixture of experts."""
 
     statistics: RouterStatistics
-    input_mean: NDArray[np.float32]
-    """The mean of the MLP's input (H,)."""
-    input_square: NDArray[np.float32]
-    """The mean square of the MLP's input (H,)."""
     activity: NDArray[np.float32]
     """The mean magnitude of each neuron's activation (I,)."""
     rows: bytes
