@@ -239,16 +239,17 @@ NEARLY = replace(EXACT, promise=Promise.APPROXIMATE, logit_std=0.001)
     ("expected", "bound", "changes", "failing"),
     [
         (EXACT, 1e-8, {}, None),
-        (EXACT, 1e-8, {"kl_mean_conversion": 2e-8}, "kl_mean_conversion is 2e-08"),
-        (EXACT, 1e-8, {"kl_mean_conversion": math.nan}, "kl_mean_conversion is nan"),
+        (EXACT, 1e-8, {"kl_mean_conversion": 6e-5}, None),  # of a group that a tie has split
+        (EXACT, 1e-8, {"kl_mean_whole": 2e-8}, "kl_mean_whole is 2e-08"),
+        (EXACT, 1e-8, {"kl_mean_whole": math.nan}, "kl_mean_whole is nan"),
         (EXACT, 1e-8, {"kl_mean_picture": 2e-8}, "kl_mean_picture"),
         (EXACT, 1e-8, {"top1_agreement_conversion": 0.99}, "top1_agreement_conversion"),
         (EXACT, 1e-8, {"top1_agreement_conversion": 0.99, "tokens": 100}, None),  # one near-tie
         (EXACT, 1e-8, {"split_token_layers": 0.002}, "split_token_layers"),
         (EXACT, 1e-8, {"kl_mean_rounding": 0.02}, "kl_mean_rounding"),
         (replace(EXACT, group_size=1), 1e-8, {"split_token_layers": 0.002}, None),
-        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_conversion": 9e-4}, None),
-        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_conversion": 2e-3}, "conversion"),
+        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_whole": 9e-4}, None),
+        (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_whole": 2e-3}, "whole"),
         (NEARLY, 1e-8, {"kl_mean_whole": 1e-4, "kl_mean_conversion": 1.0}, None),
         (NEARLY, 1e-8, {"kl_mean_whole": 2e-4}, "kl_mean_whole"),
         (NEARLY, 1e-8, {"kl_mean_whole": math.nan}, "kl_mean_whole"),

@@ -291,7 +291,8 @@ def _judge(
 def _exact_failures(
     metrics: Mapping[str, float], bound: float, *, is_lossless: bool
 ) -> Iterator[str]:
-    for key in ("kl_mean_conversion", "kl_mean_picture"):
+    # Where routers tie in float32 a group may split; `_judge` limits how often that happens.
+    for key in ("kl_mean_whole", "kl_mean_picture"):
         if key in metrics and not metrics[key] < bound:
             yield f"{key} is {metrics[key]:.3g}; an exact recipe allows less than {bound:g}"
     top1 = metrics["top1_agreement_conversion"]
