@@ -22,6 +22,7 @@ from verified import (
     edit_json,
     edit_tensors,
     save_dense,
+    save_tokenizer,
     text_of,
 )
 
@@ -267,6 +268,21 @@ def test_half_of_what_transformers_saves_is_a_difference(
     AutoTokenizer.from_pretrained(source).save_pretrained(moe)
     edit_json(moe / "tokenizer_config.json", lambda value: value.update(local_files_only=False))
     assert verify(source, moe, checks=["directory"]).accepted
+
+
+def test_a_tokenizer_has_the_class_that_the_moe_gives_it(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """transformers loads any tokenizer of a qwen2 as its own class, and those of its MoE not."""
+    from transformers import AutoTokenizer
+
+    dense, moe = clone(make_dense("qwen2"), tmp_path / "dense"), tmp_path / "moe"
+    save_tokenizer(dense)
+    convert(dense, moe, RECIPE)
+    AutoTokenizer.from_pretrained(moe).save_pretrained(moe)
+    edit_json(moe / "tokenizer_config.json", lambda value: value.update(local_files_only=False))
+    report = verify(dense, moe, checks=["directory"])
+    assert report.accepted, text_of(report)
 
 
 def test_weights_behind_a_link_are_not_read(dense: Path, moe: Path) -> None:

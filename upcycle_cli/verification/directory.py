@@ -7,6 +7,7 @@ is accepted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -65,7 +66,7 @@ def check_directory(
     findings, notes = Findings(), list[str]()
     findings.add(*config_failures(plan, moe, record, notes), *record_failures(plan, record))
     findings.add(*_weight_file_failures(moe), *_code_failures(plan, moe))
-    findings.add(*_companion_failures(plan.source, moe, notes))
+    findings.add(*_companion_failures(plan, moe, notes))
     findings.add(*_foreign_failures(plan, moe, names, notes), *_checksum_failures(moe))
     return findings.result(NAME, "All files are those of the plan.", note=" ".join(notes))
 
@@ -146,14 +147,15 @@ def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
 # Tokenizer, generation settings, licences ---------------------------------------------------------
 
 
-def _companion_failures(dense: Checkpoint, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
+def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
     """Compare what lies beside the weights with the dense model's."""
+    dense = plan.source
     names = {file.name for model in (dense, moe) for file in model.companions}
     licences = {name for name in names if matches(name, _LICENCES)}
     generation = names & {GENERATION_NAME}
     for some in (generation, names - licences - generation):
         found = [*_differing(dense, moe, sorted(some))]
-        if found and _equals_saved(dense, moe, some):
+        if found and _equals_saved(plan, moe, some):
             saved = ", ".join(sorted(some))
             notes.append(f"Saved again by transformers, and the same: {saved}.")
         else:
@@ -179,12 +181,13 @@ def _differing(dense: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> Iter
             yield error.message
 
 
-def _equals_saved(dense: Checkpoint, moe: Checkpoint, names: set[str]) -> bool:
+def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
     """Whether the MoE's files are what transformers writes when it saves the dense model's."""
+    dense = plan.source
     from upcycle_cli.run.models import TransformersError
 
     try:
-        written = _saved(dense.path, generation=GENERATION_NAME in names)
+        written = _saved(dense, plan.config, generation=GENERATION_NAME in names)
     except TransformersError:
         return False
     try:
@@ -203,21 +206,29 @@ def _equals_saved(dense: Checkpoint, moe: Checkpoint, names: set[str]) -> bool:
     return True
 
 
-def _saved(dense: Path, *, generation: bool) -> dict[str, bytes]:
-    """Return what transformers writes when it saves the tokenizer, or the generation settings."""
+def _saved(dense: Checkpoint, config: Settings, *, generation: bool) -> dict[str, bytes]:
+    """Return what transformers writes when it saves the tokenizer, or the generation settings.
+
+    The config decides which class the tokenizer has, so it is the MoE's.
+    """
     from upcycle_cli.run.models import load_config, load_tokenizer, transformers_errors
 
-    tokenizer = None if generation else load_tokenizer(dense)
-    with TemporaryDirectory(prefix="upcycle-verify-") as again, transformers_errors():
+    with TemporaryDirectory(prefix="upcycle-verify-") as scratch, transformers_errors():
         from transformers import GenerationConfig
 
-        if tokenizer is not None:
-            tokenizer.save_pretrained(again)
-        elif (dense / GENERATION_NAME).exists():
-            GenerationConfig.from_pretrained(dense, local_files_only=True).save_pretrained(again)
+        before, again = Path(scratch, "before"), Path(scratch, "again")
+        if not generation:
+            for file in dense.companions:
+                (before / file.name).parent.mkdir(parents=True, exist_ok=True)
+                (before / file.name).write_bytes(_contents(dense, file.name) or b"")
+            (before / CONFIG_NAME).write_text(json.dumps(config))
+            load_tokenizer(before).save_pretrained(again)
+        elif dense.storage.has(GENERATION_NAME):
+            found = GenerationConfig.from_pretrained(dense.path, local_files_only=True)
+            found.save_pretrained(again)
         else:  # then transformers saves what the model's config says
-            GenerationConfig.from_model_config(load_config(dense)).save_pretrained(again)
-        files = [path for path in Path(again).rglob("*") if path.is_file()]
+            GenerationConfig.from_model_config(load_config(dense.path)).save_pretrained(again)
+        files = [path for path in again.rglob("*") if path.is_file()]
         return {path.relative_to(again).as_posix(): path.read_bytes() for path in files}
 
 
