@@ -111,13 +111,10 @@ UNFIT: tuple[Expr, ...] = (
 )
 WORDS: tuple[tuple[Expr, str], ...] = (
     (Slice(A, 0, 1, 3), "a[1:3]"),
-    (Slice(A, 1, 1, 3), "a[:, 1:3]"),
     (Cast(A, "F32"), "cast(a, F32)"),
     (Scale(Slice(A, 0, 0, 2), 1.5874010519681994), "a[0:2] × 1.5874"),
-    (Concat((A, B)), "concat(a, b)"),
     (Stack((A, B, A)), "stack(a, … 3 in all)"),
     (Repeat(A, 8), "repeat(a, 8)"),
-    (Transpose(Slice(A, 0, 1, 3)), "transpose(a[1:3])"),
     (Slice(Select(STACK, 1), 0, 0, 2), "select(stack, 1)[0:2]"),
     (Halves(Slice(A, 0, 0, 4), 4, 2), "halves(a[0:4], 4, 2)"),
     (Full("F32", (1,), 0.001), "full(F32, (1,), 0.001)"),
