@@ -252,6 +252,15 @@ def llama(make_dense: MakeDense) -> Path:
     return make_dense("llama")
 
 
+@pytest.fixture(scope="session")
+def e2g2t2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama converted to a mixtral of 4 experts, 2 active. Read only: it is shared."""
+    from upcycle_cli import Recipe, convert
+
+    path = tmp_path_factory.mktemp("e2g2t2") / "moe"
+    return convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2)).output
+
+
 def _save_model(
     path: Path, model_type: str, config: Mapping[str, Any], *, dtype: str, max_shard_size: str
 ) -> None:

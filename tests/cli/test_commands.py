@@ -61,17 +61,10 @@ def succeed_json(command: str, *arguments: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
-    return path
-
-
-@pytest.fixture(scope="module")
-def swapped(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swapped(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy in which two experts of layer 1 have exchanged their gate matrices."""
-    path = clone(moe, tmp_path_factory.mktemp("swapped") / "moe")
-    tensors = read_tensors(moe)
+    path = clone(e2g2t2, tmp_path_factory.mktemp("swapped") / "moe")
+    tensors = read_tensors(e2g2t2)
     one, other = (f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in (2, 3))
     tensors[one], tensors[other] = tensors[other], tensors[one]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -159,16 +152,16 @@ def test_convert_json_agrees_with_its_dry_run_and_with_the_files(
     assert again["plan_sha256"] == done["plan_sha256"]
 
 
-def test_inspect_json(llama: Path, moe: Path, tmp_path: Path) -> None:
+def test_inspect_json(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     dense = succeed_json("inspect", llama)
     assert (dense["kind"], dense["plan"]) == ("dense", None)
     assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "solar_open", "upcycled"]
     assert dense["bytes"] == 4 * dense["total_parameters"]
-    found = succeed_json("inspect", moe)
+    found = succeed_json("inspect", e2g2t2)
     assert (found["kind"], found["claims"]["recipe"]["name"]) == ("moe", "E2G2T2")
-    check_facts(found, moe, llama)
-    check_facts(succeed_json("inspect", llama, *RECIPE)["plan"], moe, llama)
-    unknown = clone(moe, tmp_path / "moe")
+    check_facts(found, e2g2t2, llama)
+    check_facts(succeed_json("inspect", llama, *RECIPE)["plan"], e2g2t2, llama)
+    unknown = clone(e2g2t2, tmp_path / "moe")
     (unknown / "upcycle.json").unlink()
     value = succeed_json("inspect", unknown)
     assert (value["claims"], value["recipe"], value["dense_parameters"]) == (None, None, None)
@@ -176,10 +169,10 @@ def test_inspect_json(llama: Path, moe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", [(), RECIPE])
-def test_tensors_are_listed(llama: Path, moe: Path, recipe: tuple[str, ...]) -> None:
+def test_tensors_are_listed(llama: Path, e2g2t2: Path, recipe: tuple[str, ...]) -> None:
     value = succeed_json("inspect", llama, *recipe, "--tensors")
     listed = {tensor["name"]: tensor["shape"] for tensor in value["tensors"]}
-    actual = read_tensors(moe if recipe else llama)
+    actual = read_tensors(e2g2t2 if recipe else llama)
     assert listed == {name: list(tensor.shape) for name, tensor in actual.items()}
     text = succeed("inspect", llama, *recipe, "--tensors").stdout
     for name in actual:
@@ -187,8 +180,8 @@ def test_tensors_are_listed(llama: Path, moe: Path, recipe: tuple[str, ...]) -> 
         assert "F32" in line
 
 
-def test_verify_json(llama: Path, moe: Path, swapped: Path) -> None:
-    value = succeed_json("verify", llama, moe)
+def test_verify_json(llama: Path, e2g2t2: Path, swapped: Path) -> None:
+    value = succeed_json("verify", llama, e2g2t2)
     assert value["status"] == "passed"
     assert {check["name"]: check["status"] for check in value["checks"]} == dict.fromkeys(
         ("directory", "weights", "outputs"), "passed"
@@ -233,13 +226,13 @@ def test_families_json_and_tables_name_every_target() -> None:
 )
 def test_tables_fit_the_screen_and_are_plain_in_a_pipe(
     llama: Path,
-    moe: Path,
+    e2g2t2: Path,
     swapped: Path,
     tmp_path: Path,
     run_cli: RunCli,
     arguments: tuple[str, ...],
 ) -> None:
-    paths = {"DENSE": llama, "MOE": moe, "SWAPPED": swapped, "OUTPUT": tmp_path / "moe"}
+    paths = {"DENSE": llama, "MOE": e2g2t2, "SWAPPED": swapped, "OUTPUT": tmp_path / "moe"}
     done = run_cli(*(paths.get(argument, argument) for argument in arguments))
     assert done.returncode == ("SWAPPED" in arguments)
     assert done.stdout
@@ -283,9 +276,9 @@ def test_quiet_prints_nothing(llama: Path, tmp_path: Path, extra: tuple[str, ...
         assert result.output == ""
 
 
-def test_quiet_verification_prints_failures_only(llama: Path, moe: Path, swapped: Path) -> None:
+def test_quiet_verification_prints_failures_only(llama: Path, e2g2t2: Path, swapped: Path) -> None:
     checks = ("--checks", "weights", "--quiet")
-    assert succeed("verify", llama, moe, *checks).output == ""
+    assert succeed("verify", llama, e2g2t2, *checks).output == ""
     failed = invoke("verify", llama, swapped, *checks)
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert "expert" in failed.stderr

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_cli import Recipe, convert
-
 PROGRAM = """
 import atexit, sys
 from upcycle_cli.__main__ import main
@@ -24,13 +22,6 @@ RESULTS = ("api", "write.transaction", "publish.card", "verification.verify", "r
 MOES = ("plan.expand", "inspection.experts", "inspection.weight_drift")
 COMMANDS = ("cli.commands.convert", "cli.commands.inspect", "models")
 RECIPE = ("--recipe", "E2G2T2")
-
-
-@pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -65,13 +56,13 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_command_imports_no_more_than_it_needs(
     llama: Path,
-    moe: Path,
+    e2g2t2: Path,
     tmp_path: Path,
     arguments: tuple[str, ...],
     code: int,
     not_imported: tuple[str, ...],
 ) -> None:
-    places = {"DENSE": llama, "MOE": moe, "OUT": tmp_path / "moe", "ABSENT": tmp_path / "no"}
+    places = {"DENSE": llama, "MOE": e2g2t2, "OUT": tmp_path / "moe", "ABSENT": tmp_path / "no"}
     imported = imports_of(*(str(places.get(word, word)) for word in arguments), code=code)
     assert imported & {f"{OURS}{name}" for name in not_imported} == set()
     assert imported & LIBRARIES == set()

@@ -16,7 +16,6 @@ import forked
 import pytest
 from conftest import RunCli, clone, contents, read_json, validate_json, write_json
 
-from upcycle_cli import Recipe, convert
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 
 RECIPE = ("--recipe", "E2G2T2")
@@ -25,15 +24,8 @@ SECONDS = 120  # a hang becomes an error
 
 
 @pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
-    return path
-
-
-@pytest.fixture(scope="module")
-def broken(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = clone(moe, tmp_path_factory.mktemp("broken") / "moe")
+def broken(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = clone(e2g2t2, tmp_path_factory.mktemp("broken") / "moe")
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1])
     return path
 
@@ -115,7 +107,7 @@ def check_harmless(text: str) -> None:
 def test_hostile_text_is_shown_and_not_interpreted(
     run_cli: RunCli,
     llama: Path,
-    moe: Path,
+    e2g2t2: Path,
     tmp_path: Path,
     spoil: Spoil | None,
     arguments: tuple[str, ...],
@@ -123,7 +115,7 @@ def test_hostile_text_is_shown_and_not_interpreted(
     shown: str,
 ) -> None:
     name = "MOE" if "MOE" in arguments else "DENSE"
-    copy = clone(moe if name == "MOE" else llama, tmp_path / name)
+    copy = clone(e2g2t2 if name == "MOE" else llama, tmp_path / name)
     if spoil is not None:
         spoil(copy)
     words = [str(llama) if word == "LLAMA" else word for word in arguments]
@@ -140,9 +132,9 @@ def test_hostile_text_is_shown_and_not_interpreted(
 
 @pytest.mark.parametrize("value", [None, True, -1e400, "x" * 10_000, [[]], {"a": {}}, ["\x1b"]])
 def test_a_record_can_hold_any_value(
-    run_cli: RunCli, moe: Path, tmp_path: Path, value: object
+    run_cli: RunCli, e2g2t2: Path, tmp_path: Path, value: object
 ) -> None:
-    copy = clone(moe, tmp_path / "moe")
+    copy = clone(e2g2t2, tmp_path / "moe")
     record_with(value)(copy)
     done = run_cli("inspect", copy)
     assert done.returncode == 0, done.stderr
@@ -192,7 +184,7 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("redirection", DATA_IS_LOST + TALK_IS_LOST)
 def test_exit_code_1_always_means_a_failed_verification(
-    llama: Path, moe: Path, broken: Path, tmp_path: Path, redirection: str
+    llama: Path, e2g2t2: Path, broken: Path, tmp_path: Path, redirection: str
 ) -> None:
     for command, code in COMMANDS.items():
         line = command.replace("DENSE", f"'{llama}'").replace("BROKEN", f"'{broken}'")
@@ -205,7 +197,7 @@ def test_exit_code_1_always_means_a_failed_verification(
     # A conversion does not need its streams, and its messages do not end up in its files.
     done = shell(f"convert '{llama}' moe --recipe E2G2T2 {redirection}", tmp_path)
     assert done.returncode == (2 if redirection in DATA_IS_LOST else 0)
-    assert contents(tmp_path / "moe") == contents(moe)
+    assert contents(tmp_path / "moe") == contents(e2g2t2)
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from hub.server import Hub
 from jsonschema.exceptions import ValidationError
 from refusals import invoke
 
-from upcycle_cli import Recipe, convert
 from upcycle_cli.models.engines import Support
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +26,8 @@ RECIPE = ("--recipe", "E2G2T2")
 
 
 @pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    return convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2)).output
-
-
-@pytest.fixture(scope="module")
-def broken(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = clone(moe, tmp_path_factory.mktemp("broken") / "moe")
+def broken(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = clone(e2g2t2, tmp_path_factory.mktemp("broken") / "moe")
     data = bytearray((path / "model.safetensors").read_bytes())
     data[-9:] = b"\0" * 9
     (path / "model.safetensors").write_bytes(data)
@@ -72,12 +65,12 @@ def broken(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_json_follows_the_schema(
-    llama: Path, moe: Path, broken: Path, tmp_path: Path, command: str, code: int, status: str
+    llama: Path, e2g2t2: Path, broken: Path, tmp_path: Path, command: str, code: int, status: str
 ) -> None:
     if "KILLED" in command:
         clone(llama, tmp_path / "KILLED.partial")
         (tmp_path / "KILLED.partial" / ".upcycle-partial").write_text('{"plan_sha256": "x"}')
-    places = {"DENSE": llama, "MOE": moe, "BROKEN": broken}
+    places = {"DENSE": llama, "MOE": e2g2t2, "BROKEN": broken}
     places |= {name: tmp_path / name for name in ("OUT", "ABSENT", "KILLED")}
     name, *arguments = (places.get(word, word) for word in command.split())
     done = invoke(name, *arguments, "--json")

@@ -12,8 +12,6 @@ import torch
 from conftest import clone, contents
 from refusals import assert_refused, invoke, save_tensors
 
-from upcycle_cli import Recipe, convert
-
 if TYPE_CHECKING:
     from refusals import Refuses
 
@@ -86,13 +84,6 @@ def test_refuse_words_that_are_no_choice(
 # Other commands -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
-    return path
-
-
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -111,13 +102,13 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_refuse_arguments_of_other_commands(
-    llama: Path, moe: Path, tmp_path: Path, command: str, words: str
+    llama: Path, e2g2t2: Path, tmp_path: Path, command: str, words: str
 ) -> None:
     (tmp_path / "empty").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     before = contents(tmp_path)
-    places = {"DENSE": llama, "MOE": moe, "ABSENT": tmp_path / "absent"}
+    places = {"DENSE": llama, "MOE": e2g2t2, "ABSENT": tmp_path / "absent"}
     places |= {"EMPTY": tmp_path / "empty", "FULL": tmp_path / "full"}
     assert_refused(invoke(*(str(places.get(word, word)) for word in command.split())), words)
     assert contents(tmp_path) == before
@@ -133,23 +124,23 @@ def test_refuse_arguments_of_other_commands(
     ids=json.dumps,
 )
 def test_refuse_to_inspect_an_moe_whose_config_is_wrong(
-    moe: Path, tmp_path: Path, changes: dict[str, Any]
+    e2g2t2: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    broken = clone(moe, tmp_path / "moe", **changes)
+    broken = clone(e2g2t2, tmp_path / "moe", **changes)
     assert_refused(invoke("inspect", broken, "--weights"))
 
 
 @pytest.mark.parametrize("record", [b"", b"{", b"[]", b"{}", b'{"recipe": 3, "source": []}'])
-def test_inspect_an_moe_whose_record_is_wrong(moe: Path, tmp_path: Path, record: bytes) -> None:
-    broken = clone(moe, tmp_path / "moe")
+def test_inspect_an_moe_whose_record_is_wrong(e2g2t2: Path, tmp_path: Path, record: bytes) -> None:
+    broken = clone(e2g2t2, tmp_path / "moe")
     (broken / "upcycle.json").write_bytes(record)
     for form in ((), ("--json",)):
         result = invoke("inspect", broken, *form)
         assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-def test_refuse_to_read_quantised_experts(moe: Path, tmp_path: Path) -> None:
-    broken = clone(moe, tmp_path / "moe")
+def test_refuse_to_read_quantised_experts(e2g2t2: Path, tmp_path: Path) -> None:
+    broken = clone(e2g2t2, tmp_path / "moe")
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     save_tensors(broken, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     assert invoke("inspect", broken).exit_code == 0

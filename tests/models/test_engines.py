@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import Engine, Support, engines
+from upcycle_cli.models.engines import Engine, Support, engines, support_lines
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import Routing
@@ -107,3 +107,12 @@ def test_the_rotary_share_of_an_moe() -> None:
     assert NATIVE["glm4_moe"].rotary_share(saved) == 0.25
     assert NATIVE["glm4_moe"].rotary_share({"partial_rotary_factor": 0.5}) == 0.5
     assert NATIVE["mixtral"].rotary_share(saved) == 1.0
+
+
+def test_the_verb_agrees_with_the_number_of_engines() -> None:
+    rows = (("vLLM", "RUNS"), ("MLX", "WRONG"), ("llama.cpp", "REFUSES"), ("lm-eval", "REFUSES"))
+    assert support_lines(Engine(name, Support[support]) for name, support in rows) == [
+        "vLLM",
+        "MLX: loads, computes something else",
+        "llama.cpp, lm-eval: do not load it",
+    ]

@@ -138,22 +138,15 @@ def report_of(*layers: LayerMeasure, texts: tuple[TextMeasure, ...] = ()) -> Rep
 
 
 @pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "moe"
-    convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2))
-    return path
-
-
-@pytest.fixture(scope="module")
-def found(llama: Path, moe: Path) -> Report:
-    return verify(llama, moe, texts=TextOptions(continuation=True))
+def found(llama: Path, e2g2t2: Path) -> Report:
+    return verify(llama, e2g2t2, texts=TextOptions(continuation=True))
 
 
 # Content ------------------------------------------------------------------------------------------
 
 
-def test_a_passed_verification(found: Report, moe: Path) -> None:
-    html = html_of(found, str(moe))
+def test_a_passed_verification(found: Report, e2g2t2: Path) -> None:
+    html = html_of(found, str(e2g2t2))
     page = Page(html)
     assert "✓ passed The MoE computes the function of the dense model" in page.text
     assert "Not checked" not in page.text
@@ -162,13 +155,13 @@ def test_a_passed_verification(found: Report, moe: Path) -> None:
     for check in found.checks:
         assert " ".join(check.detail.split()) in page.text
         assert f'id="check-{check.name}"' in html
-    record = read_json(moe / "upcycle.json")
+    record = read_json(e2g2t2 / "upcycle.json")
     for digest in (record["plan_sha256"], record["source"]["config_sha256"]):
         assert digest in page.text
     assert "upcycle verify dense moe" in page.text
     assert "How each model continues a text" in page.text
     assert page.tags.count("img") == 6
-    assert html_of(found, str(moe)) == html  # the same verification is the same page
+    assert html_of(found, str(e2g2t2)) == html  # the same verification is the same page
 
 
 @pytest.mark.parametrize(
@@ -188,8 +181,8 @@ def test_other_verdicts(status: str, promise: str | None, sign: str, words: str)
     assert "Error by layer" not in page.text
 
 
-def test_an_unreadable_moe(llama: Path, moe: Path, tmp_path: Path) -> None:
-    damaged = clone(moe, tmp_path / "moe")
+def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
+    damaged = clone(e2g2t2, tmp_path / "moe")
     (damaged / "model.safetensors").write_bytes(b"\xff" * 20)
     (damaged / "upcycle.json").write_text("[")
     page = Page(html_of(verify(llama, damaged), str(damaged)))
@@ -197,9 +190,9 @@ def test_an_unreadable_moe(llama: Path, moe: Path, tmp_path: Path) -> None:
     assert "Error by layer" not in page.text
 
 
-def test_an_inspection(llama: Path, moe: Path) -> None:
-    inspection = inspect(moe, weights=True, dense=llama, load="builtin")
-    page = Page(inspection_html(inspection, name=str(moe), command="upcycle inspect moe"))
+def test_an_inspection(llama: Path, e2g2t2: Path) -> None:
+    inspection = inspect(e2g2t2, weights=True, dense=llama, load="builtin")
+    page = Page(inspection_html(inspection, name=str(e2g2t2), command="upcycle inspect moe"))
     for words in ("2 different experts of 4", "E2G2T2", "normal rows, seed 0"):
         assert words in page.text
     assert page.tags.count("img") == 2  # drift and load
@@ -228,9 +221,9 @@ def test_a_large_model_makes_no_large_page() -> None:
 # Hostile text -------------------------------------------------------------------------------------
 
 
-def test_text_from_files_is_shown_and_not_interpreted(moe: Path, tmp_path: Path) -> None:
-    plain = Page(_page_with("plain", clone(moe, tmp_path / "plain")))
-    html = _page_with(" ".join(HOSTILE), clone(moe, tmp_path / "hostile"))
+def test_text_from_files_is_shown_and_not_interpreted(e2g2t2: Path, tmp_path: Path) -> None:
+    plain = Page(_page_with("plain", clone(e2g2t2, tmp_path / "plain")))
+    html = _page_with(" ".join(HOSTILE), clone(e2g2t2, tmp_path / "hostile"))
     assert Page(html).tags == plain.tags
     assert "onerror=alert(1)&gt;" in html
 
@@ -268,14 +261,14 @@ def test_the_home_directory_is_not_named(found: Report, monkeypatch: pytest.Monk
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_bad_places_are_refused(llama: Path, moe: Path, tmp_path: Path) -> None:
+def test_bad_places_are_refused(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     directory = tmp_path / "directory.html"
     directory.mkdir()
     (tmp_path / "link").symlink_to(llama)
     for file, words in (
         (tmp_path / "absent" / "r.html", "is not a directory"),
         (tmp_path / "r.txt", "does not end in .html"),
-        (moe / "model.safetensors", "does not end in .html"),
+        (e2g2t2 / "model.safetensors", "does not end in .html"),
         (directory, "not a regular file"),
         (llama / "r.html", "never modified"),
         (tmp_path / "link" / "r.html", "never modified"),
@@ -285,19 +278,19 @@ def test_bad_places_are_refused(llama: Path, moe: Path, tmp_path: Path) -> None:
         with pytest.raises(UpcycleError) as caught:
             check_report_file(file, llama)
         assert words in str(caught.value)
-    check_report_file(moe / "r.html", llama)
-    assert not (moe / "r.html").exists()
+    check_report_file(e2g2t2 / "r.html", llama)
+    assert not (e2g2t2 / "r.html").exists()
 
 
 def test_a_missing_library_is_found_before_the_checks(
-    llama: Path, moe: Path, tmp_path: Path
+    llama: Path, e2g2t2: Path, tmp_path: Path
 ) -> None:
     code = (
         "import atexit, sys; sys.modules['matplotlib'] = None\n"
         "from upcycle_cli.__main__ import main\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\nmain()"
     )
-    arguments = ["verify", llama, moe, "--report", tmp_path / "r.html"]
+    arguments = ["verify", llama, e2g2t2, "--report", tmp_path / "r.html"]
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -305,11 +298,13 @@ def test_a_missing_library_is_found_before_the_checks(
     assert done.stderr.endswith("False\n")
 
 
-def test_the_commands_write_pages(run_cli: RunCli, llama: Path, moe: Path, tmp_path: Path) -> None:
+def test_the_commands_write_pages(
+    run_cli: RunCli, llama: Path, e2g2t2: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "r.html"
     file.write_text("an older one")
     some = ("--checks", "directory")
-    done = run_cli("verify", llama, moe, *some, "--report", file, "--json")
+    done = run_cli("verify", llama, e2g2t2, *some, "--report", file, "--json")
     assert done.returncode == 0, done.stderr
     validate_json("verify", done.stdout)
     assert "--checks directory" in Page(file.read_text("utf-8")).text
@@ -318,13 +313,13 @@ def test_the_commands_write_pages(run_cli: RunCli, llama: Path, moe: Path, tmp_p
     os.umask(umask)
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
-    damaged = clone(moe, tmp_path / "damaged", num_local_experts=7)
+    damaged = clone(e2g2t2, tmp_path / "damaged", num_local_experts=7)
     done = run_cli("verify", llama, damaged, *some, "--report", file)
     assert done.returncode == 1
     assert f"Wrote {file}." in done.stderr.replace("\n", "")
     assert "✗ failed" in Page(file.read_text("utf-8")).text
 
-    done = run_cli("inspect", moe, "--report", file, "--json")
+    done = run_cli("inspect", e2g2t2, "--report", file, "--json")
     assert done.returncode == 0, done.stderr
     validate_json("inspect", done.stdout)
     assert "Inspection of a Mixture of Experts" in Page(file.read_text("utf-8")).text
@@ -337,9 +332,9 @@ def test_the_commands_write_pages(run_cli: RunCli, llama: Path, moe: Path, tmp_p
 
 
 def test_a_report_beside_the_model_is_published(
-    llama: Path, moe: Path, tmp_path: Path, found: Report
+    llama: Path, e2g2t2: Path, tmp_path: Path, found: Report
 ) -> None:
-    model = clone(moe, tmp_path / "moe")
+    model = clone(e2g2t2, tmp_path / "moe")
     (model / "verification.html").write_text("a draft")
     assert "verification.html" in read_manifest(open_checkpoint(model)).left_out
     (model / "verification.html").write_text(html_of(replace(found, paths=(llama, model))), "utf-8")

@@ -8,7 +8,8 @@ listed for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -151,7 +152,11 @@ def support_lines(found: Iterable[Engine]) -> list[str]:
     lines: dict[Support, list[str]] = {}
     for each in found:
         lines.setdefault(each.support, []).append(each.name)
-    return [
-        ", ".join(names) + ("" if support is Support.RUNS else f": {support}")
-        for support, names in lines.items()
-    ]
+    return [_support_line(names, support) for support, names in lines.items()]
+
+
+def _support_line(names: Sequence[str], support: Support) -> str:
+    words = "" if support is Support.RUNS else f": {support}"
+    if len(names) > 1:
+        words = re.sub(r"\b(do|need|load|compute|give)e?s\b", r"\1", words)
+    return ", ".join(names) + words
