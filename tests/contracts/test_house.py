@@ -121,4 +121,4 @@ def test_the_outputs_check_shares_nothing_with_planner_and_writer() -> None:
         found |= new
         new = {module for name in new for module in GRAPH[name]} - found
     shared = {name for name in found if name.partition(".")[0] in ("plan", "write", "api")}
-    assert shared == {"plan.texts", "plan.mergekit"}  # which read texts and prompts
+    assert shared == {"plan.texts"}  # which reads texts and prompts

@@ -222,7 +222,7 @@ def test_another_top_k_is_measured(make_moe: MakeMoe, tmp_path: Path) -> None:
         ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
         ("mixtral", {"num_experts_per_tok": 9}, "more than the 4 experts"),
         ("mixtral", {"num_hidden_layers": 3}, "lacks layer 2"),
-        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer has experts"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer is a mixture of experts"),
         ("mixtral", {"intermediate_size": 24}, "but config.json implies [24, 32]"),
         ("mixtral", {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map"),
         ("mixtral", {"model_type": "jamba"}, "model type jamba cannot be grown yet"),

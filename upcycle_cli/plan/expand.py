@@ -42,17 +42,18 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     options, target = options or Options(), growable(source.config, source.tensors)
     refuse_unsafe_settings(source)
     experts = find_experts(source)
-    _check_sizes(growth, experts)
-    top_k = growth.top_k or growth.expand * experts.top_k
+    num_experts, exact = growth.expand * experts.num_experts, growth.expand * experts.top_k
+    top_k = growth.top_k or exact
+    _check_sizes(growth, experts, num_experts, top_k)
     layout = target.layout(options.expert_layout or experts.layout)
     tensors = tuple(_Grower(growth, options, experts, layout).tensors())
     return Plan(
         options=options,
         source=source,
-        config=_config(growth, experts, options),
+        config=_config(experts, num_experts, top_k, options),
         shards=fill_shards(tensors, options.max_shard_bytes),
         target=target,
-        num_experts=growth.expand * experts.num_experts,
+        num_experts=num_experts,
         top_k=top_k,
         expert_size=experts.expert_size,
         routing=experts.routing,
@@ -61,21 +62,19 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         every_layer=experts.every_layer,
         shares=experts.shares,
         expert_layout=layout,
-        promise=Promise.EXACT if top_k == growth.expand * experts.top_k else Promise.NONE,
+        promise=Promise.EXACT if top_k == exact else Promise.NONE,
         dense_parameters=source.num_parameters,
         method=Expansion(growth=growth, experts=experts),
     )
 
 
-def _check_sizes(growth: Growth, experts: Experts) -> None:
-    num_experts, k = growth.expand * experts.num_experts, growth.expand
-    exact = k * experts.top_k
+def _check_sizes(growth: Growth, experts: Experts, num_experts: int, top_k: int) -> None:
+    k, exact = growth.expand, growth.expand * experts.top_k
     if num_experts > MAX_EXPERTS:
         raise UpcycleError(
             f"--expand {k} makes {num_experts} experts per layer of {experts.num_experts}.",
             f"At most {MAX_EXPERTS} can be made.",
         )
-    top_k = growth.top_k or exact
     if top_k > num_experts:
         raise UpcycleError(
             f"top-k {top_k} is more than the {num_experts} experts that --expand {k} makes.",
@@ -90,14 +89,13 @@ def _check_sizes(growth: Growth, experts: Experts) -> None:
         )
 
 
-def _config(growth: Growth, experts: Experts, options: Options) -> dict[str, Any]:
+def _config(experts: Experts, num_experts: int, top_k: int, options: Options) -> dict[str, Any]:
     """Return the source's config with the new counts; all other keys stay as they are."""
     result, keys = dict(experts.moe.config), experts.target.keys
-    num_experts = growth.expand * experts.num_experts
     # transformers treats these as aliases: an old value of one would override the new one.
     names = {keys.num_experts, *keys.aliases}
     result |= dict.fromkeys(names & result.keys() or {keys.num_experts}, num_experts)
-    result[keys.top_k] = growth.top_k or growth.expand * experts.top_k
+    result[keys.top_k] = top_k
     if options.untie_embeddings:
         result["tie_word_embeddings"] = False
     if options.dtype is not None:
@@ -213,13 +211,8 @@ class _Grower:
         for weight in made.experts:
             each = [self._expert(layer, weight, e) for e in range(experts.num_experts)]
             copies = [expr for expr in each for _ in range(k)]
-            if "{expert}" not in weight.name:
-                stack = Stack((*copies,))
-                yield OutputTensor.of(
-                    prefix + weight.name, stack, Role.EXPERT, layer, None, weight.parts
-                )
-                continue
-            for e, expr in enumerate(copies):
+            per_expert = "{expert}" in weight.name
+            for e, expr in enumerate(copies) if per_expert else [(None, Stack((*copies,)))]:
                 name = prefix + weight.name.format(expert=e)
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
+from upcycle_cli.plan.texts import place_of, read_yaml
 
 _KNOWN = {
     *("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture"),
@@ -87,34 +87,6 @@ def _expert(path: Path, key: str, expert: object) -> str:
 def _check_keys(path: Path, given: dict[Any, Any], known: set[str], prefix: str = "") -> None:
     for odd in given.keys() - known:
         raise _refused(path, f"{prefix}{odd}", "is not a key that upcycle reads")
-
-
-def place_of(value: object, path: Path, key: str = "source_model") -> str:
-    """Return a model in the form of `--experts-from`; raises UpcycleError."""
-    held: Any = value
-    if isinstance(held, dict):
-        _check_keys(
-            path, {odd: v for odd, v in held.items() if v is not None}, {"model"}, f"{key}."
-        )
-        held = held.get("model")
-    if isinstance(held, dict):
-        name, revision = held.get("path"), held.get("revision")
-        held = name if revision is None else f"{name}@{revision}"
-    if not isinstance(held, str) or not held.strip():
-        raise _refused(path, key, f"must name a model, not {shown(value)}")
-    if "+" in held and not Path(held).exists():
-        raise _refused(path, key, f"is {shown(held)}: merge the adapter into its model first")
-    return held
-
-
-def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
-    """Return the plain values of a small YAML or JSON file; raises UpcycleError."""
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return yaml.safe_load(read_small(path, MOST_JSON_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path} is not YAML: {shown(str(error))}.") from error
 
 
 def _refused(path: Path, key: str, why: str) -> UpcycleError:

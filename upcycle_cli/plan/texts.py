@@ -17,9 +17,8 @@ from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import open_regular
+from upcycle_cli.core.safe_files import MOST_JSON_BYTES, open_regular, read_small
 from upcycle_cli.core.text import printable
-from upcycle_cli.plan.mergekit import place_of, read_yaml
 
 BUILTIN = "builtin"
 _MOST_CHARACTERS = 1_000_000
@@ -161,6 +160,34 @@ class Prompts:
         if left:
             raise UpcycleError(f"{self.name} has prompts for {left[0].model}, and no group is its.")
         return tuple(found)
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
+    """Return the plain values of a small YAML or JSON file; raises UpcycleError."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(read_small(path, MOST_JSON_BYTES))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UpcycleError(f"{path} is not YAML: {shown(str(error))}.") from error
+
+
+def place_of(value: object, path: Path, key: str = "source_model") -> str:
+    """Return a model of a mergekit file in the form of `--experts-from`; raises UpcycleError."""
+    held: Any = value
+    if isinstance(held, dict):
+        if odd := [name for name in held if name != "model" and held[name] is not None]:
+            raise UpcycleError(f"{path}: {key}.{odd[0]} is not a key that upcycle reads.")
+        held = held.get("model")
+    if isinstance(held, dict):
+        name, revision = held.get("path"), held.get("revision")
+        held = name if revision is None else f"{name}@{revision}"
+    if not isinstance(held, str) or not held.strip():
+        raise UpcycleError(f"{path}: {key} must name a model, not {shown(value)}.")
+    if "+" in held and not Path(held).exists():
+        words = f"{path}: {key} is {shown(held)}"
+        raise UpcycleError(f"{words}: merge the adapter into its model first.")
+    return held
 
 
 def read_prompts(path: Path) -> Prompts:

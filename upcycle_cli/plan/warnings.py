@@ -12,12 +12,7 @@ from upcycle_cli.plan.expressions import Expr, source_names, type_of
 from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.recipe.recipe import (
-    TIE_LOGIT_STD,
-    NeuronOrder,
-    Promise,
-    Routing,
-)
+from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Routing
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _LEAST_NOISE = {"BF16": 1e-3, "F16": 1e-4}
@@ -198,18 +193,12 @@ def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
     for expr, count in counts.items():
         for name in source_names(expr):
             lost[name, TORCH_DTYPES[type_of(expr).dtype]] += count
-    shares = {
-        key: share
-        for key, count in lost.items()
-        if (share := count / plan.entry(key[0]).num_elements) >= _NOTABLE_SHARE
-    }
-    if not shares:
+    shares = {key: count / plan.entry(key[0]).num_elements for key, count in lost.items()}
+    name, dtype = max(shares, key=lambda key: shares[key], default=("", ""))
+    if shares.get((name, dtype), 0.0) < _NOTABLE_SHARE:
         return None
-    name, dtype = max(shares, key=lambda key: shares[key])
-    others = len(shares) - 1
-    more = f" (and part of {others} other tensor{'s' * (others > 1)})" if others else ""
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return (
-        f"{100 * shares[name, dtype]:.3g} % of {name}{more} becomes zero in {dtype}, which has "
-        f"nothing as small: use --dtype {wider}."
+        f"{100 * shares[name, dtype]:.3g} % of {name} becomes zero in {dtype}, which has nothing "
+        f"as small: use --dtype {wider}."
     )
