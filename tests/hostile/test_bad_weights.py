@@ -81,7 +81,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "an unknown tensor": (tensors(lambda t: t.update(vision=torch.zeros(3))), ("unknown tensor",)),
     "a norm of zeros": (tensors(lambda t: t[NORM].fill_(0.0)), (NORM,)),
     "truncated": (bytes_of(lambda raw: raw[:-1]), (WEIGHTS, "truncated", "Download or copy it")),
-    "a surplus": (bytes_of(lambda raw: raw + b"1234567"), ("7 bytes after the last tensor",)),
+    "a surplus": (bytes_of(lambda raw: raw + b"1234567"), ("bytes after the last tensor",)),
     "an overlap": (header(lambda held: shift(held, 1, -4)), (WEIGHTS, "overlaps")),
     "a hole": (header(lambda held: shift(held, 1, 4)), (WEIGHTS, "leaves a hole")),
     "a wrong size": (header(lambda held: entry(held).update(dtype="F16")), ("its offsets span",)),

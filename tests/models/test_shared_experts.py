@@ -157,7 +157,7 @@ def test_an_inert_one_learns(make_dense: MakeDense, tmp_path: Path, target: str)
         ({"shared_experts": 3}, {}, "3 of 3 shards (G) cannot be shared"),
         ({"shared_experts": -1}, {}, "-1 of 3 shards (G) cannot be shared"),
         ({"top_k": 3}, {}, "not a multiple of 2, the routed shards of granularity 3"),
-        ({"top_k": 6}, {}, "more than the 4 experts that E2G3T6 makes (E·(G − K))"),
+        ({"top_k": 6}, {}, "top-k 6 is too large: E2G3T6 makes 4 experts per layer (E·(G − K))"),
         ({}, {"target": "mixtral"}, "mixtral cannot express this model: it has no shared expert"),
         ({}, {"target": "upcycled"}, "upcycled cannot express this model: it has no shared expert"),
     ],

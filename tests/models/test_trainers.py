@@ -22,7 +22,7 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
 from upcycle_cli.models.families import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.trainers import Trainer, expert_parallel_sizes, trainers  # noqa: E402
+from upcycle_cli.models.trainers import Trainer, trainers  # noqa: E402
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
@@ -64,11 +64,6 @@ def test_fused_experts_without_another_layout_are_refused() -> None:
     for fused, support in ((False, Support.RUNS), (True, Support.REFUSES)):
         found = trainers(target, Routing.TOPK_SOFTMAX, tied=False, fused=fused)
         assert {trainer.name: trainer.support for trainer in found}["NeMo AutoModel"] is support
-
-
-def test_ranks_that_experts_divide_among() -> None:
-    assert expert_parallel_sizes(8) == (1, 2, 4, 8)
-    assert expert_parallel_sizes(12) == (1, 2, 3, 4, 6, 12)
 
 
 def measured() -> dict[str, dict[str, str]]:

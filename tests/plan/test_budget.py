@@ -95,9 +95,9 @@ def test_parse_budgets(
     ("options", "words"),
     [
         (("--max-params", "many"), "--max-params 'many' is not a number of parameters"),
-        (("--max-active", "0"), "--max-active '0' is not a number of parameters"),
+        (("--max-active", "0"), "no recipe fits"),
         (("--gpu-memory", "80"), "no recipe fits"),
-        (("--gpu-memory", "80GBx0"), "--gpu-memory '80GBx0'"),
+        (("--gpu-memory", "80GBx0"), "no recipe fits"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
         (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe"),
         (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "--top-k, --noise"),

@@ -68,15 +68,11 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
     stamp = storage.stamp(shard_name)
     prefix = storage.read(shard_name, 0, 8)
     header_bytes = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or 8 + header_bytes > stamp.size:
+    if len(prefix) < 8 or header_bytes > min(stamp.size - 8, MAX_HEADER_BYTES):
         raise UpcycleError(
-            f"{file_path} is truncated: it ends at byte {stamp.size}, inside its own header.",
+            f"{file_path} is truncated or no safetensors file: it has {stamp.size:,} bytes, and "
+            f"its header would have {header_bytes:,}, of at most {MAX_HEADER_BYTES:,}.",
             "Download or copy it again.",
-        )
-    if header_bytes > MAX_HEADER_BYTES:
-        raise UpcycleError(
-            f"{file_path} has a header of {header_bytes:,} bytes; at most {MAX_HEADER_BYTES:,} "
-            "are allowed."
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries, metadata = parse_header(raw, file_path, shard_name)
@@ -116,21 +112,19 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
 def _check_extents(
     entries: Sequence[TensorEntry], file_path: Path, data_start: int, file_bytes: int
 ) -> None:
-    position = data_start
-    previous = "the header"
+    position, previous = data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
             problem = "overlaps" if entry.offset < position else "leaves a hole after"
             raise UpcycleError(f"{file_path}: tensor {entry.name} {problem} {previous}.")
         position, previous = entry.offset + entry.nbytes, entry.name
-        if position > file_bytes:
-            raise UpcycleError(
-                f"{file_path} is truncated: it ends at byte {file_bytes}, "
-                f"tensor {entry.name} at byte {position}.",
-                "Download or copy it again.",
-            )
     if position != file_bytes:
-        raise UpcycleError(f"{file_path} has {file_bytes - position} bytes after the last tensor.")
+        problem = "is truncated" if file_bytes < position else "has bytes after the last tensor"
+        raise UpcycleError(
+            f"{file_path} {problem}: it has {file_bytes:,} bytes, and its tensors end at byte "
+            f"{position:,}.",
+            "Download or copy it again.",
+        )
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

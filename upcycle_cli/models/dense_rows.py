@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Piece, Pieces, Windows
-from upcycle_cli.models.mlp import Weight, linear_layers, swiglu
+from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
 from upcycle_cli.models.settings import ConfigValues
 
 
@@ -115,10 +115,7 @@ _INTERLEAVED: Pieces = {
 """From rotating row 2i of a head against row 2i + 1, to rotating i against i + half."""
 
 _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
-_GATE_UP = (
-    Weight("mlp.gate_up_proj.weight", ("gate", "up"), 0),
-    Weight("mlp.down_proj.weight", ("down",), 1),
-)
+_GATE_UP = gated_linear("mlp.gate_up_proj", "mlp.down_proj")
 _H_TO_4H = linear_layers("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _C_FC = linear_layers("", "mlp.c_fc", "mlp.c_proj")
 _FC1_FC2 = linear_layers("", "mlp.fc1", "mlp.fc2")
@@ -209,11 +206,7 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("gemma4_text",),
     ),
     DenseFamily(
-        "glm",
-        "Glm",
-        mlp=_GATE_UP,
-        pieces={**_INTERLEAVED, **_GATE_UP_ROWS},
-        targets=("glm4_moe",),
+        "glm", "Glm", mlp=_GATE_UP, pieces={**_INTERLEAVED, **_GATE_UP_ROWS}, targets=("glm4_moe",)
     ),
     DenseFamily("glm4", "Glm4", mlp=_GATE_UP),
     DenseFamily(
@@ -252,10 +245,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("granite_swa", "GraniteSWA", windows=_three_of_four, targets=("granitemoe_swa",)),
     DenseFamily(
         "granitemoehybrid",
-        mlp=(
-            Weight("shared_mlp.input_linear.weight", ("gate", "up"), 0),
-            Weight("shared_mlp.output_linear.weight", ("down",), 1),
-        ),
+        mlp=gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear"),
         keys={"intermediate_size": "shared_intermediate_size"},
         layers_differ=True,
         targets=("granitemoehybrid",),
@@ -284,8 +274,7 @@ _ROWS: Sequence[DenseFamily] = (
         "modernbert-decoder",
         "ModernBertDecoder",
         mlp=(
-            Weight("mlp.Wi.weight", ("gate", "up"), 0),
-            Weight("mlp.Wo.weight", ("down",), 1),
+            *gated_linear("mlp.Wi", "mlp.Wo"),
             Weight("mlp.Wi.bias", ("gate_bias", "up_bias"), 0),
             Weight("mlp.Wo.bias", ("down_bias",), None),
         ),

@@ -121,15 +121,12 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     if released is not None:
         # Released names win if a checkpoint has both; the in-memory names are then surplus.
         rows = released, replace(released, layer=LAYER_PREFIX)
-        return next((row for row in rows if _any_starts(names, row.name_prefix)), released)
+        found = (row for row in rows if any(name.startswith(row.name_prefix) for name in names))
+        return next(found, released)
     family = upcycled_family(config, names)
     activation = read_dense(family, text_config_of(config)).activation
     biased = any(name.endswith("_proj_bias") for name in names)
     return shipped_target(family, activation, biased=biased)
-
-
-def _any_starts(names: Collection[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
@@ -178,7 +175,6 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
         routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
         layouts={ExpertLayout.FUSED: layout},
         keys=Keys(
-            num_experts="num_experts",
             renamed=family.keys,
             routing=("routing", {str(routing): routing for routing in Routing}),
             scale="routed_scaling_factor",

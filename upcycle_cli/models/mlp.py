@@ -164,6 +164,11 @@ def swiglu(prefix: str) -> tuple[Weight, ...]:
     return linear_layers(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
 
 
+def gated_linear(first: str, down: str) -> tuple[Weight, ...]:
+    """Return the weights of an MLP with gate and up in one tensor."""
+    return Weight(f"{first}.weight", ("gate", "up"), 0), Weight(f"{down}.weight", ("down",), 1)
+
+
 def stacked(
     prefix: str, *, gated: bool = True, biases: bool = False, transposed: bool = False
 ) -> tuple[Weight, ...]:

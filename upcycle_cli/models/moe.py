@@ -15,7 +15,7 @@ from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
-from upcycle_cli.models.layers import LayerChoice
+from upcycle_cli.models.layers import ALL, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrapper import HEAD, LAYER_PREFIX, Inside, replace_parts
@@ -50,7 +50,7 @@ class Layout:
 class Keys:
     """The config keys of an architecture."""
 
-    num_experts: str
+    num_experts: str = "num_experts"
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Common keys (num_hidden_layers, …) with the names that this type uses instead."""
     aliases: tuple[str, ...] = ()
@@ -165,12 +165,12 @@ class ParallelMlp:
     router reads x; the dense layer adds last(mlp(mlp_before(x))).
     """
 
-    mlp: str
-    mlp_before: str
-    mlp_after: str
-    before: str
-    after: str
-    last: str
+    mlp: str = "mlp"
+    mlp_before: str = "pre_feedforward_layernorm"
+    mlp_after: str = "post_feedforward_layernorm_1"
+    before: str = "pre_feedforward_layernorm_2"
+    after: str = "post_feedforward_layernorm_2"
+    last: str = "post_feedforward_layernorm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +179,12 @@ class Target:
 
     model_type: str
     architecture: str
-    routings: tuple[Routing, ...]
+    routings: tuple[Routing, ...] = (Routing.TOPK_SOFTMAX,)
     """The routings it can express; the first is that of released models, and the default."""
     layouts: Mapping[ExpertLayout, Layout]
     """The first is the default, the last is what transformers 5 has in memory."""
     keys: Keys
-    layers: LayerChoice
+    layers: LayerChoice = ALL
     """How its config states which layers are mixtures of experts."""
     layer: str = LAYER_PREFIX
     """The prefix of a layer's tensors in released checkpoints."""

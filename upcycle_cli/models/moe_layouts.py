@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from upcycle_cli.models.mlp import Weight, linear_layers, matrices_of, parts_of, stacked, swiglu
+from upcycle_cli.models.mlp import (
+    Weight,
+    gated_linear,
+    linear_layers,
+    matrices_of,
+    parts_of,
+    stacked,
+    swiglu,
+)
 from upcycle_cli.models.moe import Layout, SharedExpert
 from upcycle_cli.recipe.recipe import ExpertLayout
 
@@ -29,13 +37,6 @@ def shared_swiglu(prefix: str) -> tuple[Weight, ...]:
     return matrices_of(swiglu(prefix))
 
 
-def _fused_granite(prefix: str) -> tuple[Weight, ...]:
-    return (
-        Weight(f"{prefix}.input_linear.weight", ("gate", "up"), 0),
-        Weight(f"{prefix}.output_linear.weight", ("down",), 1),
-    )
-
-
 MIXTRAL_LAYOUTS = layouts(
     linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
     "mlp.experts",
@@ -45,13 +46,14 @@ MIXTRAL_LAYOUTS = layouts(
 QWEN_LAYOUTS = layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
 GRANITE_LAYOUTS = {
     ExpertLayout.STACKED: Layout(
-        experts=_fused_granite("block_sparse_moe"), router="block_sparse_moe.router.layer.weight"
+        experts=gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+        router="block_sparse_moe.router.layer.weight",
     ),
     ExpertLayout.FUSED: Layout(
         experts=stacked("block_sparse_moe.experts"), router="block_sparse_moe.router.weight"
     ),
 }
-GRANITE_SHARED = _fused_granite("shared_mlp")
+GRANITE_SHARED = gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
 GATED_SHARED = SharedExpert(
     weights=shared_swiglu("mlp.shared_expert"),
     router="mlp.shared_expert_gate.weight",

@@ -28,7 +28,7 @@ from upcycle_cli.models.moe_layouts import (
 )
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
-_TOPK_SOFTMAX, _SIGMOID_TOPK = (Routing.TOPK_SOFTMAX,), (Routing.SIGMOID_TOPK,)
+_SIGMOID_TOPK = (Routing.SIGMOID_TOPK,)
 _EITHER_SOFTMAX = (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK)
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
 _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
@@ -43,22 +43,13 @@ _NO_QKV_BIAS = {
 _QWEN: Any = {
     "routings": _EITHER_SOFTMAX,
     "layouts": QWEN_LAYOUTS,
-    "keys": Keys(num_experts="num_experts", aliases=("num_local_experts",), routing=_BY_NORM),
+    "keys": Keys(aliases=("num_local_experts",), routing=_BY_NORM),
 }
-_OLMO: Any = {
-    **_QWEN,
-    "keys": replace(_QWEN["keys"], expert_size="intermediate_size"),
-    "layers": layers.ALL,
-}
+_OLMO: Any = {**_QWEN, "keys": replace(_QWEN["keys"], expert_size="intermediate_size")}
 _MIXTRAL_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
-_GRANITE: Any = {
-    "routings": _TOPK_SOFTMAX,
-    "layouts": GRANITE_LAYOUTS,
-    "keys": _MIXTRAL_KEYS,
-    "layers": layers.ALL,
-}
+_GRANITE: Any = {"layouts": GRANITE_LAYOUTS, "keys": _MIXTRAL_KEYS}
 _DEEPSEEK: Any = {
     "routings": _SIGMOID_TOPK,
     "layouts": QWEN_LAYOUTS,
@@ -79,10 +70,8 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        routings=_TOPK_SOFTMAX,
         layouts=MIXTRAL_LAYOUTS,
         keys=_MIXTRAL_KEYS,
-        layers=layers.ALL,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
         refusal=moe_settings.mixtral_refusal,
         settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
@@ -151,7 +140,6 @@ _ROWS: Sequence[Target] = (
             fused_router="mlp.gate.weight",
         ),
         keys=Keys(
-            num_experts="num_experts",
             aliases=("num_local_experts",),
             expert_size_copy="expert_hidden_dim",
             scale="router_scaling_factor",
@@ -171,7 +159,6 @@ _ROWS: Sequence[Target] = (
         model_type="solar_open",
         architecture="SolarOpenForCausalLM",
         **_DEEPSEEK,
-        layers=layers.ALL,
         unsupported_tensors=_NO_O_BIAS,
         # The last two are for MLX.
         settings=lambda _: {
@@ -190,7 +177,6 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
-        routings=_TOPK_SOFTMAX,
         layouts=QWEN_LAYOUTS,
         keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
         layers=layers.MOE_RANGE,
@@ -210,15 +196,10 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="hunyuan_v1_moe",
         architecture="HunYuanMoEV1ForCausalLM",
-        routings=_TOPK_SOFTMAX,
         layouts=layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"),
         keys=Keys(
-            num_experts="num_experts",
-            aliases=("num_local_experts",),
-            top_k="moe_topk",
-            expert_size="intermediate_size",
+            aliases=("num_local_experts",), top_k="moe_topk", expert_size="intermediate_size"
         ),
-        layers=layers.ALL,
         shared=SharedExpert(weights=shared_swiglu("mlp.shared_mlp")),
     ),
     Target(
@@ -230,7 +211,7 @@ _ROWS: Sequence[Target] = (
             "feed_forward.experts",
             router="feed_forward.gate.weight",
         ),
-        keys=Keys(num_experts="num_experts", routing=_SIGMOID, scale="routed_scaling_factor"),
+        keys=Keys(routing=_SIGMOID, scale="routed_scaling_factor"),
         layers=layers.NUM_DENSE_LAYERS,
         correction_bias=CorrectionBias(name="feed_forward.expert_bias"),
         settings=moe_settings.lfm2_moe,
@@ -241,7 +222,6 @@ _ROWS: Sequence[Target] = (
         routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
         layouts=QWEN_LAYOUTS,
         keys=Keys(
-            num_experts="num_experts",
             expert_size="intermediate_size",
             dense_size="prefix_dense_intermediate_size",
             routing=(
@@ -261,10 +241,8 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
-        routings=_TOPK_SOFTMAX,
         layouts=QWEN_LAYOUTS,
-        keys=Keys(num_experts="num_experts"),
-        layers=layers.ALL,
+        keys=Keys(),
         shared=GATED_SHARED,
         settings=moe_settings.qwen3_5_moe,
     ),
@@ -275,11 +253,10 @@ _ROWS: Sequence[Target] = (
         # docs/decisions.md. The router divides its input by √H, hence its scale.
         model_type="gemma4_text",
         architecture="Gemma4ForCausalLM",
-        routings=_TOPK_SOFTMAX,
         layouts={
             ExpertLayout.FUSED: Layout(experts=stacked("experts"), router="router.proj.weight")
         },
-        keys=Keys(num_experts="num_experts", top_k="top_k_experts"),
+        keys=Keys(top_k="top_k_experts"),
         layers=layers.ENABLED,
         shared=SharedExpert(
             weights=shared_swiglu("mlp"),
@@ -296,21 +273,10 @@ _ROWS: Sequence[Target] = (
                 name="router.per_expert_scale", root="rms_norm_eps", per_expert=True, frozen=True
             ),
         ),
-        parallel_mlp=ParallelMlp(
-            mlp="mlp",
-            mlp_before="pre_feedforward_layernorm",
-            mlp_after="post_feedforward_layernorm_1",
-            before="pre_feedforward_layernorm_2",
-            after="post_feedforward_layernorm_2",
-            last="post_feedforward_layernorm",
-        ),
+        parallel_mlp=ParallelMlp(),
         refusal=moe_settings.no_eps,
     ),
-    Target(
-        model_type="granitemoe",
-        architecture="GraniteMoeForCausalLM",
-        **_GRANITE,
-    ),
+    Target(model_type="granitemoe", architecture="GraniteMoeForCausalLM", **_GRANITE),
     Target(
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
@@ -357,7 +323,6 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
     "qwen3_vl_moe_text": Target(
         model_type="qwen3_vl_moe_text",
         architecture="Qwen3VLMoeForConditionalGeneration",
-        routings=_TOPK_SOFTMAX,
         layouts={
             layout: Layout(
                 experts=stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),

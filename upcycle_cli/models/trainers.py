@@ -61,11 +61,6 @@ def trainers(
     return tuple(found)
 
 
-def expert_parallel_sizes(num_experts: int) -> tuple[int, ...]:
-    """Return the numbers of ranks among which experts can be split evenly."""
-    return tuple(size for size in range(1, num_experts + 1) if num_experts % size == 0)
-
-
 def _settings(name: str, kind: str, target: Target, routing: Routing) -> str:
     known = table("trainers")
     settings = known["settings"][name]

@@ -19,7 +19,7 @@ from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
 from upcycle_cli.models.engines import Support
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.models.trainers import expert_parallel_sizes, trainers
+from upcycle_cli.models.trainers import trainers
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.facts import facts
 from upcycle_cli.plan.plan import Plan
@@ -63,7 +63,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         results=_results(report),
         verify_command=shell_line(verify_command(plan, location)),
         location=json.dumps(location),
-        parallel=any_of(expert_parallel_sizes(plan.num_experts)),
+        parallel=any_of([n for n in range(1, plan.num_experts + 1) if plan.num_experts % n == 0]),
         engines=_engines_text(plan, location),
     )
     return sealed(text.strip())
