@@ -242,17 +242,6 @@ def test_errors_become_exit_codes_and_words(statement: str, code: int, words: st
             assert words in validate_json("families", done.stdout)["message"]
 
 
-@pytest.mark.parametrize("command", ["demo", "clean x", "inspect x"])
-def test_a_deleted_current_directory(tmp_path: Path, command: str) -> None:
-    (tmp_path / "gone").mkdir()
-    line = f"cd gone; rmdir ../gone; exec {shlex.join(forked.command())} {command}"
-    done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert "the current directory is gone" in done.stderr
-
-
 # Signals ------------------------------------------------------------------------------------------
 
 SIGNALLED = """

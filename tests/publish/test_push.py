@@ -319,29 +319,6 @@ def test_continue_an_interrupted_upload(hub: Hub, run: RunOnHub, moe: Path) -> N
     assert files_of(hub) == files_in(moe)
 
 
-CLOSED = """
-from huggingface_hub import _commit_api
-lfs_upload, left = _commit_api.lfs_upload, [2]
-def broken(*arguments, **options):
-    if left[0]:
-        left[0] -= 1
-        raise RuntimeError("Cannot send a request, as the client has been closed.")
-    return lfs_upload(*arguments, **options)
-_commit_api.lfs_upload = broken
-from upcycle_cli.__main__ import main
-main()
-"""
-
-
-def test_reconnect_when_the_library_closed_its_client(
-    hub: Hub, single: Path, tmp_path: Path
-) -> None:
-    variables = hub.environment(tmp_path / "home")
-    done = forked.run(["push", single, MOE], program=CLOSED, environment=variables)
-    assert done.returncode == 0, done.stderr
-    assert len(hub.store.repos[MOE].commits) == 2
-
-
 # Convert and push --------------------------------------------------------------------------------
 
 

@@ -266,7 +266,7 @@ def test_bad_places_are_refused(llama: Path, e2g2t2: Path, tmp_path: Path) -> No
     directory.mkdir()
     (tmp_path / "link").symlink_to(llama)
     for file, words in (
-        (tmp_path / "absent" / "r.html", "is not a directory"),
+        (tmp_path / "absent" / "r.html", "cannot write"),
         (tmp_path / "r.txt", "does not end in .html"),
         (e2g2t2 / "model.safetensors", "does not end in .html"),
         (directory, "not a regular file"),

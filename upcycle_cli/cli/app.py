@@ -94,8 +94,6 @@ def _root(
 
         terminal.stdout().print(f"upcycle {installed('upcycle-cli')}")
         raise typer.Exit
-    if context.invoked_subcommand is not None:
-        terminal.check_current_directory()
 
 
 def main() -> None:

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from upcycle_cli.cli.terminal import (
-    properties_table,
-    rows_table,
-    show,
-    show_all,
-    stdout,
-    talk,
-    warn,
-)
+from upcycle_cli.cli import terminal
 from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
 
 if TYPE_CHECKING:
@@ -70,13 +62,13 @@ def show_plan(plan: Plan) -> None:
     from upcycle_cli.plan.warnings import warnings
 
     rows = [(key, [text]) for key, text in facts(plan).items()]
-    show(rows_table([*rows, ("engines", support_lines(plan.engines))]))
-    warn(*warnings(plan))
+    terminal.show(terminal.rows_table([*rows, ("engines", support_lines(plan.engines))]))
+    terminal.warn(*warnings(plan))
 
 
 def report_table(report: Report) -> Table:
     """Return the results of verify: a row per check, its failures below its detail."""
-    table = properties_table(columns_between=1)
+    table = terminal.properties_table(columns_between=1)
     for check in report.checks:
         detail = Text(printable(check.detail))
         for failure in check.failures:
@@ -87,7 +79,7 @@ def report_table(report: Report) -> Table:
 
 def announce_push(repo: str, files: int, nbytes: int) -> None:
     """Say that a push begins."""
-    talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {repo} …")
+    terminal.talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {repo} …")
 
 
 def show_push(push: Push) -> None:
@@ -105,8 +97,8 @@ def show_push(push: Push) -> None:
             more = [f"and {len(names) - _MAX_NAMES} more"] if len(names) > _MAX_NAMES else []
             rows.append((label, [*names[:_MAX_NAMES], *more]))
     # Without a terminal, keep addresses in one piece.
-    show(rows_table(rows), stdout(None if sys.stdout.isatty() else 200))
-    warn(*push.reminders)
+    terminal.show(terminal.rows_table(rows), terminal.stdout(None if sys.stdout.isatty() else 200))
+    terminal.warn(*push.reminders)
 
 
 def tensor_lines(inspection: Inspection) -> Iterator[str]:
@@ -149,10 +141,12 @@ def show_fits(fits: Sequence[Fit]) -> None:
         names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in comments.values())
         lines = [name + words for name, words in zip(names, comments, strict=True)]
         rows.append(("arXiv 2410.07524", lines))
-    show_all([table, rows_table(rows)])
-    warn(_SIZES_NOTE)
+    terminal.show_all([table, terminal.rows_table(rows)])
+    terminal.warn(_SIZES_NOTE)
     if more := len(fits) - len(shown):
-        warn(f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all.")
+        terminal.warn(
+            f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all."
+        )
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:

@@ -198,12 +198,3 @@ def in_words(error: BaseException) -> UpcycleError | None:
             return UpcycleError(f"a library failed: {panic}.", "A file that it read is damaged.")
         case _:
             return None
-
-
-def check_current_directory() -> None:
-    """Raise UpcycleError if the current directory was deleted: libraries exit without it."""
-    try:
-        os.getcwd()  # noqa: PTH109 - the same call, without an object around it
-    except OSError as error:
-        words = f"the current directory is gone: {error.strerror}."
-        raise UpcycleError(words, "Change to one that exists.") from error

@@ -13,18 +13,8 @@ from pathlib import Path
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME, read_json
+from upcycle_cli.core import safe_files
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import (
-    CHECKSUMS_NAME,
-    MOST_JSON_BYTES,
-    ListedFile,
-    listed_files,
-    locate,
-    open_regular,
-    read_checksums,
-    read_small,
-    sha256_of,
-)
 from upcycle_cli.write.staging import is_note
 
 
@@ -44,7 +34,7 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     """Return what a push publishes of an output; UpcycleError when its record lists no files."""
     record = read_json(moe.storage.local(RECORD_NAME))
     try:
-        listed = listed_files(record)
+        listed = safe_files.listed_files(record)
     except UpcycleError as error:
         words = f"{moe.path} does not say which files belong to it: {error.message}"
         hint = "Make it again with `upcycle convert --overwrite`, or upload it with `hf upload`."
@@ -53,8 +43,8 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     present = moe.storage.names()
     if REPORT_NAME in present and _is_report_on(moe):
         names.append(REPORT_NAME)
-    if CHECKSUMS_NAME in present:
-        names.append(CHECKSUMS_NAME)
+    if safe_files.CHECKSUMS_NAME in present:
+        names.append(safe_files.CHECKSUMS_NAME)
     files: dict[str, Path] = {}
     failures = [
         f"{RECORD_NAME} does not list {shard.name}"
@@ -63,8 +53,8 @@ def read_manifest(moe: Checkpoint) -> Manifest:
     ]
     for name in names:
         try:
-            files[name] = locate(moe.path, name)
-            with open_regular(files[name]) as file:
+            files[name] = safe_files.locate(moe.path, name)
+            with safe_files.open_regular(files[name]) as file:
                 if name in listed and not listed[name].describes(file):
                     failures.append(f"{name} is not the file that {RECORD_NAME} lists")
         except OSError as error:
@@ -72,7 +62,7 @@ def read_manifest(moe: Checkpoint) -> Manifest:
         except UpcycleError as error:
             failures.append(error.message)
     failures += _router_changes(moe, record.get("routers"))
-    if CHECKSUMS_NAME in files:
+    if safe_files.CHECKSUMS_NAME in files:
         failures += _checksum_failures(files, listed)
     left_out = (name for name in present if name not in files and not is_note(name))
     return Manifest(files=files, left_out=tuple(left_out), failures=tuple(failures))
@@ -81,8 +71,10 @@ def read_manifest(moe: Checkpoint) -> Manifest:
 def _is_report_on(moe: Checkpoint) -> bool:
     """Whether the report in the directory is about this model: it quotes its record's digest."""
     try:
-        page = read_small(locate(moe.path, REPORT_NAME), MOST_JSON_BYTES)
-        return sha256_of(locate(moe.path, RECORD_NAME)).encode() in page
+        page = safe_files.read_small(
+            safe_files.locate(moe.path, REPORT_NAME), safe_files.MOST_JSON_BYTES
+        )
+        return safe_files.sha256_of(safe_files.locate(moe.path, RECORD_NAME)).encode() in page
     except (OSError, UpcycleError):
         return False
 
@@ -97,20 +89,16 @@ def _router_changes(moe: Checkpoint, routers: object) -> Iterator[str]:
 
 
 def _checksum_failures(
-    files: Mapping[str, Path], listed: Mapping[str, ListedFile]
+    files: Mapping[str, Path], listed: Mapping[str, safe_files.ListedFile]
 ) -> Iterator[str]:
     """Compare SHA256SUMS with the files, since whoever downloads the model will."""
-    try:
-        sums = read_checksums(files[CHECKSUMS_NAME])
-    except UpcycleError as error:
-        yield error.message
-        return
+    sums = safe_files.read_checksums(files[safe_files.CHECKSUMS_NAME])
     expected = {*listed, RECORD_NAME}
     for name in sorted(expected ^ sums.keys()):
         # A push changes the card, to name the repo.
-        yield f"{CHECKSUMS_NAME} {'lists' if name in sums else 'does not list'} {name}"
+        yield f"{safe_files.CHECKSUMS_NAME} {'lists' if name in sums else 'does not list'} {name}"
     for name in expected & sums.keys() & files.keys():
         recorded = listed[name].sha256 if name in listed else None
         # The file has the recorded digest, or that is a failure already.
-        if sums[name] != (recorded or sha256_of(files[name])):
-            yield f"{name} does not match its checksum in {CHECKSUMS_NAME}"
+        if sums[name] != (recorded or safe_files.sha256_of(files[name])):
+            yield f"{name} does not match its checksum in {safe_files.CHECKSUMS_NAME}"

@@ -23,20 +23,7 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
-from upcycle_cli.hub.client import (
-    SIGN_IN,
-    Repo,
-    checked_commit,
-    download_limit,
-    endpoint,
-    error_text,
-    fetch,
-    hub_session,
-    read_repo,
-    read_user,
-    retry,
-    run_interruptibly,
-)
+from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
@@ -46,7 +33,6 @@ from upcycle_cli.write.staging import MARKER
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-_UPLOAD_ATTEMPTS = 3
 # Files of another model that loaders would read, or that do not match the pushed files.
 _REPLACED = (WEIGHTS_NAME, "model-?????-of-?????.safetensors", INDEX_NAME, CHECKSUMS_NAME)
 
@@ -98,18 +84,18 @@ def check_destination(destination: Destination) -> None:
     repo = destination.repo
     if constants.HF_HUB_OFFLINE:
         raise UpcycleError("HF_HUB_OFFLINE forbids the push.", "Unset it.")
-    with hub_session(repo):
+    with client.hub_session(repo):
         validate_repo_id(repo)
         if "/" not in repo:
             raise UpcycleError(f"'{repo}' is not a repo id.", "Write ORG/NAME or USER/NAME.")
         if get_token() is None:
-            raise UpcycleError("a push needs a token, and none is set.", SIGN_IN)
+            raise UpcycleError("a push needs a token, and none is set.", client.SIGN_IN)
         api = HfApi()
-        owners, may_only_read = read_user(retry(api.whoami))
+        owners, may_only_read = client.read_user(client.retry(api.whoami))
         try:
-            public = not read_repo(retry(lambda: api.model_info(repo))).private
+            public = not client.read_repo(client.retry(lambda: api.model_info(repo))).private
             if not destination.create_pr:  # every reader may open a pull request
-                retry(lambda: api.auth_check(repo, write=True))
+                client.retry(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
             if may_only_read or repo.split("/")[0] not in owners:
                 raise UpcycleError(
@@ -141,7 +127,7 @@ def push(
     files = dict(manifest.files)
     has_report = REPORT_NAME in files
     card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
-    with hub_session(destination.repo, destination.revision):
+    with client.hub_session(destination.repo, destination.revision):
         existing = _create_repo(destination)
         kept = None if destination.replace_card else _edited_card(existing, card, destination)
         if kept is not None:
@@ -152,9 +138,9 @@ def push(
         stale = sorted(name for name in {*existing.sizes} - {*files} if matches(name, _REPLACED))
         message = destination.message or f"Upload {directory.resolve().name}"
         destination = replace(destination, message=message)
-        info = run_interruptibly(lambda: _commit(files, card, stale, destination))
-        checked_commit(info.oid)
-    url, branch = f"{endpoint()}/{destination.repo}", destination.revision
+        info = client.run_interruptibly(lambda: _commit(files, card, stale, destination))
+        client.checked_commit(info.oid)
+    url, branch = f"{client.endpoint()}/{destination.repo}", destination.revision
     pull_request = None if info.pr_num is None else f"{url}/discussions/{info.pr_num}"
     return Push(
         repo=destination.repo,
@@ -203,7 +189,9 @@ def _read_card(path: Path) -> str:
         text = read_small(path, MOST_JSON_BYTES).decode()
         ModelCard(text)
     except (ValueError, YAMLError) as error:
-        raise UpcycleError(f"{path} is not a valid model card: {error_text(error)}.") from error
+        raise UpcycleError(
+            f"{path} is not a valid model card: {client.error_text(error)}."
+        ) from error
     return text
 
 
@@ -215,26 +203,26 @@ def _licence(card: str) -> Mapping[str, object]:
         return {}
 
 
-def _create_repo(destination: Destination) -> Repo:
+def _create_repo(destination: Destination) -> client.Repo:
     """Create the repo and the branch if necessary; return what they contain."""
     from huggingface_hub import HfApi
 
     api, repo, revision = HfApi(), destination.repo, destination.revision
     # None keeps the organization's default.
     private = destination.private or None
-    retry(lambda: api.create_repo(repo, private=private, exist_ok=True))
+    client.retry(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
-        retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    return read_repo(retry(lambda: api.model_info(repo, revision=revision)))
+        client.retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+    return client.read_repo(client.retry(lambda: api.model_info(repo, revision=revision)))
 
 
-def _edited_card(existing: Repo, card: str, destination: Destination) -> str | None:
+def _edited_card(existing: client.Repo, card: str, destination: Destination) -> str | None:
     """Return the repo's card if somebody has written or edited it, so that it must stay."""
     if CARD_NAME not in existing.sizes:
         return None
-    with download_limit(MOST_JSON_BYTES):
+    with client.download_limit(MOST_JSON_BYTES):
         # By its commit: the cache may know an older one for the branch.
-        path = retry(lambda: fetch(destination.repo, CARD_NAME, existing.commit))
+        path = client.retry(lambda: client.fetch(destination.repo, CARD_NAME, existing.commit))
     text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 
@@ -262,30 +250,19 @@ def _commit(
         # Made once, since it reads every file for its digest.
         added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         # A retry after a lost answer could open a second pull request.
-        return upload() if destination.create_pr else retry(lambda: _reconnect(upload))
+        return upload() if destination.create_pr else client.retry(upload)
     except HTTPError:
         raise
     except ValueError as error:
         # The Hub checks the card's metadata before anything is uploaded.
         raise UpcycleError(
-            f"the Hub refuses the card: {error_text(error)}.", f"Correct {CARD_NAME}."
+            f"the Hub refuses the card: {client.error_text(error)}.", f"Correct {CARD_NAME}."
         ) from error
     except (OSError, RuntimeError) as error:
         if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error
-        retry(api.whoami)  # raises a clearer error if the Hub is not reachable
+        client.retry(api.whoami)  # raises a clearer error if the Hub is not reachable
         raise UpcycleError(
-            f"uploading to {destination.repo} failed: {error_text(error)}.",
+            f"uploading to {destination.repo} failed: {client.error_text(error)}.",
             "Nothing was published. The same command continues from what was uploaded.",
         ) from error
-
-
-def _reconnect(upload: Callable[[], CommitInfo]) -> CommitInfo:
-    """Upload, and repeat it when huggingface_hub closed its client because one connection broke."""
-    for _ in range(_UPLOAD_ATTEMPTS - 1):
-        try:
-            return upload()
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, RuntimeError):
-                raise
-    return upload()

@@ -14,15 +14,8 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import locate, sha256_of
 from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.describe import inspection_rows
+from upcycle_cli.report import sections
 from upcycle_cli.report.page import Page, Section, Table, properties, render, value_text
-from upcycle_cli.report.sections import (
-    drift_section,
-    errors_section,
-    load_section,
-    recipe_section,
-    routing_section,
-    texts_section,
-)
 from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
 
 if TYPE_CHECKING:
@@ -57,13 +50,13 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         f"{RECORD_NAME} of the MoE": _digest(paths[1] / RECORD_NAME),
     }
     names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
-    sections = (
+    parts = (
         Section(key="checks", title="Checks", checks=report.checks),
-        recipe_section(record),
-        errors_section(layers),
-        texts_section(texts, continuation),
-        routing_section(layers),
-        load_section(layers),
+        sections.recipe_section(record),
+        sections.errors_section(layers),
+        sections.texts_section(texts, continuation),
+        sections.routing_section(layers),
+        sections.load_section(layers),
         _origin_section(dict(zip(names, models, strict=True)), digests, record, command),
     )
     page = Page(
@@ -72,7 +65,7 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         heading=name,
         status=str(report.status),
         verdict=_verdict(report, dense),
-        sections=[section for section in sections if section is not None],
+        sections=[part for part in parts if part is not None],
     )
     return render(page)
 
@@ -85,11 +78,11 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     digests = {f"{CONFIG_NAME} of the MoE": inspection.checkpoint.config_digest}
     digests |= {f"header of {s.name}": s.digest for s in inspection.checkpoint.shards}
     rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
-    sections = (
+    parts = (
         Section(key="facts", title="Checkpoint", tables=[Table(caption="Facts", rows=rows)]),
-        recipe_section(record),
-        drift_section((weights and weights.movement) or ()),
-        None if inspection.load is None else load_section(inspection.load.layers),
+        sections.recipe_section(record),
+        sections.drift_section((weights and weights.movement) or ()),
+        None if inspection.load is None else sections.load_section(inspection.load.layers),
         _origin_section({"MoE": name}, digests, record, command),
     )
     page = Page(
@@ -98,7 +91,7 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
         heading=heading,
         verdict="What headers, settings and weights show. Whether the MoE computes what its dense "
         "model computes is the question of upcycle verify.",
-        sections=[section for section in sections if section is not None],
+        sections=[part for part in parts if part is not None],
     )
     return render(page)
 

@@ -121,11 +121,6 @@ def value_text(value: object) -> str:
             return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}…"
 
 
-def scientific(value: float | None) -> str:
-    """Return a measured value with three digits."""
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
 def spread(values: Iterable[float], layers: Sequence[int]) -> str:
     """Return the smallest and the largest value with their layers, in words."""
     found = {layer: v for layer, v in zip(layers, values, strict=True) if math.isfinite(v)}
@@ -165,8 +160,6 @@ def check_report_file(path: Path, dense: Path | None) -> None:
     # The suffix also keeps a page from replacing weights by a typing error.
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpcycleError(f"{path} does not end in .html.", "Choose a name that does.")
-    if not path.parent.is_dir():
-        raise UpcycleError(f"{path.parent} is not a directory.", "Create it first.")
     if dense is not None and is_in(path.parent, dense):
         raise UpcycleError(
             f"{path} is in {dense}, and the dense model is never modified.",

@@ -15,7 +15,6 @@ from upcycle_cli.report.page import (
     Section,
     Table,
     properties,
-    scientific,
     spread,
 )
 
@@ -228,7 +227,7 @@ def _marked(texts: Sequence[TextMeasure]) -> Iterator[MarkedText]:
     left = _MAX_TOKENS
     for index, text in enumerate(texts):
         tokens = [
-            ("↵\n".join(map(printable, word.split("\n"))), f"KL {scientific(kl)}", _level(kl))
+            ("↵\n".join(map(printable, word.split("\n"))), _kl_text(kl), _level(kl))
             for word, kl in islice(zip(text.tokens, text.kl, strict=False), left)
         ]
         left -= len(tokens)
@@ -243,3 +242,7 @@ def _marked(texts: Sequence[TextMeasure]) -> Iterator[MarkedText]:
 
 def _level(kl: float | None) -> int:
     return len(_LEVELS) if kl is None else sum(kl >= level for level in _LEVELS)
+
+
+def _kl_text(kl: float | None) -> str:
+    return "KL not finite" if kl is None else f"KL {kl:.3g}"
