@@ -91,12 +91,11 @@ def lazy_model(
     *,
     round_to: Round | None = None,
     observe: Observe | None = None,
-    merge_copies: bool = False,
 ) -> LazyModel:
     """Return a dense model or an MoE, to be run in float32 with its weights left on disk.
 
-    With `merge_copies` a token that chose several experts of the same bytes is sent to one of them,
-    with the sum of their gates. Raises TransformersError when transformers cannot make the model of
+    A token that chose several experts of the same bytes is sent to one of them, with the sum of
+    their gates. Raises TransformersError when transformers cannot make the model of
     its config, or a tensor is missing or has another shape.
     """
     weights: dict[str, torch.Tensor] = {}
@@ -129,7 +128,7 @@ def lazy_model(
     model = LazyModel(checkpoint, net, experts, mlp, weights)
     if observe is not None:
         _observe_layers(net, observe)
-    if experts is not None and merge_copies:
+    if experts is not None:
         for layer in experts.layers:
             module = model.layer(layer).get_submodule(experts.target.in_memory.module)
             module.register_forward_pre_hook(MergeCopies(experts, reader, layer))

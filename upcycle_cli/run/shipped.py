@@ -6,8 +6,6 @@ transformers for as long as it is needed.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,17 +22,6 @@ def _code_for(model_type: str) -> str:
     if wrapper is not None:
         return modeling_code(wrapper.classes, wrapped=True)
     return modeling_code(upcycled_family({"model_type": model_type}).class_names)
-
-
-class _Text(importlib.abc.SourceLoader):
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def get_filename(self, fullname: str) -> str:
-        return f"<{fullname}>"
-
-    def get_data(self, path: str | bytes) -> bytes:  # noqa: ARG002 - a SourceLoader
-        return self._text.encode()
 
 
 @contextmanager
@@ -66,11 +53,9 @@ def registered(model_type: str) -> Iterator[None]:
 
 @cache
 def _classes(model_type: str) -> ModuleType:
-    name = f"{__package__}.{model_type}"
-    spec = importlib.util.spec_from_loader(name, _Text(_code_for(model_type)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    module = ModuleType(f"{__package__}.{model_type}")
+    sys.modules[module.__name__] = module
+    module.__file__ = f"<{module.__name__}>"
+    code = compile(_code_for(model_type), module.__file__, "exec", dont_inherit=True)
+    exec(code, module.__dict__)  # noqa: S102 - it is ours
     return module

@@ -192,7 +192,7 @@ def _moved_words(held: Floats, wanted: Floats) -> str | None:
 
 def _plain_words(held: Floats, wanted: Floats) -> str:
     """Say how many values differ, and the first of them."""
-    differ = (held.view("<u4") != wanted.view("<u4")) & ~(np.isnan(held) & np.isnan(wanted))
+    differ = held.view("<u4") != wanted.view("<u4")
     first = np.unravel_index(int(differ.argmax()), differ.shape)
     return (
         f"differs in {int(differ.sum())} of {differ.size} elements, first at "

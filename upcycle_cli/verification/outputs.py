@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run.lazy_models import lazy_model
 from upcycle_cli.run.models import TransformersError, source_errors
-from upcycle_cli.verification.distributions import Comparison
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
@@ -106,18 +106,18 @@ def _compare(
     is_float16 = any(entry.dtype == "F16" for entry in moe.tensors.values())
     observe = overflow.note if is_float16 else None
     try:
-        upcycled = lazy_model(moe, moe_reader, observe=observe, merge_copies=True)
+        upcycled = lazy_model(moe, moe_reader, observe=observe)
     except UpcycleError as error:
         raise TransformersError(error.message) from error
     experts = upcycled.experts
     if experts is None or experts.num_experts % expected.group_size:
         raise TransformersError("config.json describes no mixture of experts in such groups")
     with source_errors(dense.path):
-        published = lazy_model(dense, dense_reader, merge_copies=True)
+        published = lazy_model(dense, dense_reader)
     round_to = rounding(published, upcycled)
     rounded = None
     if round_to is not None:
-        rounded = lazy_model(dense, dense_reader, round_to=round_to, merge_copies=True)
+        rounded = lazy_model(dense, dense_reader, round_to=round_to)
     seed_bytes = b"".join(
         bytes(moe_reader.mapped(name))
         for name in map(experts.router_name, experts.layers)
@@ -125,11 +125,15 @@ def _compare(
     )
     prompt = make_prompt(dense, texts, seed_bytes)
     found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
-    findings = Findings(_not_finite(found.comparison))
+    findings, compared = Findings(), found.comparison
+    for who, softmax in (("MoE", compared.moe), ("dense model", compared.published)):
+        if softmax.not_finite:
+            finite = f"{softmax.not_finite} of {softmax.count} logits of the {who} are not finite"
+            findings.add(finite)
     if findings:
         findings.add(*found.routing.failures, *overflow.failures())
         return findings.result(_NAME, "", {"tokens": prompt.ids.numel()})
-    metrics = _metrics(found, prompt) | found.routing.metrics
+    metrics = _metrics(found, prompt)
     metrics |= picture_metrics(rounded or published, upcycled)
     if overflow.largest:
         metrics["max_float16_value"] = overflow.largest
@@ -183,12 +187,6 @@ def _texts(found: Found, prompt: Prompt) -> tuple[TextMeasure, ...]:
     )
 
 
-def _not_finite(comparison: Comparison) -> Iterator[str]:
-    for who, softmax in (("MoE", comparison.moe), ("dense model", comparison.published)):
-        if softmax.not_finite:
-            yield f"{softmax.not_finite} of {softmax.count} logits of the {who} are not finite"
-
-
 def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
     """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text alone, and others.
 
@@ -211,6 +209,8 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
         "tokens": prompt.ids.numel(),
         "text_tokens": sum(map(len, prompt.words)),
         "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
+        "split_token_layers": 1 - fmean(layer.whole_share for layer in found.layers),
+        "expert_load_cv": fmean(layer.load_cv for layer in found.layers),
     }
 
 

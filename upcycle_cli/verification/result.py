@@ -142,7 +142,6 @@ def _check_json(check: CheckResult) -> dict[str, Any]:
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in layer.items()}
         for layer in found["layers"]
     ]
-    found["texts"] = [*found["texts"]]
     measured = ("layers", "texts", "continuation")  # by one of the checks alone
     return {key: value for key, value in found.items() if value or key not in measured}
 

@@ -126,6 +126,7 @@ def _measure(
     error_KH = found_KH.double() - wanted_KH
     size = float(wanted_KH.square().mean().sqrt()) or math.nan
     hidden_error = float((moe.hidden - dense.hidden).norm())
+    load_N = chosen.load.double()
     return LayerMeasure(
         layer=layer,
         added_rms=float(error_KH.square().mean().sqrt()) / size,
@@ -135,7 +136,7 @@ def _measure(
         whole_share=float(chosen.whole.double().mean()),
         router_entropy=chosen.entropy,
         router_margin=chosen.margin,
-        load_cv=chosen.load_cv,
+        load_cv=float(load_N.std(correction=0) / load_N.mean()),
         idle_experts=int((chosen.load == 0).sum()),
         load=chosen.load.tolist(),
     )

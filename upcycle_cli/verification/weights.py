@@ -18,9 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.checkpoint.header import ITEM_BYTES, TensorEntry
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
@@ -68,7 +66,7 @@ def check_weights(
         exprs = {t.name: known.filled(t.expr) for t in tensors}
         skipped = {name for name, expr in exprs.items() if is_open(expr)}
         compared = [tensor for tensor in tensors if tensor.name not in skipped]
-        scan = _Scan(source, held, moe.tensors, watch)
+        scan = _Scan(source, held, watch)
         differing = scan.run({t.name: _leaves(exprs[t.name], t.name in widened) for t in compared})
         findings.add(*explain(plan, moe, differing, exprs, source, held))
     if widened:
@@ -157,7 +155,6 @@ class _Scan:
 
     source: Reader | MergedReader
     held: Reader
-    entries: Mapping[str, TensorEntry]
     watch: Watch
     differing: list[Difference] = field(default_factory=list)
     _read: int = 0
@@ -216,11 +213,8 @@ class _Scan:
         data = self.held.mapped(place.name)[begin : begin + len(value)]
         self._count(len(value))
         one, other = (np.frombuffer(each, np.uint8) for each in (data, value))
-        addresses = one.ctypes.data, other.ctypes.data
-        _populate(addresses[0], len(one))
-        if _libc().memcmp(*addresses, len(one)) == 0:
-            return True
-        return _equal_but_nan(data, value, self.entries[place.name].dtype)
+        _populate(one.ctypes.data, len(one))
+        return bool(_libc().memcmp(one.ctypes.data, other.ctypes.data, len(one)) == 0)
 
     def _count(self, nbytes: int) -> None:
         with self._lock:
@@ -230,14 +224,6 @@ class _Scan:
         if full:
             self.source.release()
             self.held.release()
-
-
-def _equal_but_nan(one: memoryview, other: memoryview, dtype: str) -> bool:
-    """Whether values are equal but for which nan they hold: that depends on who computed it."""
-    shape = (len(one) // ITEM_BYTES[dtype],)
-    left, right = (as_float32(bytes(data), dtype, shape) for data in (one, other))
-    same = (left.view("<u4") == right.view("<u4")) | (np.isnan(left) & np.isnan(right))
-    return bool(same.all())
 
 
 def _populate(address: int, nbytes: int) -> None:
