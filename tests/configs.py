@@ -60,4 +60,5 @@ def converted(
     row = family.target
     options = {"untie_embeddings": False, "dtype": None} | settings
     resolved = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
-    return moe_config(config, family.dense, row, resolved, family.layers, **options)
+    scale = resolved.factors(family.dense.mlp_kind).config
+    return moe_config(config, family, resolved, scale, **options)

@@ -13,7 +13,6 @@ import torch
 from shapes import TORCH, random_bits, same_bits, value_of
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
-from upcycle_cli.plan.describe import describe
 from upcycle_cli.plan.expressions import (
     Cast,
     Concat,
@@ -30,6 +29,7 @@ from upcycle_cli.plan.expressions import (
     TensorType,
     Transpose,
     contiguous_source,
+    describe,
     num_bytes,
     type_of,
 )

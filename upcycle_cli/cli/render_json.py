@@ -48,7 +48,7 @@ def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
     if inspection.plan is None:
         entries = inspection.checkpoint.tensors.values()
         return [_tensor_json(entry, entry.shard) for entry in entries]
-    from upcycle_cli.plan.describe import describe
+    from upcycle_cli.plan.expressions import describe
 
     return [
         _tensor_json(tensor, shard.name)

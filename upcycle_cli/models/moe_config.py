@@ -6,9 +6,10 @@ Shipped code uses its family's own config class and needs only its own keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from upcycle_cli.models.choose import Family
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.dense_rows import DENSE
@@ -29,20 +30,20 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_exp
 
 def moe_config(
     config: Mapping[str, Any],
-    dense: DenseModel,
-    target: Target,
+    family: Family,
     recipe: Recipe,
-    layers: Sequence[int],
+    scale: float,
     *,
     untie_embeddings: bool,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Return the MoE's config; `layers` become mixtures of experts.
+    """Return the MoE's config; `scale` is the factor on the gates.
 
     `dtype` is torch's name of the output dtype, or None to keep the source's.
     """
-    current = dense.family.with_current_keys(text_config_of(config))
-    result = _text_config(current, dense, target, recipe, layers)
+    dense, target = family.dense, family.target
+    result = _text_config(dense.family.with_current_keys(text_config_of(config)), dense, target)
+    result |= _recipe_keys(family, recipe, scale)
     tied = dense.values.get("tie_word_embeddings", False) and not untie_embeddings
     if target.inside is not None:
         native = None if target.ships_code else target.outer_type
@@ -68,14 +69,11 @@ def remove_local_path(config: dict[str, Any]) -> None:
         del config["_name_or_path"]
 
 
-def _text_config(
-    config: Mapping[str, Any],
-    dense: DenseModel,
-    target: Target,
-    recipe: Recipe,
-    layers: Sequence[int],
-) -> dict[str, Any]:
-    """Return the config of the MoE's text model, which is the whole model unless it is wrapped."""
+def _text_config(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
+    """Return the config of the MoE's text model, which is the whole model unless it is wrapped.
+
+    The keys that state the recipe are not among it.
+    """
     # transformers treats these as aliases: "num_experts": 0 would override num_local_experts.
     dropped = {*_EXPERT_KEYS, *target.keys.aliases}
     result = {key: value for key, value in config.items() if key not in dropped}
@@ -91,7 +89,7 @@ def _text_config(
     settings = target.settings(dense)
     if "rope_parameters" in settings:  # rope_scaling would override it
         result.pop("rope_scaling", None)
-    return result | settings | _recipe_keys(dense, target, recipe, layers)
+    return result | settings
 
 
 def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
@@ -128,10 +126,9 @@ def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
-def _recipe_keys(
-    dense: DenseModel, target: Target, recipe: Recipe, layers: Sequence[int]
-) -> dict[str, Any]:
+def _recipe_keys(family: Family, recipe: Recipe, scale: float) -> dict[str, Any]:
     """Return the keys that state the recipe."""
+    dense, target = family.dense, family.target
     keys, expert_size = target.keys, dense.intermediate_size // recipe.granularity
     found: dict[str, Any] = {}
     if not target.ships_code:
@@ -140,7 +137,7 @@ def _recipe_keys(
         keys.num_experts: recipe.num_experts,
         keys.top_k: recipe.top_k,
         keys.expert_size: expert_size,
-        **target.layers.write(layers, dense.kinds),
+        **target.layers.write(family.layers, dense.kinds),
     }
     if keys.expert_size_copy is not None:
         found[keys.expert_size_copy] = expert_size
@@ -150,7 +147,7 @@ def _recipe_keys(
     if target.ships_code and recipe.trains_tied:
         found["virtual_group_size"] = recipe.group_size
     if keys.scale is not None:
-        found[keys.scale] = recipe.factors(dense.mlp_kind).config
+        found[keys.scale] = scale
     shared = target.shared
     if shared is not None and recipe.shared_experts:
         found |= shared.config_keys(recipe.shared_experts, expert_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeAlias, assert_never
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES
@@ -347,3 +347,31 @@ def loses_bits(expr: Expr) -> bool:
             return True
         case _:
             return any(map(loses_bits, operands(expr)))
+
+
+def describe(expr: Expr) -> str:
+    """Return an expression in the notation of a formula, the operation's name before its values."""
+    match expr:
+        case Source(name):
+            return name
+        case Slice(of, dim, start, stop):
+            return f"{describe(of)}[{':, ' * dim}{start}:{stop}]"
+        case Scale(of, factor):
+            return f"{describe(of)} × {factor:.6g}"
+        case Concat(parts) | Stack(parts) | Mean(parts) if len(parts) > 2:
+            inside = f"{describe(parts[0])}, … {len(parts)} in all"
+        case _:
+            inside = ", ".join(_in_words(getattr(expr, field.name)) for field in fields(expr))
+    return f"{type(expr).__name__.lower()}({inside})"
+
+
+def _in_words(value: object) -> str:
+    match value:
+        case Permutation():
+            return value.stream
+        case tuple() if value and isinstance(value[0], Expr):
+            return ", ".join(map(describe, value))
+        case bytes():
+            return f"{len(value)} bytes"
+        case _:
+            return describe(value) if isinstance(value, Expr) else str(value)

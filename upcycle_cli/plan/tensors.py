@@ -3,25 +3,36 @@
 Expert e = g·G + s holds shard s of virtual group g: the neurons [s·I/G, (s+1)·I/G) of the dense
 MLP, in the order that the group has for them, in every part of the MLP. With K shared experts the
 first K shards become one expert for every token, the same for all groups, and the routed experts
-are e = g·(G − K) + s − K. Everything else is copied.
+are e = g·(G − K) + s − K. Everything else is copied. The targets add the shared expert's output
+without a router's gate, or halve it by a gate of its own, so it is not scaled as they are.
+
+Every perturbed expert draws for itself, so that all N differ, copies of one shard too. Noise is
+relative to the standard deviation of the expert's own matrix; biases get none. A neuron that is
+initialised again is its row of gate and of up, its column of down and its entries of their biases,
+the same neurons in all parts; each part keeps the mean and standard deviation of the values that it
+replaces (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from upcycle_cli.models.dense import Piece
 from upcycle_cli.models.layers import layer_finder
-from upcycle_cli.models.mlp import Weight, find_weight, parts_of
+from upcycle_cli.models.mlp import BIAS, Weight, find_weight, parts_of
+from upcycle_cli.models.moe import Layout
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
 from upcycle_cli.plan.output import OutputTensor, Role
-from upcycle_cli.plan.perturbation import perturbed
-from upcycle_cli.plan.shared_expert import shared_expert
 from upcycle_cli.plan.tensor_files import RouterRows, order_name, router_stream
-from upcycle_cli.recipe.recipe import NeuronOrder
+from upcycle_cli.recipe.recipe import NeuronOrder, Recipe
 from upcycle_cli.recipe.scaling import Factors
+
+_SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale
+_HALF_LOGIT_STD = 1e-9
+"""The logit std of a gate of 1/2: float32 rounds the gate to 1/2, and llama.cpp, which divides by
+the logit, needs one other than 0."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class TensorMaker:
                 name = prefix + weight.name.format(expert=e)
                 expr = ex.Stack((*exprs,)) if e is None else exprs[e]
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
-        for name, expr in shared_expert(parts, layer, layout, groups[0]):
+        for name, expr in _shared_expert(parts, layer, layout, groups[0]):
             yield OutputTensor.of(prefix + name, expr, Role.SHARED_EXPERT, layer)
         for name, expr in self._added(layer):
             yield OutputTensor.of(prefix + name, expr, Role.ADDED, layer)
@@ -169,7 +180,7 @@ class TensorMaker:
         # Noise is drawn in the layout of the dense matrices, whatever the output's layout is.
         cut = find_weight(self.parts.mlps[layer], weight.parts[0]).split_dim
         plain = (expr for group in groups for expr in shards[group])
-        experts = perturbed(recipe, replace(weight, split_dim=cut), layer, plain)
+        experts = _perturbed_experts(recipe, replace(weight, split_dim=cut), layer, plain)
         transposed = {cut, weight.split_dim} == {0, 1}
         return [ex.Transpose(expr) for expr in experts] if transposed else experts
 
@@ -195,3 +206,76 @@ class TensorMaker:
             else:
                 stored = self.parts.tensor(dense.prefix(layer) + row.of)
                 yield row.name, stored if value == 1.0 else ex.Scale(stored, value)
+
+
+def _shared_expert(
+    parts: DenseParts, layer: int, layout: Layout, group: VirtualGroup
+) -> Iterator[tuple[str, ex.Expr]]:
+    """Yield the names and expressions of a layer's shared expert; nothing where there is none.
+
+    `group` is the first group: all groups agree on the neurons that they share.
+    """
+    shared, count = parts.family.target.shared, parts.recipe.shared_experts
+    if shared is None or not (count or shared.required):
+        return
+    expert_size = parts.family.dense.intermediate_size // parts.recipe.granularity
+    for weight in parts.family.target.shared_weights(layout):
+        held: list[ex.Expr] = []
+        for part in weight.parts:
+            if not count:
+                held.append(_inert(parts, layer, part, shared.size or expert_size))
+                continue
+            expr = parts.neurons(layer, part, (0, count * expert_size), group)
+            factor = shared.down_factor if part == "down" else 1.0
+            held.append(expr if factor == 1.0 else ex.Scale(expr, factor))
+        yield weight.name, ex.Concat(tuple(held)) if len(held) > 1 else held[0]
+    if shared.router is not None:
+        std = _HALF_LOGIT_STD if count else 1.0
+        yield shared.router, parts.random_rows(layer, "shared_expert_gate", 1, std)
+
+
+def _inert(parts: DenseParts, layer: int, part: str, size: int) -> ex.Expr:
+    """Return a part of a shared expert that outputs zero but can learn.
+
+    Its down matrix is zero, or the weight of the norm behind it is.
+    """
+    hidden = parts.family.dense.hidden_size
+    shared = parts.family.target.shared
+    if part == "down" and shared is not None and shared.norm is None:
+        return ex.Full(parts.mlp_dtype(layer), (hidden, size))
+    rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
+    sample = parts.neurons(layer, part, (0, rows))
+    stream = f"layers.{layer}.shared_expert.{part}"
+    shape = (hidden, size) if part == "down" else (size, hidden)
+    return ex.RandomLike(parts.recipe.seed, stream, shape, sample)
+
+
+def _perturbed_experts(
+    recipe: Recipe, weight: Weight, layer: int, experts: Iterable[ex.Expr]
+) -> list[ex.Expr]:
+    """Return a weight of each expert of a layer, perturbed as the recipe says."""
+    if not recipe.perturbed:
+        return [*experts]
+    found: list[ex.Expr] = []
+    for number, expr in enumerate(experts):
+        stream = f"layers.{layer}.experts.{number}"
+        held = expr.parts if isinstance(expr, ex.Concat) else (expr,)
+        parts = tuple(
+            _perturbed(recipe, part, weight.split_dim, stream, each)
+            for part, each in zip(weight.parts, held, strict=True)
+        )
+        found.append(ex.Concat(parts) if len(parts) > 1 else parts[0])
+    return found
+
+
+def _perturbed(recipe: Recipe, part: str, cut: int | None, stream: str, expr: ex.Expr) -> ex.Expr:
+    if recipe.noise:
+        if part.endswith(BIAS):
+            return expr
+        return ex.AddNoise(expr, recipe.noise, recipe.seed, f"{stream}.{part}")
+    if cut is None:
+        return expr
+    size = ex.type_of(expr).shape[cut]
+    permutation = ex.Permutation(size, f"{stream}.neurons", recipe.seed)
+    count = recipe.reinit_count(size)
+    return ex.Reinit(expr, cut, permutation, count, recipe.seed, f"{stream}.{part}")

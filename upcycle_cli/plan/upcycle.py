@@ -76,12 +76,12 @@ def build_plan(
     recipe.check_width(width)
     layout = row.check_layout(options.expert_layout, width // recipe.granularity, hidden)
     check_neuron_orders(options.neuron_orders, recipe, family.layers, width)
+    factors = recipe.factors(dense.mlp_kind)
     config = moe_config(
         source.config,
-        dense,
-        row,
+        family,
         recipe,
-        family.layers,
+        factors.config,
         untie_embeddings=options.untie_embeddings,
         dtype=options.dtype,
     )
@@ -106,10 +106,10 @@ def build_plan(
         every_layer=family.layers == dense.mlp_layers,
         shares=recipe.shared_experts > 0,
         expert_layout=layout,
-        promise=Promise.NONE if merge is not None else recipe.promise(dense.mlp_kind),
+        promise=Promise.NONE if merge is not None else recipe.promise(factors, dense.mlp_kind),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
-        method=Upcycling(recipe=recipe, family=family, factors=recipe.factors(dense.mlp_kind)),
+        method=Upcycling(recipe=recipe, family=family, factors=factors),
         inputs=inputs,
         merge=merge,
         dropped=dropped,
@@ -132,27 +132,18 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
     """Fill in the c that was measured when an existing output was made, from its record."""
     recipe = record.get("recipe")
     scale = recipe.get("scaling") if isinstance(recipe, dict) else None
-    if (
-        plan.expansion
-        or plan.recipe.scaling is not Scaling.MEASURED
-        or not isinstance(scale, float)
-    ):
-        return plan
-    return _bound(plan, plan.calibration, scale)
+    measured = not plan.expansion and plan.recipe.scaling is Scaling.MEASURED
+    return _bound(plan, plan.calibration, scale) if measured and type(scale) is float else plan
 
 
 def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
-    method, kind = plan.upcycling, plan.family.dense.mlp_kind
-    if method.recipe.scaling is Scaling.MEASURED:
-        recipe = replace(method.recipe, scaling=scale)
-        method = replace(method, recipe=recipe, factors=recipe.factors(kind))
-    bound = replace(
-        plan,
-        method=method,
-        calibration=found,
-        promise=Promise.NONE if plan.merge is not None else method.recipe.promise(kind),
-        bound_digest=plan.digest,
-    )
+    bound = replace(plan, calibration=found, bound_digest=plan.digest)
+    if plan.recipe.scaling is Scaling.MEASURED:
+        recipe, kind = replace(plan.recipe, scaling=scale), plan.family.dense.mlp_kind
+        factors = recipe.factors(kind)
+        method = replace(plan.upcycling, recipe=recipe, factors=factors)
+        promise = Promise.NONE if plan.merge is not None else recipe.promise(factors, kind)
+        bound = replace(bound, method=method, promise=promise)
     return replace(bound, shards=fill_shards(_tensors(bound), plan.options.max_shard_bytes))
 
 

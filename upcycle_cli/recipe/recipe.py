@@ -304,9 +304,9 @@ class Recipe:
         bias = 1.0 if self.scaling is Scaling.NONE else bias
         return Factors(c=c, gate=gate, up=up, down=down, down_bias=bias, config=config)
 
-    def promise(self, kind: MlpKind = GATED) -> Promise:
-        """Return the promise of this (resolved) recipe."""
-        factors, needed = self.factors(kind), self._compensation()
+    def promise(self, factors: Factors, kind: MlpKind = GATED) -> Promise:
+        """Return the promise of this (resolved) recipe with these factors."""
+        needed = self._compensation()
         uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
         given = self.router_init is RouterInit.FILE
         std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]

@@ -83,8 +83,8 @@ def verify(  # noqa: PLR0913 - options, by name
     try:
         # Before gigabytes are downloaded, too.
         _check_kind(places[1].path, moe=True)
-        grown = _is_grown(places[0].path, places[1].path)
-        for place in () if grown else (places[0], *others):
+        grown = _check_kind(places[0].path, moe=False, grown_to=places[1].path)
+        for place in () if grown else others:
             _check_kind(place.path, moe=False)
         names = tuple(places[1].names())
         paths = download_model(places[0]), download_model(places[1])
@@ -248,39 +248,34 @@ def _selected(checks: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in CHECK_NAMES if name in checks)
 
 
-def _check_kind(path: Path, *, moe: bool) -> None:
-    """Raise UpcycleError when a directory is not the MoE, or not the dense model."""
+def _check_kind(path: Path, *, moe: bool, grown_to: Path | None = None) -> bool:
+    """Whether a directory is the MoE that another one grew from.
+
+    Raises UpcycleError when it is not the MoE, or not the dense model.
+    """
     directory = Storage(path)
     if not path.is_dir() or not directory.has(CONFIG_NAME):
         hint = f"Give the directory of {'the MoE' if moe else 'the dense model'}."
         no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
         raise find_adapter(directory) or no_model
     config = read_json(directory.local(CONFIG_NAME))
-    known = is_known(config)
-    if is_target(config) if moe else known and not is_moe(config):
-        return
+    known, target = is_known(config), is_target(config)
+    if grown_to is not None and target and is_moe(config) and wrapper_of(config) is None:
+        if path.resolve() != grown_to.resolve():
+            return True
+        raise UpcycleError(
+            f"{path} is given twice.",
+            "The dense model comes first, or the MoE that another one was grown from.",
+        )
+    if target if moe else known and not is_moe(config):
+        return False
     kind = "an MoE that upcycle can make" if moe else "a dense model that upcycle reads"
-    swapped = known if moe else is_target(config)
+    swapped = known if moe else target
     order = " The dense model comes first: upcycle verify DENSE MOE." if swapped else ""
     raise UpcycleError(
         f"{path} is not {kind}: its model type is {shown(config.get('model_type'))}.",
         f"`upcycle families` lists the model types.{order}",
     )
-
-
-def _is_grown(source: Path, moe: Path) -> bool:
-    """Whether the source is an MoE, from which the other one grew; UpcycleError."""
-    if not (source / CONFIG_NAME).is_file():
-        return False
-    config = read_json(source / CONFIG_NAME)
-    if not (is_target(config) and is_moe(config) and wrapper_of(config) is None):
-        return False
-    if source.resolve() == moe.resolve():
-        raise UpcycleError(
-            f"{source} is given twice.",
-            "The dense model comes first, or the MoE that another one was grown from.",
-        )
-    return True
 
 
 def _open_source(path: Path) -> Checkpoint:

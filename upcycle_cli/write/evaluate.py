@@ -16,7 +16,7 @@ import numpy as np
 from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
-from upcycle_cli.plan.describe import describe
+from upcycle_cli.plan.expressions import describe
 from upcycle_cli.write.drawing import Moments, drawn_on
 from upcycle_cli.write.rng import permutation, standard_normal
 from upcycle_cli.write.rows import TILE, Gathered, OverflowInCastError, Rows, converted, transposed
