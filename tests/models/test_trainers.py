@@ -19,10 +19,9 @@ from interop.trained import (  # noqa: E402
 )
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support  # noqa: E402
+from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support, Trainer, trainers  # noqa: E402
 from upcycle_cli.models.families import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.trainers import Trainer, trainers  # noqa: E402
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402

@@ -12,8 +12,8 @@ from conftest import clone
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.checkpoint.card_metadata import is_edited
+from upcycle_cli.models.engines import trainers
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.trainers import trainers
 from upcycle_cli.publish.card import model_card, repo_name
 from upcycle_cli.recipe.recipe import Routing
 from upcycle_cli.verification.result import CheckResult, Report, Status

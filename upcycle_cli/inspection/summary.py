@@ -21,9 +21,8 @@ from upcycle_cli.hub.remote_checkpoint import (
     open_source,
     split_revision,
 )
-from upcycle_cli.models.engines import Engine, engines_of
+from upcycle_cli.models.engines import Engine, Trainer, engines_of, trainers
 from upcycle_cli.models.families import dense_family, is_target, targets_of
-from upcycle_cli.models.trainers import Trainer, trainers
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 

@@ -1,9 +1,21 @@
-"""Which inference engines run a target and routing correctly.
+"""Which inference engines run a target and routing correctly, and which trainers train it.
 
 `knowledge/measured.json` holds what upcycled models did in other software. It is generated from the
 table of docs/interoperability.md, which tests/interoperability/run.py printed. Untested
 combinations are not listed. Shipped code is listed by family; what fails for every tested family is
 listed for all of them.
+
+`knowledge/trainers.json` holds what training upcycled models for a step showed; see
+tests/interoperability/trainers.py and docs/training.md. Untested trainers are not listed. By target
+(all shipped code is one) it has:
+
+- tried       trainers with the dense model's first loss that returned the model's tensors
+- own_code    trainers with model classes of their own, which read per-expert names only
+- own_head    trainers that refuse a tied head
+- settings    by trainer and target, or by how the target is balanced (loss, no loss): what to set
+- by_routing  by trainer and routing: what else to set; where_tied: by trainer, for a tied head
+- precision   by trainer: where float32 master weights come from
+- all_linear  what peft's `target_modules="all-linear"` reaches; attention only if not listed
 """
 
 from __future__ import annotations
@@ -12,6 +24,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from string import Template
 from typing import Any
 
 from upcycle_cli.models.defaults import table
@@ -19,7 +32,7 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.recipe.recipe import Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 class Support(StrEnum):
@@ -56,6 +69,7 @@ FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
 """Properties of a model, beside its routing, that an engine may not support: experts in one tensor,
 a tied head, layers with a dense MLP, a gate factor in the config, a shared expert in use."""
+_LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
 _SUPPORT: Mapping[tuple[str, str], Support] = {
@@ -145,6 +159,59 @@ def _verdicts(target: str, engine: str) -> Mapping[str, str]:
     own, usual = (table("measured").get(name, {}).get(engine) for name in (target, every))
     found: Mapping[str, str] = own if own is not None else usual or {}
     return found
+
+
+@dataclass(frozen=True)
+class Trainer(Engine):
+    """What is known of a trainer and one model."""
+
+    settings: str
+    """What to set: the rest of a sentence that begins with the trainer's name."""
+    precision: str
+    """Whether it keeps float32 master weights, and what to set for them."""
+
+
+def trainers(
+    target: Target, routing: Routing, *, tied: bool, fused: bool, num_experts: int | None = None
+) -> tuple[Trainer, ...]:
+    """Return what is known of each tested trainer.
+
+    `tied` says whether the head is tied, `fused` whether the experts of a layer are one tensor.
+    """
+    kind, known = ALL_SHIPPED if target.ships_code else target.title, table("trainers")
+    number = "N" if num_experts is None else str(num_experts)
+    found = []
+    for name in known["tried"].get(kind, ()):
+        support = Support.RUNS
+        if fused and name in known["own_code"].get(kind, ()):
+            per_expert = ExpertLayout.PER_EXPERT in target.layouts
+            support = Support.PER_EXPERT_ONLY if per_expert else Support.REFUSES
+        elif tied and name in known["own_head"].get(kind, ()):
+            support = Support.UNTIED_ONLY
+        words = _lora(kind, target) if name == "peft" else _settings(name, kind, target, routing)
+        if tied and name in known["where_tied"]:
+            words += f"; {known['where_tied'][name]}"
+        settings = Template(words).substitute(num_experts=number)
+        found.append(Trainer(name, support, settings, known["precision"][name]))
+    return tuple(found)
+
+
+def _settings(name: str, kind: str, target: Target, routing: Routing) -> str:
+    known = table("trainers")
+    settings = known["settings"][name]
+    words: str = settings.get(kind) or settings[_LOSS if target.has_balancing_loss else _NO_LOSS]
+    more = known["by_routing"].get(name, {}).get(routing)
+    return f"{words}; {more}" if more else words
+
+
+def _lora(kind: str, target: Target) -> str:
+    weights = [weight for weight in target.in_memory.experts if not weight.is_bias]
+    parameters = ", ".join(f'"{weight.name}"' for weight in weights)
+    reached = table("trainers")["all_linear"].get(kind, "attention, and no expert")
+    return (
+        f"`target_parameters=[{parameters}]` for the experts; "
+        f'`target_modules="all-linear"` reaches {reached}'
+    )
 
 
 def support_lines(found: Iterable[Engine]) -> list[str]:

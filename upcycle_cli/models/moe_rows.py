@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.models import layers, moe_settings
-from upcycle_cli.models.mlp import linear_layers, stacked, swiglu
+from upcycle_cli.models.mlp import (
+    Weight,
+    gated_linear,
+    linear_layers,
+    matrices_of,
+    parts_of,
+    stacked,
+    swiglu,
+)
 from upcycle_cli.models.moe import (
     CorrectionBias,
     ExtraTensor,
@@ -17,16 +25,50 @@ from upcycle_cli.models.moe import (
     SharedExpert,
     Target,
 )
-from upcycle_cli.models.moe_layouts import (
-    GATED_SHARED,
-    GRANITE_LAYOUTS,
-    GRANITE_SHARED,
-    MIXTRAL_LAYOUTS,
-    QWEN_LAYOUTS,
-    layouts,
-    shared_swiglu,
-)
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+
+
+def _layouts(
+    per_expert: Sequence[Weight], fused: str, *, router: str, fused_router: str | None = None
+) -> Mapping[ExpertLayout, Layout]:
+    """Return experts with released names, and stacked below `fused` as in transformers 5."""
+    gated = "gate" in parts_of(per_expert)
+    return {
+        ExpertLayout.PER_EXPERT: Layout(experts=matrices_of(per_expert), router=router),
+        ExpertLayout.FUSED: Layout(
+            experts=stacked(fused, gated=gated), router=fused_router or router
+        ),
+    }
+
+
+def _shared_swiglu(prefix: str) -> tuple[Weight, ...]:
+    """Return the weights of a shared expert without biases."""
+    return matrices_of(swiglu(prefix))
+
+
+_MIXTRAL_LAYOUTS = _layouts(
+    linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
+    "mlp.experts",
+    router="block_sparse_moe.gate.weight",
+    fused_router="mlp.gate.weight",
+)
+_QWEN_LAYOUTS = _layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
+_GRANITE_LAYOUTS = {
+    ExpertLayout.STACKED: Layout(
+        experts=gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+        router="block_sparse_moe.router.layer.weight",
+    ),
+    ExpertLayout.FUSED: Layout(
+        experts=stacked("block_sparse_moe.experts"), router="block_sparse_moe.router.weight"
+    ),
+}
+_GRANITE_SHARED = gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
+_GATED_SHARED = SharedExpert(
+    weights=_shared_swiglu("mlp.shared_expert"),
+    router="mlp.shared_expert_gate.weight",
+    size_key="shared_expert_intermediate_size",
+    size=64,
+)
 
 _SIGMOID_TOPK = (Routing.SIGMOID_TOPK,)
 _EITHER_SOFTMAX = (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK)
@@ -42,17 +84,17 @@ _NO_QKV_BIAS = {
 
 _QWEN: Any = {
     "routings": _EITHER_SOFTMAX,
-    "layouts": QWEN_LAYOUTS,
+    "layouts": _QWEN_LAYOUTS,
     "keys": Keys(aliases=("num_local_experts",), routing=_BY_NORM),
 }
 _OLMO: Any = {**_QWEN, "keys": replace(_QWEN["keys"], expert_size="intermediate_size")}
 _MIXTRAL_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
-_GRANITE: Any = {"layouts": GRANITE_LAYOUTS, "keys": _MIXTRAL_KEYS}
+_GRANITE: Any = {"layouts": _GRANITE_LAYOUTS, "keys": _MIXTRAL_KEYS}
 _DEEPSEEK: Any = {
     "routings": _SIGMOID_TOPK,
-    "layouts": QWEN_LAYOUTS,
+    "layouts": _QWEN_LAYOUTS,
     "keys": Keys(
         num_experts="n_routed_experts",
         aliases=("num_local_experts", "num_experts"),
@@ -61,7 +103,7 @@ _DEEPSEEK: Any = {
     ),
     "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
     "shared": SharedExpert(
-        weights=shared_swiglu("mlp.shared_experts"), count_key="n_shared_experts"
+        weights=_shared_swiglu("mlp.shared_experts"), count_key="n_shared_experts"
     ),
 }
 _BEFORE_MLP = "pre_feedforward_layernorm.weight"
@@ -70,7 +112,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        layouts=MIXTRAL_LAYOUTS,
+        layouts=_MIXTRAL_LAYOUTS,
         keys=_MIXTRAL_KEYS,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
         refusal=moe_settings.mixtral_refusal,
@@ -84,7 +126,7 @@ _ROWS: Sequence[Target] = (
         architecture="Qwen2MoeForCausalLM",
         **_QWEN | {"routings": _EITHER_SOFTMAX[::-1]},
         layers=layers.MLP_ONLY_LAYERS,
-        shared=GATED_SHARED,
+        shared=_GATED_SHARED,
         required_biases=tuple(f"self_attn.{matrix}_proj" for matrix in "qkv"),
         unsupported_tensors=_NO_O_BIAS,
         settings=lambda dense: moe_settings.windows(dense) | {"qkv_bias": True},
@@ -133,7 +175,7 @@ _ROWS: Sequence[Target] = (
         model_type="hy_v3",
         architecture="HYV3ForCausalLM",
         routings=_SIGMOID_TOPK,
-        layouts=layouts(
+        layouts=_layouts(
             swiglu("mlp.experts.{expert}"),
             "mlp.experts",
             router="mlp.router.gate.weight",
@@ -147,8 +189,8 @@ _ROWS: Sequence[Target] = (
         layers=layers.MLP_TYPES_AND_FIRST_DENSE,
         correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
         shared=SharedExpert(
-            weights=shared_swiglu("mlp.shared_mlp"),
-            fused=shared_swiglu("mlp.shared_experts"),
+            weights=_shared_swiglu("mlp.shared_mlp"),
+            fused=_shared_swiglu("mlp.shared_experts"),
             count_key="num_shared_experts",
         ),
         refusal=moe_settings.no_windows,
@@ -177,7 +219,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
-        layouts=QWEN_LAYOUTS,
+        layouts=_QWEN_LAYOUTS,
         keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
         layers=layers.MOE_RANGE,
         correction_bias=CorrectionBias(
@@ -187,7 +229,7 @@ _ROWS: Sequence[Target] = (
             rows=1,
         ),
         shared=SharedExpert(
-            weights=shared_swiglu("mlp.shared_experts"),
+            weights=_shared_swiglu("mlp.shared_experts"),
             count_key="moe_num_shared_experts",
             required=False,
         ),
@@ -196,17 +238,19 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="hunyuan_v1_moe",
         architecture="HunYuanMoEV1ForCausalLM",
-        layouts=layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"),
+        layouts=_layouts(
+            swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"
+        ),
         keys=Keys(
             aliases=("num_local_experts",), top_k="moe_topk", expert_size="intermediate_size"
         ),
-        shared=SharedExpert(weights=shared_swiglu("mlp.shared_mlp")),
+        shared=SharedExpert(weights=_shared_swiglu("mlp.shared_mlp")),
     ),
     Target(
         model_type="lfm2_moe",
         architecture="Lfm2MoeForCausalLM",
         routings=_SIGMOID_TOPK,
-        layouts=layouts(
+        layouts=_layouts(
             linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
             "feed_forward.experts",
             router="feed_forward.gate.weight",
@@ -220,7 +264,7 @@ _ROWS: Sequence[Target] = (
         model_type="cohere2_moe",
         architecture="Cohere2MoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
-        layouts=QWEN_LAYOUTS,
+        layouts=_QWEN_LAYOUTS,
         keys=Keys(
             expert_size="intermediate_size",
             dense_size="prefix_dense_intermediate_size",
@@ -231,7 +275,7 @@ _ROWS: Sequence[Target] = (
         ),
         layers=layers.MLP_TYPES,
         shared=SharedExpert(
-            weights=shared_swiglu("mlp.shared_experts"),
+            weights=_shared_swiglu("mlp.shared_experts"),
             count_key="num_shared_experts",
             required=False,
             settings={"shared_expert_combination_strategy": "sum"},  # the default is the mean
@@ -241,9 +285,9 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
-        layouts=QWEN_LAYOUTS,
+        layouts=_QWEN_LAYOUTS,
         keys=Keys(),
-        shared=GATED_SHARED,
+        shared=_GATED_SHARED,
         settings=moe_settings.qwen3_5_moe,
     ),
     Target(
@@ -259,7 +303,7 @@ _ROWS: Sequence[Target] = (
         keys=Keys(top_k="top_k_experts"),
         layers=layers.ENABLED,
         shared=SharedExpert(
-            weights=shared_swiglu("mlp"),
+            weights=_shared_swiglu("mlp"),
             size_key="intermediate_size",
             size=64,
             norm="post_feedforward_layernorm_1.weight",
@@ -280,9 +324,9 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
-        **_GRANITE | {"layouts": {ExpertLayout.FUSED: GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
+        **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(
-            weights=GRANITE_SHARED, size_key="shared_intermediate_size", required=False
+            weights=_GRANITE_SHARED, size_key="shared_intermediate_size", required=False
         ),
         refusal=moe_settings.wrong_thetas,
         settings=moe_settings.granitemoe_swa,
@@ -292,14 +336,14 @@ _ROWS: Sequence[Target] = (
         model_type="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
         **_GRANITE | {"layers": layers.ALL_OR_NONE},
-        shared=SharedExpert(weights=GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
+        shared=SharedExpert(weights=_GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
         settings=moe_settings.granitemoehybrid,
     ),
     Target(
         model_type="nemotron_h",
         architecture="NemotronHForCausalLM",
         routings=_SIGMOID_TOPK,
-        layouts=layouts(
+        layouts=_layouts(
             linear_layers("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
             "mixer.experts",
             router="mixer.gate.weight",

@@ -9,7 +9,7 @@ from typing import Any
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import Support, engines
+from upcycle_cli.models.engines import Support, engines, trainers
 from upcycle_cli.models.families import (
     REFUSED,
     dense_family,
@@ -21,7 +21,6 @@ from upcycle_cli.models.families import (
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.trainers import trainers
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
 from upcycle_cli.models.wrappers import WRAPPERS, text_config_of
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing

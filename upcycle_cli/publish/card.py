@@ -17,9 +17,8 @@ from upcycle_cli.checkpoint.card_metadata import is_edited, sealed, unsealed
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
-from upcycle_cli.models.engines import Support
+from upcycle_cli.models.engines import Support, trainers
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.models.trainers import trainers
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.facts import facts
 from upcycle_cli.plan.plan import Plan

@@ -14,11 +14,10 @@ from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from interop.wrapped import WRAPPED, draw_weights, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import DIFFERS, SAME, Support
+from upcycle_cli.models.engines import DIFFERS, SAME, Support, Trainer, trainers
 from upcycle_cli.models.families import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.trainers import Trainer, trainers
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
 from upcycle_cli.models.wrappers import WRAPPERS
 
