@@ -125,18 +125,17 @@ def notable(fits: Sequence[Fit]) -> tuple[Fit, ...]:
 
 def _plans(source: Checkpoint, wanted: Wanted) -> Iterator[Plan]:
     """Yield a plan of two groups for each granularity that the model can have."""
-    shared, refusal, planned = wanted.recipe.get("shared_experts", 0), None, False
+    shared, refusals = wanted.recipe.get("shared_experts", 0), list[UpcycleError]()
     for granularity in _GRANULARITIES:
         try:
             recipe = Recipe(
                 expansion=2, granularity=granularity, top_k=granularity - shared, **wanted.recipe
             )
             yield build_plan(recipe, source, target=wanted.target, options=wanted.options)
-            planned = True
         except UpcycleError as error:
-            refusal = error
-    if refusal is not None and not planned:
-        raise refusal
+            refusals.append(error)
+    if len(refusals) == len(_GRANULARITIES):
+        raise refusals[-1]
 
 
 def _fits(plan: Plan, budget: Budget) -> Iterator[Fit]:

@@ -20,12 +20,30 @@ _ORDERS = {
 
 def facts(plan: Plan) -> dict[str, str]:
     """Return what a plan makes, a property a row, in the order to show them."""
-    return dict(_growth(plan, plan.expansion) if plan.expansion else _upcycling(plan))
+    grown = plan.expansion
+    total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
+    found = dict(_experts_of_growth(plan, grown) if grown else _experts_of_recipe(plan))
+    if len(plan.layers) < plan.num_layers:
+        layers = format_layers(plan.layers)
+        found["MoE layers"] = f"{len(plan.layers)} of {plan.num_layers}: {layers}"
+    before = f"{'source' if grown else 'dense'} {parameter_text(plan.dense_parameters)}"
+    found["parameters"] = f"{total}, {active} active ({before})"
+    if not grown:
+        flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
+        found["FLOPs per token"] = f"{flops}, attention scores left out"
+    found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
+    if not grown:
+        found |= _weights_of_recipe(plan)
+    found["promise"] = promise_text(plan)
+    if plan.dropped:
+        reasons = "; ".join(sorted({*plan.dropped.values()}))
+        found["left out"] = f"{counted(len(plan.dropped), 'tensor')}: {reasons}"
+    return found
 
 
-def _upcycling(plan: Plan) -> Iterator[tuple[str, str]]:
-    recipe, dense = plan.recipe, plan.family.dense
-    yield "model", f"{dense.family.title} → {plan.target.title}"
+def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe = plan.recipe
+    yield "model", f"{plan.family.dense.family.title} → {plan.target.title}"
     yield "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}"
     yield "experts", _experts(plan)
     if plan.merge is not None:
@@ -33,49 +51,24 @@ def _upcycling(plan: Plan) -> Iterator[tuple[str, str]]:
         mean = plan.merge.rest is Rest.MEAN
         others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
         yield "other weights", f"attention, norms, embeddings: {others}"
-    yield from _layers(plan)
-    yield "parameters", f"{_parameters(plan)} (dense {parameter_text(plan.dense_parameters)})"
-    flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
-    yield "FLOPs per token", f"{flops}, attention scores left out"
-    yield "size", _size(plan)
-    rounded = "rounded" if plan.rounded_to else "lossless"
-    yield "scale factors", f"{_factors(plan)} ({rounded})"
-    if recipe.neuron_order is not NeuronOrder.SLICED:
-        yield "neurons", _ORDERS[recipe.neuron_order]
-    if recipe.perturbed:
-        yield "perturbation", perturbation_text(plan)
-    yield "router", _router(plan)
-    yield "promise", promise_text(plan)
-    if plan.dropped:
-        reasons = "; ".join(sorted({*plan.dropped.values()}))
-        yield "left out", f"{counted(len(plan.dropped), 'tensor')}: {reasons}"
 
 
-def _growth(plan: Plan, expansion: Expansion) -> Iterator[tuple[str, str]]:
+def _experts_of_growth(plan: Plan, expansion: Expansion) -> Iterator[tuple[str, str]]:
     before, times = expansion.experts, expansion.growth.expand
     yield "model", f"{plan.target.title}, each expert {times} times"
     experts = f"{before.num_experts} → {plan.num_experts} per layer"
     active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
     yield "experts", f"{experts}, {active}, each {plan.expert_size} wide"
-    yield from _layers(plan)
-    yield "parameters", f"{_parameters(plan)} (source {parameter_text(plan.dense_parameters)})"
-    yield "size", _size(plan)
-    yield "promise", promise_text(plan)
 
 
-def _layers(plan: Plan) -> Iterator[tuple[str, str]]:
-    if len(plan.layers) < plan.num_layers:
-        layers = format_layers(plan.layers)
-        yield "MoE layers", f"{len(plan.layers)} of {plan.num_layers}: {layers}"
-
-
-def _parameters(plan: Plan) -> str:
-    total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
-    return f"{total}, {active} active"
-
-
-def _size(plan: Plan) -> str:
-    return f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
+def _weights_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
+    rounded = "rounded" if plan.rounded_to else "lossless"
+    yield "scale factors", f"{_factors(plan)} ({rounded})"
+    if plan.recipe.neuron_order is not NeuronOrder.SLICED:
+        yield "neurons", _ORDERS[plan.recipe.neuron_order]
+    if plan.recipe.perturbed:
+        yield "perturbation", perturbation_text(plan)
+    yield "router", _router(plan)
 
 
 def _experts(plan: Plan) -> str:

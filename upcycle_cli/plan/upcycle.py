@@ -7,13 +7,11 @@ be used, or dropped for a stated reason. So a conversion fails before it writes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
@@ -24,7 +22,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.dense_parts import DenseParts
 from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.merge import Merge, model_of
-from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
+from upcycle_cli.plan.output import Options, OutputTensor, fill_shards
 from upcycle_cli.plan.plan import Plan, Upcycling
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import check_neuron_orders
@@ -32,8 +30,6 @@ from upcycle_cli.plan.tensors import TensorMaker
 from upcycle_cli.plan.texts import Prompts
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise, Recipe, ScaleSplit, Scaling
-
-_LONGEST_ROW = 2  # a router row's length, as a multiple of the average
 
 
 def build_plan(
@@ -115,7 +111,6 @@ def build_plan(
         dropped=dropped,
     )
     tensors = _tensors(plan)
-    _check_router_range(recipe, tensors)
     _check_all_used(plan, tensors, mlp)
     return replace(plan, shards=fill_shards(tensors, options.max_shard_bytes))
 
@@ -182,20 +177,6 @@ def _check_merge(
         )
     models = (source, *merge.others)
     inputs.text.of_groups([models[number] for number in merge.cycle])
-
-
-def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
-    """Raise UpcycleError for a logit std that can overflow the routers' dtype."""
-    std = recipe.router_logit_std or 0.0
-    for tensor in (each for each in tensors if each.role is Role.ROUTER):
-        # The norm's output has length √H, which bounds every token's logit.
-        most = LARGEST[tensor.dtype] / (math.sqrt(tensor.shape[-1]) * _LONGEST_ROW)
-        if std > most:
-            raise UpcycleError(
-                f"router logits of standard deviation {std:g} overflow "
-                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
-            )
 
 
 def _check_all_used(plan: Plan, tensors: Collection[OutputTensor], mlp: Collection[Weight]) -> None:

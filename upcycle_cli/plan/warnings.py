@@ -74,11 +74,7 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     if grouped and recipe.routing is not Routing.SOFTMAX_TOPK and recipe.top_k == recipe.group_size:
         yield _no_gradient(plan)
     if recipe.neuron_order is not NeuronOrder.SLICED and recipe.group_size == 1:
-        size, routed = ("G - K", "routed ") if recipe.shared_experts else ("G", "")
-        yield (
-            f"with {size} = 1 every expert has all {routed}neurons of the dense MLP: their order "
-            "changes what is stored, and neither what experts compute nor how they train."
-        )
+        yield "every expert has all routed neurons of the dense MLP: their order changes nothing."
     if recipe.splits_soon and not target.ships_code:
         yield (
             "the first steps of training split virtual groups, and the dense model's function is "
