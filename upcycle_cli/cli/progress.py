@@ -22,19 +22,20 @@ class _Lines(Progress):
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total, self.written = console, total, 0
-        self.calibrated()
+        self.begins("writing")
 
     def advance(self, num_bytes: int) -> None:
         self.written += num_bytes
         self.checked(self.written, self.total, "bytes")
 
     def calibrated(self) -> None:
-        self.name, self.started, self.last = "writing", time.monotonic(), time.monotonic()
+        self.begins("writing")
 
     def begins(self, what: str) -> None:
         raise_signal()
         self.name, self.started, self.last = what, time.monotonic(), time.monotonic()
-        self.console.print(what)
+        if what != "writing":
+            self.console.print(what)
 
     def checked(self, done: int, total: int, unit: str) -> None:
         raise_signal()
@@ -59,9 +60,6 @@ class _Bar(_Lines):
     def __init__(self, progress: Bars, total: int) -> None:
         self.progress = progress
         super().__init__(progress.console, total)
-
-    def calibrated(self) -> None:
-        self.begins("writing")
 
     def begins(self, what: str) -> None:
         raise_signal()
