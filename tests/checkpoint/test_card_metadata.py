@@ -42,14 +42,8 @@ STRANGE = {
         {"language": ["en"]},
         "license",
     ),
-    "many languages": (
-        front(f"license: mit\nlanguage: [{'en, ' * 5000}]"),
-        {"license": "mit"},
-        "la",
-    ),
     "not YAML": (front("license: ["), {}, "not YAML"),
     "deep": (front("a: " + "[" * 5000), {}, "not YAML"),
-    "large": (front("x: " + "y" * 1_100_000), {}, "characters"),
     "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
     "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),
     # A card without a licence is not reported.

@@ -65,7 +65,7 @@ LLAMA_TARGETS = "mixtral or qwen2_moe or glm4_moe or solar_open or upcycled."
 @pytest.mark.parametrize(
     ("config", "target", "routing", "words", "hint"),
     [
-        (tiny_config("llama"), "gpt_moe", None, "--target 'gpt_moe' is not", LLAMA_TARGETS),
+        (tiny_config("llama"), "gpt_moe", None, "llama cannot become gpt_moe", LLAMA_TARGETS),
         (tiny_config("qwen2"), "mixtral", None, "qwen2 cannot become mixtral.", "It can become"),
         (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "--target qwen2_moe."),
         *(

@@ -18,9 +18,7 @@ from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _INHERITED = ("license", "license_name", "license_link", "language")
-_MAX_CHARACTERS = 1_000_000  # several times the front matter of a card with long result tables
 _MAX_LINE = 500
-_MAX_ITEMS = 1000
 Value = str | list[str]
 
 
@@ -64,8 +62,6 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
     block = _BLOCK.match(text)
     if block is None:
         return {}
-    if len(block[1]) > _MAX_CHARACTERS:
-        raise UpcycleError(f"its front matter has {len(block[1]):,} characters.")
     try:
         root = compose(block[1], SafeLoader)
     except (RecursionError, YAMLError) as error:
@@ -85,8 +81,7 @@ def _value(node: Any) -> Value | None:  # noqa: ANN401 - yaml has no type stubs
 
     if not isinstance(node, SequenceNode):
         return node.value if _is_line(node) else None
-    fits = len(node.value) <= _MAX_ITEMS and all(map(_is_line, node.value))
-    return [item.value for item in node.value] if fits else None
+    return [item.value for item in node.value] if all(map(_is_line, node.value)) else None
 
 
 def _is_line(node: Any) -> bool:  # noqa: ANN401

@@ -11,7 +11,6 @@ from upcycle_cli.models.dense import DenseModel, Pieces
 from upcycle_cli.models.families import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.layers import parse_layers
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_rows import NATIVE, WRAPPED_TARGETS
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 
@@ -65,13 +64,8 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        known = target in {*NATIVE, *WRAPPED_TARGETS, SHIPPED}
-        raise UpcycleError(
-            f"{family.title} cannot become {target}."
-            if known
-            else f"--target '{target}' is not a target.",
-            f"{'It' if known else family.title} can become {' or '.join(options)}.",
-        )
+        hint = f"It can become {' or '.join(options)}."
+        raise UpcycleError(f"{family.title} cannot become {target}.", hint)
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}
