@@ -6,7 +6,6 @@ Nothing here imports transformers, so that a child process starts as fast as the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -39,23 +38,6 @@ _T = TypeVar("_T")
 # Dense models --------------------------------------------------------------------------------
 
 
-def dense_shapes(*, hidden: int, inner: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama with two heads of full size and an untied head."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        for matrix in ("q", "k", "v", "o"):
-            shapes[f"{prefix}.self_attn.{matrix}_proj.weight"] = (hidden, hidden)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
 def make_dense(
     path: Path,
     *,
@@ -67,8 +49,8 @@ def make_dense(
     hollow: bool = False,
 ) -> Path:
     """Write a bfloat16 Llama; with `hollow`, only its norms have data, and it takes no space."""
-    path.mkdir(parents=True)
-    shapes = dense_shapes(hidden=hidden, inner=inner, layers=layers, vocab=vocab)
+    from shapes import write_hollow  # not for child processes: it imports torch
+
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -81,30 +63,19 @@ def make_dense(
         "head_dim": hidden // 2,
         "tie_word_embeddings": False,
     }
-    (path / "config.json").write_text(json.dumps(config))
+    write_hollow(path, config)
     (path / "LICENSE").write_text("Do as you like.\n")
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in shapes.items():
-        end = position + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
-        position = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
     random = np.random.default_rng(seed)
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, shape in shapes.items():
-            length = int(np.prod(shape))
+    with (path / "model.safetensors").open("r+b") as file:
+        for name, entry in open_checkpoint(path).tensors.items():
+            length = entry.nbytes // 2
+            file.seek(entry.offset)
             if "norm" in name:
                 file.write(np.full(length, 0x3F80, np.uint16).tobytes())  # ones
-            elif hollow:
-                file.seek(2 * length, os.SEEK_CUR)
-            else:
+            elif not hollow:
                 # A sign and a mantissa of chance; magnitudes from 2⁻⁷ to 2⁻³.
                 bits = random.integers(0, 1 << 16, length, np.uint16)
                 file.write(((bits & 0x81FF) | 0x3C00).tobytes())
-        file.truncate()
     return path
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from refusals import Refuses
 
 FIVE_HEADS = {"num_attention_heads": 5, "head_dim": None}
-THREE_KV_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 3}
 WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8}
 NO_DICT = {"rope_parameters": REMOVED}
 
@@ -78,18 +77,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": REMOVED}, "config.json implies"),
     ({"num_hidden_layers": 1}, "model.layers.1"),
     (FIVE_HEADS, "num_attention_heads 5"),
-    (THREE_KV_HEADS, "num_key_value_heads 3"),
     ({"max_position_embeddings": 2048.5}, "max_position_embeddings"),
     ({"rope_scaling": {"rope_type": "linear", "rope_theta": "x"}}, "rope_theta"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
     ({"mlp_bias": "no"}, "mlp_bias"),
     ({"model_type": "gpt9"}, "upcycle families"),
-    # Mixtures of experts already, and quantised models.
-    ({"model_type": "mixtral", "num_local_experts": 4}, "mixture of experts already"),
-    ({"model_type": "deepseek_v3", "n_routed_experts": 64}, "mixture of experts already"),
-    ({"num_experts": 8}, "mixture of experts already"),
     *each("quantization_config", "fp8", [], {}, word="quantised"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
 ]
 
 

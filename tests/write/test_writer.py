@@ -7,8 +7,6 @@ import hashlib
 import json
 import mmap
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -292,21 +290,6 @@ def test_a_failure_to_flush_is_not_lost(
     with pytest.raises(OSError, match="Input/output error"):
         write(plan, output, wait, WriteOptions())
     assert not (output / plan.shards[0].name).exists()
-
-
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = None
-from upcycle_cli.__main__ import main
-main()
-"""
-
-
-def test_converting_needs_no_torch(make: Make, output: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_TORCH, "convert", str(make().source.path)]
-    command += [str(output / "new"), "--recipe", "E2G2T2", "--dtype", "float16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 # Layout and shared extents ------------------------------------------------------------------------
