@@ -10,18 +10,8 @@ import forked
 import pytest
 from conftest import clone
 
-from upcycle_cli import Recipe, convert
-
 PATIENCE = 60  # seconds; a hang would take forever
 MEMORY = 4_000_000_000
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
-
-
-@pytest.fixture(scope="module")
-def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moe") / "moe"
-    convert(llama, path, RECIPE)
-    return path
 
 
 PROGRAM = f"""
@@ -92,8 +82,10 @@ def test_headers(llama: Path, tmp_path: Path, header: str, words: str) -> None:
     ],
     ids=str,
 )
-def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[str, int]) -> None:
-    path = clone(moe, tmp_path / "moe", **changes)
+def test_sizes_in_an_moe(
+    llama: Path, e2g2t2: Path, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    path = clone(e2g2t2, tmp_path / "moe", **changes)
     done = run("verify", llama, path, "--checks", "directory,outputs")
     assert_refused(done, next(iter(changes)), code=1)
     assert_survives(run("inspect", path, "--weights"))
@@ -103,8 +95,8 @@ def test_sizes_in_an_moe(llama: Path, moe: Path, tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "upcycle.json", "tokenizer.json"]
 )
-def test_files_of_an_moe(llama: Path, moe: Path, tmp_path: Path, name: str, kind: str) -> None:
-    path = clone(moe, tmp_path / "moe")
+def test_files_of_an_moe(llama: Path, e2g2t2: Path, tmp_path: Path, name: str, kind: str) -> None:
+    path = clone(e2g2t2, tmp_path / "moe")
     (path / name).unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path / name)
@@ -118,12 +110,12 @@ def test_files_of_an_moe(llama: Path, moe: Path, tmp_path: Path, name: str, kind
     assert_survives(run("inspect", path))
 
 
-def test_pipes_for_weights_and_prompts(llama: Path, moe: Path, tmp_path: Path) -> None:
+def test_pipes_for_weights_and_prompts(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     dense = clone(llama, tmp_path / "dense")
     pipe = dense / "model.safetensors"
     pipe.unlink()
     os.mkfifo(pipe)
-    for arguments in ((dense, moe), (llama, moe, "--prompts", pipe)):
+    for arguments in ((dense, e2g2t2), (llama, e2g2t2, "--prompts", pipe)):
         assert_refused(run("verify", *arguments), "not a regular file")
 
 
