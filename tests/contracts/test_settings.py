@@ -111,7 +111,7 @@ def test_a_setting_of_the_source_keeps_its_meaning(
 
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-WINDOW = {"sliding_window": 8, "use_sliding_window": True, "num_hidden_layers": 3}
+WINDOW: dict[str, Any] = {"sliding_window": 8, "use_sliding_window": True, "num_hidden_layers": 3}
 
 
 @pytest.mark.parametrize(

@@ -320,8 +320,11 @@ for moe in sys.argv[2:]:
     print(verify(sys.argv[1], moe).status)
 """
 NAMED: tuple[dict[str, Any], ...] = (
-    {"name_or_path": "org/other"},
-    {"attn_implementation": "org/kernel", "experts_implementation": "org/kernel"},
+    {
+        "name_or_path": "org/other",
+        "attn_implementation": "org/kernel",
+        "experts_implementation": "org/kernel",
+    },
     {"auto_map": {"AutoConfig": "org/code--x.X", "AutoModelForCausalLM": "org/code--x.X"}},
     {"quantization_config": {"quant_method": "gptq", "tokenizer": "org/other"}},
 )
