@@ -12,10 +12,8 @@ from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import bind
-from upcycle_cli.recipe.recipe import NeuronOrder
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.staging import CALIBRATION, Staging
 
@@ -33,7 +31,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Wat
     def find() -> Calibration | None:
         if staging is None:
             return None
-        found = _cached(plan, staging)
+        found = _cached(staging)
         if found is None:
             from upcycle_cli.calibrate.collect import calibrate
 
@@ -47,15 +45,8 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Wat
     return bind(plan, found)
 
 
-def _cached(plan: Plan, staging: Staging) -> Calibration | None:
+def _cached(staging: Staging) -> Calibration | None:
     # A damaged file is no error: the calibration is run again.
     with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
-        found = Calibration.from_bytes(read_small(staging.path / CALIBRATION, _MOST_BYTES))
-        copies = plan.recipe.num_experts // plan.recipe.router_rows
-        rows = {t.layer: t.nbytes // copies for t in plan.tensors if t.role is Role.ROUTER}
-        clustered = plan.recipe.neuron_order is NeuronOrder.CLUSTERED
-        order = 4 * plan.family.dense.intermediate_size if clustered else 0
-        held = {layer: (len(of.rows), len(of.order or b"")) for layer, of in found.layers.items()}
-        if held == {layer: (size, order) for layer, size in rows.items()}:
-            return found
+        return Calibration.from_bytes(read_small(staging.path / CALIBRATION, _MOST_BYTES))
     return None

@@ -62,21 +62,17 @@ class LayerCalibration:
             idle=int((load_E == 0).sum()),
             gates=chosen_gates(logits_PE, recipe.rows_chosen),
         )
+        order = None
+        if recipe.neuron_order is NeuronOrder.CLUSTERED:
+            stream, draw = order_name(self.layer), partial(standard_normal, recipe.seed)
+            order_I = clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
+            order = order_I.astype("<u4").tobytes()
         return LayerFound(
             statistics=statistics,
             activity=activity_PI.mean(0),
             rows=rows,
-            order=self._order(inputs_PH, activity_PI),
+            order=order,
         )
-
-    def _order(self, inputs_PH: Array, activity_PI: Floats) -> bytes | None:
-        recipe = self.plan.recipe
-        if recipe.neuron_order is not NeuronOrder.CLUSTERED:
-            return None
-        draw = partial(standard_normal, recipe.seed)
-        stream = order_name(self.layer)
-        order = clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
-        return order.astype("<u4").tobytes()
 
     def _rows(self, inputs_PH: Array) -> bytes:
         """Return the router rows in the router's dtype; UpcycleError where they do not fit."""

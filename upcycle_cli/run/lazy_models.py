@@ -8,7 +8,7 @@ Legend: S tokens, T top-k, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.models.families import dense_family, is_target
+from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.wrapper import Inside
 from upcycle_cli.run.layerwise import Span
@@ -106,16 +107,22 @@ def lazy_model(
         sees = None if observe is None else partial(observe, name)
         return Stored(pieces, narrow, sees)
 
+    def expert(layer: int, weight: Weight, number: int) -> Stored:
+        assert experts is not None
+        pieces = [experts.part(reader, layer, number, part) for part in weight.parts]
+        return stored(f"layers.{layer}.{weight.name}", *pieces)
+
     experts, stacks = None, {}
     if is_target(checkpoint.config):
         experts = moe_tensors(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
         find, parts = _finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}
-        for layer in experts.layers:
-            for weight in target.in_memory.experts:
-                if {*weight.parts} <= parts:
-                    one = partial(_expert, experts, reader, stored, layer, weight.name)
-                    stacks[layer, weight.name] = Stack(one)
+        stacks = {
+            (layer, weight.name): Stack(partial(expert, layer, weight))
+            for layer in experts.layers
+            for weight in target.in_memory.experts
+            if {*weight.parts} <= parts
+        }
     else:
         family = dense_family(checkpoint.config, checkpoint.tensors)
         find, mlp = _finder(checkpoint, family.inside, "model."), family.mlp[0].name.split(".")[0]
@@ -141,20 +148,6 @@ def _observe_layers(net: Model, observe: Observe) -> None:
 
     for number, layer in enumerate(decoder_layers(net)):
         layer.register_forward_hook(partial(note, f"layers.{number}"))
-
-
-def _expert(
-    experts: MoeTensors,
-    reader: Reader,
-    stored: Callable[..., Stored],
-    layer: int,
-    weight: str,
-    number: int,
-) -> Stored:
-    """Return one weight of one expert, of the parts that it holds in memory."""
-    held = next(each for each in experts.target.in_memory.experts if each.name == weight)
-    pieces = [experts.part(reader, layer, number, part) for part in held.parts]
-    return stored(f"layers.{layer}.{weight}", *pieces)
 
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
@@ -263,7 +256,7 @@ def _fill(model: Model, tensor: Find) -> None:
     state = model.state_dict(keep_vars=True)
     named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
     in_memory = {id(held): name for name, held in reversed(named.items())}
-    places = _places(model, in_memory)
+    places = _places(model)
     found: dict[int, Stored] = {}
     # A tied head is the embedding, and only one of the two names may be on disk; and some save a
     # model under the names that it has in memory.
@@ -281,12 +274,11 @@ def _fill(model: Model, tensor: Find) -> None:
             slots[leaf] = stored if held.dim() > 1 else stored.whole()
 
 
-def _places(model: Model, wanted: Container[int]) -> dict[int, list[tuple[dict[str, Any], str]]]:
+def _places(model: Model) -> dict[int, list[tuple[dict[str, Any], str]]]:
     """Return where a model keeps each of its tensors, by their ids."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for slots in (module._parameters, module._buffers):  # noqa: SLF001
             for leaf, held in slots.items():
-                if id(held) in wanted:
-                    places.setdefault(id(held), []).append((slots, leaf))
+                places.setdefault(id(held), []).append((slots, leaf))
     return places

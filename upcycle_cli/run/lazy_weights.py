@@ -57,11 +57,6 @@ class Stored(_Unread):
         """Return values of a file as torch computes with them."""
         return values.to(self.round_to).float()
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Read some rows."""
-        found = [self.cast(piece) for piece in self.block(begin, end).pieces]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
     def whole(self) -> torch.Tensor:
         """Read all of it."""
         found = [self.cast(piece) for piece in self.pieces]
@@ -118,15 +113,16 @@ def _linear(
     weight: Stored,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    rows, columns = weight.shape
+    num_rows, columns = weight.shape
     size = max(1, _BLOCK // columns)
-    if size >= rows:
+    if size >= num_rows:
         return functional.linear(input, weight.whole(), bias)
-    output = input.new_empty((*input.shape[:-1], rows))
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
+    output = input.new_empty((*input.shape[:-1], num_rows))
+    for begin in range(0, num_rows, size):
+        end = min(begin + size, num_rows)
         part = None if bias is None else bias[begin:end]
-        output[..., begin:end] = functional.linear(input, weight.rows(begin, end), part)
+        rows = weight.block(begin, end).whole()
+        output[..., begin:end] = functional.linear(input, rows, part)
     return output
 
 

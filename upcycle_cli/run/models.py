@@ -56,7 +56,7 @@ def transformers_errors() -> Iterator[None]:
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     offline = constants.HF_HUB_OFFLINE
-    _set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     # A checkpoint can name repos in more places than options can forbid.
     constants.HF_HUB_OFFLINE = True
@@ -82,7 +82,7 @@ def transformers_errors() -> Iterator[None]:
         raise TransformersError(f"{type(error).__name__}: {words[:300]}") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
-        _set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
@@ -95,13 +95,6 @@ def source_errors(path: Path) -> Iterator[None]:
             yield
     except TransformersError as error:
         raise UpcycleError(f"transformers cannot run {path}: {error}") from error
-
-
-def _set_verbosity(verbosity: int) -> None:
-    from transformers.utils import logging
-
-    if logging.get_verbosity() != verbosity:  # setting it visits all loggers
-        logging.set_verbosity(verbosity)
 
 
 def load_config(path: Path) -> Config:

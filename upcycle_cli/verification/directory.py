@@ -188,9 +188,6 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
 
     try:
         written = _saved(dense, plan.config, generation=GENERATION_NAME in names)
-    except TransformersError:
-        return False
-    try:
         for name in names | written.keys():
             wanted, held = written.get(name), _contents(moe, name)
             # What transformers no longer writes it has moved to a file that it does write.
@@ -201,7 +198,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
             values = [parse_json(data, name) for data in (wanted, held)]
             if not same(*map(_without_defaults, values)):
                 return False
-    except UpcycleError:
+    except (TransformersError, UpcycleError):
         return False
     return True
 

@@ -6,6 +6,7 @@ its values differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,12 +36,11 @@ _MOST_LEFT = 0.2
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A leaf of a tensor that holds other bytes than its expression's value."""
+class Place:
+    """A leaf of a tensor of the MoE, and where it begins in the tensor, in bytes."""
 
     name: str
     start: int
-    """Where the leaf begins in the tensor, in bytes."""
     expr: Expr
 
 
@@ -53,14 +53,14 @@ class _Explainer:
     held: Reader
     tensors: Mapping[str, OutputTensor]
 
-    def values(self, found: Difference) -> tuple[Floats, Floats]:
+    def values(self, found: Place) -> tuple[Floats, Floats]:
         """Return what a leaf holds, and what it should hold."""
         kind = type_of(found.expr)
         data = self.held.mapped(found.name)[found.start : found.start + num_bytes(found.expr)]
         wanted = evaluate(found.expr, self.source.mapped)
         return tuple(as_float32(bytes(each), kind.dtype, kind.shape) for each in (data, wanted))  # type: ignore[return-value]
 
-    def words(self, found: Difference) -> tuple[str, bool]:
+    def words(self, found: Place) -> tuple[str, bool]:
         """Return what is wrong with a leaf, and whether training cannot have done that."""
         held, wanted = self.values(found)
         if words := self._other_words(found) or _moved_words(held, wanted):
@@ -71,7 +71,7 @@ class _Explainer:
             return f"{found.name} {words}", True
         return f"{found.name} {_plain_words(held, wanted)}", False
 
-    def _other_words(self, found: Difference) -> str | None:
+    def _other_words(self, found: Place) -> str | None:
         """Say which other expert's values are there."""
         tensor = self.tensors[found.name]
         if tensor.role is not Role.EXPERT:
@@ -111,7 +111,7 @@ class _Explainer:
 def explain(
     plan: Plan,
     moe: Checkpoint,
-    differing: Sequence[Difference],
+    differing: Sequence[Place],
     exprs: Mapping[str, Expr],
     source: Reader | MergedReader,
     held: Reader,
@@ -127,8 +127,7 @@ def explain(
     found = [explainer.words(each) for each in ordered[:_MOST_EXPLAINED]]
     if len(ordered) >= _FEWEST_TRAINED and not any(particular for _, particular in found):
         sample = ordered[:: len(ordered) // _MOST_SAMPLED + 1]
-        found_changes = [_relative_change(*explainer.values(each)) for each in sample]
-        changes = [change for change in found_changes if change is not None]
+        changes = [_relative_change(*explainer.values(each)) for each in sample]
         small = [change for change in changes if change < 1.0]
         if len(small) > len(changes) * 0.9:
             return [
@@ -140,11 +139,10 @@ def explain(
     return [words for words, _ in found] + rest
 
 
-def _relative_change(held: Floats, wanted: Floats) -> float | None:
-    """Return the size of the change of the first values, relative to theirs; None for zeros."""
+def _relative_change(held: Floats, wanted: Floats) -> float:
+    """Return the size of the change of the first values, relative to theirs."""
     held, wanted = (values.reshape(-1)[:_SAMPLE_ITEMS] for values in (held, wanted))
-    length = float(np.linalg.norm(wanted))
-    return float(np.linalg.norm(held - wanted)) / length if length else None
+    return float(np.linalg.norm(held - wanted)) / (float(np.linalg.norm(wanted)) or math.inf)
 
 
 def _router_words(held: Floats, expr: Expr) -> str | None:
@@ -154,14 +152,12 @@ def _router_words(held: Floats, expr: Expr) -> str | None:
     if not np.isfinite(held).all():
         return " holds values that are not finite"
     rows = held.reshape(len(held) // expr.times, expr.times, -1)
-    for group, own in enumerate(rows):
-        for place in range(1, expr.times):
-            if not np.array_equal(own[0], own[place]):
-                # Of three or more the odd one is named; of two either could be it.
-                odd = 0 if expr.times > 2 and np.array_equal(own[1], own[2]) else place
-                row = group * expr.times + odd
-                return f": row {row} differs from the others of virtual group {group}"
-    return None
+    differ = np.argwhere((rows != rows[:, :1]).any(-1))
+    if not len(differ):
+        return None
+    group, place = differ[0]
+    row = group * expr.times + place
+    return f": row {row} differs from the first of virtual group {group}"
 
 
 def _factor_words(held: Floats, wanted: Floats) -> str | None:

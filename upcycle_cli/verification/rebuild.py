@@ -88,7 +88,15 @@ def rebuild(
     given = given or Given()
     if "growth" in record:
         if not is_moe(dense.config):
-            raise _two_steps(record, dense, moe)
+            source = record.get("source")
+            name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
+            pairs = (str(dense.path), name), (name, str(moe.path))
+            steps = (shlex.join(["upcycle", "verify", *pair]) for pair in pairs)
+            raise UpcycleError(
+                f"{moe.path} was not made from a dense model: it has grown from the MoE {name}, "
+                f"says its {RECORD_NAME}.",
+                f"Each step is proven by itself, with that MoE's directory: {' && '.join(steps)}",
+            )
         if others or given != Given():
             raise UpcycleError(
                 "an MoE grows from one model, with that model's routers.",
@@ -124,20 +132,6 @@ def rebuild(
 
 def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in tensors}
-
-
-def _two_steps(record: Record, dense: Checkpoint, moe: Checkpoint) -> UpcycleError:
-    """Return the error for a dense model, and an MoE that grew from another MoE."""
-    source = record.get("source")
-    name = source.get("name") if isinstance(source, dict) else None
-    between = printable(name) if isinstance(name, str) and name else "SOURCE"
-    here, there, grown = (shlex.quote(str(word)) for word in (dense.path, between, moe.path))
-    return UpcycleError(
-        f"{moe.path} was not made from a dense model: it has grown from the MoE {between}, says "
-        f"its {RECORD_NAME}.",
-        "Each step is proven by itself, with that MoE's directory: "
-        f"upcycle verify {here} {there} && upcycle verify {there} {grown}",
-    )
 
 
 def _upcycling(

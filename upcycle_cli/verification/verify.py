@@ -8,10 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -143,10 +142,6 @@ class _Case:
 
     def run(self, selected: Sequence[str], *, fail_fast: bool) -> tuple[CheckResult, ...]:
         """Run the checks in their order."""
-        checks: dict[str, Callable[[Plan], CheckResult]] = {
-            "directory": lambda plan: check_directory(plan, self.moe, self.names, self.record),
-            "weights": partial(self._weights, ahead="outputs" in selected and not fail_fast),
-        }
         results: list[CheckResult] = []
         for name in selected:
             failed = next((check for check in results if check.status is Status.FAILED), None)
@@ -156,12 +151,15 @@ class _Case:
             self.watch.begins(f"checking {name}")
             if name == "outputs":
                 results.append(self._outputs())
-            elif self.plan is not None:
-                results.append(checks[name](self.plan))
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
-            else:
+            elif self.plan is None:
                 results.append(_skipped(name, f"Nothing to compare with: {self.unrecorded}."))
+            elif name == "directory":
+                results.append(check_directory(self.plan, self.moe, self.names, self.record))
+            else:
+                ahead = "outputs" in selected and not fail_fast
+                results.append(self._weights(self.plan, ahead=ahead))
         return tuple(results)
 
     def _weights(self, plan: Plan, *, ahead: bool) -> CheckResult:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache
 from threading import Event, Lock
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.verification.explain import Difference, explain
+from upcycle_cli.verification.explain import Place, explain
 from upcycle_cli.verification.result import CheckResult, Findings, Status
 from upcycle_cli.verification.unknowns import Known, Orders, is_open, read_rows, rows_differ
 from upcycle_cli.write.evaluate import evaluate_together
@@ -37,14 +36,6 @@ _STEP_BYTES = 8 << 20
 _RELEASE_BYTES = 1 << 30
 _EXPERTS = (Role.EXPERT, Role.SHARED_EXPERT)
 _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
-
-
-class Place(NamedTuple):
-    """Where the bytes of a leaf lie in a tensor of the MoE."""
-
-    name: str
-    start: int
-    nbytes: int
 
 
 def check_weights(
@@ -156,23 +147,22 @@ class _Scan:
     source: Reader | MergedReader
     held: Reader
     watch: Watch
-    differing: list[Difference] = field(default_factory=list)
+    differing: list[Place] = field(default_factory=list)
     _read: int = 0
     _lock: Lock = field(default_factory=Lock)
     _stop: Event = field(default_factory=Event)
 
-    def run(self, tensors: Mapping[str, Sequence[Expr]]) -> list[Difference]:
+    def run(self, tensors: Mapping[str, Sequence[Expr]]) -> list[Place]:
         """Return the leaves that differ, in the order of the files."""
         places: dict[Expr, list[Place]] = {}
+        total = done = 0
         for name, exprs in tensors.items():
             start = 0
             for leaf in exprs:
-                nbytes = num_bytes(leaf)
-                if nbytes:
-                    places.setdefault(leaf, []).append(Place(name, start, nbytes))
-                start += nbytes
-        total = sum(place.nbytes for found in places.values() for place in found)
-        done = 0
+                if num_bytes(leaf):
+                    places.setdefault(leaf, []).append(Place(name, start, leaf))
+                start += num_bytes(leaf)
+            total += start
         self.watch.checked(0, total, "bytes")
         pool = ThreadPoolExecutor(_THREADS, "upcycle-weights")
         try:
@@ -191,7 +181,7 @@ class _Scan:
 
     def _compare(self, leaves_: Mapping[Expr, Sequence[Place]]) -> int:
         """Compare some leaves with all their places; return how many bytes that were."""
-        exprs, wrong = [*leaves_], set[tuple[Expr, Place]]()
+        exprs, wrong = [*leaves_], set[Place]()
         if self._stop.is_set():
             return 0
         positions = [0] * len(exprs)
@@ -201,11 +191,11 @@ class _Scan:
             for step in range(0, len(value), _STEP_BYTES):
                 piece = value[step : step + _STEP_BYTES]
                 for place in leaves_[expr]:
-                    if (expr, place) not in wrong and not self._holds(place, start + step, piece):
-                        wrong.add((expr, place))
+                    if place not in wrong and not self._holds(place, start + step, piece):
+                        wrong.add(place)
         with self._lock:
-            self.differing += [Difference(p.name, p.start, expr) for expr, p in wrong]
-        return sum(place.nbytes for found in leaves_.values() for place in found)
+            self.differing += wrong
+        return sum(num_bytes(expr) * len(found) for expr, found in leaves_.items())
 
     def _holds(self, place: Place, start: int, value: memoryview) -> bool:
         """Whether the bytes of a place from `start` on are these."""
