@@ -40,17 +40,14 @@ def broken(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("command", "code", "status"),
     [
-        ("convert DENSE OUT --recipe E2G2T2", 0, "converted"),
         ("convert DENSE OUT --recipe E2G2T2 --verify", 0, "converted"),
         ("convert DENSE MOE --recipe E2G2T2", 0, "already done"),
         ("convert DENSE OUT --recipe E2G2T2 --dry-run", 0, "planned"),
         ("convert DENSE OUT -r E2G1T1 --scaling 3 --expert-layout fused --dry-run", 0, "planned"),
         ("convert DENSE OUT --recipe E2G5T5", 2, "error"),
-        ("convert ABSENT OUT --recipe E2G2T2", 2, "error"),
         ("inspect DENSE --tensors", 0, "inspected"),
         ("inspect DENSE --max-params 1M --gpu-memory 1GB×2", 0, "inspected"),
         ("inspect DENSE --max-params 1K", 2, "error"),
-        ("inspect DENSE --recipe E2G2T2 --tensors", 0, "inspected"),
         ("inspect MOE --tensors", 0, "inspected"),
         ("inspect MOE --weights --dense DENSE", 0, "inspected"),
         ("inspect ABSENT", 2, "error"),
