@@ -10,7 +10,7 @@ import pytest
 from upcycle_cli import UpcycleError
 from upcycle_cli.calibrate.neuron_clusters import clustered_order
 from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, loads, prompted
-from upcycle_cli.write.rng import standard_normal
+from upcycle_cli.write.drawing import standard_normal
 
 Array = np.ndarray[Any, Any]
 

@@ -29,8 +29,8 @@ from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
+from upcycle_cli.write.drawing import standard_normal
 from upcycle_cli.write.evaluate import check_rows, evaluate
-from upcycle_cli.write.rng import standard_normal
 
 
 @dataclass(frozen=True)

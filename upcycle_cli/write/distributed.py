@@ -39,11 +39,10 @@ class Team:
     def launched(cls) -> Self:
         """Return the team that torchrun has started, or a team of one; UpcycleError."""
         size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-        if not 0 <= rank < size:
-            raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}: there is no such process.")
-        missing = [name for name in _NEEDED if not os.environ.get(name)]
-        if size > 1 and missing:
-            raise _leftover(f"WORLD_SIZE is {size}, without {', '.join(missing)}.")
+        missing = [name for name in _NEEDED if not os.environ.get(name)] if size > 1 else []
+        if missing or not 0 <= rank < size:
+            words = f", without {', '.join(missing)}" if missing else ""
+            raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}{words}.")
         return cls(rank, size)
 
     @property
@@ -112,10 +111,9 @@ class Team:
         except UpcycleError as error:
             failure = error
         for rank, found in enumerate(self.exchange(failure)):
-            if found is not None and self.size > 1:
-                raise type(found)(f"rank {rank}: {found.message}", found.hint)
             if found is not None:
-                raise found
+                where = f"rank {rank}: " if self.size > 1 else ""
+                raise type(found)(where + found.message, found.hint)
         return own
 
     def gather(self, make: Callable[[], _T]) -> list[_T]:
@@ -156,9 +154,7 @@ def write_together(
 
 
 def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable)
-    if text is None:
-        return default
+    text = os.environ.get(variable, str(default))
     try:
         return int(text)
     except ValueError:

@@ -1,21 +1,23 @@
-"""Noise on experts, and neurons that are drawn anew: computed a piece at a time, with numpy.
+"""Random draws, noise on experts, and neurons that are drawn anew.
 
 A matrix is held once, as it is written; the draws never are. Sums are additions in one fixed order,
-which every processor rounds the same way. Draws come from the generator that draws routers.
+which every processor rounds the same way. Each draw is a pure function of a seed and the name of a
+stream.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from upcycle_cli.checkpoint.arrays import rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.plan.expressions import AddNoise, Reinit, type_of
-from upcycle_cli.write.rng import generator, permutation
+from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, type_of
 from upcycle_cli.write.rows import OverflowInCastError
 
 if TYPE_CHECKING:
@@ -113,3 +115,33 @@ def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
         count += len(flat)
     # fsum is exactly rounded, so that the order of summation does not matter.
     return Moments(count, math.fsum(sums.tolist()), math.fsum(squares.tolist()))
+
+
+def standard_normal(seed: int, stream: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Draw normal values; float64 draws are the same on every CPU, float32 ones are not."""
+    return generator(seed, stream).standard_normal(shape)
+
+
+def generator(seed: int, stream: str) -> np.random.RandomState:
+    """Return the generator of a stream."""
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    # The only generator that numpy promises never to change.
+    return np.random.RandomState(np.frombuffer(digest, "<u4"))
+
+
+def permutation(order: Permutation) -> NDArray[np.intp]:
+    """Return the indices of a permutation."""
+    if order.seed is not None:
+        return _drawn_permutation(order)
+    if order.indices is None:
+        raise ValueError(f"{order.stream} has no indices yet")
+    # Not cached: permutations that a calibration found can be equal and have other indices.
+    return np.frombuffer(order.indices, "<u4").astype(np.intp)
+
+
+@lru_cache(maxsize=64)
+def _drawn_permutation(order: Permutation) -> NDArray[np.intp]:
+    """Draw a permutation: the order that sorts float64 draws."""
+    assert order.seed is not None
+    drawn = generator(order.seed, order.stream).random_sample(order.size)
+    return np.argsort(drawn, kind="stable")

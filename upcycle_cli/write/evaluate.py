@@ -17,9 +17,16 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
-from upcycle_cli.write.drawing import Moments, drawn_on
-from upcycle_cli.write.rng import permutation, standard_normal
-from upcycle_cli.write.rows import TILE, Gathered, OverflowInCastError, Rows, converted, transposed
+from upcycle_cli.write.drawing import Moments, drawn_on, permutation, standard_normal
+from upcycle_cli.write.rows import (
+    TILE,
+    OverflowInCastError,
+    Rows,
+    averaged,
+    converted,
+    gathered,
+    transposed,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,28 +143,29 @@ class _Evaluator:
             case ex.Source(name, dtype, shape):
                 return np.ndarray(shape, NUMPY_DTYPES[dtype], self.read(name))
             case ex.Mean(parts, dtype):
-                rows = [(np.atleast_1d(self.value(each)), each.dtype) for each in parts]
-                mean = converted(_Averaged(rows), "F32", dtype, 1.0, self.vanished)
+                values_of = [(np.atleast_1d(self.value(each)), each.dtype) for each in parts]
+                mean = converted(averaged(values_of), "F32", dtype, 1.0, self.vanished)
                 return mean.reshape(parts[0].shape)
             case ex.Slice(of, dim, start, stop):
                 return self.value(of)[(slice(None),) * dim + (slice(start, stop),)]
             case ex.Select(of, index):
                 return self.value(of)[index, ...]
-            case ex.Gather(of):
-                return self._gathered(expr).all()
+            case ex.Gather():
+                return self._rows(expr).all(ex.type_of(expr).dtype)
             case ex.Cast(of, dtype):
-                values, held = self._rows(of), ex.type_of(of).dtype
-                return converted(values, held, dtype, 1.0, self.vanished)
+                rows, held = self._rows(of), ex.type_of(of).dtype
+                return converted(rows, held, dtype, 1.0, self.vanished)
             case ex.Scale(of, factor):
-                values, dtype = self._rows(of), ex.type_of(of).dtype
-                return converted(values, dtype, dtype, factor, self.vanished)
+                rows, held = self._rows(of), ex.type_of(of).dtype
+                return converted(rows, held, held, factor, self.vanished)
             case ex.Concat(parts):
                 return np.concatenate([self.value(part) for part in parts])
             case ex.Stack(parts):
                 return np.stack([self.value(part) for part in parts])
             case ex.Transpose(of):
                 matrices = (self.value(leaf) for leaf in ex.leaves(of))
-                return transposed(matrices, ex.type_of(expr).shape)
+                made = ex.type_of(expr)
+                return transposed(matrices, made.dtype, made.shape)
             case ex.Repeat(of, times):
                 return self.value(of).repeat(times, axis=0)
             case ex.Halves(of, size, rotary):
@@ -190,18 +198,22 @@ class _Evaluator:
             return rows
         values, held = self.applied(expr.of, rows), ex.type_of(expr.of).dtype
         factor = expr.factor if isinstance(expr, ex.Scale) else 1.0
-        return converted(values, held, ex.type_of(expr).dtype, factor, self.vanished)
+        return converted(
+            Rows(values.shape, values.__getitem__),
+            held,
+            ex.type_of(expr).dtype,
+            factor,
+            self.vanished,
+        )
 
     def _rows(self, expr: ex.Expr) -> Rows:
         """Return an expression's rows; those of a Gather are never all in memory."""
-        if isinstance(expr, ex.Gather):
-            return self._gathered(expr)
-        return np.atleast_1d(self.value(expr))
-
-    def _gathered(self, expr: ex.Gather) -> Gathered:
+        if not isinstance(expr, ex.Gather):
+            values = np.atleast_1d(self.value(expr))
+            return Rows(values.shape, values.__getitem__)
         indices = permutation(expr.order)[expr.start : expr.stop]
         indices = indices + expr.offset if expr.offset else indices
-        return Gathered(self.value(expr.of), expr.dim, indices)
+        return gathered(self.value(expr.of), expr.dim, indices)
 
     def _routers(self, expr: ex.Normal) -> NDArray[Any]:
         norm = math.sqrt(expr.shape[-1])
@@ -216,28 +228,6 @@ class _Evaluator:
         rows = _normal(expr, expr.logit_std / norm, expr.dtype)
         check_rows(to_float32(rows, expr.dtype), expr.dtype, expr.logit_std, expr.stream)
         return rows
-
-
-@dataclass(frozen=True)
-class _Averaged:
-    """The rows of a Mean in float32, computed as they are asked for."""
-
-    parts: Sequence[tuple[NDArray[Any], str]]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0][0].shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
-        first, *others = (to_float32(values[rows], dtype) for values, dtype in self.parts)
-        total = first.copy()
-        for each in others:
-            total += each
-        total /= np.float32(len(self.parts))
-        return total
 
 
 def check_rows(rows: NDArray[np.float32], dtype: str, logit_std: float, stream: str) -> None:

@@ -10,7 +10,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
-from upcycle_cli.core.safe_files import is_in, is_same, locate
+from upcycle_cli.core.safe_files import is_in, locate
 from upcycle_cli.hub.remote_checkpoint import check_download_space
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership
@@ -36,19 +36,15 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     except (OSError, RuntimeError) as error:  # a long name, a circle of links
         reason = getattr(error, "strerror", None) or str(error)
         raise UpcycleError(f"{output} cannot be made: {reason}.") from error
-    problem = None
-    if is_same(target, origin):
-        problem = "OUTPUT is the source itself."
-    elif is_in(target, origin):
-        problem = f"{output} is inside the source, which is never modified."
-    elif any(is_in(place, target) for place in places):
-        problem = f"{output} contains the source."
-    elif is_in(Path.cwd(), target):
-        problem = f"{output} is the current directory, or contains it."
-    if problem is not None:
-        raise UpcycleError(problem, "Choose another directory.")
-    if output.name in {"", ".."}:
-        raise UpcycleError(f"{output} does not name a directory.", "Write its name.")
+    problems = {
+        f"{output} is the source or inside it, which is never modified.": is_in(target, origin),
+        f"{output} contains the source.": any(is_in(place, target) for place in places),
+        f"{output} is the current directory, or contains it.": is_in(Path.cwd(), target),
+        f"{output} does not name a directory.": output.name in {"", ".."},
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise UpcycleError(problem, "Choose another directory.")
     check_kind(output)
     if occupied and not overwrite:
         raise UpcycleError(

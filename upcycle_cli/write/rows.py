@@ -6,13 +6,10 @@ Casts report what the output dtype cannot hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from ml_dtypes import bfloat16, finfo
 
 from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 
@@ -24,23 +21,27 @@ TILE = 256
 _PIECE_ITEMS = 1 << 16
 _WORD_BYTES = 8
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+_LARGEST = {"F32": (2 - 2**-23) * 2.0**127, "F16": 65504.0, "BF16": (2 - 2**-7) * 2.0**127}
+_SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
 class OverflowInCastError(ArithmeticError):
     """A finite value became infinite in the output dtype."""
 
 
-class Rows(Protocol):
-    """A tensor whose rows are made when they are asked for; an array is one."""
+class Rows(NamedTuple):
+    """A tensor whose rows are made when they are asked for."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all rows together."""
+    shape: tuple[int, ...]
+    make: Callable[[slice], NDArray[Any]]
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]: ...
+    def all(self, dtype: str) -> NDArray[Any]:
+        """Make all rows, a few at a time, so that their sources stay in the processor's cache."""
+        out = np.empty(self.shape, NUMPY_DTYPES[dtype])
+        step = max(1, _PIECE_ITEMS * len(out) // max(1, out.size))
+        for start in range(0, len(out), step):
+            out[start : start + step] = self.make(slice(start, start + step))
+        return out
 
 
 def converted(
@@ -53,20 +54,20 @@ def converted(
     out = np.empty(rows.shape, NUMPY_DTYPES[after])
     if not out.size:
         return out
-    step, lost = max(1, _PIECE_ITEMS * len(rows) // out.size), 0
-    for start in range(0, len(rows), step):
-        values, piece = rows[start : start + step], out[start : start + step]
+    step, lost = max(1, _PIECE_ITEMS * len(out) // out.size), 0
+    for start in range(0, len(out), step):
+        values, piece = rows.make(slice(start, start + step)), out[start : start + step]
         if before == after and _shift_exponents(values, after, factor, piece):
             continue
         wide = to_float32(values, before)
         with np.errstate(over="ignore", invalid="ignore"):
             product = wide if factor == 1.0 else wide * np.float32(factor)
             piece[...] = rounded(product, after)
-        if not -_largest(after) <= product.min() <= product.max() <= _largest(after):
+        if not -_LARGEST[after] <= product.min() <= product.max() <= _LARGEST[after]:
             made = to_float32(piece, after)
             if (np.isinf(made) & np.isfinite(wide)).any():
                 raise OverflowInCastError
-        if factor < 1.0 or _smallest(after) > _smallest(before):
+        if factor < 1.0 or _SMALLEST[after] > _SMALLEST[before]:
             magnitudes = piece.view(f"<u{piece.itemsize}") << 1  # without the sign of zeros
             lost += int(np.count_nonzero(wide) - np.count_nonzero(magnitudes))
     if lost:
@@ -92,60 +93,39 @@ def _shift_exponents(values: NDArray[Any], dtype: str, factor: float, out: NDArr
     return True
 
 
-@lru_cache
-def _largest(dtype: str) -> float:
-    return float(finfo(_DTYPES[dtype]).max)  # type: ignore[no-untyped-call]
+def gathered(values: NDArray[Any], dim: int, indices: NDArray[np.intp]) -> Rows:
+    """Return the rows of a Gather."""
 
-
-@lru_cache
-def _smallest(dtype: str) -> float:
-    """Return the smallest value above zero."""
-    return float(finfo(_DTYPES[dtype]).smallest_subnormal)  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The rows of a Gather, gathered as they are asked for."""
-
-    values: NDArray[Any]
-    dim: int
-    indices: NDArray[np.intp]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all rows together."""
-        shape = self.values.shape
-        return (*shape[: self.dim], len(self.indices), *shape[self.dim + 1 :])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
+    def make(rows: slice) -> NDArray[Any]:
         # numpy's check of the indices costs more than gathering; a permutation's are right.
-        if self.dim:
-            return self.values[rows].take(self.indices, axis=1, mode="wrap")
-        return self.values.take(self.indices[rows], axis=0, mode="wrap")
+        if dim:
+            return values[rows].take(indices, axis=1, mode="wrap")
+        return values.take(indices[rows], axis=0, mode="wrap")
 
-    def all(self) -> NDArray[Any]:
-        """Gather all rows."""
-        out = np.empty(self.shape, self.values.dtype)
-        # A few rows at a time, whose columns then come from the processor's cache.
-        step = max(1, _PIECE_ITEMS * len(self.values) // max(1, self.values.size))
-        for start in range(0, len(out), step):
-            out[start : start + step] = self[start : start + step]
-        return out
+    return Rows((*values.shape[:dim], len(indices), *values.shape[dim + 1 :]), make)
 
 
-def transposed(parts: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+def averaged(parts: Sequence[tuple[NDArray[Any], str]]) -> Rows:
+    """Return the rows of the mean in float32 of arrays, each with its dtype."""
+
+    def make(rows: slice) -> NDArray[np.float32]:
+        first, *others = (to_float32(values[rows], dtype) for values, dtype in parts)
+        total = first.copy()
+        for each in others:
+            total += each
+        total /= np.float32(len(parts))
+        return total
+
+    return Rows(parts[0][0].shape, make)
+
+
+def transposed(parts: Iterable[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return the transpose, of this shape, of matrices that lie one below the other."""
-    out, start = None, 0
+    out, start = np.empty(shape, NUMPY_DTYPES[dtype]), 0
     for part in parts:
-        if out is None:
-            out = np.empty(shape, part.dtype)
         stop = start + len(part)
         _transpose(part, out[:, start:stop])
         start = stop
-    assert out is not None
     return out
 
 
