@@ -10,7 +10,7 @@ import torch
 
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel, read_dense
-from upcycle_cli.models.families import dense_family
+from upcycle_cli.models.lookup import dense_family
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.recipe.recipe import Recipe
 

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.families import REFUSED
+from upcycle_cli.models.lookup import REFUSED
 
 UNMADE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
 from upcycle_cli.models.dense import read_dense
-from upcycle_cli.models.families import dense_family
+from upcycle_cli.models.lookup import dense_family
 from upcycle_cli.plan.expressions import Expr, type_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
 from upcycle_cli.write.evaluate import evaluate

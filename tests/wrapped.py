@@ -11,7 +11,7 @@ import torch
 from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, write_json
 
 from upcycle_cli import Recipe, verify
-from upcycle_cli.models.families import native_target, targets_of, wrapped_families
+from upcycle_cli.models.lookup import native_target, targets_of, wrapped_families
 from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 from upcycle_cli.verification.prompts import TextOptions

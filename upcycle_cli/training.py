@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import is_target, target_of
+from upcycle_cli.models.lookup import is_target, target_of
 
 if TYPE_CHECKING:
     from torch import Tensor

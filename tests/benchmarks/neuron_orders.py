@@ -33,7 +33,7 @@ from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.tensor_files import order_name
 from upcycle_cli.recipe.recipe import NeuronOrder
-from upcycle_cli.write.drawing import permutation
+from upcycle_cli.write.random_draws import permutation
 
 TOKENS, ROW, G = 1024, 512, 8
 Orders = Mapping[str, list[np.ndarray[Any, Any]]]

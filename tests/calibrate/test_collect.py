@@ -18,7 +18,7 @@ from upcycle_cli.calibrate.collect import TOKENS, calibrate
 from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.families import targets_of
+from upcycle_cli.models.lookup import targets_of
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
 from upcycle_cli.verification.prompts import TextOptions

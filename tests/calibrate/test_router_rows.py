@@ -9,8 +9,8 @@ import pytest
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.calibrate.neuron_clusters import clustered_order
-from upcycle_cli.calibrate.router_rows import Wanted, balanced, centroids, loads, prompted
-from upcycle_cli.write.drawing import standard_normal
+from upcycle_cli.calibrate.router_rows import RowSpec, balanced, centroids, loads, prompted
+from upcycle_cli.write.random_draws import standard_normal
 
 Array = np.ndarray[Any, Any]
 
@@ -19,8 +19,8 @@ def draw(stream: str, shape: tuple[int, int]) -> Array:
     return standard_normal(0, stream, shape)
 
 
-def wanted(rows: int, chosen: int) -> Wanted:
-    return Wanted(rows=rows, chosen=chosen, logit_std=1.0, stream="router")
+def wanted(rows: int, chosen: int) -> RowSpec:
+    return RowSpec(rows=rows, chosen=chosen, logit_std=1.0, stream="router")
 
 
 @pytest.mark.parametrize("chosen", [1, 4])

@@ -2,7 +2,7 @@
 
     python tests/interoperability/measured.py [--write]
 
-prints `upcycle_cli/models/knowledge/measured.json`, or writes it.
+prints `upcycle_cli/models/knowledge/engines.json`, or writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from interop.results import Verdicts, measured
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs" / "interoperability.md"
-TARGET = REPOSITORY / "upcycle_cli" / "models" / "knowledge" / "measured.json"
+TARGET = REPOSITORY / "upcycle_cli" / "models" / "knowledge" / "engines.json"
 
 
 def main() -> None:

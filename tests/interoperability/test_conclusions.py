@@ -196,7 +196,7 @@ def test_the_reason_is_the_last_line_with_an_error() -> None:
     assert reason("one\n\ntwo\n") == "two"
 
 
-# From the printed table to measured.json ----------------------------------------------------------
+# From the printed table to engines.json ----------------------------------------------------------
 
 TIED_CASE = Case("llama", "mixtral", "E2G2T2", EXACT)
 PLAIN_CASE = Case("mistral", "mixtral", "E4G2T4", EXACT)

@@ -14,7 +14,7 @@ from shapes import tiny_config
 from upcycle_cli import UpcycleError
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import Support, engines, trainers
-from upcycle_cli.models.families import REFUSED, dense_family, shipped_target, targets_of
+from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import becomes, overview
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout

@@ -20,7 +20,7 @@ from interop.trained import (  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support, Trainer, trainers  # noqa: E402
-from upcycle_cli.models.families import native_target, shipped_target  # noqa: E402
+from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402

@@ -10,27 +10,31 @@ import pytest
 from refusals import invoke
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
-from upcycle_cli.cli.option_values import to_budget
+from upcycle_cli.cli.parse_options import to_budget
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.families import targets_of
-from upcycle_cli.plan.budget import Budget, Fit, Wanted, fitting, notable
+from upcycle_cli.models.lookup import targets_of
+from upcycle_cli.plan.budget import Budget, SharedChoices, SizedRecipe, fitting, notable
 from upcycle_cli.recipe.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from conftest import MakeDense
 
 UNTIED = Options(untie_embeddings=True)
-ROWS: list[tuple[str, Wanted, dict[str, Any]]] = [
-    *((n, Wanted(target=t), {}) for n in ("llama", "phi", "gpt2") for t in targets_of(DENSE[n])),
-    ("llama", Wanted(target="mixtral", options=UNTIED), {"tie_word_embeddings": True}),
-    ("llama", Wanted(target=SHIPPED, recipe={"layers": "1"}), {"mlp_bias": True}),
-    ("llama", Wanted(target="qwen2_moe", recipe={"shared_experts": 2}), {}),
+ROWS: list[tuple[str, SharedChoices, dict[str, Any]]] = [
+    *(
+        (n, SharedChoices(target=t), {})
+        for n in ("llama", "phi", "gpt2")
+        for t in targets_of(DENSE[n])
+    ),
+    ("llama", SharedChoices(target="mixtral", options=UNTIED), {"tie_word_embeddings": True}),
+    ("llama", SharedChoices(target=SHIPPED, recipe={"layers": "1"}), {"mlp_bias": True}),
+    ("llama", SharedChoices(target="qwen2_moe", recipe={"shared_experts": 2}), {}),
 ]
 
 
 @pytest.mark.parametrize(("name", "wanted", "config"), ROWS)
 def test_sizes_equal_those_of_the_plan(
-    make_dense: MakeDense, name: str, wanted: Wanted, config: dict[str, Any]
+    make_dense: MakeDense, name: str, wanted: SharedChoices, config: dict[str, Any]
 ) -> None:
     source = open_checkpoint(make_dense(name, **config))
     fits = fitting(source, Budget(max_params=300_000), wanted)
@@ -49,7 +53,7 @@ def test_sizes_equal_those_of_the_plan(
 def test_list_the_recipes_that_fit(llama: Path) -> None:
     source = open_checkpoint(llama)
 
-    def fits(**budget: int) -> dict[str, Fit]:
+    def fits(**budget: int) -> dict[str, SizedRecipe]:
         return {fit.recipe.name: fit for fit in fitting(source, Budget(**budget))}
 
     everything = fits()

@@ -28,7 +28,7 @@ from refusals import assert_refused, invoke, save_tensors
 from safetensors.torch import save_file
 
 from upcycle_cli import Growth, Options, Recipe, UpcycleError, convert, inspect, verify
-from upcycle_cli.models.families import GROWABLE
+from upcycle_cli.models.lookup import GROWABLE
 from upcycle_cli.recipe.options import ExpertLayout
 from upcycle_cli.verification.prompts import TextOptions
 

@@ -37,7 +37,7 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.plan.merge import Rest
+from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import RouterInit
@@ -96,9 +96,9 @@ def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 # Experts of several models -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rest", Rest)
+@pytest.mark.parametrize("rest", NonExpertWeights)
 def test_each_virtual_group_comes_from_its_model(
-    models: list[Path], tmp_path: Path, rest: Rest
+    models: list[Path], tmp_path: Path, rest: NonExpertWeights
 ) -> None:
     before = [snapshot(model) for model in models]
     convert(
@@ -121,7 +121,7 @@ def test_each_virtual_group_comes_from_its_model(
                 assert torch.equal(moe[EXPERT.format(layer, expert, name)], wanted)
     for name in dense[0].keys() & moe.keys():
         wanted = dense[0][name]
-        if rest is Rest.MEAN:
+        if rest is NonExpertWeights.MEAN:
             wanted = mean_of([each[name] for each in dense]).to(torch.bfloat16)
             assert not torch.equal(wanted, dense[0][name])
         assert torch.equal(moe[name], wanted)

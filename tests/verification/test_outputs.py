@@ -113,7 +113,7 @@ def test_metrics_do_not_depend_on_block_sizes(
     llama: Path, split_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = outputs_of(llama, split_moe, MEASURED).metrics
-    monkeypatch.setattr("upcycle_cli.verification.distributions._BLOCK_LOGITS", 1 << 13)
+    monkeypatch.setattr("upcycle_cli.verification.logit_divergence._BLOCK_LOGITS", 1 << 13)
     monkeypatch.setattr("upcycle_cli.run.lazy_weights._BLOCK", 1000)
     cut = outputs_of(llama, split_moe, MEASURED).metrics
     assert cut.keys() == whole.keys()
@@ -124,7 +124,7 @@ def test_metrics_do_not_depend_on_block_sizes(
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
 def test_divergences_are_those_of_float64(size: float) -> None:
     """Small, larger and large differences of logits go three different ways."""
-    from upcycle_cli.verification.distributions import Divergence, Softmax
+    from upcycle_cli.verification.logit_divergence import Divergence, Softmax
 
     generator = torch.Generator().manual_seed(0)
     p_PV = 3 * torch.randn(64, 500, generator=generator)

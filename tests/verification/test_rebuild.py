@@ -19,7 +19,7 @@ from verified import SIZES, save_dense, save_tokenizer, text_of
 from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.merge import Rest
+from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification.result import Status
@@ -178,7 +178,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest: str) -> None:
     moe, (first, *others) = tmp_path / "moe", models
     recipe = Recipe(expansion=3, granularity=2, top_k=2)
-    convert(first, moe, recipe, merge=MergeRequest(experts_from=others, rest=Rest(rest)))
+    convert(
+        first, moe, recipe, merge=MergeRequest(experts_from=others, rest=NonExpertWeights(rest))
+    )
     report = verify(first, moe, experts_from=others[::-1])
     assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
     assert "several models" in report.checks[2].detail

@@ -16,9 +16,9 @@ from upcycle_cli.checkpoint.checkpoint import raw_bytes
 from upcycle_cli.plan.expressions import (
     Cast,
     Concat,
+    DeinterleaveRotary,
     Expr,
     Full,
-    Halves,
     Normal,
     Repeat,
     Scale,
@@ -76,10 +76,10 @@ VALUES: tuple[tuple[Expr, Compute], ...] = (
     (Transpose(Concat((A, Scale(B, 3.0)))), lambda t: torch.cat([t["a"], t["b"].mul(3.0)]).T),
     (Slice(Transpose(A), 0, 1, 3), lambda t: t["a"].T[1:3]),
     (Repeat(WIDE, 2), lambda t: t["wide"][[0, 0, 1, 1, 2, 2]]),
-    (Halves(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
-    (Halves(A, 2, 2), lambda t: t["a"]),
-    (Halves(VECTOR, 6, 4), lambda t: t["vector"][[0, 2, 1, 3, 4, 5]]),
-    (Halves(Concat((A, B, A, Slice(B, 0, 0, 2))), 7, 6),
+    (DeinterleaveRotary(A, 4, 4), lambda t: t["a"][[0, 2, 1, 3]]),
+    (DeinterleaveRotary(A, 2, 2), lambda t: t["a"]),
+    (DeinterleaveRotary(VECTOR, 6, 4), lambda t: t["vector"][[0, 2, 1, 3, 4, 5]]),
+    (DeinterleaveRotary(Concat((A, B, A, Slice(B, 0, 0, 2))), 7, 6),
      lambda t: torch.cat([t["a"], t["b"], t["a"], t["b"][:2]])[
          [0, 2, 4, 1, 3, 5, 6, 7, 9, 11, 8, 10, 12, 13]]),
     (Full("BF16", (3, 2)), lambda _: torch.zeros(3, 2, dtype=torch.bfloat16)),
@@ -99,7 +99,8 @@ STRETCHES: tuple[tuple[Expr, tuple[str, int, int] | None], ...] = (
     (Slice(CUBE, 2, 0, 3), None),
     (Slice(Slice(A, 1, 0, 3), 0, 0, 1), None),
     *((expr, None) for expr in (Cast(A, "F32"), Scale(A, 2.0), Repeat(A, 1), Transpose(A),
-                                Halves(A, 4, 2), Concat((A, B)), Stack((A,)), Full("F32", (2,)))),
+                                DeinterleaveRotary(A, 4, 2), Concat((A, B)), Stack((A,)),
+                                Full("F32", (2,)))),
 )
 UNFIT: tuple[Expr, ...] = (
     Concat((A, WIDE)), Concat((A, Slice(A, 1, 0, 3))),
@@ -113,7 +114,7 @@ WORDS: tuple[tuple[Expr, str], ...] = (
     (Stack((A, B, A)), "stack(a, … 3 in all)"),
     (Repeat(A, 8), "repeat(a, 8)"),
     (Slice(Select(STACK, 1), 0, 0, 2), "select(stack, 1)[0:2]"),
-    (Halves(Slice(A, 0, 0, 4), 4, 2), "halves(a[0:4], 4, 2)"),
+    (DeinterleaveRotary(Slice(A, 0, 0, 4), 4, 2), "halves(a[0:4], 4, 2)"),
     (Full("F32", (1,), 0.001), "full(F32, (1,), 0.001)"),
 )
 # fmt: on

@@ -119,7 +119,7 @@ def _run(
     plan: Plan, reader: Reader | MergedReader, tokens: _Tokens, watch: Watch
 ) -> Iterator[LayerFound]:
     """Yield the calibration of each layer that gets experts; raises TransformersError."""
-    from upcycle_cli.calibrate.statistics import LayerCalibration
+    from upcycle_cli.calibrate.layer_calibration import LayerCalibration
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model
 

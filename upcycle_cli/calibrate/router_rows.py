@@ -21,7 +21,7 @@ Array: TypeAlias = "NDArray[np.float64]"
 Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
 """Returns standard normal values by the name of their stream."""
 
-Fit: TypeAlias = "Callable[[Array, Wanted, Draw], Array]"
+Fit: TypeAlias = "Callable[[Array, RowSpec, Draw], Array]"
 """Fits rows to a layer's inputs."""
 
 _DIRECTIONS = 3
@@ -36,7 +36,7 @@ _FAIR = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class RowSpec:
     """The rows that are wanted: how many, how many a token chooses, how large their logits."""
 
     rows: int
@@ -45,7 +45,7 @@ class Wanted:
     stream: str
 
 
-def balanced(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
+def balanced(inputs_PH: Array, wanted: RowSpec, draw: Draw) -> Array:
     """Return random rows without the directions that all tokens share.
 
     Nearly all of an MLP's input can be its mean: a row that is not orthogonal to it gives every
@@ -70,7 +70,7 @@ def balanced(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
     return best[1]
 
 
-def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
+def centroids(inputs_PH: Array, wanted: RowSpec, draw: Draw) -> Array:
     """Return the centres of clusters of the inputs, by k-means on the sphere.
 
     The shared directions are removed from the inputs first, and each row is scaled, as in
@@ -97,7 +97,7 @@ def centroids(inputs_PH: Array, wanted: Wanted, draw: Draw) -> Array:
     return _scaled(centres_EH, inputs_PH, wanted)
 
 
-def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: Wanted, _: Draw) -> Array:
+def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: RowSpec, _: Draw) -> Array:
     """Return the mean input of each row's prompts, without the directions that all prompts share.
 
     `weights_EP` has the weight of each position in a row's mean, negative for negative prompts. The
@@ -153,7 +153,7 @@ def _without(rows: Array, common_HC: Array) -> Array:
     return rows - (rows @ common_HC) @ common_HC.T
 
 
-def _scaled(rows_EH: Array, inputs_PH: Array, wanted: Wanted) -> Array:
+def _scaled(rows_EH: Array, inputs_PH: Array, wanted: RowSpec) -> Array:
     std_E = (inputs_PH @ rows_EH.T).std(0)
     if not (np.isfinite(std_E).all() and (std_E > 0).all()):
         raise UpcycleError(

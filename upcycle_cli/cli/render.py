@@ -16,7 +16,7 @@ from upcycle_cli.core.text import counted, parameter_text, printable, shell_line
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.overview import Overview, TargetFacts
-    from upcycle_cli.plan.budget import Fit
+    from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
     from upcycle_cli.verification.result import Report
@@ -116,7 +116,7 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
         yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
 
 
-def show_fits(fits: Sequence[Fit]) -> None:
+def show_fits(fits: Sequence[SizedRecipe]) -> None:
     """Print the recipes that fit a budget, and what the paper says about them."""
     from upcycle_cli.plan.budget import notable
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.engines import Engine
     from upcycle_cli.models.overview import Overview, TargetFacts
-    from upcycle_cli.plan.budget import Fit
+    from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.plan.output import OutputTensor
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
@@ -67,7 +67,7 @@ def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
         "source_type": plan.source.config["model_type"],
         "source": plan.source.name,
         "source_revision": plan.source.revision,
-        **(_growth_json(plan) if plan.expansion else _upcycling_json(plan)),
+        **(_growth_json(plan) if plan.growing else _upcycling_json(plan)),
         **_pick(plan, "expert_layout total_parameters active_parameters promise"),
         "moe_layers": plan.layers,
         "bytes": plan.nbytes,
@@ -102,7 +102,7 @@ def push_json(push: Push) -> dict[str, Any]:
     }
 
 
-def fits_json(fits: Iterable[Fit]) -> list[dict[str, Any]]:
+def fits_json(fits: Iterable[SizedRecipe]) -> list[dict[str, Any]]:
     """Return the recipes that fit a budget."""
     sizes = "total_parameters active_parameters flops_per_token flops_ratio weight_bytes"
     return [

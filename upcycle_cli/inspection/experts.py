@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
-from upcycle_cli.models.families import dense_model
+from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.plan.moe_experts import Experts
 
 if TYPE_CHECKING:

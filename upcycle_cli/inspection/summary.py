@@ -22,7 +22,7 @@ from upcycle_cli.hub.remote_checkpoint import (
     split_revision,
 )
 from upcycle_cli.models.engines import Engine, Trainer, engines_of, trainers
-from upcycle_cli.models.families import dense_family, is_target, targets_of
+from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import ExpertLoad
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.plan.budget import Budget, Fit, Wanted
+    from upcycle_cli.plan.budget import Budget, SharedChoices, SizedRecipe
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.router_inputs import RouterInputs
@@ -137,7 +137,9 @@ def inspect(
     )
 
 
-def fits(found: Inspection, budget: Budget, wanted: Wanted | None = None) -> tuple[Fit, ...]:
+def fits(
+    found: Inspection, budget: Budget, wanted: SharedChoices | None = None
+) -> tuple[SizedRecipe, ...]:
     """Return the recipes for an inspected model that fit a budget; UpcycleError if none does."""
     if found.kind == "moe":
         dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled

@@ -8,8 +8,8 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseModel, Pieces
-from upcycle_cli.models.families import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.layers import parse_layers
+from upcycle_cli.models.lookup import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 

@@ -1,6 +1,6 @@
 """Which inference engines run a target and routing correctly, and which trainers train it.
 
-`knowledge/measured.json` holds what upcycled models did in other software. It is generated from the
+`knowledge/engines.json` holds what upcycled models did in other software. It is generated from the
 table of docs/interoperability.md, which tests/interoperability/run.py printed. Untested
 combinations are not listed. Shipped code is listed by family; what fails for every tested family is
 listed for all of them.
@@ -156,7 +156,7 @@ def engines(
 def _verdicts(target: str, engine: str) -> Mapping[str, str]:
     """Return the verdict on each routing and property that was tested."""
     every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
-    own, usual = (table("measured").get(name, {}).get(engine) for name in (target, every))
+    own, usual = (table("engines").get(name, {}).get(engine) for name in (target, every))
     found: Mapping[str, str] = own if own is not None else usual or {}
     return found
 

@@ -10,7 +10,7 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import Support, engines, trainers
-from upcycle_cli.models.families import (
+from upcycle_cli.models.lookup import (
     REFUSED,
     dense_family,
     native_target,

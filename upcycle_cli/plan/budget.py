@@ -18,9 +18,9 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Recipe
 
-WEIGHT_BYTES = 2
+WEIGHT_BYTES_PER_PARAMETER = 2
 """A parameter in bfloat16."""
-TRAINING_BYTES = 16
+TRAINING_BYTES_PER_PARAMETER = 16
 """A parameter in training with AdamW: weight and gradient in bfloat16, and the master weight and
 both moments in float32 (2 + 2 + 4 + 4 + 4)."""
 _EXPANSIONS = (2, 4, 8, 16, 32, 64)
@@ -38,7 +38,7 @@ class Budget:
     gpu_bytes: int | None = None
     """The memory of all GPUs together, which bfloat16 weights must fit."""
 
-    def allows(self, fit: Fit) -> bool:
+    def allows(self, fit: SizedRecipe) -> bool:
         """Whether a recipe's sizes are within every limit."""
         sizes = (fit.total_parameters, fit.active_parameters, fit.weight_bytes)
         limits = (self.max_params, self.max_active, self.gpu_bytes)
@@ -46,7 +46,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class SizedRecipe:
     """A recipe and its costs."""
 
     recipe: Recipe
@@ -64,12 +64,12 @@ class Fit:
     @property
     def weight_bytes(self) -> int:
         """The size of its weights in bfloat16."""
-        return WEIGHT_BYTES * self.total_parameters
+        return WEIGHT_BYTES_PER_PARAMETER * self.total_parameters
 
     @property
     def training_bytes(self) -> int:
         """The memory of training with AdamW, without activations."""
-        return TRAINING_BYTES * self.total_parameters
+        return TRAINING_BYTES_PER_PARAMETER * self.total_parameters
 
     @property
     def paper(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ _HIGHER_T = "a T above G helps, at the price of compute"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class SharedChoices:
     """The choices that all recipes of a budget share."""
 
     target: str = "auto"
@@ -97,13 +97,17 @@ class Wanted:
     """The fields of a Recipe except E, G and T."""
 
 
-def fitting(source: Checkpoint, budget: Budget, wanted: Wanted | None = None) -> tuple[Fit, ...]:
+def fitting(
+    source: Checkpoint, budget: Budget, wanted: SharedChoices | None = None
+) -> tuple[SizedRecipe, ...]:
     """Return the recipes within a budget, smallest first.
 
     E and G are powers of two, a token chooses 1, 2 or 4 whole groups, and a layer has at most 256
     experts. Raises UpcycleError when none fits, and as `build_plan` does.
     """
-    candidates = [fit for plan in _plans(source, wanted or Wanted()) for fit in _fits(plan, budget)]
+    candidates = [
+        fit for plan in _plans(source, wanted or SharedChoices()) for fit in _fits(plan, budget)
+    ]
     candidates.sort(key=lambda fit: (fit.total_parameters, fit.active_parameters))
     found = tuple(fit for fit in candidates if budget.allows(fit))
     if not found:
@@ -116,14 +120,14 @@ def fitting(source: Checkpoint, budget: Budget, wanted: Wanted | None = None) ->
     return found
 
 
-def notable(fits: Sequence[Fit]) -> tuple[Fit, ...]:
+def notable(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, ...]:
     """Return the recipe with the largest E for each G and T, and those that the paper names."""
     # fits are sorted, smallest first
     largest = {(fit.recipe.granularity, fit.recipe.top_k): fit for fit in fits}
     return tuple(fit for fit in fits if fit in largest.values() or {*fit.paper} - {_HIGHER_T})
 
 
-def _plans(source: Checkpoint, wanted: Wanted) -> Iterator[Plan]:
+def _plans(source: Checkpoint, wanted: SharedChoices) -> Iterator[Plan]:
     """Yield a plan of two groups for each granularity that the model can have."""
     shared, refusals = wanted.recipe.get("shared_experts", 0), list[UpcycleError]()
     for granularity in _GRANULARITIES:
@@ -138,7 +142,7 @@ def _plans(source: Checkpoint, wanted: Wanted) -> Iterator[Plan]:
         raise refusals[-1]
 
 
-def _fits(plan: Plan, budget: Budget) -> Iterator[Fit]:
+def _fits(plan: Plan, budget: Budget) -> Iterator[SizedRecipe]:
     """Yield every recipe of a plan's granularity, with its sizes derived from the plan's."""
     by_role = dict.fromkeys(Role, 0)
     for tensor in plan.tensors:
@@ -158,12 +162,12 @@ def _fits(plan: Plan, budget: Budget) -> Iterator[Fit]:
         total = fixed + expansion * per_group
         active = total - (expansion - groups) * size * expert
         memory = budget.gpu_bytes
-        yield Fit(
+        yield SizedRecipe(
             recipe=replace(plan.recipe, expansion=expansion, top_k=groups * size),
             target=plan.family.choice,
             total_parameters=total,
             active_parameters=active,
             flops_per_token=2 * (active - lookup),
             flops_ratio=(active - lookup) / dense,
-            trains=None if memory is None else TRAINING_BYTES * total <= memory,
+            trains=None if memory is None else TRAINING_BYTES_PER_PARAMETER * total <= memory,
         )

@@ -14,7 +14,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.plan import expressions as ex
-from upcycle_cli.plan.merge import Merge, Rest, tensor_of
+from upcycle_cli.plan.merge import Merge, NonExpertWeights, tensor_of
 from upcycle_cli.plan.output import Options
 from upcycle_cli.recipe.recipe import Recipe
 
@@ -50,7 +50,7 @@ class DenseParts:
     def uncast(self, name: str) -> ex.Source | ex.Mean:
         """Return a tensor that is no expert's: the source's, or the mean of all models."""
         stored = self._stored(name)
-        if self.merge is None or self.merge.rest is Rest.FIRST:
+        if self.merge is None or self.merge.rest is NonExpertWeights.FIRST:
             return stored
         others = (self._stored(name, model + 1) for model in range(len(self.merge.others)))
         # The mean is rounded once, to the dtype in which it is written.

@@ -17,15 +17,15 @@ from typing import Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import growable
 from upcycle_cli.models.layers import layer_finder
+from upcycle_cli.models.lookup import growable
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import Layout
 from upcycle_cli.models.moe_config import remove_local_path
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
 from upcycle_cli.plan.moe_experts import Experts, find_experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
-from upcycle_cli.plan.plan import Expansion, Plan
+from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.plan.validate import check_dtype
 from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth, Promise
 
@@ -64,7 +64,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         expert_layout=layout,
         promise=Promise.EXACT if top_k == exact else Promise.NONE,
         dense_parameters=source.num_parameters,
-        method=Expansion(growth=growth, experts=experts),
+        method=Growing(growth=growth, experts=experts),
     )
 
 

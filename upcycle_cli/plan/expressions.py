@@ -125,7 +125,7 @@ class Repeat:
 
 
 @dataclass(frozen=True, slots=True)
-class Halves:
+class DeinterleaveRotary:
     """Of every `size` rows, the first `rotary` reordered: the even ones, then the odd ones."""
 
     of: Expr
@@ -211,7 +211,7 @@ class Full:
 
 Given: TypeAlias = Source | Normal | Constant | Full
 Joined: TypeAlias = Mean | Concat | Stack
-Arranged: TypeAlias = Slice | Select | Gather | Transpose | Repeat | Halves
+Arranged: TypeAlias = Slice | Select | Gather | Transpose | Repeat | DeinterleaveRotary
 Changed: TypeAlias = Cast | Scale | RandomLike | AddNoise | Reinit
 Expr: TypeAlias = Given | Joined | Arranged | Changed
 
@@ -244,7 +244,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             return TensorType(inner.dtype, inner.shape[1:])
         case Cast(of, dtype):
             return TensorType(dtype, type_of(of).shape)
-        case Scale(of) | AddNoise(of) | Reinit(of) | Halves(of):
+        case Scale(of) | AddNoise(of) | Reinit(of) | DeinterleaveRotary(of):
             return type_of(of)
         case Concat(parts):
             types = [type_of(part) for part in parts]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.layers import format_layers
-from upcycle_cli.plan.merge import Merge, Rest
-from upcycle_cli.plan.plan import Expansion, Plan
+from upcycle_cli.plan.merge import Merge, NonExpertWeights
+from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit, Routing, Scaling
 
 _ORDERS = {
@@ -20,7 +20,7 @@ _ORDERS = {
 
 def facts(plan: Plan) -> dict[str, str]:
     """Return what a plan makes, a property a row, in the order to show them."""
-    grown = plan.expansion
+    grown = plan.growing
     total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
     found = dict(_experts_of_growth(plan, grown) if grown else _experts_of_recipe(plan))
     if len(plan.layers) < plan.num_layers:
@@ -48,12 +48,12 @@ def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "experts", _experts(plan)
     if plan.merge is not None:
         yield "experts from", _groups(plan, plan.merge)
-        mean = plan.merge.rest is Rest.MEAN
+        mean = plan.merge.rest is NonExpertWeights.MEAN
         others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
         yield "other weights", f"attention, norms, embeddings: {others}"
 
 
-def _experts_of_growth(plan: Plan, expansion: Expansion) -> Iterator[tuple[str, str]]:
+def _experts_of_growth(plan: Plan, expansion: Growing) -> Iterator[tuple[str, str]]:
     before, times = expansion.experts, expansion.growth.expand
     yield "model", f"{plan.target.title}, each expert {times} times"
     experts = f"{before.num_experts} → {plan.num_experts} per layer"
@@ -131,7 +131,7 @@ def promise_text(plan: Plan) -> str:
     """Say what the output computes, compared with its source."""
     match plan.promise:
         case Promise.EXACT:
-            origin = "source" if plan.expansion else "dense model"
+            origin = "source" if plan.growing else "dense model"
             rounding = f", rounded to {plan.rounded_to}" if plan.rounded_to else ""
             return f"exact: the function of the {origin}{rounding}"
         case Promise.APPROXIMATE:
@@ -143,8 +143,8 @@ def promise_text(plan: Plan) -> str:
 
 def why_no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
     """Say why a plan promises nothing."""
-    if plan.expansion is not None:
-        exact = plan.expansion.growth.expand * plan.expansion.experts.top_k
+    if plan.growing is not None:
+        exact = plan.growing.growth.expand * plan.growing.experts.top_k
         return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
     recipe, factors = plan.recipe, plan.factors
     if plan.merge is not None:

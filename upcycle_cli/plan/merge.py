@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 
 
-class Rest(StrEnum):
+class NonExpertWeights(StrEnum):
     """Where attention, norms and embeddings come from: the source, or the mean of all models."""
 
     FIRST = "first"
@@ -41,7 +41,7 @@ class Merge:
 
     others: tuple[Checkpoint, ...]
     cycle: tuple[int, ...]
-    rest: Rest = Rest.FIRST
+    rest: NonExpertWeights = NonExpertWeights.FIRST
 
     def of_groups(self, expansion: int) -> tuple[int, ...]:
         """Return the model of each virtual group; UpcycleError where the cycle does not fit."""

@@ -15,9 +15,9 @@ from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
-from upcycle_cli.models.families import dense_model
+from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.models.wrappers import nested_configs
-from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.validate import check_source
 
 _IGNORED_KEYS = {
@@ -40,7 +40,7 @@ class MergeRequest:
     """
 
     experts_from: Sequence[Path | str]
-    rest: Rest = Rest.FIRST
+    rest: NonExpertWeights = NonExpertWeights.FIRST
     source_too: bool = True
 
     def open(self, source: Checkpoint) -> Merge | None:
@@ -59,7 +59,7 @@ class MergeRequest:
         dense = dense_model(source.config, source.tensors)
         for other in models[1:]:
             _check_compatible(source, dense, other)
-        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=Rest(self.rest))
+        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
 
 
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import target_of
+from upcycle_cli.models.lookup import target_of
 from upcycle_cli.models.mlp import Weight, find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.wrappers import text_config_of

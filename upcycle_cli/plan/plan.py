@@ -49,7 +49,7 @@ class Upcycling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expansion:
+class Growing:
     """How an MoE grows."""
 
     growth: Growth
@@ -86,7 +86,7 @@ class Plan:
     """What the output owes its source."""
     dense_parameters: int
     """Parameters of the source, without the tensors that are dropped."""
-    method: Upcycling | Expansion
+    method: Upcycling | Growing
     inputs: RouterInputs = field(default_factory=RouterInputs)
     """The text or the rows that routers are made from, beside the recipe."""
     merge: Merge | None = None
@@ -99,9 +99,9 @@ class Plan:
     """The digest before a calibration was bound to the plan."""
 
     @property
-    def expansion(self) -> Expansion | None:
+    def growing(self) -> Growing | None:
         """How an MoE grows; None for a plan that upcycles."""
-        return self.method if isinstance(self.method, Expansion) else None
+        return self.method if isinstance(self.method, Growing) else None
 
     @property
     def upcycling(self) -> Upcycling:
@@ -152,7 +152,7 @@ class Plan:
     @property
     def how(self) -> dict[str, Any]:
         """How the output is made, as the record states it in JSON values."""
-        if isinstance(self.method, Expansion):
+        if isinstance(self.method, Growing):
             experts, growth = self.method.experts, self.method.growth
             return {
                 "growth": {
@@ -274,7 +274,7 @@ class Plan:
     def rounded_parts(self) -> tuple[str, ...]:
         """The parts of an expert whose factor is no power of two, so that scaling rounds them."""
         held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.holds}
-        scaled = () if self.expansion else sorted(held)
+        scaled = () if self.growing else sorted(held)
         return tuple(part for part in scaled if not is_power_of_two(self.factors.of(part)))
 
     @cached_property
@@ -289,7 +289,7 @@ class Plan:
     @property
     def lossless(self) -> bool:
         """Whether the source weights can be recovered bit for bit."""
-        return self.rounded_to is None and not (self.expansion is None and self.recipe.perturbed)
+        return self.rounded_to is None and not (self.growing is None and self.recipe.perturbed)
 
     @property
     def engines(self) -> tuple[Engine, ...]:

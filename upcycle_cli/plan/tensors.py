@@ -91,7 +91,9 @@ class TensorMaker:
             whole = stop - start == ex.type_of(stored).shape[0]
             expr: ex.Expr = stored if whole else ex.Slice(stored, 0, start, stop)
             if piece.halves:
-                expr = ex.Halves(expr, family.dense.size("head_dim"), family.dense.rotary_dim)
+                expr = ex.DeinterleaveRotary(
+                    expr, family.dense.size("head_dim"), family.dense.rotary_dim
+                )
             new_name = family.target.prefix(layer) + piece.name
             yield OutputTensor.of(new_name, self.parts.options.cast(expr), Role.COPIED, layer)
             start = stop

@@ -127,7 +127,7 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
     """Fill in the c that was measured when an existing output was made, from its record."""
     recipe = record.get("recipe")
     scale = recipe.get("scaling") if isinstance(recipe, dict) else None
-    measured = not plan.expansion and plan.recipe.scaling is Scaling.MEASURED
+    measured = not plan.growing and plan.recipe.scaling is Scaling.MEASURED
     return _bound(plan, plan.calibration, scale) if measured and type(scale) is float else plan
 
 

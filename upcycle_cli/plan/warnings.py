@@ -47,15 +47,15 @@ ENGINE_WARNINGS = {
 def warnings(plan: Plan) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
     if plan.promise is Promise.NONE:
-        made, source = ("this", "source") if plan.expansion else (plan.recipe.name, "dense model")
+        made, source = ("this", "source") if plan.growing else (plan.recipe.name, "dense model")
         yield f"{made} promises no equality with the {source}: {why_no_promise(plan)}."
-    elif plan.expansion:
+    elif plan.growing:
         yield (
             "copies of an expert are chosen together and get equal gradients, so training keeps "
             "them equal until something tells them apart: noise on their rows or weights, or a "
             "top-k that picks only some of them."
         )
-    if plan.expansion is None:
+    if plan.growing is None:
         yield from training_warnings(plan)
         yield from _storage_warnings(plan)
         yield from _source_warnings(plan)

@@ -45,11 +45,11 @@ _MAX_REPO_NAME = 96
 
 def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> str:
     """Return the text of the card; `report` is the verification, `repo` where the model will be."""
-    if plan.expansion is None:
+    if plan.growing is None:
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
         own = _fields_of_upcycling(plan)
     else:
-        k = plan.expansion.growth.expand
+        k = plan.growing.growth.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
     location = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
@@ -91,7 +91,7 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
 def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str]:
     """Yield the words of the command that verifies an output; `paths` names local sources."""
     source, *others = plan.sources
-    unnamed = "SOURCE" if plan.expansion else "DENSE"
+    unnamed = "SOURCE" if plan.growing else "DENSE"
     dense = source.repo or (str(source.path) if paths else unnamed)
     yield from ("upcycle", "verify", dense, moe)
     if source.revision:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.models.families import dense_family, is_target
+from upcycle_cli.models.lookup import dense_family, is_target
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.wrapper import Inside

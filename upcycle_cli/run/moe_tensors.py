@@ -16,7 +16,7 @@ import torch
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.families import target_of
+from upcycle_cli.models.lookup import target_of
 from upcycle_cli.models.mlp import find_weight, locate, parts_of, present_weights
 from upcycle_cli.models.moe import Layout, Target
 from upcycle_cli.models.wrappers import text_config_of

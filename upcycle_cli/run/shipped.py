@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
-from upcycle_cli.models.families import upcycled_family
+from upcycle_cli.models.lookup import upcycled_family
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of
 

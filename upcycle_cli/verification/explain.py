@@ -99,7 +99,7 @@ class _Explainer:
         return start // (self.moe.tensors[tensor.name].nbytes // self.plan.num_experts)
 
     def _instead(self, own: int, other: int, name: str) -> str:
-        if self.plan.expansion is not None:
+        if self.plan.growing is not None:
             return f"holds what expert {other} should hold ({name}), not expert {own}"
         size, shared = self.plan.recipe.group_size, self.plan.recipe.shared_experts
         here, there = (shared + number % size for number in (other, own))

@@ -19,11 +19,11 @@ from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import printable
-from upcycle_cli.models.families import dense_model, is_moe
+from upcycle_cli.models.lookup import dense_model, is_moe
 from upcycle_cli.plan.expand import build_growth
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.facts import why_no_promise
-from upcycle_cli.plan.merge import Merge, Rest
+from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.router_inputs import RouterInputs
@@ -242,7 +242,7 @@ def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merg
         and isinstance(groups, list)
         and all(type(group) is int and 0 <= group <= len(models) for group in groups)
         and len(groups) == recipe.expansion
-        and rest in [*Rest]
+        and rest in [*NonExpertWeights]
     ):
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete")
     if not others:
@@ -251,7 +251,9 @@ def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merg
             "Name the others with --experts-from, once for each: "
             f"{', '.join(shown(each.get('name')) for each in models)}.",
         )
-    return Merge(others=tuple(_in_order(models, others)), cycle=tuple(groups), rest=Rest(rest))
+    return Merge(
+        others=tuple(_in_order(models, others)), cycle=tuple(groups), rest=NonExpertWeights(rest)
+    )
 
 
 def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -317,11 +319,11 @@ def expectation(plan: Plan) -> Expectation:
     from upcycle_cli.verification.outputs import Expectation
 
     reason = why_no_promise(plan) if plan.promise is Promise.NONE else ""
-    if plan.expansion is not None:
+    if plan.growing is not None:
         return Expectation(
             promise=plan.promise,
             reason=reason,
-            group_size=plan.expansion.growth.expand,
+            group_size=plan.growing.growth.expand,
             source="smaller MoE",
         )
     recipe = plan.recipe

@@ -21,7 +21,7 @@ from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
 from upcycle_cli.run.models import source_errors, transformers_errors
-from upcycle_cli.verification.distributions import Comparison, Ending, compare
+from upcycle_cli.verification.logit_divergence import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import Continuation, LayerMeasure
 from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers

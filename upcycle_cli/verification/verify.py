@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsaf
 from upcycle_cli.core.callbacks import Watch
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
-from upcycle_cli.models.families import dense_family, dense_model, is_known, is_moe, is_target
+from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.tensor_files import read_router_file
 from upcycle_cli.plan.texts import CalibrationText, calibration_text
@@ -176,7 +176,7 @@ class _Case:
 
     def _is_fitted(self, plan: Plan) -> bool:
         """Whether only the text of the calibration proves what the plan leaves open."""
-        if plan.expansion is not None:
+        if plan.growing is not None:
             return False
         recipe = plan.recipe
         clustered = recipe.neuron_order is NeuronOrder.CLUSTERED and recipe.perturbed
@@ -184,7 +184,7 @@ class _Case:
 
     def _unproven(self, plan: Plan) -> str | None:
         """Return why what the plan leaves open cannot be proven; None where it can."""
-        init = None if plan.expansion is not None else plan.recipe.router_init
+        init = None if plan.growing is not None else plan.recipe.router_init
         if init is RouterInit.FILE and self.given.router_file is None:
             return "the file of the router rows is not given (--router-init FILE)"
         if init is RouterInit.PROMPTS:

@@ -17,7 +17,7 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
-from upcycle_cli.write.drawing import Moments, drawn_on, permutation, standard_normal
+from upcycle_cli.write.random_draws import Moments, drawn_on, permutation, standard_normal
 from upcycle_cli.write.rows import (
     TILE,
     OverflowInCastError,
@@ -168,7 +168,7 @@ class _Evaluator:
                 return transposed(matrices, made.dtype, made.shape)
             case ex.Repeat(of, times):
                 return self.value(of).repeat(times, axis=0)
-            case ex.Halves(of, size, rotary):
+            case ex.DeinterleaveRotary(of, size, rotary):
                 values = self.value(of)
                 heads = values.reshape(-1, size, *values.shape[1:])
                 even, odd, rest = heads[:, 0:rotary:2], heads[:, 1:rotary:2], heads[:, rotary:]

@@ -56,7 +56,7 @@ def described(plan: Plan) -> dict[str, Any]:
     return {
         "source_type": plan.source.config["model_type"],
         "target_type": plan.target.outer_type,
-        **({} if plan.expansion else {"target": plan.family.choice}),
+        **({} if plan.growing else {"target": plan.family.choice}),
         **_picked(how, "recipe", "growth"),
         "moe_layers": list(plan.layers),
         "expert_layout": plan.expert_layout,
@@ -110,7 +110,7 @@ def _perturbation(found: Mapping[str, tuple[int, float, float]]) -> list[dict[st
     They are taken over all experts of a layer: over the matrices that got noise, or over the
     neurons that were replaced. `found` is by stream.
     """
-    from upcycle_cli.write.drawing import Moments  # which imports numpy
+    from upcycle_cli.write.random_draws import Moments  # which imports numpy
 
     layers: dict[int, dict[str, list[Moments]]] = {}
     for stream, moments in found.items():

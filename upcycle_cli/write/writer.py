@@ -72,7 +72,7 @@ class Written:
     vanished: dict[Expr, int] = field(default_factory=dict)
     """How many nonzero values of an expression became zero."""
     moments: dict[str, tuple[int, float, float]] = field(default_factory=dict)
-    """What the draws of each stream followed: the fields of `drawing.Moments`."""
+    """What the draws of each stream followed: the fields of `random_draws.Moments`."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0

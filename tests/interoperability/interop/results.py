@@ -150,7 +150,7 @@ ON_CPU = {
 
 
 def measured(verdicts: Verdicts) -> Measured:
-    """Return what `models/knowledge/measured.json` says; ValueError where it cannot say it."""
+    """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
     found: dict[tuple[str, str, str], str] = {}
     plain = {case: row for case, row in verdicts.items() if not case.control}
     # What one part does is told from what the others do by a model that has no more of them.

@@ -15,7 +15,7 @@ from interop.software import Software
 from interop.wrapped import WRAPPED, draw_weights, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import DIFFERS, SAME, Support, Trainer, trainers
-from upcycle_cli.models.families import native_target, shipped_target
+from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import option_values as values
 from upcycle_cli.cli import options, render, terminal
+from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import progress_bar

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import option_values as values
 from upcycle_cli.cli import options, render, terminal
+from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.errors import UpcycleError
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
-    from upcycle_cli.plan.budget import Fit
+    from upcycle_cli.plan.budget import SizedRecipe
 
 _option = options.options_of("inspect")
 
@@ -50,7 +50,7 @@ def inspect(
         from upcycle_cli.inspection import summary
 
         budget = values.to_budget(max_params, max_active, gpu_memory)
-        wanted = None if budget is None else values.to_wanted(moe, context)
+        wanted = None if budget is None else values.to_shared_choices(moe, context)
         if (dense is not None and not weights and load is None) or (
             experts_from and (dense is None or not weights)
         ):
@@ -91,7 +91,7 @@ def inspect(
             terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
 
 
-def _print_json(found: Inspection, fits: tuple[Fit, ...] | None, *, tensors: bool) -> None:
+def _print_json(found: Inspection, fits: tuple[SizedRecipe, ...] | None, *, tensors: bool) -> None:
     from upcycle_cli.cli import render_json
 
     value = render_json.inspection_json(found)
@@ -102,7 +102,7 @@ def _print_json(found: Inspection, fits: tuple[Fit, ...] | None, *, tensors: boo
     terminal.print_json(value)
 
 
-def _print_tables(found: Inspection, fits: tuple[Fit, ...] | None) -> None:
+def _print_tables(found: Inspection, fits: tuple[SizedRecipe, ...] | None) -> None:
     from upcycle_cli.inspection.describe import inspection_rows
 
     rows = terminal.rows_table(inspection_rows(found))

@@ -24,7 +24,7 @@ from upcycle_cli.recipe.recipe import (
 )
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.budget import Budget, Wanted
+    from upcycle_cli.plan.budget import Budget, SharedChoices
     from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
@@ -102,7 +102,7 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         for name in known
         if name not in _NOT_SAVED and given[name] is not None and given[name] not in ([], ())
     }
-    if plan.expansion is None:
+    if plan.growing is None:
         recipe = plan.recipe  # with what `auto` chose, so that a later version does the same
         values |= {"recipe": recipe.name, "target": plan.family.choice}
         values |= {"routing": str(recipe.routing), "scale_split": str(recipe.scale_split)}
@@ -158,7 +158,7 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
         words = "--expand duplicates the experts of an MoE; it takes no"
-        _refuse_all_but(context, _WITH_EXPAND, words)
+        _check_conflicts(context, _WITH_EXPAND, words)
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
     order, router = moe.neuron_order, moe.router_init
     return Recipe(
@@ -207,13 +207,15 @@ def to_inputs(moe: MoeOptions, prompts: Path | None = None) -> RouterInputs:
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
     """Return the models to merge, None for a single one; UpcycleError for options without them."""
-    from upcycle_cli.plan.merge import Rest
+    from upcycle_cli.plan.merge import NonExpertWeights
     from upcycle_cli.plan.merge_request import MergeRequest
 
     if experts_from:
-        return MergeRequest(experts_from=experts_from, rest=Rest(rest), source_too=source_too)
-    if rest != Rest.FIRST or not source_too:
-        given = "--no-source-experts" if rest == Rest.FIRST else f"--rest {rest}"
+        return MergeRequest(
+            experts_from=experts_from, rest=NonExpertWeights(rest), source_too=source_too
+        )
+    if rest != NonExpertWeights.FIRST or not source_too:
+        given = "--no-source-experts" if rest == NonExpertWeights.FIRST else f"--rest {rest}"
         raise UpcycleError(f"{given} needs several models.", "Add --experts-from MODEL.")
     return None
 
@@ -247,20 +249,20 @@ def to_budget(max_params: str | None, max_active: str | None, memory: str | None
     )
 
 
-def to_wanted(moe: MoeOptions, context: typer.Context) -> Wanted:
+def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
     """Return what the recipes in a budget have in common; UpcycleError for a recipe's options."""
-    from upcycle_cli.plan.budget import Wanted
+    from upcycle_cli.plan.budget import SharedChoices
 
-    _refuse_all_but(context, _WITH_BUDGET, "a budget lists all recipes that fit; it takes no")
+    _check_conflicts(context, _WITH_BUDGET, "a budget lists all recipes that fit; it takes no")
     common = {
         "routing": _routing(moe),
         "layers": moe.layers,
         "shared_experts": moe.shared_experts,
     }
-    return Wanted(target=moe.target, options=to_options(moe), recipe=common)
+    return SharedChoices(target=moe.target, options=to_options(moe), recipe=common)
 
 
-def _refuse_all_but(context: typer.Context, allowed: Sequence[str], words: str) -> None:
+def _check_conflicts(context: typer.Context, allowed: Sequence[str], words: str) -> None:
     names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
     given = [_flag(name) for name in names if _is_given(context, name)]
     if given:

@@ -14,7 +14,7 @@ from upcycle_cli.calibrate.neuron_clusters import Floats, clustered_order
 from upcycle_cli.calibrate.router_rows import (
     Array,
     Fit,
-    Wanted,
+    RowSpec,
     balanced,
     centroids,
     chosen_gates,
@@ -29,8 +29,8 @@ from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
-from upcycle_cli.write.drawing import standard_normal
 from upcycle_cli.write.evaluate import check_rows, evaluate
+from upcycle_cli.write.random_draws import standard_normal
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LayerCalibration:
         if fit is None:
             return self._drawn_rows()
         std = recipe.router_logit_std or 1.0
-        wanted = Wanted(
+        wanted = RowSpec(
             rows=recipe.router_rows,
             chosen=recipe.rows_chosen,
             logit_std=std,
