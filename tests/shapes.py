@@ -121,6 +121,7 @@ def _write_hollow_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # unaligned data is copied to memory
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + position)
 

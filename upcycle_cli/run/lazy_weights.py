@@ -121,8 +121,8 @@ def _linear(
     for begin in range(0, num_rows, size):
         end = min(begin + size, num_rows)
         part = None if bias is None else bias[begin:end]
-        rows = weight.block(begin, end).whole()
-        output[..., begin:end] = functional.linear(input, rows, part)
+        # Not under a name, which would keep the block while the next is read.
+        output[..., begin:end] = functional.linear(input, weight.block(begin, end).whole(), part)
     return output
 
 
