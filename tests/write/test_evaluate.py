@@ -114,7 +114,7 @@ WORDS: tuple[tuple[Expr, str], ...] = (
     (Stack((A, B, A)), "stack(a, … 3 in all)"),
     (Repeat(A, 8), "repeat(a, 8)"),
     (Slice(Select(STACK, 1), 0, 0, 2), "select(stack, 1)[0:2]"),
-    (DeinterleaveRotary(Slice(A, 0, 0, 4), 4, 2), "halves(a[0:4], 4, 2)"),
+    (DeinterleaveRotary(Slice(A, 0, 0, 4), 4, 2), "deinterleaverotary(a[0:4], 4, 2)"),
     (Full("F32", (1,), 0.001), "full(F32, (1,), 0.001)"),
 )
 # fmt: on

@@ -64,7 +64,7 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        hint = f"It can become {' or '.join(options)}."
+        hint = f"Choose --target from auto, {', '.join(options)}."
         raise UpcycleError(f"{family.title} cannot become {target}.", hint)
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
