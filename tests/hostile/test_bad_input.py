@@ -45,7 +45,7 @@ def test_suggest_the_download_of_a_repo(refuses: Refuses) -> None:
         (("-r", "E2G2T2", "--scaling=abc"), ["exact, paper, none, measured or a number"]),
         (("-r", "E2G2T2", "--scaling=1e308"), ["infinite"]),
         # Infinite weights, or zeros that would tie every group.
-        (("-r", "E2G2T2", "--router-logit-std=1e300"), ["cannot hold"]),
+        (("-r", "E2G2T2", "--router-logit-std=1e300"), ["overflow float32"]),
         (("-r", "E2G2T2", "--router-logit-std=1e-300"), ["cannot hold"]),
         (("-r", "E2G2T2", "--max-shard-size=0.1B"), ["positive"]),
         (

@@ -28,6 +28,9 @@ ITEM_BYTES = {
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of weights that can be converted, and torch's names for them."""
 
+LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
+"""The largest finite value of each of these dtypes."""
+
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 

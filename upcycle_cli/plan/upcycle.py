@@ -7,11 +7,13 @@ be used, or dropped for a stated reason. So a conversion fails before it writes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
@@ -22,7 +24,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.dense_parts import DenseParts
 from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.merge import Merge, model_of
-from upcycle_cli.plan.output import Options, OutputTensor, fill_shards
+from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Plan, Upcycling
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import check_neuron_orders
@@ -111,6 +113,7 @@ def build_plan(
         dropped=dropped,
     )
     tensors = _tensors(plan)
+    _check_router_range(recipe, tensors)
     _check_all_used(plan, tensors, mlp)
     return replace(plan, shards=fill_shards(tensors, options.max_shard_bytes))
 
@@ -177,6 +180,20 @@ def _check_merge(
         )
     models = (source, *merge.others)
     inputs.text.of_groups([models[number] for number in merge.cycle])
+
+
+def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
+    """Raise UpcycleError for a logit std that can overflow the routers' dtype."""
+    std = recipe.router_logit_std or 0.0
+    for tensor in (each for each in tensors if each.role is Role.ROUTER):
+        # The norm's output has length √H; a row can be twice as long as the average.
+        most = LARGEST[tensor.dtype] / (2 * math.sqrt(tensor.shape[-1]))
+        if std > most:
+            raise UpcycleError(
+                f"router logits of standard deviation {std:g} overflow "
+                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
+                f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
+            )
 
 
 def _check_all_used(plan: Plan, tensors: Collection[OutputTensor], mlp: Collection[Weight]) -> None:
