@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.recipe.recipe import Routing
 from upcycle_cli.verification.result import Report
 
@@ -136,7 +136,7 @@ def text_of(report: Report) -> str:
     )
 
 
-class Heard(Watch):
+class Heard(Progress):
     def __init__(self) -> None:
         self.names: list[str] = []
         self.done: dict[str, list[tuple[int, int, str]]] = {}

@@ -29,7 +29,7 @@ from smollm2 import dense_and_scratch
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.expressions import Permutation
 from upcycle_cli.plan.tensor_files import order_name
 from upcycle_cli.recipe.recipe import NeuronOrder
@@ -44,7 +44,7 @@ def orders_of(path: Path) -> Orders:
     recipe = Recipe(expansion=2, granularity=G, top_k=G, neuron_order=NeuronOrder.CLUSTERED)
     plan = build_plan(recipe, open_checkpoint(path))
     size = plan.family.dense.intermediate_size
-    found = calibrate(plan, Watch()).layers
+    found = calibrate(plan, Progress()).layers
     return {
         "sliced": [np.arange(size)] * len(found),
         "shuffled": [permutation(Permutation(size, order_name(layer, 1), 0)) for layer in found],

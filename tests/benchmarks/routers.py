@@ -33,7 +33,7 @@ from upcycle_cli import build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.checkpoint.arrays import as_float32
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import RouterInit
@@ -81,7 +81,7 @@ def rows_of(plan: Plan) -> list[np.ndarray[Any, Any]]:
     """Return the rows of each layer's router (E, H), in float64."""
     recipe, shape = plan.recipe, (plan.recipe.router_rows, plan.family.dense.hidden_size)
     if plan.inputs.text is not None:
-        found = [layer.rows for layer in calibrate(plan, Watch()).layers.values()]
+        found = [layer.rows for layer in calibrate(plan, Progress()).layers.values()]
         return [as_float32(rows, plan.expert_dtype, shape).astype(np.float64) for rows in found]
     with plan.source.reader() as reader:
         routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
@@ -140,7 +140,7 @@ def _print_tables(path: Path) -> None:
 def main() -> None:
     """Print the tables."""
     if len(sys.argv) > 1:
-        calibrate(plan_for(Path(sys.argv[1]), "E8G1T2", RouterInit.BALANCED), Watch())
+        calibrate(plan_for(Path(sys.argv[1]), "E8G1T2", RouterInit.BALANCED), Progress())
         return
     with dense_and_scratch() as (path, _):
         _print_tables(path)

@@ -91,7 +91,7 @@ def _row(dense: Path, moe: Path, name: str, result: Path, *, cold: bool, rounds:
 
 def _check(dense: Path, moe: Path, result: Path) -> None:
     """Run the check by itself, and write how many seconds it took."""
-    from upcycle_cli.core.callbacks import Watch
+    from upcycle_cli.core.callbacks import Progress
     from upcycle_cli.verification.rebuild import read_record, rebuild
     from upcycle_cli.verification.result import Status
     from upcycle_cli.verification.weights import check_weights
@@ -99,7 +99,7 @@ def _check(dense: Path, moe: Path, result: Path) -> None:
     source, converted = open_checkpoint(dense), open_checkpoint(moe)
     plan = rebuild(read_record(converted), source, converted)
     started = time.perf_counter()
-    found = check_weights(plan, converted, Watch())
+    found = check_weights(plan, converted, Progress())
     seconds = time.perf_counter() - started
     assert found.status is Status.PASSED, found
     result.write_text(json.dumps(seconds), encoding="utf-8")

@@ -16,7 +16,7 @@ from wrapped import FAMILIES, ROWS, save_wrapper
 from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.calibrate.collect import TOKENS, calibrate
 from upcycle_cli.calibrate.router_rows import loads
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of
 from upcycle_cli.plan.router_inputs import RouterInputs
@@ -54,7 +54,7 @@ def calibrate_few(dense: Path, target: str, folder: Path) -> None:
     inputs = RouterInputs.read(calibration=text, rows=None)
     source = open_checkpoint(dense)
     plan = build_plan(recipe(router_init="balanced"), source, target=target, inputs=inputs)
-    found = calibrate(plan, Watch())
+    found = calibrate(plan, Progress())
     assert tuple(found.layers) == plan.family.layers
     for layer in found.layers.values():
         assert layer.statistics.logit_std == pytest.approx(1, rel=0.02)
@@ -118,7 +118,7 @@ def test_statistics_are_those_of_transformers_own_run(
 def test_the_pages_of_a_layer_are_released(llama: Path, tmp_path: Path) -> None:
     dense = clone(llama, tmp_path / "dense")  # this process may have mapped the other file
 
-    class Pages(Watch):
+    class Pages(Progress):
         held: tuple[str, ...] = ()
 
         def checked(self, done: int, total: int, unit: str) -> None:

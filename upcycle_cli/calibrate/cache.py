@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.plan.calibration import Calibration
@@ -20,7 +20,7 @@ from upcycle_cli.write.staging import CALIBRATION, Staging
 _MOST_BYTES = 4_000_000_000
 
 
-def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Watch) -> Plan:
+def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Progress) -> Plan:
     """Return the plan with its calibration filled in, on every rank; rank 0 has the `staging`.
 
     Raises UpcycleError when the calibration cannot be run.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound
@@ -36,7 +36,7 @@ _FEWEST = 256
 """Fewer tokens say little about what a layer's inputs have in common."""
 
 
-def calibrate(plan: Plan, watch: Watch) -> Calibration:
+def calibrate(plan: Plan, watch: Progress) -> Calibration:
     """Run the plan's dense model on the plan's text; the model's files must be here.
 
     Raises UpcycleError for a text that is too short, a model without a tokenizer, and a model that
@@ -49,7 +49,6 @@ def calibrate(plan: Plan, watch: Watch) -> Calibration:
         watch.begins("calibrating")
         with plan.reader() as reader:
             layers = {layer.statistics.layer: layer for layer in _run(plan, reader, tokens, watch)}
-    watch.calibrated()
     return Calibration(tokens=len(tokens.positions), layers=layers)
 
 
@@ -116,7 +115,7 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
 
 
 def _run(
-    plan: Plan, reader: Reader | MergedReader, tokens: _Tokens, watch: Watch
+    plan: Plan, reader: Reader | MergedReader, tokens: _Tokens, watch: Progress
 ) -> Iterator[LayerFound]:
     """Yield the calibration of each layer that gets experts; raises TransformersError."""
     from upcycle_cli.calibrate.layer_calibration import LayerCalibration

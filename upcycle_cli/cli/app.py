@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -32,10 +32,9 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as typer has them
         """Import a command and its options."""
         if cmd_name in self.commands and not self.commands[cmd_name]:
+            module = import_module(f"upcycle_cli.cli.commands.{cmd_name}")
             alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-            alone.command()(
-                getattr(import_module(f"upcycle_cli.cli.commands.{cmd_name}"), cmd_name)
-            )
+            alone.command()(_with_exit_codes(getattr(module, cmd_name)))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return super().get_command(ctx, cmd_name)
 
@@ -65,6 +64,17 @@ class Commands(TyperGroup):
         except SystemExit as ending:  # a library's 1 does not mean that a verification failed
             code = process.EXIT_ERROR if ending.code else 0
         sys.exit(code)
+
+
+def _with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose errors end it with their exit codes."""
+
+    @functools.wraps(command)
+    def run(*, json: bool = False, **values: Any) -> None:  # noqa: ANN401 - as typer has them
+        with terminal.errors_to_exit_codes(as_json=json):
+            command(**values, json=json)
+
+    return run
 
 
 app = typer.Typer(

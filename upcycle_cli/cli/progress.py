@@ -18,63 +18,61 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Lines(Progress):
-    """Prints a line when a task begins, and its progress every ten seconds."""
+    """Prints a line when a step begins, and its progress every ten seconds."""
 
     def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total, self.written = console, total, 0
-        self.begins("writing")
+        self.console, self.total, self.written, self.step = console, total, 0, ""
 
     def advance(self, num_bytes: int) -> None:
+        if self.step != "writing":
+            self.begins("writing")
         self.written += num_bytes
         self.checked(self.written, self.total, "bytes")
 
-    def calibrated(self) -> None:
-        self.begins("writing")
-
     def begins(self, what: str) -> None:
         raise_signal()
-        self.name, self.started, self.last = what, time.monotonic(), time.monotonic()
+        self.step, self.started, self.shown = what, time.monotonic(), time.monotonic()
         if what != "writing":
             self.console.print(what)
 
     def checked(self, done: int, total: int, unit: str) -> None:
         raise_signal()
-        amount, now = f"{done} of {total} {unit}", time.monotonic()
+        seconds = time.monotonic() - self.started
+        amount = f"{done} of {total} {unit}"
         if unit == "bytes":
-            speed = done / max(now - self.started, 1e-3)
+            speed = done / max(seconds, 1e-3)
             amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
         self.show(done, total, amount)
 
     def show(self, done: int, total: int, amount: str) -> None:
-        """Show how much of the task is done, also in words."""
+        """Show how much of the step is done, also in words."""
         now = time.monotonic()
-        if now - self.last >= _SECONDS_BETWEEN_LINES:
+        if now - self.shown >= _SECONDS_BETWEEN_LINES:
             left = (total - done) / done * (now - self.started) if done else 0.0
-            self.console.print(f"{self.name}: {amount}, {left:.0f} s left")
-            self.last = now
+            self.console.print(f"{self.step}: {amount}, {left:.0f} s left")
+            self.shown = now
 
 
 class _Bar(_Lines):
-    """Shows the current task as a bar."""
+    """Shows the current step as a bar."""
 
     def __init__(self, progress: Bars, total: int) -> None:
-        self.progress = progress
         super().__init__(progress.console, total)
+        self.progress = progress
 
     def begins(self, what: str) -> None:
         raise_signal()
-        self.started = time.monotonic()
+        self.step, self.started = what, time.monotonic()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-        visible = what != "writing" or self.total > 0
-        self.task = self.progress.add_task(what, total=None, amount="", visible=visible)
+        self.task = self.progress.add_task(what, total=None, amount="")
 
     def show(self, done: int, total: int, amount: str) -> None:
         self.progress.update(self.task, completed=done, total=total, amount=amount)
 
 
 @contextmanager
-def progress_bar(console: Console, *, total: int, silent: bool) -> Iterator[Progress]:
+def progress_bar(console: Console, *, total: int = 0, silent: bool) -> Iterator[Progress]:
     """Show the progress of writing `total` bytes and of checks, until the context ends."""
     if silent:
         yield Progress()

@@ -10,21 +10,14 @@ _Plan = TypeVar("_Plan")
 _Result = TypeVar("_Result")
 
 
-class Watch:
-    """Receives the progress of a model that runs: a calibration or a verification."""
+class Progress:
+    """Receives the progress of writing, of a calibration and of a verification."""
 
     def begins(self, what: str) -> None:
         """Receive the step that begins: `calibrating`, or `checking` and the check's name."""
 
-    def calibrated(self) -> None:
-        """Receive the end of the calibration."""
-
     def checked(self, done: int, total: int, unit: str) -> None:
-        """Receive how much of a check is done; `unit` is `bytes` or `layers`."""
-
-
-class Progress(Watch):
-    """Receives the progress of writing, too."""
+        """Receive how much of this step is done; `unit` is `bytes` or `layers`."""
 
     def advance(self, num_bytes: int) -> None:
         """Receive the number of bytes written since the last call."""

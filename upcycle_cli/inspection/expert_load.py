@@ -17,7 +17,7 @@ from upcycle_cli.plan.texts import CalibrationText
 if TYPE_CHECKING:
     import torch
 
-    from upcycle_cli.core.callbacks import Watch
+    from upcycle_cli.core.callbacks import Progress
     from upcycle_cli.plan.moe_experts import Experts
     from upcycle_cli.run.models import Model
 
@@ -52,7 +52,7 @@ class ExpertLoad:
 
 
 def measure_expert_load(
-    experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Watch
+    experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Progress
 ) -> ExpertLoad:
     """Run an MoE on the first TOKENS tokens of a text.
 
@@ -84,7 +84,7 @@ def measure_expert_load(
 
 
 def _run(
-    experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Watch
+    experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Progress
 ) -> Iterator[LayerLoad]:
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.hub.remote_checkpoint import (
     download_model,
@@ -78,7 +78,7 @@ def inspect(
     weights: bool = False,
     dense: Path | str | Sequence[Path | str] | None = None,
     load: Path | str | None = None,
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> Inspection:
     """Describe a checkpoint; with a recipe or a growth, describe what it would become.
 
@@ -110,7 +110,7 @@ def inspect(
         given = [dense] if isinstance(dense, Path | str) else dense or ()
         storages = [locate_model(*split_revision(str(each))) for each in given]
         sources = [open_checkpoint(download_model(storage)) for storage in storages]
-        found = _inspect_moe(checkpoint, weights, sources, text, watch or Watch())
+        found = _inspect_moe(checkpoint, weights, sources, text, watch or Progress())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
     if weights or text is not None:
@@ -153,7 +153,7 @@ def _inspect_moe(
     weights: bool,  # noqa: FBT001 - as in `inspect`
     sources: Sequence[Checkpoint],
     text: CalibrationText | None,
-    watch: Watch,
+    watch: Progress,
 ) -> Inspection:
     from upcycle_cli.inspection.experts import examine_weights
     from upcycle_cli.plan.moe_experts import find_experts

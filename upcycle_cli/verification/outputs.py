@@ -19,7 +19,7 @@ import torch
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run.lazy_models import lazy_model
@@ -70,7 +70,7 @@ def check_outputs(
     moe: Checkpoint,
     expected: Expectation,
     texts: TextOptions,
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> CheckResult:
     """Compare the predictions of an MoE with those of the model that it was made from.
 
@@ -87,7 +87,7 @@ def check_outputs(
     with ExitStack() as stack:
         readers = stack.enter_context(dense.reader()), stack.enter_context(moe.reader())
         try:
-            return _compare(dense, moe, readers, expected, texts, watch or Watch())
+            return _compare(dense, moe, readers, expected, texts, watch or Progress())
         except TransformersError as error:
             findings.add(f"transformers could not run the MoE: {error}")
             return findings.result(_NAME, "", note=_NOT_COMPARED)
@@ -99,7 +99,7 @@ def _compare(
     readers: tuple[Reader, Reader],
     expected: Expectation,
     texts: TextOptions,
-    watch: Watch,
+    watch: Progress,
 ) -> CheckResult:
     dense_reader, moe_reader = readers
     overflow = _Overflow()

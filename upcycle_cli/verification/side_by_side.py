@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
 from upcycle_cli.run.models import source_errors, transformers_errors
@@ -72,7 +72,7 @@ def run_side_by_side(
     moe: LazyModel,
     prompt: Prompt,
     group_size: int,
-    watch: Watch,
+    watch: Progress,
 ) -> Found:
     """Run the models; raises TransformersError for the MoE, UpcycleError for the dense model."""
     assert moe.experts is not None

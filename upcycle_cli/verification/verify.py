@@ -24,7 +24,7 @@ from upcycle_cli.checkpoint.storage import (
     read_json,
 )
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_config_settings
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
@@ -55,7 +55,7 @@ def verify(  # noqa: PLR0913 - options, by name
     dense_revision: str | None = None,
     moe_revision: str | None = None,
     allow_inexact: bool = False,
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> Report:
     """Check the MoE in one directory against the dense model in another, or that it grew from.
 
@@ -73,7 +73,7 @@ def verify(  # noqa: PLR0913 - options, by name
     selected = _selected(checks)
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
     others = [locate_model(*split_revision(str(place))) for place in experts_from]
-    texts, watch = texts or TextOptions(), watch or Watch()
+    texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
     if calibration is not None and not isinstance(calibration, CalibrationText):
         calibration = calibration_text(calibration)
@@ -118,7 +118,7 @@ class _Case:
     moe: Checkpoint
     names: tuple[str, ...]
     texts: TextOptions
-    watch: Watch
+    watch: Progress
     given: rebuild.Given
     plan: Plan | None = None
     record: rebuild.Record = field(default_factory=dict)

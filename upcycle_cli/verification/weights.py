@@ -18,7 +18,7 @@ from threading import Event, Lock
 import numpy as np
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.core.callbacks import Watch
+from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
@@ -41,7 +41,7 @@ _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # s
 def check_weights(
     plan: Plan,
     moe: Checkpoint,
-    watch: Watch,
+    watch: Progress,
     fitted: Calibration | None = None,
     unproven: str | None = None,
 ) -> CheckResult:
@@ -146,7 +146,7 @@ class _Scan:
 
     source: Reader | MergedReader
     held: Reader
-    watch: Watch
+    watch: Progress
     differing: list[Place] = field(default_factory=list)
     _read: int = 0
     _lock: Lock = field(default_factory=Lock)

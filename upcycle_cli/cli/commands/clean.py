@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from upcycle_cli.cli import options
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stdout, talk, warn
+from upcycle_cli.cli.terminal import print_json, stdout, talk, warn
 from upcycle_cli.core.text import printable, shell_line, size_text
 
 _option = options.options_of("clean")
@@ -17,18 +17,17 @@ def clean(
     json: bool = options.JSON,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
-    with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.write import transaction
+    from upcycle_cli.write import transaction
 
-        found = transaction.clean(output.absolute(), remove=yes)
-        size = size_text(found.nbytes)
-        if json:
-            status = "removed" if yes else "found"
-            print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
-        elif yes:
-            talk(f"Removed {found.path} ({size}).")
-            warn(*filter(None, [found.note]))
-        else:
-            line = f"{printable(str(found.path))}: {size} of {found.what}"
-            stdout().print(line, markup=False, soft_wrap=True)
-            talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
+    found = transaction.clean(output.absolute(), remove=yes)
+    size = size_text(found.nbytes)
+    if json:
+        status = "removed" if yes else "found"
+        print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
+    elif yes:
+        talk(f"Removed {found.path} ({size}).")
+        warn(*filter(None, [found.note]))
+    else:
+        line = f"{printable(str(found.path))}: {size} of {found.what}"
+        stdout().print(line, markup=False, soft_wrap=True)
+        talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")

@@ -65,46 +65,45 @@ def convert(
 
     Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
-    with terminal.errors_to_exit_codes(as_json=json):
-        source, output = values.places(context, source, output)  # before the slow imports
-        from upcycle_cli.api import Request, carry_out, preview
-        from upcycle_cli.write.distributed import Team
-        from upcycle_cli.write.writer import WriteOptions
+    source, output = values.places(context, source, output)  # before the slow imports
+    from upcycle_cli.api import Request, carry_out, preview
+    from upcycle_cli.write.distributed import Team
+    from upcycle_cli.write.writer import WriteOptions
 
-        joined = Team() if context.obj == options.DEMO else Team.launched()
-        with joined as team, terminal.errors_to_exit_codes(as_json=json, silent=not team.leads):
-            if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
-                moe = replace(moe, router_init=RouterInit.PROMPTS)
-            request = Request(
-                source=source,
-                output=output,
-                recipe=values.to_recipe(moe, context, allow_inexact=allow_inexact),
-                target=moe.target,
-                revision=revision,
-                options=values.to_options(moe),
-                inputs=values.to_inputs(moe, positive_prompts),
-                overwrite=overwrite,
-                verify=verify,
-                checksums=checksums,
-                writing=WriteOptions(workers=workers, fsync=fsync),
-                push=values.to_destination(
-                    push_to_hub, revision=push_revision, private=private, create_pr=create_pr
-                ),
-                merge=values.to_merge(experts_from, rest, source_too=source_experts),
-            )
-            screen = _Screen(
-                request=request,
-                context=context,
-                save_config=save_config,
-                as_json=json and team.leads,
-                quiet=quiet or not team.leads,
-            )
-            read = (source, *experts_from) if dry_run else ()
-            render.show_hub_bars(*read, silent=screen.silent)
-            if dry_run:
-                screen.show_forecast(*preview(request, hooks=screen, team=team))
-            else:
-                screen.end(carry_out(request, hooks=screen, team=team))
+    joined = Team() if context.obj == options.DEMO else Team.launched()
+    with joined as team, terminal.errors_to_exit_codes(as_json=json, silent=not team.leads):
+        if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
+            moe = replace(moe, router_init=RouterInit.PROMPTS)
+        request = Request(
+            source=source,
+            output=output,
+            recipe=values.to_recipe(moe, context, allow_inexact=allow_inexact),
+            target=moe.target,
+            revision=revision,
+            options=values.to_options(moe),
+            inputs=values.to_inputs(moe, positive_prompts),
+            overwrite=overwrite,
+            verify=verify,
+            checksums=checksums,
+            writing=WriteOptions(workers=workers, fsync=fsync),
+            push=values.to_destination(
+                push_to_hub, revision=push_revision, private=private, create_pr=create_pr
+            ),
+            merge=values.to_merge(experts_from, rest, source_too=source_experts),
+        )
+        screen = _Screen(
+            request=request,
+            context=context,
+            save_config=save_config,
+            as_json=json and team.leads,
+            quiet=quiet or not team.leads,
+        )
+        read = (source, *experts_from) if dry_run else ()
+        render.show_hub_bars(*read, silent=screen.silent)
+        if dry_run:
+            screen.show_forecast(*preview(request, hooks=screen, team=team))
+        else:
+            screen.end(carry_out(request, hooks=screen, team=team))
 
 
 @dataclass(kw_only=True)

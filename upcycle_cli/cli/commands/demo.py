@@ -13,7 +13,7 @@ import typer  # noqa: TC002 - it reads the annotations of a command
 from rich.text import Text
 
 from upcycle_cli.cli import options
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, stderr, talk
+from upcycle_cli.cli.terminal import print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import shell_line
 
@@ -33,33 +33,32 @@ def demo(
     json: bool = options.JSON,
 ) -> None:
     """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
-    with errors_to_exit_codes(as_json=json):
-        folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UpcycleError(f"{folder} exists and is not empty.", "Choose another directory.")
-        dense, moe = str(folder / "dense"), str(folder / f"moe-{_RECIPE}")
+    folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UpcycleError(f"{folder} exists and is not empty.", "Choose another directory.")
+    dense, moe = str(folder / "dense"), str(folder / f"moe-{_RECIPE}")
+    if not json:
+        talk(f"Making a small dense model (llama, random weights) in {dense} …")
+    _make_dense(Path(dense))
+    steps = []
+    for arguments in (
+        ["inspect", dense],
+        ["convert", dense, moe, "--recipe", _RECIPE],
+        ["inspect", moe, "--weights", "--dense", dense],
+        ["verify", dense, moe],
+    ):
+        command = ["upcycle", *arguments]
+        line = shell_line(command)
         if not json:
-            talk(f"Making a small dense model (llama, random weights) in {dense} …")
-        _make_dense(Path(dense))
-        steps = []
-        for arguments in (
-            ["inspect", dense],
-            ["convert", dense, moe, "--recipe", _RECIPE],
-            ["inspect", moe, "--weights", "--dense", dense],
-            ["verify", dense, moe],
-        ):
-            command = ["upcycle", *arguments]
-            line = shell_line(command)
-            if not json:
-                stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
-            code, result = _run(context, arguments, as_json=json)
-            steps.append({"command": command, "exit_code": code, "result": result})
-            if code != 0:
-                raise UpcycleError(f"`{line}` failed with exit code {code}.")
-        if json:
-            print_json({"status": "passed", "directory": str(folder), "steps": steps})
-        else:
-            talk(*_NEXT_STEPS.splitlines(), "", f"The demo's files stay in {folder}.")
+            stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
+        code, result = _run(context, arguments, as_json=json)
+        steps.append({"command": command, "exit_code": code, "result": result})
+        if code != 0:
+            raise UpcycleError(f"`{line}` failed with exit code {code}.")
+    if json:
+        print_json({"status": "passed", "directory": str(folder), "steps": steps})
+    else:
+        talk(*_NEXT_STEPS.splitlines(), "", f"The demo's files stay in {folder}.")
 
 
 def _run(context: typer.Context, arguments: list[str], *, as_json: bool) -> tuple[int, Any]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from upcycle_cli.cli import options, render
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json, show_all
+from upcycle_cli.cli.terminal import print_json, show_all
 
 
 def families(*, json: bool = options.JSON) -> None:
     """List the supported model types with their targets, engines and trainers."""
-    with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli.render_json import overview_json
-        from upcycle_cli.models.overview import overview
+    from upcycle_cli.cli.render_json import overview_json
+    from upcycle_cli.models.overview import overview
 
-        found = overview()
-        if json:
-            print_json(overview_json(found))
-        else:
-            show_all(render.overview_tables(found))
+    found = overview()
+    if json:
+        print_json(overview_json(found))
+    else:
+        show_all(render.overview_tables(found))

@@ -42,53 +42,52 @@ def inspect(
 
     Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
-    with terminal.errors_to_exit_codes(as_json=json):
-        if report is not None:
-            from upcycle_cli.report.page import check_report_file
+    if report is not None:
+        from upcycle_cli.report.page import check_report_file
 
-            check_report_file(report, dense)
-        from upcycle_cli.inspection import summary
+        check_report_file(report, dense)
+    from upcycle_cli.inspection import summary
 
-        budget = values.to_budget(max_params, max_active, gpu_memory)
-        wanted = None if budget is None else values.to_shared_choices(moe, context)
-        if (dense is not None and not weights and load is None) or (
-            experts_from and (dense is None or not weights)
-        ):
-            raise UpcycleError(
-                "--dense needs --weights, and --experts-from needs both.",
-                "Add --weights, and --dense for the first of the models.",
-            )
-        recipe = files = inputs = None
-        if budget is None and values.needs_recipe(context):
-            files, inputs = values.to_options(moe), values.to_inputs(moe)
-            recipe = values.to_recipe(moe, context, allow_inexact=True)
-        silent = json or not (weights or load)
-        render.show_hub_bars(path, dense, silent=silent)
-        with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
-            found = summary.inspect(
-                path,
-                recipe,
-                revision=revision,
-                target=moe.target,
-                options=files,
-                inputs=inputs,
-                weights=weights,
-                dense=[] if dense is None else [dense, *experts_from],
-                load=load,
-                watch=watch,
-            )
-        if report is not None:
-            _write_report(report, found, path)
-        fits = None if budget is None else summary.fits(found, budget, wanted)
-        if json:
-            _print_json(found, fits, tensors=tensors)
-            return
-        _print_tables(found, fits)
-        if report is not None:
-            terminal.talk(f"Wrote {report}.")
-        if tensors:
-            # One line a tensor, whatever the width of the screen, so that grep finds it.
-            terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
+    budget = values.to_budget(max_params, max_active, gpu_memory)
+    wanted = None if budget is None else values.to_shared_choices(moe, context)
+    if (dense is not None and not weights and load is None) or (
+        experts_from and (dense is None or not weights)
+    ):
+        raise UpcycleError(
+            "--dense needs --weights, and --experts-from needs both.",
+            "Add --weights, and --dense for the first of the models.",
+        )
+    recipe = files = inputs = None
+    if budget is None and values.needs_recipe(context):
+        files, inputs = values.to_options(moe), values.to_inputs(moe)
+        recipe = values.to_recipe(moe, context, allow_inexact=True)
+    silent = json or not (weights or load)
+    render.show_hub_bars(path, dense, silent=silent)
+    with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
+        found = summary.inspect(
+            path,
+            recipe,
+            revision=revision,
+            target=moe.target,
+            options=files,
+            inputs=inputs,
+            weights=weights,
+            dense=[] if dense is None else [dense, *experts_from],
+            load=load,
+            watch=watch,
+        )
+    if report is not None:
+        _write_report(report, found, path)
+    fits = None if budget is None else summary.fits(found, budget, wanted)
+    if json:
+        _print_json(found, fits, tensors=tensors)
+        return
+    _print_tables(found, fits)
+    if report is not None:
+        terminal.talk(f"Wrote {report}.")
+    if tensors:
+        # One line a tensor, whatever the width of the screen, so that grep finds it.
+        terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
 
 
 def _print_json(found: Inspection, fits: tuple[SizedRecipe, ...] | None, *, tensors: bool) -> None:

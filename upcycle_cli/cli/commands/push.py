@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upcycle_cli.cli import options, render
 from upcycle_cli.cli.process import raise_signal
-from upcycle_cli.cli.terminal import errors_to_exit_codes, print_json
+from upcycle_cli.cli.terminal import print_json
 
 _option = options.options_of("push")
 
@@ -28,29 +28,28 @@ def push(
 
     Example: upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
     """
-    with errors_to_exit_codes(as_json=json):
-        from upcycle_cli.cli.render_json import push_json
-        from upcycle_cli.publish.push import Destination
-        from upcycle_cli.publish.push import push as push_directory
+    from upcycle_cli.cli.render_json import push_json
+    from upcycle_cli.publish.push import Destination
+    from upcycle_cli.publish.push import push as push_directory
 
-        silent = quiet or json
-        render.show_hub_bars(silent=silent)
-        destination = Destination(
-            repo=repo,
-            revision=revision,
-            private=private,
-            create_pr=create_pr,
-            message=message,
-            replace_card=replace_card,
-        )
+    silent = quiet or json
+    render.show_hub_bars(silent=silent)
+    destination = Destination(
+        repo=repo,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        message=message,
+        replace_card=replace_card,
+    )
 
-        def announce(files: int, nbytes: int) -> None:
-            if not silent:
-                render.announce_push(repo, files, nbytes)
+    def announce(files: int, nbytes: int) -> None:
+        if not silent:
+            render.announce_push(repo, files, nbytes)
 
-        done = push_directory(directory, destination, on_start=announce)
-        raise_signal()
-        if json:
-            print_json(push_json(done))
-        elif not quiet:
-            render.show_push(done)
+    done = push_directory(directory, destination, on_start=announce)
+    raise_signal()
+    if json:
+        print_json(push_json(done))
+    elif not quiet:
+        render.show_push(done)

@@ -35,53 +35,52 @@ def verify(
 
     Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
-    with terminal.errors_to_exit_codes(as_json=json):
-        if report is not None:
-            from upcycle_cli.report.page import check_report_file
+    if report is not None:
+        from upcycle_cli.report.page import check_report_file
 
-            check_report_file(report, dense)
-        from upcycle_cli.verification import verify as verification
-        from upcycle_cli.verification.prompts import TextOptions
+        check_report_file(report, dense)
+    from upcycle_cli.verification import verify as verification
+    from upcycle_cli.verification.prompts import TextOptions
 
-        silent = quiet or json
-        render.show_hub_bars(silent=silent)
-        names = [name.strip() for name in checks.split(",") if name.strip()]
-        with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
-            found = verification.verify(
-                dense,
-                moe,
-                experts_from=experts_from,
-                router_init=router_init,
-                calibration=calibration,
-                checks=names,
-                texts=TextOptions(
-                    prompts=prompts, tokens=tokens, context=context, continuation=report is not None
-                ),
-                fail_fast=fail_fast,
-                dense_revision=dense_revision,
-                moe_revision=moe_revision,
-                allow_inexact=allow_inexact,
-                watch=watch,
-            )
-        raise_signal()
+    silent = quiet or json
+    render.show_hub_bars(silent=silent)
+    names = [name.strip() for name in checks.split(",") if name.strip()]
+    with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
+        found = verification.verify(
+            dense,
+            moe,
+            experts_from=experts_from,
+            router_init=router_init,
+            calibration=calibration,
+            checks=names,
+            texts=TextOptions(
+                prompts=prompts, tokens=tokens, context=context, continuation=report is not None
+            ),
+            fail_fast=fail_fast,
+            dense_revision=dense_revision,
+            moe_revision=moe_revision,
+            allow_inexact=allow_inexact,
+            watch=watch,
+        )
+    raise_signal()
+    if not silent:
+        terminal.show(render.report_table(found))
+    elif not json and not found.accepted:
+        terminal.show(render.report_table(found), terminal.stderr())
+    if report is not None:
+        from upcycle_cli.report.contents import verification_html
+        from upcycle_cli.report.page import write_report
+
+        models = [*map(str, (dense, *experts_from, moe))]
+        html = verification_html(found, models=models, command=render.command_line())
+        write_report(report, html)
         if not silent:
-            terminal.show(render.report_table(found))
-        elif not json and not found.accepted:
-            terminal.show(render.report_table(found), terminal.stderr())
-        if report is not None:
-            from upcycle_cli.report.contents import verification_html
-            from upcycle_cli.report.page import write_report
-
-            models = [*map(str, (dense, *experts_from, moe))]
-            html = verification_html(found, models=models, command=render.command_line())
-            write_report(report, html)
-            if not silent:
-                terminal.talk(f"Wrote {report}.")
-        if json:
-            terminal.print_json(found.to_json())
-        if found.status == "skipped":
-            terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
-        if found.status == "measured" and not found.accepted:
-            terminal.talk("Not everything is proven; --allow-inexact accepts what was measured.")
-        if not found.accepted:
-            raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
+            terminal.talk(f"Wrote {report}.")
+    if json:
+        terminal.print_json(found.to_json())
+    if found.status == "skipped":
+        terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
+    if found.status == "measured" and not found.accepted:
+        terminal.talk("Not everything is proven; --allow-inexact accepts what was measured.")
+    if not found.accepted:
+        raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
