@@ -26,7 +26,7 @@ from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import Continuation, LayerMeasure
 from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
 
-_SAMPLED = 256
+_SAMPLED = 64
 """Positions at which the experts of each layer also run on the dense model's own MLP input."""
 _OPENING = 24
 """Tokens of text that both models continue."""
