@@ -143,7 +143,7 @@ def test_divergences_are_those_of_float64(size: float) -> None:
 def test_copies_of_an_expert_run_once_with_the_same_result(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle_cli.run.moe_tensors import MergeCopies
+    from upcycle_cli.run.merge_copies import MergeCopies
 
     recipe = Recipe(expansion=4, granularity=2, top_k=4)
     moe = convert(llama, tmp_path / "moe", recipe).output
@@ -375,14 +375,14 @@ def _tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     ("damage", "words"),
     [
         (_tensors(lambda t: t.pop("model.norm.weight")), "norm.weight is in no file"),
-        (_tensors(lambda t: t.pop(expert(1, 2, "w1"))), f"{expert(1, 2, 'w1')} is missing"),
+        (_tensors(lambda t: t.pop(expert(1, 2, "w1"))), f"lacks {expert(1, 2, 'w1')}"),
         (
             _tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
             "has shape [31], and config.json implies [32]",
         ),
         (
             _tensors(lambda t: t.update({expert(0, 0, "w2"): torch.ones(32, 30)})),
-            "has shape [32, 30], and experts are",
+            "has shape [32, 30], but",
         ),
         (
             _tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.int32)})),
@@ -390,8 +390,8 @@ def _tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
         ),
         (_tensors(lambda t: t["model.norm.weight"].fill_(math.nan)), "logits of the MoE are not"),
         (_config(num_local_experts="four"), "num_local_experts must be a positive integer"),
-        (_config(num_hidden_layers=10**9), "num_hidden_layers 1000000000 is more than"),
-        (_config(num_local_experts=10**9), "num_local_experts 1000000000 is more than"),
+        (_config(num_hidden_layers=10**9), "1000000000 layers of 4 experts are more"),
+        (_config(num_local_experts=10**9), "2 layers of 1000000000 experts are more"),
         (_config(num_local_experts=3), "transformers could not run the MoE"),
         (_config(hidden_act="no such thing"), "transformers could not run the MoE"),
     ],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle_cli.core.callbacks import Progress
-    from upcycle_cli.plan.moe_experts import Experts
+    from upcycle_cli.models.moe_experts import Experts
     from upcycle_cli.run.models import Model
 
 TOKENS = 2048  # at most

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.models.lookup import dense_model
-from upcycle_cli.plan.moe_experts import Experts
+from upcycle_cli.models.moe_experts import Experts
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.weight_drift import LayerDrift

@@ -156,7 +156,7 @@ def _inspect_moe(
     watch: Progress,
 ) -> Inspection:
     from upcycle_cli.inspection.experts import examine_weights
-    from upcycle_cli.plan.moe_experts import find_experts
+    from upcycle_cli.models.moe_experts import find_experts
 
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
     from upcycle_cli.models.dense import DenseModel
-    from upcycle_cli.plan.moe_experts import Experts
+    from upcycle_cli.models.moe_experts import Experts
 
 _SKETCH_SIZE = 32
 """How many weights of a neuron's part identify it."""

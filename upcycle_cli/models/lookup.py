@@ -12,7 +12,7 @@ from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.layers import MOE_LAYERS
 from upcycle_cli.models.mlp import parts_of, stacked
-from upcycle_cli.models.moe import CorrectionBias, Keys, Layout, Target
+from upcycle_cli.models.moe import CorrectionBias, Keys, MoeBlock, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, replace_parts
@@ -163,7 +163,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     module = family.mlp[0].name.split(".")[0]
     # vLLM replaces any child named `experts` by its own SwiGLU.
     prefix = f"{module}.{'experts' if swiglu else 'expert_mlps'}"
-    layout = Layout(
+    layout = MoeBlock(
         experts=stacked(
             prefix, gated=gated, biases=biased, transposed=family.mlp[0].split_dim == 1
         ),

@@ -23,7 +23,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class MoeBlock:
     """The tensors of a layer's experts and router, by their names within the layer."""
 
     experts: tuple[Weight, ...]
@@ -181,7 +181,7 @@ class Target:
     architecture: str
     routings: tuple[Routing, ...] = (Routing.TOPK_SOFTMAX,)
     """The routings it can express; the first is that of released models, and the default."""
-    layouts: Mapping[ExpertLayout, Layout]
+    layouts: Mapping[ExpertLayout, MoeBlock]
     """The first is the default, the last is what transformers 5 has in memory."""
     keys: Keys
     layers: LayerChoice = ALL
@@ -277,7 +277,7 @@ class Target:
         return found
 
     @property
-    def in_memory(self) -> Layout:
+    def in_memory(self) -> MoeBlock:
         """The layout in memory of transformers 5."""
         *_, found = self.layouts.values()
         return found
@@ -303,7 +303,7 @@ class Target:
             named += [layout] if fits else []
         return named[0] if named else next(iter(self.layouts))
 
-    def transposed_weights(self, layout: Layout) -> tuple[Weight, ...]:
+    def transposed_weights(self, layout: MoeBlock) -> tuple[Weight, ...]:
         """Return the weights of a layout whose matrices are transposed in memory.
 
         Readers detect that from the shape, and take square matrices as they are.
@@ -311,14 +311,14 @@ class Target:
         memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}
         return tuple(w for w in layout.experts if memory.get(w.name, w.split_dim) != w.split_dim)
 
-    def correction_bias_name(self, layout: Layout, routing: str) -> str | None:
+    def correction_bias_name(self, layout: MoeBlock, routing: str) -> str | None:
         """Return the correction bias within a layer; None if there is none."""
         bias = self.correction_bias
         if bias is None or bias.routing != routing:
             return None
         return bias.fused or bias.name if layout == self.layouts[ExpertLayout.FUSED] else bias.name
 
-    def shared_weights(self, layout: Layout) -> tuple[Weight, ...]:
+    def shared_weights(self, layout: MoeBlock) -> tuple[Weight, ...]:
         """Return the matrices of the shared expert; empty if there is none."""
         shared = self.shared
         if shared is None:

@@ -20,7 +20,7 @@ from upcycle_cli.models.moe import (
     CorrectionBias,
     ExtraTensor,
     Keys,
-    Layout,
+    MoeBlock,
     ParallelMlp,
     SharedExpert,
     Target,
@@ -30,12 +30,12 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 def _layouts(
     per_expert: Sequence[Weight], fused: str, *, router: str, fused_router: str | None = None
-) -> Mapping[ExpertLayout, Layout]:
+) -> Mapping[ExpertLayout, MoeBlock]:
     """Return experts with released names, and stacked below `fused` as in transformers 5."""
     gated = "gate" in parts_of(per_expert)
     return {
-        ExpertLayout.PER_EXPERT: Layout(experts=matrices_of(per_expert), router=router),
-        ExpertLayout.FUSED: Layout(
+        ExpertLayout.PER_EXPERT: MoeBlock(experts=matrices_of(per_expert), router=router),
+        ExpertLayout.FUSED: MoeBlock(
             experts=stacked(fused, gated=gated), router=fused_router or router
         ),
     }
@@ -54,11 +54,11 @@ _MIXTRAL_LAYOUTS = _layouts(
 )
 _QWEN_LAYOUTS = _layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
 _GRANITE_LAYOUTS = {
-    ExpertLayout.STACKED: Layout(
+    ExpertLayout.STACKED: MoeBlock(
         experts=gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
         router="block_sparse_moe.router.layer.weight",
     ),
-    ExpertLayout.FUSED: Layout(
+    ExpertLayout.FUSED: MoeBlock(
         experts=stacked("block_sparse_moe.experts"), router="block_sparse_moe.router.weight"
     ),
 }
@@ -298,7 +298,7 @@ _ROWS: Sequence[Target] = (
         model_type="gemma4_text",
         architecture="Gemma4ForCausalLM",
         layouts={
-            ExpertLayout.FUSED: Layout(experts=stacked("experts"), router="router.proj.weight")
+            ExpertLayout.FUSED: MoeBlock(experts=stacked("experts"), router="router.proj.weight")
         },
         keys=Keys(top_k="top_k_experts"),
         layers=layers.ENABLED,
@@ -368,7 +368,7 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
         model_type="qwen3_vl_moe_text",
         architecture="Qwen3VLMoeForConditionalGeneration",
         layouts={
-            layout: Layout(
+            layout: MoeBlock(
                 experts=stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),
                 router="mlp.gate.weight",
             )

@@ -20,10 +20,10 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.lookup import growable
 from upcycle_cli.models.mlp import Weight, locate
-from upcycle_cli.models.moe import Layout
+from upcycle_cli.models.moe import MoeBlock
 from upcycle_cli.models.moe_config import remove_local_path
+from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
-from upcycle_cli.plan.moe_experts import Experts, find_experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.plan.validate import check_dtype
@@ -141,7 +141,7 @@ class _Grower:
             yield OutputTensor.of(target.head, self._source(_EMBEDDING), Role.HEAD)
 
     @property
-    def _held(self) -> Layout:
+    def _held(self) -> MoeBlock:
         return self.experts.target.layouts[self.experts.layout]
 
     def _growing(self, layer: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

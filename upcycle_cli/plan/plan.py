@@ -21,10 +21,10 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.engines import Engine, engines_of
 from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.expressions import loses_bits
 from upcycle_cli.plan.merge import Merge, MergedReader, merged_card_metadata, model_of, open_readers
-from upcycle_cli.plan.moe_experts import Experts
 from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
 from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Promise, Recipe, Routing

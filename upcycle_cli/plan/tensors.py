@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from upcycle_cli.models.dense import Piece
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import BIAS, Weight, find_weight, parts_of
-from upcycle_cli.models.moe import Layout
+from upcycle_cli.models.moe import MoeBlock
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
 from upcycle_cli.plan.output import OutputTensor, Role
@@ -211,7 +211,7 @@ class TensorMaker:
 
 
 def _shared_expert(
-    parts: DenseParts, layer: int, layout: Layout, group: VirtualGroup
+    parts: DenseParts, layer: int, layout: MoeBlock, group: VirtualGroup
 ) -> Iterator[tuple[str, ex.Expr]]:
     """Yield the names and expressions of a layer's shared expert; nothing where there is none.
 

@@ -20,9 +20,11 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.models.lookup import dense_family, is_target
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.models.wrapper import Inside
 from upcycle_cli.run.layerwise import Span
 from upcycle_cli.run.lazy_weights import Stack, Stored
+from upcycle_cli.run.merge_copies import MergeCopies
 from upcycle_cli.run.models import (
     Model,
     TransformersError,
@@ -32,7 +34,6 @@ from upcycle_cli.run.models import (
     names_on_disk,
     transformers_errors,
 )
-from upcycle_cli.run.moe_tensors import MergeCopies, MoeTensors, moe_tensors
 
 Find = Callable[[str, str], "Stored | None"]
 """Returns a weight by the names that it has on disk and in memory; None when there is none."""
@@ -48,7 +49,7 @@ class LazyModel:
 
     checkpoint: Checkpoint
     net: Model
-    experts: MoeTensors | None
+    experts: Experts | None
     """None for a dense model."""
     mlp: str
     """The module of a layer that is its MLP, or has its router and experts."""
@@ -96,8 +97,9 @@ def lazy_model(
     """Return a dense model or an MoE, to be run in float32 with its weights left on disk.
 
     A token that chose several experts of the same bytes is sent to one of them, with the sum of
-    their gates. Raises TransformersError when transformers cannot make the model of
-    its config, or a tensor is missing or has another shape.
+    their gates. Raises TransformersError when transformers cannot make the model of its config, or
+    a tensor is missing or has another shape; UpcycleError when an expert's tensor has that fault,
+    here or once the expert runs.
     """
     weights: dict[str, torch.Tensor] = {}
 
@@ -114,9 +116,9 @@ def lazy_model(
 
     experts, stacks = None, {}
     if is_target(checkpoint.config):
-        experts = moe_tensors(checkpoint)
+        experts = find_experts(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
-        find, parts = _finder(checkpoint, target.inside, target.name_prefix), {*experts.parts}
+        find, parts = _finder(checkpoint, target.inside, target.name_prefix), {*experts.part_names}
         stacks = {
             (layer, weight.name): Stack(partial(expert, layer, weight))
             for layer in experts.layers

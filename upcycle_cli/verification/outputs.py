@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -93,6 +93,15 @@ def check_outputs(
             return findings.result(_NAME, "", note=_NOT_COMPARED)
 
 
+@contextmanager
+def _moe_errors() -> Iterator[None]:
+    """Turn an UpcycleError about the MoE into the failure of this check."""
+    try:
+        yield
+    except UpcycleError as error:
+        raise TransformersError(error.message) from error
+
+
 def _compare(
     dense: Checkpoint,
     moe: Checkpoint,
@@ -105,10 +114,8 @@ def _compare(
     overflow = _Overflow()
     is_float16 = any(entry.dtype == "F16" for entry in moe.tensors.values())
     observe = overflow.note if is_float16 else None
-    try:
+    with _moe_errors():
         upcycled = lazy_model(moe, moe_reader, observe=observe)
-    except UpcycleError as error:
-        raise TransformersError(error.message) from error
     experts = upcycled.experts
     if experts is None or experts.num_experts % expected.group_size:
         raise TransformersError("config.json describes no mixture of experts in such groups")
@@ -124,7 +131,8 @@ def _compare(
         if name in moe.tensors
     )
     prompt = make_prompt(dense, texts, seed_bytes)
-    found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
+    with _moe_errors():
+        found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
     findings, compared = Findings(), found.comparison
     for who, softmax in (("MoE", compared.moe), ("dense model", compared.published)):
         if softmax.not_finite:

@@ -60,6 +60,11 @@ class Experts:
         entries = self.moe.tensors.values()
         return sum(entry.num_elements for entry in entries if re.fullmatch(any_of, entry.name))
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of an expert, biases among them if the experts have some."""
+        return parts_of(self._weights(self.layers[0]))
+
     def name(self, layer: int, name: str) -> str:
         """Return the whole name of a tensor of a layer."""
         return self.target.prefix(layer) + name
@@ -70,21 +75,31 @@ class Experts:
         runs = {len(list(run)) for _, run in groupby(rows)}
         return runs.pop() if len(runs) == 1 else 1
 
+    def router_name(self, layer: int) -> str:
+        """Return the name of a layer's router in the checkpoint."""
+        return self.name(layer, self.target.layouts[self.layout].router)
+
     def router(self, reader: Reader, layer: int) -> torch.Tensor:
         """Return the router's rows, (N, H)."""
-        name = self.name(layer, self.target.layouts[self.layout].router)
-        return _read(self.moe, reader, name, self.num_experts)
+        return _read(self.moe, reader, self.router_name(layer), self.num_experts)
 
     def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
-        for part in parts_of(self._weights(layer)):
+        for part in self.part_names:
             yield part, self.part(reader, layer, expert, part)
 
     def part(self, reader: Reader, layer: int, expert: int, part: str) -> torch.Tensor:
         """Return one part of one expert."""
-        found = locate(self._weights(layer), part, width=self.expert_size, expert=expert)
-        count = None if found.row is None else self.num_experts
-        held = _read(self.moe, reader, self.name(layer, found.tensor), count)
+        weights = self._weights(layer)
+        found = locate(weights, part, width=self.expert_size, expert=expert)
+        count, name = None if found.row is None else self.num_experts, found.tensor
+        held = _read(self.moe, reader, self.name(layer, name), count)
+        width = self.expert_size * len(find_weight(weights, part).parts)
+        if found.dimension is not None and held.shape[found.dimension :][:1] != (width,):
+            raise UpcycleError(
+                f"{self.moe.path}: {self.name(layer, name)} has shape {[*held.shape]}, but "
+                f"config.json implies experts that are {width} wide."
+            )
         return found.select(held, self.cut(part))
 
     @property
@@ -141,8 +156,11 @@ def find_experts(moe: Checkpoint) -> Experts:
     try:
         num_experts, top_k, expert_size = target.sizes(config)
         num_layers = target.num_layers(config)
-        if num_layers > len(moe.tensors):
-            words = f"num_hidden_layers {num_layers} is more than there are tensors of"
+        entries = moe.tensors.values()
+        rows = max((entry.shape[0] for entry in entries if entry.shape), default=0)
+        # Building a model with more layers or experts than tensors would take forever.
+        if num_layers > len(entries) or num_experts > max(len(entries), rows):
+            words = f"{num_layers} layers of {num_experts} experts are more than there are tensors"
             raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
         layers = target.moe_layers(config, num_layers)
         routing = target.routing(config)
