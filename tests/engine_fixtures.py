@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import forked
 import numpy as np
 import pytest
+from measure import measure
 
 import upcycle_cli
 from upcycle_cli import Options, UpcycleError, api, build_plan, open_checkpoint
@@ -216,18 +217,6 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
-
-
 def wait_until(condition: Callable[[], _T], process: subprocess.Popen[str]) -> _T:
     """Look until a condition holds or the process has ended; return what it was then."""
     for _ in range(SUBPROCESS_SECONDS * 1000):
@@ -257,20 +246,7 @@ def assert_equal_peaks(measures: Sequence[Callable[[], int]]) -> None:
 
 
 def peak_anonymous_bytes(command: list[str]) -> int:
-    """Run a command, and look at its anonymous memory every 10 ms until it ends."""
-    process, peak = start(command), 0
-    status = Path(f"/proc/{process.pid}/status")
-    while True:
-        try:
-            process.wait(0.01)
-        except subprocess.TimeoutExpired:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak = max(peak, int(line.split()[1]) * 1024)
-        else:
-            _, stderr = process.communicate()
-            assert process.returncode == 0, stderr
-            return peak
+    return measure(command, environment(OMP_NUM_THREADS="1")).peak_anon_bytes
 
 
 def peak_of_a_new(output: Path, command: list[str]) -> int:

@@ -113,7 +113,7 @@ def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
 
 def _measure_alone(path: Path) -> None:
     """Print what one calibration takes in a process of its own."""
-    from speed.measure import measure
+    from measure import measure
 
     run = measure([sys.executable, __file__, str(path)])
     print(

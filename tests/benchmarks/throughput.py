@@ -1,13 +1,13 @@
 """How fast upcycle converts, against what the disk allows and against the other ways to do it.
 
-    python tests/benchmarks/throughput.py [--sizes 0.6,1.2,2.4] [--rounds 3]
-    sudo python tests/benchmarks/throughput.py --filesystems ...
+    python tests/benchmarks/throughput.py [--sizes 0.6,1.2,2.4] [--rounds 3] [--peer-rounds 1]
+    sudo python tests/benchmarks/throughput.py --filesystems also|only ...
 
 prints Markdown tables: for each size of a dense checkpoint (TinyLlama's shape, bfloat16, in GB),
 upcycle, a raw `pwrite` of as many bytes, mergekit-moe and a transformers script, alternating, in
 one run, medians of several rounds. Then the limits that upcycle sets itself, and whether each held.
-With `--filesystems` also upcycle with shared extents on XFS and Btrfs, on loop devices, which takes
-root. mergekit is installed into a virtual environment of its own under ~/.cache/upcycle-benchmark.
+With `--filesystems` also upcycle with shared extents on XFS and Btrfs (the largest size), on loop
+devices, which takes root. mergekit is installed as tests/interoperability does it.
 
 All is on one file system (`--directory`, by default the temporary directory); it needs seven times
 the largest dense size there, and the same in memory for the transformers script. The source is in
@@ -19,276 +19,320 @@ writing to it, which would fall on whoever takes a second to start.
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
 import platform
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import typer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "interoperability"))
 
 from file_systems import MAKE, UnavailableError, file_system, used_bytes
-from speed.contestants import (
-    MERGEKIT,
-    TRANSFORMERS,
-    UPCYCLE_SHUFFLED,
-    Contestant,
-    NotInstalledError,
-    by_transformers,
-    install_mergekit,
-    mergekit,
-    raw_pwrite,
-    raw_pwrite_command,
-    upcycle,
-    versions,
-)
-from speed.dense import make_dense, make_small
-from speed.measure import FailedError, disk_bytes, importing, measure
-from speed.report import Limit, Result, limits_table, sharing_limits, table, writing_limits
+from interop import software
+from large_models import ONE_SMALL_LAYER, tinyllama_of, write_random
+from measure import Run, importing, measure, read_into_cache
+from verified import save_tokenizer
 
-from upcycle_cli import Recipe
-from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.upcycle import build_plan
 
-SHORT = Recipe(expansion=8, granularity=1, top_k=2)
-START_UP_COUNTS_FROM_GB = 2.4
-
-
-def main() -> None:
-    """Run everything and print it."""
-    arguments = _arguments()
-    directory = Path(tempfile.mkdtemp(prefix="upcycle-benchmark-", dir=arguments.directory))
-    try:
-        report = _Benchmark(directory, arguments.rounds, arguments.peer_rounds)
-        for gigabytes in arguments.sizes if arguments.filesystems != "only" else ():
-            report.writing(gigabytes)
-        if arguments.filesystems:
-            for kind in MAKE:
-                report.sharing(kind, max(arguments.sizes))
-    finally:
-        shutil.rmtree(directory)
+HERE = Path(__file__).resolve().parent
+SMALL, FINE, SHUFFLED = "upcycle E8G1T2", "upcycle E8G8T8", "upcycle E8G8T8, shuffled"
+PWRITE = "pwrite of the same bytes"
+MERGEKIT, TRANSFORMERS = "mergekit-moe, 8 experts", "transformers script"
+START_UP_COUNTS_FROM = 0.95 * 2.4e9  # bytes of the dense model
+HEADER = """
+| | fsync | rounds | wall (min to max), s | CPU, s | peak RssAnon, MB \
+| beyond the interpreter, MB | on disk, GB |
+|---|---|---|---|---|---|---|---|"""
+LIMITS = "| limit | wanted | measured | held |\n|---|---|---|---|"
 
 
-class _Benchmark:
+@dataclass(kw_only=True)
+class Contestant:
+    """A command that makes an output, and all its runs."""
+
+    name: str
+    command: Sequence[str | Path]
+    fsync: bool = False
+    interpreter_bytes: int = 0
+    """Anonymous memory of its interpreter once it has imported what it needs anyway."""
+    most_rounds: int | None = None
+    runs: list[Run] = field(default_factory=list)
+    disk_bytes: int = 0
+    failure: str = ""
+
+    def median(self, value: Callable[[Run], float]) -> float:
+        """Return the median of its runs; NaN where it has none."""
+        return statistics.median(map(value, self.runs)) if self.runs else math.nan
+
+    @property
+    def wall(self) -> float:
+        """Median seconds."""
+        return self.median(lambda run: run.wall_seconds)
+
+    @property
+    def beyond_bytes(self) -> float:
+        """Median peak of anonymous memory beyond the interpreter's own."""
+        return max(0, self.median(lambda run: run.peak_anon_bytes) - self.interpreter_bytes)
+
+    def row(self) -> str:
+        """Return its row of the table."""
+        walls = [run.wall_seconds for run in self.runs] or [math.nan]
+        return (
+            f"| {self.name} | {'yes' if self.fsync else 'no'} | {len(self.runs)} "
+            f"| {self.wall:.2f} ({min(walls):.2f} to {max(walls):.2f}) "
+            f"| {self.median(lambda run: run.cpu_seconds):.2f} "
+            f"| {self.median(lambda run: run.peak_anon_bytes) / 1e6:.0f} "
+            f"| {self.beyond_bytes / 1e6:.0f} | {self.disk_bytes / 1e9:.2f} |"
+        )
+
+
+def limit(what: str, wanted: str, value: float, *, applies: bool = True) -> str:
+    """Return a row of the table of limits; `wanted` is a sign and a number, or a dash."""
+    if wanted == "–":
+        held = "–"
+    elif math.isnan(value):
+        held = "not measured"
+    elif not applies:
+        held = "does not apply to this size"
+    else:
+        bound = float(wanted[1:])
+        held = "yes" if (value <= bound if wanted[0] == "≤" else value >= bound) else "**no**"
+    return f"| {what} | {wanted} | {value:.2f} | {held} |"
+
+
+def pwrite(source: Path, output: Path, nbytes: int, *, fsync: bool) -> list[str | Path]:
+    """Return the command of a plain Python program that writes `nbytes` of another file."""
+    how = "fsync" if fsync else "no-fsync"
+    return [sys.executable, "-S", HERE / "raw_pwrite.py", source, output, str(nbytes), how]
+
+
+class Benchmark:
     """Measures and prints."""
 
     def __init__(self, directory: Path, rounds: int, peer_rounds: int) -> None:
-        self.directory = directory
-        self.rounds = rounds
-        self.peer_rounds = peer_rounds
+        self.directory, self.rounds, self.peer_rounds = directory, rounds, peer_rounds
         importing("torch")  # which may read it from the disk
-        self.torch = importing("torch")
-        self.numpy_anon_bytes = importing("numpy").peak_anon_bytes
+        self.torch, self.numpy_bytes = importing("torch"), importing("numpy").peak_anon_bytes
         self.mergekit: Path | None = None
-        self.mergekit_anon_bytes = 0
-        self.no_mergekit = "not wanted"
+        about = "not wanted"
         if peer_rounds:
             try:
-                self.mergekit = install_mergekit()
-                self.mergekit_anon_bytes = importing("torch", str(self.mergekit)).peak_anon_bytes
-            except (NotInstalledError, FailedError) as error:
-                self.no_mergekit = str(error)
-        machine = _machine(directory) | {
-            "import torch": f"{self.torch.wall_seconds:.2f} s, "
-            f"{self.torch.peak_anon_bytes / 1e6:.0f} MB of RssAnon",
-            "mergekit": versions(self.mergekit) if self.mergekit else self.no_mergekit,
-        }
-        print("\n".join(f"- {name}: {value}" for name, value in machine.items()), flush=True)
+                wanted = next(each for each in software.SOFTWARE if each.name == "mergekit")
+                self.mergekit = software.install(wanted)
+                names = ("mergekit", "torch", "transformers")
+                about = ", ".join(f"{n} {software.version(self.mergekit, n)}" for n in names)
+            except software.NotInstalledError as error:
+                about = str(error)
+        print_machine(directory)
+        memory = f"{self.torch.peak_anon_bytes / 1e6:.0f} MB of RssAnon"
+        print(f"- import torch: {self.torch.wall_seconds:.2f} s, {memory}\n- mergekit: {about}")
 
-    def writing(self, gigabytes: float) -> None:
-        """Compare everyone at one size."""
-        dense = self.directory / "dense"
-        dense_bytes = make_dense(dense, gigabytes)
-        plan = _plan(dense)
-        contestants = [
-            part
-            for fsync in (True, False)
-            for part in (
-                raw_pwrite(dense, plan.nbytes, fsync=fsync),
-                upcycle(dense, "E8G1T2", fsync=fsync),
-                upcycle(dense, "E8G8T8", fsync=fsync),
-                upcycle(dense, "E8G8T8", fsync=fsync, name=UPCYCLE_SHUFFLED, order="shuffled"),
-            )
-        ]
+    def upcycle(self, dense: Path, output: Path, name: str, *, fsync: bool) -> Contestant:
+        """Return a conversion to Mixtral; its recipe is the second word of the name."""
+        recipe = name.split()[1].rstrip(",")
+        tool = (sys.executable, "-m", "upcycle_cli", "convert", "--quiet")
+        command: list[str | Path] = [*tool, dense, output]
+        command += ["--recipe", recipe, "--target", "mixtral"]
+        command += ["--neuron-order", "shuffled"] if name == SHUFFLED else []
+        command += [] if fsync else ["--no-fsync"]
+        return Contestant(
+            name=name, command=command, fsync=fsync, interpreter_bytes=self.numpy_bytes
+        )
+
+    def peers(self, dense: Path, output: Path) -> list[Contestant]:
+        """Return mergekit-moe, all of whose experts are the dense model, and the script."""
+        tool: tuple[str | Path, ...] = (sys.executable, HERE / "by_transformers.py", dense, output)
+        peers = [(TRANSFORMERS, tool, self.torch.peak_anon_bytes)]
         if self.mergekit:
-            contestants.append(mergekit(dense, self.mergekit, self.peer_rounds))
-        if self.peer_rounds:
-            contestants.append(by_transformers(dense, self.peer_rounds))
-        results = self._alternate(
-            contestants,
-            dense / "model.safetensors",
-            self.directory / "output",
-            disk_bytes,
-            nbytes=plan.nbytes,
-        )
-        limits = writing_limits(
-            results, start_up_counts=dense_bytes >= 0.95e9 * START_UP_COUNTS_FROM_GB
-        )
-        _show(
-            f"{dense_bytes / 1e9:.2f} GB dense ({plan.family.dense.num_layers} layers), "
-            f"{plan.nbytes / 1e9:.2f} GB of MoE",
-            results,
-            limits,
-        )
+            save_tokenizer(dense)  # mergekit-moe does not start without one
+            config = dense / "mergekit-moe.yml"
+            expert = f"  - source_model: {dense}\n    positive_prompts: []\n"
+            config.write_text(
+                f"base_model: {dense}\ngate_mode: random\ndtype: bfloat16\nexperts_per_token: 2\n"
+                f"experts:\n{expert * 8}"
+            )
+            tool = (self.mergekit.with_name("mergekit-moe"), "--quiet", config, output)
+            anonymous = importing("torch", self.mergekit).peak_anon_bytes
+            peers.insert(0, (MERGEKIT, tool, anonymous))
+        return [
+            Contestant(
+                name=name, command=command, interpreter_bytes=nbytes, most_rounds=self.peer_rounds
+            )
+            for name, command, nbytes in peers
+        ]
+
+    def compare_writing(self, gigabytes: float) -> None:
+        """Compare everyone at one size."""
+        dense, plan = self._make_dense(gigabytes)
+        source, output = dense / "model.safetensors", self.directory / "output"
+        contestants = []
+        for fsync in (True, False):
+            command = pwrite(source, output, plan.nbytes, fsync=fsync)
+            contestants.append(Contestant(name=PWRITE, command=command, fsync=fsync))
+            names = (SMALL, FINE, SHUFFLED)
+            contestants += [self.upcycle(dense, output, name, fsync=fsync) for name in names]
+        contestants += self.peers(dense, output) if self.peer_rounds else []
+        self._alternate(contestants, source, output, plan.nbytes, disk_bytes)
+
+        nobody = Contestant(name="", command=())
+        found = {(each.name, each.fsync): each for each in contestants}
+        counts = plan.source.nbytes >= START_UP_COUNTS_FROM
+        limits = []
+        for name, most in ((SMALL, "≤ 1.25"), (FINE, "≤ 1.5"), (SHUFFLED, "≤ 2")):
+            for fsync, how in ((True, "both with fsync"), (False, "both without fsync")):
+                value = found[name, fsync].wall / found[PWRITE, fsync].wall
+                limits.append(limit(f"time of {name} / pwrite, {how}", most, value, applies=counts))
+        ours, by_hand = found[SMALL, False], found.get((TRANSFORMERS, False), nobody)
+        peer = found.get((MERGEKIT, False), nobody)
+        what = f"time of mergekit-moe / {SMALL}"
+        possible = peer.wall / found[PWRITE, False].wall
+        what += f" (/ pwrite, in one thread: {possible:.2f})" if possible < 4 else ""
+        limits.append(limit(what, "≥ 4", peer.wall / ours.wall))
+        what = f"time of a transformers script / {SMALL}"
+        limits.append(limit(what, "–", by_hand.wall / ours.wall))
+        what = f"memory beyond the interpreter, {SMALL} / mergekit-moe"
+        limits.append(limit(what, "≤ 0.1", ours.beyond_bytes / (peer.beyond_bytes or math.nan)))
+        layers, size = plan.family.dense.num_layers, plan.source.nbytes / 1e9
+        title = f"{size:.2f} GB dense ({layers} layers), {plan.nbytes / 1e9:.2f} GB of MoE"
+        show(title, contestants, limits)
         shutil.rmtree(dense)
 
-    def sharing(self, kind: str, gigabytes: float) -> None:
+    def compare_sharing(self, kind: str, gigabytes: float) -> None:
         """Compare upcycle with extents shared to a pwrite of the bytes that are not."""
-        dense = self.directory / "dense"
-        dense_bytes = make_dense(dense, gigabytes)
-        plan = _plan(dense)
-        unique = dense_bytes + sum(t.nbytes for t in plan.tensors if t.role == "router")
+        dense, plan = self._make_dense(gigabytes)
+        unique = plan.source.nbytes + sum(t.nbytes for t in plan.tensors if t.role == "router")
         title = (
-            f"{kind}, {dense_bytes / 1e9:.2f} GB dense, {plan.nbytes / 1e9:.2f} GB of MoE, "
+            f"{kind}, {plan.source.nbytes / 1e9:.2f} GB dense, {plan.nbytes / 1e9:.2f} GB of MoE, "
             f"of which {unique / 1e9:.2f} GB are unique"
         )
-        contestants = [
-            raw_pwrite(dense, unique, fsync=True, name="pwrite of the unique bytes"),
-            upcycle(dense, "E8G1T2", fsync=True),
-            upcycle(dense, "E8G8T8", fsync=True),
-        ]
-        small = self.directory / "small"
-        make_small(small)
-        contestants += [
-            upcycle(small, recipe, fsync=True, name=f"upcycle {recipe}, one small layer")
-            for recipe in ("E8G1T2", "E8G8T8")
-        ]
+        small = write_random(self.directory / "small", ONE_SMALL_LAYER)
         try:
             with file_system(kind, self.directory, 3 * unique + 1_000_000_000) as mount:
+                source, output = dense / "model.safetensors", mount / "output"
                 empty = used_bytes(mount)
-                results = self._alternate(
-                    contestants,
-                    dense / "model.safetensors",
-                    mount / "output",
-                    lambda _: used_bytes(mount) - empty,
-                    nbytes=2 * unique,  # in the cache of the file system, and of the loop device
+                command = pwrite(source, output, unique, fsync=True)
+                raw = Contestant(name="pwrite of the unique bytes", command=command, fsync=True)
+                ours = [self.upcycle(dense, output, name, fsync=True) for name in (SMALL, FINE)]
+                starts = [
+                    self.upcycle(small, output, f"{name}, one small layer", fsync=True)
+                    for name in (SMALL, FINE)
+                ]
+                # The pages are in the cache of the file system, and of the loop device.
+                everyone = [raw, *ours, *starts]
+                self._alternate(
+                    everyone, source, output, 2 * unique, lambda _: used_bytes(mount) - empty
                 )
-            limits = sharing_limits(results, dense_bytes=dense_bytes)
-            _show(title, results, limits)
         except UnavailableError as error:
             print(f"\n### {title}\n\nSkipped: {error}.", flush=True)
+        else:
+            limits = []
+            for each, start in zip(ours, starts, strict=True):
+                what = f"(time of {each.name} − start-up) / pwrite of the unique bytes"
+                limits.append(limit(what, "≤ 1.3", (each.wall - start.wall) / raw.wall))
+                what = f"disk use of {each.name} / dense checkpoint"
+                limits.append(limit(what, "≤ 1.15", each.disk_bytes / plan.source.nbytes))
+            show(title, everyone, limits)
         shutil.rmtree(dense)
         shutil.rmtree(small)
+
+    def _make_dense(self, gigabytes: float) -> tuple[Path, Plan]:
+        dense = write_random(self.directory / "dense", tinyllama_of(gigabytes))
+        recipe = Recipe(expansion=8, granularity=1, top_k=2)
+        return dense, build_plan(recipe, open_checkpoint(dense), target="mixtral")
 
     def _alternate(
         self,
         contestants: Sequence[Contestant],
         source: Path,
         output: Path,
-        disk_use: Callable[[Path], int],
-        *,
         nbytes: int,
-    ) -> list[Result]:
-        """Let everyone have a turn, round by round, every other round in reverse order.
+        disk_use: Callable[[Path], int],
+    ) -> None:
+        """Give everyone a turn, round by round, every other round in reverse order.
 
         `nbytes` is how much page cache a turn needs.
         """
-        results = [Result(contestant, self._interpreter(contestant)) for contestant in contestants]
-        for round_number in range(self.rounds):
-            for result in results if round_number % 2 == 0 else reversed(results):
-                most = result.contestant.max_rounds
-                if result.failure or (most is not None and round_number >= most):
+        scratch = self.directory / "scratch"
+        for number in range(self.rounds):
+            for each in contestants if number % 2 == 0 else reversed(contestants):
+                if each.failure or (each.most_rounds is not None and number >= each.most_rounds):
                     continue
-                _warm(source)
-                self._touch_memory(source, nbytes)
+                read_into_cache([source])
+                measure(pwrite(source, scratch, nbytes, fsync=False))
+                scratch.unlink()
                 os.sync()
                 try:
-                    command = result.contestant.command(output)
-                    run = measure(command, result.contestant.environment)
-                    run = replace(run, disk_bytes=disk_use(output))
-                    result.runs.append(run)
-                except FailedError as error:
-                    result.failure = str(error)
-                    run = None
-                _talk(round_number, result, run)
+                    each.runs.append(measure(each.command, {"HF_HUB_OFFLINE": "1"}))
+                    each.disk_bytes = disk_use(output)
+                except subprocess.CalledProcessError as error:
+                    each.failure = f"{error} {error.stderr.strip()[-200:]}"
+                last = each.failure or each.runs[-1]
+                print(f"round {number + 1}: {each.name}: {last}", file=sys.stderr, flush=True)
                 for leftover in output.parent.glob(f"{output.name}*"):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return results
-
-    def _touch_memory(self, source: Path, nbytes: int) -> None:
-        """Have the machine hold the memory that a turn needs, whoever's turn it is."""
-        scratch = self.directory / "scratch"
-        measure(raw_pwrite_command(source, scratch, nbytes, fsync=False))
-        scratch.unlink()
-
-    def _interpreter(self, contestant: Contestant) -> int:
-        if contestant.name == MERGEKIT:
-            return self.mergekit_anon_bytes
-        if "pwrite" in contestant.name:
-            return 0
-        if contestant.name == TRANSFORMERS:
-            return self.torch.peak_anon_bytes
-        return self.numpy_anon_bytes
 
 
-def _show(title: str, results: Sequence[Result], limits: Sequence[Limit]) -> None:
-    print(f"\n### {title}\n\n{table(results)}\n\n{limits_table(limits)}", flush=True)
+def disk_bytes(path: Path) -> int:
+    """Return what a file or a directory takes on the disk, as du would, without shared extents."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.lstat().st_blocks * 512 for file in files)
 
 
-def _plan(dense: Path) -> Plan:
-    return build_plan(SHORT, open_checkpoint(dense), target="mixtral")
+def show(title: str, contestants: Iterable[Contestant], limits: Iterable[str]) -> None:
+    """Print the tables, and why something is missing."""
+    print(f"\n### {title}\n{HEADER}")
+    for each in contestants:
+        print(each.row())
+    for each in contestants:
+        if each.failure:
+            print(f"\n{each.name}: {each.failure}")
+    print("", LIMITS, *limits, sep="\n", flush=True)
 
 
-def _warm(source: Path) -> None:
-    with source.open("rb", buffering=0) as file:
-        while file.read(1 << 24):
-            pass
+def print_machine(directory: Path) -> None:
+    """Print what the numbers depend on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpus = f"{os.cpu_count()} CPUs ({platform.machine()})"
+    kind = subprocess.run(
+        ["df", "--output=fstype", directory], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    packages = [f"{name} {version(name)}" for name in ("torch", "safetensors", "transformers")]
+    print(f"- date: {datetime.now(UTC).date()}")
+    print(f"- machine: {cpus}, {memory:.0f} GiB, Linux {platform.release()}")
+    print(f"- file system: {kind}")
+    print(f"- Python: {', '.join([platform.python_version(), *packages])}", flush=True)
 
 
-def _talk(round_number: int, result: Result, run: object) -> None:
-    print(
-        f"round {round_number + 1}: {result.contestant.key}: {run or result.failure}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _machine(directory: Path) -> dict[str, str]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    mounts = [line.split() for line in Path("/proc/mounts").read_text("utf-8").splitlines()]
-    within = [mount for mount in mounts if directory.resolve().is_relative_to(mount[1])]
-    file_system_type = max(within, key=lambda mount: len(mount[1]))[2]
-    packages = ("torch", "safetensors", "transformers")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} CPUs ({platform.machine()}), "
-        f"{memory / 2**30:.0f} GiB, Linux {platform.release()}",
-        "file system": file_system_type,
-        "Python": f"{platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in packages),
-    }
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How fast upcycle converts.")
-    parser.add_argument(
-        "--sizes",
-        type=lambda text: [float(size) for size in text.split(",")],
-        default=[0.6, 1.2, 2.4],
-        help="dense sizes in GB; at least 0.35, which is one layer",
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--peer-rounds", type=int, default=1, help="of mergekit-moe and transformers; 0 for none"
-    )
-    parser.add_argument(
-        "--filesystems",
-        nargs="?",
-        choices=["also", "only"],
-        const="also",
-        help="XFS and Btrfs with the largest size too, or only that; as root",
-    )
-    parser.add_argument("--directory", type=Path, help="where to write; default: the temporary one")
-    return parser.parse_args()
+def main(
+    sizes: str = "0.6,1.2,2.4",
+    rounds: int = 3,
+    peer_rounds: int = 1,
+    filesystems: Literal["also", "only"] | None = None,
+    directory: Path | None = None,
+) -> None:
+    """Measure how fast upcycle converts; sizes are in GB, at least 0.35, which is one layer."""
+    gigabytes = [float(size) for size in sizes.split(",")]
+    with tempfile.TemporaryDirectory(prefix="upcycle-benchmark-", dir=directory) as folder:
+        benchmark = Benchmark(Path(folder), rounds, peer_rounds)
+        for size in gigabytes if filesystems != "only" else ():
+            benchmark.compare_writing(size)
+        for kind in MAKE if filesystems else ():
+            benchmark.compare_sharing(kind, max(gigabytes))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -18,7 +18,6 @@ from engine_fixtures import (
     SUBPROCESS_SECONDS,
     contents,
     convert_command,
-    descendants,
     execute,
     make_dense,
     plan_of,
@@ -28,6 +27,7 @@ from engine_fixtures import (
     torchrun_command,
     wait_until,
 )
+from measure import descendants
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.plan.output import Role
