@@ -1,21 +1,38 @@
 """`python -m upcycle_cli`, and the `upcycle` command."""
 
+import traceback
+
 from upcycle_cli.cli import process
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, and end the process with an exit code."""
+    code = process.EXIT_BUG  # not 1, which means that a verification failed
     try:
         process.start()
-        from upcycle_cli.cli.app import main as run
-    except process.StoppedError:
+        run()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else process.EXIT_BUG
+    except process.StoppedError:  # before a command began, or during another signal's message
         code, word = process.stopped()
         process.print_error(f"{word}.")
+    except BaseException:  # noqa: BLE001 - a bug
+        from upcycle_cli.cli import terminal
+
+        terminal.talk(*traceback.format_exc().splitlines())
+        terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
+    finally:
         process.finish(code)
-    except (ImportError, MemoryError, OSError) as error:  # Python would exit with 1
+
+
+def run() -> None:
+    """Import the commands, and run one."""
+    try:
+        from upcycle_cli.cli.app import app
+    except (ImportError, MemoryError, OSError) as error:
         process.print_error(f"upcycle cannot start: {error or 'not enough memory'}.")
-        process.finish(process.EXIT_ERROR)
-    run()
+        raise SystemExit(process.EXIT_ERROR) from error
+    app(prog_name="upcycle")
 
 
 if __name__ == "__main__":

@@ -204,12 +204,12 @@ def test_exit_code_1_always_means_a_failed_verification(
 
 RAISES = """
 import sys, typer
-from upcycle_cli.cli import app, terminal
+from upcycle_cli.__main__ import main
 class PanicException(BaseException): __module__ = "pyo3_runtime"
 def raise_error(*_, **__): {statement}
 import upcycle_cli.models.overview as overview
 overview.overview = raise_error
-app.main()
+main()
 """
 REFUSALS = {
     "memory": ("raise MemoryError", 2, "no more memory"),

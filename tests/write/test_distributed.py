@@ -213,7 +213,7 @@ def test_ranks_on_different_file_systems_are_refused(
     script = tmp_path / "own.py"
     script.write_text(
         "import os, sys\n"
-        "from upcycle_cli.cli.app import main\n"
+        "from upcycle_cli.__main__ import main\n"
         f"sys.argv[{argument}] += os.environ['RANK']\n"
         "main()\n"
     )

@@ -1,10 +1,10 @@
-"""The commands in a group, and the main function that ends the process with an exit code."""
+"""The commands in a group, whose errors become exit codes."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -71,6 +71,8 @@ def _with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*, json: bool = False, **values: Any) -> None:  # noqa: ANN401 - as typer has them
+        if json or values.get("quiet") or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with terminal.errors_to_exit_codes(as_json=json):
             command(**values, json=json)
 
@@ -104,21 +106,3 @@ def _root(
 
         terminal.stdout().print(f"upcycle {installed('upcycle-cli')}")
         raise typer.Exit
-
-
-def main() -> None:
-    """Run the command line, and end the process."""
-    code = terminal.EXIT_BUG  # not 1, which means that a verification failed
-    try:
-        process.start()
-        app(prog_name="upcycle")
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else terminal.EXIT_BUG
-    except process.StoppedError:  # before a command began, or during another signal's message
-        code, word = process.stopped()
-        process.print_error(f"{word}.")
-    except BaseException:  # noqa: BLE001 - a bug
-        terminal.talk(*traceback.format_exc().splitlines())
-        terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
-    finally:
-        process.finish(code)

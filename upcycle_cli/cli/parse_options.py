@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
@@ -18,7 +18,6 @@ from upcycle_cli.recipe.recipe import (
     NeuronOrder,
     Recipe,
     RouterInit,
-    Routing,
     Scaling,
     parse_recipe_name,
 )
@@ -39,31 +38,24 @@ _NOT_SAVED = (*_SIZES, "json", "quiet")
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
-_NUMBER = r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*"
-_SIZE = re.compile(_NUMBER + r"([KMGT]?)(I?)B?\s*", re.IGNORECASE)
-_COUNT = re.compile(_NUMBER + r"([KMBT]?)\s*", re.IGNORECASE)
-_TIMES = re.compile(r"\s*[x×*]\s*(\d{1,6})\s*$", re.IGNORECASE)
-
 
 # Sources ------------------------------------------------------------------------------------------
 
 
-def use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the values of a recipe file the defaults of the options that are parsed after it."""
-    if path is not None and not context.resilient_parsing:
+def use_file(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Make the values of a recipe file or a mergekit file the defaults of the other options."""
+    if path is None or context.resilient_parsing:
+        return path
+    values: dict[str, Value]
+    if option.name == "config":
         from upcycle_cli.recipe.recipe_file import load_config
 
         values = load_config(path, _file_options(context))
-        context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-def use_mergekit(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the values of a mergekit-moe file the defaults of the options parsed after it."""
-    if path is not None and not context.resilient_parsing:
+    else:
         from upcycle_cli.plan.mergekit import read_mergekit
 
-        context.default_map = {**(context.default_map or {}), **read_mergekit(path)}
+        values = {**read_mergekit(path)}
+    context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
@@ -73,9 +65,9 @@ def _source_of(context: typer.Context, name: str) -> str:
     return "DEFAULT" if source is None else source.name
 
 
-def _is_given(context: typer.Context, *names: str) -> bool:
-    """Whether one of these options was set."""
-    return any(_source_of(context, name) != "DEFAULT" for name in names)
+def _given(context: typer.Context, *names: str) -> list[str]:
+    """Return which of these options were set."""
+    return [name for name in names if _source_of(context, name) != "DEFAULT"]
 
 
 def places(context: typer.Context, source: Path | None, output: Path | None) -> tuple[Path, Path]:
@@ -111,7 +103,7 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         if plan.inputs.text is not None and "positive_prompts" not in values:
             values.setdefault("calibration", plan.inputs.text.name)
     else:
-        values = {name: value for name, value in values.items() if _is_given(context, name)}
+        values = {name: values[name] for name in _given(context, *values)}
         values["top_k"] = plan.top_k
     values["expert_layout"] = str(plan.expert_layout)
     if is_repo_id(given["source"]) and plan.source.revision is not None:
@@ -144,9 +136,9 @@ def _saved_value(value: object) -> Value:
 
 def needs_recipe(context: typer.Context) -> bool:
     """Whether a recipe or a growth is given; UpcycleError for options that lack one."""
-    if _is_given(context, "recipe", "expand", *_SIZES):
+    if _given(context, "recipe", "expand", *_SIZES):
         return True
-    if _is_given(context, *(each.name for each in fields(MoeOptions))):
+    if _given(context, *(each.name for each in fields(MoeOptions))):
         raise UpcycleError(
             "these options need --recipe or --expand.",
             "Add --recipe E8G1T2, or --expand 2 for an MoE.",
@@ -160,23 +152,15 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
         words = "--expand duplicates the experts of an MoE; it takes no"
         _check_conflicts(context, _WITH_EXPAND, words)
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
-    order, router = moe.neuron_order, moe.router_init
-    return Recipe(
-        **_recipe_sizes(context),
-        shared_experts=moe.shared_experts,
-        routing=_routing(moe),
-        layers=moe.layers,
-        scaling=_scaling(moe.scaling),
-        scale_split=moe.scale_split,
-        virtual_groups=moe.virtual_groups,
-        neuron_order=NeuronOrder(order) if order in {*NeuronOrder} else NeuronOrder.FILE,
-        router_init=RouterInit(router) if router in {*RouterInit} else RouterInit.FILE,
-        router_logit_std=moe.router_logit_std,
-        noise=moe.noise,
-        reinit=moe.reinit,
-        seed=moe.seed,
-        allow_inexact=allow_inexact,
-    )
+    values: dict[str, Any] = {n.name: getattr(moe, n.name, None) for n in fields(Recipe)}
+    values |= _recipe_sizes(context)
+    values["routing"] = None if moe.routing == "auto" else moe.routing
+    values["scaling"] = _scaling(moe.scaling)
+    values["allow_inexact"] = allow_inexact
+    for name, known in (("neuron_order", NeuronOrder), ("router_init", RouterInit)):
+        if _file(values[name], known) is not None:
+            values[name] = known("file")
+    return Recipe(**values)
 
 
 def to_options(moe: MoeOptions) -> Options:
@@ -191,7 +175,7 @@ def to_options(moe: MoeOptions) -> Options:
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
         expert_layout=moe.expert_layout,
-        max_shard_bytes=_size(moe.max_shard_size, "--max-shard-size", "5GB or 500MB"),
+        max_shard_bytes=_size("--max-shard-size", moe.max_shard_size, "5GB or 500MB"),
         untie_embeddings=moe.untie_embeddings,
         neuron_orders=orders,
     )
@@ -210,13 +194,12 @@ def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeR
     from upcycle_cli.plan.merge import NonExpertWeights
     from upcycle_cli.plan.merge_request import MergeRequest
 
+    kept = NonExpertWeights(rest)
     if experts_from:
-        return MergeRequest(
-            experts_from=experts_from, rest=NonExpertWeights(rest), source_too=source_too
-        )
-    if rest != NonExpertWeights.FIRST or not source_too:
-        given = "--no-source-experts" if rest == NonExpertWeights.FIRST else f"--rest {rest}"
-        raise UpcycleError(f"{given} needs several models.", "Add --experts-from MODEL.")
+        return MergeRequest(experts_from=experts_from, rest=kept, source_too=source_too)
+    if kept is not NonExpertWeights.FIRST or not source_too:
+        words = "--rest and --no-source-experts need several models."
+        raise UpcycleError(words, "Add --experts-from MODEL.")
     return None
 
 
@@ -229,10 +212,8 @@ def to_destination(
 
         return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
     if private or create_pr or revision is not None:
-        raise UpcycleError(
-            "--private, --create-pr and --push-revision need --push-to-hub.",
-            "Add --push-to-hub REPO.",
-        )
+        words = "--private, --create-pr and --push-revision need --push-to-hub."
+        raise UpcycleError(words, "Add --push-to-hub REPO.")
     return None
 
 
@@ -243,9 +224,9 @@ def to_budget(max_params: str | None, max_active: str | None, memory: str | None
     from upcycle_cli.plan.budget import Budget
 
     return Budget(
-        max_params=None if max_params is None else _count("--max-params", max_params),
-        max_active=None if max_active is None else _count("--max-active", max_active),
-        gpu_bytes=None if memory is None else _memory(memory),
+        max_params=_count("--max-params", max_params),
+        max_active=_count("--max-active", max_active),
+        gpu_bytes=None if memory is None else _size("--gpu-memory", memory, "80GB or 80GB×8"),
     )
 
 
@@ -255,7 +236,7 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
 
     _check_conflicts(context, _WITH_BUDGET, "a budget lists all recipes that fit; it takes no")
     common = {
-        "routing": _routing(moe),
+        "routing": None if moe.routing == "auto" else moe.routing,
         "layers": moe.layers,
         "shared_experts": moe.shared_experts,
     }
@@ -264,11 +245,10 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
 
 def _check_conflicts(context: typer.Context, allowed: Sequence[str], words: str) -> None:
     names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
-    given = [_flag(name) for name in names if _is_given(context, name)]
-    if given:
+    if given := _given(context, *names):
         flags = [_flag(name) for name in allowed if name != "expand"]
         raise UpcycleError(
-            f"{words} {', '.join(given)}.",
+            f"{words} {', '.join(map(_flag, given))}.",
             f"Remove it. {', '.join(flags[:-1])} and {flags[-1]} are allowed.",
         )
 
@@ -299,42 +279,37 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
     return found
 
 
-def _routing(moe: MoeOptions) -> Routing | None:
-    return None if moe.routing == "auto" else Routing(moe.routing)
-
-
 def _file(value: str, names: type[StrEnum]) -> Path | None:
     """Return the path that an option gives in place of a name."""
     return None if value in {*names} - {"file"} else Path(value)
 
 
-def _scaling(text: str) -> Scaling | float:
+def _scaling(text: str) -> str | float:
     if text in set(Scaling):
-        return Scaling(text)
+        return text
     try:
         return float(text)
     except ValueError:
-        raise UpcycleError(
-            f"--scaling '{text}' is not exact, paper, none, measured or a number."
-        ) from None
+        words = f"--scaling '{text}' is not exact, paper, none, measured or a number."
+        raise UpcycleError(words) from None
 
 
-def _size(text: str, flag: str, example: str) -> int:
-    match = _SIZE.fullmatch(text)
+def _size(flag: str, text: str, example: str) -> int:
+    return _number(flag, text, "KMGT", f"a size; write {example}")
+
+
+def _count(flag: str, text: str | None) -> int | None:
+    words = "a number of parameters; write 50B or 700M"
+    return None if text is None else _number(flag, text, "KMBT", words)
+
+
+def _number(flag: str, text: str, units: str, wanted: str) -> int:
+    """Read a number with a unit of a thousand, a million and so on, such as 5GB or 80GB×8."""
+    digits, binary = r"(\d{1,12}(?:\.\d{1,6})?)", "(I?)" if "G" in units else "()"
+    pattern = rf"\s*{digits}\s*([{units}]?){binary}B?\s*(?:[x×*]\s*(\d{{1,6}})\s*)?"
+    match = re.fullmatch(pattern, text, re.IGNORECASE)
     if match is None:
-        raise UpcycleError(f"{flag} '{text}' is not a size.", f"Write {example}.")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
-
-
-def _memory(text: str) -> int:
-    times = _TIMES.search(text)
-    each = text if times is None else text[: times.start()]
-    return _size(each, "--gpu-memory", "80GB or 80GB×8") * (1 if times is None else int(times[1]))
-
-
-def _count(flag: str, text: str) -> int:
-    match = _COUNT.fullmatch(text)
-    if match is None:
-        raise UpcycleError(f"{flag} '{text}' is not a number of parameters.", "Write 50B or 700M.")
-    return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
+        raise UpcycleError(f"{flag} '{text}' is not {wanted}.")
+    number, unit, has_binary, times = match.groups()
+    base = 1024 if has_binary else 1000
+    return int(float(number) * base ** f" {units}".index(unit.upper() or " ")) * int(times or 1)

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 EXIT_ERROR = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 
 STOPPED = {
     signal.SIGHUP: (129, "hung up"),
@@ -37,13 +38,14 @@ _received: list[signal.Signals] = []
 def start() -> None:
     """Handle signals and protect the standard streams."""
     _handle_signals(on_signal)
-    _reserve_descriptors()
-    _replace_streams()
+    _protect_streams()
     # upcycle multiplies no matrices in numpy, whose BLAS would start threads during its import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # torch's threads wait for each other after each operation. On a busy machine those that wait
     # by spinning take most of the processor time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # huggingface_hub's warnings announce retries; a final failure is raised.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def on_signal(signum: int, _frame: FrameType | None) -> None:
@@ -73,8 +75,12 @@ def finish(code: int) -> NoReturn:
     if not _received:
         with suppress(Exception):
             atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
-    lost = _flush_streams()
-    if lost is not None and code == 0:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    lost = _sinks[0].lost if _sinks else None
+    # A reader that closed the pipe had read enough.
+    if lost is not None and lost.errno != errno.EPIPE and code == 0:
         code = EXIT_ERROR
         print_error(f"could not write all of stdout: {lost.strerror}.")
     # Python would spend half a second on tearing torch down, and wait for threads of a download.
@@ -94,16 +100,6 @@ def _handle_signals(handler: signal.Handlers | object) -> None:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
 
-def _reserve_descriptors() -> None:
-    """Open something in place of closed standard descriptors; writing to it fails as before.
-
-    Otherwise the next file that is opened gets the number, and messages end up in that file.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-
-
 class _Sink(io.FileIO):
     """A descriptor to which writing never fails; `lost` is the first error."""
 
@@ -117,15 +113,21 @@ class _Sink(io.FileIO):
             return memoryview(data).nbytes
 
 
-_sinks: dict[str, _Sink] = {}
+_sinks: list[_Sink] = []
 
 
-def _replace_streams() -> None:
+def _protect_streams() -> None:
+    """Let stdout and stderr write to sinks.
+
+    A closed descriptor is replaced, to which writing fails as before: otherwise the next file that
+    is opened gets its number, and messages end up in that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        old = getattr(sys, name)
-        if name in _sinks or (old is not None and not isinstance(old, io.TextIOWrapper)):
-            continue  # done already, or replaced by a caller
-        sink = _sinks[name] = _Sink(descriptor, "wb", closefd=False)
+        old, sink = getattr(sys, name), _Sink(descriptor, "wb", closefd=False)
+        _sinks.append(sink)
         stream = io.TextIOWrapper(
             io.BufferedWriter(sink),
             encoding="utf-8" if old is None else old.encoding,
@@ -134,13 +136,3 @@ def _replace_streams() -> None:
             write_through=old is not None and old.write_through,
         )
         setattr(sys, name, stream)
-
-
-def _flush_streams() -> OSError | None:
-    """Flush both streams; return the error if data on stdout was lost."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    lost = _sinks["stdout"].lost if "stdout" in _sinks else None
-    # A reader that closed the pipe had read enough.
-    return None if lost is None or lost.errno == errno.EPIPE else lost

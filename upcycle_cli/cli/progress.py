@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from upcycle_cli.cli.process import raise_signal
+from upcycle_cli.cli.terminal import stderr
 from upcycle_cli.core.callbacks import Progress
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class _Bar(_Lines):
 
 
 @contextmanager
-def progress_bar(console: Console, *, total: int = 0, silent: bool) -> Iterator[Progress]:
+def progress_bar(*, total: int = 0, silent: bool) -> Iterator[Progress]:
     """Show the progress of writing `total` bytes and of checks, until the context ends."""
+    console = stderr()
     if silent:
         yield Progress()
     elif not console.is_terminal:

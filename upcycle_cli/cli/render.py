@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from upcycle_cli.publish.push import Push
     from upcycle_cli.verification.result import Report
 
-_STATUS_STYLES = {
-    "passed": "green",
-    "failed": "bold red",
-    "measured": "yellow",
-    "skipped": "yellow",
-}
+_Value = TypeVar("_Value")
+_STATUS_STYLES = {"passed": "green", "failed": "bold red"}
 _MAX_NAMES = 8
 _MAX_WIDTH = 100
 """A longer cell in a list of tensors moves the rest of its own line only."""
@@ -43,27 +39,13 @@ def command_line() -> str:
     return shell_line(["upcycle", *sys.argv[1:]])
 
 
-def show_hub_bars(*places: Path | None, silent: bool) -> None:
-    """Let huggingface_hub show progress bars on a terminal only.
-
-    Does nothing, and does not import it, if all of these places are local.
-    """
-    if places and all(place is None or place.exists() for place in places):
-        return
-    from upcycle_cli.hub.client import silence_library
-
-    silence_library(bars=not silent and sys.stderr.isatty())
-
-
-def show_plan(plan: Plan) -> None:
-    """Print a plan, and the notes about it."""
+def plan_table(plan: Plan) -> Table:
+    """Return the table of a plan."""
     from upcycle_cli.models.engines import support_lines
     from upcycle_cli.plan.facts import facts
-    from upcycle_cli.plan.warnings import warnings
 
     rows = [(key, [text]) for key, text in facts(plan).items()]
-    terminal.show(terminal.rows_table([*rows, ("engines", support_lines(plan.engines))]))
-    terminal.warn(*warnings(plan))
+    return terminal.rows_table([*rows, ("engines", support_lines(plan.engines))])
 
 
 def report_table(report: Report) -> Table:
@@ -73,7 +55,8 @@ def report_table(report: Report) -> Table:
         detail = Text(printable(check.detail))
         for failure in check.failures:
             detail.append(f"\n- {printable(failure)}", style="red")
-        table.add_row(check.name, Text(check.status, style=_STATUS_STYLES[check.status]), detail)
+        style = _STATUS_STYLES.get(check.status, "yellow")
+        table.add_row(check.name, Text(check.status, style=style), detail)
     return table
 
 
@@ -97,7 +80,8 @@ def show_push(push: Push) -> None:
             more = [f"and {len(names) - _MAX_NAMES} more"] if len(names) > _MAX_NAMES else []
             rows.append((label, [*names[:_MAX_NAMES], *more]))
     # Without a terminal, keep addresses in one piece.
-    terminal.show(terminal.rows_table(rows), terminal.stdout(None if sys.stdout.isatty() else 200))
+    to = terminal.stdout(None if sys.stdout.isatty() else 200)
+    terminal.show(terminal.rows_table(rows), to=to)
     terminal.warn(*push.reminders)
 
 
@@ -116,14 +100,11 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
         yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
 
 
-def show_fits(fits: Sequence[SizedRecipe]) -> None:
-    """Print the recipes that fit a budget, and what the paper says about them."""
-    from upcycle_cli.plan.budget import notable
-
-    shown = notable(fits)
+def fits_tables(fits: Sequence[SizedRecipe]) -> list[Table]:
+    """Return the recipes that fit a budget, and what the paper says about them."""
     table = _table("recipe", "parameters", "active", "FLOPs per token", "weights", "training")
     comments: dict[str, list[str]] = {}
-    for fit in shown:
+    for fit in fits:
         training = size_text(fit.training_bytes)
         table.add_row(
             fit.recipe.name,
@@ -135,28 +116,28 @@ def show_fits(fits: Sequence[SizedRecipe]) -> None:
         )
         for words in fit.paper:
             comments.setdefault(words, []).append(fit.recipe.name)
-    rows = [("sizes of", [shown[0].target])]
+    rows = [("sizes of", [fits[0].target])]
     if comments:
         # A comment on more than four recipes is a general one.
         names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in comments.values())
         lines = [name + words for name, words in zip(names, comments, strict=True)]
         rows.append(("arXiv 2410.07524", lines))
-    terminal.show_all([table, terminal.rows_table(rows)])
-    terminal.warn(_SIZES_NOTE)
-    if more := len(fits) - len(shown):
-        terminal.warn(
-            f"{more} more recipes fit, with a smaller E for the same G and T; --json lists all."
-        )
+    return [table, terminal.rows_table(rows)]
+
+
+def fits_notes(hidden: int) -> Iterator[str]:
+    """Yield what the sizes count, and how many recipes the table leaves out."""
+    yield _SIZES_NOTE
+    if hidden:
+        yield f"{hidden} more recipes fit, with a smaller E for the same G and T; --json lists all."
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:
     """Yield the supported model types, the targets, and the model types that are not supported."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, targets in found.dense.items():
-        groups.setdefault(targets, []).append(name)
+    dense = _by_value(found.dense)
     table = _table("dense model types", "targets (default first)")
-    for targets, names in sorted(groups.items(), key=lambda group: -len(group[0])):
-        table.add_row(", ".join(names), ", ".join(targets))
+    for targets in sorted(dense, key=len, reverse=True):
+        table.add_row(", ".join(dense[targets]), ", ".join(targets))
     yield table
     table = _table("wrapper", "text model inside", "targets (default first)")
     for wrapper, texts in found.wrappers.items():
@@ -164,11 +145,8 @@ def overview_tables(found: Overview) -> Iterator[Table]:
             table.add_row(wrapper, text_type, ", ".join(targets))
     yield table
     yield from target_tables(found.targets)
-    reasons: dict[str, list[str]] = {}
-    for name, reason in found.refused.items():
-        reasons.setdefault(reason, []).append(name)
     table = _table("not supported", "because")
-    for reason, names in reasons.items():
+    for reason, names in _by_value(found.refused).items():
         table.add_row(", ".join(names), reason)
     yield table
 
@@ -186,7 +164,7 @@ def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
     table = _table("target", "runs in", "trains in", "balanced by")
     for target in targets:
         runs = "\n".join(_software(target.engines, target))
-        trains = ", ".join(_software(target.trainers, target))
+        trains = _lines_of_names(_software(target.trainers, target))
         table.add_row(target.name, runs, trains, target.balanced)
     yield table
 
@@ -199,9 +177,25 @@ def _table(*names: str) -> Table:
     return table
 
 
+def _by_value(values: Mapping[str, _Value]) -> dict[_Value, list[str]]:
+    """Return the names of a mapping by their value."""
+    names: dict[_Value, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(name)
+    return names
+
+
 def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
     """Return the software that supports a target, with its routings if they are not all."""
     return [
         name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
         for name, routings in found.items()
     ]
+
+
+def _lines_of_names(names: Sequence[str]) -> str:
+    """Return names in short lines that break between names, not inside one."""
+    text = ", ".join(name.replace(" ", "\xa0") for name in names)
+    return textwrap.fill(text, 18, break_on_hyphens=False, break_long_words=False).replace(
+        "\xa0", " "
+    )

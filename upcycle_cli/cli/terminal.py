@@ -25,7 +25,6 @@ from upcycle_cli.core.errors import UpcycleError, lack_in_words
 from upcycle_cli.core.text import blotted, printable, printable_lines
 
 EXIT_VERIFICATION_FAILED = 1
-EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -66,21 +65,19 @@ def properties_table(columns_between: int = 0) -> Table:
     return table
 
 
-def show(table: RenderableType, console: Console | None = None) -> None:
-    """Print a table to stdout, or to another console, without spaces at the ends of lines."""
-    console = console or stdout()
-    for parts in console.render_lines(table, pad=False):
-        line = Text.assemble(*((part.text, part.style or "") for part in parts))
-        line.rstrip()
-        console.print(line, soft_wrap=True)
+def show(*tables: RenderableType, to: Console | None = None) -> None:
+    """Print tables to stdout, or to another console, with empty lines between them.
 
-
-def show_all(tables: Iterable[RenderableType]) -> None:
-    """Print tables to stdout with empty lines between them."""
+    Lines get no spaces at their ends.
+    """
+    console = to or stdout()
     for number, table in enumerate(tables):
         if number:
-            stdout().print()
-        show(table)
+            console.print()
+        for parts in console.render_lines(table, pad=False):
+            line = Text.assemble(*((part.text, part.style or "") for part in parts))
+            line.rstrip()
+            console.print(line, soft_wrap=True)
 
 
 def talk(*lines: str) -> None:
@@ -94,7 +91,7 @@ def warn(*texts: str) -> None:
     for text in texts:
         note = Text.assemble(("note:", "yellow"), " ", printable(blotted(text)))
         if console.is_terminal:
-            show(note, console)
+            show(note, to=console)
         else:  # whole lines in a log can be searched
             console.print(note, soft_wrap=True)
 
@@ -155,26 +152,21 @@ def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[Non
     code = EXIT_ERROR
     try:
         yield
+        return  # noqa: TRY300
     except (StoppedError, KeyboardInterrupt):
         code, word = stopped()
-        words = UpcycleError(
-            f"{word}; incomplete output was not published.",
-            "The same command resumes where it stopped.",
-        )
+        words = f"{word}; incomplete output was not published."
+        found = UpcycleError(words, "The same command resumes where it stopped.")
     except BaseException as error:
-        found = in_words(error)
-        if found is None:
+        if (known := in_words(error)) is None:
             raise
-        words = found
-    else:
-        return
+        found = known
     if silent:
         raise typer.Exit(code)
+    message, hint = found.message, found.hint
     if as_json:
-        print_json(
-            {"status": "error", "exit_code": code, "message": words.message, "hint": words.hint}
-        )
-    fail(words.message, code, words.hint)
+        print_json({"status": "error", "exit_code": code, "message": message, "hint": hint})
+    fail(message, code, hint)
 
 
 def in_words(error: BaseException) -> UpcycleError | None:

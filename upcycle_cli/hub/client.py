@@ -7,7 +7,6 @@ headers and stop a body that does not end.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -355,17 +354,3 @@ def download_bar(nbytes: int) -> type[Any]:
             super().__init__(*arguments, **(options | {"desc": "downloading", "leave": False}))  # type: ignore[no-untyped-call]
 
     return DownloadBar
-
-
-def silence_library(*, bars: bool) -> None:
-    """Hide huggingface_hub's warnings, and its progress bars unless `bars`; raises UpcycleError."""
-    try:
-        from huggingface_hub.utils import disable_progress_bars, logging
-    except ValueError as error:
-        raise UpcycleError(
-            f"huggingface_hub does not start: {error}.", "Check the HF_… variables."
-        ) from error
-    # Its warnings announce retries; a final failure is raised.
-    logging.set_verbosity_error()
-    if not bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        disable_progress_bars()

@@ -38,7 +38,7 @@ def convert(
     source_experts: bool = _option("source_experts", True),
     positive_prompts: Path | None = _option("positive_prompts", None),
     from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "from_mergekit", None, callback=values.use_mergekit, is_eager=True
+        "from_mergekit", None, callback=values.use_file, is_eager=True
     ),
     allow_inexact: bool = _option("allow_inexact", False),
     checksums: bool = _option("checksums", False),
@@ -55,7 +55,7 @@ def convert(
     private: bool = options.PRIVATE,
     create_pr: bool = options.CREATE_PR,
     config: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "config", None, callback=values.use_config, is_eager=True
+        "config", None, callback=values.use_file, is_eager=True
     ),
     save_config: Path | None = _option("save_config", None),
 ) -> None:
@@ -98,8 +98,6 @@ def convert(
             as_json=json and team.leads,
             quiet=quiet or not team.leads,
         )
-        read = (source, *experts_from) if dry_run else ()
-        render.show_hub_bars(*read, silent=screen.silent)
         if dry_run:
             screen.show_forecast(*preview(request, hooks=screen, team=team))
         else:
@@ -129,18 +127,20 @@ class _Screen(Hooks["Plan", "Conversion"]):
             terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
 
     def writing(self, num_bytes: int) -> AbstractContextManager[Progress]:
-        return progress_bar(terminal.stderr(), total=num_bytes, silent=self.silent)
+        return progress_bar(total=num_bytes, silent=self.silent)
 
     def finished(self, result: Conversion) -> None:
         if self.silent:
             return
+        from upcycle_cli.plan.warnings import warnings
+
+        tables, notes = [], [*result.warnings]
         if not result.already_done:
-            render.show_plan(result.plan)
+            tables, notes = [render.plan_table(result.plan)], [*warnings(result.plan), *notes]
         if result.report is not None:
-            if not result.already_done:
-                terminal.show("")
-            terminal.show(render.report_table(result.report))
-        terminal.warn(*result.warnings)
+            tables.append(render.report_table(result.report))
+        terminal.show(*tables)
+        terminal.warn(*notes)
         if result.already_done and result.published:
             terminal.talk(f"{result.output} is already the output of this command; nothing to do.")
         elif result.published:
@@ -157,15 +157,17 @@ class _Screen(Hooks["Plan", "Conversion"]):
         if not self.silent and self.request.push is not None:
             render.announce_push(self.request.push.repo, num_files, num_bytes)
 
-    def show_forecast(self, plan: Plan, warnings: list[str]) -> None:
+    def show_forecast(self, plan: Plan, notes: list[str]) -> None:
         if self.as_json:
             from upcycle_cli.cli.render_json import plan_json
 
             status = {"status": "planned", "output": str(self.request.output)}
-            terminal.print_json(status | plan_json(plan, warnings))
+            terminal.print_json(status | plan_json(plan, notes))
         elif not self.quiet:
-            render.show_plan(plan)
-            terminal.warn(*warnings)
+            from upcycle_cli.plan.warnings import warnings
+
+            terminal.show(render.plan_table(plan))
+            terminal.warn(*warnings(plan), *notes)
             terminal.talk("Nothing was written (--dry-run).")
 
     def end(self, done: Conversion) -> None:
@@ -181,7 +183,7 @@ class _Screen(Hooks["Plan", "Conversion"]):
         if done.published:
             return
         if self.quiet and done.report is not None:
-            terminal.show(render.report_table(done.report), terminal.stderr())
+            terminal.show(render.report_table(done.report), to=terminal.stderr())
         found = "verification failed; nothing was published."
         if done.already_done:
             found = f"{done.output} is damaged. Convert again with --overwrite."

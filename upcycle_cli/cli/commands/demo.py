@@ -106,20 +106,15 @@ def _make_dense(path: Path) -> None:
 
 def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
     """Train a byte-level BPE tokenizer on the built-in text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     from upcycle_cli.plan.texts import builtin_texts
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([t for t in builtin_texts() if isinstance(t, str)], trainer)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    texts = [text for text in builtin_texts() if isinstance(text, str)]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        texts, vocab_size=2048, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)  # noqa: SLF001

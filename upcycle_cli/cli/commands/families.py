@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upcycle_cli.cli import options, render
-from upcycle_cli.cli.terminal import print_json, show_all
+from upcycle_cli.cli.terminal import print_json, show
 
 
 def families(*, json: bool = options.JSON) -> None:
@@ -15,4 +15,4 @@ def families(*, json: bool = options.JSON) -> None:
     if json:
         print_json(overview_json(found))
     else:
-        show_all(render.overview_tables(found))
+        show(*render.overview_tables(found))

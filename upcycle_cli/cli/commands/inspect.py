@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +63,7 @@ def inspect(
         files, inputs = values.to_options(moe), values.to_inputs(moe)
         recipe = values.to_recipe(moe, context, allow_inexact=True)
     silent = json or not (weights or load)
-    render.show_hub_bars(path, dense, silent=silent)
-    with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
+    with progress_bar(silent=silent) as watch:
         found = summary.inspect(
             path,
             recipe,
@@ -90,7 +90,7 @@ def inspect(
         terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
 
 
-def _print_json(found: Inspection, fits: tuple[SizedRecipe, ...] | None, *, tensors: bool) -> None:
+def _print_json(found: Inspection, fits: Sequence[SizedRecipe] | None, *, tensors: bool) -> None:
     from upcycle_cli.cli import render_json
 
     value = render_json.inspection_json(found)
@@ -101,17 +101,24 @@ def _print_json(found: Inspection, fits: tuple[SizedRecipe, ...] | None, *, tens
     terminal.print_json(value)
 
 
-def _print_tables(found: Inspection, fits: tuple[SizedRecipe, ...] | None) -> None:
+def _print_tables(found: Inspection, fits: Sequence[SizedRecipe] | None) -> None:
     from upcycle_cli.inspection.describe import inspection_rows
 
-    rows = terminal.rows_table(inspection_rows(found))
-    terminal.show_all([rows, *render.target_tables(found.becomes)])
+    tables = [terminal.rows_table(inspection_rows(found)), *render.target_tables(found.becomes)]
+    notes: list[str] = []
     if fits is not None:
-        terminal.show("")
-        render.show_fits(fits)
+        from upcycle_cli.plan.budget import notable
+
+        shown = notable(fits)
+        tables += render.fits_tables(shown)
+        notes += render.fits_notes(len(fits) - len(shown))
     if found.plan is not None:
-        terminal.show("")
-        render.show_plan(found.plan)
+        from upcycle_cli.plan.warnings import warnings
+
+        tables.append(render.plan_table(found.plan))
+        notes += warnings(found.plan)
+    terminal.show(*tables)
+    terminal.warn(*notes)
 
 
 def _write_report(report: Path, found: Inspection, path: Path) -> None:

@@ -33,7 +33,6 @@ def push(
     from upcycle_cli.publish.push import push as push_directory
 
     silent = quiet or json
-    render.show_hub_bars(silent=silent)
     destination = Destination(
         repo=repo,
         revision=revision,

@@ -43,9 +43,8 @@ def verify(
     from upcycle_cli.verification.prompts import TextOptions
 
     silent = quiet or json
-    render.show_hub_bars(silent=silent)
     names = [name.strip() for name in checks.split(",") if name.strip()]
-    with progress_bar(terminal.stderr(), total=0, silent=silent) as watch:
+    with progress_bar(silent=silent) as watch:
         found = verification.verify(
             dense,
             moe,
@@ -63,10 +62,8 @@ def verify(
             watch=watch,
         )
     raise_signal()
-    if not silent:
-        terminal.show(render.report_table(found))
-    elif not json and not found.accepted:
-        terminal.show(render.report_table(found), terminal.stderr())
+    if not json and not (quiet and found.accepted):
+        terminal.show(render.report_table(found), to=terminal.stderr() if quiet else None)
     if report is not None:
         from upcycle_cli.report.contents import verification_html
         from upcycle_cli.report.page import write_report
