@@ -296,7 +296,7 @@ def test_rows_that_move_are_rounded_and_split_over_files(
     make_dense: MakeDense, tmp_path: Path, row: Row
 ) -> None:
     """With a layer that stays dense, where the target can have one."""
-    some = NATIVE[row[1]].layers.objection((1,), 2) is None
+    some = NATIVE[row[1]].layers.objection((1,), ("mlp",) * 2) is None
     recipe = Recipe(expansion=2, granularity=2, top_k=2, layers="1" if some else None)
     options = Options(dtype="bfloat16", max_shard_bytes=20_000)
     dense = make_dense(row[0])

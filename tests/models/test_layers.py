@@ -133,10 +133,10 @@ def test_an_inconsistent_config(target: str, config: dict[str, Any], message: st
 @pytest.mark.parametrize("target", NATIVE)
 def test_a_config_reads_the_layers_that_it_states(target: str) -> None:
     """All choices without an objection; a target can always take all layers."""
-    row, count = NATIVE[target], 5
-    assert row.layers.objection(range(count), count) is None
+    row, count, kinds = NATIVE[target], 5, ("mlp",) * 5
+    assert row.layers.objection(range(count), kinds) is None
     for size in range(1, count + 1):
         for chosen in itertools.combinations(range(count), size):
-            if row.layers.objection(chosen, count) is None:
-                stated = row.layers.write(chosen, ("mlp",) * count)
+            if row.layers.objection(chosen, kinds) is None:
+                stated = row.layers.write(chosen, kinds)
                 assert row.moe_layers(stated, count) == chosen

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel, Pieces
 from upcycle_cli.models.layers import parse_layers
 from upcycle_cli.models.lookup import dense_model, native_target, shipped_target, targets_of
@@ -105,8 +106,32 @@ def _objection(
     for name, reason in target.unsupported_tensors.items():
         if dense.has(name):
             return reason.format(model_type=dense.model_type)
-    found = target.refusal(dense) or target.layers.objection(layers, dense.num_layers)
+    found = (
+        _attention_objection(target, dense)
+        or target.refusal(dense)
+        or target.layers.objection(layers, dense.kinds)
+    )
     if found is not None or not shared_experts:
         return found
     shared = target.shared
     return "it has no shared expert" if shared is None else shared.objection(shared_experts)
+
+
+def _attention_objection(target: Target, dense: DenseModel) -> str | None:
+    """Return which setting of attention the target's config has no key for, or None."""
+    known, windows = defaults_of(target.model_type), {*dense.windows}
+    if target.ships_code or target.model_type == dense.model_type:
+        return None
+    if dense.rotary_share != 1.0 and "partial_rotary_factor" not in known:
+        return (
+            "only a part of each head is rotated (partial_rotary_factor), and the target rotates "
+            "all of it"
+        )
+    if any(windows) and "sliding_window" not in known:
+        return "some layers have a sliding window, and the target supports none"
+    if len(windows) > 1 and "layer_types" not in known:
+        return (
+            "only some layers have a sliding window (layer_types), and the target's layers are all "
+            "alike"
+        )
+    return None

@@ -81,53 +81,48 @@ class LayerChoice:
     """From the MoE layers, and the kinds of all dense layers, to config keys."""
     read: Callable[[_Config, int], Iterable[int]]
     """From a config with its defaults, and its number of layers, to the MoE layers. Raises any of
-    INVALID for an inconsistent config."""
+    _INVALID for an inconsistent config."""
+    limits: str = ""
+    """Which layers the keys can state, if not any: the end of "X cannot express this model: …"."""
     count: Callable[[_Config], int | None] = lambda _: None
     """The number of layers; None if num_hidden_layers states it."""
     mlps: Callable[[_Config], int | None] = lambda _: None
     """How many layers are MLPs or mixtures of experts; None if all are."""
-    objection: Callable[[_Layers, int], str | None] = lambda _layers, _count: None
-    """Why a config cannot state these layers of so many, or None if it can."""
+
+    def objection(self, layers: _Layers, kinds: Sequence[str]) -> str | None:
+        """Return why a config cannot state these layers, or None if it reads what it writes."""
+        if not self.limits or not layers:
+            return None
+        read = self.read(self.write(layers, kinds), len(kinds))
+        return None if tuple(read) == tuple(layers) else self.limits
 
     @property
     def scope(self) -> str:
         """The choices that it can express: "any", "a range", "the last ones" or "all"."""
         scopes = {"any": (0, 2), "a range": (1, 2), "the last ones": (2, 3)}
-        return next((name for name, ls in scopes.items() if not self.objection(ls, 4)), "all")
+        able = (name for name, ls in scopes.items() if not self.objection(ls, ("mlp",) * 4))
+        return next(able, "all")
 
     def layers(self, config: _Config, count: int) -> tuple[int, ...]:
         """Return the MoE layers that a config states; raises ValueError if it is inconsistent."""
         try:
             return tuple(self.read(config, count))
-        except INVALID as error:
+        except _INVALID as error:
             values = ", ".join(f"{key} is {shown(config.get(key))}" for key in self.keys)
             raise ValueError(f"which layers have experts is unclear: {values}") from error
 
 
-INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
-def _only_all(layers: _Layers, count: int) -> str | None:
-    return "all its layers are mixtures of experts" if len(layers) < count else None
-
-
-def _are_last(layers: _Layers, count: int) -> bool:
-    return list(layers) == list(range(count - len(layers), count))
+_INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
 
 def _first_dense(key: str) -> LayerChoice:
     """Return the choice of configs whose `key` counts the dense layers at the start."""
-
-    def objection(layers: _Layers, count: int) -> str | None:
-        if _are_last(layers, count):
-            return None
-        return f"its dense layers can only be the first ones ({key})"
-
     return LayerChoice(
         (key,),
         lambda layers, kinds: {key: len(kinds) - len(layers)},
         lambda config, count: [layer for layer in range(count) if layer >= config[key]],
-        objection=objection,
+        f"its dense layers can only be the first ones ({key})",
     )
 
 
@@ -136,10 +131,7 @@ def _read_mlp_only(config: _Config, count: int) -> list[int]:
     return [layer for layer in range(count) if (layer + 1) % step == 0 and layer not in dense]
 
 
-_RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
-
-
-def _write_range(layers: _Layers) -> dict[str, Any]:
+def _write_range(layers: _Layers, _kinds: Sequence[str]) -> dict[str, Any]:
     interval = layers[1] - layers[0] if len(layers) > 1 else 1
     return dict(zip(_RANGE_KEYS, (layers[0], layers[-1], interval), strict=True))
 
@@ -148,12 +140,6 @@ def _read_range(config: _Config, count: int) -> list[int]:
     first, last, interval = (config[key] for key in _RANGE_KEYS)
     inside = range(count)[first:] if last == -1 else range(count)[first : last + 1]
     return [layer for layer in inside if (layer + 1) % interval == 0]
-
-
-def _only_range(layers: _Layers, count: int) -> str | None:
-    if not layers or _read_range(_write_range(layers), count) == list(layers):
-        return None
-    return "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it"
 
 
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -184,17 +170,19 @@ def _write_blocks(layers: _Layers, kinds: Sequence[str]) -> dict[str, Any]:
     return {"layers_block_type": found, "hybrid_override_pattern": pattern}
 
 
-ALL = LayerChoice((), lambda *_: {}, lambda _, count: range(count), objection=_only_all)
-ALL_OR_NONE = replace(  # the model is dense if it has no experts
-    ALL,
-    keys=("num_local_experts",),
-    read=lambda config, count: range(count if config["num_local_experts"] else 0),
+_ONLY_ALL = "all its layers are mixtures of experts"
+ALL = LayerChoice((), lambda *_: {}, lambda _, count: range(count), _ONLY_ALL)
+ALL_OR_NONE = LayerChoice(  # the model is dense if it has no experts
+    ("num_local_experts",),
+    lambda *_: {},
+    lambda config, count: range(count if config.get("num_local_experts", 1) else 0),
+    _ONLY_ALL,
 )
 ENABLED = LayerChoice(
     ("enable_moe_block",),
     lambda *_: {"enable_moe_block": True},
     lambda config, count: range(count if config["enable_moe_block"] else 0),
-    objection=_only_all,
+    _ONLY_ALL,
 )
 FIRST_K_DENSE = _first_dense("first_k_dense_replace")
 NUM_DENSE_LAYERS = _first_dense("num_dense_layers")
@@ -204,7 +192,10 @@ MOE_LAYERS = LayerChoice(
     lambda config, count: [layer for layer in range(count) if layer in config["moe_layers"]],
 )
 MOE_RANGE = LayerChoice(
-    _RANGE_KEYS, lambda layers, _: _write_range(layers), _read_range, objection=_only_range
+    _RANGE_KEYS,
+    _write_range,
+    _read_range,
+    "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it",
 )
 MLP_ONLY_LAYERS = LayerChoice(
     ("decoder_sparse_step", "mlp_only_layers"),
@@ -221,18 +212,18 @@ MLP_TYPES = LayerChoice(
     },
     lambda config, count: [i for i in range(count) if config["mlp_layer_types"][i] == "sparse"],
 )
+# vLLM reads the second key, which can state only that the first layers are dense.
 MLP_TYPES_AND_FIRST_DENSE = replace(
     MLP_TYPES,
-    write=lambda layers, kinds: {
-        **MLP_TYPES.write(layers, kinds),
-        # vLLM reads this key. It can state only that the first layers are dense.
-        **(FIRST_K_DENSE.write(layers, kinds) if _are_last(layers, len(kinds)) else {}),
-    },
+    write=lambda layers, kinds: (
+        MLP_TYPES.write(layers, kinds)
+        | ({} if FIRST_K_DENSE.objection(layers, kinds) else FIRST_K_DENSE.write(layers, kinds))
+    ),
 )
 BLOCK_TYPES = LayerChoice(
     ("layers_block_type", "hybrid_override_pattern"),
     _write_blocks,
-    lambda config, _: tuple(i for i, kind in enumerate(block_types(config)) if kind == "moe"),
+    lambda config, _: [i for i, kind in enumerate(block_types(config)) if kind == "moe"],
     count=lambda config: len(block_types(config)),
     mlps=lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
 )

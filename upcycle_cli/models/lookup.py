@@ -12,7 +12,7 @@ from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.layers import MOE_LAYERS
 from upcycle_cli.models.mlp import parts_of, stacked
-from upcycle_cli.models.moe import CorrectionBias, Keys, MoeBlock, Target
+from upcycle_cli.models.moe import Keys, MoeBlock, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, replace_parts
@@ -168,6 +168,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
             prefix, gated=gated, biases=biased, transposed=family.mlp[0].split_dim == 1
         ),
         router=f"{module}.gate.weight",
+        correction_bias=f"{module}.gate.e_score_correction_bias",
     )
     return Target(
         model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
@@ -183,7 +184,6 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
         layer=family.layer,
         renamed=family.renamed,
         head=replace_parts(family.head, family.renamed),
-        correction_bias=CorrectionBias(name=f"{module}.gate.e_score_correction_bias"),
         inside=family.inside,
     )
 

@@ -28,6 +28,11 @@ class MoeBlock:
 
     experts: tuple[Weight, ...]
     router: str
+    shared: tuple[Weight, ...] = ()
+    """The weights of the shared expert, if the architecture has one."""
+    correction_bias: str | None = None
+    """A float32 bias on the selection of experts that does not affect gates: zero, then moved in
+    training by updates that bfloat16 would lose."""
 
     @property
     def module(self) -> str:
@@ -71,9 +76,6 @@ class Keys:
 class SharedExpert:
     """An expert that sees every token. If it is `required` but unused, its output is zero."""
 
-    weights: tuple[Weight, ...]
-    fused: tuple[Weight, ...] = ()
-    """Its weights in the fused layout, if the names differ there."""
     router: str | None = None
     """Its own gate: the sigmoid of one row, which is 1/2 for a zero row."""
     size_key: str | None = None
@@ -112,26 +114,6 @@ class SharedExpert:
         if count == 1 or self.size_key or self.count_key:
             return None
         return f"its shared expert is as wide as one expert, not {count}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorrectionBias:
-    """A bias on the selection of experts that does not affect gates: zero, then moved in training.
-
-    It is always float32, since bfloat16 would lose its small updates.
-    """
-
-    name: str
-    fused: str | None = None
-    """Its name in the fused layout, if it differs there."""
-    routing: Routing = Routing.SIGMOID_TOPK
-    """The only routing with this bias."""
-    rows: int | None = None
-    """The shape is (rows, N), or (N,) if this is None."""
-
-    def shape(self, num_experts: int) -> tuple[int, ...]:
-        """Return its shape."""
-        return (num_experts,) if self.rows is None else (self.rows, num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +173,10 @@ class Target:
     head: str = HEAD
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of names of copied tensors, with their replacement."""
-    correction_bias: CorrectionBias | None = None
+    bias_routing: Routing = Routing.SIGMOID_TOPK
+    """The only routing with a correction bias."""
+    bias_rows: tuple[int, ...] = ()
+    """The dimensions of the correction bias before (N,)."""
     shared: SharedExpert | None = None
     extra_tensors: tuple[ExtraTensor, ...] = ()
     parallel_mlp: ParallelMlp | None = None
@@ -202,8 +187,10 @@ class Target:
     """Tensors of a dense layer that it cannot hold, with the reason in words."""
     refusal: Callable[[DenseModel], str | None] = lambda _: None
     """Returns why it cannot express a model, or None if it can."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that have the same value for every model."""
     settings: Callable[[DenseModel], dict[str, Any]] = lambda _: {}
-    """Returns the config keys that it needs beside those shared with the dense type."""
+    """Returns the config keys that it needs beside these and those shared with the dense type."""
     inside: Inside | None = None
     """The wrapper around it, if any; `architecture` and tensor names are then the wrapper's."""
 
@@ -311,20 +298,9 @@ class Target:
         memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}
         return tuple(w for w in layout.experts if memory.get(w.name, w.split_dim) != w.split_dim)
 
-    def correction_bias_name(self, layout: MoeBlock, routing: str) -> str | None:
+    def correction_bias(self, block: MoeBlock, routing: str) -> str | None:
         """Return the correction bias within a layer; None if there is none."""
-        bias = self.correction_bias
-        if bias is None or bias.routing != routing:
-            return None
-        return bias.fused or bias.name if layout == self.layouts[ExpertLayout.FUSED] else bias.name
-
-    def shared_weights(self, layout: MoeBlock) -> tuple[Weight, ...]:
-        """Return the matrices of the shared expert; empty if there is none."""
-        shared = self.shared
-        if shared is None:
-            return ()
-        is_fused = layout == self.layouts.get(ExpertLayout.FUSED)
-        return shared.fused or shared.weights if is_fused else shared.weights
+        return block.correction_bias if routing == self.bias_routing else None
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return an MoE config's value of a key, or its default."""

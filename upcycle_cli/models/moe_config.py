@@ -11,17 +11,17 @@ from typing import Any
 
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.defaults import defaults_of
-from upcycle_cli.models.dense import DenseModel
+from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map
 from upcycle_cli.models.wrappers import nested_configs, text_config_of, with_text_config
 from upcycle_cli.recipe.recipe import Recipe
 
-_NOT_COPIED = {
-    # `_rope` and the target's own settings write these.
+_WINDOW_KEYS = {"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"}
+_NOT_COPIED = _WINDOW_KEYS | {
+    # `_rope` writes these.
     *("rope_theta", "rope_scaling", "rope_parameters"),
-    *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
     # No forward pass reads these: they stay as the source has them, or absent.
     *("use_cache", "initializer_range", "pretraining_tp"),
 }
@@ -86,7 +86,7 @@ def _text_config(config: Mapping[str, Any], dense: DenseModel, target: Target) -
     }
     known = balancing if target.ships_code else defaults_of(target.model_type)
     result |= {key: value for key, value in balancing.items() if key in known}
-    settings = target.settings(dense)
+    settings = {**target.constants, **_windows(dense, target), **target.settings(dense)}
     if "rope_parameters" in settings:  # rope_scaling would override it
         result.pop("rope_scaling", None)
     return result | settings
@@ -100,14 +100,30 @@ def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
     return {key: dense.values[key] for key in sorted(shared - _NOT_COPIED)}
 
 
+def _windows(dense: DenseModel, target: Target) -> dict[str, Any]:
+    """Return sliding windows, in the keys that the target has."""
+    known = defaults_of(target.model_type).keys()
+    if "sliding_window" not in known or target.model_type == dense.model_type:
+        return {}
+    first = next((i for i, window in enumerate(dense.windows) if window), None)
+    found: dict[str, Any] = {"sliding_window": None if first is None else dense.windows[first]}
+    if len(known & _WINDOW_KEYS) > 1:
+        found["layer_types"] = [SLIDING if window else FULL for window in dense.windows]
+    if known & {"use_sliding_window", "max_window_layers"}:
+        found["use_sliding_window"] = first is not None
+        found["max_window_layers"] = dense.num_layers if first is None else first
+    return found
+
+
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
     """Return rope settings in the old keys, which everything reads, and in new ones if given."""
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
         return _old_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
-    if "partial_rotary_factor" in dense.values:
-        found["partial_rotary_factor"] = dense.values["partial_rotary_factor"]
+    key = "partial_rotary_factor"
+    if key in dense.values or key in defaults_of(target.model_type):
+        found[key] = dense.values.get(key, dense.rotary_share)
     if "rope_parameters" in config and not target.ships_code:
         found["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     return found

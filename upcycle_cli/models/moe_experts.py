@@ -126,7 +126,7 @@ class Experts:
 
     def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
         """Return one part of the shared expert, None where it is not there."""
-        weights = self.target.shared_weights(self.target.layouts[self.layout])
+        weights = self.target.layouts[self.layout].shared
         if part not in parts_of(weights):
             return None
         found = locate(weights, part, width=self.shared_width)

@@ -17,7 +17,6 @@ from upcycle_cli.models.mlp import (
     swiglu,
 )
 from upcycle_cli.models.moe import (
-    CorrectionBias,
     ExtraTensor,
     Keys,
     MoeBlock,
@@ -29,16 +28,31 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 def _layouts(
-    per_expert: Sequence[Weight], fused: str, *, router: str, fused_router: str | None = None
+    per_expert: Sequence[Weight],
+    fused: str,
+    *,
+    in_memory: Mapping[str, Any] | None = None,
+    **names: Any,  # noqa: ANN401 - the other fields of a block
 ) -> Mapping[ExpertLayout, MoeBlock]:
-    """Return experts with released names, and stacked below `fused` as in transformers 5."""
-    gated = "gate" in parts_of(per_expert)
+    """Return experts with released names, and stacked below `fused` as in transformers 5.
+
+    `in_memory` has the names that differ there.
+    """
+    released, gated = matrices_of(per_expert), "gate" in parts_of(per_expert)
+    fused_names = {**names, **(in_memory or {})}
     return {
-        ExpertLayout.PER_EXPERT: MoeBlock(experts=matrices_of(per_expert), router=router),
-        ExpertLayout.FUSED: MoeBlock(
-            experts=stacked(fused, gated=gated), router=fused_router or router
-        ),
+        ExpertLayout.PER_EXPERT: MoeBlock(experts=released, **names),
+        ExpertLayout.FUSED: MoeBlock(experts=stacked(fused, gated=gated), **fused_names),
     }
+
+
+def _qwen_layouts(
+    *,
+    router: str = "mlp.gate.weight",
+    **names: Any,  # noqa: ANN401 - as above
+) -> Mapping[ExpertLayout, MoeBlock]:
+    per_expert = swiglu("mlp.experts.{expert}")
+    return _layouts(per_expert, "mlp.experts", router=router, **names)
 
 
 def _shared_swiglu(prefix: str) -> tuple[Weight, ...]:
@@ -50,25 +64,27 @@ _MIXTRAL_LAYOUTS = _layouts(
     linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
     "mlp.experts",
     router="block_sparse_moe.gate.weight",
-    fused_router="mlp.gate.weight",
+    in_memory={"router": "mlp.gate.weight"},
 )
-_QWEN_LAYOUTS = _layouts(swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.weight")
+_GRANITE_SHARED = gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
 _GRANITE_LAYOUTS = {
     ExpertLayout.STACKED: MoeBlock(
         experts=gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
         router="block_sparse_moe.router.layer.weight",
+        shared=_GRANITE_SHARED,
     ),
     ExpertLayout.FUSED: MoeBlock(
-        experts=stacked("block_sparse_moe.experts"), router="block_sparse_moe.router.weight"
+        experts=stacked("block_sparse_moe.experts"),
+        router="block_sparse_moe.router.weight",
+        shared=_GRANITE_SHARED,
     ),
 }
-_GRANITE_SHARED = gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
-_GATED_SHARED = SharedExpert(
-    weights=_shared_swiglu("mlp.shared_expert"),
-    router="mlp.shared_expert_gate.weight",
-    size_key="shared_expert_intermediate_size",
-    size=64,
-)
+_GATED_SHARED: Any = {
+    "layouts": _qwen_layouts(shared=_shared_swiglu("mlp.shared_expert")),
+    "shared": SharedExpert(
+        router="mlp.shared_expert_gate.weight", size_key="shared_expert_intermediate_size", size=64
+    ),
+}
 
 _SIGMOID_TOPK = (Routing.SIGMOID_TOPK,)
 _EITHER_SOFTMAX = (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK)
@@ -84,7 +100,7 @@ _NO_QKV_BIAS = {
 
 _QWEN: Any = {
     "routings": _EITHER_SOFTMAX,
-    "layouts": _QWEN_LAYOUTS,
+    "layouts": _qwen_layouts(),
     "keys": Keys(aliases=("num_local_experts",), routing=_BY_NORM),
 }
 _OLMO: Any = {**_QWEN, "keys": replace(_QWEN["keys"], expert_size="intermediate_size")}
@@ -92,19 +108,23 @@ _MIXTRAL_KEYS = Keys(
     num_experts="num_local_experts", aliases=("num_experts",), expert_size="intermediate_size"
 )
 _GRANITE: Any = {"layouts": _GRANITE_LAYOUTS, "keys": _MIXTRAL_KEYS}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "norm_topk_prob": True}
+_FOR_MLX = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
+# vLLM ignores the correction bias without the first, and uses softmax without the second.
+_FOR_VLLM = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _DEEPSEEK: Any = {
     "routings": _SIGMOID_TOPK,
-    "layouts": _QWEN_LAYOUTS,
+    "layouts": _qwen_layouts(
+        shared=_shared_swiglu("mlp.shared_experts"),
+        correction_bias="mlp.gate.e_score_correction_bias",
+    ),
     "keys": Keys(
         num_experts="n_routed_experts",
         aliases=("num_local_experts", "num_experts"),
         routing=_SIGMOID,
         scale="routed_scaling_factor",
     ),
-    "correction_bias": CorrectionBias(name="mlp.gate.e_score_correction_bias"),
-    "shared": SharedExpert(
-        weights=_shared_swiglu("mlp.shared_experts"), count_key="n_shared_experts"
-    ),
+    "shared": SharedExpert(count_key="n_shared_experts"),
 }
 _BEFORE_MLP = "pre_feedforward_layernorm.weight"
 
@@ -115,8 +135,8 @@ _ROWS: Sequence[Target] = (
         layouts=_MIXTRAL_LAYOUTS,
         keys=_MIXTRAL_KEYS,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
-        refusal=moe_settings.mixtral_refusal,
-        settings=lambda dense: {"sliding_window": dense.windows[0], "router_jitter_noise": 0.0},
+        refusal=moe_settings.no_longrope,
+        constants={"router_jitter_noise": 0.0},
     ),
     Target(
         # Its q, k and v biases and its shared expert are not optional. vLLM reads zero biases even
@@ -124,22 +144,17 @@ _ROWS: Sequence[Target] = (
         # shared gate as silu(x)/x, which is 0/0 for a zero row: the gate is random.
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
-        **_QWEN | {"routings": _EITHER_SOFTMAX[::-1]},
+        **_QWEN | _GATED_SHARED | {"routings": _EITHER_SOFTMAX[::-1]},
         layers=layers.MLP_ONLY_LAYERS,
-        shared=_GATED_SHARED,
         required_biases=tuple(f"self_attn.{matrix}_proj" for matrix in "qkv"),
         unsupported_tensors=_NO_O_BIAS,
-        settings=lambda dense: moe_settings.windows(dense) | {"qkv_bias": True},
+        constants={"qkv_bias": True},
     ),
     Target(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         **_QWEN,
         layers=layers.MLP_ONLY_LAYERS,
-        refusal=moe_settings.no_mixed_windows,
-        settings=lambda dense: (
-            moe_settings.windows(dense) | {"attention_bias": dense.values["attention_bias"]}
-        ),
     ),
     Target(
         # Released models do not renormalise gates, and vLLM never does. The norm behind the experts
@@ -152,17 +167,17 @@ _ROWS: Sequence[Target] = (
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
         **_DEEPSEEK,
+        constants=_ONE_GROUP | {"num_nextn_predict_layers": 0},
         layers=layers.FIRST_K_DENSE,
         unsupported_tensors=_NO_O_BIAS,
-        refusal=moe_settings.no_windows,
         settings=moe_settings.glm4_moe,
     ),
     Target(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         **_DEEPSEEK,
+        constants=_ONE_GROUP,
         layers=layers.FIRST_K_DENSE,
-        settings=lambda dense: {**moe_settings.DEEPSEEK, **moe_settings.windows(dense)},
     ),
     Target(
         model_type="mellum",
@@ -175,11 +190,15 @@ _ROWS: Sequence[Target] = (
         model_type="hy_v3",
         architecture="HYV3ForCausalLM",
         routings=_SIGMOID_TOPK,
-        layouts=_layouts(
-            swiglu("mlp.experts.{expert}"),
-            "mlp.experts",
+        layouts=_qwen_layouts(
             router="mlp.router.gate.weight",
-            fused_router="mlp.gate.weight",
+            shared=_shared_swiglu("mlp.shared_mlp"),
+            correction_bias="mlp.expert_bias",
+            in_memory={
+                "router": "mlp.gate.weight",
+                "shared": _shared_swiglu("mlp.shared_experts"),
+                "correction_bias": "mlp.e_score_correction_bias",
+            },
         ),
         keys=Keys(
             aliases=("num_local_experts",),
@@ -187,64 +206,49 @@ _ROWS: Sequence[Target] = (
             scale="router_scaling_factor",
         ),
         layers=layers.MLP_TYPES_AND_FIRST_DENSE,
-        correction_bias=CorrectionBias(name="mlp.expert_bias", fused="mlp.e_score_correction_bias"),
-        shared=SharedExpert(
-            weights=_shared_swiglu("mlp.shared_mlp"),
-            fused=_shared_swiglu("mlp.shared_experts"),
-            count_key="num_shared_experts",
-        ),
-        refusal=moe_settings.no_windows,
+        shared=SharedExpert(count_key="num_shared_experts"),
         # The last two are for vLLM.
-        settings=lambda _: {"num_shared_experts": 1, "qk_norm": True, "route_norm": True},
+        constants={"num_shared_experts": 1, "qk_norm": True, "route_norm": True},
     ),
     Target(
         model_type="solar_open",
         architecture="SolarOpenForCausalLM",
         **_DEEPSEEK,
+        constants=_ONE_GROUP | _FOR_MLX,
         unsupported_tensors=_NO_O_BIAS,
-        # The last two are for MLX.
-        settings=lambda _: {
-            **moe_settings.DEEPSEEK,
-            "first_k_dense_replace": 0,
-            "partial_rotary_factor": 1.0,
-        },
     ),
     Target(
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
         **_DEEPSEEK,
+        constants=_ONE_GROUP | _FOR_VLLM | {"num_nextn_predict_layers": 0},
         layers=layers.FIRST_K_DENSE,
-        settings=moe_settings.deepseek_v3,
+        # The size of a head's rotary part, which engines derive in different ways.
+        settings=lambda dense: {"head_dim": dense.values["qk_rope_head_dim"]},
     ),
     Target(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
-        layouts=_QWEN_LAYOUTS,
+        layouts=_qwen_layouts(
+            shared=_shared_swiglu("mlp.shared_experts"),
+            correction_bias="mlp.moe_statics.e_score_correction_bias",
+            in_memory={"correction_bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+        ),
         keys=Keys(num_experts="moe_num_experts", aliases=("num_experts",), top_k="moe_k"),
         layers=layers.MOE_RANGE,
-        correction_bias=CorrectionBias(
-            name="mlp.moe_statics.e_score_correction_bias",
-            fused="mlp.gate.moe_statics.e_score_correction_bias",
-            routing=Routing.TOPK_SOFTMAX,
-            rows=1,
-        ),
-        shared=SharedExpert(
-            weights=_shared_swiglu("mlp.shared_experts"),
-            count_key="moe_num_shared_experts",
-            required=False,
-        ),
-        settings=lambda _: {"moe_num_shared_experts": 0},
+        bias_routing=Routing.TOPK_SOFTMAX,
+        bias_rows=(1,),
+        shared=SharedExpert(count_key="moe_num_shared_experts", required=False),
+        constants={"moe_num_shared_experts": 0},
     ),
     Target(
         model_type="hunyuan_v1_moe",
         architecture="HunYuanMoEV1ForCausalLM",
-        layouts=_layouts(
-            swiglu("mlp.experts.{expert}"), "mlp.experts", router="mlp.gate.wg.weight"
-        ),
+        layouts=_qwen_layouts(router="mlp.gate.wg.weight", shared=_shared_swiglu("mlp.shared_mlp")),
         keys=Keys(
             aliases=("num_local_experts",), top_k="moe_topk", expert_size="intermediate_size"
         ),
-        shared=SharedExpert(weights=_shared_swiglu("mlp.shared_mlp")),
+        shared=SharedExpert(),
     ),
     Target(
         model_type="lfm2_moe",
@@ -254,17 +258,18 @@ _ROWS: Sequence[Target] = (
             linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
             "feed_forward.experts",
             router="feed_forward.gate.weight",
+            correction_bias="feed_forward.expert_bias",
         ),
         keys=Keys(routing=_SIGMOID, scale="routed_scaling_factor"),
         layers=layers.NUM_DENSE_LAYERS,
-        correction_bias=CorrectionBias(name="feed_forward.expert_bias"),
+        constants={"use_expert_bias": True},
         settings=moe_settings.lfm2_moe,
     ),
     Target(
         model_type="cohere2_moe",
         architecture="Cohere2MoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
-        layouts=_QWEN_LAYOUTS,
+        layouts=_qwen_layouts(shared=_shared_swiglu("mlp.shared_experts")),
         keys=Keys(
             expert_size="intermediate_size",
             dense_size="prefix_dense_intermediate_size",
@@ -275,19 +280,22 @@ _ROWS: Sequence[Target] = (
         ),
         layers=layers.MLP_TYPES,
         shared=SharedExpert(
-            weights=_shared_swiglu("mlp.shared_experts"),
             count_key="num_shared_experts",
             required=False,
             settings={"shared_expert_combination_strategy": "sum"},  # the default is the mean
         ),
-        settings=moe_settings.cohere2_moe,
+        constants={
+            "prefix_dense_sliding_window_pattern": 4,  # with 1, full attention has no positions
+            "num_shared_experts": 0,
+            "norm_topk_prob": True,
+            "rms_norm_eps": None,
+        },
     ),
     Target(
         model_type="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
-        layouts=_QWEN_LAYOUTS,
+        **_GATED_SHARED,
         keys=Keys(),
-        shared=_GATED_SHARED,
         settings=moe_settings.qwen3_5_moe,
     ),
     Target(
@@ -298,12 +306,15 @@ _ROWS: Sequence[Target] = (
         model_type="gemma4_text",
         architecture="Gemma4ForCausalLM",
         layouts={
-            ExpertLayout.FUSED: MoeBlock(experts=stacked("experts"), router="router.proj.weight")
+            ExpertLayout.FUSED: MoeBlock(
+                experts=stacked("experts"),
+                router="router.proj.weight",
+                shared=_shared_swiglu("mlp"),
+            )
         },
         keys=Keys(top_k="top_k_experts"),
         layers=layers.ENABLED,
         shared=SharedExpert(
-            weights=_shared_swiglu("mlp"),
             size_key="intermediate_size",
             size=64,
             norm="post_feedforward_layernorm_1.weight",
@@ -325,18 +336,18 @@ _ROWS: Sequence[Target] = (
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
-        shared=SharedExpert(
-            weights=_GRANITE_SHARED, size_key="shared_intermediate_size", required=False
-        ),
+        shared=SharedExpert(size_key="shared_intermediate_size", required=False),
         refusal=moe_settings.wrong_thetas,
+        constants={"shared_intermediate_size": 0},
         settings=moe_settings.granitemoe_swa,
     ),
     Target(
         # A model without experts is dense, and its shared expert is the MLP.
         model_type="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
-        **_GRANITE | {"layers": layers.ALL_OR_NONE},
-        shared=SharedExpert(weights=_GRANITE_SHARED, size_key="shared_intermediate_size", size=64),
+        **_GRANITE,
+        layers=layers.ALL_OR_NONE,
+        shared=SharedExpert(size_key="shared_intermediate_size", size=64),
         settings=moe_settings.granitemoehybrid,
     ),
     Target(
@@ -347,19 +358,16 @@ _ROWS: Sequence[Target] = (
             linear_layers("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
             "mixer.experts",
             router="mixer.gate.weight",
+            shared=linear_layers(
+                "", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"
+            )[:2],
+            correction_bias="mixer.gate.e_score_correction_bias",
         ),
         keys=replace(_DEEPSEEK["keys"], aliases=("num_local_experts",)),
         layers=layers.BLOCK_TYPES,
         layer="backbone.layers.{layer}.",
-        correction_bias=CorrectionBias(name="mixer.gate.e_score_correction_bias"),
-        shared=SharedExpert(
-            weights=linear_layers(
-                "", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"
-            )[:2],
-            size_key="moe_shared_expert_intermediate_size",
-            size=64,
-        ),
-        settings=moe_settings.nemotron_h,
+        shared=SharedExpert(size_key="moe_shared_expert_intermediate_size", size=64),
+        constants=_ONE_GROUP | {"moe_latent_size": None},  # experts read the hidden state itself
     ),
 )
 NATIVE: Mapping[str, Target] = {row.model_type: row for row in _ROWS}
@@ -376,7 +384,7 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
         },
         keys=replace(_QWEN["keys"], routing=None),
         layers=layers.MLP_ONLY_LAYERS,
-        settings=lambda _: {"norm_topk_prob": True},  # for vLLM
+        constants={"norm_topk_prob": True},  # for vLLM
     )
 }
 """Targets that exist only inside wrappers."""

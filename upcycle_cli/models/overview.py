@@ -118,7 +118,7 @@ def _facts(
             for each in software:
                 if each.support is Support.RUNS:
                     listed[each.name] = (*listed.get(each.name, ()), routing)
-    balanced = "nothing" if row.correction_bias is None else "bias"
+    balanced = "nothing" if row.in_memory.correction_bias is None else "bias"
     if row.has_balancing_loss:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
     return TargetFacts(

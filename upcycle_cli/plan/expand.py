@@ -153,7 +153,7 @@ class _Grower:
             return {}
         N, hidden = experts.num_experts, experts.moe.tensors[_ALWAYS[1]].num_elements
         found: dict[str, tuple[int, ...]] = {router: (N, hidden)}
-        bias = experts.target.correction_bias_name(self._held, experts.routing)
+        bias = experts.target.correction_bias(self._held, experts.routing)
         if bias is not None:
             found[prefix + bias] = (N,)
         for weight in self._held.experts:
@@ -203,7 +203,7 @@ class _Grower:
         made = target.layouts[self.layout]
         rows = Repeat(self._source(prefix + held.router), k)
         yield OutputTensor.of(prefix + made.router, rows, Role.ROUTER, layer)
-        bias, renamed = (target.correction_bias_name(at, experts.routing) for at in (held, made))
+        bias, renamed = (target.correction_bias(at, experts.routing) for at in (held, made))
         if bias is not None:
             # It keeps its dtype: training moves it by steps that narrower dtypes would lose.
             grown = Repeat(self._stored(prefix + bias), k)

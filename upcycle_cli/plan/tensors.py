@@ -113,9 +113,9 @@ class TensorMaker:
         layout = target.layouts[target.layout(parts.options.expert_layout)]
         prefix = target.prefix(layer)
         yield OutputTensor.of(prefix + layout.router, self._router(layer), Role.ROUTER, layer)
-        name = target.correction_bias_name(layout, str(recipe.routing))
-        if target.correction_bias is not None and name is not None:
-            bias = ex.Full("F32", target.correction_bias.shape(recipe.num_experts))
+        name = target.correction_bias(layout, str(recipe.routing))
+        if name is not None:
+            bias = ex.Full("F32", (*target.bias_rows, recipe.num_experts))
             yield OutputTensor.of(prefix + name, bias, Role.CORRECTION_BIAS, layer)
         groups = self._groups(layer)
         weights = [
@@ -221,7 +221,7 @@ def _shared_expert(
     if shared is None or not (count or shared.required):
         return
     expert_size = parts.family.dense.intermediate_size // parts.recipe.granularity
-    for weight in parts.family.target.shared_weights(layout):
+    for weight in layout.shared:
         held: list[ex.Expr] = []
         for part in weight.parts:
             if not count:
