@@ -123,15 +123,11 @@ def execute(
     return api.execute(plan, request, hooks=hooks or Hooks(), team=team or Team())
 
 
-def staging_in(plan: Plan, directory: Path) -> Staging:
+def staging_in(plan: Plan, output: Path) -> Staging:
     """A directory to write a plan's weights into, without a transaction around it."""
-    return Staging(
-        path=directory,
-        output=directory.name,
-        plan_digest=plan.digest,
-        files=tuple(plan.file_names),
-        durable=False,
-    )
+    staging = Staging(output=output, plan=plan, durable=False)
+    staging.path.mkdir(parents=True)
+    return staging
 
 
 def stopped_after(plan: Plan, output: Path, num_bytes: int) -> None:

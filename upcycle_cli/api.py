@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.publish.push import Destination, Push
     from upcycle_cli.verification.result import Report
-    from upcycle_cli.write.transaction import Transaction
+    from upcycle_cli.write.staging import Staging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +190,8 @@ def execute(
         if finished:
             done = _finish_again(plan, request, progress) if team.leads else Conversion(plan=plan)
         elif team.leads:
-            with transaction(output, plan, overwrite=overwrite, durable=durable) as running:
-                done = _make(plan, request, running, progress, team)
+            with transaction(output, plan, overwrite=overwrite, durable=durable) as staging:
+                done = _make(plan, request, staging, progress, team)
             team.exchange(None)  # the other ranks may end
         else:
             done = _assist(plan, request, team)
@@ -271,7 +271,7 @@ def _finish_again(plan: Plan, request: Request, progress: Progress) -> Conversio
 def _make(
     plan: Plan,
     request: Request,
-    running: Transaction,
+    staging: Staging,
     progress: Progress,
     team: Team,
 ) -> Conversion:
@@ -279,9 +279,10 @@ def _make(
     from upcycle_cli.calibrate.cache import with_calibration
     from upcycle_cli.publish.card import model_card
     from upcycle_cli.write.record import write_checksums, write_metadata
+    from upcycle_cli.write.transaction import publish
 
     team.exchange(None)  # the directory exists: the other ranks join
-    staging, repo = running.staging, None if request.push is None else request.push.repo
+    repo = None if request.push is None else request.push.repo
     plan = with_calibration(plan, staging, team, progress)
     written = write_together(plan, lambda: staging, request.writing, team, progress)
     write_metadata(plan, staging, written)
@@ -292,7 +293,7 @@ def _make(
         write_checksums(plan, staging.path)
     for source in plan.sources:
         source.check_unchanged()
-    left = running.publish() if accepted else None
+    left = publish(staging, overwrite=request.overwrite) if accepted else None
     return Conversion(
         plan=plan,
         report=report,

@@ -16,11 +16,9 @@ from conftest import RunCli, clone, read_json, validate_json, write_json
 
 from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.checkpoint.card_metadata import is_edited
-from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.publish.card import card_for_repo
-from upcycle_cli.publish.manifest import read_manifest
 from upcycle_cli.report.contents import inspection_html, verification_html
 from upcycle_cli.report.page import check_report_file
 from upcycle_cli.verification.prompts import TextOptions
@@ -31,6 +29,7 @@ from upcycle_cli.verification.result import (
     Status,
     TextMeasure,
 )
+from upcycle_cli.write.ownership import take_inventory
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -336,11 +335,11 @@ def test_a_report_beside_the_model_is_published(
 ) -> None:
     model = clone(e2g2t2, tmp_path / "moe")
     (model / "verification.html").write_text("a draft")
-    assert "verification.html" in read_manifest(open_checkpoint(model)).left_out
+    assert "verification.html" in take_inventory(model).foreign
     (model / "verification.html").write_text(html_of(replace(found, paths=(llama, model))), "utf-8")
-    manifest = read_manifest(open_checkpoint(model))
-    assert "verification.html" in manifest.files
-    assert not manifest.failures
+    inventory = take_inventory(model)
+    assert "verification.html" in inventory.own
+    assert not inventory.changed
     assert verify(llama, model, checks=["directory"]).accepted
     # Replacing the output removes its report.
     convert(llama, model, Recipe(expansion=4, granularity=2, top_k=2), overwrite=True)

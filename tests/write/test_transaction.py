@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from engine_fixtures import Advance, contents, execute, make_dense, plan_of, stopped_after
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.core.errors import ResumableError
-from upcycle_cli.core.safe_files import read_header
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write import transaction as module
-from upcycle_cli.write.staging import MARKER, partial_of
-from upcycle_cli.write.transaction import aside_of, clean
+from upcycle_cli.write.staging import aside_of, new_of, partial_of
+from upcycle_cli.write.transaction import clean
 
 SHARD = "model-00001-of-00009.safetensors"
 BUSY = "another upcycle process is writing"
@@ -28,10 +24,7 @@ BUSY = "another upcycle process is writing"
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dense = make_dense(tmp_path_factory.mktemp("replace") / "dense")
-    (dense / "additional_chat_templates").mkdir()
-    (dense / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 }}")
-    return dense
+    return make_dense(tmp_path_factory.mktemp("replace") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -89,96 +82,12 @@ def test_an_output_has_the_usual_mode_and_the_partial_is_private(
     assert stat.S_IMODE(output.stat().st_mode) == 0o777 & ~umask
 
 
-# Files that upcycle did not write stop --overwrite ------------------------------------------------
-
-
-def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def act(output: Path) -> None:
-        path = output / name
-        path.write_bytes(change(path.read_bytes()))
-
-    return act
-
-
-def add(name: str) -> Callable[[Path], None]:
-    def act(output: Path) -> None:
-        (output / name).parent.mkdir(exist_ok=True)
-        (output / name).write_bytes(b"weeks of work")
-
-    return act
-
-
-def train_in_place(output: Path) -> None:
-    """Write another router where the old one is: no size and no header changes."""
-    for path in sorted(output.glob("*.safetensors")):
-        with path.open("rb") as file:
-            entries, _ = parse_header(read_header(file), path, path.name)
-        for entry in entries:
-            if entry.name.endswith(".gate.weight"):
-                with path.open("r+b") as file:
-                    file.seek(entry.offset)
-                    file.write(b"\1" * entry.nbytes)
-                return
-
-
-def link(output: Path) -> None:
-    (output / "LICENSE").rename(output.parent / "LICENSE")
-    (output / "LICENSE").symlink_to(output.parent / "LICENSE")
-
-
-def forget_the_files(output: Path) -> None:
-    record = json.loads((output / "upcycle.json").read_text())
-    del record["files"]
-    (output / "upcycle.json").write_text(json.dumps(record))
-
-
-STOPS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a model beside it": (add("model-my-finetune.safetensors"), "model-my-finetune.safetensors"),
-    "a trained shard": (
-        edit(SHARD, lambda data: data.replace(b'{"format":"pt"}', b'{"format":"tp"}')),
-        SHARD,
-    ),
-    "a shard that was trained in place": (train_in_place, "gate.weight was changed"),
-    "a cut shard": (edit(SHARD, lambda data: data[:-1]), SHARD),
-    "an edited card": (edit("README.md", lambda data: data + b"Trained.\n"), "README.md"),
-    "a card of no text": (edit("README.md", lambda _: b"\xff\xfe"), "README.md"),
-    "an edited config": (edit("config.json", lambda data: data.replace(b"2", b"3")), "config.json"),
-    "checkpoints": (add("checkpoint-1000/optimizer.pt"), "checkpoint-1000"),
-    "an empty directory": (lambda output: (output / "runs").mkdir(), "runs"),
-    "another template": (add("additional_chat_templates/my.jinja"), "my.jinja"),
-    "a link": (link, "LICENSE"),
-    "a pipe": (lambda output: os.mkfifo(output / "pipe"), "pipe"),
-    "checksums of more": (
-        edit("SHA256SUMS", lambda data: data + b"0" * 64 + b"  thesis.tex\n"),
-        "SHA256SUMS",
-    ),
-    "no record": (lambda output: (output / "upcycle.json").unlink(), "not made by upcycle"),
-    "half a record": (edit("upcycle.json", lambda data: data[:99]), "does not say which files"),
-    "a record of no files": (forget_the_files, "does not say which files"),
-}
-
-
-@pytest.mark.parametrize("what", STOPS)
-def test_a_file_that_upcycle_did_not_write_stops_overwrite(
-    plan: Plan, output: Path, what: str
-) -> None:
-    change, said = STOPS[what]
-    change(output)
-    before = contents(output)
-    with pytest.raises(UpcycleError) as refused:
-        execute(plan, output, overwrite=True, hooks=Advance(lambda _: pytest.fail("written")))
-    assert said in refused.value.message
-    assert "left as it is" in refused.value.message
-    assert contents(output) == before
-    assert not partial_of(output).exists()
-
-
 def test_a_file_that_appears_during_the_conversion_stops_the_publication(
     plan: Plan, output: Path, old: Path, reference: dict[str, str]
 ) -> None:
     thesis = output / "thesis.tex"
     hooks = Advance(lambda _: thesis.write_text("years of work"))
-    with pytest.raises(ResumableError, match=r"holds thesis\.tex") as refused:
+    with pytest.raises(ResumableError, match=r"because of thesis\.tex") as refused:
         execute(plan, output, overwrite=True, hooks=hooks)
     assert "the same command publishes it" in str(refused.value)
     thesis.unlink()
@@ -198,9 +107,9 @@ def test_a_file_that_appears_at_the_last_moment_is_kept(
     """A training run that still writes there does not notice that its directory was moved."""
     finish = module._finish  # noqa: SLF001
 
-    def train_meanwhile(output: Path, replaces: str, *, durable: bool) -> str | None:
-        add(name)(aside_of(output))
-        return finish(output, replaces, durable=durable)
+    def train_meanwhile(output: Path, replaces: str) -> str | None:
+        (aside_of(output) / name).write_bytes(b"weeks of work")
+        return finish(output, replaces)
 
     monkeypatch.setattr(module, "_finish", train_meanwhile)
     (warning,) = execute(plan, output, overwrite=True).warnings
@@ -247,7 +156,7 @@ def killed(plan: Plan, output: Path, moment: str, monkeypatch: pytest.MonkeyPatc
         rename = Path.rename
 
         def only_first(path: Path, target: Path) -> Path:
-            if path in (partial_of(output), aside_of(output)):
+            if path in (new_of(output), aside_of(output)):
                 die()  # nor is the first one undone
             return rename(path, target)
 
@@ -301,7 +210,7 @@ def test_a_replacement_that_another_process_performs_is_left_to_it(
     plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(plan, output, "after", monkeypatch)
-    holder = os.open(output, os.O_RDONLY)
+    holder = os.open(partial_of(output), os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(UpcycleError, match=BUSY):
@@ -310,26 +219,7 @@ def test_a_replacement_that_another_process_performs_is_left_to_it(
             clean(output, remove=True)
     finally:
         os.close(holder)
-    assert names(output.parent) == ["moe", "moe.replaced"]
-
-
-@pytest.mark.parametrize("name", ["moe", "another name"])
-def test_a_marker_without_a_replaced_output_is_removed(
-    plan: Plan, tmp_path: Path, reference: dict[str, str], name: str
-) -> None:
-    """Of a kill before the last step, also in a directory that was renamed since."""
-    output = tmp_path / "moe"
-    execute(plan, output)
-    state = {"plan_sha256": plan.digest, "output": name, "replaces": None}
-    (output / MARKER).write_text(json.dumps(state))
-    if name == "moe":
-        mode = output.stat().st_mode
-        output.chmod(0o700)  # as it is just after the renaming
-        assert execute(plan, output).already_done
-        assert output.stat().st_mode == mode
-    execute(plan, output, overwrite=True)
-    assert contents(output) == reference
-    assert names(tmp_path) == ["moe"]
+    assert names(output.parent) == ["moe", "moe.partial", "moe.replaced"]
 
 
 # The staging directory ----------------------------------------------------------------------------
@@ -398,7 +288,7 @@ def test_clean_shows_first_and_removes_on_request(plan: Plan, tmp_path: Path) ->
     output = tmp_path / "moe"
     stopped_after(plan, output, plan.nbytes // 2)
     shown = clean(output, remove=False)
-    assert (shown.path, shown.what) == (partial_of(output), "an unfinished conversion")
+    assert shown.path == partial_of(output)
     assert shown.nbytes > 0
     clean(output, remove=True)
     assert names(tmp_path) == []

@@ -50,6 +50,7 @@ from upcycle_cli.write import writer
 from upcycle_cli.write.evaluate import Read, evaluate
 from upcycle_cli.write.file_layout import lay_out
 from upcycle_cli.write.record import index_of
+from upcycle_cli.write.staging import new_of
 from upcycle_cli.write.writer import WriteOptions, write_weights
 
 SHARDED = Options(max_shard_bytes=700)
@@ -76,9 +77,8 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    path = tmp_path / "moe"
-    path.mkdir()
-    return path
+    """The folder that `write` fills."""
+    return new_of(tmp_path / "moe")
 
 
 def write(
@@ -88,7 +88,7 @@ def write(
     options: WriteOptions | None = None,
 ) -> dict[str, str]:
     options = options or WriteOptions(fsync=False, workers=1)  # one part at a time, to be counted
-    staging = staging_in(plan, directory)
+    staging = staging_in(plan, directory.parent.with_suffix(""))
     return write_weights(plan, plan.shards, staging, progress=progress, options=options).routers
 
 

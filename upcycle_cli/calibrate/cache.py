@@ -36,7 +36,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
             from upcycle_cli.calibrate.collect import calibrate
 
             found = calibrate(plan, watch)
-            path = staging.path / CALIBRATION
+            path = staging.directory / CALIBRATION
             write_whole(path, found.to_bytes(), durable=staging.durable)
         return found
 
@@ -48,5 +48,5 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
 def _cached(staging: Staging) -> Calibration | None:
     # A damaged file is no error: the calibration is run again.
     with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
-        return Calibration.from_bytes(read_small(staging.path / CALIBRATION, _MOST_BYTES))
+        return Calibration.from_bytes(read_small(staging.directory / CALIBRATION, _MOST_BYTES))
     return None

@@ -6,13 +6,12 @@ so the same command resumes a push that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
-from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     INDEX_NAME,
@@ -21,13 +20,20 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
 )
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
+from upcycle_cli.core.safe_files import (
+    CHECKSUMS_NAME,
+    MOST_JSON_BYTES,
+    matches,
+    read_checksums,
+    read_small,
+    sha256_of,
+)
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
-from upcycle_cli.publish.manifest import Manifest, read_manifest
+from upcycle_cli.write.ownership import Inventory, take_inventory
 from upcycle_cli.write.staging import MARKER
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 
 # Files of another model that loaders would read, or that do not match the pushed files.
 _REPLACED = (WEIGHTS_NAME, "model-?????-of-?????.safetensors", INDEX_NAME, CHECKSUMS_NAME)
+# Folders that git and huggingface_hub leave in a directory.
+_FOLDERS_OF_TOOLS = (".git", ".cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +131,8 @@ def push(
     """
     # First, because it is faster than reading the files.
     check_destination(destination)
-    manifest = _check_complete(directory)
-    files = dict(manifest.files)
+    found = _check_complete(directory)
+    files = {name: directory / name for name in found.own}
     has_report = REPORT_NAME in files
     card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
     with client.hub_session(destination.repo, destination.revision):
@@ -151,33 +159,50 @@ def push(
         files=len(files),
         nbytes=nbytes,
         card_kept=kept is not None,
-        left_out=manifest.left_out,
+        left_out=tuple(
+            name for name in found.foreign if name.split("/")[0] not in _FOLDERS_OF_TOOLS
+        ),
         removed=tuple(stale),
         reminders=reminders(_licence(card), card, destination.repo, {*files, *existing.sizes}),
     )
 
 
-def _check_complete(directory: Path) -> Manifest:
-    """Return what is published of an output; UpcycleError unless it is complete and unchanged."""
+def _check_complete(directory: Path) -> Inventory:
+    """Return the files of an output; UpcycleError unless it is complete and unchanged."""
     if (directory / MARKER).exists():
         raise UpcycleError(
             f"{directory} is an unfinished conversion.",
             "Finish it by running the same `upcycle convert` again.",
         )
-    if directory.is_dir() and not (directory / RECORD_NAME).is_file():
+    if not directory.is_dir():
+        raise UpcycleError(f"{directory} is not a directory.", "Give the OUTPUT of a conversion.")
+    if not (directory / RECORD_NAME).is_file():
         raise UpcycleError(
             f"{directory} was not made by upcycle (no {RECORD_NAME}).",
             f"To upload any other directory: hf upload REPO {directory}",
         )
-    manifest = read_manifest(open_checkpoint(directory))
-    if failures := manifest.failures:
+    found = take_inventory(directory)
+    missing = {*found.listed, CARD_NAME} - {*found.own}
+    failures = [f"{name} is missing" for name in sorted(missing)]
+    failures += [f"{name}: {how}" for name, how in found.changed.items()]
+    if not failures:
+        failures = [f"{name} does not match {CHECKSUMS_NAME}" for name in _wrong_sums(directory)]
+    if failures:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
             f"{listed}\nMake it again with `upcycle convert --overwrite`. If you trained the model "
             "further, its card and record do not describe it any more: upload it with `hf upload`.",
         )
-    return manifest
+    return found
+
+
+def _wrong_sums(directory: Path) -> Iterator[str]:
+    """Yield the files that do not match SHA256SUMS, as whoever downloads the model would."""
+    path = directory / CHECKSUMS_NAME
+    for name, digest in read_checksums(path).items() if path.exists() else ():
+        if sha256_of(directory / name) != digest:
+            yield name
 
 
 def _read_card(path: Path) -> str:

@@ -46,7 +46,6 @@ from upcycle_cli.verification.settings import (
     record_failures,
     same,
 )
-from upcycle_cli.write.staging import is_note
 
 NAME = "directory"
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
@@ -116,7 +115,7 @@ def _foreign_failures(
     inert = []
     for name in names:
         path, odd = PurePosixPath(name), is_weight_file(name) or name.endswith((".py", "/"))
-        if name in expected or is_note(name) or (not odd and matches(name, COMPANIONS)):
+        if name in expected or (not odd and matches(name, COMPANIONS)):
             continue
         if path.suffix.casefold() in _INERT and not (odd or matches(name.casefold(), COMPANIONS)):
             inert.append(name)

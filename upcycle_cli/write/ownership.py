@@ -1,7 +1,8 @@
-"""Checks that every file of a finished output was written by upcycle, by the list in its record.
+"""Compares an output with its record: which files upcycle wrote, and which differ from that.
 
-`--overwrite` removes these files and no others: a model that was trained further, an edited card,
-or a user's own file must survive.
+`--overwrite` removes unchanged files and no others: a model that was trained further, an edited
+card, or a user's own file must survive. A push publishes them and no others: a working directory
+also holds tokens, drafts and half-trained weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from upcycle_cli.checkpoint.card_metadata import is_edited
@@ -20,15 +22,66 @@ from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     ListedFile,
     listed_files,
+    locate,
     open_regular,
     read_checksums,
     read_header,
     read_small,
 )
-from upcycle_cli.write.staging import MARKER, is_directory, read_state, remove
+from upcycle_cli.write.staging import is_directory, remove
 
 _HINT = "Move or remove it yourself if it is not needed."
-_FOREIGN = "which upcycle did not write"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """The files of an output, by their names."""
+
+    record_digest: str
+    """Identifies the output."""
+    listed: Mapping[str, ListedFile]
+    """The files that its record lists; the record, the card and the checksums are not listed."""
+    own: tuple[str, ...]
+    """The files that belong to the output."""
+    changed: Mapping[str, str]
+    """How own files differ from what upcycle wrote; the card may be edited."""
+    foreign: tuple[str, ...]
+    """All other files, and empty directories."""
+
+
+def take_inventory(output: Path) -> Inventory:
+    """Compare the files of an output with its record; UpcycleError if the record is damaged."""
+    record = read_small(output / RECORD_NAME)
+    listed, routers = _listed(output, record)
+    digest = hashlib.sha256(record).hexdigest()
+    known = {*listed, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME}
+    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    own, foreign = list[str](), list[str]()
+    changed: dict[str, str] = {}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        try:
+            if is_directory(path):
+                if name not in parents and not any(path.iterdir()):
+                    foreign.append(name)
+            elif name in known or (name == REPORT_NAME and digest.encode() in read_small(path)):
+                own.append(name)
+                locate(output, name)
+                if how := _change(path, name, listed, routers):
+                    changed[name] = how
+            else:
+                foreign.append(name)
+        except UpcycleError as error:
+            changed[name] = error.message.rstrip(".")
+        except OSError as error:
+            changed[name] = f"cannot be read: {error.strerror}"
+    return Inventory(
+        record_digest=digest,
+        listed=listed,
+        own=tuple(own),
+        changed=changed,
+        foreign=tuple(foreign),
+    )
 
 
 def check_ownership(output: Path) -> str:
@@ -37,20 +90,16 @@ def check_ownership(output: Path) -> str:
         raise UpcycleError(
             f"{output} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
         )
-    record = read_small(output / RECORD_NAME)
-    listed, routers = _listed(output, record)
-    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    for path in sorted(output.rglob("*")):
-        name = path.relative_to(output).as_posix()
-        if is_directory(path):
-            reason = "" if name in parents else _FOREIGN
-        else:
-            reason = _objection(path, name, listed, record)
-        if not reason and name.endswith(".safetensors"):
-            reason = _changed_router(path, name, routers)
-        if reason:
-            raise UpcycleError(f"{output} holds {name}, {reason}; it is left as it is.", _HINT)
-    return hashlib.sha256(record).hexdigest()
+    found = take_inventory(output)
+    reasons = {**dict.fromkeys(found.foreign, "upcycle did not write it"), **found.changed}
+    if CARD_NAME in {*found.own} - {*found.changed}:
+        card = read_small(output / CARD_NAME).decode(errors="replace")
+        # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
+        if "Made by upcycle" not in card or is_edited(card):
+            reasons[CARD_NAME] = "somebody has edited it"
+    for name, reason in reasons.items():
+        raise UpcycleError(f"{output} is left as it is, because of {name}: {reason}.", _HINT)
+    return found.record_digest
 
 
 def remove_output(output: Path) -> None:
@@ -84,38 +133,25 @@ def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping
         ) from error
 
 
-def _objection(path: Path, name: str, listed: Mapping[str, ListedFile], record: bytes) -> str:
-    """Return why upcycle did not write a file in this form; empty if it did."""
-    if not path.is_file() or path.is_symlink():
-        return "which is not a regular file"
-    file = listed.get(name)
-    if name == RECORD_NAME:
-        return ""
-    if name == CARD_NAME:
-        card = read_small(path).decode(errors="replace")
-        # is_edited accepts a card of metadata only, which the Hub makes; here a user made it.
-        untouched = "Made by upcycle" in card and not is_edited(card)
-        return "" if untouched else "which somebody has edited"
+def _change(
+    path: Path, name: str, listed: Mapping[str, ListedFile], routers: Mapping[str, object]
+) -> str:
+    """Return how a file of an output differs from what upcycle wrote; empty if it does not."""
     if name == CHECKSUMS_NAME:
-        ours = read_checksums(path).keys() == {*listed, RECORD_NAME}
-    elif name == REPORT_NAME:  # a report on this output quotes the digest of its record
-        digest = hashlib.sha256(record).hexdigest()
-        ours = digest.encode() in read_small(path)
-    elif name == MARKER:  # of a killed run, in a directory that was renamed since
-        ours = "plan_sha256" in read_state(path)
-    else:
-        with open_regular(path) as opened:
-            ours = file is not None and file.describes(opened)
-    return "" if ours else _FOREIGN if file is None else "which is not as upcycle wrote it"
-
-
-def _changed_router(path: Path, name: str, routers: Mapping[str, object]) -> str:
-    """Return a reason if a router was changed, as any training does; experts are not read."""
+        same = read_checksums(path).keys() == {*listed, RECORD_NAME}
+        return "" if same else "it lists other files"
+    if name not in listed:
+        return ""
     with open_regular(path) as file:
-        for entry in parse_header(read_header(file), path, name)[0]:
+        if not listed[name].describes(file):
+            return f"it is not the file that {RECORD_NAME} lists"
+        file.seek(0)
+        is_weights = name.endswith(".safetensors")
+        # Any training changes the routers; experts are not read.
+        for entry in parse_header(read_header(file), path, name)[0] if is_weights else ():
             if entry.name in routers:
                 file.seek(entry.offset)
                 found = hashlib.sha256(file.read(entry.nbytes)).hexdigest()
                 if found != routers[entry.name]:
-                    return f"whose router {entry.name} was changed"
+                    return f"its router {entry.name} was changed"
     return ""

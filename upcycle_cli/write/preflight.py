@@ -6,15 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
-from upcycle_cli.core.safe_files import is_in, locate
+from upcycle_cli.core.safe_files import is_in, listed_files, locate, open_regular
 from upcycle_cli.hub.remote_checkpoint import check_download_space
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership
-from upcycle_cli.write.staging import ASIDE, disk_bytes, is_directory, partial_of
+from upcycle_cli.write.staging import aside_of, disk_bytes, is_directory, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
 _LONGEST_NAME = 255  # bytes, on most file systems
@@ -22,7 +22,7 @@ _LONGEST_NAME = 255  # bytes, on most file systems
 
 def check_name(output: Path) -> None:
     """Raise UpcycleError if OUTPUT.partial and OUTPUT.replaced would have too long names."""
-    if len(os.fsencode(output.name + ASIDE)) > _LONGEST_NAME:
+    if len(os.fsencode(aside_of(output).name)) > _LONGEST_NAME:
         raise UpcycleError(f"the name of {output} is too long.", "Choose a shorter one.")
 
 
@@ -99,15 +99,15 @@ def check_before(plan: Plan, output: Path, *, overwrite: bool) -> None:
 
 
 def is_finished(plan: Plan, output: Path) -> bool:
-    """Whether `output` is the complete result of this plan, by its sizes and its config."""
-    if not (output / RECORD_NAME).is_file() or not (output / CONFIG_NAME).is_file():
-        return False
+    """Whether `output` is the complete result of this plan, by its record and its headers."""
     try:
-        if read_json(locate(output, RECORD_NAME)).get("plan_sha256") != plan.digest:
+        record = read_json(locate(output, RECORD_NAME))
+        if record.get("plan_sha256") != plan.digest:
             return False
-        found = open_checkpoint(output)
-    except UpcycleError:
-        # It is damaged; check_output decides what happens to it.
-        return False
-    sizes = {name: entry.nbytes for name, entry in found.tensors.items()}
-    return found.config == plan.config and sizes == {t.name: t.nbytes for t in plan.tensors}
+        for name, file in listed_files(record).items():
+            with open_regular(locate(output, name)) as opened:
+                if not file.describes(opened):
+                    return False
+    except (OSError, UpcycleError):
+        return False  # it is damaged; check_output decides what happens to it
+    return True

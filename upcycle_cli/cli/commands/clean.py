@@ -28,6 +28,6 @@ def clean(
         talk(f"Removed {found.path} ({size}).")
         warn(*filter(None, [found.note]))
     else:
-        line = f"{printable(str(found.path))}: {size} of {found.what}"
+        line = f"{printable(str(found.path))}: {size} of an unfinished conversion"
         stdout().print(line, markup=False, soft_wrap=True)
         talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
