@@ -7,18 +7,16 @@ a file) stays open here; `unknowns.py` fills it in.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.text import printable
+from upcycle_cli.core.text import printable, shell_line
 from upcycle_cli.models.lookup import dense_model, is_moe
 from upcycle_cli.plan.expand import build_growth
 from upcycle_cli.plan.expressions import Permutation
@@ -30,7 +28,7 @@ from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRows, order_name
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, ModelPrompts, Prompts, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
-from upcycle_cli.recipe.recipe import ExpertLayout, Growth, NeuronOrder, Promise, Recipe, RouterInit
+from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Promise, Recipe, RouterInit
 from upcycle_cli.write.record import FORMAT, described, origin
 
 if TYPE_CHECKING:
@@ -38,6 +36,8 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Planner = Callable[[Options], Plan]
+_Made = TypeVar("_Made", Recipe, Growth, Options)
+_OPTIONS = ("dtype", "expert_layout", "max_shard_bytes", "untie_embeddings")
 
 
 class RecordError(Exception):
@@ -83,65 +83,79 @@ def rebuild(
 
     `others` are the models that experts were made of beside `dense`. Raises RecordError for a
     record that lacks something, MismatchError where it cannot be a record of this conversion, and
-    UpcycleError where the user gave other models or files than those that it names.
+    UpcycleError where the user gave other models or files than the record names.
     """
     given = given or Given()
-    if "growth" in record:
-        if not is_moe(dense.config):
-            source = record.get("source")
-            name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
-            pairs = (str(dense.path), name), (name, str(moe.path))
-            steps = (shlex.join(["upcycle", "verify", *pair]) for pair in pairs)
-            raise UpcycleError(
-                f"{moe.path} was not made from a dense model: it has grown from the MoE {name}, "
-                f"says its {RECORD_NAME}.",
-                f"Each step is proven by itself, with that MoE's directory: {' && '.join(steps)}",
-            )
-        if others or given != Given():
-            raise UpcycleError(
-                "an MoE grows from one model, with that model's routers.",
-                "Leave out --experts-from, --router-init and --calibration.",
-            )
-        growth = _made(Growth, record["growth"], {"routing", "source_num_experts", "source_top_k"})
-        plan: Planner = partial(build_growth, growth, dense)
-    else:
-        plan = _upcycling(record, dense, others, given)
-    try:
-        options = Options(
-            dtype=record.get("dtype"),
-            expert_layout=record.get("expert_layout"),
-            max_shard_bytes=record.get("max_shard_bytes", Options.max_shard_bytes),
-            untie_embeddings=record.get("untie_embeddings") is True,
-        )
-    except (UpcycleError, TypeError) as error:
-        raise RecordError(f"{RECORD_NAME}: {error}") from error
-    shapes = _shapes(moe.tensors.values())
+    make = _growth if "growth" in record else _upcycling
+    plan = make(record, dense, moe, others, given)
+    options = _made(Options, {key: record[key] for key in _OPTIONS if key in record})
     try:
         made = plan(options)
-        for layout in made.target.layouts:  # transformers can save an MoE in another layout
-            if shapes != _shapes(made.tensors):
-                other = plan(replace(options, expert_layout=ExpertLayout(layout)))
-                made = other if shapes == _shapes(other.tensors) else made
+        stored = made.target.stored_layout(moe.tensors, made.config)
+        if stored != made.expert_layout:  # transformers can save an MoE in another layout
+            made = plan(replace(options, expert_layout=stored))
     except UpcycleError as error:
         raise MismatchError(error.message) from error
-    whole = [*described(made), "tool", "source", "plan_sha256", "files"]
+    whole = [*described(made), "tool", "source", "plan_sha256", "files", "routers"]
     if missing := [key for key in whole if key not in record]:
         raise RecordError(f"{RECORD_NAME} has no {missing[0]}")
     return made
 
 
-def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for tensor in tensors}
+def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:
+    """Return a recorded recipe, growth or options; RecordError for unknown or unusable fields.
+
+    `more` are the fields that only the record has.
+    """
+    values = {key: value for key, value in held.items() if key not in more}
+    if unknown := values.keys() - kind.__dataclass_fields__:
+        raise RecordError(f"{RECORD_NAME}: {min(unknown)} is unknown to this version")
+    try:
+        made = kind(**values)
+    except (UpcycleError, TypeError, ValueError, ArithmeticError) as error:
+        words = error.message.rstrip(".") if isinstance(error, UpcycleError) else str(error)
+        raise RecordError(f"{RECORD_NAME} cannot be used: {words}") from error
+    for key, hint in get_type_hints(kind).items():
+        value = getattr(made, key)
+        is_float = type(value) is int and isinstance(0.5, hint)  # JSON and Python take 1 for 1.0
+        if not (is_float or isinstance(value, hint)) or isinstance(value, bool) != (hint is bool):
+            raise RecordError(f"{RECORD_NAME}: {key} is {shown(value)}")
+    return made
+
+
+def _growth(
+    record: Record, dense: Checkpoint, moe: Checkpoint, others: Sequence[Checkpoint], given: Given
+) -> Planner:
+    """Return the planner of a recorded growth."""
+    if not is_moe(dense.config):
+        source = record.get("source")
+        name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
+        first = shell_line(["upcycle", "verify", str(dense.path), name])
+        second = shell_line(["upcycle", "verify", name, str(moe.path)])
+        raise UpcycleError(
+            f"{moe.path} was not made from a dense model: it has grown from the MoE {name}, says "
+            f"its {RECORD_NAME}.",
+            f"Verify each step, with that MoE's directory: {first} && {second}",
+        )
+    if others or given != Given():
+        raise UpcycleError(
+            "an MoE grows from one model, with that model's routers.",
+            "Leave out --experts-from, --router-init and --calibration.",
+        )
+    more = {"routing", "source_num_experts", "source_top_k"}
+    return partial(
+        build_growth, _made(Growth, {**record["growth"], "allow_inexact": True}, more), dense
+    )
 
 
 def _upcycling(
-    record: Record, dense: Checkpoint, others: Sequence[Checkpoint], given: Given
+    record: Record, dense: Checkpoint, _moe: Checkpoint, others: Sequence[Checkpoint], given: Given
 ) -> Planner:
-    """Return the planner of a recorded recipe, for some options."""
+    """Return the planner of a recorded recipe."""
     recipe, target = _made(Recipe, record["recipe"], {"name"}), record.get("target")
     if not isinstance(target, str):
         raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")
-    merge = _merge(record, recipe, others)
+    merge = _merge(record, others)
     from_file = recipe.router_init is RouterInit.FILE
     if given.router_file is not None and not from_file:
         raise UpcycleError(
@@ -149,12 +163,10 @@ def _upcycling(
             "Leave out --router-init.",
         )
     rows = given.router_file or (_UnknownRows(Path(), {}, {}, "") if from_file else None)
-    text: CalibrationText | Prompts | None = text_at_hand(record, given.text)
+    text: CalibrationText | Prompts | None = _text(record, given.text)
     if recipe.router_init is RouterInit.PROMPTS and merge is not None:
         models = [(dense, *merge.others)[group] for group in merge.cycle]
         text = Prompts("", tuple(ModelPrompts(model.name, ("",)) for model in models))
-    elif text is None and record.get("calibration"):
-        text = CalibrationText("", ())  # stands for one that is not at hand
     orders = None
     if recipe.neuron_order is NeuronOrder.FILE:
         size = dense_model(dense.config, dense.tensors).intermediate_size
@@ -169,8 +181,8 @@ def _upcycling(
     )
 
 
-def text_at_hand(record: Record, given: CalibrationText | None) -> CalibrationText | None:
-    """Return the text that a calibration was run on, None where it is not here.
+def _text(record: Record, given: CalibrationText | None) -> CalibrationText | None:
+    """Return the text of the recorded calibration, without texts where it is not at hand.
 
     Raises UpcycleError where the user gave another text than the recorded one.
     """
@@ -179,80 +191,39 @@ def text_at_hand(record: Record, given: CalibrationText | None) -> CalibrationTe
         if given is not None:
             raise UpcycleError(f"{RECORD_NAME} records no calibration.", "Leave out --calibration.")
         return None
-    digest = held.get("text_sha256")
-    if given is not None:
-        if given.digest != digest:
-            raise UpcycleError(
-                f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
-                f"{shown(held.get('text'))} with another SHA-256.",
-                "Give the file that was given to convert --calibration.",
-            )
-        return given
-    builtin = calibration_text(BUILTIN)
-    return builtin if builtin.digest == digest else None
-
-
-_TEXT, _NUMBER, _NONE = (str,), (int, float), type(None)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("virtual_groups", "allow_inexact"), (bool,)),
-    **dict.fromkeys(("neuron_order", "router_init", "routing", "scale_split"), _TEXT),
-    **dict.fromkeys(("noise", "reinit"), _NUMBER),
-    "scaling": (*_TEXT, *_NUMBER),
-    "layers": (*_TEXT, _NONE),
-    "router_logit_std": (*_NUMBER, _NONE),
-}
-"""The JSON types of the fields of a recipe or growth that are no integers."""
-_Made = TypeVar("_Made", Recipe, Growth)
-
-
-def _made(kind: type[_Made], held: Record, more: Collection[str]) -> _Made:
-    """Return a recorded recipe or growth; RecordError for unknown fields, or values of no use.
-
-    `more` are the fields that only the record has.
-    """
-    found = {key: value for key, value in held.items() if key not in more}
-    for key, value in found.items():
-        if key not in kind.__dataclass_fields__:
-            raise RecordError(f"{RECORD_NAME}: {key} is unknown to this version")
-        if type(value) not in _TYPES.get(key, (int,)):
-            raise RecordError(f"{RECORD_NAME}: {key} is {shown(value)}")
-    try:
-        return kind(**{"allow_inexact": kind is Growth} | found)
-    except (UpcycleError, TypeError) as error:  # TypeError: a field is missing
-        words = error.message if isinstance(error, UpcycleError) else str(error)
-        raise RecordError(f"{RECORD_NAME}: {words.rstrip('.')}") from error
+    text = given or calibration_text(BUILTIN)
+    if text.digest == held.get("text_sha256"):
+        return text
+    if given is None:
+        return CalibrationText("", ())
+    raise UpcycleError(
+        f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
+        f"{shown(held.get('text'))} with another SHA-256.",
+        "Give the file that was given to convert --calibration.",
+    )
 
 
 # Several models -----------------------------------------------------------------------------------
 
 
-def _merge(record: Record, recipe: Recipe, others: Sequence[Checkpoint]) -> Merge | None:
+def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
     held = record.get("experts_from")
     if held is None:
         if others:
             raise _not_of(others[0])
         return None
-    found = held if isinstance(held, dict) else {}
-    models: list[Any] = found.get("models") or []
-    groups: list[Any] = found.get("groups") or []
-    rest: Any = found.get("rest")
-    if not (
-        isinstance(models, list)
-        and all(isinstance(each, dict) for each in models)
-        and isinstance(groups, list)
-        and all(type(group) is int and 0 <= group <= len(models) for group in groups)
-        and len(groups) == recipe.expansion
-        and rest in [*NonExpertWeights]
-    ):
-        raise RecordError(f"{RECORD_NAME}: experts_from is incomplete")
-    if not others:
-        raise UpcycleError(
-            f"{RECORD_NAME} says that experts were made of several models, and only one is given.",
-            "Name the others with --experts-from, once for each: "
-            f"{', '.join(shown(each.get('name')) for each in models)}.",
-        )
-    return Merge(
-        others=tuple(_in_order(models, others)), cycle=tuple(groups), rest=NonExpertWeights(rest)
+    try:
+        models, rest = held["models"], NonExpertWeights(held["rest"])
+        names = ", ".join(shown(model["name"]) for model in models)
+        number_of = range(len(models) + 1).index
+        cycle = tuple(number_of(group) for group in held["groups"])
+        if others and cycle:
+            return Merge(others=tuple(_in_order(models, others)), cycle=cycle, rest=rest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
+    raise UpcycleError(
+        f"{RECORD_NAME} says that experts were made of several models, and only one is given.",
+        f"Name the others with --experts-from, once for each: {names}.",
     )
 
 
@@ -263,7 +234,7 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
         fits = next((each for each in left if _is_recorded(each, model)), None)
         if fits is None:
             raise UpcycleError(
-                f"none of the given models is {shown(model.get('name'))}, of which experts were "
+                f"none of the given models is {shown(model['name'])}, of which experts were "
                 f"made: their config or weights differ from what {RECORD_NAME} records.",
                 "Name each model with --experts-from.",
             )
@@ -280,12 +251,10 @@ def _not_of(model: Checkpoint) -> UpcycleError:
 
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     """Whether a model has the recorded config, headers and sample of its weights."""
-    sample = recorded.get("sample")
-    name = str(sample.get("tensor")) if isinstance(sample, dict) else ""
-    if name not in model.tensors:
+    name, held = recorded["sample"]["tensor"], origin(model)
+    if any(recorded[key] != held[key] for key in ("config_sha256", "files")):
         return False
-    held = origin(model) | {"sample": {"tensor": name, "sha256": model.tensor_digest(name)}}
-    return all(recorded.get(key) == held[key] for key in ("config_sha256", "files", "sample"))
+    return name in model.tensors and model.tensor_digest(name) == recorded["sample"]["sha256"]
 
 
 # What only the MoE knows -----------------------------------------------------------------------
@@ -314,24 +283,37 @@ class _UnknownOrders(PermutationFile):
 # What the plan promises -------------------------------------------------------------------------
 
 
+def is_fitted(plan: Plan) -> bool:
+    """Whether only another run of the calibration proves what the plan leaves open."""
+    if plan.growing is not None:
+        return False
+    recipe = plan.recipe
+    clustered = recipe.neuron_order is NeuronOrder.CLUSTERED and recipe.perturbed
+    return clustered or recipe.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
+
+
+def why_unproven(plan: Plan) -> str | None:
+    """Return why what the plan leaves open cannot be proven; None where it can."""
+    if isinstance(plan.inputs.rows, _UnknownRows):
+        return "the file of the router rows is not given (--router-init FILE)"
+    if isinstance(plan.inputs.text, Prompts):
+        return "router rows were made of prompts, which are not at hand"
+    if is_fitted(plan) and plan.inputs.text == CalibrationText("", ()):
+        return "the text of the calibration is not given (--calibration FILE)"
+    return None
+
+
 def expectation(plan: Plan) -> Expectation:
     """Return what the check `outputs` holds the MoE to, as plain values."""
     from upcycle_cli.verification.outputs import Expectation
 
     reason = why_no_promise(plan) if plan.promise is Promise.NONE else ""
-    if plan.growing is not None:
-        return Expectation(
-            promise=plan.promise,
-            reason=reason,
-            group_size=plan.growing.growth.expand,
-            source="smaller MoE",
-        )
-    recipe = plan.recipe
-    tied = recipe.virtual_groups and recipe.group_size > 1
-    return Expectation(
-        promise=plan.promise,
-        reason=reason,
-        group_size=recipe.group_size if tied else 1,
-        logit_std=recipe.router_logit_std or 0.0,
-        is_lossless=not plan.rounded_parts,
+    expected = Expectation(
+        promise=plan.promise, reason=reason, is_lossless=not plan.rounded_parts
     )
+    if plan.growing is not None:
+        size = plan.growing.growth.expand
+        return replace(expected, group_size=size, source="smaller MoE")
+    recipe = plan.recipe
+    size = recipe.group_size if recipe.virtual_groups else 1
+    return replace(expected, group_size=size, logit_std=recipe.router_logit_std or 0.0)

@@ -6,8 +6,8 @@ group; an order must be a permutation, found by hashing the neurons on both side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ import numpy as np
 
 from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
-from upcycle_cli.checkpoint.header import ITEM_BYTES
 from upcycle_cli.plan import expressions as ex
+from upcycle_cli.plan.calibration import LayerFound
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
@@ -31,28 +31,6 @@ if TYPE_CHECKING:
 _BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 
 
-@dataclass
-class Known:
-    """Values for what is open, by stream: rows of routers, and orders as 32-bit integers."""
-
-    rows: dict[str, bytes] = field(default_factory=dict)
-    orders: dict[str, bytes] = field(default_factory=dict)
-
-    def filled(self, expr: ex.Expr) -> ex.Expr:
-        """Return an expression with the known values in it."""
-        match expr:
-            case ex.Constant(stream=stream, data=None):
-                return replace(expr, data=self.rows.get(stream))
-            case ex.Gather(order=ex.Permutation(stream=stream, seed=None, indices=None) as order):
-                return replace(expr, order=replace(order, indices=self.orders.get(stream)))
-            case ex.Concat(parts) | ex.Stack(parts):
-                return replace(expr, parts=tuple(map(self.filled, parts)))
-            case _ if is_open(expr):
-                return replace(expr, of=self.filled(expr.of))  # type: ignore[arg-type,union-attr]
-            case _:
-                return expr
-
-
 def is_open(expr: ex.Expr) -> bool:
     """Whether an expression has a value that is not known."""
     match expr:
@@ -60,43 +38,6 @@ def is_open(expr: ex.Expr) -> bool:
             return True
         case _:
             return any(map(is_open, ex.operands(expr)))
-
-
-# Router rows --------------------------------------------------------------------------------------
-
-
-def read_rows(tensor: OutputTensor, held: memoryview, dtype: str, known: Known) -> Iterator[str]:
-    """Take the rows of a router from the MoE; yield what makes them unusable."""
-    times, expr = 1, tensor.expr
-    while isinstance(expr, ex.Repeat | ex.Cast):
-        times *= expr.times if isinstance(expr, ex.Repeat) else 1
-        expr = expr.of
-    if not isinstance(expr, ex.Constant) or expr.data is not None:
-        return
-    rows_EH = as_float32(bytes(held), dtype, tensor.shape)[::times]
-    known.rows[expr.stream] = rounded(rows_EH, expr.dtype).tobytes()
-    if not np.isfinite(rows_EH).all():
-        yield f"{tensor.name} holds values that are not finite"
-    elif not rows_EH.any(axis=1).all():
-        yield f"{tensor.name} has a row of zeros, whose experts no logit would tell apart"
-    elif len(np.unique(rows_EH, axis=0)) < len(rows_EH):
-        yield f"{tensor.name} has the same row for several groups"
-
-
-def rows_differ(held: bytes, fitted: bytes, dtype: str, width: int) -> Iterator[tuple[int, float]]:
-    """Yield the rows that are not those that were fitted again, each with its cosine to that."""
-    one_EH, other_EH = (
-        as_float32(data, dtype, (len(data) // (width * ITEM_BYTES[dtype]), width)).astype("f8")
-        for data in (held, fitted)
-    )
-    lengths = np.linalg.norm(one_EH, axis=1), np.linalg.norm(other_EH, axis=1)
-    cosines = (one_EH * other_EH).sum(1) / np.maximum(lengths[0] * lengths[1], 1e-30)
-    for row, cosine in enumerate(cosines.tolist()):
-        if not (cosine >= 0.999 and 0.95 <= lengths[0][row] / lengths[1][row] <= 1.05):
-            yield row, cosine
-
-
-# Orders of neurons --------------------------------------------------------------------------------
 
 
 class _Neurons:
@@ -137,15 +78,49 @@ class _Neurons:
         return None
 
 
-class Orders:
-    """Finds the orders that a plan leaves open, tensor by tensor."""
+class Unknowns:
+    """The values that a plan leaves open, as they are found tensor by tensor.
 
-    def __init__(self, source: Reader | MergedReader) -> None:
-        self._source = source
+    `fitted` has, by layer, what the calibration found when it was run again; empty without one.
+    """
+
+    def __init__(self, source: Reader | MergedReader, fitted: Mapping[int, LayerFound]) -> None:
+        self._source, self._fitted = source, fitted
         self._neurons: dict[str, _Neurons] = {}
         self._wanted: dict[ex.Expr, Hashes] = {}
-        self.perturbed = False
-        """Whether neurons cannot be recognised, since noise or new values were drawn upon them."""
+        self._rows: dict[str, bytes] = {}
+        self.orders: dict[str, bytes] = {}
+        """By stream, as 32-bit integers."""
+        self.why_open = "their values depend on data that is not here"
+        """Why some tensors cannot be compared."""
+
+    def read_rows(self, tensor: OutputTensor, held: memoryview, dtype: str) -> Iterator[str]:
+        """Take the rows of a router from the MoE; yield what is wrong with them."""
+        times, expr = 1, tensor.expr
+        while isinstance(expr, ex.Repeat | ex.Cast):
+            times *= expr.times if isinstance(expr, ex.Repeat) else 1
+            expr = expr.of
+        assert isinstance(expr, ex.Constant)
+        rows_EH = as_float32(bytes(held), dtype, tensor.shape)[::times]
+        self._rows[expr.stream] = rounded(rows_EH, expr.dtype).tobytes()
+        if not np.isfinite(rows_EH).all():
+            yield f"{tensor.name} holds values that are not finite"
+        elif not rows_EH.any(axis=1).all():
+            yield f"{tensor.name} has a row of zeros, whose experts no logit would tell apart"
+        elif len(np.unique(rows_EH, axis=0)) < len(rows_EH):
+            yield f"{tensor.name} has the same row for several groups"
+        if tensor.layer is None or tensor.layer not in self._fitted:
+            return
+        again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)
+        pairs = zip(rows_EH.astype("f8"), again_EH.astype("f8"), strict=True)
+        for row, (one_H, other_H) in enumerate(pairs):
+            lengths = np.linalg.norm(one_H), np.linalg.norm(other_H)
+            cosine = one_H @ other_H / max(lengths[0] * lengths[1], 1e-30)
+            if not (cosine >= 0.999 and 0.95 <= lengths[0] / lengths[1] <= 1.05):
+                yield (
+                    f"{tensor.name}: the row of group {row} is not the one that the calibration "
+                    f"gives when it is run again (cosine {cosine:.4f})"
+                )
 
     def look_at(self, tensor: OutputTensor, held: memoryview, dtype: str) -> None:
         """Note the neurons of a tensor of experts."""
@@ -167,10 +142,10 @@ class Orders:
         found, kind = expr, ex.type_of(expr).dtype
         while isinstance(found, ex.Cast | ex.Scale):
             found = found.of
-        if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Source)):
-            self.perturbed |= is_open(expr)
-            return
         if not is_open(found):
+            return
+        if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Source)):
+            self.why_open = "noise or new neurons hide the order, and its file or text is not here"
             return
         if dtype != kind:  # widened without loss, or it will differ
             values = to_float32(matrix.view(NUMPY_DTYPES[dtype]), dtype)
@@ -184,8 +159,8 @@ class Orders:
         held = neuron_hashes(matrix, found.dim, part)
         neurons.note(part, found.start, held, self._wanted[plain])
 
-    def find(self, known: Known) -> Iterator[str]:
-        """Note the orders that were found; yield where there is none."""
+    def find_orders(self) -> Iterator[str]:
+        """Note the orders that the neurons have; yield where they have none."""
         first: dict[str, NDArray[np.intp]] = {}  # by layer: the first group's order
         for stream, neurons in self._neurons.items():
             layer = stream.partition(".neuron_order")[0]
@@ -194,7 +169,23 @@ class Orders:
                 yield f"{stream}: the neurons are no permutation of the dense MLP's"
                 continue
             first.setdefault(layer, order)
-            known.orders[stream] = order.astype("<u4").tobytes()
+            self.orders[stream] = order.astype("<u4").tobytes()
+
+    def filled(self, expr: ex.Expr) -> ex.Expr:
+        """Return an expression with the values that were found."""
+        match expr:
+            case ex.Constant(stream=stream, data=None):
+                return replace(expr, data=self._rows.get(stream))
+            case ex.Gather(order=ex.Permutation(stream=stream, seed=None, indices=None) as order):
+                found = self._fitted.get(int(stream.split(".")[1]))
+                indices = self.orders.get(stream, None if found is None else found.order)
+                return replace(expr, order=replace(order, indices=indices))
+            case ex.Concat(parts) | ex.Stack(parts):
+                return replace(expr, parts=tuple(map(self.filled, parts)))
+            case _ if is_open(expr):
+                return replace(expr, of=self.filled(expr.of))  # type: ignore[arg-type,union-attr]
+            case _:
+                return expr
 
 
 @lru_cache(maxsize=4)

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import (
@@ -32,7 +32,7 @@ from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.tensor_files import read_router_file
 from upcycle_cli.plan.texts import CalibrationText, calibration_text
 from upcycle_cli.plan.validate import check_source
-from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
+from upcycle_cli.recipe.recipe import Promise
 from upcycle_cli.verification import rebuild
 from upcycle_cli.verification.directory import check_directory
 from upcycle_cli.verification.prompts import TextOptions
@@ -70,7 +70,11 @@ def verify(  # noqa: PLR0913 - options, by name
     Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
     file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
     """
-    selected = _selected(checks)
+    unknown = [name for name in checks if name not in CHECK_NAMES]
+    if unknown or not checks:
+        what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
+        raise UpcycleError(what, f"Choose from {', '.join(CHECK_NAMES)}.")
+    selected = [name for name in CHECK_NAMES if name in checks]
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
     others = [locate_model(*split_revision(str(place))) for place in experts_from]
     texts, watch = texts or TextOptions(), watch or Progress()
@@ -80,11 +84,8 @@ def verify(  # noqa: PLR0913 - options, by name
     rows = None if router_init is None else read_router_file(Path(router_init))
     given = rebuild.Given(router_file=rows, text=calibration)
     try:
-        # Before gigabytes are downloaded, too.
-        _check_kind(places[1].path, moe=True)
-        grown = _check_kind(places[0].path, moe=False, grown_to=places[1].path)
-        for place in () if grown else others:
-            _check_kind(place.path, moe=False)
+        # Before gigabytes are downloaded.
+        grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
         names = tuple(places[1].names())
         paths = download_model(places[0]), download_model(places[1])
         source, *more = (_open_source(path) for path in (paths[0], *map(download_model, others)))
@@ -95,10 +96,10 @@ def verify(  # noqa: PLR0913 - options, by name
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from None
             return replace(_damaged(selected, error), paths=paths)
-        case = _Case(source, converted, names, texts, watch, given)
-        case.rebuild(more)
+        case = _Case(source, converted, names, texts, watch)
+        case.rebuild(more, given)
         return Report(
-            checks=case.run(selected, fail_fast=fail_fast),
+            checks=tuple(case.run(selected, fail_fast=fail_fast)),
             promise=str(Promise.NONE if case.plan is None else case.plan.promise),
             grown=grown,
             allow_inexact=allow_inexact,
@@ -119,37 +120,41 @@ class _Case:
     names: tuple[str, ...]
     texts: TextOptions
     watch: Progress
-    given: rebuild.Given
     plan: Plan | None = None
     record: rebuild.Record = field(default_factory=dict)
     unrecorded: str = ""
     """Why there is no plan to compare with; then nothing can pass."""
     mismatch: str = ""
     """Why the record cannot be one of this conversion; then the comparisons fail."""
-    imports: Thread | None = None
 
-    def rebuild(self, others: Sequence[Checkpoint]) -> None:
+    def rebuild(self, others: Sequence[Checkpoint], given: rebuild.Given) -> None:
         """Plan the recorded conversion again; UpcycleError where the user gave other models."""
         if not is_moe(self.dense.config):
             check_source(self.dense, dense_model(self.dense.config, self.dense.tensors))
         try:
             self.record = rebuild.read_record(self.moe)
-            self.plan = rebuild.rebuild(self.record, self.dense, self.moe, others, self.given)
+            self.plan = rebuild.rebuild(self.record, self.dense, self.moe, others, given)
         except rebuild.RecordError as error:
             self.unrecorded = str(error)
         except rebuild.MismatchError as error:
             self.mismatch = f"{RECORD_NAME} describes no conversion of {self.dense.path}: {error}"
 
-    def run(self, selected: Sequence[str], *, fail_fast: bool) -> tuple[CheckResult, ...]:
+    def run(self, selected: Sequence[str], *, fail_fast: bool) -> list[CheckResult]:
         """Run the checks in their order."""
         results: list[CheckResult] = []
+        imports: Future[Any] | None = None
         for name in selected:
             failed = next((check for check in results if check.status is Status.FAILED), None)
             if fail_fast and failed is not None:
                 results.append(_skipped(name, f"Not run: {failed.name} failed."))
                 continue
             self.watch.begins(f"checking {name}")
+            if name == "weights" and "outputs" in selected and not fail_fast:
+                # What `outputs` needs is imported while `weights` reads files.
+                imports = ThreadPoolExecutor(1).submit(import_module, "transformers.modeling_utils")
             if name == "outputs":
+                if imports is not None:
+                    imports.exception()  # the check imports it again, and reports what is wrong
                 results.append(self._outputs())
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
@@ -158,40 +163,10 @@ class _Case:
             elif name == "directory":
                 results.append(check_directory(self.plan, self.moe, self.names, self.record))
             else:
-                ahead = "outputs" in selected and not fail_fast
-                results.append(self._weights(self.plan, ahead=ahead))
-        return tuple(results)
+                from upcycle_cli.verification.weights import check_weights
 
-    def _weights(self, plan: Plan, *, ahead: bool) -> CheckResult:
-        from upcycle_cli.calibrate.collect import calibrate
-        from upcycle_cli.verification.weights import check_weights
-
-        unproven = self._unproven(plan)
-        again = unproven is None and self._is_fitted(plan)
-        fitted = calibrate(plan, self.watch) if again else None
-        if ahead:
-            self.imports = Thread(target=_import_transformers)
-            self.imports.start()
-        return check_weights(plan, self.moe, self.watch, fitted, unproven)
-
-    def _is_fitted(self, plan: Plan) -> bool:
-        """Whether only the text of the calibration proves what the plan leaves open."""
-        if plan.growing is not None:
-            return False
-        recipe = plan.recipe
-        clustered = recipe.neuron_order is NeuronOrder.CLUSTERED and recipe.perturbed
-        return clustered or recipe.router_init in (RouterInit.BALANCED, RouterInit.CENTROIDS)
-
-    def _unproven(self, plan: Plan) -> str | None:
-        """Return why what the plan leaves open cannot be proven; None where it can."""
-        init = None if plan.growing is not None else plan.recipe.router_init
-        if init is RouterInit.FILE and self.given.router_file is None:
-            return "the file of the router rows is not given (--router-init FILE)"
-        if init is RouterInit.PROMPTS:
-            return "router rows were made of prompts, which are not at hand"
-        if self._is_fitted(plan) and rebuild.text_at_hand(self.record, self.given.text) is None:
-            return "the text of the calibration is not given (--calibration FILE)"
-        return None
+                results.append(check_weights(self.plan, self.moe, self.watch))
+        return results
 
     def _outputs(self) -> CheckResult:
         allowed = () if self.plan is None else self.plan.config.keys() & {"auto_map"}
@@ -202,8 +177,6 @@ class _Case:
         ]
         if unsafe:
             return Findings(unsafe).result("outputs", "", note="The MoE was not run.")
-        if self.imports is not None:
-            self.imports.join()
         from upcycle_cli.run.models import transformers_errors
         from upcycle_cli.verification.outputs import Expectation, check_outputs
 
@@ -213,14 +186,6 @@ class _Case:
         if self.plan is not None:
             expected = rebuild.expectation(self.plan)
         return check_outputs(self.dense, self.moe, expected, self.texts, self.watch)
-
-
-def _import_transformers() -> None:
-    """Import what the check `outputs` needs, while other checks read files."""
-    with suppress(Exception):  # the check imports it again, and reports why that fails
-        import transformers.modeling_utils  # noqa: F401
-
-        from upcycle_cli.verification import outputs  # noqa: F401
 
 
 def _skipped(name: str, detail: str) -> CheckResult:
@@ -238,41 +203,40 @@ def _damaged(selected: Sequence[str], error: UpcycleError) -> Report:
 # What the user gives ------------------------------------------------------------------------------
 
 
-def _selected(checks: Sequence[str]) -> tuple[str, ...]:
-    unknown = [name for name in checks if name not in CHECK_NAMES]
-    if unknown or not checks:
-        what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
-        raise UpcycleError(what, f"Choose from {', '.join(CHECK_NAMES)}.")
-    return tuple(name for name in CHECK_NAMES if name in checks)
+def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
+    """Whether the MoE grew from the first source, an MoE; UpcycleError for the wrong models."""
+    if not is_target(config := _config(moe, "MoE")):
+        order = " The dense model comes first: upcycle verify DENSE MOE."
+        raise _wrong_kind(moe, config, "an MoE that upcycle makes", is_known(config) * order)
+    for path in sources:
+        config = _config(path, "dense model")
+        grows = is_moe(config) and is_target(config) and wrapper_of(config) is None
+        if grows and path is sources[0]:
+            if path.resolve() != moe.resolve():
+                return True
+            raise UpcycleError(
+                f"{path} is given twice.",
+                "The dense model comes first, or the MoE that another one was grown from.",
+            )
+        if is_moe(config) or not is_known(config):
+            raise _wrong_kind(path, config, "a dense model that upcycle reads")
+    return False
 
 
-def _check_kind(path: Path, *, moe: bool, grown_to: Path | None = None) -> bool:
-    """Whether a directory is the MoE that another one grew from.
-
-    Raises UpcycleError when it is not the MoE, or not the dense model.
-    """
+def _config(path: Path, what: str) -> dict[str, Any]:
     directory = Storage(path)
-    if not path.is_dir() or not directory.has(CONFIG_NAME):
-        hint = f"Give the directory of {'the MoE' if moe else 'the dense model'}."
-        no_model = UpcycleError(f"{path} is not a directory with a {CONFIG_NAME}.", hint)
-        raise find_adapter(directory) or no_model
-    config = read_json(directory.local(CONFIG_NAME))
-    known, target = is_known(config), is_target(config)
-    if grown_to is not None and target and is_moe(config) and wrapper_of(config) is None:
-        if path.resolve() != grown_to.resolve():
-            return True
-        raise UpcycleError(
-            f"{path} is given twice.",
-            "The dense model comes first, or the MoE that another one was grown from.",
-        )
-    if target if moe else known and not is_moe(config):
-        return False
-    kind = "an MoE that upcycle can make" if moe else "a dense model that upcycle reads"
-    swapped = known if moe else target
-    order = " The dense model comes first: upcycle verify DENSE MOE." if swapped else ""
-    raise UpcycleError(
-        f"{path} is not {kind}: its model type is {shown(config.get('model_type'))}.",
-        f"`upcycle families` lists the model types.{order}",
+    if not directory.has(CONFIG_NAME):
+        no_model = f"{path} is not a directory with a {CONFIG_NAME}."
+        hint = f"Give the directory of the {what}."
+        raise find_adapter(directory) or UpcycleError(no_model, hint)
+    return read_json(directory.local(CONFIG_NAME))
+
+
+def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -> UpcycleError:
+    model_type = shown(config.get("model_type"))
+    return UpcycleError(
+        f"{path} is not {kind}: its model type is {model_type}.",
+        f"`upcycle families` lists the model types.{hint}",
     )
 
 

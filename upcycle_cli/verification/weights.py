@@ -19,14 +19,14 @@ import numpy as np
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
-from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Place, explain
+from upcycle_cli.verification.rebuild import is_fitted, why_unproven
 from upcycle_cli.verification.result import CheckResult, Findings, Status
-from upcycle_cli.verification.unknowns import Known, Orders, is_open, read_rows, rows_differ
+from upcycle_cli.verification.unknowns import Unknowns, is_open
 from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
 
@@ -34,41 +34,50 @@ NAME = "weights"
 _THREADS = 4  # a disk answers several questions at once
 _STEP_BYTES = 8 << 20
 _RELEASE_BYTES = 1 << 30
-_EXPERTS = (Role.EXPERT, Role.SHARED_EXPERT)
 _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
 
 
-def check_weights(
-    plan: Plan,
-    moe: Checkpoint,
-    watch: Progress,
-    fitted: Calibration | None = None,
-    unproven: str | None = None,
-) -> CheckResult:
+def check_weights(plan: Plan, moe: Checkpoint, watch: Progress) -> CheckResult:
     """Compare every tensor with the plan's; the sources' files must be here.
 
-    `fitted` is what the calibration finds when it is run again. `unproven` says why values that
-    the plan leaves open can only be measured; None where none is open, or `fitted` proves them.
+    Router rows that were fitted to a text are fitted again, if the text is at hand.
     """
     findings, notes = Findings(), list[str]()
     tensors, widened = _matched(plan, moe, findings)
+    unproven, calibration = why_unproven(plan), None
+    if unproven is None and is_fitted(plan):
+        from upcycle_cli.calibrate.collect import calibrate
+
+        calibration = calibrate(plan, watch)
     with plan.reader() as source, moe.reader() as held:
-        known, open_experts = _read_open(tensors, moe, source, held, fitted, findings)
-        exprs = {t.name: known.filled(t.expr) for t in tensors}
-        skipped = {name for name, expr in exprs.items() if is_open(expr)}
-        compared = [tensor for tensor in tensors if tensor.name not in skipped]
+        unknowns = Unknowns(source, {} if calibration is None else calibration.layers)
+        for tensor in (tensor for tensor in tensors if is_open(tensor.expr)):
+            stored = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
+            if tensor.role is Role.ROUTER:
+                findings.add(*unknowns.read_rows(tensor, *stored))
+            else:
+                unknowns.look_at(tensor, *stored)
+                held.release()
+        findings.add(*unknowns.find_orders())
+        exprs = {tensor.name: unknowns.filled(tensor.expr) for tensor in tensors}
+        compared = {name: expr for name, expr in exprs.items() if not is_open(expr)}
         scan = _Scan(source, held, watch)
-        differing = scan.run({t.name: _leaves(exprs[t.name], t.name in widened) for t in compared})
+        differing = scan.run(
+            {name: _leaves(expr, name in widened) for name, expr in compared.items()}
+        )
         findings.add(*explain(plan, moe, differing, exprs, source, held))
     if widened:
         notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
-    if known.orders:
-        notes.append(f"{len(known.orders)} orders of neurons were found by their weights.")
-    if skipped:
-        notes.append(f"{len(skipped)} tensors could not be compared.")
-    metrics = {"tensors": len(compared), "bytes": sum(moe.tensors[t.name].nbytes for t in compared)}
+    if unknowns.orders:
+        notes.append(f"{len(unknowns.orders)} orders of neurons were found by their weights.")
+    if skipped := len(tensors) - len(compared):
+        notes.append(f"{skipped} tensors could not be compared.")
+        unproven = unproven or unknowns.why_open
+    metrics = {
+        "tensors": len(compared),
+        "bytes": sum(moe.tensors[name].nbytes for name in compared),
+    }
     passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
-    unproven = unproven or (open_experts if skipped else None)
     if unproven is not None:
         passed = f"Nothing differs, but not everything is proven: {unproven}."
     found = findings.result(NAME, passed, metrics, " ".join(notes))
@@ -96,44 +105,6 @@ def _matched(
                 widened.add(name)
     found.sort(key=lambda tensor: (moe.tensors[tensor.name].shard, moe.tensors[tensor.name].offset))
     return found, widened
-
-
-def _read_open(
-    tensors: Sequence[OutputTensor],
-    moe: Checkpoint,
-    source: Reader | MergedReader,
-    held: Reader,
-    calibration: Calibration | None,
-    findings: Findings,
-) -> tuple[Known, str]:
-    """Return the open values of a plan, read from the MoE, and why some stay open."""
-    known, orders, why = Known(), Orders(source), ""
-    fitted = {} if calibration is None else calibration.layers
-    for tensor in tensors:
-        if not is_open(tensor.expr):
-            continue
-        data, dtype = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
-        if tensor.role is Role.ROUTER:
-            findings.add(*read_rows(tensor, data, dtype, known))
-            assert tensor.layer is not None
-            if tensor.layer in fitted:
-                rows = known.rows[f"layers.{tensor.layer}.router"]
-                again = fitted[tensor.layer].rows
-                for row, cosine in rows_differ(rows, again, tensor.dtype, tensor.shape[-1]):
-                    findings.add(
-                        f"{tensor.name}: the row of group {row} is not the one that the "
-                        f"calibration gives when it is run again (cosine {cosine:.4f})"
-                    )
-        elif tensor.role in _EXPERTS:
-            orders.look_at(tensor, data, dtype)
-            held.release()
-    findings.add(*orders.find(known))
-    if orders.perturbed:
-        why = "noise or new neurons hide the order of neurons, and its file or text is not here"
-        for layer, found in fitted.items():
-            if found.order is not None:
-                known.orders.setdefault(f"layers.{layer}.neuron_order", found.order)
-    return known, why or "their values depend on data that is not here"
 
 
 def _leaves(expr: Expr, widened: bool) -> list[Expr]:  # noqa: FBT001 - of a tensor
