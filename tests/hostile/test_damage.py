@@ -116,18 +116,18 @@ WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
     ("a bit of an expert", flip(w(1, 3, 2)), "3.w2.weight differs in 1 of"),
     ("a bit of attention", flip(ATTENTION), f"{ATTENTION} differs in 1 of"),
-    ("a bit of a router", flip(ROUTER), f"{ROUTER} | virtual group"),
+    ("a bit of a router", flip(ROUTER), f"{ROUTER} differs in 1 of"),
     (
         "qwen: a row of a router",
         tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)),
-        "row 3 differs | group 1",
+        f"{QWEN_ROUTER} differs in 32 of 256 elements, first at [3, 0]",
     ),
     (
         "another router",
         put(ROUTER, lambda _: torch.randn(2, 32).repeat_interleave(2, 0).bfloat16()),
         ROUTER,
     ),
-    ("a router of nans", tensors(lambda t: t[ROUTER].fill_(torch.nan)), "not finite"),
+    ("a router of nans", tensors(lambda t: t[ROUTER].fill_(torch.nan)), "nan instead of"),
     ("a larger router", tensors(lambda t: t[ROUTER].mul_(8)), "multiplied by a further 8"),
     (
         "another shard",
@@ -213,6 +213,7 @@ FILES: tuple[Row, ...] = (
     ),
     ("factors", record("factors/up", 4), "factors.up is 4 instead of 2.0"),
     ("promise", record("promise", "none"), "promise is 'none' instead of 'exact'"),
+    ("routers", record("routers", {}), "routers is [] instead of"),
     ("parameters", record("parameters/active", 1), "parameters.active is 1 instead of"),
 )
 

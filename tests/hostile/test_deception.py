@@ -286,8 +286,8 @@ def more_code(text: str) -> Attack:
 @pytest.mark.parametrize(
     ("attack", "words"),
     [
-        (more_code("\nopen(__file__ + '.ran', 'w')\n"), "not what this version of upcycle writes"),
-        (more_code(" "), "not what this version of upcycle writes"),
+        (more_code("\nopen(__file__ + '.ran', 'w')\n"), "is not what convert writes"),
+        (more_code(" "), "is not what convert writes"),
         (lambda moe: (moe / CODE).unlink(), f"{CODE} is missing"),
         (json_file("config.json", lambda c: c["auto_map"].update(AutoModel="o.M")), "auto_map"),
         (json_file("config.json", lambda config: config.pop("auto_map")), "auto_map"),
@@ -493,4 +493,4 @@ def test_a_record_that_names_another_repo(dense: Path, tmp_path: Path) -> None:
     convert(snapshot, tmp_path / "moe", RECIPE)
     assert verify(snapshot, tmp_path / "moe", checks=["directory"]).accepted
     record(lambda r: r["source"].update(name="meta-llama/Llama-3.1-8B"))(tmp_path / "moe")
-    assert_caught(snapshot, tmp_path / "moe", "directory", "source is 'meta-llama/Llama-3.1-8B'")
+    assert_caught(snapshot, tmp_path / "moe", "directory", "source.name is 'meta-llama/")

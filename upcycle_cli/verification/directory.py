@@ -8,7 +8,7 @@ is accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -64,7 +64,7 @@ def check_directory(
     """Compare an MoE's files with the plan; `names` are all that lie in its directory."""
     findings, notes = Findings(), list[str]()
     findings.add(*config_failures(plan, moe, record, notes), *record_failures(plan, record))
-    findings.add(*_weight_file_failures(moe), *_code_failures(plan, moe))
+    findings.add(*_weight_file_failures(moe))
     findings.add(*_companion_failures(plan, moe, notes))
     findings.add(*_foreign_failures(plan, moe, names, notes), *_checksum_failures(moe))
     return findings.result(NAME, "All files are those of the plan.", note=" ".join(notes))
@@ -86,23 +86,14 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
     wanted, counted = {"total_size": moe.nbytes}, held.get("total_parameters")
     if type(counted) is int and 0 < counted <= moe.num_parameters:
         wanted["total_parameters"] = counted  # transformers leaves out buffers
-    index["metadata"] = held
     expected = {"metadata": wanted, "weight_map": index["weight_map"]}
-    yield from (f"{INDEX_NAME}: {each}" for each in differences(expected, index))
+    yield from (
+        f"{INDEX_NAME}: {each}" for each in differences(expected, index | {"metadata": held})
+    )
 
 
 def _has_index(moe: Checkpoint) -> bool:
     return [shard.name for shard in moe.shards] != [WEIGHTS_NAME]
-
-
-def _code_failures(plan: Plan, moe: Checkpoint) -> Iterator[str]:
-    if plan.code is None:
-        return
-    held = _contents(moe, CODE_NAME)
-    if held is None:
-        yield f"{CODE_NAME} is missing"
-    elif held != plan.code.encode():
-        yield f"{CODE_NAME} is not what this version of upcycle writes, so it is not run"
 
 
 def _foreign_failures(
@@ -131,42 +122,41 @@ def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
     if not moe.storage.has(CHECKSUMS_NAME):
         return
     try:
-        sums = read_checksums(moe.storage.local(CHECKSUMS_NAME))
+        for name, wanted in read_checksums(moe.storage.local(CHECKSUMS_NAME)).items():
+            if not moe.storage.has(name):
+                yield f"{CHECKSUMS_NAME} lists {name}, which is not there"
+            elif wanted != sha256_of(moe.storage.local(name)):
+                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
     except UpcycleError as error:
         yield error.message
-        return
-    for name, wanted in sums.items():
-        try:
-            if wanted != sha256_of(moe.storage.local(name)):
-                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
-        except UpcycleError:
-            yield f"{CHECKSUMS_NAME} lists {name}, which is not there"
 
 
 # Tokenizer, generation settings, licences ---------------------------------------------------------
 
 
 def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
-    """Compare what lies beside the weights with the dense model's."""
-    dense = plan.source
-    names = {file.name for model in (dense, moe) for file in model.companions}
+    """Compare the code, and what is copied from the dense model."""
+    names = {file.name for model in (plan.source, moe) for file in model.companions}
     licences = {name for name in names if matches(name, _LICENCES)}
     generation = names & {GENERATION_NAME}
     for some in (generation, names - licences - generation):
-        found = [*_differing(dense, moe, sorted(some))]
+        found = [*_differing(plan, moe, some)]
         if found and _equals_saved(plan, moe, some):
             saved = ", ".join(sorted(some))
             notes.append(f"Saved again by transformers, and the same: {saved}.")
         else:
             yield from found
+    yield from _differing(plan, moe, [] if plan.code is None else [CODE_NAME])
     # Somebody may add or amend a licence, which no engine reads.
-    notes += [f"{each}." for each in _differing(dense, moe, sorted(licences))]
+    notes += [f"{each}." for each in _differing(plan, moe, licences)]
 
 
-def _differing(dense: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
+def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[str]:
+    for name in sorted(names):
         try:
-            wanted, held = _contents(dense, name), _contents(moe, name)
+            code = plan.code if name == CODE_NAME else None
+            wanted = _contents(plan.source, name) if code is None else code.encode()
+            held = _contents(moe, name)
             if wanted == held:
                 continue
             if held is None:
@@ -175,7 +165,7 @@ def _differing(dense: Checkpoint, moe: Checkpoint, names: Sequence[str]) -> Iter
                 ours, theirs = (parse_json(data, name) for data in (wanted, held))
                 yield from (f"{name}: {each}" for each in differences(ours, theirs))
             else:
-                yield f"{name} is not the dense model's"
+                yield f"{name} is not what convert writes"
         except UpcycleError as error:
             yield error.message
 
@@ -213,17 +203,17 @@ def _saved(dense: Checkpoint, config: Settings, *, generation: bool) -> dict[str
         from transformers import GenerationConfig
 
         before, again = Path(scratch, "before"), Path(scratch, "again")
+        for file in dense.companions:
+            (before / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (before / file.name).write_bytes(_contents(dense, file.name) or b"")
+        (before / CONFIG_NAME).write_text(json.dumps(config))
         if not generation:
-            for file in dense.companions:
-                (before / file.name).parent.mkdir(parents=True, exist_ok=True)
-                (before / file.name).write_bytes(_contents(dense, file.name) or b"")
-            (before / CONFIG_NAME).write_text(json.dumps(config))
             load_tokenizer(before).save_pretrained(again)
         elif dense.storage.has(GENERATION_NAME):
-            found = GenerationConfig.from_pretrained(dense.path, local_files_only=True)
+            found = GenerationConfig.from_pretrained(before, local_files_only=True)
             found.save_pretrained(again)
         else:  # then transformers saves what the model's config says
-            GenerationConfig.from_model_config(load_config(dense.path)).save_pretrained(again)
+            GenerationConfig.from_model_config(load_config(before)).save_pretrained(again)
         files = [path for path in again.rglob("*") if path.is_file()]
         return {path.relative_to(again).as_posix(): path.read_bytes() for path in files}
 

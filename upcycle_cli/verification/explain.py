@@ -1,7 +1,7 @@
 """A difference between a tensor and the plan, in words.
 
-Which other shard is there, which further factor it has, which rows were exchanged, or how many of
-its values differ.
+It says which other expert is there, which further factor the tensor has, which rows were exchanged,
+or how many of its values differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.plan.expressions import Cast, Expr, Repeat, leaves, num_bytes, type_of
+from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes, type_of
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
@@ -44,70 +44,6 @@ class Place:
     expr: Expr
 
 
-@dataclass(frozen=True)
-class _Explainer:
-    plan: Plan
-    moe: Checkpoint
-    exprs: Mapping[str, Expr]
-    source: Reader | MergedReader
-    held: Reader
-    tensors: Mapping[str, OutputTensor]
-
-    def values(self, found: Place) -> tuple[Floats, Floats]:
-        """Return what a leaf holds, and what it should hold."""
-        kind = type_of(found.expr)
-        data = self.held.mapped(found.name)[found.start : found.start + num_bytes(found.expr)]
-        wanted = evaluate(found.expr, self.source.mapped)
-        return tuple(as_float32(bytes(each), kind.dtype, kind.shape) for each in (data, wanted))  # type: ignore[return-value]
-
-    def words(self, found: Place) -> tuple[str, bool]:
-        """Return what is wrong with a leaf, and whether training cannot have done that."""
-        held, wanted = self.values(found)
-        if words := self._other_words(found) or _moved_words(held, wanted):
-            return f"{found.name} {words}", True
-        if words := _router_words(held, self.exprs[found.name]):
-            return f"{found.name}{words}", False
-        if words := _factor_words(held, wanted):
-            return f"{found.name} {words}", True
-        return f"{found.name} {_plain_words(held, wanted)}", False
-
-    def _other_words(self, found: Place) -> str | None:
-        """Say which other expert's values are there."""
-        tensor = self.tensors[found.name]
-        if tensor.role is not Role.EXPERT:
-            return None
-        size, kind = num_bytes(found.expr), type_of(found.expr).dtype
-        data = bytes(self.held.mapped(found.name)[found.start : found.start + size])
-        own, seen = self._expert(tensor, found.start), {found.expr}
-        for other in self.tensors.values():
-            if (other.role, other.holds, other.layer) != (tensor.role, tensor.holds, tensor.layer):
-                continue
-            start = 0
-            for leaf in leaves(self.exprs[other.name]):
-                expr = leaf if type_of(leaf).dtype == kind else Cast(leaf, kind)
-                if expr not in seen and num_bytes(expr) == size:
-                    seen.add(expr)
-                    if evaluate(expr, self.source.mapped) == data:
-                        return self._instead(own, self._expert(other, start), other.name)
-                start += num_bytes(expr)
-        return None
-
-    def _expert(self, tensor: OutputTensor, start: int) -> int:
-        """Return the expert whose values begin in a tensor at this byte."""
-        if tensor.expert is not None:
-            return tensor.expert
-        return start // (self.moe.tensors[tensor.name].nbytes // self.plan.num_experts)
-
-    def _instead(self, own: int, other: int, name: str) -> str:
-        if self.plan.growing is not None:
-            return f"holds what expert {other} should hold ({name}), not expert {own}"
-        size, shared = self.plan.recipe.group_size, self.plan.recipe.shared_experts
-        here, there = (shared + number % size for number in (other, own))
-        if here != there:
-            return f"holds shard {here} where shard {there} belongs"
-        return f"holds shard {here} of group {other // size} instead of group {own // size}"
-
-
 def explain(
     plan: Plan,
     moe: Checkpoint,
@@ -117,17 +53,26 @@ def explain(
     held: Reader,
 ) -> list[str]:
     """Return a sentence for each tensor that differs; one for all where they were trained."""
-    if not differing:
-        return []
-    tensors = {tensor.name: tensor for tensor in plan.tensors if tensor.name in exprs}
-    explainer = _Explainer(plan, moe, exprs, source, held, tensors)
     # The first difference of each tensor stands for the others.
     by_name = {each.name: each for each in reversed(differing)}
     ordered = [by_name[name] for name in dict.fromkeys(each.name for each in differing)]
-    found = [explainer.words(each) for each in ordered[:_MOST_EXPLAINED]]
-    if len(ordered) >= _FEWEST_TRAINED and not any(particular for _, particular in found):
+
+    def values(place: Place) -> tuple[Floats, Floats]:
+        kind, stop = type_of(place.expr), place.start + num_bytes(place.expr)
+        data = held.mapped(place.name)[place.start : stop], evaluate(place.expr, source.mapped)
+        one, other = (as_float32(bytes(each), kind.dtype, kind.shape) for each in data)
+        return one, other
+
+    sentences, particular = [], False
+    for place in ordered[:_MOST_EXPLAINED]:
+        one, other = values(place)
+        words = _other_expert(plan, moe, place, exprs, source, held)
+        words = words or _moved_words(one, other) or _factor_words(one, other)
+        particular = particular or words is not None  # training does none of these
+        sentences.append(f"{place.name} {words or _plain_words(one, other)}")
+    if len(ordered) >= _FEWEST_TRAINED and not particular:
         sample = ordered[:: len(ordered) // _MOST_SAMPLED + 1]
-        changes = [_relative_change(*explainer.values(each)) for each in sample]
+        changes = [_relative_change(*values(each)) for each in sample]
         small = [change for change in changes if change < 1.0]
         if len(small) > len(changes) * 0.9:
             return [
@@ -135,29 +80,57 @@ def explain(
                 f"relative change {np.mean(small):.2g}; use `upcycle inspect --weights --dense` "
                 "to see how far"
             ]
-    rest = [f"{each.name} holds other values than the plan's" for each in ordered[_MOST_EXPLAINED:]]
-    return [words for words, _ in found] + rest
+    rest = ordered[_MOST_EXPLAINED:]
+    return sentences + [f"{each.name} holds other values than the plan's" for each in rest]
+
+
+def _other_expert(
+    plan: Plan,
+    moe: Checkpoint,
+    place: Place,
+    exprs: Mapping[str, Expr],
+    source: Reader | MergedReader,
+    held: Reader,
+) -> str | None:
+    """Say which other expert's values a tensor of an expert has."""
+
+    def expert_of(tensor: OutputTensor, start: int) -> int:
+        if tensor.expert is not None:
+            return tensor.expert
+        return start // (moe.tensors[tensor.name].nbytes // plan.num_experts)
+
+    experts = {t.name: t for t in plan.tensors if t.role is Role.EXPERT and t.name in exprs}
+    if (tensor := experts.get(place.name)) is None:
+        return None
+    size, kind = num_bytes(place.expr), type_of(place.expr).dtype
+    data, seen = held.mapped(place.name)[place.start : place.start + size], {place.expr}
+    for other in experts.values():
+        if (other.holds, other.layer) != (tensor.holds, tensor.layer):
+            continue
+        start = 0
+        for leaf in leaves(exprs[other.name]):
+            expr = leaf if type_of(leaf).dtype == kind else Cast(leaf, kind)
+            if expr not in seen and num_bytes(expr) == size:
+                seen.add(expr)
+                if evaluate(expr, source.mapped) == data:
+                    return _instead(plan, expert_of(tensor, place.start), expert_of(other, start))
+            start += num_bytes(expr)
+    return None
+
+
+def _instead(plan: Plan, own: int, other: int) -> str:
+    if plan.growing is None:
+        size, shared = plan.recipe.group_size, plan.recipe.shared_experts
+        here, there = (shared + number % size for number in (other, own))
+        if here != there:
+            return f"holds shard {here} where shard {there} belongs"
+    return f"holds what expert {other} should hold, not expert {own}"
 
 
 def _relative_change(held: Floats, wanted: Floats) -> float:
     """Return the size of the change of the first values, relative to theirs."""
     held, wanted = (values.reshape(-1)[:_SAMPLE_ITEMS] for values in (held, wanted))
     return float(np.linalg.norm(held - wanted)) / (float(np.linalg.norm(wanted)) or math.inf)
-
-
-def _router_words(held: Floats, expr: Expr) -> str | None:
-    """Say which row of a router differs from the others of its virtual group."""
-    if not isinstance(expr, Repeat):
-        return None
-    if not np.isfinite(held).all():
-        return " holds values that are not finite"
-    rows = held.reshape(len(held) // expr.times, expr.times, -1)
-    differ = np.argwhere((rows != rows[:, :1]).any(-1))
-    if not len(differ):
-        return None
-    group, place = differ[0]
-    row = group * expr.times + place
-    return f": row {row} differs from the first of virtual group {group}"
 
 
 def _factor_words(held: Floats, wanted: Floats) -> str | None:

@@ -308,9 +308,7 @@ def expectation(plan: Plan) -> Expectation:
     from upcycle_cli.verification.outputs import Expectation
 
     reason = why_no_promise(plan) if plan.promise is Promise.NONE else ""
-    expected = Expectation(
-        promise=plan.promise, reason=reason, is_lossless=not plan.rounded_parts
-    )
+    expected = Expectation(promise=plan.promise, reason=reason, is_lossless=not plan.rounded_parts)
     if plan.growing is not None:
         size = plan.growing.growth.expand
         return replace(expected, group_size=size, source="smaller MoE")

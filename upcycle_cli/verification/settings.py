@@ -17,6 +17,7 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME
 from upcycle_cli.core.errors import shown
 from upcycle_cli.models.wrappers import nested_configs
+from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.record import described
 
@@ -120,15 +121,16 @@ def _means_the_same(wanted: Settings, held: Settings) -> bool:
 
 def record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     """Compare what the record states beside its recipe with the plan of that recipe."""
-    for key, value in json.loads(json.dumps(described(plan))).items():
-        if key != "expert_layout":  # which transformers may change
-            yield from (f"{RECORD_NAME}: {each}" for each in differences(value, record[key], key))
+    wanted: dict[str, Any] = json.loads(json.dumps(described(plan)))
+    layout = wanted.pop("expert_layout")
+    held = {key: record[key] for key in wanted}
+    if layout == record["expert_layout"]:  # else transformers has changed it, and names with it
+        wanted["routers"] = sorted(t.name for t in plan.tensors if t.role is Role.ROUTER)
+        routers = record["routers"]  # training changes their digests
+        held["routers"] = sorted(routers) if isinstance(routers, dict) else routers
     source, dense = record.get("source"), plan.source
-    held = source if isinstance(source, dict) else {}
-    found, wanted = ((held.get("name"), held.get("revision")), (dense.name, dense.revision))
     # A conversion of a local directory recorded no revision; the weights are compared all the same.
-    if dense.repo is not None and found[1] is not None and found != wanted:
-        yield (
-            f"{RECORD_NAME}: source is {shown(found[0])} at {shown(found[1])} instead of "
-            f"{shown(wanted[0])} at {shown(wanted[1])}"
-        )
+    if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
+        wanted["source"] = {"name": dense.name, "revision": dense.revision}
+        held["source"] = {key: source.get(key) for key in wanted["source"]}
+    yield from (f"{RECORD_NAME}: {each}" for each in differences(wanted, held))
