@@ -22,8 +22,11 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support, Trainer, trainers  # noqa: E402
 from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside  # noqa: E402
-from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
+from upcycle_cli.models.wrappers import (  # noqa: E402
+    IN_MEMORY_PREFIXES,
+    WRAPPERS,
+    Inside,
+)
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 DOCS = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")

@@ -32,8 +32,7 @@ from wrapped import (
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
 from upcycle_cli.models.overview import overview
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES
-from upcycle_cli.models.wrappers import WRAPPERS
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED
 
 LLAVA: Row = ("llava", "llama", "mixtral")

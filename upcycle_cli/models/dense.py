@@ -17,7 +17,7 @@ from upcycle_cli.models.defaults import LAYER, defaults_of, dimension, tensor_sh
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
 from upcycle_cli.models.settings import ConfigValues
-from upcycle_cli.models.wrapper import HEAD, LAYER_PREFIX, Inside
+from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside
 from upcycle_cli.recipe.scaling import MlpKind
 
 FULL = "full_attention"

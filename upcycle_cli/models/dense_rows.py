@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -33,63 +34,42 @@ def _gemma4_width(values: Mapping[str, Any]) -> int:
     return int(values["intermediate_size"])
 
 
-def _all_slide(values: ConfigValues, count: int) -> Windows:
+def _alike(values: ConfigValues, count: int) -> Windows:
     """All layers have the same window, or none."""
     return (values["sliding_window"],) * count
 
 
-def _some_slide(values: ConfigValues, count: int) -> Windows:
-    """The rule of qwen2 and qwen3.
+def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigValues, int], Windows]:
+    """Return a rule for windows: `layer_types` states which layers slide, or else `slides`."""
 
-    With `use_sliding_window`, layers from `max_window_layers` on slide, unless `layer_types` is
-    given.
-    """
-    window = values["sliding_window"] if values["use_sliding_window"] else None
-    first = count if window is None else values["max_window_layers"]
-    return _by_layer_types(values, count, window, lambda layer: layer >= first)
-
-
-def _by_kinds(values: ConfigValues, count: int) -> Windows:
-    """`layer_types` states which layers slide; all slide without it."""
-    if values.config.get("layer_types") is None:
-        return _all_slide(values, count)
-    return _by_layer_types(values, count, values["sliding_window"], bool)
-
-
-def _three_of_four(values: ConfigValues, count: int) -> Windows:
-    """All layers but 0, 4, 8, … slide, unless `layer_types` is given."""
-    return _by_layer_types(values, count, values["sliding_window"], lambda layer: layer % 4 != 0)
-
-
-def _all_but_each_fourth(values: ConfigValues, count: int) -> Windows:
-    """The rule of cohere2: all but each fourth layer slide (`sliding_window_pattern`)."""
-    window = values["sliding_window"]
-    if window is None:
-        return (None,) * count
-    pattern = values.config.get("sliding_window_pattern", 4)
-    return _by_layer_types(values, count, window, lambda layer: (layer + 1) % pattern != 0)
-
-
-def _by_layer_types(
-    values: ConfigValues, count: int, window: int | None, slides: Callable[[int], bool]
-) -> Windows:
-    """Return windows as `layer_types` states them, or else `slides`."""
-    kinds = values.config.get("layer_types")
-    if kinds is None:
-        kinds = [SLIDING if slides(layer) else FULL for layer in range(count)]
-    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UpcycleError(
-            f"config.json: layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}."
+    def windows(values: ConfigValues, count: int) -> Windows:
+        is_used = "use_sliding_window" not in values.defaults or values["use_sliding_window"]
+        window, kinds = (
+            values["sliding_window"] if is_used else None,
+            values.config.get("layer_types"),
         )
-    if len(kinds) != count:
-        raise UpcycleError(f"config.json: layer_types has {len(kinds)} entries for {count} layers.")
-    if SLIDING in kinds and window is None:
-        raise UpcycleError(
-            "config.json: layer_types has sliding layers, but use_sliding_window is false "
-            "or sliding_window is null."
-        )
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+        if kinds is None:
+            return tuple(window if slides(values, layer) else None for layer in range(count))
+        if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
+            words = f"layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}"
+        elif len(kinds) != count:
+            words = f"layer_types has {len(kinds)} entries for {count} layers"
+        elif SLIDING in kinds and window is None:
+            words = (
+                "layer_types has sliding layers, but use_sliding_window is false or sliding_window "
+                "is null"
+            )
+        else:
+            return tuple(window if kind == SLIDING else None for kind in kinds)
+        raise UpcycleError(f"config.json: {words}.")
 
+    return windows
+
+
+_FROM_MAX_WINDOW_LAYERS = _sliding(lambda values, layer: layer >= values["max_window_layers"])
+_ALL_BUT_EACH_FOURTH = _sliding(
+    lambda values, layer: (layer + 1) % values.config.get("sliding_window_pattern", 4) != 0
+)
 
 _QUERIES, _KEYS = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 
@@ -149,12 +129,14 @@ _LLAMA = ("LlamaModel", "LlamaForCausalLM")
 
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily("llama", "Llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open")),
-    DenseFamily("mistral", "Mistral", windows=_all_slide, targets=("mixtral", "qwen2_moe")),
-    DenseFamily("qwen2", "Qwen2", windows=_some_slide, targets=("qwen2_moe", "glm4_moe")),
+    DenseFamily("mistral", "Mistral", windows=_alike, targets=("mixtral", "qwen2_moe")),
+    DenseFamily(
+        "qwen2", "Qwen2", windows=_FROM_MAX_WINDOW_LAYERS, targets=("qwen2_moe", "glm4_moe")
+    ),
     DenseFamily(
         "qwen3",
         "Qwen3",
-        windows=_some_slide,
+        windows=_FROM_MAX_WINDOW_LAYERS,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
     ),
     DenseFamily("apertus", "Apertus", **_FEEDFORWARD_NORM),
@@ -170,7 +152,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("codegen", "CodeGen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", "Cohere", norm=_PARALLEL),
     DenseFamily(
-        "cohere2", "Cohere2", norm=_PARALLEL, windows=_all_but_each_fourth, targets=("cohere2_moe",)
+        "cohere2", "Cohere2", norm=_PARALLEL, windows=_ALL_BUT_EACH_FOURTH, targets=("cohere2_moe",)
     ),
     DenseFamily("cwm", "Cwm"),
     DenseFamily("diffllama", "DiffLlama"),
@@ -242,7 +224,12 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("gptj", "GPTJ", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("granite", "Granite", targets=("granitemoe", "granitemoehybrid")),
-    DenseFamily("granite_swa", "GraniteSWA", windows=_three_of_four, targets=("granitemoe_swa",)),
+    DenseFamily(
+        "granite_swa",
+        "GraniteSWA",
+        windows=_sliding(lambda _, layer: layer % 4 != 0),
+        targets=("granitemoe_swa",),
+    ),
     DenseFamily(
         "granitemoehybrid",
         mlp=gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear"),
@@ -268,7 +255,9 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("lfm3", "Lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily("minicpm3", "MiniCPM3"),
-    DenseFamily("ministral", "Ministral", windows=_by_kinds, targets=("qwen2_moe",)),
+    DenseFamily(
+        "ministral", "Ministral", windows=_sliding(lambda *_: True), targets=("qwen2_moe",)
+    ),
     DenseFamily("ministral3", "Ministral3"),
     DenseFamily(
         "modernbert-decoder",
@@ -290,9 +279,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("olmo3", "Olmo3", norm=None),
     DenseFamily("persimmon", "Persimmon", mlp=_H_TO_4H),
     DenseFamily("phi", "Phi", mlp=_FC1_FC2, norm=_PARALLEL),
-    DenseFamily(
-        "phi3", "Phi3", mlp=_GATE_UP, windows=_all_slide, pieces=_QKV, targets=("mixtral",)
-    ),
+    DenseFamily("phi3", "Phi3", mlp=_GATE_UP, windows=_alike, pieces=_QKV, targets=("mixtral",)),
     DenseFamily(
         "qwen3_5_text",
         ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
@@ -322,3 +309,9 @@ _ROWS: Sequence[DenseFamily] = (
     ),
 )
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}
+TEXTS: Mapping[str, DenseFamily] = {
+    **DENSE,
+    "qwen2_5_vl_text": replace(DENSE["qwen2"], model_type="qwen2_5_vl_text", targets=()),
+    "qwen3_vl_text": DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",)),
+}
+"""The text models that wrappers may hold; the last two exist only inside wrappers."""

@@ -9,14 +9,21 @@ from typing import Any
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
-from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.dense_rows import DENSE, TEXTS
 from upcycle_cli.models.layers import MOE_LAYERS
 from upcycle_cli.models.mlp import parts_of, stacked
 from upcycle_cli.models.moe import Keys, MoeBlock, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, LAYER_PREFIX, Inside, replace_parts
-from upcycle_cli.models.wrappers import TEXTS, WRAPPERS, text_config_of, wrapper_of
+from upcycle_cli.models.wrappers import (
+    IN_MEMORY_PREFIXES,
+    LAYER_PREFIX,
+    WRAPPERS,
+    Inside,
+    replace_parts,
+    text_config_of,
+    wrapper_of,
+)
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 REFUSED: Mapping[str, str] = table("refused")

@@ -18,7 +18,7 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import ALL, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrapper import HEAD, LAYER_PREFIX, Inside, replace_parts
+from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 

@@ -21,8 +21,7 @@ from upcycle_cli.models.lookup import (
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
-from upcycle_cli.models.wrappers import WRAPPERS, text_config_of
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside, text_config_of
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 

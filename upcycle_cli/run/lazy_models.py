@@ -21,7 +21,7 @@ from upcycle_cli.models.lookup import dense_family, is_target
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_experts import Experts, find_experts
-from upcycle_cli.models.wrapper import Inside
+from upcycle_cli.models.wrappers import Inside
 from upcycle_cli.run.layerwise import Span
 from upcycle_cli.run.lazy_weights import Stack, Stored
 from upcycle_cli.run.merge_copies import MergeCopies

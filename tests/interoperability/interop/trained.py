@@ -18,8 +18,7 @@ from upcycle_cli.models.engines import DIFFERS, SAME, Support, Trainer, trainers
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrapper import IN_MEMORY_PREFIXES, Inside
-from upcycle_cli.models.wrappers import WRAPPERS
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
