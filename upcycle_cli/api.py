@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
@@ -48,13 +48,15 @@ class Request:
     target: str = "auto"
     revision: str | None = None  # branch, tag or commit of a repo
     options: Options | None = None
-    inputs: RouterInputs | None = None  # text, prompts or rows that routers are made from
+    calibration: Path | str | None = None  # a text that the dense model reads, or "builtin"
+    router_rows: Path | str | None = None  # the file of rows for the router_init "file"
+    positive_prompts: Path | str | None = None  # prompts per expert, for the router_init "prompts"
+    merge: MergeRequest | None = None  # other models to make experts from
     overwrite: bool = False  # replace OUTPUT once the new one is complete
     verify: bool = False  # verify before publishing; a failed verification publishes nothing
     checksums: bool = False
     writing: WriteOptions = field(default_factory=WriteOptions)
     push: Destination | None = None  # where to push the finished output
-    merge: MergeRequest | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,55 +75,19 @@ class Conversion:
     pushed: Push | None = None
 
 
-def convert(  # noqa: PLR0913 - the fields of a Request
+def convert(
     source: Path | str,
     output: Path | str,
     recipe: Recipe | Growth,
-    *,
-    target: str = "auto",
-    revision: str | None = None,
-    options: Options | None = None,
-    calibration: Path | str | None = None,
-    router_rows: Path | str | None = None,
-    overwrite: bool = False,
-    verify: bool = False,
-    checksums: bool = False,
-    writing: WriteOptions | None = None,
-    push: Destination | None = None,
-    merge: MergeRequest | None = None,
-    positive_prompts: Path | str | None = None,
+    **options: Any,  # noqa: ANN401 - the fields of a Request
 ) -> Conversion:
     """Convert a checkpoint: upcycle a dense one by a `Recipe`, or grow an MoE by a `Growth`.
 
-    `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit).
-    `calibration` is a text file that the dense model reads first, or "builtin". `router_rows` is
-    the file of rows for the router_init "file", `positive_prompts` the prompts per expert for the
-    router_init "prompts". `merge` names other models to make experts from. With `push`, the
-    finished output is pushed to the Hub.
+    `options` are the other fields of a `Request`, such as `verify=True`.
 
     Raises UpcycleError. `output` is then as it was before, or complete if only the push failed.
     """
-    return carry_out(
-        Request(
-            source=source,
-            output=Path(output),
-            recipe=recipe,
-            target=target,
-            revision=revision,
-            options=options,
-            inputs=RouterInputs.read(
-                calibration=calibration,
-                rows=None if router_rows is None else Path(router_rows),
-                prompts=None if positive_prompts is None else Path(positive_prompts),
-            ),
-            overwrite=overwrite,
-            verify=verify,
-            checksums=checksums,
-            writing=writing or WriteOptions(),
-            push=push,
-            merge=merge,
-        )
-    )
+    return carry_out(Request(source=source, output=Path(output), recipe=recipe, **options))
 
 
 def carry_out(
@@ -207,26 +173,27 @@ def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> 
     check_name(request.output)
 
     def make() -> Plan:
-        source = open_source(request.source, request.revision)
-        if not isinstance(request.recipe, Recipe):
-            from upcycle_cli.plan.expand import build_growth
-            from upcycle_cli.plan.texts import Prompts
-
-            prompts = request.inputs is not None and isinstance(request.inputs.text, Prompts)
-            if request.merge is not None or prompts:
-                raise UpcycleError(
-                    "--expand copies the experts of an MoE; it cannot add those of other models.",
-                    "Leave out --experts-from.",
-                )
-            return build_growth(request.recipe, source, request.options)
-        return build_plan(
-            request.recipe,
-            source,
-            target=request.target,
-            options=request.options,
-            inputs=request.inputs,
-            merge=None if request.merge is None else request.merge.open(source),
+        inputs = RouterInputs.read(
+            calibration=request.calibration,
+            rows=request.router_rows,
+            prompts=request.positive_prompts,
         )
+        source = open_source(request.source, request.revision)
+        if isinstance(request.recipe, Recipe):
+            return build_plan(
+                request.recipe,
+                source,
+                target=request.target,
+                options=request.options,
+                inputs=inputs,
+                merge=None if request.merge is None else request.merge.open(source),
+            )
+        if request.merge is not None or request.positive_prompts is not None:
+            words = "--expand copies the experts of an MoE; it cannot add those of other models."
+            raise UpcycleError(words, "Leave out --experts-from.")
+        from upcycle_cli.plan.expand import build_growth
+
+        return build_growth(request.recipe, source, request.options)
 
     plan = team.agree(make)
     if len(set(team.exchange(plan.digest))) > 1:
@@ -334,6 +301,7 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
             router_init=None if rows is None else rows.path,
             calibration=text if isinstance(text, CalibrationText) else None,
             watch=watch,
+            fitted=plan.calibration,
             # A recipe that promises nothing is measured, and no proof is expected.
             allow_inexact=plan.promise is Promise.NONE,
         )

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.merge_request import MergeRequest
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.publish.push import Destination
     from upcycle_cli.recipe.recipe_file import Kind, Value
 
@@ -181,12 +180,9 @@ def to_options(moe: MoeOptions) -> Options:
     )
 
 
-def to_inputs(moe: MoeOptions, prompts: Path | None = None) -> RouterInputs:
-    """Return what the routers are made from; UpcycleError for a bad text or file."""
-    from upcycle_cli.plan.router_inputs import RouterInputs
-
-    rows = _file(moe.router_init, RouterInit)
-    return RouterInputs.read(calibration=moe.calibration, rows=rows, prompts=prompts)
+def rows_file(moe: MoeOptions) -> Path | None:
+    """Return the file that router rows are given in, if they are."""
+    return _file(moe.router_init, RouterInit)
 
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:

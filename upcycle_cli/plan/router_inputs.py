@@ -24,7 +24,11 @@ class RouterInputs:
 
     @classmethod
     def read(
-        cls, *, calibration: Path | str | None, rows: Path | None, prompts: Path | None = None
+        cls,
+        *,
+        calibration: Path | str | None,
+        rows: Path | str | None,
+        prompts: Path | str | None = None,
     ) -> Self:
         """Read a text (a file, or `builtin`), prompts and rows; UpcycleError if unreadable."""
         text: CalibrationText | Prompts | None = None
@@ -35,8 +39,8 @@ class RouterInputs:
                 raise UpcycleError(
                     "prompts and a text for a calibration are two texts.", "Leave one out."
                 )
-            text = read_prompts(prompts)
-        return cls(text=text, rows=None if rows is None else read_router_file(rows))
+            text = read_prompts(Path(prompts))
+        return cls(text=text, rows=None if rows is None else read_router_file(Path(rows)))
 
     def for_recipe(self, recipe: Recipe) -> RouterInputs:
         """Return the inputs of a resolved recipe, with the built-in text where it needs a text.

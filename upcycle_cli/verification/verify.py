@@ -29,6 +29,7 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
+from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.tensor_files import read_router_file
 from upcycle_cli.plan.texts import CalibrationText, calibration_text
 from upcycle_cli.plan.validate import check_source
@@ -56,6 +57,7 @@ def verify(  # noqa: PLR0913 - options, by name
     moe_revision: str | None = None,
     allow_inexact: bool = False,
     watch: Progress | None = None,
+    fitted: Calibration | None = None,
 ) -> Report:
     """Check the MoE in one directory against the dense model in another, or that it grew from.
 
@@ -65,7 +67,8 @@ def verify(  # noqa: PLR0913 - options, by name
     the text that they were fitted to; the built-in text is at hand always. `texts` says what both
     models are run on. With `fail_fast` no check runs after one that failed. An MoE that does not
     promise equality is measured; `allow_inexact` says that this is expected, and makes the report
-    `accepted`. `watch` hears how far the checks are.
+    `accepted`. `watch` hears how far the checks are. `fitted` is the calibration of a conversion
+    that has just run it; without it, rows fitted to a text are fitted again.
 
     Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
     file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
@@ -96,7 +99,7 @@ def verify(  # noqa: PLR0913 - options, by name
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from None
             return replace(_damaged(selected, error), paths=paths)
-        case = _Case(source, converted, names, texts, watch)
+        case = _Case(source, converted, names, texts, watch, fitted)
         case.rebuild(more, given)
         return Report(
             checks=tuple(case.run(selected, fail_fast=fail_fast)),
@@ -120,6 +123,7 @@ class _Case:
     names: tuple[str, ...]
     texts: TextOptions
     watch: Progress
+    fitted: Calibration | None = None
     plan: Plan | None = None
     record: rebuild.Record = field(default_factory=dict)
     unrecorded: str = ""
@@ -165,7 +169,7 @@ class _Case:
             else:
                 from upcycle_cli.verification.weights import check_weights
 
-                results.append(check_weights(self.plan, self.moe, self.watch))
+                results.append(check_weights(self.plan, self.moe, self.watch, self.fitted))
         return results
 
     def _outputs(self) -> CheckResult:

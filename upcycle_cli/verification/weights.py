@@ -19,6 +19,7 @@ import numpy as np
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
+from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
@@ -37,20 +38,23 @@ _RELEASE_BYTES = 1 << 30
 _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
 
 
-def check_weights(plan: Plan, moe: Checkpoint, watch: Progress) -> CheckResult:
+def check_weights(
+    plan: Plan, moe: Checkpoint, watch: Progress, fitted: Calibration | None = None
+) -> CheckResult:
     """Compare every tensor with the plan's; the sources' files must be here.
 
-    Router rows that were fitted to a text are fitted again, if the text is at hand.
+    Router rows that were fitted to a text must be those of `fitted`. Without it they are fitted
+    again, if the text is at hand.
     """
     findings, notes = Findings(), list[str]()
     tensors, widened = _matched(plan, moe, findings)
-    unproven, calibration = why_unproven(plan), None
-    if unproven is None and is_fitted(plan):
+    unproven = why_unproven(plan)
+    if unproven is None and is_fitted(plan) and fitted is None:
         from upcycle_cli.calibrate.collect import calibrate
 
-        calibration = calibrate(plan, watch)
+        fitted = calibrate(plan, watch)
     with plan.reader() as source, moe.reader() as held:
-        unknowns = Unknowns(source, {} if calibration is None else calibration.layers)
+        unknowns = Unknowns(source, {} if fitted is None else fitted.layers)
         for tensor in (tensor for tensor in tensors if is_open(tensor.expr)):
             stored = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
             if tensor.role is Role.ROUTER:

@@ -60,7 +60,11 @@ def inspect(
         )
     recipe = files = inputs = None
     if budget is None and values.needs_recipe(context):
-        files, inputs = values.to_options(moe), values.to_inputs(moe)
+        from upcycle_cli.plan.router_inputs import RouterInputs
+
+        rows = values.rows_file(moe)
+        inputs = RouterInputs.read(calibration=moe.calibration, rows=rows)
+        files = values.to_options(moe)
         recipe = values.to_recipe(moe, context, allow_inexact=True)
     silent = json or not (weights or load)
     with progress_bar(silent=silent) as watch:
