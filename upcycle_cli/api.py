@@ -20,9 +20,9 @@ from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe
@@ -50,6 +50,7 @@ class Request:
     options: Options | None = None
     calibration: Path | str | None = None  # a text that the dense model reads, or "builtin"
     router_rows: Path | str | None = None  # the file of rows for the router_init "file"
+    neuron_orders: Path | str | None = None  # the file for the neuron_order "file"
     positive_prompts: Path | str | None = None  # prompts per expert, for the router_init "prompts"
     merge: MergeRequest | None = None  # other models to make experts from
     overwrite: bool = False  # replace OUTPUT once the new one is complete
@@ -85,6 +86,7 @@ def convert(  # noqa: PLR0913 - the fields of a Request
     options: Options | None = None,
     calibration: Path | str | None = None,
     router_rows: Path | str | None = None,
+    neuron_orders: Path | str | None = None,
     positive_prompts: Path | str | None = None,
     merge: MergeRequest | None = None,
     overwrite: bool = False,
@@ -97,9 +99,9 @@ def convert(  # noqa: PLR0913 - the fields of a Request
 
     `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit).
     `calibration` is a text file that the dense model reads first, or "builtin". `router_rows` is
-    the file of rows for the router_init "file", `positive_prompts` the prompts per expert for the
-    router_init "prompts". `merge` names other models to make experts from. With `push`, the
-    finished output is pushed to the Hub.
+    the file of rows for the router_init "file", `neuron_orders` that for the neuron_order "file",
+    `positive_prompts` the prompts per expert for the router_init "prompts". `merge` names other
+    models to make experts from. With `push`, the finished output is pushed to the Hub.
 
     Raises UpcycleError. `output` is then as it was before, or complete if only the push failed.
     """
@@ -191,9 +193,10 @@ def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> 
     check_name(request.output)
 
     def make() -> Plan:
-        inputs = RouterInputs.read(
+        inputs = Inputs.read(
             calibration=request.calibration,
             rows=request.router_rows,
+            orders=request.neuron_orders,
             prompts=request.positive_prompts,
         )
         source = open_source(request.source, request.revision)

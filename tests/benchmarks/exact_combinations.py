@@ -30,7 +30,6 @@ from shapes import make_recipe
 from smollm2 import dense_and_scratch
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit, Routing, parse_recipe_name
 
@@ -130,7 +129,7 @@ class Bench:
         if init is RouterInit.FILE:
             rows = router_rows(recipe, self.folder / "rows.safetensors", small=not cell.uniform)
         if order is NeuronOrder.FILE:
-            given = read_permutation_file(orders_of(recipe, self.folder / "orders.safetensors"))
+            given = orders_of(recipe, self.folder / "orders.safetensors")
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             moe = Path(place) / "moe"
             done = convert(
@@ -138,9 +137,10 @@ class Bench:
                 moe,
                 recipe,
                 target=cell.target,
-                options=Options(dtype=cell.dtype, neuron_orders=given),
+                options=Options(dtype=cell.dtype),
                 calibration=self.text if calibrates else None,
                 router_rows=rows,
+                neuron_orders=given,
                 writing=WriteOptions(fsync=False),
             )
             report = verify(self.dense, moe, checks=["weights"], router_init=rows)

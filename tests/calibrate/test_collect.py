@@ -19,7 +19,7 @@ from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of
-from upcycle_cli.plan.router_inputs import RouterInputs
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
 from upcycle_cli.verification.prompts import TextOptions
 
@@ -51,7 +51,7 @@ def calibrate_few(dense: Path, target: str, folder: Path) -> None:
     """Run a calibration, and check its shapes and the size of its logits."""
     text = folder / "few.txt"
     text.write_text("More than enough. " * 20)
-    inputs = RouterInputs.read(calibration=text, rows=None)
+    inputs = Inputs.read(calibration=text)
     source = open_checkpoint(dense)
     plan = build_plan(recipe(router_init="balanced"), source, target=target, inputs=inputs)
     found = calibrate(plan, Progress())

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from upcycle_cli import Options, Recipe, convert, verify
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.options import ExpertLayout, NeuronOrder, Promise, RouterInit, Routing
 
 TARGETS = ("mixtral", "qwen2_moe", "glm4_moe")
@@ -89,15 +88,16 @@ def test_every_exact_combination_is_the_dense_function(llama: Path, text: Path, 
         if recipe.router_init is RouterInit.FILE:
             rows = router_rows(recipe, folder / "rows.safetensors")
         if recipe.neuron_order is NeuronOrder.FILE:
-            order = read_permutation_file(orders(recipe, folder / "orders.safetensors"))
+            order = orders(recipe, folder / "orders.safetensors")
         done = convert(
             llama,
             folder / "moe",
             recipe,
             target=target,
-            options=Options(expert_layout=layout, neuron_orders=order),
+            options=Options(expert_layout=layout),
             calibration=text,
             router_rows=rows,
+            neuron_orders=order,
         )
         assert done.plan.promise is Promise.EXACT
         wanted, found = (logits(path, ids, torch.float32) for path in (llama, done.output))

@@ -277,7 +277,7 @@ def test_one_bit_of_any_kind_of_tensor_is_noticed(
     recipe = Recipe(expansion=2, granularity=2, top_k=2, routing=exact_routing(row[1]))
     plan = build_plan(recipe, open_checkpoint(dense), target=row[1])
     moe = convert(dense, tmp_path / "moe", recipe, target=row[1]).output
-    kinds = {(tensor.role, type(tensor.expr), *tensor.holds): tensor for tensor in plan.tensors}
+    kinds = {(tensor.role, type(tensor.expr), *tensor.parts): tensor for tensor in plan.tensors}
     assert {Role.COPIED, Role.ROUTER, Role.EXPERT} <= {tensor.role for tensor in kinds.values()}
     for tensor in kinds.values():
         entry = open_checkpoint(moe).tensors[tensor.name]

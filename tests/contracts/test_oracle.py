@@ -21,7 +21,6 @@ from shapes import same_bits
 from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.options import NeuronOrder
 
 SHIPPED = ("llama", "nemotron", "olmo2", "gpt2")
@@ -90,10 +89,10 @@ def orders_of_groups(w: Wanted, dense: Path) -> dict[int, list[torch.Tensor]]:
 
 def converted(dense: Path, output: Path, w: Wanted) -> Path:
     options: dict[str, Any] = {"expert_layout": w.layout}
+    path = None
     if w.orders is not None:
         path = output.with_suffix(".safetensors")
         save_file({f"layers.{i}.neuron_order": torch.stack(o) for i, o in w.orders.items()}, path)
-        options["neuron_orders"] = read_permutation_file(path)
     orders = (
         {True: "shuffled", False: "sliced"}
         if w.orders is None
@@ -110,7 +109,8 @@ def converted(dense: Path, output: Path, w: Wanted) -> Path:
         neuron_order=orders[w.shuffled],  # type: ignore[arg-type]
         seed=w.seed,
     )
-    convert(dense, output, recipe, target=w.target, options=Options(**options))
+    given = Options(**options)
+    convert(dense, output, recipe, target=w.target, options=given, neuron_orders=path)
     return output
 
 

@@ -26,8 +26,7 @@ from verified import (
     text_of,
 )
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, verify
-from upcycle_cli.plan.tensor_files import read_permutation_file
+from upcycle_cli import Recipe, UpcycleError, convert, verify
 from upcycle_cli.verification.result import Status
 
 Attack = Callable[[Path], object]
@@ -390,10 +389,9 @@ def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
     """Neurons that one expert has twice, in an order that only the MoE knows."""
     orders = {f"layers.{layer}.neuron_order": torch.arange(64).flip(0) for layer in range(2)}
     save_file(orders, tmp_path / "orders.safetensors")
-    given = Options(neuron_orders=read_permutation_file(tmp_path / "orders.safetensors"))
     recipe = Recipe(expansion=2, granularity=2, top_k=2, neuron_order="file")  # type: ignore[arg-type]
     moe = tmp_path / "moe"
-    convert(dense, moe, recipe, options=given)
+    convert(dense, moe, recipe, neuron_orders=tmp_path / "orders.safetensors")
     assert verify(dense, moe).passed
 
     def twice(held: Tensors) -> None:

@@ -15,7 +15,6 @@ from shapes import write_orders
 
 from upcycle_cli import MergeRequest, Options, Recipe, convert, inspect
 from upcycle_cli.inspection.experts import WeightFacts
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import NeuronOrder
 
 SIZES: Mapping[str, Any] = {"expansion": 2, "granularity": 3, "top_k": 3, "allow_inexact": True}
@@ -80,14 +79,15 @@ def test_measure_factors_and_drift(
     recipe = {**SIZES, **settings}
     orders = None
     if recipe.get("neuron_order") is FILE:
-        orders = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
-    options = Options(dtype=recipe.pop("_dtype", None), neuron_orders=orders)
+        orders = write_orders(tmp_path / "orders.safetensors", alike=32)
+    options = Options(dtype=recipe.pop("_dtype", None))
     done = convert(
         models[0],
         tmp_path / "moe",
         Recipe(**recipe),
         target="qwen2_moe" if "shared_experts" in recipe else "mixtral",
         options=options,
+        neuron_orders=orders,
         merge=MergeRequest(experts_from=models[1:]) if others else None,
     )
     sources = models[: 1 + others]

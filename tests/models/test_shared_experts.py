@@ -23,7 +23,7 @@ from upcycle_cli import (
 )
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.plan.tensor_files import read_permutation_file
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
 from upcycle_cli.verification.prompts import TextOptions
 
@@ -72,11 +72,12 @@ def test_the_logits_are_the_dense_models(
 def test_groups_with_their_own_order_share_the_same_neurons(
     make_dense: MakeDense, tmp_path: Path, target: str, order: NeuronOrder
 ) -> None:
-    dense, moe, options = dense_for(make_dense, target), tmp_path / "moe", Options()
+    dense, moe, file = dense_for(make_dense, target), tmp_path / "moe", None
     if order is NeuronOrder.FILE:
-        file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=32))
-        options = Options(dtype="bfloat16", neuron_orders=file)
-    convert(dense, moe, shared(2, neuron_order=order), target=target, options=options)
+        file = write_orders(tmp_path / "orders.safetensors", alike=32)
+    options = Options(dtype="bfloat16" if file else None)
+    recipe = shared(2, neuron_order=order)
+    convert(dense, moe, recipe, target=target, options=options, neuron_orders=file)
     assert verify(dense, moe, checks=["directory", "weights"]).accepted
 
 
@@ -177,10 +178,10 @@ def test_refuse_other_sources_of_shared_neurons(
     dense = open_checkpoint(dense_for(make_dense, "hunyuan_v1_moe"))
     with pytest.raises(UpcycleError, match="its shared expert is as wide as one expert, not 2"):
         build_plan(shared(2), dense, target="hunyuan_v1_moe")
-    file = read_permutation_file(write_orders(tmp_path / "orders.safetensors", alike=15))
-    options, recipe = Options(neuron_orders=file), shared(neuron_order=NeuronOrder.FILE)
+    inputs = Inputs.read(orders=write_orders(tmp_path / "orders.safetensors", alike=15))
+    recipe = shared(neuron_order=NeuronOrder.FILE)
     with pytest.raises(UpcycleError, match="differ in their first 16"):
-        build_plan(recipe, open_checkpoint(llama), target="glm4_moe", options=options)
+        build_plan(recipe, open_checkpoint(llama), target="glm4_moe", inputs=inputs)
     merge = MergeRequest(experts_from=[make_dense("llama", dtype="bfloat16")])
     with pytest.raises(UpcycleError, match="several models"):
         convert(llama, tmp_path / "moe", shared(), target="glm4_moe", merge=merge)

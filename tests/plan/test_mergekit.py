@@ -10,9 +10,9 @@ import yaml  # type: ignore[import-untyped]
 from shapes import make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge
 from upcycle_cli.plan.mergekit import read_mergekit
-from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.texts import read_prompts
 
 CONTENT = {
@@ -130,7 +130,7 @@ def test_refuse_prompts_that_do_not_fit(
         open_checkpoint(write_hollow(tmp_path / name, tiny_config("llama")))
         for name in ("dense", "b")
     ]
-    inputs = RouterInputs(text=None if content is None else read_prompts(save(tmp_path, content)))
+    inputs = Inputs(text=None if content is None else read_prompts(save(tmp_path, content)))
     merge = Merge(others=(models[1],), cycle=(0, 1))
     with pytest.raises(UpcycleError) as caught:
         build_plan(make_recipe(recipe, router_init=init), models[0], inputs=inputs, merge=merge)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, WriteOptions, convert
 from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.write import evaluate as evaluation
 
 QUICKLY = WriteOptions(workers=1, fsync=False)
@@ -82,13 +81,13 @@ def test_the_order_of_the_dense_model_given_in_a_file_changes_nothing(
     dense: Path, tmp_path: Path
 ) -> None:
     orders = {f"layers.{layer}.neuron_order": np.arange(INNER) for layer in range(2)}
-    given = Options(neuron_orders=read_permutation_file(write(tmp_path / "o", orders)))
+    given = write(tmp_path / "o", orders)
     convert(dense, tmp_path / "a", recipe("sliced"), writing=QUICKLY)
-    convert(dense, tmp_path / "b", recipe("file"), options=given, writing=QUICKLY)
+    convert(dense, tmp_path / "b", recipe("file"), neuron_orders=given, writing=QUICKLY)
     one, other = (contents(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
     assert one == other
     with pytest.raises(UpcycleError, match="shuffled"):
-        convert(dense, tmp_path / "c", recipe(), options=given)
+        convert(dense, tmp_path / "c", recipe(), neuron_orders=given)
     with pytest.raises(UpcycleError, match="--neuron-order"):
         convert(dense, tmp_path / "c", recipe("file"))
 
@@ -112,13 +111,8 @@ BAD: Mapping[str, tuple[Orders, str]] = {
 def test_orders_that_do_not_fit_are_refused(dense: Path, tmp_path: Path, name: str) -> None:
     orders, words = BAD[name]
     path = write(tmp_path / "orders", orders)
-
-    def make() -> None:
-        given = Options(neuron_orders=read_permutation_file(path))
-        convert(dense, tmp_path / "moe", recipe("file"), options=given)
-
     with pytest.raises(UpcycleError) as caught:
-        make()
+        convert(dense, tmp_path / "moe", recipe("file"), neuron_orders=path)
     assert words in str(caught.value)
     assert not (tmp_path / "moe").exists()
 

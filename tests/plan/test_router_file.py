@@ -54,8 +54,11 @@ def _file(shape: tuple[int, int] = (4, 32), **more: torch.Tensor) -> Callable[[P
     return lambda path: ["--router-init", rows(path / "rows.safetensors", shape, named)]
 
 
-def _with(*options: str) -> Callable[[Path], Options]:
-    return lambda path: [*_file()(path), *options]
+def _with(*options: str, **more: torch.Tensor) -> Callable[[Path], Options]:
+    return lambda path: [*_file((4, 32), **more)(path), *options]
+
+
+NEAR = torch.ones(4, 32) + torch.arange(4.0)[:, None] * 1e-4
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,9 @@ def _with(*options: str) -> Callable[[Path], Options]:
         (_file((8, 32)), ["[8, 32]", "[4, 32]"]),
         (_file(_2=torch.eye(4, 32)), ["layers.2.router", "no layer"]),
         (_file(_1=torch.ones(4, 32)), ["layers.1.router", "equal rows"]),
+        # Rows that are equal, or zero, once they are rounded to the output's dtype.
+        (_with("--dtype", "bfloat16", _1=NEAR), ["layers.1.router, as bfloat16", "equal rows"]),
+        (_with("--dtype", "float16", _1=torch.eye(4, 32) * 1e-9), ["float16", "zeros"]),
         (_file(_1=torch.eye(4, 32) * torch.nan), ["not finite"]),
         (_file(_1=torch.eye(4, 32) * torch.arange(4.0)[:, None]), ["zeros"]),
         (_file(_1=torch.ones(4, dtype=torch.int32)), ["I32"]),

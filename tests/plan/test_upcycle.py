@@ -28,9 +28,9 @@ from upcycle_cli.plan.expressions import (
     Repeat,
     Scale,
 )
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.plan.texts import calibration_text
 from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Routing, Scaling
@@ -311,7 +311,7 @@ def test_bind_fills_in_a_calibration_without_planning_again(
         "neuron_order": "clustered",
     }
     plan = make("qwen3", "E2G2T2", settings=settings)
-    assert plan.inputs == RouterInputs(text=calibration_text("builtin"))
+    assert plan.inputs == Inputs(text=calibration_text("builtin"))
     monkeypatch.delattr(upcycle, "choose")  # nothing is decided again
     bound = bind(plan, found_for(plan, gates=0.5))
     assert bound.digest == plan.digest

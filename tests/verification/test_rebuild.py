@@ -20,7 +20,6 @@ from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, con
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.merge import NonExpertWeights
-from upcycle_cli.plan.tensor_files import read_permutation_file
 from upcycle_cli.recipe.recipe import ExpertLayout, RouterInit, Routing
 from upcycle_cli.verification.result import Status
 
@@ -150,9 +149,9 @@ def test_orders_of_a_file_are_found_by_their_neurons(
         for layer, each in enumerate(drawn)
     }
     save_arrays(orders, tmp_path / "orders")
-    given = Options(neuron_orders=read_permutation_file(tmp_path / "orders"), expert_layout=layout)
     recipe = G2(expansion=3, neuron_order="file")
-    convert(source, tmp_path / "moe", recipe, options=given)
+    options = Options(expert_layout=layout)
+    convert(source, tmp_path / "moe", recipe, options=options, neuron_orders=tmp_path / "orders")
     assert read_json(tmp_path / "moe" / "upcycle.json")["order_file"]["name"] == "orders"
     report = verify(source, tmp_path / "moe", checks=COMPARED)
     assert report.accepted, text_of(report)

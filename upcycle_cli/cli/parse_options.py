@@ -163,26 +163,25 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
 
 
 def to_options(moe: MoeOptions) -> Options:
-    """Return the options for the output files; UpcycleError for a bad size or file."""
+    """Return the options for the output files; UpcycleError for a bad size."""
     from upcycle_cli.plan.output import Options
 
-    orders, file = None, _file(moe.neuron_order, NeuronOrder)
-    if file is not None:
-        from upcycle_cli.plan.tensor_files import read_permutation_file
-
-        orders = read_permutation_file(file)
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
         expert_layout=moe.expert_layout,
-        max_shard_bytes=_size("--max-shard-size", moe.max_shard_size, "5GB or 500MB"),
+        max_shard_bytes=_size(moe.max_shard_size, "--max-shard-size", "5GB or 500MB"),
         untie_embeddings=moe.untie_embeddings,
-        neuron_orders=orders,
     )
 
 
 def rows_file(moe: MoeOptions) -> Path | None:
     """Return the file that router rows are given in, if they are."""
     return _file(moe.router_init, RouterInit)
+
+
+def orders_file(moe: MoeOptions) -> Path | None:
+    """Return the file that orders of neurons are given in, if they are."""
+    return _file(moe.neuron_order, NeuronOrder)
 
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:

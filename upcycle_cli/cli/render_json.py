@@ -52,7 +52,7 @@ def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
 
     return [
         _tensor_json(tensor, shard.name)
-        | {"role": "_".join(tensor.holds) or tensor.role, "made_from": describe(tensor.expr)}
+        | {"role": "_".join(tensor.parts) or tensor.role, "made_from": describe(tensor.expr)}
         for shard in inspection.plan.shards
         for tensor in shard.tensors
     ]

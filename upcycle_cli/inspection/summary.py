@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
     from upcycle_cli.plan.budget import Budget, SharedChoices, SizedRecipe
+    from upcycle_cli.plan.inputs import Inputs
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.plan.router_inputs import RouterInputs
     from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.recipe.recipe import Growth
 
@@ -74,7 +74,7 @@ def inspect(
     revision: str | None = None,
     target: str = "auto",
     options: Options | None = None,
-    inputs: RouterInputs | None = None,
+    inputs: Inputs | None = None,
     weights: bool = False,
     dense: Path | str | Sequence[Path | str] | None = None,
     load: Path | str | None = None,

@@ -23,11 +23,11 @@ from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import MoeBlock
 from upcycle_cli.models.moe_config import remove_local_path
 from upcycle_cli.models.moe_experts import Experts, find_experts
-from upcycle_cli.plan.expressions import Concat, Expr, Repeat, Select, Slice, Source, Stack, type_of
+from upcycle_cli.plan.expressions import Expr, Repeat, Select, Slice, Source, Stack, joined, type_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.plan.validate import check_dtype
-from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth, Promise
+from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ALWAYS = (_EMBEDDING, "model.norm.weight")
@@ -62,7 +62,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         every_layer=experts.every_layer,
         shares=experts.shares,
         expert_layout=layout,
-        promise=Promise.EXACT if top_k == exact else Promise.NONE,
         dense_parameters=source.num_parameters,
         method=Growing(growth=growth, experts=experts),
     )
@@ -228,7 +227,7 @@ class _Grower:
             if dim is not None and type_of(whole).shape[dim] != width:
                 whole = Slice(whole, dim, found.start, found.stop)
             parts.append(self.options.cast(whole))
-        return Concat((*parts,)) if len(parts) > 1 else parts[0]
+        return joined(parts)
 
     def _stored(self, name: str) -> Source:
         entry = self.experts.moe.tensors[name]

@@ -9,7 +9,7 @@ and no joined tensor is ever held in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeAlias, assert_never
 
@@ -264,6 +264,16 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             return inner.resized(0, inner.shape[0] * times)
         case _:
             assert_never(expr)
+
+
+def scaled(expr: Expr, factor: float) -> Expr:
+    """Return an expression times a factor: itself for 1."""
+    return expr if factor == 1.0 else Scale(expr, factor)
+
+
+def joined(parts: Sequence[Expr]) -> Expr:
+    """Return parts joined along their first dimension; a single one is returned as it is."""
+    return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def num_bytes(expr: Expr) -> int:

@@ -8,7 +8,7 @@ from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.plan import Growing, Plan
-from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit, Routing, Scaling
+from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 
 _ORDERS = {
     NeuronOrder.SLICED: "sliced in the dense MLP's order, the same in each virtual group",
@@ -67,7 +67,7 @@ def _weights_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.recipe.neuron_order is not NeuronOrder.SLICED:
         yield "neurons", _ORDERS[plan.recipe.neuron_order]
     if plan.recipe.perturbed:
-        yield "perturbation", perturbation_text(plan)
+        yield "perturbation", plan.recipe.perturbation
     yield "router", _router(plan)
 
 
@@ -118,15 +118,6 @@ def _router(plan: Plan) -> str:
     return f"{words}, {counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
 
 
-def perturbation_text(plan: Plan) -> str:
-    """Say how each expert differs from its shard of the dense MLP."""
-    recipe = plan.recipe
-    if recipe.noise:
-        return f"noise of {recipe.noise:g} × the standard deviation of each matrix"
-    count = recipe.reinit_count(plan.expert_size)
-    return f"{count} of {plan.expert_size} neurons of each expert initialised again"
-
-
 def promise_text(plan: Plan) -> str:
     """Say what the output computes, compared with its source."""
     match plan.promise:
@@ -138,31 +129,4 @@ def promise_text(plan: Plan) -> str:
             std = plan.recipe.router_logit_std
             return f"approximate: equal up to the router logits (std {std:g})"
         case Promise.NONE:
-            return f"none: {why_no_promise(plan)}"
-
-
-def why_no_promise(plan: Plan) -> str:  # noqa: PLR0911 - a reason each
-    """Say why a plan promises nothing."""
-    if plan.growing is not None:
-        exact = plan.growing.growth.expand * plan.growing.experts.top_k
-        return f"top-k is {plan.top_k}, and only {exact} picks all copies of the same experts"
-    recipe, factors = plan.recipe, plan.factors
-    if plan.merge is not None:
-        return "its experts are made of several models, which compute different functions"
-    if recipe.perturbed:
-        return f"the experts differ from the dense MLP: {perturbation_text(plan)}"
-    if not recipe.picks_whole_groups:
-        size = "G - K" if recipe.shared_experts else "G"
-        return f"top-k {recipe.top_k} is not a multiple of {size} = {recipe.group_size}"
-    if not recipe.virtual_groups and recipe.group_size > 1:
-        return "without virtual groups a token does not get every shard of the dense MLP"
-    if recipe.scaling in (Scaling.PAPER, Scaling.NONE):
-        return f"scaling {recipe.scaling} does not preserve the MLP's output"
-    uneven = recipe.routing is Routing.SOFTMAX_TOPK and recipe.top_k < recipe.num_experts
-    std = recipe.router_logit_std
-    if uneven and std is None:
-        return "softmax-topk weighs experts by the router's logits, and given rows can be any"
-    if uneven and std is not None and std > recipe.largest_approximate_std:
-        return f"with router logits of standard deviation {std:g} the gates are far from equal"
-    scale = factors.output(plan.family.dense.mlp_kind) * factors.config
-    return f"the experts are scaled by {scale:.4g} in all, not by what the routing needs"
+            return f"none: {plan.why_no_promise}"

@@ -18,6 +18,7 @@ from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadat
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +55,14 @@ class Merge:
             )
         return self.cycle * (expansion // count)
 
-    def check_dtypes(self, source: Checkpoint, names: Iterable[str]) -> None:
-        """Raise UpcycleError where experts would be of several dtypes, made of these matrices."""
-        for name in names:
-            for other in self.others:
-                one, two = source.tensors[name].dtype, other.tensors[name].dtype
-                if one != two:
-                    raise UpcycleError(
-                        f"{name} is {two} in {other.path}, and {one} in {source.path}.",
-                        "Choose one with --dtype.",
-                    )
+    def check(self, recipe: Recipe) -> None:
+        """Raise UpcycleError for a recipe that several models cannot follow."""
+        self.of_groups(recipe.expansion)
+        if recipe.shared_experts or recipe.perturbed:
+            raise UpcycleError(
+                "several models have no neurons in common, and their experts differ already.",
+                "Leave out --shared-experts, --noise and --reinit, or --experts-from.",
+            )
 
 
 def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:

@@ -10,7 +10,6 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
-from upcycle_cli.plan.tensor_files import PermutationFile
 from upcycle_cli.recipe.recipe import ExpertLayout
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -37,7 +36,7 @@ class OutputTensor(Tensor):
     role: Role
     layer: int | None = None
     expert: int | None = None
-    holds: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     """The parts of the dense MLP that it holds for one expert, or for all of them."""
 
     @classmethod
@@ -48,7 +47,7 @@ class OutputTensor(Tensor):
         role: Role,
         layer: int | None = None,
         expert: int | None = None,
-        holds: tuple[str, ...] = (),
+        parts: tuple[str, ...] = (),
     ) -> OutputTensor:
         """Return the tensor that an expression makes; UpcycleError where it joins dtypes."""
         try:
@@ -58,7 +57,7 @@ class OutputTensor(Tensor):
                 f"{name} would join matrices of different dtypes.",
                 "Choose one with --dtype, or write --expert-layout per-expert.",
             ) from error
-        return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, holds)
+        return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +101,6 @@ class Options:
     """None for the layout of the target's released models."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     untie_embeddings: bool = False
-    neuron_orders: PermutationFile | None = None
-    """The permutations of a recipe whose neuron order is a file."""
 
     def __post_init__(self) -> None:
         if self.expert_layout is not None:

@@ -24,14 +24,14 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.expressions import loses_bits
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge, MergedReader, merged_card_metadata, model_of, open_readers
 from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
-from upcycle_cli.plan.router_inputs import RouterInputs
 from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Promise, Recipe, Routing
 from upcycle_cli.recipe.scaling import Factors, is_power_of_two
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.calibration import Calibration
+    from upcycle_cli.plan.calibration import Calibration, LayerFound
 
 _EXPRESSIONS_VERSION = 2
 """Increased whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
@@ -82,13 +82,10 @@ class Plan:
     shares: bool
     """Whether a shared expert computes something."""
     expert_layout: ExpertLayout
-    promise: Promise
-    """What the output owes its source."""
     dense_parameters: int
     """Parameters of the source, without the tensors that are dropped."""
     method: Upcycling | Growing
-    inputs: RouterInputs = field(default_factory=RouterInputs)
-    """The text or the rows that routers are made from, beside the recipe."""
+    inputs: Inputs = field(default_factory=Inputs)
     merge: Merge | None = None
     """The other models that give experts."""
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +120,33 @@ class Plan:
     def factors(self) -> Factors:
         """What the expert matrices are multiplied by; only for a plan that upcycles."""
         return self.upcycling.factors
+
+    @cached_property
+    def _promised(self) -> tuple[Promise, str]:
+        if self.merge is not None:
+            words = "its experts are made of several models, which compute different functions"
+            return Promise.NONE, words
+        if isinstance(self.method, Upcycling):
+            return self.recipe.promise(self.factors, self.family.dense.mlp_kind)
+        exact = self.method.growth.expand * self.method.experts.top_k
+        if self.top_k == exact:
+            return Promise.EXACT, ""
+        words = f"top-k is {self.top_k}, and only {exact} picks all copies of the same experts"
+        return Promise.NONE, words
+
+    @property
+    def promise(self) -> Promise:
+        """What the output owes its source."""
+        return self._promised[0]
+
+    @property
+    def why_no_promise(self) -> str:
+        """Why the promise is none; "" where the output owes its source something."""
+        return self._promised[1]
+
+    def found(self, layer: int) -> LayerFound | None:
+        """Return what the calibration found for a layer, once it has run."""
+        return None if self.calibration is None else self.calibration.layers[layer]
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:
@@ -163,7 +187,7 @@ class Plan:
                     "source_top_k": experts.top_k,
                 }
             }
-        rows, orders = self.inputs.rows, self.options.neuron_orders
+        rows, orders = self.inputs.rows, self.inputs.orders
         return {
             "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
             "factors": asdict(self.factors),
@@ -273,7 +297,7 @@ class Plan:
     @property
     def rounded_parts(self) -> tuple[str, ...]:
         """The parts of an expert whose factor is no power of two, so that scaling rounds them."""
-        held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.holds}
+        held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.parts}
         scaled = () if self.growing else sorted(held)
         return tuple(part for part in scaled if not is_power_of_two(self.factors.of(part)))
 
@@ -314,7 +338,7 @@ class Plan:
         if self.bound_digest is not None:
             return self.bound_digest
         text = self.inputs.text
-        options = replace(self.options, expert_layout=self.expert_layout, neuron_orders=None)
+        options = replace(self.options, expert_layout=self.expert_layout)
         content = {
             "expressions": _EXPRESSIONS_VERSION,
             "options": asdict(options),

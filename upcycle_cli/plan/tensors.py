@@ -6,6 +6,9 @@ first K shards become one expert for every token, the same for all groups, and t
 are e = g·(G − K) + s − K. Everything else is copied. The targets add the shared expert's output
 without a router's gate, or halve it by a gate of its own, so it is not scaled as they are.
 
+Of several models, the source gives everything that is no expert (or all models give its mean), and
+each virtual group is made of one model's MLP.
+
 Every perturbed expert draws for itself, so that all N differ, copies of one shard too. Noise is
 relative to the standard deviation of the expert's own matrix; biases get none. A neuron that is
 initialised again is its row of gate and of up, its column of down and its entries of their biases,
@@ -15,19 +18,19 @@ replaces (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
 
-from upcycle_cli.models.dense import Piece
+from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.layers import layer_finder
-from upcycle_cli.models.mlp import BIAS, Weight, find_weight, parts_of
-from upcycle_cli.models.moe import MoeBlock
+from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.plan import expressions as ex
-from upcycle_cli.plan.dense_parts import DenseParts, VirtualGroup
+from upcycle_cli.plan.merge import NonExpertWeights, tensor_of
 from upcycle_cli.plan.output import OutputTensor, Role
-from upcycle_cli.plan.tensor_files import RouterRows, order_name, router_stream
-from upcycle_cli.recipe.recipe import NeuronOrder, Recipe
-from upcycle_cli.recipe.scaling import Factors
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.tensor_files import order_name, router_stream
+from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 _SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale
 _HALF_LOGIT_STD = 1e-9
@@ -35,92 +38,168 @@ _HALF_LOGIT_STD = 1e-9
 the logit, needs one other than 0."""
 
 
-@dataclass(frozen=True)
+class VirtualGroup(NamedTuple):
+    """The model that a virtual group is made of, and the order of its neurons."""
+
+    model: int = 0
+    order: ex.Permutation | None = None
+    """None for the dense MLP's own order."""
+
+
 class TensorMaker:
     """Makes every tensor of one upcycled model."""
 
-    parts: DenseParts
-    factors: Factors
-    rows: RouterRows | None
-    """Router rows that are not drawn."""
-    permutations: Mapping[int, ex.Permutation]
-    """By layer, the order of the neurons that a calibration finds."""
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._recipe, self._options = plan, plan.recipe, plan.options
+        self._dense, self._target = plan.family.dense, plan.family.target
+        self._layout = self._target.layouts[plan.expert_layout]
+        names, layers = plan.source.tensors, plan.layers
+        self._mlps = {layer: self._dense.mlp(names, layer) for layer in layers}
 
-    def tensors(self, names: Sequence[str]) -> Iterator[OutputTensor]:
+    def tensors(self) -> Iterator[OutputTensor]:
         """Yield every output tensor in the order in which they are written.
 
-        `names` are the source's tensors that are used, in order. Raises UpcycleError when matrices
-        of different dtypes would be joined.
+        Raises UpcycleError when matrices of different dtypes would be joined, and for router rows
+        of a file that cannot be used.
         """
-        parts, dense, target = self.parts, self.parts.family.dense, self.parts.family.target
+        plan, dense, target = self._plan, self._dense, self._target
         embedding = dense.family.embedding
         layer_of = layer_finder(dense.family.layer)
         by_layer: dict[int | None, list[str]] = {}
-        for name in names:
-            by_layer.setdefault(layer_of(name), []).append(name)
+        for name in plan.source.tensors:
+            if name not in plan.dropped:
+                by_layer.setdefault(layer_of(name), []).append(name)
         yield from self._copied(embedding)
         for layer in range(dense.num_layers):
-            own, upcycled = by_layer.get(layer, []), layer in parts.family.layers
-            replaced = {dense.prefix(layer) + weight.name for weight in parts.mlps.get(layer, ())}
+            own = by_layer.get(layer, [])
+            replaced = {dense.prefix(layer) + weight.name for weight in self._mlps.get(layer, ())}
             for name in own:
                 if name not in replaced:
                     yield from self._copied(name, layer)
             yield from self._zero_biases(layer, own)
-            if upcycled:
+            if layer in plan.layers:
                 yield from self._mixture(layer)
         for name in by_layer.get(None, []):
             if name != embedding:
                 yield from self._copied(name)
-        untied = target.head not in map(parts.family.name, parts.source.tensors)
-        if parts.options.untie_embeddings and untied:
-            yield OutputTensor.of(target.head, parts.tensor(embedding), Role.HEAD)
+        untied = target.head not in map(plan.family.name, plan.source.tensors)
+        if plan.options.untie_embeddings and untied:
+            yield OutputTensor.of(target.head, self._tensor(embedding), Role.HEAD)
+
+    # The dense model ------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> ex.Expr:
+        """Return a tensor that is no expert's, in the output dtype."""
+        return self._options.cast(self._uncast(name))
+
+    def _uncast(self, name: str) -> ex.Source | ex.Mean:
+        """Return a tensor that is no expert's: the source's, or the mean of all models."""
+        stored, merge = self._stored(name), self._plan.merge
+        if merge is None or merge.rest is NonExpertWeights.FIRST:
+            return stored
+        others = (self._stored(name, model + 1) for model in range(len(merge.others)))
+        # The mean is rounded once, to the dtype in which it is written.
+        return ex.Mean((stored, *others), self._options.storage_dtype or stored.dtype)
+
+    def _stored(self, name: str, model: int = 0) -> ex.Source:
+        entry = self._plan.sources[model].tensors[name]
+        return ex.Source(tensor_of(model, name), entry.dtype, entry.shape)
+
+    def _mlp_dtype(self, layer: int) -> str:
+        """Return the dtype of a layer's MLP in the output."""
+        first = self._dense.prefix(layer) + self._mlps[layer][0].name
+        return ex.type_of(self._tensor(first)).dtype
+
+    def _neurons(self, layer: int, part: str, places: tuple[int, int], of: VirtualGroup) -> ex.Expr:
+        """Return a part of the dense MLP for the neurons at [start, stop) of a group's order.
+
+        A permutation of fewer neurons than the MLP has applies to the last ones.
+        """
+        whole, order = self._dense.intermediate_size, of.order
+        found = locate(self._mlps[layer], part, width=whole, shard=places)
+        name = self._dense.prefix(layer) + found.tensor
+        stored, first = self._stored(name, of.model), self._stored(name)
+        if stored.dtype != first.dtype and self._options.dtype is None:
+            one, other = self._plan.source, self._plan.sources[of.model]
+            raise UpcycleError(
+                f"{name} is {stored.dtype} in {other.path}, and {first.dtype} in {one.path}.",
+                "Choose one with --dtype.",
+            )
+        dim, width = found.split_dim, found.stop - found.start
+        if order is not None and dim is not None:
+            # Gathering before casting, as slicing before casting, reads only the bytes needed.
+            start, stop = (place - (whole - order.size) for place in places)
+            offset = found.start - start
+            return self._options.cast(ex.Gather(stored, dim, order, start, stop, offset))
+        if dim is None or stored.shape[dim] == width:
+            return self._options.cast(stored)
+        return self._options.cast(ex.Slice(stored, dim, found.start, found.stop))
+
+    def _random_rows(self, layer: int, purpose: str, rows: int, logit_std: float) -> ex.Expr:
+        """Return random rows whose logits have this standard deviation behind the MLP's norm."""
+        norm = self._dense.norm(self._plan.source.tensors, layer)
+        return ex.Normal(
+            seed=self._recipe.seed,
+            stream=f"layers.{layer}.{purpose}",
+            dtype=self._mlp_dtype(layer),
+            shape=(rows, self._dense.hidden_size),
+            logit_std=logit_std,
+            norm=None if norm is None else self._uncast(norm),
+            offset=self._dense.family.norm_offset,
+        )
+
+    # Tensors that are no experts ------------------------------------------------------------------
 
     def _copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
         """Yield a tensor under its new name, or the several tensors that hold its rows."""
-        family = self.parts.family
-        pieces: tuple[Piece, ...] = ()
-        if layer is not None:
-            pieces = family.pieces.get(name.removeprefix(family.dense.prefix(layer)), ())
-        if layer is None or not pieces:
-            copy = self.parts.tensor(name)
-            yield OutputTensor.of(family.name(name), copy, Role.COPIED, layer)
+        family, dense = self._plan.family, self._dense
+        own_name = name if layer is None else name.removeprefix(dense.prefix(layer))
+        if layer is None or own_name not in family.pieces:
+            yield OutputTensor.of(family.name(name), self._tensor(name), Role.COPIED, layer)
             return
-        start, stored = 0, self.parts.uncast(name)
-        for piece in pieces:
-            stop = start + family.dense.size(piece.rows)
+        start, stored = 0, self._uncast(name)
+        for piece in family.pieces[own_name]:
+            stop = start + dense.size(piece.rows)
             whole = stop - start == ex.type_of(stored).shape[0]
             expr: ex.Expr = stored if whole else ex.Slice(stored, 0, start, stop)
             if piece.halves:
-                expr = ex.DeinterleaveRotary(
-                    expr, family.dense.size("head_dim"), family.dense.rotary_dim
-                )
-            new_name = family.target.prefix(layer) + piece.name
-            yield OutputTensor.of(new_name, self.parts.options.cast(expr), Role.COPIED, layer)
+                expr = ex.DeinterleaveRotary(expr, dense.size("head_dim"), dense.rotary_dim)
+            new_name = self._target.prefix(layer) + piece.name
+            yield OutputTensor.of(new_name, self._options.cast(expr), Role.COPIED, layer)
             start = stop
 
     def _zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Yield the biases that the target's architecture has and the source lacks."""
-        prefix = self.parts.family.target.prefix(layer)
-        for linear in self.parts.family.target.required_biases:
-            if f"{prefix}{linear}.bias" not in names:
-                weight = ex.type_of(self.parts.tensor(f"{prefix}{linear}.weight"))
+        for linear in self._target.required_biases:
+            name = self._target.prefix(layer) + linear
+            if f"{name}.bias" not in names:
+                weight = ex.type_of(self._tensor(f"{name}.weight"))
                 bias = ex.Full(weight.dtype, weight.shape[:1])
-                yield OutputTensor.of(f"{prefix}{linear}.bias", bias, Role.ZERO_BIAS, layer)
+                yield OutputTensor.of(f"{name}.bias", bias, Role.ZERO_BIAS, layer)
+
+    def _added(self, layer: int) -> Iterator[tuple[str, ex.Expr]]:
+        """Yield what the target's row adds to a layer: a constant, or a scaled dense tensor."""
+        for row in self._target.extra_tensors:
+            value = row.value(self._dense.values)
+            if row.of is None:
+                size = self._recipe.num_experts if row.per_expert else self._dense.hidden_size
+                yield row.name, ex.Full(self._mlp_dtype(layer), (size,), value)
+            else:
+                yield row.name, ex.scaled(self._tensor(self._dense.prefix(layer) + row.of), value)
+
+    # Mixtures of experts --------------------------------------------------------------------------
 
     def _mixture(self, layer: int) -> Iterator[OutputTensor]:
         """Yield the tensors that a dense MLP becomes."""
-        parts, target, recipe = self.parts, self.parts.family.target, self.parts.recipe
-        layout = target.layouts[target.layout(parts.options.expert_layout)]
+        target, layout, recipe = self._target, self._layout, self._recipe
         prefix = target.prefix(layer)
         yield OutputTensor.of(prefix + layout.router, self._router(layer), Role.ROUTER, layer)
         name = target.correction_bias(layout, str(recipe.routing))
         if name is not None:
             bias = ex.Full("F32", (*target.bias_rows, recipe.num_experts))
             yield OutputTensor.of(prefix + name, bias, Role.CORRECTION_BIAS, layer)
-        groups = self._groups(layer)
-        weights = [
-            weight for weight in layout.experts if {*weight.parts} <= {*parts_of(parts.mlps[layer])}
-        ]
+        groups, held = self._groups(layer), parts_of(self._mlps[layer])
+        weights = [weight for weight in layout.experts if {*weight.parts} <= {*held}]
         experts = [self._experts(layer, weight, groups) for weight in weights]
         per_expert = any("{expert}" in weight.name for weight in weights)
         for e in range(recipe.num_experts) if per_expert else (None,):
@@ -128,156 +207,118 @@ class TensorMaker:
                 name = prefix + weight.name.format(expert=e)
                 expr = ex.Stack((*exprs,)) if e is None else exprs[e]
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
-        for name, expr in _shared_expert(parts, layer, layout, groups[0]):
+        for name, expr in self._shared_expert(layer, groups[0]):
             yield OutputTensor.of(prefix + name, expr, Role.SHARED_EXPERT, layer)
         for name, expr in self._added(layer):
             yield OutputTensor.of(prefix + name, expr, Role.ADDED, layer)
 
     def _router(self, layer: int) -> ex.Expr:
-        expr: ex.Expr
-        recipe, rows = self.parts.recipe, self.rows
-        if rows is None:
+        recipe, inputs, dtype = self._recipe, self._plan.inputs, self._mlp_dtype(layer)
+        if recipe.router_init is RouterInit.NORMAL:
             std = recipe.router_logit_std or 1.0
-            expr = self.parts.random_rows(layer, "router", recipe.router_rows, std)
+            expr = self._random_rows(layer, "router", recipe.router_rows, std)
+        elif inputs.rows is not None:
+            expr = inputs.rows.router_rows(layer, dtype)
+            expr = expr if expr.dtype == dtype else ex.Cast(expr, dtype)
         else:
-            stored = self.parts.mlp_dtype(layer)
-            dtype, data = rows.dtype or stored, rows.by_layer.get(layer)
-            shape = recipe.router_rows, self.parts.family.dense.hidden_size
-            expr = ex.Constant(router_stream(layer), dtype, shape, rows.origin, data)
-            expr = expr if dtype == stored else ex.Cast(expr, stored)
+            found, origin = self._plan.found(layer), inputs.text_digest
+            shape = recipe.router_rows, self._dense.hidden_size
+            data = None if found is None else found.rows
+            expr = ex.Constant(router_stream(layer), dtype, shape, origin, data)
         repeated = recipe.virtual_groups and recipe.group_size > 1
         return ex.Repeat(expr, recipe.group_size) if repeated else expr
 
     def _groups(self, layer: int) -> list[VirtualGroup]:
         """Return the model and the order of neurons of each virtual group."""
-        recipe, merge, options = self.parts.recipe, self.parts.merge, self.parts.options
-        count = recipe.expansion
-        models = (0,) * count if merge is None else merge.of_groups(count)
+        recipe, plan, inputs = self._recipe, self._plan, self._plan.inputs
+        count, size = recipe.expansion, self._dense.intermediate_size
+        models = (0,) * count if plan.merge is None else plan.merge.of_groups(count)
         orders: list[ex.Permutation | None] = [None] * count
         match recipe.neuron_order:
+            case NeuronOrder.FILE if inputs.orders is not None:
+                orders = [*inputs.orders.orders(layer, count)]
             case NeuronOrder.FILE:
-                assert options.neuron_orders is not None
-                orders = options.neuron_orders.of_layer(layer, count)
+                orders = [ex.Permutation(size, order_name(layer, group)) for group in range(count)]
             case NeuronOrder.CLUSTERED:
                 # One order for all groups: the copies of a shard then stay equal.
-                orders = [self.permutations[layer]] * count
+                found, origin = plan.found(layer), inputs.text_digest
+                indices = None if found is None else found.order
+                order = ex.Permutation(size, order_name(layer), origin=origin, indices=indices)
+                orders = [order] * count
             case NeuronOrder.SHUFFLED:
                 # Shared experts are the same for all groups, and are not shuffled. The first group
                 # keeps its order, so that its experts can be compared with the dense model.
-                width = self.parts.family.dense.intermediate_size // recipe.granularity
-                size = width * recipe.group_size
+                size = plan.expert_size * recipe.group_size
                 for group in range(1, count):
                     orders[group] = ex.Permutation(size, order_name(layer, group), recipe.seed)
         return [VirtualGroup(*pair) for pair in zip(models, orders, strict=True)]
 
     def _experts(self, layer: int, weight: Weight, groups: Sequence[VirtualGroup]) -> list[ex.Expr]:
         """Return one weight of each expert of a layer."""
-        recipe = self.parts.recipe
-        routed = range(recipe.shared_experts, recipe.granularity)
-        # Equal groups share their expressions.
-        shards = {
-            group: [self._shard(layer, weight, shard, group) for shard in routed]
-            for group in {*groups}
-        }
-        # Noise is drawn in the layout of the dense matrices, whatever the output's layout is.
-        cut = find_weight(self.parts.mlps[layer], weight.parts[0]).split_dim
-        plain = (expr for group in groups for expr in shards[group])
-        experts = _perturbed_experts(recipe, replace(weight, split_dim=cut), layer, plain)
+        recipe, made = self._recipe, dict[tuple[VirtualGroup, int, int], ex.Expr]()
+        cut = find_weight(self._mlps[layer], weight.parts[0]).split_dim
         transposed = {cut, weight.split_dim} == {0, 1}
-        return [ex.Transpose(expr) for expr in experts] if transposed else experts
+        found = []
+        routed = range(recipe.shared_experts, recipe.granularity)
+        for expert, (group, shard) in enumerate(product(groups, routed)):
+            # Equal experts share their expression; perturbed ones are all different.
+            key = group, shard, expert if recipe.perturbed else 0
+            if key not in made:
+                parts = [self._part(layer, part, shard, group, expert) for part in weight.parts]
+                expr = ex.joined(parts)
+                made[key] = ex.Transpose(expr) if transposed else expr
+            found.append(made[key])
+        return found
 
-    def _shard(self, layer: int, weight: Weight, shard: int, group: VirtualGroup) -> ex.Expr:
-        """Return one shard of the dense MLP as a weight of an expert holds it."""
-        size = self.parts.family.dense.intermediate_size // self.parts.recipe.granularity
-        parts = []
-        for part in weight.parts:
-            places = shard * size, (shard + 1) * size
-            expr = self.parts.neurons(layer, part, places, group)
-            factor = self.factors.of(part)
-            parts.append(expr if factor == 1.0 else ex.Scale(expr, factor))
-        return ex.Concat(tuple(parts)) if len(parts) > 1 else parts[0]
-
-    def _added(self, layer: int) -> Iterator[tuple[str, ex.Expr]]:
-        """Yield what the target's row adds to a layer: a constant, or a scaled dense tensor."""
-        dense, target = self.parts.family.dense, self.parts.family.target
-        for row in target.extra_tensors:
-            value = row.value(dense.values)
-            if row.of is None:
-                size = self.parts.recipe.num_experts if row.per_expert else dense.hidden_size
-                yield row.name, ex.Full(self.parts.mlp_dtype(layer), (size,), value)
-            else:
-                stored = self.parts.tensor(dense.prefix(layer) + row.of)
-                yield row.name, stored if value == 1.0 else ex.Scale(stored, value)
-
-
-def _shared_expert(
-    parts: DenseParts, layer: int, layout: MoeBlock, group: VirtualGroup
-) -> Iterator[tuple[str, ex.Expr]]:
-    """Yield the names and expressions of a layer's shared expert; nothing where there is none.
-
-    `group` is the first group: all groups agree on the neurons that they share.
-    """
-    shared, count = parts.family.target.shared, parts.recipe.shared_experts
-    if shared is None or not (count or shared.required):
-        return
-    expert_size = parts.family.dense.intermediate_size // parts.recipe.granularity
-    for weight in layout.shared:
-        held: list[ex.Expr] = []
-        for part in weight.parts:
-            if not count:
-                held.append(_inert(parts, layer, part, shared.size or expert_size))
-                continue
-            expr = parts.neurons(layer, part, (0, count * expert_size), group)
-            factor = shared.down_factor if part == "down" else 1.0
-            held.append(expr if factor == 1.0 else ex.Scale(expr, factor))
-        yield weight.name, ex.Concat(tuple(held)) if len(held) > 1 else held[0]
-    if shared.router is not None:
-        std = _HALF_LOGIT_STD if count else 1.0
-        yield shared.router, parts.random_rows(layer, "shared_expert_gate", 1, std)
-
-
-def _inert(parts: DenseParts, layer: int, part: str, size: int) -> ex.Expr:
-    """Return a part of a shared expert that outputs zero but can learn.
-
-    Its down matrix is zero, or the weight of the norm behind it is.
-    """
-    hidden = parts.family.dense.hidden_size
-    shared = parts.family.target.shared
-    if part == "down" and shared is not None and shared.norm is None:
-        return ex.Full(parts.mlp_dtype(layer), (hidden, size))
-    rows = min(_SAMPLE_ROWS, parts.family.dense.intermediate_size)
-    sample = parts.neurons(layer, part, (0, rows))
-    stream = f"layers.{layer}.shared_expert.{part}"
-    shape = (hidden, size) if part == "down" else (size, hidden)
-    return ex.RandomLike(parts.recipe.seed, stream, shape, sample)
-
-
-def _perturbed_experts(
-    recipe: Recipe, weight: Weight, layer: int, experts: Iterable[ex.Expr]
-) -> list[ex.Expr]:
-    """Return a weight of each expert of a layer, perturbed as the recipe says."""
-    if not recipe.perturbed:
-        return [*experts]
-    found: list[ex.Expr] = []
-    for number, expr in enumerate(experts):
-        stream = f"layers.{layer}.experts.{number}"
-        held = expr.parts if isinstance(expr, ex.Concat) else (expr,)
-        parts = tuple(
-            _perturbed(recipe, part, weight.split_dim, stream, each)
-            for part, each in zip(weight.parts, held, strict=True)
-        )
-        found.append(ex.Concat(parts) if len(parts) > 1 else parts[0])
-    return found
-
-
-def _perturbed(recipe: Recipe, part: str, cut: int | None, stream: str, expr: ex.Expr) -> ex.Expr:
-    if recipe.noise:
-        if part.endswith(BIAS):
+    def _part(self, layer: int, part: str, shard: int, group: VirtualGroup, expert: int) -> ex.Expr:
+        """Return a part of one expert: neurons of the dense MLP, scaled and perturbed."""
+        recipe, size = self._recipe, self._plan.expert_size
+        expr = self._neurons(layer, part, (shard * size, (shard + 1) * size), group)
+        expr = ex.scaled(expr, self._plan.factors.of(part))
+        stream = f"layers.{layer}.experts.{expert}"
+        cut = find_weight(self._mlps[layer], part).split_dim
+        # Noise is drawn in the layout of the dense matrices, whatever the output's layout is.
+        if recipe.noise and not part.endswith(BIAS):
+            return ex.AddNoise(expr, recipe.noise, recipe.seed, f"{stream}.{part}")
+        if not recipe.reinit or cut is None:
             return expr
-        return ex.AddNoise(expr, recipe.noise, recipe.seed, f"{stream}.{part}")
-    if cut is None:
-        return expr
-    size = ex.type_of(expr).shape[cut]
-    permutation = ex.Permutation(size, f"{stream}.neurons", recipe.seed)
-    count = recipe.reinit_count(size)
-    return ex.Reinit(expr, cut, permutation, count, recipe.seed, f"{stream}.{part}")
+        order = ex.Permutation(size, f"{stream}.neurons", recipe.seed)
+        count = recipe.reinit_count(size)
+        return ex.Reinit(expr, cut, order, count, recipe.seed, f"{stream}.{part}")
+
+    def _shared_expert(self, layer: int, group: VirtualGroup) -> Iterator[tuple[str, ex.Expr]]:
+        """Yield the names and expressions of a layer's shared expert, if it has one.
+
+        `group` is the first group: all groups agree on the neurons that they share.
+        """
+        shared, count = self._target.shared, self._recipe.shared_experts
+        if shared is None or not (count or shared.required):
+            return
+        size, held = self._plan.expert_size, list[ex.Expr]()
+        for weight in self._layout.shared:
+            if count:
+                places = 0, count * size
+                held = [self._neurons(layer, part, places, group) for part in weight.parts]
+                if weight.parts == ("down",):
+                    held = [ex.scaled(held[0], shared.down_factor)]
+            else:
+                width = shared.size or size
+                held = [self._inert(layer, part, width) for part in weight.parts]
+            yield weight.name, ex.joined(held)
+        if shared.router is not None:
+            std = _HALF_LOGIT_STD if count else 1.0
+            yield shared.router, self._random_rows(layer, "shared_expert_gate", 1, std)
+
+    def _inert(self, layer: int, part: str, size: int) -> ex.Expr:
+        """Return a part of a shared expert that outputs zero but can learn.
+
+        Its down matrix is zero, or the weight of the norm behind it is.
+        """
+        shape = (self._dense.hidden_size, size)
+        if part == "down" and self._target.shared and self._target.shared.norm is None:
+            return ex.Full(self._mlp_dtype(layer), shape)
+        rows = min(_SAMPLE_ROWS, self._dense.intermediate_size)
+        sample = self._neurons(layer, part, (0, rows), VirtualGroup())
+        stream = f"layers.{layer}.shared_expert.{part}"
+        shape = shape if part == "down" else shape[::-1]
+        return ex.RandomLike(self._recipe.seed, stream, shape, sample)

@@ -17,21 +17,19 @@ from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
-from upcycle_cli.models.mlp import Weight, parts_of
+from upcycle_cli.models.mlp import parts_of
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.dense_parts import DenseParts
 from upcycle_cli.plan.expressions import source_names
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge, model_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Plan, Upcycling
-from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.tensor_files import check_neuron_orders
 from upcycle_cli.plan.tensors import TensorMaker
 from upcycle_cli.plan.texts import Prompts
 from upcycle_cli.plan.validate import check_source
-from upcycle_cli.recipe.recipe import Promise, Recipe, ScaleSplit, Scaling
+from upcycle_cli.recipe.recipe import Recipe, ScaleSplit, Scaling
 
 
 def build_plan(
@@ -40,17 +38,16 @@ def build_plan(
     *,
     target: str = "auto",
     options: Options | None = None,
-    inputs: RouterInputs | None = None,
+    inputs: Inputs | None = None,
     merge: Merge | None = None,
 ) -> Plan:
     """Plan the conversion of a dense checkpoint, or of several by `merge`.
 
-    `inputs` is the text or the rows that routers are made from. A recipe that needs a calibration
-    is planned before it runs; `bind` fills in what it finds. Raises UpcycleError when the target
-    cannot express the model, when tensors are not what the config says, or when the recipe does
-    not fit.
+    A recipe that needs a calibration is planned before it runs; `bind` fills in what it finds.
+    Raises UpcycleError when the target cannot express the model, when tensors are not what the
+    config says, or when the recipe or the inputs do not fit.
     """
-    options = options or Options()
+    options, inputs = options or Options(), inputs or Inputs()
     family = choose(
         source.config,
         target,
@@ -72,39 +69,35 @@ def build_plan(
     dropped = check_source(source, dense)
     width, hidden = dense.intermediate_size, dense.hidden_size
     recipe.check_width(width)
-    layout = row.check_layout(options.expert_layout, width // recipe.granularity, hidden)
-    check_neuron_orders(options.neuron_orders, recipe, family.layers, width)
+    expert_size = width // recipe.granularity
+    inputs = inputs.for_recipe(recipe, family.layers, width=width, hidden=hidden)
+    if merge is not None:
+        merge.check(recipe)
+    if isinstance(inputs.text, Prompts):
+        _check_prompts(inputs.text, recipe, source, merge)
     factors = recipe.factors(dense.mlp_kind)
-    config = moe_config(
-        source.config,
-        family,
-        recipe,
-        factors.config,
-        untie_embeddings=options.untie_embeddings,
-        dtype=options.dtype,
-    )
-    inputs = (inputs or RouterInputs()).for_recipe(recipe)
-    mlp = dense.mlp(source.tensors, family.layers[0])
-    _check_merge(merge, recipe, source, inputs)
-    if merge is not None and options.dtype is None:
-        prefixes = map(dense.prefix, family.layers)
-        merge.check_dtypes(source, (p + w.name for p in prefixes for w in mlp))
     plan = Plan(
         options=options,
         source=source,
-        config=config,
+        config=moe_config(
+            source.config,
+            family,
+            recipe,
+            factors.config,
+            untie_embeddings=options.untie_embeddings,
+            dtype=options.dtype,
+        ),
         shards=(),
         target=row,
         num_experts=recipe.num_experts,
         top_k=recipe.top_k,
-        expert_size=width // recipe.granularity,
+        expert_size=expert_size,
         routing=recipe.routing,
         layers=family.layers,
         num_layers=dense.num_layers,
         every_layer=family.layers == dense.mlp_layers,
         shares=recipe.shared_experts > 0,
-        expert_layout=layout,
-        promise=Promise.NONE if merge is not None else recipe.promise(factors, dense.mlp_kind),
+        expert_layout=row.check_layout(options.expert_layout, expert_size, hidden),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
         method=Upcycling(recipe=recipe, family=family, factors=factors),
@@ -114,7 +107,7 @@ def build_plan(
     )
     tensors = _tensors(plan)
     _check_router_range(recipe, tensors)
-    _check_all_used(plan, tensors, mlp)
+    _check_all_used(plan, tensors)
     return replace(plan, shards=fill_shards(tensors, options.max_shard_bytes))
 
 
@@ -135,40 +128,23 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
 
 
 def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
-    bound = replace(plan, calibration=found, bound_digest=plan.digest)
+    method = plan.upcycling
     if plan.recipe.scaling is Scaling.MEASURED:
-        recipe, kind = replace(plan.recipe, scaling=scale), plan.family.dense.mlp_kind
-        factors = recipe.factors(kind)
-        method = replace(plan.upcycling, recipe=recipe, factors=factors)
-        promise = Promise.NONE if plan.merge is not None else recipe.promise(factors, kind)
-        bound = replace(bound, method=method, promise=promise)
+        recipe = replace(plan.recipe, scaling=scale)
+        method = replace(method, recipe=recipe, factors=recipe.factors(plan.family.dense.mlp_kind))
+    bound = replace(plan, calibration=found, bound_digest=plan.digest, method=method)
     return replace(bound, shards=fill_shards(_tensors(bound), plan.options.max_shard_bytes))
 
 
 def _tensors(plan: Plan) -> tuple[OutputTensor, ...]:
     """Return every output tensor; UpcycleError where the inputs do not fit the layers."""
-    recipe, family, found = plan.recipe, plan.family, plan.calibration
-    width, hidden = family.dense.intermediate_size, family.dense.hidden_size
-    maker = TensorMaker(
-        DenseParts(recipe, plan.options, family, plan.source, plan.merge),
-        plan.factors,
-        plan.inputs.router_rows(recipe, family.layers, hidden, found),
-        plan.inputs.permutations(recipe, family.layers, width, found),
-    )
-    return tuple(maker.tensors([name for name in plan.source.tensors if name not in plan.dropped]))
+    return tuple(TensorMaker(plan).tensors())
 
 
-def _check_merge(
-    merge: Merge | None, recipe: Recipe, source: Checkpoint, inputs: RouterInputs
+def _check_prompts(
+    prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
 ) -> None:
-    """Raise UpcycleError for a recipe or prompts that do not fit the models of a merge."""
-    if merge is not None and (recipe.shared_experts or recipe.perturbed):
-        raise UpcycleError(
-            "several models have no neurons in common, and their experts differ already.",
-            "Leave out --shared-experts, --noise and --reinit, or --experts-from.",
-        )
-    if not isinstance(inputs.text, Prompts):
-        return
+    """Raise UpcycleError for prompts that do not fit the models of a merge."""
     if merge is None:
         raise UpcycleError("prompts tell models apart, and there is one.", "Add --experts-from.")
     # Prompts tell models apart, but not several groups of one model, nor experts of one group.
@@ -179,7 +155,7 @@ def _check_merge(
             f"Use an expansion of {len(merge.cycle)}, and virtual groups.",
         )
     models = (source, *merge.others)
-    inputs.text.of_groups([models[number] for number in merge.cycle])
+    prompts.of_groups([models[number] for number in merge.cycle])
 
 
 def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
@@ -196,14 +172,14 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
             )
 
 
-def _check_all_used(plan: Plan, tensors: Collection[OutputTensor], mlp: Collection[Weight]) -> None:
+def _check_all_used(plan: Plan, tensors: Collection[OutputTensor]) -> None:
     """Assert that every source tensor is used or dropped, and every part of the MLP is held."""
-    used = {name for tensor in tensors for name in source_names(tensor.expr)}
-    if plan.merge is not None:  # all models have the same tensors; each is used of some model
-        used = {model_of(name)[1] for name in used}
+    # All models of a merge have the same tensors; each is used of some model.
+    used = {model_of(name)[1] for tensor in tensors for name in source_names(tensor.expr)}
     unused = plan.source.tensors.keys() - used - plan.dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"
     # A shared expert can use a part as a sample that no routed expert holds.
-    lacking = {*parts_of(tuple(mlp))} - {part for tensor in tensors for part in tensor.holds}
+    mlp = plan.family.dense.mlp(plan.source.tensors, plan.layers[0])
+    lacking = {*parts_of(mlp)} - {part for tensor in tensors for part in tensor.parts}
     assert not lacking, f"no expert holds {sorted(lacking)}"

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.models.engines import Support
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
-from upcycle_cli.plan.facts import why_no_promise
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Routing
@@ -48,7 +47,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     """Yield what the user should know before converting, most important first."""
     if plan.promise is Promise.NONE:
         made, source = ("this", "source") if plan.growing else (plan.recipe.name, "dense model")
-        yield f"{made} promises no equality with the {source}: {why_no_promise(plan)}."
+        yield f"{made} promises no equality with the {source}: {plan.why_no_promise}."
     elif plan.growing:
         yield (
             "copies of an expert are chosen together and get equal gradients, so training keeps "

@@ -53,7 +53,7 @@ APPROXIMATE_LOGIT_STD = 0.05
 """Above this nominal logit standard deviation softmax-topk is too far from the dense model to
 promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
 
-FITTED_LOGIT_STD = 0.01
+_FITTED_STD = 0.01
 """The limit for rows fitted to a calibration, whose standard deviation is measured: nominally it is
 larger, on SmolLM2-135M up to 2.3 times."""
 
@@ -180,6 +180,13 @@ class Recipe:
         """Whether experts differ from their shards by noise or new neurons."""
         return bool(self.noise or self.reinit)
 
+    @property
+    def perturbation(self) -> str:
+        """How each expert differs from its shard of the dense MLP, in words."""
+        if self.noise:
+            return f"noise of {self.noise:g} × the standard deviation of each matrix"
+        return f"{100 * self.reinit:g} % of each expert's neurons initialised again"
+
     def reinit_count(self, expert_size: int) -> int:
         """Return how many of an expert's neurons are initialised again."""
         return math.floor(self.reinit * expert_size + 0.5)
@@ -304,28 +311,42 @@ class Recipe:
         bias = 1.0 if self.scaling is Scaling.NONE else bias
         return Factors(c=c, gate=gate, up=up, down=down, down_bias=bias, config=config)
 
-    def promise(self, factors: Factors, kind: MlpKind = GATED) -> Promise:
-        """Return the promise of this (resolved) recipe with these factors."""
-        needed = self._compensation()
-        uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
-        given = self.router_init is RouterInit.FILE
+    def promise(self, factors: Factors, kind: MlpKind = GATED) -> tuple[Promise, str]:
+        """Return the promise of this (resolved) recipe with these factors, and why it is none."""
+        needed, given = self._compensation(), self.router_init is RouterInit.FILE
         std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
+        uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
+        largest = APPROXIMATE_LOGIT_STD if self.router_init is RouterInit.NORMAL else _FITTED_STD
         # An approximate recipe stays approximate with a c that is off by as much as its gates.
-        slack = 1e-12 if uniform else min(std, self.largest_approximate_std) * _OFF_BY_STD
+        slack = 1e-12 if uniform else min(std, largest) * _OFF_BY_STD
         scaled_right = factors.preserve(kind) and math.isclose(factors.c, needed, rel_tol=slack)
-        whole = self.picks_whole_groups and (self.virtual_groups or self.group_size == 1)
-        if self.perturbed or not (scaled_right and whole):
-            return Promise.NONE
-        if uniform:
-            return Promise.EXACT
-        small = not given and std <= self.largest_approximate_std
-        return Promise.APPROXIMATE if small else Promise.NONE
-
-    @property
-    def largest_approximate_std(self) -> float:
-        """The largest standard deviation of logits for which softmax-topk promises anything."""
-        normal = self.router_init is RouterInit.NORMAL
-        return APPROXIMATE_LOGIT_STD if normal else FITTED_LOGIT_STD
+        scale = factors.output(kind) * factors.config
+        size = "G - K" if self.shared_experts else "G"
+        reasons = {
+            f"the experts differ from the dense MLP: {self.perturbation}": self.perturbed,
+            f"top-k {self.top_k} is not a multiple of {size} = {self.group_size}": (
+                not self.picks_whole_groups
+            ),
+            "without virtual groups a token does not get every shard of the dense MLP": (
+                not self.virtual_groups and self.group_size > 1
+            ),
+            f"scaling {self.scaling} does not preserve the MLP's output": (
+                not scaled_right and self.scaling in (Scaling.PAPER, Scaling.NONE)
+            ),
+            "softmax-topk weighs experts by the router's logits, and given rows can be any": (
+                not uniform and given
+            ),
+            f"with router logits of standard deviation {std:g} the gates are far from equal": (
+                not uniform and std > largest
+            ),
+            f"the experts are scaled by {scale:.4g} in all, not by what the routing needs": (
+                not scaled_right
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                return Promise.NONE, reason
+        return (Promise.EXACT if uniform else Promise.APPROXIMATE), ""
 
     @property
     def calibrates(self) -> bool:

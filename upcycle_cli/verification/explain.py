@@ -105,7 +105,7 @@ def _other_expert(
     size, kind = num_bytes(place.expr), type_of(place.expr).dtype
     data, seen = held.mapped(place.name)[place.start : place.start + size], {place.expr}
     for other in experts.values():
-        if (other.holds, other.layer) != (tensor.holds, tensor.layer):
+        if (other.parts, other.layer) != (tensor.parts, tensor.layer):
             continue
         start = 0
         for leaf in leaves(exprs[other.name]):

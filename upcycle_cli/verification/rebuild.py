@@ -2,7 +2,7 @@
 
 The record says what convert was told, so the planner can decide the same directory again. What a
 plan cannot know before it has seen data (rows that were fitted to a text, an order of neurons from
-a file) stays open here; `unknowns.py` fills it in.
+a file) stays unbound here; `unbound.py` fills it in.
 """
 
 from __future__ import annotations
@@ -10,25 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import printable, shell_line
-from upcycle_cli.models.lookup import dense_model, is_moe
+from upcycle_cli.models.lookup import is_moe
 from upcycle_cli.plan.expand import build_growth
-from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.facts import why_no_promise
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.router_inputs import RouterInputs
-from upcycle_cli.plan.tensor_files import PermutationFile, RouterFile, RouterRows, order_name
-from upcycle_cli.plan.texts import BUILTIN, CalibrationText, ModelPrompts, Prompts, calibration_text
+from upcycle_cli.plan.tensor_files import TensorFile
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
-from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Promise, Recipe, RouterInit
+from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Recipe, RouterInit
 from upcycle_cli.write.record import FORMAT, described, origin
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ class MismatchError(Exception):
 class Given:
     """What the user hands to verify beside the models: a file of router rows, a text."""
 
-    router_file: RouterFile | None = None
+    router_file: TensorFile | None = None
     text: CalibrationText | None = None
 
 
@@ -156,33 +153,19 @@ def _upcycling(
     if not isinstance(target, str):
         raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")
     merge = _merge(record, others)
-    from_file = recipe.router_init is RouterInit.FILE
-    if given.router_file is not None and not from_file:
+    if given.router_file is not None and recipe.router_init is not RouterInit.FILE:
         raise UpcycleError(
             f"the routers of this MoE were not given in a file, says its {RECORD_NAME}.",
             "Leave out --router-init.",
         )
-    rows = given.router_file or (_UnknownRows(Path(), {}, {}, "") if from_file else None)
-    text: CalibrationText | Prompts | None = _text(record, given.text)
-    if recipe.router_init is RouterInit.PROMPTS and merge is not None:
-        models = [(dense, *merge.others)[group] for group in merge.cycle]
-        text = Prompts("", tuple(ModelPrompts(model.name, ("",)) for model in models))
-    orders = None
-    if recipe.neuron_order is NeuronOrder.FILE:
-        size = dense_model(dense.config, dense.tensors).intermediate_size
-        orders = _UnknownOrders(Path(), {}, {}, "", size=size)
+    inputs = Inputs(text=_text(record, given.text), rows=given.router_file, complete=False)
     return lambda options: build_plan(
-        recipe,
-        dense,
-        target=target,
-        options=replace(options, neuron_orders=orders),
-        inputs=RouterInputs(text=text, rows=rows),
-        merge=merge,
+        recipe, dense, target=target, options=options, inputs=inputs, merge=merge
     )
 
 
 def _text(record: Record, given: CalibrationText | None) -> CalibrationText | None:
-    """Return the text of the recorded calibration, without texts where it is not at hand.
+    """Return the text of the recorded calibration, None where it is not at hand.
 
     Raises UpcycleError where the user gave another text than the recorded one.
     """
@@ -195,7 +178,7 @@ def _text(record: Record, given: CalibrationText | None) -> CalibrationText | No
     if text.digest == held.get("text_sha256"):
         return text
     if given is None:
-        return CalibrationText("", ())
+        return None
     raise UpcycleError(
         f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
         f"{shown(held.get('text'))} with another SHA-256.",
@@ -257,34 +240,11 @@ def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     return name in model.tensors and model.tensor_digest(name) == recorded["sample"]["sha256"]
 
 
-# What only the MoE knows -----------------------------------------------------------------------
-
-
-class _UnknownRows(RouterFile):
-    """Stands for a file of router rows that the user did not give: their values stay open."""
-
-    def rows(self, layers: Collection[int], shape: tuple[int, int]) -> RouterRows:  # noqa: ARG002
-        return RouterRows(origin="")
-
-
-@dataclass(frozen=True, eq=False)
-class _UnknownOrders(PermutationFile):
-    """Stands for a file of neuron orders: which permutation each group has stays open."""
-
-    size: int = 0
-
-    def check(self, layers: Collection[int], recipe: Recipe, size: int) -> None:
-        """Accept any layers."""
-
-    def of_layer(self, layer: int, expansion: int) -> list[Permutation | None]:
-        return [Permutation(self.size, order_name(layer, group)) for group in range(expansion)]
-
-
 # What the plan promises -------------------------------------------------------------------------
 
 
 def is_fitted(plan: Plan) -> bool:
-    """Whether only another run of the calibration proves what the plan leaves open."""
+    """Whether only another run of the calibration proves what the plan leaves unbound."""
     if plan.growing is not None:
         return False
     recipe = plan.recipe
@@ -293,12 +253,13 @@ def is_fitted(plan: Plan) -> bool:
 
 
 def why_unproven(plan: Plan) -> str | None:
-    """Return why what the plan leaves open cannot be proven; None where it can."""
-    if isinstance(plan.inputs.rows, _UnknownRows):
+    """Return why what the plan leaves unbound cannot be proven; None where it can."""
+    init = None if plan.growing is not None else plan.recipe.router_init
+    if init is RouterInit.FILE and plan.inputs.rows is None:
         return "the file of the router rows is not given (--router-init FILE)"
-    if isinstance(plan.inputs.text, Prompts):
+    if init is RouterInit.PROMPTS:
         return "router rows were made of prompts, which are not at hand"
-    if is_fitted(plan) and plan.inputs.text == CalibrationText("", ()):
+    if is_fitted(plan) and plan.inputs.text is None:
         return "the text of the calibration is not given (--calibration FILE)"
     return None
 
@@ -307,8 +268,11 @@ def expectation(plan: Plan) -> Expectation:
     """Return what the check `outputs` holds the MoE to, as plain values."""
     from upcycle_cli.verification.outputs import Expectation
 
-    reason = why_no_promise(plan) if plan.promise is Promise.NONE else ""
-    expected = Expectation(promise=plan.promise, reason=reason, is_lossless=not plan.rounded_parts)
+    expected = Expectation(
+        promise=plan.promise,
+        reason=plan.why_no_promise,
+        is_lossless=not plan.rounded_parts,
+    )
     if plan.growing is not None:
         size = plan.growing.growth.expand
         return replace(expected, group_size=size, source="smaller MoE")

@@ -2,7 +2,7 @@
 
 - rebuild.py     from `upcycle.json` to the plan, by the function that convert calls
 - directory.py   the files, config.json and settings
-- weights.py     every tensor (unknowns.py: values that only the MoE has; explain.py: in words)
+- weights.py     every tensor (unbound.py: values that only the MoE has; explain.py: in words)
 - outputs.py     both models on text, by transformers' own code; it uses nothing of the planner
 """
 
@@ -30,7 +30,7 @@ from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, spli
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.tensor_files import read_router_file
+from upcycle_cli.plan.tensor_files import ROUTER_ROWS, read_tensor_file
 from upcycle_cli.plan.texts import CalibrationText, calibration_text
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise
@@ -84,7 +84,7 @@ def verify(  # noqa: PLR0913 - options, by name
     texts.check()
     if calibration is not None and not isinstance(calibration, CalibrationText):
         calibration = calibration_text(calibration)
-    rows = None if router_init is None else read_router_file(Path(router_init))
+    rows = None if router_init is None else read_tensor_file(Path(router_init), ROUTER_ROWS)
     given = rebuild.Given(router_file=rows, text=calibration)
     try:
         # Before gigabytes are downloaded.

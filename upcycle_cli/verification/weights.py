@@ -27,7 +27,7 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Place, explain
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
 from upcycle_cli.verification.result import CheckResult, Findings, Status
-from upcycle_cli.verification.unknowns import Unknowns, is_open
+from upcycle_cli.verification.unbound import Unbound, is_unbound
 from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
 
@@ -54,17 +54,17 @@ def check_weights(
 
         fitted = calibrate(plan, watch)
     with plan.reader() as source, moe.reader() as held:
-        unknowns = Unknowns(source, {} if fitted is None else fitted.layers)
-        for tensor in (tensor for tensor in tensors if is_open(tensor.expr)):
+        unbound = Unbound(source, {} if fitted is None else fitted.layers)
+        for tensor in (tensor for tensor in tensors if is_unbound(tensor.expr)):
             stored = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
             if tensor.role is Role.ROUTER:
-                findings.add(*unknowns.read_rows(tensor, *stored))
+                findings.add(*unbound.read_rows(tensor, *stored))
             else:
-                unknowns.look_at(tensor, *stored)
+                unbound.look_at(tensor, *stored)
                 held.release()
-        findings.add(*unknowns.find_orders())
-        exprs = {tensor.name: unknowns.filled(tensor.expr) for tensor in tensors}
-        compared = {name: expr for name, expr in exprs.items() if not is_open(expr)}
+        findings.add(*unbound.find_orders())
+        exprs = {tensor.name: unbound.filled(tensor.expr) for tensor in tensors}
+        compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
         scan = _Scan(source, held, watch)
         differing = scan.run(
             {name: _leaves(expr, name in widened) for name, expr in compared.items()}
@@ -72,11 +72,11 @@ def check_weights(
         findings.add(*explain(plan, moe, differing, exprs, source, held))
     if widened:
         notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
-    if unknowns.orders:
-        notes.append(f"{len(unknowns.orders)} orders of neurons were found by their weights.")
+    if unbound.orders:
+        notes.append(f"{len(unbound.orders)} orders of neurons were found by their weights.")
     if skipped := len(tensors) - len(compared):
         notes.append(f"{skipped} tensors could not be compared.")
-        unproven = unproven or unknowns.why_open
+        unproven = unproven or unbound.why_unbound
     metrics = {
         "tensors": len(compared),
         "bytes": sum(moe.tensors[name].nbytes for name in compared),

@@ -83,6 +83,7 @@ def convert(
             options=values.to_options(moe),
             calibration=moe.calibration,
             router_rows=values.rows_file(moe),
+            neuron_orders=values.orders_file(moe),
             positive_prompts=positive_prompts,
             overwrite=overwrite,
             verify=verify,

@@ -60,10 +60,13 @@ def inspect(
         )
     recipe = files = inputs = None
     if budget is None and values.needs_recipe(context):
-        from upcycle_cli.plan.router_inputs import RouterInputs
+        from upcycle_cli.plan.inputs import Inputs
 
-        rows = values.rows_file(moe)
-        inputs = RouterInputs.read(calibration=moe.calibration, rows=rows)
+        inputs = Inputs.read(
+            calibration=moe.calibration,
+            rows=values.rows_file(moe),
+            orders=values.orders_file(moe),
+        )
         files = values.to_options(moe)
         recipe = values.to_recipe(moe, context, allow_inexact=True)
     silent = json or not (weights or load)

@@ -1,4 +1,4 @@
-"""Values that a plan leaves open until it sees data: router rows, and orders of neurons.
+"""Values that a plan leaves unbound until it sees data: router rows, and orders of neurons.
 
 They are read from the MoE itself and checked. Rows must be usable and the same within a virtual
 group; an order must be a permutation, found by hashing the neurons on both sides.
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 _BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 
 
-def is_open(expr: ex.Expr) -> bool:
-    """Whether an expression has a value that is not known."""
+def is_unbound(expr: ex.Expr) -> bool:
+    """Whether an expression has an unbound value."""
     match expr:
         case ex.Constant(data=None) | ex.Gather(order=ex.Permutation(seed=None, indices=None)):
             return True
         case _:
-            return any(map(is_open, ex.operands(expr)))
+            return any(map(is_unbound, ex.operands(expr)))
 
 
 class _Neurons:
@@ -78,8 +78,8 @@ class _Neurons:
         return None
 
 
-class Unknowns:
-    """The values that a plan leaves open, as they are found tensor by tensor.
+class Unbound:
+    """The values that a plan leaves unbound, as they are found tensor by tensor.
 
     `fitted` has, by layer, what the calibration found when it was run again; empty without one.
     """
@@ -91,7 +91,7 @@ class Unknowns:
         self._rows: dict[str, bytes] = {}
         self.orders: dict[str, bytes] = {}
         """By stream, as 32-bit integers."""
-        self.why_open = "their values depend on data that is not here"
+        self.why_unbound = "their values depend on data that is not here"
         """Why some tensors cannot be compared."""
 
     def read_rows(self, tensor: OutputTensor, held: memoryview, dtype: str) -> Iterator[str]:
@@ -142,10 +142,12 @@ class Unknowns:
         found, kind = expr, ex.type_of(expr).dtype
         while isinstance(found, ex.Cast | ex.Scale):
             found = found.of
-        if not is_open(found):
+        if not is_unbound(found):
             return
         if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Source)):
-            self.why_open = "noise or new neurons hide the order, and its file or text is not here"
+            self.why_unbound = (
+                "noise or new neurons hide the order, and its file or text is not here"
+            )
             return
         if dtype != kind:  # widened without loss, or it will differ
             values = to_float32(matrix.view(NUMPY_DTYPES[dtype]), dtype)
@@ -182,7 +184,7 @@ class Unknowns:
                 return replace(expr, order=replace(order, indices=indices))
             case ex.Concat(parts) | ex.Stack(parts):
                 return replace(expr, parts=tuple(map(self.filled, parts)))
-            case _ if is_open(expr):
+            case _ if is_unbound(expr):
                 return replace(expr, of=self.filled(expr.of))  # type: ignore[arg-type,union-attr]
             case _:
                 return expr
