@@ -33,8 +33,9 @@ STRANGE = {
     "laughs": (front(LAUGHS + GOOD), KEPT, ""),
     "merges": (front(MERGES + GOOD), KEPT, ""),
     # Values that are not lines of text are reported.
-    "a number": (front("license: 5\nlanguage: [en]"), {"language": ["en"]}, "license"),
-    "a mixed list": (front("license: mit\nlanguage: [en, 5]"), {"license": "mit"}, "language"),
+    "a mapping": (front("license: {a: b}\nlanguage: [en]"), {"language": ["en"]}, "license"),
+    "a mixed list": (front("license: mit\nlanguage: [en, []]"), {"license": "mit"}, "language"),
+    "Norwegian": (front("license: null\nlanguage: no"), {"language": "no"}, ""),
     "an alias": (front(f"{LAUGHS}license: *j\nlanguage: [en]"), {"language": ["en"]}, "license"),
     "two lines": (front('license: "a\\nb"\nlanguage: [en]'), {"language": ["en"]}, "license"),
     "a long line": (

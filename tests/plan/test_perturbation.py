@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -112,20 +111,6 @@ def test_draws_depend_on_the_seed_and_not_on_the_layout(
     convert(dense, tmp_path / "seed", recipe(**CHANGES[kind], seed=1), writing=QUICKLY)
     name = EXPERT.format(0, 0, "w1")
     assert not torch.equal(weights_of(tmp_path / "seed")[name], whole[name])
-
-
-def test_the_record_states_what_the_draws_were_based_on(
-    dense: Path, made: Mapping[str, Path]
-) -> None:
-    whole = load_file(dense / "model.safetensors")
-    record = json.loads((made["noise"] / "upcycle.json").read_text(encoding="utf-8"))
-    assert (record["recipe"]["noise"], record["promise"]) == (0.05, "none")
-    for layer, found in enumerate(record["perturbation"]):
-        for part, factor in (("gate", 1), ("up", 2), ("down", 1)):
-            values = whole[f"model.layers.{layer}.mlp.{part}_proj.weight"].double() * factor
-            assert found[part]["mean"] == pytest.approx(float(values.mean()), rel=1e-9)
-            std = float(values.std(correction=0))
-            assert found[part]["std"] == pytest.approx(std, rel=1e-9)
 
 
 @pytest.mark.parametrize(

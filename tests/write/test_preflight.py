@@ -10,7 +10,8 @@ import pytest
 from conftest import clone, read_json, snapshot
 from refusals import Refuses, invoke
 
-from upcycle_cli import Recipe, UpcycleError, convert
+from upcycle_cli import Recipe, UpcycleError, build_plan, convert, open_checkpoint
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.write import preflight
 from upcycle_cli.write.preflight import check_space
 from upcycle_cli.write.staging import partial_of
@@ -118,15 +119,27 @@ def test_an_output_that_cannot_fit_is_refused_before_writing(
     assert list(tmp_path.glob("*.partial")) == []
 
 
-@pytest.mark.parametrize("shares", [False, True])
 def test_what_an_earlier_run_left_counts_as_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shares: bool
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "moe"
+    output, plan = tmp_path / "moe", build_plan(RECIPE, open_checkpoint(llama))
     partial_of(output).mkdir()
-    disk_with(monkeypatch, 500_000, shares=shares)
-    if not shares:  # nobody knows how much shared extents will take
-        with pytest.raises(UpcycleError, match="not enough disk space"):
-            check_space(output, 1_000_000)
-    (partial_of(output) / "shard").write_bytes(bytes(600_000))
-    check_space(output, 1_000_000)
+    disk_with(monkeypatch, plan.nbytes, shares=True)
+    check_space(plan, output)  # nobody knows how much shared extents will take
+    disk_with(monkeypatch, plan.nbytes)
+    with pytest.raises(UpcycleError, match="not enough disk space"):
+        check_space(plan, output)
+    (partial_of(output) / "shard").write_bytes(bytes(5_000_000))
+    check_space(plan, output)
+
+
+def test_a_download_needs_space_too(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = build_plan(RECIPE, open_checkpoint(llama))
+    disk_with(monkeypatch, plan.nbytes + 10_000_000)
+    monkeypatch.setattr(Checkpoint, "bytes_to_download", 1_000_000)
+    check_space(plan, tmp_path / "moe")
+    monkeypatch.setattr(Checkpoint, "bytes_to_download", 100_000_000)
+    with pytest.raises(UpcycleError, match="not enough disk space"):
+        check_space(plan, tmp_path / "moe")

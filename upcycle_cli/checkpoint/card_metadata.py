@@ -1,7 +1,6 @@
 """Model cards: the licence and languages of a source's card, and the seal on the cards we write.
 
-A source's card is written by somebody else. Its YAML front matter is parsed into nodes, which
-expands no references and constructs no objects, and only lines of text are taken from it.
+A source's card is written by somebody else: only lines of text are taken from its front matter.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _INHERITED = ("license", "license_name", "license_link", "language")
+_NULLS = ("", "~", "null")
 _MAX_LINE = 500
 Value = str | list[str]
 
@@ -57,37 +56,28 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
 
     Raises UpcycleError when the front matter cannot be read.
     """
-    from yaml import MappingNode, SafeLoader, ScalarNode, YAMLError, compose  # type: ignore[import-untyped]
+    import yaml  # type: ignore[import-untyped]
 
     block = _BLOCK.match(text)
-    if block is None:
-        return {}
     try:
-        root = compose(block[1], SafeLoader)
-    except (RecursionError, YAMLError) as error:
+        # BaseLoader constructs text, lists and dictionaries only, and merges nothing.
+        found = yaml.load(block[1], yaml.BaseLoader) if block else None  # noqa: S506
+    except (RecursionError, yaml.YAMLError) as error:
         raise UpcycleError(f"its front matter is not YAML: {shown(str(error))}.") from error
-    if not isinstance(root, MappingNode):
-        return {}
+    values = {key: found[key] for key in keys if key in found} if isinstance(found, dict) else {}
     return {
-        key.value: _value(value)
-        for key, value in root.value
-        if isinstance(key, ScalarNode) and key.value in keys
-        if value.tag != "tag:yaml.org,2002:null"
+        key: value if _is_text(value) else None
+        for key, value in values.items()
+        if value not in _NULLS
     }
 
 
-def _value(node: Any) -> Value | None:  # noqa: ANN401 - yaml has no type stubs
-    from yaml import SequenceNode
-
-    if not isinstance(node, SequenceNode):
-        return node.value if _is_line(node) else None
-    return [item.value for item in node.value] if all(map(_is_line, node.value)) else None
-
-
-def _is_line(node: Any) -> bool:  # noqa: ANN401
-    """Whether a node is one printable line of text of a sensible length."""
-    text = node.value if node.tag == "tag:yaml.org,2002:str" else None
-    return isinstance(text, str) and text.isprintable() and 0 < len(text.strip()) <= _MAX_LINE
+def _is_text(value: object) -> bool:
+    """Whether a value is a printable line of text of a sensible length, or a list of lines."""
+    return all(
+        isinstance(line, str) and line.isprintable() and 0 < len(line.strip()) <= _MAX_LINE
+        for line in (value if isinstance(value, list) else [value])
+    )
 
 
 def sealed(card: str) -> str:

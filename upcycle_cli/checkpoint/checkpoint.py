@@ -22,7 +22,6 @@ from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
-    TOKENIZER_CONFIG_NAME,
     WEIGHTS_NAME,
     FileStamp,
     Storage,
@@ -129,11 +128,6 @@ class Checkpoint:
             file.seek(entry.offset)
             return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
-    def tokenizer_config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json, {} when there is none; raises UpcycleError."""
-        name = TOKENIZER_CONFIG_NAME
-        return read_json(self.storage.local(name)) if self.storage.has(name) else {}
-
     @property
     def bytes_to_download(self) -> int:
         """The size of the files that are not downloaded yet."""
@@ -162,17 +156,6 @@ class Checkpoint:
         for file in files:
             if not file.fits(locate(self.path, file.name).stat()):
                 raise file_changed(self.path / file.name)
-
-    def check_readable(self) -> None:
-        """Raise UpcycleError when a local companion cannot be read."""
-        for file in self.companions:
-            path = self.path / file.name
-            if not path.exists():
-                continue  # not downloaded yet
-            try:
-                open_regular(locate(self.path, file.name)).close()
-            except OSError as error:
-                raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -245,16 +228,11 @@ class Reader:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in a directory; UpcycleError when it is missing or damaged."""
-    try:
-        found = path.exists()
-    except OSError as error:  # a name that is too long, or no permission
-        raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
-    if not found:
-        hint = "Give the directory of a Hugging Face checkpoint."
-        raise UpcycleError(f"{path} does not exist.", hint)
-    if not path.is_dir():
-        hint = "Give the directory that holds config.json."
-        raise UpcycleError(f"{path} is not a directory.", hint)
+    # The methods of Path raise OSError for some names.
+    if not os.path.isdir(path):  # noqa: PTH112
+        problem = "is not a directory" if os.path.exists(path) else "does not exist"  # noqa: PTH110
+        hint = "Give the directory of a Hugging Face checkpoint, which holds config.json."
+        raise UpcycleError(f"{path} {problem}.", hint)
     return open_storage(Storage(path))
 
 
@@ -266,7 +244,7 @@ def open_storage(storage: Storage) -> Checkpoint:
         raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
     config = json_object(raw_config, path / CONFIG_NAME)
-    weight_map = _weight_map(storage, config)
+    weight_map = _weight_map(storage)
     shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
     storage.prefetch_headers(shard_names)
     tensors: dict[str, TensorEntry] = {}
@@ -296,12 +274,12 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
 
 
-def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] | None:
+def _weight_map(storage: Storage) -> dict[str, str] | None:
     # transformers reads the single file if both exist.
     if storage.has(WEIGHTS_NAME):
         return None
     if not storage.has(INDEX_NAME):
-        raise find_adapter(storage) or _missing_weights(storage, config)
+        raise find_adapter(storage) or _missing_weights(storage)
     index_path = storage.local(INDEX_NAME)
     weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -315,7 +293,7 @@ def _weight_map(storage: Storage, config: Mapping[str, Any]) -> dict[str, str] |
     return weight_map
 
 
-def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleError:
+def _missing_weights(storage: Storage) -> UpcycleError:
     path = storage.path
     pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
     if pickles:
@@ -324,8 +302,6 @@ def _missing_weights(storage: Storage, config: Mapping[str, Any]) -> UpcycleErro
             "If you trust it, load it with transformers' from_pretrained, save it with "
             "save_pretrained, and give the new directory.",
         )
-    if "model_type" not in config:
-        return UpcycleError(f"{path} has neither weights nor a model_type in {CONFIG_NAME}.")
     return UpcycleError(
         f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}.",
         "Only safetensors checkpoints under these names can be read.",

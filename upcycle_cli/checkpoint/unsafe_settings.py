@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.checkpoint.storage import TOKENIZER_CONFIG_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import matches
 
@@ -88,8 +89,10 @@ def refuse_unsafe_settings(
         config = {key: value for key, value in config.items() if key != "auto_map"}
         names = [name for name in names if not name.endswith(".py") or "/" in name]
     found = [f"config.json: {each}" for each in unsafe_config_settings(config, tuple(parts))]
-    keys = _named(source.tokenizer_config(), _TOKENIZER_KEYS)
-    found += [f"tokenizer_config.json: {each}" for each in keys]
+    if source.storage.has(TOKENIZER_CONFIG_NAME):
+        tokenizer = read_json(source.storage.local(TOKENIZER_CONFIG_NAME))
+        keys = _named(tokenizer, _TOKENIZER_KEYS)
+        found += [f"{TOKENIZER_CONFIG_NAME}: {each}" for each in keys]
     for pattern, effect in _FILES.items():
         # Many file systems ignore case.
         found += [f"{name} {effect}" for name in names if matches(name.casefold(), [pattern])]

@@ -8,7 +8,6 @@ downloads the needed files into its cache. One commit is used from beginning to 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -95,31 +94,6 @@ def download_model(storage: Storage) -> Path:
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
         storage.download([*names, *storage.matching(_FILES_FOR_VERIFY)])
     return storage.path
-
-
-def check_download_space(checkpoints: Sequence[Checkpoint], *, beside: Path) -> int:
-    """Return how many bytes downloads will take from the file system of `beside`.
-
-    Raises UpcycleError when the cache is on another file system that has too little space.
-    """
-    incomplete = [checkpoint for checkpoint in checkpoints if checkpoint.bytes_to_download]
-    nbytes = sum(checkpoint.bytes_to_download for checkpoint in incomplete)
-    cache = _existing_parent((incomplete or checkpoints)[0].path)
-    if not nbytes or cache.stat().st_dev == _existing_parent(beside).stat().st_dev:
-        return nbytes
-    free = shutil.disk_usage(cache).free
-    if nbytes > free:
-        names = ", ".join(checkpoint.name for checkpoint in incomplete)
-        raise UpcycleError(
-            f"not enough disk space to download {names}: {nbytes / 1e6:,.0f} MB needed, "
-            f"{free / 1e6:,.0f} MB free in {cache}.",
-            "Free some, or set HF_HOME to a directory on another file system.",
-        )
-    return 0
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
-from upcycle_cli.write.random_draws import Moments, drawn_on, permutation, standard_normal
+from upcycle_cli.write.random_draws import drawn_on, permutation, standard_normal
 from upcycle_cli.write.rows import (
     TILE,
     OverflowInCastError,
@@ -44,12 +44,10 @@ def evaluate(
     expr: ex.Expr,
     read: Read,
     vanished: Callable[[int], None] = lambda _: None,
-    drawn: Callable[[str, Moments], None] = lambda *_: None,
 ) -> memoryview:
     """Return the bytes of an expression's value; `read` gives a dense tensor's bytes by name.
 
     `vanished` receives how many nonzero values became zero, too small for the output dtype.
-    `drawn` receives the statistics that the noise or the new neurons of a stream followed.
 
     The result may alias what `read` returned. Raises OverflowInCastError when a finite value does
     not fit the output dtype, UpcycleError when a router cannot be drawn.
@@ -58,14 +56,13 @@ def evaluate(
     if stretch is not None:
         name, begin, end = stretch
         return read(name)[begin:end]
-    return _bytes(np.ascontiguousarray(_Evaluator(read, vanished, drawn).value(expr)))
+    return _bytes(np.ascontiguousarray(_Evaluator(read, vanished).value(expr)))
 
 
 def evaluate_together(
     exprs: Sequence[ex.Expr],
     read: Read,
     vanished: Callable[[int], None] = lambda _: None,
-    drawn: Callable[[str, Moments], None] = lambda *_: None,
 ) -> Iterator[tuple[int, memoryview]]:
     """Yield pieces of each expression's bytes in order, with its index in `exprs`.
 
@@ -73,12 +70,12 @@ def evaluate_together(
     cast and scaled once for all, a few at a time. A transposed matrix comes a few rows at a time
     unless draws need all of it, and anything else as a whole.
     """
-    first, evaluator = exprs[0], _Evaluator(read, vanished, drawn)
+    first, evaluator = exprs[0], _Evaluator(read, vanished)
     if isinstance(first, ex.Transpose) and not any(map(_is_drawn, ex.leaves(first.of))):
         for piece in _columns_in_pieces(first.of):
             yield 0, _bytes(evaluator.value(ex.Transpose(piece)))
     elif len(exprs) == 1:
-        yield 0, evaluate(first, read, vanished, drawn)
+        yield 0, evaluate(first, read, vanished)
     else:
         gathers = [_gather_of(expr) for expr in exprs]
         offset, width = gathers[0].offset, gathers[0].order.size
@@ -136,7 +133,6 @@ class _Evaluator:
 
     read: Read
     vanished: Callable[[int], None]
-    drawn: Callable[[str, Moments], None]
 
     def value(self, expr: ex.Expr) -> NDArray[Any]:  # noqa: C901, PLR0911, PLR0912 - a case per kind
         match expr:
@@ -184,9 +180,7 @@ class _Evaluator:
                 values = to_float32(self.value(of), dtype).astype(np.float64).reshape(-1)
                 return _normal(expr, _norm(values) / math.sqrt(max(1, values.size)), dtype)
             case ex.AddNoise(of=of) | ex.Reinit(of=of):
-                values, moments = drawn_on(expr, self.value(of))
-                self.drawn(expr.stream, moments)
-                return values
+                return drawn_on(expr, self.value(of))
             case ex.Full(dtype, shape, value):
                 return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
             case _:

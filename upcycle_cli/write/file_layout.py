@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """A whole file: its header (length prefix included), its parts in order, and its size."""
 
     header: bytes
@@ -45,7 +45,7 @@ class Layout:
     nbytes: int
 
 
-def lay_out(shard: Shard) -> Layout:
+def lay_out(shard: Shard) -> ShardLayout:
     """Return the layout of a file of the output."""
     tensors = sorted(shard.tensors, key=lambda tensor: tensor.nbytes % BLOCK_BYTES != 0)
     header = _header(tensors)
@@ -60,7 +60,7 @@ def lay_out(shard: Shard) -> Layout:
             position += nbytes
     found = first.items()
     parts = tuple(Part(leaf, tensor, nbytes, tuple(at)) for leaf, (tensor, nbytes, at) in found)
-    return Layout(header, parts, position)
+    return ShardLayout(header, parts, position)
 
 
 def bundles(exprs: Sequence[Expr]) -> list[list[Expr]]:
@@ -73,13 +73,13 @@ def bundles(exprs: Sequence[Expr]) -> list[list[Expr]]:
     return [*found.values()]
 
 
-def file_digest(layout: Layout, parts: Mapping[Expr, bytes]) -> str:
+def file_digest(layout: ShardLayout, parts: Mapping[Expr, bytes]) -> str:
     """Return the digest of a file's data from those of its parts; the plan implies the header."""
     return xxh3_128(b"".join(parts[part.expr] for part in layout.parts)).hexdigest()
 
 
 def read_back(
-    file: BufferedReader, layout: Layout, check_running: Callable[[], None]
+    file: BufferedReader, layout: ShardLayout, check_running: Callable[[], None]
 ) -> dict[Expr, bytes] | None:
     """Return the digest of each part; None for another layout. Raises OSError.
 

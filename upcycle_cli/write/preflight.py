@@ -11,7 +11,6 @@ from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
 from upcycle_cli.core.safe_files import is_in, listed_files, locate, open_regular
-from upcycle_cli.hub.remote_checkpoint import check_download_space
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership
 from upcycle_cli.write.staging import aside_of, disk_bytes, is_directory, partial_of
@@ -71,31 +70,45 @@ def check_kind(output: Path) -> None:
         raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
 
 
-def check_space(output: Path, needed: int) -> None:
-    """Raise UpcycleError when the file system of OUTPUT has less than `needed` bytes free.
+def check_space(plan: Plan, output: Path) -> None:
+    """Raise UpcycleError when a file system has too little space for OUTPUT or for a download.
 
     What a killed run left counts as free. Where files share extents, fewer bytes may do.
     """
-    parent = next((parent for parent in output.absolute().parents if parent.exists()), output)
-    partial = partial_of(output)
-    free = shutil.disk_usage(parent).free
-    free += disk_bytes(partial) if is_directory(partial) else 0
-    if needed > free and not can_share(parent):
-        raise UpcycleError(
-            f"not enough disk space for {output}: {needed / 1e6:,.0f} MB needed, "
-            f"{free / 1e6:,.0f} MB free.",
-            "Free some, or write to another file system.",
-        )
+    place, partial = _existing_parent(output), partial_of(output)
+    spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
+    reused = disk_bytes(partial) if is_directory(partial) else 0
+    needed = {place: plan.nbytes + spare - reused}
+    for source in plan.sources:
+        if nbytes := source.bytes_to_download:
+            cache = _existing_parent(source.path)
+            cache = place if cache.stat().st_dev == place.stat().st_dev else cache
+            needed[cache] = needed.get(cache, 0) + nbytes
+    for directory, nbytes in needed.items():
+        where, free = output if directory == place else directory, shutil.disk_usage(directory).free
+        if nbytes > free and not (directory == place and can_share(place)):
+            raise UpcycleError(
+                f"not enough disk space for {where}: {nbytes / 1e6:,.0f} MB needed, "
+                f"{free / 1e6:,.0f} MB free.",
+                "Free some, or write to another file system (HF_HOME says where downloads go).",
+            )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def check_before(plan: Plan, output: Path, *, overwrite: bool) -> None:
     """Raise UpcycleError for every problem that shows before a download or the first byte."""
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
-        source.check_readable()
-    spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
-    spare += check_download_space(plan.sources, beside=output)
-    check_space(output, plan.nbytes + spare)
+        for file in source.companions if source.storage.is_local else ():
+            path = locate(source.path, file.name)
+            try:
+                open_regular(path).close()
+            except OSError as error:
+                raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+    check_space(plan, output)
 
 
 def is_finished(plan: Plan, output: Path) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -29,32 +29,8 @@ _PIECE_ITEMS = 1 << 16
 """Few enough that everything computed from them stays in the processor's cache."""
 
 
-class Moments(NamedTuple):
-    """The number of values, their sum, and the sum of their squares."""
-
-    num_values: int
-    total: float
-    squares: float
-
-    @classmethod
-    def pooled(cls, several: Iterable[Moments]) -> Moments:
-        """Pool several sets; their order does not matter."""
-        counts, totals, squares = zip(*several, strict=True)
-        return cls(sum(counts), math.fsum(totals), math.fsum(squares))
-
-    @property
-    def mean(self) -> float:
-        """The mean."""
-        return self.total / self.num_values
-
-    @property
-    def std(self) -> float:
-        """The standard deviation."""
-        return math.sqrt(max(0.0, self.squares / self.num_values - self.mean**2))
-
-
-def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any], Moments]:
-    """Return the `values` that an expression changes, with its draws, and their statistics.
+def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> NDArray[Any]:
+    """Return the `values` that an expression changes, with its draws.
 
     Raises OverflowInCastError when a value does not fit the dtype, UpcycleError when the values
     are not finite.
@@ -64,26 +40,26 @@ def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> tuple[NDArray[Any
     out = values if values.flags.owndata else values.copy()
     target = out.reshape(-1) if isinstance(expr, AddNoise) else out
     pieces = [*_pieces(expr, target)]
-    found = _moments(to_float32(target[piece], dtype) for piece in pieces)
-    if not math.isfinite(found.squares):
+    mean, std = _mean_and_std(to_float32(target[piece], dtype) for piece in pieces)
+    if not math.isfinite(std):
         raise UpcycleError(
             f"{expr.stream}: a weight of the dense model is not finite, so draws have no scale."
         )
     source = generator(expr.seed, expr.stream)
     for piece in pieces:
         held = target[piece]
-        drawn = source.standard_normal(held.shape) * found.std
+        drawn = source.standard_normal(held.shape) * std
         if isinstance(expr, AddNoise):
             drawn *= expr.std
             drawn += to_float32(held, dtype)
         else:
-            drawn += found.mean
+            drawn += mean
         with np.errstate(over="ignore"):
             made = rounded(drawn, dtype)
         if not np.isfinite(to_float32(made, dtype)).all():
             raise OverflowInCastError
         target[piece] = made
-    return out, found
+    return out
 
 
 def _pieces(expr: AddNoise | Reinit, target: NDArray[Any]) -> Iterator[Index]:
@@ -103,8 +79,8 @@ def _pieces(expr: AddNoise | Reinit, target: NDArray[Any]) -> Iterator[Index]:
         yield slice(start, start + step), neurons
 
 
-def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
-    """Return the statistics of pieces of values, none larger than the first."""
+def _mean_and_std(pieces: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
+    """Return the mean and standard deviation of pieces of values, none larger than the first."""
     count, sums, squares = 0, np.zeros(0), np.zeros(0)
     for piece in pieces:
         flat = piece.reshape(-1).astype(np.float64)
@@ -113,8 +89,11 @@ def _moments(pieces: Iterable[NDArray[np.float32]]) -> Moments:
         sums[: len(flat)] += flat
         squares[: len(flat)] += flat * flat
         count += len(flat)
+    if not np.isfinite(squares).all():
+        return math.nan, math.nan
     # fsum is exactly rounded, so that the order of summation does not matter.
-    return Moments(count, math.fsum(sums.tolist()), math.fsum(squares.tolist()))
+    mean, square = (math.fsum(each.tolist()) / max(1, count) for each in (sums, squares))
+    return mean, math.sqrt(max(0.0, square - mean**2))
 
 
 def standard_normal(seed: int, stream: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

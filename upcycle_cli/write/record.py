@@ -44,7 +44,6 @@ def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
         **_merged(plan),
         "routers": dict(written.routers),
         **_picked(how, "calibration", "router_file", "order_file"),
-        **({"perturbation": _perturbation(written.moments)} if written.moments else {}),
         "plan_sha256": plan.digest,
         "files": list(_listed(plan, staging)),
     }
@@ -102,29 +101,6 @@ def _merged(plan: Plan) -> dict[str, Any]:
 
 def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: how[key] for key in keys if key in how}
-
-
-def _perturbation(found: Mapping[str, tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Return the mean and standard deviation that draws followed, by layer and part.
-
-    They are taken over all experts of a layer: over the matrices that got noise, or over the
-    neurons that were replaced. `found` is by stream.
-    """
-    from upcycle_cli.write.random_draws import Moments  # which imports numpy
-
-    layers: dict[int, dict[str, list[Moments]]] = {}
-    for stream, moments in found.items():
-        _, layer, _, _, part = stream.split(".")
-        layers.setdefault(int(layer), {}).setdefault(part, []).append(Moments(*moments))
-    return [
-        {"layer": layer}
-        | {
-            part: {"mean": every.mean, "std": every.std}
-            for part in sorted(parts)
-            for every in [Moments.pooled(parts[part])]
-        }
-        for layer, parts in sorted(layers.items())
-    ]
 
 
 def _listed(plan: Plan, staging: Staging) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,14 @@ from upcycle_cli.plan.expressions import Expr, source_names
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.file_layout import Layout, Part, bundles, file_digest, lay_out, read_back
+from upcycle_cli.write.file_layout import (
+    Part,
+    ShardLayout,
+    bundles,
+    file_digest,
+    lay_out,
+    read_back,
+)
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 
 # Much less than a huge page: docs/decisions.md says why.
@@ -71,8 +78,6 @@ class Written:
     """The SHA-256 of each router, by tensor name."""
     vanished: dict[Expr, int] = field(default_factory=dict)
     """How many nonzero values of an expression became zero."""
-    moments: dict[str, tuple[int, float, float]] = field(default_factory=dict)
-    """What the draws of each stream followed: the fields of `random_draws.Moments`."""
     shared_bytes: int = 0
     """Bytes that share extents with equal ones, and take no space."""
     reused_bytes: int = 0
@@ -82,7 +87,6 @@ class Written:
         """Add what was found out elsewhere."""
         self.routers |= other.routers
         self.vanished |= other.vanished
-        self.moments |= other.moments
         self.shared_bytes += other.shared_bytes
         self.reused_bytes += other.reused_bytes
 
@@ -171,7 +175,7 @@ class _Task:
     """The writing of one file."""
 
     name: str
-    layout: Layout
+    layout: ShardLayout
     crew: _Crew
     written: Written = field(default_factory=Written)
     complete: Event = field(default_factory=Event)
@@ -192,7 +196,6 @@ class _Task:
         self.written = Written(
             routers=noted["routers"],
             vanished={parts[int(i)].expr: count for i, count in noted["vanished"].items()},
-            moments=noted["moments"],
             shared_bytes=noted["shared_bytes"],
             reused_bytes=weights,
         )
@@ -208,7 +211,6 @@ class _Task:
             "routers": self.written.routers,
             "shared_bytes": self.written.shared_bytes,
             "vanished": {index: count for index, count in enumerate(counts) if count},
-            "moments": self.written.moments,
         }
 
     def write(self) -> None:
@@ -298,10 +300,10 @@ class _Task:
         # Imported here, since it imports numpy.
         from upcycle_cli.write.evaluate import OverflowInCastError, evaluate_together
 
-        vanished, drawn = list[int](), self.written.moments.__setitem__
-        exprs, read = [part.expr for part in parts], self.crew.reader.mapped
+        vanished = list[int]()
+        exprs = [part.expr for part in parts]
         try:
-            yield from evaluate_together(exprs, read, vanished.append, drawn)
+            yield from evaluate_together(exprs, self.crew.reader.mapped, vanished.append)
         except OverflowInCastError as error:
             tensor = parts[0].tensor
             raise UpcycleError(
