@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.core.errors import shown
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.engines import support_lines
 from upcycle_cli.models.layers import format_layers
@@ -61,25 +60,20 @@ def _record_text(record: Mapping[str, Any] | None) -> str:
     """Return what upcycle.json says about the conversion; its values can be anything."""
     if record is None:
         return "missing: nothing says how this MoE was made"
-    recipe, source = record.get("recipe"), record.get("source")
-    growth = record.get("growth")
-    if isinstance(growth, dict) and isinstance(source, dict):
-        expand, name = (_value_text(value) for value in (growth.get("expand"), source.get("name")))
-        return f"grown: each expert {expand} times, from {name}"
-    if not isinstance(recipe, dict) or not isinstance(source, dict):
+    try:
+        recipe, source = record.get("recipe", {}), record["source"]["name"]
+        if isinstance(record.get("growth"), dict):
+            return f"grown: each expert {record['growth']['expand']} times, from {source}"
+        groups = "group" if recipe["expansion"] == 1 else "groups"
+        groups = f"{recipe['expansion']} {groups} of {recipe['granularity']}"
+        if recipe.get("shared_experts"):
+            groups += f" shards, {recipe['shared_experts']} of them shared"
+        return (
+            f"{recipe['name']} ({groups}), {recipe['scaling']} scaling, {recipe['router_init']} "
+            f"rows, seed {recipe['seed']}, from {source}"
+        )
+    except (AttributeError, KeyError, TypeError):
         return "not in a format that this version reads"
-    value = {key: _value_text(each) for key, each in recipe.items()}.get
-    groups = f"{value('expansion')} group{'' if recipe.get('expansion') == 1 else 's'} of "
-    groups += value("granularity", "")
-    if recipe.get("shared_experts"):
-        groups += f" shards, {value('shared_experts')} of them shared"
-    made = f"{value('name')} ({groups}), {value('scaling')} scaling, "
-    made += f"{value('router_init')} rows, seed {value('seed')}"
-    return f"{made}, from {_value_text(source.get('name'))}"
-
-
-def _value_text(value: object) -> str:
-    return value[:100] if isinstance(value, str) else shown(value)
 
 
 def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]:

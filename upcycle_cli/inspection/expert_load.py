@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.texts import CalibrationText
+from upcycle_cli.run.layerwise import started
+from upcycle_cli.run.lazy_models import lazy_model
+from upcycle_cli.run.models import TransformersError, load_config, transformers_errors
+from upcycle_cli.run.texts import as_rows, shares, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +63,6 @@ def measure_expert_load(
     If the MoE has no usable tokenizer, the one of `dense` is used. Raises UpcycleError when neither
     has one, and for a model that transformers cannot run.
     """
-    from upcycle_cli.run.models import TransformersError, load_config
-    from upcycle_cli.run.texts import as_rows, shares, tokenized
-
     watch.begins("checking load")
     moe = experts.moe
     try:
@@ -86,10 +87,6 @@ def measure_expert_load(
 def _run(
     experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Progress
 ) -> Iterator[LayerLoad]:
-    from upcycle_cli.run.layerwise import started
-    from upcycle_cli.run.lazy_models import lazy_model
-    from upcycle_cli.run.models import transformers_errors
-
     model, layers = lazy_model(experts.moe, reader), experts.layers
     chosen: list[torch.Tensor] = []
 

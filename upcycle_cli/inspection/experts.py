@@ -10,14 +10,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
+from upcycle_cli.inspection.weight_drift import LayerDrift, measure_drift
 from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.models.moe_experts import Experts
-
-if TYPE_CHECKING:
-    from upcycle_cli.inspection.weight_drift import LayerDrift
+from upcycle_cli.verification.neuron_hashes import neuron_hashes
 
 _MAX_DIFFERING = 8
 
@@ -81,8 +81,6 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
         works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
         factors = movement = num_shared = None
         if sources:
-            from upcycle_cli.inspection.weight_drift import measure_drift
-
             with ExitStack() as stack:
                 models = [dense_model(source.config, source.tensors) for source in sources]
                 readers = [stack.enter_context(source.reader()) for source in sources]
@@ -115,10 +113,6 @@ def _digest(experts: Experts, reader: Reader, layer: int, expert: int) -> bytes:
 
 def _neurons(experts: Experts, reader: Reader, layer: int, group: range) -> bytes:
     """Return the sorted hashes of a group's neurons, and the bytes of parts without neurons."""
-    import numpy as np
-
-    from upcycle_cli.verification.neuron_hashes import neuron_hashes
-
     hashes, rest = [], []
     for expert in group:
         total = np.zeros(experts.expert_size, np.uint64)

@@ -23,6 +23,7 @@ from upcycle_cli.hub.remote_checkpoint import (
 )
 from upcycle_cli.models.engines import Engine, Trainer, engines_of, trainers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
+from upcycle_cli.models.moe_experts import find_experts
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import ExpertLoad
     from upcycle_cli.inspection.experts import WeightFacts
     from upcycle_cli.models.overview import TargetFacts
-    from upcycle_cli.plan.budget import Budget, SharedChoices, SizedRecipe
     from upcycle_cli.plan.inputs import Inputs
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
@@ -137,17 +137,6 @@ def inspect(
     )
 
 
-def fits(
-    found: Inspection, budget: Budget, wanted: SharedChoices | None = None
-) -> tuple[SizedRecipe, ...]:
-    """Return the recipes for an inspected model that fit a budget; UpcycleError if none does."""
-    if found.kind == "moe":
-        dense_family(found.checkpoint.config)  # raises: an MoE cannot be upcycled
-    from upcycle_cli.plan.budget import fitting
-
-    return fitting(found.checkpoint, budget, wanted)
-
-
 def _inspect_moe(
     checkpoint: Checkpoint,
     weights: bool,  # noqa: FBT001 - as in `inspect`
@@ -155,9 +144,6 @@ def _inspect_moe(
     text: CalibrationText | None,
     watch: Progress,
 ) -> Inspection:
-    from upcycle_cli.inspection.experts import examine_weights
-    from upcycle_cli.models.moe_experts import find_experts
-
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
     tied = bool(text_config_of(checkpoint.config).get("tie_word_embeddings", False))
@@ -176,6 +162,8 @@ def _inspect_moe(
                 f"{sources[0].path} is given.",
                 "Give the others with --experts-from, once for each.",
             )
+        from upcycle_cli.inspection.experts import examine_weights
+
         facts = examine_weights(experts, sources)
     if text is not None:
         from upcycle_cli.inspection.expert_load import measure_expert_load

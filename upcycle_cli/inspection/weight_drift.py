@@ -20,12 +20,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.mlp import locate
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
@@ -114,16 +114,12 @@ def _shared_neurons(experts: Experts, moe: Reader, dense: Source, layer: int) ->
             theirs.append(_sketch(_dense_rows(dense, layer, part, none)))
     if not ours:
         return none
-    order, matched, _ = match_neurons(np.concatenate(ours, 1), np.concatenate(theirs, 1))
-    if matched.mean() < _MOSTLY:
-        return none
-    return np.arange(width) if order is None else order
+    found = match_neurons(np.concatenate(ours, 1), np.concatenate(theirs, 1))
+    return found.order if found.matched.mean() >= _MOSTLY else none
 
 
 def _dense_rows(dense: Source, layer: int, part: str, left_out: NDArray[np.intp]) -> torch.Tensor:
     """Return a part of a dense MLP, a row for each neuron that is not left out."""
-    import torch
-
     checkpoint, model, reader = dense
     mlp = model.mlp(checkpoint.tensors, layer)
     found = locate(mlp, part, width=model.intermediate_size)
@@ -136,12 +132,12 @@ def _dense_rows(dense: Source, layer: int, part: str, left_out: NDArray[np.intp]
     return rows[torch.from_numpy(np.setdiff1d(np.arange(len(rows)), left_out))]
 
 
-class Matches(NamedTuple):
+@dataclass(frozen=True)
+class Matches:
     """Which of their neurons is which of ours."""
 
-    order: NDArray[np.intp] | None
-    """For each of our neurons its place among theirs, any free place for one without a match; None
-    when all matches are in their own place."""
+    order: NDArray[np.intp]
+    """For each of our neurons its place among theirs; any free place for one without a match."""
     matched: NDArray[np.bool_]
     """Which of our neurons have a match."""
     similarity: float
@@ -155,7 +151,7 @@ def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Mat
     )
     cosines = (ours * theirs[: len(ours)]).sum(1)
     in_place = cosines > _SIMILAR
-    unmoved = Matches(None, in_place, float(cosines.sum()))
+    unmoved = Matches(np.arange(len(ours)), in_place, float(cosines.sum()))
     if in_place.all():
         return unmoved
     order, best = np.empty(len(ours), np.intp), np.empty(len(ours), np.float32)
@@ -174,19 +170,18 @@ def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Mat
     return Matches(order, matched, float(best[similar].sum()))
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """A virtual group, and how its neurons match those of the dense model that is most similar."""
 
     start: int
     """The first expert."""
     model: int
-    order: torch.Tensor
-    """For each dense neuron, its position in the group."""
-    matched: torch.Tensor
-    """Which dense neurons are compared: those that match, or all if none does."""
-    unlike: float
-    """The share of neurons that do not match."""
+    matches: Matches
+
+    @property
+    def unlike(self) -> float:
+        """The share of neurons that do not match."""
+        return 1 - float(self.matches.matched.mean())
 
 
 @dataclass
@@ -216,8 +211,6 @@ class _Layer:
 
     def drift(self, factors: Mapping[str, float]) -> LayerDrift:
         """Return how far the experts have moved; `factors` are those of the conversion."""
-        import torch
-
         squares, lengths = torch.zeros(2, self.experts.num_experts, dtype=torch.float64)
         apart = 0.0
         for part in self.dense_mlps[0]:
@@ -254,44 +247,37 @@ class _Layer:
 
         A part without neurons has a row for each expert.
         """
-        import torch
-
         actual = self._rows(part, group.start)
         dense = self.dense_mlps[group.model][part].to(actual.dtype)
         owners, matched = torch.arange(self.group_size), torch.ones(self.group_size)
         if self.experts.cut(part) is None:
             dense = dense.expand(self.group_size, -1)
         else:
-            actual, matched = actual[group.order], group.matched
-            owners = group.order // self.experts.expert_size
+            order, found = torch.from_numpy(group.matches.order), group.matches.matched
+            # A group without any match is compared as it is.
+            actual, matched = actual[order], torch.from_numpy(found if found.any() else ~found)
+            owners = order // self.experts.expert_size
         if actual.shape != dense.shape:
             raise UpcycleError("the dense model has MLPs of other sizes: not the source.")
         return actual, dense, matched[:, None], group.start + owners
 
     def _rows(self, part: str, start: int, columns: int | None = None) -> torch.Tensor:
         """Return the first `columns` of a part of the group that starts with this expert."""
-        import torch
-
         experts, dim = range(start, start + self.group_size), self.experts.cut(part)
         matrices = (self.experts.part(self.moe, self.layer, e, part) for e in experts)
         return torch.cat([_by_neuron(matrix, dim)[:, :columns] for matrix in matrices])
 
     @cached_property
     def _groups(self) -> list[_Group]:
-        import torch
-
         parts = [part for part in ("gate", "up", "down") if part in self.dense_mlps[0]]
         dense = [np.concatenate([_sketch(m[part]) for part in parts], 1) for m in self.dense_mlps]
         groups = []
         for start in range(0, self.experts.num_experts, self.group_size):
             sketches = [_sketch(self._rows(part, start, _SKETCH_SIZE)) for part in parts]
-            matches = [match_neurons(rows, np.concatenate(sketches, 1)) for rows in dense]
+            joined = np.concatenate(sketches, 1)
+            matches = [match_neurons(rows, joined) for rows in dense]
             model = max(range(len(matches)), key=lambda number: matches[number].similarity)
-            order, matched, _ = matches[model]
-            order = np.arange(len(matched)) if order is None else order
-            compared = torch.from_numpy(matched if matched.any() else ~matched)
-            unlike = 1 - float(matched.mean())
-            groups.append(_Group(start, model, torch.from_numpy(order), compared, unlike))
+            groups.append(_Group(start, model, matches[model]))
         return groups
 
 

@@ -44,10 +44,8 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
 
     def windows(values: ConfigValues, count: int) -> Windows:
         is_used = "use_sliding_window" not in values.defaults or values["use_sliding_window"]
-        window, kinds = (
-            values["sliding_window"] if is_used else None,
-            values.config.get("layer_types"),
-        )
+        window = values["sliding_window"] if is_used else None
+        kinds = values.config.get("layer_types")
         if kinds is None:
             return tuple(window if slides(values, layer) else None for layer in range(count))
         if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
@@ -66,8 +64,10 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
     return windows
 
 
-_FROM_MAX_WINDOW_LAYERS = _sliding(lambda values, layer: layer >= values["max_window_layers"])
-_ALL_BUT_EACH_FOURTH = _sliding(
+_ALL_SLIDE = _sliding(lambda *_: True)
+_ALL_BUT_EACH_FOURTH = _sliding(lambda _, layer: layer % 4 != 0)
+_LAST_SLIDE = _sliding(lambda values, layer: layer >= values["max_window_layers"])
+_BY_PATTERN = _sliding(
     lambda values, layer: (layer + 1) % values.config.get("sliding_window_pattern", 4) != 0
 )
 
@@ -130,13 +130,11 @@ _LLAMA = ("LlamaModel", "LlamaForCausalLM")
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily("llama", "Llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open")),
     DenseFamily("mistral", "Mistral", windows=_alike, targets=("mixtral", "qwen2_moe")),
-    DenseFamily(
-        "qwen2", "Qwen2", windows=_FROM_MAX_WINDOW_LAYERS, targets=("qwen2_moe", "glm4_moe")
-    ),
+    DenseFamily("qwen2", "Qwen2", windows=_LAST_SLIDE, targets=("qwen2_moe", "glm4_moe")),
     DenseFamily(
         "qwen3",
         "Qwen3",
-        windows=_FROM_MAX_WINDOW_LAYERS,
+        windows=_LAST_SLIDE,
         targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
     ),
     DenseFamily("apertus", "Apertus", **_FEEDFORWARD_NORM),
@@ -152,7 +150,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("codegen", "CodeGen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", "Cohere", norm=_PARALLEL),
     DenseFamily(
-        "cohere2", "Cohere2", norm=_PARALLEL, windows=_ALL_BUT_EACH_FOURTH, targets=("cohere2_moe",)
+        "cohere2", "Cohere2", norm=_PARALLEL, windows=_BY_PATTERN, targets=("cohere2_moe",)
     ),
     DenseFamily("cwm", "Cwm"),
     DenseFamily("diffllama", "DiffLlama"),
@@ -227,7 +225,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "granite_swa",
         "GraniteSWA",
-        windows=_sliding(lambda _, layer: layer % 4 != 0),
+        windows=_ALL_BUT_EACH_FOURTH,
         targets=("granitemoe_swa",),
     ),
     DenseFamily(
@@ -255,9 +253,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("lfm3", "Lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily("minicpm3", "MiniCPM3"),
-    DenseFamily(
-        "ministral", "Ministral", windows=_sliding(lambda *_: True), targets=("qwen2_moe",)
-    ),
+    DenseFamily("ministral", "Ministral", windows=_ALL_SLIDE, targets=("qwen2_moe",)),
     DenseFamily("ministral3", "Ministral3"),
     DenseFamily(
         "modernbert-decoder",

@@ -85,7 +85,11 @@ def inspect(
         )
     if report is not None:
         _write_report(report, found, path)
-    fits = None if budget is None else summary.fits(found, budget, wanted)
+    fits = None
+    if budget is not None:
+        from upcycle_cli.plan.budget import fitting
+
+        fits = fitting(found.checkpoint, budget, wanted)
     if json:
         _print_json(found, fits, tensors=tensors)
         return
