@@ -264,7 +264,7 @@ def _make(
     team: Team,
 ) -> Conversion:
     """Calibrate, write, verify and publish, on the rank that leads."""
-    from upcycle_cli.calibrate.cache import with_calibration
+    from upcycle_cli.calibrate.collect import with_calibration
     from upcycle_cli.publish.card import model_card
     from upcycle_cli.write.record import write_checksums, write_metadata
     from upcycle_cli.write.transaction import publish
@@ -294,7 +294,7 @@ def _make(
 
 def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
     """Write this rank's share of the shards; rank 0 does everything else."""
-    from upcycle_cli.calibrate.cache import with_calibration
+    from upcycle_cli.calibrate.collect import with_calibration
     from upcycle_cli.write.transaction import join
 
     team.exchange(None)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.calibrate.neuron_clusters import clustered_order
-from upcycle_cli.calibrate.router_rows import RowSpec, balanced, centroids, loads, prompted
+from upcycle_cli.calibrate.router_rows import balanced, centroids, loads, prompted
 from upcycle_cli.write.random_draws import standard_normal
 
 Array = np.ndarray[Any, Any]
@@ -19,8 +19,8 @@ def draw(stream: str, shape: tuple[int, int]) -> Array:
     return standard_normal(0, stream, shape)
 
 
-def wanted(rows: int, chosen: int) -> RowSpec:
-    return RowSpec(rows=rows, chosen=chosen, logit_std=1.0, stream="router")
+def wanted(rows: int, chosen: int) -> Recipe:
+    return Recipe(expansion=rows, granularity=1, top_k=chosen)
 
 
 @pytest.mark.parametrize("chosen", [1, 4])
@@ -36,7 +36,7 @@ def test_fitted_rows_have_a_balanced_load(chosen: int) -> None:
     seen, unseen = inputs(), inputs()
     drawn_E = loads(unseen @ draw("router", (E, H)).T, chosen)
     for fit, share in ((balanced, 0.25), (centroids, 0.5)):
-        rows_EH = fit(seen, wanted(E, chosen), draw)
+        rows_EH = fit(seen, wanted(E, chosen), "router", draw)
         load_E = loads(unseen @ rows_EH.T, chosen)
         assert load_E.std() < share * drawn_E.std()
         assert load_E.min() > 0
@@ -55,7 +55,7 @@ def test_an_unlucky_draw_is_repeated() -> None:
             drawn[2:] = drawn[1]  # the first of equal rows takes all tokens
         return drawn
 
-    load_E = loads(inputs_PH @ balanced(inputs_PH, wanted(4, 1), unlucky).T, 1)
+    load_E = loads(inputs_PH @ balanced(inputs_PH, wanted(4, 1), "router", unlucky).T, 1)
     assert "router.1" in streams
     assert load_E.min() > 0.25 * load_E.mean()
 
@@ -65,7 +65,7 @@ def test_rows_of_prompts_see_what_tells_their_prompts_apart() -> None:
     inputs_PH[:30, 0] += 5
     inputs_PH[30:60, 1] += 5
     weights_EP = np.kron(np.eye(3), np.full(30, 1 / 30))
-    rows_EH = prompted(weights_EP, inputs_PH, wanted(3, 1), draw)
+    rows_EH = prompted(inputs_PH, weights_EP, wanted(3, 1), "router")
     chosen_P = (inputs_PH @ rows_EH.T).argmax(1)
     assert (chosen_P[:60] == np.repeat([0, 1], 30)).mean() > 0.9
 
@@ -80,7 +80,7 @@ def test_rows_of_prompts_see_what_tells_their_prompts_apart() -> None:
 )
 def test_inputs_that_no_rows_fit(inputs: Array, words: str) -> None:
     with pytest.raises(UpcycleError, match=words):
-        centroids(inputs, wanted(4, 1), draw)
+        centroids(inputs, wanted(4, 1), "router", draw)
 
 
 def planted() -> tuple[Array, Array, Array]:

@@ -1,5 +1,5 @@
 """Calibration: run the dense model on a text, and fit router rows and neuron orders to it.
 
-`collect` runs the model, `statistics` evaluates one layer, `router_rows` and `neuron_clusters` have
-the algorithms in numpy, and `cache` keeps the result while a conversion is unfinished.
+`collect` runs the model, `layer_calibration` evaluates one layer, and `router_rows` and
+`neuron_clusters` have the algorithms in numpy.
 """

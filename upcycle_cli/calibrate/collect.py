@@ -10,20 +10,25 @@ a router.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound
 from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import CalibrationText, Prompts
+from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.run.models import Model, load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
+from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.staging import CALIBRATION, Staging
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,33 @@ TOKENS = 2048
 """The number of tokens used, at most: SmolLM2-135M takes ten seconds for them on two cores."""
 _FEWEST = 256
 """Fewer tokens say little about what a layer's inputs have in common."""
+_MOST_CACHED_BYTES = 4_000_000_000
+
+
+def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Progress) -> Plan:
+    """Return the plan with its calibration filled in, on every rank; rank 0 has the `staging`.
+
+    A conversion that is resumed uses the calibration that it has, so that all of an output follows
+    from one calibration, whatever machine completes it. Raises UpcycleError when the calibration
+    cannot be run.
+    """
+    if plan.inputs.text is None:
+        return plan
+
+    def find() -> Calibration | None:
+        if staging is None:
+            return None
+        path = staging.directory / CALIBRATION
+        # A damaged file is no error: the calibration is run again.
+        with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
+            return Calibration.from_bytes(read_small(path, _MOST_CACHED_BYTES))
+        found = calibrate(plan, watch)
+        write_whole(path, found.to_bytes(), durable=staging.durable)
+        return found
+
+    found = team.gather(find)[0]
+    assert found is not None
+    return bind(plan, found)
 
 
 def calibrate(plan: Plan, watch: Progress) -> Calibration:
@@ -118,7 +150,7 @@ def _run(
     plan: Plan, reader: Reader | MergedReader, tokens: _Tokens, watch: Progress
 ) -> Iterator[LayerFound]:
     """Yield the calibration of each layer that gets experts; raises TransformersError."""
-    from upcycle_cli.calibrate.layer_calibration import LayerCalibration
+    from upcycle_cli.calibrate.layer_calibration import calibrate_layer
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model
 
@@ -144,7 +176,7 @@ def _run(
             run.steps.advance()
             handle.remove()
             inputs_PH = run.mlp_input.flatten(0, -2)[tokens.positions].double().numpy()
-            fit = LayerCalibration(plan, reader, routers[layer], layer, tokens.weights)
-            yield fit.evaluate(inputs_PH, activity.pop().numpy())
+            found = routers[layer], reader, inputs_PH, activity.pop().numpy(), tokens.weights
+            yield calibrate_layer(plan.recipe, *found)
             reader.release()
             watch.checked(layer + 1, dense.num_layers, "layers")

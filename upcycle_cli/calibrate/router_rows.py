@@ -7,12 +7,12 @@ groups that a token chooses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 Array: TypeAlias = "NDArray[np.float64]"
 Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
 """Returns standard normal values by the name of their stream."""
-
-Fit: TypeAlias = "Callable[[Array, RowSpec, Draw], Array]"
-"""Fits rows to a layer's inputs."""
 
 _DIRECTIONS = 3
 """At most so many principal directions are removed together with the mean."""
@@ -35,57 +32,42 @@ _FAIR = 0.25
 """A draw is good if its least loaded row has this much of the mean load."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowSpec:
-    """The rows that are wanted: how many, how many a token chooses, how large their logits."""
-
-    rows: int
-    chosen: int
-    logit_std: float
-    stream: str
-
-
-def balanced(inputs_PH: Array, wanted: RowSpec, draw: Draw) -> Array:
-    """Return random rows without the directions that all tokens share.
+def balanced(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array:
+    """Return random rows without the directions that all tokens share; `stream` is the router's.
 
     Nearly all of an MLP's input can be its mean: a row that is not orthogonal to it gives every
     token about the same logit, and one group always wins. So the mean and the strongest principal
     directions are removed from random rows, and each row is scaled so that its logits have the
     wanted standard deviation. If a row's load on the text is still small, all rows are drawn anew.
     """
-    common_HC = _common(inputs_PH, draw, wanted.stream)
-    best: tuple[float, Array] | None = None
-    for attempt in range(_TRIES):
-        # The first draw is that of a router without a calibration.
-        stream = wanted.stream if attempt == 0 else f"{wanted.stream}.{attempt}"
-        rows_EH = _without(draw(stream, (wanted.rows, inputs_PH.shape[1])), common_HC)
-        rows_EH = _scaled(rows_EH, inputs_PH, wanted)
-        load_E = loads(inputs_PH @ rows_EH.T, wanted.chosen)
-        fairness = float(load_E.min() / load_E.mean())
-        if best is None or fairness > best[0]:
-            best = fairness, rows_EH
-        if fairness >= _FAIR:
-            break
-    assert best is not None
-    return best[1]
+    common_HC = _common(inputs_PH, stream, draw)
+    found: list[tuple[float, Array]] = []
+    while len(found) < _TRIES and not (found and found[-1][0] >= _FAIR):
+        # The first draw is the one of a router without a calibration.
+        attempt = f"{stream}.{len(found)}" if found else stream
+        rows_EH = _without(draw(attempt, (recipe.router_rows, inputs_PH.shape[1])), common_HC)
+        rows_EH = _scaled(rows_EH, inputs_PH, recipe, stream)
+        load_E = loads(inputs_PH @ rows_EH.T, recipe.rows_chosen)
+        found.append((float(load_E.min() / load_E.mean()), rows_EH))
+    return max(found, key=lambda each: each[0])[1]
 
 
-def centroids(inputs_PH: Array, wanted: RowSpec, draw: Draw) -> Array:
+def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array:
     """Return the centres of clusters of the inputs, by k-means on the sphere.
 
     The shared directions are removed from the inputs first, and each row is scaled, as in
     `balanced`. Raises UpcycleError when there are fewer positions than rows.
     """
-    positions, rows = len(inputs_PH), wanted.rows
+    positions, rows = len(inputs_PH), recipe.router_rows
     if positions < rows:
         raise UpcycleError(
             f"{rows} clusters of a layer's inputs need {rows} tokens, and the text has "
             f"{positions}.",
             "Give --calibration more text, or use --router-init balanced.",
         )
-    seen_PH = _without(inputs_PH - inputs_PH.mean(0), _common(inputs_PH, draw, wanted.stream))
+    seen_PH = _without(inputs_PH - inputs_PH.mean(0), _common(inputs_PH, stream, draw))
     seen_PH /= np.maximum(np.linalg.norm(seen_PH, axis=1, keepdims=True), np.finfo(float).tiny)
-    order_P = np.argsort(draw(f"{wanted.stream}.centres", (1, positions))[0], kind="stable")
+    order_P = np.argsort(draw(f"{stream}.centres", (1, positions))[0], kind="stable")
     centres_EH = seen_PH[order_P[:rows]]
     for _ in range(_CLUSTER_STEPS):
         nearest_P = (seen_PH @ centres_EH.T).argmax(1)
@@ -94,10 +76,10 @@ def centroids(inputs_PH: Array, wanted: RowSpec, draw: Draw) -> Array:
         lengths_E = np.linalg.norm(sums_EH, axis=1)
         kept = lengths_E > 0  # an empty cluster stays where it is
         centres_EH[kept] = sums_EH[kept] / lengths_E[kept, None]
-    return _scaled(centres_EH, inputs_PH, wanted)
+    return _scaled(centres_EH, inputs_PH, recipe, stream)
 
 
-def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: RowSpec, _: Draw) -> Array:
+def prompted(inputs_PH: Array, weights_EP: Array, recipe: Recipe, stream: str) -> Array:
     """Return the mean input of each row's prompts, without the directions that all prompts share.
 
     `weights_EP` has the weight of each position in a row's mean, negative for negative prompts. The
@@ -105,14 +87,13 @@ def prompted(weights_EP: Array | None, inputs_PH: Array, wanted: RowSpec, _: Dra
     mean of all inputs, along which one row would win for every token. Each row is scaled as in
     `balanced`.
     """
-    assert weights_EP is not None
     rows_EH = weights_EP @ inputs_PH
     rows_EH = rows_EH - rows_EH.mean(0)
     mean_H = inputs_PH.mean(0)
     length = np.linalg.norm(mean_H)
     if length > 0:
         rows_EH = _without(rows_EH, mean_H[:, None] / length)
-    return _scaled(rows_EH, inputs_PH, wanted)
+    return _scaled(rows_EH, inputs_PH, recipe, stream)
 
 
 def loads(logits_PE: Array, chosen: int) -> Array:
@@ -128,7 +109,7 @@ def chosen_gates(logits_PE: Array, chosen: int) -> float:
     return float(gates_PE[:, -chosen:].sum(1).mean())
 
 
-def _common(inputs_PH: Array, draw: Draw, stream: str) -> Array:
+def _common(inputs_PH: Array, stream: str, draw: Draw) -> Array:
     """Return orthonormal directions (H, C): the mean, and the strongest of the rest."""
     mean_H = inputs_PH.mean(0)
     length = np.linalg.norm(mean_H)
@@ -153,13 +134,13 @@ def _without(rows: Array, common_HC: Array) -> Array:
     return rows - (rows @ common_HC) @ common_HC.T
 
 
-def _scaled(rows_EH: Array, inputs_PH: Array, wanted: RowSpec) -> Array:
+def _scaled(rows_EH: Array, inputs_PH: Array, recipe: Recipe, stream: str) -> Array:
     std_E = (inputs_PH @ rows_EH.T).std(0)
     if not (np.isfinite(std_E).all() and (std_E > 0).all()):
         raise UpcycleError(
-            f"the text gives every token the same input ({wanted.stream}), so no router can tell "
+            f"the text gives every token the same input ({stream}), so no router can tell "
             "them apart.",
             "Give --calibration another text.",
         )
-    scaled: Array = rows_EH * (wanted.logit_std / std_E[:, None])
+    scaled: Array = rows_EH * ((recipe.router_logit_std or 1.0) / std_E[:, None])
     return scaled

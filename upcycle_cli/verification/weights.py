@@ -11,9 +11,8 @@ import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from threading import Event, Lock
 
 import numpy as np
 
@@ -122,10 +121,7 @@ class _Scan:
     source: Reader | MergedReader
     held: Reader
     watch: Progress
-    differing: list[Place] = field(default_factory=list)
     _read: int = 0
-    _lock: Lock = field(default_factory=Lock)
-    _stop: Event = field(default_factory=Event)
 
     def run(self, tensors: Mapping[str, Sequence[Expr]]) -> list[Place]:
         """Return the leaves that differ, in the order of the files."""
@@ -138,6 +134,7 @@ class _Scan:
                     places.setdefault(leaf, []).append(Place(name, start, leaf))
                 start += num_bytes(leaf)
             total += start
+        differing: list[Place] = []
         self.watch.checked(0, total, "bytes")
         pool = ThreadPoolExecutor(_THREADS, "upcycle-weights")
         try:
@@ -146,19 +143,18 @@ class _Scan:
                 for bundle in bundles([*places])
             ]
             for job in as_completed(jobs):
-                done += job.result()
+                nbytes, wrong = job.result()
+                differing += wrong
+                done += nbytes
                 self.watch.checked(done, total, "bytes")
         finally:
-            self._stop.set()
             pool.shutdown(cancel_futures=True)
         order = {name: number for number, name in enumerate(tensors)}
-        return sorted(self.differing, key=lambda each: (order[each.name], each.start))
+        return sorted(differing, key=lambda each: (order[each.name], each.start))
 
-    def _compare(self, leaves_: Mapping[Expr, Sequence[Place]]) -> int:
-        """Compare some leaves with all their places; return how many bytes that were."""
+    def _compare(self, leaves_: Mapping[Expr, Sequence[Place]]) -> tuple[int, set[Place]]:
+        """Compare some leaves with all their places; return how many bytes, and what differs."""
         exprs, wrong = [*leaves_], set[Place]()
-        if self._stop.is_set():
-            return 0
         positions = [0] * len(exprs)
         for number, value in evaluate_together(exprs, self.source.mapped):
             start, expr = positions[number], exprs[number]
@@ -168,27 +164,20 @@ class _Scan:
                 for place in leaves_[expr]:
                     if place not in wrong and not self._holds(place, start + step, piece):
                         wrong.add(place)
-        with self._lock:
-            self.differing += wrong
-        return sum(num_bytes(expr) * len(found) for expr, found in leaves_.items())
+        return sum(num_bytes(expr) * len(found) for expr, found in leaves_.items()), wrong
 
     def _holds(self, place: Place, start: int, value: memoryview) -> bool:
         """Whether the bytes of a place from `start` on are these."""
         begin = place.start + start
         data = self.held.mapped(place.name)[begin : begin + len(value)]
-        self._count(len(value))
+        self._read += len(value)  # without a lock: a lost count only delays the release
+        if self._read >= _RELEASE_BYTES:
+            self._read = 0
+            self.source.release()
+            self.held.release()
         one, other = (np.frombuffer(each, np.uint8) for each in (data, value))
         _populate(one.ctypes.data, len(one))
         return bool(_libc().memcmp(one.ctypes.data, other.ctypes.data, len(one)) == 0)
-
-    def _count(self, nbytes: int) -> None:
-        with self._lock:
-            self._read += nbytes
-            full = self._read >= _RELEASE_BYTES
-            self._read = 0 if full else self._read
-        if full:
-            self.source.release()
-            self.held.release()
 
 
 def _populate(address: int, nbytes: int) -> None:
