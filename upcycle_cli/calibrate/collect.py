@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
@@ -20,7 +20,6 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import CalibrationText, Prompts
@@ -146,9 +145,7 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
     return _Tokens(as_rows(tokens, config), torch.arange(len(tokens)))
 
 
-def _run(
-    plan: Plan, reader: Reader | MergedReader, tokens: _Tokens, watch: Progress
-) -> Iterator[LayerFound]:
+def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterator[LayerFound]:
     """Yield the calibration of each layer that gets experts; raises TransformersError."""
     from upcycle_cli.calibrate.layer_calibration import calibrate_layer
     from upcycle_cli.run.layerwise import started
@@ -156,8 +153,8 @@ def _run(
 
     dense, layers = plan.family.dense, plan.family.layers
     routers = {tensor.layer: tensor for tensor in plan.tensors if tensor.role is Role.ROUTER}
-    # Names without a model's number are those of the first model, whichever reader has them.
-    model = lazy_model(plan.source, cast("Reader", reader))
+    # Names without a model's number are the first model's.
+    model = lazy_model(plan.source, reader)
     parts = dense.mlp(plan.source.tensors, layers[0])
     down = find_weight(parts, "down").name.removesuffix(".weight")
     activity: list[torch.Tensor] = []

@@ -15,7 +15,6 @@ from upcycle_cli.calibrate.router_rows import Array
 from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan.calibration import LayerFound, RouterStatistics
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
@@ -26,7 +25,7 @@ from upcycle_cli.write.random_draws import standard_normal
 def calibrate_layer(
     recipe: Recipe,
     router: OutputTensor,
-    reader: Reader | MergedReader,
+    reader: Reader,
     inputs_PH: Array,
     activity_PI: Floats,
     weights_EP: Array | None,
@@ -63,7 +62,7 @@ def calibrate_layer(
 def _rows(
     recipe: Recipe,
     router: OutputTensor,
-    reader: Reader | MergedReader,
+    reader: Reader,
     inputs_PH: Array,
     weights_EP: Array | None,
 ) -> bytes:

@@ -11,8 +11,8 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ from upcycle_cli.core.text import printable
 
 if TYPE_CHECKING:
     import torch
+
+_NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -157,29 +159,46 @@ class Checkpoint:
             if not file.fits(locate(self.path, file.name).stat()):
                 raise file_changed(self.path / file.name)
 
-    @contextmanager
-    def reader(self) -> Iterator[Reader]:
+    def reader(self) -> AbstractContextManager[Reader]:
         """Map weight files on first use; unmap them when the context ends."""
-        maps: dict[str, mmap.mmap] = {}
-        try:
-            yield Reader(self, maps)
-        finally:
-            # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
-            maps.clear()
+        return open_reader([self])
+
+
+@contextmanager
+def open_reader(checkpoints: Sequence[Checkpoint]) -> Iterator[Reader]:
+    """Read tensors of several checkpoints, by the names of `tensor_of`, as `Checkpoint.reader`."""
+    maps: dict[Path, mmap.mmap] = {}
+    try:
+        yield Reader(checkpoints, maps)
+    finally:
+        # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
+        maps.clear()
+
+
+def tensor_of(model: int, name: str) -> str:
+    """Return the name by which a reader of several checkpoints has a tensor of one of them."""
+    return f"model {model}: {name}" if model else name
+
+
+def model_of(name: str) -> tuple[int, str]:
+    """Return the checkpoint's number and the own name of a tensor, from a name of `tensor_of`."""
+    match = _NAME.fullmatch(name)
+    return (0, name) if match is None else (int(match[1]), match[2])
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Returns tensors that alias the mapped files; made by `Checkpoint.reader`."""
+    """Returns tensors that alias the mapped files; made by `open_reader`."""
 
-    _checkpoint: Checkpoint
-    _maps: dict[str, mmap.mmap]
+    _checkpoints: Sequence[Checkpoint]
+    _maps: dict[Path, mmap.mmap]
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
-        shards = {self._checkpoint.tensors[name].shard for name in names}
-        files = self._checkpoint.shards
-        self._checkpoint.check_files(file for file in files if file.name in shards)
+        found = [self._find(name) for name in names]
+        for checkpoint in self._checkpoints:
+            shards = {entry.shard for model, entry in found if model is checkpoint}
+            checkpoint.check_files(file for file in checkpoint.shards if file.name in shards)
 
     def mapped(self, name: str) -> memoryview:
         """Return a tensor's bytes in the mapped file, whose pages are read on access.
@@ -187,20 +206,21 @@ class Reader:
         Do not write to them, nor use them after the reader is closed. Raises UpcycleError for a
         dtype that no model is trained in.
         """
-        entry = self._checkpoint.tensors[name]
+        checkpoint, entry = self._find(name)
         if entry.dtype not in TORCH_DTYPES:
             raise UpcycleError(
-                f"{self._checkpoint.path}: {name} is stored as {entry.dtype}.",
+                f"{checkpoint.path}: {entry.name} is stored as {entry.dtype}.",
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
             )
-        return memoryview(self._map(entry.shard))[entry.offset : entry.offset + entry.nbytes]
+        whole = memoryview(self._map(checkpoint, entry.shard))
+        return whole[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor that aliases the mapped file."""
         import torch
 
         data: memoryview | bytearray = self.mapped(name)
-        entry = self._checkpoint.tensors[name]
+        entry = self._find(name)[1]
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
         if entry.num_elements == 0:
             return torch.empty(entry.shape, dtype=dtype)
@@ -214,16 +234,22 @@ class Reader:
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _map(self, shard: str) -> mmap.mmap:
-        if shard not in self._maps:
-            path = self._checkpoint.path
-            stamp = next(file for file in self._checkpoint.shards if file.name == shard)
-            with open_regular(locate(path, shard)) as file:
+    def _find(self, name: str) -> tuple[Checkpoint, TensorEntry]:
+        # A single checkpoint can have any names, also those of `tensor_of`.
+        model, own = (0, name) if len(self._checkpoints) == 1 else model_of(name)
+        checkpoint = self._checkpoints[model]
+        return checkpoint, checkpoint.tensors[own]
+
+    def _map(self, checkpoint: Checkpoint, shard: str) -> mmap.mmap:
+        path = checkpoint.path / shard
+        if path not in self._maps:
+            stamp = next(file for file in checkpoint.shards if file.name == shard)
+            with open_regular(locate(checkpoint.path, shard)) as file:
                 if not stamp.fits(os.fstat(file.fileno())):
-                    raise file_changed(path / shard)
+                    raise file_changed(path)
                 # A private mapping: torch needs a writable buffer, and the file must not change.
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[shard]
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -169,7 +169,7 @@ def to_options(moe: MoeOptions) -> Options:
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
         expert_layout=moe.expert_layout,
-        max_shard_bytes=_size(moe.max_shard_size, "--max-shard-size", "5GB or 500MB"),
+        max_shard_bytes=_size("--max-shard-size", moe.max_shard_size, "5GB or 500MB"),
         untie_embeddings=moe.untie_embeddings,
     )
 

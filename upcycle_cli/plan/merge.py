@@ -7,23 +7,15 @@ names, and those of the other models by `tensor_of`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
-_NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 
 
 class NonExpertWeights(StrEnum):
@@ -80,49 +72,3 @@ def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
         return first
     kept = {key: value for key, value in first.values.items() if not key.startswith("license")}
     return CardMetadata(kept, first.notes + notes)
-
-
-def tensor_of(model: int, name: str) -> str:
-    """Return the name that expressions use for a tensor of a model."""
-    return f"model {model}: {name}" if model else name
-
-
-def model_of(name: str) -> tuple[int, str]:
-    """Return the model and the own name of a tensor that an expression names."""
-    match = _NAME.fullmatch(name)
-    return (0, name) if match is None else (int(match[1]), match[2])
-
-
-@dataclass(frozen=True, eq=False)
-class MergedReader:
-    """Reads the tensors of several models by the names that expressions use."""
-
-    _readers: Sequence[Reader]
-
-    def check_unchanged(self, names: Iterable[str]) -> None:
-        """Raise UpcycleError when a tensor's file has changed."""
-        found = [model_of(name) for name in names]
-        for number, reader in enumerate(self._readers):
-            reader.check_unchanged(name for model, name in found if model == number)
-
-    def mapped(self, name: str) -> memoryview:
-        """Return a tensor's bytes, as `Reader.mapped` does."""
-        model, own = model_of(name)
-        return self._readers[model].mapped(own)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor, as `Reader.tensor` does."""
-        model, own = model_of(name)
-        return self._readers[model].tensor(own)
-
-    def release(self) -> None:
-        """Let go of pages, as `Reader.release` does."""
-        for reader in self._readers:
-            reader.release()
-
-
-@contextmanager
-def open_readers(sources: Sequence[Checkpoint]) -> Iterator[MergedReader]:
-    """Map the weight files of all models as they are asked for, as `Checkpoint.reader` does."""
-    with ExitStack() as stack:
-        yield MergedReader([stack.enter_context(each.reader()) for each in sources])

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, model_of, open_reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.models.choose import Family
@@ -25,7 +25,7 @@ from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.expressions import loses_bits
 from upcycle_cli.plan.inputs import Inputs
-from upcycle_cli.plan.merge import Merge, MergedReader, merged_card_metadata, model_of, open_readers
+from upcycle_cli.plan.merge import Merge, merged_card_metadata
 from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
 from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Promise, Recipe, Routing
 from upcycle_cli.recipe.scaling import Factors, is_power_of_two
@@ -166,12 +166,12 @@ class Plan:
 
     def entry(self, name: str) -> TensorEntry:
         """Return the source tensor that an expression names."""
-        model, own = (0, name) if self.merge is None else model_of(name)
+        model, own = model_of(name)
         return self.sources[model].tensors[own]
 
-    def reader(self) -> AbstractContextManager[Reader | MergedReader]:
+    def reader(self) -> AbstractContextManager[Reader]:
         """Map the sources' files as they are asked for, by the names that expressions use."""
-        return self.source.reader() if self.merge is None else open_readers(self.sources)
+        return open_reader(self.sources)
 
     @property
     def how(self) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from upcycle_cli.checkpoint.checkpoint import tensor_of
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.layers import layer_finder
 from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.plan import expressions as ex
-from upcycle_cli.plan.merge import NonExpertWeights, tensor_of
+from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.tensor_files import order_name, router_stream

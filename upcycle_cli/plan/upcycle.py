@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, model_of
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
@@ -23,7 +23,7 @@ from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.inputs import Inputs
-from upcycle_cli.plan.merge import Merge, model_of
+from upcycle_cli.plan.merge import Merge
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Plan, Upcycling
 from upcycle_cli.plan.tensors import TensorMaker

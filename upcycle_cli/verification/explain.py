@@ -16,7 +16,6 @@ import numpy as np
 from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes, type_of
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
@@ -49,7 +48,7 @@ def explain(
     moe: Checkpoint,
     differing: Sequence[Place],
     exprs: Mapping[str, Expr],
-    source: Reader | MergedReader,
+    source: Reader,
     held: Reader,
 ) -> list[str]:
     """Return a sentence for each tensor that differs; one for all where they were trained."""
@@ -89,7 +88,7 @@ def _other_expert(
     moe: Checkpoint,
     place: Place,
     exprs: Mapping[str, Expr],
-    source: Reader | MergedReader,
+    source: Reader,
     held: Reader,
 ) -> str | None:
     """Say which other expert's values a tensor of an expert has."""

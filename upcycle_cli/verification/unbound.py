@@ -18,7 +18,6 @@ from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, as_float32, rounded, to_
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.calibration import LayerFound
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
 from upcycle_cli.write.evaluate import evaluate
@@ -84,7 +83,7 @@ class Unbound:
     `fitted` has, by layer, what the calibration found when it was run again; empty without one.
     """
 
-    def __init__(self, source: Reader | MergedReader, fitted: Mapping[int, LayerFound]) -> None:
+    def __init__(self, source: Reader, fitted: Mapping[int, LayerFound]) -> None:
         self._source, self._fitted = source, fitted
         self._neurons: dict[str, _Neurons] = {}
         self._wanted: dict[ex.Expr, Hashes] = {}

@@ -20,7 +20,6 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Place, explain
@@ -118,7 +117,7 @@ def _leaves(expr: Expr, widened: bool) -> list[Expr]:  # noqa: FBT001 - of a ten
 class _Scan:
     """Evaluates expressions and compares them with their places in the MoE."""
 
-    source: Reader | MergedReader
+    source: Reader
     held: Reader
     watch: Progress
     _read: int = 0

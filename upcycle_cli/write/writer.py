@@ -32,7 +32,6 @@ from upcycle_cli.core.platform import (
     start_writeback,
 )
 from upcycle_cli.plan.expressions import Expr, source_names
-from upcycle_cli.plan.merge import MergedReader
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.file_layout import (
@@ -126,7 +125,7 @@ def write_weights(
 class _Crew:
     """The threads that write, and what they share."""
 
-    reader: Reader | MergedReader
+    reader: Reader
     staging: Staging
     options: WriteOptions
     progress: Callable[[int], None]
