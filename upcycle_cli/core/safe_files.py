@@ -31,18 +31,11 @@ _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".upcycle-", ".new"
 _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths name one directory, which can have two names or be mounted twice."""
-    with suppress(OSError):
-        return one.samefile(other)
-    return one == other
-
-
 def is_in(path: Path, directory: Path) -> bool:
     """Whether a path is a directory or inside it, links resolved."""
     with suppress(OSError, RuntimeError):  # links in a circle lead nowhere
         path, directory = path.resolve(), directory.resolve()
-    return any(is_same(place, directory) for place in (path, *path.parents))
+    return path.is_relative_to(directory)
 
 
 def locate(directory: Path, name: str) -> Path:
@@ -83,15 +76,11 @@ def read_small(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # Sparse files and files of /proc can hold more or less than their size says.
-            data = file.read(most + 1) if size <= most else b""
+            data = file.read(most + 1)
     except OSError as error:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
-    size = max(size, len(data))
-    if size > most:
-        words = f"it has {size:,} bytes, and no such file has more than {most:,}"
-        raise UpcycleError(f"{path} is not read: {words}.")
+    if len(data) > most:
+        raise UpcycleError(f"{path} is not read: no such file has more than {most:,} bytes.")
     return data
 
 

@@ -10,13 +10,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
-from urllib.parse import quote, unquote
+from collections.abc import Iterable
 
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-_ADDRESSES = ("HF_ENDPOINT", *_PROXIES, *map(str.upper, _PROXIES))
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_SHORTEST = 4  # shorter passwords are parts of words; they are removed from addresses only
+_SHORTEST = 4  # a shorter token is part of words
 _IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#\"'<>]+@")
 
 
@@ -36,27 +33,11 @@ def shell_line(words: Iterable[str]) -> str:
 
 
 def blotted(text: str) -> str:
-    """Return a text without the secrets of this process and the user part of any address."""
-    for secret in sorted(_secrets(), key=len, reverse=True):
-        text = text.replace(secret, "…")
-    return _IN_ADDRESS.sub("", text)
-
-
-def _secrets() -> Iterator[str]:
+    """Return a text without the token of this process and the user part of any address."""
     for name in _TOKENS:
-        yield from _spellings(os.environ.get(name, "").strip())
-    for name in _ADDRESSES:
-        user_info, at, _ = os.environ.get(name, "").rpartition("@")
-        user, _, password = user_info.rpartition("//")[2].partition(":")
-        if at:
-            yield from _spellings(password or user)
-
-
-def _spellings(secret: str) -> set[str]:
-    """Return a secret as it is, decoded, and percent-encoded."""
-    plain = unquote(secret)
-    found = {secret, plain, quote(plain, safe="", errors="replace")}
-    return {text for text in found if len(text) >= _SHORTEST}
+        token = os.environ.get(name, "").strip()
+        text = text.replace(token, "…") if len(token) >= _SHORTEST else text
+    return _IN_ADDRESS.sub("", text)
 
 
 def any_of(names: Iterable[object]) -> str:

@@ -78,8 +78,11 @@ def http_client() -> Any:  # noqa: ANN401
 @contextmanager
 def hub_session(repo: str, revision: str | None = None) -> Iterator[None]:
     """Make requests with the hooks in place; turn what huggingface_hub raises into UpcycleError."""
-    from huggingface_hub import constants, errors
-
+    try:
+        from huggingface_hub import constants, errors, hf_api  # noqa: F401 - reads the variables
+    except ValueError as error:
+        words = f"huggingface_hub does not start: {error}."
+        raise UpcycleError(words, "Check the HF_… variables.") from error
     invalid_url = http_client().InvalidURL  # not a subclass of HTTPError
     oidc_error = getattr(errors, "OIDCError", OSError)  # new in huggingface_hub 2
     install_hooks()

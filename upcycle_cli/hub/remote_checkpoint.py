@@ -215,9 +215,9 @@ class RepoStorage(Storage):
 
 def _find_repo(repo: str, revision: str | None) -> RepoStorage:
     """Find a repo's commit and files, on the Hub or, offline, in the cache."""
-    from huggingface_hub import HfApi, constants
-
     with hub_session(repo, revision):
+        from huggingface_hub import HfApi, constants
+
         if constants.HF_HUB_OFFLINE:
             path = fetch(repo, CONFIG_NAME, revision).parent
             found = (file for file in path.rglob("*") if file.is_file())
