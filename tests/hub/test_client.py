@@ -77,7 +77,6 @@ def refused(hub: Hub, run: RunOnHub, llama: Path) -> Callable[[], str]:
         ("HEAD", "config.json", {"ETag": '"../../escape"'}),
         ("HEAD", "config.json", {"X-Linked-Etag": '"a/b"'}),
         ("HEAD", "config.json", {"X-Linked-Size": "-1"}),
-        ("HEAD", "config.json", {"X-Xet-Hash": "../../escape"}),
         ("GET", "model.safetensors", {"Location": "file:///etc/passwd"}),
         ("GET", "model.safetensors", {"Location": "http://[::"}),
     ],

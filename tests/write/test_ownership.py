@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
     "a trained shard": (edit(SHARD, lambda data: data.replace(b'"pt"', b'"tp"')), CHANGED, CHANGED),
     "a router trained in place": (train_in_place, "gate.weight", "gate.weight was changed"),
     "a cut shard": (edit(SHARD, lambda data: data[:-1]), CHANGED, CHANGED),
-    "a flipped expert": (edit(SHARD, lambda d: d[:-1] + bytes([d[-1] ^ 1])), OK, "not match SHA"),
+    "a flipped expert": (edit(SHARD, lambda d: d[:-1] + bytes([d[-1] ^ 1])), OK, "SHA256SUMS desc"),
     "an edited config": (edit("config.json", lambda data: data + b" "), CHANGED, CHANGED),
     "a link": (link("LICENSE"), "not followed", "not followed"),
     "a linked card": (link("README.md"), "not followed", "not followed"),
@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
     "a missing file": (remove(TEMPLATE), OK, f"{TEMPLATE} is missing"),
     "missing weights": (remove(SHARD), OK, f"{SHARD} is missing"),
     "a missing card": (remove("README.md"), OK, "README.md is missing"),
-    "no record": (remove("upcycle.json"), "was not made by upcycle", "was not made by upcycle"),
+    "no record": (remove("upcycle.json"), "was not made by upcycle", "not a finished output"),
     "half a record": (
         edit("upcycle.json", lambda data: data[:99]),
         "not say which",
@@ -107,7 +107,6 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
     ),
     "a record of no files": (set_files(None), "not say", "not say"),
     "a record of other places": (set_files([{"name": "../x"}]), "not say", "not say"),
-    "a marker": (add(".upcycle-partial"), FOREIGN, "unfinished"),
 }
 
 

@@ -72,21 +72,19 @@ class Checkpoint:
         return self.repo or printable(self.path.resolve().name)
 
     @property
-    def revision(self) -> str | None:
-        """The commit when the directory is a snapshot in the Hub cache."""
-        return None if self.repo is None else self.path.resolve().name
-
-    @property
     def repo(self) -> str | None:
         """The repo id when the directory is a snapshot in the Hub cache."""
-        # The cache keeps a repo as models--ORG--NAME/snapshots/COMMIT.
-        resolved = self.path.resolve()
-        folder = resolved.parent.parent.name
-        if resolved.parent.name != "snapshots" or not folder.startswith("models--"):
-            return None
-        if not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in (folder, resolved.name)):
-            return None
-        return folder.removeprefix("models--").replace("--", "/")
+        return None if self._snapshot is None else self._snapshot[1].replace("--", "/")
+
+    @property
+    def revision(self) -> str | None:
+        """The commit when the directory is a snapshot in the Hub cache."""
+        return None if self._snapshot is None else self._snapshot[2]
+
+    @property
+    def _snapshot(self) -> re.Match[str] | None:
+        path = self.path.resolve().as_posix()
+        return re.search(r"/models--([\w.-]+)/snapshots/([\w.-]+)$", path, re.ASCII)
 
     @property
     def location(self) -> str:

@@ -16,6 +16,7 @@ from typing import TypeGuard
 
 from upcycle_cli.checkpoint.storage import FileStamp, Storage, parse_json
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import MOST_LISTING_BYTES
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -31,7 +32,6 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 """The largest finite value of each of these dtypes."""
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 
 
@@ -68,10 +68,10 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
     stamp = storage.stamp(shard_name)
     prefix = storage.read(shard_name, 0, 8)
     header_bytes = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or header_bytes > min(stamp.size - 8, MAX_HEADER_BYTES):
+    if len(prefix) < 8 or header_bytes > min(stamp.size - 8, MOST_LISTING_BYTES):
         raise UpcycleError(
             f"{file_path} is truncated or no safetensors file: it has {stamp.size:,} bytes, and "
-            f"its header would have {header_bytes:,}, of at most {MAX_HEADER_BYTES:,}.",
+            f"its header would have {header_bytes:,}, of at most {MOST_LISTING_BYTES:,}.",
             "Download or copy it again.",
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)

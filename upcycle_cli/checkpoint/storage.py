@@ -20,6 +20,7 @@ from upcycle_cli.core.safe_files import (
     MOST_JSON_BYTES,
     is_inner_name,
     locate,
+    matches,
     open_regular,
     read_small,
 )
@@ -91,8 +92,7 @@ class Storage:
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names of files that match a pattern, sorted."""
-        found = {file for pattern in patterns for file in self.path.glob(pattern)}
-        return sorted(file.relative_to(self.path).as_posix() for file in found if not file.is_dir())
+        return [name for name in self.names() if matches(name, patterns)]
 
     def names(self) -> list[str]:
         """Return the names of all files outside .git and .cache, sorted.

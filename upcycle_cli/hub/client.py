@@ -37,12 +37,6 @@ _MAX_RETRY_WAIT = 60.0
 _MIN_BYTES_FOR_A_BAR = 10_000_000
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HEADERS: Mapping[str, re.Pattern[str]] = {
-    "X-Repo-Commit": _COMMIT,
-    "X-Xet-Hash": re.compile(r"[0-9a-f]{64}"),
-    "X-Linked-Size": re.compile(r"[0-9]{1,18}"),
-}
-"""Headers that become a path in the cache or a number of bytes, and what they must look like."""
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
 _MAX_TEXT = 10_000
 SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN."
@@ -227,7 +221,8 @@ def _prepare_request(request: Any) -> None:  # noqa: ANN401
 
 
 def _check_response(response: Any) -> None:  # noqa: ANN401
-    headers, patterns = response.headers, dict(_HEADERS)
+    # These become paths in the cache.
+    headers, patterns = response.headers, {"X-Repo-Commit": _COMMIT}
     # huggingface_hub names cached files by the etag of a HEAD request. Answers that it does not use
     # this way (errors, relative redirects) may have etags with slashes.
     relative_redirect = "Location" in headers and not headers["Location"].startswith("http")

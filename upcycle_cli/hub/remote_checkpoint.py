@@ -112,10 +112,6 @@ class RepoStorage(Storage):
         """Whether the repo has such a file."""
         return name in self.sizes
 
-    def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names of files that match a pattern, sorted."""
-        return sorted(name for name in self.sizes if files.matches(name, patterns))
-
     def names(self) -> list[str]:
         """Return the names of all files, sorted."""
         return sorted(self.sizes)

@@ -6,7 +6,7 @@ so the same command resumes a push that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,17 +24,14 @@ from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     MOST_JSON_BYTES,
     matches,
-    read_checksums,
     read_small,
-    sha256_of,
 )
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
 from upcycle_cli.publish.licences import reminders
-from upcycle_cli.write.ownership import Inventory, take_inventory
-from upcycle_cli.write.staging import MARKER
+from upcycle_cli.write.ownership import Inventory, checksum_failures, take_inventory
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -169,25 +166,17 @@ def push(
 
 def _check_complete(directory: Path) -> Inventory:
     """Return the files of an output; UpcycleError unless it is complete and unchanged."""
-    if (directory / MARKER).exists():
-        raise UpcycleError(
-            f"{directory} is an unfinished conversion.",
-            "Finish it by running the same `upcycle convert` again.",
-        )
-    if not directory.is_dir():
-        raise UpcycleError(f"{directory} is not a directory.", "Give the OUTPUT of a conversion.")
     if not (directory / RECORD_NAME).is_file():
         raise UpcycleError(
-            f"{directory} was not made by upcycle (no {RECORD_NAME}).",
-            f"To upload any other directory: hf upload REPO {directory}",
+            f"{directory} is not a finished output of upcycle: it has no {RECORD_NAME}.",
+            "Finish an unfinished conversion by the same `upcycle convert`. To upload any other "
+            f"directory: hf upload REPO {directory}",
         )
     found = take_inventory(directory)
     missing = {*found.listed, CARD_NAME} - {*found.own}
     failures = [f"{name} is missing" for name in sorted(missing)]
     failures += [f"{name}: {how}" for name, how in found.changed.items()]
-    if not failures:
-        failures = [f"{name} does not match {CHECKSUMS_NAME}" for name in _wrong_sums(directory)]
-    if failures:
+    if failures := failures or [*checksum_failures(directory)]:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
@@ -195,14 +184,6 @@ def _check_complete(directory: Path) -> Inventory:
             "further, its card and record do not describe it any more: upload it with `hf upload`.",
         )
     return found
-
-
-def _wrong_sums(directory: Path) -> Iterator[str]:
-    """Yield the files that do not match SHA256SUMS, as whoever downloads the model would."""
-    path = directory / CHECKSUMS_NAME
-    for name, digest in read_checksums(path).items() if path.exists() else ():
-        if sha256_of(directory / name) != digest:
-            yield name
 
 
 def _read_card(path: Path) -> str:

@@ -32,9 +32,7 @@ from upcycle_cli.core.safe_files import (
     MOST_COMPANION_BYTES,
     MOST_LISTING_BYTES,
     matches,
-    read_checksums,
     read_small,
-    sha256_of,
 )
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.plan.plan import Plan
@@ -46,6 +44,7 @@ from upcycle_cli.verification.settings import (
     record_failures,
     same,
 )
+from upcycle_cli.write.ownership import checksum_failures
 
 NAME = "directory"
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
@@ -66,7 +65,7 @@ def check_directory(
     findings.add(*config_failures(plan, moe, record, notes), *record_failures(plan, record))
     findings.add(*_weight_file_failures(moe))
     findings.add(*_companion_failures(plan, moe, notes))
-    findings.add(*_foreign_failures(plan, moe, names, notes), *_checksum_failures(moe))
+    findings.add(*_foreign_failures(plan, moe, names, notes), *checksum_failures(moe.path))
     return findings.result(NAME, "All files are those of the plan.", note=" ".join(notes))
 
 
@@ -115,20 +114,6 @@ def _foreign_failures(
     if inert:
         more = f" and {len(inert) - _MOST_NAMED} more" if len(inert) > _MOST_NAMED else ""
         notes.append(f"Not part of the model: {', '.join(inert[:_MOST_NAMED])}{more}.")
-
-
-def _checksum_failures(moe: Checkpoint) -> Iterator[str]:
-    """Compare the files with SHA256SUMS, as `sha256sum --check` does."""
-    if not moe.storage.has(CHECKSUMS_NAME):
-        return
-    try:
-        for name, wanted in read_checksums(moe.storage.local(CHECKSUMS_NAME)).items():
-            if not moe.storage.has(name):
-                yield f"{CHECKSUMS_NAME} lists {name}, which is not there"
-            elif wanted != sha256_of(moe.storage.local(name)):
-                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
-    except UpcycleError as error:
-        yield error.message
 
 
 # Tokenizer, generation settings, licences ---------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +27,7 @@ from upcycle_cli.core.safe_files import (
     read_checksums,
     read_header,
     read_small,
+    sha256_of,
 )
 from upcycle_cli.write.staging import is_directory, remove
 
@@ -100,6 +101,18 @@ def check_ownership(output: Path) -> str:
     for name, reason in reasons.items():
         raise UpcycleError(f"{output} is left as it is, because of {name}: {reason}.", _HINT)
     return found.record_digest
+
+
+def checksum_failures(output: Path) -> Iterator[str]:
+    """Compare the files with SHA256SUMS, as `sha256sum --check` does."""
+    if not os.path.lexists(output / CHECKSUMS_NAME):
+        return
+    try:
+        for name, wanted in read_checksums(locate(output, CHECKSUMS_NAME)).items():
+            if wanted != sha256_of(locate(output, name)):
+                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
+    except UpcycleError as error:
+        yield error.message
 
 
 def remove_output(output: Path) -> None:

@@ -7,7 +7,6 @@ nobody's home directory ends up on the Hub.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +16,11 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
+    MOST_COMPANION_BYTES,
     checksums_text,
     header_digest,
     locate,
-    open_regular,
+    read_small,
     sha256_of,
     write_whole,
 )
@@ -139,13 +139,8 @@ def write_metadata(plan: Plan, staging: Staging, written: Written) -> None:
     if plan.code is not None:
         staging.write(CODE_NAME, plan.code.encode())
     for file in plan.source.companions:
-        path = staging.path / file.name
-        path.parent.mkdir(exist_ok=True)
-        with (
-            open_regular(locate(plan.source.path, file.name)) as original,
-            path.open("wb") as copy,
-        ):
-            shutil.copyfileobj(original, copy)
+        data = read_small(locate(plan.source.path, file.name), MOST_COMPANION_BYTES)
+        staging.write(file.name, data)
     staging.write(RECORD_NAME, json_bytes(record(plan, written, staging)))
 
 
