@@ -221,7 +221,7 @@ def test_another_top_k_is_measured(make_moe: MakeMoe, tmp_path: Path) -> None:
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "weights are quantised"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
         ("mixtral", {"num_experts_per_tok": 9}, "more than the 4 experts"),
-        ("mixtral", {"num_hidden_layers": 3}, "lacks layer 2"),
+        ("mixtral", {"num_hidden_layers": 3}, "lacks model.layers.2."),
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer is a mixture of experts"),
         ("mixtral", {"intermediate_size": 24}, "but config.json implies [24, 32]"),
         ("mixtral", {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map"),
@@ -271,12 +271,18 @@ MOE = "model.layers.0.block_sparse_moe"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (without("layers.1.block_sparse_moe.gate"), "moe.gate.weight is missing"),
+        (
+            without("layers.1.block_sparse_moe.gate"),
+            "lacks model.layers.1.block_sparse_moe.gate",
+        ),
         (without("layers.1.block_sparse_moe.experts.2.w1"), "experts.2.w1"),
-        (without("layers.1.self_attn.q_proj"), "one alone has self_attn.q_proj"),
+        (without("layers.1.self_attn.q_proj"), "lacks model.layers.1.self_attn.q_proj"),
         (without("embed_tokens"), "lacks model.embed_tokens.weight"),
         (without("lm_head"), "lacks lm_head.weight"),
-        (adding(f"{MOE}.experts.0.w1.scale", torch.ones(1)), "unknown tensor"),
+        (
+            adding(f"{MOE}.experts.0.w1.scale", torch.ones(1)),
+            "unknown tensor",
+        ),
         (adding(f"{MOE}.gate.bias", torch.ones(N)), f"unknown tensor {MOE}.gate.bias"),
         (adding("model.norm.weight", torch.ones(32, dtype=torch.float8_e4m3fn)), "as F8_E4M3"),
     ],

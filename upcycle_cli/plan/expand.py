@@ -26,7 +26,7 @@ from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.plan.expressions import Expr, Repeat, Select, Slice, Source, Stack, joined, type_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
-from upcycle_cli.plan.validate import check_dtype
+from upcycle_cli.plan.validate import check_tensors
 from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -117,25 +117,18 @@ class _Grower:
         """Yield every tensor of the output; UpcycleError when the source's are not as expected."""
         source, target = self.experts.moe, self.experts.target
         layer_of = layer_finder(target.layer)
-        rest: dict[int | None, list[str]] = {}
-        for name, entry in source.tensors.items():
-            check_dtype(source, entry)
-            rest.setdefault(layer_of(name), []).append(name)
-        tied = bool(target.value(source.config, "tie_word_embeddings"))
-        always = (*_ALWAYS, *(() if tied else (target.head,)))
-        missing = [name for name in always if name not in source.tensors]
-        missing += [f"layer {i}" for i in range(self.experts.num_layers) if i not in rest]
-        if missing:
-            raise UpcycleError(f"{source.path} lacks {missing[0]}, which its config.json implies.")
-        for layer, names in rest.items():
-            growing = {} if layer is None else self._growing(layer, names)
+        by_layer: dict[int | None, list[str]] = {}
+        for name in source.tensors:
+            by_layer.setdefault(layer_of(name), []).append(name)
+        layers = {*range(self.experts.num_layers), *(each for each in by_layer if each is not None)}
+        growing = {layer: self._growing(layer) for layer in sorted(layers)}
+        self._check(by_layer, growing)
+        for layer, names in by_layer.items():
             for name in names:
-                if name not in growing:
+                if layer is None or name not in growing[layer]:
                     yield OutputTensor.of(name, self._source(name), Role.COPIED, layer)
-            if layer is not None and growing:
-                self._check(names, growing)
+            if layer is not None and growing[layer]:
                 yield from self._grown(layer)
-        self._check_layers(rest)
         if self.options.untie_embeddings and target.head not in source.tensors:
             yield OutputTensor.of(target.head, self._source(_EMBEDDING), Role.HEAD)
 
@@ -143,14 +136,14 @@ class _Grower:
     def _held(self) -> MoeBlock:
         return self.experts.target.layouts[self.experts.layout]
 
-    def _growing(self, layer: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    def _growing(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Return the tensors of a layer that grow, with the shapes that they must have."""
         experts, prefix = self.experts, self.experts.target.prefix(layer)
         router = prefix + self._held.router
         # Multi-token prediction layers come after those that the config counts.
-        if layer not in experts.layers and router not in names:
+        if layer not in experts.layers and router not in experts.moe.tensors:
             return {}
-        N, hidden = experts.num_experts, experts.moe.tensors[_ALWAYS[1]].num_elements
+        N, hidden = experts.num_experts, experts.target.value(experts.moe.config, "hidden_size")
         found: dict[str, tuple[int, ...]] = {router: (N, hidden)}
         bias = experts.target.correction_bias(self._held, experts.routing)
         if bias is not None:
@@ -163,37 +156,28 @@ class _Grower:
                 found[prefix + weight.name] = (N, *shape)
         return found
 
-    def _check(self, names: Sequence[str], growing: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UpcycleError unless a layer's experts and router have exactly these tensors."""
-        source = self.experts.moe
-        for name, shape in growing.items():
-            held = source.tensors.get(name)
-            if held is None or held.shape != shape:
-                found = "is missing" if held is None else f"has shape {list(held.shape)}"
-                words = f"{name} {found}, but config.json implies {list(shape)}"
-                raise UpcycleError(f"{source.path}: {words}.")
-        modules = {re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in growing}
-        for name in names:
-            if name not in growing and name.startswith((*modules,)):
-                raise UpcycleError(
-                    f"{source.path}: unknown tensor {name} of experts or their router.",
-                    "Growing without it could change the model. If it is not needed, remove it "
-                    "from the checkpoint.",
-                )
-
-    def _check_layers(self, rest: Mapping[int | None, list[str]]) -> None:
-        """Raise UpcycleError where a layer lacks a tensor of the first layer of its kind."""
-        experts = self.experts
-        first: dict[bool, tuple[int, set[str]]] = {}
-        for layer in range(experts.num_layers):
-            prefix = experts.target.prefix(layer)
-            own = {name.removeprefix(prefix) for name in rest[layer]}
-            other, wanted = first.setdefault(layer in experts.layers, (layer, own))
-            if own != wanted:
-                odd = min(own ^ wanted)
-                raise UpcycleError(
-                    f"{experts.moe.path}: of the layers {other} and {layer} one alone has {odd}."
-                )
+    def _check(
+        self,
+        by_layer: Mapping[int | None, Sequence[str]],
+        growing: Mapping[int, Mapping[str, tuple[int, ...]]],
+    ) -> None:
+        """Raise UpcycleError unless each layer has the tensors of the first layer of its kind."""
+        experts, target, tensors = self.experts, self.experts.target, self.experts.moe.tensors
+        tied = bool(target.value(experts.moe.config, "tie_word_embeddings"))
+        wanted = {*by_layer.get(None, ()), *_ALWAYS, *(() if tied else (target.head,))}
+        first: dict[object, set[str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, grows in growing.items():
+            prefix = target.prefix(layer)
+            # What lies beside the weights of experts, such as their scales, could change the model.
+            beside = tuple(re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in grows)
+            own = {name for name in by_layer.get(layer, ()) if not name.startswith(beside)}
+            kind = layer in experts.layers if layer < experts.num_layers else layer
+            alike = first.setdefault(kind, {name.removeprefix(prefix) for name in own})
+            wanted |= {prefix + name for name in alike}
+            shapes |= grows
+        held = {name: tensors[name].shape if name in tensors else () for name in sorted(wanted)}
+        check_tensors(experts.moe, held | shapes)
 
     def _grown(self, layer: int) -> Iterator[OutputTensor]:
         """Yield the grown router and experts of a layer."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseModel, why_unread
 from upcycle_cli.models.layers import layer_finder
@@ -16,12 +16,8 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
 
     Raises UpcycleError for tensors that are missing, unknown, misshapen or quantised.
     """
-    dropped: dict[str, str] = {}
-    for name, entry in source.tensors.items():
-        if why := why_unread(name, dense.family, dense.values):
-            dropped[name] = why
-        else:
-            check_dtype(source, entry)
+    unread = {name: why_unread(name, dense.family, dense.values) for name in source.tensors}
+    dropped = {name: why for name, why in unread.items() if why}
     held = {name: entry.shape for name, entry in source.tensors.items() if name not in dropped}
     shapes = dict(dense.shapes) or _regular(source, dense, held)
     head = dense.family.head
@@ -30,36 +26,42 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     if head in held:
         # A tied model may carry its head: it is copied, and engines treat it as before.
         shapes[head] = shapes[dense.family.embedding]
-    missing = [name for name in shapes if name not in held]
+    check_tensors(source, shapes, dropped)
+    return dropped
+
+
+def check_tensors(
+    source: Checkpoint, wanted: Mapping[str, tuple[int, ...]], dropped: Collection[str] = ()
+) -> None:
+    """Raise UpcycleError unless a source has the wanted tensors alone, in their shapes."""
+    for name, entry in source.tensors.items():
+        if entry.dtype not in TORCH_DTYPES and name not in dropped:
+            raise UpcycleError(
+                f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, or "
+                "of a dtype that no model is trained in.",
+                f"Only {', '.join(TORCH_DTYPES)} can be converted.",
+            )
+    missing = [name for name in wanted if name not in source.tensors]
     if missing:
         rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise UpcycleError(
             f"{source.path} lacks {missing[0]}{rest}, which its config.json implies.",
-            "Only whole causal language models can be upcycled, not adapters or bare encoders.",
+            "Only whole causal language models can be converted, not adapters or bare encoders.",
         )
-    for name, shape in held.items():
-        if name not in shapes:
+    for name, entry in source.tensors.items():
+        if name in dropped:
+            continue
+        if name not in wanted:
             raise UpcycleError(
                 f"{source.path}: unknown tensor {name}.",
-                f"A {dense.family.title} model has no such tensor, so dropping it could "
-                "change the model. If it is not needed, remove it from the checkpoint.",
+                "Dropping it could change the model. If it is not needed, remove it from the "
+                "checkpoint.",
             )
-        if shape != shapes[name]:
+        if entry.shape != wanted[name]:
             raise UpcycleError(
-                f"{source.path}: {name} has shape {list(shape)}, "
-                f"but config.json implies {list(shapes[name])}."
+                f"{source.path}: {name} has shape {list(entry.shape)}, "
+                f"but config.json implies {list(wanted[name])}."
             )
-    return dropped
-
-
-def check_dtype(source: Checkpoint, entry: TensorEntry) -> None:
-    """Raise UpcycleError for a tensor whose dtype is not float32, float16 or bfloat16."""
-    if entry.dtype not in TORCH_DTYPES:
-        raise UpcycleError(
-            f"{source.path}: {entry.name} is stored as {entry.dtype}; the weights are quantised, "
-            "or of a dtype that no model is trained in.",
-            f"Only {', '.join(TORCH_DTYPES)} can be converted.",
-        )
 
 
 def _regular(
