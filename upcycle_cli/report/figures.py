@@ -88,21 +88,6 @@ def draw_lines(
     return drawing.image
 
 
-def draw_histogram(values: Sequence[float], *, unit: str, counted: str) -> str:
-    """Plot how often values occur, by powers of ten; values of 0 or less are left out."""
-    powers = [math.log10(_clip(v)) for v in values if 0 < v < math.inf and _clip(v)]
-    with _drawing() as drawing:
-        axes = drawing.axes
-        if powers:
-            axes.hist(powers, bins=max(1, min(60, round((max(powers) - min(powers)) * 4))))
-        axes.grid()
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.xaxis.set_major_formatter(lambda power, _: f"1e{power:g}")
-        axes.set_xlabel(unit)
-        axes.set_ylabel(counted)
-    return drawing.image
-
-
 def draw_heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
     """Plot a value per layer and expert, relative to an even load."""
     height = max(2.2, min(5.5, 1.4 + 0.07 * len(rows)))

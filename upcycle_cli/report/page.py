@@ -19,7 +19,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import is_in, write_whole
+from upcycle_cli.core.safe_files import is_in
 from upcycle_cli.core.text import blotted, printable_lines
 
 if TYPE_CHECKING:
@@ -161,23 +161,10 @@ def check_report_file(path: Path, dense: Path | None) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpcycleError(f"{path} does not end in .html.", "Choose a name that does.")
     if dense is not None and is_in(path.parent, dense):
-        raise UpcycleError(
-            f"{path} is in {dense}, and the dense model is never modified.",
-            "Write the report somewhere else.",
-        )
+        words = f"{path} is in {dense}, and the dense model is never modified."
+        raise UpcycleError(words, "Write the report somewhere else.")
     try:
-        if path.exists() and not path.is_file():
-            raise UpcycleError(f"{path} is not a regular file, and is not replaced.")
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise UpcycleError(f"cannot write {path}: {error.strerror}.") from error
-
-
-def write_report(path: Path, page: str) -> None:
-    """Write a page, complete or not at all; raises UpcycleError."""
-    try:
-        write_whole(path, page.encode())
-    except OSError as error:
-        words = f"writing {path} failed: {error.strerror}."
-        raise UpcycleError(words, "The checks themselves have finished.") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.text import counted, printable
-from upcycle_cli.report.figures import draw_heat_map, draw_histogram, draw_lines
+from upcycle_cli.report.figures import draw_heat_map, draw_lines
 from upcycle_cli.report.page import (
     Figure,
     MarkedText,
@@ -194,31 +194,26 @@ def texts_section(
         for name, share in shares.items()
     )
     zeros, infinite = sum(v <= 0 for v in values), sum(kl is None for t in texts for kl in t.kl)
-    histogram = Figure(
-        image=draw_histogram(values, unit="KL in nats", counted="tokens"),
-        title="Distribution of KL",
-        description=f"{counted(len(values), 'token')}: {quantiles}; exactly 0 at {zeros:,}, "
-        f"not finite at {infinite:,}.",
-    )
     words = (
         "KL(dense ‖ MoE) is the difference between both models' predictions of the next token: 0 "
         "for equal ones; below 1e-8 it is rounding."
     )
-    edges = [f"{low:g} or more" for low in _LEVELS]
-    edges[:-1] = [f"{a:g} to {b:g}" for a, b in pairwise(_LEVELS)]
+    found = (
+        f"{counted(len(values), 'token')}: {quantiles}; exactly 0 at {zeros:,}, not finite at "
+        f"{infinite:,}."
+    )
+    edges = [f"{a:g} to {b:g}" for a, b in pairwise(_LEVELS)]
     tables = []
     if continuation is not None:
         rows = [(n, printable(getattr(continuation, n.lower()))) for n in ("text", "dense", "MoE")]
         caption = "How each model continues a text, with the most probable token each time"
-        table = Table(caption=caption, columns=("model", "tokens"), rows=rows, folded=caption)
-        tables = [table]
+        tables = [Table(caption=caption, columns=("model", "tokens"), rows=rows, folded=caption)]
     return Section(
         key="kl",
         title="Predictions, token by token",
-        words=[words],
-        figures=[histogram],
+        words=[words, found],
         tables=tables,
-        legend=[f"KL below {_LEVELS[0]:g}", *edges],
+        legend=[f"KL below {_LEVELS[0]:g}", *edges, f"{_LEVELS[-1]:g} or more"],
         texts=list(_marked(texts)),
     )
 

@@ -133,9 +133,10 @@ def _print_tables(found: Inspection, fits: Sequence[SizedRecipe] | None) -> None
 
 
 def _write_report(report: Path, found: Inspection, path: Path) -> None:
+    from upcycle_cli.core.safe_files import write_whole
     from upcycle_cli.report.contents import inspection_html
-    from upcycle_cli.report.page import write_report
 
     if found.kind != "moe":
         raise UpcycleError(f"{path} is a dense model; --report needs an MoE.", "Remove --report.")
-    write_report(report, inspection_html(found, name=str(path), command=render.command_line()))
+    html = inspection_html(found, name=str(path), command=render.command_line())
+    write_whole(report, html.encode())

@@ -65,12 +65,12 @@ def verify(
     if not json and not (quiet and found.accepted):
         terminal.show(render.report_table(found), to=terminal.stderr() if quiet else None)
     if report is not None:
+        from upcycle_cli.core.safe_files import write_whole
         from upcycle_cli.report.contents import verification_html
-        from upcycle_cli.report.page import write_report
 
         models = [*map(str, (dense, *experts_from, moe))]
         html = verification_html(found, models=models, command=render.command_line())
-        write_report(report, html)
+        write_whole(report, html.encode())
         if not silent:
             terminal.talk(f"Wrote {report}.")
     if json:
