@@ -28,7 +28,7 @@ APPROXIMATE = "equals the dense model only up to the router's logits"
 SPLITS = "training split virtual groups"
 TIES = "the softmax rounds different groups to the same value"
 FLOAT16 = "lose precision in float16"
-ENGINE = "but computes something else"
+ENGINE = "computes something else"
 OVERFLOW = "can exceed 65504"
 NARROW_ROWS = "needs multiples of 16"
 ROUNDED_C = "is no power of two"
@@ -194,15 +194,18 @@ def test_name_the_engines_that_compute_something_else(
 ) -> None:
     made = plan("E4G2T4", routing, model_type=model_type, target=target)
     assert [text for text in warnings(made) if ENGINE in text] == [
-        f"{name} loads {target} with {routing} but computes something else." for name in engines
+        f"{name} with {target} and {routing}: loads, computes something else." for name in engines
     ]
 
 
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("youtu", "vLLM loads deepseek_v3 with sigmoid-topk but computes something else on a CPU"),
-        ("nemotron_h", "mergekit saves nemotron_h with other tensors"),
+        (
+            "youtu",
+            "vLLM with deepseek_v3 and sigmoid-topk: loads, computes something else",
+        ),
+        ("nemotron_h", "mergekit with nemotron_h and sigmoid-topk: gives back other tensors"),
     ],
 )
 def test_warn_of_software_that_fails_whatever_made_the_model(

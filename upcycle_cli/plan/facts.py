@@ -1,4 +1,4 @@
-"""A plan in words: the rows that the table and the model card show, and why it promises nothing."""
+"""A plan in words: the rows that the table and the model card show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 
 _ORDERS = {
-    NeuronOrder.SLICED: "sliced in the dense MLP's order, the same in each virtual group",
     NeuronOrder.SHUFFLED: "shuffled in each virtual group but the first, exact",
     NeuronOrder.CLUSTERED: "clustered by common activity, the same in each virtual group, exact",
     NeuronOrder.FILE: "permuted as the given file says, exact",
@@ -21,11 +20,11 @@ _ORDERS = {
 def facts(plan: Plan) -> dict[str, str]:
     """Return what a plan makes, a property a row, in the order to show them."""
     grown = plan.growing
-    total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
     found = dict(_experts_of_growth(plan, grown) if grown else _experts_of_recipe(plan))
     if len(plan.layers) < plan.num_layers:
         layers = format_layers(plan.layers)
         found["MoE layers"] = f"{len(plan.layers)} of {plan.num_layers}: {layers}"
+    total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
     before = f"{'source' if grown else 'dense'} {parameter_text(plan.dense_parameters)}"
     found["parameters"] = f"{total}, {active} active ({before})"
     if not grown:
@@ -34,23 +33,11 @@ def facts(plan: Plan) -> dict[str, str]:
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
     if not grown:
         found |= _weights_of_recipe(plan)
-    found["promise"] = promise_text(plan)
+    found["promise"] = _promise(plan)
     if plan.dropped:
         reasons = "; ".join(sorted({*plan.dropped.values()}))
         found["left out"] = f"{counted(len(plan.dropped), 'tensor')}: {reasons}"
     return found
-
-
-def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
-    recipe = plan.recipe
-    yield "model", f"{plan.family.dense.family.title} → {plan.target.title}"
-    yield "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}"
-    yield "experts", _experts(plan)
-    if plan.merge is not None:
-        yield "experts from", _groups(plan, plan.merge)
-        mean = plan.merge.rest is NonExpertWeights.MEAN
-        others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
-        yield "other weights", f"attention, norms, embeddings: {others}"
 
 
 def _experts_of_growth(plan: Plan, expansion: Growing) -> Iterator[tuple[str, str]]:
@@ -61,22 +48,19 @@ def _experts_of_growth(plan: Plan, expansion: Growing) -> Iterator[tuple[str, st
     yield "experts", f"{experts}, {active}, each {plan.expert_size} wide"
 
 
-def _weights_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
-    rounded = "rounded" if plan.rounded_to else "lossless"
-    yield "scale factors", f"{_factors(plan)} ({rounded})"
-    if plan.recipe.neuron_order is not NeuronOrder.SLICED:
-        yield "neurons", _ORDERS[plan.recipe.neuron_order]
-    if plan.recipe.perturbed:
-        yield "perturbation", plan.recipe.perturbation
-    yield "router", _router(plan)
-
-
-def _experts(plan: Plan) -> str:
+def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe, merge = plan.recipe, plan.merge
+    yield "model", f"{plan.family.dense.family.title} → {plan.target.title}"
+    yield "recipe", f"{recipe.name}, {recipe.routing}, seed {recipe.seed}"
     text = f"{plan.num_experts} per layer, {plan.top_k} active, each {plan.expert_size} wide"
-    if plan.recipe.shared_experts:
-        width = plan.recipe.shared_experts * plan.expert_size
-        text += f", beside a shared one {width} wide"
-    return text
+    if recipe.shared_experts:
+        text += f", beside a shared one {recipe.shared_experts * plan.expert_size} wide"
+    yield "experts", text
+    if merge is not None:
+        yield "experts from", _groups(plan, merge)
+        mean = merge.rest is NonExpertWeights.MEAN
+        others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
+        yield "other weights", f"attention, norms, embeddings: {others}"
 
 
 def _groups(plan: Plan, merge: Merge) -> str:
@@ -89,14 +73,19 @@ def _groups(plan: Plan, merge: Merge) -> str:
     )
 
 
-def _factors(plan: Plan) -> str:
-    factors, target = plan.factors, plan.target
+def _weights_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe, factors, shared = plan.recipe, plan.factors, plan.target.shared
     parts = [f"{name} × {factors.of(name):g}" for name in plan.family.dense.mlp_kind.matrices]
     if factors.config != 1.0:
-        parts.append(f"gates × {factors.config:g} ({target.keys.scale})")
-    if plan.recipe.shared_experts and target.shared and target.shared.down_factor != 1.0:
-        parts.append(f"down of the shared expert × {target.shared.down_factor:g}")
-    return ", ".join(parts)
+        parts.append(f"gates × {factors.config:g} ({plan.target.keys.scale})")
+    if recipe.shared_experts and shared and shared.down_factor != 1.0:
+        parts.append(f"down of the shared expert × {shared.down_factor:g}")
+    yield "scale factors", f"{', '.join(parts)} ({'rounded' if plan.rounded_to else 'lossless'})"
+    if recipe.neuron_order in _ORDERS:
+        yield "neurons", _ORDERS[recipe.neuron_order]
+    if recipe.perturbed:
+        yield "perturbation", recipe.perturbation
+    yield "router", _router(plan)
 
 
 def _router(plan: Plan) -> str:
@@ -118,8 +107,7 @@ def _router(plan: Plan) -> str:
     return f"{words}, {counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
 
 
-def promise_text(plan: Plan) -> str:
-    """Say what the output computes, compared with its source."""
+def _promise(plan: Plan) -> str:
     match plan.promise:
         case Promise.EXACT:
             origin = "source" if plan.growing else "dense model"

@@ -20,27 +20,11 @@ _NOTABLE_SHARE = 1e-3
 """The share of a tensor's weights: in every tensor a few weights are so small that their loss does
 not matter."""
 
-ENGINE_WARNINGS = {
-    Support.UNTIED_OR_WRONG: (
-        "loads {target} with a head that shares the embedding but computes something else; "
-        "--untie-embeddings writes the head."
-    ),
-    Support.BALANCED_OR_WRONG: (
-        "ignores the factor on gates of {target}, and computes something else; with "
-        "--scale-split balanced the experts hold it."
-    ),
-    Support.PER_EXPERT_OR_WRONG: (
-        "loads {target} with experts in one tensor but computes something else; --expert-layout "
-        "per-expert writes them one by one."
-    ),
-    Support.WRONG: "loads {target} with {routing} but computes something else.",
-    Support.WRONG_ON_CPU: (
-        "loads {target} with {routing} but computes something else on a CPU, as it does with any "
-        "{target}; no other device was tried."
-    ),
-    Support.CHANGES: "saves {target} with other tensors than it was given.",
+SILENTLY_WRONG = {
+    *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
+    *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES),
 }
-"""The warning about an engine that silently goes wrong; the engine's name comes before it."""
+"""What an engine does without an error."""
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -59,9 +43,8 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield from _storage_warnings(plan)
         yield from _source_warnings(plan)
     for engine in plan.engines:
-        if engine.support in ENGINE_WARNINGS:
-            words = ENGINE_WARNINGS[engine.support]
-            yield f"{engine.name} {words.format(target=plan.target.title, routing=plan.routing)}"
+        if engine.support in SILENTLY_WRONG:
+            yield f"{engine.name} with {plan.target.title} and {plan.routing}: {engine.support}."
     yield from plan.card_metadata.notes
 
 
