@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "rope": (_config(rope_parameters={"rope_theta": 5e5}), ("rope_theta is 500000.0", "10000.0")),
     "norm": (_config(rms_norm_eps=1e-3), ("rms_norm_eps is 0.001",)),
     "heads": (_config(num_key_value_heads=4), ("shape",)),
-    "tokens": (_tokenizer(_swap_tokens), ("tokenizer of", "here")),
+    "tokens": (_tokenizer(_swap_tokens), ("tokenizers of", "here")),
     "more tokens": (
         _tokenizer(lambda content: content["model"]["vocab"].update({"zz": 999})),
         ("the id of 'zz' is 999 there",),

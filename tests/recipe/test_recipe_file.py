@@ -1,4 +1,4 @@
-"""Recipe files: reading them, and writing over nothing but a saved recipe."""
+"""Recipe files: reading them, and writing over nothing but another."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def text(held: str) -> Callable[[Path], object]:
 OTHERS: dict[str, Callable[[Path], object]] = {
     "weights.safetensors": text("\x08\0\0\0\0\0\0\0{}"),
     "empty.toml": text(""),
-    "own.toml": text('source = "dense"\noutput = "moe"\nrecipe = "E2G1T1"\n'),
+    "other.toml": text('source = "dense"\n[tool.ruff]\n'),
     "config.json": text('{"model_type": "llama"}'),
     "few.json": text('{"seed": 3}'),
     "more.json": text(json.dumps(VALUES | {"model_type": "llama"})),
@@ -96,7 +96,7 @@ def test_write_over_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "thesis").write_text("years of work")
     OTHERS[name](tmp_path / name)
     before = {entry.name: entry.lstat() for entry in tmp_path.iterdir()}
-    with pytest.raises(UpcycleError, match="is not what --save-config has written"):
+    with pytest.raises(UpcycleError, match="is no recipe file"):
         save(tmp_path / name)
     assert {entry.name: entry.lstat() for entry in tmp_path.iterdir()} == before
 

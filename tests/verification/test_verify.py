@@ -58,7 +58,7 @@ REASONS: tuple[tuple[Recipe, str], ...] = (
     (G2(scaling="paper"), "scaling paper"),
     (G2(scaling=1.5), "the experts are scaled by 1.5"),
     (G2(noise=0.1), "noise of 0.1"),
-    (G2(reinit=0.5), "16 of 32 neurons"),
+    (G2(reinit=0.5), "50 % of each expert's neurons"),
     (G2(top_k=1, allow_inexact=True), "top-k 1 is not a multiple of G = 2"),
     (G2(virtual_groups=False), "without virtual groups"),
     (G2(routing="softmax-topk", router_logit_std=2.0), "logits of standard deviation 2"),

@@ -26,9 +26,8 @@ _IGNORED_KEYS = {
 }
 """Keys that a forward pass does not read, and rope_parameters, which rope_theta and rope_scaling
 state too."""
-_TOKENIZER = "tokenizer.json"
-_OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-"""Files that define the tokens where there is no tokenizer.json."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Files that define the tokens; the first is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) 
     difference = _tokenizer_difference(source, other)
     if difference is not None:
         raise UpcycleError(
-            f"the tokenizer of {other.path} is not that of {source.path}: {difference}.",
+            f"the tokenizers of {other.path} and {source.path} differ: {difference}.",
             "Only models that have the same tokens can give experts to one mixture.",
         )
 
@@ -115,14 +114,18 @@ def _check_settings(
 
 def _tokenizer_difference(source: Checkpoint, other: Checkpoint) -> str | None:
     """Say how the tokens of two models differ, None where they do not or one has no tokenizer."""
-    if not all(model.storage.has(_TOKENIZER) for model in (source, other)):
-        shared = [n for n in _OLD_TOKENIZERS if source.storage.has(n) and other.storage.has(n)]
-        odd = [name for name in shared if _file(source, name) != _file(other, name)]
-        return f"{odd[0]} is another file" if odd else None
-    (one, merges), (two, others) = map(_tokens, (source, other))
-    for token in sorted({token for token, _ in one.items() ^ two.items()}):
-        return f"the id of {shown(token)} is {two.get(token)} there, and {one.get(token)} here"
-    return None if merges == others else "it merges tokens differently"
+    for name in _TOKENIZERS:
+        if not (source.storage.has(name) and other.storage.has(name)):
+            continue
+        if name != _TOKENIZERS[0]:
+            if _file(source, name) != _file(other, name):
+                return f"{name} is another file"
+            continue
+        (one, merges), (two, others) = map(_tokens, (source, other))
+        for token in sorted({token for token, _ in one.items() ^ two.items()}):
+            return f"the id of {shown(token)} is {two.get(token)} there, and {one.get(token)} here"
+        return None if merges == others else "it merges tokens differently"
+    return None
 
 
 def _file(model: Checkpoint, name: str) -> bytes:
@@ -132,7 +135,7 @@ def _file(model: Checkpoint, name: str) -> bytes:
 def _tokens(model: Checkpoint) -> tuple[dict[str, int], object]:
     """Return the ids of all tokens, those that were added too, and how they are merged."""
     try:
-        content = json.loads(_file(model, _TOKENIZER))
+        content = json.loads(_file(model, _TOKENIZERS[0]))
         inside = content["model"]
         vocabulary = inside["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
@@ -140,4 +143,4 @@ def _tokens(model: Checkpoint) -> tuple[dict[str, int], object]:
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         return {**vocabulary, **added}, inside.get("merges")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UpcycleError(f"{model.path / _TOKENIZER} describes no tokenizer.") from error
+        raise UpcycleError(f"{model.path / _TOKENIZERS[0]} describes no tokenizer.") from error

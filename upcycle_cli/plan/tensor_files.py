@@ -161,20 +161,14 @@ def read_tensor_file(path: Path, kind: FileKind) -> TensorFile:
         raise UpcycleError(f"there is no file {path}.", hint)
     storage, tensors, data = Storage(path.parent), dict[str, Tensor](), dict[str, bytes]()
     for entry in read_shard_header(storage, path.name)[1]:
-        if not re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name):
-            raise UpcycleError(
-                f"{path}: {printable(entry.name)} is not the name of a tensor of such a file.",
-                f"The tensor of layer 3 is layers.3.{kind.name}.",
-            )
-        if (
-            entry.dtype not in kind.dtypes
-            or len(entry.shape) not in kind.dims
-            or not entry.num_elements
-        ):
+        is_named = re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name)
+        is_usable = entry.dtype in kind.dtypes and len(entry.shape) in kind.dims
+        if not (is_named and is_usable and entry.num_elements):
             dims = " or ".join(map(str, kind.dims))
             raise UpcycleError(
-                f"{path}: {entry.name} is {entry.dtype} of shape {[*entry.shape]}; it must have "
-                f"{dims} dimensions and be {', '.join(kind.dtypes)}."
+                f"{path}: {printable(entry.name)} is {entry.dtype} of shape {[*entry.shape]}.",
+                f"The tensor of layer 3 is layers.3.{kind.name}, with {dims} dimensions, of dtype "
+                f"{', '.join(kind.dtypes)}.",
             )
         tensors[entry.name] = entry
         held = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)

@@ -29,7 +29,6 @@ class Kind(Enum):
 
 
 _MOST_BYTES = 1_000_000  # more than any recipe file has
-_FIRST_LINE = "# upcycle convert --config "
 
 
 def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
@@ -71,7 +70,7 @@ def save_config(
 ) -> None:
     """Write a recipe file, as JSON if its name ends in .json; OSError when that fails.
 
-    Raises UpcycleError where it would replace a file that no --save-config wrote, and for a path in
+    Raises UpcycleError where it would replace anything but a recipe file, and for a path in
     one of the directories `keep_out_of`. `known` are all options, as in `load_config`.
     """
     named = {name.replace("_", "-"): value for name, value in values.items()}
@@ -88,10 +87,9 @@ def save_config(
                 f"{path} would be in {directory}, where nothing else may be written.",
                 "Save the options elsewhere.",
             )
-    if os.path.lexists(path) and not _is_saved(path, known):
+    if os.path.lexists(path) and not _is_recipe(path, known):
         raise UpcycleError(
-            f"{path} is there, and is not what --save-config has written; it is left as it is.",
-            "Name another file.",
+            f"{path} exists and is no recipe file, so it is left as it is.", "Name another file."
         )
     try:
         write_whole(path.absolute(), text.encode())
@@ -101,14 +99,10 @@ def save_config(
         ) from error
 
 
-def _is_saved(path: Path, known: Mapping[str, Kind]) -> bool:
-    """Whether `save_config` wrote a file, which may have been edited since."""
-    if path.is_symlink():
-        return False
+def _is_recipe(path: Path, known: Mapping[str, Kind]) -> bool:
+    """Whether `load_config` can read a file that names a source."""
     with suppress(OSError, UpcycleError):
-        if _is_json(path):
-            return "source" in load_config(path, known)
-        return read_small(path, _MOST_BYTES).startswith(_FIRST_LINE.encode())
+        return not path.is_symlink() and "source" in load_config(path, known)
     return False
 
 
