@@ -174,7 +174,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12
 OFFSETS, F32 = {"data_offsets": [0, 4]}, {"dtype": "F32"}
 FILES: tuple[tuple[str, Damage, str], ...] = (
     ("no source", shutil.rmtree, "does not exist"),
-    ("no config", lambda dense: (dense / "config.json").unlink(), "has no config.json"),
     ("an empty config", put("config.json", b""), "not valid JSON"),
     ("Python", put("config.json", b"{'model_type': 'llama'}"), "not valid JSON"),
     ("a binary config", put("config.json", b"\xff\xfe\x00"), "not valid JSON"),

@@ -1,31 +1,102 @@
-"""Damage to an MoE's files: each row is one kind, which the comparison with the plan must name."""
+"""Damage and deception: each row makes an MoE something else than the plan's, and must be named.
+
+What only a run of both models shows is in verification/test_outputs.py and contracts/.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
+from conftest import MakeDense, clone, read_json
+from safetensors.torch import load_file, save_file
 from verified import (
-    ATTENTION,
     EXPERT,
     MIXTRAL_EXPERT,
     ROUTER,
+    SIZES,
     Tensors,
     edit_json,
     edit_tensors,
     flip_byte,
+    save_dense,
+    save_tokenizer,
     text_of,
 )
 
-from upcycle_cli import Recipe, convert, open_checkpoint, verify
+from upcycle_cli import Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.verification.result import Status
 
 Damage = Callable[[Path], object]
 Row = tuple[str, Damage, str]
+RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+
+
+def assert_caught(dense: Path, moe: Path, check: str, *words: str) -> None:
+    report = verify(dense, moe, checks=[check])
+    assert report.status is Status.FAILED, text_of(report)
+    for word in words:
+        assert word in text_of(report)
+
+
+def tensors(edit: Callable[[Tensors], object]) -> Damage:
+    return lambda moe: edit_tensors(moe, edit)
+
+
+def put(name: str, value: Callable[[Tensors], torch.Tensor]) -> Damage:
+    return tensors(lambda held: held.update({name: value(held)}))
+
+
+def edited(name: str, edit: Callable[[dict[str, Any]], object]) -> Damage:
+    return lambda moe: edit_json(moe / name, edit)
+
+
+def changed(name: str, **changes: object) -> Damage:
+    return edited(name, lambda value: value.update(changes))
+
+
+def config(**changes: object) -> Damage:
+    return changed("config.json", **changes)
+
+
+def record(path: str, value: object) -> Damage:
+    def edit(held: dict[str, Any]) -> None:
+        *outer, key = path.split("/")
+        for name in outer:
+            held = held[name]
+        held[key] = value
+
+    return edited("upcycle.json", edit)
+
+
+def written(name: str, data: str | bytes) -> Damage:
+    def damage(moe: Path) -> None:
+        (moe / name).parent.mkdir(exist_ok=True)
+        (moe / name).write_bytes(data.encode() if isinstance(data, str) else data)
+
+    return damage
+
+
+def removed(name: str) -> Damage:
+    return lambda moe: (moe / name).unlink()
+
+
+def linked(name: str) -> Damage:
+    def damage(moe: Path) -> None:
+        (moe / name).rename(moe.parent / "elsewhere")
+        (moe / name).symlink_to(moe.parent / "elsewhere")
+
+    return damage
+
+
+# Weights ------------------------------------------------------------------------------------------
 
 
 def w(layer: int, expert: int, matrix: int) -> str:
@@ -37,69 +108,21 @@ QWEN_ROUTER = "model.layers.0.mlp.gate.weight"
 SHARED = "model.layers.{}.mlp.shared_expert"
 
 
-def tensors(edit: Callable[[Tensors], object]) -> Damage:
-    return lambda moe: edit_tensors(moe, edit)
+def swapped(one: str, other: str) -> Damage:
+    return tensors(lambda held: held.update({one: held[other], other: held[one]}))
 
 
-def flip(name: str) -> Damage:
-    return lambda moe: flip_byte(moe, name)
-
-
-def put(name: str, value: Callable[[Tensors], torch.Tensor]) -> Damage:
-    return tensors(lambda held: held.update({name: value(held)}))
-
-
-def scaled(factors: dict[str, float], layers: tuple[int, ...] = (0, 1), experts: int = 4) -> Damage:
+def exchanged(name: str, dim: int, *places: int) -> Damage:
     def edit(held: Tensors) -> None:
-        for layer in layers:
-            for expert in range(experts):
-                for matrix, factor in factors.items():
-                    held[MIXTRAL_EXPERT.format(layer, expert, matrix)] *= factor
-
-    return tensors(edit)
-
-
-def swapped(one: str, other: str, dim: int | None = None, *places: int) -> Damage:
-    def edit(held: Tensors) -> None:
-        if dim is None:
-            held[one], held[other] = held[other], held[one]
-            return
         index = torch.tensor(places)
-        held[one].index_copy_(dim, index, held[one].index_select(dim, index.flip(0)))
+        held[name].index_copy_(dim, index, held[name].index_select(dim, index.flip(0)))
 
     return tensors(edit)
-
-
-def config(**changes: object) -> Damage:
-    return lambda moe: edit_json(moe / "config.json", lambda value: value.update(changes))
-
-
-def record(path: str, value: object) -> Damage:
-    def edit(held: dict[str, Any]) -> None:
-        *outer, key = path.split("/")
-        for name in outer:
-            held = held[name]
-        held[key] = value
-
-    return lambda moe: edit_json(moe / "upcycle.json", edit)
-
-
-def index(**changes: object) -> Damage:
-    name = "model.safetensors.index.json"
-    return lambda moe: edit_json(moe / name, lambda value: value["metadata"].update(changes))
-
-
-def another_file_of_the_index(moe: Path) -> None:
-    def edit(value: dict[str, Any]) -> None:
-        files = value["weight_map"]
-        files[EXPERT] = next(file for file in files.values() if file != files[EXPERT])
-
-    edit_json(moe / "model.safetensors.index.json", edit)
 
 
 def swapped_between_files(moe: Path) -> None:
     entries = open_checkpoint(moe).tensors
-    pair = [entries[MIXTRAL_EXPERT.format(0, expert, "w1")] for expert in (0, 3)]
+    pair = [entries[w(0, expert, 1)] for expert in (0, 3)]
     assert pair[0].shard != pair[1].shard
     values = [(moe / e.shard).read_bytes()[e.offset : e.offset + e.nbytes] for e in pair]
     for entry, value in zip(pair, reversed(values), strict=True):
@@ -108,15 +131,10 @@ def swapped_between_files(moe: Path) -> None:
             file.write(value)
 
 
-def cut_off(moe: Path) -> None:
-    (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-10])
-
-
 WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
-    ("a bit of an expert", flip(w(1, 3, 2)), "3.w2.weight differs in 1 of"),
-    ("a bit of attention", flip(ATTENTION), f"{ATTENTION} differs in 1 of"),
-    ("a bit of a router", flip(ROUTER), f"{ROUTER} differs in 1 of"),
+    ("a bit of an expert", lambda moe: flip_byte(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
+    ("a bit of a router", lambda moe: flip_byte(moe, ROUTER), f"{ROUTER} differs in 1 of"),
     (
         "qwen: a row of a router",
         tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)),
@@ -136,13 +154,8 @@ WEIGHTS: tuple[Row, ...] = (
     ),
     ("sharded: exchanged between files", swapped_between_files, "0.w1.weight holds shard 1"),
     ("gate and up exchanged", swapped(w(0, 0, 1), w(0, 0, 3)), "0.w1.weight | 0.w3.weight"),
-    ("exchanged rows", swapped(EXPERT, EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
-    ("exchanged columns", swapped(w(1, 3, 2), "", 1, 0, 20), "has columns 0 and 20 exchanged"),
-    (
-        "scaled twice",
-        scaled({"w3": 2}),
-        "w3.weight is its expected value multiplied by a further 2",
-    ),
+    ("exchanged rows", exchanged(EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
+    ("exchanged columns", exchanged(w(1, 3, 2), 1, 0, 20), "has columns 0 and 20 exchanged"),
     ("one expert by 1.05", tensors(lambda t: t[EXPERT].mul_(1.05)), "multiplied by a further 1.05"),
     (
         "qwen: a bias that is to be zero",
@@ -165,58 +178,126 @@ WEIGHTS: tuple[Row, ...] = (
         tensors(lambda t: t.update({f"{EXPERT}s": t.pop(EXPERT)})),
         f"{EXPERT} is missing | {EXPERT}s should not be there",
     ),
-    (
-        "an extra expert",
-        put(w(0, 4, 1), lambda _: torch.zeros(32, 32)),
-        "4.w1.weight should not be there",
-    ),
-    (
-        "another shape",
-        put(ROUTER, lambda t: t[ROUTER][:-1]),
-        f"{ROUTER} has shape [3, 32] instead of [4, 32]",
-    ),
-    (
-        "integers",
-        put(EXPERT, lambda t: t[EXPERT].to(torch.int8)),
-        f"{EXPERT} is I8 instead of BF16",
-    ),
+    ("another shape", put(ROUTER, lambda t: t[ROUTER][:-1]), f"{ROUTER} has shape [3, 32] instead"),
+    ("integers", put(EXPERT, lambda t: t[EXPERT].to(torch.int8)), f"{EXPERT} is I8 instead of"),
     ("dtype of the record", record("dtype", "float32"), "is BF16 instead of F32"),
+    ("behind a link", linked("model.safetensors"), "is not followed"),
+)
+
+# Settings and files -------------------------------------------------------------------------------
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    # what another model is loaded by, or other code
+    {"transformers_weights": "other.safetensors"},
+    {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}},
+    {"attn_implementation": "kernels-community/flash-attn"},
+    {"quantization_config": {}},
+    {"attribute_map": {"rms_norm_eps": "attention_dropout"}},
+    {"text_config": {"model_type": "qwen2", "hidden_size": 8}},
+    # what changes the function, now or for another engine
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    {"use_sliding_window": True},
+    {"mlp_only_layers": [0]},
+    {"attention_multiplier": 2.0},
+    # what training or text generation goes by
+    {"router_aux_loss_coef": float("nan")},
+    {"output_router_logits": 0},
+    {"get_text_config": 1},
+    {"dtype": "float16"},
+)
+READ = (
+    "adapter_config.json",
+    "modeling_mine.py",
+    "custom_generate/generate.py",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "model.gguf",
+    "NOTICE.safetensors",
+    "LICENSE.py",
+    "Config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "additional_chat_templates/tools.jinja",
+)
+INDEX, TOKENS, GENERATION = (
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "generation_config.json",
 )
 
 
+def swapped_ids(value: dict[str, Any]) -> None:
+    vocab = value["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+def setting(**changes: object) -> Damage:
+    return changed("tokenizer_config.json", **changes)
+
+
+def index(**changes: object) -> Damage:
+    return edited(INDEX, lambda value: value["metadata"].update(changes))
+
+
+def another_file_of_the_index(value: dict[str, Any]) -> None:
+    files = value["weight_map"]
+    files[EXPERT] = next(file for file in files.values() if file != files[EXPERT])
+
+
+def pipe(moe: Path) -> None:
+    (moe / GENERATION).unlink()
+    os.mkfifo(moe / GENERATION)
+
+
+def other_format(moe: Path) -> None:
+    path = moe / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "mlx"})
+
+
+def cut_off(moe: Path) -> None:
+    (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-10])
+
+
 FILES: tuple[Row, ...] = (
-    # name (and which MoE, if not the plain one), what is damaged, words of the report
+    *((min(each), config(**each), f"config.json: {min(each)}") for each in SETTINGS),
+    *((name, written(name, "{}"), name) for name in READ),
     ("top-k", config(num_experts_per_tok=1), "num_experts_per_tok is 1 instead of 2"),
     ("experts", config(num_local_experts=6), "num_local_experts is 6 instead of 4"),
     ("qwen: routing", config(norm_topk_prob=True), "norm_topk_prob is True instead of False"),
     ("sharded: total size", index(total_size=5), "metadata.total_size is 5 instead of"),
-    (
-        "sharded: dtype of the index",
-        index(dtype="float16"),
-        "metadata.dtype is 'float16', and should not be there",
-    ),
-    ("sharded: file of the index", another_file_of_the_index, f"{EXPERT} | cannot be read"),
+    ("sharded: dtype", index(dtype="float16"), "dtype is 'float16', and should not be there"),
+    ("sharded: file", edited(INDEX, another_file_of_the_index), f"{EXPERT} | cannot be read"),
     ("cut off", cut_off, "truncated | cannot be read"),
+    ("ids swapped", edited(TOKENS, swapped_ids), "model.vocab.a is"),
+    ("normalizer", changed(TOKENS, normalizer={"type": "Lowercase"}), f"{TOKENS}: normalizer"),
+    ("no tokenizer", written(TOKENS, "{}"), f"{TOKENS}: version is missing"),
+    ("tokenizer gone", removed(TOKENS), f"{TOKENS} is missing"),
+    ("longest text", setting(model_max_length=7), "model_max_length is 7"),
+    ("end of text", setting(eos_token="a"), "eos_token is 'a' instead of '</s>'"),
+    ("names of inputs", setting(model_input_names=["input_ids"]), "model_input_names"),
+    ("special names", setting(extra_special_tokens={"image_token": "a"}), "extra_special_tokens"),
+    ("code", setting(auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
+    ("template beside", setting(chat_template="{{ messages }}"), "chat_template"),
+    ("template", written("chat_template.jinja", "{{ x }}"), "chat_template.jinja is not"),
+    ("temperature", changed(GENERATION, temperature=9.0), "temperature is 9.0"),
+    ("byte order mark", written(GENERATION, b"\xef\xbb\xbf{}"), "not valid JSON"),
+    ("link", linked(GENERATION), "is not followed"),
+    ("pipe", pipe, GENERATION),
+    ("wrong sums", written("SHA256SUMS", f"{'0' * 64}  config.json\n"), "SHA256SUMS describes"),
+    ("sums elsewhere", written("SHA256SUMS", f"{'0' * 64}  ../x\n"), "SHA256SUMS"),
+    ("another format", other_format, "loaders want 'pt'"),
     ("E of the record", record("recipe/expansion", 4), "num_local_experts is 4 instead of 8"),
     ("G of the record", record("recipe/granularity", 1), "intermediate_size is 32 instead of 64"),
     ("T of the record", record("recipe/top_k", 4), "num_experts_per_tok is 2 instead of 4"),
     ("routing of the record", record("recipe/routing", "softmax-topk"), "describes no conversion"),
-    (
-        "target of the record",
-        record("target", "qwen2_moe"),
-        "model_type is 'mixtral' instead of 'qwen2_moe'",
-    ),
-    (
-        "another target type",
-        record("target_type", "qwen2_moe"),
-        "target_type is 'qwen2_moe' instead of 'mixtral'",
-    ),
+    ("target", record("target", "qwen2_moe"), "model_type is 'mixtral' instead of 'qwen2_moe'"),
+    ("target type", record("target_type", "qwen2_moe"), "target_type is 'qwen2_moe' instead of"),
     ("factors", record("factors/up", 4), "factors.up is 4 instead of 2.0"),
     ("promise", record("promise", "none"), "promise is 'none' instead of 'exact'"),
     ("routers", record("routers", {}), "routers is [] instead of"),
     ("parameters", record("parameters/active", 1), "parameters.active is 1 instead of"),
 )
-
 
 DAMAGE = [("weights", *row) for row in WEIGHTS] + [("directory", *row) for row in FILES]
 
@@ -225,24 +306,302 @@ DAMAGE = [("weights", *row) for row in WEIGHTS] + [("directory", *row) for row i
 def test_damage_is_found_and_named(
     dense: Path, request: pytest.FixtureRequest, check: str, name: str, damage: Damage, words: str
 ) -> None:
-    moe: Path = request.getfixturevalue(name.partition(": ")[0] if ": " in name else "moe")
+    moe: Path = request.getfixturevalue(name.partition(": ")[0] if name.count(": ") else "moe")
     damage(moe)
-    report = verify(dense, moe, checks=[check])
+    assert_caught(dense, moe, check, *words.split(" | "))
+
+
+def test_files_that_nothing_reads_are_only_noted(dense: Path, moe: Path) -> None:
+    for name in ("notes.txt", "plots/loss.png", ".gitattributes", "NOTICE", "README.md"):
+        written(name, "mine")(moe)
+    report = verify(dense, moe, checks=["directory"])
+    assert report.accepted, text_of(report)
+    assert "Not part of the model: notes.txt, plots/loss.png." in report.checks[0].detail
+
+
+def test_every_key_counts(dense: Path, moe: Path) -> None:
+    """Missing, or another value of the same type; transformers writes no other version's name."""
+    path = moe / "config.json"
+    config = read_json(path)
+    missing, unnoticed = list[str](), list[str]()
+    for key, value in config.items():
+        others: dict[type, Any] = {bool: not value, str: f"{value}x"}
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            others[type(value)] = value + 1
+        without = {name: held for name, held in config.items() if name != key}
+        for changed in (without, config | {key: others.get(type(value), 7)}):
+            path.write_text(json.dumps(changed))
+            try:
+                if verify(dense, moe, checks=["directory"]).status is not Status.FAILED:
+                    (missing if changed is without else unnoticed).append(key)
+            except UpcycleError:
+                assert key == "model_type"
+    assert set(unnoticed) <= {"transformers_version"}
+    # transformers saves rope_theta in rope_parameters, and leaves out what is null by default.
+    unneeded = {"rope_theta", "tie_word_embeddings", "transformers_version"}
+    assert {key for key in missing if config[key] is not None} <= unneeded
+
+
+def test_keys_of_a_wrapper_count(tmp_path: Path) -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sees = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 16}
+    sees |= {"num_attention_heads": 2, "patch_size": 4, "projection_dim": 16}
+    config = LlavaConfig(
+        text_config=SIZES | {"model_type": "llama"},
+        vision_config=sees | {"model_type": "clip_vision_model"},
+        image_token_index=250,
+    )
+    dense = save_dense(config, LlavaForConditionalGeneration, tmp_path / "dense")
+    moe = tmp_path / "moe"
+    convert(dense, moe, RECIPE)
+    assert verify(dense, moe, checks=["directory", "weights"]).accepted
+    for key in ("vision_feature_layer", "image_token_index", "mine"):
+        changed = clone(moe, tmp_path / key, **{key: 1})
+        assert_caught(dense, changed, "directory", f"config.json: {key} is 1")
+
+
+def test_exchanged_chat_templates(dense: Path, tmp_path: Path) -> None:
+    source, names = clone(dense, tmp_path / "dense"), ("one.jinja", "two.jinja")
+    folder = "additional_chat_templates"
+    for name in names:
+        written(f"{folder}/{name}", name)(source)
+    convert(source, tmp_path / "moe", RECIPE)
+    assert verify(source, tmp_path / "moe", checks=["directory"]).accepted
+    for name, other in zip(names, reversed(names), strict=True):
+        written(f"{folder}/{name}", other)(tmp_path / "moe")
+    assert_caught(source, tmp_path / "moe", "directory", "one.jinja is not", "two.jinja is not")
+
+
+def saved_tokenizer(source: Path, moe: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).save_pretrained(moe)
+    setting(local_files_only=False)(moe)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_half_of_what_transformers_saves_is_a_difference(
+    dense: Path, tmp_path: Path, name: str
+) -> None:
+    """transformers 5 moves what these files say to those that it saves."""
+    source, moe = clone(dense, tmp_path / "dense"), tmp_path / "moe"
+    said = {"added_tokens.json": {"<new>": 258}, "special_tokens_map.json": {"eos_token": "</s>"}}
+    edit_json(source / "tokenizer_config.json", lambda value: value.pop("eos_token"))
+    written(name, json.dumps(said[name]))(source)
+    convert(source, moe, RECIPE)
+    removed(name)(moe)
+    assert_caught(source, moe, "directory", f"{name} is missing")
+    saved_tokenizer(source, moe)
+    assert verify(source, moe, checks=["directory"]).accepted
+
+
+def test_a_tokenizer_has_the_class_that_the_moe_gives_it(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """transformers loads any tokenizer of a qwen2 as its own class, and those of its MoE not."""
+    dense, moe = clone(make_dense("qwen2"), tmp_path / "dense"), tmp_path / "moe"
+    save_tokenizer(dense)
+    convert(dense, moe, RECIPE)
+    saved_tokenizer(moe, moe)
+    report = verify(dense, moe, checks=["directory"])
+    assert report.accepted, text_of(report)
+
+
+# Code, and what a checkpoint names ----------------------------------------------------------------
+
+CODE = "modeling_upcycled.py"
+
+
+def more_code(text: str) -> Damage:
+    return lambda moe: (moe / CODE).write_text((moe / CODE).read_text() + text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (more_code("\nopen(__file__ + '.ran', 'w')\n"), "is not what convert writes"),
+        (more_code(" "), "is not what convert writes"),
+        (removed(CODE), f"{CODE} is missing"),
+        (edited("config.json", lambda c: c["auto_map"].update(AutoModel="o.M")), "auto_map"),
+        (edited("config.json", lambda config: config.pop("auto_map")), "auto_map"),
+        (written("configuration_mine.py", ""), "configuration_mine.py"),
+    ],
+    ids=["more code", "a space", "gone", "another class", "no class", "another file"],
+)
+def test_code_that_is_not_ours_never_runs(
+    make_dense: MakeDense, tmp_path: Path, damage: Damage, words: str
+) -> None:
+    dense, moe = make_dense("nemotron"), tmp_path / "moe"
+    convert(dense, moe, RECIPE)
+    damage(moe)
+    report = verify(dense, moe)
     assert report.status is Status.FAILED
-    for word in words.split(" | "):
-        assert word in text_of(report)
+    assert words in text_of(report)
+    assert not (moe / f"{CODE}.ran").exists()
 
 
-# What only the outputs show, or nothing should ---------------------------------------------------
+GUARDED = """
+import sys
+from upcycle_cli import verify
+
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        print("ONLINE", event, arguments, flush=True)
+
+sys.addaudithook(guard)
+for moe in sys.argv[2:]:
+    print(verify(sys.argv[1], moe).status)
+"""
+NAMED: tuple[dict[str, Any], ...] = (
+    {
+        "name_or_path": "org/other",
+        "attn_implementation": "org/kernel",
+        "experts_implementation": "org/kernel",
+    },
+    {"auto_map": {"AutoConfig": "org/code--x.X", "AutoModelForCausalLM": "org/code--x.X"}},
+    {"quantization_config": {"quant_method": "gptq", "tokenizer": "org/other"}},
+)
 
 
-def test_logits_that_are_not_finite_fail_whatever_is_promised(dense: Path, tmp_path: Path) -> None:
-    recipe = Recipe(expansion=2, granularity=2, top_k=2, scaling="none")  # type: ignore[arg-type]
+def test_nothing_that_a_checkpoint_names_is_asked_for(
+    dense: Path, mixtral: Path, tmp_path: Path
+) -> None:
+    moes = []
+    for number, changes in enumerate(NAMED):
+        for recorded in (True, False):
+            moe = clone(mixtral, tmp_path / f"{number}-{recorded}", **changes)
+            if not recorded:
+                (moe / "upcycle.json").unlink()
+            moes.append(str(moe))
+    online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    found = forked.run([dense, *moes], program=GUARDED, environment=online)
+    assert found.returncode == 0, found.stderr
+    assert "ONLINE" not in found.stdout
+    assert "passed" not in found.stdout
+
+
+# Values that only the MoE has ---------------------------------------------------------------------
+
+
+def one_word(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that see one direction only, as if they were fitted to a single word."""
+    direction = torch.ones(rows.shape[1])
+    return torch.stack([direction * (1 + group) for group in range(len(rows))])
+
+
+@pytest.mark.parametrize("init", ["normal", "balanced", "centroids"])
+def test_rows_that_no_seed_and_no_text_gives(dense: Path, tmp_path: Path, init: str) -> None:
+    recipe = Recipe(expansion=2, granularity=2, top_k=2, router_init=init)  # type: ignore[arg-type]
     convert(dense, tmp_path / "moe", recipe)
-    edit_tensors(tmp_path / "moe", lambda held: held["lm_head.weight"][7].fill_(torch.inf))
-    report = verify(dense, tmp_path / "moe", checks=["outputs"], allow_inexact=True)
-    assert report.status is Status.FAILED
-    assert "not finite" in text_of(report)
+    assert verify(dense, tmp_path / "moe", checks=["weights"]).accepted
+    given = load_file(tmp_path / "moe" / "model.safetensors")[ROUTER][::2].float()
+    for rows in (
+        one_word(given),
+        100 * given[:1] + given,
+        given * 3e37,
+        given * 1.2,
+        given.flip(0),
+    ):
+        put(ROUTER, lambda _, rows=rows: rows.bfloat16().repeat_interleave(2, 0))(tmp_path / "moe")  # type: ignore[misc]
+        assert_caught(dense, tmp_path / "moe", "weights", ROUTER)
+
+
+def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
+    """Neurons that one expert has twice, in an order that only the MoE knows."""
+    orders = {f"layers.{layer}.neuron_order": torch.arange(64).flip(0) for layer in range(2)}
+    save_file(orders, tmp_path / "orders.safetensors")
+    recipe = Recipe(expansion=2, granularity=2, top_k=2, neuron_order="file")  # type: ignore[arg-type]
+    moe = tmp_path / "moe"
+    convert(dense, moe, recipe, neuron_orders=tmp_path / "orders.safetensors")
+    assert verify(dense, moe).passed
+
+    def twice(held: Tensors) -> None:
+        for matrix, dim in ((1, 0), (3, 0), (2, 1)):
+            held[w(1, 2, matrix)].select(dim, 7).copy_(held[w(1, 2, matrix)].select(dim, 3))
+
+    damaged = Path(shutil.copytree(moe, tmp_path / "damaged"))
+    tensors(lambda held: held[w(1, 2, 3)].view(torch.int16)[0, 0].bitwise_xor_(1))(damaged)
+    assert_caught(dense, damaged, "weights", "2.w3.weight differs in 1 of", "1 problem")
+    tensors(twice)(moe)
+    assert_caught(dense, moe, "weights", "layers.1.neuron_order", "no permutation")
+
+
+# Who sets the standard ----------------------------------------------------------------------------
+
+RECORDS: tuple[tuple[Damage, str], ...] = (
+    *(
+        (written("upcycle.json", text), "upcycle.json")
+        for text in ("", "[]", "{}", "[" * 100_000, '{"format": 1}', '{"format": 2, "recipe": {}}')
+    ),
+    (record("recipe", None), "has no recipe"),
+    (record("recipe/expansion", [2]), "cannot be used"),
+    (record("recipe/granularity", 0), "at least 1"),
+    (record("recipe/top_k", 10**400), "top-k"),
+    (record("recipe/top_k", 2.0), "top_k is 2.0"),
+    (record("recipe/scaling", "best"), "scaling"),
+    (record("recipe/trick", 1), "trick is unknown to this"),
+    (record("recipe/layers", 7), "layers is 7"),
+    (edited("upcycle.json", lambda value: value.pop("promise")), "upcycle.json has no promise"),
+    (edited("upcycle.json", lambda value: value.pop("source")), "upcycle.json has no source"),
+    (record("target", 7), "target is 7"),
+)
+
+
+@pytest.mark.parametrize(("damage", "words"), RECORDS, ids=[str(i) for i in range(len(RECORDS))])
+def test_a_record_that_makes_no_sense_proves_nothing(
+    dense: Path, moe: Path, damage: Damage, words: str
+) -> None:
+    damage(moe)
+    report = verify(dense, moe, checks=["directory", "weights"])
+    assert report.status is Status.SKIPPED
+    assert words in text_of(report)
+    assert not report.accepted
+
+
+def test_without_a_record_outputs_are_measured(dense: Path, moe: Path) -> None:
+    removed("upcycle.json")(moe)
+    report = verify(dense, moe)
+    assert [check.status for check in report.checks] == ["skipped", "skipped", "measured"]
+    assert report.status is Status.MEASURED
+    assert "upcycle.json" in report.checks[2].detail
+
+
+def test_another_top_k_with_its_record_is_measured(dense: Path, moe: Path) -> None:
+    def ask(value: dict[str, Any]) -> None:
+        value["recipe"] |= {"top_k": 1, "name": "E2G2T1", "allow_inexact": True}
+        value["promise"] = "none"
+        value["parameters"]["active"] -= 2 * 3 * 32 * 32
+
+    edited("upcycle.json", ask)(moe)
+    config(num_experts_per_tok=1)(moe)
+    report = verify(dense, moe)
+    assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
+    assert not report.accepted
+    assert "top-k 1 is not a multiple" in text_of(report)
+    assert verify(dense, moe, allow_inexact=True).accepted
+
+
+def test_another_dense_model(mixtral: Path, make_dense: MakeDense, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SIZES | {"rms_norm_eps": 1e-3}
+    other = save_dense(LlamaConfig(**sizes), LlamaForCausalLM, tmp_path / "other", seed=1)
+    report = verify(other, mixtral)
+    assert [check.status for check in report.checks] == ["failed"] * 3
+    assert "rms_norm_eps is 1e-06 instead of 0.001" in text_of(report)
+    report = verify(make_dense("qwen3"), mixtral, checks=["directory", "weights"])
+    assert [check.status for check in report.checks] == ["failed"] * 2
+    assert "describes no conversion of" in text_of(report)
+
+
+def test_a_record_that_names_another_repo(dense: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(dense, snapshot)
+    convert(snapshot, tmp_path / "moe", RECIPE)
+    assert verify(snapshot, tmp_path / "moe", checks=["directory"]).accepted
+    record("source/name", "meta-llama/Llama-3.1-8B")(tmp_path / "moe")
+    assert_caught(snapshot, tmp_path / "moe", "directory", "source.name is 'meta-llama/")
 
 
 def test_trained_weights_are_one_sentence(dense: Path, qwen: Path, tmp_path: Path) -> None:
