@@ -17,15 +17,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, convert
 
@@ -33,33 +33,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FIXTURE = Path(__file__).parent / "fixtures" / "golden.json"
-
-PAIRS = (
-    ("llama", "mixtral"),
-    ("llama", "qwen2_moe"),
-    ("mistral", "mixtral"),
-    ("mistral", "qwen2_moe"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen3", "qwen3_moe"),
-)
 HEAD_DIMS = {"llama": 12, "mistral": 16, "qwen2": 12, "qwen3": 16}
 """12 is what hidden size and heads come to; 16 has to be stated."""
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 64, 48, 96, 2, 4, 2
-
-CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "recipe": ((4, 1, 2), (2, 2, 2), (4, 2, 4), (2, 3, 3), (2, 8, 8)),
-    "routing": ("softmax-topk", "topk-softmax", None),
-    "scaling": ("exact", "paper", "none", 2.5),
-    "scale_split": ("balanced", "down"),
-    "expert_layout": ("per-expert", "fused"),
-    "dtype": (None, "float32", "float16", "bfloat16"),
-    "virtual_groups": (True, False),
-    "embeddings": ("untied", "tied", "untie"),
-    "seed": (0, 7, 2**63 - 1),
-    "router_logit_std": (None, 0.25),
-}
-"""Every value of every option: each comes with each pair, and with each value of each other option
-in some pair. "untie" is a tied source whose output has a head of its own."""
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+OPTIONS = (
+    *("recipe", "routing", "scaling", "scale_split", "expert_layout", "dtype", "virtual_groups"),
+    *("embeddings", "seed", "router_logit_std"),
+)
+"""Each of their values comes with each source and target, and with each value of each other option
+in some case. The embeddings "untie" are a tied source whose output has a head of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,60 +55,26 @@ class Case:
     options: Mapping[str, Any]
 
     @property
-    def tied(self) -> bool:
-        """Whether the dense model's head shares the embedding."""
-        return bool(self.options["embeddings"] != "untied")
-
-    @property
     def name(self) -> str:
         """All of it in one line."""
-        o = self.options
-        expansion, granularity, top_k = o["recipe"]
-        words = [
-            f"{self.source} {self.target} E{expansion}G{granularity}T{top_k}",
-            o["routing"] or "default-routing",
-            f"scaling-{o['scaling']} {o['scale_split']} {o['expert_layout']}",
-            o["dtype"] or "same-dtype",
-            "groups" if o["virtual_groups"] else "no-groups",
-            f"{o['embeddings']} seed-{o['seed']} std-{o['router_logit_std'] or 'default'}",
-        ]
-        return " ".join(words)
+        values = " ".join(f"{option}={self.options[option]}" for option in OPTIONS)
+        return f"{self.source} {self.target} {values}"
 
 
 def cases() -> dict[str, Case]:
     """Return every case of the fixture by its name."""
-    found = {}
-    for row in json.loads(FIXTURE.read_text(encoding="utf-8"))["cases"]:
-        options = {option: row[option] for option in CHOICES}
-        options["recipe"] = tuple(options["recipe"])
-        case = Case(
-            source=row["source"], target=row["target"], digest=row["digest"], options=options
-        )
-        found[case.name] = case
-    return found
+    rows = json.loads(FIXTURE.read_text(encoding="utf-8"))["cases"]
+    ends = ("source", "target", "digest")
+    found = (
+        Case(**{end: row[end] for end in ends}, options={name: row[name] for name in OPTIONS})
+        for row in rows
+    )
+    return {case.name: case for case in found}
 
 
 def write_dense(directory: Path, model_type: str, *, tied: bool) -> Path:
     """Write a dense model of bf16 weights, the same bytes on every machine."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(_config(model_type, tied=tied)))
-    tensors = {
-        name: _bf16(name, shape).tobytes() for name, shape in _shapes(model_type, tied=tied).items()
-    }
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in _shapes(model_type, tied=tied).items():
-        end = position + len(tensors[name])
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
-        position = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    content = b"".join([struct.pack("<Q", len(header)), header, *tensors.values()])
-    (directory / "model.safetensors").write_bytes(content)
-    return directory
-
-
-def _config(model_type: str, *, tied: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [f"{model_type.title()}ForCausalLM"],
         "model_type": model_type,
@@ -145,7 +94,13 @@ def _config(model_type: str, *, tied: bool) -> dict[str, Any]:
     }
     if model_type == "mistral":
         config["sliding_window"] = None
-    return config
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name: torch.from_numpy(_bf16(name, shape)).view(torch.bfloat16)
+        for name, shape in _shapes(model_type, tied=tied).items()
+    }
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 def _shapes(model_type: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -191,69 +146,48 @@ def _bf16(name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     return np.where(random.randint(0, 50, shape) == 0, signs << 15, bits).astype("<u2")
 
 
-def run(case: Case, source: Path, output: Path) -> str:
-    """Convert `source` as the case says, and return the digest of `output`."""
+def run(case: Case, dense: Path, output: Path) -> str:
+    """Convert a case's model, made in `dense` if it is not there; return the digest of `output`."""
     o = dict(case.options)
+    tied = o["embeddings"] != "untied"
+    source = dense / f"{case.source}-{'tied' if tied else 'untied'}"
+    if not source.exists():
+        write_dense(source, case.source, tied=tied)
     sizes = dict(zip(("expansion", "granularity", "top_k"), o.pop("recipe"), strict=True))
-    written = {key: o.pop(key) for key in ("dtype", "expert_layout", "embeddings")}
-    recipe = Recipe(**sizes, **o)
     options = Options(
-        dtype=written["dtype"],
-        expert_layout=written["expert_layout"],
-        untie_embeddings=written["embeddings"] == "untie",
+        dtype=o.pop("dtype"),
+        expert_layout=o.pop("expert_layout"),
+        untie_embeddings=o.pop("embeddings") == "untie",
         max_shard_bytes=100_000,  # several files: where a tensor lies is no part of the digest
     )
-    convert(source, output, recipe, target=case.target, options=options)
+    convert(source, output, Recipe(**sizes, **o), target=case.target, options=options)
     return digest(output)
 
 
 def digest(directory: Path) -> str:
     """Return the SHA-256 of every tensor's name, dtype, shape and bytes, in the names' order."""
-    result = hashlib.sha256()
-    tensors = sorted(_tensors(directory))
-    names = [name for name, *_ in tensors]
-    assert len(names) == len(set(names))
-    for name, dtype, shape, data in tensors:
+    result, tensors = hashlib.sha256(), dict[str, torch.Tensor]()
+    for path in directory.glob("*.safetensors"):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    for name, tensor in sorted(tensors.items()):
         if ".shared_expert." not in name:
-            assert len(data) == {"F32": 4, "F16": 2, "BF16": 2}[dtype] * math.prod(shape)
-            result.update(f"{name} {dtype} {list(shape)} {len(data)}\n".encode())
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
+            result.update(f"{name} {dtype} {shape} {len(data)}\n".encode())
             result.update(data)
     return result.hexdigest()
-
-
-def _tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
-    for path in directory.glob("*.safetensors"):
-        content = path.read_bytes()
-        (header_bytes,) = struct.unpack_from("<Q", content)
-        start = 8 + header_bytes
-        for name, entry in json.loads(content[8:start]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                yield name, entry["dtype"], shape, content[start + begin : start + end]
-
-
-class Sources:
-    """The dense models, each made once, in a directory that is somebody else's to remove."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def of(self, case: Case) -> Path:
-        """Return the dense model of a case."""
-        path = self._directory / f"{case.source}-{'tied' if case.tied else 'untied'}"
-        return path if path.exists() else write_dense(path, case.source, tied=case.tied)
 
 
 def main() -> None:
     """Rewrite the fixture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", metavar="COMMIT", required=True, help="of the converter")
-    made_with = parser.parse_args().write
+    made_with, rows = parser.parse_args().write, []
     with tempfile.TemporaryDirectory() as temporary:
-        sources, rows = Sources(Path(temporary) / "dense"), []
         for i, case in enumerate(cases().values()):
-            found = run(case, sources.of(case), Path(temporary) / "moe" / str(i))
+            found = run(case, Path(temporary) / "dense", Path(temporary) / "moe" / str(i))
             row = {"source": case.source, "target": case.target, **case.options, "digest": found}
             rows.append(f"  {json.dumps(row)}")
     lines = ",\n".join(rows)
