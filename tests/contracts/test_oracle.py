@@ -87,17 +87,14 @@ def orders_of_groups(w: Wanted, dense: Path) -> dict[int, list[torch.Tensor]]:
     return found
 
 
-def converted(dense: Path, output: Path, w: Wanted) -> Path:
-    options: dict[str, Any] = {"expert_layout": w.layout}
-    path = None
+def converted(dense: Path, output: Path, w: Wanted, **options: Any) -> Path:  # noqa: ANN401
+    """Convert as wanted, with other fields of `Options`."""
+    order, path = "shuffled" if w.shuffled else "sliced", None
     if w.orders is not None:
-        path = output.with_suffix(".safetensors")
+        order, path = "file", output.with_suffix(".safetensors")
         save_file({f"layers.{i}.neuron_order": torch.stack(o) for i, o in w.orders.items()}, path)
-    orders = (
-        {True: "shuffled", False: "sliced"}
-        if w.orders is None
-        else dict.fromkeys((True, False), "file")
-    )
+    if w.dtype is not None:
+        options["dtype"] = str(w.dtype).removeprefix("torch.")
     recipe = Recipe(
         expansion=w.E,
         granularity=w.G,
@@ -106,9 +103,11 @@ def converted(dense: Path, output: Path, w: Wanted) -> Path:
         routing=w.routing,  # type: ignore[arg-type]
         scaling=w.scaling,  # type: ignore[arg-type]
         scale_split=w.split,  # type: ignore[arg-type]
-        neuron_order=orders[w.shuffled],  # type: ignore[arg-type]
+        neuron_order=order,  # type: ignore[arg-type]
+        router_logit_std=w.std,
         seed=w.seed,
     )
+    options["expert_layout"] = w.layout
     given = Options(**options)
     convert(dense, output, recipe, target=w.target, options=given, neuron_orders=path)
     return output
