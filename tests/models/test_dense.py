@@ -136,12 +136,7 @@ def test_a_config_means_what_transformers_reads_before_and_after(config: dict[st
         assert meaning(transformers_config(moe)) == wanted, target
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *RELEASED])
 def test_the_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
-    assert dense_model(config).shapes == model_shapes(config)
-
-
-@pytest.mark.parametrize("name", BIG)
-def test_released_models_have_the_tensors_of_transformers(name: str) -> None:
-    config = {**big_config(name), "num_hidden_layers": 2}
-    assert dense_model(config).shapes == model_shapes(config)
+    few = {**config, "num_hidden_layers": min(4, config["num_hidden_layers"])}
+    assert dense_model(few).shapes == model_shapes(few)

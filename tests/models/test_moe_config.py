@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from configs import converted, transformers_config
 from conftest import sizes_of
@@ -70,6 +72,42 @@ def test_aliases_of_the_number_of_experts_are_dropped(alias: str) -> None:
     moe = converted(tiny_config("llama", **{alias: 0}), "glm4_moe", RECIPE)
     assert moe["n_routed_experts"] == 2
     assert alias not in moe
+
+
+STRAY = {
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [0],
+    "router_jitter_noise": 0.5,
+    "norm_topk_prob": False,
+    "shared_expert_intermediate_size": 8,
+    "output_router_logits": True,
+}
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
+def test_keys_of_the_target_in_the_source_mean_nothing(target: str) -> None:
+    usual, moe = (converted(tiny_config("llama", **keys), target, RECIPE) for keys in ({}, STRAY))
+    assert usual.items() <= moe.items()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "keys"),
+    [
+        ("qwen3", "hy_v3", {"first_k_dense_replace": 1, "qk_norm": True, "expert_hidden_dim": 12}),
+        ("llama", "solar_open", {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}),
+        ("llama", "qwen2_moe", {"qkv_bias": True}),
+    ],
+)
+def test_keys_that_only_engines_read(model_type: str, target: str, keys: dict[str, Any]) -> None:
+    recipe = make_recipe("E2G1T1", layers="1-" if target == "hy_v3" else None)
+    assert keys.items() <= converted(tiny_config(model_type), target, recipe).items()
+
+
+def test_options_of_the_output_are_in_the_config() -> None:
+    tied = tiny_config("llama", tie_word_embeddings=True)
+    for untie in (True, False):
+        moe = converted(tied, "mixtral", RECIPE, untie_embeddings=untie, dtype="float16")
+        assert (moe["tie_word_embeddings"], moe["dtype"]) == (not untie, "float16")
 
 
 def test_unknown_keys_survive_and_local_paths_do_not() -> None:
