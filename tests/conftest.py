@@ -231,7 +231,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quickly() -> Iterator[None]:
+def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Spare tests what takes most of their time, and what none of them is about.
 
     The command line, which runs in a process of its own, is left as it is.
@@ -241,6 +241,9 @@ def _quickly() -> Iterator[None]:
     # Else it is set and set back thousands of times, each of them a walk over all loggers.
     transformers_logging.set_verbosity(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch:
+        # transformers copies code that a model ships to a folder that all workers would share.
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
         # Of what is written here nothing has to survive a loss of power.
         patch.setattr(os, "fsync", lambda _: None)
         yield

@@ -6,7 +6,6 @@ part to matter; transformers' own code runs both, or the code that is shipped wi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, MakeDense, clone, random_ids, read_json, sizes_of
+from conftest import SIZES, MakeDense, clone, difference, random_ids, read_json, sizes_of
 from conftest import logits as logits_of
 
 from upcycle_cli import Options, Recipe, build_plan, convert, inspect, open_checkpoint, verify
@@ -150,16 +149,6 @@ def make_moe(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) ->
     return MakeMoe(make_dense, tmp_path_factory)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let transformers import its copies of shipped code from a folder of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-
-
 @contextmanager
 def without_our_classes() -> Iterator[None]:
     """Let transformers take shipped code from the model: verify has registered ours."""
@@ -190,10 +179,6 @@ def logits() -> Logits:
         return known[path, length, dtype]
 
     return run
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def assert_passed(dense: Path, moe: Path) -> None:

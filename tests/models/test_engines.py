@@ -1,4 +1,4 @@
-"""What is known of the inference engines that run the result."""
+"""How facts of engines are combined; tests/interoperability holds each to what was measured."""
 
 from __future__ import annotations
 
@@ -12,85 +12,48 @@ from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import Routing
 
-RUNS, WRONG, REFUSES = Support.RUNS, Support.WRONG, Support.REFUSES
-SPLIT, UNTIED = Support.PER_EXPERT_ONLY, Support.UNTIED_ONLY
-RENORMALISED, SOFTMAX, SIGMOID = (
-    Routing.TOPK_SOFTMAX,
-    Routing.SOFTMAX_TOPK,
-    Routing.SIGMOID_TOPK,
-)
-
-
-def support(target: str, routing: Routing, **facts: Any) -> dict[str, Support]:  # noqa: ANN401
-    usual = {"tied": False, "fused": False, "plain_attention": True}
-    found = engines(target, routing, **{**usual, **facts})
-    assert found[0] == Engine("transformers", RUNS)
-    return {engine.name: engine.support for engine in found[1:]}
+RUNS, WRONG, UNTIED = Support.RUNS, Support.WRONG, Support.UNTIED_ONLY
+NEITHER = {"transformers 4": Support.REFUSES, "vLLM": WRONG}
+SPLIT, BALANCED = Support.PER_EXPERT_ONLY, Support.BALANCED_OR_WRONG
 
 
 @pytest.mark.parametrize(
     ("target", "routing", "facts", "wanted"),
     [
-        ("mixtral", RENORMALISED, {}, {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
-        ("qwen2_moe", SOFTMAX, {}, {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
-        # llama.cpp and MLX never renormalise for qwen2moe; llama.cpp always does for qwen3moe.
-        ("qwen2_moe", RENORMALISED, {}, {"vLLM": RUNS, "llama.cpp": WRONG, "MLX": WRONG}),
-        ("qwen3_moe", SOFTMAX, {}, {"vLLM": RUNS, "llama.cpp": WRONG, "MLX": RUNS}),
-        ("qwen3_moe", RENORMALISED, {}, {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
-        # Only transformers was tested with other attention.
-        ("mixtral", RENORMALISED, {"plain_attention": False}, {}),
-        (
-            "mixtral",
-            RENORMALISED,
-            {"fused": True},
-            {"transformers 4": SPLIT, "vLLM": SPLIT, "llama.cpp": SPLIT, "MLX": SPLIT},
-        ),
+        ("mixtral", "topk-softmax", {}, {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
+        # Only transformers was tested with other attention, but a failure is reported there too.
+        ("mixtral", "topk-softmax", {"plain_attention": False}, {}),
+        ("lfm2_moe", "sigmoid-topk", {"plain_attention": False}, NEITHER),
         (
             "qwen3_moe",
-            RENORMALISED,
+            "topk-softmax",
             {"fused": True},
             {"transformers 4": SPLIT, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": SPLIT},
         ),
-        ("qwen2_moe", SOFTMAX, {"tied": True}, {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED}),
         (
-            "qwen3_moe",
-            RENORMALISED,
+            "qwen2_moe",
+            "softmax-topk",
             {"tied": True},
-            dict.fromkeys(("vLLM", "llama.cpp", "MLX"), RUNS),
+            {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED},
         ),
+        # llama.cpp ignores the factor on gates.
+        (
+            "lfm2_moe",
+            "sigmoid-topk",
+            {"tied": True, "scaled": True},
+            {**NEITHER, "llama.cpp": BALANCED, "MLX": RUNS},
+        ),
+        ("granitemoe", "topk-softmax", {"every_layer": False}, {}),  # untested
     ],
 )
 def test_engines_of_a_target(
-    target: str, routing: Routing, facts: dict[str, Any], wanted: dict[str, Support]
+    target: str, routing: str, facts: dict[str, Any], wanted: dict[str, Support]
 ) -> None:
-    assert support(target, routing, **facts) == wanted
-
-
-@pytest.mark.parametrize(
-    ("target", "name", "wanted"),
-    [
-        ("qwen3_moe", "vLLM", RUNS),
-        ("qwen3_moe", "llama.cpp", REFUSES),
-        ("granitemoe", "vLLM", None),  # untested
-        ("glm4_moe", "MLX", RUNS),
-        ("upcycled_nemotron", "vLLM", RUNS),
-        ("nemotron_h", "llama.cpp", REFUSES),
-    ],
-)
-def test_models_that_keep_dense_layers(target: str, name: str, wanted: Support | None) -> None:
-    routing = SIGMOID if target == "glm4_moe" else RENORMALISED
-    assert support(target, routing, every_layer=False).get(name) == wanted
-
-
-def test_an_engine_that_ignores_the_factor_on_gates_needs_it_in_the_weights() -> None:
-    by_config = support("lfm2_moe", SIGMOID, tied=True, scaled=True)
-    by_experts = support("lfm2_moe", SIGMOID, tied=True)
-    assert by_config["llama.cpp"] is Support.BALANCED_OR_WRONG
-    assert (by_experts["llama.cpp"], by_experts["vLLM"]) == (RUNS, WRONG)
-    # A failure is reported for untested attention too.
-    odd = support("lfm2_moe", SIGMOID, tied=True, plain_attention=False)
-    assert RUNS not in odd.values()
-    assert odd["vLLM"] is WRONG
+    usual = {"tied": False, "fused": False, "plain_attention": True}
+    first, *others = engines(target, Routing(routing), **{**usual, **facts})
+    assert first == Engine("transformers", RUNS)
+    found = {engine.name: engine.support for engine in others}
+    assert found == wanted
 
 
 def test_plain_attention() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ from upcycle_cli.recipe.recipe import SHIPPED, Routing
 FAMILIES = ("nemotron", "olmo2", "starcoder2")
 IDS = torch.arange(3, 51).view(2, 24) * 5 % 97
 Small = Callable[..., tuple[Any, Path]]
-
-
-@pytest.fixture(autouse=True)
-def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the copies of the code that transformers imports a directory of their own."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture

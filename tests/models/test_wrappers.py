@@ -6,8 +6,7 @@ Models are tiny and random, the vision tower too, and run by transformers or by 
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +70,6 @@ def make_moe(make_wrapper: MakeWrapper, tmp_path_factory: pytest.TempPathFactory
         return dense, made[row]
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give the copies of shipped code that transformers imports a directory of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 def distance(dense: Path, moe: Path) -> float:

@@ -18,7 +18,13 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import ALL, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts
+from upcycle_cli.models.wrappers import (
+    HEAD,
+    LAYER_PREFIX,
+    Inside,
+    replace_parts,
+    text_config_of,
+)
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
@@ -276,7 +282,7 @@ class Target:
 
         If two layouts have the same names, the hidden size tells the orientation of matrices.
         """
-        hidden_size, named = self.value(config, "hidden_size"), list[ExpertLayout]()
+        hidden_size, named = self.value(text_config_of(config), "hidden_size"), list[ExpertLayout]()
         for layout, rows in self.layouts.items():
             fits = []
             for weight in rows.experts:

@@ -49,7 +49,7 @@ class Experts:
     @cached_property
     def layout(self) -> ExpertLayout:
         """How the experts are named on disk."""
-        return self.target.stored_layout(self.moe.tensors, text_config_of(self.moe.config))
+        return self.target.stored_layout(self.moe.tensors, self.moe.config)
 
     @property
     def num_parameters(self) -> int:
