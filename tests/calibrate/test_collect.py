@@ -282,7 +282,7 @@ def _text(content: bytes, name: str = "text.txt") -> Spoil:
         (_text(b" \n\n"), ["text.txt", "no text"]),
         (_text(b"\x00\xff\xfe\x81"), ["text.txt", "not UTF-8"]),
         (_text(b"Too short."), ["text.txt", "too short", "256"]),
-        (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 is not JSON"]),
+        (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 has neither text"]),
         (_text(b'{"text": 1}\n', "text.jsonl"), ["line 1 has neither text nor messages"]),
         (lambda _: ["--calibration", "nowhere.txt"], ["nowhere.txt", "No such file"]),
     ],

@@ -10,7 +10,7 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
-from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.recipe.options import ExpertLayout, member
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -104,13 +104,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.expert_layout is not None:
-            if self.expert_layout not in set(ExpertLayout):
-                raise UpcycleError(
-                    f"'{self.expert_layout}' is not an expert layout.",
-                    f"Choose from {', '.join(ExpertLayout)}.",
-                )
             # Python callers may write "fused"; it must not compare unequal to the member.
-            object.__setattr__(self, "expert_layout", ExpertLayout(self.expert_layout))
+            layout = member(ExpertLayout, self.expert_layout, "expert_layout")
+            object.__setattr__(self, "expert_layout", layout)
         if self.dtype is not None and self.dtype not in TORCH_DTYPES.values():
             raise UpcycleError(
                 f"'{self.dtype}' is not a dtype for weights.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from io import TextIOWrapper
@@ -87,17 +88,14 @@ def read_texts(path: Path, what: str) -> list[Text]:
 
 
 def _of_line(where: str, number: int, line: str) -> Text:
-    try:
+    with suppress(ValueError, RecursionError):
         item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UpcycleError(f"{where}: line {number} is not JSON.") from error
-    held = item if isinstance(item, dict) else {}
-    text = held.get("text", held.get("prompt"))
-    messages = held.get("messages")
-    if isinstance(text, str) and text.strip():
-        return text
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        return messages
+        held = item if isinstance(item, dict) else {}
+        text, messages = held.get("text", held.get("prompt")), held.get("messages")
+        if isinstance(text, str) and text.strip():
+            return text
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return messages
     raise UpcycleError(
         f"{where}: line {number} has neither text nor messages.",
         'A line is {"text": "…"}, {"prompt": "…"} or {"messages": [{"role": …, "content": …}]}.',

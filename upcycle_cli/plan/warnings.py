@@ -57,7 +57,7 @@ def training_warnings(plan: Plan) -> Iterator[str]:
         yield _no_gradient(plan)
     if recipe.neuron_order is not NeuronOrder.SLICED and recipe.group_size == 1:
         yield "every expert has all routed neurons of the dense MLP: their order changes nothing."
-    if recipe.splits_soon and not target.ships_code:
+    if recipe.trains_tied and recipe.routing is Routing.SOFTMAX_TOPK and not target.ships_code:
         yield (
             "the first steps of training split virtual groups, and the dense model's function is "
             "lost, unless you call upcycle_cli.training.tie_virtual_groups(model) first."

@@ -6,6 +6,11 @@ Notation is the paper's (He et al., arXiv 2410.07524), as in `recipe.py`.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TypeVar
+
+from upcycle_cli.core.errors import UpcycleError
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
 
 SHIPPED = "upcycled"
 """The --target whose modeling code is shipped with the model."""
@@ -90,3 +95,12 @@ class Promise(StrEnum):
     """The same function in the limit of a uniform router: an error of order `router_logit_std`."""
     NONE = "none"
     """A starting point for training only."""
+
+
+def member(kind: type[_Choice], value: str, name: str) -> _Choice:
+    """Return the member that equals a string; UpcycleError names the option where none does."""
+    try:
+        return kind(value)
+    except ValueError:
+        hint = f"Choose from {', '.join(kind)}."
+        raise UpcycleError(f"{name} cannot be {value!r}.", hint) from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import any_of
@@ -22,6 +21,7 @@ from upcycle_cli.recipe.options import (
     Routing,
     ScaleSplit,
     Scaling,
+    member,
 )
 from upcycle_cli.recipe.scaling import GATED, Factors, MlpKind, balanced_factors, cube_root
 
@@ -107,19 +107,11 @@ class Recipe:
             value = getattr(self, name)
             left_alone = isinstance(value, float) if name == "scaling" else value is None
             if not left_alone:
-                object.__setattr__(self, name, _member(kind, value, name))
+                object.__setattr__(self, name, member(kind, value, name))
+        self._check_values()
         self._check_sizes()
-        self._check_numbers()
 
     def _check_sizes(self) -> None:
-        sizes = {
-            "expansion (E)": self.expansion,
-            "granularity (G)": self.granularity,
-            "top-k (T)": self.top_k,
-        }
-        for label, value in sizes.items():
-            if value < 1:
-                raise UpcycleError(f"{label} must be at least 1, not {value}.")
         if not 0 <= self.shared_experts < self.granularity:
             raise UpcycleError(
                 f"{self.shared_experts} of {self.granularity} shards (G) cannot be shared.",
@@ -147,9 +139,12 @@ class Recipe:
                 f"Use a top-k of {any_of(near)}, or pass --allow-inexact to convert all the same.",
             )
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
         scale, std = self.scaling, self.router_logit_std
         wrong = {
+            f"expansion (E) must be at least 1, not {self.expansion}.": self.expansion < 1,
+            f"granularity (G) must be at least 1, not {self.granularity}.": self.granularity < 1,
+            f"top-k (T) must be at least 1, not {self.top_k}.": self.top_k < 1,
             f"the scale must be a positive number, not {scale}.": (
                 isinstance(scale, float) and not 0 < scale < math.inf
             ),
@@ -240,23 +235,15 @@ class Recipe:
             )
 
     @property
-    def splits_soon(self) -> bool:
-        """Whether training splits virtual groups from its first step on.
-
-        Gates that do not sum to 1 scale a whole layer, so each row gets its own gradient, large
-        compared with rows that are small to keep the gates nearly uniform.
-        """
-        return self._has_groups and self.routing is Routing.SOFTMAX_TOPK
-
-    @property
     def trains_tied(self) -> bool:
-        """Whether models were measured to train better with the rows of a group tied."""
-        one_group = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
-        return self.splits_soon or (self._has_groups and one_group)
+        """Whether models were measured to train better with the rows of a group tied.
 
-    @property
-    def _has_groups(self) -> bool:
-        return self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
+        With softmax-topk, untied groups split from the first step on: gates that do not sum to 1
+        scale a whole layer, so each row gets its own gradient, large compared with its values.
+        """
+        has_groups = self.top_k < self.num_experts and self.virtual_groups and self.group_size > 1
+        one_group = self.routing is Routing.TOPK_SOFTMAX and self.top_k == self.group_size
+        return has_groups and (one_group or self.routing is Routing.SOFTMAX_TOPK)
 
     def resolve(self, default_routing: Routing, *, scales_in_config: bool = False) -> Recipe:
         """Return the recipe with the target's defaults filled in.
@@ -395,11 +382,3 @@ def parse_recipe_name(text: str) -> tuple[int, int, int]:
         )
     expansion, granularity, top_k = (int(group) for group in match.groups())
     return expansion, granularity, top_k
-
-
-def _member(kind: type[StrEnum], value: str, label: str) -> StrEnum:
-    try:
-        return kind(value)
-    except ValueError:
-        hint = f"Choose from {', '.join(kind)}."
-        raise UpcycleError(f"{label} cannot be {value!r}.", hint) from None
