@@ -174,16 +174,16 @@ def value_of(expr: Expr, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=empty.dtype).reshape(kind.shape)
 
 
-def write_orders(path: Path, *, alike: int) -> Path:
-    """Write orders of 48 neurons for two groups and layers, which agree on the first `alike`."""
+def write_orders(path: Path, *, alike: int, shape: tuple[int, int, int] = (2, 2, 48)) -> Path:
+    """Write orders of neurons (groups, layers, neurons); groups agree on the first `alike`."""
     generator = torch.Generator().manual_seed(3)
+    groups, layers, size = shape
     orders = {}
-    for layer in range(2):
-        first = torch.randperm(48, generator=generator)
-        rest = first[alike:][torch.randperm(48 - alike, generator=generator)]
-        orders[f"layers.{layer}.neuron_order"] = torch.stack(
-            [first, torch.cat([first[:alike], rest])]
-        )
+    for layer in range(layers):
+        first = torch.randperm(size, generator=generator)
+        rest = (torch.randperm(size - alike, generator=generator) for _ in range(groups - 1))
+        others = [torch.cat([first[:alike], first[alike:][each]]) for each in rest]
+        orders[f"layers.{layer}.neuron_order"] = torch.stack([first, *others])
     save_file(orders, path)
     return path
 

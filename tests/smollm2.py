@@ -59,6 +59,33 @@ def dense_and_scratch() -> Iterator[tuple[Path, Path]]:
         yield dense, Path(folder)
 
 
+def load(
+    path: Path,
+    dtype: Any = "float32",  # noqa: ANN401 - transformers has no types
+    **settings: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Return a dense model or what became of it, as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=True, **settings
+    )
+    return model.eval()
+
+
+def token_ids(path: Path, text: str, count: int) -> Any:  # noqa: ANN401
+    """Return the first tokens of a text, a row (1, count)."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[:, :count]
+
+
+def mean_kl(wanted_PV: Any, found_PV: Any) -> float:  # noqa: ANN401
+    """Return the mean of KL(wanted ‖ found) in nats, computed in float64."""
+    p_PV, q_PV = (logits_PV.double().log_softmax(-1) for logits_PV in (wanted_PV, found_PV))
+    return float((p_PV.exp() * (p_PV - q_PV)).sum(-1).mean())
+
+
 def benchmark(name: str) -> Any:  # noqa: ANN401 - a module
     """Return a script of benchmarks/ as a module, to hold what it measures to a bound."""
     spec = spec_from_file_location(name, Path(__file__).parent / "benchmarks" / f"{name}.py")

@@ -15,56 +15,53 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from markdown import header, row
 from shapes import make_recipe
 from smollm2 import dense_and_scratch
 
 from upcycle_cli import convert, verify
-from upcycle_cli.recipe.recipe import Routing, Scaling
+from upcycle_cli.recipe.options import Routing, Scaling
 
-SOFTMAX, PAPER = Routing.SOFTMAX_TOPK, Scaling.PAPER
+TOPK, SOFTMAX = Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK
+EXACT, PAPER, NONE = Scaling.EXACT, Scaling.PAPER, Scaling.NONE
 ROWS = (
-    (make_recipe("E8G1T2"), "exact (c = 1)", "τ = 1"),
-    (make_recipe("E2G8T8"), "exact", "τ = 1"),
-    (make_recipe("E4G8T8"), "exact", "τ = 1"),
-    (make_recipe("E2G8T8", scaling=PAPER), "paper / Megatron ∛c", "τ = 1"),
-    (make_recipe("E2G8T8", scaling=Scaling.NONE), "none", "τ = 1"),
-    (make_recipe("E2G8T8", virtual_groups=False), "exact", "no virtual groups"),
-    (
-        make_recipe("E8G1T2", SOFTMAX, scaling=PAPER, router_logit_std=1.0),
-        "paper / Megatron ∛c",
-        "τ = 1",
-    ),
-    (make_recipe("E8G1T2", SOFTMAX, router_logit_std=1.0), "exact", "τ = 1"),
-    (make_recipe("E8G1T2", SOFTMAX, router_logit_std=0.01), "exact", "τ = 0.01"),
-    (make_recipe("E8G1T2", SOFTMAX), "exact", "τ = 0.001"),
-    (make_recipe("E8G8T8", SOFTMAX, router_logit_std=0.01), "exact", "τ = 0.01"),
-    (make_recipe("E8G8T8", SOFTMAX), "exact", "τ = 0.001"),
+    ("E8G1T2", TOPK, EXACT, 1.0, True),
+    ("E2G8T8", TOPK, EXACT, 1.0, True),
+    ("E4G8T8", TOPK, EXACT, 1.0, True),
+    ("E2G8T8", TOPK, PAPER, 1.0, True),
+    ("E2G8T8", TOPK, NONE, 1.0, True),
+    ("E2G8T8", TOPK, EXACT, 1.0, False),
+    ("E8G1T2", SOFTMAX, PAPER, 1.0, True),
+    ("E8G1T2", SOFTMAX, EXACT, 1.0, True),
+    ("E8G1T2", SOFTMAX, EXACT, 0.01, True),
+    ("E8G1T2", SOFTMAX, EXACT, 0.001, True),
+    ("E8G8T8", SOFTMAX, EXACT, 0.01, True),
+    ("E8G8T8", SOFTMAX, EXACT, 0.001, True),
 )
+"""The recipe, its routing and scaling, the standard deviation of its router's logits, and whether
+it has virtual groups."""
 
 
 def main() -> None:
     """Print the table."""
     with dense_and_scratch() as (dense, folder):
-        print("| recipe | routing | scaling | router | NLL | mean KL to dense | top-1 agreement |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        dense_nll = tokens = text_tokens = 0.0
-        for recipe, scaling, router in ROWS:
-            moe = folder / "moe"
-            plan = convert(dense, moe, recipe, overwrite=True).plan
+        moe = folder / "moe"
+        print(header("recipe", "routing", "scaling", "router", "NLL", "mean KL to dense", "top-1"))
+        for name, routing, scaling, std, grouped in ROWS:
+            settings = {"router_logit_std": std, "virtual_groups": grouped}
+            recipe = make_recipe(name, routing, scaling=scaling, **settings)
+            convert(dense, moe, recipe, overwrite=True)
             metrics = verify(dense, moe, checks=["outputs"]).checks[0].metrics
-            dense_nll, tokens, text_tokens = (
-                float(metrics[name]) for name in ("dense_nll", "tokens", "text_tokens")
-            )
-            print(
-                f"| {recipe.name} | {plan.recipe.routing} | {scaling} | {router} "
-                f"| {float(metrics['moe_nll']):.4f} | {float(metrics['kl_mean']):.1e} "
-                f"| {float(metrics['top1_agreement']):.2%} |",
-                flush=True,
-            )
-        print(
-            f"\nDense NLL {dense_nll:.4f} over {text_tokens:.0f} tokens of text, "
-            f"{tokens - text_tokens:.0f} random ones beside them; float32 forward."
-        )
+            found = {name: float(value) for name, value in metrics.items()}
+            router = f"τ = {std:g}" if grouped else "no virtual groups"
+            numbers = f"{found['moe_nll']:.4f}", f"{found['kl_mean']:.1e}"
+            agreement = f"{found['top1_agreement']:.2%}"
+            print(row(name, routing, scaling, router, *numbers, agreement), flush=True)
+    random = found["tokens"] - found["text_tokens"]
+    print(
+        f"\nDense NLL {found['dense_nll']:.4f} over {found['text_tokens']:.0f} tokens of text, "
+        f"{random:.0f} random ones beside them; float32 forward."
+    )
 
 
 if __name__ == "__main__":

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
+
+from markdown import header, row
 from shapes import make_recipe
-from smollm2 import dense_and_scratch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import dense_and_scratch, load, token_ids
 
 from upcycle_cli import convert
 from upcycle_cli.plan.texts import builtin_texts
-from upcycle_cli.recipe.recipe import Routing
+from upcycle_cli.recipe.options import Routing
 
-TOKENS = 256
+if TYPE_CHECKING:
+    import torch
+
 CASES = (
     ("E4G1T2", "mixtral", Routing.TOPK_SOFTMAX),
     ("E4G2T2", "mixtral", Routing.TOPK_SOFTMAX),
@@ -38,7 +41,7 @@ CASES = (
 
 def gradients(moe: Path, ids_1T: torch.Tensor, granularity: int) -> tuple[float, float, float]:
     """Return the norms of routers' gradients between groups, inside them, and of the experts'."""
-    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32).train()
+    model = load(moe).train()
     model(ids_1T, labels=ids_1T).loss.backward()
     between = inside = experts = 0.0
     for name, parameter in model.named_parameters():
@@ -56,17 +59,15 @@ def gradients(moe: Path, ids_1T: torch.Tensor, granularity: int) -> tuple[float,
 
 def main() -> None:
     """Print the table."""
-    print("| recipe | routing | between groups | inside groups | experts |")
-    print("|---|---|---|---|---|")
+    print(header("recipe", "routing", "between groups", "inside groups", "experts"))
     with dense_and_scratch() as (dense, scratch):
-        tokens = AutoTokenizer.from_pretrained(dense)(builtin_texts()[0], return_tensors="pt")
-        ids_1T = tokens.input_ids[:, :TOKENS]
+        ids_1T = token_ids(dense, str(builtin_texts()[0]), 256)
         for name, target, routing in CASES:
             recipe = make_recipe(name, routing)
             convert(dense, scratch / "moe", recipe, target=target, overwrite=True)
             between, inside, experts = gradients(scratch / "moe", ids_1T, recipe.granularity)
             within = "–" if recipe.granularity == 1 else f"{inside:.2g}"
-            print(f"| {recipe.name} | {routing} | {between:.2g} | {within} | {experts:.2g} |")
+            print(row(name, routing, f"{between:.2g}", within, f"{experts:.2g}"), flush=True)
 
 
 if __name__ == "__main__":

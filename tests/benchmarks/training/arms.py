@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from shapes import make_recipe
 
 from upcycle_cli import Recipe
 from upcycle_cli.recipe.recipe import parse_recipe_name
 
-BALANCING = 0.01
 DENSE, DENSE_LONGER = "dense", "dense, as many FLOPs as E8G1T2"
 DENSE_AS_LONG = "dense, as many FLOPs"
 """No arm: the dense model with the FLOPs of what it is compared with, between those two."""
@@ -29,7 +30,7 @@ class Arm:
     """Whether routers or factors are fitted to some of the text that is trained on."""
     reset: bool = True
     """Whether the learning rate goes up to its peak again, or stays where pretraining ended."""
-    balancing: float = BALANCING
+    balancing: float = 0.01
     """The weight of the balancing loss."""
     pooled: bool = False
     """Whether that loss takes all layers as one, as transformers does."""
@@ -48,91 +49,63 @@ class Arm:
     def to_recipe(self, seed: int) -> Recipe:
         """Return the whole recipe."""
         assert self.recipe is not None
-        expansion, granularity, top_k = parse_recipe_name(self.recipe)
-        return Recipe(
-            expansion=expansion, granularity=granularity, top_k=top_k, seed=seed, **self.convert
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the row as JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """What is changed of an arm, at each size or at some."""
-
-    name: str
-    at: tuple[str, ...]
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the Arm."""
+        return make_recipe(self.recipe, seed=seed, **self.convert)
 
 
 SIZES = ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
 GROUPED = SIZES[1:]
-
-_NEARLY_UNIFORM = {"routing": "softmax-topk"}
-_SOFTMAX = {**_NEARLY_UNIFORM, "router_logit_std": 1.0}
-# Without a sibling of qwen3 that has a sigmoid and no shared expert: the code that is shipped.
-_SIGMOID = {"convert": {"routing": "sigmoid-topk"}, "target": "upcycled"}
-
-
-def _way(name: str, at: tuple[str, ...] = SIZES, /, **convert: Any) -> Way:  # noqa: ANN401
-    return Way(name=name, at=at, changes={"convert": convert})
-
-
-def _fitted(name: str, at: tuple[str, ...] = SIZES, /, **convert: Any) -> Way:  # noqa: ANN401
-    return Way(name=name, at=at, changes={"convert": convert, "calibrated": True})
-
-
-_WAYS = (
-    _way("softmax-topk τ=0.001", **_NEARLY_UNIFORM),
-    _way("softmax-topk τ=1", **_SOFTMAX),
-    _way("softmax-topk τ=1 paper", **_SOFTMAX, scaling="paper"),
-    _way("softmax-topk τ=1 none", **_SOFTMAX, scaling="none"),
-    _fitted("softmax-topk τ=1 measured", **_SOFTMAX, scaling="measured"),
-    Way(name="sigmoid-topk", at=SIZES, changes=_SIGMOID),
-    _way("τ=0.1", router_logit_std=0.1),
-    _fitted("balanced", router_init="balanced"),
-    _fitted("centroids", router_init="centroids"),
-    Way(name="no aux loss", at=SIZES, changes={"balancing": 0.0}),
-    Way(name="aux loss pooled", at=SIZES, changes={"pooled": True}),
-    Way(name="learning rate not reset", at=SIZES, changes={"reset": False}),
-    *(
-        _way(f"{way} {size:g}", **{way: size})
-        for way, sizes in {"noise": (0.01, 0.1), "reinit": (0.25, 0.5)}.items()
-        for size in sizes
-    ),
-    Way(name="tied", at=GROUPED, changes={"tied": True}),
-    Way(
-        name="softmax-topk τ=0.001 tied",
-        at=GROUPED,
-        changes={"convert": _NEARLY_UNIFORM, "tied": True},
-    ),
-    _way("paper", GROUPED, scaling="paper"),
-    _way("none", GROUPED, scaling="none"),
-    _way("no virtual groups", GROUPED, virtual_groups=False),
-    _way("shuffled", GROUPED, neuron_order="shuffled"),
-    _fitted("clustered", GROUPED, neuron_order="clustered"),
-)
 SHARED = {"E4G4T8": "E4G4T6", "E8G8T8": "E8G8T7", "E8G8T16": "E8G8T14"}
 """The size at which one shard of each group is shared, and as many groups are chosen."""
-
+_UNIFORM = {"routing": "softmax-topk"}
+_SOFTMAX = {**_UNIFORM, "router_logit_std": 1.0}
+_SIGMOID = {"routing": "sigmoid-topk"}
+_FIT = {"calibrated": True}
+Way = tuple[str, Mapping[str, Any], Mapping[str, Any]]
+"""A name, fields of the Recipe, and other fields of the Arm."""
+_AT_EVERY_SIZE: tuple[Way, ...] = (
+    ("softmax-topk τ=0.001", _UNIFORM, {}),
+    ("softmax-topk τ=1", _SOFTMAX, {}),
+    ("softmax-topk τ=1 paper", {**_SOFTMAX, "scaling": "paper"}, {}),
+    ("softmax-topk τ=1 none", {**_SOFTMAX, "scaling": "none"}, {}),
+    ("softmax-topk τ=1 measured", {**_SOFTMAX, "scaling": "measured"}, _FIT),
+    # qwen3 has no sibling with a sigmoid and no shared expert, so this ships its code.
+    ("sigmoid-topk", _SIGMOID, {"target": "upcycled"}),
+    ("τ=0.1", {"router_logit_std": 0.1}, {}),
+    ("balanced", {"router_init": "balanced"}, _FIT),
+    ("centroids", {"router_init": "centroids"}, _FIT),
+    ("no aux loss", {}, {"balancing": 0.0}),
+    ("aux loss pooled", {}, {"pooled": True}),
+    ("learning rate not reset", {}, {"reset": False}),
+    ("noise 0.01", {"noise": 0.01}, {}),
+    ("noise 0.1", {"noise": 0.1}, {}),
+    ("reinit 0.25", {"reinit": 0.25}, {}),
+    ("reinit 0.5", {"reinit": 0.5}, {}),
+)
+_GROUPED: tuple[Way, ...] = (
+    ("tied", {}, {"tied": True}),
+    ("softmax-topk τ=0.001 tied", _UNIFORM, {"tied": True}),
+    ("paper", {"scaling": "paper"}, {}),
+    ("none", {"scaling": "none"}, {}),
+    ("no virtual groups", {"virtual_groups": False}, {}),
+    ("shuffled", {"neuron_order": "shuffled"}, {}),
+    ("clustered", {"neuron_order": "clustered"}, _FIT),
+)
 _ROWS = (
     Arm(name=DENSE),
     Arm(name="dense, learning rate not reset", reset=False),
     Arm(name=DENSE_LONGER, flops_of="E8G1T2"),
     *(Arm(name=size, recipe=size) for size in SIZES),
     *(
-        Arm(name=f"{size}, {way.name}", recipe=size, **way.changes)
-        for way in _WAYS
-        for size in way.at
+        Arm(name=f"{size}, {name}", recipe=size, convert=convert, **others)
+        for ways, sizes in ((_AT_EVERY_SIZE, SIZES), (_GROUPED, GROUPED))
+        for name, convert, others in ways
+        for size in sizes
     ),
     *(
         Arm(
             name=f"{size}, sigmoid-topk 1 shared",
             recipe=size,
-            convert={"routing": "sigmoid-topk", "shared_experts": 1},
+            convert={**_SIGMOID, "shared_experts": 1},
             target="glm4_moe",
         )
         for size in SHARED.values()

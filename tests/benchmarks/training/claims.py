@@ -6,20 +6,20 @@ Arms of one seed see the same tokens in the same order, so that differences are 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from training.arms import DENSE, DENSE_AS_LONG, DENSE_LONGER, GROUPED, SHARED, SIZES
 
 ENOUGH = 3
-"""The seeds below which whatever is found is a hint."""
+"""With fewer seeds whatever is found is a hint."""
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t at 97.5 %, by degrees of freedom."""
 
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """What was measured of each arm, by seed."""
-Verdict = Literal["yes", "no", "not decided", "a hint", "not run"]
 
 
 @dataclass(frozen=True)
@@ -31,60 +31,44 @@ class Comparison:
     measure: str = "loss"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A sentence, and the comparisons that bear on it."""
-
-    text: str
-    comparisons: tuple[Comparison, ...]
-
-
-def _all(*pairs: tuple[str, str], measure: str = "loss") -> tuple[Comparison, ...]:
-    return tuple(Comparison(first, second, measure) for first, second in pairs)
+def _each(
+    first: str, second: str, sizes: Sequence[str] = SIZES, measure: str = "loss"
+) -> tuple[Comparison, ...]:
+    """Return a comparison at each size; the names are what follows the size in the arms' names."""
+    pairs = [[f"{size}, {way}" if way else size for way in (first, second)] for size in sizes]
+    return tuple(Comparison(one, other, measure) for one, other in pairs)
 
 
-def _each(first: str, second: str, sizes: Sequence[str] = SIZES) -> tuple[Comparison, ...]:
-    """Return a comparison at each size; the names of the arms are what is said after that of it."""
-    return _all(*((_arm(size, first), _arm(size, second)) for size in sizes))
-
-
-def _arm(size: str, way: str) -> str:
-    return f"{size}, {way}" if way else size
-
-
-PAPER = (
-    Claim(
-        "upcycled beats continued dense, at equal tokens", _all(*((size, DENSE) for size in SIZES))
+PAPER: Mapping[str, Sequence[Comparison]] = {
+    "upcycled beats continued dense, at equal tokens": [Comparison(s, DENSE) for s in SIZES],
+    "upcycled beats continued dense, at equal FLOPs": [
+        Comparison(size, DENSE_AS_LONG) for size in SIZES
+    ],
+    "weight scaling helps": (
+        *_each("softmax-topk τ=1 paper", "softmax-topk τ=1 none"),
+        *_each("paper", "none", GROUPED),
     ),
-    Claim(
-        "upcycled beats continued dense, at equal FLOPs",
-        _all(*((size, DENSE_AS_LONG) for size in SIZES)),
+    "softmax-then-topk beats topk-then-softmax": _each("softmax-topk τ=1 paper", ""),
+    "finer experts are better, as many parameters being active": [Comparison("E8G8T16", "E8G1T2")],
+    "a higher T is better, and costs more": [Comparison("E8G8T16", "E8G8T8")],
+    "virtual groups help": _each("", "no virtual groups", GROUPED),
+    "an aux loss helps": _each("", "no aux loss"),
+    "without an aux loss the load is uneven, and experts die": (
+        *_each("", "no aux loss", measure="idle_experts"),
+        *_each("", "no aux loss", measure="load_cv"),
     ),
-    Claim(
-        "weight scaling helps",
-        (
-            *_each("softmax-topk τ=1 paper", "softmax-topk τ=1 none"),
-            *_each("paper", "none", GROUPED),
-        ),
+    "the learning rate is to be reset to its peak": (
+        *_each("", "learning rate not reset"),
+        Comparison(DENSE, "dense, learning rate not reset"),
     ),
-    Claim("softmax-then-topk beats topk-then-softmax", _each("softmax-topk τ=1 paper", "")),
-    Claim("finer experts are better, as many parameters being active", _all(("E8G8T16", "E8G1T2"))),
-    Claim("a higher T is better, and costs more", _all(("E8G8T16", "E8G8T8"))),
-    Claim("virtual groups help", _each("", "no virtual groups", GROUPED)),
-    Claim("an aux loss helps", _each("", "no aux loss")),
-    Claim(
-        "without an aux loss the load is uneven, and experts die",
-        tuple(
-            Comparison(each.first, each.second, measure)
-            for measure in ("idle_experts", "load_cv")
-            for each in _each("", "no aux loss")
-        ),
-    ),
-    Claim(
-        "the learning rate is to be reset to its peak",
-        (*_each("", "learning rate not reset"), *_all((DENSE, "dense, learning rate not reset"))),
-    ),
+}
+"""The paper's claims, and the comparisons that bear on each."""
+OVER_TIME = (
+    *_each("tied", "", GROUPED),
+    *_each("softmax-topk τ=0.001 tied", "softmax-topk τ=0.001", GROUPED),
+    *_each("", "learning rate not reset"),
 )
+"""What may help for some of the time."""
 CHOICES = (
     *_each("softmax-topk τ=1", "softmax-topk τ=0.001"),
     *_each("", "softmax-topk τ=1"),
@@ -106,20 +90,11 @@ CHOICES = (
     *_each("softmax-topk τ=0.001 tied", "softmax-topk τ=0.001", GROUPED),
     *_each("shuffled", "", GROUPED),
     *_each("clustered", "", GROUPED),
-    *_all(
-        *(
-            (f"{shared}, sigmoid-topk 1 shared", f"{size}, sigmoid-topk")
-            for size, shared in SHARED.items()
-        )
+    *(
+        Comparison(f"{shared}, sigmoid-topk 1 shared", f"{size}, sigmoid-topk")
+        for size, shared in SHARED.items()
     ),
 )
-
-OVER_TIME = (
-    *_each("tied", "", GROUPED),
-    *_each("softmax-topk τ=0.001 tied", "softmax-topk τ=0.001", GROUPED),
-    *_each("", "learning rate not reset"),
-)
-"""What may help for some of the time."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +112,7 @@ class Spread:
     def standard_error(self) -> float:
         """Of the mean; nan for one value."""
         count = len(self.values)
-        if count < 2:
-            return math.nan
-        squares = sum((value - self.mean) ** 2 for value in self.values)
-        return math.sqrt(squares / (count - 1) / count)
+        return statistics.stdev(self.values) / math.sqrt(count) if count > 1 else math.nan
 
     @property
     def margin(self) -> float:
@@ -156,43 +128,37 @@ def runs_of(results: Mapping[str, Any]) -> Runs:
     return found
 
 
-def ends(runs: Runs, arm: str, measure: str = "loss") -> Spread:
-    """Return what an arm ends with."""
-    return Spread(tuple(run["curve"][-1][measure] for run in runs[arm].values()))
+def spread_of(runs: Runs, arm: str, measure: str = "loss", when: int = -1) -> Spread:
+    """Return an arm's measurements at a place on its curve, the end by default."""
+    return Spread(tuple(run["curve"][when][measure] for run in runs[arm].values()))
 
 
 def difference(runs: Runs, comparison: Comparison, when: int = -1) -> Spread | None:
-    """Return the second arm's measure minus the first's, by seed; None where a seed has not both.
-
-    `when` is the place on the curve: the end, if it is not given.
-    """
-    if comparison.second == DENSE_AS_LONG:
-        return _at_equal_flops(runs, comparison.first)
-    first, second = (runs.get(arm, {}) for arm in (comparison.first, comparison.second))
-    seeds = sorted(first.keys() & second.keys())
-
-    def end(arm: Mapping[int, Mapping[str, Any]], seed: int) -> float:
-        return float(arm[seed]["curve"][when][comparison.measure])
-
-    return Spread(tuple(end(second, s) - end(first, s) for s in seeds)) if seeds else None
-
-
-def _at_equal_flops(runs: Runs, arm: str) -> Spread | None:
-    """Return by how much an arm ends lower than the dense model would with as many FLOPs.
-
-    That is taken from the ends of two dense runs, each with a schedule of its own: between them the
-    loss is taken for linear in the logarithm of the FLOPs, and a little beyond the longer one.
-    """
-    of = [runs.get(name, {}) for name in (arm, DENSE, DENSE_LONGER)]
+    """Return the second arm's measure minus the first's, by seed; None where no seed has both."""
+    longer = comparison.second == DENSE_AS_LONG
+    names = (comparison.first, *((DENSE, DENSE_LONGER) if longer else (comparison.second,)))
+    arms = [runs.get(name, {}) for name in names]
     values = []
-    for seed in sorted(of[0].keys() & of[1].keys() & of[2].keys()):
-        own, short, long = (each[seed]["curve"][-1] for each in of)
-        share = math.log(own["flops"] / short["flops"]) / math.log(long["flops"] / short["flops"])
-        values.append(short["loss"] + share * (long["loss"] - short["loss"]) - own["loss"])
+    for seed in sorted(set.intersection(*({*arm} for arm in arms))):
+        points = [arm[seed]["curve"][when] for arm in arms]
+        second = _at_equal_flops(*points) if longer else points[1][comparison.measure]
+        values.append(float(second - points[0][comparison.measure]))
     return Spread(tuple(values)) if values else None
 
 
-def verdict(spread: Spread | None) -> Verdict:
+def _at_equal_flops(
+    own: Mapping[str, float], short: Mapping[str, float], long: Mapping[str, float]
+) -> float:
+    """Return the loss that the dense model would end with after as many FLOPs as `own`.
+
+    It is taken from the ends of two dense runs, each with a schedule of its own: between them the
+    loss is taken for linear in the logarithm of the FLOPs, and a little beyond the longer one.
+    """
+    share = math.log(own["flops"] / short["flops"]) / math.log(long["flops"] / short["flops"])
+    return short["loss"] + share * (long["loss"] - short["loss"])
+
+
+def verdict(spread: Spread | None) -> str:
     """Say whether the second arm's end is higher: 95 %, without a correction for many questions."""
     if spread is None:
         return "not run"
@@ -203,7 +169,7 @@ def verdict(spread: Spread | None) -> Verdict:
     return "yes" if spread.mean > 0 else "no"
 
 
-def verdict_of_all(verdicts: Sequence[Verdict]) -> str:
+def verdict_of_all(verdicts: Sequence[str]) -> str:
     """Say what several comparisons say of a claim."""
     kinds = {*verdicts}
     if len(kinds) == 1:

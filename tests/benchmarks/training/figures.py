@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 from training.arms import DENSE, DENSE_LONGER, SHARED, SIZES
-from training.claims import (
-    CHOICES,
-    ENOUGH,
-    PAPER,
-    Comparison,
-    Runs,
-    Spread,
-    difference,
-)
+from training.claims import CHOICES, ENOUGH, PAPER, Runs, Spread, difference, spread_of
 
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -44,100 +36,84 @@ _LINES = (
     ("#cc79a7", "v", "--"),
     ("#8a6d00", "x", "--"),
 )
-"""Okabe and Ito's colours, which can be told apart by whoever sees few, and markers."""
-
-_SIZES = (DENSE, *SIZES)
+"""Okabe and Ito's colours, which people who are colour-blind can tell apart, and markers."""
 _CURVES = (DENSE, DENSE_LONGER, *SIZES)
 _NOT_SHARED = {shared: size for size, shared in SHARED.items()}
-_BALANCE = (
-    "E8G1T2",
-    "E8G1T2, no aux loss",
-    "E8G1T2, aux loss pooled",
-    "E8G1T2, balanced",
-    "E8G1T2, centroids",
-    "E8G1T2, softmax-topk τ=0.001",
-)
-_APART = (
-    "E8G1T2",
-    "E8G1T2, softmax-topk τ=0.001",
-    "E8G1T2, softmax-topk τ=1",
-    "E4G4T8",
-    "E8G8T16",
-)
+_BALANCE = ("", ", no aux loss", ", aux loss pooled", ", balanced", ", centroids")
+_APART = ("", ", softmax-topk τ=0.001", ", softmax-topk τ=1")
+_OVER_TOKENS = ("million tokens", "tokens", 1e6)
+_OVER_FLOPS = ("TFLOP of training", "flops", 1e12)
+_FIGURES = {
+    "tokens": (_OVER_TOKENS, "held-out loss, nats", "loss", _CURVES),
+    "flops": (_OVER_FLOPS, "held-out loss, nats", "loss", _CURVES),
+    "load": (
+        _OVER_TOKENS,
+        "CV of experts' load",
+        "load_cv",
+        (*(f"E8G1T2{way}" for way in _BALANCE), "E8G1T2, softmax-topk τ=0.001"),
+    ),
+    "apart": (
+        _OVER_TOKENS,
+        "cosine distance of groups",
+        "apart",
+        (*(f"E8G1T2{way}" for way in _APART), "E4G4T8", "E8G8T16"),
+    ),
+}
+"""What lies across, what lies up, its measure, and the arms."""
 
 
 def draw(runs: Runs, folder: Path) -> None:
     """Write every figure to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _figure(folder / "tokens.svg", "million tokens", "held-out loss, nats") as axes:
-        _lines(axes, runs, _CURVES, lambda point: point["tokens"] / 1e6, "loss")
-    with _figure(folder / "flops.svg", "TFLOP of training", "held-out loss, nats") as axes:
-        _lines(axes, runs, _CURVES, lambda point: point["flops"] / 1e12, "loss")
-    with _figure(folder / "load.svg", "million tokens", "CV of experts' load") as axes:
-        _lines(axes, runs, _BALANCE, lambda point: point["tokens"] / 1e6, "load_cv")
-    with _figure(folder / "apart.svg", "million tokens", "cosine distance of groups") as axes:
-        _lines(axes, runs, _APART, lambda point: point["tokens"] / 1e6, "apart")
-    _intervals(runs, folder / "differences.svg")
+    for name, ((across, key, unit), up, measure, arms) in _FIGURES.items():
+        with _figure(folder / f"{name}.svg", across, up, (7.2, 4.0)) as axes:
+            for (color, marker, line), arm in zip(_LINES, arms, strict=False):
+                if arm not in runs:
+                    continue
+                curve = next(iter(runs[arm].values()))["curve"]
+                points = [spread_of(runs, arm, measure, when) for when in range(len(curve))]
+                axes.errorbar(
+                    [point[key] / unit for point in curve],
+                    [point.mean for point in points],
+                    [0.0 if math.isnan(p.standard_error) else p.standard_error for p in points],
+                    color=color,
+                    marker=marker,
+                    linestyle=line,
+                    capsize=2,
+                    label=arm,
+                )
+    _draw_intervals(runs, folder / "differences.svg")
 
 
 @contextmanager
-def _figure(
-    path: Path, across: str, up: str, size: tuple[float, float] = (7.2, 4.0)
-) -> Iterator[Any]:
+def _figure(path: Path, across: str, up: str, size: tuple[float, float]) -> Iterator[Any]:
     with mpl.rc_context(dict(_STYLE)):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         yield axes
         axes.set_xlabel(across)
         axes.set_ylabel(up)
-        by_label = {
-            label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        if by_label:
-            figure.legend(
-                by_label.values(), by_label, loc="outside upper left", ncols=3, fontsize=8
-            )
+        handles, labels = axes.get_legend_handles_labels()
+        by_label = dict(zip(labels, handles, strict=True))
+        figure.legend(by_label.values(), by_label, loc="outside upper left", ncols=3, fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None})
         plt.close(figure)
 
 
-def _lines(
-    axes: Any,  # noqa: ANN401 - matplotlib has no types
-    runs: Runs,
-    arms: Sequence[str],
-    across: Callable[[Mapping[str, Any]], float],
-    measure: str,
-) -> None:
-    for (color, marker, line), arm in zip(_LINES, arms, strict=False):
-        curves = [run["curve"] for run in runs.get(arm, {}).values()]
-        if not curves:
-            continue
-        points = [Spread(tuple(p[measure] for p in column)) for column in zip(*curves, strict=True)]
-        axes.errorbar(
-            [across(point) for point in curves[0]],
-            [point.mean for point in points],
-            [0.0 if math.isnan(point.standard_error) else point.standard_error for point in points],
-            color=color,
-            marker=marker,
-            linestyle=line,
-            capsize=2,
-            label=arm,
-        )
-
-
-def _intervals(runs: Runs, path: Path) -> None:
+def _draw_intervals(runs: Runs, path: Path) -> None:
     """Draw each difference of losses with its 95 % interval, those of one question together."""
-    asked = [c for claim in PAPER for c in claim.comparisons if c.measure == "loss"]
+    asked = [each for comparisons in PAPER.values() for each in comparisons]
     questions: dict[str, list[tuple[str, Spread]]] = {}
-    for each in (*asked, *CHOICES):
+    for each in (*(each for each in asked if each.measure == "loss"), *CHOICES):
         spread = difference(runs, each)
         if spread is not None:
-            questions.setdefault(_question(each), []).append((_size(each.first), spread))
+            question = _question((each.first, each.second))
+            questions.setdefault(question, []).append((_size(each.first), spread))
     label = "how much lower the first ends, nats (95 % interval over seeds)"
     with _figure(path, label, "", (8.6, 1.2 + 0.34 * len(questions))) as axes:
         for place, found in enumerate(reversed(questions.values())):
             for number, (size, spread) in enumerate(found):
                 enough = len(spread.values) >= ENOUGH
-                color, marker, _ = _LINES[_SIZES.index(size)]
+                color, marker, _ = _LINES[(DENSE, *SIZES).index(size)]
                 axes.errorbar(
                     spread.mean,
                     place + 0.18 * ((len(found) - 1) / 2 - number),
@@ -157,21 +133,15 @@ def _intervals(runs: Runs, path: Path) -> None:
         axes.set_ylim(-0.6, len(questions) - 0.4)
 
 
-def _question(asked: Comparison) -> str:
+def _question(arms: Sequence[str]) -> str:
     """Return the two arms' names, without their size where they have one in common."""
-    arms = (asked.first, asked.second)
-    sizes = {_size(arm) for arm in arms}
-    return "  |  ".join(_way(arm, sizes) for arm in arms)
+    if len({_size(arm) for arm in arms} - {DENSE}) > 1:
+        return "  |  ".join(arms)
+    named = (arm if _size(arm) == DENSE else arm.partition(", ")[2] for arm in arms)
+    return "  |  ".join(name or "by default" for name in named)
 
 
 def _size(arm: str) -> str:
     """Return the size that an arm belongs to: E4G4T8 of one with a shared expert, too."""
     recipe = arm.partition(", ")[0]
     return _NOT_SHARED.get(recipe, recipe)
-
-
-def _way(arm: str, sizes: set[str]) -> str:
-    recipe, _, way = arm.partition(", ")
-    if recipe == DENSE or len(sizes - {DENSE}) > 1:
-        return arm
-    return way or "by default"

@@ -30,8 +30,8 @@ class Routers:
         """
         records = self.records
         if pooled:
-            both = zip(*records, strict=True)
-            records = [(torch.cat(next(both)), torch.cat(next(both)))]
+            logits, chosen = zip(*records, strict=True)
+            records = [(torch.cat(logits), torch.cat(chosen))]
         losses = []
         for logits_TN, chosen_TK in records:
             scores_TN = logits_TN.sigmoid() if self.is_sigmoid else logits_TN.softmax(-1)
@@ -42,15 +42,16 @@ class Routers:
 
 
 @contextmanager
-def watching(model: nn.Module, *, is_sigmoid: bool) -> Iterator[Routers]:
+def watch_routers(model: nn.Module, *, is_sigmoid: bool) -> Iterator[Routers]:
     """Note what routers say: modules named `gate`, which return logits, gates and choices."""
     routers = Routers(is_sigmoid)
-
-    def note(_: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401 - as torch calls it
-        routers.records.append((output[0], output[2]))
-
-    gates = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
-    handles = [gate.register_forward_hook(note) for gate in gates]
+    handles = [
+        module.register_forward_hook(
+            lambda _, __, output: routers.records.append((output[0], output[2]))
+        )
+        for name, module in model.named_modules()
+        if name.endswith(".mlp.gate")
+    ]
     try:
         yield routers
     finally:

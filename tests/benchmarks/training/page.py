@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown import header, row
+
 from training.arms import ARMS, DENSE, DENSE_AS_LONG, DENSE_LONGER
 from training.claims import (
     CHOICES,
@@ -17,18 +19,15 @@ from training.claims import (
     Runs,
     Spread,
     difference,
-    ends,
     runs_of,
+    spread_of,
     verdict,
     verdict_of_all,
 )
 
-PAGE = "training.md"
 BEGIN = "<!-- Written by `python tests/benchmarks/training --report`. -->"
 END = "<!-- So far. -->"
-_UNITS = {"loss": "", "load_cv": " CV of load", "idle_experts": " experts never chosen"}
-_WORDS = {"yes": "first", "no": "second"}
-_WHETHER = {"yes": "yes", "no": "no, higher"}
+_UNITS = {"loss": "", "load_cv": ": CV of load", "idle_experts": ": experts never chosen"}
 
 
 def write_page(results: Mapping[str, Any], docs: Path) -> None:
@@ -36,7 +35,7 @@ def write_page(results: Mapping[str, Any], docs: Path) -> None:
     from training.figures import draw
 
     draw(runs_of(results), docs / "training")
-    page = docs / PAGE
+    page = docs / "training.md"
     page.write_text(with_tables(page.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
@@ -44,27 +43,22 @@ def with_tables(page: str, results: Mapping[str, Any]) -> str:
     """Return the page with the tables of these results between its marks."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}"
-
-
-def tables(results: Mapping[str, Any]) -> str:
-    """Return what was run, what it says of the paper's claims and of choices, and every arm."""
-    runs = runs_of(results)
-    shares = results["scale"]["evaluations"]
-    parts = (
-        _about(results, runs),
-        _paper(runs),
-        _choices(runs),
-        _over_time(runs, shares),
-        _arms(runs),
-    )
-    return "\n\n".join("\n".join(part) for part in parts)
+    runs, shares = runs_of(results), results["scale"]["evaluations"][1:]
+    parts = (_about(results, runs), _paper(runs), _choices(runs), _over_time(runs, shares))
+    tables = ["\n".join(part) for part in (*parts, _arms(runs))]
+    return "\n\n".join([f"{before}{BEGIN}", *tables, f"{END}{after}"])
 
 
 def _about(results: Mapping[str, Any], runs: Runs) -> Iterator[str]:
-    scale, text, dense = results["scale"], results["text"], results["dense"]
-    machine, steps = results["machine"], scale["continued"] // (scale["context"] * scale["rows"])
-    seeds = sorted({len(each) for each in runs.values()})
+    scale, text, dense, machine = (results[key] for key in ("scale", "text", "dense", "machine"))
+    steps = scale["continued"] // (scale["context"] * scale["rows"])
+    seeds = " or ".join(map(str, sorted({len(each) for each in runs.values()})))
+    model, config = "SmolLM2-135M", scale["dense"]
+    if config is not None:
+        model = (
+            f"qwen3, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
+            f"intermediate size {config['intermediate_size']}, vocabulary {config['vocab_size']}"
+        )
     yield f"- commit {results['commit']}, {results['date']}"
     yield (
         f"- machine: {machine['device']}, threads: {machine['threads']}; Python "
@@ -75,13 +69,6 @@ def _about(results: Mapping[str, Any], runs: Runs) -> Iterator[str]:
         f"{text['held_out_files']} of them held out; the loss is that of "
         f"{text['held_out_tokens']:,} tokens of these"
     )
-    config = scale["dense"]
-    model = (
-        "SmolLM2-135M"
-        if config is None
-        else f"qwen3, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
-        f"intermediate size {config['intermediate_size']}, vocabulary {config['vocab_size']}"
-    )
     yield (
         f"- dense model: {model}; {dense['parameters']:,} parameters, {scale['pretraining']:,} "
         f"tokens of pretraining, loss {dense['loss']:.4f}"
@@ -90,79 +77,70 @@ def _about(results: Mapping[str, Any], runs: Runs) -> Iterator[str]:
         f"- then {scale['continued']:,} tokens in {steps} steps, AdamW, peak {scale['peak']:g} and "
         "a cosine to a tenth of it; a balancing loss of 0.01 for each layer by itself; float32"
     )
-    yield f"- seeds: {' or '.join(map(str, seeds))}, of the conversion and of the order of the data"
+    yield f"- seeds: {seeds}, of the conversion and of the order of the data"
 
 
 def _paper(runs: Runs) -> Iterator[str]:
-    yield "| the paper's claim | measured: first against second | first is lower by | here |"
-    yield "|---|---|---|---|"
-    for claim in PAPER:
-        found = [difference(runs, each) for each in claim.comparisons]
+    measured = "measured: first against second"
+    yield header("the paper's claim", measured, "first is lower by", "here")
+    for claim, comparisons in PAPER.items():
+        found = [difference(runs, each) for each in comparisons]
         verdicts = [verdict(each) for each in found]
-        alike = len({*verdicts}) == 1
-        for row, (comparison, spread) in enumerate(zip(claim.comparisons, found, strict=True)):
-            each = _WHETHER.get(verdicts[row], verdicts[row])
-            said = "" if row else f"**{verdict_of_all(verdicts)}**"
-            last = said if alike else each if row else f"{said}: {each}"
-            words = "" if row else claim.text
-            yield f"| {words} | {_pair(comparison)} | {_text(spread)} | {last} |"
+        together = f"**{verdict_of_all(verdicts)}**"
+        for index, (comparison, spread) in enumerate(zip(comparisons, found, strict=True)):
+            each = {"no": "no, higher"}.get(verdicts[index], verdicts[index])
+            if len({*verdicts}) == 1:
+                last = "" if index else together
+            else:
+                last = each if index else f"{together}: {each}"
+            yield row("" if index else claim, _pair(comparison), _text(spread), last)
 
 
 def _choices(runs: Runs) -> Iterator[str]:
-    yield "| first | second | first is lower by | trains better |"
-    yield "|---|---|---|---|"
+    yield header("first", "second", "first is lower by", "trains better")
     for each in CHOICES:
         spread = difference(runs, each)
         if spread is not None:
-            said = _WORDS.get(verdict(spread), verdict(spread))
-            yield f"| {each.first} | {each.second} | {_text(spread)} | {said} |"
+            said = {"yes": "first", "no": "second"}.get(verdict(spread), verdict(spread))
+            yield row(each.first, each.second, _text(spread), said)
 
 
 def _over_time(runs: Runs, shares: Sequence[float]) -> Iterator[str]:
-    yield f"| first is lower by, after | {' | '.join(f'{share:.0%}' for share in shares[1:])} |"
-    yield f"|---{'|---' * len(shares[1:])}|"
+    yield header("first is lower by, after", *(f"{share:.0%}" for share in shares))
     for each in OVER_TIME:
-        found = [difference(runs, each, when) for when in range(1, len(shares))]
-        yield f"| {' | '.join([_pair(each), *map(_text, found)])} |"
+        found = (difference(runs, each, when) for when in range(1, len(shares) + 1))
+        yield row(_pair(each), *map(_text, found))
 
 
 def _arms(runs: Runs) -> Iterator[str]:
-    yield (
-        "| arm | FLOPs | loss at first | at the end | lower than dense by | at equal FLOPs by | "
-        "load: CV | never chosen | split groups | apart |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    flops = next(iter(runs[DENSE].values()))["flops_per_token"]
-    defining = DENSE, DENSE_LONGER
+    losses = ("loss at first", "at the end", "lower than dense by", "at equal FLOPs by")
+    yield header("arm", "FLOPs", *losses, "load: CV", "never chosen", "split groups", "apart")
+    dense_flops = next(iter(runs[DENSE].values()))["flops_per_token"]
+    verdicts: dict[str, list[str]] = {}
     for arm in (name for name in ARMS if name in runs):
-        run = next(iter(runs[arm].values()))
-        first = Spread(tuple(each["curve"][0]["loss"] for each in runs[arm].values()))
-        last = run["curve"][-1]
-        cells = [
+        run, last = next(iter(runs[arm].values())), spread_of(runs, arm)
+        error = "" if math.isnan(last.standard_error) else f" ± {last.standard_error:.4f}"
+        lower, at_equal_flops = (
+            difference(runs, Comparison(arm, other)) for other in (DENSE, DENSE_AS_LONG)
+        )
+        if ARMS[arm].recipe:
+            verdicts.setdefault(verdict(at_equal_flops), []).append(arm)
+        yield row(
             arm,
-            f"{run['flops_per_token'] / flops:.2f} ×",
-            f"{first.mean:.4f}",
-            _mean(ends(runs, arm)),
-            "–" if arm == DENSE else _text(difference(runs, Comparison(arm, DENSE))),
-            _text(None if arm in defining else difference(runs, Comparison(arm, DENSE_AS_LONG))),
-            *_experts(runs, arm, last),
-        ]
-        yield f"| {' | '.join(cells)} |"
+            f"{run['flops_per_token'] / dense_flops:.2f} ×",
+            f"{spread_of(runs, arm, when=0).mean:.4f}",
+            f"{last.mean:.4f}{error}",
+            "–" if arm == DENSE else _text(lower),
+            "–" if arm in (DENSE, DENSE_LONGER) else _text(at_equal_flops),
+            *_experts(runs, arm, run["curve"][-1]),
+        )
     yield ""
-    yield _equal_flops({arm: runs[arm] for arm in ARMS if arm in runs})
-
-
-def _equal_flops(runs: Runs) -> str:
-    """Say of all recipes together what came of as many FLOPs of dense training."""
-    said: dict[str, list[str]] = {}
-    for arm in (name for name in runs if ARMS[name].recipe):
-        found = verdict(difference(runs, Comparison(arm, DENSE_AS_LONG)))
-        said.setdefault(found, []).append(arm)
-    lower, higher, hints = (len(said.get(found, ())) for found in ("yes", "no", "a hint"))
-    return (
-        f"At equal FLOPs {lower} of {sum(map(len, said.values()))} ways to convert and train ended "
-        f"lower than the dense model and {higher} higher{f', {hints} are hints' if hints else ''}. "
-        f"Not decided: {'; '.join(said.get('not decided', ('none',)))}."
+    counts = {said: len(arms) for said, arms in verdicts.items()}
+    hints = f", {counts['a hint']} are hints" if "a hint" in counts else ""
+    yield (
+        f"At equal FLOPs {counts.get('yes', 0)} of {sum(counts.values())} ways to convert and "
+        f"train ended lower than the dense model and {counts.get('no', 0)} higher{hints}. "
+        f"Not decided: {'; '.join(verdicts.get('not decided', ['none']))}."
     )
 
 
@@ -170,27 +148,20 @@ def _experts(runs: Runs, arm: str, last: Mapping[str, Any]) -> Sequence[str]:
     if "load_cv" not in last:
         return ["–"] * 4
     grouped = ARMS[arm].granularity > 1 and ARMS[arm].convert.get("virtual_groups", True)
-    return [
-        f"{ends(runs, arm, 'load_cv').mean:.2f}",
-        f"{ends(runs, arm, 'idle_experts').mean:.3g} of {last['experts']}",
-        f"{100 * ends(runs, arm, 'split_share').mean:.3g} %" if grouped else "–",
-        f"{ends(runs, arm, 'apart').mean:.2g}",
-    ]
+    cv, idle, split, apart = (
+        spread_of(runs, arm, measure).mean
+        for measure in ("load_cv", "idle_experts", "split_share", "apart")
+    )
+    whole = f"{100 * split:.3g} %" if grouped else "–"
+    return [f"{cv:.2f}", f"{idle:.3g} of {last['experts']}", whole, f"{apart:.2g}"]
 
 
 def _pair(comparison: Comparison) -> str:
-    unit = _UNITS[comparison.measure]
-    return f"{comparison.first} against {comparison.second}{':' * bool(unit)}{unit}"
-
-
-def _mean(spread: Spread) -> str:
-    error = "" if math.isnan(spread.standard_error) else f" ± {spread.standard_error:.4f}"
-    return f"{spread.mean:.4f}{error}"
+    return f"{comparison.first} against {comparison.second}{_UNITS[comparison.measure]}"
 
 
 def _text(spread: Spread | None) -> str:
     if spread is None:
         return "–"
-    if len(spread.values) < ENOUGH:
-        return f"{spread.mean:.4f}"
-    return f"{spread.mean:.4f} ± {spread.margin:.4f}"
+    margin = f" ± {spread.margin:.4f}" if len(spread.values) >= ENOUGH else ""
+    return f"{spread.mean:.4f}{margin}"
