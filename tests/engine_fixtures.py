@@ -198,10 +198,6 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
         case [python, "-c", program, *arguments] if python == PYTHON:
             return fork(arguments, program=program)
         case [python, "-m", "torch.distributed.run", *arguments] if python == PYTHON:
-            if "upcycle_cli" in arguments:
-                place = arguments.index("upcycle_cli") - 1  # behind its -m
-                arguments[place : place + 2] = forked.command()
-                arguments.insert(0, "--no-python")
             return fork(arguments, program="from torch.distributed.run import main\nmain()\n")
     return subprocess.run(
         command,

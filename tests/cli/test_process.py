@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -168,13 +167,13 @@ COMMANDS = {
     "inspect ABSENT": 2,
     "no-such-command": 2,
 }
-DATA_IS_LOST = (">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-")
-TALK_IS_LOST = ("2>/dev/full", "2>&-", "| true", "2>&1 | true")
+DATA_IS_LOST = (">/dev/full", "<&- >&- 2>&-")
+TALK_IS_LOST = ("2>&-", "2>&1 | true")
 
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command, _, pipe = line.partition(" | ")
-    line = f"{shlex.join(forked.command())} {command}" + (
+    line = f"{sys.executable} -m upcycle_cli {command}" + (
         f" | {pipe}; exit ${{PIPESTATUS[0]}}" if pipe else ""
     )
     return subprocess.run(

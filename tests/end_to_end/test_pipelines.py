@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import forked
 import pytest
 import yaml  # type: ignore[import-untyped]
 from conftest import clone, validate_json
@@ -110,7 +109,7 @@ def pipeline(tmp_path: Path, llama: Path) -> Iterator[tuple[Hub, dict[str, str]]
         path = f"{bin_directory}:{os.environ['PATH']}"
         variables = hub.environment(tmp_path / "home") | {"PATH": path}
         upcycle = bin_directory / "upcycle"
-        upcycle.write_text(f'#!/bin/sh\nexec {shlex.join(forked.command(variables))} "$@"\n')
+        upcycle.write_text(f'#!/bin/sh\nexec {sys.executable} -m upcycle_cli "$@"\n')
         upcycle.chmod(0o755)
         yield hub, variables
 
