@@ -189,7 +189,7 @@ def _permutations(path: Path, tensor: Tensor, data: bytes) -> bytes:
         if (np.sort(order_I) != np.arange(size)).any():
             which = f", group {group}" if len(tensor.shape) == 2 else ""
             raise UpcycleError(
-                f"{path}: {tensor.name}{which} is no permutation: it must name each neuron from 0 "
+                f"{path}: {tensor.name}{which} is no permutation that names each neuron from 0 "
                 f"to {size - 1} once."
             )
     return orders_EI.astype("<u4").tobytes()
