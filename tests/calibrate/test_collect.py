@@ -97,6 +97,9 @@ def test_statistics_are_those_of_transformers_own_run(
     done = convert(llama, tmp_path / "moe", wanted, calibration=text)
     found = done.plan.calibration
     assert found is not None
+    card = (done.output / "README.md").read_text()
+    assert "words.txt" in card
+    assert f"{init} rows" in card
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(llama)(text.read_text())["input_ids"][:TOKENS]
@@ -247,33 +250,18 @@ def test_gates_that_sum_to_one_need_no_measured_scale(llama: Path) -> None:
 # What the user reads ------------------------------------------------------------------------------
 
 
-def test_screens_card_and_recipe_file_name_the_calibration(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
-    saved = tmp_path / "recipe.toml"
-    options = ["--router-init", "balanced", "--neuron-order", "clustered"]
-    more: list[str | Path] = ["--calibration", text, "--save-config", saved]
-    made = invoke("convert", llama, tmp_path / "one", "-r", "E4G2T4", *options, *more)
-    assert made.exit_code == 0, made.stderr
-    record = read_json(tmp_path / "one" / "upcycle.json")
-    assert record["recipe"]["neuron_order"] == "clustered"
-    card = (tmp_path / "one" / "README.md").read_text()
-    assert all(word in card for word in ("balanced rows", "words.txt"))
-    assert invoke("convert", llama, tmp_path / "two", "--config", saved).exit_code == 0
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    shown = invoke("inspect", llama, "-r", "E4G2T4", *options, "--tensors").stdout
-    assert all(word in shown for word in ("calibrated on builtin", "layers.1.neuron_order"))
-
-
-Spoil = Callable[[Path], list[str | Path]]
-
-
-def _text(content: bytes, name: str = "text.txt") -> Spoil:
-    def make(folder: Path) -> list[str | Path]:
-        (folder / name).write_bytes(content)
-        return ["--calibration", folder / name]
+def _text(content: bytes, name: str = "text.txt") -> Callable[[Path], list[str | Path]]:
+    def make(dense: Path) -> list[str | Path]:
+        (dense.parent / name).write_bytes(content)
+        return ["--calibration", dense.parent / name]
 
     return make
+
+
+def _no_tokenizer(dense: Path) -> list[str | Path]:
+    for file in dense.glob("*token*"):
+        file.unlink()
+    return ["--router-init", "balanced"]
 
 
 @pytest.mark.parametrize(
@@ -285,20 +273,16 @@ def _text(content: bytes, name: str = "text.txt") -> Spoil:
         (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 has neither text"]),
         (_text(b'{"text": 1}\n', "text.jsonl"), ["line 1 has neither text nor messages"]),
         (lambda _: ["--calibration", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+        (_no_tokenizer, ["needs text as tokens", "tokenizer", "--router-init normal"]),
     ],
 )
-def test_unusable_texts_are_refused(
-    llama: Path, tmp_path: Path, options: Spoil, words: list[str]
+def test_refuse_texts_that_cannot_be_used(
+    llama: Path,
+    tmp_path: Path,
+    options: Callable[[Path], list[str | Path]],
+    words: list[str],
 ) -> None:
-    result = invoke("convert", llama, tmp_path / "moe", "-r", "E4G2T4", *options(tmp_path))
-    assert_refused(result, *words)
-    assert not list(tmp_path.glob("moe*"))
-
-
-def test_a_calibration_needs_a_tokenizer(llama: Path, tmp_path: Path) -> None:
     dense = clone(llama, tmp_path / "dense")
-    for file in dense.glob("*token*"):
-        file.unlink()
-    result = invoke("convert", dense, tmp_path / "moe", "-r", "E4G2T4", "--router-init", "balanced")
-    assert_refused(result, "needs text as tokens", "tokenizer", "--router-init normal")
+    result = invoke("convert", dense, tmp_path / "moe", "-r", "E4G2T4", *options(dense))
+    assert_refused(result, *words)
     assert not list(tmp_path.glob("moe*"))

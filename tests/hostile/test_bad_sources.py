@@ -225,11 +225,6 @@ def test_refuse_damaged_files(
     assert "hf download" not in message  # an absolute path is no repo
 
 
-def test_suggest_the_download_of_a_repo(refuses: Refuses) -> None:
-    words = "some-org/some-model is neither a directory nor complete in the cache"
-    refuses(Path("some-org/some-model"), words, "hf download some-org/some-model")
-
-
 def test_refuse_to_fuse_experts_of_two_dtypes(
     llama: Path, tmp_path: Path, refuses: Refuses
 ) -> None:

@@ -105,7 +105,21 @@ def w(layer: int, expert: int, matrix: int) -> str:
 
 
 QWEN_ROUTER = "model.layers.0.mlp.gate.weight"
-SHARED = "model.layers.{}.mlp.shared_expert"
+QWEN_BIAS = "model.layers.1.self_attn.q_proj.bias"
+SHARED_DOWN = "model.layers.0.mlp.shared_expert.down_proj.weight"
+SHARED_GATE = "model.layers.1.mlp.shared_expert_gate.weight"
+
+
+def filled(name: str, value: float) -> Damage:
+    return tensors(lambda held: held[name].fill_(value))
+
+
+def scaled(name: str, factor: float) -> Damage:
+    return tensors(lambda held: held[name].mul_(factor))
+
+
+def renamed(name: str, *names: str) -> Damage:
+    return tensors(lambda held: held.update(dict.fromkeys(names, held.pop(name))))
 
 
 def swapped(one: str, other: str) -> Damage:
@@ -135,48 +149,24 @@ WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
     ("a bit of an expert", lambda moe: flip_byte(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
     ("a bit of a router", lambda moe: flip_byte(moe, ROUTER), f"{ROUTER} differs in 1 of"),
-    (
-        "qwen: a row of a router",
-        tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)),
-        f"{QWEN_ROUTER} differs in 32 of 256 elements, first at [3, 0]",
-    ),
-    (
-        "another router",
-        put(ROUTER, lambda _: torch.randn(2, 32).repeat_interleave(2, 0).bfloat16()),
-        ROUTER,
-    ),
-    ("a router of nans", tensors(lambda t: t[ROUTER].fill_(torch.nan)), "nan instead of"),
-    ("a larger router", tensors(lambda t: t[ROUTER].mul_(8)), "multiplied by a further 8"),
-    (
-        "another shard",
-        put(w(1, 2, 2), lambda t: t[w(1, 3, 2)]),
-        "2.w2.weight holds shard 1 where shard 0 belongs",
-    ),
+    ("qwen: a row", tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)), "32 of 256 elements, first at"),
+    ("another router", put(ROUTER, lambda t: t[ROUTER].flip(1)), ROUTER),
+    ("a router of nans", filled(ROUTER, torch.nan), "nan instead of"),
+    ("a larger router", scaled(ROUTER, 8), "multiplied by a further 8"),
+    ("another shard", put(w(1, 2, 2), lambda t: t[w(1, 3, 2)]), "holds shard 1 where shard 0"),
     ("sharded: exchanged between files", swapped_between_files, "0.w1.weight holds shard 1"),
     ("gate and up exchanged", swapped(w(0, 0, 1), w(0, 0, 3)), "0.w1.weight | 0.w3.weight"),
     ("exchanged rows", exchanged(EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
     ("exchanged columns", exchanged(w(1, 3, 2), 1, 0, 20), "has columns 0 and 20 exchanged"),
-    ("one expert by 1.05", tensors(lambda t: t[EXPERT].mul_(1.05)), "multiplied by a further 1.05"),
-    (
-        "qwen: a bias that is to be zero",
-        tensors(lambda t: t["model.layers.1.self_attn.q_proj.bias"].fill_(1.0)),
-        "q_proj.bias differs in 32 of 32 | instead of 0",
-    ),
-    (
-        "qwen: an inert expert that works",
-        tensors(lambda t: t[f"{SHARED.format(0)}.down_proj.weight"].fill_(0.5)),
-        "shared_expert.down_proj.weight | instead of 0",
-    ),
-    (
-        "qwen: a gate that divides by zero",
-        tensors(lambda t: t[f"{SHARED.format(1)}_gate.weight"].zero_()),
-        "shared_expert_gate.weight",
-    ),
-    ("a missing expert", tensors(lambda t: t.pop(EXPERT)), f"{EXPERT} is missing"),
+    ("one expert by 1.05", scaled(EXPERT, 1.05), "multiplied by a further 1.05"),
+    ("qwen: a bias", filled(QWEN_BIAS, 1.0), "q_proj.bias differs in 32 of 32 | instead of 0"),
+    ("qwen: an inert expert works", filled(SHARED_DOWN, 0.5), f"{SHARED_DOWN} | instead of 0"),
+    ("qwen: a gate that divides by zero", filled(SHARED_GATE, 0.0), SHARED_GATE),
+    ("a missing expert", renamed(EXPERT), f"{EXPERT} is missing"),
     (
         "a renamed tensor",
-        tensors(lambda t: t.update({f"{EXPERT}s": t.pop(EXPERT)})),
-        f"{EXPERT} is missing | {EXPERT}s should not be there",
+        renamed(EXPERT, "mine"),
+        f"{EXPERT} is missing | mine should not be there",
     ),
     ("another shape", put(ROUTER, lambda t: t[ROUTER][:-1]), f"{ROUTER} has shape [3, 32] instead"),
     ("integers", put(EXPERT, lambda t: t[EXPERT].to(torch.int8)), f"{EXPERT} is I8 instead of"),
@@ -207,17 +197,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "float16"},
 )
 READ = (
-    "adapter_config.json",
-    "modeling_mine.py",
-    "custom_generate/generate.py",
-    "model-00001-of-00002.safetensors",
-    "model.safetensors.index.json",
-    "model.gguf",
-    "NOTICE.safetensors",
-    "LICENSE.py",
-    "Config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
+    *("adapter_config.json", "modeling_mine.py", "custom_generate/generate.py", "LICENSE.py"),
+    *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.gguf"),
+    *("NOTICE.safetensors", "Config.json", "vocab.txt", "special_tokens_map.json"),
     "additional_chat_templates/tools.jinja",
 )
 INDEX, TOKENS, GENERATION = (

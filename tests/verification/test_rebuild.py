@@ -51,9 +51,7 @@ KINDS: tuple[tuple[str, str, Recipe, dict[str, Any]], ...] = (
     ("llama", "mixtral", G4(neuron_order="clustered", noise=0.01), {}),
     ("llama", "mixtral", G4(neuron_order="clustered"), {"expert_layout": ExpertLayout.FUSED}),
     ("llama", "mixtral", G2(router_init="balanced", seed=7), {}),
-    ("llama", "mixtral", G2(router_init="centroids", neuron_order="clustered"), {}),
     ("llama", "qwen2_moe", G2(routing="softmax-topk", scaling="measured"), {}),
-    ("nemotron", "upcycled", G2(neuron_order="clustered"), {}),
 )  # fmt: skip
 
 

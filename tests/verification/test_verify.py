@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
-from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_byte, save_dense, text_of
+from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_byte, save_dense
 
 from upcycle_cli import Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.run import models as run_models
@@ -45,12 +45,6 @@ def test_an_exact_conversion_passes(dense: Path, mixtral: Path) -> None:
     metrics = outputs["metrics"]
     assert sum(len(text["tokens"]) for text in outputs["texts"]) == metrics["text_tokens"]
     assert {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement"} <= metrics.keys()
-
-
-def test_an_approximate_conversion_passes(dense: Path, qwen2_moe: Path) -> None:
-    report = verify(dense, qwen2_moe)
-    assert report.passed, text_of(report)
-    assert report.promise == "approximate"
 
 
 REASONS: tuple[tuple[Recipe, str], ...] = (
@@ -208,12 +202,6 @@ def test_interrupts_and_refusals_are_no_findings() -> None:
             raise error
     with pytest.raises(run_models.TransformersError), run_models.transformers_errors():
         raise OSError("does not appear to have a file named config.json")
-
-
-def test_importing_costs_no_torch() -> None:
-    spared = "{'torch', 'transformers', 'numpy'} & {*sys.modules}"
-    code = f"import sys, upcycle_cli.verification.verify; assert not {spared}"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_outputs_share_nothing_with_the_planner() -> None:
