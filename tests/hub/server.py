@@ -1,8 +1,7 @@
 """A fake Hub on loopback: as much of its HTTP API as huggingface_hub uses for models.
 
-Written after the client, not after the real Hub: create, preupload, LFS, Xet's local store, commit,
-pull requests, resolve with ranges and redirects. Tests inject faults by rule, and look at the
-requests, which are all recorded.
+Written after the client, not after the real Hub: create, preupload, LFS, commit, pull requests,
+resolve with ranges and redirects. Tests inject faults by rule; all requests are recorded.
 
     with Hub(directory) as hub:
         subprocess.run([...], env=hub.environment(home))
@@ -15,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml  # type: ignore[import-untyped]
 
-from hub.store import Commit, Entry, Repo, Store, is_lfs, xet_hashes
+from hub.store import Commit, Entry, Repo, Store, is_lfs
 
 TOKEN = "hf_loopbackSecretToken0123456789abcdef"  # noqa: S105 - opens nothing
 USER = "tester"
@@ -91,10 +89,8 @@ class Request:
 class Hub:
     """The server, a context manager that starts and stops it."""
 
-    def __init__(self, root: Path, *, xet: Path | None = None, organization: str = "acme") -> None:
+    def __init__(self, root: Path, *, organization: str = "acme") -> None:
         self.store = Store(root)
-        self.xet = xet
-        """The directory of hf_xet's local store; None to use LFS."""
         self.organization = organization
         self.role = "write"
         """The role of the token."""
@@ -141,7 +137,7 @@ class Hub:
         return kept | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **({} if token is None else {"HF_TOKEN": token}),
         }
@@ -386,8 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
         for path, entry in sorted(commit.tree.items()):
             file = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
             lfs = {"oid": entry.sha256, "size": entry.size, "pointerSize": 130}
-            xet = {"xetHash": entry.xet} if entry.xet else {}
-            found.append({**file, **({"lfs": lfs} if entry.lfs else {}), **xet})
+            found.append({**file, **({"lfs": lfs} if entry.lfs else {})})
         self._send(found)
 
     @_route("POST", rf"{_MODEL}/branch/(?P<branch>[^/]+)")
@@ -483,20 +478,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({**answer, "pullRequestUrl": pull_request})
 
     def _uploaded(self, sha256: str, size: int) -> Entry:
-        xet = xet_hashes(self.hub.xet).get(sha256) if self.hub.xet else None
-        if xet is None and not self.store.object(sha256).exists():
+        if not self.store.object(sha256).exists():
             raise RefusedError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
-        return self.store.lfs_entry(sha256, size, xet)
-
-    @_route("GET", rf"{_MODEL}/xet-\w+-token/(?P<revision>[^/]+)")
-    def _xet(self, repo: str, revision: str) -> None:  # noqa: ARG002
-        self._repo(repo)
-        if self.hub.xet is None:
-            raise RefusedError(404, "no Xet here")
-        url, expires = f"local://{self.hub.xet}", int(time.time()) + 3600
-        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet"}
-        headers["X-Xet-Token-Expiration"] = str(expires)
-        self._send({"accessToken": "xet", "exp": expires, "casUrl": url}, headers)
+        return self.store.lfs_entry(sha256, size)
 
     # Downloads -----------------------------------------------------------------------------------
 
@@ -519,10 +503,6 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(entry.size),
             "Location": f"{self.hub.cdn}/_cdn/{entry.sha256}",
         }
-        if entry.xet:
-            route = f"{self.hub.url}/api/models/{repo}/xet-read-token/{oid}"
-            headers |= {"X-Xet-Hash": entry.xet, "X-Xet-Refresh-Route": route}
-            headers["Link"] = f'<{route}>; rel="xet-auth"'
         self._send(b"", headers, status=302, kind="text/plain")
 
     @_route("GET", r"/_cdn/(?P<sha256>\w+)")

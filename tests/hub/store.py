@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ class Entry:
     sha256: str
     size: int
     lfs: bool
-    xet: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ class Store:
         self.object(digest).write_bytes(data)
         return Entry(oid=_git_oid(data), sha256=digest, size=len(data), lfs=False)
 
-    def lfs_entry(self, sha256: str, size: int, xet: str | None = None) -> Entry:
+    def lfs_entry(self, sha256: str, size: int) -> Entry:
         """Return the entry of a large file."""
         version = "https://git-lfs.github.com/spec/v1"
         pointer = f"version {version}\noid sha256:{sha256}\nsize {size}\n".encode()
-        return Entry(oid=_git_oid(pointer), sha256=sha256, size=size, lfs=True, xet=xet)
+        return Entry(oid=_git_oid(pointer), sha256=sha256, size=size, lfs=True)
 
     def create(self, name: str, *, private: bool = False) -> Repo:
         """Create a repo with a first commit, as the Hub does."""
@@ -127,31 +125,6 @@ class Store:
 def is_lfs(name: str) -> bool:
     """Whether the Hub stores such a file outside git."""
     return any(fnmatchcase(name.rsplit("/", 1)[-1], pattern) for pattern in LFS_PATTERNS)
-
-
-def xet_hashes(directory: Path) -> dict[str, str]:
-    """Return the Xet hash of each SHA-256, from the shards that hf_xet wrote into a local store.
-
-    A shard (.mdb) has a header of 48 bytes. For each file follow 48 bytes (hash, flags, count),
-    `count` entries of 48 bytes, as many again with flag 31, and with flag 30 one with the SHA-256.
-    """
-    found = {}
-    for path in directory.rglob("*.mdb"):
-        data, at = path.read_bytes(), 48
-        while at + 48 <= len(data) and data[at : at + 32] != b"\xff" * 32:
-            file_hash = data[at : at + 32]
-            flags, count = struct.unpack_from("<II", data, at + 32)
-            at += 48 + 48 * count * (2 if flags & (1 << 31) else 1)
-            if flags & (1 << 30):
-                found[_xet_hex(data[at : at + 32])] = _xet_hex(file_hash)
-                at += 48
-    return found
-
-
-def _xet_hex(data: bytes) -> str:
-    """Write a hash as Xet does: four little-endian words."""
-    words = (int.from_bytes(data[at : at + 8], "little") for at in (0, 8, 16, 24))
-    return "".join(f"{word:016x}" for word in words)
 
 
 def _git_oid(data: bytes) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,27 +146,6 @@ def test_replace_another_model_and_keep_other_files(
         stale = {path.name for path in old.iterdir()} - {path.name for path in directory.iterdir()}
         assert set(removed) == stale - others - {"gguf"}
     assert "removed there" in run("push", moe, MOE).stdout
-
-
-def test_xet_stores_equal_experts_once(
-    hub: Hub, run: RunOnHub, make_dense: Callable[..., Path], tmp_path: Path
-) -> None:
-    dense = make_dense("llama", hidden_size=256, intermediate_size=1024)
-    convert(dense, tmp_path / "moe", Recipe(expansion=8, granularity=1, top_k=2))
-    hub.xet = tmp_path / "cas"
-    hub.xet.mkdir()
-    run("push", "moe", MOE)
-    assert not hub.asked("PUT", "")
-    stored = sum(path.stat().st_size for path in hub.xet.rglob("*") if path.is_file())
-    apparent = (tmp_path / "moe" / "model.safetensors").stat().st_size
-    assert stored < 0.5 * apparent
-    run("verify", dense, MOE, home=tmp_path / "another home")
-    assert json.loads(run("push", "moe", MOE, "--json").stdout)["status"] == "already there"
-    for path in hub.xet.rglob("*"):
-        if path.is_file() and path.suffix != ".mdb":
-            path.unlink()
-    broken = run("verify", dense, MOE, home=tmp_path / "a third home", expect=2)
-    assert "a request to the Hub for" in broken.stderr
 
 
 # The card ----------------------------------------------------------------------------------------

@@ -102,21 +102,6 @@ STRETCHES: tuple[tuple[Expr, tuple[str, int, int] | None], ...] = (
                                 DeinterleaveRotary(A, 4, 2), Concat((A, B)), Stack((A,)),
                                 Full("F32", (2,)))),
 )
-UNFIT: tuple[Expr, ...] = (
-    Concat((A, WIDE)), Concat((A, Slice(A, 1, 0, 3))),
-    Stack((A, Slice(A, 0, 0, 3))), Stack((A, Cast(A, "F32"))),
-    Scale(Concat((A, WIDE)), 2.0), Repeat(Stack((A, Repeat(A, 2))), 2),
-)
-WORDS: tuple[tuple[Expr, str], ...] = (
-    (Slice(A, 0, 1, 3), "a[1:3]"),
-    (Cast(A, "F32"), "cast(a, F32)"),
-    (Scale(Slice(A, 0, 0, 2), 1.5874010519681994), "a[0:2] × 1.5874"),
-    (Stack((A, B, A)), "stack(a, … 3 in all)"),
-    (Repeat(A, 8), "repeat(a, 8)"),
-    (Slice(Select(STACK, 1), 0, 0, 2), "select(stack, 1)[0:2]"),
-    (DeinterleaveRotary(Slice(A, 0, 0, 4), 4, 2), "deinterleaverotary(a[0:4], 4, 2)"),
-    (Full("F32", (1,), 0.001), "full(F32, (1,), 0.001)"),
-)
 # fmt: on
 
 
@@ -147,17 +132,6 @@ def test_bytes_that_lie_together_in_the_dense_model(
         name, begin, end = stretch
         value = evaluate(expr, lambda name: raw_bytes(tensors[name]))
         assert bytes(value) == bytes(raw_bytes(tensors[name])[begin:end])
-
-
-@pytest.mark.parametrize("expr", UNFIT, ids=describe)
-def test_parts_that_do_not_fit_have_no_type(expr: Expr) -> None:
-    with pytest.raises(ValueError, match=r"cannot concatenate|cannot stack"):
-        type_of(expr)
-
-
-@pytest.mark.parametrize(("expr", "words"), WORDS)
-def test_expressions_in_words(expr: Expr, words: str) -> None:
-    assert describe(expr) == words
 
 
 # Rounding ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 import os
 import threading
 import weakref
@@ -235,22 +234,6 @@ def test_a_process_takes_no_more_memory_for_more_layers(tmp_path: Path) -> None:
 
 
 # Threads and failures -----------------------------------------------------------------------------
-
-
-def test_a_source_that_is_truncated_meanwhile_is_noticed(
-    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make("E2G1T2", vocab_size=3 * mmap.PAGESIZE)
-    source, real = plan.source.path / "model.safetensors", os.pwrite
-
-    def cut(*arguments: Any) -> int:  # noqa: ANN401
-        if source.stat().st_size > mmap.PAGESIZE:
-            os.truncate(source, mmap.PAGESIZE)
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", cut)
-    with pytest.raises(UpcycleError, match=r"model\.safetensors changed while it was being read"):
-        write(plan, output)
 
 
 def test_an_error_names_the_file_that_failed(
