@@ -21,20 +21,7 @@ from oracle import Wanted
 from test_oracle import check as check_bytes
 
 from upcycle_cli import Options, Recipe, convert, open_checkpoint
-from upcycle_cli.plan.expressions import (
-    Concat,
-    DeinterleaveRotary,
-    Expr,
-    Full,
-    Gather,
-    Normal,
-    Permutation,
-    Repeat,
-    Scale,
-    Slice,
-    Source,
-    type_of,
-)
+from upcycle_cli.plan import expressions as ex
 from upcycle_cli.recipe.recipe import Promise
 from upcycle_cli.verification.outputs import Expectation, check_outputs
 from upcycle_cli.verification.prompts import TextOptions
@@ -158,7 +145,7 @@ def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Any]) -> Patch
         for name, tensor in every.items():
             if name in chosen:
                 expr = change(tensor, {key: each.expr for key, each in every.items()})
-                assert type_of(expr) == type_of(tensor.expr)
+                assert ex.type_of(expr) == ex.type_of(tensor.expr)
                 yield replace(tensor, expr=expr)
             else:
                 yield tensor
@@ -181,7 +168,7 @@ def exchanged(one: str, other: str, where: str = "") -> Patch:
     return tensors(f"{where}.*({re.escape(one)}|{re.escape(other)})", change)
 
 
-def nodes(pattern: str, kind: type, change: Callable[[Any], Expr]) -> Patch:
+def nodes(pattern: str, kind: type, change: Callable[[Any], ex.Expr]) -> Patch:
     """Change each part of a kind in the expressions of tensors."""
 
     def changed(expr: Any) -> Any:
@@ -199,11 +186,11 @@ def nodes(pattern: str, kind: type, change: Callable[[Any], Expr]) -> Patch:
 EXPERT = r"experts\.\d+\.(w\d|\w+_proj)\.weight|experts\.\w+_proj$"
 
 
-def moved(by: int) -> Callable[[Slice], Slice]:
+def moved(by: int) -> Callable[[ex.Slice], ex.Slice]:
     """Shift the borders of a shard, as far as the matrix goes."""
 
-    def change(node: Slice) -> Slice:
-        size = type_of(node.of).shape[node.dim]
+    def change(node: ex.Slice) -> ex.Slice:
+        size = ex.type_of(node.of).shape[node.dim]
         start = min(max(node.start + by, 0), size - node.stop + node.start)
         return replace(node, start=start, stop=start + node.stop - node.start)
 
@@ -212,15 +199,15 @@ def moved(by: int) -> Callable[[Slice], Slice]:
 
 def reordered(expr: Any) -> Any:
     """Exchange the first two parts of a stack, or the rows of a router."""
-    if isinstance(expr, Repeat):
-        half = type_of(expr.of).shape[0] // 2
-        parts = Slice(expr.of, 0, half, 2 * half), Slice(expr.of, 0, 0, half)
-        return replace(expr, of=Concat(parts))
+    if isinstance(expr, ex.Repeat):
+        half = ex.type_of(expr.of).shape[0] // 2
+        parts = ex.Slice(expr.of, 0, half, 2 * half), ex.Slice(expr.of, 0, 0, half)
+        return replace(expr, of=ex.Concat(parts))
     return replace(expr, parts=(expr.parts[1], expr.parts[0], *expr.parts[2:]))
 
 
-def filled(value: float) -> Callable[[Any, object], Expr]:
-    return lambda tensor, _: Full(tensor.dtype, tensor.shape, value)
+def filled(value: float) -> Callable[[Any, object], ex.Expr]:
+    return lambda tensor, _: ex.Full(tensor.dtype, tensor.shape, value)
 
 
 C = "recipe.recipe:Recipe._compensation"
@@ -238,16 +225,16 @@ ROWS: tuple[Row, ...] = (
     ("c is for half of the experts", "all chosen", returns(C, lambda c: c / 2)),
     ("relu² is taken for linear", "balanced", returns("models.dense:degree", lambda _: 1)),
     ("a down bias keeps its size", "gelu", factors(down_bias=lambda _: 1.0)),
-    ("an up bias is not scaled", "balanced", nodes("up_proj_bias", Scale, lambda node: node.of)),
+    ("an up bias is not scaled", "balanced", nodes("up_proj_bias", ex.Scale, lambda node: node.of)),
     ("the config's factor is 1", "by the config", config(routed_scaling_factor=1.0)),
     ("the config's factor is squared", "by the config", config(routed_scaling_factor=4.0)),
     ("c is in the config and in down", "by the config", factors(down=lambda f: f.config)),
     # Shards and experts.
-    ("borders are off by one", "mixtral", nodes(EXPERT, Slice, moved(1))),
-    ("borders of down are off by one", "mixtral", nodes(r"w2\.weight", Slice, moved(1))),
+    ("borders are off by one", "mixtral", nodes(EXPERT, ex.Slice, moved(1))),
+    ("borders of down are off by one", "mixtral", nodes(r"w2\.weight", ex.Slice, moved(1))),
     ("gate and up are exchanged", "mixtral", exchanged(".w1.", ".w3.", "layers.0")),
     ("up comes first in a joined tensor", "fused",
-     nodes("gate_up_proj", Concat, lambda node: Concat(node.parts[::-1]))),
+     nodes("gate_up_proj", ex.Concat, lambda node: ex.Concat(node.parts[::-1]))),
     ("every expert holds the first shard", "mixtral",
      tensors(r"w1\.weight", lambda t, every: every[re.sub(r"\d\.w1", "0.w1", t.name)])),
     ("groups count before shards", "mixtral", exchanged("experts.1.", "experts.2.")),
@@ -259,36 +246,36 @@ ROWS: tuple[Row, ...] = (
     ("a joined stack is in another order", "fused",
      tensors(r"1.*experts\.gate_up_proj", lambda t, _: reordered(t.expr))),
     ("down keeps the dense order", "shuffled",
-     nodes(r"w2\.weight", Gather, lambda node: Slice(node.of, node.dim, node.start, node.stop))),
+     nodes(r"w2\.weight", ex.Gather, lambda n: ex.Slice(n.of, n.dim, n.start, n.stop))),
     ("up has an order of its own", "shuffled",
-     nodes(r"w3\.weight", Permutation, lambda node: replace(node, stream="another"))),
-    ("the second shard is shared", "shared", nodes(r"shared_expert\.up_proj", Slice, moved(16))),
+     nodes(r"w3\.weight", ex.Permutation, lambda node: replace(node, stream="another"))),
+    ("the second shard is shared", "shared", nodes(r"shared_expert\.up_proj", ex.Slice, moved(16))),
     ("a shared gate's half is forgotten", "shared",
-     nodes(r"shared_expert\.down", Scale, lambda node: node.of)),
+     nodes(r"shared_expert\.down", ex.Scale, lambda node: node.of)),
     ("an inert shared expert computes", "all chosen", tensors(r"shared_expert\.down", filled(0.1))),
     # Routers.
     ("rows differ inside a group", "mixtral",
-     nodes(r"1.*gate\.weight", Repeat, lambda node: replace(node.of, shape=(4, 32)))),
+     nodes(r"1.*gate\.weight", ex.Repeat, lambda node: replace(node.of, shape=(4, 32)))),
     ("rows take turns between groups", "mixtral",
-     nodes(r"\.gate\.weight", Repeat, lambda node: Concat((node.of, node.of)))),
+     nodes(r"\.gate\.weight", ex.Repeat, lambda node: ex.Concat((node.of, node.of)))),
     ("a correction bias prefers an expert", "by the config",
-     nodes("correction_bias", Full,
-           lambda _: Concat((Full("F32", (1,), 9.0), Full("F32", (3,)))))),
+     nodes("correction_bias", ex.Full,
+           lambda _: ex.Concat((ex.Full("F32", (1,), 9.0), ex.Full("F32", (3,)))))),
     # What is copied.
     ("k and v are exchanged", "mixtral", exchanged("v_proj", "k_proj", "layers.1")),
     ("norms are exchanged", "mixtral", exchanged("post_attention_layer", "input_layer")),
     ("the last norm is halved in part", "mixtral",
-     nodes(r"^model\.norm", Source, lambda node: Concat((
-         Scale(Slice(node, 0, 0, 16), 0.5), Slice(node, 0, 16, 32))))),
+     nodes(r"^model\.norm", ex.Source, lambda node: ex.Concat((
+         ex.Scale(ex.Slice(node, 0, 0, 16), 0.5), ex.Slice(node, 0, 16, 32))))),
     ("the embedding is the head", "mixtral", exchanged("lm_head", "model.embed_tokens")),
     ("biases of attention are dropped", "renormalised",
-     nodes(r"v_proj\.bias", Source, lambda node: Scale(node, 0.0))),
+     nodes(r"v_proj\.bias", ex.Source, lambda node: ex.Scale(node, 0.0))),
     ("rows of k are not permuted", "glm",
-     nodes(r"k_proj\.weight", DeinterleaveRotary, lambda node: node.of)),
+     nodes(r"k_proj\.weight", ex.DeinterleaveRotary, lambda node: node.of)),
     ("rows of q are not permuted", "glm",
-     nodes(r"q_proj\.weight", DeinterleaveRotary, lambda node: node.of)),
+     nodes(r"q_proj\.weight", ex.DeinterleaveRotary, lambda node: node.of)),
     ("rows that do not turn are permuted", "glm",
-     nodes("[qk]_proj", DeinterleaveRotary, lambda node: replace(node, rotary=node.size))),
+     nodes("[qk]_proj", ex.DeinterleaveRotary, lambda node: replace(node, rotary=node.size))),
     ("pieces of qkv are exchanged", "phi3", exchanged("k_proj", "v_proj")),
     ("gemma4's experts see no norm", "gemma4", tensors("pre_feed.*norm_2", filled(0.1))),
     ("gemma4's MLP is not silenced", "gemma4", tensors("post_feed.*norm_1", filled(1.0))),
@@ -310,17 +297,17 @@ ROWS: tuple[Row, ...] = (
 )
 BYTES: tuple[Row, ...] = (
     ("a norm's offset is forgotten", "relu2",
-     nodes(r"gate\.weight", Normal, lambda node: replace(node, offset=0.0))),
+     nodes(r"gate\.weight", ex.Normal, lambda node: replace(node, offset=0.0))),
     ("router logits are half as large", "mixtral",
-     nodes(r"gate\.weight", Normal, lambda node: replace(node, logit_std=0.5))),
+     nodes(r"gate\.weight", ex.Normal, lambda node: replace(node, logit_std=0.5))),
     ("routers are drawn from another stream", "mixtral",
-     nodes(r"gate\.weight", Normal, lambda node: replace(node, stream="router"))),
+     nodes(r"gate\.weight", ex.Normal, lambda node: replace(node, stream="router"))),
     ("rows of groups are exchanged", "mixtral",
      tensors(r"\.gate\.weight", lambda t, _: reordered(t.expr))),
     ("c is split another way", "mixtral",
      factors(up=lambda f: f.up / 2, down=lambda f: 2 * f.down)),
     ("orders are another seed's", "shuffled",
-     nodes(EXPERT, Permutation, lambda node: replace(node, seed=1))),
+     nodes(EXPERT, ex.Permutation, lambda node: replace(node, seed=1))),
 )
 # fmt: on
 """The same function: gates that sum to 1 take any router, and any exact split or order will do."""

@@ -63,7 +63,6 @@ def test_format_layers() -> None:
     assert format_layers(()) == ""
 
 
-MIDDLE = ["dense", "sparse", "sparse", "dense"]
 BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
 
 
@@ -72,9 +71,6 @@ BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
     [
         ("llama", "qwen2_moe", "1-2", {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
         ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
-        ("llama", "glm4_moe", None, {"first_k_dense_replace": 0}),
-        ("lfm2", "lfm2_moe", "1-", {"num_dense_layers": 1}),
-        ("cohere2", "cohere2_moe", "1-2", {"mlp_layer_types": MIDDLE}),
         ("ernie4_5", "ernie4_5_moe", "1,3", {"moe_layer_end_index": 3, "moe_layer_interval": 2}),
         (
             "nemotron_h",
@@ -102,13 +98,12 @@ def test_the_layers_are_in_the_config(
     ("target", "layers", "reason"),
     [
         ("mixtral", "1", "all its layers are mixtures of experts."),
-        ("glm4_moe", "0", "its dense layers can only be the first ones (first_k_dense_replace)."),
         ("glm4_moe", "every:2", "its dense layers can only be the first ones"),
     ],
 )
 def test_layers_that_a_target_cannot_keep_dense(target: str, layers: str, reason: str) -> None:
     config = tiny_config("llama", num_hidden_layers=4)
-    with pytest.raises(UpcycleError, match=re.escape(f"cannot express this model: {reason}")):
+    with pytest.raises(UpcycleError, match=f"cannot express this model: {reason}"):
         choose(config, target, None, layers=layers)
     assert choose(config, "auto", None, layers=layers).target.model_type == "qwen2_moe"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,22 @@ MakeMoe = Callable[[Row], tuple[Path, Path]]
 
 @pytest.fixture(scope="module")
 def make_wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
-    made: dict[str, Path] = {}
-
+    @cache
     def make(wrapper: str, text: str, **around: Any) -> Path:  # noqa: ANN401
-        key = repr((wrapper, text, around))
-        if key not in made:
-            path = tmp_path_factory.mktemp(wrapper) / "dense"
-            made[key] = save_wrapper(path, wrapper, text, around)
-        return made[key]
+        path = tmp_path_factory.mktemp(wrapper) / "dense"
+        return save_wrapper(path, wrapper, text, around)
 
     return make
 
 
 @pytest.fixture(scope="module")
 def make_moe(make_wrapper: MakeWrapper, tmp_path_factory: pytest.TempPathFactory) -> MakeMoe:
-    made: dict[Row, Path] = {}
-
+    @cache
     def make(row: Row) -> tuple[Path, Path]:
-        dense = make_wrapper(*row[:2])
-        if row not in made:
-            # transformers tells shipped code apart by the last name of its path.
-            made[row] = tmp_path_factory.mktemp("-".join(row)) / f"wrapped{len(made)}"
-            convert(dense, made[row], recipe(row), target=row[2])
-        return dense, made[row]
+        dense, name = make_wrapper(*row[:2]), "_".join(row)
+        # transformers tells shipped code apart by the last name of its path.
+        moe = tmp_path_factory.mktemp(name) / name
+        return dense, convert(dense, moe, recipe(row), target=row[2]).output
 
     return make
 
@@ -126,6 +120,10 @@ def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> Non
         convert(moe, tmp_path / "again", recipe(GEMMA4))
 
 
+def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+
+
 def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
     dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
     moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output
@@ -151,7 +149,7 @@ def test_tensors_that_transformers_ignores_are_dropped(
     added = {name: torch.ones(size) for name, size in UNREAD[row].items()}
     tensors = read_tensors(dense)
     assert not added.keys() & tensors.keys()
-    save_file(tensors | added, dense / "model.safetensors", metadata={"format": "pt"})
+    save(dense, tensors | added)
     plan = build_plan(recipe(row), open_checkpoint(dense), target=SHIPPED)
     assert plan.dropped.keys() == added.keys()
 
@@ -183,7 +181,7 @@ def test_other_tensor_names(make_wrapper: MakeWrapper, tmp_path: Path, name: str
         before, after = next(pair for pair in changes if old.startswith(pair[0]))
         tensors[after + old.removeprefix(before)] = tensor
     dense = clone(usual, tmp_path / "dense")
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    save(dense, tensors)
     moe = convert(dense, tmp_path / name.replace(", ", "_"), recipe(row), target=row[2]).output
     assert distance(usual, moe) < SAME
     assert failures(dense, moe) == []
@@ -215,7 +213,7 @@ def test_a_stored_head_counts_whatever_the_config_says(
     tensors = read_tensors(dense)
     head = torch.randn(260, 32, generator=torch.Generator().manual_seed(9))
     tensors["language_model.lm_head.weight"] = head
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    save(dense, tensors)
     moe = convert(dense, tmp_path / "moe", SOME).output
     assert read_json(moe / "config.json")["text_config"]["tie_word_embeddings"] is False
     assert distance(usual, dense) > 0.1
