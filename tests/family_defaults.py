@@ -15,7 +15,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -246,25 +246,8 @@ def _by_kind(model_type: str, entries: Mapping[str, str]) -> dict[str, Any]:
     (prefix,) = prefixes
     by_kind: dict[str, dict[str, str]] = {}
     for kind, layer in zip(kinds(model_type), layers, strict=True):
-        ordered = {name: layer[name] for name in in_order(layer)}
-        assert by_kind.setdefault(kind, ordered) == ordered, f"layers of kind {kind} differ"
+        assert by_kind.setdefault(kind, layer) == layer, f"layers of kind {kind} differ"
     return {"prefix": prefix + "{layer}.", "outside": outside, "layers": by_kind}
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sort a layer's tensors: its norms, then a block's weights, biases and norms, block by block.
-
-    Within these they stay as the model has them.
-    """
-    names = list(names)
-    blocks = list(dict.fromkeys(name.split(".")[0] for name in names if name.count(".") > 1))
-
-    def rank(name: str) -> tuple[int, bool, bool]:
-        block, *inner = name.split(".")
-        is_norm = any(part.endswith("norm") for part in inner)
-        return (blocks.index(block) + 1 if block in blocks else 0, is_norm, name.endswith(".bias"))
-
-    return sorted(names, key=rank)
 
 
 if __name__ == "__main__":
