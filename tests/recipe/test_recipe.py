@@ -69,7 +69,7 @@ def test_refuse_other_notations_with_an_example(text: str) -> None:
         ({"seed": -1}, "the seed must be between"),
         ({"seed": 2**63}, "the seed must be between"),
         ({"noise": 1e-7}, "noise must be"),
-        ({"noise": 1.5}, "noise must be"),
+        ({"noise": math.nan}, "noise must be"),
         ({"reinit": 1.5}, "must be between 0 and 1"),
         ({"noise": 0.1, "reinit": 0.1}, "--noise and --reinit"),
         ({"noise": 0.1, "shared_experts": 1, "top_k": 1}, "--shared-experts"),
@@ -117,6 +117,9 @@ def test_a_granularity_must_divide_the_intermediate_size(granularity: int) -> No
     with pytest.raises(UpcycleError, match="12 is not divisible by granularity") as caught:
         make_recipe(f"E2G{granularity}T{granularity}").check_width(12)
     assert caught.value.hint == hints[granularity]
+    with pytest.raises(UpcycleError, match="rounds to 0 neurons") as caught:
+        make_recipe("E2G2T2", reinit=0.01).check_width(12)
+    assert caught.value.hint == "Use a --reinit of at least 0.0833."
 
 
 # Promises ----------------------------------------------------------------------------------------
@@ -192,18 +195,24 @@ def test_a_simulated_token_keeps_every_promise(routing: Routing) -> None:
 @pytest.mark.parametrize(
     ("settings", "promise"),
     [
-        ({"routing": TOPK_SOFTMAX}, Promise.EXACT),
+        ({}, Promise.EXACT),
         ({"routing": SOFTMAX_TOPK}, Promise.APPROXIMATE),
-        ({"routing": SOFTMAX_TOPK, "router_logit_std": 0.06}, Promise.NONE),
-        ({"routing": SOFTMAX_TOPK, "router_init": "file"}, Promise.NONE),
-        ({"routing": TOPK_SOFTMAX, "router_init": "file"}, Promise.EXACT),
-        ({"routing": TOPK_SOFTMAX, "scaling": 8.1}, Promise.NONE),
-        ({"routing": TOPK_SOFTMAX, "noise": 0.01}, Promise.NONE),
-        ({"routing": TOPK_SOFTMAX, "reinit": 0.5}, Promise.NONE),
-        ({"routing": TOPK_SOFTMAX, "top_k": 4, "allow_inexact": True}, Promise.NONE),
+        ({"router_init": "file"}, Promise.EXACT),
+        # A string says why nothing is promised.
+        ({"routing": SOFTMAX_TOPK, "router_logit_std": 0.06}, "standard deviation 0.06 the gates"),
+        ({"routing": SOFTMAX_TOPK, "router_init": "file"}, "given rows can be any"),
+        ({"scaling": 8.1}, "the experts are scaled by 8.1 in all"),
+        ({"scaling": Scaling.PAPER}, "scaling paper does not preserve"),
+        ({"virtual_groups": False}, "without virtual groups a token does not get"),
+        ({"noise": 0.01}, "noise of 0.01"),
+        ({"reinit": 0.5}, "50 % of each expert's neurons initialised again"),
+        ({"top_k": 4, "allow_inexact": True}, "top-k 4 is not a multiple of G = 8"),
     ],
     ids=str,
 )
-def test_promises_of_e8g8t8(settings: dict[str, Any], promise: Promise) -> None:
-    recipe = Recipe(**{"expansion": 8, "granularity": 8, "top_k": 8} | settings)
-    assert recipe.promise(recipe.factors())[0] is promise
+def test_promises_of_e8g8t8(settings: dict[str, Any], promise: Promise | str) -> None:
+    sizes = {"expansion": 8, "granularity": 8, "top_k": 8, "routing": TOPK_SOFTMAX}
+    recipe = Recipe(**{**sizes, **settings})
+    found, why = recipe.promise(recipe.factors())
+    assert found is (promise if isinstance(promise, Promise) else Promise.NONE)
+    assert (promise in why) if found is Promise.NONE else not why

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -121,19 +120,3 @@ def test_an_activation_that_is_not_homogeneous_leaves_up_alone() -> None:
     assert paper.promise(paper.factors(GELU), GELU)[0] is Promise.NONE
     assert paper.promise(paper.factors(RELU2), RELU2)[0] is Promise.EXACT
     assert paper.promise(paper.factors())[0] is Promise.NONE
-
-
-@pytest.mark.parametrize(
-    ("routing", "settings", "factor"),
-    [
-        (TOPK_SOFTMAX, {}, 1.0),
-        (SIGMOID_TOPK, {"scale_split": ScaleSplit.CONFIG}, 1 / 8),
-        (SOFTMAX_TOPK, {}, 8.0),  # E·G/T
-        (SOFTMAX_TOPK, {"scaling": Scaling.PAPER}, 8.0),
-        (SOFTMAX_TOPK, {"scaling": Scaling.NONE}, 1.0),
-    ],
-)
-def test_a_down_bias_counts_once_per_chosen_expert(
-    routing: Routing, settings: dict[str, Any], factor: float
-) -> None:
-    assert make_recipe("E8G8T8", routing, **settings).factors(RELU2).of("down_bias") == factor
