@@ -37,6 +37,7 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
+from upcycle_cli.api import Conversion
 from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
@@ -78,6 +79,14 @@ def models(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> l
     first = make_dense("llama", dtype="bfloat16")
     path = tmp_path_factory.mktemp("models")
     return [first, *(edit(clone(first, path / name), reseed(i)) for i, name in enumerate("bc"))]
+
+
+def merged(models: Sequence[Path], output: Path, **options: Any) -> Conversion:  # noqa: ANN401
+    """Convert several models, each of which gives one expert."""
+    recipe = Recipe(expansion=len(models), granularity=1, top_k=1)
+    return convert(
+        models[0], output, recipe, merge=MergeRequest(experts_from=models[1:]), **options
+    )
 
 
 def weights_of(models: Sequence[Path], moe: Path, **options: Any) -> CheckResult:  # noqa: ANN401
@@ -201,27 +210,17 @@ def test_refuse_a_model_of_another_kind(models: list[Path], tmp_path: Path, case
     spoil, words = REFUSED[case]
     other = clone(models[1], tmp_path / "other")
     spoil(other)
-    merge = MergeRequest(experts_from=[other])
     with pytest.raises(UpcycleError) as caught:
-        convert(
-            models[0], tmp_path / "moe", Recipe(expansion=2, granularity=1, top_k=1), merge=merge
-        )
+        merged([models[0], other], tmp_path / "moe")
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.glob("moe*"))
 
 
 def test_keys_that_no_forward_pass_reads_may_differ(models: list[Path], tmp_path: Path) -> None:
-    other = clone(
-        models[1],
-        tmp_path / "other",
-        eos_token_id=7,
-        max_position_embeddings=999,
-        use_cache=REMOVED,
-    )
-    merge = MergeRequest(experts_from=[other])
-    recipe = Recipe(expansion=2, granularity=1, top_k=1)
-    assert convert(models[0], tmp_path / "moe", recipe, merge=merge).published
+    changes = {"eos_token_id": 7, "max_position_embeddings": 999, "use_cache": REMOVED}
+    other = clone(models[1], tmp_path / "other", **changes)
+    assert merged([models[0], other], tmp_path / "moe").published
 
 
 def test_refuse_an_expansion_that_does_not_fit(models: list[Path]) -> None:
@@ -231,12 +230,10 @@ def test_refuse_an_expansion_that_does_not_fit(models: list[Path]) -> None:
 
 def test_write_into_no_source(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
-    merge = MergeRequest(experts_from=[other])
-    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    before = snapshot(other)
     for output in (other, other / "moe", tmp_path):
-        before = snapshot(other)
         with pytest.raises(UpcycleError, match="source"):
-            convert(models[0], output, recipe, merge=merge, overwrite=True)
+            merged([models[0], other], output, overwrite=True)
         assert snapshot(other) == before
 
 
@@ -292,14 +289,13 @@ def test_models_on_the_hub(hub: Hub, run: RunOnHub, models: list[Path], tmp_path
 def test_inherit_no_licence_that_differs(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     (other / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    recipe = Recipe(expansion=2, granularity=1, top_k=1)
-    done = convert(models[0], tmp_path / "moe", recipe, merge=MergeRequest(experts_from=[other]))
+    done = merged([models[0], other], tmp_path / "moe")
     assert "license" not in yaml.safe_load((tmp_path / "moe/README.md").read_text().split("---")[1])
     assert any("cc-by-nc-4.0" in note for note in done.plan.card_metadata.notes)
     card = (tmp_path / "moe/README.md").read_text()
     assert f"made from `{models[0].name}` and `other` by copying their MLPs" in card
     assert f"| experts from | groups of {models[0].name}: 0; of other: 1 |" in card
-    same = convert(models[0], tmp_path / "s", recipe, merge=MergeRequest(experts_from=models[1:2]))
+    same = merged(models[:2], tmp_path / "same")
     assert same.plan.card_metadata.values["license"] == "apache-2.0"
 
 
@@ -312,17 +308,12 @@ PROMPTS = (
 )
 
 
-def save_prompts(path: Path, models: Sequence[Path]) -> Path:
-    content = dict(zip((model.name for model in models), PROMPTS, strict=True))
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
 def test_router_rows_are_made_of_the_prompts(models: list[Path], tmp_path: Path) -> None:
     """Each row is a mean of transformers' own hidden states, without what all prompts share."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = save_prompts(tmp_path / "prompts.yml", models)
+    file = tmp_path / "prompts.yml"
+    file.write_text(yaml.safe_dump(dict(zip((m.name for m in models), PROMPTS, strict=True))))
     dense = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     seen: list[torch.Tensor] = []

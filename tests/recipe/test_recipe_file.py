@@ -66,10 +66,6 @@ def test_a_saved_recipe_can_be_read_edited_and_saved_again(tmp_path: Path, name:
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def link(target: str) -> Callable[[Path], object]:
-    return lambda path: path.symlink_to(target)
-
-
 def text(held: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(held)
 
@@ -81,13 +77,9 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "config.json": text('{"model_type": "llama"}'),
     "few.json": text('{"seed": 3}'),
     "more.json": text(json.dumps(VALUES | {"model_type": "llama"})),
-    "list.json": text("[]"),
-    "broken.json": text('{"source": "dense"'),
-    "link.toml": link("thesis"),
-    "dangling.toml": link("nothing"),
-    "device.toml": link("/dev/null"),
+    "link.toml": lambda path: path.symlink_to("thesis"),
+    "dangling.toml": lambda path: path.symlink_to("nothing"),
     "pipe.toml": os.mkfifo,
-    "directory.toml": Path.mkdir,
 }
 
 
