@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from conftest import snapshot
 from typer.testing import CliRunner, Result
 
 from upcycle_cli.cli.app import app
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,14 +31,6 @@ def assert_refused(result: Result, *words: str) -> str:
     for word in words:
         assert word in result.stderr
     return result.stderr
-
-
-def save_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(path / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
 
 
 class Refuses:

@@ -50,30 +50,14 @@ def save_dense(
     return path
 
 
-def save_tokenizer(path: Path) -> None:
-    """Save a tokenizer that has a token for each byte and two special ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template="{{ messages[0]['content'] }}",
-    ).save_pretrained(path)
-
-
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import save_companions  # which imports this module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("dense") / "llama"
     save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path)
-    save_tokenizer(path)
+    save_companions(path)
     return path
 
 

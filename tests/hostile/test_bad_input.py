@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import clone, contents
-from refusals import assert_refused, invoke, save_tensors
+from refusals import assert_refused, invoke
+from verified import edit_tensors
 
 COMMANDS: tuple[tuple[str, str], ...] = (
     # a command line, words of the message
@@ -79,6 +80,6 @@ def test_refuse_to_inspect_an_moe_whose_config_is_wrong(
 def test_refuse_to_read_quantised_experts(e2g2t2: Path, tmp_path: Path) -> None:
     broken = clone(e2g2t2, tmp_path / "moe")
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
-    save_tensors(broken, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    edit_tensors(broken, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     assert invoke("inspect", broken).exit_code == 0
     assert_refused(invoke("inspect", broken, "--weights"), name, "I8")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import REMOVED, MakeDense, clone, read_json, write_json
-from refusals import INDEX, WEIGHTS, Refuses, invoke, save_tensors
+from refusals import INDEX, WEIGHTS, Refuses, invoke
 from shapes import make_recipe
+from verified import edit_tensors
 
 from upcycle_cli import UpcycleError, build_plan, open_checkpoint
 
@@ -128,7 +129,7 @@ def rename(name: str) -> Damage:
 
 
 def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda dense: save_tensors(dense, edit)
+    return lambda dense: edit_tensors(dense, edit)
 
 
 def cast(dtype: torch.dtype) -> Damage:

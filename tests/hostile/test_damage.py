@@ -15,7 +15,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from conftest import MakeDense, clone, read_json
+from conftest import MakeDense, clone, read_json, save_companions
 from safetensors.torch import load_file, save_file
 from verified import (
     EXPERT,
@@ -27,7 +27,6 @@ from verified import (
     edit_tensors,
     flip_byte,
     save_dense,
-    save_tokenizer,
     text_of,
 )
 
@@ -383,7 +382,7 @@ def test_a_tokenizer_has_the_class_that_the_moe_gives_it(
 ) -> None:
     """transformers loads any tokenizer of a qwen2 as its own class, and those of its MoE not."""
     dense, moe = clone(make_dense("qwen2"), tmp_path / "dense"), tmp_path / "moe"
-    save_tokenizer(dense)
+    save_companions(dense)
     convert(dense, moe, RECIPE)
     saved_tokenizer(moe, moe)
     report = verify(dense, moe, checks=["directory"])
