@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from configs import FULL, SIZES, SLIDING, dense_model
+from configs import SIZES
 from conftest import sizes_of
 from shapes import tiny_config
 
@@ -128,44 +128,3 @@ def test_a_model_that_is_no_dense_one(config: dict[str, Any], message: str) -> N
     with pytest.raises(UpcycleError, match=re.escape(message)) as caught:
         choose(config, "auto", None)
     assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
-    [
-        ("llama", {"hidden_size": "8"}, "hidden_size must be a positive integer, not '8'"),
-        ("llama", {"hidden_size": None}, "hidden_size must be a positive integer, not null"),
-        ("llama", {"vocab_size": True}, "vocab_size must be a positive integer, not True"),
-        ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number"),
-        ("llama", {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
-        ("llama", {"hidden_act": None}, "hidden_act must be an activation that transformers knows"),
-        ("llama", {"eos_token_id": ["x"]}, "eos_token_id must be a token id or null"),
-        ("llama", {"num_attention_heads": 3, "head_dim": None}, "not a multiple of"),
-        ("llama", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
-        ("llama", {"rope_scaling": "linear"}, "rope_scaling must be an object or null"),
-        ("llama", {"rope_theta": "1e4"}, "rope_theta must be a finite number"),
-        ("llama", {"rope_parameters": {FULL: {"rope_theta": 1.0}}}, "differs from layer to layer"),
-        ("qwen3", {"head_dim": None}, "head_dim must be a positive integer, not null"),
-        ("qwen2", {"layer_types": [FULL]}, "layer_types has 1 entries for 2 layers"),
-        ("qwen2", {"layer_types": [FULL, "chunked_attention"]}, "layer_types may hold"),
-        ("qwen2", {"layer_types": [FULL, SLIDING]}, "use_sliding_window is false"),
-        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
-        ("glm", {"partial_rotary_factor": 2}, "must be a number above 0 and at most 1, not 2"),
-        (
-            "glm",
-            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": True}},
-            "partial_rotary_factor must be a number above 0",
-        ),
-    ],
-)
-def test_an_invalid_setting(model_type: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UpcycleError, match=re.escape(message)):
-        dense_model(tiny_config(model_type, **changes))
-
-
-def test_rotated_rows_come_in_pairs() -> None:
-    dense = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.5))
-    assert (dense.rotary_share, dense.rotary_dim) == (0.5, 4)
-    odd = dense_model(tiny_config("glm", head_dim=8, partial_rotary_factor=0.4))
-    with pytest.raises(UpcycleError, match=r"0\.4 of head_dim 8 is 3, and"):
-        _ = odd.rotary_dim

@@ -39,12 +39,6 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
     return MappingProxyType(table("defaults")["defaults"].get(model_type, {}))
 
 
-def known_names(of: str) -> Sequence[str]:
-    """Return the "activations" without weights, or the "rope_kinds", of transformers."""
-    names: Sequence[str] = table("defaults")[of]
-    return names
-
-
 def tensor_shapes(
     model_type: str, values: Mapping[str, Any], kinds: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:

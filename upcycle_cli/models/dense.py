@@ -189,14 +189,8 @@ class DenseModel:
 
     @property
     def rotary_dim(self) -> int:
-        """The number of rotated rows of each head; raises UpcycleError if it is odd."""
-        found = int(self.size("head_dim") * self.rotary_share)
-        if found % 2 or not found:
-            raise UpcycleError(
-                f"config.json: partial_rotary_factor {self.rotary_share:g} of head_dim "
-                f"{self.size('head_dim')} is {found}, and rows are rotated in pairs."
-            )
-        return found
+        """The number of rotated rows of each head."""
+        return int(self.size("head_dim") * self.rotary_share)
 
     def size(self, product: str) -> int:
         """Return a product of config keys and integers."""

@@ -329,7 +329,6 @@ _ROWS: Sequence[Target] = (
             ),
         ),
         parallel_mlp=ParallelMlp(),
-        refusal=moe_settings.no_eps,
     ),
     Target(model_type="granitemoe", architecture="GraniteMoeForCausalLM", **_GRANITE),
     Target(
@@ -337,7 +336,6 @@ _ROWS: Sequence[Target] = (
         architecture="GraniteMoeSWAForCausalLM",
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(size_key="shared_intermediate_size", required=False),
-        refusal=moe_settings.wrong_thetas,
         constants={"shared_intermediate_size": 0},
         settings=moe_settings.granitemoe_swa,
     ),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle_cli.core.errors import shown
 from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
 from upcycle_cli.models.layers import OLD_BLOCKS
 
@@ -18,21 +17,6 @@ def no_longrope(dense: DenseModel) -> str | None:
     if (dense.values["rope_scaling"] or {}).get("rope_type") != "longrope":
         return None
     return "its rotary embeddings are scaled by longrope, which is untested with the target"
-
-
-def no_eps(dense: DenseModel) -> str | None:
-    """Refuse a zero epsilon, since gates are multiplied by its root."""
-    if dense.values["rms_norm_eps"]:
-        return None
-    return "rms_norm_eps is 0, and the target's gates are multiplied by its root"
-
-
-def wrong_thetas(dense: DenseModel) -> str | None:
-    """Refuse a list of rotary bases of another length than the layers."""
-    thetas: object = _layer_thetas(dense)
-    if isinstance(thetas, list) and len(thetas) == dense.num_layers:
-        return None
-    return f"layer_rope_theta is {shown(thetas)}, and there are {dense.num_layers} layers"
 
 
 def glm4_moe(dense: DenseModel) -> dict[str, Any]:
@@ -72,15 +56,10 @@ def lfm2_moe(dense: DenseModel) -> dict[str, Any]:
 
 
 def granitemoe_swa(dense: DenseModel) -> dict[str, Any]:
-    """State the window and the rotary base of each layer."""
-    window, thetas = dense.values["sliding_window"], _layer_thetas(dense)
+    """State the window, and the rotary base of each layer: 0 if it has no rotary embeddings."""
+    window, thetas = (dense.values[key] for key in ("sliding_window", "layer_rope_theta"))
+    thetas = [dense.values["rope_theta"]] * dense.num_layers if thetas is None else thetas
     return {"sliding_window": window, "layer_rope_theta": thetas}
-
-
-def _layer_thetas(dense: DenseModel) -> list[float]:
-    """Return the rotary base of each layer; 0 for a layer without rotary embeddings."""
-    thetas = dense.values["layer_rope_theta"]
-    return [dense.values["rope_theta"]] * dense.num_layers if thetas is None else thetas
 
 
 def mellum(dense: DenseModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.defaults import defaults_of, known_names
+from upcycle_cli.models.defaults import defaults_of, table
 
 _Rule = tuple[Callable[[Any], bool], str]
 """A condition that a value must meet, and what it must be, in words."""
@@ -32,7 +32,7 @@ _NUMBER: _Rule = (_is_number, "a finite number and at least 0")
 _FLAG: _Rule = (lambda value: type(value) is bool, "true or false")
 _TOKEN: _Rule = (_is_token, "a token id or null")
 _ACTIVATION: _Rule = (
-    lambda value: value in known_names("activations"),
+    lambda value: value in table("defaults")["activations"],
     "an activation that transformers knows, such as silu or gelu",
 )
 _MAX_LAYERS = 10_000  # a plan holds every tensor of every layer
@@ -46,21 +46,20 @@ _CHECKED: Mapping[str, _Rule] = {
     **dict.fromkeys(("num_key_value_heads", "head_dim"), _OPTIONAL),
     **dict.fromkeys(("hidden_act", "mlp_hidden_act"), _ACTIVATION),
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), _NUMBER),
-    "attention_dropout": (
-        lambda value: _is_number(value) and value < 1,
-        "a number less than 1 and at least 0",
-    ),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), _TOKEN),
 }
 """Keys that every forward pass reads, if a model type has them."""
 _CHECKED_IF_READ: Mapping[str, _Rule] = {
     "rope_theta": (lambda value: _is_number(value) and value > 0, "a finite number above 0"),
+    "partial_rotary_factor": (
+        lambda value: _is_number(value) and 0 < value <= 1,
+        "a number above 0 and at most 1",
+    ),
     "sliding_window": _OPTIONAL,
     "use_sliding_window": _FLAG,
     "max_window_layers": _NUMBER,
 }
-_NOT_NUMBERS = ("rope_type", "type", "mscale", "mscale_all_dim")  # mscale may be 0
 
 
 class ConfigValues:
@@ -73,11 +72,14 @@ class ConfigValues:
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return a setting; raises UpcycleError for an invalid one."""
+        return self._checked(key, self.config)
+
+    def _checked(self, key: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
         own = self.keys.get(key, key)
-        value = self.config.get(own, self.defaults.get(own))
+        default = self.defaults.get(own)
+        value = config.get(own, default)
         if value is None and key == "intermediate_size" and key in self.keys:
             return 4 * self["hidden_size"]  # the meaning of null in these types
-        default = self.defaults.get(own)
         if default is not None and type(value) is type(default) and value == default:
             return value
         rule = _CHECKED.get(key) or _CHECKED_IF_READ.get(key)
@@ -98,73 +100,45 @@ class ConfigValues:
         known = {**self.defaults, **self.config, **dict.fromkeys(self.keys)}
         found = known | {key: self[key] for key in _CHECKED if key in known}
         if "num_attention_heads" in found:
-            found |= _heads(found)
+            heads, hidden_size = found["num_attention_heads"], found["hidden_size"]
+            if found.get("head_dim") is None and hidden_size % heads:
+                raise UpcycleError(
+                    f"config.json: hidden_size {hidden_size} is not a multiple of "
+                    f"num_attention_heads {heads}, and head_dim is not given."
+                )
+            found["head_dim"] = found.get("head_dim") or hidden_size // heads
+            found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
         if "rope_theta" in self.defaults:
-            found["rope_theta"], found["rope_scaling"] = _read_rope(self)
+            found["rope_theta"], found["rope_scaling"] = self._rope()
         if "partial_rotary_factor" in self.defaults:
-            found["partial_rotary_factor"] = _rotary_share(self.config, known)
+            inner = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+            stated = {**self.config, **inner}
+            found["partial_rotary_factor"] = self._checked("partial_rotary_factor", stated)
         return found
 
-
-def _heads(found: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of a head and the number of key-value heads."""
-    heads, hidden_size = found["num_attention_heads"], found["hidden_size"]
-    head_dim = found.get("head_dim")
-    if head_dim is None and hidden_size % heads:
-        raise UpcycleError(
-            f"config.json: hidden_size {hidden_size} is not a multiple of "
-            f"num_attention_heads {heads}, and head_dim is not given."
-        )
-    groups = found.get("num_key_value_heads") or heads
-    if heads % groups:
-        raise UpcycleError(
-            f"config.json: num_attention_heads {heads} is not a multiple of "
-            f"num_key_value_heads {groups}."
-        )
-    return {"head_dim": head_dim or hidden_size // heads, "num_key_value_heads": groups}
-
-
-def _read_rope(values: ConfigValues) -> tuple[float, Mapping[str, Any] | None]:
-    """Return theta, and all other rope settings; None for plain rope."""
-    # In transformers a non-empty rope_scaling overrides rope_parameters, and a theta inside either
-    # overrides the one at the top level.
-    key = "rope_scaling" if values.config.get("rope_scaling") else "rope_parameters"
-    parameters = values.config.get(key) or {}
-    if not isinstance(parameters, dict):
-        words = f"{key} must be an object or null, not {shown(parameters)}"
-        raise UpcycleError(f"config.json: {words}.")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UpcycleError(
-            f"config.json: {key} differs from layer to layer, which no target can express."
-        )
-    theta = parameters.get("rope_theta")
-    if theta is None:
-        theta = values["rope_theta"]
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    kinds = known_names("rope_kinds")
-    if kind not in kinds:
-        raise UpcycleError(
-            f"config.json: {key} must name its rope_type, one of {', '.join(kinds)}, "
-            f"not {shown(kind)}."
-        )
-    for name, value in {**scaling, "rope_theta": theta}.items():
-        numbers = value if isinstance(value, list) else [value]
-        fit = (x is None or type(x) is bool or (_is_number(x) and x > 0) for x in numbers)
-        if name not in _NOT_NUMBERS and not all(fit):
-            raise UpcycleError(f"config.json: {name} in {key} cannot be {shown(value)}.")
-    if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
-        return theta, None
-    return theta, scaling | {"rope_type": kind}
-
-
-def _rotary_share(config: Mapping[str, Any], known: Mapping[str, Any]) -> float:
-    """Return the rotated share of each head; the value inside rope settings takes precedence."""
-    key = "partial_rotary_factor"
-    inner = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    share = inner.get(key, known[key])
-    if not _is_number(share) or not 0 < share <= 1:
-        raise UpcycleError(
-            f"config.json: {key} must be a number above 0 and at most 1, not {shown(share)}."
-        )
-    return float(share)
+    def _rope(self) -> tuple[float, Mapping[str, Any] | None]:
+        """Return theta, and all other rope settings; None for plain rope."""
+        # In transformers a non-empty rope_scaling overrides rope_parameters, and a theta inside
+        # either overrides the one at the top level.
+        key = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
+        parameters = self.config.get(key) or {}
+        if not isinstance(parameters, dict):
+            words = f"{key} must be an object or null, not {shown(parameters)}"
+            raise UpcycleError(f"config.json: {words}.")
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise UpcycleError(
+                f"config.json: {key} differs from layer to layer, which no target can express."
+            )
+        inside = {name: value for name, value in parameters.items() if value is not None}
+        theta = self._checked("rope_theta", {**self.config, **inside})
+        scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        kinds = table("defaults")["rope_kinds"]
+        if kind not in kinds:
+            raise UpcycleError(
+                f"config.json: {key} must name its rope_type, one of {', '.join(kinds)}, "
+                f"not {shown(kind)}."
+            )
+        if kind == "default" and scaling.keys() <= {"rope_type", "type", "partial_rotary_factor"}:
+            return theta, None
+        return theta, scaling | {"rope_type": kind}
