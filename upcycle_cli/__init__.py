@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from upcycle_cli.core.errors import UpcycleError as UpcycleError
     from upcycle_cli.inspection.summary import inspect as inspect
-    from upcycle_cli.plan.merge_request import MergeRequest as MergeRequest
+    from upcycle_cli.plan.merge import MergeRequest as MergeRequest
     from upcycle_cli.plan.output import Options as Options
     from upcycle_cli.plan.upcycle import build_plan as build_plan
     from upcycle_cli.publish.push import Destination as Destination
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Destination": "publish.push",
-    "MergeRequest": "plan.merge_request",
+    "MergeRequest": "plan.merge",
     "Growth": "recipe.recipe",
     "Options": "plan.output",
     "Recipe": "recipe.recipe",

@@ -32,7 +32,7 @@ from upcycle_cli.write.staging import partial_of
 from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.merge_request import MergeRequest
+    from upcycle_cli.plan.merge import MergeRequest
     from upcycle_cli.publish.push import Destination, Push
     from upcycle_cli.verification.result import Report
     from upcycle_cli.write.staging import Staging

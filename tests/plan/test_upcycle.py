@@ -285,7 +285,7 @@ def test_bind_fills_in_a_calibration_without_planning_again(
     bound = bind(plan, found_for(plan, gates=0.5))
     assert bound.digest == plan.digest
     assert (bound.factors.c, bound.recipe.scaling) == (4.0, 4.0)
-    assert bound.calibration_record is not None
+    assert bound.how["calibration"] is not None
     tensors, before = ({t.name: t for t in each.tensors} for each in (bound, plan))
     rows = tensors["model.layers.0.mlp.gate.weight"].expr
     assert isinstance(rows, Repeat)

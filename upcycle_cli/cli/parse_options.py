@@ -24,7 +24,7 @@ from upcycle_cli.recipe.recipe import (
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.budget import Budget, SharedChoices
-    from upcycle_cli.plan.merge_request import MergeRequest
+    from upcycle_cli.plan.merge import MergeRequest
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Destination
@@ -186,8 +186,7 @@ def orders_file(moe: MoeOptions) -> Path | None:
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
     """Return the models to merge, None for a single one; UpcycleError for options without them."""
-    from upcycle_cli.plan.merge import NonExpertWeights
-    from upcycle_cli.plan.merge_request import MergeRequest
+    from upcycle_cli.plan.merge import MergeRequest, NonExpertWeights
 
     kept = NonExpertWeights(rest)
     if experts_from:

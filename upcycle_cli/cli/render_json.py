@@ -123,13 +123,13 @@ def _pick(source: object, names: str) -> dict[str, Any]:
 
 def _upcycling_json(plan: Plan) -> dict[str, Any]:
     return {
-        "experts_from": plan.merge_record,
+        "experts_from": plan.how.get("experts_from"),
         "recipe": plan.recipe.name,
         **_pick(plan.recipe, "routing scaling router_init router_logit_std virtual_groups"),
         **_pick(plan.recipe, "neuron_order noise reinit seed num_experts shared_experts top_k"),
         **_pick(plan, "dense_parameters flops_per_token flops_ratio lossless"),
         "factors": asdict(plan.factors),
-        "calibration": plan.calibration_record,
+        "calibration": plan.how["calibration"],
         "dropped": dict(plan.dropped),
     }
 

@@ -66,6 +66,10 @@ class Permutation:
     origin: str = ""
     indices: bytes | None = field(default=None, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        """Return its stream, which tells it apart from the others of a plan."""
+        return self.stream
+
 
 @dataclass(frozen=True, slots=True)
 class Gather:
@@ -369,19 +373,10 @@ def describe(expr: Expr) -> str:
         case Scale(of, factor):
             return f"{describe(of)} × {factor:.6g}"
         case Concat(parts) | Stack(parts) | Mean(parts) if len(parts) > 2:
-            inside = f"{describe(parts[0])}, … {len(parts)} in all"
+            held: list[object] = [parts[0], f"… {len(parts)} in all"]
+        case Concat(parts) | Stack(parts) | Mean(parts):
+            held = [*parts]
         case _:
-            inside = ", ".join(_in_words(getattr(expr, field.name)) for field in fields(expr))
+            held = [getattr(expr, field.name) for field in fields(expr) if field.repr]
+    inside = ", ".join(describe(each) if isinstance(each, Expr) else str(each) for each in held)
     return f"{type(expr).__name__.lower()}({inside})"
-
-
-def _in_words(value: object) -> str:
-    match value:
-        case Permutation():
-            return value.stream
-        case tuple() if value and isinstance(value[0], Expr):
-            return ", ".join(map(describe, value))
-        case bytes():
-            return f"{len(value)} bytes"
-        case _:
-            return describe(value) if isinstance(value, Expr) else str(value)

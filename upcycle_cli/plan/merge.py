@@ -1,21 +1,41 @@
-"""Several dense models in one MoE: which source model each virtual group comes from.
+"""Several dense models in one MoE, and the request that names them.
 
 Model 0, the source of the conversion, gives the config, the tokenizer and, unless the mean of all
-models is taken, every weight that is no expert's. An expression names its tensors by their own
-names, and those of the other models by `tensor_of`.
+models is taken, every weight that is no expert's. Only the weights of the models may differ. An
+expression names the source's tensors by their own names, and those of the other models by
+`tensor_of`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CARD_NAME
-from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
+from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
+from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.dense import DenseModel
+from upcycle_cli.models.lookup import dense_model
+from upcycle_cli.models.wrappers import nested_configs
+from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Recipe
+
+_IGNORED_KEYS = {
+    *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "resid_pdrop"),
+    *("embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
+}
+"""Keys that a forward pass does not read, and rope_parameters, which rope_theta and rope_scaling
+state too."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Files that define the tokens; the first is enough."""
 
 
 class NonExpertWeights(StrEnum):
@@ -72,3 +92,119 @@ def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
         return first
     kept = {key: value for key, value in first.values.items() if not key.startswith("license")}
     return CardMetadata(kept, first.notes + notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """Other models whose MLPs become experts: directories, or repos as REPO or REPO@REVISION.
+
+    With `source_too` the source makes the first experts; without it, only the named models do, and
+    the source can be one of them.
+    """
+
+    experts_from: Sequence[Path | str]
+    rest: NonExpertWeights = NonExpertWeights.FIRST
+    source_too: bool = True
+
+    def open(self, source: Checkpoint) -> Merge | None:
+        """Open the models; None if all are the source. UpcycleError if one does not fit it.
+
+        Each must be whole, of the same family, with the same settings, tensors and tokens.
+        """
+        models, cycle = [source], [0] * self.source_too
+        for place in self.experts_from:
+            model = open_source(*split_revision(str(place)))
+            same = (i for i, each in enumerate(models) if each.path.samefile(model.path))
+            cycle.append(next(same, len(models)))
+            models += [model] * (cycle[-1] == len(models))
+        if len(models) == 1:
+            return None
+        dense = dense_model(source.config, source.tensors)
+        for other in models[1:]:
+            _check_compatible(source, dense, other)
+        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
+
+
+def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:
+    found = dense_model(other.config, other.tensors)
+    if found.family.title != dense.family.title:
+        raise UpcycleError(
+            f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
+            "Only models of one family can give experts to one mixture.",
+        )
+    refuse_unsafe_settings(
+        other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
+    )
+    here, there = _shapes(source, dense), _shapes(other, found)
+    _check_settings(source, dense, other, found)
+    for name in sorted({name for name, _ in here.items() ^ there.items()}):
+        one, two = (shapes.get(name, "missing") for shapes in (here, there))
+        raise UpcycleError(
+            f"the shape of {name} is {two} in {other.path}, and {one} in {source.path}.",
+            "Only models of the same tensors can give experts to one mixture.",
+        )
+    difference = _tokenizer_difference(source, other)
+    if difference is not None:
+        raise UpcycleError(
+            f"the tokenizers of {other.path} and {source.path} differ: {difference}.",
+            "Only models that have the same tokens can give experts to one mixture.",
+        )
+
+
+def _shapes(model: Checkpoint, dense: DenseModel) -> dict[str, tuple[int, ...]]:
+    dropped = check_source(model, dense)
+    return {name: entry.shape for name, entry in model.tensors.items() if name not in dropped}
+
+
+def _check_settings(
+    source: Checkpoint, dense: DenseModel, other: Checkpoint, found: DenseModel
+) -> None:
+    """Raise UpcycleError for a setting that the forward pass reads, and that differs."""
+    keys = {*defaults_of(dense.model_type), "rope_theta", "rope_scaling", *dense.family.keys}
+    if dense.values.get("rope_scaling") is None and "rope_theta" in dense.values:
+        keys -= {"max_position_embeddings"}  # no table of positions, no stretching
+    for key in sorted(keys - _IGNORED_KEYS):
+        one, two = dense.values.get(key), found.values.get(key)
+        if one != two:
+            raise UpcycleError(
+                f"{key} is {shown(two)} in {other.path / CONFIG_NAME}, and {shown(one)} in that of "
+                f"{source.path}.",
+                "The layers of one mixture compute by one config: its experts would be given what "
+                "they were not trained on.",
+            )
+    if (dense.kinds, dense.windows) != (found.kinds, found.windows):
+        raise UpcycleError(f"the layers of {other.path} are of other kinds than {source.path}'s.")
+
+
+def _tokenizer_difference(source: Checkpoint, other: Checkpoint) -> str | None:
+    """Say how the tokens of two models differ, None where they do not or one has no tokenizer."""
+    for name in _TOKENIZERS:
+        if not (source.storage.has(name) and other.storage.has(name)):
+            continue
+        if name != _TOKENIZERS[0]:
+            if _file(source, name) != _file(other, name):
+                return f"{name} is another file"
+            continue
+        (one, merges), (two, others) = map(_tokens, (source, other))
+        for token in sorted({token for token, _ in one.items() ^ two.items()}):
+            return f"the id of {shown(token)} is {two.get(token)} there, and {one.get(token)} here"
+        return None if merges == others else "it merges tokens differently"
+    return None
+
+
+def _file(model: Checkpoint, name: str) -> bytes:
+    return read_small(model.storage.local(name), MOST_COMPANION_BYTES)
+
+
+def _tokens(model: Checkpoint) -> tuple[dict[str, int], object]:
+    """Return the ids of all tokens, those that were added too, and how they are merged."""
+    try:
+        content = json.loads(_file(model, _TOKENIZERS[0]))
+        inside = content["model"]
+        vocabulary = inside["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        return {**vocabulary, **added}, inside.get("merges")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UpcycleError(f"{model.path / _TOKENIZERS[0]} describes no tokenizer.") from error

@@ -187,37 +187,29 @@ class Plan:
                     "source_top_k": experts.top_k,
                 }
             }
-        rows, orders = self.inputs.rows, self.inputs.orders
-        return {
+        inputs, found, merge = self.inputs, self.calibration, self.merge
+        stated: dict[str, Any] = {
             "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
             "factors": asdict(self.factors),
-            "calibration": self.calibration_record,
-            **({} if rows is None else {"router_file": rows.record}),
-            **({} if orders is None else {"order_file": orders.record}),
+            "calibration": None,
         }
-
-    @property
-    def calibration_record(self) -> dict[str, Any] | None:
-        """The text of the calibration and what was found; None where none has run."""
-        text, found = self.inputs.text, self.calibration
-        if text is None or found is None:
-            return None
-        return {
-            "text": text.name,
-            "text_sha256": text.digest,
-            "tokens": found.tokens,
-            "sha256": found.digest,
-            "layers": list(found.summary()),
-        }
-
-    @property
-    def merge_record(self) -> dict[str, Any] | None:
-        """The other models, and the model of each virtual group (0 is the source); else None."""
-        if self.merge is None:
-            return None
-        models = [{"name": each.name, "revision": each.revision} for each in self.merge.others]
-        groups = self.merge.of_groups(self.recipe.expansion)
-        return {"models": models, "groups": list(groups), "rest": self.merge.rest}
+        if inputs.text is not None and found is not None:
+            stated["calibration"] = {
+                "text": inputs.text.name,
+                "text_sha256": inputs.text.digest,
+                "tokens": found.tokens,
+                "sha256": found.digest,
+                "layers": list(found.summary()),
+            }
+        if merge is not None:
+            models = [{"name": each.name, "revision": each.revision} for each in merge.others]
+            groups = list(merge.of_groups(self.recipe.expansion))  # 0 is the source
+            stated["experts_from"] = {"models": models, "groups": groups, "rest": merge.rest}
+        if inputs.rows is not None:
+            stated["router_file"] = inputs.rows.record
+        if inputs.orders is not None:
+            stated["order_file"] = inputs.orders.record
+        return stated
 
     @property
     def code(self) -> str | None:

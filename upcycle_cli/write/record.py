@@ -86,7 +86,7 @@ def origin(source: Checkpoint) -> dict[str, Any]:
 
 
 def _merged(plan: Plan) -> dict[str, Any]:
-    found = plan.merge_record
+    found = plan.how.get("experts_from")
     if found is None:
         return {}
     # Fine-tuned models of one base have equal headers: a matrix that made experts differs.
