@@ -6,6 +6,7 @@ command does. How it starts, what it imports, and how much memory it takes needs
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -29,7 +30,9 @@ ENVIRONMENT: dict[str, str] = {}
 def _server(kind: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), kind]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=ENVIRONMENT)
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=ENVIRONMENT)
+    atexit.register(server.communicate)  # it ends with its input
+    return server
 
 
 def run(

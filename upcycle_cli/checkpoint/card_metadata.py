@@ -6,13 +6,15 @@ A source's card is written by somebody else: only lines of text are taken from i
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from upcycle_cli.checkpoint.storage import CARD_NAME
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import MOST_JSON_BYTES, locate, read_small
+from upcycle_cli.core.safe_files import locate, read_small
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -29,18 +31,16 @@ class CardMetadata:
     notes: tuple[str, ...] = ()  # what could not be inherited, and why
 
 
-def read_card_metadata(directory: Path, name: str) -> CardMetadata:
+def read_card_metadata(directory: Path) -> CardMetadata:
     """Return the licence and languages that a card names; never raises."""
-    path = directory / name
+    path = directory / CARD_NAME
+    if not os.path.lexists(path):
+        return CardMetadata()
     try:
-        if not path.is_symlink() and not path.exists():
-            return CardMetadata()
-        text = read_small(locate(directory, name), MOST_JSON_BYTES).decode()
+        text = read_small(locate(directory, CARD_NAME)).decode()
         found = read_front_matter(text, _INHERITED)
     except (OSError, UpcycleError, ValueError) as error:
-        words = error.message if isinstance(error, UpcycleError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            words = "it is not UTF-8."
+        words = error.message if isinstance(error, UpcycleError) else f"{error}."
         return CardMetadata(notes=(f"no licence or language is copied from {path}: {words}",))
     values = {key: value for key, value in found.items() if value is not None}
     notes = tuple(

@@ -267,7 +267,7 @@ def open_storage(storage: Storage) -> Checkpoint:
         hint = "Give the directory of a Hugging Face checkpoint."
         raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
-    config = json_object(raw_config, path / CONFIG_NAME)
+    config = json_object(raw_config, str(path / CONFIG_NAME))
     weight_map = _weight_map(storage)
     shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
     storage.prefetch_headers(shard_names)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
 
-from upcycle_cli.checkpoint.storage import FileStamp, Storage, parse_json
+from upcycle_cli.checkpoint.storage import FileStamp, Storage, json_object
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_LISTING_BYTES
 
@@ -32,6 +32,7 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
 """The largest finite value of each of these dtypes."""
 
+_HINT = "Download or copy it again."
 _MAX_DIMENSIONS = 64  # torch's own limit
 
 
@@ -72,7 +73,7 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
         raise UpcycleError(
             f"{file_path} is truncated or no safetensors file: it has {stamp.size:,} bytes, and "
             f"its header would have {header_bytes:,}, of at most {MOST_LISTING_BYTES:,}.",
-            "Download or copy it again.",
+            _HINT,
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries, metadata = parse_header(raw, file_path, shard_name)
@@ -83,9 +84,7 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
 
 def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[TensorEntry], object]:
     """Return the tensors and the metadata of a weight file's header; raises UpcycleError."""
-    header = parse_json(raw, f"{file_path} has a header that")
-    if not isinstance(header, dict):
-        raise UpcycleError(f"{file_path} has a header that is not a JSON object.")
+    header = json_object(raw, f"the header of {file_path}")
     metadata = header.pop("__metadata__", None)
     entries = []
     for name, info in header.items():
@@ -112,19 +111,16 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
 def _check_extents(
     entries: Sequence[TensorEntry], file_path: Path, data_start: int, file_bytes: int
 ) -> None:
+    """Raise UpcycleError unless the tensors follow one another and fill the file."""
     position, previous = data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
-            problem = "overlaps" if entry.offset < position else "leaves a hole after"
-            raise UpcycleError(f"{file_path}: tensor {entry.name} {problem} {previous}.")
+            words = f"tensor {entry.name} does not begin where {previous} ends"
+            raise UpcycleError(f"{file_path}: {words}.", _HINT)
         position, previous = entry.offset + entry.nbytes, entry.name
     if position != file_bytes:
-        problem = "is truncated" if file_bytes < position else "has bytes after the last tensor"
-        raise UpcycleError(
-            f"{file_path} {problem}: it has {file_bytes:,} bytes, and its tensors end at byte "
-            f"{position:,}.",
-            "Download or copy it again.",
-        )
+        words = f"has {file_bytes:,} bytes, and its tensors end at byte {position:,}"
+        raise UpcycleError(f"{file_path} is truncated or too long: it {words}.", _HINT)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

@@ -163,26 +163,20 @@ def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
 
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """Read a file of at most `most` bytes with a JSON object; raises UpcycleError."""
-    return json_object(read_small(path, most), path)
+    return json_object(read_small(path, most), str(path))
 
 
-def json_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse the JSON object of a file; raises UpcycleError."""
-    value = parse_json(raw, str(path))
-    if not isinstance(value, dict):
-        raise UpcycleError(f"{path} is not a JSON object.")
-    return value
-
-
-def parse_json(raw: bytes, subject: str) -> object:
-    """Parse JSON that all parsers read the same way; raises UpcycleError about `subject`."""
+def json_object(raw: bytes, subject: str) -> dict[str, Any]:
+    """Parse a JSON object that all parsers read the same way; raises UpcycleError."""
     try:
         # From bytes, Python would also accept other encodings and a byte order mark.
-        value: object = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        value = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
         if b"\\u" in raw:  # a lone surrogate cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{subject} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UpcycleError(f"{subject} is not a JSON object.")
     return value
 
 

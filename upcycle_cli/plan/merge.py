@@ -16,7 +16,7 @@ from pathlib import Path
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CARD_NAME, CONFIG_NAME
+from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
@@ -79,7 +79,7 @@ class Merge:
 
 def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
     """Return the metadata for the new card; a licence only where all sources have the same one."""
-    first, *others = (read_card_metadata(source.path, CARD_NAME) for source in sources)
+    first, *others = (read_card_metadata(source.path) for source in sources)
     license_of = first.values.get("license")
     notes = tuple(
         f"{model.name} is under the licence {found or 'that its card does not name'}, and "

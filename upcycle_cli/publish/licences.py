@@ -12,14 +12,17 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.resources import files as resources
-from typing import Any
+
+from upcycle_cli.checkpoint.card_metadata import read_front_matter
+from upcycle_cli.core.errors import UpcycleError
 
 
-def reminders(
-    metadata: Mapping[str, Any], card: str, repo: str, files: Collection[str]
-) -> tuple[str, ...]:
-    """Return what the licence named in the card's metadata requires and the repo does not have."""
-    named = (metadata.get("license_name"), metadata.get("license"))
+def reminders(card: str, repo: str, files: Collection[str]) -> tuple[str, ...]:
+    """Return what the licence named in a card requires and the repo does not have."""
+    try:
+        named = read_front_matter(card, ("license_name", "license")).values()
+    except UpcycleError:
+        return ()
     names = [name.lower() for name in named if isinstance(name, str)]
     rules = json.loads((resources(__package__) / "licences.json").read_text("utf-8"))
     for rule in rules:

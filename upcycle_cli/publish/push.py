@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
+from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     INDEX_NAME,
@@ -160,7 +160,7 @@ def push(
             name for name in found.foreign if name.split("/")[0] not in _FOLDERS_OF_TOOLS
         ),
         removed=tuple(stale),
-        reminders=reminders(_licence(card), card, destination.repo, {*files, *existing.sizes}),
+        reminders=reminders(card, destination.repo, {*files, *existing.sizes}),
     )
 
 
@@ -199,14 +199,6 @@ def _read_card(path: Path) -> str:
             f"{path} is not a valid model card: {client.error_text(error)}."
         ) from error
     return text
-
-
-def _licence(card: str) -> Mapping[str, object]:
-    """Return the licence fields of a card; none if its front matter cannot be read."""
-    try:
-        return read_front_matter(card, ("license", "license_name"))
-    except UpcycleError:
-        return {}
 
 
 def _create_repo(destination: Destination) -> client.Repo:

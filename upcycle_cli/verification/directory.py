@@ -23,7 +23,7 @@ from upcycle_cli.checkpoint.storage import (
     REPORT_NAME,
     WEIGHTS_NAME,
     is_weight_file,
-    parse_json,
+    json_object,
     read_json,
 )
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -147,7 +147,7 @@ def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[
             if held is None:
                 yield f"{name} is missing"
             elif wanted is not None and name.endswith(".json"):
-                ours, theirs = (parse_json(data, name) for data in (wanted, held))
+                ours, theirs = (json_object(data, name) for data in (wanted, held))
                 yield from (f"{name}: {each}" for each in differences(ours, theirs))
             else:
                 yield f"{name} is not what convert writes"
@@ -169,7 +169,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
                 continue
             if wanted is None or held is None or not name.endswith(".json"):
                 return False
-            values = [parse_json(data, name) for data in (wanted, held)]
+            values = [json_object(data, name) for data in (wanted, held)]
             if not same(*map(_without_defaults, values)):
                 return False
     except (TransformersError, UpcycleError):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
@@ -21,6 +21,9 @@ from upcycle_cli.plan.output import Shard
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import WriteOptions, Written, write_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest one, however large the model
@@ -34,6 +37,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self.group: ProcessGroup | None = None
 
     @classmethod
     def launched(cls) -> Self:
@@ -58,23 +62,16 @@ class Team:
     def _join(self) -> None:
         """Form a process group; UpcycleError when some processes do not come."""
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
 
         seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)
-        limit = timedelta(seconds=seconds)
         try:
-            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=limit))
-            names = [f"upcycle/{rank}" for rank in range(self.size)]
-            store.set(names[self.rank], "here")
-            store.wait(names, limit)
+            dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+            self.group = dist.new_group(timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise _leftover(
                 f"WORLD_SIZE says that {self.size} processes share this, and within {seconds} s "
                 f"not all of them came to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
             ) from error
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
-        )
 
     def __exit__(self, *_: object) -> None:
         if self.size > 1:
@@ -90,7 +87,7 @@ class Team:
 
         values: list[_T] = [value] * self.size
         try:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         except RuntimeError as error:
             raise ResumableError(
                 "another rank has died; nothing was published.",

@@ -35,16 +35,22 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     except (OSError, RuntimeError) as error:  # a long name, a circle of links
         reason = getattr(error, "strerror", None) or str(error)
         raise UpcycleError(f"{output} cannot be made: {reason}.") from error
-    problems = {
-        f"{output} is the source or inside it, which is never modified.": is_in(target, origin),
-        f"{output} contains the source.": any(is_in(place, target) for place in places),
-        f"{output} is the current directory, or contains it.": is_in(Path.cwd(), target),
-        f"{output} does not name a directory.": output.name in {"", ".."},
-    }
-    for problem, applies in problems.items():
+    elsewhere, other = "Choose another directory.", "Choose another name."
+    inside = f"Write to a directory inside it, such as {output / 'moe'}."
+    unlinked = f"Write to {target}, or remove the link."
+    is_link, is_mount = output.is_symlink(), output.is_mount()
+    is_file = output.exists() and not output.is_dir()
+    for applies, problem, hint in (
+        (is_in(target, origin), "is the source or inside it, which is never modified", elsewhere),
+        (any(is_in(place, target) for place in places), "contains the source", elsewhere),
+        (is_in(Path.cwd(), target), "is the current directory, or contains it", elsewhere),
+        (output.name in {"", ".."}, "does not name a directory", elsewhere),
+        (is_mount, "is a mount point, which cannot be replaced by a rename", inside),
+        (is_link, "is a symbolic link, which cannot be replaced by a directory", unlinked),
+        (is_file, "exists and is not a directory", other),
+    ):
         if applies:
-            raise UpcycleError(problem, "Choose another directory.")
-    check_kind(output)
+            raise UpcycleError(f"{output} {problem}.", hint)
     if occupied and not overwrite:
         raise UpcycleError(
             f"{output} exists and is not empty.",
@@ -52,22 +58,6 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         )
     if occupied:
         check_ownership(output)
-
-
-def check_kind(output: Path) -> None:
-    """Raise UpcycleError if OUTPUT is something that a rename cannot replace."""
-    if os.path.ismount(output):
-        raise UpcycleError(
-            f"{output} is a mount point, which cannot be replaced by a rename.",
-            f"Write to a directory inside it, such as {output / 'moe'}.",
-        )
-    if output.is_symlink():
-        raise UpcycleError(
-            f"{output} is a symbolic link, which cannot be replaced by a directory.",
-            f"Write to {output.resolve()}, or remove the link.",
-        )
-    if output.exists() and not output.is_dir():
-        raise UpcycleError(f"{output} exists and is not a directory.", "Choose another name.")
 
 
 def check_space(plan: Plan, output: Path) -> None:

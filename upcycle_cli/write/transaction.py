@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.platform import sync_directory
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership, record_digest, remove_output
-from upcycle_cli.write.preflight import check_kind
 from upcycle_cli.write.staging import (
     MARKER,
     Staging,
@@ -114,7 +112,6 @@ def publish(staging: Staging, *, overwrite: bool) -> str | None:
 def _seal(staging: Staging, *, overwrite: bool) -> str | None:
     """Make the new output ready; return the record digest of the old output, if there is one."""
     output = staging.output
-    check_kind(output)
     occupied = overwrite and is_directory(output) and any(output.iterdir())
     replaces = record_digest(output) if occupied else None
     staging.seal(replaces=replaces)
@@ -162,17 +159,11 @@ def recover(output: Path) -> str | None:
     return f"{output} had been set aside as {aside.name} by a run that was killed, and is back."
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """What an interrupted run left."""
+def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
+    """Remove OUTPUT.partial, when asked; return its size on the disk, and a warning or a note.
 
-    path: Path
-    nbytes: int
-    note: str | None = None  # what else was done when it was removed
-
-
-def clean(output: Path, *, remove: bool) -> Leftover:
-    """Return what an interrupted run left of OUTPUT, and remove it when asked; UpcycleError."""
+    Raises UpcycleError when nothing is left, or when it is not ours.
+    """
     partial = partial_of(output)
     if not is_directory(partial):
         raise UpcycleError(f"there is no {partial}.", "Nothing to clean.")
@@ -182,4 +173,4 @@ def clean(output: Path, *, remove: bool) -> Leftover:
     if remove and partial.exists():
         with locked(partial):
             discard(partial)
-    return Leftover(partial, nbytes, note)
+    return nbytes, note

@@ -17,17 +17,19 @@ def clean(
     json: bool = options.JSON,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
-    from upcycle_cli.write import transaction
+    from upcycle_cli.write.staging import partial_of
+    from upcycle_cli.write.transaction import clean as clean_output
 
-    found = transaction.clean(output.absolute(), remove=yes)
-    size = size_text(found.nbytes)
+    partial = partial_of(output.absolute())
+    nbytes, note = clean_output(output.absolute(), remove=yes)
+    size = size_text(nbytes)
     if json:
         status = "removed" if yes else "found"
-        print_json({"status": status, "partial": str(found.path), "bytes": found.nbytes})
+        print_json({"status": status, "partial": str(partial), "bytes": nbytes})
     elif yes:
-        talk(f"Removed {found.path} ({size}).")
-        warn(*filter(None, [found.note]))
+        talk(f"Removed {partial} ({size}).")
+        warn(*filter(None, [note]))
     else:
-        line = f"{printable(str(found.path))}: {size} of an unfinished conversion"
+        line = f"{printable(str(partial))}: {size} of an unfinished conversion"
         stdout().print(line, markup=False, soft_wrap=True)
         talk(f"Remove it with: {shell_line(['upcycle', 'clean', '--yes', str(output)])}")
