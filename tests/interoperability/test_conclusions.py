@@ -42,7 +42,6 @@ from upcycle_cli.models.engines import (  # noqa: E402
     SAME,
     SCALED,
     SHARED,
-    SOME_LAYERS,
     TIED,
     Engine,
     Support,
@@ -269,16 +268,7 @@ def test_verdicts_of_several_engines() -> None:
 
 
 def said_of(case: Case) -> tuple[Engine, ...]:
-    return engines(
-        target_of(case),
-        Routing(case.routing),
-        tied=TIED in parts_of(case),
-        fused=FUSED in parts_of(case),
-        plain_attention=True,
-        every_layer=SOME_LAYERS not in parts_of(case),
-        scaled=SCALED in parts_of(case),
-        shared=SHARED in parts_of(case),
-    )
+    return engines(target_of(case), Routing(case.routing), parts_of(case))
 
 
 TABLE = verdicts()

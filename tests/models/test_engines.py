@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import Engine, Support, engines, support_lines
-from upcycle_cli.models.moe_config import has_plain_attention
-from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.engines import (
+    Engine,
+    Support,
+    engines,
+    has_plain_attention,
+    support_lines,
+)
 from upcycle_cli.recipe.recipe import Routing
 
 RUNS, WRONG, UNTIED = Support.RUNS, Support.WRONG, Support.UNTIED_ONLY
@@ -18,42 +20,42 @@ SPLIT, BALANCED = Support.PER_EXPERT_ONLY, Support.BALANCED_OR_WRONG
 
 
 @pytest.mark.parametrize(
-    ("target", "routing", "facts", "wanted"),
+    ("target", "routing", "properties", "wanted"),
     [
-        ("mixtral", "topk-softmax", {}, {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
+        ("mixtral", "topk-softmax", "", {"vLLM": RUNS, "llama.cpp": RUNS, "MLX": RUNS}),
         # Only transformers was tested with other attention, but a failure is reported there too.
-        ("mixtral", "topk-softmax", {"plain_attention": False}, {}),
-        ("lfm2_moe", "sigmoid-topk", {"plain_attention": False}, NEITHER),
+        ("mixtral", "topk-softmax", "untested attention", {}),
+        ("lfm2_moe", "sigmoid-topk", "untested attention", NEITHER),
         (
             "qwen3_moe",
             "topk-softmax",
-            {"fused": True},
+            "fused",
             {"transformers 4": SPLIT, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": SPLIT},
         ),
         (
             "qwen2_moe",
             "softmax-topk",
-            {"tied": True},
+            "tied",
             {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED},
         ),
         # llama.cpp ignores the factor on gates.
         (
             "lfm2_moe",
             "sigmoid-topk",
-            {"tied": True, "scaled": True},
+            "tied, scaled",
             {**NEITHER, "llama.cpp": BALANCED, "MLX": RUNS},
         ),
-        ("granitemoe", "topk-softmax", {"every_layer": False}, {}),  # untested
+        ("granitemoe", "topk-softmax", "some layers", {}),  # untested
     ],
 )
 def test_engines_of_a_target(
-    target: str, routing: str, facts: dict[str, Any], wanted: dict[str, Support]
+    target: str, routing: str, properties: str, wanted: dict[str, Support]
 ) -> None:
-    usual = {"tied": False, "fused": False, "plain_attention": True}
-    first, *others = engines(target, Routing(routing), **{**usual, **facts})
+    held = {*properties.split(", ")}
+    plain = "untested attention" not in held
+    first, *others = engines(target, Routing(routing), held, plain_attention=plain)
     assert first == Engine("transformers", RUNS)
-    found = {engine.name: engine.support for engine in others}
-    assert found == wanted
+    assert {engine.name: engine.support for engine in others} == wanted
 
 
 def test_plain_attention() -> None:
@@ -65,11 +67,11 @@ def test_plain_attention() -> None:
         assert has_plain_attention({"model_type": "mellum", "rope_parameters": rope}) is plain
 
 
-def test_the_rotary_share_of_an_moe() -> None:
-    saved = {"rope_parameters": {"partial_rotary_factor": 0.25}}
-    assert NATIVE["glm4_moe"].rotary_share(saved) == 0.25
-    assert NATIVE["glm4_moe"].rotary_share({"partial_rotary_factor": 0.5}) == 0.5
-    assert NATIVE["mixtral"].rotary_share(saved) == 1.0
+def test_attention_that_rotates_a_part_of_each_head_is_not_plain() -> None:
+    for saved in ({"rope_parameters": {"partial_rotary_factor": 0.25}}, {}):
+        assert not has_plain_attention({"model_type": "glm4_moe", **saved})
+        assert has_plain_attention({"model_type": "mixtral", **saved})
+    assert has_plain_attention({"model_type": "glm4_moe", "partial_rotary_factor": 1.0})
 
 
 def test_the_verb_agrees_with_the_number_of_engines() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import sizes_of
@@ -13,7 +12,7 @@ from shapes import tiny_config
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import Support, engines, trainers
+from upcycle_cli.models.engines import FUSED, SCALED, Support, engines, trainers
 from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import becomes, overview
@@ -78,10 +77,10 @@ def test_the_default_target_runs_in_most_engines_and_is_explained(name: str) -> 
     def counted(target: str) -> tuple[int, bool, int]:
         native = target in NATIVE
         row = NATIVE[target] if native else shipped_target(family, "silu", biased=False)
-        fused, scaled = row.layout(None) is ExpertLayout.FUSED, row.keys.scale is not None
-        facts: Any = {"tied": False, "fused": fused}
-        runs = engines(row.title, row.routings[0], plain_attention=True, scaled=scaled, **facts)
-        trains = trainers(row, row.routings[0], **facts)
+        fused = row.layout(None) is ExpertLayout.FUSED
+        properties = [*[FUSED] * fused, *[SCALED] * (row.keys.scale is not None)]
+        runs = engines(row.title, row.routings[0], properties)
+        trains = trainers(row, row.routings[0], tied=False, fused=fused)
         numbers = [sum(each.support is Support.RUNS for each in one) for one in (runs, trains)]
         return numbers[0], native, numbers[1]
 

@@ -30,11 +30,6 @@ class Family:
         return SHIPPED if self.target.ships_code else self.target.model_type
 
     @property
-    def rotary_share(self) -> float:
-        """The share of each head that the target's rotary embedding rotates."""
-        return 1.0 if self.target.ships_code else self.dense.rotary_share
-
-    @property
     def pieces(self) -> Pieces:
         """Dense tensors that the target stores in another form; none for shipped code."""
         return {} if self.target.ships_code else self.dense.family.pieces

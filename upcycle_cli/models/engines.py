@@ -21,15 +21,15 @@ tests/interoperability/trainers.py and docs/training.md. Untested trainers are n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from string import Template
 from typing import Any
 
-from upcycle_cli.models.defaults import table
+from upcycle_cli.models.defaults import defaults_of, table
+from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
@@ -99,58 +99,73 @@ def engines_of(
 ) -> tuple[Engine, ...]:
     """Return what is known of each tested engine and an MoE; `config` is the MoE's."""
     config = text_config_of(config)
-    return engines(
-        target.title,
-        routing,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        fused=fused,
-        plain_attention=has_plain_attention(config, rotary_share=target.rotary_share(config)),
-        every_layer=every_layer,
-        scaled=config.get(target.keys.scale or "", 1.0) != 1.0,
-        shared=shared,
-    )
+    applies = {
+        TIED: config.get("tie_word_embeddings", False),
+        FUSED: fused,
+        SOME_LAYERS: not every_layer,
+        SCALED: config.get(target.keys.scale or "", 1.0) != 1.0,
+        SHARED: shared,
+    }
+    properties = {name for name, holds in applies.items() if holds}
+    plain = has_plain_attention(config)
+    return engines(target.title, routing, properties, plain_attention=plain)
 
 
 def engines(
-    target: str,
-    routing: Routing,
-    *,
-    tied: bool,
-    fused: bool,
-    plain_attention: bool,
-    every_layer: bool = True,
-    scaled: bool = False,
-    shared: bool = False,
+    target: str, routing: Routing, properties: Collection[str], *, plain_attention: bool = True
 ) -> tuple[Engine, ...]:
     """Return what is known of each tested engine.
 
-    `target` is the title of its row. The flags are the properties above; `every_layer` is false if
-    some layers keep a dense MLP. Without `plain_attention` (see `has_plain_attention`) success is
-    known only for "transformers", version 5, which runs everything; "transformers 4" is listed if
-    it differs.
+    `target` is the title of its row. Without `plain_attention` (see `has_plain_attention`) success
+    is known only for "transformers", version 5, which runs everything; "transformers 4" is listed
+    if it differs.
     """
-    properties = {
-        SOME_LAYERS: not every_layer,
-        str(routing): True,
-        FUSED: fused and not target.startswith(UPCYCLED_PREFIX),  # shipped code has one layout
-        TIED: tied,
-        SCALED: scaled,
-        SHARED: shared,
-    }
     found = [Engine("transformers", Support.RUNS)]
     for name in (*ENGINES, *OTHERS):
         known = {TIED: SAME, **_verdicts(target, name)}
-        verdicts = {part: known.get(part) for part, applies in properties.items() if applies}
+        if target.startswith(UPCYCLED_PREFIX):  # shipped code has one layout
+            known[FUSED] = SAME
+        parts = (SOME_LAYERS, str(routing), FUSED, TIED, SCALED, SHARED)
+        applying = [part for part in parts if part in {routing, *properties}]
+        verdicts = [(part, known.get(part)) for part in applying]
         failed = [
             _SUPPORT.get((part, verdict), _OTHER_SUPPORT[verdict])
-            for part, verdict in verdicts.items()
+            for part, verdict in verdicts
             if verdict not in (SAME, None)
         ]
         if failed:
             found.append(Engine(name, failed[0]))
-        elif plain_attention and name in ENGINES[1:] and all(verdicts.values()):
+        elif plain_attention and name in ENGINES[1:] and all(verdict for _, verdict in verdicts):
             found.append(Engine(name, Support.RUNS))
     return tuple(found)
+
+
+def has_plain_attention(config: Mapping[str, Any]) -> bool:
+    """Whether attention is of the plain kind that engines were tested with.
+
+    Heads make up the hidden size, no layer slides, rope is not scaled and rotates whole heads. In
+    shipped code, any share of a head counts. Attention that is the same in all models of a type
+    counts as plain if engines were tested with that type.
+    """
+    model_type = str(config.get("model_type"))
+    family = DENSE.get(model_type.removeprefix(UPCYCLED_PREFIX))
+    if family is not None and family.attention_was_tested:
+        return True
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    whole = head_dim is None or (
+        type(heads) is int
+        and type(head_dim) is int
+        and heads * head_dim == config.get("hidden_size")
+    )
+    slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
+    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    ropes += [kind for rope in ropes if isinstance(rope, dict) for kind in rope.values()]
+    stated = [rope for rope in ropes if isinstance(rope, dict)]
+    kinds = {rope.get("rope_type", "default") for rope in stated}
+    key, usual = "partial_rotary_factor", defaults_of(model_type)
+    shares = {rope[key] for rope in stated if key in rope} or {config.get(key, usual.get(key, 1.0))}
+    turns = key not in usual or shares == {1.0}
+    return whole and not slides and kinds <= {"default"} and turns
 
 
 def _verdicts(target: str, engine: str) -> Mapping[str, str]:

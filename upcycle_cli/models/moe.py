@@ -282,19 +282,18 @@ class Target:
 
         If two layouts have the same names, the hidden size tells the orientation of matrices.
         """
-        hidden_size, named = self.value(text_config_of(config), "hidden_size"), list[ExpertLayout]()
-        for layout, rows in self.layouts.items():
-            fits = []
-            for weight in rows.experts:
-                before, after = (self.layer + weight.name).split("{layer}")
-                held = (n for n in tensors if n.startswith(before) and n.endswith(after))
-                name = None if "{expert}" in after else next(held, None)
-                if name is not None:
-                    fits.append(weight.fits(tensors[name].shape, hidden_size))
-            if fits and all(fits):
-                return layout
-            named += [layout] if fits else []
-        return named[0] if named else next(iter(self.layouts))
+        hidden_size = self.value(text_config_of(config), "hidden_size")
+        found = next(iter(self.layouts))
+        for layout, block in self.layouts.items():
+            weight = block.experts[0]
+            before, after = (self.layer + weight.name).split("{layer}")
+            held = (n for n in tensors if n.startswith(before) and n.endswith(after))
+            name = None if "{expert}" in after else next(held, None)
+            if name is not None:
+                found = layout
+                if weight.fits(tensors[name].shape, hidden_size):
+                    break
+        return found
 
     def transposed_weights(self, layout: MoeBlock) -> tuple[Weight, ...]:
         """Return the weights of a layout whose matrices are transposed in memory.
@@ -317,27 +316,12 @@ class Target:
                 return config[name]
         return defaults_of(self.model_type).get(key)
 
-    def rotary_share(self, config: Mapping[str, Any]) -> float:
-        """Return the share of each head that is rotated; 1 for shipped code."""
-        key, inner = "partial_rotary_factor", config.get("rope_parameters")
-        if self.ships_code or key not in defaults_of(self.model_type):
-            return 1.0
-        stated = {**config, **(inner if isinstance(inner, dict) else {})}
-        share: float = stated.get(key, self.value(config, key))
-        return share
-
     def count(self, config: Mapping[str, Any], key: str) -> int:
         """Return a positive integer of a config; raises ValueError for any other value."""
         value = self.value(config, key)
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} must be a positive integer, not {shown(value)}")
         return value
-
-    def sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Return N, T and the experts' intermediate size; raises ValueError if one is invalid."""
-        keys = self.keys.num_experts, self.keys.top_k, self.keys.expert_size
-        num_experts, top_k, expert_size = (self.count(config, key) for key in keys)
-        return num_experts, top_k, expert_size
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
         """Return the number of layers of any kind; raises ValueError if it is invalid."""

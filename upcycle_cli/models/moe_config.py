@@ -12,9 +12,8 @@ from typing import Any
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
-from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map
+from upcycle_cli.models.shipped import auto_map
 from upcycle_cli.models.wrappers import nested_configs, text_config_of, with_text_config
 from upcycle_cli.recipe.recipe import Recipe
 
@@ -171,26 +170,3 @@ def _recipe_keys(family: Family, recipe: Recipe, scale: float) -> dict[str, Any]
         assert shared.size_key is not None
         found[shared.size_key] = shared.size
     return found
-
-
-def has_plain_attention(config: Mapping[str, Any], *, rotary_share: float = 1.0) -> bool:
-    """Whether attention is of the plain kind that engines were tested with.
-
-    Heads make up the hidden size, no layer slides, rope is not scaled and rotates whole heads
-    (`rotary_share`, which is 1 for shipped code). Attention that is the same in all models of a
-    type counts as plain if engines were tested with that type.
-    """
-    family = DENSE.get(str(config.get("model_type")).removeprefix(UPCYCLED_PREFIX))
-    if family is not None and family.attention_was_tested:
-        return True
-    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    whole = head_dim is None or (
-        type(heads) is int
-        and type(head_dim) is int
-        and heads * head_dim == config.get("hidden_size")
-    )
-    slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
-    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
-    ropes += [kind for rope in ropes if isinstance(rope, dict) for kind in rope.values()]
-    kinds = {rope.get("rope_type", "default") for rope in ropes if isinstance(rope, dict)}
-    return whole and not slides and kinds <= {"default"} and rotary_share == 1.0

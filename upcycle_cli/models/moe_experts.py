@@ -154,7 +154,8 @@ def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
     config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
     try:
-        num_experts, top_k, expert_size = target.sizes(config)
+        keys = target.keys.num_experts, target.keys.top_k, target.keys.expert_size
+        num_experts, top_k, expert_size = (target.count(config, key) for key in keys)
         num_layers = target.num_layers(config)
         entries = moe.tensors.values()
         rows = max((entry.shape[0] for entry in entries if entry.shape), default=0)

@@ -9,7 +9,15 @@ from typing import Any
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import Support, engines, trainers
+from upcycle_cli.models.engines import (
+    FUSED,
+    SCALED,
+    TIED,
+    Support,
+    engines,
+    has_plain_attention,
+    trainers,
+)
 from upcycle_cli.models.lookup import (
     REFUSED,
     dense_family,
@@ -19,8 +27,8 @@ from upcycle_cli.models.lookup import (
     wrapped_families,
 )
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_config import has_plain_attention
 from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside, text_config_of
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
@@ -99,7 +107,10 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     except UpcycleError as error:
         return TargetFacts(name=name, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    plain = has_plain_attention(text_config_of(config), rotary_share=family.rotary_share)
+    text = text_config_of(config)
+    if family.target.ships_code:
+        text = {**text, "model_type": f"{UPCYCLED_PREFIX}{text['model_type']}"}
+    plain = has_plain_attention(text)
     return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 
@@ -109,9 +120,10 @@ def _facts(
     runs: dict[str, tuple[Routing, ...]] = {}
     trains: dict[str, tuple[Routing, ...]] = {}
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
+    applies = {TIED: tied, FUSED: fused, SCALED: scale is not None}
+    properties = {name for name, holds in applies.items() if holds}
     for routing in row.routings:
-        facts: Any = {"plain_attention": plain_attention, "scaled": scale is not None}
-        found = engines(row.title, routing, tied=tied, fused=fused, **facts)
+        found = engines(row.title, routing, properties, plain_attention=plain_attention)
         learned = trainers(row, routing, tied=tied, fused=fused)
         for listed, software in ((runs, found), (trains, learned)):
             for each in software:
