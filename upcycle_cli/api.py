@@ -290,18 +290,16 @@ def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
 
 
 def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
-    from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.verification.verify import verify
 
     dense, *others = (source.path for source in plan.sources)
-    rows, text = plan.inputs.rows, plan.inputs.text
+    rows = plan.inputs.rows
     try:
         return verify(
             dense,
             output,
             experts_from=others,
             router_init=None if rows is None else rows.path,
-            calibration=text if isinstance(text, CalibrationText) else None,
             watch=watch,
             fitted=plan.calibration,
             # A recipe that promises nothing is measured, and no proof is expected.

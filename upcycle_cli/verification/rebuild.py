@@ -8,7 +8,7 @@ a file) stays unbound here; `unbound.py` fills it in.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -22,8 +22,7 @@ from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.tensor_files import TensorFile
-from upcycle_cli.plan.texts import BUILTIN, CalibrationText, calibration_text
+from upcycle_cli.plan.texts import BUILTIN, CalibrationText, Prompts, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Recipe, RouterInit
 from upcycle_cli.write.record import FORMAT, described, origin
@@ -43,14 +42,6 @@ class RecordError(Exception):
 
 class MismatchError(Exception):
     """The record can be read, but describes no conversion of this dense model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """What the user hands to verify beside the models: a file of router rows, a text."""
-
-    router_file: TensorFile | None = None
-    text: CalibrationText | None = None
 
 
 def read_record(moe: Checkpoint) -> Record:
@@ -74,7 +65,7 @@ def rebuild(
     dense: Checkpoint,
     moe: Checkpoint,
     others: Sequence[Checkpoint] = (),
-    given: Given | None = None,
+    given: Inputs | None = None,
 ) -> Plan:
     """Plan the recorded conversion again.
 
@@ -82,7 +73,7 @@ def rebuild(
     record that lacks something, MismatchError where it cannot be a record of this conversion, and
     UpcycleError where the user gave other models or files than the record names.
     """
-    given = given or Given()
+    given = replace(given or Inputs(), complete=False)
     make = _growth if "growth" in record else _upcycling
     plan = make(record, dense, moe, others, given)
     options = _made(Options, {key: record[key] for key in _OPTIONS if key in record})
@@ -121,7 +112,7 @@ def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:
 
 
 def _growth(
-    record: Record, dense: Checkpoint, moe: Checkpoint, others: Sequence[Checkpoint], given: Given
+    record: Record, dense: Checkpoint, moe: Checkpoint, others: Sequence[Checkpoint], given: Inputs
 ) -> Planner:
     """Return the planner of a recorded growth."""
     if not is_moe(dense.config):
@@ -134,7 +125,7 @@ def _growth(
             f"its {RECORD_NAME}.",
             f"Verify each step, with that MoE's directory: {first} && {second}",
         )
-    if others or given != Given():
+    if others or given != Inputs(complete=False):
         raise UpcycleError(
             "an MoE grows from one model, with that model's routers.",
             "Leave out --experts-from, --router-init and --calibration.",
@@ -146,25 +137,27 @@ def _growth(
 
 
 def _upcycling(
-    record: Record, dense: Checkpoint, _moe: Checkpoint, others: Sequence[Checkpoint], given: Given
+    record: Record, dense: Checkpoint, _moe: Checkpoint, others: Sequence[Checkpoint], given: Inputs
 ) -> Planner:
     """Return the planner of a recorded recipe."""
     recipe, target = _made(Recipe, record["recipe"], {"name"}), record.get("target")
     if not isinstance(target, str):
         raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")
     merge = _merge(record, others)
-    if given.router_file is not None and recipe.router_init is not RouterInit.FILE:
+    if given.rows is not None and recipe.router_init is not RouterInit.FILE:
         raise UpcycleError(
             f"the routers of this MoE were not given in a file, says its {RECORD_NAME}.",
             "Leave out --router-init.",
         )
-    inputs = Inputs(text=_text(record, given.text), rows=given.router_file, complete=False)
+    inputs = replace(given, text=_text(record, given.text))
     return lambda options: build_plan(
         recipe, dense, target=target, options=options, inputs=inputs, merge=merge
     )
 
 
-def _text(record: Record, given: CalibrationText | None) -> CalibrationText | None:
+def _text(
+    record: Record, given: CalibrationText | Prompts | None
+) -> CalibrationText | Prompts | None:
     """Return the text of the recorded calibration, None where it is not at hand.
 
     Raises UpcycleError where the user gave another text than the recorded one.
@@ -253,7 +246,7 @@ def is_fitted(plan: Plan) -> bool:
 
 
 def why_unproven(plan: Plan) -> str | None:
-    """Return why what the plan leaves unbound cannot be proven; None where it can."""
+    """Return which input is missing that could prove what the plan leaves unbound, if any."""
     init = None if plan.growing is not None else plan.recipe.router_init
     if init is RouterInit.FILE and plan.inputs.rows is None:
         return "the file of the router rows is not given (--router-init FILE)"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -135,13 +136,8 @@ class Report:
 
 
 def _check_json(check: CheckResult) -> dict[str, Any]:
-    found = asdict(check) | {"status": str(check.status), "failures": [*check.failures]}
-    found["texts"] = [*found["texts"]]
-    found["layers"] = [
-        # JSON has no number for what has no value.
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in layer.items()}
-        for layer in found["layers"]
-    ]
+    # JSON has no number for what has no value.
+    found = json.loads(json.dumps(asdict(check)), parse_constant=lambda _: None)
     measured = ("layers", "texts", "continuation")  # by one of the checks alone
     return {key: value for key, value in found.items() if value or key not in measured}
 

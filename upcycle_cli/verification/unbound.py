@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -189,14 +188,12 @@ class Unbound:
                 return expr
 
 
-@lru_cache(maxsize=4)
-def _identity(size: int) -> ex.Permutation:
-    return ex.Permutation(size, "identity", indices=np.arange(size, dtype="<u4").tobytes())
-
-
 def _in_order(expr: ex.Expr) -> ex.Expr:
     """Return an expression of gathered neurons with all neurons, in the dense MLP's order."""
     if isinstance(expr, ex.Gather):
-        return replace(expr, order=_identity(expr.order.size), start=0, stop=expr.order.size)
+        size = expr.order.size
+        indices = np.arange(size, dtype="<u4").tobytes()
+        order = ex.Permutation(size, "identity", indices=indices)
+        return replace(expr, order=order, start=0, stop=size)
     assert isinstance(expr, ex.Cast | ex.Scale)
     return replace(expr, of=_in_order(expr.of))

@@ -30,8 +30,7 @@ from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, spli
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.tensor_files import ROUTER_ROWS, read_tensor_file
-from upcycle_cli.plan.texts import CalibrationText, calibration_text
+from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise
 from upcycle_cli.verification import rebuild
@@ -49,7 +48,7 @@ def verify(  # noqa: PLR0913 - options, by name
     *,
     experts_from: Sequence[Path | str] = (),
     router_init: Path | str | None = None,
-    calibration: CalibrationText | Path | str | None = None,
+    calibration: Path | str | None = None,
     checks: Sequence[str] = CHECK_NAMES,
     texts: TextOptions | None = None,
     fail_fast: bool = False,
@@ -82,10 +81,7 @@ def verify(  # noqa: PLR0913 - options, by name
     others = [locate_model(*split_revision(str(place))) for place in experts_from]
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
-    if calibration is not None and not isinstance(calibration, CalibrationText):
-        calibration = calibration_text(calibration)
-    rows = None if router_init is None else read_tensor_file(Path(router_init), ROUTER_ROWS)
-    given = rebuild.Given(router_file=rows, text=calibration)
+    given = Inputs.read(calibration=calibration, rows=router_init)
     try:
         # Before gigabytes are downloaded.
         grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
@@ -131,7 +127,7 @@ class _Case:
     mismatch: str = ""
     """Why the record cannot be one of this conversion; then the comparisons fail."""
 
-    def rebuild(self, others: Sequence[Checkpoint], given: rebuild.Given) -> None:
+    def rebuild(self, others: Sequence[Checkpoint], given: Inputs) -> None:
         """Plan the recorded conversion again; UpcycleError where the user gave other models."""
         if not is_moe(self.dense.config):
             check_source(self.dense, dense_model(self.dense.config, self.dense.tensors))

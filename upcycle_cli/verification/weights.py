@@ -46,7 +46,7 @@ def check_weights(
     """
     findings, notes = Findings(), list[str]()
     tensors, widened = _matched(plan, moe, findings)
-    unproven = why_unproven(plan)
+    unproven = why_unproven(plan) if fitted is None else None
     if unproven is None and is_fitted(plan) and fitted is None:
         from upcycle_cli.calibrate.collect import calibrate
 
