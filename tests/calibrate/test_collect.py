@@ -20,7 +20,7 @@ from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of
 from upcycle_cli.plan.inputs import Inputs
-from upcycle_cli.recipe.recipe import Promise, RouterInit, Scaling
+from upcycle_cli.recipe.recipe import Promise, RouterInit
 from upcycle_cli.verification.prompts import TextOptions
 
 FEW = TextOptions(tokens=512)
@@ -239,12 +239,6 @@ def test_a_measured_scale_makes_the_mean_gain_one(
     again = convert(llama, done.output, wanted, target="qwen2_moe")
     assert again.already_done
     assert again.plan.factors == done.plan.factors
-
-
-def test_gates_that_sum_to_one_need_no_measured_scale(llama: Path) -> None:
-    plan = build_plan(recipe(scaling="measured"), open_checkpoint(llama))
-    assert plan.recipe.scaling is Scaling.EXACT
-    assert plan.inputs.text is None
 
 
 # What the user reads ------------------------------------------------------------------------------

@@ -63,34 +63,14 @@ CONFIGS: tuple[Config, ...] = (
 )  # fmt: skip
 
 
-def refuse_plan(dense: Path, *words: str, target: str = "auto") -> None:
-    with pytest.raises(UpcycleError) as caught:
-        build_plan(make_recipe("E2G2T2"), open_checkpoint(dense), target=target)
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
 @pytest.mark.parametrize(("model_type", "changes", "word"), CONFIGS, ids=str)
 def test_refuse_a_config(
     make_dense: MakeDense, tmp_path: Path, model_type: str, changes: dict[str, Any], word: str
 ) -> None:
-    refuse_plan(clone(make_dense(model_type), tmp_path / "dense", **changes), word)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "config", "target", "words"),
-    [
-        ("llama", {"attention_bias": True}, "mixtral", "cannot express|upcycled|attention_bias"),
-        ("llama", {"mlp_bias": True}, "glm4_moe", "cannot express|--target upcycled|experts"),
-        ("gemma4_text", {"use_double_wide_mlp": True}, "auto", "use_double_wide_mlp|one size"),
-        ("qwen2", {}, "mixtral", "cannot become mixtral|qwen2_moe"),
-        ("qwen3", {**WINDOW, "max_window_layers": 1}, "qwen3_moe", "cannot express|layer_types"),
-    ],
-    ids=str,
-)
-def test_refuse_what_the_target_cannot_express(
-    make_dense: MakeDense, model_type: str, config: dict[str, Any], target: str, words: str
-) -> None:
-    refuse_plan(make_dense(model_type, **config), *words.split("|"), target=target)
+    dense = clone(make_dense(model_type), tmp_path / "dense", **changes)
+    with pytest.raises(UpcycleError) as caught:
+        build_plan(make_recipe("E2G2T2"), open_checkpoint(dense))
+    assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +167,6 @@ FILES: tuple[tuple[str, Damage, str], ...] = (
     ("no weights", lambda dense: (dense / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     ("a directory of weights", put(WEIGHTS, None), WEIGHTS),
     ("a git-lfs pointer", put(WEIGHTS, POINTER), f"{WEIGHTS}|Download"),
-    ("another shape", tensors(lambda t: t.update({UP: t[UP].T.contiguous()})), f"{UP}|[32, 48]"),
-    ("a missing tensor", tensors(lambda t: t.pop(UP)), f"lacks {UP}"),
-    ("an unknown tensor", tensors(lambda t: t.update(vision=torch.zeros(3))), "unknown tensor"),
     ("a norm of zeros", tensors(lambda t: t[NORM].fill_(0.0)), NORM),
     ("int8", cast(torch.int8), f"{UP}|F32, F16, BF16"),
     ("float64", cast(torch.float64), f"{UP}|F32, F16, BF16"),

@@ -47,26 +47,22 @@ class MergeCopies:
 
     def _find(self) -> list[int]:
         """Return for each expert the first one that has the same bytes."""
-        known: dict[bytes, list[int]] = {}
+        first: dict[bytes, int] = {}
         found = []
         for expert in range(self._experts.num_experts):
-            start = b"".join(bytes(raw_bytes(p.flatten()[:_SAMPLE])) for p in self._parts(expert))
-            alike = known.setdefault(start, [])
-            same = next((other for other in alike if self._same(expert, other)), expert)
-            if same == expert:
-                alike.append(expert)
-            found.append(same)
+            parts = self._parts(expert)
+            start = b"".join(bytes(raw_bytes(part.flatten()[:_SAMPLE])) for part in parts)
+            other = first.setdefault(start, expert)
+            same = zip(parts, self._parts(other), strict=True)
+            found.append(other if all(_same_bytes(*pair) for pair in same) else expert)
         return found
 
     def _parts(self, expert: int) -> list[torch.Tensor]:
         return [part for _, part in self._experts.parts(self._reader, self._layer, expert)]
 
-    def _same(self, one: int, other: int) -> bool:
-        pairs = zip(self._parts(one), self._parts(other), strict=True)
-        return all(_same_bytes(left, right) for left, right in pairs)
-
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     # As integers, since a nan is equal to nothing; numpy is several times as fast as torch.
     dtype = torch.int32 if left.element_size() == 4 else torch.int16
-    return np.array_equal(left.view(dtype).numpy(), right.view(dtype).numpy())
+    one, other = left.view(dtype).numpy(), right.view(dtype).numpy()
+    return left.data_ptr() == right.data_ptr() or np.array_equal(one, other)
