@@ -29,7 +29,7 @@ ITEM_BYTES = {
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of weights that can be converted, and torch's names for them."""
 
-LARGEST = {"F32": 3.4e38, "BF16": 3.4e38, "F16": 65504.0}
+LARGEST = {"F32": (2 - 2**-23) * 2.0**127, "BF16": (2 - 2**-7) * 2.0**127, "F16": 65504.0}
 """The largest finite value of each of these dtypes."""
 
 _HINT = "Download or copy it again."

@@ -18,7 +18,6 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import (
     MOST_COMPANION_BYTES,
     MOST_JSON_BYTES,
-    is_inner_name,
     locate,
     matches,
     open_regular,
@@ -146,10 +145,6 @@ def is_weight_file(name: str) -> bool:
 def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
     """Return the tokenizer, licence and other companion files; UpcycleError for a bad one."""
     names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
-    for name in names:
-        if not is_inner_name(name):
-            hint = "Rename or remove it."
-            raise UpcycleError(f"{storage.path} has a file named {shown(name)}.", hint)
     companions = tuple(map(storage.stamp, names))
     for file in companions:
         if file.size > MOST_COMPANION_BYTES:

@@ -173,10 +173,7 @@ def _check_complete(directory: Path) -> Inventory:
             f"directory: hf upload REPO {directory}",
         )
     found = take_inventory(directory)
-    missing = {*found.listed, CARD_NAME} - {*found.own}
-    failures = [f"{name} is missing" for name in sorted(missing)]
-    failures += [f"{name}: {how}" for name, how in found.changed.items()]
-    if failures := failures or [*checksum_failures(directory)]:
+    if failures := found.failures or [*checksum_failures(directory)]:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",

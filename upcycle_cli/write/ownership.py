@@ -49,6 +49,13 @@ class Inventory:
     foreign: tuple[str, ...]
     """All other files, and empty directories."""
 
+    @property
+    def failures(self) -> list[str]:
+        """Say what is missing or changed."""
+        missing = sorted({*self.listed, CARD_NAME} - {*self.own})
+        changed = [f"{name}: {how}" for name, how in self.changed.items()]
+        return [f"{name} is missing" for name in missing] + changed
+
 
 def take_inventory(output: Path) -> Inventory:
     """Compare the files of an output with its record; UpcycleError if the record is damaged."""

@@ -10,9 +10,9 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
-from upcycle_cli.core.safe_files import is_in, listed_files, locate, open_regular
+from upcycle_cli.core.safe_files import is_in, locate, open_regular
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.ownership import check_ownership
+from upcycle_cli.write.ownership import check_ownership, take_inventory
 from upcycle_cli.write.staging import aside_of, disk_bytes, is_directory, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
@@ -105,12 +105,6 @@ def is_finished(plan: Plan, output: Path) -> bool:
     """Whether `output` is the complete result of this plan, by its record and its headers."""
     try:
         record = read_json(locate(output, RECORD_NAME))
-        if record.get("plan_sha256") != plan.digest:
-            return False
-        for name, file in listed_files(record).items():
-            with open_regular(locate(output, name)) as opened:
-                if not file.describes(opened):
-                    return False
-    except (OSError, UpcycleError):
+        return record.get("plan_sha256") == plan.digest and not take_inventory(output).failures
+    except UpcycleError:
         return False  # it is damaged; check_output decides what happens to it
-    return True

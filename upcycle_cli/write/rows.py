@@ -5,13 +5,13 @@ Casts report what the output dtype cannot hold.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
+from upcycle_cli.checkpoint.header import LARGEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,8 +20,6 @@ TILE = 256
 """Rows and columns that are transposed at once."""
 _PIECE_ITEMS = 1 << 16
 _WORD_BYTES = 8
-_MANTISSA_BITS = {"F16": 10, "BF16": 7}
-_LARGEST = {"F32": (2 - 2**-23) * 2.0**127, "F16": 65504.0, "BF16": (2 - 2**-7) * 2.0**127}
 _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
@@ -57,13 +55,11 @@ def converted(
     step, lost = max(1, _PIECE_ITEMS * len(out) // out.size), 0
     for start in range(0, len(out), step):
         values, piece = rows.make(slice(start, start + step)), out[start : start + step]
-        if before == after and _shift_exponents(values, after, factor, piece):
-            continue
         wide = to_float32(values, before)
         with np.errstate(over="ignore", invalid="ignore"):
             product = wide if factor == 1.0 else wide * np.float32(factor)
             piece[...] = rounded(product, after)
-        if not -_LARGEST[after] <= product.min() <= product.max() <= _LARGEST[after]:
+        if not -LARGEST[after] <= product.min() <= product.max() <= LARGEST[after]:
             made = to_float32(piece, after)
             if (np.isinf(made) & np.isfinite(wide)).any():
                 raise OverflowInCastError
@@ -73,24 +69,6 @@ def converted(
     if lost:
         vanished(lost)
     return out
-
-
-def _shift_exponents(values: NDArray[Any], dtype: str, factor: float, out: NDArray[Any]) -> bool:
-    """Multiply 16-bit floats by a power of two through their exponents, 3 times as fast.
-
-    Returns False if that is not possible: zeros and subnormal or infinite values have no exponent.
-    """
-    mantissa, exponent = math.frexp(factor)
-    if dtype not in _MANTISSA_BITS or mantissa != 0.5:
-        return False
-    normal = 1 << _MANTISSA_BITS[dtype]  # the bits of the smallest normal value
-    words, shift = values.view("<u2"), (exponent - 1) * normal
-    magnitudes = words & 0x7FFF
-    least, most = int(magnitudes.min()), int(magnitudes.max())
-    if min(least, least + shift) < normal or max(most, most + shift) >= 0x8000 - normal:
-        return False
-    np.add(words, np.uint16(shift & 0xFFFF), out=out.view("<u2"))
-    return True
 
 
 def gathered(values: NDArray[Any], dim: int, indices: NDArray[np.intp]) -> Rows:
