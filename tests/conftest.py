@@ -31,8 +31,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in the processes that tests start
 
-forked.ENVIRONMENT.update(os.environ)
-
 # CI tries the same examples each time, so that it fails for what a change did; a person's runs try
 # new ones. No deadline: a busy machine is no failure.
 settings.register_profile("default", deadline=None)

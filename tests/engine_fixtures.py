@@ -189,7 +189,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; what it has of this tool, and of the launcher, is forked."""
+    """Run a command to its end, in a fork if it is this tool or a program."""
     given = environment(OMP_NUM_THREADS="1", **variables)
     fork = partial(forked.run, environment=given, seconds=SUBPROCESS_SECONDS)
     match command:

@@ -1,70 +1,65 @@
-"""Run programs in processes that begin with torch and transformers imported, which takes seconds.
+"""Programs that start where torch is imported already, which takes seconds.
 
-A server (fork_server.py) imports them once and forks for each program. This is for tests of what a
-command does. How it starts, what it imports, and how much memory it takes needs a new process.
+They run in forks of a server that each pytest worker has. For tests of what a command does: how it
+starts, what it imports and how a signal ends it, only a process of its own can show.
 """
 
 from __future__ import annotations
 
-import atexit
-import functools
-import json
 import os
-import select
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HOME")
-"""Variables that huggingface_hub and transformers read while they are imported."""
+CONTEXT = get_context("forkserver")
+# Nothing of ours, which programs may change, and nothing that reads the variables of a Hub.
+CONTEXT.set_forkserver_preload(
+    [
+        *("torch", "torch._dynamo", "safetensors.torch", "tokenizers", "numpy.random", "yaml"),
+        *("matplotlib.backends.backend_svg", "jinja2", "rich.progress", "typer", "regex"),
+    ]
+)
 OWN = ("PYTHON", "LC_", "LANG", "OMP_")
-"""Variables that Python or torch read when a process starts."""
-ENVIRONMENT: dict[str, str] = {}
-"""The environment of the servers, whatever a test has set since."""
-
-
-@functools.cache
-def _server(kind: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), kind]
-    pipe = subprocess.PIPE
-    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=ENVIRONMENT)
-    atexit.register(server.communicate)  # it ends with its input
-    return server
+"""Variables that are read when a process starts."""
+TOOL = "from upcycle_cli.__main__ import main\nmain()\n"
 
 
 def run(
     arguments: Sequence[str | Path],
     *,
-    program: str = "",
+    program: str = TOOL,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     seconds: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program, by default upcycle itself; TimeoutError if it takes longer."""
-    environment = dict(environment or os.environ | {"COLUMNS": "80"})
-    names = {name for name in (*environment, *ENVIRONMENT) if name.startswith(HUB)}
-    changed = any(environment.get(name) != ENVIRONMENT.get(name) for name in names)
-    server, words = _server("hub" if changed else ""), list(map(str, arguments))
-    assert server.stdin is not None
-    assert server.stdout is not None
+    """Run a program, by default the tool; TimeoutError if it takes longer."""
+    words = list(map(str, arguments))
+    variables = dict(environment or os.environ | {"COLUMNS": "80"})
     with TemporaryDirectory() as folder:
-        job = {
-            "arguments": words,
-            "program": program,
-            "cwd": str(cwd or Path.cwd()),
-            "environment": environment,
-            "folder": folder,
-        }
-        server.stdin.write(json.dumps(job).encode() + b"\n")
-        pid = int(server.stdout.readline())
-        late = not select.select([server.stdout], [], [], seconds)[0]
-        if late:
-            os.kill(pid, signal.SIGKILL)
-        code = int(server.stdout.readline())
-        if late:
-            raise TimeoutError
-        stdout, stderr = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(words, code, stdout, stderr)
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        place = Path(cwd or ".").absolute()
+        process = CONTEXT.Process(target=_run, args=(program, words, outputs, place, variables))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{words} takes more than {seconds} s")
+        stdout, stderr = (output.read_text("utf-8") for output in outputs)
+        return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
+
+
+def _run(
+    program: str, words: list[str], outputs: list[Path], folder: Path, variables: dict[str, str]
+) -> None:
+    for descriptor, path in enumerate([Path(os.devnull), *outputs]):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["-c", *words]
+    exec(program, {"__name__": "__main__"})  # noqa: S102 - which is what it is there for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -25,7 +24,6 @@ from conftest import (
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from upcycle_cli import Recipe, convert
 from upcycle_cli.cli import options
 from upcycle_cli.cli.app import app
 from upcycle_cli.cli.options import Dtype, RoutingName
@@ -106,12 +104,6 @@ def test_the_help_of_an_option_names_its_choices(option: str, choices: Iterable[
     assert {*choices} <= {*words}
 
 
-def test_version() -> None:
-    from importlib.metadata import version
-
-    assert succeed("--version").stdout == f"upcycle {version('upcycle-cli')}\n"
-
-
 # JSON ---------------------------------------------------------------------------------------------
 
 
@@ -180,24 +172,6 @@ def test_tensors_are_listed(llama: Path, e2g2t2: Path, recipe: tuple[str, ...]) 
         assert "F32" in line
 
 
-def test_verify_json(llama: Path, e2g2t2: Path) -> None:
-    value = succeed_json("verify", llama, e2g2t2)
-    assert value["status"] == "passed"
-    assert {check["name"]: check["status"] for check in value["checks"]} == dict.fromkeys(
-        ("directory", "weights", "outputs"), "passed"
-    )
-    metrics = value["checks"][-1]["metrics"]
-    wanted = {"kl_mean", "kl_max", "max_abs_logit_diff", "top1_agreement", "dense_nll", "moe_nll"}
-    assert metrics.keys() >= {*wanted, "tokens"}
-
-
-def test_json_is_independent_of_width_and_language(llama: Path, tmp_path: Path) -> None:
-    dense = clone(llama, tmp_path / ("ö" * 60))
-    wide = succeed("inspect", dense, *RECIPE, "--json", COLUMNS="300").stdout
-    assert succeed("inspect", dense, *RECIPE, "--json", COLUMNS="20").stdout == wide
-    assert json.loads(wide)["plan"]["source"] == "ö" * 60
-
-
 def test_families_json_and_tables_name_every_target() -> None:
     value = succeed_json("families")
     text = succeed("families").stdout
@@ -234,14 +208,6 @@ def test_tables_fit_the_screen_and_are_plain_in_a_pipe(
     assert "\x1b" not in done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if len(line) > 80 or line[-1:] == " "] == []
     assert "Traceback" not in done.stderr
-
-
-def test_inspect_says_what_a_model_can_become(make_dense: MakeDense) -> None:
-    text = succeed("inspect", make_dense("llama", mlp_bias=True)).stdout
-    assert "can become  upcycled\nbut not     mixtral cannot express this model: " in text
-    tables = "".join(text.split("\n\n")[1:])
-    assert "upcycled  topk-softmax" in tables
-    assert "mixtral" not in tables
 
 
 def test_data_goes_to_stdout_and_talk_to_stderr(llama: Path, tmp_path: Path) -> None:
@@ -317,15 +283,6 @@ def test_the_next_command_is_suggested(
     result = succeed("convert", llama, output, "--recipe", "E1G1T1", *extra)
     places = {"dense": shlex.quote(str(llama)), "moe": shlex.quote(str(output))}
     assert f"Next: {step.format(**places)}\n" in result.stderr
-
-
-def test_one_thing_has_no_plural(llama: Path, tmp_path: Path) -> None:
-    convert(llama, tmp_path / "moe", Recipe(expansion=1, granularity=1, top_k=1))
-    text = succeed("inspect", llama, "--recipe", "E1G1T1").stdout
-    text += succeed("inspect", tmp_path / "moe", "--weights").stdout
-    for words in ("1 virtual group of 1", "in 1 shard\n", "(1 group of 1)", "1 different expert "):
-        assert words in text
-    assert not re.search(r"\b1 \w*[^s ]s\b", text)
 
 
 # Options ------------------------------------------------------------------------------------------

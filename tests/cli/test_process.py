@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
-from conftest import RunCli, clone, contents, read_json, validate_json, write_json
+from conftest import RunCli, clone, contents, read_json, read_tensors, validate_json, write_json
+from safetensors.torch import save_file
 
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 
 RECIPE = ("--recipe", "E2G2T2")
 WEIGHTS = "model.safetensors"
 SECONDS = 120  # a hang becomes an error
-
-
-@pytest.fixture(scope="module")
-def broken(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = clone(e2g2t2, tmp_path_factory.mktemp("broken") / "moe")
-    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1])
-    return path
 
 
 def run_program(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -42,16 +34,9 @@ CUT = SHOWN[:40]  # a message quotes no more
 Spoil = Callable[[Path], object]
 
 
-def edit_header(edit: Callable[[str, dict[str, Any]], tuple[str, object]]) -> Spoil:
-    def change(path: Path) -> None:
-        raw = (path / WEIGHTS).read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        entries = json.loads(raw[8 : 8 + length])
-        entries.pop("__metadata__", None)
-        text = json.dumps(dict(edit(name, entry) for name, entry in entries.items())).encode()
-        (path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-
-    return change
+def hostile_names(path: Path) -> None:
+    tensors = {HOSTILE + name: tensor for name, tensor in read_tensors(path).items()}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
 
 
 def hostile_index(path: Path) -> None:
@@ -74,24 +59,16 @@ def record_with(value: object) -> Spoil:
     return change
 
 
-HOSTILE_NAMES = edit_header(lambda name, entry: (HOSTILE + name, entry))
-HOSTILE_DTYPES = edit_header(lambda name, entry: (name, entry | {"dtype": HOSTILE}))
 DENSE: dict[str, tuple[Spoil | None, tuple[str, ...], int, str]] = {
-    "tensors": (HOSTILE_NAMES, ("inspect", "DENSE", "--tensors"), 0, SHOWN),
-    "unknown tensors": (HOSTILE_NAMES, ("convert", "DENSE", "OUT", *RECIPE), 2, "lacks"),
-    "dtypes": (HOSTILE_DTYPES, ("inspect", "DENSE"), 2, CUT),
+    "tensors": (hostile_names, ("inspect", "DENSE", "--tensors"), 0, SHOWN),
     "index": (hostile_index, ("inspect", "DENSE"), 2, CUT),
     "model_type": (hostile_type, ("inspect", "DENSE"), 2, CUT),
-    "model_type of an MoE": (hostile_type, ("verify", "LLAMA", "MOE"), 2, CUT),
     "record": (record_with(HOSTILE), ("inspect", "MOE"), 0, SHOWN),
-    "directory": (None, ("inspect", HOSTILE), 2, SHOWN),
     "output": (None, ("convert", "DENSE", HOSTILE.replace("/", "|"), *RECIPE), 0, CUT),
     "checks": (None, ("verify", "LLAMA", "MOE", "--checks", HOSTILE), 2, SHOWN),
     "recipe": (None, ("convert", "DENSE", "OUT", "--recipe", HOSTILE), 2, SHOWN),
-    "value": (None, ("convert", "--seed", HOSTILE), 2, "--seed"),
     "option": (None, ("convert", f"--{HOSTILE}"), 2, "[/x]:smile:"),
     "command": (None, (HOSTILE,), 2, "[/x]:smile:"),
-    "config": (None, ("convert", "--config", HOSTILE), 2, SHOWN),
 }
 
 
@@ -149,23 +126,15 @@ def test_a_log_has_whole_lines(run_cli: RunCli, llama: Path, tmp_path: Path) -> 
     assert note.endswith(".")
 
 
-@pytest.mark.parametrize("password", ["1234", "null", "status"])
-def test_a_password_breaks_no_json(run_cli: RunCli, llama: Path, password: str) -> None:
-    arguments = ("inspect", llama, *RECIPE, "--json")
-    done = run_cli(*arguments, HTTPS_PROXY=f"http://user:{password}@localhost")
-    assert json.loads(done.stdout) == json.loads(run_cli(*arguments).stdout)
-
-
 # Streams ------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "--help": 0,
-    "inspect DENSE --tensors": 0,
     "inspect DENSE --json": 0,
-    "verify DENSE BROKEN --json": 1,
-    "verify DENSE BROKEN --quiet": 1,
     "inspect ABSENT": 2,
     "no-such-command": 2,
+    # A conversion does not need its streams, and its messages do not end up in its files.
+    "convert DENSE moe --recipe E2G2T2": 0,
 }
 DATA_IS_LOST = (">/dev/full", "<&- >&- 2>&-")
 TALK_IS_LOST = ("2>&-", "2>&1 | true")
@@ -182,20 +151,16 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("redirection", DATA_IS_LOST + TALK_IS_LOST)
-def test_exit_code_1_always_means_a_failed_verification(
-    llama: Path, e2g2t2: Path, broken: Path, tmp_path: Path, redirection: str
+def test_exit_codes_depend_on_stdout_only(
+    llama: Path, e2g2t2: Path, tmp_path: Path, redirection: str
 ) -> None:
     for command, code in COMMANDS.items():
-        line = command.replace("DENSE", f"'{llama}'").replace("BROKEN", f"'{broken}'")
-        done = shell(f"{line} {redirection}", tmp_path)
+        done = shell(f"{command.replace('DENSE', str(llama))} {redirection}", tmp_path)
         lost = code == 0 and redirection in DATA_IS_LOST
-        assert done.returncode == (2 if lost else code), (line, done.stderr)
+        assert done.returncode == (2 if lost else code), (command, done.stderr)
         assert "Traceback" not in done.stderr
         if lost and "2>" not in redirection:
             assert "could not write all of stdout" in done.stderr
-    # A conversion does not need its streams, and its messages do not end up in its files.
-    done = shell(f"convert '{llama}' moe --recipe E2G2T2 {redirection}", tmp_path)
-    assert done.returncode == (2 if redirection in DATA_IS_LOST else 0)
     assert contents(tmp_path / "moe") == contents(e2g2t2)
 
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +74,6 @@ def test_shard_size_does_not_change_a_tensor(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     open_checkpoint(path)  # the index and the files agree
-
-
-def test_another_seed_changes_the_routers_only(llama: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        convert(llama, tmp_path / str(seed), replace(RECIPE, seed=seed))
-    one, two = read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1")
-    routers = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
-    assert {name for name in one if not torch.equal(one[name], two[name])} == {*routers}
-    # The two layers' norms differ, which scales the rows; their directions must differ too.
-    first, second = (one[name].flatten() for name in routers)
-    assert abs(float(torch.nn.functional.cosine_similarity(first, second, dim=0))) < 0.5
 
 
 # The files of the output --------------------------------------------------------------------------
