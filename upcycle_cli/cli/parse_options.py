@@ -145,6 +145,11 @@ def needs_recipe(context: typer.Context) -> bool:
     return False
 
 
+def file_of(value: str, names: type[StrEnum]) -> Path | None:
+    """Return the path that an option gives in place of a name."""
+    return None if value in {*names} - {"file"} else Path(value)
+
+
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
@@ -157,7 +162,7 @@ def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -
     values["scaling"] = _scaling(moe.scaling)
     values["allow_inexact"] = allow_inexact
     for name, known in (("neuron_order", NeuronOrder), ("router_init", RouterInit)):
-        if _file(values[name], known) is not None:
+        if file_of(values[name], known) is not None:
             values[name] = known("file")
     return Recipe(**values)
 
@@ -172,16 +177,6 @@ def to_options(moe: MoeOptions) -> Options:
         max_shard_bytes=_size("--max-shard-size", moe.max_shard_size, "5GB or 500MB"),
         untie_embeddings=moe.untie_embeddings,
     )
-
-
-def rows_file(moe: MoeOptions) -> Path | None:
-    """Return the file that router rows are given in, if they are."""
-    return _file(moe.router_init, RouterInit)
-
-
-def orders_file(moe: MoeOptions) -> Path | None:
-    """Return the file that orders of neurons are given in, if they are."""
-    return _file(moe.neuron_order, NeuronOrder)
 
 
 def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
@@ -271,11 +266,6 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
             "--top-k; to grow an MoE, --expand 2.",
         )
     return found
-
-
-def _file(value: str, names: type[StrEnum]) -> Path | None:
-    """Return the path that an option gives in place of a name."""
-    return None if value in {*names} - {"file"} else Path(value)
 
 
 def _scaling(text: str) -> str | float:

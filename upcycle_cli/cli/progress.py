@@ -12,17 +12,16 @@ from upcycle_cli.cli.terminal import stderr
 from upcycle_cli.core.callbacks import Progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bars
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class _Lines(Progress):
-    """Prints a line when a step begins, and its progress every ten seconds."""
+class _Display(Progress):
+    """Shows each step as a bar or, without bars, as a line every ten seconds."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total, self.written, self.step = console, total, 0, ""
+    def __init__(self, total: int, bars: Bars | None = None) -> None:
+        self.total, self.bars, self.written, self.step = total, bars, 0, ""
 
     def advance(self, num_bytes: int) -> None:
         if self.step != "writing":
@@ -33,43 +32,25 @@ class _Lines(Progress):
     def begins(self, what: str) -> None:
         raise_signal()
         self.step, self.started, self.shown = what, time.monotonic(), time.monotonic()
-        if what != "writing":
-            self.console.print(what)
+        if self.bars is not None:
+            for task in self.bars.task_ids:
+                self.bars.remove_task(task)
+            self.task = self.bars.add_task(what, total=None, amount="")
+        elif what != "writing":
+            stderr().print(what)
 
     def checked(self, done: int, total: int, unit: str) -> None:
         raise_signal()
-        seconds = time.monotonic() - self.started
-        amount = f"{done} of {total} {unit}"
+        amount, now = f"{done} of {total} {unit}", time.monotonic()
         if unit == "bytes":
-            speed = done / max(seconds, 1e-3)
+            speed = done / max(now - self.started, 1e-3)
             amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
-        self.show(done, total, amount)
-
-    def show(self, done: int, total: int, amount: str) -> None:
-        """Show how much of the step is done, also in words."""
-        now = time.monotonic()
-        if now - self.shown >= _SECONDS_BETWEEN_LINES:
+        if self.bars is not None:
+            self.bars.update(self.task, completed=done, total=total, amount=amount)
+        elif now - self.shown >= _SECONDS_BETWEEN_LINES:
             left = (total - done) / done * (now - self.started) if done else 0.0
-            self.console.print(f"{self.step}: {amount}, {left:.0f} s left")
+            stderr().print(f"{self.step}: {amount}, {left:.0f} s left")
             self.shown = now
-
-
-class _Bar(_Lines):
-    """Shows the current step as a bar."""
-
-    def __init__(self, progress: Bars, total: int) -> None:
-        super().__init__(progress.console, total)
-        self.progress = progress
-
-    def begins(self, what: str) -> None:
-        raise_signal()
-        self.step, self.started = what, time.monotonic()
-        for task in self.progress.task_ids:
-            self.progress.remove_task(task)
-        self.task = self.progress.add_task(what, total=None, amount="")
-
-    def show(self, done: int, total: int, amount: str) -> None:
-        self.progress.update(self.task, completed=done, total=total, amount=amount)
 
 
 @contextmanager
@@ -79,7 +60,7 @@ def progress_bar(*, total: int = 0, silent: bool) -> Iterator[Progress]:
     if silent:
         yield Progress()
     elif not console.is_terminal:
-        yield _Lines(console, total)
+        yield _Display(total)
     else:
         import rich.progress as bars
 
@@ -87,4 +68,4 @@ def progress_bar(*, total: int = 0, silent: bool) -> Iterator[Progress]:
         amount = bars.TextColumn("{task.fields[amount]}", markup=False)
         columns = (name, bars.BarColumn(), amount, bars.TimeRemainingColumn())
         with bars.Progress(*columns, console=console, transient=True) as progress:
-            yield _Bar(progress, total)
+            yield _Display(total, progress)

@@ -25,8 +25,6 @@ _SETTINGS: Mapping[str, Any] = {
     "lines.markersize": 3.5,
     "lines.linewidth": 1.2,
 }
-_MIN, _MAX = 1e-60, 1e60
-"""Values outside this range are clipped, since matplotlib cannot plot them."""
 
 
 class Drawing:
@@ -68,7 +66,7 @@ def draw_lines(
     """
     with _drawing() as drawing:
         axes = drawing.axes
-        clipped = {name: [*map(_clip, values)] for name, values in series.items()}
+        clipped = {name: [*map(_plottable, values)] for name, values in series.items()}
         for (color, marker, line), (name, values) in zip(_STYLES, clipped.items(), strict=False):
             style = {"color": color, "linestyle": line, "marker": marker, "label": name}
             axes.plot(layers, values, **style, markevery=max(1, len(layers) // 40))
@@ -106,8 +104,6 @@ def draw_heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]]) -> str
     return drawing.image
 
 
-def _clip(value: float) -> float:
+def _plottable(value: float) -> float:
     """Return a value that matplotlib can plot, nan for an infinite one."""
-    if not math.isfinite(value):
-        return math.nan
-    return math.copysign(min(abs(value), _MAX), value) if abs(value) >= _MIN else 0.0
+    return max(-1e60, min(value, 1e60)) if math.isfinite(value) else math.nan

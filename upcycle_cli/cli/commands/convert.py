@@ -17,7 +17,7 @@ from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.text import shell_line, size_text
-from upcycle_cli.recipe.recipe import RouterInit
+from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion, Request
@@ -82,8 +82,8 @@ def convert(
             revision=revision,
             options=values.to_options(moe),
             calibration=moe.calibration,
-            router_rows=values.rows_file(moe),
-            neuron_orders=values.orders_file(moe),
+            router_rows=values.file_of(moe.router_init, RouterInit),
+            neuron_orders=values.file_of(moe.neuron_order, NeuronOrder),
             positive_prompts=positive_prompts,
             overwrite=overwrite,
             verify=verify,

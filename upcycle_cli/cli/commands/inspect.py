@@ -13,6 +13,7 @@ from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
@@ -64,8 +65,8 @@ def inspect(
 
         inputs = Inputs.read(
             calibration=moe.calibration,
-            rows=values.rows_file(moe),
-            orders=values.orders_file(moe),
+            rows=values.file_of(moe.router_init, RouterInit),
+            orders=values.file_of(moe.neuron_order, NeuronOrder),
         )
         files = values.to_options(moe)
         recipe = values.to_recipe(moe, context, allow_inexact=True)
