@@ -99,7 +99,7 @@ def unique_bytes(plan: Plan) -> int:
     return plan.source.nbytes + sum(t.nbytes for t in plan.tensors if t.role == "router")
 
 
-class Advance(Hooks[Any, Any]):
+class Advance(Hooks):
     """Call a function with the bytes of each step of writing."""
 
     def __init__(self, call: Callable[[int], object]) -> None:
@@ -113,7 +113,7 @@ def execute(
     plan: Plan,
     output: Path,
     *,
-    hooks: Hooks[Plan, api.Conversion] | None = None,
+    hooks: Hooks | None = None,
     team: Team | None = None,
     **options: Any,  # noqa: ANN401
 ) -> api.Conversion:

@@ -94,7 +94,7 @@ def convert(
 def carry_out(
     request: Request,
     *,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    hooks: Hooks | None = None,
     team: Team | None = None,
 ) -> Conversion:
     """Convert as requested, together with the other ranks of a team; UpcycleError as `convert`."""
@@ -115,7 +115,7 @@ def carry_out(
 def preview(
     request: Request,
     *,
-    hooks: Hooks[Plan, Conversion] | None = None,
+    hooks: Hooks | None = None,
     team: Team | None = None,
 ) -> tuple[Plan, list[str]]:
     """Return the plan of a request and warnings about OUTPUT; UpcycleError if there is no plan."""
@@ -133,9 +133,7 @@ def preview(
     return plan, [f"{partial_of(output)} exists: its finished files of this conversion are used."]
 
 
-def execute(
-    plan: Plan, request: Request, *, hooks: Hooks[Plan, Conversion], team: Team
-) -> Conversion:
+def execute(plan: Plan, request: Request, *, hooks: Hooks, team: Team) -> Conversion:
     """Write what the plan says and publish it as OUTPUT; UpcycleError leaves OUTPUT as it was."""
     from upcycle_cli.write.transaction import recover, transaction
 
@@ -169,7 +167,7 @@ def execute(
     return done
 
 
-def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
+def _make_plan(request: Request, hooks: Hooks, team: Team) -> Plan:
     """Make the plan on every rank; UpcycleError unless all ranks have made the same one."""
     check_name(request.output)
 
@@ -207,7 +205,7 @@ def _make_plan(request: Request, hooks: Hooks[Plan, Conversion], team: Team) -> 
     return plan
 
 
-def _bring_sources(plan: Plan, hooks: Hooks[Plan, Conversion], team: Team) -> Plan:
+def _bring_sources(plan: Plan, hooks: Hooks, team: Team) -> Plan:
     """Download what is missing of the sources; return the plan with the local files."""
 
     def missing() -> int:
@@ -311,7 +309,7 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
         raise ResumableError(f"{error.message} {kept}", error.hint) from error
 
 
-def _push(done: Conversion, destination: Destination, hooks: Hooks[Plan, Conversion]) -> Push:
+def _push(done: Conversion, destination: Destination, hooks: Hooks) -> Push:
     from upcycle_cli.publish.push import push
 
     try:

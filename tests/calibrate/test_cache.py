@@ -30,7 +30,7 @@ class _KilledError(BaseException):
     pass
 
 
-class _Kill(Hooks[Any, Any]):
+class _Kill(Hooks):
     def advance(self, num_bytes: int) -> None:
         raise _KilledError(num_bytes)
 

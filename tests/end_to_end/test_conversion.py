@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -234,7 +233,7 @@ def test_an_output_without_a_name_is_refused(
 # Callbacks ----------------------------------------------------------------------------------------
 
 
-class Listener(Hooks[Plan, Conversion]):
+class Listener(Hooks):
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.nbytes = 0
@@ -272,7 +271,7 @@ def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> N
 
 
 def test_an_exception_of_a_callback_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
-    class Refusing(Hooks[Any, Any]):
+    class Refusing(Hooks):
         def planned(self, plan: Plan) -> None:
             raise UpcycleError(f"not {plan.how['recipe']['name']}")
 

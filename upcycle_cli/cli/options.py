@@ -14,9 +14,6 @@ import typer
 
 from upcycle_cli.recipe.recipe import ExpertLayout, ScaleSplit
 
-DEMO = "demo"
-"""The `obj` of a typer context when the demo runs the command."""
-
 RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 _STATUS_STYLES = {"passed": "green", "failed": "bold red"}
-_MAX_NAMES = 8
 _MAX_WIDTH = 100
 """A longer cell in a list of tensors moves the rest of its own line only."""
-_SIZES_NOTE = (
+SIZES_NOTE = (
     "FLOPs are those of matrix products in the forward pass, without attention scores; × compares "
     "them with the dense model's. Sizes are those of the parameters: weights in bfloat16, training "
     "with AdamW (bfloat16 weights and gradients, float32 master weights and moments, 16 bytes "
@@ -50,14 +49,12 @@ def plan_table(plan: Plan) -> Table:
 
 def report_table(report: Report) -> Table:
     """Return the results of verify: a row per check, its failures below its detail."""
-    table = terminal.properties_table(columns_between=1)
+    rows = []
     for check in report.checks:
-        detail = Text(printable(check.detail))
-        for failure in check.failures:
-            detail.append(f"\n- {printable(failure)}", style="red")
         style = _STATUS_STYLES.get(check.status, "yellow")
-        table.add_row(check.name, Text(check.status, style=style), detail)
-    return table
+        label = Text.assemble(f"{check.name:9}  ", (check.status, style))
+        rows.append((label, [check.detail, *(f"- {failure}" for failure in check.failures)]))
+    return terminal.rows_table(rows)
 
 
 def announce_push(repo: str, files: int, nbytes: int) -> None:
@@ -77,8 +74,7 @@ def show_push(push: Push) -> None:
         rows.append(("card", [words]))
     for label, names in (("removed there", push.removed), ("left out", push.left_out)):
         if names:
-            more = [f"and {len(names) - _MAX_NAMES} more"] if len(names) > _MAX_NAMES else []
-            rows.append((label, [*names[:_MAX_NAMES], *more]))
+            rows.append((label, [", ".join(names)]))
     # Without a terminal, keep addresses in one piece.
     to = terminal.stdout(None if sys.stdout.isatty() else 200)
     terminal.show(terminal.rows_table(rows), to=to)
@@ -123,13 +119,6 @@ def fits_tables(fits: Sequence[SizedRecipe]) -> list[Table]:
         lines = [name + words for name, words in zip(names, comments, strict=True)]
         rows.append(("arXiv 2410.07524", lines))
     return [table, terminal.rows_table(rows)]
-
-
-def fits_notes(hidden: int) -> Iterator[str]:
-    """Yield what the sizes count, and how many recipes the table leaves out."""
-    yield _SIZES_NOTE
-    if hidden:
-        yield f"{hidden} more recipes fit, with a smaller E for the same G and T; --json lists all."
 
 
 def overview_tables(found: Overview) -> Iterator[Table]:

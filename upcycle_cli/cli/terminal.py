@@ -47,21 +47,13 @@ def stderr() -> Console:
     return _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def rows_table(rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
-    """Return a table of properties, each with the lines that describe it."""
-    table = properties_table()
-    for label, lines in rows:
-        table.add_row(label, Text("\n".join(map(printable, lines))))
-    return table
-
-
-def properties_table(columns_between: int = 0) -> Table:
-    """Return a table without a header, whose first column is bold and whose last one folds."""
+def rows_table(rows: Iterable[tuple[str | Text, Sequence[str]]]) -> Table:
+    """Return a table of labels, each with the lines that describe it."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
-    for _ in range(columns_between):
-        table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    for label, lines in rows:
+        table.add_row(label, Text("\n".join(map(printable, lines))))
     return table
 
 

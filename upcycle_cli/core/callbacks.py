@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
-
-_Plan = TypeVar("_Plan")
-_Result = TypeVar("_Result")
+from typing import Any
 
 
 class Progress:
@@ -23,10 +20,10 @@ class Progress:
         """Receive the number of bytes written since the last call."""
 
 
-class Hooks(Progress, Generic[_Plan, _Result]):
+class Hooks(Progress):
     """Receives every step of a conversion, on rank 0. An exception raised here ends it."""
 
-    def planned(self, plan: _Plan) -> None:
+    def planned(self, plan: Any) -> None:  # noqa: ANN401 - a Plan, which core does not know
         """Receive the plan."""
 
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
@@ -36,7 +33,7 @@ class Hooks(Progress, Generic[_Plan, _Result]):
         """Return a context for writing and verifying OUTPUT, which receives the progress."""
         return nullcontext(self)
 
-    def finished(self, result: _Result) -> None:
+    def finished(self, result: Any) -> None:  # noqa: ANN401 - a Conversion
         """Receive the result, before it is pushed."""
 
     def pushing(self, num_files: int, num_bytes: int) -> None:

@@ -177,11 +177,6 @@ def is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def checksums_text(digests: Mapping[str, str]) -> str:
-    """Return SHA256SUMS as `sha256sum` writes it, and `sha256sum --check` reads it."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-
-
 def read_checksums(path: Path) -> dict[str, str]:
     """Return the digests in a SHA256SUMS file by name; raises UpcycleError for a bad line."""
     text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")

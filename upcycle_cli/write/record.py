@@ -17,7 +17,6 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     MOST_COMPANION_BYTES,
-    checksums_text,
     header_digest,
     locate,
     read_small,
@@ -148,4 +147,5 @@ def write_checksums(plan: Plan, directory: Path) -> None:
     """Write SHA256SUMS, without the card: an edit or a push changes that."""
     names = (*plan.file_names, RECORD_NAME)
     digests = {name: sha256_of(directory / name) for name in names}
-    write_whole(directory / CHECKSUMS_NAME, checksums_text(digests).encode())
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))  # as sha256sum's
+    write_whole(directory / CHECKSUMS_NAME, "".join(lines).encode())

@@ -70,8 +70,10 @@ def convert(
     from upcycle_cli.write.distributed import Team
     from upcycle_cli.write.writer import WriteOptions
 
-    joined = Team() if context.obj == options.DEMO else Team.launched()
-    with joined as team, terminal.errors_to_exit_codes(as_json=json, silent=not team.leads):
+    with (
+        Team.launched() as team,
+        terminal.errors_to_exit_codes(as_json=json, silent=not team.leads),
+    ):
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
         request = Request(
@@ -108,7 +110,7 @@ def convert(
 
 
 @dataclass(kw_only=True)
-class _Screen(Hooks["Plan", "Conversion"]):
+class _Screen(Hooks):
     """Saves the options, shows progress, and prints what a conversion did."""
 
     request: Request

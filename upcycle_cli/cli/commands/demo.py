@@ -69,7 +69,6 @@ def _run(context: typer.Context, arguments: list[str], *, as_json: bool) -> tupl
             [*arguments, "--json"] if as_json else arguments,
             standalone_mode=False,
             auto_envvar_prefix="UPCYCLE_DEMO",  # ignore variables that are set for real commands
-            obj=options.DEMO,
         )
     return code or 0, loads(output.getvalue() or "null")
 

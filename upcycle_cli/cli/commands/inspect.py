@@ -123,7 +123,9 @@ def _print_tables(found: Inspection, fits: Sequence[SizedRecipe] | None) -> None
 
         shown = notable(fits)
         tables += render.fits_tables(shown)
-        notes += render.fits_notes(len(fits) - len(shown))
+        notes.append(render.SIZES_NOTE)
+        if more := len(fits) - len(shown):
+            notes.append(f"{more} more recipes fit, with a smaller E; --json lists all.")
     if found.plan is not None:
         from upcycle_cli.plan.warnings import warnings
 
