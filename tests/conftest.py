@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -465,26 +464,10 @@ def validate_json(command: str, text: str) -> dict[str, Any]:
     return value
 
 
-def run_as_a_shell_would(
-    *arguments: str | Path, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, from its start to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "upcycle_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "80"} | environment,
-    )
-
-
 def run_forked(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line where its libraries are imported already; see forked.py."""
-    if any(name.startswith(forked.OWN) for name in environment):
-        return run_as_a_shell_would(*arguments, cwd=cwd, **environment)
     return forked.run(arguments, cwd=cwd, environment=os.environ | {"COLUMNS": "80"} | environment)
 
 

@@ -22,8 +22,6 @@ CONTEXT.set_forkserver_preload(
         *("matplotlib.backends.backend_svg", "jinja2", "rich.progress", "typer", "regex"),
     ]
 )
-OWN = ("PYTHON", "LC_", "LANG", "OMP_")
-"""Variables that are read when a process starts."""
 TOOL = "from upcycle_cli.__main__ import main\nmain()\n"
 
 

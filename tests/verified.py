@@ -35,7 +35,6 @@ SIZES: dict[str, Any] = {
 MIXTRAL_EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 EXPERT = MIXTRAL_EXPERT.format(1, 2, "w1")
-ATTENTION = "model.layers.0.self_attn.o_proj.weight"
 
 
 def save_dense(

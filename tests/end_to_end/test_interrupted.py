@@ -284,37 +284,34 @@ def test_a_verification_that_cannot_run_keeps_the_weights(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Each call that makes something durable or changes a name, with the path that it was about."""
+    """Each call that makes something durable or changes a name, with the path it was about."""
     found: list[tuple[str, str]] = []
 
-    def watched(name: str) -> Callable[..., Any]:
+    def watch(name: str) -> None:
         real = getattr(os, name)
 
         def call(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
             place = arguments[name in {"rename", "replace"}]  # the new name
-            path = str(place)
             if isinstance(place, int):
-                path = str(Path(f"/proc/self/fd/{place}").readlink())
+                place = Path(f"/proc/self/fd/{place}").readlink()
             result = real(*arguments, **options)
-            found.append((name, path))
+            found.append((name, str(place)))
             return result
 
-        return call
+        monkeypatch.setattr(os, name, call)
 
     for name in ("pwrite", "fsync", "fdatasync", "rename", "replace", "unlink"):
-        monkeypatch.setattr(os, name, watched(name))
+        watch(name)
     return found
 
 
-@pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
 def test_everything_is_durable_before_it_is_published(
-    small: Path, tmp_path: Path, calls: list[tuple[str, str]], *, replacing: bool
+    small: Path, tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
-    output = tmp_path / "new" / "and deeper" / "moe"
-    if replacing:
-        execute(plan_of(small, "E2G1T2"), output)
-        calls.clear()
-    execute(plan_of(small, "E4G1T2", max_shard_bytes=40_000), output, overwrite=replacing)
+    output = tmp_path / "moe"
+    execute(plan_of(small, "E2G1T2"), output)
+    calls.clear()
+    execute(plan_of(small, "E4G1T2", max_shard_bytes=40_000), output, overwrite=True)
     partial = new_of(output)
     published = calls.index(("rename", str(output)))
     shards = [name for name in contents(output) if name.endswith(".safetensors")]
@@ -328,21 +325,22 @@ def test_everything_is_durable_before_it_is_published(
         path = str(partial / name)  # flushed under its name, or before it gets the name
         named = calls.index(("replace", path)) if ("replace", path) in calls else -1
         assert ("fsync", path) in calls[:published] or calls[named - 1][0] == "fsync", name
-    changed = [
+    before, after = calls[:published], calls[published:]
+    changed = max(
         i
-        for i, (name, path) in enumerate(calls[:published])
+        for i, (name, path) in enumerate(before)
         if name in {"rename", "replace", "unlink"} and Path(path).parent == partial
-    ]
-    assert ("fsync", str(partial)) in calls[max(changed) : published]
-    after = calls[published:]
-    assert ("fsync", str(output.parent)) in after
-    if replacing:
-        # The old one goes only once it is certain that the new one stays.
-        removed = next(i for i, (name, _) in enumerate(after) if name == "unlink")
-        assert after.index(("fsync", str(output.parent))) < removed
-    else:
-        for parent in output.parent.parents[:2]:
-            assert ("fsync", str(parent)) in calls
+    )
+    assert ("fsync", str(partial)) in before[changed:]
+    # The old one goes only once it is certain that the new one stays.
+    removed = next(i for i, (name, _) in enumerate(after) if name == "unlink")
+    assert after.index(("fsync", str(output.parent))) < removed
+
+
+def test_new_parents_are_durable(small: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    execute(plan_of(small, "E2G1T2"), tmp_path / "new" / "and deeper" / "moe")
+    for parent in (tmp_path, tmp_path / "new", tmp_path / "new" / "and deeper"):
+        assert ("fsync", str(parent)) in calls
 
 
 def test_no_fsync_is_no_fsync(small: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
