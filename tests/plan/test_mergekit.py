@@ -88,20 +88,15 @@ def test_refuse_what_means_something_else_here(tmp_path: Path, content: object, 
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
+def test_refuse_files_without_prompts(tmp_path: Path) -> None:
+    for content, words in (
         (["a"], "no prompts of models"),
         ({"b": [1]}, "positive_prompts of b must be a list of texts"),
         ({"b": {"negative_prompts": ["x"]}}, "b has no positive prompts"),
         ({"b": {"positive": ["x"]}}, "'positive'"),
-    ],
-    ids=str,
-)
-def test_refuse_files_without_prompts(tmp_path: Path, content: object, words: str) -> None:
-    with pytest.raises(UpcycleError) as caught:
-        read_prompts(save(tmp_path, content))
-    assert words in caught.value.message
+    ):
+        with pytest.raises(UpcycleError, match=words):
+            read_prompts(save(tmp_path, content))
 
 
 def test_negative_prompts_change_the_digest(tmp_path: Path) -> None:
@@ -124,10 +119,8 @@ def test_negative_prompts_change_the_digest(tmp_path: Path) -> None:
 def test_refuse_prompts_that_do_not_fit(
     tmp_path: Path, content: object, recipe: str, init: str, words: str
 ) -> None:
-    models = [
-        open_checkpoint(write_hollow(tmp_path / name, tiny_config("llama")))
-        for name in ("dense", "b")
-    ]
+    paths = (write_hollow(tmp_path / name, tiny_config("llama")) for name in ("dense", "b"))
+    models = [open_checkpoint(path) for path in paths]
     inputs = Inputs(text=None if content is None else read_prompts(save(tmp_path, content)))
     merge = Merge(others=(models[1],), cycle=(0, 1))
     with pytest.raises(UpcycleError) as caught:
