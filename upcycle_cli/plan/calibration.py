@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SHOWN_DIGITS = 4
-_TENSORS = ("activity", "rows", "order")
-"""The fields of a layer's results that a file holds as tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,38 +77,32 @@ class Calibration:
             }
 
     def to_bytes(self) -> bytes:
-        """Return the results as a safetensors file."""
-        import numpy as np
-        from safetensors.numpy import save
-
-        tensors: dict[str, NDArray[Any]] = {
-            f"{number}.{name}": np.frombuffer(held, "u1") if isinstance(held, bytes) else held
-            for number, layer in self.layers.items()
-            for name in _TENSORS
-            if (held := getattr(layer, name)) is not None
-        }
-        statistics = [asdict(layer.statistics) for layer in self.layers.values()]
-        found = json.dumps({"tokens": self.tokens, "layers": statistics})
-        return save(tensors, {"calibration": found})
+        """Return the results as JSON, with arrays in hexadecimal digits."""
+        layers = [
+            {
+                **asdict(layer.statistics),
+                "activity": layer.activity.astype("<f4").tobytes().hex(),
+                "rows": layer.rows.hex(),
+                "order": "" if layer.order is None else layer.order.hex(),
+            }
+            for layer in self.layers.values()
+        ]
+        return json.dumps({"tokens": self.tokens, "layers": layers}).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read what `to_bytes` made; ValueError, KeyError or TypeError for anything else."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
+        import numpy as np
 
-        try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-        size = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["calibration"])
-        layers = {}
+        found, layers = json.loads(data), {}
         for each in found["layers"]:
-            names = {name: f"{each['layer']}.{name}" for name in _TENSORS}
-            held = {name: tensors[key] for name, key in names.items() if key in tensors}
-            values: dict[str, Any] = {
-                n: x.tobytes() if x.dtype == "u1" else x for n, x in held.items()
-            }
-            layers[each["layer"]] = LayerFound(statistics=RouterStatistics(**each), **values)
+            activity, rows, order = (
+                bytes.fromhex(each.pop(name)) for name in ("activity", "rows", "order")
+            )
+            layers[each["layer"]] = LayerFound(
+                statistics=RouterStatistics(**each),
+                activity=np.frombuffer(activity, "<f4"),
+                rows=rows,
+                order=order or None,
+            )
         return cls(tokens=found["tokens"], layers=layers)
