@@ -63,7 +63,11 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         shares=experts.shares,
         expert_layout=layout,
         dense_parameters=source.num_parameters,
-        method=Growing(growth=growth, experts=experts),
+        method=Growing(
+            expand=growth.expand,
+            source_num_experts=experts.num_experts,
+            source_top_k=experts.top_k,
+        ),
     )
 
 

@@ -40,11 +40,10 @@ def facts(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _experts_of_growth(plan: Plan, expansion: Growing) -> Iterator[tuple[str, str]]:
-    before, times = expansion.experts, expansion.growth.expand
-    yield "model", f"{plan.target.title}, each expert {times} times"
-    experts = f"{before.num_experts} → {plan.num_experts} per layer"
-    active = f"{before.top_k} → {plan.top_k} active, {plan.routing}"
+def _experts_of_growth(plan: Plan, growing: Growing) -> Iterator[tuple[str, str]]:
+    yield "model", f"{plan.target.title}, each expert {growing.expand} times"
+    experts = f"{growing.source_num_experts} → {plan.num_experts} per layer"
+    active = f"{growing.source_top_k} → {plan.top_k} active, {plan.routing}"
     yield "experts", f"{experts}, {active}, each {plan.expert_size} wide"
 
 

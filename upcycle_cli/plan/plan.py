@@ -21,13 +21,12 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.engines import Engine, engines_of
 from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.expressions import loses_bits
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge, merged_card_metadata
 from upcycle_cli.plan.output import Options, OutputTensor, Role, Shard
-from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Promise, Recipe, Routing
+from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Recipe, Routing
 from upcycle_cli.recipe.scaling import Factors, is_power_of_two
 
 if TYPE_CHECKING:
@@ -50,11 +49,11 @@ class Upcycling:
 
 @dataclass(frozen=True, kw_only=True)
 class Growing:
-    """How an MoE grows."""
+    """How an MoE grows: the copies of each expert, and N and T of the source."""
 
-    growth: Growth
-    experts: Experts
-    """The experts of the source."""
+    expand: int
+    source_num_experts: int
+    source_top_k: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ class Plan:
             return Promise.NONE, words
         if isinstance(self.method, Upcycling):
             return self.recipe.promise(self.factors, self.family.dense.mlp_kind)
-        exact = self.method.growth.expand * self.method.experts.top_k
+        exact = self.method.expand * self.method.source_top_k
         if self.top_k == exact:
             return Promise.EXACT, ""
         words = f"top-k is {self.top_k}, and only {exact} picks all copies of the same experts"
@@ -177,16 +176,8 @@ class Plan:
     def how(self) -> dict[str, Any]:
         """How the output is made, as the record states it in JSON values."""
         if isinstance(self.method, Growing):
-            experts, growth = self.method.experts, self.method.growth
-            return {
-                "growth": {
-                    "expand": growth.expand,
-                    "top_k": self.top_k,
-                    "routing": self.routing,
-                    "source_num_experts": experts.num_experts,
-                    "source_top_k": experts.top_k,
-                }
-            }
+            made = {"top_k": self.top_k, "routing": self.routing}
+            return {"growth": {**asdict(self.method), **made}}
         inputs, found, merge = self.inputs, self.calibration, self.merge
         stated: dict[str, Any] = {
             "recipe": {"name": self.recipe.name, **asdict(self.recipe)},

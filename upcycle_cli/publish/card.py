@@ -49,7 +49,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         template, made, title = "card.md", plan.recipe.name, f" {plan.recipe.name}"
         own = _fields_of_upcycling(plan)
     else:
-        k = plan.growing.growth.expand
+        k = plan.growing.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
     location = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"

@@ -267,7 +267,7 @@ def expectation(plan: Plan) -> Expectation:
         is_lossless=not plan.rounded_parts,
     )
     if plan.growing is not None:
-        size = plan.growing.growth.expand
+        size = plan.growing.expand
         return replace(expected, group_size=size, source="smaller MoE")
     recipe = plan.recipe
     size = recipe.group_size if recipe.virtual_groups else 1
