@@ -24,6 +24,10 @@ import transformers
 from safetensors import safe_open
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from upcycle_cli.models import dense_rows as families
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
@@ -104,6 +108,7 @@ def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
         "defaults": {
             model_type: defaults(model_type) for model_type in sorted({*dense, *MOE, *TEXTS})
         },
+        "classes": {name: classes(name) for name in sorted({*dense, *MOE} - TEXTS)},
         "tensors": {name: tensors(name) for name in sorted({*dense} - WITHOUT_TABLE - TEXTS)},
     }
 
@@ -121,6 +126,13 @@ def formatted(content: Mapping[str, Any]) -> str:
 
 def config_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is untyped
     return transformers.CONFIG_MAPPING[model_type]
+
+
+def classes(model_type: str) -> list[str | None]:
+    """Return the names of the config, the base model and the causal language model."""
+    mappings = MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = (mapping.get(model_type) for mapping in mappings)
+    return [config_class(model_type).__name__, *names]
 
 
 def declared(model_type: str) -> dict[str, Any]:

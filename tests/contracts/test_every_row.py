@@ -27,7 +27,7 @@ from upcycle_cli.verification.result import Status
 
 Row = tuple[str, str]
 NATIVE_ROWS = [(name, target) for name, row in DENSE.items() for target in row.targets]
-SHIPPED_ROWS = [(name, SHIPPED) for name, row in DENSE.items() if row.classes]
+SHIPPED_ROWS = [(name, SHIPPED) for name, row in DENSE.items() if row.can_ship_code]
 FEW = TextOptions(tokens=64)
 SINGLE, DOUBLE = 1e-5, 1e-12
 ROUTED = [
@@ -198,13 +198,13 @@ def test_the_logits_are_those_of_the_dense_model(
 def test_shipped_code_is_exact_in_double_precision(
     make_moe: MakeMoe, logits: Logits, model_type: str
 ) -> None:
-    if DENSE[model_type].classes:
+    if DENSE[model_type].can_ship_code:
         found, wanted = make_moe((model_type, SHIPPED), Routing.SIGMOID_TOPK)[::-1]
         assert difference(*(logits(path, dtype=torch.double) for path in (found, wanted))) < DOUBLE
 
 
 @pytest.mark.parametrize(
-    "row", [*NATIVE_ROWS, *((n, SHIPPED) for n in SIZES if DENSE[n].classes)], ids="-".join
+    "row", [*NATIVE_ROWS, *((n, SHIPPED) for n in SIZES if DENSE[n].can_ship_code)], ids="-".join
 )
 def test_a_config_may_leave_out_what_is_usual(make_moe: MakeMoe, logits: Logits, row: Row) -> None:
     dense, moe = make_moe(row, minimal=True)

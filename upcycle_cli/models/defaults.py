@@ -2,10 +2,11 @@
 
 `knowledge/defaults.json` is generated from transformers by `tests/family_defaults.py --write`.
 "defaults" has the default of each key by model type; null mostly means that a value is derived from
-others. "tensors" has the tensors of dense checkpoints: "outside" of layers, and by kind of layer
-within "layers". An entry is a shape with an optional condition, such as
-"hidden_size,2*n_groups*ssm_state_size if use_bias": dimensions are sums of products of config keys
-and integers; a condition is `if` or `unless` and a boolean key.
+others. "classes" has the names of the config, the base model and the causal language model.
+"tensors" has the tensors of dense checkpoints: "outside" of layers, and by kind of layer within
+"layers". An entry is a shape with an optional condition, such as "hidden_size,2*head_dim if
+use_bias": dimensions are sums of products of config keys and integers; a condition is `if` or
+`unless` and a boolean key.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
     Model types without rope lack "rope_theta". "partial_rotary_factor" is there if it varies.
     """
     return MappingProxyType(table("defaults")["defaults"].get(model_type, {}))
+
+
+def class_names(model_type: str) -> Sequence[str]:
+    """Return transformers' config, base model and causal language model of a type."""
+    names: Sequence[str] = table("defaults")["classes"][model_type]
+    return names
 
 
 def tensor_shapes(

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.defaults import LAYER, defaults_of, dimension, tensor_shapes
+from upcycle_cli.models.defaults import LAYER, class_names, defaults_of, dimension, tensor_shapes
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
 from upcycle_cli.models.settings import ConfigValues
@@ -60,10 +60,9 @@ class DenseFamily:
     """A dense model type: a row of `DENSE`, which states what differs from llama."""
 
     model_type: str
-    classes: str | tuple[str, str, str] | None = None
-    """The prefix of its class names in transformers, or the names of its config, base model and
-    causal LM; None if shipped code does not support it."""
     _: KW_ONLY
+    can_ship_code: bool = True
+    """Whether shipped code supports it."""
     mlp: tuple[Weight, ...] = swiglu("mlp")
     norm: str | tuple[str, ...] | None = "post_attention_layernorm.weight"
     """The weight of the norm before the MLP: of several names the first that a layer has; None if
@@ -120,12 +119,12 @@ class DenseFamily:
         return next((norm for norm in norms if norm and prefix + norm in names), norms[0])
 
     @property
-    def class_names(self) -> tuple[str, str, str]:
-        """The config, base model and causal LM in transformers."""
-        name = self.classes
-        if isinstance(name, tuple):
-            return name
-        return f"{name}Config", f"{name}Model", f"{name}ForCausalLM"
+    def classes(self) -> tuple[str, str, str]:
+        """The config, base model and causal LM in transformers, or those of the wrapper."""
+        if self.inside is not None:
+            return self.inside.wrapper.classes
+        config, base, whole = class_names(self.model_type)
+        return config, base, whole
 
 
 def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from upcycle_cli.models.layers import MOE_LAYERS
 from upcycle_cli.models.mlp import parts_of, stacked
 from upcycle_cli.models.moe import Keys, MoeBlock, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
-from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import (
     IN_MEMORY_PREFIXES,
     LAYER_PREFIX,
@@ -74,7 +74,7 @@ def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> Dense
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
     """Return the --target values of a family; the one that most software loads comes first."""
-    return (*family.targets, *((SHIPPED,) if family.classes else ()))
+    return (*family.targets, *((SHIPPED,) if family.can_ship_code else ()))
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -111,7 +111,7 @@ def is_target(config: Mapping[str, Any]) -> bool:
     if model_type in NATIVE:
         return model_type not in DENSE or is_moe(config)
     name = model_type.removeprefix(UPCYCLED_PREFIX)
-    return name != model_type and name in DENSE and DENSE[name].classes is not None
+    return name != model_type and name in DENSE and DENSE[name].can_ship_code
 
 
 def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
@@ -150,7 +150,6 @@ def native_target(name: str, inside: Inside | None) -> Target:
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
     return replace(
         target,
-        architecture=f"{inside.wrapper.natives[target.model_type][1]}ForConditionalGeneration",
         layer=inside.wrapped(target.layer),
         head=inside.wrapped(target.head),
         inside=inside,
@@ -179,7 +178,6 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     )
     return Target(
         model_type=f"{UPCYCLED_PREFIX}{family.model_type}",
-        architecture=ARCHITECTURE if family.inside is None else WRAPPED_ARCHITECTURE,
         routings=(Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK),
         layouts={ExpertLayout.FUSED: layout},
         keys=Keys(
@@ -224,7 +222,6 @@ def _inside(row: DenseFamily, inside: Inside) -> DenseFamily:
         embedding=inside.wrapped(row.embedding),
         head=inside.wrapped(row.head),
         targets=tuple(target for target in row.targets if target in inside.wrapper.natives),
-        classes=inside.wrapper.classes,
         inside=inside,
     )
 

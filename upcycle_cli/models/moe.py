@@ -13,11 +13,11 @@ from typing import Any
 
 from upcycle_cli.checkpoint.header import Tensor
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.defaults import class_names, defaults_of
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import ALL, LayerChoice
 from upcycle_cli.models.mlp import Weight
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.models.wrappers import (
     HEAD,
     LAYER_PREFIX,
@@ -166,7 +166,6 @@ class Target:
     """An MoE architecture that dense models can become: a row of `NATIVE`, or shipped code."""
 
     model_type: str
-    architecture: str
     routings: tuple[Routing, ...] = (Routing.TOPK_SOFTMAX,)
     """The routings it can express; the first is that of released models, and the default."""
     layouts: Mapping[ExpertLayout, MoeBlock]
@@ -198,7 +197,16 @@ class Target:
     settings: Callable[[DenseModel], dict[str, Any]] = lambda _: {}
     """Returns the config keys that it needs beside these and those shared with the dense type."""
     inside: Inside | None = None
-    """The wrapper around it, if any; `architecture` and tensor names are then the wrapper's."""
+    """The wrapper around it, if any; tensor names are then the wrapper's."""
+
+    @property
+    def architecture(self) -> str:
+        """The class that loads the whole model."""
+        if self.ships_code:
+            return ARCHITECTURE if self.inside is None else WRAPPED_ARCHITECTURE
+        if self.inside is None:
+            return class_names(self.model_type)[-1]
+        return f"{self.inside.wrapper.natives[self.model_type][1]}ForConditionalGeneration"
 
     @property
     def outer_type(self) -> str:

@@ -131,7 +131,6 @@ _BEFORE_MLP = "pre_feedforward_layernorm.weight"
 _ROWS: Sequence[Target] = (
     Target(
         model_type="mixtral",
-        architecture="MixtralForCausalLM",
         layouts=_MIXTRAL_LAYOUTS,
         keys=_MIXTRAL_KEYS,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
@@ -143,7 +142,6 @@ _ROWS: Sequence[Target] = (
         # if a config denies them, and refuses a shared expert of size 0. llama.cpp computes the
         # shared gate as silu(x)/x, which is 0/0 for a zero row: the gate is random.
         model_type="qwen2_moe",
-        architecture="Qwen2MoeForCausalLM",
         **_QWEN | _GATED_SHARED | {"routings": _EITHER_SOFTMAX[::-1]},
         layers=layers.MLP_ONLY_LAYERS,
         required_biases=tuple(f"self_attn.{matrix}_proj" for matrix in "qkv"),
@@ -152,7 +150,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
         **_QWEN,
         layers=layers.MLP_ONLY_LAYERS,
     ),
@@ -160,12 +157,10 @@ _ROWS: Sequence[Target] = (
         # Released models do not renormalise gates, and vLLM never does. The norm behind the experts
         # cancels that factor, so the exact routing can be the default.
         model_type="flex_olmo",
-        architecture="FlexOlmoForCausalLM",
         **_OLMO,
     ),
     Target(
         model_type="glm4_moe",
-        architecture="Glm4MoeForCausalLM",
         **_DEEPSEEK,
         constants=_ONE_GROUP | {"num_nextn_predict_layers": 0},
         layers=layers.FIRST_K_DENSE,
@@ -174,21 +169,18 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="dots1",
-        architecture="Dots1ForCausalLM",
         **_DEEPSEEK,
         constants=_ONE_GROUP,
         layers=layers.FIRST_K_DENSE,
     ),
     Target(
         model_type="mellum",
-        architecture="MellumForCausalLM",
         **_QWEN,
         layers=layers.MLP_TYPES,
         settings=moe_settings.mellum,
     ),
     Target(
         model_type="hy_v3",
-        architecture="HYV3ForCausalLM",
         routings=_SIGMOID_TOPK,
         layouts=_qwen_layouts(
             router="mlp.router.gate.weight",
@@ -212,14 +204,12 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="solar_open",
-        architecture="SolarOpenForCausalLM",
         **_DEEPSEEK,
         constants=_ONE_GROUP | _FOR_MLX,
         unsupported_tensors=_NO_O_BIAS,
     ),
     Target(
         model_type="deepseek_v3",
-        architecture="DeepseekV3ForCausalLM",
         **_DEEPSEEK,
         constants=_ONE_GROUP | _FOR_VLLM | {"num_nextn_predict_layers": 0},
         layers=layers.FIRST_K_DENSE,
@@ -228,7 +218,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="ernie4_5_moe",
-        architecture="Ernie4_5_MoeForCausalLM",
         layouts=_qwen_layouts(
             shared=_shared_swiglu("mlp.shared_experts"),
             correction_bias="mlp.moe_statics.e_score_correction_bias",
@@ -243,7 +232,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="hunyuan_v1_moe",
-        architecture="HunYuanMoEV1ForCausalLM",
         layouts=_qwen_layouts(router="mlp.gate.wg.weight", shared=_shared_swiglu("mlp.shared_mlp")),
         keys=Keys(
             aliases=("num_local_experts",), top_k="moe_topk", expert_size="intermediate_size"
@@ -252,7 +240,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="lfm2_moe",
-        architecture="Lfm2MoeForCausalLM",
         routings=_SIGMOID_TOPK,
         layouts=_layouts(
             linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
@@ -267,7 +254,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="cohere2_moe",
-        architecture="Cohere2MoeForCausalLM",
         routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
         layouts=_qwen_layouts(shared=_shared_swiglu("mlp.shared_experts")),
         keys=Keys(
@@ -293,7 +279,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="qwen3_5_moe_text",
-        architecture="Qwen3_5MoeForCausalLM",
         **_GATED_SHARED,
         keys=Keys(),
         settings=moe_settings.qwen3_5_moe,
@@ -304,7 +289,6 @@ _ROWS: Sequence[Target] = (
         # factor of √ε, the norm behind both treats small outputs like the dense MLP's: see
         # docs/decisions.md. The router divides its input by √H, hence its scale.
         model_type="gemma4_text",
-        architecture="Gemma4ForCausalLM",
         layouts={
             ExpertLayout.FUSED: MoeBlock(
                 experts=stacked("experts"),
@@ -330,10 +314,9 @@ _ROWS: Sequence[Target] = (
         ),
         parallel_mlp=ParallelMlp(),
     ),
-    Target(model_type="granitemoe", architecture="GraniteMoeForCausalLM", **_GRANITE),
+    Target(model_type="granitemoe", **_GRANITE),
     Target(
         model_type="granitemoe_swa",
-        architecture="GraniteMoeSWAForCausalLM",
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(size_key="shared_intermediate_size", required=False),
         constants={"shared_intermediate_size": 0},
@@ -342,7 +325,6 @@ _ROWS: Sequence[Target] = (
     Target(
         # A model without experts is dense, and its shared expert is the MLP.
         model_type="granitemoehybrid",
-        architecture="GraniteMoeHybridForCausalLM",
         **_GRANITE,
         layers=layers.ALL_OR_NONE,
         shared=SharedExpert(size_key="shared_intermediate_size", size=64),
@@ -350,7 +332,6 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="nemotron_h",
-        architecture="NemotronHForCausalLM",
         routings=_SIGMOID_TOPK,
         layouts=_layouts(
             linear_layers("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
@@ -372,7 +353,6 @@ NATIVE: Mapping[str, Target] = {row.model_type: row for row in _ROWS}
 WRAPPED_TARGETS: Mapping[str, Target] = {
     "qwen3_vl_moe_text": Target(
         model_type="qwen3_vl_moe_text",
-        architecture="Qwen3VLMoeForConditionalGeneration",
         layouts={
             layout: MoeBlock(
                 experts=stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),
@@ -389,7 +369,6 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
 GROW_ONLY: Mapping[str, Target] = {
     "olmoe": Target(
         model_type="olmoe",
-        architecture="OlmoeForCausalLM",
         **_OLMO | {"routings": _EITHER_SOFTMAX[::-1]},
     )
 }

@@ -208,7 +208,7 @@ class Plan:
         if not self.target.ships_code:
             return None
         row = self.family.dense.family
-        return modeling_code(row.class_names, wrapped=row.inside is not None)
+        return modeling_code(row.classes, wrapped=row.inside is not None)
 
     @property
     def file_names(self) -> list[str]:

@@ -21,7 +21,7 @@ def _code_for(model_type: str) -> str:
     wrapper = wrapper_of({"model_type": model_type})
     if wrapper is not None:
         return modeling_code(wrapper.classes, wrapped=True)
-    return modeling_code(upcycled_family({"model_type": model_type}).class_names)
+    return modeling_code(upcycled_family({"model_type": model_type}).classes)
 
 
 @contextmanager
