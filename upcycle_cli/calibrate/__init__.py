@@ -1,5 +1,4 @@
 """Calibration: run the dense model on a text, and fit router rows and neuron orders to it.
 
-`collect` runs the model, `layer_calibration` evaluates one layer, and `router_rows` and
-`neuron_clusters` have the algorithms in numpy.
+`collect` runs the model; `router_rows` and `neuron_clusters` have the algorithms in numpy.
 """

@@ -3,8 +3,8 @@
 The activations of a layer are evaluated while the model waits after that layer, and dropped before
 the next one. transformers' own code runs the model in float32, with the weights left on disk.
 
-Legend: B texts, S positions, P positions that are not padding, I dense intermediate size, E rows of
-a router.
+Legend: B texts, S positions, P positions that are not padding, H hidden size, I dense intermediate
+size, E rows of a router.
 """
 
 from __future__ import annotations
@@ -12,27 +12,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from upcycle_cli.calibrate import router_rows
+from upcycle_cli.calibrate.neuron_clusters import Floats, clustered_order
+from upcycle_cli.calibrate.router_rows import Array
+from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.models.mlp import find_weight
-from upcycle_cli.plan.calibration import Calibration, LayerFound
-from upcycle_cli.plan.output import Role
+from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatistics
+from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.plan.texts import CalibrationText, Prompts
 from upcycle_cli.plan.upcycle import bind
+from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 from upcycle_cli.run.models import Model, load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
 from upcycle_cli.write.distributed import Team
+from upcycle_cli.write.evaluate import check_rows, evaluate
+from upcycle_cli.write.random_draws import standard_normal
 from upcycle_cli.write.staging import CALIBRATION, Staging
 
 if TYPE_CHECKING:
     import torch
-
-    from upcycle_cli.calibrate.router_rows import Array
 
 TOKENS = 2048
 """The number of tokens used, at most: SmolLM2-135M takes ten seconds for them on two cores."""
@@ -95,7 +104,6 @@ class _Tokens:
 
 def _prompts(plan: Plan, prompts: Prompts) -> _Tokens:
     """Return a row for each prompt, padded at its end; UpcycleError for a prompt without tokens."""
-    import numpy as np
     import torch
 
     assert plan.merge is not None
@@ -147,7 +155,6 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
 
 def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterator[LayerFound]:
     """Yield the calibration of each layer that gets experts; raises TransformersError."""
-    from upcycle_cli.calibrate.layer_calibration import calibrate_layer
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model
 
@@ -174,6 +181,72 @@ def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterat
             handle.remove()
             inputs_PH = run.mlp_input.flatten(0, -2)[tokens.positions].double().numpy()
             found = routers[layer], reader, inputs_PH, activity.pop().numpy(), tokens.weights
-            yield calibrate_layer(plan.recipe, *found)
+            yield _calibrate_layer(plan.recipe, *found)
             reader.release()
             watch.checked(layer + 1, dense.num_layers, "layers")
+
+
+def _calibrate_layer(
+    recipe: Recipe,
+    router: OutputTensor,
+    reader: Reader,
+    inputs_PH: Array,
+    activity_PI: Floats,
+    weights_EP: Array | None,
+) -> LayerFound:
+    """Return the router rows, the neuron order if the recipe wants one, and statistics.
+
+    `weights_EP` has, for prompts, the weight of each position in the mean for each router row.
+    """
+    assert router.layer is not None
+    rows = _rows(recipe, router, reader, inputs_PH, weights_EP)
+    shape = recipe.router_rows, inputs_PH.shape[1]
+    rows_EH = as_float32(rows, router.dtype, shape).astype(np.float64)
+    logits_PE = inputs_PH @ rows_EH.T
+    load_E = router_rows.loads(logits_PE, recipe.rows_chosen)
+    mean_H, square_H = inputs_PH.mean(0), np.square(inputs_PH).mean(0)
+    statistics = RouterStatistics(
+        layer=router.layer,
+        mean_share=float(np.square(mean_H).sum() / square_H.sum()),
+        logit_std=float(logits_PE.std(0).mean()),
+        logit_spread=float(logits_PE.mean(0).std()),
+        load_cv=float(load_E.std() / load_E.mean()),
+        idle=int((load_E == 0).sum()),
+        gates=router_rows.chosen_gates(logits_PE, recipe.rows_chosen),
+    )
+    order = None
+    if recipe.neuron_order is NeuronOrder.CLUSTERED:
+        stream, draw = order_name(router.layer), partial(standard_normal, recipe.seed)
+        order_I = clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
+        order = order_I.astype("<u4").tobytes()
+    activity_I = activity_PI.mean(0)
+    return LayerFound(statistics=statistics, activity=activity_I, rows=rows, order=order)
+
+
+def _rows(
+    recipe: Recipe,
+    router: OutputTensor,
+    reader: Reader,
+    inputs_PH: Array,
+    weights_EP: Array | None,
+) -> bytes:
+    """Return the router rows in the router's dtype; UpcycleError where they do not fit."""
+    assert router.layer is not None
+    stream, draw = router_stream(router.layer), partial(standard_normal, recipe.seed)
+    match recipe.router_init:
+        case RouterInit.BALANCED:
+            rows_EH = router_rows.balanced(inputs_PH, recipe, stream, draw)
+        case RouterInit.CENTROIDS:
+            rows_EH = router_rows.centroids(inputs_PH, recipe, stream, draw)
+        case RouterInit.PROMPTS:
+            assert weights_EP is not None
+            rows_EH = router_rows.prompted(inputs_PH, weights_EP, recipe, stream)
+        case _:  # the rows are not fitted: the first of each group
+            data = evaluate(router.expr, reader.mapped)
+            size, copies = len(data) // recipe.num_experts, recipe.num_experts // recipe.router_rows
+            starts = range(0, len(data), size * copies)
+            return b"".join(data[start : start + size] for start in starts)
+    with np.errstate(over="ignore"):
+        rows = rounded(rows_EH, router.dtype)
+    check_rows(to_float32(rows, router.dtype), router.dtype, recipe.router_logit_std or 1.0, stream)
+    return rows.tobytes()

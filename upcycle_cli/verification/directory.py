@@ -2,17 +2,22 @@
 
 JSON is compared by value and the rest byte for byte. Any other file that a loader could read is a
 difference, and so is any other setting. What transformers writes when it saves such a model again
-is accepted.
+is accepted: where config.json differs, transformers' own config class reads both, and they are
+compared by what they mean.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     COMPANIONS,
@@ -35,18 +40,19 @@ from upcycle_cli.core.safe_files import (
     read_small,
 )
 from upcycle_cli.models.shipped import CODE_NAME
+from upcycle_cli.models.wrappers import nested_configs
+from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.result import CheckResult, Findings
-from upcycle_cli.verification.settings import (
-    Settings,
-    config_failures,
-    differences,
-    record_failures,
-    same,
-)
 from upcycle_cli.write.ownership import checksum_failures
+from upcycle_cli.write.record import described
 
 NAME = "directory"
+Settings = Mapping[str, Any]
+_REWRITTEN = ("_name_or_path", "transformers_version")
+"""Keys of config.json that transformers sets when it saves a model: of what, and by whom."""
+_LEFT_OUT = ("dtype", "tie_word_embeddings")
+"""Keys that some versions of transformers save under another name, or only if no default."""
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
 _GIT = (".gitattributes", ".gitignore")
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -54,7 +60,6 @@ _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".
 """Suffixes of files that no loader reads, unless they have the name of a tokenizer's file."""
 _SAVED_BY = ("transformers_version", "is_local", "local_files_only")
 """Keys that transformers adds when it saves, which nothing reads."""
-_MOST_NAMED = 5
 
 
 def check_directory(
@@ -62,10 +67,9 @@ def check_directory(
 ) -> CheckResult:
     """Compare an MoE's files with the plan; `names` are all that lie in its directory."""
     findings, notes = Findings(), list[str]()
-    findings.add(*config_failures(plan, moe, record, notes), *record_failures(plan, record))
-    findings.add(*_weight_file_failures(moe))
-    findings.add(*_companion_failures(plan, moe, notes))
-    findings.add(*_foreign_failures(plan, moe, names, notes), *checksum_failures(moe.path))
+    findings.add(*_config_failures(plan, moe, record, notes), *_record_failures(plan, record))
+    findings.add(*_weight_file_failures(moe), *_companion_failures(plan, moe, notes))
+    findings.add(*_foreign_failures(plan, moe, names), *checksum_failures(moe.path))
     return findings.result(NAME, "All files are those of the plan.", note=" ".join(notes))
 
 
@@ -87,7 +91,7 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
         wanted["total_parameters"] = counted  # transformers leaves out buffers
     expected = {"metadata": wanted, "weight_map": index["weight_map"]}
     yield from (
-        f"{INDEX_NAME}: {each}" for each in differences(expected, index | {"metadata": held})
+        f"{INDEX_NAME}: {each}" for each in _differences(expected, index | {"metadata": held})
     )
 
 
@@ -95,25 +99,125 @@ def _has_index(moe: Checkpoint) -> bool:
     return [shard.name for shard in moe.shards] != [WEIGHTS_NAME]
 
 
-def _foreign_failures(
-    plan: Plan, moe: Checkpoint, names: Sequence[str], notes: list[str]
-) -> Iterator[str]:
-    """Name the files that no plan writes; those that no loader reads are only noted."""
+def _foreign_failures(plan: Plan, moe: Checkpoint, names: Sequence[str]) -> Iterator[str]:
+    """Name the files that no plan writes and that a loader could read."""
     expected = {*_OWN, *_GIT, *(shard.name for shard in moe.shards)}
     expected |= {INDEX_NAME} if _has_index(moe) else set()
     expected |= {CODE_NAME} if plan.code is not None else set()
-    inert = []
-    for name in names:
-        path, odd = PurePosixPath(name), is_weight_file(name) or name.endswith((".py", "/"))
-        if name in expected or (not odd and matches(name, COMPANIONS)):
-            continue
-        if path.suffix.casefold() in _INERT and not (odd or matches(name.casefold(), COMPANIONS)):
-            inert.append(name)
-        else:
+    for name in (name for name in names if name not in expected):
+        # Where file names have no case, one in another case is read as a companion, too.
+        is_companion, may_be = (matches(each, COMPANIONS) for each in (name, name.casefold()))
+        inert = is_companion or (not may_be and PurePosixPath(name).suffix.casefold() in _INERT)
+        if not inert or is_weight_file(name) or name.endswith((".py", "/")):
             yield f"{name} is no file of this model, and loaders or engines may read or run it"
-    if inert:
-        more = f" and {len(inert) - _MOST_NAMED} more" if len(inert) > _MOST_NAMED else ""
-        notes.append(f"Not part of the model: {', '.join(inert[:_MOST_NAMED])}{more}.")
+
+
+# Settings by value --------------------------------------------------------------------------------
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two JSON values are the same; 1, 1.0 and true are three."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _differences(wanted: object, held: object, path: str = "") -> Iterator[str]:
+    """Yield each difference of a JSON value from the one that it should be, in words."""
+    if _same(wanted, held):
+        return
+    if isinstance(wanted, Mapping) and isinstance(held, Mapping):
+        for key in {**wanted, **held}:
+            where = f"{path}.{key}" if path else str(key)
+            if key not in held:
+                yield f"{where} is missing, and should be {shown(wanted[key])}"
+            elif key not in wanted:
+                yield f"{where} is {shown(held[key])}, and should not be there"
+            else:
+                yield from _differences(wanted[key], held[key], where)
+    elif isinstance(wanted, list) and isinstance(held, list) and len(wanted) == len(held):
+        for index, (one, other) in enumerate(zip(wanted, held, strict=True)):
+            yield from _differences(one, other, f"{path}[{index}]")
+    else:
+        yield f"{path} is {shown(held)} instead of {shown(wanted)}"
+
+
+def _config_failures(
+    plan: Plan, moe: Checkpoint, record: Settings, notes: list[str]
+) -> Iterator[str]:
+    """Compare config.json with the plan's."""
+    wanted: Settings = json.loads(json.dumps(plan.config))
+    found, stored = [*_differences(wanted, moe.config)], _main_dtype(moe)
+    if not found:
+        return
+    if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
+        notes.append(f"{CONFIG_NAME} was saved again by transformers, and says the same.")
+        return
+    yield from (f"{CONFIG_NAME}: {each}" for each in found)
+    tool, this = record.get("tool"), version("upcycle-cli")
+    before = tool.get("version") if isinstance(tool, dict) else None
+    if before != this:
+        notes.append(
+            f"It was made by upcycle {before}, and this is {this}: that version may have written "
+            "other settings. Verify with it, or convert again."
+        )
+
+
+def _main_dtype(moe: Checkpoint) -> str:
+    """Return the dtype that most bytes of an MoE have, by torch's name."""
+    nbytes = Counter[str]()
+    for entry in moe.tensors.values():
+        nbytes[entry.dtype] += entry.nbytes
+    return TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")
+
+
+def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:
+    """Name the dtype where transformers names the one it loaded, which `weights` compares."""
+    named = {key: stored for key in ("dtype", "torch_dtype") if held.get(key) == stored}
+    nested = {
+        key: _with_dtype(wanted[key], held[key], stored)
+        for key in nested_configs(wanted)
+        if isinstance(held.get(key), dict)
+    }
+    return {**wanted, **nested, **named}
+
+
+def _means_the_same(wanted: Settings, held: Settings) -> bool:
+    """Whether a config is one that transformers may save of another one.
+
+    Each key must mean the same to transformers. Since other engines read the file itself, each
+    value must also be the other config's, or the one that transformers writes for it, and no key
+    may be missing that transformers writes.
+    """
+    from upcycle_cli.run.models import TransformersError, saved_config
+
+    try:
+        (written, meant), (_, held_meant) = saved_config(wanted), saved_config(held)
+    except TransformersError:
+        return False
+    for key in {*meant, *held_meant, *held} - {*_REWRITTEN}:
+        if not _same(meant.get(key), held_meant.get(key)):
+            return False
+        known = [side[key] for side in (wanted, written, meant) if key in side]
+        if key in held and not any(_same(held[key], value) for value in known):
+            return False
+    kept = {key for key in wanted.keys() & written if wanted[key] is not None}
+    return kept <= {*held, *_REWRITTEN, *_LEFT_OUT}
+
+
+def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
+    """Compare what the record states beside its recipe with the plan of that recipe."""
+    wanted: dict[str, Any] = json.loads(json.dumps(described(plan)))
+    layout = wanted.pop("expert_layout")
+    held = {key: record[key] for key in wanted}
+    if layout == record["expert_layout"]:  # else transformers has changed it, and names with it
+        wanted["routers"] = sorted(t.name for t in plan.tensors if t.role is Role.ROUTER)
+        routers = record["routers"]  # training changes their digests
+        held["routers"] = sorted(routers) if isinstance(routers, dict) else routers
+    source, dense = record.get("source"), plan.source
+    # A conversion of a local directory recorded no revision; the weights are compared all the same.
+    if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
+        wanted["source"] = {"name": dense.name, "revision": dense.revision}
+        held["source"] = {key: source.get(key) for key in wanted["source"]}
+    yield from (f"{RECORD_NAME}: {each}" for each in _differences(wanted, held))
 
 
 # Tokenizer, generation settings, licences ---------------------------------------------------------
@@ -148,7 +252,7 @@ def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[
                 yield f"{name} is missing"
             elif wanted is not None and name.endswith(".json"):
                 ours, theirs = (json_object(data, name) for data in (wanted, held))
-                yield from (f"{name}: {each}" for each in differences(ours, theirs))
+                yield from (f"{name}: {each}" for each in _differences(ours, theirs))
             else:
                 yield f"{name} is not what convert writes"
         except UpcycleError as error:
@@ -170,7 +274,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
             if wanted is None or held is None or not name.endswith(".json"):
                 return False
             values = [json_object(data, name) for data in (wanted, held)]
-            if not same(*map(_without_defaults, values)):
+            if not _same(*map(_without_defaults, values)):
                 return False
     except (TransformersError, UpcycleError):
         return False
