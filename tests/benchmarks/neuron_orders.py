@@ -24,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from markdown import header, row
 from routers import held_out
-from smollm2 import dense_and_scratch
+from smollm2 import dense_and_scratch, load, token_ids
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
@@ -55,10 +56,7 @@ def orders_of(path: Path) -> Orders:
 
 def shares(path: Path, text: str, orders: Orders) -> dict[str, tuple[float, float]]:
     """Return by order the share of each token's best half, and that of the best half of all."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(path)(text)["input_ids"][:TOKENS]
+    model = load(path)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in orders}
 
     def measure(down: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -74,7 +72,7 @@ def shares(path: Path, text: str, orders: Orders) -> dict[str, tuple[float, floa
     for each in model.model.layers:
         each.mlp.down_proj.register_forward_pre_hook(measure)
     with torch.no_grad():
-        model.model(torch.tensor(ids).reshape(-1, ROW), use_cache=False)
+        model.model(token_ids(path, text, TOKENS).reshape(-1, ROW), use_cache=False)
     return {name: tuple(np.mean(values, axis=0)) for name, values in found.items()}
 
 
@@ -83,13 +81,10 @@ def main() -> None:
     with dense_and_scratch() as (path, _):
         orders, texts = orders_of(path), held_out()
         found = {name: shares(path, text, orders) for name, text in texts.items()}
-    header = " | ".join(f"{name}: each token's half | half of all" for name in texts)
-    print(f"| `--neuron-order` | {header} |\n|---|{'---|' * 2 * len(texts)}")
+    halves = ("each token's half", "half of all")
+    print(header("`--neuron-order`", *(f"{name}: {half}" for name in texts for half in halves)))
     for order in orders:
-        cells = (
-            f"{own:.3f} | {fixed:.3f}" for own, fixed in (found[name][order] for name in texts)
-        )
-        print(f"| {order} | {' | '.join(cells)} |")
+        print(row(order, *(f"{share:.3f}" for name in texts for share in found[name][order])))
 
 
 if __name__ == "__main__":

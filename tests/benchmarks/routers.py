@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -26,8 +26,11 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
+import typer
+from markdown import header, row
+from measure import measure
 from shapes import make_recipe
-from smollm2 import dense_and_scratch
+from smollm2 import dense_and_scratch, load, token_ids
 
 from upcycle_cli import build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
@@ -53,22 +56,17 @@ def held_out() -> dict[str, str]:
 
 def mlp_inputs(path: Path, text: str, tokens: int = TOKENS) -> list[np.ndarray[Any, Any]]:
     """Return what each layer's MLP gets on a text (P, H), by transformers alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(path)(text)["input_ids"][:tokens]
-    found: list[np.ndarray[Any, Any]] = []
+    model, found = load(path), list[np.ndarray[Any, Any]]()
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(
             lambda _, inputs: found.append(inputs[0].flatten(0, -2).double().numpy())
         )
     with torch.no_grad():
-        model.model(torch.tensor(ids[: len(ids) // ROW * ROW]).reshape(-1, ROW), use_cache=False)
+        model.model(token_ids(path, text, tokens).reshape(-1, ROW), use_cache=False)
     return found
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """How evenly experts are chosen."""
 
     cv: float
@@ -111,41 +109,28 @@ def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
     return build_plan(make_recipe(name, router_init=init), open_checkpoint(path))
 
 
-def _measure_alone(path: Path) -> None:
-    """Print what one calibration takes in a process of its own."""
-    from measure import measure
-
-    run = measure([sys.executable, __file__, str(path)])
+def main(calibrate_only: Path | None = None) -> None:
+    """Print the tables, or be the process whose calibration is measured."""
+    if calibrate_only:
+        calibrate(plan_for(calibrate_only, "E8G1T2", RouterInit.BALANCED), Progress())
+        return
+    with dense_and_scratch() as (path, _):
+        texts = {name: mlp_inputs(path, text) for name, text in held_out().items()}
+        columns = [name for text in texts for name in (f"{text}: CV", "never chosen")]
+        print(header("recipe", "--router-init", *columns))
+        for name, init in product(RECIPES, INITS):
+            plan = plan_for(path, name, init)
+            rows = rows_of(plan)
+            total = plan.recipe.num_experts * len(rows)
+            each = [load_of(plan, rows, inputs) for inputs in texts.values()]
+            cells = [part for one in each for part in (f"{one.cv:.2f}", f"{one.idle} of {total:,}")]
+            print(row(name, init, *cells), flush=True)
+        run = measure([sys.executable, __file__, "--calibrate-only", path])
     print(
         f"\nA calibration, imports included: {run.wall_seconds:.1f} s, {run.cpu_seconds:.1f} s of "
         f"processors, {run.peak_anon_bytes / 1e9:.2f} GB of anonymous memory at most"
     )
 
 
-def _print_tables(path: Path) -> None:
-    texts = {name: mlp_inputs(path, text) for name, text in held_out().items()}
-    count = {name: len(inputs[0]) for name, inputs in texts.items()}
-    header = " | ".join(f"{name} ({count[name]} tokens) CV | never chosen" for name in texts)
-    print(f"| recipe | --router-init | {header} |\n|---|---|{'---|' * 2 * len(texts)}")
-    for name in RECIPES:
-        for init in INITS:
-            plan = plan_for(path, name, init)
-            rows = rows_of(plan)
-            total = plan.recipe.num_experts * len(rows)
-            each = [load_of(plan, rows, inputs) for inputs in texts.values()]
-            cells = " | ".join(f"{load.cv:.2f} | {load.idle} of {total:,}" for load in each)
-            print(f"| {name} | {init} | {cells} |", flush=True)
-
-
-def main() -> None:
-    """Print the tables."""
-    if len(sys.argv) > 1:
-        calibrate(plan_for(Path(sys.argv[1]), "E8G1T2", RouterInit.BALANCED), Progress())
-        return
-    with dense_and_scratch() as (path, _):
-        _print_tables(path)
-        _measure_alone(path)
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)
