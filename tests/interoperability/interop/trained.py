@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markdown import header, row
 
 from interop.conversions import EXACT, PLAIN, SIGMOID, UPCYCLED, WITHIN, Case, routings
 from interop.models import RANDOM as SIZES
@@ -14,7 +15,7 @@ from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from interop.wrapped import WRAPPED, draw_weights, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import DIFFERS, SAME, Support, Trainer, trainers
+from upcycle_cli.models.engines import DIFFERS, SAME, trainers
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
@@ -60,38 +61,24 @@ TRAINED = (
 _TRANSFORMERS = ("transformers>=5", "torch", "accelerate")
 
 
-@dataclass(frozen=True, eq=False)
-class TrainerSoftware(Software):
-    """One column of the table."""
-
-    targets: tuple[str, ...] = ()
-    """The architectures that it has code for; none where it takes whatever transformers has."""
-
-    def tries(self, case: Case) -> bool:
-        """Whether it has to take this conversion."""
-        return not self.targets or (case.target in self.targets and not case.wrapper)
+def _trainer(script: str, name: str, *packages: str, **settings: Any) -> Software:  # noqa: ANN401
+    return Software(name, packages, f"trainers/{script}.py", **settings)
 
 
 TRAINERS = (
-    TrainerSoftware("transformers", "../trainers/hf_trainer.py", _TRANSFORMERS),
-    TrainerSoftware("TRL", "../trainers/trl_sft.py", ("trl", "peft", *_TRANSFORMERS)),
-    TrainerSoftware("peft", "../trainers/peft_lora.py", ("peft", *_TRANSFORMERS)),
-    TrainerSoftware(
-        "torchtitan",
-        "../trainers/torchtitan_qwen3.py",
-        ("torchtitan", "torch", "triton"),
+    _trainer("hf_trainer", "transformers", *_TRANSFORMERS),
+    _trainer("trl_sft", "TRL", "trl", "peft", *_TRANSFORMERS),
+    _trainer("peft_lora", "peft", "peft", *_TRANSFORMERS),
+    _trainer(
+        *("torchtitan_qwen3", "torchtitan", "torchtitan", "torch", "triton"),
         targets=("qwen3_moe",),
     ),
-    TrainerSoftware(
-        "NeMo AutoModel",
-        "../trainers/nemo_automodel_loss.py",
-        ("nemo-automodel", "torch"),
+    _trainer(
+        *("nemo_automodel_loss", "NeMo AutoModel", "nemo-automodel", "torch"),
         unwanted=("triton",),  # newer than its kernels, which it does without
     ),
-    TrainerSoftware(
-        "OLMo-core",
-        "../trainers/olmo_core_flex.py",
-        ("ai2-olmo-core[transformers]", "torch"),
+    _trainer(
+        *("olmo_core_flex", "OLMo-core", "ai2-olmo-core[transformers]", "torch"),
         targets=("flex_olmo",),
     ),
 )
@@ -157,18 +144,6 @@ def judge(answer: Mapping[str, Any], dense_loss: float, case: Case) -> Cell:
     return Cell(SAME)
 
 
-def contradiction(case: Case, name: str, cell: Cell, said: Iterable[Trainer]) -> str | None:
-    """Return how what was found contradicts what upcycle says, or that a control went unnoticed."""
-    where = f"{name}, {case.name}"
-    if cell.verdict == NOT_TRIED:
-        return None
-    if case.control:
-        return f"{where}: not told from the dense model" if cell.verdict == SAME else None
-    support = {trainer.name: trainer.support for trainer in said}.get(name)
-    fits = (support is Support.RUNS) == (cell.verdict == SAME)
-    return None if fits else f"{where}: upcycle says '{support}', found: {cell} {cell.detail}"
-
-
 def settings_table() -> list[str]:
     """Return what upcycle says is to be set, as lines of Markdown: a row for each thing to say."""
     anyone = shipped_target(DENSE["nemotron"], "relu2", biased=False)
@@ -217,6 +192,16 @@ Answers = Mapping[Case, Mapping[str, Mapping[str, Any]]]
 def measured_tables(answers: Answers) -> list[str]:
     """Return what was measured besides, as lines of Markdown: balancing, biases, LoRA."""
     honest = {case: row for case, row in answers.items() if not (case.control or case.options)}
+    others: dict[str, list[str]] = {}
+    for case, cells in honest.items():
+        for name, answer in cells.items():
+            measured = [
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in answer["measured"].items()
+                if key not in ("added", "reached") and value is not None
+            ]
+            if measured:
+                others.setdefault(f"{name}: {'; '.join(measured)}", []).append(case.name)
     return [
         "Added to the first loss by balancing (T = 4, a weight of 0.01):",
         "",
@@ -224,7 +209,7 @@ def measured_tables(answers: Answers) -> list[str]:
         "",
         "The correction bias after a step, and what else was measured:",
         "",
-        *_others(honest),
+        *(f"- {text} ({'; '.join(names)})" for text, names in others.items()),
         "",
         "LoRA, adapters that learn of those there are:",
         "",
@@ -240,42 +225,20 @@ def _reached(parts: Mapping[str, Sequence[int]]) -> str:
 def _table(
     answers: Answers, key: str, names: Sequence[str], shown: Callable[[Any], str]
 ) -> list[str]:
+    first = {
+        name: next((row[name] for row in answers.values() if name in row), None) for name in names
+    }
     columns = [
         (name, column)
-        for name in names
-        for column in next(
-            (row[name]["measured"][key] for row in answers.values() if name in row), ()
-        )
+        for name, answer in first.items()
+        if answer is not None
+        for column in answer["measured"][key]
     ]
-    lines = [
-        "| conversion | " + " | ".join(f"{name}: {column}" for name, column in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for case, row in answers.items():
-        cells = [
-            shown(row[name]["measured"][key][column])
-            if name in row and column in row[name]["measured"][key]
-            else NOT_TRIED
+    lines = [header("conversion", *(f"{name}: {column}" for name, column in columns))]
+    for case, cells in answers.items():
+        found = (
+            cells.get(name, {}).get("measured", {}).get(key, {}).get(column)
             for name, column in columns
-        ]
-        lines.append(f"| {case.name} | {' | '.join(cells)} |")
+        )
+        lines.append(row(case.name, *(NOT_TRIED if v is None else shown(v) for v in found)))
     return lines
-
-
-def _others(answers: Answers) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for case, row in answers.items():
-        for name, answer in row.items():
-            measured = {
-                key: value
-                for key, value in answer["measured"].items()
-                if key not in ("added", "reached") and value is not None
-            }
-            text = "; ".join(f"{key} {_shown(value)}" for key, value in measured.items())
-            if text:
-                found.setdefault(f"{name}: {text}", []).append(case.name)
-    return [f"- {text} ({'; '.join(names)})" for text, names in found.items()]
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "engines"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from worker import answer_all
 

@@ -15,10 +15,10 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 Job = dict[str, Any]
-Run = Callable[[Job], list[list[Any]]]
+Run = Callable[[Job], Any]
 """What a software makes of a job; it may raise, exit or crash."""
 
 
@@ -35,7 +35,21 @@ def in_a_fork(run: Run, job: Job) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as answer:
         child = os.fork()
         if not child:
-            _answer(run, job, said, answer)
+            code = 1
+            os.setsid()
+            signal.alarm(job["limit_s"])
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            sys.stdout = sys.stderr = said  # wherever they led
+            try:
+                json.dump(run(job), answer)
+                answer.flush()
+                code = 0
+            except BaseException:  # noqa: BLE001 - SystemExit too: nothing may leave the fork
+                traceback.print_exc()
+            finally:
+                said.flush()
+                os._exit(code)
         _, status = os.waitpid(child, 0)
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what it started and left behind
@@ -48,24 +62,6 @@ def in_a_fork(run: Run, job: Job) -> dict[str, Any]:
                 return {"error": f"no answer in {job['limit_s']} s"}
             case code:
                 return {"error": reason(said.read()) or f"exit code {code}"}
-
-
-def _answer(run: Run, job: Job, said: IO[str], answer: IO[str]) -> None:
-    os.setsid()
-    signal.alarm(job["limit_s"])
-    os.dup2(said.fileno(), 1)
-    os.dup2(said.fileno(), 2)
-    sys.stdout = sys.stderr = said  # wherever they led
-    code = 1
-    try:
-        json.dump(run(job), answer)
-        answer.flush()
-        code = 0
-    except BaseException:  # noqa: BLE001 - SystemExit too: nothing may leave the fork
-        traceback.print_exc()
-    finally:
-        said.flush()
-        os._exit(code)
 
 
 def reason(said: str) -> str:
