@@ -34,12 +34,8 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import (  # noqa: E402
     DIFFERS,
     FAILS,
-    FUSED,
     OTHERS,
     SAME,
-    SCALED,
-    SHARED,
-    TIED,
     Engine,
     Support,
     engines,
