@@ -222,7 +222,7 @@ def _settings(name: str, kind: str, target: Target, routing: Routing) -> str:
 def _lora(kind: str, target: Target) -> str:
     weights = [weight for weight in target.in_memory.experts if not weight.is_bias]
     parameters = ", ".join(f'"{weight.name}"' for weight in weights)
-    reached = table("trainers")["all_linear"].get(kind, "attention, and no expert")
+    reached = table("trainers")["all_linear"].get(kind, "attention, but no expert")
     return (
         f"`target_parameters=[{parameters}]` for the experts; "
         f'`target_modules="all-linear"` reaches {reached}'
