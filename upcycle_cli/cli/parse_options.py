@@ -147,7 +147,11 @@ def needs_recipe(context: typer.Context) -> bool:
 
 def file_of(value: str, names: type[StrEnum]) -> Path | None:
     """Return the path that an option gives in place of a name."""
-    return None if value in {*names} - {"file"} else Path(value)
+    known = [name for name in names if name != "file"]
+    if value not in known and not Path(value).is_file():
+        hint = f"Give one of {', '.join(known)}, or a safetensors file."
+        raise UpcycleError(f"there is no file {value}.", hint)
+    return None if value in known else Path(value)
 
 
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TypeAlias, assert_never
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES
+from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.scaling import is_power_of_two
 
 
@@ -233,7 +234,7 @@ class TensorType:
 
 
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
-    """Return the dtype and shape of an expression; ValueError when joined parts do not fit."""
+    """Return the dtype and shape of an expression; UpcycleError where it joins dtypes."""
     match expr:
         case Source() | Full() | Normal() | Constant():
             return TensorType(expr.dtype, expr.shape)
@@ -250,16 +251,17 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             return TensorType(dtype, type_of(of).shape)
         case Scale(of) | AddNoise(of) | Reinit(of) | DeinterleaveRotary(of):
             return type_of(of)
-        case Concat(parts):
-            types = [type_of(part) for part in parts]
-            if len({(item.dtype, item.shape[1:]) for item in types}) != 1:
-                raise ValueError(f"cannot concatenate {types}")
-            return types[0].resized(0, sum(item.shape[0] for item in types))
-        case Stack(parts):
-            types = [type_of(part) for part in parts]
-            if len(set(types)) != 1:
-                raise ValueError(f"cannot stack {types}")
-            return TensorType(types[0].dtype, (len(parts), *types[0].shape))
+        case Concat(parts) | Stack(parts):
+            first, *others = map(type_of, parts)
+            for other in others:
+                if other.dtype != first.dtype:
+                    raise UpcycleError(
+                        f"matrices of {first.dtype} and {other.dtype} would be joined in a tensor.",
+                        "Choose one with --dtype, or write --expert-layout per-expert.",
+                    )
+            if isinstance(expr, Stack):
+                return TensorType(first.dtype, (len(parts), *first.shape))
+            return first.resized(0, sum(each.shape[0] for each in (first, *others)))
         case Transpose(of):
             inner = type_of(of)
             return TensorType(inner.dtype, inner.shape[::-1])

@@ -50,13 +50,7 @@ class OutputTensor(Tensor):
         parts: tuple[str, ...] = (),
     ) -> OutputTensor:
         """Return the tensor that an expression makes; UpcycleError where it joins dtypes."""
-        try:
-            kind = type_of(expr)
-        except ValueError as error:
-            raise UpcycleError(
-                f"{name} would join matrices of different dtypes.",
-                "Choose one with --dtype, or write --expert-layout per-expert.",
-            ) from error
+        kind = type_of(expr)
         return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, parts)
 
 

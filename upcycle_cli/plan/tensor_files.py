@@ -13,7 +13,6 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor, read_shard_header
@@ -21,20 +20,16 @@ from upcycle_cli.checkpoint.storage import Storage
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import printable
 from upcycle_cli.plan.expressions import Constant, Permutation
-from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 _INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """The tensors of a file, and the option that takes it."""
+    """What the tensors of a file are."""
 
     name: str
     """The end of the tensors' names."""
-    option: str
-    choices: type[StrEnum]
-    """What the option takes beside a file."""
     dtypes: Collection[str]
     dims: tuple[int, ...]
     needed: str
@@ -43,16 +38,12 @@ class FileKind:
 
 ROUTER_ROWS = FileKind(
     name="router",
-    option="--router-init",
-    choices=RouterInit,
     dtypes=TORCH_DTYPES,
     dims=(2,),
     needed="a row for each virtual group, or for each expert without virtual groups",
 )
 NEURON_ORDERS = FileKind(
     name="neuron_order",
-    option="--neuron-order",
-    choices=NeuronOrder,
     dtypes=_INTEGERS,
     dims=(1, 2),
     needed="a permutation of the dense MLP's neurons, or one for each virtual group",
@@ -155,10 +146,6 @@ class TensorFile:
 
 def read_tensor_file(path: Path, kind: FileKind) -> TensorFile:
     """Read a file; UpcycleError when it is unreadable or its tensors are of another kind."""
-    if not path.is_file():
-        names = ", ".join(name for name in kind.choices if name != "file")
-        hint = f"{kind.option} takes {names}, or a safetensors file."
-        raise UpcycleError(f"there is no file {path}.", hint)
     storage, tensors, data = Storage(path.parent), dict[str, Tensor](), dict[str, bytes]()
     for entry in read_shard_header(storage, path.name)[1]:
         is_named = re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name)

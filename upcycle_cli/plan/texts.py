@@ -209,14 +209,12 @@ def _prompts(path: Path, items: Sequence[tuple[str, Any]]) -> Iterator[ModelProm
         held = said if isinstance(said, dict) else {"positive_prompts": said}
         if odd := held.keys() - {*_KINDS}:
             raise UpcycleError(f"{path}: {model} has {shown(min(odd))}, which is unknown.", _FORM)
-        positive, negative = (_prompt_texts(path, model, key, held.get(key)) for key in _KINDS)
+        positive, negative = (held.get(key) or [] for key in _KINDS)
+        for key, texts in zip(_KINDS, (positive, negative), strict=True):
+            if not isinstance(texts, list) or not all(
+                isinstance(t, str) and t.strip() for t in texts
+            ):
+                raise UpcycleError(f"{path}: {key} of {model} must be a list of texts.", _FORM)
         if not positive:
             raise UpcycleError(f"{path}: {model} has no positive prompts.", _FORM)
-        yield ModelPrompts(model, positive, negative)
-
-
-def _prompt_texts(path: Path, model: str, key: str, value: object) -> tuple[str, ...]:
-    texts = [] if value is None else value
-    if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise UpcycleError(f"{path}: {key} of {model} must be a list of texts.", _FORM)
-    return tuple(texts)
+        yield ModelPrompts(model, tuple(positive), tuple(negative))
