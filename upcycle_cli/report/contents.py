@@ -15,7 +15,7 @@ from upcycle_cli.core.safe_files import locate, sha256_of
 from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.describe import inspection_rows
 from upcycle_cli.report import sections
-from upcycle_cli.report.page import Page, Section, Table, properties, render, value_text
+from upcycle_cli.report.page import Section, Table, properties, render, value_text
 from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
 
 if TYPE_CHECKING:
@@ -59,15 +59,14 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         sections.load_section(layers),
         _origin_section(dict(zip(names, models, strict=True)), digests, record, command),
     )
-    page = Page(
+    return render(
+        parts,
         title=f"{name}: {report.status} (upcycle verify)",
         kind=f"Verification of a Mixture of Experts against the {dense} it was made from",
         heading=name,
         status=str(report.status),
         verdict=_verdict(report, dense),
-        sections=[part for part in parts if part is not None],
     )
-    return render(page)
 
 
 def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
@@ -85,15 +84,14 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
         None if inspection.load is None else sections.load_section(inspection.load.layers),
         _origin_section({"MoE": name}, digests, record, command),
     )
-    page = Page(
+    return render(
+        parts,
         title=f"{heading} (upcycle inspect)",
         kind="Inspection of a Mixture of Experts",
         heading=heading,
         verdict="What headers, settings and weights show. Whether the MoE computes what its dense "
         "model computes is the question of upcycle verify.",
-        sections=[part for part in parts if part is not None],
     )
-    return render(page)
 
 
 def _verdict(report: Report, dense: str) -> str:

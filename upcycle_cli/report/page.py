@@ -50,15 +50,6 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarkedText:
-    """A text whose tokens are marked: each token, its tooltip, and the level of its mark."""
-
-    title: str
-    words: str
-    tokens: Sequence[tuple[str, str, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of the page with a heading of its own."""
 
@@ -69,23 +60,12 @@ class Section:
     tables: Sequence[Table] = ()
     checks: Sequence[CheckResult] = ()
     legend: Sequence[str] = ()
-    texts: Sequence[MarkedText] = ()
+    texts: Sequence[tuple[str, Sequence[tuple[str, str, int]]]] = ()
+    """Texts, each with words about it, and its tokens with a tooltip and the level of a mark."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """A whole page; `status` is the status of a verification."""
-
-    title: str
-    kind: str
-    heading: str
-    verdict: str
-    sections: Sequence[Section]
-    status: str = ""
-
-
-def render(page: Page) -> str:
-    """Return a page as HTML."""
+def render(sections: Iterable[Section | None], **page: str) -> str:
+    """Return a page as HTML: its title, kind, heading, verdict and, of a verification, status."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -96,7 +76,8 @@ def render(page: Page) -> str:
     folder = files(__package__)
     template = environment.from_string((folder / "page.html").read_text("utf-8"))
     css = Markup((folder / "page.css").read_text("utf-8"))  # noqa: S704 - our own
-    return template.render(page=page, css=css, signs=_SIGNS)
+    shown = [section for section in sections if section is not None]
+    return template.render({"status": "", **page, "sections": shown, "css": css, "signs": _SIGNS})
 
 
 def properties(values: Mapping[str, object], caption: str) -> Table:

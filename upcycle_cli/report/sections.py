@@ -11,7 +11,6 @@ from upcycle_cli.core.text import counted, printable
 from upcycle_cli.report.figures import draw_heat_map, draw_lines
 from upcycle_cli.report.page import (
     Figure,
-    MarkedText,
     Section,
     Table,
     properties,
@@ -218,9 +217,9 @@ def texts_section(
     )
 
 
-def _marked(texts: Sequence[TextMeasure]) -> Iterator[MarkedText]:
+def _marked(texts: Sequence[TextMeasure]) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
     left = _MAX_TOKENS
-    for index, text in enumerate(texts):
+    for text in texts:
         tokens = [
             ("↵\n".join(map(printable, word.split("\n"))), _kl_text(kl), _level(kl))
             for word, kl in islice(zip(text.tokens, text.kl, strict=False), left)
@@ -231,8 +230,7 @@ def _marked(texts: Sequence[TextMeasure]) -> Iterator[MarkedText]:
             most = f", KL at most {max(finite):.3g}" if finite else ""
             cut = f"; the first {len(tokens):,} are shown" if len(tokens) < len(text.tokens) else ""
             marked = sum(level > 0 for _, _, level in tokens)
-            words = f"{counted(len(text.tokens), 'token')}{most}; {marked} marked{cut}."
-            yield MarkedText(title=f"Text {index + 1}", words=words, tokens=tokens)
+            yield f"{counted(len(text.tokens), 'token')}{most}; {marked} marked{cut}.", tokens
 
 
 def _level(kl: float | None) -> int:
