@@ -146,22 +146,6 @@ class ExtraTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelMlp:
-    """The modules of a layer that has both an MLP and experts, side by side.
-
-    The MoE layer adds last(mlp_after(mlp(mlp_before(x))) + after(experts(before(x)))) to x, and its
-    router reads x; the dense layer adds last(mlp(mlp_before(x))).
-    """
-
-    mlp: str = "mlp"
-    mlp_before: str = "pre_feedforward_layernorm"
-    mlp_after: str = "post_feedforward_layernorm_1"
-    before: str = "pre_feedforward_layernorm_2"
-    after: str = "post_feedforward_layernorm_2"
-    last: str = "post_feedforward_layernorm"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Target:
     """An MoE architecture that dense models can become: a row of `NATIVE`, or shipped code."""
 
@@ -184,8 +168,9 @@ class Target:
     """The dimensions of the correction bias before (N,)."""
     shared: SharedExpert | None = None
     extra_tensors: tuple[ExtraTensor, ...] = ()
-    parallel_mlp: ParallelMlp | None = None
-    """None if experts replace the MLP."""
+    keeps_mlp: bool = False
+    """Whether a layer has an MLP beside its experts, each between norms of its own, as in gemma4.
+    The router then reads the input of the norms."""
     required_biases: tuple[str, ...] = ()
     """Linear layers that need a bias tensor even if the source has none."""
     unsupported_tensors: Mapping[str, str] = field(default_factory=dict)

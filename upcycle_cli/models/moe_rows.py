@@ -20,7 +20,6 @@ from upcycle_cli.models.moe import (
     ExtraTensor,
     Keys,
     MoeBlock,
-    ParallelMlp,
     SharedExpert,
     Target,
 )
@@ -312,7 +311,7 @@ _ROWS: Sequence[Target] = (
                 name="router.per_expert_scale", root="rms_norm_eps", per_expert=True, frozen=True
             ),
         ),
-        parallel_mlp=ParallelMlp(),
+        keeps_mlp=True,
     ),
     Target(model_type="granitemoe", **_GRANITE),
     Target(

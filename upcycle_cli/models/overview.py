@@ -7,25 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.models import engines as software
+from upcycle_cli.models import lookup
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import (
-    FUSED,
-    SCALED,
-    TIED,
-    Support,
-    engines,
-    has_plain_attention,
-    trainers,
-)
-from upcycle_cli.models.lookup import (
-    REFUSED,
-    dense_family,
-    native_target,
-    shipped_target,
-    targets_of,
-    wrapped_families,
-)
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
@@ -72,24 +57,28 @@ class Overview:
 
 def overview() -> Overview:
     """Return what all rows state."""
-    dense = {name: targets_of(DENSE[name]) for name in sorted(DENSE)}
+    dense = {name: lookup.targets_of(DENSE[name]) for name in sorted(DENSE)}
     wrapped = {
-        target: native_target(target, Inside(wrapper, IN_MEMORY_PREFIXES))
+        target: lookup.native_target(target, Inside(wrapper, IN_MEMORY_PREFIXES))
         for wrapper in WRAPPERS.values()
         for target in wrapper.natives
         if target not in NATIVE
     }
     # A family without tests of its own stands for all shipped code.
     anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
-    rows = {**NATIVE, **wrapped, SHIPPED: shipped_target(DENSE[anyone], "silu", biased=False)}
+    rows = {
+        **NATIVE,
+        **wrapped,
+        SHIPPED: lookup.shipped_target(DENSE[anyone], "silu", biased=False),
+    }
     return Overview(
         dense=dense,
         wrappers={
-            name: {text_type: targets_of(family) for text_type, family in families.items()}
-            for name, families in wrapped_families().items()
+            name: {text_type: lookup.targets_of(family) for text_type, family in families.items()}
+            for name, families in lookup.wrapped_families().items()
         },
         targets=tuple(_facts(name, row) for name, row in rows.items()),
-        refused=REFUSED,
+        refused=lookup.REFUSED,
     )
 
 
@@ -98,7 +87,9 @@ def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFa
 
     `names` are the model's tensors. Raises UpcycleError for an invalid config.
     """
-    return tuple(_of_model(config, names, name) for name in targets_of(dense_family(config)))
+    return tuple(
+        _of_model(config, names, name) for name in lookup.targets_of(lookup.dense_family(config))
+    )
 
 
 def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> TargetFacts:
@@ -110,7 +101,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     text = text_config_of(config)
     if family.target.ships_code:
         text = {**text, "model_type": f"{UPCYCLED_PREFIX}{text['model_type']}"}
-    plain = has_plain_attention(text)
+    plain = software.has_plain_attention(text)
     return _facts(name, family.target, tied=tied, plain_attention=plain)
 
 
@@ -120,14 +111,14 @@ def _facts(
     runs: dict[str, tuple[Routing, ...]] = {}
     trains: dict[str, tuple[Routing, ...]] = {}
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
-    applies = {TIED: tied, FUSED: fused, SCALED: scale is not None}
+    applies = {software.TIED: tied, software.FUSED: fused, software.SCALED: scale is not None}
     properties = {name for name, holds in applies.items() if holds}
     for routing in row.routings:
-        found = engines(row.title, routing, properties, plain_attention=plain_attention)
-        learned = trainers(row, routing, tied=tied, fused=fused)
-        for listed, software in ((runs, found), (trains, learned)):
-            for each in software:
-                if each.support is Support.RUNS:
+        found = software.engines(row.title, routing, properties, plain_attention=plain_attention)
+        learned = software.trainers(row, routing, tied=tied, fused=fused)
+        for listed, known in ((runs, found), (trains, learned)):
+            for each in known:
+                if each.support is software.Support.RUNS:
                     listed[each.name] = (*listed.get(each.name, ()), routing)
     balanced = "nothing" if row.in_memory.correction_bias is None else "bias"
     if row.has_balancing_loss:

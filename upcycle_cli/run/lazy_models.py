@@ -76,7 +76,7 @@ class LazyModel:
     def block(self, layer: int, target: Target) -> Model | Span:
         """Return the part of a layer that a conversion to `target` replaces, before or after it."""
         with transformers_errors():
-            if target.parallel_mlp is not None:
+            if target.keeps_mlp:
                 return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
             return self.layer(layer).get_submodule(self.mlp)
 
@@ -154,23 +154,23 @@ def _observe_layers(net: Model, observe: Observe) -> None:
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
     """Return what a layer adds by its MLP, and by the experts that lie beside it if it has some."""
-    names = target.parallel_mlp
-    assert names is not None
     module = layer.get_submodule
+    first, last = module("pre_feedforward_layernorm"), module("post_feedforward_layernorm")
 
     def whole(x_SH: torch.Tensor) -> torch.Tensor:
         # `forward`, since calling a module would call its hooks.
-        made: torch.Tensor = module(names.mlp).forward(module(names.mlp_before).forward(x_SH))
+        made: torch.Tensor = module("mlp").forward(first.forward(x_SH))
         if is_moe:
-            layout = target.in_memory
-            _, gates_ST, chosen_ST = module(layout.gate).forward(x_SH)
-            states_SH = module(names.before).forward(x_SH)
-            routed_SH = module(layout.module).forward(states_SH, chosen_ST, gates_ST)
-            made = module(names.mlp_after).forward(made) + module(names.after).forward(routed_SH)
-        last: torch.Tensor = module(names.last).forward(made)
-        return last
+            block = target.in_memory
+            _, gates_ST, chosen_ST = module(block.gate).forward(x_SH)
+            states_SH = module("pre_feedforward_layernorm_2").forward(x_SH)
+            routed_SH = module(block.module).forward(states_SH, chosen_ST, gates_ST)
+            routed_SH = module("post_feedforward_layernorm_2").forward(routed_SH)
+            made = module("post_feedforward_layernorm_1").forward(made) + routed_SH
+        added: torch.Tensor = last.forward(made)
+        return added
 
-    return Span(module(names.mlp_before), module(names.last), whole)
+    return Span(first, last, whole)
 
 
 def _finder(
