@@ -146,7 +146,7 @@ def needs_recipe(context: typer.Context) -> bool:
 
 
 def file_of(value: str, names: type[StrEnum]) -> Path | None:
-    """Return the path that an option gives in place of a name."""
+    """Return the path that an option has in place of a name; UpcycleError if no file is there."""
     known = [name for name in names if name != "file"]
     if value not in known and not Path(value).is_file():
         hint = f"Give one of {', '.join(known)}, or a safetensors file."

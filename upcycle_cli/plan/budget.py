@@ -1,6 +1,6 @@
 """Which recipes fit a budget of parameters, active parameters and GPU memory.
 
-Sizes are affine in E, so one plan for each granularity gives the sizes of all recipes. Memory is
+Sizes are affine in E, so two plans for each granularity give the sizes of all recipes. Memory is
 that of the parameters alone: a KV cache and activations need more.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.plan.output import Options, Role
+from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Recipe
@@ -105,9 +105,8 @@ def fitting(
     E and G are powers of two, a token chooses 1, 2 or 4 whole groups, and a layer has at most 256
     experts. Raises UpcycleError when none fits, and as `build_plan` does.
     """
-    candidates = [
-        fit for plan in _plans(source, wanted or SharedChoices()) for fit in _fits(plan, budget)
-    ]
+    plans = _plans(source, wanted or SharedChoices())
+    candidates = [fit for two, four in plans for fit in _fits(two, four, budget)]
     candidates.sort(key=lambda fit: (fit.total_parameters, fit.active_parameters))
     found = tuple(fit for fit in candidates if budget.allows(fit))
     if not found:
@@ -127,44 +126,39 @@ def notable(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, ...]:
     return tuple(fit for fit in fits if fit in largest.values() or {*fit.paper} - {_HIGHER_T})
 
 
-def _plans(source: Checkpoint, wanted: SharedChoices) -> Iterator[Plan]:
-    """Yield a plan of two groups for each granularity that the model can have."""
+def _plans(source: Checkpoint, wanted: SharedChoices) -> Iterator[tuple[Plan, Plan]]:
+    """Yield plans of two and of four groups for each granularity that the model can have."""
     shared, refusals = wanted.recipe.get("shared_experts", 0), list[UpcycleError]()
     for granularity in _GRANULARITIES:
+        sizes = {"granularity": granularity, "top_k": granularity - shared}
         try:
-            recipe = Recipe(
-                expansion=2, granularity=granularity, top_k=granularity - shared, **wanted.recipe
+            recipes = (Recipe(expansion=groups, **sizes, **wanted.recipe) for groups in (2, 4))
+            two, four = (
+                build_plan(recipe, source, target=wanted.target, options=wanted.options)
+                for recipe in recipes
             )
-            yield build_plan(recipe, source, target=wanted.target, options=wanted.options)
+            yield two, four
         except UpcycleError as error:
             refusals.append(error)
     if len(refusals) == len(_GRANULARITIES):
         raise refusals[-1]
 
 
-def _fits(plan: Plan, budget: Budget) -> Iterator[SizedRecipe]:
-    """Yield every recipe of a plan's granularity, with its sizes derived from the plan's."""
-    by_role = dict.fromkeys(Role, 0)
-    for tensor in plan.tensors:
-        by_role[tensor.role] += tensor.num_elements
-    # Experts, their router rows and what the target adds per expert grow with E.
-    growing = sum(by_role[role] for role in (Role.EXPERT, Role.ROUTER, Role.CORRECTION_BIAS))
-    added = sum(row.per_expert for row in plan.target.extra_tensors)
-    growing += added * len(plan.layers) * plan.num_experts
-    fixed, per_group = plan.total_parameters - growing, growing // plan.recipe.expansion
-    expert = by_role[Role.EXPERT] // plan.num_experts
-    multiplied, dense = plan.multiplied
-    lookup = plan.active_parameters - multiplied
-    size = plan.recipe.group_size
+def _fits(two: Plan, four: Plan, budget: Budget) -> Iterator[SizedRecipe]:
+    """Yield every recipe of a granularity, with sizes derived from two and four groups'."""
+    per_group = (four.total_parameters - two.total_parameters) // 2
+    idle = two.total_parameters - two.active_parameters  # the experts of one group
+    multiplied, dense = two.multiplied
+    lookup = two.active_parameters - multiplied
+    size, memory = two.recipe.group_size, budget.gpu_bytes
     for expansion, groups in product(_EXPANSIONS, _GROUPS_CHOSEN):
         if groups > expansion or expansion * size > _MOST_EXPERTS:
             continue
-        total = fixed + expansion * per_group
-        active = total - (expansion - groups) * size * expert
-        memory = budget.gpu_bytes
+        total = two.total_parameters + (expansion - 2) * per_group
+        active = total - (expansion - groups) * idle
         yield SizedRecipe(
-            recipe=replace(plan.recipe, expansion=expansion, top_k=groups * size),
-            target=plan.family.choice,
+            recipe=replace(two.recipe, expansion=expansion, top_k=groups * size),
+            target=two.family.choice,
             total_parameters=total,
             active_parameters=active,
             flops_per_token=2 * (active - lookup),
