@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,132 +12,76 @@ from conftest import IMPATIENT, RunOnHub
 
 from hub.server import TOKEN, Hub
 from upcycle_cli import UpcycleError
-from upcycle_cli.hub.client import checked_commit, read_repo, read_user
+from upcycle_cli.hub.client import checked_commit, file_sizes
 
 REPO = "acme/tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INFO = r"/api/models/acme/tiny(/revision/\w+)?(\?|$)"
 
 
 # What answers say --------------------------------------------------------------------------------
 
 
-def info(**changes: object) -> Any:  # noqa: ANN401
-    """What huggingface_hub returns for a repo with one file."""
-    file = {"rfilename": "x", "size": 1} | changes
-    siblings = [SimpleNamespace(**file)]
-    return SimpleNamespace(siblings=siblings, sha=changes.get("sha", COMMIT), private=False)
-
-
-def test_read_a_repo_and_a_user() -> None:
-    repo = read_repo(info(), with_sizes=True)
-    assert (repo.commit, repo.sizes, repo.private) == (COMMIT, {"x": 1}, False)
-    assert read_repo(info(size=None)).sizes == {"x": 0}
-    user = {"name": "me", "orgs": [{"name": "acme"}], "auth": {"accessToken": {"role": "read"}}}
-    assert read_user(user) == (["me", "acme"], True)
-    assert read_user({"name": "me"}) == (["me"], False)
-
-
 @pytest.mark.parametrize("name", ["../x", "/x", "a\\b", "a\x1b[2J", "", 7, None])
 def test_refuse_file_names_that_leave_the_repo(name: object) -> None:
+    file = SimpleNamespace(rfilename=name, size=1)
     with pytest.raises(UpcycleError, match="a file is named"):
-        read_repo(info(rfilename=name))
+        file_sizes(SimpleNamespace(siblings=[file]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("commit", [None, 7, "../../../../escape", "A" * 40, "0" * 41])
 def test_refuse_commits_that_are_not_ids(commit: object) -> None:
-    for read in (lambda: checked_commit(commit), lambda: read_repo(info(sha=commit))):
-        with pytest.raises(UpcycleError, match="the commit is"):
-            read()
+    with pytest.raises(UpcycleError, match="the commit is"):
+        checked_commit(commit)
 
 
 # On the wire -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def refused(hub: Hub, run: RunOnHub, llama: Path) -> Callable[[], str]:
-    """Inspect a repo, which must end in one error message; return it."""
-    hub.store.upload(REPO, llama)
-
-    def inspect() -> str:
-        said = " ".join(run("inspect", REPO, expect=2).stderr.split())
-        assert said.count("error:") == 1
-        assert len(said) < 2_000
-        assert "\x1b" not in said
-        return said
-
-    return inspect
+def list_three_bytes(answer: dict[str, Any]) -> dict[str, Any]:
+    for file in answer["siblings"]:
+        file["size"] = 3
+    return answer
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "headers"),
-    [
-        ("HEAD", "config.json", {"X-Repo-Commit": "../../escape"}),
-        ("HEAD", "config.json", {"ETag": '"../../escape"'}),
-        ("HEAD", "config.json", {"X-Linked-Etag": '"a/b"'}),
-        ("HEAD", "config.json", {"X-Linked-Size": "-1"}),
-        ("GET", "model.safetensors", {"Location": "file:///etc/passwd"}),
-        ("GET", "model.safetensors", {"Location": "http://[::"}),
-    ],
-)
-def test_refuse_headers_that_become_paths_or_sizes(
+ALTERATIONS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("HEAD", "config.json", {"headers": {"X-Repo-Commit": "../../escape"}}, "X-Repo-Commit is"),
+    ("HEAD", "config.json", {"headers": {"ETag": '"../../escape"'}}, "ETag is"),
+    ("HEAD", "config.json", {"headers": {"X-Linked-Etag": '"a/b"'}}, "X-Linked-ETag is"),
+    ("HEAD", "config.json", {"headers": {"X-Linked-Size": "-1"}}, ""),
+    ("GET", "model.safetensors", {"headers": {"Location": "file:///etc/passwd"}}, ""),
+    ("GET", "model.safetensors", {"headers": {"Location": "http://[::"}}, ""),
+    ("GET", INFO, {"body": lambda answer: answer | {"sha": "../escape"}}, "the commit is"),
+    ("GET", INFO, {"body": lambda _: b"[" * 100_000}, ""),
+    ("GET", INFO, {"body": lambda _: b"\xff\xfe"}, ""),
+    ("GET", INFO, {"body": list_three_bytes}, "bytes, and 3 in acme/tiny"),
+    ("GET", INFO, {"status": 400, "body": lambda _: {"error": "\x1b[2J" + "x" * 900_000}}, ""),
+    # Answers without an end; of a weight file only the requested range is read.
+    ("GET", INFO, {"endless": True}, "far more bytes than it announced"),
+    ("GET", INFO, {"endless": True, "status": 500}, ""),
+    ("GET", "config.json", {"endless": True}, "far more bytes than it announced"),
+    ("GET", "_cdn", {"endless": True}, "its header would have"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "how", "words"), ALTERATIONS)
+def test_refuse_answers_that_the_hub_does_not_give(
     hub: Hub,
-    refused: Callable[[], str],
+    run: RunOnHub,
+    llama: Path,
     tmp_path: Path,
     method: str,
     path: str,
-    headers: dict[str, str],
+    how: dict[str, Any],
+    words: str,
 ) -> None:
-    hub.alter(method, path, headers=headers)
-    refused()
+    hub.store.upload(REPO, llama)
+    hub.alter(method, path, **how)
+    said = " ".join(run("inspect", REPO, expect=2).stderr.split())
+    assert said.count("error:") == 1
+    assert words in said
+    assert len(said) < 2_000
+    assert "\x1b" not in said
     assert not list(tmp_path.rglob("*escape*"))
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (lambda answer: answer | {"sha": "../escape"}, "the commit is"),
-        (lambda _: b"[" * 100_000, ""),
-        (lambda _: b"\xff\xfe", ""),
-    ],
-)
-def test_refuse_listings_of_another_form(
-    hub: Hub, refused: Callable[[], str], body: Callable[[Any], Any], words: str
-) -> None:
-    hub.alter("GET", INFO, body=body)
-    assert words in refused()
-
-
-def test_cut_a_long_error_short(hub: Hub, refused: Callable[[], str]) -> None:
-    hub.alter("GET", INFO, status=400, body=lambda _: {"error": "\x1b[2J" + "x" * 900_000})
-    refused()
-
-
-@pytest.mark.parametrize(
-    ("path", "status", "words"),
-    [
-        (INFO, None, "far more bytes than it announced"),
-        (INFO, 500, ""),
-        ("config.json", None, "far more bytes than it announced"),
-        ("_cdn", None, "its header would have"),  # only the requested range is read
-    ],
-)
-def test_stop_answers_without_an_end(
-    hub: Hub, refused: Callable[[], str], path: str, status: int | None, words: str
-) -> None:
-    hub.alter("GET", path, status=status, endless=True)
-    assert words in refused()
-
-
-def test_compare_the_size_of_a_file_with_the_listing(hub: Hub, refused: Callable[[], str]) -> None:
-    def change(answer: dict[str, Any]) -> dict[str, Any]:
-        for file in answer["siblings"]:
-            if file["rfilename"] == "config.json":
-                file["size"] = 3
-        return answer
-
-    hub.alter("GET", INFO, body=change)
-    assert "bytes, and 3 in acme/tiny" in refused()
 
 
 # Secrets -----------------------------------------------------------------------------------------
@@ -181,6 +124,3 @@ def test_hide_the_token_that_an_answer_quotes(hub: Hub, run: RunOnHub) -> None:
     assert "the token hf_… is not for this" in " ".join(
         run("inspect", REPO, expect=2).stderr.split()
     )
-
-
-# Progress ----------------------------------------------------------------------------------------

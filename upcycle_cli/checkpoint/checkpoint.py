@@ -107,19 +107,23 @@ class Checkpoint:
         return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What distinguishes it from other checkpoints with the same shapes, as JSON."""
-        pinned = self.revision is not None
+    def origin(self) -> dict[str, Any]:
+        """What the record says of a source: its name, and digests of its config and headers."""
         return {
-            "source_name": self.name,
-            "source_config": self.config_digest,
-            "source_revision": self.revision,
-            "source": [
-                {"name": file.name, "size": file.size, "digest": file.digest}
-                | {"mtime_ns": 0 if pinned else file.mtime_ns}
-                for file in self.shards + self.companions
+            "name": self.name,
+            "revision": self.revision,
+            "config_sha256": self.config_digest,
+            "files": [
+                {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
+                for shard in self.shards
             ],
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes it from other checkpoints with the same shapes, as JSON."""
+        files = self.shards + self.companions if self.revision is None else ()
+        return self.origin | {"times": [[file.name, file.size, file.mtime_ns] for file in files]}
 
     def tensor_digest(self, name: str) -> str:
         """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +38,17 @@ _MIN_BYTES_FOR_A_BAR = 10_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
 _MAX_TEXT = 10_000
+_ANSWERS: Mapping[int, tuple[str, str]] = {
+    401: (
+        "the Hub refuses the token",
+        "It may have expired: `hf auth login`, or set HF_TOKEN to a new one.",
+    ),
+    403: (
+        "the token does not allow this",
+        "Use a token with the permission (`hf auth login`, HF_TOKEN).",
+    ),
+    429: ("the Hub limits your requests", "Wait some minutes, then try again."),
+}
 SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN."
 
 
@@ -135,16 +145,8 @@ def _http_error(repo: str, revision: str | None, error: HfHubHTTPError) -> Upcyc
     if isinstance(error, errors.RevisionNotFoundError):
         hint = "Check the branch, tag or commit."
         return UpcycleError(f"{repo} has no revision '{revision}'.", hint)
-    what = f"the Hub answered {status} for {repo}"
     advice = "Try again later; transferred data is kept." if status >= 500 else None
-    if status == 401:
-        what = "the Hub refuses the token"
-        advice = "It may have expired: `hf auth login`, or set HF_TOKEN to a new one."
-    elif status == 403:
-        what = f"the token does not allow this on {repo}"
-        advice = "Use a token with the permission (`hf auth login`, HF_TOKEN)."
-    elif status == 429:
-        what, advice = "the Hub limits your requests", "Wait some minutes, then try again."
+    what, advice = _ANSWERS.get(status, (f"the Hub answered {status} for {repo}", advice))
     return UpcycleError(f"{what}{because}.", advice)
 
 
@@ -256,27 +258,17 @@ def _limited(stream: Any, bytes_left: list[int]) -> Any:  # noqa: ANN401
 # What answers say --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repo:
-    """A repo at one commit."""
-
-    commit: str
-    sizes: Mapping[str, int]
-    """The size of every file, by name; 0 where sizes were not requested."""
-    private: bool
-
-
-def read_repo(info: ModelInfo, *, with_sizes: bool = False) -> Repo:
-    """Check what the Hub says about a repo; raises UpcycleError."""
+def file_sizes(info: ModelInfo) -> dict[str, int]:
+    """Return the size of every file of a repo, 0 where it was not requested; UpcycleError."""
     sizes: dict[str, int] = {}
     for file in info.siblings or []:
-        name, size = file.rfilename, file.size
+        name, size = file.rfilename, file.size or 0
         if not is_inner_name(name):
             raise bad_response(f"a file is named {shown(name)}")
-        if with_sizes and (type(size) is not int or size < 0):
+        if type(size) is not int or size < 0:
             raise bad_response(f"the size of {name} is {shown(size)}")
-        sizes[name] = size or 0
-    return Repo(commit=checked_commit(info.sha), sizes=sizes, private=info.private is True)
+        sizes[name] = size
+    return sizes
 
 
 def checked_commit(commit: object) -> str:
@@ -284,13 +276,6 @@ def checked_commit(commit: object) -> str:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise bad_response(f"the commit is {shown(commit)}")
     return commit
-
-
-def read_user(answer: Any) -> tuple[list[str], bool]:  # noqa: ANN401
-    """Return the user's name and organizations, and whether the token is read-only."""
-    token = answer.get("auth", {}).get("accessToken") or {}
-    names = [answer["name"], *(org["name"] for org in answer.get("orgs", ()))]
-    return names, token.get("role") == "read"
 
 
 # Making requests ---------------------------------------------------------------------------------

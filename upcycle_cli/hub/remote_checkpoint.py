@@ -30,12 +30,13 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.hub.client import (
+    checked_commit,
     download_bar,
     download_limit,
     fetch,
+    file_sizes,
     hub_session,
     not_cached,
-    read_repo,
     retry,
     run_interruptibly,
 )
@@ -223,16 +224,17 @@ def _find_repo(repo: str, revision: str | None) -> RepoStorage:
                 raise not_cached(repo, revision)
             return storage
         ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
-        info = read_repo(retry(ask), with_sizes=True)
-        if CONFIG_NAME not in info.sizes:
-            if ADAPTER_NAME in info.sizes:
+        info = retry(ask)
+        sizes, commit = file_sizes(info), checked_commit(info.sha)
+        if CONFIG_NAME not in sizes:
+            if ADAPTER_NAME in sizes:
                 raise adapter(repo)
             hint = "Give the repo of a Hugging Face model."
             raise UpcycleError(f"{repo} has no {CONFIG_NAME}.", hint)
-        with download_limit(info.sizes[CONFIG_NAME]):
+        with download_limit(sizes[CONFIG_NAME]):
             # By the revision first: the cache then knows which commit it is, for offline use.
             path = retry(lambda: fetch(repo, CONFIG_NAME, revision))
-            if path.parent.name != info.commit:
+            if path.parent.name != commit:
                 # The branch moved, or the Hub failed and the cache answered with an older commit.
-                path = retry(lambda: fetch(repo, CONFIG_NAME, info.commit))
-    return RepoStorage(path.parent, repo, info.commit, info.sizes)
+                path = retry(lambda: fetch(repo, CONFIG_NAME, commit))
+    return RepoStorage(path.parent, repo, commit, sizes)

@@ -34,7 +34,7 @@ from upcycle_cli.publish.licences import reminders
 from upcycle_cli.write.ownership import Inventory, checksum_failures, take_inventory
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, ModelInfo
 
 # Files of another model that loaders would read, or that do not match the pushed files.
 _REPLACED = (WEIGHTS_NAME, "model-?????-of-?????.safetensors", INDEX_NAME, CHECKSUMS_NAME)
@@ -96,13 +96,15 @@ def check_destination(destination: Destination) -> None:
         if get_token() is None:
             raise UpcycleError("a push needs a token, and none is set.", client.SIGN_IN)
         api = HfApi()
-        owners, may_only_read = client.read_user(client.retry(api.whoami))
+        user = client.retry(api.whoami)
+        owners = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
+        token = user.get("auth", {}).get("accessToken") or {}
         try:
-            public = not client.read_repo(client.retry(lambda: api.model_info(repo))).private
+            public = not client.retry(lambda: api.model_info(repo)).private
             if not destination.create_pr:  # every reader may open a pull request
                 client.retry(lambda: api.auth_check(repo, write=True))
         except RepositoryNotFoundError:
-            if may_only_read or repo.split("/")[0] not in owners:
+            if token.get("role") == "read" or repo.split("/")[0] not in owners:
                 raise UpcycleError(
                     f"you ({owners[0]}) cannot create {repo} with this token.",
                     f"Choose from {', '.join(f'{name}/…' for name in owners)}, with a token that "
@@ -133,26 +135,28 @@ def push(
     has_report = REPORT_NAME in files
     card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
     with client.hub_session(destination.repo, destination.revision):
-        existing = _create_repo(destination)
-        kept = None if destination.replace_card else _edited_card(existing, card, destination)
+        info = _create_repo(destination)
+        existing, head = client.file_sizes(info), client.checked_commit(info.sha)
+        has_card = CARD_NAME in existing and not destination.replace_card
+        kept = _edited_card(head, card, destination) if has_card else None
         if kept is not None:
             card = kept
             del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
         on_start(len(files), nbytes)
-        stale = sorted(name for name in {*existing.sizes} - {*files} if matches(name, _REPLACED))
+        stale = sorted(name for name in existing.keys() - files if matches(name, _REPLACED))
         message = destination.message or f"Upload {directory.resolve().name}"
         destination = replace(destination, message=message)
-        info = client.run_interruptibly(lambda: _commit(files, card, stale, destination))
-        client.checked_commit(info.oid)
+        done = client.run_interruptibly(lambda: _commit(files, card, stale, destination))
+        client.checked_commit(done.oid)
     url, branch = f"{client.endpoint()}/{destination.repo}", destination.revision
-    pull_request = None if info.pr_num is None else f"{url}/discussions/{info.pr_num}"
+    pull_request = None if done.pr_num is None else f"{url}/discussions/{done.pr_num}"
     return Push(
         repo=destination.repo,
         url=(pull_request or url) if branch is None else f"{url}/tree/{branch}",
-        commit=info.oid,
+        commit=done.oid,
         pull_request=pull_request,
-        changed=info.oid != existing.commit,
+        changed=done.oid != head,
         files=len(files),
         nbytes=nbytes,
         card_kept=kept is not None,
@@ -160,7 +164,7 @@ def push(
             name for name in found.foreign if name.split("/")[0] not in _FOLDERS_OF_TOOLS
         ),
         removed=tuple(stale),
-        reminders=reminders(card, destination.repo, {*files, *existing.sizes}),
+        reminders=reminders(card, destination.repo, {*files, *existing}),
     )
 
 
@@ -198,7 +202,7 @@ def _read_card(path: Path) -> str:
     return text
 
 
-def _create_repo(destination: Destination) -> client.Repo:
+def _create_repo(destination: Destination) -> ModelInfo:
     """Create the repo and the branch if necessary; return what they contain."""
     from huggingface_hub import HfApi
 
@@ -208,16 +212,14 @@ def _create_repo(destination: Destination) -> client.Repo:
     client.retry(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not revision.startswith("refs/"):
         client.retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    return client.read_repo(client.retry(lambda: api.model_info(repo, revision=revision)))
+    return client.retry(lambda: api.model_info(repo, revision=revision))
 
 
-def _edited_card(existing: client.Repo, card: str, destination: Destination) -> str | None:
+def _edited_card(commit: str, card: str, destination: Destination) -> str | None:
     """Return the repo's card if somebody has written or edited it, so that it must stay."""
-    if CARD_NAME not in existing.sizes:
-        return None
     with client.download_limit(MOST_JSON_BYTES):
         # By its commit: the cache may know an older one for the branch.
-        path = client.retry(lambda: client.fetch(destination.repo, CARD_NAME, existing.commit))
+        path = client.retry(lambda: client.fetch(destination.repo, CARD_NAME, commit))
     text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 

@@ -25,7 +25,7 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, Prompts, calibration_text
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Recipe, RouterInit
-from upcycle_cli.write.record import FORMAT, described, origin
+from upcycle_cli.write.record import FORMAT, described
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.outputs import Expectation
@@ -227,7 +227,7 @@ def _not_of(model: Checkpoint) -> UpcycleError:
 
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     """Whether a model has the recorded config, headers and sample of its weights."""
-    name, held = recorded["sample"]["tensor"], origin(model)
+    name, held = recorded["sample"]["tensor"], model.origin
     if any(recorded[key] != held[key] for key in ("config_sha256", "files")):
         return False
     return name in model.tensors and model.tensor_digest(name) == recorded["sample"]["sha256"]

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
@@ -39,7 +38,7 @@ def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
         "numpy": version("numpy"),
         **described(plan),
-        "source": origin(plan.source),
+        "source": plan.source.origin,
         **_merged(plan),
         "routers": dict(written.routers),
         **_picked(how, "calibration", "router_file", "order_file"),
@@ -71,19 +70,6 @@ def described(plan: Plan) -> dict[str, Any]:
     }
 
 
-def origin(source: Checkpoint) -> dict[str, Any]:
-    """Return what identifies a source: its name, and digests of its config and headers."""
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "config_sha256": source.config_digest,
-        "files": [
-            {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
-            for shard in source.shards
-        ],
-    }
-
-
 def _merged(plan: Plan) -> dict[str, Any]:
     found = plan.how.get("experts_from")
     if found is None:
@@ -92,7 +78,7 @@ def _merged(plan: Plan) -> dict[str, Any]:
     dense, last = plan.family.dense, plan.family.layers[-1]
     name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
     models = [
-        origin(other) | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
+        other.origin | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
         for other in plan.sources[1:]
     ]
     return {"experts_from": found | {"models": models}}

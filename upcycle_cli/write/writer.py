@@ -59,10 +59,6 @@ class WriteOptions:
     fsync: bool = True
     """Make every file durable before it gets its name."""
 
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UpcycleError(f"the number of workers must be positive, not {self.workers}.")
-
     @property
     def num_threads(self) -> int:
         """The number of threads: one more than processors, as one usually waits for the disk."""
