@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import read_tensors
+from shapes import make_recipe
 
-from upcycle_cli import Recipe, UpcycleError, WriteOptions, convert
+from upcycle_cli import UpcycleError, WriteOptions, convert
 from upcycle_cli.plan.expressions import AddNoise, Source
 from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 
@@ -24,35 +24,21 @@ QUICKLY = WriteOptions(workers=1, fsync=False)
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 PARTS = {"w1": ("gate", 0), "w3": ("up", 0), "w2": ("down", 1)}
 INNER, WIDTH, REDRAWN = 96, 48, 20  # of the dense MLP, of its experts, and of those
-CHANGES: Mapping[str, dict[str, float]] = {
-    "noise": {"noise": 0.05},
-    "reinit": {"reinit": 0.42},  # 20.16 of 48
-    "plain": {},
-}
+REINIT = 0.42  # 20.16 of 48
 Tensors = dict[str, torch.Tensor]
 
 
-def recipe(**changes: float) -> Recipe:
-    sizes: dict[str, Any] = {"expansion": 3, "granularity": 2, "top_k": 4}
-    return Recipe(**sizes | changes)
-
-
 @pytest.fixture(scope="module")
-def dense(make_dense: MakeDense) -> Path:
-    return make_dense("llama", intermediate_size=INNER)
-
-
-@pytest.fixture(scope="module")
-def made(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    folder = tmp_path_factory.mktemp("moe")
-    for name, changes in CHANGES.items():
-        convert(dense, folder / name, recipe(**changes), writing=QUICKLY)
-    return {name: folder / name for name in CHANGES}
-
-
-def weights_of(moe: Path) -> Tensors:
-    files = [load_file(file) for file in moe.glob("*.safetensors")]
-    return {name: tensor for file in files for name, tensor in file.items()}
+def made(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensors]:
+    dense, folder = make_dense("llama", intermediate_size=INNER), tmp_path_factory.mktemp("moe")
+    changes: dict[str, dict[str, float]] = {
+        "noise": {"noise": 0.05},
+        "reinit": {"reinit": REINIT},
+        "plain": {},
+    }
+    for name, change in changes.items():
+        convert(dense, folder / name, make_recipe("E3G2T4", None, **change), writing=QUICKLY)
+    return {name: read_tensors(folder / name) for name in changes}
 
 
 def normal(stream: str, *shape: int) -> np.ndarray[Any, Any]:
@@ -60,8 +46,8 @@ def normal(stream: str, *shape: int) -> np.ndarray[Any, Any]:
     return np.random.RandomState(np.frombuffer(digest, "<u4")).standard_normal(shape)
 
 
-def test_noise_has_the_standard_deviation_that_was_asked_for(made: Mapping[str, Path]) -> None:
-    plain, noisy = weights_of(made["plain"]), weights_of(made["noise"])
+def test_noise_has_the_standard_deviation_that_was_asked_for(made: Mapping[str, Tensors]) -> None:
+    plain, noisy = made["plain"], made["noise"]
     differing = {name for name in noisy if not torch.equal(noisy[name], plain[name])}
     assert differing == {name for name in noisy if ".experts." in name}
     for layer, expert in ((0, 0), (1, 5)):
@@ -73,8 +59,8 @@ def test_noise_has_the_standard_deviation_that_was_asked_for(made: Mapping[str, 
             np.testing.assert_allclose(held, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_new_neurons_are_like_those_that_they_replace(made: Mapping[str, Path]) -> None:
-    plain, anew = weights_of(made["plain"]), weights_of(made["reinit"])
+def test_new_neurons_are_like_those_that_they_replace(made: Mapping[str, Tensors]) -> None:
+    plain, anew = made["plain"], made["reinit"]
     chosen = set()
     for expert in range(6):
         changed = {}
