@@ -56,7 +56,7 @@ def test_refuse_tensors_that_the_config_does_not_imply(
     """Where no shapes are known, the first layer shows what each layer of its kind must have."""
     source = source_with(tmp_path, changes)
     if not listed:
-        monkeypatch.setattr("upcycle_cli.models.dense.tensor_shapes", lambda *_: {})
+        monkeypatch.setattr("upcycle_cli.models.defaults.tensor_shapes", lambda *_: {})
     with pytest.raises(UpcycleError) as caught:
         build_plan(RECIPE, source)
     assert words in caught.value.message
@@ -81,7 +81,7 @@ def test_a_row_of_the_table_of_families_is_enough(
 ) -> None:
     source = source_with(tmp_path, {})
     wanted = [*build_plan(RECIPE, source).tensors]
-    monkeypatch.setattr("upcycle_cli.models.dense.tensor_shapes", lambda *_: {})
+    monkeypatch.setattr("upcycle_cli.models.defaults.tensor_shapes", lambda *_: {})
     assert [*build_plan(RECIPE, source).tensors] == wanted
 
 

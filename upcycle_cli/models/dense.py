@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.defaults import LAYER, class_names, defaults_of, dimension, tensor_shapes
+from upcycle_cli.models import defaults
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
-from upcycle_cli.models.settings import ConfigValues
 from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside
 from upcycle_cli.recipe.scaling import MlpKind
 
@@ -88,7 +87,7 @@ class DenseFamily:
     """Non-expert tensors that native targets store in another form."""
     mlp_block: str | None = None
     """The kind (layers_block_type) of MLP layers, if MLPs are layers of their own."""
-    windows: Callable[[ConfigValues, int], Windows] = lambda _, count: (None,) * count
+    windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The native targets; the one that most software loads comes first."""
     attention_was_tested: bool = False
@@ -123,7 +122,7 @@ class DenseFamily:
         """The config, base model and causal LM in transformers, or those of the wrapper."""
         if self.inside is not None:
             return self.inside.wrapper.classes
-        config, base, whole = class_names(self.model_type)
+        config, base, whole = defaults.class_names(self.model_type)
         return config, base, whole
 
 
@@ -184,7 +183,7 @@ class DenseModel:
     def rotary_share(self) -> float:
         """The share of each head that the rotary embedding rotates."""
         key = "partial_rotary_factor"
-        return float(self.values[key]) if key in defaults_of(self.model_type) else 1.0
+        return float(self.values[key]) if key in defaults.defaults_of(self.model_type) else 1.0
 
     @property
     def rotary_dim(self) -> int:
@@ -193,7 +192,7 @@ class DenseModel:
 
     def size(self, product: str) -> int:
         """Return a product of config keys and integers."""
-        return dimension(product, self.values)
+        return defaults.dimension(product, self.values)
 
     @property
     def activation(self) -> str:
@@ -221,7 +220,7 @@ class DenseModel:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The tensors that the checkpoint must have; empty if they are unknown."""
-        found = tensor_shapes(self.family.model_type, self.values, self.kinds)
+        found = defaults.tensor_shapes(self.family.model_type, self.values, self.kinds)
         inside = self.family.inside
         return found if inside is None else {inside.wrapped(name): s for name, s in found.items()}
 
@@ -229,9 +228,9 @@ class DenseModel:
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     """Return what a text model's config means; raises UpcycleError for invalid values."""
     config = family.with_current_keys(config)
-    values = ConfigValues(config, family.model_type, family.keys)
+    values = defaults.ConfigValues(config, family.model_type, family.keys)
     if family.mlp_block is None:
-        kinds = (LAYER,) * values["num_hidden_layers"]
+        kinds = (defaults.LAYER,) * values["num_hidden_layers"]
     else:
         try:
             kinds = block_types(config)

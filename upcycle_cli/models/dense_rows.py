@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models.defaults import ConfigValues
 from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Piece, Pieces, Windows
 from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
-from upcycle_cli.models.settings import ConfigValues
 
 
 def _lfm2_width(values: Mapping[str, Any]) -> int:

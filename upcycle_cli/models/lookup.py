@@ -57,14 +57,18 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if model_type not in DENSE and not is_wrapper:
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
         raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
+    _refuse_quantised(config)
+    return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UpcycleError(
             f"the weights are quantised ({method or 'quantization_config'} in config.json).",
-            "Convert the bf16 or fp16 release of the model, and quantise the result.",
+            "Use the bf16 or fp16 release of the model, and quantise the result.",
         )
-    return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
 
 
 def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
@@ -243,11 +247,7 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
             f"a mixture of experts of model type {model_type} cannot be grown yet.",
             f"These can: {', '.join(GROWABLE)}.",
         )
-    if config.get("quantization_config") is not None:
-        raise UpcycleError(
-            "the weights are quantised (quantization_config in config.json).",
-            "Grow the bf16 or fp16 release of the model, and quantise the result.",
-        )
+    _refuse_quantised(config)
     target = target_of(config, names)
     groups, chosen = (target.value(config, key) for key in ("n_group", "topk_group"))
     if groups not in (None, 1) and groups != chosen:
