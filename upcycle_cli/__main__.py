@@ -10,12 +10,17 @@ def main() -> None:
     code = process.EXIT_BUG  # not 1, which means that a verification failed
     try:
         process.start()
-        run()
+        from upcycle_cli.cli.app import app
+
+        app(prog_name="upcycle")
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else process.EXIT_BUG
     except process.StoppedError:  # before a command began, or during another signal's message
         code, word = process.stopped()
         process.print_error(f"{word}.")
+    except (ImportError, MemoryError, OSError) as error:  # commands catch their own
+        code = process.EXIT_ERROR
+        process.print_error(f"upcycle cannot start: {error or 'not enough memory'}.")
     except BaseException:  # noqa: BLE001 - a bug
         from upcycle_cli.cli import terminal
 
@@ -23,16 +28,6 @@ def main() -> None:
         terminal.talk("", "This is a bug in upcycle. Please report it with the lines above.")
     finally:
         process.finish(code)
-
-
-def run() -> None:
-    """Import the commands, and run one."""
-    try:
-        from upcycle_cli.cli.app import app
-    except (ImportError, MemoryError, OSError) as error:
-        process.print_error(f"upcycle cannot start: {error or 'not enough memory'}.")
-        raise SystemExit(process.EXIT_ERROR) from error
-    app(prog_name="upcycle")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ def tie_virtual_groups(model: Module) -> TiedGroups:
     """
     routers = dict(_routers(model))
     sizes = {name: _group_size(name, weight) for name, weight in routers.items()}
+    if not routers:
+        words = "all its routers are frozen, or it has none."
+        raise UpcycleError(words, "Tie virtual groups of a model whose routers are trained.")
     if len({*sizes.values()}) > 1:
         found = ", ".join(f"{size} in {name}" for name, size in sizes.items())
         raise UpcycleError(f"the equal rows of routers form groups of several sizes: {found}.")
@@ -73,14 +76,9 @@ def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
     layouts = target_of(values, [name for name, _ in model.named_parameters()]).layouts.values()
     names = "|".join(re.escape(layout.router) for layout in layouts)
     router = re.compile(rf"(?:.*\.)?layers\.\d+\.(?:{names})")
-    found = [item for item in model.named_parameters() if router.fullmatch(item[0])]
-    trained = [item for item in found if item[1].requires_grad]
-    if not trained:
-        raise UpcycleError(
-            "all its routers are frozen." if found else "it has no routers.",
-            "Tie virtual groups of a model whose routers are trained.",
-        )
-    yield from trained
+    for name, weight in model.named_parameters():
+        if router.fullmatch(name) and weight.requires_grad:
+            yield name, weight
 
 
 def _group_size(name: str, weight: Parameter) -> int:
