@@ -190,7 +190,7 @@ REMOVED = object()
 
 
 class MakeDense:
-    """Makes a dense checkpoint with random weights, once per set of arguments."""
+    """Makes a checkpoint with random weights, once per set of arguments."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self._factory = factory
@@ -271,7 +271,10 @@ def _save_model(
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.data = random_weight(name, parameter.shape, generator).to(torch_dtype)
-    # Buffers (rotary frequencies) stay as they are: they are not saved.
+    # Other buffers (rotary frequencies) stay as they are: they are not saved.
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.data = random_weight(name, buffer.shape, generator)
     model.config.dtype = torch_dtype
     model.save_pretrained(path, max_shard_size=max_shard_size)
 

@@ -6,22 +6,20 @@ each routing that it can have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import torch
 from conftest import (
-    TINY,
+    MakeDense,
     clone,
     difference,
     logits,
     random_ids,
-    random_weight,
     read_json,
     read_tensors,
-    save_companions,
     validate_json,
 )
 from refusals import assert_refused, invoke
@@ -51,6 +49,7 @@ _LATENT: Mapping[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
+    "head_dim": 4,
 }
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": N},
@@ -61,14 +60,14 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "mlp_only_layers": [0],
         "num_hidden_layers": 3,
     },
-    "qwen3_moe": {"num_experts": N, "moe_intermediate_size": 24, "head_dim": 8},
+    "qwen3_moe": {"num_experts": N, "moe_intermediate_size": 24},
     "granitemoe": {"num_local_experts": N},
-    "glm4_moe": {**_SIGMOID, "head_dim": 8},
+    "glm4_moe": _SIGMOID,
     "olmoe": {"num_experts": N},
     "flex_olmo": {"num_experts": N},
     "deepseek_v3": {**_SIGMOID, **_LATENT},
-    "dots1": {**_SIGMOID, "head_dim": 8},
-    "solar_open": {**_SIGMOID, "head_dim": 8, "num_hidden_layers": 2},
+    "dots1": _SIGMOID,
+    "solar_open": {**_SIGMOID, "num_hidden_layers": 2},
 }
 BY_NORM = ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")
 KINDS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in SIZES if name not in BY_NORM] + [
@@ -77,39 +76,16 @@ KINDS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in SIZES if name 
 FEW = TextOptions(tokens=64)
 
 
-class MakeMoe(Protocol):
-    """Makes an MoE with random weights, once per set of arguments. Read only: it is shared."""
-
-    def __call__(self, model_type: str = "qwen3_moe", **config: Any) -> Path: ...  # noqa: ANN401
+MakeMoe = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_moe(tmp_path_factory: pytest.TempPathFactory) -> MakeMoe:
-    made: dict[str, Path] = {}
-
+def make_moe(make_dense: MakeDense) -> MakeMoe:
     def make(model_type: str = "qwen3_moe", **config: Any) -> Path:  # noqa: ANN401
-        key = f"{model_type} {config}"
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(model_type) / "source"
-            _save(made[key], model_type, config)
-        return made[key]
+        sizes = {"num_experts_per_tok": T, **SIZES[model_type], **config}
+        return make_dense(model_type, **sizes)
 
     return make
-
-
-def _save(path: Path, model_type: str, config: Mapping[str, Any]) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    sizes = {**TINY, **tokens, "num_experts_per_tok": T, **SIZES[model_type], **config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
-    generator = torch.Generator().manual_seed(0)
-    biases = [held for held in model.named_buffers() if held[0].endswith("correction_bias")]
-    for name, tensor in [*model.named_parameters(), *biases]:
-        tensor.data = random_weight(name, tensor.shape, generator).to(tensor.dtype)
-    model.config.dtype = torch.float32
-    model.save_pretrained(path)
-    save_companions(path)
 
 
 def test_every_growable_type_has_sizes() -> None:
