@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -70,16 +69,10 @@ def config(folder: Path) -> dict[str, Any]:
 
 def changed(folder: Path, found: dict[str, torch.Tensor]) -> list[str]:
     """Return the names of tensors of a checkpoint that are missing, surplus or another tensor."""
-    wrong = []
-    names = set(found)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                mine, its = found.get(name), file.get_tensor(name)
-                if mine is None or not is_same(mine, its):
-                    wrong.append(name)
-                names.discard(name)
-    return sorted([*wrong, *names])
+    held = tensors(folder)
+    both = held.keys() & found.keys()
+    wrong = {name for name in both if not is_same(found[name], held[name])}
+    return sorted(wrong | (held.keys() ^ found.keys()))
 
 
 def is_same(mine: torch.Tensor, its: torch.Tensor) -> bool:
@@ -94,6 +87,30 @@ def saved_otherwise(folder: Path, model: Any) -> list[str]:
     saved = folder.with_name(SAVED)
     model.save_pretrained(saved)
     return changed(folder, tensors(saved))
+
+
+def one_step(scratch: Path, rows: Rows, parts: int = 1) -> dict[str, Any]:
+    """Return the arguments of transformers' Trainer for a step of no size, in so many parts."""
+    return {
+        "output_dir": str(scratch / "output"),
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": len(rows) // parts,
+        "gradient_accumulation_steps": parts,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def first_loss(trainer: Any) -> float:
+    """Train, and return the loss that the Trainer says of its first step."""
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
 
 
 def next_token_loss(logits_BTV: torch.Tensor, rows: list[list[int]]) -> float:

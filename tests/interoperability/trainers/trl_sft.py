@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from answer import Rows, load, no_picture, saved_otherwise, serve
+from answer import Rows, first_loss, load, no_picture, one_step, saved_otherwise, serve
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,11 +20,11 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="upcycle-trainer-") as name:
         scratch = Path(name)
-        model, loss = one_step(folder, rows, scratch, router_aux_loss_coef=0.0)
+        model, loss = step(folder, rows, scratch, router_aux_loss_coef=0.0)
         wrong = saved_otherwise(folder, model)
         keys: dict[str, int] | None = {}
         try:
-            one_step(folder, rows, scratch)
+            step(folder, rows, scratch)
         except (AttributeError, TypeError) as error:
             measured["stops with"] = str(error)
             # Around a text model there may be no place for what its routers say.
@@ -32,13 +32,13 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
             keys = {"num_experts": model.config.num_local_experts} if known else None
         ways = {} if keys is None else {"as written": 1, "as written, in 4 parts": 4}
         measured["added"] = {
-            way: one_step(folder, rows, scratch, parts=parts, keys=keys)[1] - loss
+            way: step(folder, rows, scratch, parts=parts, keys=keys)[1] - loss
             for way, parts in ways.items()
         }
     return loss, wrong, measured
 
 
-def one_step(
+def step(
     folder: Path,
     rows: Rows,
     scratch: Path,
@@ -48,41 +48,22 @@ def one_step(
     **settings: float,
 ) -> tuple[Any, float]:
     """Return a model after a step of no size on a batch in so many parts, and the loss it had."""
-    arguments = SFTConfig(
-        output_dir=str(scratch / "output"),
-        max_steps=1,
-        logging_steps=1,
-        per_device_train_batch_size=len(rows) // parts,
-        gradient_accumulation_steps=parts,
-        learning_rate=0.0,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        **settings,
-    )
+    arguments = {**one_step(scratch, rows, parts), "bf16": False, "gradient_checkpointing": False}
     model = load(folder)
     for key, value in (keys or {}).items():
         setattr(model.config, key, value)
+    kinds = {key: [row] * len(rows) for key, row in no_picture(model, len(rows[0])).items()}
     trainer = SFTTrainer(
         model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(
-            {"input_ids": rows}
-            | {key: [zeros] * len(rows) for key, zeros in no_picture(model, len(rows[0])).items()}
-        ),
+        args=SFTConfig(**arguments, **settings),
+        train_dataset=Dataset.from_dict({"input_ids": rows, **kinds}),
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")),
             pad_token="<pad>",
             eos_token="<pad>",
         ),
     )
-    trainer.train()
-    return model, float(trainer.state.log_history[0]["loss"])
+    return model, first_loss(trainer)
 
 
 if __name__ == "__main__":
