@@ -12,23 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import engine_fixtures as engine
 import forked
 import pytest
 from conftest import clone, others, snapshot, spoil
-from engine_fixtures import (
-    PYTHON,
-    SUBPROCESS_SECONDS,
-    Advance,
-    contents,
-    convert_command,
-    environment,
-    execute,
-    make_dense,
-    plan_of,
-    run,
-    start,
-    wait_until,
-)
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.verification.result import Report
@@ -51,18 +38,18 @@ class Job:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     path = tmp_path_factory.mktemp("job")
-    dense = make_dense(path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
-    process = start(convert_command(dense, path / "moe", *SHARDED))
-    _, said = process.communicate(timeout=SUBPROCESS_SECONDS)
+    dense = engine.make_dense(path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
+    process = engine.start(engine.convert_command(dense, path / "moe", *SHARDED))
+    _, said = process.communicate(timeout=engine.SUBPROCESS_SECONDS)
     assert process.returncode == 0, said
-    reference = contents(path / "moe")
+    reference = engine.contents(path / "moe")
     assert sum(name.endswith(".safetensors") for name in reference) >= NUM_SHARDS
     return Job(dense, reference)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("small") / "dense")
+    return engine.make_dense(tmp_path_factory.mktemp("small") / "dense")
 
 
 def notes(output: Path) -> list[Path]:
@@ -75,17 +62,20 @@ def notes(output: Path) -> list[Path]:
 @pytest.mark.parametrize("replacing", [False, True], ids=["free name", "overwrite"])
 @pytest.mark.long
 def test_a_kill_at_every_step(small: Path, tmp_path: Path, *, replacing: bool) -> None:
-    execute(plan_of(small, "E2G2T2", max_shard_bytes=60_000), tmp_path / "reference")
-    execute(plan_of(small, "E4G1T2"), tmp_path / "before")
-    reference, before = contents(tmp_path / "reference"), contents(tmp_path / "before")
+    engine.execute(engine.plan_of(small, "E2G2T2", max_shard_bytes=60_000), tmp_path / "reference")
+    engine.execute(engine.plan_of(small, "E4G1T2"), tmp_path / "before")
+    reference, before = (
+        engine.contents(tmp_path / "reference"),
+        engine.contents(tmp_path / "before"),
+    )
     arguments = [small, tmp_path / "work" / "moe", *[tmp_path / "before"] * replacing]
     done = subprocess.run(
-        [PYTHON, Path(__file__).parents[1] / "kill_points.py", *arguments],
+        [engine.PYTHON, Path(__file__).parents[1] / "kill_points.py", *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
-        timeout=SUBPROCESS_SECONDS,
+        env=engine.environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+        timeout=engine.SUBPROCESS_SECONDS,
     )
     steps = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"after {steps[-1]['before'] if steps else 'none'}: {done.stderr}"
@@ -106,10 +96,10 @@ def test_a_kill_at_every_step(small: Path, tmp_path: Path, *, replacing: bool) -
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_finished_shards_survive_a_signal(job: Job, tmp_path: Path, number: int) -> None:
     output = tmp_path / "moe"
-    process = start(convert_command(job.dense, output, *SHARDED))
-    assert wait_until(lambda: notes(output), process)
+    process = engine.start(engine.convert_command(job.dense, output, *SHARDED))
+    assert engine.wait_until(lambda: notes(output), process)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=SUBPROCESS_SECONDS)
+    stdout, stderr = process.communicate(timeout=engine.SUBPROCESS_SECONDS)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
@@ -120,26 +110,26 @@ def test_finished_shards_survive_a_signal(job: Job, tmp_path: Path, number: int)
     assert not output.exists()
     complete = {note.name.removesuffix(NOTE_SUFFIX) for note in notes(output)}
     before = {name: (new_of(output) / name).stat().st_ino for name in complete}
-    done = run(convert_command(job.dense, output, *SHARDED, "--json"))
+    done = engine.run(engine.convert_command(job.dense, output, *SHARDED, "--json"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reused_bytes"] > 0
     assert {name: (output / name).stat().st_ino for name in complete} == before
-    assert contents(output) == job.reference
+    assert engine.contents(output) == job.reference
 
 
 def test_a_signal_stops_inside_a_large_part(tmp_path: Path) -> None:
     # Each part has 32 places of 128 MiB: whoever finished one would write 4 GiB.
-    dense = make_dense(tmp_path / "dense", hidden=4096, inner=16384, layers=1, hollow=True)
+    dense = engine.make_dense(tmp_path / "dense", hidden=4096, inner=16384, layers=1, hollow=True)
     output = tmp_path / "moe"
     options = ("--no-fsync", "--workers", "1", "--max-shard-size", "1TB")
 
     def written_bytes() -> int:
         return sum(f.stat().st_blocks * 512 for f in new_of(output).glob("*.writing"))
 
-    process = start(convert_command(dense, output, *options, recipe="E32G1T2"))
-    wait_until(lambda: written_bytes() > 1 << 28, process)  # attention comes first, 128 MiB
+    process = engine.start(engine.convert_command(dense, output, *options, recipe="E32G1T2"))
+    engine.wait_until(lambda: written_bytes() > 1 << 28, process)  # attention comes first, 128 MiB
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=SUBPROCESS_SECONDS)
+    process.communicate(timeout=engine.SUBPROCESS_SECONDS)
     assert process.returncode == 130
     assert written_bytes() < 2 << 30
 
@@ -178,7 +168,7 @@ def test_the_same_command_completes_it_after_an_accident(
     weights = dense / "model.safetensors"
     good, status = weights.read_bytes(), weights.stat()
     options = ("--max-shard-size", "50KB", "--workers", "1")
-    command = convert_command(dense, tmp_path / "moe", *options, recipe=recipe)
+    command = engine.convert_command(dense, tmp_path / "moe", *options, recipe=recipe)
     failed = forked.run(command[3:], program=ACCIDENT.format(accident=accident))
     assert failed.returncode not in (0, 1)
     assert "Traceback" not in failed.stderr
@@ -189,11 +179,11 @@ def test_the_same_command_completes_it_after_an_accident(
     assert not (tmp_path / "moe").exists()
     weights.write_bytes(good)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
-    again = run(command)
+    again = engine.run(command)
     assert again.returncode == 0, again.stderr
-    reference = convert_command(dense, tmp_path / "reference", *options, recipe=recipe)
-    assert run(reference).returncode == 0
-    assert contents(tmp_path / "moe") == contents(tmp_path / "reference")
+    reference = engine.convert_command(dense, tmp_path / "reference", *options, recipe=recipe)
+    assert engine.run(reference).returncode == 0
+    assert engine.contents(tmp_path / "moe") == engine.contents(tmp_path / "reference")
 
 
 def replace_weights(dense: Path) -> None:
@@ -238,7 +228,9 @@ def test_a_source_that_changes_publishes_nothing(llama: Path, tmp_path: Path, ch
         told.append(num_bytes)
 
     with pytest.raises(UpcycleError, match=r"changed while it was being read|is not followed"):
-        execute(plan, tmp_path / "moe", hooks=Advance(act_once), writing=WriteOptions(workers=1))
+        engine.execute(
+            plan, tmp_path / "moe", hooks=engine.Advance(act_once), writing=WriteOptions(workers=1)
+        )
     # Writing ends early where the weights have changed, not at the last check.
     assert (sum(told) < plan.nbytes) == ("weights" in change)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
@@ -309,19 +301,19 @@ def test_everything_is_durable_before_it_is_published(
     small: Path, tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
     output = tmp_path / "moe"
-    execute(plan_of(small, "E2G1T2"), output)
+    engine.execute(engine.plan_of(small, "E2G1T2"), output)
     calls.clear()
-    execute(plan_of(small, "E4G1T2", max_shard_bytes=40_000), output, overwrite=True)
+    engine.execute(engine.plan_of(small, "E4G1T2", max_shard_bytes=40_000), output, overwrite=True)
     partial = new_of(output)
     published = calls.index(("rename", str(output)))
-    shards = [name for name in contents(output) if name.endswith(".safetensors")]
+    shards = [name for name in engine.contents(output) if name.endswith(".safetensors")]
     assert len(shards) > 3
     for name in shards:
         temporary = str(partial / (name + TEMPORARY_SUFFIX))
         named = calls.index(("rename", str(partial / name)))
         written = max(i for i, call in enumerate(calls) if call == ("pwrite", temporary))
         assert written < calls.index(("fsync", temporary), written) < named
-    for name in contents(output).keys() - {*shards}:
+    for name in engine.contents(output).keys() - {*shards}:
         path = str(partial / name)  # flushed under its name, or before it gets the name
         named = calls.index(("replace", path)) if ("replace", path) in calls else -1
         assert ("fsync", path) in calls[:published] or calls[named - 1][0] == "fsync", name
@@ -338,12 +330,14 @@ def test_everything_is_durable_before_it_is_published(
 
 
 def test_new_parents_are_durable(small: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    execute(plan_of(small, "E2G1T2"), tmp_path / "new" / "and deeper" / "moe")
+    engine.execute(engine.plan_of(small, "E2G1T2"), tmp_path / "new" / "and deeper" / "moe")
     for parent in (tmp_path, tmp_path / "new", tmp_path / "new" / "and deeper"):
         assert ("fsync", str(parent)) in calls
 
 
 def test_no_fsync_is_no_fsync(small: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    execute(plan_of(small, "E4G1T2"), tmp_path / "moe", writing=WriteOptions(fsync=False))
+    engine.execute(
+        engine.plan_of(small, "E4G1T2"), tmp_path / "moe", writing=WriteOptions(fsync=False)
+    )
     assert "pwrite" in {name for name, _ in calls}
     assert not [name for name, _ in calls if "sync" in name]

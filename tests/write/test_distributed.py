@@ -11,22 +11,8 @@ import socket
 from pathlib import Path
 from typing import TypeVar
 
+import engine_fixtures as engine
 import pytest
-from engine_fixtures import (
-    PYTHON,
-    ROOT,
-    SUBPROCESS_SECONDS,
-    contents,
-    convert_command,
-    execute,
-    make_dense,
-    plan_of,
-    run,
-    set_value,
-    start,
-    torchrun_command,
-    wait_until,
-)
 from measure import descendants
 
 from upcycle_cli.core.errors import ResumableError, UpcycleError
@@ -41,11 +27,13 @@ SIZES = {"max_shard_bytes": 100_000}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("team") / "dense", layers=3)
+    return engine.make_dense(tmp_path_factory.mktemp("team") / "dense", layers=3)
 
 
 def command(dense: Path, output: Path, *options: str) -> list[str]:
-    return convert_command(dense, output, "--max-shard-size", "100KB", *options, recipe="E4G2T4")
+    return engine.convert_command(
+        dense, output, "--max-shard-size", "100KB", *options, recipe="E4G2T4"
+    )
 
 
 def team_of(size: int) -> Team:
@@ -56,13 +44,13 @@ def team_of(size: int) -> Team:
 
 def test_a_team_makes_what_one_process_makes(dense: Path, tmp_path: Path) -> None:
     output = tmp_path / "work" / "moe"
-    execute(plan_of(dense, "E4G2T4", **SIZES), tmp_path / "reference")
-    done = run(torchrun_command(5, command(dense, output, "--json")))
+    engine.execute(engine.plan_of(dense, "E4G2T4", **SIZES), tmp_path / "reference")
+    done = engine.run(engine.torchrun_command(5, command(dense, output, "--json")))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "converted"  # one object: other ranks are silent
-    assert contents(output) == contents(tmp_path / "reference")
+    assert engine.contents(output) == engine.contents(tmp_path / "reference")
     assert [entry.name for entry in output.parent.iterdir()] == ["moe"]
-    again = run(torchrun_command(5, command(dense, output)))
+    again = engine.run(engine.torchrun_command(5, command(dense, output)))
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("nothing to do") == 1
 
@@ -82,24 +70,24 @@ def test_a_team_shares_a_calibration_draws_and_models(
 ) -> None:
     source = llama if "balanced" in how else dense
     other = shutil.copytree(dense, tmp_path / "other")
-    set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    engine.set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
     options = [str(other) if option == "other" else option for option in how]
     said = []
     for output, ranks in (("one/moe", 1), ("two/moe", 2)):
         line = command(source, tmp_path / output, *options)
-        done = run(line if ranks == 1 else torchrun_command(ranks, line))
+        done = engine.run(line if ranks == 1 else engine.torchrun_command(ranks, line))
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     if "--dry-run" in how:
         assert said[0] == said[1]
         assert not (tmp_path / "two").exists()
     else:
-        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        assert engine.contents(tmp_path / "one") == engine.contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_balanced(dense: Path, size: int) -> None:
-    shards, team = plan_of(dense, "E4G2T4", **SIZES).shards, team_of(size)
+    shards, team = engine.plan_of(dense, "E4G2T4", **SIZES).shards, team_of(size)
     shares = [team.share_of(shards, rank) for rank in range(size)]
     names = sorted(shard.name for share in shares for shard in share)
     assert names == sorted(shard.name for shard in shards)
@@ -159,14 +147,17 @@ def test_an_incomplete_launcher_is_refused(
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     given = {name: value.replace("PORT", port) for name, value in variables.items()}
-    done = run(command(dense, tmp_path / "moe"), **given)
+    done = engine.run(command(dense, tmp_path / "moe"), **given)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert words in done.stderr
     assert "unset WORLD_SIZE and RANK" in done.stderr
     assert list(tmp_path.iterdir()) == []
     # Other commands do not look for a launcher.
-    assert run([PYTHON, "-m", "upcycle_cli", "inspect", str(dense)], **given).returncode == 0
+    assert (
+        engine.run([engine.PYTHON, "-m", "upcycle_cli", "inspect", str(dense)], **given).returncode
+        == 0
+    )
 
 
 # Failures -----------------------------------------------------------------------------------------
@@ -174,23 +165,25 @@ def test_an_incomplete_launcher_is_refused(
 
 def assert_fails(words: list[str], message: str) -> None:
     """The job fails, and its ranks say so once."""
-    done = run(words)
+    done = engine.run(words)
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("error: ") == 1
     assert message in done.stderr
     # The launcher shows a traceback of its own.
-    assert f'File "{ROOT}/upcycle_cli' not in done.stderr
+    assert f'File "{engine.ROOT}/upcycle_cli' not in done.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_of_one_rank_is_said_once(dense: Path, tmp_path: Path, rank: int) -> None:
     spoilt, output = shutil.copytree(dense, tmp_path / "dense"), tmp_path / "moe"
-    share = team_of(2).share_of(plan_of(dense, "E4G2T4", dtype="float16", **SIZES).shards, rank)
+    share = team_of(2).share_of(
+        engine.plan_of(dense, "E4G2T4", dtype="float16", **SIZES).shards, rank
+    )
     copied = (tensor for shard in share for tensor in shard.tensors if tensor.role is Role.COPIED)
     name = next(tensor.name for tensor in copied if "norm" not in tensor.name)
-    set_value(spoilt, name, BF16_MILLION)
-    words = torchrun_command(2, command(spoilt, output, "--dtype", "float16"))
+    engine.set_value(spoilt, name, BF16_MILLION)
+    words = engine.torchrun_command(2, command(spoilt, output, "--dtype", "float16"))
     assert_fails(words, f"rank {rank}: {name}")
     assert not output.exists()
     assert not partial_of(output).exists()  # no run could ever complete it
@@ -209,7 +202,7 @@ def test_ranks_on_different_file_systems_are_refused(
 ) -> None:
     for rank in range(2):
         shutil.copytree(dense, tmp_path / f"dense{rank}")
-    set_value(tmp_path / "dense1", "model.layers.0.mlp.up_proj.weight", 0x3F00)
+    engine.set_value(tmp_path / "dense1", "model.layers.0.mlp.up_proj.weight", 0x3F00)
     script = tmp_path / "own.py"
     script.write_text(
         "import os, sys\n"
@@ -219,7 +212,7 @@ def test_ranks_on_different_file_systems_are_refused(
     )
     source = tmp_path / "dense" if argument == 2 else dense
     own = command(source, tmp_path / "out" / "moe")
-    assert_fails(torchrun_command(2, [own[0], str(script), *own[3:]]), message)
+    assert_fails(engine.torchrun_command(2, [own[0], str(script), *own[3:]]), message)
     assert not (tmp_path / "out" / "moe").exists()
     assert list(tmp_path.rglob("*.partial")) == []
 
@@ -227,22 +220,22 @@ def test_ranks_on_different_file_systems_are_refused(
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.long
 def test_a_job_whose_rank_is_killed_resumes(tmp_path: Path, rank: int) -> None:
-    dense = make_dense(tmp_path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
+    dense = engine.make_dense(tmp_path / "dense", hidden=512, inner=1024, layers=4, vocab=256)
     output = tmp_path / "moe"
     options = ("--max-shard-size", "5MB", "--json")
-    words = torchrun_command(2, convert_command(dense, output, *options))
-    job = start(words)
-    assert wait_until(lambda: list(partial_of(output).glob(f"*{NOTE_SUFFIX}")), job)
+    words = engine.torchrun_command(2, engine.convert_command(dense, output, *options))
+    job = engine.start(words)
+    assert engine.wait_until(lambda: list(partial_of(output).glob(f"*{NOTE_SUFFIX}")), job)
     (pid,) = (pid for pid in descendants(job.pid) if rank_of(pid) == str(rank))
     os.kill(pid, signal.SIGKILL)
-    job.communicate(timeout=SUBPROCESS_SECONDS)
+    job.communicate(timeout=engine.SUBPROCESS_SECONDS)
     assert job.returncode != 0
     assert not output.exists()
-    done = run(words)
+    done = engine.run(words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reused_bytes"] > 0
-    execute(plan_of(dense, max_shard_bytes=5_000_000), tmp_path / "reference")
-    assert contents(output) == contents(tmp_path / "reference")
+    engine.execute(engine.plan_of(dense, max_shard_bytes=5_000_000), tmp_path / "reference")
+    assert engine.contents(output) == engine.contents(tmp_path / "reference")
 
 
 def rank_of(pid: int) -> str | None:

@@ -8,15 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine_fixtures as engine
 import pytest
-from engine_fixtures import (
-    contents,
-    execute,
-    make_dense,
-    plan_of,
-    stopped_after,
-    unique_bytes,
-)
 from file_systems import MAKE, UnavailableError, file_system, used_bytes
 
 from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
@@ -39,7 +32,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 9 MiB in the MLPs, which become 72, and 2 elsewhere; a quarter of a matrix is whole blocks.
     path = tmp_path_factory.mktemp("dense") / "dense"
-    return make_dense(path, hidden=256, inner=1536, layers=4, vocab=256)
+    return engine.make_dense(path, hidden=256, inner=1536, layers=4, vocab=256)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +47,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_copies_take_no_space(
     disk: Path, dense: Path, tmp_path: Path, recipe: str, options: dict[str, int]
 ) -> None:
-    plan, output = plan_of(dense, recipe, **options), disk / "moe"
+    plan, output = engine.plan_of(dense, recipe, **options), disk / "moe"
     assert plan.nbytes > 4 * plan.source.nbytes
     empty = used_bytes(disk)
-    stopped_after(plan, output, plan.nbytes // 2)
-    done = execute(plan, output)  # which shares with the files of the first run
-    assert used_bytes(disk) - empty <= 1.15 * unique_bytes(plan)
-    assert done.shared_bytes == plan.nbytes - unique_bytes(plan)
-    assert execute(plan, tmp_path / "plain").shared_bytes in (0, done.shared_bytes)
-    assert contents(output) == contents(tmp_path / "plain")
+    engine.stopped_after(plan, output, plan.nbytes // 2)
+    done = engine.execute(plan, output)  # which shares with the files of the first run
+    assert used_bytes(disk) - empty <= 1.15 * engine.unique_bytes(plan)
+    assert done.shared_bytes == plan.nbytes - engine.unique_bytes(plan)
+    assert engine.execute(plan, tmp_path / "plain").shared_bytes in (0, done.shared_bytes)
+    assert engine.contents(output) == engine.contents(tmp_path / "plain")
 
 
 def test_share_makes_two_places_one(disk: Path) -> None:

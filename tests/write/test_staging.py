@@ -7,16 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import engine_fixtures as engine
 import pytest
-from engine_fixtures import (
-    Advance,
-    contents,
-    execute,
-    make_dense,
-    plan_of,
-    set_value,
-    stopped_after,
-)
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion
@@ -30,26 +22,26 @@ RECIPE, SHARD_BYTES = "E4G1T2", 40_000
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("staging") / "dense")
+    return engine.make_dense(tmp_path_factory.mktemp("staging") / "dense")
 
 
 @pytest.fixture(scope="module")
 def plan(dense: Path) -> Plan:
-    return plan_of(dense, RECIPE, max_shard_bytes=SHARD_BYTES)
+    return engine.plan_of(dense, RECIPE, max_shard_bytes=SHARD_BYTES)
 
 
 @pytest.fixture(scope="module")
 def reference(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = tmp_path_factory.mktemp("reference") / "moe"
-    execute(plan, path)
-    return contents(path)
+    engine.execute(plan, path)
+    return engine.contents(path)
 
 
 @pytest.fixture
 def output(plan: Plan, tmp_path: Path) -> Path:
     """An OUTPUT of which a run has finished three shards, and begun the fourth."""
     output = tmp_path / "moe"
-    stopped_after(plan, output, sum(shard.nbytes for shard in plan.shards[:3]))
+    engine.stopped_after(plan, output, sum(shard.nbytes for shard in plan.shards[:3]))
     assert len(notes(output)) == 3
     return output
 
@@ -68,8 +60,8 @@ def finish(
     reference: dict[str, str],
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    done = execute(plan, output, hooks=Advance(progress))
-    assert contents(output) == reference
+    done = engine.execute(plan, output, hooks=engine.Advance(progress))
+    assert engine.contents(output) == reference
     assert not partial_of(output).exists()
     return done
 
@@ -79,7 +71,7 @@ def test_finished_shards_are_used(plan: Plan, output: Path, options: WriteOption
     names = [note.name.removesuffix(NOTE_SUFFIX) for note in notes(output)]
     os.utime(new_of(output) / names[0])  # a partial that was copied to another disk, say
     before = {name: (new_of(output) / name).stat() for name in names}
-    done = execute(plan, output, writing=options)
+    done = engine.execute(plan, output, writing=options)
     assert done.reused_bytes == shard_bytes(plan, 0, 1, 2)
     for name, status in before.items():
         found = (output / name).stat()
@@ -93,22 +85,22 @@ def test_another_plan_is_refused(dense: Path, plan: Plan, output: Path, change: 
     if change == "recipe":
         recipe = "E4G1T3"
     elif change == "source":
-        set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
+        engine.set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
     elif change == "companion":
         (other / "LICENSE").write_text("Do as we like.\n")
     else:
         max_shard_bytes += 1000
-    changed = plan_of(other, recipe, max_shard_bytes=max_shard_bytes)
+    changed = engine.plan_of(other, recipe, max_shard_bytes=max_shard_bytes)
     assert changed.digest != plan.digest
-    left = contents(partial_of(output))
+    left = engine.contents(partial_of(output))
     with pytest.raises(UpcycleError, match="another recipe or source") as refused:
-        execute(changed, output)
+        engine.execute(changed, output)
     assert "--overwrite" in str(refused.value)
     assert "upcycle clean" in str(refused.value)
-    assert contents(partial_of(output)) == left
-    assert execute(changed, output, overwrite=True).reused_bytes == 0
-    execute(changed, output.with_name("reference"))
-    assert contents(output) == contents(output.with_name("reference"))
+    assert engine.contents(partial_of(output)) == left
+    assert engine.execute(changed, output, overwrite=True).reused_bytes == 0
+    engine.execute(changed, output.with_name("reference"))
+    assert engine.contents(output) == engine.contents(output.with_name("reference"))
 
 
 def flip(position: int) -> Callable[[bytes], bytes]:
@@ -187,11 +179,11 @@ def test_a_sealed_partial_is_published_by_the_next_run(
         with monkeypatch.context() as patched:
             patched.setattr(Path, "rename", refuse)
             with pytest.raises(UpcycleError, match="stopped by the test"):
-                execute(plan, output)
+                engine.execute(plan, output)
         if then == "clean":
             clean(output, remove=True)
     with pytest.raises(UpcycleError, match="another recipe or source"):
-        execute(plan_of(dense, "E2G1T2"), output)
-    execute(plan, output.with_name("moe"))
-    assert execute(plan, output).reused_bytes == plan.nbytes
-    assert contents(output).keys() == reference.keys()
+        engine.execute(engine.plan_of(dense, "E2G1T2"), output)
+    engine.execute(plan, output.with_name("moe"))
+    assert engine.execute(plan, output).reused_bytes == plan.nbytes
+    assert engine.contents(output).keys() == reference.keys()

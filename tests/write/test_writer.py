@@ -13,19 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engine_fixtures as engine
 import pytest
 from conftest import LAYOUTS
-from engine_fixtures import (
-    Advance,
-    assert_equal_peaks,
-    contents,
-    convert_command,
-    execute,
-    make_dense,
-    peak_of_a_new,
-    plan_of,
-    staging_in,
-)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shapes import (
@@ -87,7 +77,7 @@ def write(
     options: WriteOptions | None = None,
 ) -> dict[str, str]:
     options = options or WriteOptions(fsync=False, workers=1)  # one part at a time, to be counted
-    staging = staging_in(plan, directory.parent.with_suffix(""))
+    staging = engine.staging_in(plan, directory.parent.with_suffix(""))
     return write_weights(plan, plan.shards, staging, progress=progress, options=options).routers
 
 
@@ -222,15 +212,15 @@ def test_copies_are_computed_once(
 def test_a_process_takes_no_more_memory_for_more_layers(tmp_path: Path) -> None:
     measures = []
     for layers in (4, 22):
-        dense = make_dense(
+        dense = engine.make_dense(
             tmp_path / f"dense{layers}", hidden=512, inner=4096, layers=layers, hollow=True
         )
         output = tmp_path / f"moe{layers}"
         # Slices of columns and factors: everything that needs a buffer.
         options = ("--no-fsync", "--workers", "2")
-        command = convert_command(dense, output, *options, recipe="E2G2T2")
-        measures.append(partial(peak_of_a_new, output, command))
-    assert_equal_peaks(measures)
+        command = engine.convert_command(dense, output, *options, recipe="E2G2T2")
+        measures.append(partial(engine.peak_of_a_new, output, command))
+    engine.assert_equal_peaks(measures)
 
 
 # Threads and failures -----------------------------------------------------------------------------
@@ -288,14 +278,16 @@ LAID_OUT: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 50 columns: some parts are whole blocks, some are not.
-    return make_dense(tmp_path_factory.mktemp("layout") / "dense", hidden=64, inner=256, vocab=50)
+    return engine.make_dense(
+        tmp_path_factory.mktemp("layout") / "dense", hidden=64, inner=256, vocab=50
+    )
 
 
 @pytest.mark.parametrize("options", LAID_OUT, ids=str)
 def test_equal_parts_are_laid_out_once_and_whole_blocks_come_first(
     blocks: Path, options: dict[str, Any]
 ) -> None:
-    plan = plan_of(blocks, "E4G2T2", **options)
+    plan = engine.plan_of(blocks, "E4G2T2", **options)
     for shard in plan.shards:
         layout = lay_out(shard)
         assert len({part.expr for part in layout.parts}) == len(layout.parts)
@@ -315,14 +307,16 @@ def test_equal_parts_are_laid_out_once_and_whole_blocks_come_first(
 def test_threads_and_fsync_do_not_change_a_byte(
     blocks: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    plan, told = plan_of(blocks, "E2G4T4", **options), list[int]()
-    execute(plan, tmp_path / "one")
+    plan, told = engine.plan_of(blocks, "E2G4T4", **options), list[int]()
+    engine.execute(plan, tmp_path / "one")
     assert_holds(plan, tmp_path / "one")
     for number, writing in enumerate(
         [WriteOptions(workers=1), WriteOptions(workers=7), WriteOptions(fsync=False)]
     ):
-        execute(plan, tmp_path / str(number), writing=writing, hooks=Advance(told.append))
-        assert contents(tmp_path / "one") == contents(tmp_path / str(number))
+        engine.execute(
+            plan, tmp_path / str(number), writing=writing, hooks=engine.Advance(told.append)
+        )
+        assert engine.contents(tmp_path / "one") == engine.contents(tmp_path / str(number))
     assert sum(told) == 3 * plan.nbytes
 
 
