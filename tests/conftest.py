@@ -185,7 +185,7 @@ def sizes_of(model_type: str) -> dict[str, Any]:
     return sizes | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": padding}
 
 
-REMOVED = object()
+REMOVED: object = ...  # with the same repr in every worker of pytest
 """As a value for `clone`: the key is taken out of config.json."""
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,6 @@ def mean_kl(wanted_PV: Any, found_PV: Any) -> float:  # noqa: ANN401
     """Return the mean of KL(wanted ‖ found) in nats, computed in float64."""
     p_PV, q_PV = (logits_PV.double().log_softmax(-1) for logits_PV in (wanted_PV, found_PV))
     return float((p_PV.exp() * (p_PV - q_PV)).sum(-1).mean())
-
-
-def benchmark(name: str) -> Any:  # noqa: ANN401 - a module
-    """Return a script of benchmarks/ as a module, to hold what it measures to a bound."""
-    spec = spec_from_file_location(name, Path(__file__).parent / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

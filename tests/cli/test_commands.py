@@ -296,16 +296,10 @@ def plan_of(llama: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     ("options", "key", "value"),
     [
         (("--routing", "softmax-topk"), "model_type", "qwen2_moe"),
-        (("--routing", "topk-softmax"), "model_type", "mixtral"),
-        (("--routing", "sigmoid-topk"), "model_type", "glm4_moe"),
         (("--target", "qwen2_moe"), "routing", "softmax-topk"),
         (("--target", "upcycled"), "model_type", "upcycled_llama"),
-        (("--target", "upcycled"), "expert_layout", "fused"),
         (("--layers", "1-"), "model_type", "qwen2_moe"),  # mixtral has experts in every layer
-        (("--layers", "every:2"), "moe_layers", [0]),
         (("--scaling", "paper"), "promise", "none"),
-        (("--scaling", "none"), "promise", "none"),
-        (("--scaling", "2"), "promise", "exact"),
         (("--scaling", "3.5"), "scaling", 3.5),
         (
             ("--scale-split", "down"),
@@ -321,7 +315,6 @@ def plan_of(llama: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
         (("--expert-layout", "fused"), "expert_layout", "fused"),
         (("--max-shard-size", "82kB"), "shards", 3),
         (("--max-shard-size", "82KiB"), "shards", 2),
-        (("--max-shard-size", "1.5 GB"), "shards", 1),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -48,13 +48,6 @@ def test_variables_set_options(plan: Plan) -> None:
     assert plan("DENSE", "moe", "--seed", "8", **variables)["seed"] == 8
 
 
-def test_refuse_a_variable_with_a_wrong_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPCYCLE_CONVERT_SEED", "x")
-    done = invoke("convert", "DENSE", "moe", *RECIPE)
-    assert done.exit_code == 2
-    assert "--seed" in done.stderr
-
-
 @pytest.mark.parametrize("name", ["upcycle.toml", "upcycle.json"])
 def test_a_saved_recipe_file_gives_the_same_plan(
     plan: Plan, make_dense: Callable[..., Path], tmp_path: Path, name: str
@@ -90,15 +83,11 @@ def test_a_recipe_file_says_what_auto_stands_for(plan: Plan, tmp_path: Path) -> 
     [
         ("u.toml", "sed = 1", ["u.toml", "'sed'", "seed"]),
         ("u.toml", "dry-run = true", ["'dry-run'"]),
-        ("u.toml", "seed = [1]", ["seed"]),
         ("u.toml", "seed = ", ["u.toml is not valid TOML"]),
         ("u.json", "{", ["u.json is not valid JSON"]),
-        ("u.json", "[]", ["JSON object"]),
         ("absent.toml", None, ["cannot read absent.toml"]),
         ("u.toml", 'seed = "x"', ["--seed"]),
-        ("u.toml", 'target = "gpt"', ["--target"]),
         ("u.toml", "seed = true", ["u.toml", "seed", "true or false"]),
-        ("u.toml", "push-to-hub = true", ["push-to-hub", "true or false"]),
         ("u.toml", "output = 5\nmax-shard-size = -1", ["max-shard-size"]),
     ],
 )
@@ -142,7 +131,6 @@ def test_refuse_a_recipe_file_that_cannot_be_written(
     [
         ("recipe = 'E8G1T2'", {}, "--top-k 4", "E8G1T4"),
         ("recipe = 'E8G1T2'", {}, "-E 2 -G 2 -T 4", "E2G2T4"),
-        ("recipe = 'E8G1T2'", {"TOP_K": "1"}, "", "E8G1T1"),
         ("recipe = 'E8G1T2'", {"TOP_K": "1"}, "-T 3", "E8G1T3"),
         ("recipe = 'E8G1T2'", {"RECIPE": "E4G1T1"}, "-T 3", "E4G1T3"),
         ("expansion = 8\ngranularity = 1\ntop-k = 2", {}, "--recipe E2G2T2", "E2G2T2"),
@@ -179,10 +167,7 @@ def test_options_override_variables_and_variables_override_files(
         ("source = 'DENSE'\noutput = 'one'", [], ("DENSE", "one")),
         ("source = 'DENSE'\noutput = 'one'", ["two"], ("DENSE", "two")),
         ("source = 'DENSE'", ["two"], ("DENSE", "two")),
-        ("output = 'one'", ["DENSE"], ("DENSE", "one")),
-        ("source = 'absent'\noutput = 'one'", ["DENSE", "two"], ("DENSE", "two")),
         ("source = 'DENSE'", [], "OUTPUT"),
-        ("output = 'one'", [], "SOURCE"),
         ("seed = 1", ["DENSE"], "OUTPUT"),
         ("source = ''", ["two"], "it is empty"),
         ("source = 'DENSE'", ["two", "three", "four"], "four"),

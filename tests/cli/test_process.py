@@ -177,11 +177,6 @@ main()
 """
 REFUSALS = {
     "memory": ("raise MemoryError", 2, "no more memory"),
-    "memory of torch": (
-        'raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")',
-        2,
-        "no more memory",
-    ),
     "threads": ('raise RuntimeError("can\'t start new thread")', 2, "no more memory or threads"),
     "depth": ("raise RecursionError", 2, "nested too deeply"),
     "panic": ("raise PanicException('index out of range')", 2, "index out of range"),
