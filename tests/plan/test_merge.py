@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "rope": (_config(rope_parameters={"rope_theta": 5e5}), ("rope_theta is 500000.0", "10000.0")),
     "norm": (_config(rms_norm_eps=1e-3), ("rms_norm_eps is 0.001",)),
     "heads": (_config(num_key_value_heads=4), ("shape",)),
-    "tokens": (_more_tokens, ("tokenizers of", "the id of 'zz' is 999 there, and None here")),
+    "tokens": (_more_tokens, ("the tokenizers differ: zz is 999 in", "and 'missing' in")),
     "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("no tokenizer",)),
     "dtype": (
         lambda p: edit(p, lambda t: t.update({n: x.float() for n, x in t.items()})),

@@ -8,6 +8,7 @@ expression names the source's tensors by their own names, and those of the other
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from pathlib import Path
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
+from upcycle_cli.core.text import printable
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
@@ -135,76 +136,48 @@ def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) 
     refuse_unsafe_settings(
         other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
     )
-    here, there = _shapes(source, dense), _shapes(other, found)
-    _check_settings(source, dense, other, found)
-    for name in sorted({name for name, _ in here.items() ^ there.items()}):
-        one, two = (shapes.get(name, "missing") for shapes in (here, there))
-        raise UpcycleError(
-            f"the shape of {name} is {two} in {other.path}, and {one} in {source.path}.",
-            "Only models of the same tensors can give experts to one mixture.",
-        )
-    difference = _tokenizer_difference(source, other)
-    if difference is not None:
-        raise UpcycleError(
-            f"the tokenizers of {other.path} and {source.path} differ: {difference}.",
-            "Only models that have the same tokens can give experts to one mixture.",
-        )
+    shared = [n for n in _TOKENIZERS if source.storage.has(n) and other.storage.has(n)]
+    for what, here, there in (
+        ("", _settings(dense), _settings(found)),
+        ("the shape of ", _shapes(source, dense), _shapes(other, found)),
+        ("the tokenizers differ: ", _tokens(source, shared), _tokens(other, shared)),
+    ):
+        for key in sorted(here.keys() | there.keys()):
+            one, two = here.get(key, "missing"), there.get(key, "missing")
+            if one != two:
+                raise UpcycleError(
+                    f"{what}{printable(key)} is {shown(two)} in {other.path}, and {shown(one)} in "
+                    f"{source.path}.",
+                    "Only models that differ in nothing but their weights can give experts to one "
+                    "mixture: all compute by one config.",
+                )
 
 
-def _shapes(model: Checkpoint, dense: DenseModel) -> dict[str, tuple[int, ...]]:
-    dropped = check_source(model, dense)
-    return {name: entry.shape for name, entry in model.tensors.items() if name not in dropped}
-
-
-def _check_settings(
-    source: Checkpoint, dense: DenseModel, other: Checkpoint, found: DenseModel
-) -> None:
-    """Raise UpcycleError for a setting that the forward pass reads, and that differs."""
+def _settings(dense: DenseModel) -> dict[str, object]:
+    """Return the settings that the forward pass reads."""
     keys = {*defaults_of(dense.model_type), "rope_theta", "rope_scaling", *dense.family.keys}
     if dense.values.get("rope_scaling") is None and "rope_theta" in dense.values:
         keys -= {"max_position_embeddings"}  # no table of positions, no stretching
-    for key in sorted(keys - _IGNORED_KEYS):
-        one, two = dense.values.get(key), found.values.get(key)
-        if one != two:
-            raise UpcycleError(
-                f"{key} is {shown(two)} in {other.path / CONFIG_NAME}, and {shown(one)} in that of "
-                f"{source.path}.",
-                "The layers of one mixture compute by one config: its experts would be given what "
-                "they were not trained on.",
-            )
-    if (dense.kinds, dense.windows) != (found.kinds, found.windows):
-        raise UpcycleError(f"the layers of {other.path} are of other kinds than {source.path}'s.")
+    kinds = {"the kind of each layer": [*dense.kinds], "the window of each": [*dense.windows]}
+    return {key: dense.values.get(key) for key in keys - _IGNORED_KEYS} | kinds
 
 
-def _tokenizer_difference(source: Checkpoint, other: Checkpoint) -> str | None:
-    """Say how the tokens of two models differ, None where they do not or one has no tokenizer."""
-    for name in _TOKENIZERS:
-        if not (source.storage.has(name) and other.storage.has(name)):
-            continue
-        if name != _TOKENIZERS[0]:
-            if _file(source, name) != _file(other, name):
-                return f"{name} is another file"
-            continue
-        (one, merges), (two, others) = map(_tokens, (source, other))
-        for token in sorted({token for token, _ in one.items() ^ two.items()}):
-            return f"the id of {shown(token)} is {two.get(token)} there, and {one.get(token)} here"
-        return None if merges == others else "it merges tokens differently"
-    return None
+def _shapes(model: Checkpoint, dense: DenseModel) -> dict[str, object]:
+    dropped = check_source(model, dense)
+    return {name: [*entry.shape] for name, entry in model.tensors.items() if name not in dropped}
 
 
-def _file(model: Checkpoint, name: str) -> bytes:
-    return read_small(model.storage.local(name), MOST_COMPANION_BYTES)
-
-
-def _tokens(model: Checkpoint) -> tuple[dict[str, int], object]:
-    """Return the ids of all tokens, those that were added too, and how they are merged."""
+def _tokens(model: Checkpoint, files: Sequence[str]) -> dict[str, object]:
+    """Return the ids of all tokens, and how they are merged; digests of files of other formats."""
+    held = {name: read_small(model.storage.local(name), MOST_COMPANION_BYTES) for name in files}
+    if _TOKENIZERS[0] not in held:
+        return {name: hashlib.sha256(data).hexdigest() for name, data in held.items()}
     try:
-        content = json.loads(_file(model, _TOKENIZERS[0]))
-        inside = content["model"]
-        vocabulary = inside["vocab"]
+        content = json.loads(held[_TOKENIZERS[0]])
+        vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
             vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-        return {**vocabulary, **added}, inside.get("merges")
+        return {**vocabulary, **added, "merges of tokens": content["model"].get("merges")}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UpcycleError(f"{model.path / _TOKENIZERS[0]} describes no tokenizer.") from error
