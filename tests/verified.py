@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle_cli import Options, Recipe, convert, open_checkpoint
+from upcycle_cli import Options, Recipe, convert
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.recipe.recipe import Routing
 from upcycle_cli.verification.result import Report
@@ -100,15 +100,14 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-def flip_byte(path: Path, name: str) -> None:
-    """Flip the lowest bit of a byte in the middle of a tensor."""
-    entry = open_checkpoint(path).tensors[name]
-    with (path / entry.shard).open("r+b") as file:
-        position = entry.offset + entry.nbytes // 4 * 2
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
+def flip_bit(path: Path, name: str) -> None:
+    """Flip the lowest bit of an element in the middle of a tensor of 16-bit floats."""
+
+    def edit(held: Tensors) -> None:
+        bits = held[name].view(torch.int16).flatten()
+        bits[len(bits) // 2] ^= 1
+
+    edit_tensors(path, edit)
 
 
 def text_of(report: Report) -> str:

@@ -25,7 +25,7 @@ from verified import (
     Tensors,
     edit_json,
     edit_tensors,
-    flip_byte,
+    flip_bit,
     save_dense,
     text_of,
 )
@@ -146,8 +146,8 @@ def swapped_between_files(moe: Path) -> None:
 
 WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
-    ("a bit of an expert", lambda moe: flip_byte(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
-    ("a bit of a router", lambda moe: flip_byte(moe, ROUTER), f"{ROUTER} differs in 1 of"),
+    ("a bit of an expert", lambda moe: flip_bit(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
+    ("a bit of a router", lambda moe: flip_bit(moe, ROUTER), f"{ROUTER} differs in 1 of"),
     ("qwen: a row", tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)), "32 of 256 elements, first at"),
     ("another router", put(ROUTER, lambda t: t[ROUTER].flip(1)), ROUTER),
     ("a router of nans", filled(ROUTER, torch.nan), "nan instead of"),

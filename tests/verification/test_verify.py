@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
-from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_byte, save_dense
+from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_bit, save_dense
 
 from upcycle_cli import Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.run import models as run_models
@@ -97,7 +97,7 @@ def test_usage(dense: Path, mixtral: Path, tmp_path: Path) -> None:
 def test_fail_fast_and_a_silent_screen(
     dense: Path, moe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flip_byte(moe, "model.norm.weight")
+    flip_bit(moe, "model.norm.weight")
     report = verify(dense, moe, fail_fast=True)
     assert [check.status for check in report.checks] == ["passed", "failed", "skipped"]
     assert report.checks[2].detail == "Not run: weights failed."
