@@ -30,7 +30,7 @@ from verified import (
     text_of,
 )
 
-from upcycle_cli import Recipe, UpcycleError, convert, open_checkpoint, verify
+from upcycle_cli import Recipe, UpcycleError, convert, verify
 from upcycle_cli.verification.result import Status
 
 Damage = Callable[[Path], object]
@@ -133,17 +133,6 @@ def exchanged(name: str, dim: int, *places: int) -> Damage:
     return tensors(edit)
 
 
-def swapped_between_files(moe: Path) -> None:
-    entries = open_checkpoint(moe).tensors
-    pair = [entries[w(0, expert, 1)] for expert in (0, 3)]
-    assert pair[0].shard != pair[1].shard
-    values = [(moe / e.shard).read_bytes()[e.offset : e.offset + e.nbytes] for e in pair]
-    for entry, value in zip(pair, reversed(values), strict=True):
-        with (moe / entry.shard).open("r+b") as file:
-            file.seek(entry.offset)
-            file.write(value)
-
-
 WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
     ("a bit of an expert", lambda moe: flip_bit(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
@@ -153,7 +142,6 @@ WEIGHTS: tuple[Row, ...] = (
     ("a router of nans", filled(ROUTER, torch.nan), "nan instead of"),
     ("a larger router", scaled(ROUTER, 8), "multiplied by a further 8"),
     ("another shard", put(w(1, 2, 2), lambda t: t[w(1, 3, 2)]), "holds shard 1 where shard 0"),
-    ("sharded: exchanged between files", swapped_between_files, "0.w1.weight holds shard 1"),
     ("gate and up exchanged", swapped(w(0, 0, 1), w(0, 0, 3)), "0.w1.weight | 0.w3.weight"),
     ("exchanged rows", exchanged(EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
     ("exchanged columns", exchanged(w(1, 3, 2), 1, 0, 20), "has columns 0 and 20 exchanged"),
