@@ -44,6 +44,13 @@ _MOST_SPLIT_EXACT = 1e-3
 _MOST_SPLIT = 1e-2
 _LARGEST_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits softmax-topk promises nothing."""
+_LIMITS = {
+    "kl_mean_whole": "the promise allows at most",
+    "kl_mean_picture": "the promise allows at most",
+    "kl_mean_rounding": "convert to another dtype: rounding the weights may cost at most",
+    "split_token_layers": "the share of tokens and layers with parts of groups may be at most",
+}
+"""What the largest value of a metric means, for messages."""
 _FLOAT16_MAX = 65504.0
 _NOT_COMPARED = "The outputs could not be compared."
 
@@ -146,7 +153,7 @@ def _compare(
     if overflow.largest:
         metrics["max_float16_value"] = overflow.largest
     findings.add(*overflow.failures())
-    measured = _in_words(prompt, metrics, found, expected, has_rounded=rounded is not None)
+    measured = _in_words(prompt, metrics, found, expected)
     detail = f"Measured only, since this MoE does not promise equality: {expected.reason}."
     if expected.promise is not Promise.NONE:
         bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
@@ -227,8 +234,6 @@ def _in_words(
     metrics: Mapping[str, float],
     found: Found,
     expected: Expectation,
-    *,
-    has_rounded: bool,
 ) -> str:
     worst = max(found.layers, key=lambda layer: layer.added_rms)
     text = ""
@@ -241,8 +246,7 @@ def _in_words(
         f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
         f"{metrics['top1_agreement']:.2%}{text}."
     ]
-    if has_rounded:
-        cost = metrics["kl_mean_rounding"]
+    if cost := metrics["kl_mean_rounding"]:
         words.append(f"Rounding its weights alone costs a mean KL of {cost:.2g}.")
     if "kl_mean_picture" in metrics:
         words.append(
@@ -262,52 +266,31 @@ def _judge(
     expected: Expectation, metrics: Mapping[str, float], bound: float
 ) -> tuple[str, list[str]]:
     """Return the promise in words, and where the metrics break it."""
-    cost = metrics["kl_mean_rounding"]
-    failures: list[str] = []
-    if expected.promise is Promise.EXACT:
-        words = "" if expected.is_lossless else " up to the rounding of the scaled weights"
-        detail = f"The same function{words}."
-        failures += _exact_failures(metrics, bound, is_lossless=expected.is_lossless)
-        most = _MOST_SPLIT_EXACT
-    else:
-        std, kl = expected.logit_std, metrics["kl_mean_whole"]
+    is_exact, std = expected.promise is Promise.EXACT, expected.logit_std
+    words = "" if expected.is_lossless else " up to the rounding of the scaled weights"
+    detail = f"The same function{words}."
+    # Where routers tie in float32 a group may split, so the KL is limited where groups are whole.
+    limits = {"kl_mean_whole": bound, "kl_mean_picture": bound}
+    if not is_exact:
         detail = (
             "The same function up to an error of the order of the router's logits (standard "
             f"deviation {std:.3g})."
         )
-        most_kl = 30 * min(std, _LARGEST_LOGIT_STD) ** 2 + 1e-4
-        if not kl <= most_kl:
-            failures.append(
-                f"kl_mean_whole is {kl:.3g}; router logits of standard deviation {std:.3g} allow "
-                f"{most_kl:.3g}"
-            )
-        most = _MOST_SPLIT
-    if not cost <= _MOST_ROUNDING_KL:
-        failures.append(
-            f"kl_mean_rounding is {cost:.3g}: rounding the {expected.source}'s weights to the "
-            f"MoE's dtypes costs more than {_MOST_ROUNDING_KL:g}; convert to another dtype"
-        )
-    split = metrics["split_token_layers"]
-    if expected.group_size > 1 and not split < most:
-        failures.append(
-            f"split_token_layers is {split:.3g}: in that share of tokens and layers the chosen "
-            f"experts are not whole groups; less than {most:g} is expected"
-        )
-    return detail, failures
-
-
-def _exact_failures(
-    metrics: Mapping[str, float], bound: float, *, is_lossless: bool
-) -> Iterator[str]:
-    # Where routers tie in float32 a group may split; `_judge` limits how often that happens.
-    for key in ("kl_mean_whole", "kl_mean_picture"):
-        if key in metrics and not metrics[key] < bound:
-            yield f"{key} is {metrics[key]:.3g}; an exact recipe allows less than {bound:g}"
+        limits = {"kl_mean_whole": 30 * min(std, _LARGEST_LOGIT_STD) ** 2 + 1e-4}
+    limits["kl_mean_rounding"] = _MOST_ROUNDING_KL
+    if expected.group_size > 1:
+        limits["split_token_layers"] = _MOST_SPLIT_EXACT if is_exact else _MOST_SPLIT
+    failures = [
+        f"{key} is {metrics[key]:.3g}; {_LIMITS[key]} {most:.3g}"
+        for key, most in limits.items()
+        if key in metrics and not metrics[key] <= most
+    ]
     top1 = metrics["top1_agreement_conversion"]
     # Among few tokens a single near-tie must not decide.
     disagreeing = round((1 - top1) * metrics["tokens"])
-    if is_lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
-        yield (
+    if is_exact and expected.is_lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
+        failures.append(
             f"top1_agreement_conversion is {top1:.4%}; an exact recipe needs at least "
             f"{_EXACT_TOP1:.1%}"
         )
+    return detail, failures

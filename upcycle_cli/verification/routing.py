@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,40 +20,29 @@ from upcycle_cli.run.lazy_models import LazyModel
 from upcycle_cli.run.models import Model
 
 
-@dataclass(frozen=True)
-class LayerRouting:
-    """What the router of one layer chose."""
-
-    whole: torch.Tensor
-    """Which tokens got whole groups only (S,)."""
-    load: torch.Tensor
-    """How many tokens chose each expert (N,)."""
-    entropy: float
-    """The entropy of the softmax over the groups' logits in nats, mean over tokens."""
-    margin: float
-    """The difference between the two largest of those probabilities, mean over tokens."""
-
-
 @dataclass
-class Routing:
-    """What the routers of all layers chose."""
+class ObservedRouting:
+    """What the routers of all layers chose, by layer."""
 
-    layers: dict[int, LayerRouting] = field(default_factory=dict)
+    whole: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Which tokens got whole groups only (S,)."""
+    measures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The fields of `LayerMeasure` that are about the router."""
     failures: list[str] = field(default_factory=list)
 
     @property
     def whole_everywhere(self) -> torch.Tensor:
         """Which tokens got whole groups in every layer (S,)."""
-        return torch.stack([layer.whole for layer in self.layers.values()]).all(0)
+        return torch.stack([*self.whole.values()]).all(0)
 
 
 @contextmanager
-def watched_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[Routing]:
+def observed_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[ObservedRouting]:
     """Note what the routers choose for the first `tokens` they see while the model runs.
 
     Tokens after those were added to measure experts.
     """
-    found, experts = Routing(), moe.experts
+    found, experts = ObservedRouting(), moe.experts
     assert experts is not None
     layout = experts.target.in_memory
     rows = layout.router.removeprefix(layout.gate).removesuffix("weight").strip(".")
@@ -79,12 +69,18 @@ def watched_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[Ro
         picked_SN = torch.zeros(len(experts_ST), experts.num_experts)
         picked_SN.scatter_(1, experts_ST, (gates_ST != 0).float())
         per_group_SE = picked_SN.reshape(len(picked_SN), -1, group_size).sum(-1)
-        found.layers[layer] = LayerRouting(
-            whole=((per_group_SE == 0) | (per_group_SE == group_size)).all(-1),
-            load=torch.bincount(experts_ST.flatten(), minlength=experts.num_experts),
-            entropy=float(torch.special.entr(groups_SE).sum(-1).mean()),
-            margin=float((best_S2[:, 0] - best_S2[:, 1:].sum(-1)).mean()),
-        )
+        whole_S = ((per_group_SE == 0) | (per_group_SE == group_size)).all(-1)
+        load_N = torch.bincount(experts_ST.flatten(), minlength=experts.num_experts)
+        found.whole[layer] = whole_S
+        found.measures[layer] = {
+            "whole_share": float(whole_S.double().mean()),
+            # In nats, over the groups' probabilities; and the gap between the two largest of them.
+            "router_entropy": float(torch.special.entr(groups_SE).sum(-1).mean()),
+            "router_margin": float((best_S2[:, 0] - best_S2[:, 1:].sum(-1)).mean()),
+            "load_cv": float(load_N.double().std(correction=0) / load_N.double().mean()),
+            "idle_experts": int((load_N == 0).sum()),
+            "load": load_N.tolist(),
+        }
 
     with ExitStack() as stack:
         for layer in experts.layers:

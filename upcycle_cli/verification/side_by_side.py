@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from upcycle_cli.run.models import source_errors, transformers_errors
 from upcycle_cli.verification.logit_divergence import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import Continuation, LayerMeasure
-from upcycle_cli.verification.routing import LayerRouting, Routing, watched_routers
+from upcycle_cli.verification.routing import ObservedRouting, observed_routers
 
 _SAMPLED = 64
 """Positions at which the experts of each layer also run on the dense model's own MLP input."""
@@ -41,7 +43,7 @@ class Found:
 
     comparison: Comparison
     layers: tuple[LayerMeasure, ...]
-    routing: Routing
+    routing: ObservedRouting
 
 
 def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
@@ -91,7 +93,7 @@ def run_side_by_side(
 
         runs = [start(model) for model in (dense, rounded) if model is not None]
         run, own = start(moe), runs[-1]
-        routing = stack.enter_context(watched_routers(moe, P, group_size))
+        routing = stack.enter_context(observed_routers(moe, P, group_size))
         measures = []
         for layer in range(moe.num_layers):
             advance_dense()
@@ -101,7 +103,7 @@ def run_side_by_side(
             with transformers_errors():
                 run.steps.advance()
             if has_experts:
-                measures.append(_measure(own, run, routing.layers[layer], layer, sample))
+                measures.append(_measure(own, run, routing.measures[layer], layer, sample))
             watch.checked(layer + 1, moe.num_layers, "layers")
         advance_dense()
         with transformers_errors():
@@ -119,26 +121,20 @@ def _ending(run: Run) -> Ending:
 
 
 def _measure(
-    dense: Run, moe: Run, chosen: LayerRouting, layer: int, sample: torch.Tensor
+    dense: Run, moe: Run, routing: Mapping[str, Any], layer: int, sample: torch.Tensor
 ) -> LayerMeasure:
     wanted_KH, found_KH = dense.mlp_output.flatten(0, -2)[sample].double(), moe.extra
     assert found_KH is not None
     error_KH = found_KH.double() - wanted_KH
     size = float(wanted_KH.square().mean().sqrt()) or math.nan
     hidden_error = float((moe.hidden - dense.hidden).norm())
-    load_N = chosen.load.double()
     return LayerMeasure(
         layer=layer,
         added_rms=float(error_KH.square().mean().sqrt()) / size,
         added_max=float(error_KH.abs().max()) / size,
         gain=float((found_KH * wanted_KH).sum() / wanted_KH.square().sum()),
         hidden_rms=hidden_error / (float(dense.hidden.norm()) or math.nan),
-        whole_share=float(chosen.whole.double().mean()),
-        router_entropy=chosen.entropy,
-        router_margin=chosen.margin,
-        load_cv=float(load_N.std(correction=0) / load_N.mean()),
-        idle_experts=int((chosen.load == 0).sum()),
-        load=chosen.load.tolist(),
+        **routing,
     )
 
 
