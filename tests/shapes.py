@@ -174,6 +174,22 @@ def value_of(expr: Expr, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=empty.dtype).reshape(kind.shape)
 
 
+def save_tokenizer(path: Path, chat_template: str | None = None) -> None:
+    """Save a tokenizer that has a token for each byte and two special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = chat_template
+    fast.save_pretrained(path)
+
+
 def write_orders(path: Path, *, alike: int, shape: tuple[int, int, int] = (2, 2, 48)) -> Path:
     """Write orders of neurons (groups, layers, neurons); groups agree on the first `alike`."""
     generator = torch.Generator().manual_seed(3)

@@ -39,11 +39,11 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "interoperability"))
 
-from conftest import save_companions
 from file_systems import MAKE, UnavailableError, file_system, used_bytes
 from interop import software
 from large_models import ONE_SMALL_LAYER, tinyllama_of, write_random
 from measure import Run, importing, measure, read_into_cache
+from shapes import save_tokenizer
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.plan.plan import Plan
@@ -158,7 +158,7 @@ class Benchmark:
         tool: tuple[str | Path, ...] = (sys.executable, HERE / "by_transformers.py", dense, output)
         peers = [(TRANSFORMERS, tool, self.torch.peak_anon_bytes)]
         if self.mergekit:
-            save_companions(dense)  # mergekit-moe does not start without one
+            save_tokenizer(dense)  # mergekit-moe does not start without one
             config = dense / "mergekit-moe.yml"
             expert = f"  - source_model: {dense}\n    positive_prompts: []\n"
             config.write_text(
