@@ -14,12 +14,17 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor, read_shard_header
 from upcycle_cli.checkpoint.storage import Storage
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import printable
 from upcycle_cli.plan.expressions import Constant, Permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
@@ -53,6 +58,19 @@ NEURON_ORDERS = FileKind(
 def router_stream(layer: int) -> str:
     """Return the name of a layer's router rows: in a file, and as a random stream."""
     return f"layers.{layer}.router"
+
+
+def flaw_of(rows_EH: NDArray[np.float32]) -> str | None:
+    """Return what makes the rows of a router unusable, None where nothing does."""
+    import numpy as np
+
+    if not np.isfinite(rows_EH).all():
+        return "holds values that are not finite"
+    if not rows_EH.any(axis=1).all():
+        return "has a row of zeros: no logit would tell its experts apart"
+    if len(np.unique(rows_EH, axis=0)) < len(rows_EH):
+        return "has equal rows: their experts would be chosen together, or one by chance"
+    return None
 
 
 def order_name(layer: int, group: int | None = None) -> str:
@@ -119,14 +137,9 @@ class TensorFile:
         where = f"{self.path}: {name}"
         if stored.dtype != dtype:
             where += f", as {TORCH_DTYPES[dtype]},"
-        if not np.isfinite(rows_EH).all():
-            raise UpcycleError(f"{where} holds values that are not finite.")
-        if not rows_EH.any(axis=1).all():
-            raise UpcycleError(f"{where} has a row of zeros: no logit would tell experts apart.")
-        if len(np.unique(rows_EH, axis=0)) < len(rows_EH):
+        if flaw := flaw_of(rows_EH):
             raise UpcycleError(
-                f"{where} has equal rows: their experts would be chosen together, or one by "
-                "chance.",
+                f"{where} {flaw}.",
                 "Give one row for each virtual group; they are repeated for its experts.",
             )
         return Constant(name, stored.dtype, (*rows_EH.shape,), self.digest, data)

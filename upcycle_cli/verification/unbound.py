@@ -18,6 +18,7 @@ from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.calibration import LayerFound
 from upcycle_cli.plan.output import OutputTensor
+from upcycle_cli.plan.tensor_files import flaw_of
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
 from upcycle_cli.write.evaluate import evaluate
 
@@ -101,12 +102,8 @@ class Unbound:
         assert isinstance(expr, ex.Constant)
         rows_EH = as_float32(bytes(held), dtype, tensor.shape)[::times]
         self._rows[expr.stream] = rounded(rows_EH, expr.dtype).tobytes()
-        if not np.isfinite(rows_EH).all():
-            yield f"{tensor.name} holds values that are not finite"
-        elif not rows_EH.any(axis=1).all():
-            yield f"{tensor.name} has a row of zeros, whose experts no logit would tell apart"
-        elif len(np.unique(rows_EH, axis=0)) < len(rows_EH):
-            yield f"{tensor.name} has the same row for several groups"
+        if flaw := flaw_of(rows_EH):
+            yield f"{tensor.name} {flaw}"
         if tensor.layer is None or tensor.layer not in self._fitted:
             return
         again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)
