@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import engine_fixtures as engine
 import pytest
-from engine_fixtures import contents, execute, make_dense, plan_of, set_value
 
 from upcycle_cli import Destination, UpcycleError
 from upcycle_cli.publish.push import push
@@ -24,10 +24,12 @@ Change = Callable[[Path], object]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished output with checksums. Read only."""
     path = tmp_path_factory.mktemp("ownership")
-    dense = make_dense(path / "dense")
+    dense = engine.make_dense(path / "dense")
     (dense / TEMPLATE).parent.mkdir()
     (dense / TEMPLATE).write_text("{{ 1 }}")
-    execute(plan_of(dense, "E2G1T2", max_shard_bytes=40_000), path / "moe", checksums=True)
+    engine.execute(
+        engine.plan_of(dense, "E2G1T2", max_shard_bytes=40_000), path / "moe", checksums=True
+    )
     return path / "moe"
 
 
@@ -62,7 +64,7 @@ def remove(name: str) -> Change:
 
 def train_in_place(output: Path) -> None:
     """Write another router where the old one is: no size and no header changes."""
-    set_value(output, "model.layers.0.block_sparse_moe.gate.weight", 0x3F00)
+    engine.set_value(output, "model.layers.0.block_sparse_moe.gate.weight", 0x3F00)
 
 
 def set_files(value: object) -> Change:
@@ -124,7 +126,7 @@ def test_a_changed_output_is_neither_removed_nor_published(
     monkeypatch.setattr("upcycle_cli.publish.push.card_for_repo", upload)
     change, overwriting, pushing = CHANGES[what]
     change(output)
-    before = contents(output)
+    before = engine.contents(output)
     if overwriting is None:
         check_ownership(output)
     else:
@@ -135,7 +137,7 @@ def test_a_changed_output_is_neither_removed_nor_published(
     expected = ReachedError if pushing is None else UpcycleError
     with pytest.raises(expected, match=pushing):
         push(output, Destination(repo="acme/moe"))
-    assert contents(output) == before
+    assert engine.contents(output) == before
 
 
 def test_other_files_are_left_out_of_a_push(output: Path, finished: Path) -> None:
@@ -143,6 +145,6 @@ def test_other_files_are_left_out_of_a_push(output: Path, finished: Path) -> Non
     for name in names:
         add(name)(output)
     found = take_inventory(output)
-    assert {*found.own} == contents(finished).keys()
+    assert {*found.own} == engine.contents(finished).keys()
     assert found.foreign == tuple(sorted(names))
     assert not found.changed

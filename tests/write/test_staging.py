@@ -79,24 +79,19 @@ def test_finished_shards_are_used(plan: Plan, output: Path, options: WriteOption
 
 
 @pytest.mark.parametrize("change", ["recipe", "source", "companion", "shard size"])
-def test_another_plan_is_refused(dense: Path, plan: Plan, output: Path, change: str) -> None:
+def test_another_plan_is_refused(dense: Path, output: Path, change: str) -> None:
     other = shutil.copytree(dense, output.with_name("dense"))
-    recipe, max_shard_bytes = RECIPE, SHARD_BYTES
-    if change == "recipe":
-        recipe = "E4G1T3"
-    elif change == "source":
+    if change == "source":
         engine.set_value(other, "model.layers.0.mlp.up_proj.weight", 0x3F00)
-    elif change == "companion":
+    if change == "companion":
         (other / "LICENSE").write_text("Do as we like.\n")
-    else:
-        max_shard_bytes += 1000
-    changed = engine.plan_of(other, recipe, max_shard_bytes=max_shard_bytes)
-    assert changed.digest != plan.digest
+    recipe = "E4G1T3" if change == "recipe" else RECIPE
+    changed = engine.plan_of(
+        other, recipe, max_shard_bytes=SHARD_BYTES + 1000 * (change == "shard size")
+    )
     left = engine.contents(partial_of(output))
-    with pytest.raises(UpcycleError, match="another recipe or source") as refused:
+    with pytest.raises(UpcycleError, match=r"another recipe or source(?s:.*)--overwrite.*clean"):
         engine.execute(changed, output)
-    assert "--overwrite" in str(refused.value)
-    assert "upcycle clean" in str(refused.value)
     assert engine.contents(partial_of(output)) == left
     assert engine.execute(changed, output, overwrite=True).reused_bytes == 0
     engine.execute(changed, output.with_name("reference"))

@@ -8,8 +8,8 @@ import shutil
 import stat
 from pathlib import Path
 
+import engine_fixtures as engine
 import pytest
-from engine_fixtures import Advance, contents, execute, make_dense, plan_of, stopped_after
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.core.errors import ResumableError
@@ -24,26 +24,26 @@ BUSY = "another upcycle process is writing"
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("replace") / "dense")
+    return engine.make_dense(tmp_path_factory.mktemp("replace") / "dense")
 
 
 @pytest.fixture(scope="module")
 def plan(dense: Path) -> Plan:
-    return plan_of(dense, "E4G1T2", max_shard_bytes=40_000)
+    return engine.plan_of(dense, "E4G1T2", max_shard_bytes=40_000)
 
 
 @pytest.fixture(scope="module")
 def old(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("old") / "moe"
-    execute(plan_of(dense, "E2G1T2", max_shard_bytes=40_000), path, checksums=True)
+    engine.execute(engine.plan_of(dense, "E2G1T2", max_shard_bytes=40_000), path, checksums=True)
     return path
 
 
 @pytest.fixture(scope="module")
 def reference(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = tmp_path_factory.mktemp("reference") / "moe"
-    execute(plan, path)
-    return contents(path)
+    engine.execute(plan, path)
+    return engine.contents(path)
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def test_overwrite_replaces_the_old_output(
     plan: Plan, output: Path, reference: dict[str, str]
 ) -> None:
     (output / SHARD).unlink()  # a missing file does not stop it
-    assert execute(plan, output, overwrite=True).warnings == ()
-    assert contents(output) == reference
+    assert engine.execute(plan, output, overwrite=True).warnings == ()
+    assert engine.contents(output) == reference
     assert names(output.parent) == ["moe"]
 
 
@@ -75,7 +75,7 @@ def test_an_output_has_the_usual_mode_and_the_partial_is_private(
 
     before = os.umask(umask)
     try:
-        execute(plan, output, hooks=Advance(look))
+        engine.execute(plan, output, hooks=engine.Advance(look))
     finally:
         os.umask(before)
     assert modes == {0o700}
@@ -86,36 +86,31 @@ def test_a_file_that_appears_during_the_conversion_stops_the_publication(
     plan: Plan, output: Path, old: Path, reference: dict[str, str]
 ) -> None:
     thesis = output / "thesis.tex"
-    hooks = Advance(lambda _: thesis.write_text("years of work"))
+    hooks = engine.Advance(lambda _: thesis.write_text("years of work"))
     with pytest.raises(ResumableError, match=r"because of thesis\.tex") as refused:
-        execute(plan, output, overwrite=True, hooks=hooks)
+        engine.execute(plan, output, overwrite=True, hooks=hooks)
     assert "the same command publishes it" in str(refused.value)
     thesis.unlink()
-    assert contents(output) == contents(old)
-    assert execute(plan, output, overwrite=True).reused_bytes == plan.nbytes
-    assert contents(output) == reference
+    assert engine.contents(output) == engine.contents(old)
+    assert engine.execute(plan, output, overwrite=True).reused_bytes == plan.nbytes
+    assert engine.contents(output) == reference
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "LICENSE"])
 def test_a_file_that_appears_at_the_last_moment_is_kept(
-    plan: Plan,
-    output: Path,
-    reference: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
+    plan: Plan, output: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training run that still writes there does not notice that its directory was moved."""
     finish = module._finish  # noqa: SLF001
 
     def train_meanwhile(output: Path, replaces: str) -> str | None:
-        (aside_of(output) / name).write_bytes(b"weeks of work")
+        (aside_of(output) / "model.pt").write_bytes(b"weeks of work")
         return finish(output, replaces)
 
     monkeypatch.setattr(module, "_finish", train_meanwhile)
-    (warning,) = execute(plan, output, overwrite=True).warnings
+    (warning,) = engine.execute(plan, output, overwrite=True).warnings
     assert f"{aside_of(output)} is what moe was before" in warning
-    assert contents(output) == reference
-    assert (aside_of(output) / name).read_bytes() == b"weeks of work"
+    assert engine.contents(output) == reference
+    assert (aside_of(output) / "model.pt").read_bytes() == b"weeks of work"
 
 
 @pytest.mark.parametrize("name", ["moe", "moe.replaced"])
@@ -132,11 +127,11 @@ def test_a_directory_in_the_way_is_left_alone(
             shutil.copytree(old, theirs)
 
     with pytest.raises(ResumableError, match=f"{name} failed: Directory not empty"):
-        execute(plan, output, overwrite=overwrite, hooks=Advance(take))
-    assert contents(output) == contents(theirs) == contents(old)
+        engine.execute(plan, output, overwrite=overwrite, hooks=engine.Advance(take))
+    assert engine.contents(output) == engine.contents(theirs) == engine.contents(old)
     shutil.rmtree(theirs)
-    assert execute(plan, output, overwrite=overwrite).reused_bytes == plan.nbytes
-    assert contents(output) == reference
+    assert engine.execute(plan, output, overwrite=overwrite).reused_bytes == plan.nbytes
+    assert engine.contents(output) == reference
 
 
 # After a kill -------------------------------------------------------------------------------------
@@ -165,7 +160,7 @@ def killed(plan: Plan, output: Path, moment: str, monkeypatch: pytest.MonkeyPatc
         else:
             patched.setattr(module, "_finish", die)
         with pytest.raises(KilledError):
-            execute(plan, output, overwrite=True)
+            engine.execute(plan, output, overwrite=True)
 
 
 MOMENTS = ("between", "after")
@@ -184,16 +179,16 @@ def test_the_next_command_ends_an_interrupted_replacement(
     then: str,
 ) -> None:
     killed(plan, output, moment, monkeypatch)
-    assert contents(aside_of(output)) == contents(old)  # complete, under another name
-    expected = contents(old) if moment == "between" else reference
+    assert engine.contents(aside_of(output)) == engine.contents(old)  # complete, under another name
+    expected = engine.contents(old) if moment == "between" else reference
     if then == "the same command":
-        done = execute(plan, output, overwrite=True)
+        done = engine.execute(plan, output, overwrite=True)
         assert moment == "after" or done.reused_bytes == plan.nbytes
         assert ("is back" in " ".join(done.warnings)) == (moment == "between")
         expected = reference
     elif then == "another command":
         with pytest.raises(UpcycleError, match="exists and is not empty"):
-            execute(plan_of(dense, "E2G2T2"), output)
+            engine.execute(engine.plan_of(dense, "E2G2T2"), output)
     else:
         before = names(output.parent)
         shown, _ = clean(output, remove=False)
@@ -201,25 +196,9 @@ def test_the_next_command_ends_an_interrupted_replacement(
         removed, note = clean(output, remove=True)
         assert removed == shown
         assert ("is back" in (note or "")) == (moment == "between")
-    assert contents(output) == expected
+    assert engine.contents(output) == expected
     left = ["moe.partial"] if (moment, then) == ("between", "another command") else []
     assert names(output.parent) == ["moe", *left]
-
-
-def test_a_replacement_that_another_process_performs_is_left_to_it(
-    plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed(plan, output, "after", monkeypatch)
-    holder = os.open(partial_of(output), os.O_RDONLY)
-    try:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(UpcycleError, match=BUSY):
-            execute(plan, output, overwrite=True)
-        with pytest.raises(UpcycleError, match=BUSY):
-            clean(output, remove=True)
-    finally:
-        os.close(holder)
-    assert names(output.parent) == ["moe", "moe.partial", "moe.replaced"]
 
 
 # The staging directory ----------------------------------------------------------------------------
@@ -235,39 +214,49 @@ def test_a_partial_that_is_not_ours_is_left_alone(
     if what == "a file":
         partial.write_text("precious")
     elif what == "a link":
-        stopped_after(plan, elsewhere, 0)
+        engine.stopped_after(plan, elsewhere, 0)
         partial.symlink_to(partial_of(elsewhere))
     elif what == "writable by others":
-        stopped_after(plan, output, 0)
+        engine.stopped_after(plan, output, 0)
         partial.chmod(0o777)
     else:
         partial.mkdir()
         (partial / "thesis.tex").write_text("precious")
-    before = contents(tmp_path)
+    before = engine.contents(tmp_path)
     with pytest.raises(UpcycleError):
-        clean(output, remove=True) if act == "clean" else execute(
+        clean(output, remove=True) if act == "clean" else engine.execute(
             plan, output, overwrite=act == "overwrite"
         )
-    assert contents(tmp_path) == before
+    assert engine.contents(tmp_path) == before
 
 
-def test_a_second_process_is_refused(plan: Plan, tmp_path: Path, reference: dict[str, str]) -> None:
-    output = tmp_path / "moe"
-    stopped_after(plan, output, plan.nbytes // 2)
-    left = contents(partial_of(output))
+@pytest.mark.parametrize("state", ["half written", "published"])
+def test_a_second_process_is_refused(
+    plan: Plan,
+    output: Path,
+    reference: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+) -> None:
+    if state == "published":
+        killed(plan, output, "after", monkeypatch)
+    else:
+        shutil.rmtree(output)
+        engine.stopped_after(plan, output, plan.nbytes // 2)
+    before = engine.contents(output.parent)
     holder = os.open(partial_of(output), os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(UpcycleError, match=BUSY):
-            execute(plan, output)
+            engine.execute(plan, output)
         for remove in (False, True):
             with pytest.raises(UpcycleError, match=BUSY):
                 clean(output, remove=remove)
     finally:
         os.close(holder)
-    assert contents(partial_of(output)) == left
-    execute(plan, output)
-    assert contents(output) == reference
+    assert engine.contents(output.parent) == before
+    engine.execute(plan, output, overwrite=True)
+    assert engine.contents(output) == reference
 
 
 def test_a_directory_that_was_published_before_it_was_locked_is_refused(
@@ -281,12 +270,12 @@ def test_a_directory_that_was_published_before_it_was_locked_is_refused(
 
     monkeypatch.setattr(fcntl, "flock", publish_first)
     with pytest.raises(UpcycleError, match=BUSY):
-        execute(plan, output)
+        engine.execute(plan, output)
 
 
 def test_clean_shows_first_and_removes_on_request(plan: Plan, tmp_path: Path) -> None:
     output = tmp_path / "moe"
-    stopped_after(plan, output, plan.nbytes // 2)
+    engine.stopped_after(plan, output, plan.nbytes // 2)
     assert clean(output, remove=False)[0] > 0
     clean(output, remove=True)
     assert names(tmp_path) == []
