@@ -6,8 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel, read_dense
 from upcycle_cli.models.lookup import dense_family
@@ -31,19 +29,6 @@ def transformers_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tra
 
     # transformers writes into the rope settings that it is given.
     return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
-
-
-def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of transformers' own model, without those that are only another's alias."""
-    from transformers import AutoModelForCausalLM
-
-    theirs = transformers_config(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(theirs)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if theirs.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
 
 
 def dense_model(config: Mapping[str, Any]) -> DenseModel:

@@ -63,8 +63,8 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     return dict(read_dense(dense_family(config), config).shapes)
 
 
-def moe_shapes(config: Mapping[str, Any], layout: ExpertLayout) -> Shapes:
-    """The tensors of transformers' own MoE, without a tied head, as it writes or as it holds it."""
+def model_shapes(config: Mapping[str, Any], layout: ExpertLayout = ExpertLayout.FUSED) -> Shapes:
+    """The tensors of transformers' own model without a tied head, as it writes or holds it."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -213,7 +213,3 @@ def picture_and_text(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
 def logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
     found: torch.Tensor = model(**inputs).logits
     return found
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())

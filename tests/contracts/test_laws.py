@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Wanted
 from safetensors.torch import save_file
-from shapes import PAIRS, TORCH, moe_shapes, tiny_config, write_model
+from shapes import PAIRS, TORCH, model_shapes, tiny_config, write_model
 from test_oracle import STD, check, converted, orders_of_groups
 
 from upcycle_cli import Options, Recipe, convert, verify
@@ -71,7 +71,7 @@ def test_bytes_are_the_oracles_and_shapes_those_of_transformers(
         converted(dense, moe, wanted, max_shard_bytes=shard_bytes, untie_embeddings=untie)
         check(dense, moe, wanted)
         written, found = read_json(moe / "config.json"), read_tensors(moe)
-    shapes = moe_shapes(written, ExpertLayout(wanted.layout))
+    shapes = model_shapes(written, ExpertLayout(wanted.layout))
     if "lm_head.weight" in found:  # which a tied model may carry
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,34 +105,24 @@ def test_name_experts_that_no_token_chooses(idle_moe: Path, text: Path) -> None:
     assert json.loads(invoke("inspect", idle_moe, "--json").stdout)["load"] is None
 
 
-def remove_tokenizer(moe: Path) -> None:
-    for file in moe.glob("*token*"):
-        file.unlink()
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    def spoil(moe: Path) -> None:
-        tensors = read_tensors(moe)
-        del tensors[name]
-        save_file(tensors, moe / "model.safetensors", {"format": "pt"})
-
-    return spoil
-
-
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("files", "tensor", "words"),
     [
-        (remove_tokenizer, ["the model's tokenizer cannot be used", "--dense"]),
-        (remove("model.norm.weight"), ["norm.weight"]),
-        (remove(ROUTER.format(1)), ["gate.weight"]),
-        (remove(ROUTER.format(0).replace("gate", "experts.2.w1")), ["w1"]),
+        ("*token*", "", ["the model's tokenizer cannot be used", "--dense"]),
+        ("", "model.norm.weight", ["norm.weight"]),
+        ("", ROUTER.format(1), ["gate.weight"]),
+        ("", ROUTER.format(0).replace("gate", "experts.2.w1"), ["w1"]),
     ],
 )
 def test_refuse_what_cannot_be_run(
-    idle_moe: Path, tmp_path: Path, spoil: Callable[[Path], None], words: list[str]
+    idle_moe: Path, tmp_path: Path, files: str, tensor: str, words: list[str]
 ) -> None:
     moe = clone(idle_moe, tmp_path / "moe")
-    spoil(moe)
+    for file in moe.glob(files or "none"):
+        file.unlink()
+    tensors = read_tensors(moe)
+    tensors.pop(tensor, None)
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
     with pytest.raises(UpcycleError) as caught:
         inspect(moe, load="builtin")
     assert all(word in str(caught.value) for word in words), caught.value

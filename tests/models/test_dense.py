@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from configs import FULL, SIZES, SLIDING, converted, dense_model, model_shapes, transformers_config
-from shapes import BIG, big_config, make_recipe
+from configs import FULL, SIZES, SLIDING, converted, dense_model, transformers_config
+from shapes import BIG, big_config, make_recipe, model_shapes
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.models.choose import choose
@@ -76,16 +76,13 @@ RELEASED = [pytest.param(big_config(name), id=name) for name in BIG]
 
 def window_of(theirs: Any, layer: int) -> int | None:  # noqa: ANN401
     """The window that transformers' modelling code reads from a config."""
-    match theirs.model_type:
-        case "llama" | "glm4_moe" | "solar_open" | "hy_v3":
-            return None
-        case "qwen2" | "qwen3" | "qwen2_moe" | "dots1" | "mellum":
-            slides = theirs.layer_types[layer] == SLIDING
-        case "mistral" | "mixtral" | "qwen3_moe":
-            slides = True
-        case other:
-            raise AssertionError(other)
-    return theirs.sliding_window if slides else None
+    slides = {
+        **dict.fromkeys(("llama", "glm4_moe", "solar_open", "hy_v3"), False),
+        **dict.fromkeys(("mistral", "mixtral", "qwen3_moe"), True),
+    }
+    if theirs.model_type not in slides:
+        return theirs.sliding_window if theirs.layer_types[layer] == SLIDING else None
+    return theirs.sliding_window if slides[theirs.model_type] else None
 
 
 def meaning(theirs: Any) -> dict[str, Any]:  # noqa: ANN401

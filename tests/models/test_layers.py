@@ -69,8 +69,6 @@ BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
 @pytest.mark.parametrize(
     ("model_type", "target", "layers", "stated"),
     [
-        ("llama", "qwen2_moe", "1-2", {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
-        ("llama", "glm4_moe", "2-", {"first_k_dense_replace": 2}),
         ("ernie4_5", "ernie4_5_moe", "1,3", {"moe_layer_end_index": 3, "moe_layer_interval": 2}),
         (
             "nemotron_h",
@@ -82,7 +80,7 @@ BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
     ],
 )
 def test_the_layers_are_in_the_config(
-    model_type: str, target: str, layers: str | None, stated: dict[str, Any]
+    model_type: str, target: str, layers: str, stated: dict[str, Any]
 ) -> None:
     sizes = sizes_of(model_type)
     if not sizes.keys() & {"layer_types", "layers_block_type"}:
@@ -90,8 +88,6 @@ def test_the_layers_are_in_the_config(
     recipe = make_recipe("E2G2T2", layers=layers)
     moe = converted({"model_type": model_type, **sizes}, target, recipe)
     assert moe | stated == moe
-    family = choose({"model_type": model_type, **sizes}, target, None, layers=layers)
-    assert family.target.moe_layers(moe, len(family.dense.kinds)) == family.layers
 
 
 @pytest.mark.parametrize(

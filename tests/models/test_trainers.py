@@ -10,12 +10,12 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS / "interoperability"))
 
-from interop.conversions import Case  # noqa: E402
+from interop.conversions import Case  # noqa: E402, TC002
 from interop.results import NOT_TRIED, Cell, contradiction  # noqa: E402
 from interop.trained import settings_table, training_cases  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Support, Trainer, trainers  # noqa: E402
+from upcycle_cli.models.engines import trainers  # noqa: E402
 from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.wrappers import (  # noqa: E402
@@ -26,19 +26,6 @@ from upcycle_cli.models.wrappers import (  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 DOCS = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
-
-
-def test_a_measurement_can_contradict_the_table() -> None:
-    case = Case("qwen3", "qwen3_moe", "E4G2T4", "topk-softmax")
-    known = [Trainer("TRL", Support.RUNS, "", "")]
-    wrong = [
-        name
-        for name in (SAME, DIFFERS, FAILS)
-        if contradiction(case, "TRL", Cell(name), known, lists_all=True)
-    ]
-    assert wrong == [DIFFERS, FAILS]
-    # It runs, and is not listed.
-    assert contradiction(case, "peft", Cell(SAME), known, lists_all=True)
 
 
 def inside(wrapper: str) -> Inside:
@@ -58,13 +45,6 @@ def test_a_wrapped_target_has_settings_of_its_own() -> None:
     assert "applies the balancing loss" in alone["TRL"]
     assert "training stops" in in_llava["TRL"]
     assert in_mistral3 == {}  # untested
-
-
-def test_fused_experts_without_another_layout_are_refused() -> None:
-    target = native_target("qwen3_vl_moe_text", inside("qwen3_vl"))
-    for fused, support in ((False, Support.RUNS), (True, Support.REFUSES)):
-        found = trainers(target, Routing.TOPK_SOFTMAX, tied=False, fused=fused)
-        assert {trainer.name: trainer.support for trainer in found}["NeMo AutoModel"] is support
 
 
 def measured() -> dict[str, dict[str, str]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, random_ids, read_json, write_json
-from refusals import assert_refused, invoke
-from safetensors.torch import save_file
+from configs import converted
+from conftest import MakeDense, random_ids, read_json, sizes_of, write_json
+from shapes import make_recipe
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.models.dense_rows import DENSE
@@ -84,21 +84,22 @@ def test_shipped_code_ties_groups_by_its_config(load: Any) -> None:  # noqa: ANN
     assert all(map(is_whole, train(model).values()))
 
 
-def test_groups_are_tied_by_default_where_that_was_measured_to_train_better(
-    make_dense: MakeDense, tmp_path: Path
-) -> None:
-    for routing, granularity, top_k, size in (
+@pytest.mark.parametrize(
+    ("routing", "granularity", "top_k", "size"),
+    [
         ("softmax-topk", 1, 1, None),
-        ("topk-softmax", 1, 1, None),
         ("topk-softmax", 2, 2, 2),
         ("topk-softmax", 2, 4, None),
         ("sigmoid-topk", 2, 2, None),
         ("softmax-topk", 2, 4, 2),
-    ):
-        moe = tmp_path / f"{routing}{granularity}{top_k}"
-        recipe = Recipe(expansion=4, granularity=granularity, top_k=top_k, routing=Routing(routing))
-        convert(make_dense("olmo2"), moe, recipe, target=SHIPPED)
-        assert read_json(moe / "config.json").get("virtual_group_size") == size
+    ],
+)
+def test_groups_are_tied_by_default_where_that_was_measured_to_train_better(
+    routing: str, granularity: int, top_k: int, size: int | None
+) -> None:
+    recipe = make_recipe(f"E4G{granularity}T{top_k}", Routing(routing))
+    config = converted({"model_type": "olmo2", **sizes_of("olmo2")}, SHIPPED, recipe)
+    assert config.get("virtual_group_size") == size
 
 
 def test_refuse_to_tie(load: Any, llama: Path) -> None:  # noqa: ANN401
@@ -158,16 +159,3 @@ def test_the_example_trains_from_the_dense_models_loss(
         assert 0 < layer.apart < max(layer.moved)
         assert (layer.num_groups, layer.split_groups) == (4, 0)
     assert {d for layer in untrained.movement for d in (*layer.moved, layer.apart)} == {0.0}
-
-
-def test_refuse_an_adapter_without_its_base(llama: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "it's mine"
-    adapter.mkdir()
-    save_file({"base_model.x.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors")
-    write_json(adapter / "adapter_config.json", {"peft_type": "LORA"})
-    for command in (
-        ("inspect", adapter, "--weights"),
-        ("verify", llama, adapter),
-        ("convert", adapter, tmp_path / "out", "--recipe", "E2G1T1"),
-    ):
-        assert_refused(invoke(*command), f"{adapter} is an adapter", "merge_and_unload()")
