@@ -14,11 +14,14 @@ from refusals import assert_refused, invoke
 from wrapped import FAMILIES, ROWS, save_wrapper
 
 from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
+from upcycle_cli.api import Request, carry_out
+from upcycle_cli.calibrate import collect
 from upcycle_cli.calibrate.collect import TOKENS, calibrate
 from upcycle_cli.calibrate.router_rows import loads
-from upcycle_cli.core.callbacks import Progress
+from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of
+from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit
 from upcycle_cli.verification.prompts import TextOptions
@@ -115,23 +118,6 @@ def test_statistics_are_those_of_transformers_own_run(
         assert float(logits_PE.mean(0).abs().max()) < 1e-4
         load_E = loads(logits_PE.double().numpy(), 2)
         assert of.statistics.load_cv == pytest.approx(load_E.std() / load_E.mean(), abs=1e-3)
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
-def test_the_pages_of_a_layer_are_released(llama: Path, tmp_path: Path) -> None:
-    dense = clone(llama, tmp_path / "dense")  # this process may have mapped the other file
-
-    class Pages(Progress):
-        held: tuple[str, ...] = ()
-
-        def checked(self, done: int, total: int, unit: str) -> None:
-            _, *maps = Path("/proc/self/smaps").read_text().split(str(dense / "model.safetensors"))
-            pages = [of.split("Rss:")[1].split()[0] for of in maps]
-            self.held += (f"{done} of {total} {unit}", *pages)
-
-    watch, plan = Pages(), build_plan(recipe(router_init="balanced"), open_checkpoint(dense))
-    calibrate(plan, watch)
-    assert watch.held == ("1 of 2 layers", "0", "2 of 2 layers", "0"), "kilobytes"
 
 
 # Conversions --------------------------------------------------------------------------------------
@@ -239,6 +225,39 @@ def test_a_measured_scale_makes_the_mean_gain_one(
     again = convert(llama, done.output, wanted, target="qwen2_moe")
     assert again.already_done
     assert again.plan.factors == done.plan.factors
+
+
+def test_a_resumed_conversion_runs_its_calibration_again_only_if_damaged(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    class Kill(Hooks):
+        def advance(self, num_bytes: int) -> None:
+            raise KilledError(num_bytes)
+
+    def counted(*arguments: Any) -> Calibration:  # noqa: ANN401
+        runs.append(1)
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(collect, "calibrate", counted)
+    runs: list[int] = []
+    wanted = clustered(router_init="balanced")
+    undisturbed = contents(convert(llama, tmp_path / "whole", wanted, verify=True).output)
+    for number, damage in enumerate((b"", b"not what was written")):
+        request = Request(source=llama, output=tmp_path / str(number), recipe=wanted, verify=True)
+        with pytest.raises(KilledError):
+            carry_out(request, hooks=Kill())
+        cached = tmp_path / f"{number}.partial" / ".upcycle-calibration"
+        cached.write_bytes(damage or cached.read_bytes())
+        runs.clear()
+        done = carry_out(request)
+        # Verification takes the calibration that convert has run, and runs none of its own.
+        assert len(runs) == number
+        assert done.report is not None
+        assert done.report.passed
+        assert contents(done.output) == undisturbed
 
 
 # What the user reads ------------------------------------------------------------------------------

@@ -1,35 +1,13 @@
-"""Models that run one layer at a time, and weights that stay in their files."""
+"""Weights that stay in their files."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest  # noqa: TC002 - as in other tests
 import torch
 from torch.nn import functional
 
 from upcycle_cli.run import lazy_weights
-from upcycle_cli.run.layerwise import Steps
 from upcycle_cli.run.lazy_weights import Stored
-
-
-def test_steps_take_turns_and_end() -> None:
-    heard: list[int] = []
-
-    def work(pause: Callable[[], None]) -> None:
-        for number in range(3):
-            heard.append(number)
-            pause()
-
-    with Steps(work) as steps:
-        assert heard == []
-        steps.advance()
-        assert heard == [0]
-        steps.advance()
-        assert heard == [0, 1]
-    steps.advance()  # given up: nothing is left to do
-    assert heard == [0, 1]
-    assert steps.done
 
 
 def test_stored_weights_compute_like_the_tensors_they_stand_for(
