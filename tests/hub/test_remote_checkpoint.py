@@ -18,11 +18,7 @@ from shapes import big_config, write_hollow
 from hub.server import TOKEN, Hub
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint.storage import RECORD_NAME
-from upcycle_cli.hub.remote_checkpoint import (
-    is_repo_id,
-    locate_model,
-    split_revision,
-)
+from upcycle_cli.hub.remote_checkpoint import is_repo_id, locate_model, split_revision
 
 REPO = "acme/tiny"
 WEIGHTS = "model.safetensors"

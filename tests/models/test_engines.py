@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import (
-    Engine,
-    Support,
-    engines,
-    has_plain_attention,
-    support_lines,
-)
+from upcycle_cli.models.engines import Engine, Support, engines, has_plain_attention, support_lines
 from upcycle_cli.recipe.recipe import Routing
 
 RUNS, WRONG, UNTIED = Support.RUNS, Support.WRONG, Support.UNTIED_ONLY

@@ -21,13 +21,7 @@ from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.report.contents import inspection_html, verification_html
 from upcycle_cli.report.page import check_report_file
 from upcycle_cli.verification.prompts import TextOptions
-from upcycle_cli.verification.result import (
-    CheckResult,
-    LayerMeasure,
-    Report,
-    Status,
-    TextMeasure,
-)
+from upcycle_cli.verification.result import CheckResult, LayerMeasure, Report, Status, TextMeasure
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

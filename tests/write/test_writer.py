@@ -18,15 +18,7 @@ import pytest
 from conftest import LAYOUTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shapes import (
-    PAIRS,
-    make_recipe,
-    same_bits,
-    tensor_shapes,
-    tiny_config,
-    value_of,
-    write_model,
-)
+from shapes import PAIRS, make_recipe, same_bits, tensor_shapes, tiny_config, value_of, write_model
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.core.platform import BLOCK_BYTES

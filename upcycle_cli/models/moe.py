@@ -18,13 +18,7 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import ALL, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
-from upcycle_cli.models.wrappers import (
-    HEAD,
-    LAYER_PREFIX,
-    Inside,
-    replace_parts,
-    text_config_of,
-)
+from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts, text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 

@@ -16,13 +16,7 @@ from upcycle_cli.models.mlp import (
     stacked,
     swiglu,
 )
-from upcycle_cli.models.moe import (
-    ExtraTensor,
-    Keys,
-    MoeBlock,
-    SharedExpert,
-    Target,
-)
+from upcycle_cli.models.moe import ExtraTensor, Keys, MoeBlock, SharedExpert, Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 

@@ -20,12 +20,7 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
 )
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import (
-    CHECKSUMS_NAME,
-    MOST_JSON_BYTES,
-    matches,
-    read_small,
-)
+from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
 from upcycle_cli.core.text import printable
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.text import counted, printable
 from upcycle_cli.report.figures import draw_heat_map, draw_lines
-from upcycle_cli.report.page import (
-    Figure,
-    Section,
-    Table,
-    properties,
-    spread,
-)
+from upcycle_cli.report.page import Figure, Section, Table, properties, spread
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import LayerLoad

@@ -27,12 +27,7 @@ from upcycle_cli.run.models import TransformersError, source_errors
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
-from upcycle_cli.verification.side_by_side import (
-    Found,
-    continue_text,
-    rounding,
-    run_side_by_side,
-)
+from upcycle_cli.verification.side_by_side import Found, continue_text, rounding, run_side_by_side
 
 _NAME = "outputs"
 _EXACT_KL = 1e-8
