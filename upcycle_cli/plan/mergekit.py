@@ -9,11 +9,10 @@ from typing import Any
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.plan.texts import place_of, read_yaml
 
-_KNOWN = {
-    *("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture"),
-    "shared_experts",
-}
-_EXPERT = {"source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"}
+_KNOWN = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture")
+_EXPERT = ("source_model", "positive_prompts", "negative_prompts")
+_NEUTRAL = {"shared_experts": [], "noise_scale": 0, "residual_scale": 1}
+"""Values of keys that are not read, with which they change nothing."""
 Value = str | bool | list[str]
 _UNIFORM_STD = 1 / math.sqrt(3)
 """The logit std of rows uniform in ±1/√H, on inputs of root mean square 1."""
@@ -44,8 +43,6 @@ def read_mergekit(path: Path) -> dict[str, Value]:
     if not isinstance(content, dict):
         raise _refused(path, "base_model", "is missing")
     _check_keys(path, content, _KNOWN)
-    if content.get("shared_experts"):
-        raise _refused(path, "shared_experts", "asks for a shared expert made of a model")
     experts = content.get("experts")
     if not isinstance(experts, list) or not experts:
         raise _refused(path, "experts", "must be a list of models")
@@ -77,16 +74,13 @@ def _expert(path: Path, key: str, expert: object) -> str:
     if not isinstance(expert, dict):
         raise _refused(path, key, "must have a source_model")
     _check_keys(path, expert, _EXPERT, f"{key}.")
-    for name, neutral in (("noise_scale", 0), ("residual_scale", 1)):
-        if expert.get(name) not in (None, neutral):
-            words = "changes weights, but experts keep their model's weights bit for bit"
-            raise _refused(path, f"{key}.{name}", words)
     return place_of(expert.get("source_model"), path, f"{key}.source_model")
 
 
-def _check_keys(path: Path, given: dict[Any, Any], known: set[str], prefix: str = "") -> None:
-    for odd in given.keys() - known:
-        raise _refused(path, f"{prefix}{odd}", "is not a key that upcycle reads")
+def _check_keys(path: Path, given: dict[Any, Any], known: tuple[str, ...], at: str = "") -> None:
+    for key, value in given.items():
+        if key not in known and value is not None and value != _NEUTRAL.get(key):
+            raise _refused(path, f"{at}{key}", "is a setting that upcycle does not read")
 
 
 def _refused(path: Path, key: str, why: str) -> UpcycleError:
