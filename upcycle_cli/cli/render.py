@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -153,7 +152,7 @@ def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
     table = _table("target", "runs in", "trains in", "balanced by")
     for target in targets:
         runs = "\n".join(_software(target.engines, target))
-        trains = _lines_of_names(_software(target.trainers, target))
+        trains = "\n".join(_software(target.trainers, target))
         table.add_row(target.name, runs, trains, target.balanced)
     yield table
 
@@ -180,11 +179,3 @@ def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[s
         name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
         for name, routings in found.items()
     ]
-
-
-def _lines_of_names(names: Sequence[str]) -> str:
-    """Return names in short lines that break between names, not inside one."""
-    text = ", ".join(name.replace(" ", "\xa0") for name in names)
-    return textwrap.fill(text, 18, break_on_hyphens=False, break_long_words=False).replace(
-        "\xa0", " "
-    )
