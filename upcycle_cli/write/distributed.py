@@ -33,7 +33,7 @@ _NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK")
 
 
 class Team:
-    """The processes of one conversion, or one process alone; a context that joins and leaves."""
+    """The processes of one conversion, or one process alone; a context that leaves it."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -41,13 +41,16 @@ class Team:
 
     @classmethod
     def launched(cls) -> Self:
-        """Return the team that torchrun has started, or a team of one; UpcycleError."""
+        """Join the team that torchrun has started, or return a team of one; UpcycleError."""
         size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
         missing = [name for name in _NEEDED if not os.environ.get(name)] if size > 1 else []
         if missing or not 0 <= rank < size:
             words = f", without {', '.join(missing)}" if missing else ""
             raise _leftover(f"RANK is {rank} and WORLD_SIZE is {size}{words}.")
-        return cls(rank, size)
+        team = cls(rank, size)
+        if size > 1:
+            run_interruptibly(team._join)
+        return team
 
     @property
     def leads(self) -> bool:
@@ -55,8 +58,6 @@ class Team:
         return self.rank == 0
 
     def __enter__(self) -> Self:
-        if self.size > 1:
-            run_interruptibly(self._join)
         return self
 
     def _join(self) -> None:

@@ -70,10 +70,8 @@ def convert(
     from upcycle_cli.write.distributed import Team
     from upcycle_cli.write.writer import WriteOptions
 
-    with (
-        Team.launched() as team,
-        terminal.errors_to_exit_codes(as_json=json, silent=not team.leads),
-    ):
+    team = Team.launched()
+    with terminal.errors_to_exit_codes(as_json=json, silent=not team.leads), team:
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
         request = Request(
