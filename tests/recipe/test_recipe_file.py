@@ -88,7 +88,7 @@ def test_write_over_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "thesis").write_text("years of work")
     OTHERS[name](tmp_path / name)
     before = {entry.name: entry.lstat() for entry in tmp_path.iterdir()}
-    with pytest.raises(UpcycleError, match="is no recipe file"):
+    with pytest.raises(UpcycleError, match="is not a recipe file"):
         save(tmp_path / name)
     assert {entry.name: entry.lstat() for entry in tmp_path.iterdir()} == before
 

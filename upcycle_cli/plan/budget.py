@@ -1,7 +1,7 @@
 """Which recipes fit a budget of parameters, active parameters and GPU memory.
 
-Sizes are affine in E, so two plans for each granularity give the sizes of all recipes. Memory is
-that of the parameters alone: a KV cache and activations need more.
+Sizes are affine in E, so two plans for each granularity give the sizes of all recipes. Memory
+counts the parameters alone: a KV cache and activations need more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_EXPERTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The limits of a model; None is no limit."""
+    """The limits of a model; None for a size without one."""
 
     max_params: int | None = None
     max_active: int | None = None
@@ -120,7 +120,7 @@ def fitting(
 
 
 def notable(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, ...]:
-    """Return the recipe with the largest E for each G and T, and those that the paper names."""
+    """Return the recipe with the largest E for each G and T, and what the paper names."""
     # fits are sorted, smallest first
     largest = {(fit.recipe.granularity, fit.recipe.top_k): fit for fit in fits}
     return tuple(fit for fit in fits if fit in largest.values() or {*fit.paper} - {_HIGHER_T})

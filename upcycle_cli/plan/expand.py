@@ -144,7 +144,7 @@ class _Grower:
         """Return the tensors of a layer that grow, with the shapes that they must have."""
         experts, prefix = self.experts, self.experts.target.prefix(layer)
         router = prefix + self._held.router
-        # Multi-token prediction layers come after those that the config counts.
+        # Multi-token prediction layers come after the layers that the config counts.
         if layer not in experts.layers and router not in experts.moe.tensors:
             return {}
         N, hidden = experts.num_experts, experts.target.value(experts.moe.config, "hidden_size")

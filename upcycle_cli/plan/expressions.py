@@ -57,8 +57,8 @@ class Select:
 class Permutation:
     """A permutation of `size` neurons: drawn by (seed, stream), or with fixed `indices`.
 
-    Fixed indices are 32-bit integers. `origin` identifies them in comparisons: it is their digest,
-    or that of the text from which a calibration finds them, before which they are None.
+    Fixed indices are 32-bit integers, and None until a calibration finds them. `origin` identifies
+    them in comparisons: it is their digest, or the digest of the calibration's text.
     """
 
     size: int
@@ -194,7 +194,7 @@ class AddNoise:
 class Reinit:
     """The first `count` entries of a permutation along `dim` initialised again.
 
-    New values are normal with the mean and std of those that they replace, by (seed, stream).
+    New values are normal with the mean and std of the old ones, by (seed, stream).
     """
 
     of: Expr

@@ -1,7 +1,7 @@
 """Several dense models in one MoE, and the request that names them.
 
 Model 0, the source of the conversion, gives the config, the tokenizer and, unless the mean of all
-models is taken, every weight that is no expert's. Only the weights of the models may differ. An
+models is taken, every weight outside the experts. Only the weights of the models may differ. An
 expression names the source's tensors by their own names, and those of the other models by
 `tensor_of`.
 """

@@ -279,7 +279,7 @@ class Plan:
 
     @property
     def rounded_parts(self) -> tuple[str, ...]:
-        """The parts of an expert whose factor is no power of two, so that scaling rounds them."""
+        """The parts of an expert that scaling rounds: their factor is not a power of two."""
         held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.parts}
         scaled = () if self.growing else sorted(held)
         return tuple(part for part in scaled if not is_power_of_two(self.factors.of(part)))

@@ -124,7 +124,7 @@ class TensorFile:
                 )
 
     def router_rows(self, layer: int, dtype: str) -> Constant:
-        """Return a layer's router rows; UpcycleError if they are no usable rows in `dtype`."""
+        """Return a layer's router rows; UpcycleError if a router of `dtype` cannot use them."""
         import numpy as np
 
         from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
@@ -189,7 +189,6 @@ def _permutations(path: Path, tensor: Tensor, data: bytes) -> bytes:
         if (np.sort(order_I) != np.arange(size)).any():
             which = f", group {group}" if len(tensor.shape) == 2 else ""
             raise UpcycleError(
-                f"{path}: {tensor.name}{which} is no permutation that names each neuron from 0 "
-                f"to {size - 1} once."
+                f"{path}: {tensor.name}{which} does not name each neuron from 0 to {size - 1} once."
             )
     return orders_EI.astype("<u4").tobytes()

@@ -6,7 +6,7 @@ first K shards become one expert for every token, the same for all groups, and t
 are e = g·(G − K) + s − K. Everything else is copied. The targets add the shared expert's output
 without a router's gate, or halve it by a gate of its own, so it is not scaled as they are.
 
-Of several models, the source gives everything that is no expert (or all models give its mean), and
+Of several models, the source gives everything but experts (or all models give the mean), and
 each virtual group is made of one model's MLP.
 
 Every perturbed expert draws for itself, so that all N differ, copies of one shard too. Noise is
@@ -90,11 +90,11 @@ class TensorMaker:
     # The dense model ------------------------------------------------------------------------------
 
     def _tensor(self, name: str) -> ex.Expr:
-        """Return a tensor that is no expert's, in the output dtype."""
+        """Return a tensor outside the experts, in the output dtype."""
         return self._options.cast(self._uncast(name))
 
     def _uncast(self, name: str) -> ex.Source | ex.Mean:
-        """Return a tensor that is no expert's: the source's, or the mean of all models."""
+        """Return a tensor outside the experts: the source's, or the mean of all models."""
         stored, merge = self._stored(name), self._plan.merge
         if merge is None or merge.rest is NonExpertWeights.FIRST:
             return stored
@@ -149,7 +149,7 @@ class TensorMaker:
             offset=self._dense.family.norm_offset,
         )
 
-    # Tensors that are no experts ------------------------------------------------------------------
+    # Tensors outside the experts -----------------------------------------------------------------
 
     def _copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
         """Yield a tensor under its new name, or the several tensors that hold its rows."""

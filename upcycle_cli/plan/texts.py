@@ -83,7 +83,7 @@ def read_texts(path: Path, what: str) -> list[Text]:
     else:
         found = [text] if text.strip() else []
     if not found:
-        raise UpcycleError(f"{what} {path}: there is no text in it.", "Give a file with some.")
+        raise UpcycleError(f"{what} {path}: it is empty.", "Give a file with some text.")
     return found
 
 
@@ -113,7 +113,7 @@ def builtin_texts() -> list[Text]:
 
 @dataclass(frozen=True)
 class ModelPrompts:
-    """The prompts that a model is for, and those that it is not for."""
+    """Prompts that a model should get, and prompts that it should not get."""
 
     model: str
     positive: tuple[str, ...]

@@ -49,7 +49,7 @@ def warnings(plan: Plan) -> Iterator[str]:
 
 
 def training_warnings(plan: Plan) -> Iterator[str]:
-    """Yield what whoever trains the model should know about its router."""
+    """Yield what to know about the router before training the model."""
     recipe, target = plan.recipe, plan.target
     # Without virtual groups the gates of the chosen experts differ, unless only one is chosen.
     grouped = recipe.virtual_groups or recipe.group_size == 1
@@ -145,7 +145,7 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
     if plan.promise is Promise.EXACT and plan.rounded_parts and dtype != "F32":
         part = plan.rounded_parts[-1]
         yield (
-            f"c = {plan.factors.c:g} is no power of two: {part} of the experts is multiplied by "
+            f"c = {plan.factors.c:g} is not a power of two: {part} of the experts is multiplied by "
             f"{plan.factors.of(part):g}, which {TORCH_DTYPES[dtype]} rounds, and the outputs "
             "differ by that. --dtype float32 keeps the product, and so does a target whose config "
             "holds c, by --scale-split config."

@@ -98,7 +98,7 @@ class Promise(StrEnum):
 
 
 def member(kind: type[_Choice], value: str, name: str) -> _Choice:
-    """Return the member that equals a string; UpcycleError names the option where none does."""
+    """Return the member that equals a string; UpcycleError, with the option, for another one."""
     try:
         return kind(value)
     except ValueError:
