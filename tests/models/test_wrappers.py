@@ -13,22 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import wrapped
 from conftest import REMOVED, clone, difference, read_json, read_tensors
 from safetensors.torch import save_file
-from wrapped import (
-    AROUND,
-    IMAGE,
-    ROWS,
-    SAME,
-    SOUND,
-    Row,
-    failures,
-    load,
-    logits,
-    picture_and_text,
-    recipe,
-    save_wrapper,
-)
+from wrapped import Row
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
 from upcycle_cli.models.overview import overview
@@ -49,7 +37,7 @@ def make_wrapper(tmp_path_factory: pytest.TempPathFactory) -> MakeWrapper:
     @cache
     def make(wrapper: str, text: str, **around: Any) -> Path:  # noqa: ANN401
         path = tmp_path_factory.mktemp(wrapper) / "dense"
-        return save_wrapper(path, wrapper, text, around)
+        return wrapped.save_wrapper(path, wrapper, text, around)
 
     return make
 
@@ -61,53 +49,53 @@ def make_moe(make_wrapper: MakeWrapper, tmp_path_factory: pytest.TempPathFactory
         dense, name = make_wrapper(*row[:2]), "_".join(row)
         # transformers tells shipped code apart by the last name of its path.
         moe = tmp_path_factory.mktemp(name) / name
-        return dense, convert(dense, moe, recipe(row), target=row[2]).output
+        return dense, convert(dense, moe, wrapped.recipe(row), target=row[2]).output
 
     return make
 
 
 def distance(dense: Path, moe: Path) -> float:
     """How far the logits for a picture and a text are apart."""
-    before = load(dense)
-    inputs = picture_and_text(before)
-    return difference(logits(load(moe), inputs), logits(before, inputs))
+    before = wrapped.load(dense)
+    inputs = wrapped.picture_and_text(before)
+    return difference(wrapped.logits(wrapped.load(moe), inputs), wrapped.logits(before, inputs))
 
 
 def test_every_wrapper_is_tested() -> None:
-    assert WRAPPERS.keys() == AROUND.keys()
+    assert WRAPPERS.keys() == wrapped.AROUND.keys()
     assert overview().wrappers["qwen3_vl"] == {"qwen3_vl_text": ("qwen3_vl_moe_text", SHIPPED)}
 
 
-@pytest.mark.parametrize("row", ROWS, ids="-".join)
+@pytest.mark.parametrize("row", wrapped.ROWS, ids="-".join)
 def test_the_moe_answers_a_picture_and_a_text_as_the_dense_model(
     make_moe: MakeMoe, row: Row, tmp_path: Path
 ) -> None:
     dense, moe = make_moe(row)
-    before, after = load(dense), load(moe)
-    inputs = picture_and_text(before)
-    wanted = logits(before, inputs)
+    before, after = wrapped.load(dense), wrapped.load(moe)
+    inputs = wrapped.picture_and_text(before)
+    wanted = wrapped.logits(before, inputs)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
-    assert difference(logits(before, other), wanted) > 1e-2  # the picture matters
-    assert difference(logits(after, inputs), wanted) < SAME
+    assert difference(wrapped.logits(before, other), wanted) > 1e-2  # the picture matters
+    assert difference(wrapped.logits(after, inputs), wanted) < wrapped.SAME
     how = {**inputs, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(after.generate(**how), before.generate(**how))
-    assert failures(dense, moe) == []
+    assert wrapped.failures(dense, moe) == []
     again = Path(shutil.copytree(moe, tmp_path / "again"))
     after.save_pretrained(again)
-    assert failures(dense, again, ["directory", "weights"]) == []
+    assert wrapped.failures(dense, again, ["directory", "weights"]) == []
 
 
 def test_the_moe_answers_a_sound_and_a_text_as_the_dense_model(make_moe: MakeMoe) -> None:
-    before, after = map(load, make_moe(GEMMA4))
+    before, after = map(wrapped.load, make_moe(GEMMA4))
     generator = torch.Generator().manual_seed(6)
-    words = torch.randint(2, IMAGE, (1, 14), generator=generator)
-    ids = torch.cat([words[:, :4], torch.full((1, 2), SOUND), words[:, 4:]], dim=1)
+    words = torch.randint(2, wrapped.IMAGE, (1, 14), generator=generator)
+    ids = torch.cat([words[:, :4], torch.full((1, 2), wrapped.SOUND), words[:, 4:]], dim=1)
     heard = torch.randn(1, 8, 8, generator=generator)  # 8 frames, 4 per token
     inputs = {"input_ids": ids, "input_features": heard}
     inputs["input_features_mask"] = torch.ones(1, 8, dtype=torch.bool)
-    wanted = logits(before, inputs)
-    assert difference(logits(before, {**inputs, "input_features": -heard}), wanted) > 1e-2
-    assert difference(logits(after, inputs), wanted) < SAME
+    wanted = wrapped.logits(before, inputs)
+    assert difference(wrapped.logits(before, {**inputs, "input_features": -heard}), wanted) > 1e-2
+    assert difference(wrapped.logits(after, inputs), wanted) < wrapped.SAME
 
 
 def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> None:
@@ -117,7 +105,7 @@ def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> Non
     assert inspect(dense).targets == ("gemma4_text", SHIPPED)
     assert inspect(moe).moe_layers == (0, 1, 2, 3)
     with pytest.raises(UpcycleError, match="a mixture of experts already"):
-        convert(moe, tmp_path / "again", recipe(GEMMA4))
+        convert(moe, tmp_path / "again", wrapped.recipe(GEMMA4))
 
 
 def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -126,10 +114,11 @@ def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
     dense = make_wrapper(*GEMMA4[:2], vision_config=None, audio_config=None)
-    moe = convert(dense, tmp_path / "alone", recipe(GEMMA4), target=SHIPPED).output
+    moe = convert(dense, tmp_path / "alone", wrapped.recipe(GEMMA4), target=SHIPPED).output
     inputs = {"input_ids": torch.arange(2, 40)[None]}
-    assert difference(logits(load(moe), inputs), logits(load(dense), inputs)) < SAME
-    assert failures(dense, moe) == []
+    found, wanted = (wrapped.logits(wrapped.load(path), inputs) for path in (moe, dense))
+    assert difference(found, wanted) < wrapped.SAME
+    assert wrapped.failures(dense, moe) == []
 
 
 # gemma4's later layers reuse keys and values, but may have such tensors; and transformers has no
@@ -150,7 +139,7 @@ def test_tensors_that_transformers_ignores_are_dropped(
     tensors = read_tensors(dense)
     assert not added.keys() & tensors.keys()
     save(dense, tensors | added)
-    plan = build_plan(recipe(row), open_checkpoint(dense), target=SHIPPED)
+    plan = build_plan(wrapped.recipe(row), open_checkpoint(dense), target=SHIPPED)
     assert plan.dropped.keys() == added.keys()
 
 
@@ -182,9 +171,10 @@ def test_other_tensor_names(make_wrapper: MakeWrapper, tmp_path: Path, name: str
         tensors[after + old.removeprefix(before)] = tensor
     dense = clone(usual, tmp_path / "dense")
     save(dense, tensors)
-    moe = convert(dense, tmp_path / name.replace(", ", "_"), recipe(row), target=row[2]).output
-    assert distance(usual, moe) < SAME
-    assert failures(dense, moe) == []
+    path = tmp_path / name.replace(", ", "_")
+    moe = convert(dense, path, wrapped.recipe(row), target=row[2]).output
+    assert distance(usual, moe) < wrapped.SAME
+    assert wrapped.failures(dense, moe) == []
     # transformers 4 finds the vision tower only by its old names, so they stay.
     held = [sum("vision_model." in name for name in read_tensors(path)) for path in (dense, moe)]
     assert held[0] == held[1]
@@ -200,8 +190,8 @@ def test_text_settings_at_the_top_level(make_wrapper: MakeWrapper, tmp_path: Pat
     flat = clone(usual, tmp_path / "flat", **text)
     assert distance(usual, flat) == 0
     moe = convert(flat, tmp_path / "moe", SOME).output
-    assert distance(flat, moe) < SAME
-    assert failures(flat, moe) == []
+    assert distance(flat, moe) < wrapped.SAME
+    assert wrapped.failures(flat, moe) == []
 
 
 def test_a_stored_head_counts_whatever_the_config_says(
@@ -217,8 +207,8 @@ def test_a_stored_head_counts_whatever_the_config_says(
     moe = convert(dense, tmp_path / "moe", SOME).output
     assert read_json(moe / "config.json")["text_config"]["tie_word_embeddings"] is False
     assert distance(usual, dense) > 0.1
-    assert distance(dense, moe) < SAME
-    assert failures(dense, moe) == []
+    assert distance(dense, moe) < wrapped.SAME
+    assert wrapped.failures(dense, moe) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.models import wrappers
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense import DenseFamily, DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE, TEXTS
@@ -15,15 +16,6 @@ from upcycle_cli.models.mlp import parts_of, stacked
 from upcycle_cli.models.moe import Keys, MoeBlock, Target
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import (
-    IN_MEMORY_PREFIXES,
-    LAYER_PREFIX,
-    WRAPPERS,
-    Inside,
-    replace_parts,
-    text_config_of,
-    wrapper_of,
-)
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 REFUSED: Mapping[str, str] = table("refused")
@@ -53,7 +45,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
             "Only a dense model can be upcycled. --expand 2, without a recipe, doubles the experts "
             "of this one; `upcycle inspect` shows its experts.",
         )
-    is_wrapper = wrapper_of(config) is not None
+    is_wrapper = wrappers.wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
         raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
@@ -73,7 +65,7 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
 
 def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
     """Return what a dense config means; `names` and errors are those of `dense_family`."""
-    return read_dense(dense_family(config, names), text_config_of(config))
+    return read_dense(dense_family(config, names), wrappers.text_config_of(config))
 
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
@@ -83,12 +75,12 @@ def targets_of(family: DenseFamily) -> tuple[str, ...]:
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether a config's model type, or the wrapper that it is of, has a row."""
-    return str(config.get("model_type")) in DENSE or wrapper_of(config) is not None
+    return str(config.get("model_type")) in DENSE or wrappers.wrapper_of(config) is not None
 
 
 def is_moe(config: Mapping[str, Any]) -> bool:
     """Whether a config describes a mixture of experts of any architecture."""
-    config = text_config_of(config)
+    config = wrappers.text_config_of(config)
     model_type = str(config.get("model_type"))
     if model_type in DENSE and model_type in NATIVE:
         try:
@@ -105,9 +97,9 @@ def is_target(config: Mapping[str, Any]) -> bool:
     model_type = str(config.get("model_type"))
     if model_type in GROW_ONLY:
         return True
-    wrapper = wrapper_of(config)
+    wrapper = wrappers.wrapper_of(config)
     if wrapper is not None:
-        text_type = text_config_of(config)["model_type"]
+        text_type = wrappers.text_config_of(config)["model_type"]
         if model_type == wrapper.upcycled:
             return text_type in wrapper.texts
         native, _ = wrapper.natives.get(text_type, (None, None))
@@ -124,30 +116,30 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     Raises UpcycleError if the config of shipped code has invalid values.
     """
     model_type = str(config["model_type"])
-    wrapper = wrapper_of(config)
+    wrapper = wrappers.wrapper_of(config)
     if wrapper is not None and model_type != wrapper.upcycled:
-        inside = Inside(wrapper, wrapper.prefixes_in(names))
-        return native_target(text_config_of(config)["model_type"], inside)
+        inside = wrappers.Inside(wrapper, wrapper.prefixes_in(names))
+        return native_target(wrappers.text_config_of(config)["model_type"], inside)
     released = {**NATIVE, **GROW_ONLY}.get(model_type)
     if released is not None:
         # Released names win if a checkpoint has both; the in-memory names are then surplus.
-        rows = released, replace(released, layer=LAYER_PREFIX)
+        rows = released, replace(released, layer=wrappers.LAYER_PREFIX)
         found = (row for row in rows if any(name.startswith(row.name_prefix) for name in names))
         return next(found, released)
     family = upcycled_family(config, names)
-    activation = read_dense(family, text_config_of(config)).activation
+    activation = read_dense(family, wrappers.text_config_of(config)).activation
     biased = any(name.endswith("_proj_bias") for name in names)
     return shipped_target(family, activation, biased=biased)
 
 
 def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
     """Return the dense family of a model with shipped code; `names` are its tensors."""
-    if wrapper_of(config) is not None:
+    if wrappers.wrapper_of(config) is not None:
         return wrapped_family(config, names)
     return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
 
 
-def native_target(name: str, inside: Inside | None) -> Target:
+def native_target(name: str, inside: wrappers.Inside | None) -> Target:
     """Return the row of an architecture of transformers, adapted to its wrapper if it has one."""
     if inside is None:
         return NATIVE[name]
@@ -166,7 +158,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     A wrapper's tensors get in-memory names, since transformers renames none for remote code.
     """
     if family.inside is not None:
-        inside = Inside(family.inside.wrapper, IN_MEMORY_PREFIXES)
+        inside = wrappers.Inside(family.inside.wrapper, wrappers.IN_MEMORY_PREFIXES)
         family = _inside(TEXTS[family.model_type], inside)
     gated = "gate" in parts_of(family.mlp)
     swiglu = gated and activation in ("silu", "swish") and not biased
@@ -192,34 +184,34 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
         layers=MOE_LAYERS,
         layer=family.layer,
         renamed=family.renamed,
-        head=replace_parts(family.head, family.renamed),
+        head=wrappers.replace_parts(family.head, family.renamed),
         inside=family.inside,
     )
 
 
 def wrapped_family(config: Mapping[str, Any], names: Collection[str]) -> DenseFamily:
     """Return the row of a wrapper's text model, with tensor names as in its checkpoint."""
-    wrapper = wrapper_of(config)
+    wrapper = wrappers.wrapper_of(config)
     assert wrapper is not None
-    text_type = text_config_of(config)["model_type"]
+    text_type = wrappers.text_config_of(config)["model_type"]
     if text_type not in wrapper.texts:
         raise UpcycleError(
             f"a {wrapper.model_type} around a text model of type {shown(text_type)} cannot be "
             "upcycled yet.",
             f"It can be around {' or '.join(wrapper.texts)}.",
         )
-    return _inside(TEXTS[text_type], Inside(wrapper, wrapper.prefixes_in(names)))
+    return _inside(TEXTS[text_type], wrappers.Inside(wrapper, wrapper.prefixes_in(names)))
 
 
 def wrapped_families() -> Mapping[str, Mapping[str, DenseFamily]]:
     """Return the rows of all text models inside wrappers: by wrapper, then by text model type."""
     return {
-        name: {t: _inside(TEXTS[t], Inside(row, row.released)) for t in row.texts}
-        for name, row in sorted(WRAPPERS.items())
+        name: {t: _inside(TEXTS[t], wrappers.Inside(row, row.released)) for t in row.texts}
+        for name, row in sorted(wrappers.WRAPPERS.items())
     }
 
 
-def _inside(row: DenseFamily, inside: Inside) -> DenseFamily:
+def _inside(row: DenseFamily, inside: wrappers.Inside) -> DenseFamily:
     return replace(
         row,
         layer=inside.wrapped(row.layer),
@@ -242,7 +234,7 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
             f"--expand needs a mixture of experts, and this is a dense {model_type} model.",
             "Upcycle it first with --recipe E8G1T2.",
         )
-    if model_type not in GROWABLE or wrapper_of(config) is not None:
+    if model_type not in GROWABLE or wrappers.wrapper_of(config) is not None:
         raise UpcycleError(
             f"a mixture of experts of model type {model_type} cannot be grown yet.",
             f"These can: {', '.join(GROWABLE)}.",

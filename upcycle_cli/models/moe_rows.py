@@ -6,36 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from upcycle_cli.models import layers, moe_settings
-from upcycle_cli.models.mlp import (
-    Weight,
-    gated_linear,
-    linear_layers,
-    matrices_of,
-    parts_of,
-    stacked,
-    swiglu,
-)
+from upcycle_cli.models import layers, mlp, moe_settings
 from upcycle_cli.models.moe import ExtraTensor, Keys, MoeBlock, SharedExpert, Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 def _layouts(
-    per_expert: Sequence[Weight],
+    per_expert: Sequence[mlp.Weight],
     fused: str,
     *,
     in_memory: Mapping[str, Any] | None = None,
     **names: Any,  # noqa: ANN401 - the other fields of a block
 ) -> Mapping[ExpertLayout, MoeBlock]:
-    """Return experts with released names, and stacked below `fused` as in transformers 5.
+    """Return experts with released names, and mlp.stacked below `fused` as in transformers 5.
 
     `in_memory` has the names that differ there.
     """
-    released, gated = matrices_of(per_expert), "gate" in parts_of(per_expert)
+    released, gated = mlp.matrices_of(per_expert), "gate" in mlp.parts_of(per_expert)
     fused_names = {**names, **(in_memory or {})}
     return {
         ExpertLayout.PER_EXPERT: MoeBlock(experts=released, **names),
-        ExpertLayout.FUSED: MoeBlock(experts=stacked(fused, gated=gated), **fused_names),
+        ExpertLayout.FUSED: MoeBlock(experts=mlp.stacked(fused, gated=gated), **fused_names),
     }
 
 
@@ -44,30 +35,30 @@ def _qwen_layouts(
     router: str = "mlp.gate.weight",
     **names: Any,  # noqa: ANN401 - as above
 ) -> Mapping[ExpertLayout, MoeBlock]:
-    per_expert = swiglu("mlp.experts.{expert}")
+    per_expert = mlp.swiglu("mlp.experts.{expert}")
     return _layouts(per_expert, "mlp.experts", router=router, **names)
 
 
-def _shared_swiglu(prefix: str) -> tuple[Weight, ...]:
+def _shared_swiglu(prefix: str) -> tuple[mlp.Weight, ...]:
     """Return the weights of a shared expert without biases."""
-    return matrices_of(swiglu(prefix))
+    return mlp.matrices_of(mlp.swiglu(prefix))
 
 
 _MIXTRAL_LAYOUTS = _layouts(
-    linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
+    mlp.linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
     "mlp.experts",
     router="block_sparse_moe.gate.weight",
     in_memory={"router": "mlp.gate.weight"},
 )
-_GRANITE_SHARED = gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
+_GRANITE_SHARED = mlp.gated_linear("shared_mlp.input_linear", "shared_mlp.output_linear")
 _GRANITE_LAYOUTS = {
     ExpertLayout.STACKED: MoeBlock(
-        experts=gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+        experts=mlp.gated_linear("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
         router="block_sparse_moe.router.layer.weight",
         shared=_GRANITE_SHARED,
     ),
     ExpertLayout.FUSED: MoeBlock(
-        experts=stacked("block_sparse_moe.experts"),
+        experts=mlp.stacked("block_sparse_moe.experts"),
         router="block_sparse_moe.router.weight",
         shared=_GRANITE_SHARED,
     ),
@@ -235,7 +226,7 @@ _ROWS: Sequence[Target] = (
         model_type="lfm2_moe",
         routings=_SIGMOID_TOPK,
         layouts=_layouts(
-            linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
+            mlp.linear_layers(*(f"feed_forward.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
             "feed_forward.experts",
             router="feed_forward.gate.weight",
             correction_bias="feed_forward.expert_bias",
@@ -284,7 +275,7 @@ _ROWS: Sequence[Target] = (
         model_type="gemma4_text",
         layouts={
             ExpertLayout.FUSED: MoeBlock(
-                experts=stacked("experts"),
+                experts=mlp.stacked("experts"),
                 router="router.proj.weight",
                 shared=_shared_swiglu("mlp"),
             )
@@ -327,10 +318,12 @@ _ROWS: Sequence[Target] = (
         model_type="nemotron_h",
         routings=_SIGMOID_TOPK,
         layouts=_layouts(
-            linear_layers("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
+            mlp.linear_layers(
+                "", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"
+            ),
             "mixer.experts",
             router="mixer.gate.weight",
-            shared=linear_layers(
+            shared=mlp.linear_layers(
                 "", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"
             )[:2],
             correction_bias="mixer.gate.e_score_correction_bias",
@@ -348,7 +341,7 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
         model_type="qwen3_vl_moe_text",
         layouts={
             layout: MoeBlock(
-                experts=stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),
+                experts=mlp.stacked("mlp.experts", transposed=layout is ExpertLayout.STACKED),
                 router="mlp.gate.weight",
             )
             for layout in (ExpertLayout.STACKED, ExpertLayout.FUSED)
