@@ -29,6 +29,7 @@ from verified import (
     save_dense,
     text_of,
 )
+from wrapped import save_wrapper
 
 from upcycle_cli import Recipe, UpcycleError, convert, verify
 from upcycle_cli.verification.result import Status
@@ -311,16 +312,7 @@ def test_every_key_counts(dense: Path, moe: Path) -> None:
 
 
 def test_keys_of_a_wrapper_count(tmp_path: Path) -> None:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    sees = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 16}
-    sees |= {"num_attention_heads": 2, "patch_size": 4, "projection_dim": 16}
-    config = LlavaConfig(
-        text_config=SIZES | {"model_type": "llama"},
-        vision_config=sees | {"model_type": "clip_vision_model"},
-        image_token_index=250,
-    )
-    dense = save_dense(config, LlavaForConditionalGeneration, tmp_path / "dense")
+    dense = save_wrapper(tmp_path / "dense", "llava", "llama", {})
     moe = tmp_path / "moe"
     convert(dense, moe, RECIPE)
     assert verify(dense, moe, checks=["directory", "weights"]).accepted
