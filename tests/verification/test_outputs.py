@@ -22,6 +22,7 @@ from upcycle_cli import Options, Recipe, UpcycleError, convert, open_checkpoint
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.options import ExpertLayout, Promise
 from upcycle_cli.verification import outputs, side_by_side
+from upcycle_cli.verification.logit_divergence import Divergence, Softmax
 from upcycle_cli.verification.outputs import Expectation, check_outputs
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.rebuild import expectation
@@ -104,6 +105,21 @@ def test_metrics_are_those_of_whole_models(
         assert found[key] == pytest.approx(float(value), abs=1e-6), key
     if recipe.allow_inexact:
         assert float(found["kl_mean"]) > 1e-4  # or nothing was compared
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
+def test_divergences_are_those_of_float64(size: float) -> None:
+    """Small, larger and large differences of logits go three different ways."""
+    generator = torch.Generator().manual_seed(0)
+    p_PV = 3 * torch.randn(64, 500, generator=generator)
+    q_PV = p_PV + size * torch.randn(64, 500, generator=generator)
+    p, q = (Softmax(torch.zeros(64, dtype=torch.long)) for _ in range(2))
+    divergence = Divergence(64)
+    divergence.add(p, p_PV, q_PV, p.add(p_PV, 0))
+    q.add(q_PV, 0)
+    one, other = (held.double().log_softmax(-1) for held in (p_PV, q_PV))
+    wanted_P = (one.exp() * (one - other)).sum(-1)
+    assert torch.allclose(divergence.kl(p, q), wanted_P, rtol=2e-3, atol=1e-14)
 
 
 def test_copies_of_an_expert_run_once_with_the_same_result(
