@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.checkpoint.checkpoint import open_checkpoint, raw_bytes
 from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.lookup import dense_family
 from upcycle_cli.plan.expressions import Expr, type_of
+from upcycle_cli.plan.output import Options
+from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
 from upcycle_cli.write.evaluate import evaluate
 
@@ -213,3 +216,20 @@ def make_recipe(
     return Recipe(
         expansion=expansion, granularity=granularity, top_k=top_k, routing=routing, **settings
     )
+
+
+def hollow_plan(
+    path: Path,
+    recipe: str,
+    routing: Routing | None = None,
+    *,
+    model_type: str = "llama",
+    target: str = "auto",
+    options: Options | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Plan:
+    """Plan the conversion of a tiny model that has no weights."""
+    source = write_hollow(path / "dense", tiny_config(model_type, **(config or {})))
+    wanted = make_recipe(recipe, routing, **settings)
+    return build_plan(wanted, open_checkpoint(source), target=target, options=options)

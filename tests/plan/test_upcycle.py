@@ -9,14 +9,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import LAYOUTS, MakeDense
-from shapes import big_config, make_recipe, tiny_config, write_hollow
+from shapes import big_config, hollow_plan, make_recipe, tiny_config, write_hollow
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -25,13 +25,11 @@ from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatisti
 from upcycle_cli.plan.expressions import Constant, Gather, Repeat
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Role
-from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import calibration_text
 from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Routing, Scaling
 
 OpenBig = Callable[[str], Checkpoint]
-Make = Callable[..., Plan]
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +43,6 @@ def open_big(tmp_path_factory: pytest.TempPathFactory) -> OpenBig:
         return opened[name]
 
     return open_one
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Plan the conversion of a tiny model that is not there."""
-
-    def plan(
-        model_type: str = "llama",
-        recipe: str = "E2G2T2",
-        *,
-        target: str = "auto",
-        options: Options | None = None,
-        settings: Mapping[str, Any] | None = None,
-        **config: Any,  # noqa: ANN401
-    ) -> Plan:
-        path = write_hollow(tmp_path / "dense", tiny_config(model_type, **config))
-        wanted = make_recipe(recipe, **(settings or {}))
-        return build_plan(wanted, open_checkpoint(path), target=target, options=options)
-
-    return plan
 
 
 # Parameters --------------------------------------------------------------------------------------
@@ -122,9 +100,9 @@ def test_top_k_of_a_part_of_a_group(open_big: OpenBig) -> None:
     assert plan.active_parameters == MISTRAL_7B + 32 * (64 * 4096 - idle)
 
 
-def test_copies_are_equal_expressions(make: Make) -> None:
+def test_copies_are_equal_expressions(tmp_path: Path) -> None:
     """So the writer computes each once, however many experts there are."""
-    few, many = make("llama", "E2G3T3"), make("llama", "E16G3T3")
+    few, many = (hollow_plan(tmp_path, name) for name in ("E2G3T3", "E16G3T3"))
     unique = [{t.expr for t in plan.tensors if t.role is Role.EXPERT} for plan in (few, many)]
     assert unique[0] == unique[1]
     assert len(unique[0]) == 2 * 3 * 3  # layers, matrices, shards
@@ -139,8 +117,10 @@ TINY_LAYERS = 2 * (2 * 8 * 8 + 2 * 4 * 8 + TINY_MLP + 2 * 8) + 8
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("recipe", "copies"), [("E4G2T2", 1), ("E4G2T6", 3), ("E2G1T2", 2)])
-def test_flops_leave_out_the_lookup(make: Make, recipe: str, copies: int, *, tied: bool) -> None:
-    plan = make("llama", recipe, tie_word_embeddings=tied)
+def test_flops_leave_out_the_lookup(
+    tmp_path: Path, recipe: str, copies: int, *, tied: bool
+) -> None:
+    plan = hollow_plan(tmp_path, recipe, config={"tie_word_embeddings": tied})
     # The head is a product whether it is a tensor of its own or the embedding once more.
     dense = TINY_LAYERS + 11 * 8
     routers = 2 * plan.recipe.num_experts * 8
@@ -250,11 +230,11 @@ def test_any_option_changes_the_digest(dense: Path) -> None:
 
 
 def test_bind_fills_in_a_calibration_without_planning_again(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, str] = {"routing": "softmax-topk", "scaling": Scaling.MEASURED}
+    settings: dict[str, Any] = {"routing": Routing.SOFTMAX_TOPK, "scaling": Scaling.MEASURED}
     settings |= {"router_init": "balanced", "neuron_order": "clustered"}
-    plan = make("qwen3", "E2G2T2", settings=settings)
+    plan = hollow_plan(tmp_path, "E2G2T2", model_type="qwen3", **settings)
     assert plan.inputs == Inputs(text=calibration_text("builtin"))
     numbers = dict.fromkeys(("mean_share", "logit_std", "logit_spread", "load_cv"), 0.0)
     layers = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from shapes import make_recipe, tiny_config, write_hollow
+from shapes import hollow_plan, make_recipe
 
 from upcycle_cli import Options, build_plan, open_checkpoint
 from upcycle_cli.plan.plan import Plan
@@ -43,20 +43,9 @@ ALL = (
 
 @pytest.fixture
 def plan(tmp_path: Path) -> MakePlan:
-    def make(
-        recipe: str,
-        routing: Routing | None = None,
-        *,
-        model_type: str = "llama",
-        target: str = "auto",
-        options: Options | None = None,
-        config: dict[str, Any] | None = None,
-        **settings: Any,  # noqa: ANN401
-    ) -> Plan:
-        sizes = tiny_config(model_type, **({"intermediate_size": 96} | (config or {})))
-        source = open_checkpoint(write_hollow(tmp_path / "dense", sizes))
-        wanted = make_recipe(recipe, routing, **settings)
-        return build_plan(wanted, source, target=target, options=options)
+    def make(*recipe: Any, config: Mapping[str, Any] | None = None, **settings: Any) -> Plan:  # noqa: ANN401
+        sizes = {"intermediate_size": 96, **(config or {})}
+        return hollow_plan(tmp_path, *recipe, config=sizes, **settings)
 
     return make
 

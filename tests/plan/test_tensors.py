@@ -31,14 +31,14 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def made(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensors]:
     dense, folder = make_dense("llama", intermediate_size=INNER), tmp_path_factory.mktemp("moe")
-    changes: dict[str, dict[str, float]] = {
-        "noise": {"noise": 0.05},
-        "reinit": {"reinit": REINIT},
-        "plain": {},
-    }
-    for name, change in changes.items():
-        convert(dense, folder / name, make_recipe("E3G2T4", None, **change), writing=QUICKLY)
-    return {name: read_tensors(folder / name) for name in changes}
+    for name, share in (
+        ("noise", 0.05),
+        ("reinit", REINIT),
+        ("seed", 0),
+    ):  # with a seed of 0: plain
+        recipe = make_recipe("E3G2T4", None, **{name: share})
+        convert(dense, folder / name, recipe, writing=QUICKLY)
+    return {path.name: read_tensors(path) for path in folder.iterdir()}
 
 
 def normal(stream: str, *shape: int) -> np.ndarray[Any, Any]:
@@ -47,7 +47,7 @@ def normal(stream: str, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def test_noise_has_the_standard_deviation_that_was_asked_for(made: Mapping[str, Tensors]) -> None:
-    plain, noisy = made["plain"], made["noise"]
+    plain, noisy = made["seed"], made["noise"]
     differing = {name for name in noisy if not torch.equal(noisy[name], plain[name])}
     assert differing == {name for name in noisy if ".experts." in name}
     for layer, expert in ((0, 0), (1, 5)):
@@ -60,7 +60,7 @@ def test_noise_has_the_standard_deviation_that_was_asked_for(made: Mapping[str, 
 
 
 def test_new_neurons_are_like_those_that_they_replace(made: Mapping[str, Tensors]) -> None:
-    plain, anew = made["plain"], made["reinit"]
+    plain, anew = made["seed"], made["reinit"]
     chosen = set()
     for expert in range(6):
         changed = {}
