@@ -344,7 +344,7 @@ def saved_tokenizer(source: Path, moe: Path) -> None:
 def test_half_of_what_transformers_saves_is_a_difference(
     dense: Path, tmp_path: Path, name: str
 ) -> None:
-    """transformers 5 moves what these files say to those that it saves."""
+    """transformers 5 moves the settings of these files to the files that it saves."""
     source, moe = clone(dense, tmp_path / "dense"), tmp_path / "moe"
     said = {"added_tokens.json": {"<new>": 258}, "special_tokens_map.json": {"eos_token": "</s>"}}
     edit_json(source / "tokenizer_config.json", lambda value: value.pop("eos_token"))

@@ -284,7 +284,7 @@ def _large_experts(tensors: Tensors) -> None:
     [
         ("mixtral", _large_experts, "layers.1.mlp.experts"),
         (
-            # Zero times infinity is no number, so an expert that does nothing can do harm.
+            # Zero times infinity is nan, so an expert that does nothing can do harm.
             "qwen2_moe",
             lambda held: [held[SHARED.format(part)].fill_(300.0) for part in ("gate", "up")],
             "layers.1.mlp.shared_expert.down_proj.weight",

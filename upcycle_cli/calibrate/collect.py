@@ -64,7 +64,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
         if staging is None:
             return None
         path = staging.directory / CALIBRATION
-        # A damaged file is no error: the calibration is run again.
+        # If the file is damaged, the calibration is run again.
         with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
             return Calibration.from_bytes(read_small(path, _MOST_CACHED_BYTES))
         found = calibrate(plan, watch)

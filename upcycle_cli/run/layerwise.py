@@ -96,7 +96,7 @@ class Run:
 
 
 class Span(NamedTuple):
-    """A part of a layer that is no module: `first` takes its input, `last` returns its output.
+    """A part of a layer without its own module: the input of `first` to the output of `last`.
 
     `whole` computes the part for extra inputs (P, H), without calling hooks.
     """

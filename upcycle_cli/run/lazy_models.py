@@ -36,7 +36,7 @@ from upcycle_cli.run.models import (
 )
 
 Find = Callable[[str, str], "Stored | None"]
-"""Returns a weight by the names that it has on disk and in memory; None when there is none."""
+"""Returns a weight by the names that it has on disk and in memory; None if it is missing."""
 Round = Callable[[str, torch.Tensor], torch.dtype]
 """Returns the dtype that a weight is rounded to first, by its name in memory and what is stored."""
 Observe = Callable[[str, torch.Tensor], None]

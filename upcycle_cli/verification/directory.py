@@ -1,4 +1,4 @@
-"""The check `directory`: are the MoE's files those that the plan writes?
+"""The check `directory`: compare the MoE's files with the plan's.
 
 JSON is compared by value and the rest byte for byte. Any other file that a loader could read is a
 difference, and so is any other setting. What transformers writes when it saves such a model again
@@ -109,7 +109,7 @@ def _foreign_failures(plan: Plan, moe: Checkpoint, names: Sequence[str]) -> Iter
         is_companion, may_be = (matches(each, COMPANIONS) for each in (name, name.casefold()))
         inert = is_companion or (not may_be and PurePosixPath(name).suffix.casefold() in _INERT)
         if not inert or is_weight_file(name) or name.endswith((".py", "/")):
-            yield f"{name} is no file of this model, and loaders or engines may read or run it"
+            yield f"{name} does not belong to this model, and loaders or engines may read or run it"
 
 
 # Settings by value --------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def _without_defaults(value: object) -> object:
 
 
 def _contents(model: Checkpoint, name: str) -> bytes | None:
-    """Return what a file beside the weights holds, None where there is none; UpcycleError."""
+    """Return the bytes of a file beside the weights, None if it is missing; UpcycleError."""
     if not model.storage.has(name):
         return None
     return read_small(model.storage.local(name), MOST_COMPANION_BYTES)

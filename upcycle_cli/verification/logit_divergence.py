@@ -44,7 +44,7 @@ class Ending:
         try:
             for begin in range(0, weight.shape[0], size):
                 end = begin + size
-                slots = head._parameters  # noqa: SLF001 - a block is no parameter
+                slots = head._parameters  # noqa: SLF001 - a block is not a parameter
                 slots["weight"] = weight.block(begin, end)
                 if bias is not None:
                     slots["bias"] = bias[begin:end]
@@ -155,7 +155,7 @@ def compare(
 ) -> Comparison:
     """Compare the dense model, the same with rounded weights (if rounding matters), and the MoE.
 
-    `targets_P` are the tokens that follow in the text, -1 where none does.
+    `targets_P` are the next tokens of the text, -1 at its end.
     """
     P = len(targets_P)
     size = max(1, _BLOCK_LOGITS // P)

@@ -80,7 +80,7 @@ def check_outputs(
     that no model can follow.
     """
     findings = Findings(
-        f"{entry.name} is {entry.dtype}, which is no dtype of a weight"
+        f"{entry.name} is {entry.dtype}, which no weight can be"
         for entry in moe.tensors.values()
         if entry.dtype not in TORCH_DTYPES
     )

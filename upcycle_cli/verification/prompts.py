@@ -62,7 +62,7 @@ class Prompt:
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        """The token of the text that follows each position (B·S,), -1 where none does."""
+        """The next token of the text at each position (B·S,), -1 at its end."""
         targets_BS = self.ids * 0 - 1
         for row, words in enumerate(self.words):
             targets_BS[row, : max(0, len(words) - 1)] = self.ids[row, 1 : len(words)]

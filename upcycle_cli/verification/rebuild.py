@@ -1,8 +1,8 @@
 """From `upcycle.json` back to the plan of the conversion.
 
-The record says what convert was told, so the planner can decide the same directory again. What a
-plan cannot know before it has seen data (rows that were fitted to a text, an order of neurons from
-a file) stays unbound here; `unbound.py` fills it in.
+The record has all options of the conversion, so the planner can decide the same directory again.
+What a plan cannot know before it has seen data (rows that were fitted to a text, an order of
+neurons from a file) stays unbound here; `unbound.py` fills it in.
 """
 
 from __future__ import annotations

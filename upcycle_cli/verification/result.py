@@ -90,10 +90,10 @@ class Report:
     """The results of all checks that were asked for, in the order in which they ran."""
 
     checks: tuple[CheckResult, ...]
-    # What the MoE was held to: exact, approximate or none; None when it could not be told.
+    # What the MoE promises: exact, approximate or none; None when it could not be opened.
     promise: str | None = None
     allow_inexact: bool = False  # a measurement of an MoE that promises nothing is enough
-    grown: bool = False  # what it was held against is no dense model, but an MoE that it grew from
+    grown: bool = False  # the source is a smaller MoE, not a dense model
     paths: tuple[Path, Path] | None = None  # where both models were read: the dense one, the MoE
 
     @property
@@ -120,7 +120,7 @@ class Report:
     def accepted(self) -> bool:
         """Whether the MoE is what the user expects.
 
-        It passed, as far as the user had it checked, or was measured as agreed.
+        All checks that the user chose passed, or `allow_inexact` accepts a measurement.
         """
         found = {check.status for check in self.checks}
         asked = found == {Status.PASSED} and self.promise != "none"

@@ -1,7 +1,7 @@
 """Both models run side by side, layer by layer, and what is measured on the way.
 
 The dense model runs as it was published and, where the MoE's dtypes are narrower, once more with
-its weights rounded to them, which tells the price of the dtype from that of the conversion. All
+its weights rounded to them, so that rounding and conversion are measured apart. All
 models wait for each other after every layer, so nothing of an earlier layer is kept.
 
 Legend: P positions, K sampled positions, H hidden size.

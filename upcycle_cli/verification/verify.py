@@ -182,7 +182,7 @@ class _Case:
         from upcycle_cli.run.models import transformers_errors
         from upcycle_cli.verification.outputs import Expectation, check_outputs
 
-        with transformers_errors():  # raises where transformers is broken, which is no damage
+        with transformers_errors():  # a broken transformers is an error, not damage
             pass
         expected = Expectation(promise=Promise.NONE, reason=self.unrecorded or self.mismatch)
         if self.plan is not None:
