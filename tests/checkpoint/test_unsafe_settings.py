@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeDense, clone, read_json, snapshot, write_json
+from conftest import MakeDense, clone, read_json, snapshot
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.plan.warnings import warnings
@@ -59,21 +60,22 @@ def test_refuse_keys_that_change_what_is_loaded(
     assert_refused(clone(llama, tmp_path / "dense", **changes), tmp_path, *changes)
 
 
-@pytest.mark.parametrize("key", ["auto_map", "fast_tokenizer_files"])
-def test_refuse_keys_of_the_tokenizer(llama: Path, tmp_path: Path, key: str) -> None:
-    dense = clone(llama, tmp_path / "dense")
-    path = dense / "tokenizer_config.json"
-    write_json(path, read_json(path) | {key: ["tokenizer.4.0.0.json", None]})
-    assert_refused(dense, tmp_path, "tokenizer_config.json", key)
-
-
 @pytest.mark.parametrize(
-    "name", ["adapter_config.json", "modeling_mine.py", "custom_generate/generate.py"]
+    ("name", "words"),
+    [
+        ("adapter_config.json", "adapter"),
+        ("modeling_mine.py", "code"),
+        ("custom_generate/generate.py", "code"),
+        ("tokenizer_config.json", "fast_tokenizer_files"),
+        ("tokenizer_config.json", "auto_map"),
+    ],
 )
-def test_refuse_files_that_loaders_read_or_run(llama: Path, tmp_path: Path, name: str) -> None:
+def test_refuse_files_that_loaders_read_or_run(
+    llama: Path, tmp_path: Path, name: str, words: str
+) -> None:
     dense = clone(llama, tmp_path / "dense")
-    add(dense, name)
-    assert_refused(dense, tmp_path, name)
+    add(dense, name, json.dumps({words: ["tokenizer.4.0.0.json", None]}))
+    assert_refused(dense, tmp_path, name, words)
 
 
 def test_convert_with_harmless_keys_and_files(llama: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from conftest import RunOnHub, clone, contents, read_json, read_tensors
 from shapes import big_config, write_hollow
 
+from hub import assert_says
 from hub.server import TOKEN, Hub
 from upcycle_cli import Recipe, UpcycleError, convert
 from upcycle_cli.checkpoint.storage import RECORD_NAME
@@ -24,14 +25,6 @@ REPO = "acme/tiny"
 WEIGHTS = "model.safetensors"
 CONVERT = ("convert", REPO, "out", "-r", "E2G1T1")
 RECIPE = Recipe(expansion=2, granularity=1, top_k=1)
-
-
-def assert_says(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """There is one error message, and it contains all words."""
-    assert result.stderr.count("error:") == 1
-    said = " ".join(result.stderr.split())
-    for word in words:
-        assert word in said, said
 
 
 # What is downloaded ------------------------------------------------------------------------------

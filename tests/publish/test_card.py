@@ -37,11 +37,11 @@ NAMES = [
 ]
 
 
-def card_of(llama: Path, tmp_path: Path, name: str, repo: str | None = None) -> str:
+def card_of(llama: Path, tmp_path: Path, name: str) -> str:
     dense = clone(llama, tmp_path / name)
     plan = build_plan(Recipe(expansion=2, granularity=2, top_k=4), open_checkpoint(dense))
     check = CheckResult(name="outputs", status=Status.PASSED, detail="a | b\n`c` <d>")
-    return model_card(plan, Report(checks=(check,)), repo)
+    return model_card(plan, Report(checks=(check,)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,19 +58,12 @@ def test_a_name_does_not_leave_its_place(llama: Path, tmp_path: Path, name: str)
     assert theirs == ours
     assert "<" not in re.sub(r"<!-- Made by .*|(`+) .*? \1", "", card)
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "apache-2.0"
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("repo", [None, "me/moe"])
-def test_what_is_to_be_pasted_names_a_repo(
-    llama: Path, tmp_path: Path, name: str, repo: str | None
-) -> None:
-    card = card_of(llama, tmp_path, name, repo)
+    # What is to be pasted names a repo.
     blocks = re.findall(r"^```(\w+)\n(.*?)\n```$", card, re.DOTALL | re.MULTILINE)
     (line,) = (text for kind, text in blocks if kind == "sh" and text.startswith("upcycle"))
     _, _, dense, place = shlex.split(line)
-    assert (dense, place) == ("DENSE", repo or place)
-    assert re.fullmatch(r"[\w-]+/[A-Za-z0-9][\w.-]{0,95}", place)
+    assert dense == "DENSE"
+    assert re.fullmatch(r"my-org/[A-Za-z0-9][\w.-]{0,95}", place)
     code = next(text for kind, text in blocks if kind == "python")
     assert f'path = "{place}"' in code
     compile(code, "card", "exec")

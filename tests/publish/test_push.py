@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import forked
 import pytest
 from conftest import RunOnHub, clone, read_json, validate_json
+from hub import assert_says
 from hub.server import TOKEN, Hub
 
 from upcycle_cli import Destination, Options, Recipe, UpcycleError, convert
@@ -36,14 +35,6 @@ def moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model than `moe`, in one file. Read only."""
     return convert(llama, tmp_path_factory.mktemp("single") / "moe", RECIPE).output
-
-
-def assert_says(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """There is one error message, and it contains all words."""
-    assert result.stderr.count("error:") == 1
-    said = " ".join(result.stderr.split())
-    for word in words:
-        assert word in said, said
 
 
 def files_of(hub: Hub, name: str = MOE, revision: str = "main") -> dict[str, bytes]:
@@ -112,21 +103,6 @@ def test_refuse_an_impossible_destination() -> None:
         Destination(repo=MOE, create_pr=True, revision="x")
     with pytest.raises(UpcycleError, match="the revision is empty"):
         Destination(repo=MOE, revision="")
-
-
-def test_push_the_report_of_this_model_only(
-    hub: Hub, run: RunOnHub, moe: Path, tmp_path: Path
-) -> None:
-    directory = clone(moe, tmp_path / "moe")
-    page = directory / "verification.html"
-    page.write_text("<p>of another model</p>")
-    assert "verification.html" in run("push", directory, MOE).stdout  # as left out
-    assert "verification.html" not in files_of(hub)
-    digest = hashlib.sha256((directory / "upcycle.json").read_bytes()).hexdigest()
-    page.write_text(f"<p>{digest}</p>")
-    run("push", directory, MOE)
-    assert files_of(hub)["verification.html"] == page.read_bytes()
-    assert b"verification.html" in files_of(hub)["README.md"]
 
 
 def test_replace_another_model_and_keep_other_files(

@@ -12,8 +12,6 @@ import engine_fixtures as engine
 import pytest
 from file_systems import MAKE, UnavailableError, file_system, used_bytes
 
-from upcycle_cli.core.platform import BLOCK_BYTES, can_share, share
-
 MIB = 1 << 20
 IMAGE_BYTES = 400 * MIB  # XFS wants 300 MiB at least
 
@@ -56,17 +54,3 @@ def test_copies_take_no_space(
     assert done.shared_bytes == plan.nbytes - engine.unique_bytes(plan)
     assert engine.execute(plan, tmp_path / "plain").shared_bytes in (0, done.shared_bytes)
     assert engine.contents(output) == engine.contents(tmp_path / "plain")
-
-
-def test_share_makes_two_places_one(disk: Path) -> None:
-    assert can_share(disk)
-    data = bytes(range(256)) * (BLOCK_BYTES // 256)
-    with (disk / "one").open("w+b") as one, (disk / "other").open("w+b") as other:
-        one.write(data)
-        one.flush()
-        assert share(one.fileno(), 0, other.fileno(), BLOCK_BYTES, BLOCK_BYTES)
-        other.seek(0)
-        assert other.read() == bytes(BLOCK_BYTES) + data
-        # Not whole blocks: not tried.
-        assert not share(one.fileno(), 0, other.fileno(), 100, BLOCK_BYTES)
-        assert not share(one.fileno(), 0, other.fileno(), 0, 100)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,13 @@ from shapes import PAIRS, make_recipe, same_bits, tensor_shapes, tiny_config, va
 
 from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.core.platform import BLOCK_BYTES
-from upcycle_cli.plan.expressions import Expr, contiguous_source, leaves
+from upcycle_cli.plan.expressions import Expr, describe, leaves
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write import evaluate as evaluation
 from upcycle_cli.write import writer
-from upcycle_cli.write.evaluate import Read, evaluate
+from upcycle_cli.write.evaluate import evaluate
 from upcycle_cli.write.file_layout import lay_out
 from upcycle_cli.write.record import index_of
 from upcycle_cli.write.staging import new_of
@@ -135,68 +134,36 @@ def test_safetensors_reads_the_values_of_the_expressions(
         }
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("model.norm.weight", "model.norm.weight"),
-        (
-            "model.layers.0.mlp.up_proj.weight",
-            "model.layers.0.block_sparse_moe.experts.1.w3.weight",
-        ),
-    ],
-)
-def test_overflow_is_refused_by_name(make: Make, output: Path, name: str, said: str) -> None:
+def test_overflow_is_refused_by_name(make: Make, output: Path) -> None:
     options = Options(dtype="float16")
     source = make(dtype="F32", options=options).source.path
     tensors = {k: v.clone() for k, v in load_file(source / "model.safetensors").items()}
-    tensors[name].reshape(-1)[-1] = 1e6
+    tensors["model.layers.0.mlp.up_proj.weight"].reshape(-1)[-1] = 1e6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     plan = build_plan(make_recipe("E2G2T2"), open_checkpoint(source), options=options)
-    with pytest.raises(UpcycleError, match="becomes infinite in f16") as caught:
+    name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    with pytest.raises(UpcycleError, match=f"{name}: a finite .* becomes infinite in f16"):
         write(plan, output)
-    assert caught.value.message.startswith(f"{said}:")
-    assert caught.value.hint == "Use --dtype bfloat16 or float32."
 
 
 # Each part once, and one at a time ----------------------------------------------------------------
 
 
-class Watch:
-    """Counts what is computed, how large it is, and what is still alive then."""
-
-    def __init__(self) -> None:
-        self.computed: list[Expr] = []
-        self.largest_bytes = 0
-        self.most_alive = 0
-        self._results: list[weakref.ref[memoryview]] = []
-
-    def evaluate(self, expr: Expr, read: Read, *_: object) -> memoryview:
-        alive = sum(result() is not None for result in self._results)
-        value = evaluate(expr, read)
-        if contiguous_source(expr) is None:
-            self.computed.append(expr)
-            self.most_alive = max(self.most_alive, alive)
-            self.largest_bytes = max(self.largest_bytes, value.nbytes)
-            self._results.append(weakref.ref(value))
-        return value
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    looking = Watch()
-    monkeypatch.setattr(evaluation, "evaluate", looking.evaluate)
-    return looking
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copies_are_computed_once(
-    make: Make, output: Path, watch: Watch, layout: ExpertLayout
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch, layout: ExpertLayout
 ) -> None:
+    computed: list[Expr] = []
+
+    def watched(expr: Expr, *arguments: Any) -> memoryview:  # noqa: ANN401
+        computed.append(expr)
+        return evaluate(expr, *arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate", watched)
     plan = make("E8G3T6", options=Options(expert_layout=layout), tie_word_embeddings=True)
     write(plan, output)
-    assert len(watch.computed) == len(set(watch.computed))
     parts = {leaf for tensor in plan.tensors for leaf in leaves(tensor.expr)}
-    assert set(watch.computed) == parts - {part for part in parts if contiguous_source(part)}
+    assert sorted(map(describe, computed)) == sorted(map(describe, parts))
     # One router per layer, and each of three matrices in three shards.
     assert len(parts) == len(tensor_shapes(plan.source.config)) - 2 * 3 + 2 * (1 + 3 * 3)
 
