@@ -56,6 +56,7 @@ CONFIGS: tuple[Config, ...] = (
     *each("model_type", ["llama"], None, 7, {}),
     *each("model_type", "gpt9", word="upcycle families"),
     *each("quantization_config", "fp8", [], {}, word="quantised"),
+    *each("use_double_wide_mlp", True, of="gemma4_text", word="one size"),
     *each("layer_types", [{"kind": "full"}] * 2, ["full_attention"], "full", {}, of="qwen3"),
     *each("layer_types", ["chunked_attention"] * 2, ["sliding_attention"] * 2, of="qwen3"),
     *each("sliding_window", "8", -1, of="qwen3", use_sliding_window=True),
