@@ -71,21 +71,14 @@ def test_list_the_recipes_that_fit(llama: Path) -> None:
         fits(max_params=1000)
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        (("50B", None, None), Budget(max_params=50 * 10**9)),
-        (("1.5b", "700M", None), Budget(max_params=1_500_000_000, max_active=700_000_000)),
-        ((None, None, "80GB×8"), Budget(gpu_bytes=640 * 10**9)),
-        ((None, None, "80 GiB x 2"), Budget(gpu_bytes=160 * 2**30)),
-        ((None, None, "24GB"), Budget(gpu_bytes=24 * 10**9)),
-        ((None, None, None), None),
-    ],
-)
-def test_parse_budgets(
-    given: tuple[str | None, str | None, str | None], wanted: Budget | None
-) -> None:
-    assert to_budget(*given) == wanted
+def test_parse_budgets() -> None:
+    assert to_budget("50B", None, None) == Budget(max_params=50 * 10**9)
+    wanted = Budget(max_params=1_500_000_000, max_active=700_000_000)
+    assert to_budget("1.5b", "700M", None) == wanted
+    memory = {"80GB×8": 640 * 10**9, "80 GiB x 2": 160 * 2**30, "24GB": 24 * 10**9}
+    for text, size in memory.items():
+        assert to_budget(None, None, text) == Budget(gpu_bytes=size)
+    assert to_budget(None, None, None) is None
 
 
 @pytest.mark.parametrize(

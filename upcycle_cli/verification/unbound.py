@@ -168,7 +168,7 @@ class Unbound:
             first.setdefault(layer, order)
             self.orders[stream] = order.astype("<u4").tobytes()
 
-    def filled(self, expr: ex.Expr) -> ex.Expr:
+    def bind(self, expr: ex.Expr) -> ex.Expr:
         """Return an expression with the values that were found."""
         match expr:
             case ex.Constant(stream=stream, data=None):
@@ -178,9 +178,9 @@ class Unbound:
                 indices = self.orders.get(stream, None if found is None else found.order)
                 return replace(expr, order=replace(order, indices=indices))
             case ex.Concat(parts) | ex.Stack(parts):
-                return replace(expr, parts=tuple(map(self.filled, parts)))
+                return replace(expr, parts=tuple(map(self.bind, parts)))
             case _ if is_unbound(expr):
-                return replace(expr, of=self.filled(expr.of))  # type: ignore[arg-type,union-attr]
+                return replace(expr, of=self.bind(expr.of))  # type: ignore[arg-type,union-attr]
             case _:
                 return expr
 

@@ -61,7 +61,7 @@ def check_weights(
                 unbound.look_at(tensor, *stored)
                 held.release()
         findings.add(*unbound.find_orders())
-        exprs = {tensor.name: unbound.filled(tensor.expr) for tensor in tensors}
+        exprs = {tensor.name: unbound.bind(tensor.expr) for tensor in tensors}
         compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
         scan = _Scan(source, held, watch)
         differing = scan.run(
