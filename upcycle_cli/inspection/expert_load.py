@@ -1,12 +1,11 @@
 """Which experts the tokens of a text choose: the MoE is run layer by layer, its weights on disk.
 
-Legend: S positions, N experts, T top-k.
+Legend: B rows, S positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,13 @@ from upcycle_cli.run.layerwise import started
 from upcycle_cli.run.lazy_models import lazy_model
 from upcycle_cli.run.models import TransformersError, load_config, transformers_errors
 from upcycle_cli.run.texts import as_rows, shares, tokenized
+from upcycle_cli.verification.routing import observed_routers
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle_cli.core.callbacks import Progress
     from upcycle_cli.models.moe_experts import Experts
-    from upcycle_cli.run.models import Model
 
 TOKENS = 2048  # at most
 
@@ -87,29 +86,16 @@ def measure_expert_load(
 def _run(
     experts: Experts, reader: Reader, ids_BS: torch.Tensor, count: int, watch: Progress
 ) -> Iterator[LayerLoad]:
-    model, layers = lazy_model(experts.moe, reader), experts.layers
-    chosen: list[torch.Tensor] = []
-
-    def note(_router: Model, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        chosen.append(output[2][:count])
-
-    with ExitStack() as stack, transformers_errors():
-        for layer in layers:
-            stack.callback(model.router(layer).register_forward_hook(note).remove)
-        run = stack.enter_context(started(model.net, ids_BS, []))
+    model = lazy_model(experts.moe, reader)
+    with (
+        transformers_errors(),
+        observed_routers(model, count, group_size=1) as observed,
+        started(model.net, ids_BS, []) as run,
+    ):
         for layer in range(experts.num_layers):
             run.steps.advance()
-            if layer in layers:
-                yield _load(layer, chosen.pop(), experts.num_experts)
             watch.checked(layer + 1, experts.num_layers, "layers")
-
-
-def _load(layer: int, experts_ST: torch.Tensor, num_experts: int) -> LayerLoad:
-    load_N = experts_ST.flatten().bincount(minlength=num_experts)
-    mean = float(load_N.double().mean())
-    return LayerLoad(
-        layer=layer,
-        load=tuple(load_N.tolist()),
-        load_cv=float(load_N.double().std(correction=0)) / mean,
-        idle=tuple((load_N == 0).nonzero().flatten().tolist()),
-    )
+    for layer, measures in observed.measures.items():
+        load, load_cv = tuple(measures["load"]), measures["load_cv"]
+        idle = tuple(expert for expert, tokens in enumerate(load) if not tokens)
+        yield LayerLoad(layer=layer, load=load, load_cv=load_cv, idle=idle)
