@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TILE = 256
 """Rows and columns that are transposed at once."""
 _PIECE_ITEMS = 1 << 16
-_WORD_BYTES = 8
 _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
@@ -101,24 +100,10 @@ def transposed(parts: Iterable[NDArray[Any]], dtype: str, shape: tuple[int, ...]
     """Return the transpose, of this shape, of matrices that lie one below the other."""
     out, start = np.empty(shape, NUMPY_DTYPES[dtype]), 0
     for part in parts:
-        stop = start + len(part)
-        _transpose(part, out[:, start:stop])
-        start = stop
+        place = out[:, start : start + len(part)]
+        start += len(part)
+        for row in range(0, len(part), TILE):
+            for column in range(0, len(out), TILE):
+                tile = part[row : row + TILE, column : column + TILE]
+                place[column : column + TILE, row : row + TILE] = tile.T
     return out
-
-
-def _transpose(values: NDArray[Any], out: NDArray[Any]) -> None:
-    lanes = _WORD_BYTES // values.itemsize
-    for row in range(0, len(values), TILE):
-        rows = values[row : row + TILE]
-        for column in range(0, rows.shape[1], TILE):
-            tile = rows[:, column : column + TILE]
-            place = out[column : column + TILE, row : row + TILE]
-            if tile.shape[1] % lanes or tile.strides[1] != tile.itemsize:
-                place[...] = tile.T
-                continue
-            # Values of neighbouring columns move as one word, and part where they are close by.
-            words = np.ascontiguousarray(tile.view("<u8").T)
-            held = words.view(tile.dtype).reshape(*words.shape, lanes)
-            for lane in range(lanes):
-                place[lane::lanes] = held[..., lane]

@@ -59,11 +59,6 @@ class WriteOptions:
     fsync: bool = True
     """Make every file durable before it gets its name."""
 
-    @property
-    def num_threads(self) -> int:
-        """The number of threads: one more than processors, as one usually waits for the disk."""
-        return self.workers or min(4, num_processors() + 1)
-
 
 @dataclass
 class Written:
@@ -105,7 +100,8 @@ def write_weights(
         for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
-        threads = options.num_threads
+        # One usually waits for the disk.
+        threads = options.workers or min(4, num_processors() + 1)
         crew.run([task.take_over for task in tasks if staging.noted(task.name)], threads)
         missing = [task for task in tasks if not task.complete.is_set()]
         # Several files at once: while the disk has one, the next is filled.
