@@ -224,9 +224,12 @@ def plan_of(models: Sequence[Path], expansion: int = 2) -> Plan:
     return build_plan(recipe, source, options=Options(max_shard_bytes=20_000), merge=merge)
 
 
-def test_the_digest_covers_every_source(models: list[Path], tmp_path: Path) -> None:
+def test_refuse_an_expansion_that_does_not_fit(models: list[Path]) -> None:
     with pytest.raises(UpcycleError, match="4 is not a multiple of the 3 models"):
         plan_of(models, expansion=4)
+
+
+def test_the_digest_covers_every_source(models: list[Path], tmp_path: Path) -> None:
     other = clone(models[1], tmp_path / "other")
     shutil.copystat(models[1] / "model.safetensors", other / "model.safetensors")
     first = plan_of([models[0], other]).digest
