@@ -20,7 +20,7 @@ import pytest
 from engine_fixtures import execute, make_dense, plan_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, inspect, open_checkpoint, verify
 from upcycle_cli.write.staging import partial_of
@@ -51,7 +51,10 @@ class Models:
         execute(plan_of(dense, "E2G2T2"), folder / "moe", writing=QUICKLY)
         fused = plan_of(dense, "E2G2T2", expert_layout="fused")
         execute(fused, folder / "fused", writing=QUICKLY)
-        split_in_two(dense, folder / "sharded")
+        sharded = Path(shutil.copytree(dense, folder / "sharded"))
+        weights = (sharded / WEIGHTS).rename(sharded / "part.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
+        (sharded / INDEX).write_text(json.dumps(index))
         for name in ("dense", "moe"):  # so that imports are no part of what is measured
             self.use(name, lambda _: None)
 
@@ -91,17 +94,6 @@ class Models:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("fuzz"))
-
-
-def split_in_two(dense: Path, path: Path) -> None:
-    """Write the dense model in two files with an index."""
-    shutil.copytree(dense, path)
-    tensors = load_file(path / WEIGHTS)
-    (path / WEIGHTS).unlink()
-    weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file)
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @contextmanager
