@@ -44,11 +44,6 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
     layers = [layer for check in report.checks for layer in check.layers]
     texts = [text for check in report.checks for text in check.texts]
     continuation = next((c.continuation for c in report.checks if c.continuation), None)
-    digests = {
-        f"{CONFIG_NAME} of the {dense}": _digest(paths[0] / CONFIG_NAME),
-        f"{CONFIG_NAME} of the MoE": _digest(paths[1] / CONFIG_NAME),
-        f"{RECORD_NAME} of the MoE": _digest(paths[1] / RECORD_NAME),
-    }
     names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
     parts = (
         Section(key="checks", title="Checks", checks=report.checks),
@@ -57,7 +52,7 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         sections.texts_section(texts, continuation),
         sections.routing_section(layers),
         sections.load_section(layers),
-        _origin_section(dict(zip(names, models, strict=True)), digests, record, command),
+        _origin_section(dict(zip(names, models, strict=True)), paths, record, command),
     )
     return render(
         parts,
@@ -73,16 +68,13 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     """Return the page of an inspected MoE."""
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
-    digests: dict[str, str | None]
-    digests = {f"{CONFIG_NAME} of the MoE": inspection.checkpoint.config_digest}
-    digests |= {f"header of {s.name}": s.digest for s in inspection.checkpoint.shards}
     rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
     parts = (
         Section(key="facts", title="Checkpoint", tables=[Table(caption="Facts", rows=rows)]),
         sections.recipe_section(record),
         sections.drift_section((weights and weights.movement) or ()),
         None if inspection.load is None else sections.load_section(inspection.load.layers),
-        _origin_section({"MoE": name}, digests, record, command),
+        _origin_section({"MoE": name}, [inspection.checkpoint.path], record, command),
     )
     return render(
         parts,
@@ -111,19 +103,15 @@ def _record(directory: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _digest(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except (OSError, UpcycleError):
-        return "missing or unreadable"
-
-
 def _origin_section(
     models: Mapping[str, str],
-    digests: Mapping[str, str | None],
+    paths: Sequence[Path],
     record: Mapping[str, Any],
     command: str,
 ) -> Section:
+    """Return where a page comes from; `paths` are the directories of the models."""
+    files = [path / name for path in paths for name in (CONFIG_NAME, RECORD_NAME)]
+    digests = {str(file): sha256_of(file) for file in files if file.is_file()}
     versions = {"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     tables = [
         properties({**models, "command": command}, "Models and command"),
