@@ -18,8 +18,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from training import claims  # noqa: E402
-from training.arms import ARMS, DENSE, DENSE_AS_LONG, DENSE_LONGER  # noqa: E402
-from training.claims import Comparison, Spread  # noqa: E402
+from training.arms import ARMS, DENSE_AS_LONG  # noqa: E402
+from training.claims import Spread  # noqa: E402
 from training.figures import draw  # noqa: E402
 from training.measure import Distances, Load, Routers, watch_routers  # noqa: E402
 from training.page import with_tables  # noqa: E402
@@ -41,54 +41,9 @@ def test_every_arm_can_be_converted_and_what_is_compared_is_run(tmp_path: Path) 
         assert {each.first, each.second} - {DENSE_AS_LONG} <= ARMS.keys()
 
 
-@pytest.mark.parametrize(
-    ("values", "verdict"),
-    [
-        ((0.1, 0.2, 0.3), "not decided"),
-        ((0.19, 0.2, 0.21), "yes"),
-        ((-0.19, -0.2, -0.21), "no"),
-        ((0.2, 0.2), "a hint"),
-    ],
-)
-def test_a_claim_is_decided_by_the_interval_of_three_seeds(
-    values: tuple[float, ...], verdict: str
-) -> None:
-    assert claims.verdict(Spread(values)) == verdict
-    assert Spread((0.1, 0.2, 0.3)).margin == pytest.approx(4.303 * 0.1 / 3**0.5)
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "together"),
-    [
-        (["yes", "yes"], "agrees"),
-        (["no"], "disagrees"),
-        (["yes", "not decided"], "agrees in part"),
-        (["no", "yes"], "mixed"),
-        (["yes", "a hint"], "a hint"),
-        (["no", "not run", "a hint"], "not run"),
-    ],
-)
-def test_verdicts_are_put_together(verdicts: list[str], together: str) -> None:
-    assert claims.verdict_of_all(verdicts) == together
-
-
-def test_differences_are_taken_seed_by_seed() -> None:
-    def run(loss: float, flops: float = 1.0) -> dict[str, Any]:
-        return {"curve": [{"loss": 4.0}, {"loss": loss, "flops": flops}]}
-
-    runs = {
-        DENSE: {seed: run(3.0 + seed) for seed in range(3)},
-        DENSE_LONGER: {seed: run(2.8 + seed, 4.0) for seed in range(3)},
-        "E8G1T2": {seed: run(2.5 + seed, 2.0) for seed in (0, 2)},
-    }
-    spread = claims.difference(runs, Comparison("E8G1T2", DENSE))
-    assert spread is not None
-    assert spread.values == pytest.approx((0.5, 0.5))
-    # Half way in the logarithm of the FLOPs, between 3.0 and 2.8.
-    spread = claims.difference(runs, Comparison("E8G1T2", DENSE_AS_LONG))
-    assert spread is not None
-    assert spread.values == pytest.approx((0.4, 0.4))
-    assert claims.difference({DENSE: runs[DENSE]}, Comparison(DENSE, DENSE_AS_LONG)) is None
+def test_an_interval_that_holds_zero_decides_nothing() -> None:
+    verdicts = [claims.verdict(Spread(values)) for values in ((0.1, 0.2, 0.3), (0.19, 0.2, 0.21))]
+    assert verdicts == ["not decided", "yes"]
 
 
 def test_the_page_and_its_figures_say_what_the_results_say(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
-from interop.conversions import PLAIN, Case, cases, quick_cases
+from interop.conversions import PLAIN, QUICK, Case, case_of, cases
 from interop.models import REWRITTEN, convert, make_dense, margin
 from interop.results import Cell, Output, compare, contradiction
 from interop.software import SOFTWARE, Session, Software, Worker
@@ -49,7 +49,6 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea,",
 )
-QUICK = ("transformers 4", "transformers 5")
 NOTHING_WRONG: Output = [[]]
 
 
@@ -151,11 +150,11 @@ def main(
     only: list[str] | None = None,
 ) -> None:
     """Run conversions with one of the words ONLY in their name; exit with 1 on a contradiction."""
-    wanted = QUICK if quick else software or [each.name for each in SOFTWARE]
+    wanted = software or [each.name for each in SOFTWARE]
     with dense_and_scratch() as (smollm2, scratch):
-        chosen = [each for each in SOFTWARE if each.name in wanted]
+        chosen = SOFTWARE[:2] if quick else [each for each in SOFTWARE if each.name in wanted]
         run = Engines(scratch, smollm2, chosen, quick=quick)
-        for case in quick_cases() if quick else cases():
+        for case in map(case_of, QUICK) if quick else cases():
             if not only or any(words in case.name for words in only):
                 run.convert_and_try(case)
         code = run.report("engines")

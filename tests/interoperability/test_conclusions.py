@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from interop.conversions import EXACT, UPCYCLED, Case, cases  # noqa: E402
+from interop.conversions import EXACT, UPCYCLED, Case, documented  # noqa: E402
 from interop.results import (  # noqa: E402
     NOT_TRIED,
     Cell,
@@ -27,7 +27,7 @@ from interop.results import (  # noqa: E402
     target_of,
 )
 from interop.software import SOFTWARE  # noqa: E402
-from measured import TARGET, documented, text, verdicts  # noqa: E402
+from measured import TARGET, text  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
@@ -40,11 +40,13 @@ from upcycle_cli.models.engines import (  # noqa: E402
     Support,
     engines,
 )
+from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
+from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.plan.warnings import SILENTLY_WRONG  # noqa: E402
 from upcycle_cli.recipe.options import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
-CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",), control=True)
+CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",))
 
 
 TEXT, LATE, EARLY = [*range(32)], [*range(31), 99], [*range(20), 99, *range(21, 32)]
@@ -201,13 +203,16 @@ def said_of(case: Case) -> tuple[Engine, ...]:
     return engines(target_of(case), Routing(case.routing), parts_of(case))
 
 
-TABLE = verdicts()
+TABLE = documented("interoperability.md")
 
 
-def test_the_documentation_has_every_conversion_and_every_pair() -> None:
-    assert set(documented()) == {case.name for case in cases()}
+def test_the_documentation_has_every_pair_and_every_routing() -> None:
     pairs = {(name, target) for name, row in DENSE.items() for target in row.targets}
-    assert pairs <= {(case.dense, case.target) for case in TABLE}
+    pairs |= {(wrapper, UPCYCLED) for wrapper in WRAPPERS}
+    assert pairs <= {(case.wrapper or case.dense, case.target) for case in TABLE}
+    routings = {(name, str(each)) for name, row in NATIVE.items() for each in row.routings}
+    routings |= {(UPCYCLED, str(each)) for each in Routing}
+    assert routings <= {(case.target, case.routing) for case in TABLE}
     assert len({case.dense for case in TABLE if case.target == UPCYCLED and not case.wrapper}) > 6
     for case, row in TABLE.items():
         tried = {name for name, verdict in row.items() if verdict != NOT_TRIED}

@@ -10,9 +10,9 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS / "interoperability"))
 
-from interop.conversions import Case  # noqa: E402, TC002
+from interop.conversions import Case, documented  # noqa: E402
 from interop.results import NOT_TRIED, Cell, contradiction  # noqa: E402
-from interop.trained import settings_table, training_cases  # noqa: E402
+from interop.trained import settings_table  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import trainers  # noqa: E402
@@ -47,22 +47,15 @@ def test_a_wrapped_target_has_settings_of_its_own() -> None:
     assert in_mistral3 == {}  # untested
 
 
-def measured() -> dict[str, dict[str, str]]:
-    """The first table of the documentation: the verdict of each trainer on each conversion."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in DOCS.split("Added to the first loss")[0].splitlines()
-        if line.startswith("| conversion |") or (line.startswith("| ") and " → " in line)
-    ]
-    return {name: dict(zip(rows[0][1:], cells, strict=True)) for name, *cells in rows[1:]}
+MEASURED = documented("training.md")
 
 
-def test_the_documentation_has_every_conversion_and_setting() -> None:
-    assert {*measured()} == {case.name for case in training_cases()}
+def test_the_documentation_has_every_architecture_and_setting() -> None:
+    assert {*NATIVE, "upcycled"} <= {case.target for case in MEASURED}
     assert "\n".join(settings_table()) in DOCS
 
 
-@pytest.mark.parametrize("case", training_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)
 def test_the_documentation_agrees_with_the_table(case: Case) -> None:
     if case.target == "upcycled":
         target = shipped_target(DENSE["nemotron"], "relu2", biased=False)
@@ -71,7 +64,7 @@ def test_the_documentation_agrees_with_the_table(case: Case) -> None:
     fused = target.ships_code or "--expert-layout fused" in case.options
     tied = "(tied)" in case.dense
     known = trainers(target, Routing(case.routing), tied=tied, fused=fused)
-    row = measured()[case.name]
+    row = MEASURED[case]
     for name, verdict in row.items():
         assert contradiction(case, name, Cell(verdict), known, lists_all=True) is None
     assert all(row[trainer.name] != NOT_TRIED for trainer in known)

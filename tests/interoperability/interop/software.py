@@ -21,7 +21,7 @@ from typing import Any
 from markdown import header, row
 from packaging.requirements import Requirement
 
-from interop.conversions import UPCYCLED, Case, cases, first_of_each
+from interop.conversions import UPCYCLED, Case, first_of_each
 from interop.results import Cell, table
 from upcycle_cli.models.engines import FAILS
 
@@ -68,7 +68,7 @@ class Software:
             return False
         if case.wrapper and (self.scores or not self.generates):
             return False  # they know of text models only
-        return case in first_of_each(cases()) if self.once else self.generates or not case.control
+        return case in first_of_each() if self.once else self.generates or not case.control
 
     @property
     def package(self) -> str:

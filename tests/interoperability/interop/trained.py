@@ -8,7 +8,7 @@ from typing import Any
 
 from markdown import header, row
 
-from interop.conversions import EXACT, PLAIN, SIGMOID, UPCYCLED, WITHIN, Case, routings
+from interop.conversions import PLAIN, Case, documented
 from interop.models import RANDOM as SIZES
 from interop.models import TINY
 from interop.results import NOT_TRIED, Cell
@@ -22,25 +22,14 @@ from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
-FUSED, WRONG = ("--expert-layout fused",), ("--scaling none",)
-RECIPE = "E4G2T4"
+_TIED: Mapping[str, Any] = {**TINY, "tie_word_embeddings": True}
 RANDOM: Mapping[str, Mapping[str, Any]] = {
-    **{name: SIZES[name] for name in ("gemma4_text", "nemotron_h", "qwen3_5_text")},
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "granite", "olmo2", "nemotron"), TINY),
-    **dict.fromkeys(("ernie4_5", "granite_swa", "hunyuan_v1_dense"), TINY),
+    **SIZES,
+    **dict.fromkeys(("qwen2", "granite", "ernie4_5", "hunyuan_v1_dense"), TINY),
     "lfm2": {**SIZES["lfm2"], "tie_word_embeddings": False},
-    "youtu": {
-        **{key: value for key, value in TINY.items() if key != "head_dim"},
-        "num_key_value_heads": 4,
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-    },
     "cohere2 (tied)": SIZES["cohere2"],
-    "llama (tied)": {**TINY, "tie_word_embeddings": True},
-    "qwen3 (tied)": {**TINY, "tie_word_embeddings": True},
+    "llama (tied)": _TIED,
+    "qwen3 (tied)": _TIED,
 }
 """Tiny models by name, which begins with the type."""
 VOCABULARY = 1024
@@ -48,16 +37,6 @@ TOKENS: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
 }
-TRAINED = (
-    *(("llama", "mixtral"), ("mistral", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")),
-    *(("qwen3", "glm4_moe"), ("granite", "granitemoe"), ("granite", "granitemoehybrid")),
-    *(("granite_swa", "granitemoe_swa"), ("ernie4_5", "ernie4_5_moe")),
-    *(("hunyuan_v1_dense", "hunyuan_v1_moe"), ("lfm2", "lfm2_moe"), ("qwen3", "dots1")),
-    *(("qwen3", "hy_v3"), ("llama", "solar_open"), ("youtu", "deepseek_v3")),
-    *(("olmo2", "flex_olmo"), ("nemotron_h", "nemotron_h"), ("gemma4_text", "gemma4_text")),
-    *(("cohere2", "cohere2_moe"), ("qwen3_5_text", "qwen3_5_moe_text"), ("nemotron", UPCYCLED)),
-)
-"""Each with every routing of its target."""
 _TRANSFORMERS = ("transformers>=5", "torch", "accelerate")
 
 
@@ -93,26 +72,7 @@ STOPPED: Mapping[str, str] = {
 
 def training_cases() -> list[Case]:
     """Return each architecture with its routings, other layouts, and what must be told apart."""
-    tied = {"llama", "cohere2"}
-    pairs = [
-        (f"{dense} (tied)" if dense in tied else dense, target, routing)
-        for dense, target in TRAINED
-        for routing in routings(target)
-    ]
-    pairs += [("qwen3 (tied)", "qwen3_moe", EXACT), ("qwen3 (tied)", "glm4_moe", SIGMOID)]
-    pairs.append(("qwen3", "mellum", EXACT))
-    inside = [(dense, target, routings(target)[0]) for dense, target in WITHIN]
-    found = [Case(dense, target, RECIPE, routing) for dense, target, routing in (*pairs, *inside)]
-    mistral, qwen3 = ("mistral", "mixtral", EXACT), ("qwen3", "qwen3_moe", EXACT)
-    fused = (mistral, qwen3, ("qwen3", "glm4_moe", SIGMOID))
-    wrong = (mistral, qwen3, ("nemotron", "upcycled", EXACT))
-    found += [Case(dense, target, RECIPE, routing, FUSED) for dense, target, routing in fused]
-    found += [
-        Case(dense, target, RECIPE, routing, WRONG, control=True)
-        for dense, target, routing in wrong
-    ]
-    # A norm behind the MLP takes every factor out: only other experts make a difference.
-    return [*found, Case("olmo2", "flex_olmo", "E4G2T3", EXACT, ("--allow-inexact",), control=True)]
+    return [*documented("training.md")]
 
 
 def make_dense(name: str, directory: Path) -> Path:
