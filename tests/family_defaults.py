@@ -2,8 +2,8 @@
 
     python tests/family_defaults.py [--write]
 
-prints the file, or writes it. Defaults are those that config classes declare. Tensors are those
-that a tiny model of each type saves: each of its sizes stands for one dimension, and every boolean
+prints the file, or writes it. The config classes declare the defaults. A tiny model of each type
+saves the tensors: each of its sizes stands for one dimension, and every boolean
 of its config is flipped once, to see which tensors depend on it.
 """
 

@@ -8,8 +8,8 @@ made of whole numbers that numpy's frozen generator draws, so that they are the 
 version of torch, transformers or numpy is here; and only the public functions are called, so that
 an old converter and a new one can both be run.
 
-The zeros of qwen2_moe's shared expert (`*.shared_expert.*`) are left out: how wide they are is no
-promise.
+The digests leave out the zeros of qwen2_moe's shared expert (`*.shared_expert.*`), whose width is not
+promised.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def run(case: Case, dense: Path, output: Path) -> str:
         dtype=o.pop("dtype"),
         expert_layout=o.pop("expert_layout"),
         untie_embeddings=o.pop("embeddings") == "untie",
-        max_shard_bytes=100_000,  # several files: where a tensor lies is no part of the digest
+        max_shard_bytes=100_000,  # several files: the digest depends on none
     )
     convert(source, output, Recipe(**sizes, **o), target=case.target, options=options)
     return digest(output)

@@ -91,7 +91,7 @@ def write_hollow(
     dtype: str = "BF16",
     shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write a checkpoint whose headers are right and whose data is a hole: it takes no space."""
+    """Write a checkpoint with valid headers and holes instead of data: it takes no space."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     shards: list[dict[str, tuple[int, ...]]] = [{}]

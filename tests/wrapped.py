@@ -164,7 +164,7 @@ def failures(dense: Path, moe: Path, checks: Sequence[str] = CHECK_NAMES) -> lis
 
 
 def recipe(row: Row) -> Recipe:
-    """A recipe whose gates sum to 1, so that it is exact for any router."""
+    """A recipe that is exact for any router, since its gates sum to 1."""
     wrapper, text, target = row
     routing = Routing.TOPK_SOFTMAX
     if target != SHIPPED:

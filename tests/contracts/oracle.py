@@ -21,7 +21,7 @@ PARTS = ("gate", "up", "down")
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a conversion was asked for; `orders` are a file's, and `std` is that of drawn logits."""
+    """What a conversion was asked for: `orders` come from a file, `std` is the logits'."""
 
     target: str
     layout: str
@@ -126,7 +126,7 @@ def draws(w: Wanted, stream: str) -> np.random.RandomState:
 
 
 def expected(dense: Tensors, config: Mapping[str, Any], w: Wanted) -> Tensors:
-    """Return the tensors of an MoE all of whose MLPs became experts."""
+    """Return the tensors of an MoE without any dense MLP."""
     *names, norm, offset = DENSE.get(config["model_type"], LLAMA)
     made = {name: tensor.to(w.dtype or tensor.dtype) for name, tensor in dense.items()}
     act = config.get("hidden_act", config.get("mlp_hidden_act"))

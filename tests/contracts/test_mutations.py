@@ -154,12 +154,12 @@ def tensors(pattern: str, change: Callable[[Any, dict[str, Any]], Any]) -> Patch
 
 
 def from_another(this: str, other: str) -> Patch:
-    """Make tensors what others are, whose names differ in this."""
+    """Give tensors the expressions of others; their names differ in `this`."""
     return tensors(re.escape(this), lambda tensor, every: every[tensor.name.replace(this, other)])
 
 
 def exchanged(one: str, other: str, where: str = "") -> Patch:
-    """Exchange tensors whose names differ in this."""
+    """Exchange pairs of tensors; their names differ in `one` and `other`."""
 
     def change(tensor: Any, every: dict[str, Any]) -> Any:
         there = (one, other) if one in tensor.name else (other, one)

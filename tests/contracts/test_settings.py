@@ -1,4 +1,4 @@
-"""Sources and recipes whose logits need a look of their own, by transformers' code in float64.
+"""Older checkpoints and flat routers: logits by transformers' code in float64.
 
 What settings of a config mean is held by tests/models/test_dense.py, for every family.
 """

@@ -22,7 +22,7 @@ ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text whose bytes a tiny model's tokenizer makes tokens of."""
+    """A text that a tiny model's tokenizer splits into bytes."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("".join(f"{i} sheep and {i * i % 97} goats went by.\n" for i in range(30)))
     return path
@@ -99,8 +99,8 @@ def test_name_experts_that_no_token_chooses(idle_moe: Path, text: Path) -> None:
     words = " ".join(shown.stdout.split())
     assert "never chosen 2 of 8 experts layer 1: 2-3" in words
     assert "of words.txt)" in words
-    told = invoke("inspect", idle_moe, "--load", text, "--json")
-    load = validate_json("inspect", told.stdout)["load"]
+    printed = invoke("inspect", idle_moe, "--load", text, "--json")
+    load = validate_json("inspect", printed.stdout)["load"]
     assert [layer["idle"] for layer in load["layers"]] == [[], [2, 3]]
     assert json.loads(invoke("inspect", idle_moe, "--json").stdout)["load"] is None
 

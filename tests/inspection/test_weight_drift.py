@@ -122,7 +122,7 @@ def test_require_all_dense_models_of_a_merged_one(models: list[Path], tmp_path: 
     shown = invoke(*look, "--experts-from", models[1])
     assert shown.exit_code == 0, shown.stderr
     assert "2 groups of b" in shown.stdout
-    told = invoke(*look, "--experts-from", models[1], "--json")
-    weights = validate_json("inspect", told.stdout)["weights"]
+    printed = invoke(*look, "--experts-from", models[1], "--json")
+    weights = validate_json("inspect", printed.stdout)["weights"]
     assert weights["sources"] == [models[0].name, "b"]
     assert [layer["models"] for layer in weights["movement"]] == [[0, 1]] * 2

@@ -128,7 +128,7 @@ def test_old_rope_keys_are_written_for_new_ones() -> None:
     plain = converted(tiny_config("llama", rope_theta=5e5), "mixtral", RECIPE)
     assert "rope_parameters" not in plain
     assert (plain["rope_theta"], plain["rope_scaling"]) == (5e5, None)
-    # Layers with rope settings by kind have no old keys but that of the source.
+    # The old keys cannot state settings by kind of layer, so only the source's key is written.
     by_kind = {"model_type": "gemma3_text", **sizes_of("gemma3_text"), "rope_theta": 1e6}
     moe = converted(by_kind, "upcycled", make_recipe("E2G2T2"))
     assert moe["rope_theta"] == 1e6

@@ -1,6 +1,6 @@
 """Which experts the tokens of a text choose: the MoE is run layer by layer, its weights on disk.
 
-Legend: B rows, S positions.
+Legend: B rows of S positions each.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class WeightFacts:
     reordered_groups: int = 0
     """Groups of all layers with the same neurons as the first group in another order."""
     differing: tuple[str, ...] = ()
-    """Experts whose group differs from the first; one line with their number if there are many."""
+    """The experts that differ from the first group's, or one line with their number."""
     shared_width: int = 0
     """The intermediate size of the shared expert; 0 without one."""
     shared_works: bool = False

@@ -60,7 +60,7 @@ class LayerDrift:
     num_groups: int
     """E."""
     split_groups: int
-    """Groups whose router rows are not equal any more."""
+    """The number of groups with unequal router rows."""
     models: tuple[int, ...]
     """For each group, the index of the most similar source."""
 
@@ -70,7 +70,7 @@ def measure_drift(
 ) -> tuple[dict[str, float], tuple[LayerDrift, ...], int]:
     """Return each part's scale factor, the drift of each layer, and the number of shared neurons.
 
-    The shared neurons are those of the first source. Each part of one group is in memory at a time.
+    Only the first source gives shared neurons. One part of one group is in memory at a time.
     Raises UpcycleError when the sizes of a dense model do not fit.
     """
     shared = _shared_neurons(experts, moe, sources[0], experts.layers[0])
@@ -171,7 +171,7 @@ def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Mat
 
 
 class _Group(NamedTuple):
-    """A virtual group, and how its neurons match those of the dense model that is most similar."""
+    """A virtual group, and how its neurons match the most similar dense model's."""
 
     start: int
     """The first expert."""
@@ -210,7 +210,7 @@ class _Layer:
         return found
 
     def drift(self, factors: Mapping[str, float]) -> LayerDrift:
-        """Return how far the experts have moved; `factors` are those of the conversion."""
+        """Return how far the experts have moved; `factors` are the conversion's."""
         squares, lengths = torch.zeros(2, self.experts.num_experts, dtype=torch.float64)
         apart = 0.0
         for part in self.dense_mlps[0]:

@@ -119,7 +119,7 @@ class DenseFamily:
 
     @property
     def classes(self) -> tuple[str, str, str]:
-        """The config, base model and causal LM in transformers, or those of the wrapper."""
+        """The names of transformers' config, base model and full model, or of the wrapper's."""
         if self.inside is not None:
             return self.inside.wrapper.classes
         config, base, whole = defaults.class_names(self.model_type)
@@ -205,7 +205,7 @@ class DenseModel:
         return self.family.layer.format(layer=layer)
 
     def mlp(self, names: Collection[str], layer: int) -> tuple[Weight, ...]:
-        """Return the weights of a layer's MLP; `names` are those of all tensors."""
+        """Return the weights of a layer's MLP; `names` are the names of all tensors."""
         return present_weights(self.family.mlp, names, self.prefix(layer))
 
     def has(self, name: str) -> bool:
@@ -213,7 +213,7 @@ class DenseModel:
         return self.prefix(0) + name in self.shapes
 
     def norm(self, names: Collection[str], layer: int) -> str | None:
-        """Return the weight of the norm before a layer's MLP; `names` are those of all tensors."""
+        """Return the weight of the norm before a layer's MLP; `names` lists all tensors."""
         norm = self.family.norm_name(names, self.prefix(layer))
         return None if norm is None else self.prefix(layer) + norm
 

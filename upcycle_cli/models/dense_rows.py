@@ -13,7 +13,7 @@ from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
 
 
 def _lfm2_width(values: Mapping[str, Any]) -> int:
-    """Return I by the rule of lfm2, which is that of the first llama's code."""
+    """Return I by the rule of lfm2, which the first llama's code also has."""
     width = int(values["intermediate_size"])
     if not values["block_auto_adjust_ff_dim"]:
         return width

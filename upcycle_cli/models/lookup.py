@@ -64,7 +64,7 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
 
 
 def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
-    """Return what a dense config means; `names` and errors are those of `dense_family`."""
+    """Return what a dense config means; see `dense_family` for `names` and errors."""
     return read_dense(dense_family(config, names), wrappers.text_config_of(config))
 
 

@@ -84,7 +84,7 @@ class Location:
 
     @property
     def dimension(self) -> int | None:
-        """The dimension of the intermediate size, counting that of a stack."""
+        """The dimension of the intermediate size, counting a stack's dimension."""
         return None if self.split_dim is None else self.split_dim + (self.row is not None)
 
 

@@ -145,7 +145,7 @@ class Target:
 
     model_type: str
     routings: tuple[Routing, ...] = (Routing.TOPK_SOFTMAX,)
-    """The routings it can express; the first is that of released models, and the default."""
+    """The routings it can express; the first is the default, and what released models use."""
     layouts: Mapping[ExpertLayout, MoeBlock]
     """The first is the default, the last is what transformers 5 has in memory."""
     keys: Keys
@@ -163,7 +163,7 @@ class Target:
     shared: SharedExpert | None = None
     extra_tensors: tuple[ExtraTensor, ...] = ()
     keeps_mlp: bool = False
-    """Whether a layer has an MLP beside its experts, each between norms of its own, as in gemma4.
+    """Whether a layer has an MLP beside its experts, each between its own norms, as in gemma4.
     The router then reads the input of the norms."""
     required_biases: tuple[str, ...] = ()
     """Linear layers that need a bias tensor even if the source has none."""
@@ -229,7 +229,7 @@ class Target:
         return self.layer.format(layer=layer)
 
     def layout(self, wanted: ExpertLayout | None) -> ExpertLayout:
-        """Return the wanted layout, or the default; raises UpcycleError if it has no such one."""
+        """Return the wanted layout, or the default; raises UpcycleError if it lacks that layout."""
         if wanted is None:
             return next(iter(self.layouts))
         if wanted not in self.layouts:

@@ -142,7 +142,7 @@ class Experts:
         return down is not None and bool(down.any())
 
     def cut(self, part: str) -> int | None:
-        """Return the dimension of a part that counts neurons in memory; None where none does."""
+        """Return the dimension of a part that counts neurons in memory; None for a down bias."""
         return find_weight(self.target.in_memory.experts, part).split_dim
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
@@ -178,7 +178,7 @@ def find_experts(moe: Checkpoint) -> Experts:
 def _read(
     checkpoint: Checkpoint, reader: Reader, name: str, num_experts: int | None = None
 ) -> torch.Tensor:
-    """Return a tensor, whose first dimension must count the experts where a number is given."""
+    """Return a tensor; if a number of experts is given, the first dimension must match it."""
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
     dtype = checkpoint.tensors[name].dtype

@@ -44,7 +44,7 @@ class TargetFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """All supported model types with their targets, and those that are not supported."""
+    """The supported model types with their targets, and the others with the reasons."""
 
     dense: Mapping[str, tuple[str, ...]]
     """The targets by dense model type; the first is the default."""

@@ -55,7 +55,7 @@ class Wrapper:
     """The prefix of its class names in transformers."""
     released: NamePrefixes = IN_MEMORY_PREFIXES
     natives: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Targets that a wrapper of transformers can hold, with that one's model type and classes."""
+    """The targets that a wrapper of transformers can hold, with its model type and class prefix."""
     has_balancing_loss: bool = True
     """Whether its native classes add the text model's auxiliary loss in training."""
     tied: bool = False
