@@ -8,6 +8,7 @@ from typing import Any
 
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel, read_dense
+from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import dense_family
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.recipe.recipe import Recipe
@@ -29,6 +30,11 @@ def transformers_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tra
 
     # transformers writes into the rope settings that it is given.
     return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+
+
+def source_of(target: str) -> str:
+    """Return a dense model type that can become the target."""
+    return next((name for name, row in DENSE.items() if target in row.targets), "olmo2")
 
 
 def dense_model(config: Mapping[str, Any]) -> DenseModel:

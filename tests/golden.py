@@ -8,8 +8,8 @@ made of whole numbers that numpy's frozen generator draws, so that they are the 
 version of torch, transformers or numpy is here; and only the public functions are called, so that
 an old converter and a new one can both be run.
 
-The digests leave out the zeros of qwen2_moe's shared expert (`*.shared_expert.*`), whose width is not
-promised.
+The digests leave out the zeros of qwen2_moe's shared expert (`*.shared_expert.*`): no promise says
+how wide they are.
 """
 
 from __future__ import annotations

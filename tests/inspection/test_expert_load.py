@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from configs import source_of
 from conftest import MakeDense, clone, read_tensors, validate_json
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.inspection.expert_load import TOKENS, ExpertLoad
-from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -40,8 +40,7 @@ def test_measure_every_target_and_what_transformers_saves_of_it(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    types = [name for name, row in DENSE.items() if target in row.targets]
-    dense = make_dense(types[0] if types else "olmo2")
+    dense = make_dense(source_of(target))
     recipe = Recipe(expansion=4, granularity=2, top_k=2)
     done = convert(dense, tmp_path / "moe", recipe, target=target)
     before = load_of(done.output, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from configs import converted, transformers_config
+from configs import converted, source_of, transformers_config
 from conftest import sizes_of
 from shapes import make_recipe, tiny_config
 from test_dense import YARN
@@ -37,7 +37,7 @@ def test_nothing_is_left_to_the_targets_defaults(target: str) -> None:
 @pytest.mark.parametrize("target", NATIVE)
 def test_the_recipe_is_in_the_config(target: str) -> None:
     row = NATIVE[target]
-    model_type = next(name for name, family in DENSE.items() if target in family.targets)
+    model_type = source_of(target)
     config = {"model_type": model_type, **sizes_of(model_type)}
     for routing in row.routings:
         moe = converted(config, target, make_recipe("E4G3T6", routing))

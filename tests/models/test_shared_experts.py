@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import source_of
 from conftest import MakeDense, difference, logits, random_ids, read_tensors
 from shapes import write_orders
 
@@ -20,7 +21,6 @@ from upcycle_cli import (
     open_checkpoint,
     verify,
 )
-from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.recipe.recipe import NeuronOrder, Routing
@@ -41,17 +41,13 @@ def shared(count: int = 1, routing: Routing | None = None, **settings: Any) -> R
     )
 
 
-def dense_for(make_dense: MakeDense, target: str) -> Path:
-    return make_dense(next(name for name, row in DENSE.items() if target in row.targets))
-
-
 @pytest.mark.parametrize(
     ("target", "routing"), [(name, r) for name in SHARING for r in NATIVE[name].routings]
 )
 def test_the_logits_are_the_dense_models(
     make_dense: MakeDense, tmp_path: Path, target: str, routing: Routing
 ) -> None:
-    dense, row = dense_for(make_dense, target), NATIVE[target].shared
+    dense, row = make_dense(source_of(target)), NATIVE[target].shared
     assert row is not None
     for count in [count for count in (1, 2) if row.objection(count) is None]:
         moe = tmp_path / f"moe{count}"
@@ -66,7 +62,7 @@ def test_the_logits_are_the_dense_models(
 
 
 def inert(make_dense: MakeDense, target: str, moe: Path, **settings: Any) -> Path:  # noqa: ANN401
-    dense, able = dense_for(make_dense, target), NATIVE[target].routings
+    dense, able = make_dense(source_of(target)), NATIVE[target].routings
     routing = able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]
     wanted = Recipe(expansion=2, granularity=2, top_k=2, routing=routing, **settings)
     convert(dense, moe, wanted, target=target)
@@ -156,7 +152,7 @@ def test_refuse_shared_experts(
 def test_refuse_other_sources_of_shared_neurons(
     make_dense: MakeDense, llama: Path, tmp_path: Path
 ) -> None:
-    dense = open_checkpoint(dense_for(make_dense, "hunyuan_v1_moe"))
+    dense = open_checkpoint(make_dense("hunyuan_v1_dense"))
     with pytest.raises(UpcycleError, match="its shared expert is as wide as one expert, not 2"):
         build_plan(shared(2), dense, target="hunyuan_v1_moe")
     inputs = Inputs.read(orders=write_orders(tmp_path / "orders.safetensors", alike=15))

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from configs import converted
+from configs import converted, source_of
 from conftest import MakeDense, random_ids, read_json, sizes_of, write_json
 from shapes import make_recipe
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 from upcycle_cli.training import tie_virtual_groups
@@ -31,12 +30,11 @@ def load(make_dense: MakeDense, tmp_path: Path) -> Any:  # noqa: ANN401
     def load(target: str, granularity: int = G, **changes: Any) -> Any:  # noqa: ANN401
         able = tuple(Routing) if target == SHIPPED else NATIVE[target].routings
         routing = Routing.SOFTMAX_TOPK if Routing.SOFTMAX_TOPK in able else able[0]
-        types = [name for name, row in DENSE.items() if target in row.targets]
         moe = tmp_path / "moe"
         recipe = Recipe(
             expansion=4, granularity=granularity, top_k=2 * granularity, routing=routing
         )
-        convert(make_dense(types[0] if types else "olmo2"), moe, recipe, target=target)
+        convert(make_dense(source_of(target)), moe, recipe, target=target)
         write_json(moe / "config.json", read_json(moe / "config.json") | changes)
         return AutoModelForCausalLM.from_pretrained(
             moe, dtype=torch.float32, experts_implementation="eager", trust_remote_code=True
