@@ -177,22 +177,12 @@ def test_the_most_active_shards_are_shared(llama: Path, tmp_path: Path) -> None:
             assert torch.equal(made[f"{prefix}.mlp.experts.{expert}.gate_proj.weight"], gate[shard])
 
 
-def test_an_output_is_a_function_of_model_recipe_and_text(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
-    wanted = clustered(router_init="balanced")
-    one = convert(llama, tmp_path / "one", wanted)
-    assert contents(convert(llama, tmp_path / "two", wanted).output) == contents(one.output)
-    other = convert(llama, tmp_path / "three", wanted, calibration=text)
-    assert other.plan.digest != one.plan.digest
-    assert contents(other.output) != contents(one.output)
-
-
 def test_a_text_that_nothing_is_fitted_to_changes_no_weight(
     llama: Path, text: Path, tmp_path: Path
 ) -> None:
     plain = convert(llama, tmp_path / "plain", recipe())
     done = convert(llama, tmp_path / "moe", recipe(), calibration=text)
+    assert done.plan.digest != plain.plan.digest
     for name in ("model.safetensors", "config.json"):
         assert (done.output / name).read_bytes() == (plain.output / name).read_bytes()
     record = read_json(done.output / "upcycle.json")["calibration"]
