@@ -22,40 +22,36 @@ from upcycle_cli.verification.result import Report
 
 Tensors = dict[str, torch.Tensor]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 600,
-    "initializer_range": 0.3,  # large enough for damage to show in the logits
-}
 MIXTRAL_EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 EXPERT = MIXTRAL_EXPERT.format(1, 2, "w1")
 
 
-def save_dense(
-    config: Any,  # noqa: ANN401 - transformers has no types to name
-    model_class: Any,  # noqa: ANN401
-    path: Path,
-    *,
-    seed: int = 0,
-) -> Path:
+def save_llama(path: Path, seed: int = 0, **config: Any) -> Path:  # noqa: ANN401
+    """Save a llama in bfloat16, without a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 600,
+        "initializer_range": 0.3,  # large enough for damage to show in the logits
+    }
     torch.manual_seed(seed)
-    model_class(config).to(torch.bfloat16).save_pretrained(path)
+    model = LlamaForCausalLM(LlamaConfig(**sizes | config))
+    model.to(torch.bfloat16).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import save_companions  # which imports this module
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("dense") / "llama"
-    save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path)
+    path = save_llama(tmp_path_factory.mktemp("dense") / "llama")
     save_companions(path)
     return path
 

@@ -21,12 +21,11 @@ from verified import (
     EXPERT,
     MIXTRAL_EXPERT,
     ROUTER,
-    SIZES,
     Tensors,
     edit_json,
     edit_tensors,
     flip_bit,
-    save_dense,
+    save_llama,
     text_of,
 )
 from wrapped import save_wrapper
@@ -543,10 +542,7 @@ def test_another_top_k_with_its_record_is_measured(dense: Path, moe: Path) -> No
 
 
 def test_another_dense_model(mixtral: Path, make_dense: MakeDense, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = SIZES | {"rms_norm_eps": 1e-3}
-    other = save_dense(LlamaConfig(**sizes), LlamaForCausalLM, tmp_path / "other", seed=1)
+    other = save_llama(tmp_path / "other", seed=1, rms_norm_eps=1e-3)
     report = verify(other, mixtral)
     assert [check.status for check in report.checks] == ["failed"] * 3
     assert "rms_norm_eps is 1e-06 instead of 0.001" in text_of(report)

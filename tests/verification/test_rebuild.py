@@ -14,7 +14,7 @@ import torch
 from conftest import MakeDense, clone, read_json, save_companions, write_json
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from verified import SIZES, save_dense, text_of
+from verified import save_llama, text_of
 
 from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.models.dense_rows import DENSE
@@ -158,12 +158,10 @@ def test_orders_of_a_file_are_found_by_their_neurons(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     paths = []
     for seed in range(3):
         path = tmp_path_factory.mktemp("dense") / f"llama-{seed}"
-        paths.append(save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, path, seed=seed))
+        paths.append(save_llama(path, seed))
         save_companions(path)
     return paths
 

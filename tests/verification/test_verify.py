@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
-from verified import SIZES, Heard, Tensors, edit_json, edit_tensors, flip_bit, save_dense
+from verified import Heard, Tensors, edit_json, edit_tensors, flip_bit, save_llama
 
 from upcycle_cli import Recipe, UpcycleError, convert, open_checkpoint, verify
 from upcycle_cli.run import models as run_models
@@ -113,13 +112,13 @@ def test_only_a_few_of_many_differences_are_shown(dense: Path, moe: Path) -> Non
 
 
 def test_a_dense_model_without_a_tokenizer(tmp_path: Path) -> None:
-    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
+    source = save_llama(tmp_path / "dense")
     convert(source, tmp_path / "moe", G2())
     assert verify(source, tmp_path / "moe").passed
 
 
 def test_a_dense_model_of_several_dtypes(tmp_path: Path) -> None:
-    source = save_dense(LlamaConfig(**SIZES), LlamaForCausalLM, tmp_path / "dense")
+    source = save_llama(tmp_path / "dense")
 
     def mix(held: Tensors) -> None:
         held.update({name: each.half() for name, each in held.items() if ".layers.1." in name})
