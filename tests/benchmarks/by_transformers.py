@@ -15,31 +15,16 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.initialization import no_init_weights
 
 NUM_EXPERTS = 8
-_SAME = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-)
 
 
 @torch.no_grad()
 def main(dense_path: str, output: str) -> None:
     """Convert the model."""
     dense = AutoModelForCausalLM.from_pretrained(dense_path, dtype=torch.bfloat16)
-    same = {name: getattr(dense.config, name) for name in _SAME}
-    config = MixtralConfig(
-        **same, num_local_experts=NUM_EXPERTS, num_experts_per_tok=2, sliding_window=None
-    )
+    settings = dense.config.to_dict()
+    for own in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp"):
+        settings.pop(own, None)
+    config = MixtralConfig(**settings)  # 8 experts, 2 active, by default
     torch.set_default_dtype(torch.bfloat16)
     with no_init_weights():
         moe = MixtralForCausalLM(config)

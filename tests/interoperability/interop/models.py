@@ -119,11 +119,6 @@ TWIN = "TWIN"
 """Stands for a model that computes the same, the neurons of each of its MLPs in another order."""
 
 
-def is_real(dense: str) -> bool:
-    """Whether a dense model is SmolLM2, and none with random weights."""
-    return dense not in RANDOM and dense not in WRAPPED
-
-
 def is_tied(dense: str) -> bool:
     """Whether the head of a dense model shares the embedding."""
     if dense in WRAPPED:

@@ -47,7 +47,6 @@ _SEES_PATCHES: Mapping[str, Any] = {
     "patch_size": PATCH,
 }
 _NORMAL: Mapping[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_SQUARE: Mapping[str, Any] = {"size": {"height": SIDE, "width": SIDE}, **_NORMAL}
 _ROPE: Mapping[str, Any] = {
     "rope_type": "default",
     "mrope_section": [4, 6, 6],
@@ -119,47 +118,48 @@ _QWEN: Mapping[str, Any] = {
 def _qwen_files(processor: str, video: str) -> dict[str, dict[str, Any]]:
     sizes = {
         **_NORMAL,
+        "processor_class": processor,
         "patch_size": PATCH,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2 * 4},
     }
     return {
-        PICTURES: {
-            **sizes,
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": processor,
-        },
-        "video_preprocessor_config.json": {
-            **sizes,
-            "video_processor_type": video,
-            "processor_class": processor,
-        },
+        PICTURES: {**sizes, "image_processor_type": "Qwen2VLImageProcessor"},
+        "video_preprocessor_config.json": {**sizes, "video_processor_type": video},
+    }
+
+
+def _files(
+    processor: str,
+    pictures: str,
+    size: Mapping[str, Any],
+    **others: Any,  # noqa: ANN401
+) -> dict[str, dict[str, Any]]:
+    """Return the files of a processor: how it scales pictures, and its other settings."""
+    of = {"processor_class": processor}
+    return {
+        PICTURES: {**_NORMAL, **of, "image_processor_type": pictures, **size},
+        "processor_config.json": {**of, **others},
     }
 
 
 def _llava(text: str) -> Wrapped:
+    square = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     return Wrapped(
         text={**_TINY, "model_type": text},
         sees={**_SEES, "model_type": "clip_vision_model"},
         tokens={"image_token_index": "<image>"},
         asked="<image>",
-        files={
-            PICTURES: {
-                **_NORMAL,
-                "image_processor_type": "CLIPImageProcessor",
-                "processor_class": "LlavaProcessor",
-                "size": {"shortest_edge": SIDE},
-                "crop_size": {"height": SIDE, "width": SIDE},
-            },
-            "processor_config.json": {
-                "processor_class": "LlavaProcessor",
-                "image_token": "<image>",
-                "patch_size": PATCH,
-                "vision_feature_select_strategy": "default",
-                "num_additional_image_tokens": 1,
-            },
-        },
+        files=_files(
+            "LlavaProcessor",
+            "CLIPImageProcessor",
+            square,
+            image_token="<image>",
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        ),
     )
 
 
@@ -169,23 +169,16 @@ def _mistral3(text: str) -> Wrapped:
         sees={**_SEES, "model_type": "pixtral", "head_dim": 32},
         tokens={"image_token_index": "[IMG]"},
         asked="[IMG]",
-        files={
-            PICTURES: {
-                **_NORMAL,
-                "image_processor_type": "PixtralImageProcessor",
-                "processor_class": "PixtralProcessor",
-                "patch_size": PATCH,
-                "size": {"longest_edge": SIDE},
-            },
-            "processor_config.json": {
-                "processor_class": "PixtralProcessor",
-                "patch_size": PATCH,
-                "spatial_merge_size": 2,
-                "image_token": "[IMG]",
-                "image_break_token": "[IMG_BREAK]",
-                "image_end_token": "[IMG_END]",
-            },
-        },
+        files=_files(
+            "PixtralProcessor",
+            "PixtralImageProcessor",
+            {"patch_size": PATCH, "size": {"longest_edge": SIDE}},
+            patch_size=PATCH,
+            spatial_merge_size=2,
+            image_token="[IMG]",
+            image_break_token="[IMG_BREAK]",
+            image_end_token="[IMG_END]",
+        ),
         around={"tie_word_embeddings": False, "spatial_merge_size": 2},
     )
 
@@ -207,13 +200,12 @@ WRAPPED: Mapping[str, Wrapped] = {
         },
         asked="<start_of_image>",
         files={
-            PICTURES: {
-                **_SQUARE,
-                "image_processor_type": "Gemma3ImageProcessor",
-                "processor_class": "Gemma3Processor",
-                "do_pan_and_scan": False,
-            },
-            "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+            **_files(
+                "Gemma3Processor",
+                "Gemma3ImageProcessor",
+                {"size": {"height": SIDE, "width": SIDE}, "do_pan_and_scan": False},
+                image_seq_length=4,
+            ),
             TOKENIZER: {
                 "extra_special_tokens": {
                     "image_token": "<image_soft_token>",
