@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
@@ -76,19 +76,38 @@ class Conversion:
     pushed: Push | None = None
 
 
-def convert(
+def convert(  # noqa: PLR0913 - the fields of a Request
     source: Path | str,
     output: Path | str,
     recipe: Recipe | Growth,
-    **options: Any,  # noqa: ANN401 - the fields of a Request
+    *,
+    target: str = "auto",
+    revision: str | None = None,
+    options: Options | None = None,
+    calibration: Path | str | None = None,
+    router_rows: Path | str | None = None,
+    neuron_orders: Path | str | None = None,
+    positive_prompts: Path | str | None = None,
+    merge: MergeRequest | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    checksums: bool = False,
+    writing: WriteOptions | None = None,
+    push: Destination | None = None,
 ) -> Conversion:
     """Convert a checkpoint: upcycle a dense one by a `Recipe`, or grow an MoE by a `Growth`.
 
-    `options` are the other fields of a `Request`, such as `verify=True`.
+    `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit).
+    `calibration` is a text file that the dense model reads first, or "builtin". `router_rows` is
+    the file of rows for the router_init "file", `neuron_orders` that of orders for the neuron_order
+    "file", `positive_prompts` the prompts per expert for the router_init "prompts". `merge` names
+    other models to make experts from. With `push`, the finished output is pushed to the Hub.
 
     Raises UpcycleError. `output` is then as it was before, or complete if only the push failed.
     """
-    return carry_out(Request(source=source, output=Path(output), recipe=recipe, **options))
+    # Request has a default for each argument that is None here.
+    given = {name: value for name, value in locals().items() if value is not None}
+    return carry_out(Request(**given | {"output": Path(output)}))
 
 
 def carry_out(

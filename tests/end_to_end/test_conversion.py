@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,10 @@ CHECK = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_convert_takes_every_field_of_a_request() -> None:
+    assert {*inspect.signature(convert).parameters} == {field.name for field in fields(Request)}
+
+
 def test_two_runs_write_the_same_files(
     make_dense: MakeDense, tmp_path: Path, layout: ExpertLayout
 ) -> None:
