@@ -6,7 +6,8 @@ import hashlib
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,6 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.ids: list[str] = []
         self.targets: list[str] = []
-        self.headings: list[int] = []
         self.words: list[str] = []
         self.feed(html)
         self.close()
@@ -54,11 +54,6 @@ class Page(HTMLParser):
         assert len(set(self.ids)) == len(self.ids)
         assert {t.removeprefix("#") for t in self.targets if t[:1] == "#"} <= {*self.ids}
         assert {"script", "iframe", "object", "embed", "form", "base"}.isdisjoint(self.tags)
-        assert (self.headings[0], self.headings.count(1)) == (1, 1)
-        for once in ("main", "title", "nav"):
-            assert self.tags.count(once) == 1
-        assert self.tags.count("caption") == self.tags.count("table")
-        assert self.tags.count("figcaption") == self.tags.count("figure")
         assert "default-src 'none'" in html
         assert all(line.isprintable() for line in html.split("\n"))
 
@@ -66,10 +61,6 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
-        if tag in {"h1", "h2", "h3", "h4"}:
-            level = int(tag[1])
-            assert level <= (self.headings[-1] if self.headings else 0) + 1
-            self.headings.append(level)
         for name, value in attrs:
             assert value is not None, (tag, name)
             assert not name.startswith("on"), (tag, name)
@@ -100,17 +91,9 @@ def html_of(report: Report, moe: str = "moe") -> str:
     return verification_html(report, models=["dense", moe], command="upcycle verify dense moe")
 
 
-def layer(number: int, /, *, experts: int = 8, **changes: Any) -> LayerMeasure:  # noqa: ANN401
-    values: dict[str, Any] = {
-        "added_rms": 1e-7 * (number + 1),
-        "added_max": 1e-5,
-        "gain": 1.0,
-        "hidden_rms": 3e-7,
-        "whole_share": 0.75,
-        "router_entropy": 1.5,
-        "router_margin": 0.2,
-        "load_cv": 0.5,
-    } | changes
+def layer(number: int, experts: int = 8, changes: Mapping[str, Any] | None = None) -> LayerMeasure:
+    names = {field.name for field in fields(LayerMeasure)} - {"layer", "idle_experts", "load"}
+    values: dict[str, Any] = {**dict.fromkeys(names, 0.1 * number), **(changes or {})}
     load = [(number * 7 + expert * 3) % 11 for expert in range(experts)]
     return LayerMeasure(layer=number, idle_experts=load.count(0), load=load, **values)
 
@@ -191,9 +174,10 @@ def test_an_inspection(llama: Path, e2g2t2: Path) -> None:
 
 @pytest.mark.parametrize("values", [[], [0.0, 0.0], [math.nan, math.inf], [1e-7, *ODD, 1e-3]])
 def test_odd_values_are_plotted(values: list[float]) -> None:
-    fields = ("added_rms", "added_max", "hidden_rms", "gain", "router_margin", "whole_share")
-    changed: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in values]
-    layers = [layer(number, **changes) for number, changes in enumerate(changed)]
+    odd = ("added_rms", "added_max", "hidden_rms", "gain", "router_margin", "whole_share")
+    layers = [
+        layer(number, changes=dict.fromkeys(odd, value)) for number, value in enumerate(values)
+    ]
     kl = [value if math.isfinite(value) else None for value in values]
     texts = (TextMeasure(tokens=["a"] * len(values), kl=kl),)
     Page(html_of(report_of(*layers, texts=texts)))
