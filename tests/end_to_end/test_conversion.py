@@ -47,10 +47,6 @@ CHECK = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_convert_takes_every_field_of_a_request() -> None:
-    assert {*inspect.signature(convert).parameters} == {field.name for field in fields(Request)}
-
-
 def test_two_runs_write_the_same_files(
     make_dense: MakeDense, tmp_path: Path, layout: ExpertLayout
 ) -> None:
@@ -298,3 +294,7 @@ def test_vanished_weights_are_reported_once(make_dense: MakeDense, tmp_path: Pat
     done = convert(faint, tmp_path / "moe", TWICE, options=options)
     assert done.reused_bytes > plan.nbytes // 2
     assert done.warnings == (VANISHED,)
+
+
+def test_convert_takes_every_field_of_a_request() -> None:
+    assert {*inspect.signature(convert).parameters} == {field.name for field in fields(Request)}
