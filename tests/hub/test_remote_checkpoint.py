@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from conftest import RunOnHub, clone, contents, read_json, read_tensors
@@ -140,17 +141,25 @@ def test_refuse_a_revision(llama: Path, source: str, revision: str, words: str) 
 # Errors ------------------------------------------------------------------------------------------
 
 
+API = "/api/models/acme/tiny"
+
+
 @pytest.mark.parametrize(
-    ("repo", "token", "words"),
+    ("repo", "token", "fault", "words"),
     [
-        ("acme/absent", TOKEN, ["acme/absent is neither a local directory", "Check the name"]),
-        ("acme/hidden", None, ["acme/hidden is neither", "hf auth login", "HF_TOKEN"]),
-        ("acme/gated", TOKEN, ["access to acme/gated is restricted", "/acme/gated"]),
-        ("acme/gated", None, ["you are not signed in", "hf auth login"]),
-        ("acme/empty", TOKEN, ["acme/empty has no config.json"]),
-        ("acme/lora", TOKEN, ["acme/lora is an adapter", "merge_and_unload"]),
-        (f"{REPO}@absent", TOKEN, [f"{REPO} has no revision 'absent'"]),
-        (REPO, "hf_wrong", ["refuses the token", "HF_TOKEN"]),
+        ("acme/absent", TOKEN, (), ["acme/absent is neither a local directory", "Check the name"]),
+        ("acme/hidden", None, (), ["acme/hidden is neither", "hf auth login", "HF_TOKEN"]),
+        ("acme/gated", TOKEN, (), ["access to acme/gated is restricted", "/acme/gated"]),
+        ("acme/gated", None, (), ["you are not signed in", "hf auth login"]),
+        ("acme/empty", TOKEN, (), ["acme/empty has no config.json"]),
+        ("acme/lora", TOKEN, (), ["acme/lora is an adapter", "merge_and_unload"]),
+        (f"{REPO}@absent", TOKEN, (), [f"{REPO} has no revision 'absent'"]),
+        (REPO, "hf_wrong", (), ["refuses the token", "HF_TOKEN"]),
+        # A Hub that keeps failing.
+        (REPO, TOKEN, ("GET", API, 503), ["503", "Try again later"]),
+        (REPO, TOKEN, ("HEAD", "/config.json", 403), ["does not allow this"]),
+        (REPO, TOKEN, ("HEAD", "/config.json", 500), ["the Hub answered 500"]),
+        (REPO, TOKEN, ("GET", API), ["cannot reach the Hub at http://127.0.0.1"]),
     ],
 )
 def test_say_why_a_repo_cannot_be_read(
@@ -160,6 +169,7 @@ def test_say_why_a_repo_cannot_be_read(
     tmp_path: Path,
     repo: str,
     token: str | None,
+    fault: tuple[Any, ...],
     words: list[str],
 ) -> None:
     for name in (REPO, "acme/hidden", "acme/gated"):
@@ -170,6 +180,8 @@ def test_say_why_a_repo_cannot_be_read(
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     hub.store.upload("acme/lora", tmp_path / "lora")
+    if fault:
+        hub.fail(*fault, times=99)
     name, _, revision = repo.partition("@")
     options = ("--revision", revision) if revision else ()
     assert_says(run("inspect", name, *options, token=token, expect=2), *words)
@@ -196,29 +208,6 @@ def test_repeat_requests_to_a_busy_hub(hub: Hub, run: RunOnHub, llama: Path) -> 
     hub.fail("GET", r"/_cdn/", 429, headers={"Retry-After": "1"})
     run("inspect", REPO)
     assert not any(fault.times for fault in hub.faults)
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "words"),
-    [
-        ("GET", "/api/models/acme/tiny", 503, ["503", "Try again later"]),
-        ("HEAD", "/config.json", 403, ["does not allow this"]),
-        ("HEAD", "/config.json", 500, ["the Hub answered 500"]),
-        ("GET", "/api/models/acme/tiny", None, ["cannot reach the Hub at http://127.0.0.1"]),
-    ],
-)
-def test_give_up_on_a_hub_that_keeps_failing(
-    hub: Hub,
-    run: RunOnHub,
-    llama: Path,
-    method: str,
-    path: str,
-    status: int | None,
-    words: list[str],
-) -> None:
-    hub.store.upload(REPO, llama)
-    hub.fail(method, path, status, times=99)
-    assert_says(run("inspect", REPO, expect=2), *words)
 
 
 def test_continue_a_download_that_broke_off(

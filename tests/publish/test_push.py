@@ -133,8 +133,6 @@ def test_replace_another_model_and_keep_other_files(
         (b"# By hand\n", True),
         (b"\xff\xfe no text", True),
         (b"---\nlicense: [\n---\n# By hand\n", True),
-        (b"---\n- a\n---\n# By hand\n", True),
-        (b"---\na: " + b"[" * 5_000 + b"\n---\n# By hand\n", True),
     ],
 )
 def test_keep_a_card_that_somebody_wrote(
@@ -173,19 +171,12 @@ def test_remind_of_the_licence_in_the_card_that_is_published(
     assert "Built with Llama" not in " ".join(run("push", moe, MOE).stderr.split())
 
 
-@pytest.mark.parametrize(
-    ("card", "words"),
-    [
-        ("---\nlanguage: English of Oxford\n---\n# x\n", "ISO 639"),
-        ("---\nlicense: [\n---\n", "not a valid model card"),
-    ],
-)
 def test_refuse_a_card_that_the_hub_refuses(
-    hub: Hub, run: RunOnHub, single: Path, tmp_path: Path, card: str, words: str
+    hub: Hub, run: RunOnHub, single: Path, tmp_path: Path
 ) -> None:
     directory = clone(single, tmp_path / "moe")
-    (directory / "README.md").write_text(card)
-    assert_says(run("push", directory, MOE, expect=2), words)
+    (directory / "README.md").write_text("---\nlanguage: English of Oxford\n---\n# x\n")
+    assert_says(run("push", directory, MOE, expect=2), "ISO 639")
     assert not hub.asked("PUT", "")
 
 
