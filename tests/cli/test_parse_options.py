@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import clone, validate_json
-from refusals import invoke
+from refusals import assert_refused, invoke
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ("--recipe", "E2G2T2")
@@ -79,29 +79,22 @@ def test_a_recipe_file_says_what_auto_stands_for(plan: Plan, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("text", "words"),
     [
-        ("u.toml", "sed = 1", ["u.toml", "'sed'", "seed"]),
-        ("u.toml", "dry-run = true", ["'dry-run'"]),
-        ("u.toml", "seed = ", ["u.toml is not valid TOML"]),
-        ("u.json", "{", ["u.json is not valid JSON"]),
-        ("absent.toml", None, ["cannot read absent.toml"]),
-        ("u.toml", 'seed = "x"', ["--seed"]),
-        ("u.toml", "seed = true", ["u.toml", "seed", "true or false"]),
-        ("u.toml", "output = 5\nmax-shard-size = -1", ["max-shard-size"]),
+        ("sed = 1", "u.toml: 'sed' is not an option"),
+        ("dry-run = true", "u.toml: 'dry-run' is not an option"),
+        ("seed = ", "u.toml is not valid TOML"),
+        ('seed = "x"', "--seed"),
+        ("max-shard-size = -1", "--max-shard-size"),
+        (None, "cannot read u.toml"),
     ],
 )
-def test_refuse_recipe_files_with_mistakes(
-    tmp_path: Path, name: str, text: str | None, words: list[str]
-) -> None:
+def test_refuse_recipe_files_with_mistakes(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
-    done = invoke("convert", "DENSE", "moe", *RECIPE, "--config", name)
-    assert done.exit_code == 2
+        (tmp_path / "u.toml").write_text(text)
+    done = invoke("convert", "DENSE", "moe", *RECIPE, "--config", "u.toml")
+    assert_refused(done, words)
     assert not (tmp_path / "moe").exists()
-    said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
-    for word in words:
-        assert word in said
 
 
 def test_read_numbers_and_strange_names(plan: Plan, llama: Path, tmp_path: Path) -> None:
@@ -113,17 +106,12 @@ def test_read_numbers_and_strange_names(plan: Plan, llama: Path, tmp_path: Path)
     assert plan("DENSE", "moe", *RECIPE, "--save-config", strange) == plan("--config", strange)
 
 
-@pytest.mark.parametrize("name", ["absent/u.toml", "u.toml"])
-def test_refuse_a_recipe_file_that_cannot_be_written(
-    llama: Path, tmp_path: Path, name: str
-) -> None:
-    """Its directory is missing, or the source's name is not valid text."""
-    dense = clone(llama, tmp_path / "a\udcff") if name == "u.toml" else "DENSE"
-    done = invoke("convert", dense, "moe", *RECIPE, "--save-config", name)
-    assert done.exit_code == 2
-    assert name.split("/", maxsplit=1)[0] in done.stderr
+def test_refuse_a_recipe_file_that_cannot_be_written(tmp_path: Path) -> None:
+    dense = clone(tmp_path / "DENSE", tmp_path / "a\udcff")  # TOML cannot hold such a name
+    for source, name in (("DENSE", "absent/u.toml"), (dense, "u.toml")):
+        done = invoke("convert", source, "moe", *RECIPE, "--save-config", name)
+        assert_refused(done, name.split("/", maxsplit=1)[0])
     assert not (tmp_path / "moe").exists()
-    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
