@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import snapshot
-from safetensors.torch import load_file, save_file
+from conftest import MakeDense, clone, snapshot
+from safetensors.torch import load_file
 from shapes import TORCH, same_bits, tiny_config, write_model
 
 from upcycle_cli import UpcycleError, open_checkpoint
@@ -58,26 +58,15 @@ def write_raw(
 # Headers -----------------------------------------------------------------------------------------
 
 
-def test_describe_tensors_config_and_digests(dense: Path) -> None:
-    checkpoint = open_checkpoint(dense)
-    by_library = load_file(dense / WEIGHTS)
-    assert {name: entry.shape for name, entry in checkpoint.tensors.items()} == {
-        name: tuple(tensor.shape) for name, tensor in by_library.items()
-    }
-    assert {(entry.dtype, entry.shard) for entry in checkpoint.tensors.values()} == {
-        ("BF16", WEIGHTS)
-    }
-    assert checkpoint.num_parameters == sum(t.numel() for t in by_library.values())
-    assert checkpoint.nbytes == 2 * checkpoint.num_parameters
-    assert checkpoint.config == CONFIG
-    raw = (dense / WEIGHTS).read_bytes()
+def test_a_checkpoint_has_the_digests_of_its_header_and_config(dense: Path) -> None:
+    checkpoint, raw = open_checkpoint(dense), (dense / WEIGHTS).read_bytes()
     header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
-    assert b"__metadata__" in header  # which is not a tensor
     (shard,) = checkpoint.shards
-    assert shard.digest == hashlib.sha256(header).hexdigest()
     assert (shard.name, shard.size) == (WEIGHTS, len(raw))
+    assert shard.digest == hashlib.sha256(header).hexdigest()
     config = (dense / "config.json").read_bytes()
     assert checkpoint.config_digest == hashlib.sha256(config).hexdigest()
+    assert checkpoint.config == CONFIG
 
 
 def test_read_every_dtype_in_any_order_and_headers_with_padding(tmp_path: Path) -> None:
@@ -97,28 +86,14 @@ def test_read_every_dtype_in_any_order_and_headers_with_padding(tmp_path: Path) 
 
 
 @pytest.fixture
-def sharded(dense: Path, tmp_path: Path) -> Path:
-    """The checkpoint `dense` in three files."""
-    path = tmp_path / "sharded"
-    path.mkdir()
-    shutil.copy(dense / "config.json", path)
-    tensors = load_file(dense / WEIGHTS)
-    weight_map: dict[str, str] = {}
-    for i in range(3):
-        names = sorted(tensors)[i::3]
-        file_name = f"model-{i + 1:05d}-of-00003.safetensors"
-        save_file({name: tensors[name] for name in names}, path / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
+def sharded(make_dense: MakeDense, tmp_path: Path) -> Path:
+    """The model `llama` in several files."""
+    return clone(make_dense("llama", max_shard_size="40KB"), tmp_path / "sharded")
 
 
-def test_read_shards_as_one_checkpoint(dense: Path, sharded: Path) -> None:
-    one, other = open_checkpoint(dense), open_checkpoint(sharded)
-    assert [shard.name for shard in other.shards] == [
-        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
-    ]
+def test_read_shards_as_one_checkpoint(llama: Path, sharded: Path) -> None:
+    one, other = open_checkpoint(llama), open_checkpoint(sharded)
+    assert len(other.shards) > 2
     assert one.tensors.keys() == other.tensors.keys()
     assert one.nbytes == other.nbytes
     with one.reader() as whole, other.reader() as parts:
@@ -126,8 +101,8 @@ def test_read_shards_as_one_checkpoint(dense: Path, sharded: Path) -> None:
             assert same_bits(whole.tensor(name), parts.tensor(name))
 
 
-def test_prefer_a_single_file_to_an_index_like_transformers(dense: Path, sharded: Path) -> None:
-    shutil.copy(dense / WEIGHTS, sharded)
+def test_prefer_a_single_file_to_an_index_like_transformers(llama: Path, sharded: Path) -> None:
+    shutil.copy(llama / WEIGHTS, sharded)
     assert [shard.name for shard in open_checkpoint(sharded).shards] == [WEIGHTS]
 
 
@@ -188,11 +163,11 @@ def append(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the size differs
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model-00002-of-", "tokenizer.json"])
 @pytest.mark.parametrize("change", [touch, append])
 def test_notice_a_change(sharded: Path, name: str, change: Callable[[Path], None]) -> None:
-    (sharded / "tokenizer.json").write_text("{}")
     checkpoint = open_checkpoint(sharded)
+    name = next(path.name for path in sharded.iterdir() if path.name.startswith(name))
     (sharded / "notes.txt").write_text("not a file of the checkpoint")
     checkpoint.check_unchanged()
     change(sharded / name)

@@ -119,7 +119,7 @@ def test_an_output_that_cannot_fit_is_refused_before_writing(
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_what_an_earlier_run_left_counts_as_free(
+def test_needed_space_counts_downloads_and_not_what_an_earlier_run_left(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, plan = tmp_path / "moe", build_plan(RECIPE, open_checkpoint(llama))
@@ -131,15 +131,6 @@ def test_what_an_earlier_run_left_counts_as_free(
         check_space(plan, output)
     (partial_of(output) / "shard").write_bytes(bytes(5_000_000))
     check_space(plan, output)
-
-
-def test_a_download_needs_space_too(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = build_plan(RECIPE, open_checkpoint(llama))
-    disk_with(monkeypatch, plan.nbytes + 10_000_000)
-    monkeypatch.setattr(Checkpoint, "bytes_to_download", 1_000_000)
-    check_space(plan, tmp_path / "moe")
     monkeypatch.setattr(Checkpoint, "bytes_to_download", 100_000_000)
     with pytest.raises(UpcycleError, match="not enough disk space"):
-        check_space(plan, tmp_path / "moe")
+        check_space(plan, output)
