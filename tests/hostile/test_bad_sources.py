@@ -241,13 +241,6 @@ def place(value: object) -> Damage:
     return places(lambda files: files.update({LAST: value}))
 
 
-def move_out(sharded: Path) -> None:
-    """Move a whole shard out of the directory, and say so in the index."""
-    shard, there = read_json(sharded / INDEX)["weight_map"][LAST], "../elsewhere.safetensors"
-    (sharded / shard).rename(sharded.parent / "elsewhere.safetensors")
-    places(lambda files: files.update({n: there for n, f in files.items() if f == shard}))(sharded)
-
-
 def copy_shard(sharded: Path) -> None:
     shard = read_json(sharded / INDEX)["weight_map"][LAST]
     shutil.copyfile(sharded / shard, sharded / "copy.safetensors")
@@ -270,7 +263,6 @@ SHARDS: tuple[tuple[str, Damage, str], ...] = (
     ("an empty index", put(INDEX, b""), INDEX),
     ("an index without places", put(INDEX, b'{"weight_map": {}}'), INDEX),
     *((f"placed in {value!r}", place(value), OUTSIDE) for value in ELSEWHERE),
-    ("a shard outside", move_out, f"elsewhere.safetensors|{OUTSIDE}"),
     ("a shard that is not there", place("model-00099-of-00099.safetensors"), "missing"),
     ("a tensor in another shard", places(misplace), f"{INDEX}|{LAST}"),
     ("a tensor that is not there", places(lambda p: p.update(x=p[LAST])), f"{INDEX}|x"),

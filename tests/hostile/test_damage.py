@@ -526,21 +526,6 @@ def test_without_a_record_outputs_are_measured(dense: Path, moe: Path) -> None:
     assert "upcycle.json" in report.checks[2].detail
 
 
-def test_another_top_k_with_its_record_is_measured(dense: Path, moe: Path) -> None:
-    def ask(value: dict[str, Any]) -> None:
-        value["recipe"] |= {"top_k": 1, "name": "E2G2T1", "allow_inexact": True}
-        value["promise"] = "none"
-        value["parameters"]["active"] -= 2 * 3 * 32 * 32
-
-    edited("upcycle.json", ask)(moe)
-    config(num_experts_per_tok=1)(moe)
-    report = verify(dense, moe)
-    assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
-    assert not report.accepted
-    assert "top-k 1 is not a multiple" in text_of(report)
-    assert verify(dense, moe, allow_inexact=True).accepted
-
-
 def test_another_dense_model(mixtral: Path, make_dense: MakeDense, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", seed=1, rms_norm_eps=1e-3)
     report = verify(other, mixtral)

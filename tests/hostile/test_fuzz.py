@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from engine_fixtures import execute, make_dense, plan_of
@@ -60,7 +60,9 @@ class Models:
 
     def use(self, name: str, damage: Callable[[Path], object]) -> None:
         """Do everything that takes such a model, damaged; only UpcycleError may end it."""
-        with tempfile.TemporaryDirectory() as directory, no_hang():
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)  # a hang is a crash
+            stack.callback(faulthandler.cancel_dump_traceback_later)
             path = Path(directory) / "damaged"
             shutil.copytree(self.folder / name, path)
             damage(path)
@@ -94,20 +96,6 @@ class Models:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("fuzz"))
-
-
-@contextmanager
-def no_hang() -> Iterator[None]:
-    def fail(_number: int, _frame: object) -> NoReturn:
-        raise AssertionError("this takes forever")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(HANG_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def listing(path: Path) -> list[tuple[str, int, int]]:
