@@ -19,9 +19,9 @@ from conftest import (
     clone,
     read_json,
     read_tensors,
+    spoil,
     validate_json,
 )
-from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from upcycle_cli.cli import options
@@ -59,13 +59,9 @@ def succeed_json(command: str, *arguments: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def swapped(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which two experts of layer 1 have exchanged their gate matrices."""
-    path = clone(e2g2t2, tmp_path_factory.mktemp("swapped") / "moe")
-    tensors = read_tensors(e2g2t2)
-    one, other = (f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in (2, 3))
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+def damaged(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = clone(e2g2t2, tmp_path_factory.mktemp("damaged") / "moe")
+    spoil(path / "model.safetensors")
     return path
 
 
@@ -189,21 +185,21 @@ def test_families_json_and_tables_name_every_target() -> None:
         ("inspect", "DENSE", "--max-params", "1M"),
         ("inspect", "MOE", "--weights", "--dense", "DENSE"),
         ("convert", "DENSE", "OUTPUT", *RECIPE, "--verify"),
-        ("verify", "DENSE", "SWAPPED", "--checks", "weights"),
+        ("verify", "DENSE", "DAMAGED", "--checks", "weights"),
     ],
     ids=" ".join,
 )
 def test_tables_fit_the_screen_and_are_plain_in_a_pipe(
     llama: Path,
     e2g2t2: Path,
-    swapped: Path,
+    damaged: Path,
     tmp_path: Path,
     run_cli: RunCli,
     arguments: tuple[str, ...],
 ) -> None:
-    paths = {"DENSE": llama, "MOE": e2g2t2, "SWAPPED": swapped, "OUTPUT": tmp_path / "moe"}
+    paths = {"DENSE": llama, "MOE": e2g2t2, "DAMAGED": damaged, "OUTPUT": tmp_path / "moe"}
     done = run_cli(*(paths.get(argument, argument) for argument in arguments))
-    assert done.returncode == ("SWAPPED" in arguments)
+    assert done.returncode == ("DAMAGED" in arguments)
     assert done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if len(line) > 80 or line[-1:] == " "] == []
@@ -232,12 +228,12 @@ def test_quiet_prints_nothing(llama: Path, tmp_path: Path, extra: tuple[str, ...
         assert result.output == ""
 
 
-def test_quiet_verification_prints_failures_only(llama: Path, e2g2t2: Path, swapped: Path) -> None:
+def test_quiet_verification_prints_failures_only(llama: Path, e2g2t2: Path, damaged: Path) -> None:
     checks = ("--checks", "weights", "--quiet")
     assert succeed("verify", llama, e2g2t2, *checks).output == ""
-    failed = invoke("verify", llama, swapped, *checks)
+    failed = invoke("verify", llama, damaged, *checks)
     assert (failed.exit_code, failed.stdout) == (1, "")
-    assert "expert" in failed.stderr
+    assert "model.norm.weight" in failed.stderr
 
 
 @pytest.mark.parametrize("form", ["", "--json", "--quiet"])
