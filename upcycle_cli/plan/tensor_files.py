@@ -138,10 +138,8 @@ class TensorFile:
         if stored.dtype != dtype:
             where += f", as {TORCH_DTYPES[dtype]},"
         if flaw := flaw_of(rows_EH):
-            raise UpcycleError(
-                f"{where} {flaw}.",
-                "Give one row for each virtual group; they are repeated for its experts.",
-            )
+            hint = "Give one row for each virtual group; they are repeated for its experts."
+            raise UpcycleError(f"{where} {flaw}.", hint if "equal" in flaw else None)
         return Constant(name, stored.dtype, (*rows_EH.shape,), self.digest, data)
 
     def orders(self, layer: int, expansion: int) -> list[Permutation]:
