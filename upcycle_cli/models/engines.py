@@ -21,7 +21,7 @@ tests/interoperability/trainers.py and docs/training.md. Untested trainers are n
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from string import Template
@@ -194,7 +194,13 @@ def trainers(
     `tied` says whether the head is tied, `fused` whether the experts of a layer are one tensor.
     """
     kind, known = ALL_SHIPPED if target.ships_code else target.title, table("trainers")
-    number = "N" if num_experts is None else str(num_experts)
+    balanced = _LOSS if target.has_balancing_loss else _NO_LOSS
+    matrices = (f'"{weight.name}"' for weight in target.in_memory.experts if not weight.is_bias)
+    values = {
+        "num_experts": "N" if num_experts is None else num_experts,
+        "parameters": ", ".join(matrices),
+        "reached": known["all_linear"].get(kind, "attention, but no expert"),
+    }
     found = []
     for name in known["tried"].get(kind, ()):
         support = Support.RUNS
@@ -203,42 +209,24 @@ def trainers(
             support = Support.PER_EXPERT_ONLY if per_expert else Support.REFUSES
         elif tied and name in known["own_head"].get(kind, ()):
             support = Support.UNTIED_ONLY
-        words = _lora(kind, target) if name == "peft" else _settings(name, kind, target, routing)
-        if tied and name in known["where_tied"]:
-            words += f"; {known['where_tied'][name]}"
-        settings = Template(words).substitute(num_experts=number)
-        found.append(Trainer(name, support, settings, known["precision"][name]))
+        settings = known["settings"][name]
+        words = [settings.get(kind) or settings[balanced]]
+        words += [text for key, text in known["by_routing"].get(name, {}).items() if key == routing]
+        words += [known["where_tied"][name]] if tied and name in known["where_tied"] else []
+        text = Template("; ".join(words)).substitute(values)
+        found.append(Trainer(name, support, text, known["precision"][name]))
     return tuple(found)
-
-
-def _settings(name: str, kind: str, target: Target, routing: Routing) -> str:
-    known = table("trainers")
-    settings = known["settings"][name]
-    words: str = settings.get(kind) or settings[_LOSS if target.has_balancing_loss else _NO_LOSS]
-    more = known["by_routing"].get(name, {}).get(routing)
-    return f"{words}; {more}" if more else words
-
-
-def _lora(kind: str, target: Target) -> str:
-    weights = [weight for weight in target.in_memory.experts if not weight.is_bias]
-    parameters = ", ".join(f'"{weight.name}"' for weight in weights)
-    reached = table("trainers")["all_linear"].get(kind, "attention, but no expert")
-    return (
-        f"`target_parameters=[{parameters}]` for the experts; "
-        f'`target_modules="all-linear"` reaches {reached}'
-    )
 
 
 def support_lines(found: Iterable[Engine]) -> list[str]:
     """Return names of engines or trainers, a line for each kind of support."""
-    lines: dict[Support, list[str]] = {}
+    names: dict[Support, list[str]] = {}
     for each in found:
-        lines.setdefault(each.support, []).append(each.name)
-    return [_support_line(names, support) for support, names in lines.items()]
-
-
-def _support_line(names: Sequence[str], support: Support) -> str:
-    words = "" if support is Support.RUNS else f": {support}"
-    if len(names) > 1:
-        words = re.sub(r"\b(do|need|load|compute|give)e?s\b", r"\1", words)
-    return ", ".join(names) + words
+        names.setdefault(each.support, []).append(each.name)
+    lines = []
+    for support, alike in names.items():
+        words = "" if support is Support.RUNS else f": {support}"
+        if len(alike) > 1:
+            words = re.sub(r"\b(do|need|load|compute|give)e?s\b", r"\1", words)
+        lines.append(", ".join(alike) + words)
+    return lines
