@@ -38,14 +38,12 @@ TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" /
 DENSE, MOE = tuple(families.DENSE), (*NATIVE, *GROW_ONLY)
 TEXTS = {*WRAPPED_TARGETS, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
 """Text models that exist only inside wrappers."""
-KINDS = {"nemotron_h": ("linear_attention", "full_attention", "mlp")}
-"""The kinds of dense layers, for types whose layers differ."""
 WITHOUT_TABLE = {
     *("apertus", "apertus1p5_text", "doge", "internlm3", "minicpm3", "persimmon", "phi"),
-    *("stablelm", "gpt_neox", "youtu"),
+    *("stablelm", "gpt_neox", "youtu", "nemotron_h"),
     *(name for name, row in families.DENSE.items() if row.keys or row.layers_differ),
 }
-"""Types without a table of tensors, since these depend on keys of their own."""
+"""Types without a table of tensors: their layers differ, or their shapes depend on special keys."""
 
 SIZES = {
     "vocab_size": 97,
@@ -54,13 +52,6 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-}
-MAMBA_SIZES = {
-    "mamba_num_heads": 10,
-    "mamba_head_dim": 7,
-    "n_groups": 5,
-    "ssm_state_size": 3,
-    "conv_kernel": 9,
 }
 DIMENSIONS = (
     "vocab_size",
@@ -76,17 +67,8 @@ DIMENSIONS = (
     "2*intermediate_size",
 )
 """Of two that are the same size, which is so where heads make up the hidden size, the last."""
-MAMBA_DIMENSIONS = (
-    "mamba_num_heads",
-    "mamba_num_heads*mamba_head_dim",
-    "mamba_num_heads*mamba_head_dim+2*n_groups*ssm_state_size",
-    "2*mamba_num_heads*mamba_head_dim+2*n_groups*ssm_state_size+mamba_num_heads",
-    "conv_kernel",
-    "1",
-)
-
 Shapes = dict[str, tuple[int, ...]]
-_LAYER = re.compile(r"(?P<prefix>\w+\.layers\.)(?P<layer>\d+)\.(?P<name>.+)")
+_LAYER = re.compile(r"model\.layers\.\d+\.(?P<name>.+)")
 
 
 def main() -> None:
@@ -174,17 +156,8 @@ def _as_json(value: Any) -> Any:  # noqa: ANN401 - any default
 # Tensors -----------------------------------------------------------------------------------------
 
 
-def kinds(model_type: str) -> tuple[str, ...]:
-    """Return each layer's kind in the models made here: every kind twice."""
-    return KINDS.get(model_type, ("layer",)) * 2
-
-
 def tiny_config(model_type: str, **flags: bool) -> Any:  # noqa: ANN401 - transformers is untyped
-    settings: dict[str, Any] = {**SIZES, **flags}
-    if model_type in KINDS:
-        settings |= {**MAMBA_SIZES, "layers_block_type": list(kinds(model_type))}
-    else:
-        settings |= {"num_hidden_layers": len(kinds(model_type))}
+    settings: dict[str, Any] = {**SIZES, **flags, "num_hidden_layers": 2}
     # They must be in the vocabulary; which tokens are special changes no shape.
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1)
     return config_class(model_type)(**settings)
@@ -203,13 +176,11 @@ def saved(model_type: str, **flags: bool) -> Shapes:
         model.save_pretrained(directory)
         with safe_open(Path(directory) / "model.safetensors", framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    # The file may say backbone. where the model says model.
-    order = [name.partition(".")[2] for name in model.state_dict()]
-    return dict(sorted(shapes.items(), key=lambda item: order.index(item[0].partition(".")[2])))
+    return {name: shapes[name] for name in model.state_dict() if name in shapes}
 
 
 def tensors(model_type: str) -> dict[str, Any]:
-    """Return the table of a dense model type: the form of each shape, by kind of layer."""
+    """Return the table of a dense model type: the form of each shape, outside and within layers."""
     flags = {key: value for key, value in declared(model_type).items() if isinstance(value, bool)}
     by_default = saved(model_type)
     shapes, conditions = dict(by_default), dict[str, str]()
@@ -221,45 +192,28 @@ def tensors(model_type: str) -> dict[str, Any]:
             conditions[name] = f" if {flag}" if present_if_true else f" unless {flag}"
         assert all(flipped[name] == shapes[name] for name in by_default.keys() & flipped.keys())
         shapes |= {name: shape for name, shape in flipped.items() if name not in shapes}
-    forms = _forms(model_type)
-    entries = {
-        name: ",".join(forms[size] for size in shape) + conditions.get(name, "")
-        for name, shape in shapes.items()
-    }
-    return _by_kind(model_type, entries)
+    forms, table = _forms(model_type), dict[str, dict[str, str]](outside={}, layer={})
+    for name, shape in shapes.items():
+        form = ",".join(forms[size] for size in shape) + conditions.get(name, "")
+        if found := _LAYER.fullmatch(name):
+            known = table["layer"].setdefault(found["name"], form)
+            assert known == form, f"{name} differs from layer to layer"
+        else:
+            table["outside"][name] = form
+    return table
 
 
 def _forms(model_type: str) -> dict[int, str]:
     """Return what each size that can occur stands for."""
-    sizes = SIZES | MAMBA_SIZES
-    if model_type not in KINDS:
-        model = _model_class(model_type)(tiny_config(model_type))
-        # Some derive it whatever the config says.
-        sizes["head_dim"] = next(m.head_dim for m in model.modules() if hasattr(m, "head_dim"))
-    dimensions = (*DIMENSIONS, *(MAMBA_DIMENSIONS if model_type in KINDS else ()))
-    forms = {}
-    for form in dimensions:
+    model = _model_class(model_type)(tiny_config(model_type))
+    # Some derive it whatever the config says.
+    head_dim = next(m.head_dim for m in model.modules() if hasattr(m, "head_dim"))
+    sizes, forms = {**SIZES, "head_dim": head_dim}, {}
+    for form in DIMENSIONS:
         terms = [[sizes.get(factor, factor) for factor in t.split("*")] for t in form.split("+")]
         forms[sum(math.prod(map(int, term)) for term in terms)] = form
-    assert len(dimensions) - len(forms) <= 1, "two dimensions have the same size"
+    assert len(DIMENSIONS) - len(forms) <= 1, "two dimensions have the same size"
     return forms
-
-
-def _by_kind(model_type: str, entries: Mapping[str, str]) -> dict[str, Any]:
-    outside: dict[str, str] = {}
-    layers: list[dict[str, str]] = [{} for _ in kinds(model_type)]
-    prefixes = set()
-    for name, entry in entries.items():
-        if found := _LAYER.fullmatch(name):
-            prefixes.add(found["prefix"])
-            layers[int(found["layer"])][found["name"]] = entry
-        else:
-            outside[name] = entry
-    (prefix,) = prefixes
-    by_kind: dict[str, dict[str, str]] = {}
-    for kind, layer in zip(kinds(model_type), layers, strict=True):
-        assert by_kind.setdefault(kind, layer) == layer, f"layers of kind {kind} differ"
-    return {"prefix": prefix + "{layer}.", "outside": outside, "layers": by_kind}
 
 
 if __name__ == "__main__":

@@ -70,7 +70,6 @@ LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
         (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "--target qwen2_moe."),
         (tiny_config("llama", attention_bias=True), "glm4_moe", None, "o_proj has no", ONLY_CODE),
         (tiny_config("llama", mlp_bias=True), "mixtral", None, "experts have none", ONLY_CODE),
-        (NEMOTRON_H | {"mlp_bias": True}, "auto", None, "the model's MLPs have biases", NONE),
         (NEMOTRON_H | {"layers_block_type": ["full_attention"]}, "auto", None, "no layer", NONE),
         (NEMOTRON_H, "auto", RENORMALISED, "it has no topk-softmax routing", NONE),
         (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "--target dots1."),

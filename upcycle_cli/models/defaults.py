@@ -3,8 +3,8 @@
 `knowledge/defaults.json` is generated from transformers by `tests/family_defaults.py --write`.
 "defaults" has the default of each key by model type; null mostly means that a value is derived from
 others. "classes" has the names of the config, the base model and the causal language model.
-"tensors" has the tensors of dense checkpoints: "outside" of layers, and by kind of layer within
-"layers". An entry is a shape with an optional condition, such as "hidden_size,2*head_dim if
+"tensors" has the tensors of dense checkpoints whose layers are all alike: "outside" of layers and
+in each "layer". An entry is a shape with an optional condition, such as "hidden_size,2*head_dim if
 use_bias": dimensions are sums of products of config keys and integers; a condition is `if` or
 `unless` and a boolean key.
 """
@@ -20,9 +20,6 @@ from types import MappingProxyType
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
-
-LAYER = "layer"
-"""The kind of every layer in models whose layers are all alike."""
 
 
 @cache
@@ -48,23 +45,19 @@ def class_names(model_type: str) -> Sequence[str]:
     return names
 
 
-def tensor_shapes(
-    model_type: str, values: Mapping[str, Any], kinds: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model_type: str, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of a dense checkpoint; empty for an unknown model type.
 
-    `values` are effective settings, `kinds` the kind of each layer. The embedding comes first, then
-    the layers in order, then the last norm and the head. A tied head is left out.
+    `values` are effective settings. The embedding comes first, then the layers in order, then the
+    last norm and the head. A tied head is left out.
     """
     rows = table("defaults")["tensors"].get(model_type)
     if rows is None:
         return {}
     embedding, *rest = _shapes(rows["outside"], values).items()
-    layers = {kind: _shapes(rows["layers"][kind], values) for kind in set(kinds)}
-    found = dict([embedding])
-    for layer, kind in enumerate(kinds):
-        prefix = rows["prefix"].format(layer=layer)
-        found |= {prefix + name: shape for name, shape in layers[kind].items()}
+    found, own = dict([embedding]), _shapes(rows["layer"], values).items()
+    for layer in range(values["num_hidden_layers"]):
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in own}
     return found | dict(rest)
 
 

@@ -220,7 +220,7 @@ class DenseModel:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The tensors that the checkpoint must have; empty if they are unknown."""
-        found = defaults.tensor_shapes(self.family.model_type, self.values, self.kinds)
+        found = defaults.tensor_shapes(self.family.model_type, self.values)
         inside = self.family.inside
         return found if inside is None else {inside.wrapped(name): s for name, s in found.items()}
 
@@ -230,7 +230,7 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     config = family.with_current_keys(config)
     values = defaults.ConfigValues(config, family.model_type, family.keys)
     if family.mlp_block is None:
-        kinds = (defaults.LAYER,) * values["num_hidden_layers"]
+        kinds = ("layer",) * values["num_hidden_layers"]
     else:
         try:
             kinds = block_types(config)

@@ -16,6 +16,8 @@ tests/interoperability/trainers.py and docs/training.md. Untested trainers are n
 - by_routing  by trainer and routing: what else to set; where_tied: by trainer, for a tied head
 - precision   by trainer: where float32 master weights come from
 - all_linear  what peft's `target_modules="all-linear"` reaches; attention only if not listed
+
+Settings may contain $num_experts, $parameters (the experts' weights) and $reached (all_linear).
 """
 
 from __future__ import annotations
