@@ -24,11 +24,10 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     name = recipe.get("name") if isinstance(recipe, dict) else None
     return {
         "status": "inspected",
-        **_pick(inspection, "kind model_type targets"),
+        **_pick(inspection, "kind model_type targets num_experts top_k routing expert_layout"),
+        **_pick(inspection, "moe_layers total_parameters active_parameters dense_parameters"),
         "becomes": {target.name: _target_json(target) for target in inspection.becomes},
         "recipe": name if isinstance(name, str) else None,
-        **_pick(inspection, "num_experts top_k routing expert_layout moe_layers"),
-        **_pick(inspection, "total_parameters active_parameters dense_parameters"),
         "bytes": inspection.checkpoint.nbytes,
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
@@ -78,17 +77,17 @@ def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def conversion_json(conversion: Conversion, push: Push | None) -> dict[str, Any]:
+def conversion_json(conversion: Conversion) -> dict[str, Any]:
     """Return what a conversion, and the push after it, did."""
-    status = "converted" if conversion.published else "verification failed"
+    done = "already done" if conversion.already_done else "converted"
     return {
-        "status": "already done" if conversion.already_done and conversion.published else status,
+        "status": done if conversion.published else "verification failed",
         "output": str(conversion.output),
         **plan_json(conversion.plan, conversion.warnings),
         "seconds": round(conversion.seconds, 3),
         **_pick(conversion, "shared_bytes reused_bytes"),
         "verification": None if conversion.report is None else conversion.report.to_json(),
-        "push": None if push is None else push_json(push),
+        "push": None if conversion.pushed is None else push_json(conversion.pushed),
     }
 
 
@@ -96,9 +95,8 @@ def push_json(push: Push) -> dict[str, Any]:
     """Return what a push did."""
     return {
         "status": "pushed" if push.changed else "already there",
-        **_pick(push, "repo url commit pull_request files"),
+        **_pick(push, "repo url commit pull_request files card_kept left_out removed reminders"),
         "bytes": push.nbytes,
-        **_pick(push, "card_kept left_out removed reminders"),
     }
 
 

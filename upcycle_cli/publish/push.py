@@ -116,7 +116,7 @@ def push(
     directory: Path,
     destination: Destination,
     *,
-    on_start: Callable[[int, int], None] = lambda _files, _nbytes: None,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> Push:
     """Push a complete output to a repo, which is created if necessary.
 
@@ -138,7 +138,8 @@ def push(
             card = kept
             del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
-        on_start(len(files), nbytes)
+        if on_start is not None:
+            on_start(len(files), nbytes)
         stale = sorted(name for name in existing.keys() - files if matches(name, _REPLACED))
         message = destination.message or f"Upload {directory.resolve().name}"
         destination = replace(destination, message=message)

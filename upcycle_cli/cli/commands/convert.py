@@ -182,7 +182,7 @@ class _Screen(Hooks):
         if self.as_json:
             from upcycle_cli.cli.render_json import conversion_json
 
-            terminal.print_json(conversion_json(done, done.pushed))
+            terminal.print_json(conversion_json(done))
         if done.published:
             return
         if self.quiet and done.report is not None:

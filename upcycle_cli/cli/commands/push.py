@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from upcycle_cli.cli import options, render
@@ -32,7 +33,6 @@ def push(
     from upcycle_cli.publish.push import Destination
     from upcycle_cli.publish.push import push as push_directory
 
-    silent = quiet or json
     destination = Destination(
         repo=repo,
         revision=revision,
@@ -41,11 +41,7 @@ def push(
         message=message,
         replace_card=replace_card,
     )
-
-    def announce(files: int, nbytes: int) -> None:
-        if not silent:
-            render.announce_push(repo, files, nbytes)
-
+    announce = None if quiet or json else partial(render.announce_push, repo)
     done = push_directory(directory, destination, on_start=announce)
     raise_signal()
     if json:
