@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 from conftest import MakeDense, clone, read_json, save_companions, write_json
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
-from verified import save_llama, text_of
+from shapes import write_orders
+from verified import EXPERT, Tensors, edit_tensors, save_llama, text_of
 
 from upcycle_cli import Growth, MergeRequest, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.models.dense_rows import DENSE
@@ -75,10 +76,6 @@ def dense(make_dense: MakeDense) -> Path:
     return make_dense("llama", dtype="bfloat16")
 
 
-INNER = 48
-"""The intermediate size of the tiny llama."""
-
-
 # Files that the record names ----------------------------------------------------------------------
 
 
@@ -120,33 +117,27 @@ def test_rows_fitted_to_a_text_need_the_text(dense: Path, tmp_path: Path) -> Non
         verify(dense, moe, calibration=other)
 
 
-@pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("layout", [ExpertLayout.PER_EXPERT, ExpertLayout.FUSED])
 def test_orders_of_a_file_are_found_by_their_neurons(
-    make_dense: MakeDense, tmp_path: Path, groups: int | None, layout: ExpertLayout
+    make_dense: MakeDense, tmp_path: Path, layout: ExpertLayout
 ) -> None:
     """Also where neurons are twins, dead, or differ in one of their matrices only."""
     source = clone(make_dense("llama"), tmp_path / "dense")
-    held = load_file(source / "model.safetensors")
-    for layer in range(2):
-        for matrix, dim in (("gate", 0), ("up", 0), ("down", 1)):
+
+    def spoil(held: Tensors) -> None:
+        for layer, (matrix, dim) in product(range(2), (("gate", 0), ("up", 0), ("down", 1))):
             weight = held[f"model.layers.{layer}.mlp.{matrix}_proj.weight"]
             for twin, other in ((3, 30), (4, 31)):
                 weight.select(dim, other).copy_(weight.select(dim, twin))
             weight.narrow(dim, 8, 6).zero_()
             if matrix == "down":
                 weight[-1, 31] += 1
-    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
-    generator = np.random.default_rng(1)
-    drawn = [[generator.permutation(INNER) for _ in range(groups or 1)] for _ in range(2)]
-    orders = {
-        f"layers.{layer}.neuron_order": np.stack(each) if groups else each[0]
-        for layer, each in enumerate(drawn)
-    }
-    save_arrays(orders, tmp_path / "orders")
+
+    edit_tensors(source, spoil)
+    orders = write_orders(tmp_path / "orders", alike=0, shape=(3, 2, 48))
     recipe = G2(expansion=3, neuron_order="file")
     options = Options(expert_layout=layout)
-    convert(source, tmp_path / "moe", recipe, options=options, neuron_orders=tmp_path / "orders")
+    convert(source, tmp_path / "moe", recipe, options=options, neuron_orders=orders)
     assert read_json(tmp_path / "moe" / "upcycle.json")["order_file"]["name"] == "orders"
     report = verify(source, tmp_path / "moe", checks=COMPARED)
     assert report.accepted, text_of(report)
@@ -228,10 +219,8 @@ def test_a_grown_model_is_verified_by_the_same_path(
     with pytest.raises(UpcycleError, match="was not made from a dense model") as caught:
         verify(dense, large)
     assert "&& upcycle verify" in str(caught.value)
-    held = load_file(large / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    held[name][0, 0] += 1
-    save_file(held, large / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(large, lambda held: held[name][0, 0].add_(1))
     report = verify(small, large, checks=["weights"])
     assert f"{name} differs in 1 of" in text_of(report)
 
@@ -279,14 +268,12 @@ def test_generation_settings_that_transformers_adds(dense: Path, tmp_path: Path)
 def test_tensors_that_are_stored_wider_are_compared_wider(dense: Path, tmp_path: Path) -> None:
     moe = tmp_path / "moe"
     convert(dense, moe, G2(neuron_order="clustered", router_init="balanced"))
-    held = {name: each.float() for name, each in load_file(moe / "model.safetensors").items()}
-    save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(moe, lambda held: held.update({n: each.float() for n, each in held.items()}))
     write_json(moe / "config.json", read_json(moe / "config.json") | {"dtype": "float32"})
     report = verify(dense, moe, checks=COMPARED)
     assert report.accepted, text_of(report)
     assert "stored wider than planned" in report.checks[1].detail
-    held["model.layers.1.block_sparse_moe.experts.0.w1.weight"][3, 3] += torch.finfo().eps
-    save_file(held, moe / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(moe, lambda held: held[EXPERT][3, 3].add_(torch.finfo().eps))
     assert verify(dense, moe, checks=["weights"]).status is Status.FAILED
 
 
