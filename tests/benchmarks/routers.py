@@ -18,7 +18,7 @@ import inspect
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -39,6 +39,7 @@ from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import RouterInit
 from upcycle_cli.write.evaluate import evaluate
 
@@ -54,7 +55,7 @@ def held_out() -> dict[str, str]:
     return {"English": english, "code": inspect.getsource(argparse)}
 
 
-def mlp_inputs(path: Path, text: str, tokens: int = TOKENS) -> list[np.ndarray[Any, Any]]:
+def mlp_inputs(path: Path, text: str) -> list[np.ndarray[Any, Any]]:
     """Return what each layer's MLP gets on a text (P, H), by transformers alone."""
     model, found = load(path), list[np.ndarray[Any, Any]]()
     for layer in model.model.layers:
@@ -62,46 +63,34 @@ def mlp_inputs(path: Path, text: str, tokens: int = TOKENS) -> list[np.ndarray[A
             lambda _, inputs: found.append(inputs[0].flatten(0, -2).double().numpy())
         )
     with torch.no_grad():
-        model.model(token_ids(path, text, tokens).reshape(-1, ROW), use_cache=False)
+        model.model(token_ids(path, text, TOKENS).reshape(-1, ROW), use_cache=False)
     return found
-
-
-class Load(NamedTuple):
-    """How evenly experts are chosen."""
-
-    cv: float
-    """Of the load of the experts of a layer, mean over layers."""
-    idle: int
-    """Experts of all layers that no token chooses."""
 
 
 def rows_of(plan: Plan) -> list[np.ndarray[Any, Any]]:
     """Return the rows of each layer's router (E, H), in float64."""
-    recipe, shape = plan.recipe, (plan.recipe.router_rows, plan.family.dense.hidden_size)
-    if plan.inputs.text is not None:
-        found = [layer.rows for layer in calibrate(plan, Progress()).layers.values()]
-        return [as_float32(rows, plan.expert_dtype, shape).astype(np.float64) for rows in found]
+    plan = bind(plan, calibrate(plan, Progress())) if plan.inputs.text is not None else plan
+    routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
+    step = plan.recipe.num_experts // plan.recipe.router_rows
     with plan.source.reader() as reader:
-        routers = [tensor for tensor in plan.tensors if tensor.role is Role.ROUTER]
-        drawn = [bytes(evaluate(router.expr, reader.mapped)) for router in routers]
-    step = recipe.num_experts // recipe.router_rows
+        found = [bytes(evaluate(router.expr, reader.mapped)) for router in routers]
     return [
         as_float32(rows, router.dtype, router.shape)[::step].astype(np.float64)
-        for rows, router in zip(drawn, routers, strict=True)
+        for rows, router in zip(found, routers, strict=True)
     ]
 
 
 def load_of(
     plan: Plan, rows: list[np.ndarray[Any, Any]], inputs: list[np.ndarray[Any, Any]]
-) -> Load:
-    """Return how evenly routers choose on what the MLPs get."""
+) -> tuple[float, int]:
+    """Return the CV of the experts' load, mean over layers, and how many no token chooses."""
     recipe = plan.recipe
     variations, idle = [], 0
     for rows_EH, states_PH in zip(rows, inputs, strict=True):
         load_E = loads(states_PH @ rows_EH.T, recipe.rows_chosen)
         variations.append(float(load_E.std() / load_E.mean()))
         idle += int((load_E == 0).sum()) * (recipe.num_experts // recipe.router_rows)
-    return Load(sum(variations) / len(variations), idle)
+    return sum(variations) / len(variations), idle
 
 
 def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
@@ -122,8 +111,8 @@ def main(calibrate_only: Path | None = None) -> None:
             plan = plan_for(path, name, init)
             rows = rows_of(plan)
             total = plan.recipe.num_experts * len(rows)
-            each = [load_of(plan, rows, inputs) for inputs in texts.values()]
-            cells = [part for one in each for part in (f"{one.cv:.2f}", f"{one.idle} of {total:,}")]
+            found = [load_of(plan, rows, inputs) for inputs in texts.values()]
+            cells = [cell for cv, idle in found for cell in (f"{cv:.2f}", f"{idle} of {total:,}")]
             print(row(name, init, *cells), flush=True)
         run = measure([sys.executable, __file__, "--calibrate-only", path])
     print(
