@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from markdown import header, row
+from markdown_table import header, row
 from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, mean_kl, token_ids
 from training.measure import Load, watch_routers

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from markdown import header, row
+from markdown_table import header, row
 from shapes import make_recipe
 from smollm2 import dense_and_scratch
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from markdown import header, row
+from markdown_table import header, row
 from shapes import make_recipe, write_orders
 from smollm2 import dense_and_scratch, load, mean_kl, token_ids
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from markdown import header, row
+from markdown_table import header, row
 from shapes import make_recipe
 from smollm2 import load, mean_kl
 

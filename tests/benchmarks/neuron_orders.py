@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from markdown import header, row
+from markdown_table import header, row
 from routers import held_out
 from smollm2 import dense_and_scratch, load, token_ids
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-from markdown import header, row
+from markdown_table import header, row
 from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, token_ids
 

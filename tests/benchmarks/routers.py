@@ -27,7 +27,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 import typer
-from markdown import header, row
+from markdown_table import header, row
 from measure import measure
 from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, token_ids

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown import header, row
+from markdown_table import header, row
 
 from training.arms import ARMS, DENSE, DENSE_AS_LONG, DENSE_LONGER
 from training.claims import (

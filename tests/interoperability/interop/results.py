@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from markdown import header, row
+from markdown_table import header, row
 
 from interop.conversions import UPCYCLED, Case, has_scale, is_fused
 from interop.models import is_tied

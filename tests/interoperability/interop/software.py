@@ -18,7 +18,7 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Any
 
-from markdown import header, row
+from markdown_table import header, row
 from packaging.requirements import Requirement
 
 from interop.conversions import UPCYCLED, Case, first_of_each

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown import header, row
+from markdown_table import header, row
 
 from interop.conversions import PLAIN, Case, documented
 from interop.models import RANDOM as SIZES
