@@ -39,20 +39,13 @@ def refuse_sync_of_directories(patch: Patch) -> None:
 def no_modes(patch: Patch) -> None:
     """As on a file system with one mode for all: what others may write is private enough."""
     patch.setattr(Path, "chmod", refuse(errno.EPERM))
-    mkdir = Path.mkdir
-
-    def make(path: Path, mode: int = 0o777, **options: Any) -> None:  # noqa: ANN401
-        mkdir(path, mode, **options)
-        os.chmod(path, 0o777)  # noqa: PTH101, S103
-
-    patch.setattr(Path, "mkdir", make)
     real = os.mkdir
 
-    def make_by_name(path: str | Path, mode: int = 0o777) -> None:
+    def make(path: str | Path, mode: int = 0o777) -> None:
         real(path, mode)
         os.chmod(path, 0o777)  # noqa: PTH101, S103
 
-    patch.setattr(os, "mkdir", make_by_name)
+    patch.setattr(os, "mkdir", make)
 
 
 LACKS: dict[str, Callable[[Patch], object]] = {

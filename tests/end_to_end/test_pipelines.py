@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from conftest import clone, validate_json
+from conftest import clone, spoil, validate_json
 from hub.server import Hub
 from jsonschema.exceptions import ValidationError
 from refusals import invoke
@@ -27,9 +27,7 @@ RECIPE = ("--recipe", "E2G2T2")
 @pytest.fixture(scope="module")
 def broken(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = clone(e2g2t2, tmp_path_factory.mktemp("broken") / "moe")
-    data = bytearray((path / "model.safetensors").read_bytes())
-    data[-9:] = b"\0" * 9
-    (path / "model.safetensors").write_bytes(data)
+    spoil(path / "model.safetensors")
     return path
 
 
