@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import read_tensors
-from shapes import make_recipe
+from shapes import hollow_plan, make_recipe
 
 from upcycle_cli import UpcycleError, WriteOptions, convert
-from upcycle_cli.plan.expressions import AddNoise, Source
+from upcycle_cli.plan.expressions import AddNoise, Source, leaves
 from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 
 if TYPE_CHECKING:
@@ -89,3 +90,14 @@ def test_noise_on_values_that_overflow_is_refused() -> None:
     large[0, 0] = np.inf
     with pytest.raises(UpcycleError, match="not finite"):
         evaluate(AddNoise(source, 1.0, 0, "s"), partial(read, large))
+
+
+def test_biases_get_no_noise(tmp_path: Path) -> None:
+    plan = hollow_plan(tmp_path, "E2G2T2", config={"mlp_bias": True}, noise=0.1)
+    noisy = {
+        part: any(isinstance(leaf, AddNoise) for leaf in leaves(tensor.expr))
+        for tensor in plan.tensors
+        for part in tensor.parts
+    }
+    assert len(noisy) == 6
+    assert noisy == {part: not part.endswith("_bias") for part in noisy}
