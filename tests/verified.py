@@ -57,6 +57,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that a tiny model's tokenizer splits into bytes."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(f"{i} sheep and {i * i % 97} goats went by.\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def mixtral(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe") / "mixtral"
     convert(dense, path, Recipe(expansion=2, granularity=2, top_k=2))

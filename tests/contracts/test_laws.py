@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import difference, logits, random_ids, read_json, read_tensors
 from hypothesis import HealthCheck, given, settings
@@ -76,13 +75,6 @@ def test_bytes_are_the_oracles_and_shapes_those_of_transformers(
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
     assert len({tensor.dtype for tensor in found.values()}) == 1
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("".join(f"{i} sheep and {i * i % 97} goats went by.\n" for i in range(200)))
-    return path
 
 
 @settings(

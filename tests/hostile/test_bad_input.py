@@ -36,7 +36,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("verify ABSENT MOE", "absent"),
     ("verify DENSE ABSENT", "absent"),
     ("verify DENSE DENSE", "llama"),
-    ("verify DENSE MOE --prompts FILE", "is no text in it"),
+    ("verify DENSE MOE --prompts FILE", "it is empty"),
     ("demo FULL", "exists and is not empty"),
     ("demo FILE", "file"),
 )

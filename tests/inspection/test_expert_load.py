@@ -20,14 +20,6 @@ from upcycle_cli.recipe.recipe import SHIPPED
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text that a tiny model's tokenizer splits into bytes."""
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("".join(f"{i} sheep and {i * i % 97} goats went by.\n" for i in range(30)))
-    return path
-
-
 def load_of(moe: Path, text: Path | str, dense: Path | None = None) -> ExpertLoad:
     found = inspect(moe, load=text, dense=dense).load
     assert found is not None
