@@ -213,6 +213,8 @@ def test_data_goes_to_stdout_and_talk_to_stderr(llama: Path, tmp_path: Path) -> 
     assert "4 per layer, 2 active" in planned.stdout
     assert list(tmp_path.iterdir()) == []
     done = succeed(*command)
+    (note,) = (line for line in done.stderr.splitlines() if line.startswith("note:"))
+    assert note.endswith(".")  # whole lines in a log can be searched
     for words in ("note:", "Wrote"):  # T = G: the router gets no gradient
         assert words in done.stderr
         assert words not in done.stdout

@@ -119,13 +119,6 @@ def test_a_record_can_hold_any_value(
     validate_json("inspect", run_cli("inspect", copy, "--json").stdout)
 
 
-def test_a_log_has_whole_lines(run_cli: RunCli, llama: Path, tmp_path: Path) -> None:
-    done = run_cli("convert", llama, tmp_path / "moe", *RECIPE, COLUMNS="40")
-    (note,) = (line for line in done.stderr.splitlines() if line.startswith("note:"))
-    assert len(note) > 80
-    assert note.endswith(".")
-
-
 # Streams ------------------------------------------------------------------------------------------
 
 COMMANDS = {

@@ -190,12 +190,6 @@ PREVIEWS: list[tuple[Callable[[Path, Path], object], bool, str | None]] = [
     (lambda output, dense: convert(dense, output, RECIPE), False, "is already what this command"),
     (lambda output, dense: convert(dense, output, TWICE), False, f"{REFUSED}.* not empty"),
     (lambda output, dense: convert(dense, output, TWICE), True, None),
-    (lambda output, _: output.write_text("work"), False, f"{REFUSED}.* not a directory"),
-    (
-        lambda output, dense: output.symlink_to(dense),
-        False,
-        f"{REFUSED}.* is the source or inside it",
-    ),
     (begun, False, "moe.partial exists"),
 ]
 
