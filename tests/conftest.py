@@ -205,13 +205,15 @@ class MakeDense:
         dtype: str = "float32",
         max_shard_size: str = "1GB",
         minimal: bool = False,
+        seed: int = 0,
         **config: Any,  # noqa: ANN401 - JSON values
     ) -> Path:
-        key = json.dumps([model_type, dtype, max_shard_size, minimal, config], sort_keys=True)
+        chosen = [model_type, dtype, max_shard_size, minimal, seed, config]
+        key = json.dumps(chosen, sort_keys=True)
         if key not in self._made:
             path = self._factory.mktemp(model_type) / "dense"
             sizes = {**sizes_of(model_type), **config}
-            _save_model(path, model_type, sizes, dtype=dtype, max_shard_size=max_shard_size)
+            _save_model(path, model_type, sizes, dtype, max_shard_size, seed)
             save_companions(path)
             if model_type in OWN_TOKENIZERS:
                 import transformers
@@ -264,13 +266,18 @@ def e2g2t2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _save_model(
-    path: Path, model_type: str, config: Mapping[str, Any], *, dtype: str, max_shard_size: str
+    path: Path,
+    model_type: str,
+    config: Mapping[str, Any],
+    dtype: str,
+    max_shard_size: str,
+    seed: int,
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch_dtype = getattr(torch, dtype)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.data = random_weight(name, parameter.shape, generator).to(torch_dtype)
     # Other buffers (rotary frequencies) stay as they are: they are not saved.
