@@ -151,7 +151,9 @@ def test_stray_files_do_not_get_into_the_output(
         for directory in (partial_of(output), new_of(output)):
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text("left over")
-    finish(plan, output, reference)
+    stray, seen = new_of(output) / "stray.safetensors", list[bool]()
+    finish(plan, output, reference, lambda _: seen.append(stray.exists()))
+    assert not any(seen)  # its space is free before anything is written
 
 
 def test_a_sealed_partial_is_published_by_the_next_run(

@@ -185,6 +185,20 @@ def test_a_process_takes_no_more_memory_for_more_layers(tmp_path: Path) -> None:
 # Threads and failures -----------------------------------------------------------------------------
 
 
+def test_a_source_that_is_truncated_meanwhile_is_noticed(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make("E2G1T2")
+
+    def fail(*_: object) -> None:
+        os.truncate(plan.source.path / "model.safetensors", 4096)
+        raise OSError(errno.EFAULT, "Bad address")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(UpcycleError, match=r"model\.safetensors changed while it was being read"):
+        write(plan, output)
+
+
 def test_an_error_names_the_file_that_failed(
     make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
