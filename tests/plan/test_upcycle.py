@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,11 @@ from upcycle_cli.plan.texts import calibration_text
 from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise, Routing, Scaling
 
-OpenBig = Callable[[str], Checkpoint]
-
 
 @pytest.fixture(scope="module")
-def open_big(tmp_path_factory: pytest.TempPathFactory) -> OpenBig:
-    opened: dict[str, Checkpoint] = {}
-
-    def open_one(name: str) -> Checkpoint:
-        if name not in opened:
-            path = write_hollow(tmp_path_factory.mktemp("big") / name, big_config(name))
-            opened[name] = open_checkpoint(path)
-        return opened[name]
-
-    return open_one
+def big(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Checkpoint]:
+    folder, names = tmp_path_factory.mktemp("big"), ("mistral-7b-v0.1", "qwen3-32b")
+    return {n: open_checkpoint(write_hollow(folder / n, big_config(n))) for n in names}
 
 
 # Parameters --------------------------------------------------------------------------------------
@@ -60,12 +51,12 @@ QWEN3_32B = 2 * 151936 * 5120 + 5120 + 64 * (QWEN3_32B_ATTENTION + QWEN3_32B_MLP
 MISTRAL_8_GROUPS = MISTRAL_7B + 32 * (64 * 4096 + 3 * 64 * 4096 + 4096 + 4096 + 2 * 1024)
 
 
-def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
+def test_dense_parameters_are_the_published_ones(big: Mapping[str, Checkpoint]) -> None:
     published = {"mistral-7b-v0.1": 7_241_732_096, "qwen3-32b": 32_762_123_264}
     assert [*published.values()] == [MISTRAL_7B, QWEN3_32B]
     for name, count in published.items():
-        plan = build_plan(make_recipe("E2G1T1"), open_big(name))
-        assert plan.dense_parameters == open_big(name).num_parameters == count
+        plan = build_plan(make_recipe("E2G1T1"), big[name])
+        assert plan.dense_parameters == big[name].num_parameters == count
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_dense_parameters_are_the_published_ones(open_big: OpenBig) -> None:
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_and_bytes(
-    open_big: OpenBig,
+    big: Mapping[str, Checkpoint],
     name: str,
     recipe: str,
     target: str,
@@ -87,15 +78,15 @@ def test_parameters_and_bytes(
     layout: ExpertLayout,
 ) -> None:
     options, wanted = Options(expert_layout=layout), make_recipe(recipe)
-    plan = build_plan(wanted, open_big(name), target=target, options=options)
+    plan = build_plan(wanted, big[name], target=target, options=options)
     assert plan.total_parameters == one_group + (wanted.expansion - 1) * mlps
     assert plan.active_parameters == one_group + (wanted.top_k // wanted.granularity - 1) * mlps
     assert plan.nbytes == 2 * plan.total_parameters
 
 
-def test_top_k_of_a_part_of_a_group(open_big: OpenBig) -> None:
+def test_top_k_of_a_part_of_a_group(big: Mapping[str, Checkpoint]) -> None:
     recipe = make_recipe("E8G8T2", allow_inexact=True)
-    plan = build_plan(recipe, open_big("mistral-7b-v0.1"))
+    plan = build_plan(recipe, big["mistral-7b-v0.1"])
     idle = MISTRAL_7B_MLP * 6 // 8  # two of the eight eighths are used
     assert plan.active_parameters == MISTRAL_7B + 32 * (64 * 4096 - idle)
 
@@ -141,10 +132,10 @@ def test_looking_up_a_second_embedding_costs_nothing_either(make_dense: MakeDens
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 1_000_000_000, 100_000_000])
 def test_no_shard_is_too_large_but_for_a_lone_tensor(
-    open_big: OpenBig, layout: ExpertLayout, max_bytes: int
+    big: Mapping[str, Checkpoint], layout: ExpertLayout, max_bytes: int
 ) -> None:
     options = Options(expert_layout=layout, max_shard_bytes=max_bytes)
-    plan = build_plan(make_recipe("E8G8T8"), open_big("mistral-7b-v0.1"), options=options)
+    plan = build_plan(make_recipe("E8G8T8"), big["mistral-7b-v0.1"], options=options)
     count = len(plan.shards)
     assert [shard.name for shard in plan.shards] == [
         f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
