@@ -87,7 +87,7 @@ def test_names_that_a_repo_can_have(text: str, name: str) -> None:
 
 
 def test_it_says_what_to_set_in_each_trainer(llama: Path, tmp_path: Path) -> None:
-    """For exactly this model: four experts, and what is said of mixtral."""
+    """The settings for mixtral, and for four experts."""
     section = card_of(llama, tmp_path, "plain").split("## Training")[1].split("\n## ")[0]
     said = trainers(NATIVE["mixtral"], Routing.TOPK_SOFTMAX, tied=False, fused=False, num_experts=4)
     assert said

@@ -117,7 +117,7 @@ def test_a_file_that_appears_at_the_last_moment_is_kept(
 def test_a_directory_in_the_way_is_left_alone(
     plan: Plan, output: Path, old: Path, reference: dict[str, str], name: str
 ) -> None:
-    """Somebody else takes OUTPUT's name, or that of the old output, during the conversion."""
+    """Another program makes a directory of this name during the conversion."""
     overwrite, theirs = name != "moe", output.with_name(name)
     if not overwrite:
         shutil.rmtree(output)

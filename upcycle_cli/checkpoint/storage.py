@@ -60,7 +60,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".np
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file when the checkpoint was opened; `digest` is that of a weight file's header."""
+    """A file when the checkpoint was opened; `digest` is the SHA-256 of a weight file's header."""
 
     name: str
     size: int

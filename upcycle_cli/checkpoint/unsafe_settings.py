@@ -81,7 +81,7 @@ def refuse_unsafe_settings(
 ) -> None:
     """Raise UpcycleError for a source with unsafe settings or files.
 
-    With `ignore_code`, code in the source is no reason: models of this type shipped it before
+    With `ignore_code`, code in the source is accepted: models of this type shipped it before
     transformers had the architecture. `parts` is as for `unsafe_config_settings`.
     """
     config, names = source.config, source.storage.names()

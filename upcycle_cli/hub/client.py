@@ -295,8 +295,10 @@ def retry(request: Callable[[], _T]) -> _T:
             response = error.response if isinstance(error, HfHubHTTPError) else None
             if response is not None and response.status_code not in _TEMPORARY_ERRORS:
                 raise
-            told = "" if response is None else response.headers.get("Retry-After", "")
-        time.sleep(min(float(told) if re.fullmatch("[0-9]{1,6}", told) else wait, _MAX_RETRY_WAIT))
+            asked = "" if response is None else response.headers.get("Retry-After", "")
+        time.sleep(
+            min(float(asked) if re.fullmatch("[0-9]{1,6}", asked) else wait, _MAX_RETRY_WAIT)
+        )
     return request()
 
 

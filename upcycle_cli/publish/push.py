@@ -89,7 +89,7 @@ def check_destination(destination: Destination) -> None:
         if "/" not in repo:
             raise UpcycleError(f"'{repo}' is not a repo id.", "Write ORG/NAME or USER/NAME.")
         if get_token() is None:
-            raise UpcycleError("a push needs a token, and none is set.", client.SIGN_IN)
+            raise UpcycleError("a push needs a token, and you are not signed in.", client.SIGN_IN)
         api = HfApi()
         user = client.retry(api.whoami)
         owners = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]

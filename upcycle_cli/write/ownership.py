@@ -34,7 +34,7 @@ from upcycle_cli.write.staging import is_directory, remove
 _HINT = "Move or remove it yourself if it is not needed."
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Inventory:
     """The files of an output, by their names."""
 
@@ -83,13 +83,7 @@ def take_inventory(output: Path) -> Inventory:
             changed[name] = error.message.rstrip(".")
         except OSError as error:
             changed[name] = f"cannot be read: {error.strerror}"
-    return Inventory(
-        record_digest=digest,
-        listed=listed,
-        own=tuple(own),
-        changed=changed,
-        foreign=tuple(foreign),
-    )
+    return Inventory(digest, listed, tuple(own), changed, tuple(foreign))
 
 
 def check_ownership(output: Path) -> str:
