@@ -227,3 +227,11 @@ def test_refuse_a_wrapper(
     with pytest.raises(UpcycleError, match=words):
         convert(dense, tmp_path / "moe", SOME)
     assert not (tmp_path / "moe").exists()
+
+
+def test_refuse_square_matrices_since_readers_infer_their_orientation(
+    make_wrapper: MakeWrapper,
+) -> None:
+    dense = open_checkpoint(make_wrapper(*QWEN3[:2]))
+    with pytest.raises(UpcycleError, match="would be square, 32 by 32"):
+        build_plan(Recipe(expansion=2, granularity=3, top_k=3), dense, target=QWEN3[2])

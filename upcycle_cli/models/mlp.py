@@ -47,12 +47,6 @@ class Weight:
             return (hidden_size,) if self.split_dim is None else (wide,)
         return (wide, hidden_size) if self.split_dim == 0 else (hidden_size, wide)
 
-    def fits(self, shape: Sequence[int], hidden_size: int) -> bool:
-        """Whether a stack of this shape can hold matrices in this orientation."""
-        if self.is_bias or self.split_dim is None:
-            return True
-        return len(shape) == 3 and shape[2 - self.split_dim] == hidden_size
-
 
 @dataclass(frozen=True, slots=True)
 class Location:

@@ -244,12 +244,14 @@ class Target:
     ) -> ExpertLayout:
         """Return `layout`; also raises UpcycleError if readers would mistake the orientation."""
         found = self.layout(wanted)
-        for weight in self.transposed_weights(self.layouts[found]):
-            rows, columns = weight.shape(expert_size, hidden_size)
-            if rows == columns:
+        memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}
+        for weight in self.layouts[found].experts:
+            shape = weight.shape(expert_size, hidden_size)
+            is_transposed = memory.get(weight.name, weight.split_dim) != weight.split_dim
+            if is_transposed and shape == shape[::-1]:
                 raise UpcycleError(
                     f"with an expert size of {expert_size}, the matrices of {weight.name} would be "
-                    f"square, {rows} by {columns}, and readers infer the orientation from the "
+                    f"square, {shape[0]} by {shape[1]}, and readers infer the orientation from the "
                     "shape.",
                     "Use another --granularity, or --expert-layout fused, which only "
                     "transformers 5 reads.",
@@ -277,18 +279,10 @@ class Target:
             held = (n for n in tensors if n.startswith(before) and n.endswith(after))
             name = None if "{expert}" in after else next(held, None)
             if name is not None:
-                found = layout
-                if weight.fits(tensors[name].shape, hidden_size):
+                found, shape = layout, tensors[name].shape
+                if len(shape) == 3 and shape[1 + (weight.split_dim == 0)] == hidden_size:
                     break
         return found
-
-    def transposed_weights(self, layout: MoeBlock) -> tuple[Weight, ...]:
-        """Return the weights of a layout whose matrices are transposed in memory.
-
-        Readers detect that from the shape, and take square matrices as they are.
-        """
-        memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}
-        return tuple(w for w in layout.experts if memory.get(w.name, w.split_dim) != w.split_dim)
 
     def correction_bias(self, block: MoeBlock, routing: str) -> str | None:
         """Return the correction bias within a layer; None if there is none."""
