@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, contents, read_tensors
+from conftest import MakeDense, read_tensors
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 from shapes import make_recipe
 
-from upcycle_cli import UpcycleError, build_plan, convert, open_checkpoint, verify
-from upcycle_cli.plan.expressions import Permutation
+from upcycle_cli import UpcycleError, build_plan, open_checkpoint, verify
 from upcycle_cli.plan.inputs import Inputs
 
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -60,22 +59,6 @@ def test_rows_of_a_file_are_taken_as_they_are(
     more = {"layers.1.router": torch.eye(*shape)}
     other = write(tmp_path / "other.safetensors", "router", shape, more)
     assert_refused(invoke(*command, other), str(moe))  # another file is another output
-
-
-def test_the_order_of_the_dense_model_changes_nothing(llama: Path, tmp_path: Path) -> None:
-    recipe = make_recipe("E3G2T4", neuron_order="file")
-    orders = write(tmp_path / "orders", "neuron_order", (3, INNER))
-    convert(llama, tmp_path / "a", make_recipe("E3G2T4"))
-    convert(llama, tmp_path / "b", recipe, neuron_orders=orders)
-    one, other = (contents(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
-    assert one == other
-
-
-def test_orders_are_compared_without_their_indices() -> None:
-    one, other = (Permutation(4, "a", origin="b", indices=data) for data in (b"", None))
-    assert one == other
-    assert repr(one) == repr(other)
-    assert one != Permutation(4, "a", origin="c")
 
 
 NEAR = torch.ones(4, 32) + torch.arange(4.0)[:, None] * 1e-4

@@ -251,6 +251,7 @@ def test_bind_fills_in_a_calibration_without_planning_again(
     assert gate.order.indices == b"order"
     # Comparisons leave out what the calibration found.
     assert rows == before["model.layers.0.mlp.gate.weight"]
+    assert gate == before["model.layers.0.mlp.experts.0.gate_proj.weight"]
 
 
 @pytest.mark.parametrize(("model_type", "biased"), [("phi", True), ("llama", False)])

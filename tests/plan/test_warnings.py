@@ -34,10 +34,9 @@ OVERFLOW = "can exceed 65504"
 NARROW_ROWS = "needs multiples of 16"
 ROUNDED_C = "is not a power of two"
 NOISE = "rounds most of a noise"
-GATE = "llama.cpp divides by its logit"
 ALL = (
     *(ROUNDED_C, OVERFLOW, NARROW_ROWS, NO_PROMISE, NO_GRADIENT, NOTHING_TO_ROUTE, APPROXIMATE),
-    *(SPLITS, TIES, FLOAT16, ENGINE, NOISE, GATE),
+    *(SPLITS, TIES, FLOAT16, ENGINE, NOISE),
 )
 
 
