@@ -42,33 +42,27 @@ def clustered(**how: Any) -> Recipe:  # noqa: ANN401
 # The run ------------------------------------------------------------------------------------------
 
 
-def calibrate_few(dense: Path, target: str, folder: Path) -> None:
-    """Run a calibration, and check its shapes and the size of its logits."""
-    text = folder / "few.txt"
+TYPES = [("", name) for name, row in DENSE.items() if targets_of(row)]
+
+
+@pytest.mark.parametrize(("wrapper", "text_type"), TYPES + sorted({row[:2] for row in ROWS}))
+def test_every_dense_type_can_be_calibrated_inside_a_wrapper_too(
+    make_dense: MakeDense, tmp_path: Path, wrapper: str, text_type: str
+) -> None:
+    if wrapper:
+        dense = save_wrapper(tmp_path / "dense", wrapper, text_type, {})
+    else:
+        dense = make_dense(text_type)
+    target = targets_of(FAMILIES[wrapper][text_type] if wrapper else DENSE[text_type])[-1]
+    text = tmp_path / "few.txt"
     text.write_text("More than enough. " * 20)
-    inputs = Inputs.read(calibration=text)
-    source = open_checkpoint(dense)
-    plan = build_plan(recipe(router_init="balanced"), source, target=target, inputs=inputs)
+    wanted, inputs = recipe(router_init="balanced"), Inputs.read(calibration=text)
+    plan = build_plan(wanted, open_checkpoint(dense), target=target, inputs=inputs)
     found = calibrate(plan, Progress())
     assert tuple(found.layers) == plan.family.layers
     for layer in found.layers.values():
         assert layer.statistics.logit_std == pytest.approx(1, rel=0.02)
         assert layer.activity.shape == (plan.family.dense.intermediate_size,)
-
-
-@pytest.mark.parametrize("model_type", [name for name, row in DENSE.items() if targets_of(row)])
-def test_every_dense_type_can_be_calibrated(
-    make_dense: MakeDense, tmp_path: Path, model_type: str
-) -> None:
-    calibrate_few(make_dense(model_type), targets_of(DENSE[model_type])[-1], tmp_path)
-
-
-@pytest.mark.parametrize(("wrapper", "text_type"), sorted({row[:2] for row in ROWS}))
-def test_a_text_model_inside_a_wrapper_can_be_calibrated(
-    tmp_path: Path, wrapper: str, text_type: str
-) -> None:
-    dense = save_wrapper(tmp_path / "dense", wrapper, text_type, {})
-    calibrate_few(dense, targets_of(FAMILIES[wrapper][text_type])[-1], tmp_path)
 
 
 def mlp_inputs(dense: Path, ids: torch.Tensor) -> list[torch.Tensor]:
