@@ -66,18 +66,21 @@ def make_dense(
     }
     write_hollow(path, config)
     (path / "LICENSE").write_text("Do as you like.\n")
-    random = np.random.default_rng(seed)
-    with (path / "model.safetensors").open("r+b") as file:
-        for name, entry in open_checkpoint(path).tensors.items():
-            length = entry.nbytes // 2
-            file.seek(entry.offset)
-            if "norm" in name:
-                file.write(np.full(length, 0x3F80, np.uint16).tobytes())  # ones
-            elif not hollow:
-                # A sign and a mantissa of chance; magnitudes from 2⁻⁷ to 2⁻³.
-                bits = random.integers(0, 1 << 16, length, np.uint16)
-                file.write(((bits & 0x81FF) | 0x3C00).tobytes())
+    # Magnitudes from 2⁻⁷ to 2⁻³.
+    fill(path, seed=seed, random_bits=0x81FF, only_norms=hollow)
     return path
+
+
+def fill(path: Path, *, seed: int, random_bits: int, only_norms: bool = False) -> None:
+    """Fill a hollow bfloat16 checkpoint: norms with ones, other weights with 2⁻⁷ and some bits."""
+    random = np.random.default_rng(seed)
+    for name, entry in open_checkpoint(path).tensors.items():
+        length = entry.nbytes // 2
+        stored = np.memmap(path / entry.shard, np.uint16, "r+", entry.offset, (length,))
+        if "norm" in name:
+            stored[:] = 0x3F80
+        elif not only_norms:
+            stored[:] = random.integers(0, 1 << 16, length, np.uint16) & random_bits | 0x3C00
 
 
 def set_value(dense: Path, tensor: str, value: int) -> None:

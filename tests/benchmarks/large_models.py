@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine_fixtures import fill
 from shapes import big_config, tensor_shapes, write_hollow
-
-from upcycle_cli import open_checkpoint
 
 Config = Mapping[str, Any]
 MISTRAL_7B: Config = big_config("mistral-7b-v0.1")
@@ -64,12 +61,5 @@ def tinyllama_of(gigabytes: float) -> Config:
 def write_random(path: Path, config: Config, *, shard_bytes: int = 1 << 62) -> Path:
     """Write a bfloat16 checkpoint whose norms are ones; other weights lie in ±[2⁻⁷, 2⁻⁶)."""
     write_hollow(path, config, shard_bytes=shard_bytes)
-    random = np.random.default_rng(0)
-    for name, entry in open_checkpoint(path).tensors.items():
-        length = entry.nbytes // 2
-        stored = np.memmap(path / entry.shard, np.uint16, "r+", entry.offset, (length,))
-        if "norm" in name:
-            stored[:] = 0x3F80
-        else:  # random signs and mantissas
-            stored[:] = random.integers(0, 1 << 16, length, np.uint16) & 0x807F | 0x3C00
+    fill(path, seed=0, random_bits=0x807F)
     return path

@@ -136,7 +136,7 @@ def make_dense(model_type: str, directory: Path, smollm2: Path) -> Path:
             _copy_tokenizer(path, smollm2)
             save_wrapped(path, model_type, _tokens(smollm2))
         elif model_type in RANDOM:
-            _save_random(path, model_type, smollm2)
+            _save(make_model(model_type, _tokens(smollm2), RANDOM[model_type]), path, smollm2)
         elif model_type in REWRITTEN:
             _rewrite(path, model_type, smollm2)
         else:
@@ -175,14 +175,15 @@ def _write_older(config: dict[str, Any]) -> None:
         (config["global_head_dim"],) = {each["head_dim"] for each in heads.values()}
 
 
-def _save_random(path: Path, model_type: str, smollm2: Path) -> None:
+def make_model(name: str, tokens: Mapping[str, Any], sizes: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a tiny model with random weights; its name begins with the type."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**_tokens(smollm2), **RANDOM[model_type]})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = AutoConfig.for_model(name.split(maxsplit=1)[0], **{**tokens, **sizes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw_weights(model)
-    _save(model, path, smollm2)
+    return model
 
 
 def _rewrite(path: Path, model_type: str, smollm2: Path) -> None:

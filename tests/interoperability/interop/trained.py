@@ -10,10 +10,10 @@ from markdown_table import header, row
 
 from interop.conversions import PLAIN, Case, documented
 from interop.models import RANDOM as SIZES
-from interop.models import TINY
+from interop.models import TINY, make_model
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
-from interop.wrapped import WRAPPED, draw_weights, make_wrapped
+from interop.wrapped import WRAPPED, make_wrapped
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import DIFFERS, SAME, trainers
 from upcycle_cli.models.lookup import native_target, shipped_target
@@ -77,19 +77,11 @@ def training_cases() -> list[Case]:
 
 def make_dense(name: str, directory: Path) -> Path:
     """Return a dense checkpoint without a tokenizer, made when it is not there yet."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = directory / name.replace(" ", "-")
-    if path.exists():
-        return path
-    if name in WRAPPED:
-        make_wrapped(name, TOKENS).save_pretrained(path)
-        return path
-    config = AutoConfig.for_model(name.split(maxsplit=1)[0], **RANDOM[name], **TOKENS)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    draw_weights(model)
-    model.save_pretrained(path)
+    if not path.exists():
+        wraps = name in WRAPPED
+        model = make_wrapped(name, TOKENS) if wraps else make_model(name, TOKENS, RANDOM[name])
+        model.save_pretrained(path)
     return path
 
 
