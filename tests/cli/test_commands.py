@@ -286,10 +286,6 @@ def test_the_next_command_is_suggested(
 # Options ------------------------------------------------------------------------------------------
 
 
-def plan_of(llama: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
-    return succeed_json("convert", llama, tmp_path / "moe", *options, "--dry-run")
-
-
 @pytest.mark.parametrize(
     ("options", "key", "value"),
     [
@@ -319,7 +315,8 @@ def plan_of(llama: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
 def test_options_reach_the_plan_of_convert_and_inspect(
     llama: Path, tmp_path: Path, options: tuple[str, ...], key: str, value: object
 ) -> None:
-    planned = plan_of(llama, tmp_path, *RECIPE, *options)
+    output = tmp_path / "moe"
+    planned = succeed_json("convert", llama, output, *RECIPE, *options, "--dry-run")
     assert planned[key] == value
     shown = succeed_json("inspect", llama, "-E", "2", "-G", "2", "-T", "2", *options)["plan"]
     # The digest covers --allow-inexact, which inspect always sets.
