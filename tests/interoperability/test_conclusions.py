@@ -30,16 +30,9 @@ from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, text  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
+from upcycle_cli.models import engines as known  # noqa: E402
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.models.engines import (  # noqa: E402
-    DIFFERS,
-    FAILS,
-    OTHERS,
-    SAME,
-    Engine,
-    Support,
-    engines,
-)
+from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.plan.warnings import SILENTLY_WRONG  # noqa: E402
@@ -200,7 +193,7 @@ def test_verdicts_that_contradict_each_other_are_refused() -> None:
 
 
 def said_of(case: Case) -> tuple[Engine, ...]:
-    return engines(target_of(case), Routing(case.routing), parts_of(case))
+    return known.engines(target_of(case), Routing(case.routing), parts_of(case))
 
 
 TABLE = documented("interoperability.md")
@@ -237,7 +230,8 @@ def test_upcycle_says_what_was_measured_and_nothing_else() -> None:
         pair = [other for each, other in TABLE.items() if target_of(each) == target_of(case)]
         for engine in said:
             column = "transformers 5" if engine.name == "transformers" else engine.name
-            tried = {each.get(column, NOT_TRIED) for each in (pair if column in OTHERS else rows)}
+            among = pair if column in known.OTHERS else rows
+            tried = {each.get(column, NOT_TRIED) for each in among}
             assert tried != {NOT_TRIED}, (case.name, engine.name)
 
 
