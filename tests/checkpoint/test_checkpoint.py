@@ -1,6 +1,6 @@
 """Read a checkpoint: headers, values on demand, and whether a file changed meanwhile.
 
-Damaged files are in test_bad_weights.py.
+Damaged files are in hostile/test_bad_sources.py.
 """
 
 from __future__ import annotations

@@ -414,11 +414,8 @@ for moe in sys.argv[2:]:
     print(verify(sys.argv[1], moe).status)
 """
 NAMED: tuple[dict[str, Any], ...] = (
-    {
-        "name_or_path": "org/other",
-        "attn_implementation": "org/kernel",
-        "experts_implementation": "org/kernel",
-    },
+    {"name_or_path": "org/other", "attn_implementation": "org/kernel"},
+    {"experts_implementation": "org/kernel"},
     {"auto_map": {"AutoConfig": "org/code--x.X", "AutoModelForCausalLM": "org/code--x.X"}},
     {"quantization_config": {"quant_method": "gptq", "tokenizer": "org/other"}},
 )
@@ -427,13 +424,10 @@ NAMED: tuple[dict[str, Any], ...] = (
 def test_nothing_that_a_checkpoint_names_is_asked_for(
     dense: Path, mixtral: Path, tmp_path: Path
 ) -> None:
-    moes = []
+    moes = list[Path]()
     for number, changes in enumerate(NAMED):
-        for recorded in (True, False):
-            moe = clone(mixtral, tmp_path / f"{number}-{recorded}", **changes)
-            if not recorded:
-                (moe / "upcycle.json").unlink()
-            moes.append(str(moe))
+        moes += [clone(mixtral, tmp_path / f"{number}{each}", **changes) for each in "ab"]
+        removed("upcycle.json")(moes[-1])
     online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     found = forked.run([dense, *moes], program=GUARDED, environment=online)
     assert found.returncode == 0, found.stderr
