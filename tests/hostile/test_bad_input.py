@@ -29,6 +29,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("convert DENSE OUT -r E2G2T2 --router-logit-std=1e-300", "cannot hold"),
     ("convert DENSE OUT -r E2G2T2 --max-shard-size=0.1B", "positive"),
     ("convert DENSE OUT -r E2G2T2 --routing softmax-topk --target mixtral", "--target qwen2_moe"),
+    ("convert DENSE OUT -r E2G2T2 --workers=-1", "--workers must be 0 or more"),
     ("inspect ABSENT", "does not exist"),
     ("inspect MOE --recipe E2G2T2", "mixture of experts already"),
     ("inspect DENSE --weights", "--weights"),

@@ -59,6 +59,10 @@ class WriteOptions:
     fsync: bool = True
     """Make every file durable before it gets its name."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UpcycleError(f"--workers must be 0 or more, not {self.workers}.")
+
 
 @dataclass
 class Written:
