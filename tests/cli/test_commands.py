@@ -336,6 +336,8 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "-E", "2"), "one or the other"),
         (("convert", "DENSE", "OUT", *RECIPE, "--expand", "2"), "takes no --recipe"),
         (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "9" * 400), "is not a size"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "5GB×8"), "is not a size"),
+        (("inspect", "DENSE", "--max-params", "5MB"), "write 50B or 700M"),
         (("convert", "DENSE", "OUT", *RECIPE, "--rest", "mean"), "--experts-from MODEL"),
         (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--push-to-hub REPO"),
         (("convert", "", "OUT", *RECIPE), "it is empty"),

@@ -37,6 +37,11 @@ _NOT_SAVED = (*_SIZES, "json", "quiet")
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
+# Each with groups for the prefix of the unit, for binary units, and for a factor.
+_COUNT = r"([KMBT]?)()()"
+_SIZE = r"([KMGT]?)(I?)B?()"
+_MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*(\d{1,6}))?"
+
 
 # Sources ------------------------------------------------------------------------------------------
 
@@ -178,7 +183,9 @@ def to_options(moe: MoeOptions) -> Options:
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
         expert_layout=moe.expert_layout,
-        max_shard_bytes=_size("--max-shard-size", moe.max_shard_size, "5GB or 500MB"),
+        max_shard_bytes=_number(
+            "--max-shard-size", moe.max_shard_size, _SIZE, "a size; write 5GB or 500MB"
+        ),
         untie_embeddings=moe.untie_embeddings,
     )
 
@@ -216,10 +223,11 @@ def to_budget(max_params: str | None, max_active: str | None, memory: str | None
         return None
     from upcycle_cli.plan.budget import Budget
 
+    words = "a size; write 80GB or 80GB×8"
     return Budget(
         max_params=_count("--max-params", max_params),
         max_active=_count("--max-active", max_active),
-        gpu_bytes=None if memory is None else _size("--gpu-memory", memory, "80GB or 80GB×8"),
+        gpu_bytes=None if memory is None else _number("--gpu-memory", memory, _MEMORY, words),
     )
 
 
@@ -282,22 +290,17 @@ def _scaling(text: str) -> str | float:
         raise UpcycleError(words) from None
 
 
-def _size(flag: str, text: str, example: str) -> int:
-    return _number(flag, text, "KMGT", f"a size; write {example}")
-
-
 def _count(flag: str, text: str | None) -> int | None:
     words = "a number of parameters; write 50B or 700M"
-    return None if text is None else _number(flag, text, "KMBT", words)
+    return None if text is None else _number(flag, text, _COUNT, words)
 
 
-def _number(flag: str, text: str, units: str, wanted: str) -> int:
+def _number(flag: str, text: str, unit: str, wanted: str) -> int:
     """Read a number with a unit of a thousand, a million and so on, such as 5GB or 80GB×8."""
-    digits, binary = r"(\d{1,12}(?:\.\d{1,6})?)", "(I?)" if "G" in units else "()"
-    pattern = rf"\s*{digits}\s*([{units}]?){binary}B?\s*(?:[x×*]\s*(\d{{1,6}})\s*)?"
+    pattern = rf"\s*(\d{{1,12}}(?:\.\d{{1,6}})?)\s*{unit}\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE)
     if match is None:
         raise UpcycleError(f"{flag} '{text}' is not {wanted}.")
-    number, unit, has_binary, times = match.groups()
-    base = 1024 if has_binary else 1000
-    return int(float(number) * base ** f" {units}".index(unit.upper() or " ")) * int(times or 1)
+    number, prefix, binary, times = match.groups()
+    power = " KMGT".index(prefix.upper().replace("B", "G") or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)
