@@ -56,6 +56,8 @@ _LEFT_OUT = ("dtype", "tie_word_embeddings")
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
 _GIT = (".gitattributes", ".gitignore")
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+_PROCESSORS = ("*processor_config.json", "chat_template.json")
+"""Files of a processor, which no tokenizer reads or saves."""
 _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg")
 """Suffixes of files that no loader reads, unless they have the name of a tokenizer's file."""
 _SAVED_BY = ("transformers_version", "is_local", "local_files_only")
@@ -217,7 +219,13 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
         wanted["source"] = {"name": dense.name, "revision": dense.revision}
         held["source"] = {key: source.get(key) for key in wanted["source"]}
+    if (merged := plan.how.get("experts_from")) is not None:
+        both = merged, record["experts_from"]  # the models have been compared already
+        wanted["experts_from"], held["experts_from"] = ({**each, "models": ()} for each in both)
     yield from (f"{RECORD_NAME}: {each}" for each in _differences(wanted, held))
+    calibrates = plan.growing is None and plan.recipe.calibrates
+    if calibrates and not isinstance(record["calibration"], dict):
+        yield f"{RECORD_NAME}: the recipe needs a calibration, and none is recorded"
 
 
 # Tokenizer, generation settings, licences ---------------------------------------------------------
@@ -228,7 +236,9 @@ def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterat
     names = {file.name for model in (plan.source, moe) for file in model.companions}
     licences = {name for name in names if matches(name, _LICENCES)}
     generation = names & {GENERATION_NAME}
-    for some in (generation, names - licences - generation):
+    processors = {name for name in names if matches(name, _PROCESSORS)}
+    yield from _differing(plan, moe, processors)
+    for some in (generation, names - licences - generation - processors):
         found = [*_differing(plan, moe, some)]
         if found and _equals_saved(plan, moe, some):
             saved = ", ".join(sorted(some))

@@ -34,6 +34,12 @@ Record = Mapping[str, Any]
 Planner = Callable[[Options], Plan]
 _Made = TypeVar("_Made", Recipe, Growth, Options)
 _OPTIONS = ("dtype", "expert_layout", "max_shard_bytes", "untie_embeddings")
+_OTHER_KEYS = {
+    **dict.fromkeys(("tool", "source", "routers"), dict),
+    **dict.fromkeys(("numpy", "plan_sha256"), str),
+    "files": list,
+}
+"""Keys of a whole record that do not follow from the plan alone, and their types."""
 
 
 class RecordError(Exception):
@@ -84,8 +90,11 @@ def rebuild(
             made = plan(replace(options, expert_layout=stored))
     except UpcycleError as error:
         raise MismatchError(error.message) from error
-    whole = [*described(made), "tool", "source", "plan_sha256", "files", "routers"]
-    if missing := [key for key in whole if key not in record]:
+    missing = [key for key in described(made) if key not in record]
+    missing += [key for key, kind in _OTHER_KEYS.items() if not isinstance(record.get(key), kind)]
+    if "growth" not in record and "calibration" not in record:
+        missing.append("calibration")
+    if missing:
         raise RecordError(f"{RECORD_NAME} has no {missing[0]}")
     return made
 
