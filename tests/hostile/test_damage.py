@@ -319,6 +319,8 @@ def test_keys_of_a_wrapper_count(tmp_path: Path) -> None:
     for key in ("vision_feature_layer", "image_token_index", "mine"):
         changed = clone(moe, tmp_path / key, **{key: 1})
         assert_caught(dense, changed, "directory", f"config.json: {key} is 1")
+    removed("preprocessor_config.json")(moe)  # which no tokenizer saves
+    assert_caught(dense, moe, "directory", "preprocessor_config.json is missing")
 
 
 def test_exchanged_chat_templates(dense: Path, tmp_path: Path) -> None:
@@ -455,10 +457,14 @@ def test_rows_that_no_seed_and_no_text_gives(dense: Path, tmp_path: Path, init: 
         100 * given[:1] + given,
         given * 3e37,
         given * 1.2,
+        given * 1.03,
         given.flip(0),
     ):
         put(ROUTER, lambda _, rows=rows: rows.bfloat16().repeat_interleave(2, 0))(tmp_path / "moe")  # type: ignore[misc]
         assert_caught(dense, tmp_path / "moe", "weights", ROUTER)
+    if init != "normal":
+        record("calibration", None)(tmp_path / "moe")
+        assert_caught(dense, tmp_path / "moe", "directory", "needs a calibration")
 
 
 def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
@@ -498,6 +504,9 @@ RECORDS: tuple[tuple[Damage, str], ...] = (
     (edited("upcycle.json", lambda value: value.pop("promise")), "upcycle.json has no promise"),
     (edited("upcycle.json", lambda value: value.pop("source")), "upcycle.json has no source"),
     (record("target", 7), "target is 7"),
+    (record("source", 7), "has no source"),
+    (record("files", {}), "has no files"),
+    (edited("upcycle.json", lambda value: value.pop("calibration")), "has no calibration"),
 )
 
 
@@ -539,11 +548,22 @@ def test_a_record_that_names_another_repo(dense: Path, tmp_path: Path) -> None:
     assert_caught(snapshot, tmp_path / "moe", "directory", "source.name is 'meta-llama/")
 
 
-def test_trained_weights_are_one_sentence(dense: Path, qwen: Path, tmp_path: Path) -> None:
-    """Biases and shared experts were zeros before, and rows of a router the same."""
+@pytest.mark.parametrize("init", ["normal", "balanced"])
+@pytest.mark.parametrize("order", ["sliced", "clustered"])
+def test_trained_weights_are_one_sentence(
+    dense: Path, tmp_path: Path, init: str, order: str
+) -> None:
+    """Biases and shared experts were zeros before, and rows of a router the same.
+
+    Training also changes fitted rows and orders that only the weights tell.
+    """
     from transformers import AutoModelForCausalLM
 
-    model, trained = AutoModelForCausalLM.from_pretrained(qwen, dtype="auto"), tmp_path / "trained"
+    qwen, trained = tmp_path / "qwen", tmp_path / "trained"
+    made: dict[str, Any] = {"router_init": init, "neuron_order": order}
+    recipe = Recipe(expansion=4, granularity=2, top_k=2, **made)
+    convert(dense, qwen, recipe, target="qwen2_moe")
+    model = AutoModelForCausalLM.from_pretrained(qwen, dtype="auto")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for seed in range(3):
         ids = torch.randint(258, (2, 32), generator=torch.Generator().manual_seed(seed))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+TRAINED = "these weights were trained"
 _MOST_EXPLAINED = 8
 _FEWEST_TRAINED = 8
 _MOST_SAMPLED = 64
@@ -75,7 +76,7 @@ def explain(
         small = [change for change in changes if change < 1.0]
         if len(small) > len(changes) * 0.9:
             return [
-                f"these weights were trained: {len(ordered)} of {len(exprs)} tensors changed, mean "
+                f"{TRAINED}: {len(ordered)} of {len(exprs)} tensors changed, mean "
                 f"relative change {np.mean(small):.2g}; use `upcycle inspect --weights --dense` "
                 "to see how far"
             ]

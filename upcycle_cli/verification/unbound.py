@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
+from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.calibration import LayerFound
 from upcycle_cli.plan.output import OutputTensor
@@ -81,10 +83,13 @@ class Unbound:
     """The values that a plan leaves unbound, as they are found tensor by tensor.
 
     `fitted` has, by layer, what the calibration found when it was run again; empty without one.
+    `recorded` has the SHA-256 of routers by their names, as convert wrote them.
     """
 
-    def __init__(self, source: Reader, fitted: Mapping[int, LayerFound]) -> None:
-        self._source, self._fitted = source, fitted
+    def __init__(
+        self, source: Reader, fitted: Mapping[int, LayerFound], recorded: Mapping[str, str]
+    ) -> None:
+        self._source, self._fitted, self._recorded = source, fitted, recorded
         self._neurons: dict[str, _Neurons] = {}
         self._wanted: dict[ex.Expr, Hashes] = {}
         self._rows: dict[str, bytes] = {}
@@ -104,6 +109,9 @@ class Unbound:
         self._rows[expr.stream] = rounded(rows_EH, expr.dtype).tobytes()
         if flaw := flaw_of(rows_EH):
             yield f"{tensor.name} {flaw}"
+        digest = sha256(held).hexdigest()
+        if dtype == tensor.dtype and self._recorded.get(tensor.name, digest) != digest:
+            yield f"{tensor.name} was changed: its SHA-256 is not the one that {RECORD_NAME} has"
         if tensor.layer is None or tensor.layer not in self._fitted:
             return
         again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)

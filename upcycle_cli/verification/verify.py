@@ -167,7 +167,8 @@ class _Case:
                     # imports it itself, and two threads must not.
                     package = "transformers.modeling_utils"
                     imports = ThreadPoolExecutor(1).submit(import_module, package)
-                results.append(check_weights(self.plan, self.moe, self.watch, self.fitted))
+                routers = self.record["routers"]
+                results.append(check_weights(self.plan, self.moe, self.watch, self.fitted, routers))
         return results
 
     def _outputs(self) -> CheckResult:

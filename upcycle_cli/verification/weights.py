@@ -22,7 +22,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.verification.explain import Place, explain
+from upcycle_cli.verification.explain import TRAINED, Place, explain
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
 from upcycle_cli.verification.result import CheckResult, Findings, Status
 from upcycle_cli.verification.unbound import Unbound, is_unbound
@@ -37,14 +37,19 @@ _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # s
 
 
 def check_weights(
-    plan: Plan, moe: Checkpoint, watch: Progress, fitted: Calibration | None = None
+    plan: Plan,
+    moe: Checkpoint,
+    watch: Progress,
+    fitted: Calibration | None = None,
+    recorded: Mapping[str, str] | None = None,
 ) -> CheckResult:
     """Compare every tensor with the plan's; the sources' files must be here.
 
     Router rows that were fitted to a text must be those of `fitted`. Without it they are fitted
-    again, if the text is at hand.
+    again, if the text is at hand. No two machines fit exactly the same rows, so those that a plan
+    leaves unbound must also have the SHA-256 that is `recorded` for their tensor, if any is.
     """
-    findings, notes = Findings(), list[str]()
+    findings, notes, strange = Findings(), list[str](), list[str]()
     tensors, widened = _matched(plan, moe, findings)
     unproven = why_unproven(plan) if fitted is None else None
     if unproven is None and is_fitted(plan) and fitted is None:
@@ -52,22 +57,25 @@ def check_weights(
 
         fitted = calibrate(plan, watch)
     with plan.reader() as source, moe.reader() as held:
-        unbound = Unbound(source, {} if fitted is None else fitted.layers)
+        unbound = Unbound(source, {} if fitted is None else fitted.layers, recorded or {})
         for tensor in (tensor for tensor in tensors if is_unbound(tensor.expr)):
             stored = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
             if tensor.role is Role.ROUTER:
-                findings.add(*unbound.read_rows(tensor, *stored))
+                strange += unbound.read_rows(tensor, *stored)
             else:
                 unbound.look_at(tensor, *stored)
                 held.release()
-        findings.add(*unbound.find_orders())
+        strange += unbound.find_orders()
         exprs = {tensor.name: unbound.bind(tensor.expr) for tensor in tensors}
         compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
         scan = _Scan(source, held, watch)
         differing = scan.run(
             {name: _leaves(expr, name in widened) for name, expr in compared.items()}
         )
-        findings.add(*explain(plan, moe, differing, exprs, source, held))
+        words = explain(plan, moe, differing, exprs, source, held)
+        if not any(each.startswith(TRAINED) for each in words):  # which explains these as well
+            findings.add(*strange)
+        findings.add(*words)
     if widened:
         notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
     if unbound.orders:
@@ -79,6 +87,8 @@ def check_weights(
         "tensors": len(compared),
         "bytes": sum(moe.tensors[name].nbytes for name in compared),
     }
+    if fitted is not None and is_fitted(plan):
+        notes.append("What was fitted to the text was compared with another run.")
     passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
     if unproven is not None:
         passed = f"Nothing differs, but not everything is proven: {unproven}."
